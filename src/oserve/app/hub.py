@@ -1,0 +1,127 @@
+"""The hub: where gateway processes meet the control loop when there are several of them.
+
+Each gateway process posts what it has outstanding and its counters, and gets back the routing
+table and the sum of the others. One small exchange over a Unix socket several times a second.
+"""
+
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from oserve.control.table import RoutingTable
+from oserve.gateway.dispatch import Dispatcher, Picture
+from oserve.gateway.metrics import merged
+from oserve.wire import Exchange, ServerLimits, serve
+from oserve.wire.server import Server
+
+SYNC_INTERVAL_S = 0.1
+# Histograms of every type and replica are a few KiB; a counter update is far below this.
+_MAX_REPORT_BYTES = 4 * 1024 * 1024
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What one gateway process tells the hub. ``table`` is the version it has."""
+
+    process: int
+    outstanding: dict[str, tuple[float, int]]
+    metrics: dict[str, dict[str, list[float]]]
+    queued: int
+    table: int
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What it hears back; ``table`` only when it is newer than the one it has."""
+
+    version: int
+    picture: Picture
+    table: RoutingTable | None = None
+
+
+class Hub:
+    """Holds the current table and picture, and the latest report of each process."""
+
+    def __init__(self) -> None:
+        self._table: RoutingTable | None = None
+        self._version = 0
+        self._picture = Picture()
+        self._reports: dict[int, Report] = {}
+        self._server: Server | None = None
+
+    async def listen(self, unix_socket: str) -> None:
+        """Open the socket that gateway processes talk to."""
+        self._server = await serve(
+            self._handle,
+            refuse=lambda exchange, status, _: exchange.respond(status, b"", close=True),
+            limits=ServerLimits(max_body_bytes=_MAX_REPORT_BYTES),
+            unix_socket=unix_socket,
+        )
+
+    def publish(self, table: RoutingTable, picture: Picture) -> None:
+        """Make a table and a picture current."""
+        if table != self._table:
+            self._table = table
+            self._version += 1
+        self._picture = picture
+
+    def forget(self, process: int) -> None:
+        """A gateway process ended: its outstanding work is gone; its counters stay counted."""
+        report = self._reports.get(process)
+        if report is not None:
+            self._reports[process] = msgspec.structs.replace(report, outstanding={}, queued=0)
+
+    async def close(self) -> None:
+        """Close the socket."""
+        if self._server is not None:
+            await self._server.close()
+
+    def _handle(self, exchange: Exchange) -> None:
+        report = msgspec.json.decode(exchange.body, type=Report)
+        self._reports[report.process] = report
+        others = [item for item in self._reports.values() if item.process != report.process]
+        elsewhere: dict[str, tuple[float, int]] = {}
+        for other in others:
+            for name, (owed_s, count) in other.outstanding.items():
+                sum_s, total = elsewhere.get(name, (0.0, 0))
+                elsewhere[name] = (sum_s + owed_s, total + count)
+        picture = msgspec.structs.replace(
+            self._picture,
+            elsewhere=elsewhere,
+            metrics=merged(other.metrics for other in others),
+            queued=sum(other.queued for other in others),
+        )
+        newer = self._table if report.table != self._version else None
+        reply = Reply(version=self._version, picture=picture, table=newer)
+        exchange.respond(200, msgspec.json.encode(reply))
+
+
+class HubClient:
+    """A gateway process' side."""
+
+    def __init__(self, unix_socket: str, process: int, dispatcher: Dispatcher) -> None:
+        self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
+        self._process = process
+        self._dispatcher = dispatcher
+        self._version = 0
+
+    async def sync(self) -> None:
+        """One exchange; raises aiohttp.ClientError or OSError when the hub is gone."""
+        dispatcher = self._dispatcher
+        report = Report(
+            process=self._process,
+            outstanding=dispatcher.outstanding(),
+            metrics=dispatcher.metrics.snapshot(),
+            queued=dispatcher.queued,
+            table=self._version,
+        )
+        body: Any = msgspec.json.encode(report)
+        async with self._session.post("http://hub/sync", data=body) as answer:
+            reply = msgspec.json.decode(await answer.read(), type=Reply)
+        self._version = reply.version
+        dispatcher.tell(reply.picture)
+        if reply.table is not None:
+            dispatcher.update(reply.table)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._session.close()

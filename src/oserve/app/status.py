@@ -1,0 +1,139 @@
+"""The status document: what runs, where, how loaded, and what is being done about the rest."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oserve.control.reconcile import ReconcilePolicy, given_up, restart_wait_s
+from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec, ReplicaState
+
+
+def status_document(
+    plan: DeploymentPlan,
+    observation: Observation,
+    policy: ReconcilePolicy,
+    *,
+    model: str,
+    version: str,
+) -> dict[str, Any]:
+    """Plain data for ``/oserve/v1/status`` and ``oserve status``."""
+    lost = given_up(plan, observation, policy)
+    wished = {spec.id for spec in plan.replicas}
+    shown = [_replica(state, observation.now_s) for state in observation.replicas]
+    seen = {state.spec.id for state in observation.replicas}
+    shown += [_absent(spec) for spec in plan.replicas if spec.id not in seen]
+    for entry in shown:
+        entry["note"] = _note(entry, plan, observation, policy)
+    serving = any(
+        state.phase is ReplicaPhase.READY and state.spec.id in wished
+        for state in observation.replicas
+    )
+    return {
+        "version": version,
+        "model": model,
+        "plan_id": plan.id,
+        "serving": serving,
+        "replicas": shown,
+        "given_up": {name: failures.reason for name, failures in lost.items()},
+        "workload_types": [
+            {
+                "name": kind.name,
+                "max_prompt_tokens": kind.max_prompt_tokens,
+                "output_tokens": kind.output_tokens,
+            }
+            for kind in plan.workload_types
+        ],
+        "routing_shares": plan.routing_shares,
+        "devices": [
+            {"id": device.id, "kind": device.kind, "node": device.node, "cores": device.cores}
+            for device in observation.devices
+        ],
+    }
+
+
+def _shape(spec: ReplicaSpec) -> dict[str, Any]:
+    shape = spec.shape
+    return {
+        "tensor_parallel_size": shape.tensor_parallel_size,
+        "pipeline_parallel_size": shape.pipeline_parallel_size,
+        "precision": shape.precision.value,
+        "max_num_batched_tokens": shape.max_num_batched_tokens,
+        "max_num_seqs": shape.max_num_seqs,
+        "kv_cache_memory_bytes": shape.kv_cache_memory_bytes,
+    }
+
+
+def _replica(state: ReplicaState, now_s: float) -> dict[str, Any]:
+    return {
+        "id": state.spec.id,
+        "shape": _shape(state.spec),
+        "devices": list(state.spec.devices),
+        "phase": state.phase.value,
+        "phase_s": round(now_s - state.since_s, 1),
+        "running": state.running,
+        "waiting": state.waiting,
+        "kv_cache_usage": round(state.kv_cache_usage, 4),
+        "max_model_len": state.max_model_len,
+        "pid": state.pid,
+        "detail": state.detail,
+    }
+
+
+def _absent(spec: ReplicaSpec) -> dict[str, Any]:
+    return {
+        "id": spec.id,
+        "shape": _shape(spec),
+        "devices": list(spec.devices),
+        "phase": ReplicaPhase.GONE.value,
+        "phase_s": 0.0,
+        "running": 0,
+        "waiting": 0,
+        "kv_cache_usage": 0.0,
+        "max_model_len": 0,
+        "pid": 0,
+        "detail": "not started yet",
+    }
+
+
+def _note(
+    entry: Mapping[str, Any],
+    plan: DeploymentPlan,
+    observation: Observation,
+    policy: ReconcilePolicy,
+) -> str:
+    """What happens next to a replica that is not as it should be."""
+    spec = plan.replica(str(entry["id"]))
+    if spec is None:
+        return "not in the plan"
+    if entry["phase"] != ReplicaPhase.GONE.value:
+        return ""
+    failures = observation.failures.get(spec.id)
+    if failures is None or failures.spec != spec:
+        return "waiting for its devices"
+    wait_s = restart_wait_s(spec, observation, policy)
+    if wait_s == float("inf"):
+        return f"given up after {failures.count} failures: {failures.reason}"
+    return f"restarts in {wait_s:.0f} s after failure {failures.count}: {failures.reason}"
+
+
+def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
+    """Replica and device gauges as (metric, labels, value)."""
+    values: dict[tuple[str, tuple[str, ...]], float] = {}
+    used: set[str] = set()
+    for state in observation.replicas:
+        shape = state.spec.shape.name
+        key = ("oserve_replicas", (shape, state.phase.value))
+        values[key] = values.get(key, 0.0) + 1.0
+        if state.phase is not ReplicaPhase.GONE:
+            used.update(state.spec.devices)
+            name = (state.spec.id,)
+            values["oserve_requests_running", name] = float(state.running)
+            values["oserve_requests_waiting", name] = float(state.waiting)
+            values["oserve_kv_cache_usage_ratio", name] = state.kv_cache_usage
+    values["oserve_devices", ("used",)] = float(len(used))
+    values["oserve_devices", ("free",)] = float(len(observation.devices) - len(used))
+    return [(name, list(labels), value) for (name, labels), value in values.items()]
+
+
+def summary(states: Sequence[ReplicaState]) -> str:
+    """One line a person can follow while replicas come up."""
+    return ", ".join(f"{state.spec.id} {state.phase.value}" for state in states) or "no replicas"

@@ -1,0 +1,75 @@
+"""One gateway process among several: ``python -m oserve.app.worker``, started by the server.
+
+Its orders come as one JSON line on standard input; it ends when that closes, so it cannot outlive
+the server. What it serves it learns from the hub.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import uvloop
+
+from oserve.app.hub import SYNC_INTERVAL_S, HubClient
+from oserve.gateway.records import RecordStore
+from oserve.gateway.server import Gateway
+from oserve.gateway.settings import GatewaySettings
+
+
+class Orders(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a gateway process must know at its start."""
+
+    process: int
+    hub: str
+    models: tuple[str, ...]
+    api_keys: list[str]
+    settings: GatewaySettings
+
+
+async def _run(orders: Orders) -> None:
+    settings = orders.settings
+    records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
+    gateway = Gateway(
+        settings, models=orders.models, api_keys=frozenset(orders.api_keys), records=records
+    )
+    client = HubClient(orders.hub, orders.process, gateway.dispatcher)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    # Ctrl-C reaches the whole terminal group; the server tells us when to end.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_reader(sys.stdin.fileno(), _watch_input, ended)
+    await client.sync()
+    await gateway.listen()
+    print("listening", flush=True)
+    try:
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), SYNC_INTERVAL_S)
+            # A hub that does not answer leaves the last table in force.
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                await client.sync()
+    finally:
+        await gateway.close()
+        await client.close()
+
+
+def _watch_input(ended: asyncio.Event) -> None:
+    if not sys.stdin.buffer.read1(1):
+        ended.set()
+
+
+def main() -> None:
+    """Entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    uvloop.run(_run(orders))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The control loop: observe, decide, apply, once per interval, on any cluster and any clock."""
+
+from collections.abc import Callable
+
+from oserve.control.door import Cluster
+from oserve.control.reconcile import ReconcilePolicy, reconcile
+from oserve.core import Action, Clock, DeploymentPlan, Observation
+
+
+class ControlLoop:
+    """Keeps a cluster at a plan. ``observed`` is called with each round's observation."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        clock: Clock,
+        plan: DeploymentPlan,
+        *,
+        policy: ReconcilePolicy,
+        interval_s: float = 0.5,
+        observed: Callable[[Observation, tuple[Action, ...]], None] = lambda _o, _a: None,
+    ) -> None:
+        self.plan = plan
+        self._cluster = cluster
+        self._clock = clock
+        self._policy = policy
+        self._interval_s = interval_s
+        self._observed = observed
+
+    async def step(self) -> tuple[Action, ...]:
+        """One round; returns what was asked."""
+        observation = await self._cluster.observe()
+        actions = reconcile(self.plan, observation, self._policy)
+        for action in actions:
+            await self._cluster.apply(action)
+        self._observed(observation, actions)
+        return actions
+
+    async def run(self) -> None:
+        """Rounds until cancelled."""
+        while True:
+            await self.step()
+            await self._clock.sleep(self._interval_s)

@@ -1,0 +1,98 @@
+"""From the desired plan and the observed cluster to actions: level-triggered, pure.
+
+Actions follow from what is wished and what is seen, never from what was asked before; so a lost,
+repeated or late action does no harm, and a restarted controller picks up where the cluster is.
+"""
+
+from dataclasses import dataclass
+
+from oserve.core import (
+    Action,
+    DeploymentPlan,
+    DrainReplica,
+    Observation,
+    ReplicaPhase,
+    ReplicaSpec,
+    ReplicaState,
+    StartFailures,
+    StartReplica,
+    StopReplica,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconcilePolicy:
+    """Limits on restarting and draining; all in seconds but ``max_failures``.
+
+    A replica that failed k times in a row waits ``backoff_s * 2**(k-1)``, at most
+    ``max_backoff_s``, and is given up after ``max_failures``. ``drain_settle_s`` is how long an
+    idle draining replica is kept, since requests sent just before may not be counted yet.
+    """
+
+    backoff_s: float = 1.0
+    max_backoff_s: float = 60.0
+    max_failures: int = 5
+    drain_settle_s: float = 3.0
+    drain_limit_s: float = 600.0
+
+
+def reconcile(
+    plan: DeploymentPlan, observation: Observation, policy: ReconcilePolicy
+) -> tuple[Action, ...]:
+    """Actions that bring the cluster nearer to the plan; empty when it is there (or must wait)."""
+    alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
+    actions: list[Action] = []
+    for state in alive:
+        if plan.replica(state.spec.id) != state.spec or state.phase is ReplicaPhase.DRAINING:
+            actions.extend(_retire(state, observation.now_s, policy))
+    known = {device.id for device in observation.devices}
+    taken = {device for state in alive for device in state.spec.devices}
+    present = {state.spec.id for state in alive}
+    for spec in plan.replicas:
+        wanted = set(spec.devices)
+        if spec.id in present or wanted & taken or not wanted <= known:
+            continue
+        if restart_wait_s(spec, observation, policy) == 0.0:
+            actions.append(StartReplica(spec=spec))
+            taken |= wanted
+    return tuple(actions)
+
+
+def _retire(state: ReplicaState, now_s: float, policy: ReconcilePolicy) -> list[Action]:
+    if state.phase is ReplicaPhase.LOADING:
+        return [StopReplica(replica=state.spec.id)]
+    if state.phase is ReplicaPhase.READY:
+        return [DrainReplica(replica=state.spec.id)]
+    drained_s = now_s - state.since_s
+    idle = state.running + state.waiting == 0 and drained_s >= policy.drain_settle_s
+    if idle or drained_s >= policy.drain_limit_s:
+        return [StopReplica(replica=state.spec.id)]
+    return []
+
+
+def restart_wait_s(spec: ReplicaSpec, observation: Observation, policy: ReconcilePolicy) -> float:
+    """Seconds until this replica may be started; infinite once it is given up."""
+    failures = _failures(spec, observation)
+    if failures is None:
+        return 0.0
+    if failures.count >= policy.max_failures:
+        return float("inf")
+    backoff_s = min(policy.backoff_s * 2.0 ** (failures.count - 1), policy.max_backoff_s)
+    return max(0.0, failures.last_s + backoff_s - observation.now_s)
+
+
+def given_up(
+    plan: DeploymentPlan, observation: Observation, policy: ReconcilePolicy
+) -> dict[str, StartFailures]:
+    """Replicas of the plan that will not be tried again, with why."""
+    return {
+        spec.id: failures
+        for spec in plan.replicas
+        if (failures := _failures(spec, observation)) is not None
+        and failures.count >= policy.max_failures
+    }
+
+
+def _failures(spec: ReplicaSpec, observation: Observation) -> StartFailures | None:
+    failures = observation.failures.get(spec.id)
+    return failures if failures is not None and failures.spec == spec else None

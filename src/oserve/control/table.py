@@ -1,0 +1,90 @@
+"""The routing table: all that the request path needs of plan and cluster, as one value.
+
+It is replaced whole, so a change of deployment is one atomic step for the gateway.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    Endpoint,
+    LengthClass,
+    Observation,
+    ReplicaPhase,
+)
+from oserve.perf import token_costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableReplica:
+    """A replica the gateway may talk to; only those in phase ready are given new requests."""
+
+    id: str
+    shape: str
+    phase: ReplicaPhase
+    endpoint: Endpoint
+    max_inflight: int
+    max_model_len: int
+    accepts_priority: bool
+    prefill_s_per_token: float
+    decode_s_per_token: float
+    model: str = ""
+    started_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingTable:
+    """``expected`` says whether a replica that cannot serve now is on its way."""
+
+    plan_id: str
+    workload_types: tuple[LengthClass, ...]
+    routing_shares: Mapping[str, Mapping[str, float]]
+    replicas: tuple[TableReplica, ...]
+    expected: bool = True
+
+
+# What an engine holds beyond its running batch stays short, so that the gateway, which sees all
+# replicas, decides for most of the queue.
+_INFLIGHT_PER_SEQ = 2
+
+
+def routing_table(
+    plan: DeploymentPlan, observation: Observation, *, ordered: bool, expected: bool
+) -> RoutingTable:
+    """The table for a plan on a cluster as observed.
+
+    ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
+    """
+    kinds = {device.id: device.kind for device in observation.devices}
+    replicas = []
+    for state in observation.replicas:
+        if state.phase not in {ReplicaPhase.READY, ReplicaPhase.DRAINING}:
+            continue
+        spec = state.spec
+        kind = kinds.get(spec.devices[0], "any") if spec.devices else "any"
+        costs = token_costs(spec.shape, kind)
+        attached = spec.backend if isinstance(spec.backend, AttachedBackend) else None
+        replicas.append(
+            TableReplica(
+                id=spec.id,
+                shape=spec.shape.name,
+                phase=state.phase,
+                endpoint=state.endpoint,
+                max_inflight=_INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
+                max_model_len=state.max_model_len,
+                accepts_priority=ordered and (attached is None or attached.priority),
+                prefill_s_per_token=costs.prefill_s_per_token,
+                decode_s_per_token=costs.decode_s_per_token,
+                model=attached.model if attached else "",
+                started_s=state.since_s,
+            )
+        )
+    return RoutingTable(
+        plan_id=plan.id,
+        workload_types=plan.workload_types,
+        routing_shares=plan.routing_shares,
+        replicas=tuple(replicas),
+        expected=expected,
+    )

@@ -1,0 +1,65 @@
+"""Core: the words every other room speaks.
+
+Shapes, plans, requests, observations, actions, the clock and the error every shell knows how to
+print. Pure data: it does not know where replicas run, how they are measured or who asks.
+"""
+
+from oserve.core.actions import Action, DrainReplica, StartReplica, StopReplica
+from oserve.core.clock import Clock, VirtualClock
+from oserve.core.errors import OServeError
+from oserve.core.plan import (
+    AttachedBackend,
+    Backend,
+    DeploymentPlan,
+    LengthClass,
+    ReplicaSpec,
+    VllmBackend,
+)
+from oserve.core.request import (
+    FinishStatus,
+    Request,
+    RequestRecord,
+)
+from oserve.core.shape import (
+    Device,
+    Precision,
+    ReplicaShape,
+    Role,
+)
+from oserve.core.state import (
+    Endpoint,
+    Observation,
+    ReplicaLoad,
+    ReplicaPhase,
+    ReplicaState,
+    StartFailures,
+)
+
+__all__ = [
+    "Action",
+    "AttachedBackend",
+    "Backend",
+    "Clock",
+    "DeploymentPlan",
+    "Device",
+    "DrainReplica",
+    "Endpoint",
+    "FinishStatus",
+    "LengthClass",
+    "OServeError",
+    "Observation",
+    "Precision",
+    "ReplicaLoad",
+    "ReplicaPhase",
+    "ReplicaShape",
+    "ReplicaSpec",
+    "ReplicaState",
+    "Request",
+    "RequestRecord",
+    "Role",
+    "StartFailures",
+    "StartReplica",
+    "StopReplica",
+    "VirtualClock",
+    "VllmBackend",
+]

@@ -1,0 +1,17 @@
+"""The one error a person is meant to read."""
+
+
+class OServeError(Exception):
+    """Bad input or an impossible wish: says where it is and what to do about it.
+
+    The CLI prints it and exits with code 2; no traceback is shown.
+    """
+
+    def __init__(self, message: str, *, place: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.place = place
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message} ({self.remedy})"

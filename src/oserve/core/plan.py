@@ -1,0 +1,70 @@
+"""The deployment plan: which replicas should run where, and who gets which requests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from oserve.core.shape import ReplicaShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmBackend:
+    """A vLLM engine that OServe starts, watches and ends.
+
+    ``engine_args`` go to vLLM verbatim, after OServe's own, so that they win.
+    """
+
+    engine_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachedBackend:
+    """Any running OpenAI-compatible server; OServe routes to it but never starts or ends it.
+
+    ``model`` is its name there, where that differs. ``priority`` says that the server takes vLLM's
+    ``priority`` field; others refuse unknown ones.
+    ``api_key_env`` names the environment variable that holds the server's key.
+    """
+
+    url: str
+    model: str = ""
+    api_key_env: str | None = None
+    priority: bool = False
+
+
+Backend = VllmBackend | AttachedBackend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """One replica as wished for. ``devices`` holds device ids, tensor-parallel ranks first."""
+
+    id: str
+    shape: ReplicaShape
+    devices: tuple[str, ...]
+    backend: Backend = field(default_factory=VllmBackend)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthClass:
+    """A workload type told by prompt length: up to ``max_prompt_tokens`` (``None``: no bound)."""
+
+    name: str
+    max_prompt_tokens: int | None = None
+    output_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentPlan:
+    """Desired state: replicas, workload types, and each type's routing shares over replicas.
+
+    ``routing_shares[type][replica]`` is a fraction; the shares of one type sum to 1.
+    """
+
+    id: str
+    replicas: tuple[ReplicaSpec, ...]
+    workload_types: tuple[LengthClass, ...]
+    routing_shares: Mapping[str, Mapping[str, float]]
+
+    def replica(self, replica_id: str) -> ReplicaSpec | None:
+        """The wished-for replica of that id, if the plan has one."""
+        return next((spec for spec in self.replicas if spec.id == replica_id), None)

@@ -1,0 +1,90 @@
+"""What a cluster looks like when observed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from oserve.core.plan import ReplicaSpec
+from oserve.core.shape import Device
+
+
+class ReplicaPhase(StrEnum):
+    """Life of a replica: it starts loading, serves when ready, drains, and is gone."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a replica answers: a Unix socket or an ``http://host:port`` base URL."""
+
+    url: str = ""
+    unix_socket: str = ""
+    api_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it."""
+
+    spec: ReplicaSpec
+    phase: ReplicaPhase
+    endpoint: Endpoint
+    since_s: float
+    pid: int = 0
+    max_model_len: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartFailures:
+    """Ends of a replica that nobody asked for, since it last served for a good while.
+
+    ``spec`` is what failed: a changed spec starts with a clean sheet.
+    """
+
+    spec: ReplicaSpec
+    count: int
+    last_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """The cluster at one moment (``now_s``, the clock's seconds)."""
+
+    now_s: float
+    devices: tuple[Device, ...]
+    replicas: tuple[ReplicaState, ...]
+    failures: Mapping[str, StartFailures] = field(default_factory=dict)
+
+    def replica(self, replica_id: str) -> ReplicaState | None:
+        """The observed replica of that id, if there is one that is not gone."""
+        for state in self.replicas:
+            if state.spec.id == replica_id and state.phase is not ReplicaPhase.GONE:
+                return state
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """What the router knows of one replica that may take requests.
+
+    ``work_s``: seconds of engine time promised and not yet done. ``prefill_s_per_token`` and
+    ``decode_s_per_token``: engine time one more token costs there. ``max_inflight`` bounds what
+    the gateway hands over at once; ``max_model_len`` is 0 when unknown.
+    """
+
+    replica: str
+    work_s: float
+    inflight: int
+    max_inflight: int
+    prefill_s_per_token: float
+    decode_s_per_token: float
+    max_model_len: int = 0

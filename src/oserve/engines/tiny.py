@@ -1,0 +1,254 @@
+"""A tiny Llama with made-up weights: a model that can be served anywhere, in seconds, offline.
+
+One token is one byte, so token counts can be read off a prompt. One residual dimension is kept
+constant (every embedding holds the same value there and no layer writes to it), which turns its
+column of ``lm_head`` into a bias per token: that bias keeps answers to printable ASCII, with letters
+about as frequent as in English, and gives the end-of-answer token a steady chance. It does not know
+engines.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HIDDEN = 256
+INTERMEDIATE = 704  # a multiple of 32 per shard up to TP=2, which 4-bit packing asks for
+LAYERS = 4
+HEADS = 8
+KV_HEADS = 4
+VOCAB = 320
+CONTEXT = 8192
+
+_SPECIALS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")
+_BEGIN, _END, _PAD = 256, 257, 261
+_CONSTANT = HIDDEN - 1
+_CONSTANT_VALUE = 4.0
+_FORBIDDEN = -60.0
+# Log-chance of the end token against the whole of the rest is about -ln(60) with this bias.
+_END_BIAS = 2.0
+_LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
+    """Write the model to the folder ``path`` unless it is there; the same seed gives the same bytes.
+
+    Needs torch, safetensors and tokenizers. An existing folder with a ``config.json`` is left as it
+    is. Raises ``OSError`` when the folder cannot be written.
+    """
+
+    def write(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
+        _write_tokenizer(folder)
+        _write_json(folder / "config.json", _config())
+
+    return _once(path, write)
+
+
+def make_int8_variant(path: Path, out: Path) -> Path:
+    """Write a W8A8 int8 copy (compressed-tensors) of the model in ``path`` to ``out``.
+
+    Weights get one symmetric scale per output channel; activations are scaled per token at run time.
+    ``lm_head`` and the embedding keep their precision. Idempotent, as ``make_tiny_model``.
+    """
+
+    def write(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        tensors: dict[str, Any] = {}
+        for name, weight in load_file(path / "model.safetensors").items():
+            if not name.endswith("_proj.weight"):
+                tensors[name] = weight
+                continue
+            full = weight.to(torch.float32)
+            scale = full.abs().amax(dim=1, keepdim=True) / 127.0
+            scale[scale == 0] = 1.0  # all-zero rows must not divide by zero
+            tensors[name] = (full / scale).round().clamp(-127, 127).to(torch.int8)
+            tensors[name.removesuffix("weight") + "weight_scale"] = scale.to(torch.bfloat16)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for extra in path.iterdir():
+            if extra.name not in {"model.safetensors", "config.json"}:
+                shutil.copy(extra, folder / extra.name)
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"] = _int8_config()
+        _write_json(folder / "config.json", config)
+
+    return _once(out, write)
+
+
+def _once(path: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a temporary folder and rename it, so that a half-written model is never seen."""
+    if (path / "config.json").exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        write(folder)
+        folder.chmod(0o755)
+        try:
+            folder.rename(path)
+        except OSError:
+            # Another process was faster; its files are the same.
+            if not (path / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _config() -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": _BEGIN,
+        "eos_token_id": _END,
+        "pad_token_id": _PAD,
+    }
+
+
+def _weights(seed: int) -> dict[str, Any]:
+    """Names to bf16 tensors. Spreads were chosen so that attention is peaked and answers vary."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, spread: float) -> Any:
+        return torch.randn(rows, columns, generator=source) * spread
+
+    embedding = normal(VOCAB, HIDDEN, 1.0)
+    embedding[:, _CONSTANT] = _CONSTANT_VALUE
+    tensors = {"model.embed_tokens.weight": embedding}
+    head = HIDDEN // HEADS
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        tensors[attention + "q_proj.weight"] = normal(HIDDEN, HIDDEN, 0.12)
+        tensors[attention + "k_proj.weight"] = normal(KV_HEADS * head, HIDDEN, 0.12)
+        tensors[attention + "v_proj.weight"] = normal(KV_HEADS * head, HIDDEN, 1 / 16)
+        tensors[attention + "o_proj.weight"] = normal(HIDDEN, HIDDEN, 1 / 12)
+        tensors[mlp + "gate_proj.weight"] = normal(INTERMEDIATE, HIDDEN, 1 / 16)
+        tensors[mlp + "up_proj.weight"] = normal(INTERMEDIATE, HIDDEN, 1 / 16)
+        tensors[mlp + "down_proj.weight"] = normal(HIDDEN, INTERMEDIATE, 1 / 16)
+        tensors[attention + "o_proj.weight"][_CONSTANT] = 0
+        tensors[mlp + "down_proj.weight"][_CONSTANT] = 0
+        tensors[prefix + "input_layernorm.weight"] = torch.ones(HIDDEN)
+        tensors[prefix + "post_attention_layernorm.weight"] = torch.ones(HIDDEN)
+    tensors["model.norm.weight"] = torch.ones(HIDDEN)
+    head_weight = normal(VOCAB, HIDDEN, 2.5 / math.sqrt(HIDDEN))
+    head_weight[_END] = 0
+    head_weight[:, _CONSTANT] = torch.tensor(_biases())
+    tensors["lm_head.weight"] = head_weight
+    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+
+
+def _biases() -> list[float]:
+    """Bias per token, in logits at a normalised constant dimension of 1."""
+    bias = [_FORBIDDEN] * VOCAB
+    for rank, letter in enumerate(_LETTERS):
+        bias[ord(letter)] = 1.5 - 0.08 * rank
+        bias[ord(letter.upper())] = -2.0
+    for character in "0123456789":
+        bias[ord(character)] = -2.0
+    bias[ord(" ")] = 2.0
+    bias[ord(",")] = bias[ord(".")] = -0.5
+    for character in range(33, 127):
+        bias[character] = max(bias[character], -3.0)
+    bias[_END] = _END_BIAS
+    return bias
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = _byte_characters()
+    vocabulary = {character: byte for byte, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = [*_SPECIALS, *(f"<|reserved{i}|>" for i in range(256 + len(_SPECIALS), VOCAB))]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin|>",
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "model_max_length": CONTEXT,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": _BEGIN, "eos_token_id": _END, "pad_token_id": _PAD, "do_sample": True},
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in plain}
+    for offset, byte in enumerate(sorted(set(range(256)) - set(plain))):
+        table[byte] = chr(256 + offset)
+    return [table[byte] for byte in range(256)]
+
+
+def _int8_config() -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "channel",
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
+            }
+        },
+    }

@@ -1,0 +1,86 @@
+"""What the gateway must know of a request body, and the few fields it adds before passing it on."""
+
+from typing import Any
+
+import msgspec
+
+from oserve.gateway.errors import bad_request
+
+
+class GenerateBody(msgspec.Struct):
+    """The fields the gateway reads; every other passes through unseen. Lengths in tokens."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+
+    @property
+    def output_limit(self) -> int | None:
+        """Most tokens the client wants, if it said so."""
+        limit = self.max_completion_tokens
+        return limit if limit is not None else self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the client itself asked for the usage chunk at the end of a stream."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+_decoder = msgspec.json.Decoder(GenerateBody)
+
+
+def parse_body(body: bytes) -> GenerateBody:
+    """Read a body, or raise the ApiError that names what is wrong with it."""
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        param = path.strip("`.") or None
+        raise bad_request(text, param=param) from None
+    except msgspec.DecodeError as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply", code="invalid_json") from None
+
+
+def prompt_size(parsed: GenerateBody) -> tuple[int, bool]:
+    """Size of the prompt and whether it is an exact token count (else bytes of JSON text)."""
+    raw = bytes(parsed.prompt or parsed.messages)
+    inner = raw.lstrip(b"[ \t\r\n")
+    if raw.startswith(b"[") and inner[:1].isdigit():
+        return raw.count(b",") + 1, True
+    return len(raw), False
+
+
+def with_fields(body: bytes, parsed: GenerateBody, *, priority: int | None, model: str) -> bytes:
+    """The body to send to a replica: priority set, usage reported, model renamed if need be.
+
+    Fields are spliced in before the closing brace where the client did not send them; only a body
+    that holds them already is written anew.
+    """
+    usage = bool(parsed.stream) and not parsed.wants_usage
+    if model or (parsed.priority is not None) or (usage and parsed.stream_options is not None):
+        fields = msgspec.json.decode(body)
+        if model:
+            fields["model"] = model
+        fields.pop("priority", None)
+        if priority is not None:
+            fields["priority"] = priority
+        if usage:
+            fields["stream_options"] = {**(parsed.stream_options or {}), "include_usage": True}
+        return msgspec.json.encode(fields)
+    extra = b""
+    if priority is not None:
+        extra += b',"priority":%d' % priority
+    if usage:
+        extra += b',"stream_options":{"include_usage":true}'
+    if not extra:
+        return body
+    head = body.rstrip()[:-1].rstrip()
+    return head + (extra[1:] if head.endswith(b"{") else extra) + b"}"

@@ -1,0 +1,287 @@
+"""From an admitted request to a replica: route, send, wait in a bounded queue, account."""
+
+import asyncio
+import heapq
+import logging
+import time
+from urllib.parse import urlsplit
+
+import msgspec
+
+from oserve.control.ledger import WorkLedger
+from oserve.control.order import engine_priority
+from oserve.control.router import Refusal, Router, RouteReason
+from oserve.control.table import RoutingTable, TableReplica
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request, RequestRecord
+from oserve.gateway.body import with_fields
+from oserve.gateway.errors import overloaded, unavailable
+from oserve.gateway.metrics import Metrics
+from oserve.gateway.records import RecordStore
+from oserve.gateway.relay import Relay
+from oserve.gateway.settings import GatewaySettings
+from oserve.wire import UpstreamPool
+from oserve.workload import PromptLengthEstimator
+
+_log = logging.getLogger("oserve.gateway")
+
+_FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
+
+EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """What a gateway process is told of the rest: for status, metrics and load.
+
+    ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
+    """
+
+    status: msgspec.Raw = msgspec.Raw(b"{}")
+    gauges: list[tuple[str, list[str], float]] = []
+    elsewhere: dict[str, tuple[float, int]] = {}
+    metrics: dict[str, dict[str, list[float]]] = {}
+    queued: int = 0
+
+
+class Dispatcher:
+    """Everything between admission and the replicas, for one gateway process."""
+
+    def __init__(self, settings: GatewaySettings, records: RecordStore | None) -> None:
+        self.table = EMPTY_TABLE
+        self.metrics = Metrics()
+        self.picture = Picture()
+        self.lengths = PromptLengthEstimator()
+        self.serving: dict[str, TableReplica] = {}
+        self.active: set[Relay] = set()
+        self._settings = settings
+        self._records = records
+        self._router = Router({})
+        self._ledger = WorkLedger()
+        self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
+        self._queue: list[tuple[float, int, Relay]] = []
+        self._waiting: set[Relay] = set()
+        self._sequence = 0
+        self._timers: dict[Relay, asyncio.TimerHandle] = {}
+        self._max_queued = -(-settings.max_queued // settings.processes)
+
+    # -- the deployment -------------------------------------------------------------------------
+    def update(self, table: RoutingTable) -> None:
+        """Replace the routing table; requests on replicas that are gone are given to others."""
+        previous = self._pools
+        self.table = table
+        self._router = Router(table.routing_shares, overflow_s=self._settings.overflow_s)
+        self._pools = {}
+        for replica in table.replicas:
+            key = (replica.id, replica.endpoint)
+            self._pools[key] = previous.get(key) or _pool(replica.endpoint)
+        self.serving = {
+            replica.id: replica for replica in table.replicas if replica.phase is ReplicaPhase.READY
+        }
+        self._ledger.follow(table.replicas)
+        for key, pool in previous.items():
+            if key not in self._pools:
+                pool.fail_all()
+        self._pump()
+
+    def tell(self, picture: Picture) -> None:
+        """Take in what other parts of OServe know."""
+        self.picture = picture
+        self._ledger.set_elsewhere(picture.elsewhere)
+
+    def outstanding(self) -> dict[str, tuple[float, int]]:
+        """Work (prior seconds) and requests this process has at each replica."""
+        return self._ledger.own()
+
+    @property
+    def queued(self) -> int:
+        """Requests waiting here."""
+        return len(self._waiting)
+
+    # -- requests -------------------------------------------------------------------------------
+    def accept(self, relay: Relay) -> None:
+        """Take a request in."""
+        self.active.add(relay)
+        loop = asyncio.get_running_loop()
+        self._timers[relay] = loop.call_later(self._settings.request_timeout_s, relay.deadline)
+        self.dispatch(relay)
+
+    def dispatch(self, relay: Relay) -> None:
+        """Send a request to the replica the router picks, or let it wait, or refuse it."""
+        if relay.request is None:
+            self._dispatch_auxiliary(relay)
+            return
+        picked = self._try_send(relay)
+        if picked is None:
+            return
+        if picked is Refusal.NO_REPLICA and not self.table.expected:
+            relay.fail(unavailable("No replica can serve now, and none is starting"))
+        elif len(self._waiting) >= self._max_queued:
+            relay.fail(
+                overloaded("Too many requests are waiting", retry_after_s=self._retry_after_s())
+            )
+        else:
+            self._enqueue(relay, waiting_for_replica=picked is Refusal.NO_REPLICA)
+
+    def _try_send(self, relay: Relay) -> Refusal | None:
+        """Route and send; returns why it could not be, if so."""
+        assert relay.request is not None
+        route = self._router.pick(
+            relay.request, self._ledger.loads(self.serving), exclude=self._excluded(relay)
+        )
+        if isinstance(route, Refusal):
+            return route
+        replica = self.serving[route.replica]
+        kind = relay.request.workload_type
+        now_s = time.monotonic()
+        self.metrics.count("oserve_route", kind, replica.id)
+        if route.reason is not RouteReason.POOL:
+            self.metrics.count("oserve_route_fallback", route.reason.value)
+        self.metrics.histogram("oserve_queue_seconds", kind).observe(now_s - relay.arrival_s)
+        relay.sent_to(replica, self._ledger.admit(replica.id, relay.request, now_s))
+        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
+        return None
+
+    def _dispatch_auxiliary(self, relay: Relay) -> None:
+        excluded = self._excluded(relay)
+        replicas = [item for name, item in self.serving.items() if name not in excluded]
+        if not replicas:
+            relay.fail(unavailable("No replica can serve now"))
+            return
+        relay.sent_to(replicas[0], None)
+        replica = replicas[0]
+        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
+
+    def _excluded(self, relay: Relay) -> set[str]:
+        return {
+            name
+            for name, replica in self.serving.items()
+            if relay.tried and (name, replica.started_s) in relay.tried
+        }
+
+    def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
+        """The request as the replica gets it. Only known headers travel on."""
+        body = relay.body
+        if relay.parsed is not None:
+            priority = None
+            if replica.accepts_priority:
+                priority = engine_priority(relay.rank)
+            body = with_fields(body, relay.parsed, priority=priority, model=replica.model)
+        lines = [
+            b"%b %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nx-request-id: %b\r\n"
+            % (relay.method, relay.path, len(body), relay.request_id)
+        ]
+        lines += [
+            b"%b: %b\r\n" % (name, relay.headers[name])
+            for name in _FORWARDED
+            if name in relay.headers
+        ]
+        if replica.endpoint.api_key:
+            lines.append(b"authorization: Bearer %b\r\n" % replica.endpoint.api_key.encode())
+        return b"".join((*lines, b"\r\n", body))
+
+    def may_retry(self, relay: Relay) -> bool:
+        """Whether another try makes sense: attempts left, and someone else may take it."""
+        if relay.attempts >= self._settings.max_attempts or relay.replica is None:
+            return False
+        others = self.serving.keys() - self._excluded(relay) - {relay.replica.id}
+        return bool(others) or self.table.expected
+
+    def log_retry(self, relay: Relay, reason: str) -> None:
+        name = relay.replica.id if relay.replica is not None else "?"
+        _log.warning("request moves on from replica %s: %s", name, reason)
+
+    # -- the queue ------------------------------------------------------------------------------
+    def _enqueue(self, relay: Relay, *, waiting_for_replica: bool) -> None:
+        self._sequence += 1
+        self._waiting.add(relay)
+        if len(self._queue) > 2 * self._max_queued + 16:
+            # Those who left without being served must not pile up behind a full fleet.
+            self._queue = [item for item in self._queue if item[2] in self._waiting]
+            heapq.heapify(self._queue)
+        heapq.heappush(self._queue, (relay.rank, self._sequence, relay))
+        if waiting_for_replica:
+            asyncio.get_running_loop().call_later(
+                self._settings.no_replica_wait_s, self._give_up, relay, relay.attempts
+            )
+
+    def _give_up(self, relay: Relay, attempts: int) -> None:
+        if not relay.ended and relay.attempts == attempts and not self.serving:
+            relay.fail(unavailable("No replica became ready in time"))
+
+    def _pump(self) -> None:
+        """Send waiting requests, best rank first, until the router refuses one."""
+        while self._queue:
+            _, _, relay = self._queue[0]
+            if relay in self._waiting:
+                if self._try_send(relay) is not None:
+                    return
+                self._waiting.discard(relay)
+            heapq.heappop(self._queue)
+
+    def _retry_after_s(self) -> int:
+        loads = self._ledger.loads(self.serving).values()
+        return max(1, min(60, round(min((load.work_s for load in loads), default=5.0))))
+
+    # -- the end of a request -------------------------------------------------------------------
+    def ended(self, relay: Relay, status: FinishStatus) -> None:
+        """Count and record a finished request, and let the next one go."""
+        self.active.discard(relay)
+        self._waiting.discard(relay)
+        timer = self._timers.pop(relay, None)
+        if timer is not None:
+            timer.cancel()
+        if relay.request is not None:
+            self._account(relay, relay.request, status)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _account(self, relay: Relay, request: Request, status: FinishStatus) -> None:
+        now_s = time.monotonic()
+        e2e_s = now_s - relay.arrival_s
+        kind = request.workload_type
+        prompt_tokens, output_tokens = relay.token_counts()
+        if relay.usage_reported and relay.prompt_bytes:
+            self.lengths.learn(relay.prompt_bytes, prompt_tokens)
+        ttft_s = tpot_s = None
+        if relay.first_byte_s and relay.stream:
+            ttft_s = relay.first_byte_s - relay.arrival_s
+            if output_tokens > 1:
+                tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
+        metrics = self.metrics
+        metrics.count("oserve_requests", status.value)
+        metrics.histogram("oserve_request_duration_seconds", kind).observe(e2e_s)
+        if ttft_s is not None:
+            metrics.histogram("oserve_time_to_first_token_seconds", kind).observe(ttft_s)
+        if status is FinishStatus.COMPLETED:
+            metrics.count("oserve_prompt_tokens", kind, by=prompt_tokens)
+            metrics.count("oserve_output_tokens", kind, by=output_tokens)
+        record = RequestRecord(
+            arrival_s=time.time() - e2e_s,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            workload_type=kind,
+            replica=relay.replica.id if relay.replica is not None else "",
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            e2e_s=e2e_s,
+            status=status,
+        )
+        if self._records is not None and not self._records.put(record):
+            metrics.count("oserve_records_dropped")
+
+    def close(self) -> None:
+        """Break off what is left, and finish writing records."""
+        for relay in list(self.active):
+            relay.fail(unavailable("The server is shutting down"))
+        for pool in self._pools.values():
+            pool.fail_all()
+        if self._records is not None:
+            self._records.close()
+
+
+def _pool(endpoint: Endpoint) -> UpstreamPool:
+    if endpoint.unix_socket:
+        return UpstreamPool(unix_socket=endpoint.unix_socket)
+    parts = urlsplit(endpoint.url)
+    tls = parts.scheme == "https"
+    return UpstreamPool(host=parts.hostname or "", port=parts.port or (443 if tls else 80), tls=tls)

@@ -1,0 +1,94 @@
+"""Errors in OpenAI's form, and the HTTP status each kind travels with."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from oserve.wire import Exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiError(Exception):
+    """What went wrong, as clients of OpenAI's API expect to read it."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """The request is at fault."""
+    return ApiError(status=400, message=message, param=param, code=code)
+
+
+def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
+    """No replica can take it now."""
+    return ApiError(
+        status=503,
+        message=message,
+        type="server_error",
+        code="no_capacity",
+        retry_after_s=retry_after_s,
+    )
+
+
+def overloaded(message: str, *, retry_after_s: int) -> ApiError:
+    """Too much is waiting already."""
+    return ApiError(
+        status=429,
+        message=message,
+        type="rate_limit_error",
+        code="queue_full",
+        retry_after_s=retry_after_s,
+    )
+
+
+def upstream_failed(message: str) -> ApiError:
+    """A replica failed and the request could not be saved."""
+    return ApiError(status=502, message=message, type="server_error", code="replica_failed")
+
+
+def timed_out(message: str) -> ApiError:
+    """It took longer than allowed."""
+    return ApiError(status=504, message=message, type="server_error", code="deadline_exceeded")
+
+
+_BY_STATUS = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error"}
+
+
+def with_status(status: int, message: str, *, code: str | None = None) -> ApiError:
+    """Any other refusal."""
+    return ApiError(
+        status=status,
+        message=message,
+        type=_BY_STATUS.get(status, "invalid_request_error"),
+        code=code,
+    )
+
+
+def send_error(
+    exchange: Exchange,
+    error: ApiError,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    *,
+    close: bool = False,
+) -> None:
+    """Answer an exchange with an error."""
+    if error.retry_after_s is not None:
+        headers = (*headers, (b"retry-after", b"%d" % error.retry_after_s))
+    exchange.respond(error.status, error.body(), headers=headers, close=close)

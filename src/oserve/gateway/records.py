@@ -1,0 +1,140 @@
+"""One row for each finished request, in SQLite; a limit on rows; nothing of prompts or answers."""
+
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from oserve.core import FinishStatus, OServeError, RequestRecord
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    arrival_s REAL NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    workload_type TEXT NOT NULL,
+    replica TEXT NOT NULL,
+    ttft_s REAL,
+    tpot_s REAL,
+    e2e_s REAL NOT NULL,
+    status TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
+"""
+_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_BATCH = 512
+_FLUSH_S = 0.5
+_BACKLOG = 50_000
+
+
+class RecordStore:
+    """Rows go through a bounded backlog to a writer thread, so the request path never waits.
+
+    Several processes may write one file. ``put`` tells ``False`` when the backlog is full and the
+    record was dropped.
+    """
+
+    def __init__(self, path: Path, *, max_records: int) -> None:
+        self._path = path
+        self._max_records = max_records
+        self._backlog: queue.Queue[RequestRecord | None] = queue.Queue(_BACKLOG)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(path, timeout=30.0)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.executescript(_SCHEMA)
+            connection.close()
+        except (OSError, sqlite3.Error) as error:
+            raise OServeError(
+                f"cannot keep request records there: {error}",
+                place=str(path),
+                remedy="choose another gateway.records_file, or move the file away",
+            ) from None
+        self._writer = threading.Thread(target=self._write, name="records", daemon=True)
+        self._writer.start()
+
+    def put(self, record: RequestRecord) -> bool:
+        try:
+            self._backlog.put_nowait(record)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self._backlog.put(None)
+        self._writer.join(timeout=30.0)
+
+    def _write(self) -> None:
+        connection = sqlite3.connect(self._path, timeout=30.0)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        written = 0
+        ended = False
+        while not ended:
+            batch, ended = self._next_batch()
+            if batch:
+                try:
+                    with connection:
+                        connection.executemany(_INSERT, [_row(record) for record in batch])
+                    written += len(batch)
+                    if written >= self._max_records // 20 + 1:
+                        written = 0
+                        self._trim(connection)
+                except sqlite3.Error:
+                    # A full disk must not end serving; the rows of this batch are gone.
+                    continue
+        connection.close()
+
+    def _next_batch(self) -> tuple[list[RequestRecord], bool]:
+        batch: list[RequestRecord] = []
+        while len(batch) < _BATCH:
+            try:
+                record = self._backlog.get(timeout=None if not batch else _FLUSH_S)
+            except queue.Empty:
+                break
+            if record is None:
+                return batch, True
+            batch.append(record)
+        return batch, False
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        with connection:
+            connection.execute(
+                "DELETE FROM requests WHERE rowid <= (SELECT max(rowid) FROM requests) - ?",
+                (self._max_records,),
+            )
+
+
+def _row(record: RequestRecord) -> tuple[object, ...]:
+    return (
+        record.arrival_s,
+        record.prompt_tokens,
+        record.output_tokens,
+        record.workload_type,
+        record.replica,
+        record.ttft_s,
+        record.tpot_s,
+        record.e2e_s,
+        record.status.value,
+    )
+
+
+def read_records(path: Path) -> Iterator[RequestRecord]:
+    """All records of a store, oldest first."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        for row in connection.execute("SELECT * FROM requests ORDER BY rowid"):
+            yield RequestRecord(
+                arrival_s=row[0],
+                prompt_tokens=row[1],
+                output_tokens=row[2],
+                workload_type=row[3],
+                replica=row[4],
+                ttft_s=row[5],
+                tpot_s=row[6],
+                e2e_s=row[7],
+                status=FinishStatus(row[8]),
+            )
+    finally:
+        connection.close()

@@ -1,0 +1,344 @@
+"""One request on its way: from the client to a replica and back, byte for byte.
+
+Until the first byte of the answer has gone to the client, a failed replica means another try on
+another one; after it, the client is told by an SSE error object and the connection closes without
+``[DONE]``. Chunks are not parsed: their framing is followed, and two fixed patterns are looked for
+(the usage report, and the final chunk that only we asked for).
+"""
+
+import re
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from oserve.control.ledger import WorkEntry
+from oserve.control.table import TableReplica
+from oserve.core import FinishStatus, Request
+from oserve.gateway.body import GenerateBody
+from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
+from oserve.wire import Exchange, ResponseHead, chunk, dechunk
+from oserve.wire.framing import LAST_CHUNK
+from oserve.wire.upstream import UpstreamConnection
+
+if TYPE_CHECKING:
+    from oserve.gateway.dispatch import Dispatcher
+
+_USAGE = b'"usage":{'
+_NO_CHOICES = b'"choices":[]'
+_STREAM_ERROR = b'data: {"error"'
+# In JSON a quote inside a string is escaped, so these match keys only, never generated text.
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+_HOLD_BYTES = 1024 * 1024
+_DROPPED_HEADERS = {
+    b"connection",
+    b"content-length",
+    b"date",
+    b"keep-alive",
+    b"server",
+    b"transfer-encoding",
+    b"x-request-id",
+}
+
+
+class Relay:
+    """A request and its answer in progress; the sink of whatever replica serves it.
+
+    ``request`` is ``None`` for auxiliary calls (tokenize), which are neither typed nor recorded.
+    ``hide_usage``: we asked for the usage chunk, so the client does not get to see it.
+    """
+
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        exchange: Exchange,
+        *,
+        request: Request | None,
+        request_id: bytes,
+        parsed: GenerateBody | None = None,
+        rank: float = 0.0,
+        stream: bool = False,
+        hide_usage: bool = False,
+        prompt_bytes: int = 0,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._exchange = exchange
+        self.request = request
+        self.request_id = request_id
+        self.parsed = parsed
+        self.rank = rank
+        self.stream = stream
+        self.prompt_bytes = prompt_bytes
+        self._hide_usage = hide_usage
+        self.arrival_s = monotonic()
+        self.attempts = 0
+        self.tried: set[tuple[str, float]] = set()
+        self.replica: TableReplica | None = None
+        self.cancelled = False
+        self.ended = False
+        self._entry: WorkEntry | None = None
+        self._connection: UpstreamConnection | None = None
+        self._head: ResponseHead | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._partial = b""
+        self._committed = False
+        self._usage = b""
+        self._chunks = 0
+        self._first_byte_s = 0.0
+        self._last_chunk_s = 0.0
+        self._inter_token = dispatcher.metrics.inter_token
+        exchange.on_disconnect = self._disconnected
+        exchange.on_pause = self._pause
+
+    # -- called by the dispatcher ----------------------------------------------------------------
+    @property
+    def method(self) -> bytes:
+        return self._exchange.method
+
+    @property
+    def path(self) -> bytes:
+        return self._exchange.path.partition(b"?")[0]
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return self._exchange.headers
+
+    @property
+    def body(self) -> bytes:
+        return self._exchange.body
+
+    def sent_to(self, replica: TableReplica, entry: WorkEntry | None) -> None:
+        """A replica was chosen; its answer will come to this sink."""
+        self.attempts += 1
+        self.replica = replica
+        self._entry = entry
+        self._head = None
+        self._held = []
+        self._held_bytes = 0
+        self._partial = b""
+
+    def fail(self, error: ApiError) -> None:
+        """Answer with an error, in whatever form is still possible."""
+        if self.ended:
+            return
+        self._drop_connection()
+        status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
+        self._dispatcher.metrics.count("oserve_request_errors", error.code or "error")
+        if not self._committed:
+            send_error(self._exchange, error, self._own_headers())
+        else:
+            self._fail_stream(error)
+        self._end(status)
+
+    def deadline(self) -> None:
+        """The request took longer than it may."""
+        self.fail(timed_out("The request exceeded the server's time limit"))
+
+    def _fail_stream(self, error: ApiError) -> None:
+        connection = self._connection
+        framing = connection.framing if connection is not None else None
+        clean = framing is not None and framing.at_boundary and not self._partial
+        if self.stream and clean and not self._exchange.http_1_0:
+            self._exchange.write(chunk(b"data: " + error.body() + b"\n\n") + LAST_CHUNK)
+            self._exchange.finish(close=True)
+        else:
+            self._exchange.abort()
+
+    # -- the client -----------------------------------------------------------------------------
+    def _disconnected(self) -> None:
+        self.cancelled = True
+        self._drop_connection()
+        self._end(FinishStatus.DISCONNECTED)
+
+    def _pause(self, paused: bool) -> None:
+        if self._connection is not None:
+            self._connection.pause(paused)
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+
+    # -- the replica (Sink) ---------------------------------------------------------------------
+    def attached(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._head = head
+
+    def on_data(self, data: bytes) -> None:
+        now_s = monotonic()
+        if self._committed:
+            if self.stream:
+                self._inter_token.observe(now_s - self._last_chunk_s)
+                self._last_chunk_s = now_s
+            self._pass_on(data)
+            return
+        head = self._head
+        assert head is not None
+        if not self._first_byte_s:
+            if self._refused_by_replica(head, data):
+                return
+            self._first_byte_s = self._last_chunk_s = now_s
+            if self._entry is not None:
+                self._entry.first_byte(now_s)
+        if not self.stream or head.status != 200:
+            # Held back until whole: as long as no byte has gone out, another replica can take over.
+            self._held.append(data)
+            self._held_bytes += len(data)
+            if self._held_bytes > _HOLD_BYTES:
+                self._commit()
+            return
+        self._commit()
+        self._pass_on(data)
+
+    def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
+        """Whether the replica failed rather than answered, and another try was arranged."""
+        failed = head.status >= 500 or (self.stream and data.find(_STREAM_ERROR, 0, 64) >= 0)
+        return failed and self._retry(f"the replica answered with status {head.status}")
+
+    def _commit(self) -> None:
+        """Send the head and what was held; from here on there is no other try."""
+        head = self._head
+        assert head is not None
+        self._committed = True
+        fields = [field for field in head.headers if field[0] not in _DROPPED_HEADERS]
+        close = False
+        if head.length is not None:
+            fields.append((b"content-length", b"%d" % head.length))
+        elif head.chunked and not self._exchange.http_1_0:
+            fields.append((b"transfer-encoding", b"chunked"))
+        else:
+            close = True
+        self._exchange.start(head.status, (*fields, *self._own_headers()), close=close)
+        held, self._held = self._held, []
+        for data in held:
+            self._pass_on(data)
+
+    def _own_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        fields = [(b"x-request-id", self.request_id)]
+        if self.replica is not None:
+            fields.append((b"x-oserve-replica", self.replica.id.encode()))
+        if self.request is not None:
+            fields.append((b"x-oserve-workload-type", self.request.workload_type.encode()))
+        fields.append((b"x-oserve-plan-id", self._dispatcher.table.plan_id.encode()))
+        return tuple(fields)
+
+    def _pass_on(self, data: bytes) -> None:
+        if _USAGE in data:
+            self._usage = data
+        if self._hide_usage or (self._exchange.http_1_0 and self._is_chunked):
+            data = self._whole_chunks(data)
+            if self._hide_usage and _NO_CHOICES in data:
+                data = _without_usage_event(data)
+            if self._exchange.http_1_0:
+                data = dechunk(data)
+        if data:
+            self._exchange.write(data)
+
+    @property
+    def _is_chunked(self) -> bool:
+        return self._head is not None and self._head.chunked
+
+    def _whole_chunks(self, data: bytes) -> bytes:
+        """Hold back a chunk that has not arrived whole."""
+        framing = self._connection.framing if self._connection is not None else None
+        if framing is None or not framing.chunked:
+            return data
+        if framing.at_boundary or framing.complete:
+            whole, self._partial = self._partial + data, b""
+            return whole
+        cut = framing.boundary
+        if cut == 0:
+            self._partial += data
+            return b""
+        whole, self._partial = self._partial + data[:cut], data[cut:]
+        return whole
+
+    def on_end(self) -> None:
+        head = self._head
+        assert head is not None
+        if not self._committed:
+            if head.status >= 500 and self._retry(f"the replica answered {head.status}"):
+                return
+            self._commit()
+        if self._connection is not None and self._connection.framing is not None:
+            self._chunks = self._connection.framing.chunks
+        self._exchange.finish()
+        if head.status < 400:
+            self._end(FinishStatus.COMPLETED)
+        else:
+            reason = "engine_refused" if head.status < 500 else "engine_failed"
+            self._dispatcher.metrics.count("oserve_request_errors", reason)
+            client = head.status < 500
+            self._end(FinishStatus.CLIENT_ERROR if client else FinishStatus.FAILED)
+
+    def on_error(self, reason: str) -> None:
+        if self.ended:
+            return
+        if not self._committed and self._retry(reason):
+            return
+        name = self.replica.id if self.replica is not None else "?"
+        self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
+
+    def _retry(self, reason: str) -> bool:
+        """Give the request to another replica if one may take it; tells whether it did."""
+        if self.ended or not self._dispatcher.may_retry(self):
+            return False
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        self._close_entry(done=False)
+        self._first_byte_s = 0.0
+        assert self.replica is not None
+        self.tried.add((self.replica.id, self.replica.started_s))
+        self._dispatcher.metrics.count("oserve_requests_retried", self.replica.id)
+        self._dispatcher.log_retry(self, reason)
+        self._dispatcher.dispatch(self)
+        return True
+
+    # -- the end --------------------------------------------------------------------------------
+    def _close_entry(self, *, done: bool) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            entry.close(monotonic(), done=done)
+
+    def _end(self, status: FinishStatus) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        if self._connection is not None and self._connection.framing is not None:
+            self._chunks = max(self._chunks, self._connection.framing.chunks)
+        self._close_entry(done=status is FinishStatus.COMPLETED)
+        self._dispatcher.ended(self, status)
+
+    @property
+    def first_byte_s(self) -> float:
+        """When the first byte came (monotonic seconds), 0 if none did."""
+        return self._first_byte_s
+
+    def token_counts(self) -> tuple[int, int]:
+        """Prompt and output tokens: as the engine reported them, else our best count."""
+        prompt = _PROMPT_TOKENS.findall(self._usage)
+        output = _COMPLETION_TOKENS.findall(self._usage)
+        estimate = self.request.prompt_tokens if self.request is not None else 0
+        # Without a report, each chunk of a stream carried about one token.
+        counted = self._chunks if self.stream else 0
+        return (
+            int(prompt[-1]) if prompt else estimate,
+            int(output[-1]) if output else counted,
+        )
+
+    @property
+    def usage_reported(self) -> bool:
+        """Whether the engine told the token counts."""
+        return bool(self._usage)
+
+
+def _without_usage_event(data: bytes) -> bytes:
+    """Whole chunks less the event that carries usage alone."""
+    ends = data.endswith(LAST_CHUNK)
+    events = dechunk(data).split(b"\n\n")
+    kept = [event for event in events if not (_NO_CHOICES in event and _USAGE in event)]
+    payload = b"\n\n".join(kept)
+    rebuilt = chunk(payload) if payload.strip() else b""
+    return rebuilt + (LAST_CHUNK if ends else b"")

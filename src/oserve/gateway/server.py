@@ -1,0 +1,249 @@
+"""The gateway's endpoints: who may ask, what is answered here, what is admitted."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from oserve import __version__
+from oserve.control.order import OrderPolicy, rank_s
+from oserve.core import Request
+from oserve.gateway.body import GenerateBody, parse_body, prompt_size
+from oserve.gateway.dispatch import Dispatcher
+from oserve.gateway.errors import ApiError, send_error, unavailable, with_status
+from oserve.gateway.metrics import exposition, merged
+from oserve.gateway.records import RecordStore
+from oserve.gateway.relay import Relay
+from oserve.gateway.settings import GatewaySettings
+from oserve.wire import Exchange, ServerLimits, serve
+from oserve.wire.server import Server
+from oserve.workload import classify
+
+_log = logging.getLogger("oserve.gateway")
+
+_GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
+_AUXILIARY = {b"/tokenize", b"/detokenize"}
+_REQUEST_ID_BYTES = 128
+_FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
+
+
+class Gateway:
+    """One gateway process."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        models: tuple[str, ...],
+        api_keys: frozenset[str] = frozenset(),
+        records: RecordStore | None = None,
+    ) -> None:
+        self.dispatcher = Dispatcher(settings, records)
+        self._settings = settings
+        self._models = models
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
+        self._started_s = int(time.time())
+        self._server: Server | None = None
+        order = settings.order
+        self._order = OrderPolicy(
+            penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
+            max_penalty_s=order.max_penalty_s,
+            client_step_s=order.client_step_s,
+            max_client_steps=order.max_client_steps,
+        )
+        self._ordered = order.policy == "priority"
+        self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange], None]]] = {
+            b"/v1/models": (b"GET", True, self._answer_models),
+            b"/health": (b"GET", False, self._answer_health),
+            b"/live": (b"GET", False, lambda exchange: exchange.respond(200, b"{}")),
+            b"/version": (b"GET", False, self._answer_version),
+            b"/metrics": (b"GET", False, self._answer_metrics),
+            b"/oserve/v1/status": (b"GET", True, self._answer_status),
+            **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
+            **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
+        }
+
+    # -- life -----------------------------------------------------------------------------------
+    async def listen(self) -> int:
+        """Open the port; returns its number."""
+        settings = self._settings
+        self._server = await serve(
+            self._handle,
+            refuse=lambda exchange, status, message: send_error(
+                exchange, with_status(status, message), close=True
+            ),
+            limits=ServerLimits(
+                max_body_bytes=settings.max_body_bytes,
+                max_connections=settings.max_connections,
+                read_timeout_s=settings.read_timeout_s,
+                stall_s=settings.stall_timeout_s,
+            ),
+            host=settings.host,
+            port=settings.port,
+            reuse_port=settings.processes > 1,
+        )
+        return self._server.port
+
+    async def close(self) -> None:
+        """Take no new connections, let running requests end within the grace, then break off."""
+        if self._server is not None:
+            self._server.stop_listening()
+        deadline_s = time.monotonic() + self._settings.shutdown_grace_s
+        while self.dispatcher.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        self.dispatcher.close()
+        if self._server is not None:
+            await self._server.close()
+
+    # -- requests -------------------------------------------------------------------------------
+    def _handle(self, exchange: Exchange) -> None:
+        path = exchange.path.partition(b"?")[0]
+        request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
+        route = self._routes.get(path)
+        if route is None:
+            shown = path[:64].decode("latin-1")
+            error = with_status(404, f"There is no route {shown} here", code="not_found")
+            self._refuse(exchange, error, request_id)
+            return
+        method, guarded, answer = route
+        if exchange.method != method and not (method == b"GET" and exchange.method == b"HEAD"):
+            error = with_status(405, f"This route takes {method.decode()} only")
+            self._refuse(exchange, error, request_id)
+            return
+        if guarded and self._keys and not self._authorised(exchange):
+            error = with_status(401, "Missing or wrong API key", code="invalid_api_key")
+            self._refuse(exchange, error, request_id)
+            return
+        exchange.headers[b"x-request-id"] = request_id
+        try:
+            answer(exchange)
+        except ApiError as error:
+            self._refuse(exchange, error, request_id)
+
+    def _refuse(self, exchange: Exchange, error: ApiError, request_id: bytes) -> None:
+        self.dispatcher.metrics.count("oserve_request_errors", error.code or error.type)
+        send_error(exchange, error, ((b"x-request-id", request_id),))
+
+    def _authorised(self, exchange: Exchange) -> bool:
+        scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        digest = hashlib.sha256(token.strip()).digest()
+        return any([hmac.compare_digest(digest, key) for key in self._keys])  # noqa: C419
+
+    def _generate(self, exchange: Exchange) -> None:
+        parsed = parse_body(exchange.body)
+        self._check_model(parsed.model)
+        size, exact = prompt_size(parsed)
+        prompt_tokens = size if exact else self.dispatcher.lengths.estimate(size)
+        types = self.dispatcher.table.workload_types
+        if not types:
+            raise unavailable("No deployment plan is in force yet")
+        kind = classify(prompt_tokens, types)
+        now_s = time.monotonic()
+        request_id = exchange.headers[b"x-request-id"]
+        relay = Relay(
+            self.dispatcher,
+            exchange,
+            parsed=parsed,
+            request=Request(
+                id=request_id.decode("latin-1"),
+                arrival_s=now_s,
+                workload_type=kind.name,
+                prompt_tokens=prompt_tokens,
+                output_tokens=_expected_output(parsed, kind.output_tokens),
+            ),
+            request_id=request_id,
+            rank=rank_s(
+                self._order,
+                arrival_s=now_s,
+                prompt_tokens=prompt_tokens,
+                client_priority=parsed.priority or 0,
+            )
+            if self._ordered
+            else now_s,
+            stream=bool(parsed.stream),
+            hide_usage=bool(parsed.stream) and not parsed.wants_usage,
+            prompt_bytes=0 if exact else size,
+        )
+        self.dispatcher.accept(relay)
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model not in self._models:
+            raise ApiError(
+                status=404,
+                message=f"The model `{model[:200]}` is not served here; "
+                f"there is {', '.join(f'`{name}`' for name in self._models)}",
+                type="not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _auxiliary(self, exchange: Exchange) -> None:
+        request_id = exchange.headers[b"x-request-id"]
+        relay = Relay(self.dispatcher, exchange, request=None, request_id=request_id)
+        self.dispatcher.accept(relay)
+
+    # -- what is answered here ------------------------------------------------------------------
+    def _answer_models(self, exchange: Exchange) -> None:
+        lengths = [
+            item.max_model_len for item in self.dispatcher.serving.values() if item.max_model_len
+        ]
+        entries = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "oserve",
+                "root": self._models[0],
+                "parent": None,
+                "max_model_len": max(lengths, default=None),
+            }
+            for name in self._models
+        ]
+        exchange.respond(200, msgspec.json.encode({"object": "list", "data": entries}))
+
+    def _answer_health(self, exchange: Exchange) -> None:
+        if self.dispatcher.serving:
+            exchange.respond(200, b"{}")
+        else:
+            send_error(exchange, unavailable("No replica can serve now"))
+
+    def _answer_version(self, exchange: Exchange) -> None:
+        exchange.respond(200, msgspec.json.encode({"version": __version__}))
+
+    def _answer_status(self, exchange: Exchange) -> None:
+        exchange.respond(200, bytes(self.dispatcher.picture.status))
+
+    def _answer_metrics(self, exchange: Exchange) -> None:
+        dispatcher = self.dispatcher
+        gauges: dict[str, dict[tuple[str, ...], float]] = {}
+        for name, labels, value in dispatcher.picture.gauges:
+            gauges.setdefault(name, {})[tuple(labels)] = value
+        inflight = {name: float(count) for name, (_, count) in dispatcher.outstanding().items()}
+        for name, (_, count) in dispatcher.picture.elsewhere.items():
+            inflight[name] = inflight.get(name, 0.0) + count
+        gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
+        queued = dispatcher.queued + dispatcher.picture.queued
+        gauges["oserve_requests_queued"] = {(): float(queued)}
+        total = merged([dispatcher.metrics.snapshot(), dispatcher.picture.metrics])
+        text = exposition(total, gauges)
+        exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+
+def _expected_output(parsed: GenerateBody, typical: int) -> int:
+    """Output tokens to expect: the limit if it will be used up, else what is usual for the type."""
+    limit = parsed.output_limit
+    if limit is None:
+        return typical
+    limit = max(1, limit)
+    return limit if parsed.ignore_eos else min(limit, typical)
+
+
+def _new_id() -> bytes:
+    return secrets.token_hex(16).encode()

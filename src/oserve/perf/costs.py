@@ -1,0 +1,35 @@
+"""Engine seconds per token, before anything was measured."""
+
+from dataclasses import dataclass
+
+from oserve.core import Precision, ReplicaShape
+
+# Orders of magnitude only: the live router corrects them from what it sees within seconds, and
+# what matters to it is the ratio between replicas.
+_BASE_S = {"cpu": (1 / 4000, 1 / 400)}
+_ACCELERATOR_S = (1 / 12000, 1 / 2000)
+_PRECISION = {
+    Precision.FP32: 1.5,
+    Precision.BF16: 1.0,
+    Precision.FP16: 1.0,
+    Precision.FP8: 0.65,
+    Precision.INT8: 0.65,
+    Precision.INT4: 0.7,
+}
+# A device added to a tensor-parallel group buys less than a whole device's speed.
+_PARALLEL_EXPONENT = 0.85
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCosts:
+    """Engine seconds that one prompt token and one output token occupy in a full batch."""
+
+    prefill_s_per_token: float
+    decode_s_per_token: float
+
+
+def token_costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:
+    """A prior for a shape on a kind of device."""
+    prefill_s, decode_s = _BASE_S.get(device_kind, _ACCELERATOR_S)
+    factor = _PRECISION[shape.precision] / shape.device_count**_PARALLEL_EXPONENT
+    return TokenCosts(prefill_s_per_token=prefill_s * factor, decode_s_per_token=decode_s * factor)

@@ -1,0 +1,122 @@
+"""Where the body of an HTTP/1.1 message ends, without looking at what is in it (RFC 9112, 6-7)."""
+
+LAST_CHUNK = b"0\r\n\r\n"
+_MAX_SIZE_LINE = 256
+
+
+class FramingError(ValueError):
+    """The peer broke the framing of its message."""
+
+
+def chunk(payload: bytes) -> bytes:
+    """One chunk of the chunked transfer coding."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def dechunk(data: bytes) -> bytes:
+    """Payload of a run of whole chunks."""
+    parts = []
+    position = 0
+    while position < len(data):
+        line_end = data.find(b"\r\n", position)
+        size = _size(data[position:line_end]) if line_end >= 0 else 0
+        if size == 0:
+            break
+        parts.append(data[line_end + 2 : line_end + 2 + size])
+        position = line_end + 4 + size
+    return b"".join(parts)
+
+
+class Framing:
+    """Follows one body through the bytes that carry it.
+
+    ``length`` is the Content-Length, or ``None`` for a chunked body. ``chunks`` counts the chunks
+    begun, which for a server that writes one event a chunk is the number of events. ``boundary``
+    is the offset, in the bytes last fed, after the last chunk that ended there (0 if none did).
+    """
+
+    __slots__ = ("_in_trailer", "_left", "_line", "boundary", "chunked", "chunks", "complete")
+
+    def __init__(self, length: int | None) -> None:
+        self.chunked = length is None
+        self.complete = length == 0
+        self.chunks = 0
+        self.boundary = 0
+        self._left = length or 0
+        self._line = b""
+        self._in_trailer = False
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether a chunk could be inserted here without breaking the framing."""
+        return self.chunked and self._left == 0 and not self._line and not self._in_trailer
+
+    def feed(self, data: bytes) -> int:
+        """Take bytes in; return how many belong to this body. Sets ``complete`` at its end."""
+        if not self.chunked:
+            used = min(self._left, len(data))
+            self._left -= used
+            self.complete = self._left == 0
+            return used
+        position = self.boundary = 0
+        size = len(data)
+        while position < size:
+            if self._left:
+                step = min(self._left, size - position)
+                self._left -= step
+                position += step
+                if self._left == 0:
+                    self.boundary = position
+                continue
+            line_end = data.find(b"\r\n", position)
+            if self._line or line_end < 0:
+                position = self._feed_line(data, position)
+            elif self._in_trailer:
+                self._end_trailer(data[position:line_end])
+                position = line_end + 2
+            else:
+                self._begin(data[position:line_end])
+                position = line_end + 2
+            if self.complete:
+                return position
+        return position
+
+    def _feed_line(self, data: bytes, position: int) -> int:
+        """A size or trailer line that reached us in pieces."""
+        line = self._line + data[position:]
+        line_end = line.find(b"\r\n")
+        if line_end < 0:
+            if len(line) > _MAX_SIZE_LINE:
+                raise FramingError("chunk header too long")
+            self._line = line
+            return len(data)
+        used = line_end + 2 - len(self._line)
+        self._line = b""
+        if self._in_trailer:
+            self._end_trailer(line[:line_end])
+        else:
+            self._begin(line[:line_end])
+        return position + used
+
+    def _begin(self, line: bytes) -> None:
+        length = _size(line)
+        if length == 0:
+            self._in_trailer = True
+        else:
+            self.chunks += 1
+            self._left = length + 2
+
+    def _end_trailer(self, line: bytes) -> None:
+        self.complete = not line
+
+
+def _size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    try:
+        length = int(digits, 16)
+    except ValueError:
+        length = -1
+    # int() also takes signs and underscores, which would let two parsers disagree.
+    if length < 0 or not digits.isalnum():
+        raise FramingError(f"bad chunk header {line[:32]!r}")
+    return length

@@ -1,0 +1,272 @@
+"""The client side: pooled connections to one server, responses handed on as the bytes they are."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from oserve.wire.framing import Framing, FramingError
+
+_MAX_HEAD_BYTES = 64 * 1024
+_CONNECT_TIMEOUT_S = 5.0
+_MAX_IDLE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHead:
+    """``length`` is the Content-Length; ``None`` for a chunked or close-delimited body."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    length: int | None
+    chunked: bool
+
+
+class Sink(Protocol):
+    """Whoever takes a response. After ``on_end`` or ``on_error`` nothing more comes.
+
+    ``cancelled`` is read before a new connection is used; ``attached`` hands the connection over,
+    through which the response can be paused or the request dropped.
+    """
+
+    cancelled: bool
+
+    def attached(self, connection: "UpstreamConnection") -> None: ...
+
+    def on_head(self, head: ResponseHead) -> None: ...
+
+    def on_data(self, data: bytes) -> None: ...
+
+    def on_end(self) -> None: ...
+
+    def on_error(self, reason: str) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to a server; one request at a time."""
+
+    def __init__(self, pool: "UpstreamPool") -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._sink: Sink | None = None
+        self._head: ResponseHead | None = None
+        self._buffer = b""
+        self._keep_alive = True
+        self._request = b""
+        self._reused = False
+        self.framing: Framing | None = None
+
+    # -- used by whoever sent the request -------------------------------------------------------
+    def abort(self) -> None:
+        """Drop the request: the connection closes, which tells the server."""
+        self._sink = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def sever(self) -> None:
+        """Break the connection; whoever waits on it is told."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading the response."""
+        if self._transport is None:
+            return
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    # -- used by the pool -----------------------------------------------------------------------
+    def begin(self, request: bytes, sink: Sink, *, reused: bool) -> None:
+        assert self._transport is not None
+        self._sink = sink
+        self._request = request
+        self._reused = reused
+        self._head = None
+        self.framing = None
+        self._buffer = b""
+        self._transport.write(request)
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- transport ------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.forget(self)
+        sink, self._sink = self._sink, None
+        if sink is None:
+            return
+        if self._head is None and not self._buffer and self._reused:
+            # The server closed an idle connection as we took it up: the request was not read.
+            self._pool.send_fresh(self._request, sink)
+        elif self._head is not None and self.framing is None:
+            sink.on_end()  # the body ended with the connection, as its head announced
+        else:
+            sink.on_error("the connection to the replica broke")
+
+    def data_received(self, data: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            return
+        if self._head is None:
+            self._buffer += data
+            data = self._parse_head(sink)
+            if self._head is None or self._sink is None:
+                return
+        framing = self.framing
+        if framing is None:
+            if data:
+                sink.on_data(data)
+            return
+        try:
+            used = framing.feed(data)
+        except FramingError as error:
+            self._sink = None
+            self.close()
+            sink.on_error(str(error))
+            return
+        if used:
+            sink.on_data(data if used == len(data) else data[:used])
+        if framing.complete and self._sink is sink:
+            self._complete(sink, clean=used == len(data))
+
+    def _complete(self, sink: Sink, *, clean: bool) -> None:
+        self._sink = None
+        if self._keep_alive and clean:
+            self._pool.give_back(self)
+        else:
+            self.close()
+        sink.on_end()
+
+    def _parse_head(self, sink: Sink) -> bytes:
+        """Take the head off the buffer; returns the bytes after it."""
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > _MAX_HEAD_BYTES:
+                self._broken(sink, "the replica's response head is too long")
+            return b""
+        lines = self._buffer[:end].split(b"\r\n")
+        rest = self._buffer[end + 4 :]
+        try:
+            version, status = lines[0].split(b" ", 2)[:2]
+            code = int(status)
+            headers = tuple(_field(line) for line in lines[1:])
+        except ValueError:
+            self._broken(sink, "the replica's response head is malformed")
+            return b""
+        if 100 <= code < 200:
+            self._buffer = rest
+            return self._parse_head(sink) if rest else b""
+        self._buffer = b""
+        fields = dict(headers)
+        length = fields.get(b"content-length", b"")
+        chunked = b"chunked" in fields.get(b"transfer-encoding", b"").lower()
+        close = b"close" in fields.get(b"connection", b"").lower() or version == b"HTTP/1.0"
+        body_length = 0 if code in {204, 304} else int(length) if length.isdigit() else None
+        if chunked:
+            body_length = None
+        self._keep_alive = not close
+        self._head = ResponseHead(status=code, headers=headers, length=body_length, chunked=chunked)
+        if chunked or body_length is not None:
+            self.framing = Framing(body_length)
+        sink.on_head(self._head)
+        if self.framing is not None and self.framing.complete and self._sink is sink:
+            self._complete(sink, clean=not rest)
+        return rest
+
+    def _broken(self, sink: Sink, reason: str) -> None:
+        self._sink = None
+        self.close()
+        sink.on_error(reason)
+
+
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    name, colon, value = line.partition(b":")
+    if not colon:
+        raise ValueError("header without colon")
+    return name.strip().lower(), value.strip()
+
+
+class UpstreamPool:
+    """Connections to one server, by Unix socket or by host and port (optionally TLS)."""
+
+    def __init__(
+        self, *, unix_socket: str = "", host: str = "", port: int = 0, tls: bool = False
+    ) -> None:
+        self._unix_socket = unix_socket
+        self._host = host
+        self._port = port
+        self._tls = tls
+        self._idle: deque[UpstreamConnection] = deque()
+        self._all: set[UpstreamConnection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def send(self, request: bytes, sink: Sink) -> None:
+        """Send one request, on an idle connection where there is one."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                sink.attached(connection)
+                connection.begin(request, sink, reused=True)
+                return
+        self.send_fresh(request, sink)
+
+    def send_fresh(self, request: bytes, sink: Sink) -> None:
+        """Send on a connection made for this request."""
+        task = asyncio.get_running_loop().create_task(self._connect(request, sink))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, request: bytes, sink: Sink) -> None:
+        loop = asyncio.get_running_loop()
+        factory = lambda: UpstreamConnection(self)  # noqa: E731
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                if self._unix_socket:
+                    _, connection = await loop.create_unix_connection(factory, self._unix_socket)
+                else:
+                    _, connection = await loop.create_connection(
+                        factory, self._host, self._port, ssl=self._tls or None
+                    )
+        except (OSError, TimeoutError) as error:
+            if not sink.cancelled:
+                sink.on_error(f"cannot connect to the replica: {error or 'timed out'}")
+            return
+        if sink.cancelled:
+            connection.close()
+            return
+        self._all.add(connection)
+        sink.attached(connection)
+        connection.begin(request, sink, reused=False)
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        if len(self._idle) < _MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        self._all.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close_idle(self) -> None:
+        """Close what is not in use; requests under way go on."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def fail_all(self) -> None:
+        """Break every connection: the server is known to be dead, its requests get ``on_error``."""
+        for connection in list(self._all):
+            connection.sever()
