@@ -97,9 +97,7 @@ async def make_front() -> AsyncIterator[Make]:
         for index, engine in enumerate(engines):
             port = await engine.start()
             replicas.append(table_replica(f"r{index}", f"http://127.0.0.1:{port}", **fields))
-        gateway.dispatcher.update(
-            table_of(*replicas, expected=expected) if replicas else table_of_none()
-        )
+        gateway.dispatcher.update(table_of(*replicas, expected=expected))
         port = await gateway.listen()
         front = Front(gateway, f"http://127.0.0.1:{port}", aiohttp.ClientSession(), list(engines))
         fronts.append(front)
@@ -111,4 +109,3 @@ async def make_front() -> AsyncIterator[Make]:
         await front.gateway.close()
         for engine in front.engines:
             await engine.stop()
-

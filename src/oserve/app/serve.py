@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import tempfile
@@ -31,6 +30,7 @@ from oserve.core import (
     Precision,
     ReplicaPhase,
     ReplicaShape,
+    ReplicaState,
     StartReplica,
     StopReplica,
 )
@@ -109,12 +109,14 @@ def _located(settings: Settings) -> Settings:
     return msgspec.structs.replace(
         settings,
         gateway=msgspec.structs.replace(settings.gateway, records_file=records),
-        engines=msgspec.structs.replace(settings.engines, log_dir=logs),
+        engines=msgspec.structs.replace(
+            settings.engines, log_dir=logs, request_order=settings.gateway.order.policy
+        ),
     )
 
 
 class Server:
-    """A deployment in operation. ``changed`` is called with a line whenever a replica's phase is."""
+    """A deployment in operation; ``changed`` gets a line whenever a replica's phase changes."""
 
     def __init__(
         self, deployment: Deployment, *, changed: Callable[[str], None] = lambda _line: None
@@ -139,7 +141,6 @@ class Server:
             run_dir=self._run_dir,
             clock=self._clock,
             settings=settings.engines,
-            ordered=self._ordered,
             api_keys=backend_keys(deployment.plan),
             on_change=self._wake,
         )
@@ -182,7 +183,7 @@ class Server:
             await self._cluster.close()
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    def _wake(self) -> None:
+    def _wake(self, _state: ReplicaState) -> None:
         """A replica changed: do not wait for the next round."""
         self._woken.set()
 
@@ -278,9 +279,3 @@ async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]
         with contextlib.suppress(asyncio.CancelledError):
             await closing
     return status
-
-
-def new_process_group() -> None:
-    """Become a group of our own, so that a terminal's Ctrl-C is ours to pass on."""
-    with contextlib.suppress(OSError):
-        os.setpgrp()

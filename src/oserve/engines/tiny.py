@@ -2,10 +2,13 @@
 
 One token is one byte, so token counts can be read off a prompt. One residual dimension is kept
 constant (every embedding holds the same value there and no layer writes to it), which turns its
-column of ``lm_head`` into a bias per token: that bias keeps answers to printable ASCII, with letters
-about as frequent as in English, and gives the end-of-answer token a steady chance. It does not know
-engines.
+column of ``lm_head`` into a bias per token: that bias keeps answers to printable ASCII, with
+letters about as frequent as in English, and gives the end-of-answer token a steady chance. It does
+not know engines, and needs no torch, which alone would take longer than all that is done here.
 """
+
+# NumPy and tokenizers come with the engine packages, so they are imported only when called for.
+# ruff: noqa: PLC0415
 
 import json
 import math
@@ -13,7 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    _Array = NDArray[np.float32]
+    _Tensors = dict[str, NDArray[Any]]
 
 HIDDEN = 256
 INTERMEDIATE = 704  # a multiple of 32 per shard up to TP=2, which 4-bit packing asks for
@@ -28,8 +38,8 @@ _BEGIN, _END, _PAD = 256, 257, 261
 _CONSTANT = HIDDEN - 1
 _CONSTANT_VALUE = 4.0
 _FORBIDDEN = -60.0
-# Log-chance of the end token against the whole of the rest is about -ln(60) with this bias.
-_END_BIAS = 2.0
+# Chosen so that answers at temperature 1 end after about 60 tokens.
+_END_BIAS = 1.75
 _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,16 +50,14 @@ _CHAT_TEMPLATE = (
 
 
 def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
-    """Write the model to the folder ``path`` unless it is there; the same seed gives the same bytes.
+    """Write the model to the folder ``path`` unless it is there; a seed always gives one model.
 
-    Needs torch, safetensors and tokenizers. An existing folder with a ``config.json`` is left as it
-    is. Raises ``OSError`` when the folder cannot be written.
+    Needs numpy and tokenizers. An existing folder with a ``config.json`` is left as it is. Raises
+    ``OSError`` when the folder cannot be written.
     """
 
     def write(folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file(_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
+        _save(folder / "model.safetensors", _weights(seed))
         _write_tokenizer(folder)
         _write_json(folder / "config.json", _config())
 
@@ -57,27 +65,25 @@ def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
 
 
 def make_int8_variant(path: Path, out: Path) -> Path:
-    """Write a W8A8 int8 copy (compressed-tensors) of the model in ``path`` to ``out``.
+    """Write a W8A8 int8 copy (compressed-tensors) of the tiny model in ``path`` to ``out``.
 
-    Weights get one symmetric scale per output channel; activations are scaled per token at run time.
-    ``lm_head`` and the embedding keep their precision. Idempotent, as ``make_tiny_model``.
+    Weights get one symmetric scale per output channel; activations are scaled per token at run
+    time. ``lm_head`` and the embedding keep their precision. Idempotent, as ``make_tiny_model``.
     """
 
     def write(folder: Path) -> None:
-        import torch
-        from safetensors.torch import load_file, save_file
+        import numpy as np
 
-        tensors: dict[str, Any] = {}
-        for name, weight in load_file(path / "model.safetensors").items():
+        tensors: _Tensors = {}
+        for name, weight in _load(path / "model.safetensors").items():
             if not name.endswith("_proj.weight"):
                 tensors[name] = weight
                 continue
-            full = weight.to(torch.float32)
-            scale = full.abs().amax(dim=1, keepdim=True) / 127.0
-            scale[scale == 0] = 1.0  # all-zero rows must not divide by zero
-            tensors[name] = (full / scale).round().clamp(-127, 127).to(torch.int8)
-            tensors[name.removesuffix("weight") + "weight_scale"] = scale.to(torch.bfloat16)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
+            scale[scale == 0] = 1  # all-zero rows must not divide by zero
+            tensors[name] = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+            tensors[name.removesuffix("weight") + "weight_scale"] = scale
+        _save(folder / "model.safetensors", tensors)
         for extra in path.iterdir():
             if extra.name not in {"model.safetensors", "config.json"}:
                 shutil.copy(extra, folder / extra.name)
@@ -137,39 +143,78 @@ def _config() -> dict[str, Any]:
     }
 
 
-def _weights(seed: int) -> dict[str, Any]:
-    """Names to bf16 tensors. Spreads were chosen so that attention is peaked and answers vary."""
-    import torch
+def _weights(seed: int) -> "_Tensors":
+    """Names to float arrays. Spreads were chosen so that attention is peaked and answers vary."""
+    import numpy as np
 
-    source = torch.Generator().manual_seed(seed)
+    source = np.random.default_rng(seed)
 
-    def normal(rows: int, columns: int, spread: float) -> Any:
-        return torch.randn(rows, columns, generator=source) * spread
+    def normal(rows: int, columns: int, spread: float) -> "_Array":
+        return (source.standard_normal((rows, columns)) * spread).astype(np.float32)
 
     embedding = normal(VOCAB, HIDDEN, 1.0)
     embedding[:, _CONSTANT] = _CONSTANT_VALUE
-    tensors = {"model.embed_tokens.weight": embedding}
-    head = HIDDEN // HEADS
+    ones = np.ones(HIDDEN, dtype=np.float32)
+    tensors: _Tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones}
+    key_rows = KV_HEADS * HIDDEN // HEADS
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         tensors[attention + "q_proj.weight"] = normal(HIDDEN, HIDDEN, 0.12)
-        tensors[attention + "k_proj.weight"] = normal(KV_HEADS * head, HIDDEN, 0.12)
-        tensors[attention + "v_proj.weight"] = normal(KV_HEADS * head, HIDDEN, 1 / 16)
+        tensors[attention + "k_proj.weight"] = normal(key_rows, HIDDEN, 0.12)
+        tensors[attention + "v_proj.weight"] = normal(key_rows, HIDDEN, 1 / 16)
         tensors[attention + "o_proj.weight"] = normal(HIDDEN, HIDDEN, 1 / 12)
         tensors[mlp + "gate_proj.weight"] = normal(INTERMEDIATE, HIDDEN, 1 / 16)
         tensors[mlp + "up_proj.weight"] = normal(INTERMEDIATE, HIDDEN, 1 / 16)
         tensors[mlp + "down_proj.weight"] = normal(HIDDEN, INTERMEDIATE, 1 / 16)
         tensors[attention + "o_proj.weight"][_CONSTANT] = 0
         tensors[mlp + "down_proj.weight"][_CONSTANT] = 0
-        tensors[prefix + "input_layernorm.weight"] = torch.ones(HIDDEN)
-        tensors[prefix + "post_attention_layernorm.weight"] = torch.ones(HIDDEN)
-    tensors["model.norm.weight"] = torch.ones(HIDDEN)
-    head_weight = normal(VOCAB, HIDDEN, 2.5 / math.sqrt(HIDDEN))
-    head_weight[_END] = 0
-    head_weight[:, _CONSTANT] = torch.tensor(_biases())
-    tensors["lm_head.weight"] = head_weight
-    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+        tensors[prefix + "input_layernorm.weight"] = ones
+        tensors[prefix + "post_attention_layernorm.weight"] = ones
+    head = normal(VOCAB, HIDDEN, 2.5 / math.sqrt(HIDDEN))
+    head[_END] = 0
+    head[:, _CONSTANT] = _biases()
+    tensors["lm_head.weight"] = head
+    return tensors
+
+
+def _save(path: Path, tensors: "_Tensors") -> None:
+    """Write a safetensors file: floats as bf16 (rounded to nearest even), int8 as they are."""
+    import numpy as np
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts: list[bytes] = []
+    end = 0
+    for name, tensor in tensors.items():
+        kind = "I8"
+        data = tensor
+        if tensor.dtype == np.float32:
+            kind = "BF16"
+            bits = tensor.view(np.uint32)
+            data = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        parts.append(data.tobytes())
+        start, end = end, end + len(parts[-1])
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+
+
+def _load(path: Path) -> "_Tensors":
+    """Read a file that ``_save`` wrote, without int8 tensors."""
+    import numpy as np
+
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    del header["__metadata__"]
+    tensors: _Tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        words = np.frombuffer(content[start + first : start + last], dtype="<u2")
+        bits = words.astype(np.uint32) << 16
+        tensors[name] = bits.view(np.float32).reshape(entry["shape"])
+    return tensors
 
 
 def _biases() -> list[float]:
@@ -178,12 +223,12 @@ def _biases() -> list[float]:
     for rank, letter in enumerate(_LETTERS):
         bias[ord(letter)] = 1.5 - 0.08 * rank
         bias[ord(letter.upper())] = -2.0
-    for character in "0123456789":
-        bias[ord(character)] = -2.0
+    for digit in range(ord("0"), ord("9") + 1):
+        bias[digit] = -2.0
     bias[ord(" ")] = 2.0
     bias[ord(",")] = bias[ord(".")] = -0.5
     for character in range(33, 127):
-        bias[character] = max(bias[character], -3.0)
+        bias[character] = max(bias[character], -4.0)
     bias[_END] = _END_BIAS
     return bias
 

@@ -1,8 +1,9 @@
 """One row for each finished request, in SQLite; a limit on rows; nothing of prompts or answers."""
 
-import queue
+import contextlib
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,6 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
 """
 _INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_BATCH = 512
 _FLUSH_S = 0.5
 _BACKLOG = 50_000
 
@@ -38,7 +38,8 @@ class RecordStore:
     def __init__(self, path: Path, *, max_records: int) -> None:
         self._path = path
         self._max_records = max_records
-        self._backlog: queue.Queue[RequestRecord | None] = queue.Queue(_BACKLOG)
+        self._backlog: deque[RequestRecord] = deque()
+        self._ended = threading.Event()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(path, timeout=30.0)
@@ -55,48 +56,34 @@ class RecordStore:
         self._writer.start()
 
     def put(self, record: RequestRecord) -> bool:
-        try:
-            self._backlog.put_nowait(record)
-        except queue.Full:
+        if len(self._backlog) >= _BACKLOG:
             return False
+        self._backlog.append(record)
         return True
 
     def close(self) -> None:
         """Write what is left and end the thread."""
-        self._backlog.put(None)
+        self._ended.set()
         self._writer.join(timeout=30.0)
 
     def _write(self) -> None:
         connection = sqlite3.connect(self._path, timeout=30.0)
         connection.execute("PRAGMA synchronous=NORMAL")
         written = 0
-        ended = False
-        while not ended:
-            batch, ended = self._next_batch()
-            if batch:
-                try:
-                    with connection:
-                        connection.executemany(_INSERT, [_row(record) for record in batch])
-                    written += len(batch)
-                    if written >= self._max_records // 20 + 1:
-                        written = 0
-                        self._trim(connection)
-                except sqlite3.Error:
-                    # A full disk must not end serving; the rows of this batch are gone.
-                    continue
+        # Looking at intervals, not being woken, keeps this thread out of the request path's way.
+        while not self._ended.wait(_FLUSH_S) or self._backlog:
+            batch = [self._backlog.popleft() for _ in range(len(self._backlog))]
+            if not batch:
+                continue
+            # A full disk must not end serving; then the rows of this batch are gone.
+            with contextlib.suppress(sqlite3.Error), connection:
+                connection.executemany(_INSERT, [_row(record) for record in batch])
+                written += len(batch)
+            if written >= self._max_records // 20 + 1:
+                written = 0
+                with contextlib.suppress(sqlite3.Error):
+                    self._trim(connection)
         connection.close()
-
-    def _next_batch(self) -> tuple[list[RequestRecord], bool]:
-        batch: list[RequestRecord] = []
-        while len(batch) < _BATCH:
-            try:
-                record = self._backlog.get(timeout=None if not batch else _FLUSH_S)
-            except queue.Empty:
-                break
-            if record is None:
-                return batch, True
-            batch.append(record)
-        return batch, False
 
     def _trim(self, connection: sqlite3.Connection) -> None:
         with connection:

@@ -1,5 +1,7 @@
 """Where the body of an HTTP/1.1 message ends, without looking at what is in it (RFC 9112, 6-7)."""
 
+import re
+
 LAST_CHUNK = b"0\r\n\r\n"
 _MAX_SIZE_LINE = 256
 
@@ -99,7 +101,9 @@ class Framing:
         return position + used
 
     def _begin(self, line: bytes) -> None:
-        length = _size(line)
+        length = _known_sizes.get(line, -1)
+        if length < 0:
+            length = _size(line)
         if length == 0:
             self._in_trailer = True
         else:
@@ -110,13 +114,18 @@ class Framing:
         self.complete = not line
 
 
+# Chunks of a stream are nearly all of a few sizes.
+_known_sizes: dict[bytes, int] = {}
+_MAX_KNOWN = 4096
+_HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")
+
+
 def _size(line: bytes) -> int:
     digits = line.partition(b";")[0].strip()
-    try:
-        length = int(digits, 16)
-    except ValueError:
-        length = -1
-    # int() also takes signs and underscores, which would let two parsers disagree.
-    if length < 0 or not digits.isalnum():
+    # Stricter than int(), whose signs, underscores and prefixes could let two parsers disagree.
+    if len(line) > _MAX_SIZE_LINE or not _HEX.fullmatch(digits):
         raise FramingError(f"bad chunk header {line[:32]!r}")
+    length = int(digits, 16)
+    if len(_known_sizes) < _MAX_KNOWN:
+        _known_sizes[line] = length
     return length

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import cast
 
 import httptools
 
@@ -141,13 +142,12 @@ class _ServerConnection(asyncio.Protocol):
 
     # -- transport ------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
         self._server.open.add(self)
         self._arm(self._limits.read_timeout_s)
         if len(self._server.open) > self._limits.max_connections:
-            transport.abort()
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.open.discard(self)

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from oserve.wire.framing import Framing, FramingError
 
@@ -98,8 +98,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- transport ------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -14,6 +14,10 @@ def classify(prompt_tokens: int, classes: Sequence[LengthClass]) -> LengthClass:
     return classes[-1]
 
 
+# How many bytes of observation the starting ratio is worth.
+_PRIOR_BYTES = 200.0
+
+
 class PromptLengthEstimator:
     """Tokens of a prompt from its bytes of JSON, by a ratio learned online.
 
@@ -22,8 +26,8 @@ class PromptLengthEstimator:
     """
 
     def __init__(self, tokens_per_byte: float = 0.25, memory_bytes: float = 200_000.0) -> None:
-        self._tokens = tokens_per_byte * 1000.0
-        self._bytes = 1000.0
+        self._tokens = tokens_per_byte * _PRIOR_BYTES
+        self._bytes = _PRIOR_BYTES
         self._memory_bytes = memory_bytes
 
     @property

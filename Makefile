@@ -1,0 +1,39 @@
+PYTHON ?= python3
+PORT ?= 8000
+MODEL ?= .oserve/models/tiny-llama
+BIN := .venv/bin
+
+.PHONY: help serve test check format clean
+
+help:
+	@echo "make serve   set up everything (vLLM included) and serve a tiny model on port $(PORT)"
+	@echo "make test    set up everything and run all checks and tests, real engines among them"
+	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
+
+serve:
+	@$(PYTHON) tools/setup.py --engine --model $(MODEL)
+	@$(BIN)/oserve serve $(MODEL) --port $(PORT) $(ARGS)
+
+test:
+	@$(PYTHON) tools/setup.py --dev --engine
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+check:
+	@$(PYTHON) tools/setup.py --dev
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -m "not engine"
+
+.PHONY: lint
+lint:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format:
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .oserve

@@ -1,0 +1,53 @@
+"""Cli: words typed by people. It parses, calls, prints; everything else is below."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from oserve import __version__
+from oserve.cli.bench import bench
+from oserve.cli.serve import serve
+from oserve.cli.status import status
+from oserve.cli.validate import validate
+from oserve.core import OServeError
+
+app = typer.Typer(
+    name="oserve",
+    help="Serve one large language model with different replicas side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(bench)
+app.command()(status)
+app.command()(validate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Entry point: expected failures are two readable lines and exit code 2."""
+    try:
+        app()
+    except OServeError as error:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/] {error.place}: ", end="")
+        console.print(error.message, markup=False)
+        console.print("[bold]remedy[/] ", end="")
+        console.print(error.remedy, markup=False)
+        sys.exit(2)

@@ -1,0 +1,134 @@
+"""``oserve serve``: run a deployment."""
+
+import asyncio
+import json
+import logging
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from oserve.app.serve import Deployment, Server, prepare, serve_until_stopped
+from oserve.config import Settings, environment_value, load_settings, parse_override
+from oserve.core import AttachedBackend, OServeError
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def settings_from(
+    config: str | None, options: dict[str, Any], overrides: list[str] | None
+) -> Settings:
+    """Settings from a file, the environment, named options and ``--set``, in that order."""
+    merged = {path: value for path, value in options.items() if value is not None}
+    merged.update(parse_override(item) for item in overrides or [])
+    return load_settings(config or environment_value("OSERVE_CONFIG") or None, merged)
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hugging Face id, as for vllm serve.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Deployment plan (YAML): replicas, types, shares.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Settings file (YAML); see docs/configuration.md.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name clients use for the model.")
+    ] = None,
+    cpu_slots: Annotated[
+        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
+    ] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="Folder for logs and request records.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, start nothing.")
+    ] = False,
+) -> None:
+    """Start replicas as planned and serve them behind one OpenAI-compatible endpoint."""
+    options = {
+        "model": model,
+        "plan": plan,
+        "gateway.host": host,
+        "gateway.port": port,
+        "served_model_name": served_model_name,
+        "cluster.cpu_slots": cpu_slots,
+        "state_dir": state_dir,
+    }
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    deployment = prepare(settings_from(config, options, override))
+    _show(deployment)
+    if not dry_run:
+        raise typer.Exit(uvloop.run(_serve(deployment)))
+
+
+async def _serve(deployment: Deployment) -> int:
+    server = Server(deployment, changed=lambda line: _console.print(f"replicas: {line}"))
+
+    def announce(port: int) -> None:
+        _announce(deployment, port, server.failed)
+
+    status = await serve_until_stopped(server, announce=announce)
+    _console.print("ended: every replica's processes are gone")
+    await asyncio.sleep(0)
+    return status
+
+
+def _show(deployment: Deployment) -> None:
+    plan = deployment.plan
+    _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
+    table = Table("replica", "shape", "seqs", "devices", "serves")
+    for spec in plan.replicas:
+        shares = [
+            f"{kind} {share[spec.id]:.0%}"
+            for kind, share in plan.routing_shares.items()
+            if share.get(spec.id)
+        ]
+        backend = spec.backend
+        attached = isinstance(backend, AttachedBackend)
+        devices = backend.url if isinstance(backend, AttachedBackend) else ", ".join(spec.devices)
+        table.add_row(
+            spec.id,
+            "attached" if attached else spec.shape.name,
+            "" if attached else str(spec.shape.max_num_seqs),
+            devices,
+            ", ".join(shares) or "overflow only",
+        )
+    _console.print(table)
+
+
+def _announce(deployment: Deployment, port: int, failed: dict[str, str]) -> None:
+    settings = deployment.settings
+    host = settings.gateway.host
+    shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
+    url = f"http://{shown}:{port}"
+    if len(failed) == len(deployment.plan.replicas):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise OServeError(
+            f"no replica of the plan could start. {reasons}",
+            place="engines",
+            remedy=f"read the logs in {settings.engines.log_dir}",
+        )
+    for name, reason in failed.items():
+        _console.print(f"[yellow]replica {name} could not start:[/] {reason}")
+    body = {
+        "model": deployment.models[0],
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 48,
+    }
+    _console.print(f"\nReady on [bold]{url}[/]  (status: oserve status --url {url})")
+    _console.print("Try:\n")
+    line = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+    _console.print(line + f"-d '{json.dumps(body)}'\n", markup=False)

@@ -1,0 +1,283 @@
+"""The live cluster behind the door: replicas as processes of this machine, or attached servers.
+
+Every replica has one task (see ``replica``); this class holds the picture they paint and sees that
+no device is ever given to two replicas at once. It decides nothing: an engine that ended is told of
+in the next observation, and started again only when asked.
+"""
+
+import asyncio
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oserve.core import (
+    Action,
+    AttachedBackend,
+    Clock,
+    Device,
+    DrainReplica,
+    Endpoint,
+    Observation,
+    ReplicaPhase,
+    ReplicaSpec,
+    ReplicaState,
+    StartFailures,
+    StartReplica,
+    StopReplica,
+)
+from oserve.engines.arguments import (
+    Platform,
+    engine_arguments,
+    engine_cores,
+    engine_environment,
+    runs_eagerly,
+)
+from oserve.engines.logs import open_log
+from oserve.engines.probe import Probe
+from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
+from oserve.engines.settings import EngineSettings
+from oserve.engines.spawner import EngineProcess, Launcher, SpawnLauncher, ZygoteLauncher
+
+log = logging.getLogger(__name__)
+
+# Socket paths must stay under 108 bytes, and vLLM's own are 37 longer than their folder.
+_MAX_FOLDER_BYTES = 68
+_MAX_NAME_BYTES = 24
+_MAX_REMEMBERED = 256
+
+
+class LocalCluster:
+    """Implements the door. Use ``close`` when done: nothing is left behind.
+
+    ``model`` is a folder or a hub name; ``served_model_name`` what clients call it. ``run_dir``
+    holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
+    ``launcher`` and ``probe`` are for tests. ``on_change`` is called in the event loop, at once,
+    whenever a replica's phase changes.
+    """
+
+    def __init__(
+        self,
+        devices: tuple[Device, ...],
+        *,
+        model: str,
+        served_model_name: str,
+        run_dir: Path,
+        clock: Clock,
+        settings: EngineSettings | None = None,
+        api_keys: Mapping[str, str] | None = None,
+        launcher: Launcher | None = None,
+        probe: Callable[[Endpoint], Prober] | None = None,
+        on_change: Callable[[ReplicaState], None] | None = None,
+    ) -> None:
+        self.on_change = on_change
+        self._devices = {device.id: device for device in devices}
+        self._model = model
+        self._served_model_name = served_model_name
+        self._clock = clock
+        self._settings = settings or EngineSettings()
+        self._api_keys = api_keys or {}
+        self._platform: Platform = (
+            "cpu" if all(device.kind == "cpu" for device in devices) else "cuda"
+        )
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._run_dir = run_dir.resolve()
+        self._log_dir = Path(self._settings.log_dir) if self._settings.log_dir else run_dir / "logs"
+        self._sockets = self._socket_folder()
+        self._launcher = launcher or self._default_launcher()
+        self._probe = probe or partial(Probe, timeout_s=self._settings.health_timeout_s)
+        self._states: dict[str, ReplicaState] = {}
+        self._failures: dict[str, StartFailures] = {}
+        self._running: dict[str, tuple[ReplicaTask, asyncio.Task[None]]] = {}
+        self._count = 0
+        self._closed = False
+
+    async def observe(self) -> Observation:
+        """The current picture; costs nothing."""
+        return Observation(
+            now_s=self._clock.now(),
+            devices=tuple(self._devices.values()),
+            replicas=tuple(self._states.values()),
+            failures=dict(self._failures),
+        )
+
+    async def apply(self, action: Action) -> None:
+        """See ``oserve.control.door.Cluster``.
+
+        Raises ``ValueError`` for a start on devices that are unknown or taken.
+        """
+        match action:
+            case StartReplica(spec=spec):
+                self._start(spec)
+            case DrainReplica(replica=name):
+                if name in self._running and self._states[name].phase is ReplicaPhase.READY:
+                    self._report(name, phase=ReplicaPhase.DRAINING)
+            case StopReplica(replica=name):
+                self._stop(name)
+
+    async def close(self) -> None:
+        """End every process, forget attached servers, remove sockets; asking twice is harmless."""
+        self._closed = True
+        for name in list(self._running):
+            self._stop(name)
+        await asyncio.gather(*(task for _, task in self._running.values()))
+        await self._launcher.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _start(self, spec: ReplicaSpec) -> None:
+        if spec.id in self._running or self._closed:
+            return
+        attached = isinstance(spec.backend, AttachedBackend)
+        if not attached:
+            self._check_devices(spec)
+        self._count += 1
+        failures = self._failures.get(spec.id)
+        if failures is not None and failures.spec != spec:
+            del self._failures[spec.id]
+        replica = self._attached(spec) if attached else self._engine(spec)
+        self._running[spec.id] = (replica, asyncio.create_task(self._live(spec, replica)))
+        if self.on_change is not None:
+            self.on_change(self._states[spec.id])
+
+    def _check_devices(self, spec: ReplicaSpec) -> None:
+        wanted = set(spec.devices)
+        if unknown := wanted - set(self._devices):
+            raise ValueError(f"replica {spec.id} asks for unknown devices {sorted(unknown)}")
+        for name in self._running:
+            if taken := wanted & set(self._states[name].spec.devices):
+                raise ValueError(
+                    f"replica {spec.id} asks for devices {sorted(taken)}, which {name} has"
+                )
+
+    def _stop(self, name: str) -> None:
+        """Its devices stay taken until its processes are gone, so it is not gone before that."""
+        if name not in self._running:
+            return
+        if self._states[name].phase is ReplicaPhase.READY:
+            self._report(name, phase=ReplicaPhase.DRAINING)
+        self._running[name][0].stop.set()
+
+    def _attached(self, spec: ReplicaSpec) -> ReplicaTask:
+        assert isinstance(spec.backend, AttachedBackend)
+        key = self._api_keys.get(spec.backend.api_key_env or "", "")
+        endpoint = Endpoint(url=spec.backend.url, api_key=key)
+        self._put(spec, endpoint)
+        return AttachedReplica(**self._common(spec, endpoint))
+
+    def _engine(self, spec: ReplicaSpec) -> ReplicaTask:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", spec.id)[:_MAX_NAME_BYTES]
+        folder = self._sockets / f"{name}-{self._count}"
+        log_path = open_log(self._log_dir, name)
+        endpoint = Endpoint(unix_socket=str(folder / "api.sock"))
+        self._put(spec, endpoint)
+        return VllmReplica(
+            **self._common(spec, endpoint),
+            start=partial(self._launch, spec, folder, log_path),
+            log_path=log_path,
+            model=self._served_model_name,
+        )
+
+    def _common(self, spec: ReplicaSpec, endpoint: Endpoint) -> dict[str, Any]:
+        return {
+            "clock": self._clock,
+            "settings": self._settings,
+            "probe": self._probe(endpoint),
+            "report": partial(self._report, spec.id),
+            "stable": partial(self._failures.pop, spec.id, None),
+        }
+
+    def _put(self, spec: ReplicaSpec, endpoint: Endpoint) -> None:
+        self._states.pop(spec.id, None)  # so that the newest come last
+        self._states[spec.id] = ReplicaState(
+            spec=spec,
+            phase=ReplicaPhase.LOADING,
+            endpoint=endpoint,
+            since_s=self._clock.now(),
+        )
+        gone = [name for name in self._states if name not in self._running and name != spec.id]
+        for name in gone[: max(0, len(gone) - _MAX_REMEMBERED)]:
+            del self._states[name]
+            self._failures.pop(name, None)
+
+    def _launch(self, spec: ReplicaSpec, folder: Path, log_path: Path) -> Awaitable[EngineProcess]:
+        devices = [self._devices[name] for name in spec.devices]
+        arguments = engine_arguments(
+            spec,
+            model=self._model,
+            served_model_name=self._served_model_name,
+            unix_socket=str(folder / "api.sock"),
+            platform=self._platform,
+            settings=self._settings,
+        )
+        environment = engine_environment(
+            devices,
+            platform=self._platform,
+            local_model=Path(self._model).is_dir(),
+            eager=runs_eagerly(arguments),
+            folder=str(folder),
+        )
+        folder.mkdir(parents=True, mode=0o700)
+        return self._launcher.start(arguments, environment, engine_cores(devices), log_path)
+
+    async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:
+        """Run one incarnation to its end and write down how it went."""
+        try:
+            reason = await replica.run()
+        except Exception as error:
+            log.exception("replica %s", spec.id)
+            reason = f"{type(error).__name__}: {error}"
+        if replica.stop.is_set():
+            reason = None
+        socket = self._states[spec.id].endpoint.unix_socket
+        if socket:
+            shutil.rmtree(Path(socket).parent, ignore_errors=True)
+        del self._running[spec.id]
+        if reason is not None:
+            log.warning("replica %s %s", spec.id, reason)
+            before = self._failures.get(spec.id)
+            self._failures[spec.id] = StartFailures(
+                spec=spec,
+                count=before.count + 1 if before is not None else 1,
+                last_s=self._clock.now(),
+                reason=reason,
+            )
+        self._report(
+            spec.id, phase=ReplicaPhase.GONE, detail=reason or "", running=0, waiting=0, pid=0
+        )
+
+    def _report(self, name: str, **changes: Any) -> None:
+        """Take up what a replica's task saw; from draining a replica can only go."""
+        state = self._states[name]
+        phase = changes.pop("phase", state.phase)
+        if state.phase is ReplicaPhase.DRAINING and phase is not ReplicaPhase.GONE:
+            phase = state.phase
+        if phase is not state.phase:
+            changes |= {"since_s": self._clock.now(), "detail": changes.get("detail", "")}
+        self._states[name] = replace(state, phase=phase, **changes)
+        if phase is not state.phase and self.on_change is not None:
+            self.on_change(self._states[name])
+
+    def _default_launcher(self) -> Launcher:
+        method = self._settings.start_method
+        if method == "auto":
+            # Forking is safe only while the parent has not touched the GPU: not tried there.
+            method = "zygote" if self._platform == "cpu" else "spawn"
+        if method == "spawn":
+            return SpawnLauncher()
+        self._log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return ZygoteLauncher(log_path=self._log_dir / "zygote.log")
+
+    def _socket_folder(self) -> Path:
+        inside = self._run_dir / "sockets"
+        longest = inside / ("x" * _MAX_NAME_BYTES + "-999999")
+        if len(str(longest).encode()) <= _MAX_FOLDER_BYTES:
+            # Left over from a run that had no chance to clear up.
+            shutil.rmtree(inside, ignore_errors=True)
+            inside.mkdir(mode=0o700)
+            return inside
+        return Path(tempfile.mkdtemp(prefix="oserve-", dir="/tmp"))

@@ -1,0 +1,105 @@
+"""What this machine has to serve with: NVIDIA GPUs, or slots of CPU cores."""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+from oserve.core import Device, OServeError
+
+_QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
+_MIB = 1024 * 1024
+_QUERY_TIMEOUT_S = 30.0
+# Words of a product name that say nothing about which GPU it is.
+_NOISE = {"nvidia", "geforce", "tesla", "quadro", "graphics", "device"}
+
+
+def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Device, ...]:
+    """Devices of this machine; ``kind`` is ``auto`` (GPUs if there are any), ``gpu`` or ``cpu``.
+
+    ``cpu_slots``: into how many slots the usable cores are split; by default one a core, at least
+    two and at most eight. Raises ``OServeError`` when GPUs are asked for and there are none.
+    """
+    if kind not in {"auto", "gpu", "cpu"}:
+        raise OServeError(
+            f"unknown device kind {kind!r}", place="devices", remedy="use auto, gpu or cpu"
+        )
+    if kind != "cpu":
+        gpus = parse_gpus(_ask_nvidia_smi())
+        if gpus or kind == "gpu":
+            if not gpus:
+                raise OServeError(
+                    "no NVIDIA GPU found",
+                    place="devices",
+                    remedy="check that nvidia-smi lists one, or use cpu",
+                )
+            return gpus
+    return split_cores(sorted(os.sched_getaffinity(0)), cpu_slots, _memory_bytes())
+
+
+def parse_gpus(listing: str) -> tuple[Device, ...]:
+    """Devices from ``index, name, MiB`` lines; lines that are none are passed over."""
+    devices = []
+    for line in listing.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) != 3 or not fields[0].isdigit():
+            continue
+        mib = int(fields[2]) if fields[2].isdigit() else 0
+        devices.append(
+            Device(id=f"gpu:{fields[0]}", kind=_gpu_kind(fields[1]), memory_bytes=mib * _MIB)
+        )
+    return tuple(devices)
+
+
+def split_cores(
+    cores: Sequence[int], slots: int | None = None, memory_bytes: int = 0
+) -> tuple[Device, ...]:
+    """Cores dealt to slots as evenly as can be; with more slots than cores, slots share them.
+
+    Raises ``OServeError`` unless there is at least one slot.
+    """
+    count = slots if slots is not None else max(2, min(8, len(cores)))
+    if count < 1:
+        raise OServeError(f"{count} CPU slots", place="devices", remedy="ask for at least one slot")
+    share, rest = divmod(len(cores), count)
+    devices = []
+    first = 0
+    for slot in range(count):
+        size = share + (slot < rest)
+        own = tuple(cores[first : first + size]) if share else (cores[slot % len(cores)],)
+        first += size
+        devices.append(
+            Device(id=f"cpu:{slot}", kind="cpu", memory_bytes=memory_bytes // count, cores=own)
+        )
+    return tuple(devices)
+
+
+def _gpu_kind(name: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` is an ``H100``; ``GeForce RTX 4090`` an ``RTX4090``."""
+    words = [word for word in re.split(r"[\s\-_]+", name) if word.lower() not in _NOISE]
+    if not words:
+        return "GPU"
+    if words[0].upper() in {"RTX", "GTX"} and len(words) > 1:
+        return words[0].upper() + words[1]
+    return words[0]
+
+
+def _ask_nvidia_smi() -> str:
+    try:
+        answer = subprocess.run(
+            _QUERY, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+def _memory_bytes() -> int:
+    """Main memory, or the control group's bound where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            bound = file.read().strip()
+    except OSError:
+        return total
+    return min(total, int(bound)) if bound.isdigit() else total

@@ -1,0 +1,176 @@
+"""Questions to a running server: is it well, what does it serve, how busy is it.
+
+Speaks HTTP over a Unix socket or TCP. Every question has a time limit, and a server that does not
+answer is an answer: ``None`` or ``False``, never an exception.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from oserve.core import Endpoint
+
+_MAX_BODY_BYTES = 8 * 1024 * 1024
+_NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_usage",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """Requests in the engine, and the filled fraction of its KV cache."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model a server offers; ``max_model_len`` (tokens) is 0 where it does not say."""
+
+    name: str
+    max_model_len: int = 0
+
+
+class _Card(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card]
+
+
+class Probe:
+    """Asks one server. Use as an async context manager, or call ``close``."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float = 5.0) -> None:
+        self._endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Probe":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def healthy(self) -> bool:
+        """Whether ``/health`` says so; servers without one are well if they list their models."""
+        status, _ = await self._ask("GET", "/health")
+        if status == 404:
+            status, _ = await self._ask("GET", "/v1/models")
+        return status == 200
+
+    async def models(self) -> tuple[ServedModel, ...] | None:
+        """What ``/v1/models`` lists; ``None`` if there is no answer."""
+        status, body = await self._ask("GET", "/v1/models")
+        if status != 200:
+            return None
+        try:
+            cards = msgspec.json.decode(body, type=_Cards)
+        except msgspec.DecodeError:
+            return ()
+        return tuple(
+            ServedModel(name=card.id, max_model_len=card.max_model_len or 0) for card in cards.data
+        )
+
+    async def load(self) -> EngineLoad | None:
+        """vLLM's own gauges from ``/metrics``; ``None`` if there is no answer."""
+        status, body = await self._ask("GET", "/metrics")
+        return parse_load(body.decode(errors="replace")) if status == 200 else None
+
+    async def complete(self, model: str, prompt: str, max_tokens: int, timeout_s: float) -> bool:
+        """One greedy completion: the first one makes an engine allocate what it puts off."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        status, _ = await self._ask("POST", "/v1/completions", body, timeout_s)
+        return status == 200
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, bytes]:
+        """Status and body; status 0 when there is no (whole) answer in time."""
+        if self._session is None:
+            self._session = self._connect()
+        base = "http://engine" if self._endpoint.unix_socket else base_url(self._endpoint.url)
+        limit = aiohttp.ClientTimeout(total=timeout_s or self._timeout_s)
+        try:
+            async with self._session.request(
+                method, base + path, json=body, timeout=limit, allow_redirects=False
+            ) as answer:
+                return answer.status, await _read(answer)
+        except _NO_ANSWER:
+            return 0, b""
+
+    def _connect(self) -> aiohttp.ClientSession:
+        headers = {}
+        if self._endpoint.api_key:
+            headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
+        connector: aiohttp.BaseConnector = (
+            aiohttp.UnixConnector(path=self._endpoint.unix_socket)
+            if self._endpoint.unix_socket
+            else aiohttp.TCPConnector(limit=2)
+        )
+        return aiohttp.ClientSession(connector=connector, headers=headers)
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    parts, size = [], 0
+    async for part in answer.content.iter_any():
+        size += len(part)
+        if size > _MAX_BODY_BYTES:
+            raise ValueError("the answer is too long to be one")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def base_url(url: str) -> str:
+    """The server's root, without a trailing slash or ``/v1``."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def parse_load(metrics: str) -> EngineLoad:
+    """The three gauges out of a Prometheus page; several engines behind one server are added up."""
+    sums = dict.fromkeys(_GAUGES.values(), 0.0)
+    for name, field in _GAUGES.items():
+        start = 0
+        # A page holds thousands of histogram lines: look for ours instead of parsing all.
+        while (start := metrics.find(f"\n{name}", start)) >= 0:
+            end = metrics.find("\n", start + 1)
+            line = metrics[start + 1 : end if end >= 0 else len(metrics)]
+            start += 1
+            if line[len(name) : len(name) + 1] not in {"{", " "}:
+                continue  # a longer name that begins alike
+            value = line[line.rindex("}") + 1 if "}" in line else len(name) :].split()
+            try:
+                sums[field] += float(value[0])
+            except (IndexError, ValueError):
+                continue
+    return EngineLoad(
+        running=int(sums["running"]),
+        waiting=int(sums["waiting"]),
+        kv_cache_usage=sums["kv_cache_usage"],
+    )

@@ -1,0 +1,198 @@
+"""One incarnation of one replica, from start to end: a task that starts, asks and ends it.
+
+It reports what it sees through a callback and returns why it ended; what follows from that is the
+cluster's and the control loop's business.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from oserve.core import Clock, OServeError, ReplicaPhase
+from oserve.engines.logs import telling_line
+from oserve.engines.probe import EngineLoad, ServedModel
+from oserve.engines.settings import EngineSettings
+from oserve.engines.spawner import EngineProcess
+
+_LOADING_POLL_S = 0.1
+_WARM_UP_PROMPT = "The first request is the slow one. "
+_WARM_UP_TOKENS = 4
+# An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
+_ATTACHED_UNHEALTHY_AFTER = 3
+
+
+class Prober(Protocol):
+    """See ``oserve.engines.probe.Probe``."""
+
+    async def healthy(self) -> bool: ...
+
+    async def models(self) -> tuple[ServedModel, ...] | None: ...
+
+    async def load(self) -> EngineLoad | None: ...
+
+    async def complete(
+        self, model: str, prompt: str, max_tokens: int, timeout_s: float
+    ) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class ReplicaTask:
+    """What both kinds of replica need. Set ``stop`` to end it; ``run`` then returns ``None``.
+
+    ``report`` takes fields of ``ReplicaState`` that changed; ``stable`` is called whenever the
+    replica has been ready without a break for ``settings.stable_s``.
+    """
+
+    clock: Clock
+    settings: EngineSettings
+    probe: Prober
+    report: Callable[..., None]
+    stable: Callable[[], None]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> str | None:
+        """Live until stopped (``None``) or ended by itself (why, for people to read)."""
+        raise NotImplementedError
+
+    async def _measure(self) -> None:
+        load = await self.probe.load()
+        if load is not None:
+            self.report(
+                running=load.running, waiting=load.waiting, kv_cache_usage=load.kv_cache_usage
+            )
+
+
+@dataclass(kw_only=True)
+class VllmReplica(ReplicaTask):
+    """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write."""
+
+    start: Callable[[], Awaitable[EngineProcess]]
+    log_path: Path
+    model: str
+
+    async def run(self) -> str | None:
+        """See ``ReplicaTask.run``; no process is left when this returns."""
+        stopped = asyncio.create_task(self.stop.wait())
+        starting = asyncio.ensure_future(self.start())
+        try:
+            await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return None
+            return await self._live(starting.result(), stopped)
+        except (OServeError, OSError) as error:
+            return str(error)
+        finally:
+            await _cancel(starting, stopped)
+            await self.probe.close()
+
+    async def _live(self, process: EngineProcess, stopped: "asyncio.Task[Any]") -> str | None:
+        self.report(pid=process.pid)
+        ended = asyncio.create_task(process.wait())
+        watch = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({ended, watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                return None
+            if ended.done():
+                cause = telling_line(self.log_path)
+                return f"ended with status {ended.result()}" + (f": {cause}" if cause else "")
+            return watch.result()
+        finally:
+            await _cancel(watch)
+            await self._end(process, ended)
+
+    async def _end(self, process: EngineProcess, ended: "asyncio.Task[int]") -> None:
+        """TERM, the grace period, KILL; returns when the processes are gone."""
+        if ended.done():
+            return
+        process.terminate()
+        grace = asyncio.ensure_future(self.clock.sleep(self.settings.stop_grace_s))
+        try:
+            await asyncio.wait({ended, grace}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Also when this task is cancelled while it waits.
+            await _cancel(grace)
+            if not ended.done():
+                process.kill()
+        await ended
+
+    async def _watch(self) -> str:
+        """Wait until it is ready, then look after it; returns why it must be ended."""
+        limit_s = self.settings.start_timeout_s
+        deadline_s = self.clock.now() + limit_s
+        while not await self.probe.healthy():
+            if self.clock.now() >= deadline_s:
+                cause = telling_line(self.log_path)
+                return f"not ready after {limit_s:.0f} s" + (f": {cause}" if cause else "")
+            await self.clock.sleep(_LOADING_POLL_S)
+        models = await self.probe.models() or (ServedModel(name=self.model),)
+        left_s = max(1.0, deadline_s - self.clock.now())
+        name = models[0].name
+        if not await self.probe.complete(name, _WARM_UP_PROMPT, _WARM_UP_TOKENS, left_s):
+            cause = telling_line(self.log_path)
+            return "did not answer its first request" + (f": {cause}" if cause else "")
+        self.report(phase=ReplicaPhase.READY, max_model_len=models[0].max_model_len)
+        return await self._look_after()
+
+    async def _look_after(self) -> str:
+        ready_s = self.clock.now()
+        failed = 0
+        while failed < self.settings.unhealthy_after:
+            await self.clock.sleep(self.settings.health_interval_s)
+            if await self.probe.healthy():
+                failed = 0
+                await self._measure()
+                if self.clock.now() - ready_s >= self.settings.stable_s:
+                    self.stable()
+            else:
+                failed += 1
+                ready_s = self.clock.now()
+        return f"failed {failed} health checks in a row"
+
+
+@dataclass(kw_only=True)
+class AttachedReplica(ReplicaTask):
+    """A server that others run: watched, never started or ended."""
+
+    async def run(self) -> str | None:
+        """See ``ReplicaTask.run``; it never ends by itself."""
+        stopped = asyncio.create_task(self.stop.wait())
+        watch = asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return None if stopped.done() else watch.result()
+        finally:
+            await _cancel(watch, stopped)
+            await self.probe.close()
+
+    async def _watch(self) -> str:
+        failed = 0
+        ready = False
+        while True:
+            if await self.probe.healthy():
+                failed = 0
+                if not ready:
+                    models = await self.probe.models()
+                    length = models[0].max_model_len if models else 0
+                    self.report(phase=ReplicaPhase.READY, max_model_len=length)
+                    ready = True
+                await self._measure()
+            else:
+                failed += 1
+                if ready and failed >= _ATTACHED_UNHEALTHY_AFTER:
+                    self.report(phase=ReplicaPhase.LOADING, detail="does not answer")
+                    ready = False
+            await self.clock.sleep(self.settings.health_interval_s)
+
+
+async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(BaseException):
+            await task

@@ -1,0 +1,125 @@
+"""One engine's processes as a whole: a session led by the API server.
+
+vLLM is several processes; ending the first is not enough, and ending all at once loses the helper
+that frees their shared memory. Linux only. It does not import vLLM.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+SHARED_MEMORY_PREFIX = "psm_oserve_"
+_SHARED_MEMORY = "/dev/shm"
+_POLL_S = 0.02
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process signal ``number`` when its parent ends.
+
+    ``parent``: the process that should be the parent; if it has ended already, so does this one.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ended, so that they can be reaped."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def session_members(session: int) -> list[int]:
+    """Process ids of the session that have not ended (zombies are left out)."""
+    members = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
+                # The command in brackets may hold anything, so count from its end.
+                fields = text.rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] not in {"Z", "X"}:
+                    members.append(int(entry))
+    return members
+
+
+def signal_session(session: int, number: int, *, spare_tracker: bool = False) -> None:
+    """Send a signal to every process of the session.
+
+    ``spare_tracker``: leave out Python's resource tracker, which frees the shared memory of the
+    others once they are gone and then ends by itself.
+    """
+    for pid in session_members(session):
+        if spare_tracker and _is_tracker(pid):
+            continue
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def end_session(session: int, *, grace_s: float) -> None:
+    """End what is left of a session: TERM, ``grace_s`` seconds, KILL; returns when it is empty.
+
+    Blocks for at most a few seconds more than ``grace_s``; reaps what are children of the caller.
+    """
+    segments = session_segments(session)
+    if grace_s > 0:
+        signal_session(session, signal.SIGTERM)
+    if grace_s <= 0 or not _await_empty(session, grace_s):
+        signal_session(session, signal.SIGKILL, spare_tracker=True)
+        if not _await_empty(session, 2.0):
+            signal_session(session, signal.SIGKILL)
+            _await_empty(session, 2.0)
+    for path in segments:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def release_leftovers(session: int, folder: str) -> None:
+    """Free the shared memory and the temporary ``folder`` of a session that has ended.
+
+    vLLM kills its own helpers when it ends, and with them what would have freed it.
+    """
+    prefixes = [f"{SHARED_MEMORY_PREFIX}{session}_"]
+    if folder and os.path.isdir(folder):
+        # Ranks name their shared memory after the file by which they found each other.
+        prefixes += [name for name in os.listdir(folder) if name.startswith("vllm_dist_")]
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(_SHARED_MEMORY):
+            if entry.startswith(tuple(prefixes)):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{_SHARED_MEMORY}/{entry}")
+
+
+def session_segments(session: int) -> set[str]:
+    """Shared memory files that processes of the session have mapped."""
+    found = set()
+    for pid in session_members(session):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                path = line.rpartition(" ")[2]
+                if path.startswith((f"{_SHARED_MEMORY}/psm_", f"{_SHARED_MEMORY}/vllm_dist_")):
+                    found.add(path)
+    return found
+
+
+def _await_empty(session: int, limit_s: float) -> bool:
+    end_s = time.monotonic() + limit_s
+    while session_members(session):
+        if time.monotonic() >= end_s:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

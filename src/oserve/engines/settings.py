@@ -1,0 +1,40 @@
+"""Settings of the engines."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How vLLM engines are started, watched and ended.
+
+    ``variants``: precision (``fp8``, ``int8``, ``int4``) to the path or name of a checkpoint of the
+    same model in that precision. ``kv_cache_memory_bytes``: per device, where the shape names none
+    (always on CPU; on a GPU 0 leaves it to vLLM). ``enforce_eager``: skip compilation; unset means
+    on CPU only. ``max_model_len``: tokens; unset leaves the model's own. ``start_method``:
+    ``zygote`` forks engines from one process that has imported vLLM, ``spawn`` starts each from
+    nothing, ``auto`` takes the first on CPU.
+    ``unhealthy_after``: failed health probes in a row (one each ``health_interval_s``, each waiting
+    up to ``health_timeout_s``) after which an engine is ended; generous, since a busy engine that
+    answers late is better than one that starts again. ``stop_grace_s``: from TERM to KILL.
+    ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
+    ``request_order`` ``priority`` lets the gateway order requests inside the engine.
+    """
+
+    variants: Mapping[str, str] = {}
+    kv_cache_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    enforce_eager: bool | None = None
+    max_model_len: Count | None = None
+    start_method: Annotated[str, msgspec.Meta(pattern="^(auto|zygote|spawn)$")] = "auto"
+    start_timeout_s: Positive = 300.0
+    health_interval_s: Positive = 1.0
+    health_timeout_s: Positive = 5.0
+    unhealthy_after: Count = 12
+    stop_grace_s: Positive = 10.0
+    stable_s: Positive = 60.0
+    log_dir: str = ""
+    request_order: Annotated[str, msgspec.Meta(pattern="^(priority|fcfs)$")] = "priority"

@@ -1,0 +1,320 @@
+"""Two ways to bring an engine's processes up, behind one small protocol.
+
+``ZygoteLauncher`` forks from a process that has imported vLLM already; ``SpawnLauncher`` starts
+from nothing. Either way no process of an engine outlives this one. It does not know replicas.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from oserve.core import OServeError
+from oserve.engines.session import end_session, session_members, signal_session
+
+log = logging.getLogger(__name__)
+
+_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+_REPORT_LIMIT_S = 30.0
+_IMPORT_LIMIT_S = 180.0
+_CLOSE_LIMIT_S = 10.0
+# These are the front's own, or would make engines refuse OServe itself.
+_WITHHELD_PREFIXES = ("OSERVE_", "VLLM_API_KEY")
+
+
+class EngineProcess(Protocol):
+    """One engine: a session of processes led by ``pid``."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def wait(self) -> int:
+        """Exit status (negative: the signal), once nothing of the session is left."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask every process of it to end."""
+        ...
+
+    def kill(self) -> None:
+        """End every process of it now."""
+        ...
+
+
+class Launcher(Protocol):
+    """``start`` raises ``OServeError`` when no process could be made."""
+
+    async def start(
+        self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
+    ) -> EngineProcess:
+        """Run vLLM's API server with these arguments, extra variables and CPU cores."""
+        ...
+
+    async def close(self) -> None:
+        """End the launcher and every engine that it started."""
+        ...
+
+
+class _Session:
+    """The part both ways share: signals to everyone in the session."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.ended)
+
+    def terminate(self) -> None:
+        if not self.ended.done():
+            signal_session(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        if not self.ended.done():
+            signal_session(self.pid, signal.SIGKILL, spare_tracker=True)
+
+    def finish(self, status: int) -> None:
+        if not self.ended.done():
+            self.ended.set_result(status)
+
+
+class SpawnLauncher:
+    """Each engine is a new Python process under a small supervisor."""
+
+    def __init__(self, server: Sequence[str] = (sys.executable, "-m", _SERVER_MODULE)) -> None:
+        self._server = tuple(server)
+        self._sessions: dict[_Session, asyncio.Task[None]] = {}
+
+    async def start(
+        self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
+    ) -> EngineProcess:
+        """See ``Launcher.start``."""
+        command = [
+            *(sys.executable, "-m", "oserve.engines.supervisor"),
+            *("--parent", str(os.getpid()), "--log", str(log_path)),
+            *("--cores", ",".join(map(str, cores)), "--folder", env.get("TMPDIR", ""), "--"),
+            *(*self._server, *argv),
+        ]
+        try:
+            supervisor = await asyncio.create_subprocess_exec(
+                *command,
+                env=_surroundings() | dict(env),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _no_start(str(error)) from error
+        assert supervisor.stdout is not None
+        try:
+            async with asyncio.timeout(_REPORT_LIMIT_S):
+                line = await supervisor.stdout.readline()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                supervisor.terminate()
+            raise
+        if not line.strip().isdigit():
+            await supervisor.wait()
+            raise _no_start("the supervisor did not come up")
+        session = _Session(int(line))
+        self._sessions[session] = asyncio.create_task(self._watch(supervisor, session))
+        return session
+
+    async def _watch(self, supervisor: asyncio.subprocess.Process, session: _Session) -> None:
+        status = await supervisor.wait()
+        # The supervisor itself may have been killed: then nobody has cleared up.
+        if session_members(session.pid):
+            await asyncio.to_thread(end_session, session.pid, grace_s=0)
+        session.finish(128 - status if status > 128 else status)
+        self._sessions.pop(session, None)
+
+    async def close(self) -> None:
+        """See ``Launcher.close``."""
+        tasks = list(self._sessions.values())
+        for session in list(self._sessions):
+            await asyncio.to_thread(end_session, session.pid, grace_s=2.0)
+        await asyncio.gather(*tasks)
+
+
+class ZygoteLauncher:
+    """Engines are forked from one zygote, started on first use and again should it die.
+
+    When it cannot come up, engines are started by ``fallback`` from then on, and the log says so.
+    """
+
+    def __init__(self, *, log_path: Path, fallback: Launcher | None = None) -> None:
+        self._log_path = log_path
+        self._fallback = fallback or SpawnLauncher()
+        self._broken = False
+        self._lock = asyncio.Lock()
+        self._line: _ZygoteLine | None = None
+
+    async def prepare(self) -> None:
+        """Bring the zygote up ahead of the first start; failing only means slower starts."""
+        async with self._lock:
+            await self._ensure()
+
+    async def start(
+        self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
+    ) -> EngineProcess:
+        """See ``Launcher.start``."""
+        async with self._lock:
+            line = await self._ensure()
+        if line is None:
+            return await self._fallback.start(argv, env, cores, log_path)
+        return await line.start(
+            {
+                "argv": list(argv),
+                "env": dict(env),
+                "cores": list(cores),
+                "threads": int(env.get("OMP_NUM_THREADS", "1")),
+                "log": str(log_path),
+            }
+        )
+
+    async def _ensure(self) -> "_ZygoteLine | None":
+        if self._broken:
+            return None
+        if self._line is None or self._line.lost.done():
+            try:
+                self._line = await _ZygoteLine.open(self._log_path)
+            except OServeError as error:
+                log.warning("engines will start slowly: %s", error)
+                self._broken = True
+                return None
+        return self._line
+
+    async def close(self) -> None:
+        """See ``Launcher.close``."""
+        async with self._lock:
+            if self._line is not None:
+                await self._line.close()
+                self._line = None
+        await self._fallback.close()
+
+
+class _ZygoteLine:
+    """The control line to one zygote process."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._count = 0
+        self._asked: dict[str, asyncio.Future[_Session]] = {}
+        self._sessions: dict[str, _Session] = {}
+        self.lost: asyncio.Task[None] = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def open(cls, log_path: Path) -> "_ZygoteLine":
+        """Start a zygote and wait until it has imported vLLM."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, log_path.open("ab") as output:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "oserve.engines.zygote"),
+                    *("--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
+                    env=_surroundings()
+                    | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise _no_start(str(error)) from error
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            async with asyncio.timeout(_IMPORT_LIMIT_S):
+                greeting = await reader.readline()
+        except BaseException as error:
+            writer.close()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            if isinstance(error, TimeoutError):
+                raise _no_start(f"no zygote after {_IMPORT_LIMIT_S:.0f} s") from error
+            raise
+        if not greeting:
+            writer.close()
+            status = await process.wait()
+            raise _no_start(f"the zygote ended with status {status}; see {log_path}")
+        return cls(process, reader, writer)
+
+    async def start(self, request: dict[str, Any]) -> _Session:
+        self._count += 1
+        name = str(self._count)
+        if self.lost.done():
+            raise _no_start("the zygote ended")
+        answer: asyncio.Future[_Session] = asyncio.get_running_loop().create_future()
+        self._asked[name] = answer
+        self._writer.write(json.dumps({"start": name, **request}).encode() + b"\n")
+        return await answer
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while line := await self._reader.readline():
+                self._hear(json.loads(line))
+        self._writer.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        await self._process.wait()
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(_no_start("the zygote ended"))
+        for session in list(self._sessions.values()):
+            # Engines die with their zygote; this covers helpers that lost their parent.
+            await asyncio.to_thread(end_session, session.pid, grace_s=0)
+            session.finish(-signal.SIGKILL)
+        self._sessions.clear()
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if "started" in message:
+            name = message["started"]
+            session = self._sessions[name] = _Session(message["pid"])
+            answer = self._asked.pop(name)
+            if answer.cancelled():
+                session.kill()
+            else:
+                answer.set_result(session)
+        elif "ended" in message:
+            self._sessions.pop(message["ended"]).finish(message["status"])
+
+    async def close(self) -> None:
+        """Hang up: the zygote ends its engines and itself."""
+        with contextlib.suppress(OSError):
+            if self._writer.can_write_eof():
+                self._writer.write_eof()
+        _, late = await asyncio.wait({self.lost}, timeout=_CLOSE_LIMIT_S)
+        if late:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self.lost
+
+
+def _surroundings() -> dict[str, str]:
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD_PREFIXES)
+    }
+
+
+def _no_start(reason: str) -> OServeError:
+    return OServeError(
+        f"cannot start an engine: {reason}",
+        place="engines",
+        remedy="check that the engine packages are installed (oserve[cpu] or oserve[gpu])",
+    )

@@ -1,0 +1,239 @@
+"""A process that has imported vLLM once and forks engines: seconds instead of most of a minute.
+
+Runs as ``python -m oserve.engines.zygote --fd N`` where N is one end of a socket pair. It speaks
+JSON lines: out ``{"ready"}``; in ``{"start", argv, env, cores, threads, log}``; out
+``{"started", "pid"}``, later ``{"ended", "status"}`` (negative: the signal) once nothing is left of
+that engine. It ends with its client: when the other end closes, on SIGTERM, or when its parent
+dies, it ends every engine first. It stays single-threaded, since only then is forking safe.
+"""
+
+# vLLM takes long to import, and must not be before the process is set up for it.
+# ruff: noqa: PLC0415
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from multiprocessing import shared_memory
+from typing import Any, NoReturn
+
+from oserve.engines.session import (
+    SHARED_MEMORY_PREFIX,
+    adopt_orphans,
+    die_with_parent,
+    end_session,
+    release_leftovers,
+    signal_session,
+)
+
+_MODULES = (
+    "torch",
+    "transformers",
+    "xgrammar",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.model_executor.models.llama",
+)
+_GRACE_S = 2.0
+
+
+class Zygote:
+    """The loop: one control socket, many engines."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._buffer = b""
+        self._engines: dict[int, dict[str, Any]] = {}
+        self._over = False
+        self._wakeup, self._waker = os.pipe()
+        for descriptor in (self._wakeup, self._waker):
+            os.set_blocking(descriptor, False)
+
+    def run(self) -> None:
+        """Serve until the client goes away or SIGTERM comes; then leave nothing behind."""
+        signal.set_wakeup_fd(self._waker)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: self._stop())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(self._wakeup, selectors.EVENT_READ)
+        self._send({"ready": True})
+        while not self._over:
+            for key, _ in selector.select():
+                if key.fileobj is self._control:
+                    self._receive(selector)
+                else:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wakeup, 4096)
+            self._reap()
+        for pid in self._engines:
+            signal_session(pid, signal.SIGTERM)
+        for pid in list(self._engines):
+            self._clear(pid, grace_s=_GRACE_S)
+
+    def _stop(self) -> None:
+        self._over = True
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self._stop()
+
+    def _receive(self, selector: selectors.BaseSelector) -> None:
+        try:
+            data = self._control.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            return self._stop()
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            self._start(json.loads(line), selector)
+        return None
+
+    def _start(self, request: dict[str, Any], selector: selectors.BaseSelector) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._engines[pid] = request
+            self._send({"started": request["start"], "pid": pid})
+            return
+        try:
+            signal.set_wakeup_fd(-1)
+            selector.close()
+            self._control.close()
+            os.close(self._wakeup)
+            os.close(self._waker)
+            _become_engine(request, parent)
+        finally:
+            os._exit(1)  # whatever happens, a child never returns into the zygote's loop
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in self._engines:
+                name = self._engines[pid]["start"]
+                self._clear(pid, grace_s=0)
+                self._send({"ended": name, "status": os.waitstatus_to_exitcode(status)})
+
+    def _clear(self, pid: int, *, grace_s: float) -> None:
+        request = self._engines.pop(pid)
+        end_session(pid, grace_s=grace_s)
+        release_leftovers(pid, request["env"].get("TMPDIR", ""))
+
+
+def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
+    """In the child: leave the zygote's surroundings and run vLLM's API server to its end."""
+    os.setsid()
+    die_with_parent(parent=parent)
+    # The engine core and the workers are forked too: each ends with the one above it.
+    os.register_at_fork(after_in_child=die_with_parent)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.update(request["env"])
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+    random.seed()
+    tempfile.tempdir = None
+    # Names that tell whose they are, so that the zygote can free what is left.
+    vars(shared_memory).update(
+        _SHM_NAME_PREFIX=f"/{SHARED_MEMORY_PREFIX}{os.getpid()}_", _SHM_SAFE_NAME_LENGTH=40
+    )
+    status = 1
+    try:
+        import torch
+        from vllm.entrypoints.launchers.api_server.entry import main
+
+        # OpenMP and torch.compile read their variables when loaded: too late for those here.
+        torch.set_num_threads(request["threads"])
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            torch.compiler.set_stance("force_eager")
+        sys.argv = ["vllm", *request["argv"]]
+        main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        status = 130  # vLLM's word for a TERM that came before it was up
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Interpreter teardown of forked native libraries can hang, and has nothing left to do.
+        os._exit(status)
+
+
+def _preload() -> None:
+    """Import what an engine needs, and keep vLLM from going back to spawned workers."""
+    for name in _MODULES:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name.startswith(("torch", "vllm.entrypoints")):
+                raise
+            traceback.print_exc()  # the rest only costs time later
+    from vllm.model_executor.models import registry
+    from vllm.platforms.cpu import CpuPlatform
+
+    # vLLM looks at a model's class in a new process, lest it touch a GPU: 12 s for nothing here.
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, *arguments: Any, **named: Any) -> Any:
+        answer = original(cls, *arguments, **named)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        return answer
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    # Objects alive now are shared by all engines: the collector must not touch their pages.
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="control socket, inherited")
+    parser.add_argument("--parent", type=int, required=True, help="process to end with")
+    arguments = parser.parse_args()
+    die_with_parent(signal.SIGTERM, parent=arguments.parent)
+    adopt_orphans()
+    control = socket.socket(fileno=arguments.fd)
+    os.set_inheritable(arguments.fd, False)
+    _preload()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        print(f"zygote: {threads} threads after importing vLLM; forking may hang", file=sys.stderr)
+    Zygote(control).run()
+
+
+if __name__ == "__main__":
+    main()
