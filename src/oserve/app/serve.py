@@ -34,7 +34,8 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
-from oserve.engines import LocalCluster, find_devices
+from oserve.engines.cluster import LocalCluster
+from oserve.engines.devices import find_devices
 from oserve.gateway.dispatch import Picture
 from oserve.plan import check_plan, default_plan
 

@@ -75,7 +75,7 @@ def _weights(
     raise OServeError(
         f"replica {spec.id} asks for {precision} weights, but no such checkpoint is named",
         place=f"engines.variants.{precision}",
-        remedy=f"give the path of a {precision} checkpoint of the model, or choose bf16",
+        remedy=f"name a checkpoint of the model in {precision} there, or choose bf16",
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -204,8 +204,14 @@ class LocalCluster:
             del self._states[name]
             self._failures.pop(name, None)
 
-    def _launch(self, spec: ReplicaSpec, folder: Path, log_path: Path) -> Awaitable[EngineProcess]:
+    async def _launch(self, spec: ReplicaSpec, folder: Path, log_path: Path) -> EngineProcess:
         devices = [self._devices[name] for name in spec.devices]
+        arguments, environment = self._command(spec, folder, devices)
+        return await self._launcher.start(arguments, environment, engine_cores(devices), log_path)
+
+    def _command(
+        self, spec: ReplicaSpec, folder: Path, devices: Sequence[Device]
+    ) -> tuple[list[str], dict[str, str]]:
         arguments = engine_arguments(
             spec,
             model=self._model,
@@ -222,7 +228,7 @@ class LocalCluster:
             folder=str(folder),
         )
         folder.mkdir(parents=True, mode=0o700)
-        return self._launcher.start(arguments, environment, engine_cores(devices), log_path)
+        return arguments, environment
 
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:
         """Run one incarnation to its end and write down how it went."""

@@ -13,6 +13,7 @@ _PREFIX = re.compile(
 )
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b.*:|^error:|: error: ")
 # What vLLM says after the fact, far below the line that tells the cause.
+_NOISE = ("warnings.warn(", "resource_tracker:")
 _AFTERMATH = ("Engine core initialization failed", "EngineDeadError", "Engine process failed")
 
 
@@ -35,10 +36,12 @@ def telling_line(path: Path) -> str:
     except OSError:
         return ""
     lines = [_PREFIX.sub("", _COLOURS.sub("", line)).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    errors = [line for line in lines if _ERROR.search(line)]
-    causes = [line for line in errors if not any(words in line for words in _AFTERMATH)]
-    for found in (causes, errors, lines):
-        if found:
-            return found[-1][:_MAX_REASON_CHARS]
-    return ""
+    lines = [line for line in lines if line and not any(words in line for words in _NOISE)]
+    errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+    causes = [i for i in errors if not any(words in lines[i] for words in _AFTERMATH)]
+    if not lines:
+        return ""
+    found = (causes or errors or [len(lines) - 1])[-1]
+    # Validation errors say only on the lines after them what was wrong.
+    last = found + 3 if "validation error" in lines[found] else found + 1
+    return " ".join(lines[found:last])[:_MAX_REASON_CHARS]

@@ -5,7 +5,7 @@ cluster's and the control loop's business.
 """
 
 import asyncio
-import contextlib
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +99,7 @@ class VllmReplica(ReplicaTask):
             if stopped.done():
                 return None
             if ended.done():
-                cause = telling_line(self.log_path)
-                return f"ended with status {ended.result()}" + (f": {cause}" if cause else "")
+                return self._because(_ending(ended.result()))
             return watch.result()
         finally:
             await _cancel(watch)
@@ -127,15 +126,13 @@ class VllmReplica(ReplicaTask):
         deadline_s = self.clock.now() + limit_s
         while not await self.probe.healthy():
             if self.clock.now() >= deadline_s:
-                cause = telling_line(self.log_path)
-                return f"not ready after {limit_s:.0f} s" + (f": {cause}" if cause else "")
+                return self._because(f"not ready after {limit_s:.0f} s")
             await self.clock.sleep(_LOADING_POLL_S)
         models = await self.probe.models() or (ServedModel(name=self.model),)
         left_s = max(1.0, deadline_s - self.clock.now())
         name = models[0].name
         if not await self.probe.complete(name, _WARM_UP_PROMPT, _WARM_UP_TOKENS, left_s):
-            cause = telling_line(self.log_path)
-            return "did not answer its first request" + (f": {cause}" if cause else "")
+            return self._because("did not answer its first request")
         self.report(phase=ReplicaPhase.READY, max_model_len=models[0].max_model_len)
         return await self._look_after()
 
@@ -153,6 +150,10 @@ class VllmReplica(ReplicaTask):
                 failed += 1
                 ready_s = self.clock.now()
         return f"failed {failed} health checks in a row"
+
+    def _because(self, what: str) -> str:
+        cause = telling_line(self.log_path)
+        return f"{what}: {cause}" if cause else what
 
 
 @dataclass(kw_only=True)
@@ -190,9 +191,20 @@ class AttachedReplica(ReplicaTask):
             await self.clock.sleep(self.settings.health_interval_s)
 
 
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"ended by signal {-status}"
+
+
 async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel and wait; how they ended is of no interest any more."""
     for task in tasks:
         task.cancel()
+    await asyncio.wait(tasks)
     for task in tasks:
-        with contextlib.suppress(BaseException):
-            await task
+        if not task.cancelled():
+            task.exception()

@@ -13,6 +13,7 @@ not know engines, and needs no torch, which alone would take longer than all tha
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -297,3 +298,7 @@ def _int8_config() -> dict[str, Any]:
             }
         },
     }
+
+
+if __name__ == "__main__":
+    print(make_tiny_model(Path(sys.argv[1])))

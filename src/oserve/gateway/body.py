@@ -32,7 +32,8 @@ class GenerateBody(msgspec.Struct):
         return bool((self.stream_options or {}).get("include_usage"))
 
 
-_decoder = msgspec.json.Decoder(GenerateBody)
+# Lenient where the engines are: 1 for true, "5" for 5.
+_decoder = msgspec.json.Decoder(GenerateBody, strict=False)
 
 
 def parse_body(body: bytes) -> GenerateBody:

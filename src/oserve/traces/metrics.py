@@ -1,0 +1,138 @@
+"""Every latency, throughput and goodput formula, once.
+
+TTFT counts from the moment the request was due, so queueing and a client that lags both show.
+TPOT = (e2e - ttft) / (output tokens - 1); ITL is one gap between chunks. Goodput counts requests
+that completed and met all their SLOs; SLO attainment is their share of all that were sent.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class OutcomeStatus(StrEnum):
+    """How a replayed request ended. Truncated: it broke off, or has not the tokens it should."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One replayed request. ``due_s``, ``sent_s`` count from the start; ttft and e2e from due."""
+
+    due_s: float
+    sent_s: float
+    ttft_s: float
+    e2e_s: float
+    itl_s: tuple[float, ...]
+    prompt_tokens: int
+    output_tokens: int
+    status: OutcomeStatus
+    error: str = ""
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first; ``None`` for a single token."""
+        return tpot_s(self.ttft_s, self.e2e_s, self.output_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Limits in seconds; ``None`` sets none."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def met_by(self, outcome: Outcome) -> bool:
+        """Whether a request completed within the limits."""
+        if outcome.status is not OutcomeStatus.COMPLETED:
+            return False
+        if self.ttft_s is not None and outcome.ttft_s > self.ttft_s:
+            return False
+        tpot = outcome.tpot_s
+        return self.tpot_s is None or tpot is None or tpot <= self.tpot_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Of a set of seconds; NaN-free: 0 for an empty set."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a replay came to. Rates are per second of ``duration_s``, first due to last end."""
+
+    sent: int
+    completed: int
+    failed: int
+    truncated: int
+    duration_s: float
+    requests_per_s: float
+    output_tokens_per_s: float
+    ttft_s: Percentiles
+    tpot_s: Percentiles
+    itl_s: Percentiles
+    e2e_s: Percentiles
+    longest_wait_s: float
+    max_send_lag_s: float
+    slo_attainment: float
+    goodput_rps: float
+
+
+def tpot_s(ttft_s: float, e2e_s: float, output_tokens: int) -> float | None:
+    """Seconds per output token after the first."""
+    return (e2e_s - ttft_s) / (output_tokens - 1) if output_tokens > 1 else None
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between order statistics, as NumPy's default; 0 for no values."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    low, high = ordered[below], ordered[above]
+    # Clamped, since rounding may carry an interpolation past its ends.
+    return min(high, max(low, low + (position - below) * (high - low)))
+
+
+def percentiles(values: Iterable[float]) -> Percentiles:
+    """The three that are reported."""
+    ordered = sorted(values)
+    return Percentiles(
+        p50=percentile(ordered, 0.50), p90=percentile(ordered, 0.90), p99=percentile(ordered, 0.99)
+    )
+
+
+def summarise(outcomes: Sequence[Outcome], slo: Slo) -> Summary:
+    """Latencies are of completed requests; everything else of all."""
+    done = [item for item in outcomes if item.status is OutcomeStatus.COMPLETED]
+    start_s = min((item.due_s for item in outcomes), default=0.0)
+    end_s = max((item.due_s + item.e2e_s for item in outcomes), default=0.0)
+    duration_s = max(end_s - start_s, 1e-9)
+    good = sum(slo.met_by(item) for item in outcomes)
+    return Summary(
+        sent=len(outcomes),
+        completed=len(done),
+        failed=sum(item.status is OutcomeStatus.FAILED for item in outcomes),
+        truncated=sum(item.status is OutcomeStatus.TRUNCATED for item in outcomes),
+        duration_s=duration_s if outcomes else 0.0,
+        requests_per_s=len(done) / duration_s,
+        output_tokens_per_s=sum(item.output_tokens for item in done) / duration_s,
+        ttft_s=percentiles(item.ttft_s for item in done),
+        tpot_s=percentiles(item.tpot_s for item in done if item.tpot_s is not None),
+        itl_s=percentiles(gap for item in done for gap in item.itl_s),
+        e2e_s=percentiles(item.e2e_s for item in done),
+        longest_wait_s=max((item.ttft_s for item in done), default=0.0),
+        max_send_lag_s=max((item.sent_s - item.due_s for item in outcomes), default=0.0),
+        slo_attainment=good / len(outcomes) if outcomes else 0.0,
+        goodput_rps=good / duration_s,
+    )

@@ -1,0 +1,54 @@
+"""A seeded trace for whoever has none: two kinds of traffic, fitted to published statistics.
+
+Medians follow what was published of Azure's 2023 traces (Patel et al., "Splitwise", ISCA 2024):
+conversations have prompts of about 1,000 tokens and answers of about 130; code completion has
+prompts of about 1,500 and answers of about 13. Spreads are lognormal, with tails cut where those
+traces end. Arrivals are Poisson.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oserve.traces.request import TraceRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """Medians in tokens; spreads are standard deviations of the logarithm."""
+
+    prompt_median: float
+    prompt_spread: float
+    output_median: float
+    output_spread: float
+
+
+_KINDS = {
+    "conv": _Kind(prompt_median=1020, prompt_spread=1.1, output_median=129, output_spread=0.9),
+    "code": _Kind(prompt_median=1500, prompt_spread=0.9, output_median=13, output_spread=0.9),
+}
+_MAX_PROMPT = 7500
+_MAX_OUTPUT = 1500
+
+
+def synthesise(
+    *, rate_rps: float, duration_s: float, seed: int, code_share: float = 0.5
+) -> Iterator[TraceRequest]:
+    """Requests at ``rate_rps`` for ``duration_s`` seconds; a share of them is code completion."""
+    draw = random.Random(seed)
+    arrival_s = draw.expovariate(rate_rps)
+    while arrival_s < duration_s:
+        name = "code" if draw.random() < code_share else "conv"
+        kind = _KINDS[name]
+        yield TraceRequest(
+            arrival_s=arrival_s,
+            prompt_tokens=_length(draw, kind.prompt_median, kind.prompt_spread, _MAX_PROMPT),
+            output_tokens=_length(draw, kind.output_median, kind.output_spread, _MAX_OUTPUT),
+            model=name,
+        )
+        arrival_s += draw.expovariate(rate_rps)
+
+
+def _length(draw: random.Random, median: float, spread: float, most: int) -> int:
+    return max(1, min(most, round(draw.lognormvariate(math.log(median), spread))))

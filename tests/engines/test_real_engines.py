@@ -1,0 +1,234 @@
+"""Real vLLM engines on CPU: they start, answer, die and leave nothing behind."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from oserve.core import (
+    Clock,
+    Observation,
+    Precision,
+    ReplicaPhase,
+    ReplicaShape,
+    ReplicaSpec,
+    StartReplica,
+    StopReplica,
+    VllmBackend,
+)
+from oserve.engines.cluster import LocalCluster
+from oserve.engines.devices import split_cores
+from oserve.engines.probe import Probe
+from oserve.engines.session import session_members
+from oserve.engines.settings import EngineSettings
+from oserve.engines.tiny import make_int8_variant
+
+pytestmark = pytest.mark.engine
+
+LIMIT_S = 120.0
+MiB = 1024 * 1024
+
+
+def replica(
+    name: str, *devices: str, tp: int = 1, pp: int = 1, precision: Precision = Precision.BF16
+) -> ReplicaSpec:
+    shape = ReplicaShape(
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        precision=precision,
+        kv_cache_memory_bytes=32 * MiB,
+    )
+    return ReplicaSpec(id=name, shape=shape, devices=devices)
+
+
+def make_cluster(
+    model: Path, run_dir: Path, clock: Clock, settings: EngineSettings | None = None
+) -> LocalCluster:
+    devices = split_cores(sorted(os.sched_getaffinity(0)), 4)
+    return LocalCluster(
+        devices,
+        model=str(model),
+        served_model_name="tiny",
+        run_dir=run_dir,
+        clock=clock,
+        settings=settings or EngineSettings(),
+    )
+
+
+async def until(cluster: LocalCluster, true: Callable[[Observation], bool]) -> Observation:
+    async with asyncio.timeout(LIMIT_S):
+        while not true(observation := await cluster.observe()):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return observation
+
+
+def in_phase(phase: ReplicaPhase, *names: str) -> Callable[[Observation], bool]:
+    def true(observation: Observation) -> bool:
+        phases = {state.spec.id: state.phase for state in observation.replicas}
+        bad = [name for name in names if phases.get(name) is ReplicaPhase.GONE]
+        assert phase is ReplicaPhase.GONE or not bad, observation.failures
+        return all(phases.get(name) is phase for name in names)
+
+    return true
+
+
+def left_memory() -> set[str]:
+    """Shared memory of engines that nobody uses any more."""
+    names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist_"))}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            maps = Path(f"/proc/{entry}/maps").read_text(errors="replace")
+        except OSError:
+            continue
+        names = {name for name in names if name not in maps}
+    return names
+
+
+async def until_true(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not true():  # noqa: ASYNC110 - it looks at other processes
+            await asyncio.sleep(0.05)
+
+
+def child_count() -> int:
+    """Processes below this one, however deep."""
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        except OSError:
+            continue
+        parents[int(entry)] = int(stat.split()[1])
+    found = {os.getpid()}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        if not more:
+            return len(found) - 1
+        found |= more
+
+
+@pytest.fixture
+async def cluster(
+    tiny_model: Path, tmp_path: Path, live_clock: Clock
+) -> AsyncIterator[LocalCluster]:
+    int8 = make_int8_variant(tiny_model, tiny_model.parent / "tiny-int8")
+    settings = EngineSettings(variants={"int8": str(int8)})
+    before, memory = child_count(), left_memory()
+    cluster = make_cluster(tiny_model, tmp_path, live_clock, settings)
+    yield cluster
+    await cluster.close()
+    assert child_count() == before
+    await until_true(lambda: left_memory() <= memory)
+
+
+async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
+    specs = (
+        replica("single", "cpu:0"),
+        replica("tensor", "cpu:0", "cpu:1", tp=2),
+        replica("pipeline", "cpu:2", "cpu:3", pp=2),
+        replica("small", "cpu:0", precision=Precision.INT8),
+    )
+    for spec in specs:
+        await cluster.apply(StartReplica(spec=spec))
+        ready = await until(cluster, in_phase(ReplicaPhase.READY, spec.id))
+        state = ready.replica(spec.id)
+        assert state is not None
+        assert state.max_model_len == 8192
+        async with Probe(state.endpoint, timeout_s=30) as probe:
+            assert await probe.complete("tiny", "Hello", 8, 30)
+            assert await probe.load() is not None
+        os.kill(state.pid, signal.SIGKILL)
+        gone = await until(cluster, in_phase(ReplicaPhase.GONE, spec.id))
+        assert gone.failures[spec.id].count == 1
+        assert "SIGKILL" in gone.failures[spec.id].reason
+        assert session_members(state.pid) == []
+        assert not Path(state.endpoint.unix_socket).parent.exists()
+
+
+async def test_two_at_once_and_one_is_stopped(cluster: LocalCluster) -> None:
+    for spec in (replica("a", "cpu:0"), replica("b", "cpu:1")):
+        await cluster.apply(StartReplica(spec=spec))
+    ready = await until(cluster, in_phase(ReplicaPhase.READY, "a", "b"))
+    await cluster.apply(StopReplica(replica="a"))
+    states = await until(
+        cluster, lambda observation: observation.replicas[0].phase is ReplicaPhase.GONE
+    )
+    assert states.failures == {}
+    assert session_members(ready.replicas[0].pid) == []
+    assert states.replica("b") is not None
+
+
+async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
+    await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
+    ready = await until(cluster, in_phase(ReplicaPhase.READY, "a"))
+    session = ready.replicas[0].pid
+    stat = Path(f"/proc/{session}/stat").read_text(encoding="utf-8")  # noqa: ASYNC240
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    await until(cluster, in_phase(ReplicaPhase.GONE, "a"))
+    assert session_members(session) == []
+    await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
+    await until(cluster, in_phase(ReplicaPhase.READY, "a"))
+
+
+async def test_bad_argument_is_told(cluster: LocalCluster) -> None:
+    spec = ReplicaSpec(
+        id="bad",
+        shape=ReplicaShape(),
+        devices=("cpu:0",),
+        backend=VllmBackend(engine_args=("--max-model-len", "999999")),
+    )
+    await cluster.apply(StartReplica(spec=spec))
+    gone = await until(cluster, in_phase(ReplicaPhase.GONE, "bad"))
+    assert "max_model_len" in gone.failures["bad"].reason
+
+
+async def test_spawned_engine_answers_and_ends(
+    tiny_model: Path, tmp_path: Path, live_clock: Clock
+) -> None:
+    before, memory = child_count(), left_memory()
+    cluster = make_cluster(tiny_model, tmp_path, live_clock, EngineSettings(start_method="spawn"))
+    try:
+        await cluster.apply(StartReplica(spec=replica("slow", "cpu:0", "cpu:1", tp=2)))
+        ready = await until(cluster, in_phase(ReplicaPhase.READY, "slow"))
+    finally:
+        await cluster.close()
+    assert session_members(ready.replicas[0].pid) == []
+    assert child_count() == before
+    await until_true(lambda: left_memory() <= memory)
+
+
+ORPHAN = """
+import asyncio, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from engines.conftest import LiveClock
+from engines.test_real_engines import *
+
+async def main():
+    cluster = make_cluster(Path({model!r}), Path({run_dir!r}), LiveClock())
+    await cluster.apply(StartReplica(spec=replica("left", "cpu:0")))
+    ready = await until(cluster, in_phase(ReplicaPhase.READY, "left"))
+    print(ready.replicas[0].pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_nothing_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path) -> None:
+    memory = left_memory()
+    code = ORPHAN.format(path=sys.path, model=str(tiny_model), run_dir=str(tmp_path))
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    async with asyncio.timeout(LIMIT_S):
+        session = int(await parent.stdout.readline())
+        parent.kill()
+        await parent.wait()
+        await until_true(lambda: not session_members(session))
+        await until_true(lambda: left_memory() <= memory)

@@ -1,0 +1,97 @@
+"""Launchers with stand-in servers: no process survives, whoever dies first."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from oserve.core import OServeError
+from oserve.engines import spawner
+from oserve.engines.session import session_members
+from oserve.engines.spawner import EngineProcess, SpawnLauncher, ZygoteLauncher
+
+# Like vLLM: a leader, a child that ignores TERM, and something worth reading in the log.
+SERVER = """
+import os, signal, subprocess, sys, time
+print(os.environ["COLOUR"], sorted(os.sched_getaffinity(0)), sys.argv[1:], flush=True)
+if "fail" in sys.argv:
+    sys.exit(7)
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", child])
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+async def launcher() -> AsyncIterator[SpawnLauncher]:
+    launcher = SpawnLauncher((sys.executable, "-c", SERVER))
+    yield launcher
+    await launcher.close()
+
+
+async def start(launcher: SpawnLauncher, log: Path, *argv: str) -> EngineProcess:
+    process = await launcher.start(argv, {"COLOUR": "blue"}, [0], log)
+    async with asyncio.timeout(20):
+        while "up" not in (log.read_text() if log.exists() else ""):
+            if argv:
+                break
+            await asyncio.sleep(0.02)
+    return process
+
+
+async def test_output_environment_and_cores(launcher: SpawnLauncher, tmp_path: Path) -> None:
+    process = await start(launcher, tmp_path / "log", "fail", "--x")
+    assert await process.wait() == 7
+    assert (tmp_path / "log").read_text() == "blue [0] ['fail', '--x']\n"
+
+
+async def test_kill_ends_the_whole_session(launcher: SpawnLauncher, tmp_path: Path) -> None:
+    process = await start(launcher, tmp_path / "log")
+    assert len(session_members(process.pid)) == 2
+    process.terminate()  # the leader goes, and what ignores TERM is cleared away after it
+    assert await process.wait() == -signal.SIGTERM
+    assert session_members(process.pid) == []
+    process.kill()
+
+
+async def test_a_killed_supervisor_leaves_nothing(launcher: SpawnLauncher, tmp_path: Path) -> None:
+    process = await start(launcher, tmp_path / "log")
+    stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    await process.wait()
+    assert session_members(process.pid) == []
+
+
+async def test_close_ends_all(launcher: SpawnLauncher, tmp_path: Path) -> None:
+    processes = [await start(launcher, tmp_path / str(number)) for number in range(2)]
+    await launcher.close()
+    for process in processes:
+        assert session_members(process.pid) == []
+        await process.wait()
+
+
+async def test_without_a_zygote_engines_are_spawned(
+    launcher: SpawnLauncher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried = []
+
+    async def no_zygote(log_path: Path) -> None:
+        tried.append(log_path)
+        raise OServeError("no vLLM", place="engines", remedy="install it")
+
+    monkeypatch.setattr(spawner._ZygoteLine, "open", no_zygote)
+    zygote = ZygoteLauncher(log_path=tmp_path / "zygote.log", fallback=launcher)
+    for _ in range(2):
+        process = await zygote.start(("fail",), {"COLOUR": "red"}, [0], tmp_path / "log")
+        assert await process.wait() == 7
+    assert len(tried) == 1
+    assert "no vLLM" in caplog.text
+    await zygote.close()
