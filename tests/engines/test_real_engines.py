@@ -94,21 +94,25 @@ async def until_true(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
 
-def child_count() -> int:
-    """Processes below this one, however deep."""
-    parents = {}
+def parents() -> dict[int, int]:
+    """Process ids to their parents'."""
+    found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        parents[int(entry)] = int(stat.split()[1])
+        found[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+    return found
+
+
+def child_count() -> int:
+    """Processes below this one, however deep."""
+    known = parents()
     found = {os.getpid()}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        if not more:
-            return len(found) - 1
+    while more := {pid for pid, parent in known.items() if parent in found} - found:
         found |= more
+    return len(found) - 1
 
 
 @pytest.fixture
@@ -166,8 +170,7 @@ async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a"))
     session = ready.replicas[0].pid
-    stat = Path(f"/proc/{session}/stat").read_text(encoding="utf-8")  # noqa: ASYNC240
-    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    os.kill(parents()[session], signal.SIGKILL)
     await until(cluster, in_phase(ReplicaPhase.GONE, "a"))
     assert session_members(session) == []
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))

@@ -34,12 +34,19 @@ async def launcher() -> AsyncIterator[SpawnLauncher]:
     await launcher.close()
 
 
+def parent_of(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def is_up(log: Path) -> bool:
+    return log.exists() and "up" in log.read_text()
+
+
 async def start(launcher: SpawnLauncher, log: Path, *argv: str) -> EngineProcess:
     process = await launcher.start(argv, {"COLOUR": "blue"}, [0], log)
     async with asyncio.timeout(20):
-        while "up" not in (log.read_text() if log.exists() else ""):
-            if argv:
-                break
+        while not argv and not is_up(log):  # noqa: ASYNC110 - it looks at a file
             await asyncio.sleep(0.02)
     return process
 
@@ -61,8 +68,7 @@ async def test_kill_ends_the_whole_session(launcher: SpawnLauncher, tmp_path: Pa
 
 async def test_a_killed_supervisor_leaves_nothing(launcher: SpawnLauncher, tmp_path: Path) -> None:
     process = await start(launcher, tmp_path / "log")
-    stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
-    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    os.kill(parent_of(process.pid), signal.SIGKILL)
     await process.wait()
     assert session_members(process.pid) == []
 
