@@ -50,7 +50,7 @@ class Backend:
                 return
             self._step_s = body.step_us / 1e6
             exchange.start(200, _STREAM)
-            exchange.on_disconnect = lambda: self._streams.pop(exchange, None)
+            exchange.on_disconnect = lambda: self._forget(exchange)
             exchange.on_pause = lambda paused: self._pause(exchange, paused)
             self._streams[exchange] = body.max_tokens
             if not self._running:
@@ -61,6 +61,10 @@ class Backend:
             exchange.respond(200, msgspec.json.encode({"object": "list", "data": [entry]}))
         else:
             exchange.respond(200, b"{}")
+
+    def _forget(self, exchange: Exchange) -> None:
+        self._streams.pop(exchange, None)
+        self._paused.discard(exchange)
 
     def _pause(self, exchange: Exchange, paused: bool) -> None:
         (self._paused.add if paused else self._paused.discard)(exchange)

@@ -86,7 +86,8 @@ def load_settings(
     for path, value in overrides.items():
         _check_path(path, place=f"--set {path}")
         _put(merged, path, value, place=f"--set {path}")
-    return _convert(merged, Settings, place="settings")
+    settings: Settings = _convert(merged, Settings, place="settings")
+    return settings
 
 
 def api_keys(

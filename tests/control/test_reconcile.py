@@ -48,7 +48,7 @@ def plan_of(*groups: tuple[str, ...], name: str = "p") -> DeploymentPlan:
 @st.composite
 def plans(draw: st.DrawFn, name: str) -> DeploymentPlan:
     order = draw(st.permutations([device.id for device in DEVICES]))
-    groups = []
+    groups: list[tuple[str, ...]] = []
     while order and len(groups) < 4:
         size = draw(st.sampled_from([1, 1, 2, 4]))
         if size > len(order):

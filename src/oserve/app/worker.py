@@ -7,6 +7,7 @@ the server. What it serves it learns from the hub.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ async def _run(orders: Orders) -> None:
 
 
 def _watch_input(ended: asyncio.Event) -> None:
-    if not sys.stdin.buffer.read1(1):
+    if not os.read(sys.stdin.fileno(), 1):
         ended.set()
 
 
