@@ -153,7 +153,7 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         assert not Path(state.endpoint.unix_socket).parent.exists()
 
 
-async def test_two_at_once_and_one_is_stopped(cluster: LocalCluster) -> None:
+async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:
     for spec in (replica("a", "cpu:0"), replica("b", "cpu:1")):
         await cluster.apply(StartReplica(spec=spec))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a", "b"))
@@ -164,6 +164,15 @@ async def test_two_at_once_and_one_is_stopped(cluster: LocalCluster) -> None:
     assert states.failures == {}
     assert session_members(ready.replicas[0].pid) == []
     assert states.replica("b") is not None
+    spec = ReplicaSpec(
+        id="bad",
+        shape=ReplicaShape(),
+        devices=("cpu:0",),
+        backend=VllmBackend(engine_args=("--max-model-len", "999999")),
+    )
+    await cluster.apply(StartReplica(spec=spec))
+    gone = await until(cluster, in_phase(ReplicaPhase.GONE, "bad"))
+    assert "max_model_len" in gone.failures["bad"].reason
 
 
 async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
@@ -177,25 +186,13 @@ async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
     await until(cluster, in_phase(ReplicaPhase.READY, "a"))
 
 
-async def test_bad_argument_is_told(cluster: LocalCluster) -> None:
-    spec = ReplicaSpec(
-        id="bad",
-        shape=ReplicaShape(),
-        devices=("cpu:0",),
-        backend=VllmBackend(engine_args=("--max-model-len", "999999")),
-    )
-    await cluster.apply(StartReplica(spec=spec))
-    gone = await until(cluster, in_phase(ReplicaPhase.GONE, "bad"))
-    assert "max_model_len" in gone.failures["bad"].reason
-
-
 async def test_spawned_engine_answers_and_ends(
     tiny_model: Path, tmp_path: Path, live_clock: Clock
 ) -> None:
     before, memory = child_count(), left_memory()
     cluster = make_cluster(tiny_model, tmp_path, live_clock, EngineSettings(start_method="spawn"))
     try:
-        await cluster.apply(StartReplica(spec=replica("slow", "cpu:0", "cpu:1", tp=2)))
+        await cluster.apply(StartReplica(spec=replica("slow", "cpu:0")))
         ready = await until(cluster, in_phase(ReplicaPhase.READY, "slow"))
     finally:
         await cluster.close()
@@ -215,7 +212,7 @@ async def main():
     cluster = make_cluster(Path({model!r}), Path({run_dir!r}), LiveClock())
     await cluster.apply(StartReplica(spec=replica("left", "cpu:0")))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "left"))
-    print(ready.replicas[0].pid, flush=True)
+    print(ready.replicas[0].pid, ready.replicas[0].endpoint.unix_socket, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())
@@ -230,8 +227,10 @@ async def test_nothing_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path
     )
     assert parent.stdout is not None
     async with asyncio.timeout(LIMIT_S):
-        session = int(await parent.stdout.readline())
+        pid, socket = (await parent.stdout.readline()).decode().split()
+        session, socket_folder = int(pid), Path(socket).parent.parent
         parent.kill()
         await parent.wait()
         await until_true(lambda: not session_members(session))
         await until_true(lambda: left_memory() <= memory)
+        await until_true(lambda: not socket_folder.exists())

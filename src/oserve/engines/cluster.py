@@ -227,7 +227,8 @@ class LocalCluster:
             eager=runs_eagerly(arguments),
             folder=str(folder),
         )
-        folder.mkdir(parents=True, mode=0o700)
+        self._sockets.mkdir(mode=0o700, exist_ok=True)  # a zygote that ended has removed it
+        folder.mkdir(mode=0o700)
         return arguments, environment
 
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:

@@ -47,6 +47,10 @@ def main() -> int:
         status = os.waitstatus_to_exitcode(raw)
     end_session(pid, grace_s=0)
     release_leftovers(pid, arguments.folder)
+    if arguments.folder and os.getppid() != arguments.parent:
+        # Nobody else is left to remove what held the folder.
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(arguments.folder))
     return status if status >= 0 else 128 - status
 
 

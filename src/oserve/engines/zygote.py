@@ -57,6 +57,7 @@ class Zygote:
         self._control = control
         self._buffer = b""
         self._engines: dict[int, dict[str, Any]] = {}
+        self._folders: set[str] = set()
         self._over = False
         self._wakeup, self._waker = os.pipe()
         for descriptor in (self._wakeup, self._waker):
@@ -84,6 +85,10 @@ class Zygote:
             signal_session(pid, signal.SIGTERM)
         for pid in list(self._engines):
             self._clear(pid, grace_s=_GRACE_S)
+        for folder in self._folders:
+            # The client may have been killed: then nobody else removes what held the folders.
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
 
     def _stop(self) -> None:
         self._over = True
@@ -139,7 +144,9 @@ class Zygote:
     def _clear(self, pid: int, *, grace_s: float) -> None:
         request = self._engines.pop(pid)
         end_session(pid, grace_s=grace_s)
-        release_leftovers(pid, request["env"].get("TMPDIR", ""))
+        folder = request["env"].get("TMPDIR", "")
+        release_leftovers(pid, folder)
+        self._folders.add(os.path.dirname(folder))
 
 
 def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:

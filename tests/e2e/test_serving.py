@@ -1,0 +1,303 @@
+"""The whole of it: `oserve serve` with real vLLM engines, as users meet it."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from oserve.engines.tiny import make_tiny_model
+from oserve.gateway.records import read_records
+from oserve.traces import synthesise
+
+pytestmark = pytest.mark.engine
+
+PLAN = """
+id: e2e
+workload_types: [{name: short, max_prompt_tokens: 200}, {name: long}]
+replicas:
+  - id: one
+    shape: {precision: fp32, max_num_batched_tokens: 256, max_num_seqs: 16}
+    devices: [cpu:0]
+  - id: two
+    shape: {tensor_parallel_size: 2, precision: fp32, max_num_batched_tokens: 512, max_num_seqs: 8}
+    devices: [cpu:1, cpu:2]
+routing_shares: {short: {one: 1}, long: {two: 1}}
+"""
+GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+_START_LIMIT_S = 240.0
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    folder: Path
+
+    def log(self) -> str:
+        return (self.folder / "serve.log").read_text()
+
+
+def start(folder: Path, *words: str) -> Served:
+    """`oserve serve` as a process; returns when it says it is ready."""
+    model = make_tiny_model(folder / "tiny")
+    log = folder / "serve.log"
+    command = [sys.executable, "-m", "oserve.cli", "serve", str(model), "--state-dir", str(folder)]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, *words], stdout=out, stderr=out, cwd=folder)
+    deadline_s = time.monotonic() + _START_LIMIT_S
+    while "Ready on" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.1)
+    line = next(line for line in log.read_text().splitlines() if line.startswith("Ready on"))
+    return Served(process, line.split()[2], folder)
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process that came from this one and still runs."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: set[int] = set()
+    queue = [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found.update(children)
+        queue.extend(children)
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("e2e")
+    plan = folder / "plan.yaml"
+    plan.write_text(PLAN)
+    server = start(folder, "--plan", str(plan), "--cpu-slots", "3", "--port", "0")
+    family = descendants(server.process.pid)
+    yield server
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+    # Ctrl-C ends everything: not one process is left behind.
+    left = {pid for pid in family if Path(f"/proc/{pid}/stat").exists()}
+    assert not left, server.log()
+
+
+async def status_of(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    async with session.get(url + "/oserve/v1/status") as answer:
+        return dict(await answer.json())
+
+
+async def is_running(session: aiohttp.ClientSession, url: str) -> bool:
+    return any(replica["running"] for replica in (await status_of(session, url))["replicas"])
+
+
+async def test_openai_client_chats_streaming_and_not(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
+        messages = [{"role": "user", "content": "Hello!"}]
+        wishes = {**GREEDY, "messages": messages, "extra_body": {"ignore_eos": True}}
+        del wishes["ignore_eos"]
+        whole = await client.chat.completions.create(**wishes)
+        stream = await client.chat.completions.create(**wishes, stream=True)
+        pieces = [event.choices[0].delta.content or "" async for event in stream]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 24
+    assert whole.choices[0].finish_reason == "length"
+
+
+async def test_replicas_of_different_shape_serve_their_types(served: Served) -> None:
+    async with aiohttp.ClientSession() as session:
+        document = await status_of(session, served.url)
+        shapes = {r["id"]: r["shape"]["tensor_parallel_size"] for r in document["replicas"]}
+        assert shapes == {"one": 1, "two": 2}
+        assert {r["phase"] for r in document["replicas"]} == {"ready"}
+        seen = set()
+        for prompt in ([5] * 20, [5] * 300):
+            body = {**GREEDY, "prompt": prompt}
+            async with session.post(served.url + "/v1/completions", json=body) as answer:
+                seen.add(
+                    (answer.headers["x-oserve-workload-type"], answer.headers["x-oserve-replica"])
+                )
+    assert seen == {("short", "one"), ("long", "two")}
+
+
+def engine_socket(served: Served, replica: str) -> str:
+    """The Unix socket of a replica's engine, from its command line in the log."""
+    for entry in Path("/proc/net/unix").read_text().splitlines():
+        path = entry.split()[-1]
+        if "oserve" in path and f"/{replica}" in path and Path(path).exists():
+            return path
+    raise AssertionError(f"no socket of {replica}")
+
+
+@pytest.mark.parametrize("replica", ["one", "two"])
+async def test_greedy_output_equals_the_engines_own(served: Served, replica: str) -> None:
+    prompt = "tell me of it " * (3 if replica == "one" else 40)
+    chat = {**GREEDY, "messages": [{"role": "user", "content": prompt}]}
+    text = {**GREEDY, "prompt": prompt}
+    connector = aiohttp.UnixConnector(engine_socket(served, replica))
+    async with (
+        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(connector=connector) as direct,
+    ):
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+            for stream in (False, True):
+                wish = {**body, "stream": stream}
+                async with session.post(served.url + path, json=wish) as answer:
+                    assert answer.headers["x-oserve-replica"] == replica
+                    through = spoken(await answer.read(), stream=stream)
+                async with direct.post("http://engine" + path, json=wish) as answer:
+                    own = spoken(await answer.read(), stream=stream)
+                assert through == own
+                assert len(own) >= 20
+
+
+def spoken(data: bytes, *, stream: bool) -> str:
+    """The text of an answer, whatever its form."""
+    if not stream:
+        choice = json.loads(data)["choices"][0]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+    events = [line[6:] for line in data.split(b"\n\n") if line]
+    assert events[-1] == b"[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events[:-1]]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
+
+
+async def test_bad_input_is_told_and_wedges_nothing(served: Served) -> None:
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({**GREEDY, "prompt": "x", "model": "other"}, 404),
+        ({**GREEDY, "prompt": "x", "max_tokens": -1}, 400),
+        ({**GREEDY, "prompt": [7] * 9000}, 400),
+        ({**GREEDY}, 400),
+        ({**GREEDY, "prompt": "x", "temperature": "hot"}, 400),
+    ]
+    async with aiohttp.ClientSession() as session:
+        for body, status in cases:
+            async with session.post(served.url + "/v1/completions", json=body) as answer:
+                assert answer.status == status
+                assert (await answer.json())["error"]["message"]
+        for path in ("/collective_rpc", "/pause", "/sleep", "/load_lora_adapter", "/v1/../pause"):
+            async with session.post(served.url + path, json={}) as answer:
+                assert answer.status == 404
+        async with session.post(served.url + "/tokenize", json={"prompt": "four"}) as answer:
+            assert (await answer.json())["count"] in {4, 5}
+
+
+async def test_a_client_that_leaves_frees_the_engine(served: Served) -> None:
+    body = {**GREEDY, "prompt": "go on", "max_tokens": 4000, "stream": True}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(served.url + "/v1/completions", json=body) as answer:
+            await answer.content.readany()
+        while True:
+            document = await status_of(session, served.url)
+            if all(replica["running"] == 0 for replica in document["replicas"]):
+                break
+            await asyncio.sleep(0.1)
+
+
+async def test_a_killed_engine_costs_no_unanswered_request_and_comes_back(served: Served) -> None:
+    async def call(session: aiohttp.ClientSession, index: int) -> int:
+        body = {**GREEDY, "prompt": f"request {index} ", "max_tokens": 120}
+        async with session.post(served.url + "/v1/completions", json=body) as answer:
+            data = await answer.json()
+            assert data["usage"]["completion_tokens"] == 120
+            return answer.status
+
+    async with aiohttp.ClientSession() as session:
+        before = await status_of(session, served.url)
+        victim = next(r for r in before["replicas"] if r["id"] == "one")
+        calls = [asyncio.ensure_future(call(session, index)) for index in range(40)]
+        while not await is_running(session, served.url):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        os.kill(victim["pid"], signal.SIGKILL)
+        seen = set()
+        while True:
+            document = await status_of(session, served.url)
+            state = next(r for r in document["replicas"] if r["id"] == "one")
+            seen.add(state["phase"])
+            if state["phase"] == "ready" and state["pid"] != victim["pid"]:
+                break
+            async with session.get(served.url + "/health") as answer:
+                assert answer.status == 200
+            await asyncio.sleep(0.05)
+        assert await asyncio.gather(*calls) == [200] * 40
+        assert "gone" in seen
+        async with session.get(served.url + "/metrics") as answer:
+            metrics = await answer.text()
+    assert 'oserve_requests_retried_total{replica="one"}' in metrics
+
+
+async def test_bench_replays_a_trace_whole(served: Served, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = synthesise(rate_rps=4, duration_s=15, seed=3)
+    trace.write_text(
+        "arrival_s,input_tokens,output_tokens\n"
+        + "".join(f"{r.arrival_s},{r.prompt_tokens},{r.output_tokens}\n" for r in rows)
+    )
+    command = [sys.executable, "-m", "oserve.cli", "bench", str(trace), "--url", served.url]
+    command += ["--json", "--prompt-scale", "0.1", "--output-scale", "0.1"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    out, _ = await process.communicate()
+    report = json.loads(out)
+    assert report["failed"] == report["truncated"] == 0, report["errors"]
+    assert report["completed"] == report["sent"] > 30
+    assert process.returncode == 0
+
+
+async def test_records_are_kept(served: Served) -> None:
+    await asyncio.sleep(1.0)
+    rows = list(read_records(served.folder / "records.sqlite"))
+    assert {row.replica for row in rows} >= {"one", "two"}
+    assert any(row.status == "disconnected" for row in rows)
+
+
+def test_a_plan_that_cannot_start_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tiny")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("replicas: [{id: a, devices: ['cpu:0'], engine_args: [--no-such-flag]}]")
+    command = [sys.executable, "-m", "oserve.cli", "serve", str(model), "--plan", str(plan)]
+    command += ["--port", "0", "--state-dir", str(tmp_path), "--set", "control.max_failures=2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "no replica of the plan could start" in result.stderr
+    assert "no-such-flag" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (
+            "replicas: [{id: a, shape: {tensor_parallel_size: 5}, "
+            "devices: ['cpu:0','cpu:1','cpu:2','cpu:3','cpu:4']}]",
+            ["'cpu:4'", "there are 4"],
+        ),
+        ("replicas: [{id: a, devcies: [x]}]", ["devcies", "did you mean devices?"]),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_anything_starts(
+    tmp_path: Path, plan: str, words: list[str]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan)
+    command = [sys.executable, "-m", "oserve.cli", "serve", "m", "--plan", str(path)]
+    command += ["--cpu-slots", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in words)
+    assert "Traceback" not in result.stderr
