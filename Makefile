@@ -12,7 +12,7 @@ help:
 
 serve:
 	@$(PYTHON) tools/setup.py --engine --model $(MODEL)
-	@$(BIN)/oserve serve $(MODEL) --port $(PORT) $(ARGS)
+	@$(BIN)/oserve serve $(MODEL) --port $(PORT) --set 'engines.variants={int8: $(MODEL)-int8}' $(ARGS)
 
 test:
 	@$(PYTHON) tools/setup.py --dev --engine

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/clients/vllm_bench.py --base-url http://127.0.0.1:8000 \
         --model tiny-llama --tokenizer .oserve/models/tiny-llama --num-prompts 100 --request-rate 6
 
-All options are those of `vllm bench serve`; the `vllm` command itself does not start in the CPU build.
+All options are those of `vllm bench serve`, whose command does not start in the CPU build.
 """
 
 import argparse

@@ -36,12 +36,12 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``cuda``.
+    """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``gpu``.
 
     ``cpu_slots`` cuts the CPU cores into that many devices; slots beyond the cores share them.
     """
 
-    devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
+    devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
 
 

@@ -94,7 +94,9 @@ class FakeProbe:
     async def load(self) -> EngineLoad | None:
         return EngineLoad(running=2, waiting=1, kv_cache_usage=0.5) if self.well else None
 
-    async def complete(self, model: str, prompt: str, max_tokens: int, timeout_s: float) -> bool:
+    async def complete(
+        self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
+    ) -> bool:
         self.completed += 1
         return self.completes
 

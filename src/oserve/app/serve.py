@@ -33,9 +33,12 @@ from oserve.core import (
     ReplicaState,
     StartReplica,
     StopReplica,
+    VllmBackend,
 )
+from oserve.engines.arguments import engine_arguments
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.devices import find_devices
+from oserve.engines.devices import find_devices, has_bf16_instructions
+from oserve.engines.settings import EngineSettings
 from oserve.gateway.dispatch import Picture
 from oserve.plan import check_plan, default_plan
 
@@ -63,8 +66,9 @@ def prepare(settings: Settings) -> Deployment:
         why = "the default plan: no --plan was given"
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
     if plan is None:
-        plan = default_plan(devices, _default_shapes(devices))
+        plan = default_plan(devices, _default_shapes(devices, settings.engines))
     check_plan(plan, devices, place=settings.plan or "plan")
+    _check_engines(plan, devices, settings)
     attached_only = all(not spec.devices for spec in plan.replicas)
     if not settings.model and not (attached_only and settings.served_model_name):
         raise OServeError(
@@ -83,16 +87,36 @@ def _model_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _default_shapes(devices: tuple[Device, ...]) -> tuple[ReplicaShape, ...]:
+def _check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
+    """Refuse now what no engine could be started with."""
+    cpu = all(device.kind == "cpu" for device in devices)
+    for spec in plan.replicas:
+        if isinstance(spec.backend, VllmBackend):
+            engine_arguments(
+                spec,
+                model=settings.model,
+                served_model_name="",
+                unix_socket="",
+                platform="cpu" if cpu else "cuda",
+                settings=settings.engines,
+            )
+
+
+def _default_shapes(
+    devices: tuple[Device, ...], settings: EngineSettings
+) -> tuple[ReplicaShape, ...]:
     """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
     if devices and devices[0].kind != "cpu":
         return (
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
         )
+    # Without instructions for it, bf16 is slower on a CPU than fp32.
+    plain = Precision.BF16 if has_bf16_instructions() else Precision.FP32
+    light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
     return (
-        ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=256, max_num_seqs=32),
-        ReplicaShape(precision=Precision.FP32, max_num_batched_tokens=1024, max_num_seqs=16),
+        ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
+        ReplicaShape(precision=plain, max_num_batched_tokens=1024, max_num_seqs=16),
     )
 
 
@@ -110,9 +134,7 @@ def _located(settings: Settings) -> Settings:
     return msgspec.structs.replace(
         settings,
         gateway=msgspec.structs.replace(settings.gateway, records_file=records),
-        engines=msgspec.structs.replace(
-            settings.engines, log_dir=logs, request_order=settings.gateway.order.policy
-        ),
+        engines=msgspec.structs.replace(settings.engines, log_dir=logs),
     )
 
 

@@ -38,7 +38,8 @@ def engine_arguments(
         *("--pipeline-parallel-size", str(shape.pipeline_parallel_size)),
         *("--max-num-seqs", str(shape.max_num_seqs)),
         *("--max-num-batched-tokens", str(shape.max_num_batched_tokens)),
-        *("--scheduling-policy", settings.request_order),
+        # Without priorities in the requests this is first come, first served.
+        *("--scheduling-policy", "priority"),
         *("--worker-extension-cls", _EXTENSION),
         # One line per request in the log is the gateway's business, and costs engine time.
         "--disable-uvicorn-access-log",

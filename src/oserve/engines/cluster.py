@@ -180,6 +180,7 @@ class LocalCluster:
             start=partial(self._launch, spec, folder, log_path),
             log_path=log_path,
             model=self._served_model_name,
+            chunk_tokens=spec.shape.max_num_batched_tokens,
         )
 
     def _common(self, spec: ReplicaSpec, endpoint: Endpoint) -> dict[str, Any]:

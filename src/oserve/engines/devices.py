@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from oserve.core import Device, OServeError
 
@@ -103,3 +104,13 @@ def _memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(bound)) if bound.isdigit() else total
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this machine's CPU computes in bf16 rather than emulating it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2]
+    except OSError:
+        return False
+    known = set(flags.partition("\n")[0].split())
+    return bool(known & {"avx512_bf16", "amx_bf16", "bf16"})

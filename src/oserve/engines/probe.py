@@ -99,7 +99,9 @@ class Probe:
         status, body = await self._ask("GET", "/metrics")
         return parse_load(body.decode(errors="replace")) if status == 200 else None
 
-    async def complete(self, model: str, prompt: str, max_tokens: int, timeout_s: float) -> bool:
+    async def complete(
+        self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
+    ) -> bool:
         """One greedy completion: the first one makes an engine allocate what it puts off."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         status, _ = await self._ask("POST", "/v1/completions", body, timeout_s)

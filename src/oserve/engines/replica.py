@@ -18,7 +18,9 @@ from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
 _LOADING_POLL_S = 0.1
-_WARM_UP_PROMPT = "The first request is the slow one. "
+# Any token will do; a whole chunk of them makes the engine allocate what a full step needs.
+_WARM_UP_TOKEN = 5
+_MAX_WARM_UP_PROMPT = 8192
 _WARM_UP_TOKENS = 4
 # An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
 _ATTACHED_UNHEALTHY_AFTER = 3
@@ -34,7 +36,7 @@ class Prober(Protocol):
     async def load(self) -> EngineLoad | None: ...
 
     async def complete(
-        self, model: str, prompt: str, max_tokens: int, timeout_s: float
+        self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
     ) -> bool: ...
 
     async def close(self) -> None: ...
@@ -69,11 +71,15 @@ class ReplicaTask:
 
 @dataclass(kw_only=True)
 class VllmReplica(ReplicaTask):
-    """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write."""
+    """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write.
+
+    ``chunk_tokens``: what one of its steps may compute.
+    """
 
     start: Callable[[], Awaitable[EngineProcess]]
     log_path: Path
     model: str
+    chunk_tokens: int
 
     async def run(self) -> str | None:
         """See ``ReplicaTask.run``; no process is left when this returns."""
@@ -131,7 +137,11 @@ class VllmReplica(ReplicaTask):
         models = await self.probe.models() or (ServedModel(name=self.model),)
         left_s = max(1.0, deadline_s - self.clock.now())
         name = models[0].name
-        if not await self.probe.complete(name, _WARM_UP_PROMPT, _WARM_UP_TOKENS, left_s):
+        length = min(self.chunk_tokens, _MAX_WARM_UP_PROMPT)
+        if models[0].max_model_len:
+            length = min(length, models[0].max_model_len - _WARM_UP_TOKENS)
+        prompt = [_WARM_UP_TOKEN] * max(1, length)
+        if not await self.probe.complete(name, prompt, _WARM_UP_TOKENS, left_s):
             return self._because("did not answer its first request")
         self.report(phase=ReplicaPhase.READY, max_model_len=models[0].max_model_len)
         return await self._look_after()
@@ -152,7 +162,7 @@ class VllmReplica(ReplicaTask):
         return f"failed {failed} health checks in a row"
 
     def _because(self, what: str) -> str:
-        cause = telling_line(self.log_path)
+        cause = telling_line(self.log_path) if "SIGKILL" not in what else ""
         return f"{what}: {cause}" if cause else what
 
 

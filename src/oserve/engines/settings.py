@@ -22,7 +22,6 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     up to ``health_timeout_s``) after which an engine is ended; generous, since a busy engine that
     answers late is better than one that starts again. ``stop_grace_s``: from TERM to KILL.
     ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
-    ``request_order`` ``priority`` lets the gateway order requests inside the engine.
     """
 
     variants: Mapping[str, str] = {}
@@ -37,4 +36,3 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     stop_grace_s: Positive = 10.0
     stable_s: Positive = 60.0
     log_dir: str = ""
-    request_order: Annotated[str, msgspec.Meta(pattern="^(priority|fcfs)$")] = "priority"

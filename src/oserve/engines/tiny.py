@@ -301,4 +301,5 @@ def _int8_config() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(make_tiny_model(Path(sys.argv[1])))
+    made = make_tiny_model(Path(sys.argv[1]))
+    make_int8_variant(made, made.with_name(made.name + "-int8"))
