@@ -1,9 +1,11 @@
 """The hub: where gateway processes meet the control loop when there are several of them.
 
 Each gateway process posts what it has outstanding and its counters, and gets back the routing
-table and the sum of the others. One small exchange over a Unix socket several times a second.
+table, the outstanding work of the others and the sum of all counters: one small exchange over a
+Unix socket several times a second.
 """
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -87,7 +89,7 @@ class Hub:
         picture = msgspec.structs.replace(
             self._picture,
             elsewhere=elsewhere,
-            metrics=merged(other.metrics for other in others),
+            metrics=merged(item.metrics for item in self._reports.values()),
             queued=sum(other.queued for other in others),
         )
         newer = self._table if report.table != self._version else None
@@ -103,9 +105,18 @@ class HubClient:
         self._process = process
         self._dispatcher = dispatcher
         self._version = 0
+        # Replies are taken in the order they were given, so that nothing goes back in time.
+        self._lock = asyncio.Lock()
 
     async def sync(self) -> None:
-        """One exchange; raises aiohttp.ClientError or OSError when the hub is gone."""
+        """One exchange; raises ConnectionError when the hub is gone."""
+        async with self._lock:
+            try:
+                await self._sync()
+            except (aiohttp.ClientError, OSError) as error:
+                raise ConnectionError(f"the hub does not answer: {error}") from None
+
+    async def _sync(self) -> None:
         dispatcher = self._dispatcher
         report = Report(
             process=self._process,

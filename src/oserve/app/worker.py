@@ -12,7 +12,6 @@ import signal
 import sys
 from pathlib import Path
 
-import aiohttp
 import msgspec
 import uvloop
 
@@ -39,6 +38,7 @@ async def _run(orders: Orders) -> None:
         settings, models=orders.models, api_keys=frozenset(orders.api_keys), records=records
     )
     client = HubClient(orders.hub, orders.process, gateway.dispatcher)
+    gateway.refresh = client.sync
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
@@ -53,7 +53,7 @@ async def _run(orders: Orders) -> None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), SYNC_INTERVAL_S)
             # A hub that does not answer leaves the last table in force.
-            with contextlib.suppress(aiohttp.ClientError, OSError):
+            with contextlib.suppress(ConnectionError):
                 await client.sync()
     finally:
         await gateway.close()

@@ -33,6 +33,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway process is told of the rest: for status, metrics and load.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
+    ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")

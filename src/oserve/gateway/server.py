@@ -6,7 +6,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -16,7 +16,7 @@ from oserve.core import Request
 from oserve.gateway.body import GenerateBody, parse_body, prompt_size
 from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.errors import ApiError, send_error, unavailable, with_status
-from oserve.gateway.metrics import exposition, merged
+from oserve.gateway.metrics import exposition
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
@@ -33,7 +33,7 @@ _FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id
 
 
 class Gateway:
-    """One gateway process."""
+    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape."""
 
     def __init__(
         self,
@@ -49,6 +49,8 @@ class Gateway:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
         self._started_s = int(time.time())
         self._server: Server | None = None
+        self.refresh: Callable[[], Awaitable[None]] | None = None
+        self._scrapes: set[asyncio.Task[None]] = set()
         order = settings.order
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
@@ -221,6 +223,25 @@ class Gateway:
         exchange.respond(200, bytes(self.dispatcher.picture.status))
 
     def _answer_metrics(self, exchange: Exchange) -> None:
+        if self.refresh is None:
+            self._expose(exchange)
+        else:
+            task = asyncio.ensure_future(self._refresh_and_expose(exchange, self.refresh))
+            self._scrapes.add(task)
+            task.add_done_callback(self._scrapes.discard)
+
+    async def _refresh_and_expose(
+        self, exchange: Exchange, refresh: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Of several processes any may be asked: only fresh sums never go backwards."""
+        try:
+            await refresh()
+        except OSError:
+            send_error(exchange, unavailable("The counters of all processes are out of reach"))
+        else:
+            self._expose(exchange)
+
+    def _expose(self, exchange: Exchange) -> None:
         dispatcher = self.dispatcher
         gauges: dict[str, dict[tuple[str, ...], float]] = {}
         for name, labels, value in dispatcher.picture.gauges:
@@ -231,8 +252,7 @@ class Gateway:
         gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
         queued = dispatcher.queued + dispatcher.picture.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
-        total = merged([dispatcher.metrics.snapshot(), dispatcher.picture.metrics])
-        text = exposition(total, gauges)
+        text = exposition(dispatcher.picture.metrics or dispatcher.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -1,0 +1,224 @@
+"""`oserve serve` as a process, in front of an emulated engine; and the other commands."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from typer.testing import CliRunner
+
+from oserve.cli import app
+from oserve.core import OServeError
+from oserve.sim import EmulatedEngine, EngineSpeed
+
+BODY = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
+
+
+@dataclass
+class Served:
+    process: asyncio.subprocess.Process
+    engine: EmulatedEngine
+    url: str
+    folder: Path
+
+
+async def free_port() -> int:
+    server = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+    port: int = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    return port
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    started: list[Served] = []
+
+    async def start(*words: str, speed: EngineSpeed | None = None) -> Served:
+        engine = EmulatedEngine(speed=speed)
+        engine_url = f"http://127.0.0.1:{await engine.start()}"
+        plan = tmp_path / "plan.yaml"
+        plan.write_text(f"replicas: [{{id: one, attach: {{url: '{engine_url}'}}}}]")
+        port = await free_port()
+        command = ["-m", "oserve.cli", "serve", "--plan", str(plan), "--port", str(port)]
+        command += ["--served-model-name", "emulated", "--state-dir", str(tmp_path / "state")]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, *words, stderr=asyncio.subprocess.PIPE
+        )
+        assert process.stderr is not None
+        seen = b""
+        while b"Ready on" not in seen:
+            line = await process.stderr.readline()
+            assert line, seen.decode()
+            seen += line
+        served = Served(process, engine, f"http://127.0.0.1:{port}", tmp_path)
+        started.append(served)
+        return served
+
+    yield start
+    for served in started:
+        if served.process.returncode is None:
+            served.process.kill()
+            await served.process.communicate()
+        await served.engine.stop()
+
+
+async def post(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.post(url + "/v1/completions", json=BODY) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def counted(session: aiohttp.ClientSession, url: str) -> float:
+    async with session.get(url + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    name = 'oserve_requests_total{status="completed"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+def children_of(pid: int) -> set[str]:
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+def fresh() -> aiohttp.ClientSession:
+    """Each request on a connection of its own, so that every gateway process gets some."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_serves_counts_and_ends_with_any_number_of_processes(
+    serve: Serve, processes: int
+) -> None:
+    served = await serve("--set", f"gateway.processes={processes}")
+    async with fresh() as session:
+        codes = [await post(session, served.url) for _ in range(30)]
+        assert codes == [200] * 30
+        async with session.get(served.url + "/health") as answer:
+            assert answer.status == 200
+        async with session.get(served.url + "/oserve/v1/status") as answer:
+            document = await answer.json()
+        assert document["replicas"][0]["phase"] == "ready"
+        # Whichever process is asked, sums never go backwards and end at the truth.
+        seen = [0.0]
+        while seen[-1] < 30:
+            seen.append(await counted(session, served.url))
+        seen += [await counted(session, served.url) for _ in range(10)]
+        assert seen == sorted(seen)
+        assert seen[-1] == 30
+    served.process.send_signal(signal.SIGINT)
+    await served.process.communicate()
+    assert served.process.returncode == 0
+
+
+async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
+    served = await serve("--set", "gateway.processes=2")
+    before = children_of(served.process.pid)
+    assert len(before) == 2
+    victim = min(before)
+    os.kill(int(victim), signal.SIGKILL)
+    async with fresh() as session:
+        await until(lambda: len(children_of(served.process.pid) - {victim}) >= 2)
+        for _ in range(20):
+            # The one that died may have had connections waiting: those break, no later ones do.
+            try:
+                assert await post(session, served.url) == 200
+            except aiohttp.ClientError:
+                continue
+        assert await post(session, served.url) == 200
+
+
+async def test_a_running_request_gets_its_grace_at_the_end(serve: Serve) -> None:
+    served = await serve(speed=EngineSpeed(ttft_s=0.5))
+    async with fresh() as session:
+        call = asyncio.ensure_future(post(session, served.url))
+        await until(lambda: served.engine.running)
+        served.process.send_signal(signal.SIGTERM)
+        assert await call == 200
+    await served.process.communicate()
+    assert served.process.returncode == 0
+
+
+async def test_an_attached_server_that_goes_away_is_told_of(serve: Serve) -> None:
+    served = await serve("--set", "engines.health_interval_s=0.05")
+    await served.engine.stop()
+    async with fresh() as session:
+
+        async def healthy() -> int:
+            async with session.get(served.url + "/health") as answer:
+                return answer.status
+
+        while await healthy() == 200:
+            continue
+        assert await healthy() == 503
+
+
+async def test_status_command(serve: Serve, tmp_path: Path) -> None:
+    served = await serve()
+    runner = CliRunner()
+    words = ["status", "--url", served.url]
+    shown = await asyncio.to_thread(runner.invoke, app, words)
+    assert shown.exit_code == 0
+    assert "serving" in shown.stdout
+    assert "one" in shown.stdout
+    raw = await asyncio.to_thread(runner.invoke, app, [*words, "--json"])
+    document: dict[str, Any] = json.loads(raw.stdout)
+    replica = document["replicas"][0]
+    assert set(replica) >= {"id", "shape", "devices", "phase", "running", "waiting"}
+    assert set(document) >= {"replicas", "plan_id", "routing_shares"}
+
+
+async def test_a_taken_port_is_told(serve: Serve) -> None:
+    served = await serve()
+    port = served.url.rsplit(":", 1)[1]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "oserve.cli", "serve", "--port", port),
+        *("--plan", str(served.folder / "plan.yaml"), "--served-model-name", "x"),
+        *("--state-dir", str(served.folder / "other")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, told = await process.communicate()
+    assert process.returncode == 2
+    assert b"cannot listen" in told
+    assert b"Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serve"], "no model"),
+        (["serve", "m", "--plan", "none.yaml"], "cannot read"),
+        (["serve", "m", "--set", "gateway.prot=1"], "gateway.prot"),
+        (["validate", "--config", "none.yaml"], "cannot read"),
+        (["status", "--url", "http://127.0.0.1:9"], "no answer"),
+    ],
+)
+def test_bad_words_are_told(words: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, OServeError)
+    assert told in str(result.exception)
+
+
+def test_validate_and_dry_run_start_nothing(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("replicas: [{id: a, devices: ['cpu:0']}, {id: b, devices: ['cpu:1']}]")
+    words = ["--plan", str(plan), "--cpu-slots", "2", "--set", "cluster.devices=cpu"]
+    checked = CliRunner().invoke(app, ["validate", "--model", "m", *words])
+    assert checked.stdout.startswith("ok: 2 replicas on 2 devices")
+    state = ["--state-dir", str(tmp_path / "state")]
+    dry = CliRunner().invoke(app, ["serve", "m", *words, *state, "--dry-run"])
+    assert dry.exit_code == 0
