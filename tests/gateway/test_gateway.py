@@ -15,6 +15,7 @@ from oserve.core import FinishStatus, ReplicaPhase
 from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, OrderSettings
 from oserve.sim import EmulatedEngine, EngineSpeed
+from oserve.wire import Exchange
 
 CHAT = {"model": "emulated", "messages": [{"role": "user", "content": "hello there"}]}
 TEXT = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
@@ -174,6 +175,48 @@ async def test_a_dead_replica_costs_no_unanswered_request(make_front: Make) -> N
         assert headers["x-oserve-replica"] == "r1"
     for lines in await asyncio.gather(*stream_tasks):
         assert lines[-1] == b"data: [DONE]"
+
+
+class Failing(EmulatedEngine):
+    """Answers every generation with the same error."""
+
+    def _generate(self, exchange: Exchange, *, chat: bool) -> None:
+        self.seen.append({})
+        exchange.respond(500, b'{"error": {"message": "engine died", "code": 500}}')
+
+
+async def test_an_error_of_the_engine_moves_the_request_on(make_front: Make) -> None:
+    failing = Failing()
+    front = await make_front(failing, EmulatedEngine(), expected=True)
+    for _ in range(4):
+        status, headers, _ = await front.post("/v1/completions", TEXT)
+        assert (status, headers["x-oserve-replica"]) == (200, "r1")
+    assert failing.seen
+
+
+async def test_with_nobody_else_the_engines_error_passes_through(make_front: Make) -> None:
+    front = await make_front(Failing(), expected=True)
+    status, _, body = await front.post("/v1/completions", TEXT)
+    assert status == 500
+    assert body["error"]["message"] == "engine died"
+
+
+async def test_a_slow_reader_leaves_no_paused_connection_behind(make_front: Make) -> None:
+    engine = EmulatedEngine(keep_bodies=False)
+    front = await make_front(engine)
+    port = int(front.url.rsplit(":", 1)[1])
+    body = json.dumps({**TEXT, "stream": True, "max_tokens": 30_000}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    for _ in range(3):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(head % len(body) + body)
+        await reader.readexactly(1)
+        await asyncio.sleep(0.05)
+        text = b""
+        while not text.endswith(b"0\r\n\r\n"):
+            text = text[-100:] + await reader.read(1 << 16)
+        writer.close()
+        assert (await front.post("/v1/completions", TEXT))[0] == 200
 
 
 async def test_a_broken_stream_ends_in_an_error_event_without_done(make_front: Make) -> None:

@@ -180,12 +180,16 @@ class Dispatcher:
             lines.append(b"authorization: Bearer %b\r\n" % replica.endpoint.api_key.encode())
         return b"".join((*lines, b"\r\n", body))
 
-    def may_retry(self, relay: Relay) -> bool:
-        """Whether another try makes sense: attempts left, and someone else may take it."""
+    def may_retry(self, relay: Relay, *, died: bool) -> bool:
+        """Whether another try makes sense: attempts left, and someone who may take it.
+
+        If its replica ``died``, one that is on its way is worth waiting for; if that answered with
+        an error, only others are.
+        """
         if relay.attempts >= self._settings.max_attempts or relay.replica is None:
             return False
         others = self.serving.keys() - self._excluded(relay) - {relay.replica.id}
-        return bool(others) or self.table.expected
+        return bool(others) or (died and self.table.expected)
 
     def log_retry(self, relay: Relay, reason: str) -> None:
         name = relay.replica.id if relay.replica is not None else "?"
@@ -206,7 +210,7 @@ class Dispatcher:
             )
 
     def _give_up(self, relay: Relay, attempts: int) -> None:
-        if not relay.ended and relay.attempts == attempts and not self.serving:
+        if relay in self._waiting and relay.attempts == attempts:
             relay.fail(unavailable("No replica became ready in time"))
 
     def _pump(self) -> None:

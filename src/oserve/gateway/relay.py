@@ -121,6 +121,7 @@ class Relay:
         """Answer with an error, in whatever form is still possible."""
         if self.ended:
             return
+        self.cancelled = True
         self._drop_connection()
         status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
         self._dispatcher.metrics.count("oserve_request_errors", error.code or "error")
@@ -137,9 +138,12 @@ class Relay:
     def _fail_stream(self, error: ApiError) -> None:
         connection = self._connection
         framing = connection.framing if connection is not None else None
-        clean = framing is not None and framing.at_boundary and not self._partial
-        if self.stream and clean and not self._exchange.http_1_0:
-            self._exchange.write(chunk(b"data: " + error.body() + b"\n\n") + LAST_CHUNK)
+        event = b"data: " + error.body() + b"\n\n"
+        # Where whole chunks are passed on only, the client is always at a boundary.
+        clean = self._hide_usage or (framing is not None and framing.at_boundary)
+        if self.stream and clean:
+            whole = event if self._exchange.http_1_0 else chunk(event) + LAST_CHUNK
+            self._exchange.write(whole)
             self._exchange.finish(close=True)
         else:
             self._exchange.abort()
@@ -194,7 +198,7 @@ class Relay:
     def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
         """Whether the replica failed rather than answered, and another try was arranged."""
         failed = head.status >= 500 or (self.stream and data.find(_STREAM_ERROR, 0, 64) >= 0)
-        return failed and self._retry(f"the replica answered with status {head.status}")
+        return failed and self._retry(f"it answered with status {head.status}", died=False)
 
     def _commit(self) -> None:
         """Send the head and what was held; from here on there is no other try."""
@@ -258,7 +262,9 @@ class Relay:
         head = self._head
         assert head is not None
         if not self._committed:
-            if head.status >= 500 and self._retry(f"the replica answered {head.status}"):
+            if head.status >= 500 and self._retry(
+                f"it answered with status {head.status}", died=False
+            ):
                 return
             self._commit()
         if self._connection is not None and self._connection.framing is not None:
@@ -275,14 +281,14 @@ class Relay:
     def on_error(self, reason: str) -> None:
         if self.ended:
             return
-        if not self._committed and self._retry(reason):
+        if not self._committed and self._retry(reason, died=True):
             return
         name = self.replica.id if self.replica is not None else "?"
         self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
 
-    def _retry(self, reason: str) -> bool:
+    def _retry(self, reason: str, *, died: bool) -> bool:
         """Give the request to another replica if one may take it; tells whether it did."""
-        if self.ended or not self._dispatcher.may_retry(self):
+        if self.ended or not self._dispatcher.may_retry(self, died=died):
             return False
         if self._connection is not None:
             self._connection.abort()

@@ -142,7 +142,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _complete(self, sink: Sink, *, clean: bool) -> None:
         self._sink = None
-        if self._keep_alive and clean:
+        if self._keep_alive and clean and self._transport is not None:
+            # A slow client may have had us paused; whoever comes next must not be.
+            self._transport.resume_reading()
             self._pool.give_back(self)
         else:
             self.close()
