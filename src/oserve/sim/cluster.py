@@ -34,7 +34,7 @@ class Faults:
 
 
 class SimulatedCluster:
-    """Behind the door. Raises if a device is ever given to two live replicas."""
+    """Behind the door. Raises ValueError if a device is ever given to two live replicas."""
 
     def __init__(
         self,
@@ -102,8 +102,10 @@ class SimulatedCluster:
             for device in state.spec.devices
         }
         if not isinstance(spec.backend, AttachedBackend):
-            assert set(spec.devices) <= known, f"unknown device in {spec}"
-            assert not set(spec.devices) & taken, f"device double-booked by {spec}"
+            if not set(spec.devices) <= known:
+                raise ValueError(f"replica {spec.id} names a device that is not there")
+            if set(spec.devices) & taken:
+                raise ValueError(f"replica {spec.id} names a device that is taken")
         self._replicas[spec.id] = ReplicaState(
             spec=spec,
             phase=ReplicaPhase.LOADING,

@@ -1,0 +1,168 @@
+"""What every cluster behind the door promises: one suite, on a simulated and on a real one."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from oserve.app.clock import LiveClock
+from oserve.control.door import Cluster
+from oserve.control.loop import ControlLoop
+from oserve.control.reconcile import ReconcilePolicy
+from oserve.core import (
+    DeploymentPlan,
+    Device,
+    DrainReplica,
+    LengthClass,
+    Observation,
+    Precision,
+    ReplicaPhase,
+    ReplicaShape,
+    ReplicaSpec,
+    StartReplica,
+    StopReplica,
+    VirtualClock,
+)
+from oserve.engines.cluster import LocalCluster
+from oserve.engines.settings import EngineSettings
+from oserve.engines.tiny import make_tiny_model
+from oserve.sim import SimulatedCluster
+
+CORES = len(os.sched_getaffinity(0))
+DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", cores=(n % CORES,)) for n in range(2))
+_LIMIT_S = 120.0
+
+
+def spec(name: str, *devices: str) -> ReplicaSpec:
+    shape = ReplicaShape(
+        precision=Precision.FP32, max_num_seqs=4, tensor_parallel_size=len(devices)
+    )
+    return ReplicaSpec(id=name, shape=shape, devices=devices)
+
+
+@dataclass
+class Subject:
+    """A cluster, how to let time pass on it, and how to make a replica crash."""
+
+    cluster: Cluster
+    clock: VirtualClock | LiveClock
+    wait: Callable[[float], Awaitable[None]]
+    crash: Callable[[str], Awaitable[None]]
+
+    async def until(self, condition: Callable[[Observation], bool]) -> Observation:
+        deadline_s = time.monotonic() + _LIMIT_S
+        while not condition(observation := await self.cluster.observe()):
+            assert time.monotonic() < deadline_s, observation
+            await self.wait(0.2)
+        return observation
+
+    async def phase(self, name: str, phase: ReplicaPhase) -> Observation:
+        def reached(observation: Observation) -> bool:
+            found = [s for s in observation.replicas if s.spec.id == name]
+            return bool(found) and found[-1].phase is phase
+
+        return await self.until(reached)
+
+
+@pytest.fixture(params=["simulated", pytest.param("local", marks=pytest.mark.engine)])
+async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
+    if request.param == "simulated":
+        virtual = VirtualClock()
+        simulated = SimulatedCluster(DEVICES, virtual)
+
+        async def crash_simulated(name: str) -> None:
+            simulated.crash(name)
+
+        yield Subject(simulated, virtual, virtual.advance, crash_simulated)
+        return
+    clock = LiveClock()
+    local = LocalCluster(
+        DEVICES,
+        model=str(make_tiny_model(tmp_path / "tiny")),
+        served_model_name="tiny",
+        run_dir=tmp_path / "run",
+        clock=clock,
+        settings=EngineSettings(max_model_len=1024),
+    )
+
+    async def crash_local(name: str) -> None:
+        state = (await local.observe()).replica(name)
+        assert state is not None
+        os.kill(state.pid, signal.SIGKILL)
+
+    yield Subject(local, clock, asyncio.sleep, crash_local)
+    await local.close()
+
+
+async def test_the_life_of_a_replica(subject: Subject) -> None:
+    cluster = subject.cluster
+    start = StartReplica(spec=spec("a", "cpu:0"))
+    await cluster.apply(start)
+    await subject.phase("a", ReplicaPhase.LOADING)
+    # Asking twice is harmless, in every phase.
+    await cluster.apply(start)
+    observation = await subject.phase("a", ReplicaPhase.READY)
+    assert [state.spec for state in observation.replicas] == [start.spec]
+    assert observation.devices == DEVICES
+    await cluster.apply(start)
+    # No device is ever given twice, and none that is not there.
+    with pytest.raises(ValueError, match=r"cpu:0|taken"):
+        await cluster.apply(StartReplica(spec=spec("b", "cpu:0", "cpu:1")))
+    with pytest.raises(ValueError, match=r"cpu:9|not there"):
+        await cluster.apply(StartReplica(spec=spec("b", "cpu:9")))
+    # What is unknown is nothing to drain or stop.
+    await cluster.apply(DrainReplica(replica="nobody"))
+    await cluster.apply(StopReplica(replica="nobody"))
+    await cluster.apply(DrainReplica(replica="a"))
+    await subject.phase("a", ReplicaPhase.DRAINING)
+    await cluster.apply(DrainReplica(replica="a"))
+    await cluster.apply(StopReplica(replica="a"))
+    observation = await subject.phase("a", ReplicaPhase.GONE)
+    assert observation.failures == {}
+    await cluster.apply(StopReplica(replica="a"))
+    # An end nobody asked for is counted, and its devices are free again.
+    await cluster.apply(StartReplica(spec=spec("c", "cpu:0")))
+    await subject.phase("c", ReplicaPhase.READY)
+    await subject.crash("c")
+    observation = await subject.phase("c", ReplicaPhase.GONE)
+    assert observation.failures["c"].count == 1
+    assert observation.failures["c"].reason
+    await cluster.apply(StartReplica(spec=spec("d", "cpu:0")))
+    await subject.phase("d", ReplicaPhase.READY)
+
+
+async def test_the_loop_moves_it_from_plan_to_plan(subject: Subject) -> None:
+    def plan(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
+        return DeploymentPlan(
+            id=name,
+            replicas=replicas,
+            workload_types=(LengthClass(name="all"),),
+            routing_shares={"all": {replicas[0].id: 1.0}},
+        )
+
+    async def settle(loop: ControlLoop) -> None:
+        def settled(observation: Observation) -> bool:
+            alive = [s for s in observation.replicas if s.phase is not ReplicaPhase.GONE]
+            ready = all(state.phase is ReplicaPhase.READY for state in alive)
+            return ready and {state.spec for state in alive} == set(loop.plan.replicas)
+
+        deadline_s = time.monotonic() + _LIMIT_S
+        while not settled(await subject.cluster.observe()):
+            assert time.monotonic() < deadline_s
+            await loop.step()
+            await subject.wait(0.2)
+
+    policy = ReconcilePolicy(drain_settle_s=0.5)
+    first = plan("p1", spec("a", "cpu:0"), spec("b", "cpu:1"))
+    loop = ControlLoop(subject.cluster, subject.clock, first, policy=policy)
+    await settle(loop)
+    await subject.crash("b")
+    await subject.phase("b", ReplicaPhase.GONE)
+    await settle(loop)
+    loop.plan = plan("p2", spec("wide", "cpu:0", "cpu:1"))
+    await settle(loop)
