@@ -68,7 +68,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     yield start
     for served in started:
         if served.process.returncode is None:
-            served.process.kill()
+            served.process.terminate()
             await served.process.communicate()
         await served.engine.stop()
 
