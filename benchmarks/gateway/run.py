@@ -117,6 +117,10 @@ def loads(scale: float) -> dict[str, tuple[int, Callable[[int], Load]]]:
             32,
             load(200, chunks=100, stream=True, step_us=10_000, timed=True),
         ),
+        "streams of 200, 128 connections, a chunk each 10 ms": (
+            128,
+            load(500, chunks=200, stream=True, step_us=10_000, timed=True),
+        ),
     }
 
 
