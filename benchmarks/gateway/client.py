@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import cast
 
+from oserve.wire import dechunk
+
 _TIME = re.compile(rb'"t":(\d+),')
 _TOKEN = b'"text":'
 

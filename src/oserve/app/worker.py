@@ -16,6 +16,7 @@ import msgspec
 import uvloop
 
 from oserve.app.hub import SYNC_INTERVAL_S, HubClient
+from oserve.app.memory import rare_collections
 from oserve.gateway.records import RecordStore
 from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
@@ -68,6 +69,7 @@ def _watch_input(ended: asyncio.Event) -> None:
 def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    rare_collections()
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
     uvloop.run(_run(orders))
 

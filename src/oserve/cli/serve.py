@@ -10,6 +10,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from oserve.app.memory import rare_collections
 from oserve.app.serve import Deployment, Server, prepare, serve_until_stopped
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
@@ -71,6 +72,7 @@ def serve(
     deployment = prepare(settings_from(config, options, override))
     _show(deployment)
     if not dry_run:
+        rare_collections()
         raise typer.Exit(uvloop.run(_serve(deployment)))
 
 

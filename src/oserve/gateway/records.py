@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
 """
 _INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_FLUSH_S = 0.5
+_FLUSH_S = 0.1
 _BACKLOG = 50_000
 
 

@@ -86,7 +86,7 @@ class Relay:
         self._chunks = 0
         self._first_byte_s = 0.0
         self._last_chunk_s = 0.0
-        self._inter_token = dispatcher.metrics.inter_token
+        self._observe = dispatcher.metrics.inter_token.observe
         exchange.on_disconnect = self._disconnected
         exchange.on_pause = self._pause
 
@@ -173,7 +173,7 @@ class Relay:
         now_s = monotonic()
         if self._committed:
             if self.stream:
-                self._inter_token.observe(now_s - self._last_chunk_s)
+                self._observe(now_s - self._last_chunk_s)
                 self._last_chunk_s = now_s
             self._pass_on(data)
             return

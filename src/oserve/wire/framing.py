@@ -60,8 +60,16 @@ class Framing:
             self._left -= used
             self.complete = self._left == 0
             return used
-        position = self.boundary = 0
         size = len(data)
+        if self._left == 0 and not self._line and not self._in_trailer:
+            # The usual case by far: one whole chunk, of a size seen before.
+            line_end = data.find(b"\r\n", 0, 12)
+            length = _known_sizes.get(data[:line_end], 0) if line_end > 0 else 0
+            if length and line_end + length + 4 == size:
+                self.chunks += 1
+                self.boundary = size
+                return size
+        position = self.boundary = 0
         while position < size:
             if self._left:
                 step = min(self._left, size - position)
