@@ -1,22 +1,11 @@
 """What the engine tests share."""
 
-import asyncio
-import time
 from pathlib import Path
 
 import pytest
 
+from oserve.app.clock import LiveClock
 from oserve.engines.tiny import make_tiny_model
-
-
-class LiveClock:
-    """The machine's own clock."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
 
 @pytest.fixture
