@@ -161,7 +161,7 @@ async def test_health_tells_whether_a_replica_can_serve(make_front: Make) -> Non
 
 
 async def test_a_dead_replica_costs_no_unanswered_request(make_front: Make) -> None:
-    slow = EngineSpeed(ttft_s=0.3, tpot_s=0.01)
+    slow = EngineSpeed(ttft_s=1.0, tpot_s=0.01)
     engines = EmulatedEngine(speed=slow), EmulatedEngine(speed=slow)
     front = await make_front(*engines)
     calls = [front.post("/v1/completions", TEXT) for _ in range(6)]
@@ -245,7 +245,7 @@ async def test_a_client_that_goes_away_frees_the_engine(make_front: Make) -> Non
 
 async def test_past_the_queue_comes_429(make_front: Make) -> None:
     settings = GatewaySettings(port=0, max_queued=2, shutdown_grace_s=0.0)
-    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.2))
+    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.5))
     front = await make_front(engine, settings=settings, max_inflight=1)
     results = await asyncio.gather(*(front.post("/v1/completions", TEXT) for _ in range(8)))
     codes = sorted(status for status, _, _ in results)
@@ -258,7 +258,7 @@ async def test_short_prompts_pass_long_ones_in_the_queue(
     make_front: Make, policy: str, short_first: bool
 ) -> None:
     settings = GatewaySettings(port=0, shutdown_grace_s=0.0, order=OrderSettings(policy=policy))
-    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.05))
+    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.3))
     front = await make_front(engine, settings=settings, max_inflight=1)
     ended: list[str] = []
 
