@@ -34,6 +34,7 @@ from oserve.core.state import (
     ReplicaState,
     StartFailures,
 )
+from oserve.core.workload import WorkloadType
 
 __all__ = [
     "Action",
@@ -62,4 +63,5 @@ __all__ = [
     "StopReplica",
     "VirtualClock",
     "VllmBackend",
+    "WorkloadType",
 ]

@@ -5,5 +5,6 @@ full batch, so that work adds up: a replica owing 3 s of work is about 3 s from 
 """
 
 from oserve.perf.costs import TokenCosts, token_costs
+from oserve.perf.table import ShapePerformance
 
-__all__ = ["TokenCosts", "token_costs"]
+__all__ = ["ShapePerformance", "TokenCosts", "token_costs"]
