@@ -1,19 +1,26 @@
 """Traces: request records read, made and measured.
 
-Readers for the public formats, a seeded generator, length scaling, and every latency, throughput
+Readers for the public formats, seeded generators, length scaling, and every latency, throughput
 and goodput formula, once. It does not know servers: who replays a trace is above.
 """
 
 from oserve.traces.metrics import Outcome, OutcomeStatus, Percentiles, Slo, Summary, summarise
-from oserve.traces.read import read_trace
+from oserve.traces.mixes import CHANGE_PERIODS_S, MIX_CVS, MIX_TYPES, synthesise_mix
+from oserve.traces.read import BadRows, Skipped, read_trace
 from oserve.traces.request import TraceRequest
 from oserve.traces.scale import fit_lengths
-from oserve.traces.synthesise import synthesise
+from oserve.traces.synthesise import LengthModel, synthesise
 
 __all__ = [
+    "CHANGE_PERIODS_S",
+    "MIX_CVS",
+    "MIX_TYPES",
+    "BadRows",
+    "LengthModel",
     "Outcome",
     "OutcomeStatus",
     "Percentiles",
+    "Skipped",
     "Slo",
     "Summary",
     "TraceRequest",
@@ -21,4 +28,5 @@ __all__ = [
     "read_trace",
     "summarise",
     "synthesise",
+    "synthesise_mix",
 ]

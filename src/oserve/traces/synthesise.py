@@ -15,21 +15,32 @@ from oserve.traces.request import TraceRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    """Medians in tokens; spreads are standard deviations of the logarithm."""
+class LengthModel:
+    """Lognormal lengths: medians in tokens; spreads are standard deviations of the logarithm.
+
+    Lengths are cut at ``max_prompt_tokens`` and ``max_output_tokens``, where Azure's traces end.
+    """
 
     prompt_median: float
     prompt_spread: float
     output_median: float
     output_spread: float
+    max_prompt_tokens: int = 7500
+    max_output_tokens: int = 1500
+
+    def draw(self, source: random.Random) -> tuple[int, int]:
+        """Prompt and output tokens of one request, each at least 1."""
+        prompt = _length(source, self.prompt_median, self.prompt_spread, self.max_prompt_tokens)
+        output = _length(source, self.output_median, self.output_spread, self.max_output_tokens)
+        return prompt, output
 
 
 _KINDS = {
-    "conv": _Kind(prompt_median=1020, prompt_spread=1.1, output_median=129, output_spread=0.9),
-    "code": _Kind(prompt_median=1500, prompt_spread=0.9, output_median=13, output_spread=0.9),
+    "conv": LengthModel(
+        prompt_median=1020, prompt_spread=1.1, output_median=129, output_spread=0.9
+    ),
+    "code": LengthModel(prompt_median=1500, prompt_spread=0.9, output_median=13, output_spread=0.9),
 }
-_MAX_PROMPT = 7500
-_MAX_OUTPUT = 1500
 
 
 def synthesise(
@@ -40,12 +51,9 @@ def synthesise(
     arrival_s = draw.expovariate(rate_rps)
     while arrival_s < duration_s:
         name = "code" if draw.random() < code_share else "conv"
-        kind = _KINDS[name]
+        prompt, output = _KINDS[name].draw(draw)
         yield TraceRequest(
-            arrival_s=arrival_s,
-            prompt_tokens=_length(draw, kind.prompt_median, kind.prompt_spread, _MAX_PROMPT),
-            output_tokens=_length(draw, kind.output_median, kind.output_spread, _MAX_OUTPUT),
-            model=name,
+            arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, model=name
         )
         arrival_s += draw.expovariate(rate_rps)
 
