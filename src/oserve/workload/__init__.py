@@ -1,7 +1,8 @@
-"""Workload: from requests to workload types and expected lengths.
+"""Workload: from requests to workload types, arrival rates and expected lengths.
 
-It does not know replicas. Types are length classes of the prompt; the token count of a text is
-estimated from its bytes, with a ratio learned from what engines report.
+It does not know replicas. The gateway needs the length of a prompt before it is known, and that is
+all that is exported here. What plans need is imported by module, since it loads more: ``types``
+(k-means, scikit-learn), ``model``, ``rates``, ``classes`` and ``columns`` (NumPy).
 """
 
 from oserve.workload.length import PromptLengthEstimator, classify
