@@ -1,0 +1,255 @@
+"""What a replica serves of one workload type when it serves nothing else.
+
+Continuous batching with chunked prefill, in the steady state. With ``d`` sequences decoding, a step
+of decoding alone takes ``t(d)``, and each request that joins adds the marginal time ``c(d)`` of its
+prompt. A request holds its place for ``O - 1`` steps, so requests leave at the rate
+
+    r(d) = d / ((O - 1) t(d) + d c(d))        and a step lasts  tpot(d) = t(d) / (1 - r(d) c(d)).
+
+``d`` is bounded by the sequences allowed, by the KV cache, and by the chunk budget, which must hold
+the decoding tokens and the prompt tokens that come in meanwhile. With pipeline parallel, as many
+micro-batches as stages are on their way, each with its share of the sequences.
+
+TTFT at a rate: the prompt's own steps, and the wait for prompts before it - the tail of an M/D/1
+queue, exp(-2 (1 - load) wait / service). TPOT varies between requests, most for short outputs: of
+their O - 1 steps a binomial number also computes a piece of somebody's prompt, which lasts longer
+the larger the chunk budget. Capacity within SLOs is the greatest rate at which 95 % of requests
+meet each limit. It is a model of steady flow: bursts and mixes are the simulator's business.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from oserve.core import ReplicaShape
+from oserve.perf.roofline import Floats, StepModel
+
+# Share of requests that must meet their limits, and that quantile of a standard normal.
+ATTAINMENT = 0.95
+_Z = 1.645
+# A replica must hold this many requests of a type at once, or preemptions eat what it gains.
+MIN_RESIDENT = 4
+_GRID = 32
+_HALVINGS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits in seconds; ``None`` sets none."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeLoad:
+    """What requests of one type are like: mean lengths, limits, and the longest that must fit."""
+
+    prompt_tokens: float
+    output_tokens: float
+    limits: Limits = Limits()
+    longest_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Of one shape for one type. ``why`` says what bounds it, or why it is 0.
+
+    ``ttft_s`` (its 95th percentile) and ``tpot_s`` (the mean) are those at capacity, ``latency_s``
+    is the whole time of a request at half of it; infinite where the type cannot be served at all.
+    """
+
+    capacity_rps: float
+    ttft_s: float
+    tpot_s: float
+    latency_s: float
+    why: str
+
+
+def capacities(
+    step: StepModel, shape: ReplicaShape, kv_tokens: int, loads: Sequence[TypeLoad]
+) -> list[Capacity]:
+    """One for each load; ``kv_tokens`` is what the replica's cache holds."""
+    flow = _Flow(step, shape, kv_tokens, loads)
+    return [
+        _no_room(kv_tokens)
+        if kv_tokens < max(load.longest_tokens, MIN_RESIDENT * _whole(load))
+        else flow.best(index)
+        for index, load in enumerate(loads)
+    ]
+
+
+def _whole(load: TypeLoad) -> float:
+    return max(1.0, load.prompt_tokens) + max(1.0, load.output_tokens)
+
+
+def _no_room(kv_tokens: int) -> Capacity:
+    why = f"room for {kv_tokens:,} tokens of KV cache is less than it needs"
+    return Capacity(capacity_rps=0.0, ttft_s=math.inf, tpot_s=math.inf, latency_s=math.inf, why=why)
+
+
+class _Flow:
+    """Steady flows of every load over a grid of decoding sequences: arrays [load, point].
+
+    One micro-batch counts: every pipeline stage's worth of sequences goes round on its own.
+    """
+
+    def __init__(
+        self, step: StepModel, shape: ReplicaShape, kv_tokens: int, loads: Sequence[TypeLoad]
+    ) -> None:
+        self._loads = loads
+        self._stages = shape.pipeline_parallel_size
+        chunk = float(shape.max_num_batched_tokens)
+        prompt = np.array([[max(1.0, load.prompt_tokens)] for load in loads])
+        output = np.array([[max(1.0, load.output_tokens)] for load in loads])
+        held = resident(kv_tokens, prompt, output)
+        self._bounds = {
+            "max_num_seqs": np.full_like(prompt, shape.max_num_seqs / self._stages),
+            "KV cache": held / self._stages,
+            "chunk budget": chunk * (output - 1) / (prompt + output - 1),
+        }
+        most = np.minimum.reduce(list(self._bounds.values()))
+        most = np.clip(most, 1.0, max(1.0, chunk - 1.0))
+        decoding = most ** np.linspace(0.0, 1.0, _GRID)
+        alone = output <= 1
+        decoding = np.where(alone, 0.0, decoding)
+        base = step.step_s(0.0, 0.0, decoding, decoding * (prompt + output / 2))
+        each, pieces = prompt_cost_s(step, decoding, base, prompt, output, chunk)
+        # vLLM admits by what is cached now, not by what will be: those admitted still grow by half
+        # their output, and what no longer fits is thrown out and computed again.
+        again = np.where(held < shape.max_num_seqs, (output / 2) / (prompt + output / 2), 0.0)
+        cost = each * (1.0 + again)
+        decoded = np.maximum(decoding, 1e-9)
+        self._rate = np.where(
+            alone, 1.0 / (pieces * base + cost), decoding / ((output - 1) * base + decoded * cost)
+        )
+        self._tpot = np.where(alone, 0.0, base / np.maximum(1e-9, 1.0 - self._rate * cost))
+        self._slow = self._tpot + _tail_s(self._rate, self._tpot, each, pieces, output - 1)
+        self._service = pieces * base + each
+        self._output = output
+
+    def best(self, index: int) -> Capacity:
+        """The greatest rate of one load within its limits."""
+        limits = self._loads[index].limits
+        slow, service = self._slow[index], self._service[index]
+        rate, lowered = _within_ttft(self._rate[index], service, limits.ttft_s)
+        good = rate > 0
+        if limits.tpot_s is not None:
+            good &= slow <= limits.tpot_s
+        if not good.any():
+            return self._unmet(index, limits)
+        best = int(np.argmax(np.where(good, rate, 0.0)))
+        half = int(np.argmin(np.abs(self._rate[index] - rate[best] / 2)))
+        wait = wait_s(rate[best : best + 1], service[best : best + 1])
+        return Capacity(
+            capacity_rps=float(self._stages * rate[best]),
+            ttft_s=float(service[best] + wait[0]),
+            tpot_s=float(self._tpot[index, best]),
+            latency_s=float(service[half] + (self._output[index, 0] - 1) * self._tpot[index, half]),
+            why=self._why(index, best, bool(lowered[best]), good),
+        )
+
+    def _why(self, index: int, best: int, lowered: bool, good: np.ndarray) -> str:
+        if lowered:
+            return "TTFT"
+        if best + 1 < _GRID and not good[best + 1]:
+            return "TPOT"
+        if self._output[index, 0] <= 1:
+            return "computing prompts"
+        return min(self._bounds, key=lambda name: float(self._bounds[name][index, 0]))
+
+    def _unmet(self, index: int, limits: Limits) -> Capacity:
+        """No rate is low enough: say which limit fails, and what would be met."""
+        ttft, tpot = float(self._service[index, 0]), float(self._slow[index, 0])
+        why = f"TPOT is {tpot * 1e3:,.1f} ms at best"
+        if limits.ttft_s is not None and ttft > limits.ttft_s:
+            why = f"TTFT is {ttft * 1e3:,.0f} ms at best"
+        return Capacity(capacity_rps=0.0, ttft_s=ttft, tpot_s=tpot, latency_s=math.inf, why=why)
+
+
+def resident(kv_tokens: float, prompt: Floats, output: Floats) -> Floats:
+    """Sequences the cache holds on average: they are of all ages, so half their output is there."""
+    return kv_tokens / (prompt + output / 2)
+
+
+def prompt_cost_s(
+    step: StepModel, decoding: Floats, base: Floats, prompt: Floats, output: Floats, chunk: float
+) -> tuple[Floats, Floats]:
+    """What a prompt adds to the steps it is computed in, and in how many: arrays like decoding."""
+    room = np.maximum(1.0, chunk - decoding)
+    pieces = np.ceil(prompt / room)
+    cached = decoding * (prompt + output / 2)
+    # Token i attends to i tokens: a half of the square, spread over the pieces.
+    with_piece = step.step_s(prompt / pieces, prompt * prompt / 2 / pieces, decoding, cached)
+    return pieces * (with_piece - base), pieces
+
+
+def _tail_s(rate: Floats, tpot: Floats, each: Floats, pieces: Floats, steps: Floats) -> Floats:
+    """By how much the 95th percentile of TPOT exceeds its mean (normal for the binomial)."""
+    shared = np.minimum(1.0, rate * pieces * tpot)
+    spread = np.sqrt(shared * (1.0 - shared) / np.maximum(1.0, steps))
+    tail: Floats = np.minimum(_Z * spread, 1.0 - shared) * each / pieces
+    return tail
+
+
+def wait_s(rate: Floats, service: Floats) -> Floats:
+    """Seconds that all but 5 % wait at most, behind other prompts."""
+    load = np.minimum(rate * service, 0.999)
+    tail = np.log(np.maximum(load, 1e-9) / (1 - ATTAINMENT))
+    waits: Floats = np.maximum(0.0, service * tail / (2 * (1 - load)))
+    return waits
+
+
+def _within_ttft(rate: Floats, service: Floats, ttft_s: float | None) -> tuple[Floats, np.ndarray]:
+    """Rates lowered until the TTFT holds (0 where it never does), and where that was needed."""
+    if ttft_s is None:
+        return rate, np.zeros(len(rate), dtype=bool)
+    fits = wait_s(rate, service) + service <= ttft_s
+    low, high = np.zeros_like(rate), rate.copy()
+    if not fits.all():
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            holds = wait_s(middle, service) + service <= ttft_s
+            low, high = np.where(holds, middle, low), np.where(holds, high, middle)
+    lowered = np.where(service <= ttft_s, low, 0.0)
+    return np.where(fits, rate, lowered), ~fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedLoop:
+    """With a fixed number of requests in flight: their rate, TTFT without a queue, and TPOT."""
+
+    rate_rps: float
+    ttft_s: float
+    tpot_s: float
+
+
+def closed_loop(
+    step: StepModel,
+    shape: ReplicaShape,
+    kv_tokens: int,
+    *,
+    inflight: float,
+    prompt_tokens: float,
+    output_tokens: float,
+) -> ClosedLoop:
+    """What a benchmark sees that keeps ``inflight`` requests of one length going."""
+    prompt, output = np.array([max(1.0, prompt_tokens)]), np.array([max(2.0, output_tokens)])
+    stages = shape.pipeline_parallel_size
+    chunk = float(shape.max_num_batched_tokens)
+    held = float(resident(kv_tokens, prompt, output)[0])
+    room = min(inflight, shape.max_num_seqs, held) / stages
+    decoding = np.array([max(room, 1e-6)])
+    for _ in range(20):
+        base = step.step_s(0.0, 0.0, decoding, decoding * (prompt + output / 2))
+        each, pieces = prompt_cost_s(step, decoding, base, prompt, output, chunk)
+        rate = decoding / ((output - 1) * base + decoding * each)
+        # Requests whose prompt is being computed hold a place and decode nothing.
+        first = pieces * base + each
+        decoding = 0.5 * decoding + 0.5 * np.maximum(room - rate * first, room * 0.05)
+    tpot = base / np.maximum(1e-9, 1.0 - rate * each)
+    return ClosedLoop(
+        rate_rps=float(stages * rate[0]), ttft_s=float(first[0]), tpot_s=float(tpot[0])
+    )

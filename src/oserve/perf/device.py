@@ -1,0 +1,78 @@
+"""What a kind of device can do, and the links between devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from oserve.core import OServeError, Precision
+from oserve.perf.catalogue import catalogue, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One way, per device: bytes per second, and seconds for a message of no size."""
+
+    name: str
+    bandwidth: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """Peaks from a data sheet: operations per second by precision, bytes, bytes per second, W."""
+
+    kind: str
+    memory_bytes: int
+    bandwidth: float
+    flops: Mapping[str, float | None]
+    link: Link
+    idle_w: float
+    max_w: float
+    source: str = ""
+
+    def peak_flops(self, precision: Precision) -> float:
+        """Of matrix products at that precision.
+
+        Weights of 4 bits, and of 8 on a device without such units, are widened to 16 bits first.
+        """
+        own = self.flops.get(precision.value)
+        peak = own if own else self.flops["bf16"]
+        assert peak is not None
+        return peak
+
+
+def find_device(kind: str) -> DeviceFacts:
+    """Facts of a kind of device by its name or an alias; raises OServeError for an unknown one."""
+    known = catalogue("devices")
+    wanted = kind.lower().replace(" ", "-").replace("_", "-")
+    for name, row in known.items():
+        if wanted in {name.lower(), *(alias.lower() for alias in row["aliases"])}:
+            return DeviceFacts(
+                kind=name,
+                memory_bytes=row["memory_bytes"],
+                bandwidth=float(row["bandwidth"]),
+                flops={
+                    key: None if peak is None else float(peak) for key, peak in row["flops"].items()
+                },
+                link=find_link(row["link"]),
+                idle_w=row["idle_w"],
+                max_w=row["max_w"],
+                source=row["source"],
+            )
+    raise OServeError(
+        f"nothing is known of the device {kind!r}",
+        place="cluster",
+        remedy="use one of: " + ", ".join(known) + nearest(kind, known),
+    )
+
+
+def find_link(name: str) -> Link:
+    """A link by name; raises OServeError for an unknown one."""
+    known = catalogue("links")
+    if name not in known:
+        raise OServeError(
+            f"nothing is known of the link {name!r}",
+            place="cluster",
+            remedy="use one of: " + ", ".join(known) + nearest(name, known),
+        )
+    row = known[name]
+    return Link(name=name, bandwidth=float(row["bandwidth"]), latency_s=float(row["latency_s"]))

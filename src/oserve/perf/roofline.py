@@ -1,0 +1,247 @@
+"""Seconds of one engine step: a roofline with a few fitted coefficients.
+
+A step computes some prompt tokens and one token for each decoding sequence. Per layer: each matrix
+product takes (compute^4 + memory^4)^(1/4), which rounds off the roofline's corner; activations and
+norms move bytes; prompt tokens attend to what stands before them; decoding reads the KV cache; two
+all-reduces join tensor-parallel ranks, alpha * log2(tp) + 2 (tp-1)/tp * bytes / link; and each
+layer costs a fixed time. Then the LM head, and what the engine does once per step and sequence.
+A pipeline's stages are passed one after another, so a step's latency sums over all layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oserve.core import Precision
+from oserve.perf.device import DeviceFacts, Link
+from oserve.perf.model import ModelFacts
+
+Floats = NDArray[np.float64]
+
+_ACTIVATION_BYTES = 2.0
+_KV_BYTES = 2.0
+# Reads and writes of the residual stream around the two norms and additions of a layer.
+_RESIDUAL_PASSES = 8.0
+_WEIGHT_BYTES = {
+    Precision.FP32: 4.0,
+    Precision.BF16: 2.0,
+    Precision.FP16: 2.0,
+    Precision.FP8: 1.0,
+    Precision.INT8: 1.0,
+    # Groups of 128 weights share a 16-bit scale and a zero point.
+    Precision.INT4: 0.5 + 4.0 / 128,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficients:
+    """What is fitted: shares of the peak that are reached, and fixed times in seconds.
+
+    ``sequence_s`` is per sequence and step, ``step_s`` per step, ``layer_s`` per layer.
+    """
+
+    gemm: float = 0.766
+    memory: float = 0.892
+    kv: float = 0.892
+    attention: float = 0.64
+    all_reduce: float = 0.733
+    all_reduce_latency_s: float = 0.42e-6
+    all_reduce_crowding: float = 0.0
+    gemm_depth: float = 0.0
+    layer_s: float = 50.9e-6
+    mixed_s: float = 0.0
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    hop_s: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers by name."""
+        return asdict(self)
+
+
+COEFFICIENT_NAMES = tuple(item.name for item in fields(Coefficients))
+
+
+def coefficients_from(values: Mapping[str, float]) -> Coefficients:
+    """From numbers by name; unknown names are passed over, missing ones have their defaults."""
+    return Coefficients(**{k: float(v) for k, v in values.items() if k in COEFFICIENT_NAMES})
+
+
+class StepModel(Protocol):
+    """Anything that can tell how long an engine step takes.
+
+    All arguments are arrays (or numbers) that broadcast together: prompt tokens of the step, the
+    sum over them of the tokens each attends to, decoding sequences, and tokens in their caches.
+    Seconds come back, of one micro-batch through all pipeline stages.
+    """
+
+    def step_s(
+        self,
+        prefill_tokens: Floats | float,
+        attended_tokens: Floats | float,
+        decode_seqs: Floats | float,
+        kv_tokens: Floats | float,
+    ) -> Floats: ...
+
+
+def weight_bytes(precision: Precision) -> float:
+    """Bytes per weight, scales included."""
+    return _WEIGHT_BYTES[precision]
+
+
+def kv_bytes_per_value(precision: Precision) -> float:
+    """Bytes of one cached number: as wide as activations are."""
+    return 4.0 if precision is Precision.FP32 else _KV_BYTES
+
+
+class Roofline:
+    """A step model for one model, device kind, parallel sizes and precision.
+
+    ``network`` joins pipeline stages, or tensor-parallel ranks, that lie on different nodes.
+    """
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        device: DeviceFacts,
+        coefficients: Coefficients,
+        *,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        precision: Precision = Precision.BF16,
+        tensor_link: Link | None = None,
+        stage_link: Link | None = None,
+    ) -> None:
+        self._model = model
+        self._tp = tensor_parallel_size
+        self._pp = pipeline_parallel_size
+        self._fit = coefficients
+        self._bandwidth = device.bandwidth * coefficients.memory
+        self._kv_bandwidth = device.bandwidth * coefficients.kv
+        self._flops = device.peak_flops(precision) * coefficients.gemm
+        plain = Precision.FP32 if precision is Precision.FP32 else Precision.BF16
+        self._head_flops = device.peak_flops(plain) * coefficients.gemm
+        self._attention_flops = device.peak_flops(plain) * coefficients.attention
+        self._weight_bytes = weight_bytes(precision)
+        self._plain_bytes = weight_bytes(plain)
+        self._wide = 4.0 if precision is Precision.FP32 else _ACTIVATION_BYTES
+        self._kv_wide = kv_bytes_per_value(precision)
+        self._link = tensor_link or device.link
+        self._stage_link = stage_link or device.link
+
+    def step_s(
+        self,
+        prefill_tokens: Floats | float,
+        attended_tokens: Floats | float,
+        decode_seqs: Floats | float,
+        kv_tokens: Floats | float,
+    ) -> Floats:
+        """See ``StepModel``."""
+        prompt = np.asarray(prefill_tokens, dtype=np.float64)
+        decoding = np.asarray(decode_seqs, dtype=np.float64)
+        tokens = prompt + decoding
+        model, fit = self._model, self._fit
+        layer = (
+            self._projections_s(tokens)
+            + self._mlp_s(tokens)
+            + self._elementwise_s(tokens)
+            + self._attention_s(np.asarray(attended_tokens, dtype=np.float64))
+            + self._cache_s(np.asarray(kv_tokens, dtype=np.float64))
+            + self._all_reduce_s(tokens)
+            + fit.layer_s
+            + fit.mixed_s * ((prompt > 0) & (decoding > 0))
+        )
+        # One prompt at a time ends in most steps; its last token needs the head as well.
+        rows = decoding + np.minimum(prompt, 1.0)
+        head = self._gemm_s(
+            rows, model.hidden, model.vocab / self._tp, self._head_flops, self._plain_bytes
+        )
+        hops = (self._pp - 1) * (
+            self._stage_link.latency_s
+            + fit.hop_s
+            + tokens * model.hidden * self._wide / self._stage_link.bandwidth
+        )
+        seconds: Floats = model.layers * layer + head + hops + fit.step_s + fit.sequence_s * (rows)
+        return seconds
+
+    def _gemm_s(
+        self,
+        rows: Floats,
+        inner: float,
+        outer: float,
+        flops: float,
+        bytes_per_weight: float,
+        matrices: Floats | float = 1.0,
+    ) -> Floats:
+        """A product of ``rows`` by ``inner`` with ``matrices`` weights of ``inner`` by ``outer``.
+
+        ``rows`` counts over all matrices together.
+        """
+        deep = (inner / 8192.0) ** self._fit.gemm_depth
+        compute = 2.0 * rows * inner * outer / (flops * deep)
+        moved = matrices * inner * outer * bytes_per_weight + rows * (inner + outer) * self._wide
+        memory = moved / self._bandwidth
+        seconds: Floats = np.power(compute**4 + memory**4, 0.25)
+        return seconds
+
+    def _projections_s(self, tokens: Floats) -> Floats:
+        model, tp = self._model, self._tp
+        query = model.heads * model.head_dim / tp
+        key_value = 2 * max(1.0, model.kv_heads / tp) * model.head_dim
+        return self._gemm_s(
+            tokens, model.hidden, query + key_value, self._flops, self._weight_bytes
+        ) + self._gemm_s(tokens, query, model.hidden, self._flops, self._weight_bytes)
+
+    def _mlp_s(self, tokens: Floats) -> Floats:
+        model = self._model
+        up = 2 if model.gated else 1
+        wide = model.intermediate / self._tp
+        rows: Floats = tokens
+        touched: Floats | float = 1.0
+        if model.experts > 1:
+            rows = tokens * model.experts_per_token
+            # Experts that at least one token of the step chose, if they choose evenly.
+            missed = np.power(1.0 - model.experts_per_token / model.experts, tokens)
+            touched = model.experts * (1.0 - missed)
+        seconds = self._gemm_s(
+            rows, model.hidden, up * wide, self._flops, self._weight_bytes, touched
+        ) + self._gemm_s(rows, wide, model.hidden, self._flops, self._weight_bytes, touched)
+        if model.shared_intermediate:
+            shared = 3 * model.shared_intermediate / self._tp
+            seconds = seconds + self._gemm_s(
+                tokens, model.hidden, shared, self._flops, self._weight_bytes
+            )
+        return seconds
+
+    def _elementwise_s(self, tokens: Floats) -> Floats:
+        model = self._model
+        width = _RESIDUAL_PASSES * model.hidden + 3 * (
+            model.experts_per_token * model.intermediate / self._tp
+        )
+        seconds: Floats = tokens * width * self._wide / self._bandwidth
+        return seconds
+
+    def _attention_s(self, attended: Floats) -> Floats:
+        width = self._model.heads * self._model.head_dim / self._tp
+        seconds: Floats = 4.0 * attended * width / self._attention_flops
+        return seconds
+
+    def _cache_s(self, kv_tokens: Floats) -> Floats:
+        width = 2 * max(1.0, self._model.kv_heads / self._tp) * self._model.head_dim
+        seconds: Floats = kv_tokens * width * self._kv_wide / self._kv_bandwidth
+        return seconds
+
+    def _all_reduce_s(self, tokens: Floats) -> Floats | float:
+        tp = self._tp
+        if tp == 1:
+            return 0.0
+        crowd = (2.0 / tp) ** self._fit.all_reduce_crowding
+        moved = 2.0 * (tp - 1) / tp * tokens * self._model.hidden * self._wide
+        seconds: Floats = 2.0 * (
+            self._fit.all_reduce_latency_s * np.log2(tp)
+            + moved / (self._link.bandwidth * self._fit.all_reduce * crowd)
+        )
+        return seconds

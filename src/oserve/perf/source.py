@@ -1,0 +1,101 @@
+"""Sources of step times for any shape of one model: the roofline, or aiconfigurator's tables."""
+
+import functools
+from collections.abc import Mapping
+
+from oserve.core import Precision, ReplicaShape
+from oserve.perf.aiconfigurator import AiConfigurator
+from oserve.perf.coefficients import find_coefficients
+from oserve.perf.device import DeviceFacts, Link, find_device, find_link
+from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
+from oserve.perf.model import ModelFacts
+from oserve.perf.roofline import Roofline, StepModel
+
+DEFAULT_NETWORK = "infiniband-400"
+
+
+class RooflineSource:
+    """The roofline with shipped coefficients.
+
+    ``node_devices``: devices of a node by kind; a replica larger than a node talks over
+    ``network``. ``memory_bytes``: by kind, where it differs from the data sheet's.
+    """
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        *,
+        node_devices: Mapping[str, int] | None = None,
+        network: str = DEFAULT_NETWORK,
+        memory_bytes: Mapping[str, int] | None = None,
+        memory_share: float = MEMORY_SHARE,
+    ) -> None:
+        self._model = model
+        self._node_devices = dict(node_devices or {})
+        self._network = find_link(network)
+        self._memory_bytes = dict(memory_bytes or {})
+        self._share = memory_share
+        self._made: dict[tuple[str, Precision, int, int], StepModel] = {}
+
+    @property
+    def model(self) -> ModelFacts:
+        return self._model
+
+    @property
+    def origin(self) -> str:
+        return "roofline"
+
+    def step_model(self, shape: ReplicaShape) -> StepModel:
+        """See ``PerformanceSource``; shapes that differ in limits alone share a model."""
+        tp, pp = shape.tensor_parallel_size, shape.pipeline_parallel_size
+        key = (shape.device_kind, shape.precision, tp, pp)
+        if key not in self._made:
+            self._made[key] = self._make(shape)
+        return self._made[key]
+
+    def kv_tokens(self, shape: ReplicaShape) -> int:
+        return self.memory(shape).kv_tokens
+
+    def memory(self, shape: ReplicaShape) -> MemoryFit:
+        """What fits on the devices of a shape."""
+        device = _device(shape.device_kind)
+        total = self._memory_bytes.get(shape.device_kind, device.memory_bytes)
+        return memory_fit(self._model, shape, total, share=self._share)
+
+    def power_w(self, shape: ReplicaShape, busy: float) -> float:
+        device = _device(shape.device_kind)
+        return shape.device_count * (device.idle_w + busy * (device.max_w - device.idle_w))
+
+    def _make(self, shape: ReplicaShape) -> StepModel:
+        kind = shape.device_kind
+        return Roofline(
+            self._model,
+            _device(kind),
+            find_coefficients(kind, shape.precision).coefficients,
+            tensor_parallel_size=shape.tensor_parallel_size,
+            pipeline_parallel_size=shape.pipeline_parallel_size,
+            precision=shape.precision,
+            tensor_link=self._beyond(kind, shape.tensor_parallel_size),
+            stage_link=self._beyond(kind, shape.device_count),
+        )
+
+    def _beyond(self, kind: str, devices: int) -> Link | None:
+        """The network, for a group that no single node holds."""
+        most = self._node_devices.get(kind)
+        return self._network if most is not None and devices > most else None
+
+
+class AiConfiguratorSource(RooflineSource):
+    """Step times from aiconfigurator; memory and power as for the roofline."""
+
+    @property
+    def origin(self) -> str:
+        return "aiconfigurator"
+
+    def _make(self, shape: ReplicaShape) -> StepModel:
+        return AiConfigurator(self._model.name, shape.device_kind, shape)
+
+
+@functools.cache
+def _device(kind: str) -> DeviceFacts:
+    return find_device(kind)
