@@ -1,0 +1,30 @@
+"""Every deployment that fits, and the best of them: the oracle of the tests, for small clusters."""
+
+from itertools import islice
+
+import numpy as np
+
+from oserve.core import OServeError
+from oserve.plan.assign import Assigner
+from oserve.plan.bounds import Bounds, Scored
+from oserve.plan.problem import PlanProblem
+
+MOST_DEPLOYMENTS = 2_000_000
+
+
+def brute_force(problem: PlanProblem, assigner: Assigner) -> Scored:
+    """The best deployment by enumeration.
+
+    Raises an OServeError where more than ``MOST_DEPLOYMENTS`` fit.
+    """
+    packing = problem.packing
+    every = list(islice(packing.all_counts(), MOST_DEPLOYMENTS + 1))
+    if len(every) > MOST_DEPLOYMENTS:
+        raise OServeError(
+            f"more than {MOST_DEPLOYMENTS:,} deployments fit on {packing.describe()}",
+            place="plan.search",
+            remedy="use the exact search, which needs no enumeration",
+        )
+    best = Bounds(problem, assigner).best_of(np.array(every, dtype=np.int64))
+    assert best is not None  # The empty deployment always fits.
+    return best
