@@ -1,0 +1,35 @@
+"""Config: what people write in files, and the environment; the only room that reads either.
+
+It knows the words of settings, plans, clusters and rates, and turns them into values of the rooms
+below. It does not know what is done with them.
+"""
+
+from oserve.config.cluster import ClusterSpec, load_cluster
+from oserve.config.plan import load_plan, plan_yaml
+from oserve.config.rates import load_rates
+from oserve.config.settings import (
+    API_KEYS,
+    Settings,
+    api_keys,
+    backend_keys,
+    environment_value,
+    load_settings,
+    parse_override,
+    setting_paths,
+)
+
+__all__ = [
+    "API_KEYS",
+    "ClusterSpec",
+    "Settings",
+    "api_keys",
+    "backend_keys",
+    "environment_value",
+    "load_cluster",
+    "load_plan",
+    "load_rates",
+    "load_settings",
+    "parse_override",
+    "plan_yaml",
+    "setting_paths",
+]

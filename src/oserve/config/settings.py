@@ -1,0 +1,183 @@
+"""Settings: one YAML file, the environment, the command line - read here and nowhere else.
+
+Precedence: command line over ``OSERVE_*`` over the file over defaults. Unknown keys are refused,
+with their path and the nearest known name. Secrets come from the environment or a file only.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+
+from oserve.config.reading import convert, read_text, read_yaml, suggest
+from oserve.core import AttachedBackend, DeploymentPlan, OServeError
+from oserve.engines.settings import EngineSettings
+from oserve.gateway.settings import GatewaySettings
+
+_PREFIX = "OSERVE_"
+API_KEYS = "OSERVE_API_KEYS"
+# Read by the CLI alone, not settings of the server.
+_OTHER_VARIABLES = {API_KEYS, "OSERVE_CONFIG", "OSERVE_URL"}
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``gpu``.
+
+    ``cpu_slots`` cuts the CPU cores into that many devices; slots beyond the cores share them.
+    """
+
+    devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
+    cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+
+
+class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The control loop; see control.reconcile for what the limits mean."""
+
+    interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    backoff_s: Seconds = 1.0
+    max_backoff_s: Seconds = 60.0
+    max_failures: Count = 5
+    drain_limit_s: Seconds = 600.0
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Everything. ``state_dir`` holds logs and request records."""
+
+    model: str = ""
+    served_model_name: str = ""
+    plan: str = ""
+    state_dir: str = ".oserve"
+    cluster: ClusterSettings = ClusterSettings()
+    engines: EngineSettings = EngineSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    control: ControlSettings = ControlSettings()
+
+
+def load_settings(
+    file: str | None,
+    overrides: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values."""
+    environment = os.environ if environment is None else environment
+    merged: dict[str, Any] = {}
+    if file:
+        merged = read_yaml(Path(file))
+        convert(merged, Settings, place=file)
+    for path, text in _from_environment(environment).items():
+        name = _PREFIX + path.replace(".", "_").upper()
+        _put(merged, path, _scalar(text, path), place=name)
+        convert(merged, Settings, place=name)
+    for path, value in overrides.items():
+        _check_path(path, place=f"--set {path}")
+        _put(merged, path, value, place=f"--set {path}")
+    settings: Settings = convert(merged, Settings, place="settings")
+    return settings
+
+
+def api_keys(
+    settings: GatewaySettings, environment: Mapping[str, str] | None = None
+) -> frozenset[str]:
+    """The keys clients may use; empty means that none is asked for."""
+    environment = os.environ if environment is None else environment
+    keys = {key.strip() for key in environment.get(API_KEYS, "").split(",")}
+    if settings.api_keys_file:
+        keys |= {line.strip() for line in read_text(Path(settings.api_keys_file)).splitlines()}
+    return frozenset(keys - {""})
+
+
+def backend_keys(
+    plan: DeploymentPlan, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The keys of attached servers, by the variable that the plan names."""
+    environment = os.environ if environment is None else environment
+    keys: dict[str, str] = {}
+    for spec in plan.replicas:
+        backend = spec.backend
+        if isinstance(backend, AttachedBackend) and backend.api_key_env:
+            if not environment.get(backend.api_key_env):
+                raise OServeError(
+                    f"replica {spec.id!r} takes its key from {backend.api_key_env}: not set",
+                    place="environment",
+                    remedy=f"set {backend.api_key_env}, or leave api_key_env out",
+                )
+            keys[backend.api_key_env] = environment[backend.api_key_env]
+    return keys
+
+
+def environment_value(name: str) -> str:
+    """A variable the CLI reads for a default; empty when unset."""
+    return os.environ.get(name, "")
+
+
+def setting_paths(kind: Any = Settings, prefix: str = "") -> dict[str, msgspec.structs.FieldInfo]:
+    """Every setting by its dotted path."""
+    paths: dict[str, msgspec.structs.FieldInfo] = {}
+    for item in msgspec.structs.fields(kind):
+        if hasattr(item.type, "__struct_fields__"):
+            paths |= setting_paths(item.type, f"{prefix}{item.name}.")
+        else:
+            paths[f"{prefix}{item.name}"] = item
+    return paths
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    names = {_PREFIX + path.replace(".", "_").upper(): path for path in setting_paths()}
+    found: dict[str, str] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(_PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        if variable not in names:
+            raise OServeError(
+                "no setting has this name",
+                place=variable,
+                remedy=suggest(variable, list(names), "unset it"),
+            )
+        found[names[variable]] = value
+    return found
+
+
+def _check_path(path: str, *, place: str) -> None:
+    if path not in setting_paths():
+        raise OServeError(
+            f"no setting is called {path!r}",
+            place=place,
+            remedy=suggest(path, list(setting_paths()), "see docs/configuration.md"),
+        )
+
+
+def _scalar(text: str, path: str) -> Any:
+    """A value from the environment or ``--set``: YAML, but text stays text for text settings."""
+    if setting_paths()[path].type is str:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``gateway.port=9000`` as path and value."""
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise OServeError(
+            "expected path=value", place=f"--set {text}", remedy="for example gateway.port=9000"
+        )
+    _check_path(path, place=f"--set {path}")
+    return path, _scalar(value, path)
+
+
+def _put(settings: dict[str, Any], path: str, value: Any, *, place: str) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        inner = settings.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise OServeError(f"{parent} is not a section", place=place, remedy="correct the file")
+        settings = inner
+    settings[name] = value
