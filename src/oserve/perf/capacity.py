@@ -122,9 +122,8 @@ class _Flow:
         again = np.where(held < shape.max_num_seqs, (output / 2) / (prompt + output / 2), 0.0)
         cost = each * (1.0 + again)
         decoded = np.maximum(decoding, 1e-9)
-        self._rate = np.where(
-            alone, 1.0 / (pieces * base + cost), decoding / ((output - 1) * base + decoded * cost)
-        )
+        flowing = decoding / ((output - 1) * base + decoded * cost)
+        self._rate = np.where(alone, _prompts_alone(step, prompt, chunk, shape), flowing)
         self._tpot = np.where(alone, 0.0, base / np.maximum(1e-9, 1.0 - self._rate * cost))
         self._slow = self._tpot + _tail_s(self._rate, self._tpot, each, pieces, output - 1)
         self._service = pieces * base + each
@@ -167,6 +166,15 @@ class _Flow:
         if limits.ttft_s is not None and ttft > limits.ttft_s:
             why = f"TTFT is {ttft * 1e3:,.0f} ms at best"
         return Capacity(capacity_rps=0.0, ttft_s=ttft, tpot_s=tpot, latency_s=math.inf, why=why)
+
+
+def _prompts_alone(step: StepModel, prompt: Floats, chunk: float, shape: ReplicaShape) -> Floats:
+    """Rate of requests that ask for one token: as many prompts a step as the chunk budget holds."""
+    together = np.clip(chunk / prompt, 1.0, shape.max_num_seqs / shape.pipeline_parallel_size)
+    pieces = np.ceil(prompt / chunk)
+    tokens = together * prompt / pieces
+    rate: Floats = together / (pieces * step.step_s(tokens, tokens * prompt / 2, 0.0, 0.0))
+    return rate
 
 
 def resident(kv_tokens: float, prompt: Floats, output: Floats) -> Floats:

@@ -12,7 +12,7 @@ One change, from one dominant type to the next, takes ``change_period_s``; a ful
 
 The presets are the ends of the published sweeps: gains over a static deployment are given for
 spreads of 0.112 and 0.688 (S1, S5), and for four speeds of change (T1 slow to T4 fast) whose
-seconds are not, so those here are our own, from an hour to five minutes (METHOD.md section 6).
+seconds are not, so those here are our own, from an hour to five minutes.
 """
 
 import itertools

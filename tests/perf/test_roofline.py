@@ -1,0 +1,130 @@
+"""The roofline: how step time must move, and what fitting recovers."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oserve.core import Precision
+from oserve.perf.coefficients import find_coefficients
+from oserve.perf.device import find_device
+from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
+from oserve.perf.model import find_model
+from oserve.perf.roofline import Coefficients, Roofline
+
+H100 = find_device("H100")
+
+
+def roofline(
+    name: str = "llama-3.1-70b",
+    *,
+    tp: int = 4,
+    pp: int = 1,
+    precision: Precision = Precision.BF16,
+    fit: Coefficients | None = None,
+) -> Roofline:
+    return Roofline(
+        find_model(name),
+        H100,
+        fit or find_coefficients("H100", precision).coefficients,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        precision=precision,
+    )
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.integers(0, 8192),
+    st.integers(0, 256),
+    st.integers(1, 100_000),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from(["llama-3.1-70b", "mixtral-8x7b", "opt-66b"]),
+)
+def test_more_work_never_takes_less_time(
+    prompt: int, decoding: int, cached: int, tp: int, name: str
+) -> None:
+    step = roofline(name, tp=tp)
+    attended = prompt * prompt / 2
+    here = step.step_s(prompt, attended, decoding, cached)
+    assert here > 0
+    assert step.step_s(prompt + 64, attended, decoding, cached) >= here
+    assert step.step_s(prompt, attended, decoding + 8, cached) >= here
+    assert step.step_s(prompt, attended + 1e6, decoding, cached) >= here
+    assert step.step_s(prompt, attended, decoding, cached + 1000) >= here
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.integers(0, 4096), st.integers(1, 256), st.integers(0, 200_000), st.integers(1, 50_000))
+def test_time_is_affine_in_cached_tokens(
+    prompt: int, decoding: int, cached: int, more: int
+) -> None:
+    step = roofline()
+    at = [float(step.step_s(prompt, 0.0, decoding, cached + i * more)) for i in range(3)]
+    assert at[2] - at[1] == pytest.approx(at[1] - at[0], rel=1e-6, abs=1e-12)
+
+
+def test_arrays_give_what_numbers_give() -> None:
+    step = roofline()
+    prompts = np.array([0.0, 512.0, 2048.0])
+    decoding = np.array([[1.0], [64.0]])
+    table = step.step_s(prompts, prompts**2 / 2, decoding, decoding * 1000)
+    assert table.shape == (2, 3)
+    for row, count in enumerate(decoding[:, 0]):
+        for column, prompt in enumerate(prompts):
+            alone = step.step_s(prompt, prompt**2 / 2, count, count * 1000)
+            assert table[row, column] == pytest.approx(float(alone))
+
+
+def test_precisions_and_ranks_speed_up_decoding() -> None:
+    decode = (0.0, 0.0, 8.0, 8000.0)
+    assert roofline(precision=Precision.FP8).step_s(*decode) < roofline().step_s(*decode)
+    assert roofline(tp=8).step_s(*decode) < roofline(tp=4).step_s(*decode)
+    # Stages are passed one after another: a pipeline does not make one token come sooner.
+    assert roofline(tp=4, pp=2).step_s(*decode) >= roofline(tp=4).step_s(*decode)
+
+
+def test_experts_are_read_only_when_chosen() -> None:
+    step = roofline("mixtral-8x7b", tp=2)
+    one, many = (float(step.step_s(0.0, 0.0, count, 0.0)) for count in (1.0, 64.0))
+    dense = roofline("llama-3.1-70b", tp=2)
+    single, full = (float(dense.step_s(0.0, 0.0, count, 0.0)) for count in (1.0, 64.0))
+    assert many / one > full / single
+
+
+def test_two_dozen_noisy_steps_recover_the_coefficients() -> None:
+    truth = Coefficients(gemm=0.6, memory=0.7, kv=0.7, layer_s=8e-5)
+    draw = random.Random(3)
+    steps = []
+    for _ in range(24):
+        prompt = draw.choice([0.0, 256.0, 1024.0, 4096.0])
+        decoding = draw.choice([1.0, 16.0, 64.0, 256.0])
+        load = (prompt, prompt**2 / 2, decoding, decoding * draw.choice([200.0, 4000.0]))
+        seconds = float(roofline(fit=truth).step_s(*load)) * draw.lognormvariate(0.0, 0.02)
+        steps.append(
+            MeasuredStep(
+                prefill_tokens=load[0],
+                attended_tokens=load[1],
+                decode_seqs=load[2],
+                kv_tokens=load[3],
+                seconds=seconds,
+                engine="one",
+            )
+        )
+    # One device disturbed one step; it must not bend the curve.
+    steps[5] = MeasuredStep(
+        prefill_tokens=0, attended_tokens=0, decode_seqs=1, kv_tokens=200, seconds=1.0, engine="one"
+    )
+    found = fit_coefficients(
+        steps,
+        {"one": lambda fit: roofline(fit=fit)},
+        free={"gemm": (0.1, 1.0), "memory": (0.1, 1.0), "layer_s": (1e-6, 1e-3)},
+        start=Coefficients(),
+        tied={"kv": "memory"},
+    )
+    assert found.kv == found.memory
+    errors = relative_errors(steps, {"one": roofline(fit=found)})
+    assert np.median(np.abs(errors)) < 0.03
+    assert found.gemm == pytest.approx(0.6, rel=0.05)
