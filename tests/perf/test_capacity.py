@@ -33,7 +33,7 @@ def one(of: ReplicaShape, prompt: float, output: float, limits: Limits | None = 
     return capacities(SOURCE.step_model(of), of, SOURCE.kv_tokens(of), [load])[0]
 
 
-lengths = st.tuples(st.integers(1, 3000), st.integers(1, 800))
+lengths = st.tuples(st.integers(1, 3000), st.integers(2, 800))
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
