@@ -160,7 +160,7 @@ def test_a_limit_stops_before_what_follows_is_judged(tmp_path: Path) -> None:
     assert list(read_trace(path, limit=0)) == []
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(st.binary(max_size=200), st.sampled_from(["", CANONICAL, BURST, "{", "\x1f"]))
 def test_anything_else_is_an_error_for_people(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, start: str

@@ -16,7 +16,7 @@ periods = st.none() | st.floats(1e-2, 1e6)
 
 
 @given(st.integers(3, 12), st.floats(0, 1), periods, st.floats(0, 1e6))
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_the_spread_is_the_one_asked_for_at_any_time(
     types: int, part: float, period: float | None, at_s: float
 ) -> None:

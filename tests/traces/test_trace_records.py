@@ -65,7 +65,7 @@ def test_completed_requests_in_order_of_arrival(tmp_path: Path) -> None:
     assert len(list(read_trace(path, until_s=2.5))) == 1
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 1000)), min_size=1, max_size=20))
 def test_any_order_of_ends_gives_the_order_of_arrivals(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, int]]

@@ -5,8 +5,8 @@ Lengths span four orders of magnitude and what they cost goes by factors, so dis
 between logarithms (METHOD.md section 1 clusters lengths; its scale is not given).
 
 The same requests in any order give the same types: they are sorted before anything is drawn, and
-scikit-learn's centres are carried to their fixed point here, in a fixed order of summation, so
-that threads cannot move the last digits.
+one thread adds them up. Centres are carried to their fixed point, the means of the requests nearest
+to them, which scikit-learn only approaches.
 """
 
 import math
@@ -14,6 +14,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from oserve.core import OServeError
 from oserve.workload.columns import Floats, zero_traffic
@@ -113,7 +114,9 @@ def _centres(points: Floats, k: int, seed: int) -> Floats:
     """Centres of k types of sorted points, by ascending (prompt, output); shape (k, 2)."""
     if k == 1:
         return np.stack([points.sum(axis=0) / len(points)])
-    found = KMeans(n_clusters=k, n_init=_STARTS, random_state=seed).fit(points)
+    # The work is too small to share out, and threads would wait for whatever else serves here.
+    with threadpool_limits(1):
+        found = KMeans(n_clusters=k, n_init=_STARTS, random_state=seed).fit(points)
     centres: Floats = np.asarray(found.cluster_centers_, dtype=np.float64)
     labels = np.full(len(points), -1)
     for _ in range(_ROUNDS):
@@ -128,7 +131,8 @@ def _centres(points: Floats, k: int, seed: int) -> Floats:
         centres = sums[counts > 0] / counts[counts > 0, None]
         if not counts.all():
             labels = np.full(len(points), -1)
-    return np.take(centres, np.lexsort((centres[:, 1], centres[:, 0])), axis=0)
+    ordered: Floats = centres[np.lexsort((centres[:, 1], centres[:, 0]))]
+    return ordered
 
 
 def _model(points: Floats, centres: Floats, prompt: Floats, output: Floats) -> WorkloadModel:
