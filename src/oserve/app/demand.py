@@ -8,7 +8,8 @@ import numpy as np
 
 from oserve.core import LengthClass, OServeError, WorkloadType
 from oserve.traces import TraceRequest
-from oserve.workload.classes import length_classes
+from oserve.workload.classes import class_mixes, length_classes
+from oserve.workload.columns import Columns, columns_of
 from oserve.workload.model import LengthQuantiles, TypeStatistics, WorkloadModel
 from oserve.workload.rates import mean_rates, workload_types
 from oserve.workload.types import fit_types
@@ -18,14 +19,15 @@ from oserve.workload.types import fit_types
 class Demand:
     """``longest_tokens``: prompt and output, by type, of the longest request a replica must hold.
 
-    ``classes`` is what a router can tell of a type by the prompt alone; ``class_of`` maps type
-    names to theirs. ``notes`` say in words what was changed or left out.
+    ``classes`` is what a router can tell by the prompt alone; ``class_mix[class][type]`` is the
+    share of a type among the requests of a class (each class's sum to 1). ``notes`` say in words
+    what was changed or left out.
     """
 
     types: tuple[WorkloadType, ...]
     longest_tokens: dict[str, float]
     classes: tuple[LengthClass, ...]
-    class_of: dict[str, str]
+    class_mix: dict[str, dict[str, float]]
     source: str
     notes: tuple[str, ...] = ()
 
@@ -49,29 +51,30 @@ def demand_from_trace(
     Requests longer than the context are counted as cut to it: the prompt gives way, as far as it
     must. Raises OServeError for a trace without requests.
     """
-    rows = [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in requests]
-    if not rows:
+    columns = columns_of(requests)
+    count = len(columns.arrival_s)
+    if not count:
         raise OServeError(
             "zero traffic: the trace has no requests",
             place=source,
             remedy="give a trace with requests",
         )
-    arrival_s, prompt, output = np.array(rows, dtype=np.float64).T
-    output = np.minimum(output, max(1, max_model_len - 1))
-    cut = int(np.sum(prompt + output > max_model_len))
-    prompt = np.maximum(1.0, np.minimum(prompt, max_model_len - output))
+    output = np.minimum(columns.output_tokens, max(1, max_model_len - 1))
+    cut = int(np.sum(columns.prompt_tokens + output > max_model_len))
+    prompt = np.maximum(1.0, np.minimum(columns.prompt_tokens, max_model_len - output))
+    fitted = Columns(arrival_s=columns.arrival_s, prompt_tokens=prompt, output_tokens=output)
     notes = []
     if cut:
         notes.append(
-            f"{cut:,} of {len(rows):,} requests ({cut / len(rows):.0%}) are longer than the "
+            f"{cut:,} of {count:,} requests ({cut / count:.0%}) are longer than the "
             f"context of {max_model_len:,} tokens; they count as cut to it"
         )
-    if len(rows) == 1:
+    if count == 1:
         notes.append("the trace has one request: its rate is taken as one a second")
     model = fit_types(prompt, output, k=k, seed=seed)
     index = model.assign(prompt, output)
-    rates = mean_rates(arrival_s, index, model.k) * rate_scale
-    return _demand(model, rates.tolist(), source=source, notes=tuple(notes))
+    rates = mean_rates(columns.arrival_s, index, model.k) * rate_scale
+    return _demand(model, rates.tolist(), source=source, notes=tuple(notes), requests=fitted)
 
 
 def demand_from_rates(types: Sequence[WorkloadType], *, source: str, max_model_len: int) -> Demand:
@@ -112,16 +115,30 @@ def scaled(demand: Demand, factor: float) -> Demand:
 
 
 def _demand(
-    model: WorkloadModel, rates_rps: list[float], *, source: str, notes: tuple[str, ...]
+    model: WorkloadModel,
+    rates_rps: list[float],
+    *,
+    source: str,
+    notes: tuple[str, ...],
+    requests: Columns | None = None,
 ) -> Demand:
-    classes, class_of = length_classes(model, rates_rps)
+    classes, class_of = length_classes(model, rates_rps, requests=requests)
+    if requests is None:
+        members = [[class_of[kind] == item.name for kind in model.names] for item in classes]
+        mixes = np.array(members) * np.maximum(rates_rps, 1e-12)
+        mixes = mixes / mixes.sum(axis=1, keepdims=True)
+    else:
+        mixes = class_mixes(classes, model, requests)
     return Demand(
         types=workload_types(model, rates_rps),
         longest_tokens={
             kind.name: kind.prompt_quantiles.p99 + kind.output_quantiles.p99 for kind in model.types
         },
         classes=classes,
-        class_of=class_of,
+        class_mix={
+            item.name: dict(zip(model.names, row, strict=True))
+            for item, row in zip(classes, mixes.tolist(), strict=True)
+        },
         source=source,
         notes=notes,
     )

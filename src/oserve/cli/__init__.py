@@ -7,6 +7,7 @@ from rich.console import Console
 
 from oserve import __version__
 from oserve.cli.bench import bench
+from oserve.cli.plan import plan
 from oserve.cli.serve import serve
 from oserve.cli.status import status
 from oserve.cli.validate import validate
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
+app.command()(plan)
 app.command()(bench)
 app.command()(status)
 app.command()(validate)

@@ -30,7 +30,7 @@ from oserve.perf.roofline import Floats, StepModel
 ATTAINMENT = 0.95
 _Z = 1.645
 # A replica must hold this many requests of a type at once, or preemptions eat what it gains.
-MIN_RESIDENT = 4
+MIN_RESIDENT = 8
 _GRID = 32
 _HALVINGS = 20
 

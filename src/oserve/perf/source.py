@@ -1,7 +1,7 @@
 """Sources of step times for any shape of one model: the roofline, or aiconfigurator's tables."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.aiconfigurator import AiConfigurator
@@ -11,6 +11,10 @@ from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import Roofline, StepModel
 
+_PIPELINE = (
+    "no measurement of pipeline parallel was at hand: it is modelled with even stages, without "
+    "bubbles, which flatters it; leave it out with --pipeline-parallel-size 1"
+)
 DEFAULT_NETWORK = "infiniband-400"
 
 
@@ -44,6 +48,17 @@ class RooflineSource:
     @property
     def origin(self) -> str:
         return "roofline"
+
+    def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
+        """See ``PerformanceSource``."""
+        said = []
+        if any(shape.pipeline_parallel_size > 1 for shape in shapes):
+            said.append(_PIPELINE)
+        for shape in shapes:
+            origin = find_coefficients(shape.device_kind, shape.precision).origin
+            if origin.startswith("borrowed"):
+                said.append(f"{shape.device_kind} in {shape.precision}: coefficients {origin}")
+        return tuple(dict.fromkeys(said))
 
     def step_model(self, shape: ReplicaShape) -> StepModel:
         """See ``PerformanceSource``; shapes that differ in limits alone share a model."""
@@ -87,6 +102,11 @@ class RooflineSource:
 
 class AiConfiguratorSource(RooflineSource):
     """Step times from aiconfigurator; memory and power as for the roofline."""
+
+    def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
+        """See ``PerformanceSource``."""
+        piped = any(shape.pipeline_parallel_size > 1 for shape in shapes)
+        return (_PIPELINE,) if piped else ()
 
     @property
     def origin(self) -> str:

@@ -46,6 +46,10 @@ class PerformanceSource(Protocol):
         """In words, for explanations."""
         ...
 
+    def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
+        """What is not measured of these shapes, in words."""
+        ...
+
     def step_model(self, shape: ReplicaShape) -> StepModel:
         """Step times of a shape on its device kind."""
         ...

@@ -1,0 +1,273 @@
+"""``oserve plan``: what to run for this traffic on these devices, and why."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.app.planning import Answer, Question, answer
+from oserve.app.sources import SourceChoice, find_source, shapes_for
+from oserve.cli import plan_report
+from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
+from oserve.core import OServeError, Precision
+from oserve.engines.devices import find_devices
+from oserve.perf.capacity import Limits
+from oserve.perf.shapes import ShapeChoices
+from oserve.plan.problem import AmongEquals, Objective
+from oserve.plan.search import Search
+from oserve.traces import read_trace
+from oserve.traces.read import BadRows, Skipped
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id.")
+    ],
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Such as 8xH100, 4x8xH100, or a YAML file; else this machine's devices."),
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Trace of the traffic (any format oserve bench reads).")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Or rates: 512x128=3.5,docs:6000x200=0.4, or a YAML file.")
+    ] = None,
+    rate_scale: Annotated[float, typer.Option(help="Multiply all rates.")] = 1.0,
+    types: Annotated[
+        int | None, typer.Option(help="Number of workload types; chosen if not given.")
+    ] = None,
+    until_s: Annotated[
+        float | None, typer.Option(help="Use the trace's first seconds only.")
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the trace.")
+    ] = False,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Time to first token, at most.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Time per output token.")] = None,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(help="For one type: NAME=TTFT_MS/TPOT_MS ('-' sets none); may be repeated."),
+    ] = None,
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="Weights a replica may have; may be repeated. Default: bf16."),
+    ] = None,
+    tensor_parallel_size: Annotated[str, typer.Option(help="Sizes to consider.")] = "1,2,4,8",
+    pipeline_parallel_size: Annotated[str, typer.Option(help="Sizes to consider.")] = "1,2,4",
+    max_num_batched_tokens: Annotated[
+        str | None, typer.Option(help="Chunk budgets to consider.")
+    ] = None,
+    max_num_seqs: Annotated[str | None, typer.Option(help="Sequence limits to consider.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Context to plan for; the model's own if not given.")
+    ] = None,
+    perf: Annotated[
+        str | None,
+        typer.Option(help="roofline, aiconfigurator, or a profile file (oserve profile)."),
+    ] = None,
+    search: Annotated[Search, typer.Option(help="How to search.")] = Search.EXACT,
+    objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.CAPACITY,
+    among_equals: Annotated[
+        AmongEquals, typer.Option(help="What decides between equals.")
+    ] = AmongEquals.FEWEST_DEVICES,
+    headroom: Annotated[
+        float | None,
+        typer.Option(help="Capacity past this multiple of the demand is worth nothing."),
+    ] = None,
+    current: Annotated[
+        str | None, typer.Option(help="The plan that runs now (YAML): stay close to it.")
+    ] = None,
+    time_limit_s: Annotated[float, typer.Option(help="For the exact search.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="For clustering and the flow search.")] = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, in detail.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw who serves what (PNG, SVG or PDF).")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Write the plan (YAML) that oserve serve takes.")
+    ] = None,
+) -> None:
+    """Plan replicas for a model, devices and traffic; show the plan beside the best homogeneous."""
+    _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
+    spec = _cluster(cluster)
+    choice = SourceChoice(
+        model=model, devices=spec.devices, network=spec.network, perf=perf, context=max_model_len
+    )
+    source, context = find_source(choice)
+    if (trace is None) == (rates is None):
+        raise OServeError(
+            "the traffic must come from --trace or from --rates, and from one of them",
+            place="--trace",
+            remedy="give --trace FILE, or --rates 512x128=3.5",
+        )
+    if trace is not None:
+        demand = _from_trace(trace, context, types, rate_scale, seed, until_s, skip_bad_rows)
+    else:
+        assert rates is not None
+        demand = scaled(
+            demand_from_rates(load_rates(rates), source="--rates", max_model_len=context),
+            rate_scale,
+        )
+    choices = ShapeChoices(
+        tensor_parallel_sizes=_sizes("--tensor-parallel-size", tensor_parallel_size),
+        pipeline_parallel_sizes=_sizes("--pipeline-parallel-size", pipeline_parallel_size),
+        precisions=tuple(dict.fromkeys(precision or ())),
+        max_num_batched_tokens=_sizes("--max-num-batched-tokens", max_num_batched_tokens),
+        max_num_seqs=_sizes("--max-num-seqs", max_num_seqs),
+    )
+    found = answer(
+        Question(
+            model=model,
+            devices=spec.devices,
+            demand=demand,
+            source=source,
+            shapes=shapes_for(source, spec.devices, choices),
+            limits=_limits(demand, slo_ttft_ms, slo_tpot_ms, slo or []),
+            search=search,
+            objective=objective,
+            among_equals=among_equals,
+            enough_scale=headroom,
+            current=load_plan(current) if current else None,
+            seed=seed,
+            time_limit_s=time_limit_s,
+        )
+    )
+    _give(found, explain=explain, as_json=as_json, plot=plot, output=output)
+
+
+def _give(
+    found: Answer, *, explain: bool, as_json: bool, plot: str | None, output: str | None
+) -> None:
+    if plot:
+        from oserve.cli.flow_picture import draw  # noqa: PLC0415 - matplotlib is an extra
+
+        draw(found, Path(plot))
+    if output:
+        _write(Path(output), plan_yaml(found.plan, head=plan_report.headline(found)))
+    if as_json:
+        print(json.dumps(plan_report.document(found), indent=2))
+    else:
+        plan_report.show(found, _screen(), explain=explain)
+    for name in (plot, output):
+        if name:
+            _console.print(f"written: {name}")
+
+
+def _screen() -> Console:
+    """Tables need room; a file or a pipe has as much as it is given."""
+    plain = Console(highlight=False, soft_wrap=True)
+    return plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=150)
+
+
+def _cluster(text: str | None) -> ClusterSpec:
+    return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
+
+
+def _from_trace(
+    trace: str,
+    context: int,
+    types: int | None,
+    rate_scale: float,
+    seed: int,
+    until_s: float | None,
+    skip_bad_rows: bool,
+) -> Demand:
+    skipped = Skipped()
+    requests = read_trace(
+        trace,
+        until_s=until_s,
+        bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
+        skipped=skipped,
+    )
+    demand = demand_from_trace(
+        requests, source=trace, max_model_len=context, k=types, rate_scale=rate_scale, seed=seed
+    )
+    if skipped.count:
+        _console.print(f"skipped {skipped.count} bad rows; {'; '.join(skipped.first)}")
+    return demand
+
+
+def _sizes(option: str, text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1:
+        raise OServeError(
+            f"{text!r} is not a list of counts", place=option, remedy="for example 1,2,4"
+        )
+    return sizes
+
+
+def _limits(
+    demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
+) -> dict[str, Limits]:
+    def seconds(value: float | None) -> float | None:
+        return None if value is None else value / 1e3
+
+    common = Limits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
+    limits = {kind.name: common for kind in demand.types}
+    for text in own:
+        name, equals, values = text.rpartition("=")
+        first, slash, second = values.partition("/")
+        if not equals or not slash or name not in limits:
+            known = ", ".join(repr(kind) for kind in limits)
+            raise OServeError(
+                f"{text!r} names no type and limits",
+                place="--slo",
+                remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
+            )
+        limits[name] = Limits(
+            ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
+        )
+    return limits
+
+
+def _milliseconds(text: str) -> float | None:
+    if text.strip() == "-":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    _check_numbers(1.0, value, None, None, 1.0)
+    return value
+
+
+def _check_numbers(
+    rate_scale: float,
+    ttft_ms: float | None,
+    tpot_ms: float | None,
+    headroom: float | None,
+    time_limit_s: float,
+) -> None:
+    for option, value, least in (
+        ("--rate-scale", rate_scale, 0.0),
+        ("--slo-ttft-ms", ttft_ms, 0.0),
+        ("--slo-tpot-ms", tpot_ms, 0.0),
+        ("--headroom", headroom, 1.0 - 1e-12),
+        ("--time-limit-s", time_limit_s, 0.0),
+    ):
+        if value is not None and not (math.isfinite(value) and value > least):
+            bound = "of at least 1" if least else "over 0"
+            raise OServeError(f"it is {value:g}", place=option, remedy=f"give a number {bound}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OServeError(
+            f"cannot write it: {error.strerror}", place=str(path), remedy="check the path"
+        ) from None

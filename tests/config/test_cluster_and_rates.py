@@ -1,0 +1,150 @@
+"""Clusters and rates in words: what is understood, and how the rest is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from oserve.config import load_cluster, load_plan, load_rates, plan_yaml
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    LengthClass,
+    OServeError,
+    Precision,
+    ReplicaShape,
+    ReplicaSpec,
+    VllmBackend,
+)
+
+
+def test_one_node_names_devices_as_serving_does() -> None:
+    spec = load_cluster("8xH100")
+    assert [device.id for device in spec.devices] == [f"gpu:{index}" for index in range(8)]
+    assert {device.node for device in spec.devices} == {"local"}
+    assert {device.kind for device in spec.devices} == {"H100"}
+
+
+def test_nodes_and_kinds_may_be_mixed() -> None:
+    spec = load_cluster("2x8xH100 + 3x4xl40s")
+    assert len(spec.devices) == 28
+    assert len({device.id for device in spec.devices}) == 28
+    assert len({device.node for device in spec.devices}) == 5
+    assert {device.kind for device in spec.devices} == {"H100", "L40S"}
+
+
+def test_a_file_says_more(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "network: roce-100\nnodes:\n  - {count: 2, devices: 4, kind: A100, memory_gib: 70}\n"
+    )
+    spec = load_cluster(str(file))
+    assert spec.network == "roce-100"
+    assert len(spec.devices) == 8
+    assert spec.devices[0].memory_bytes == 70 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0x8xH100", "empty cluster"),
+        ("4x0xH100", "empty cluster"),
+        ("H100", "not a set of devices"),
+        ("8xH100+", "not a set of devices"),
+        ("8xH101", "nothing is known"),
+        ("99999x9xH100", "too many"),
+        ("missing.yaml", "cannot read"),
+    ],
+)
+def test_a_senseless_cluster_is_refused(text: str, said: str) -> None:
+    with pytest.raises(OServeError, match=said) as caught:
+        load_cluster(text)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nodes: []\n", "empty cluster"),
+        ("nodes: [{devices: 8, kind: H100, size: 3}]\n", "unknown key"),
+        ("nodes: [{devices: -8, kind: H100}]\n", "Expected"),
+        ("nodes: [{devices: 8, kind: H100}]\nnetwork: carrier pigeons\n", "nothing is known"),
+    ],
+)
+def test_a_senseless_cluster_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(OServeError, match=said):
+        load_cluster(str(file))
+
+
+def test_rates_in_words() -> None:
+    found = load_rates("512x128=3.5, docs:6000x200=0.4")
+    assert [kind.name for kind in found] == ["512x128", "docs"]
+    assert found[1].prompt_tokens == 6000
+    assert found[1].output_tokens == 200
+    assert found[1].arrival_rate_rps == 0.4
+
+
+def test_rates_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "rates.yaml"
+    file.write_text(
+        "types:\n  - {name: chat, prompt_tokens: 200, output_tokens: 300, arrival_rate_rps: 8}\n"
+    )
+    assert load_rates(str(file))[0].name == "chat"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no workload types"),
+        ("512x128", "not a type"),
+        ("512x128=nan", "arrival_rate_rps"),
+        ("512x128=inf", "arrival_rate_rps"),
+        ("512x128=-1", "arrival_rate_rps"),
+        ("-512x128=1", "prompt_tokens"),
+        ("512x0=1", "output_tokens"),
+        ("512xmany=1", "no number"),
+        ("512x128=0", "zero traffic"),
+        ("512x128=1,512x128=2", "more than once"),
+    ],
+)
+def test_senseless_rates_are_refused(text: str, said: str) -> None:
+    with pytest.raises(OServeError, match=said) as caught:
+        load_rates(text)
+    assert caught.value.place
+    assert caught.value.remedy
+
+
+def test_a_written_plan_reads_back_as_it_was(tmp_path: Path) -> None:
+    plan = DeploymentPlan(
+        id="both",
+        replicas=(
+            ReplicaSpec(
+                id="a",
+                shape=ReplicaShape(
+                    tensor_parallel_size=2, precision=Precision.FP8, device_kind="H100"
+                ),
+                devices=("gpu:0", "gpu:1"),
+                backend=VllmBackend(engine_args=("--seed", "7")),
+            ),
+            ReplicaSpec(
+                id="b",
+                shape=ReplicaShape(),
+                devices=(),
+                backend=AttachedBackend(url="http://127.0.0.1:9", model="m", priority=True),
+            ),
+        ),
+        workload_types=(
+            LengthClass(name="short prompt", max_prompt_tokens=512, output_tokens=90),
+            LengthClass(name="long prompt", output_tokens=30),
+        ),
+        routing_shares={"short prompt": {"a": 1 / 3, "b": 2 / 3}, "long prompt": {"a": 1.0}},
+    )
+    file = tmp_path / "plan.yaml"
+    file.write_text(plan_yaml(plan, head="Two lines\nof explanation"))
+    found = load_plan(str(file))
+    assert found.replicas == plan.replicas
+    assert found.workload_types == plan.workload_types
+    for kind, shares in plan.routing_shares.items():
+        assert found.routing_shares[kind] == pytest.approx(shares)
+    assert file.read_text().startswith("# Two lines\n# of explanation\n")
