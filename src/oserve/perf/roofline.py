@@ -40,7 +40,9 @@ _WEIGHT_BYTES = {
 class Coefficients:
     """What is fitted: shares of the peak that are reached, and fixed times in seconds.
 
-    ``sequence_s`` is per sequence and step, ``step_s`` per step, ``layer_s`` per layer.
+    ``sequence_s`` is per sequence and step, ``step_s`` per step, ``layer_s`` per layer,
+    ``prompt_s`` per step that computes prompt tokens: taking a request in is work of its own where
+    the API server shares the engine's cores.
     """
 
     gemm: float = 0.766
@@ -56,6 +58,7 @@ class Coefficients:
     step_s: float = 0.0
     sequence_s: float = 0.0
     hop_s: float = 0.0
+    prompt_s: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers by name."""
@@ -164,7 +167,8 @@ class Roofline:
             + fit.hop_s
             + tokens * model.hidden * self._wide / self._stage_link.bandwidth
         )
-        seconds: Floats = model.layers * layer + head + hops + fit.step_s + fit.sequence_s * (rows)
+        fixed = fit.step_s + fit.prompt_s * (prompt > 0)
+        seconds: Floats = model.layers * layer + head + hops + fixed + fit.sequence_s * rows
         return seconds
 
     def _gemm_s(

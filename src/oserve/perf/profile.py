@@ -1,0 +1,387 @@
+"""Profiles: what was measured of one model on one kind of device, and what follows from it.
+
+One entry per (TP, PP, precision): the steps that were measured, the roofline's coefficients fitted
+to them, and the KV capacity that the engine itself reported. Coefficients of a profile mean nothing
+on another machine, or for another model: what looks like bandwidth may well be Python. How steps
+are measured is a shell's business (app.profile); here they are data.
+"""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from oserve.core import OServeError, Precision, ReplicaShape
+from oserve.perf.device import find_device
+from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
+from oserve.perf.memory import memory_fit
+from oserve.perf.model import ModelFacts
+from oserve.perf.roofline import (
+    COEFFICIENT_NAMES,
+    Coefficients,
+    Roofline,
+    StepModel,
+    coefficients_from,
+)
+
+FORMAT = 1
+# (tensor parallel size, pipeline parallel size, precision)
+ProfileKey = tuple[int, int, Precision]
+
+# Peaks of a CPU slot are nominal, so a share of them may exceed 1 many times over.
+_SHARE = (1e-3, 50.0)
+_FREE = {
+    "gemm": _SHARE,
+    "memory": _SHARE,
+    "kv": _SHARE,
+    "attention": _SHARE,
+    "step_s": (1e-6, 1.0),
+    "sequence_s": (1e-8, 0.1),
+    "prompt_s": (1e-7, 1.0),
+    "mixed_s": (1e-8, 0.1),
+}
+_FREE_TENSOR = {"all_reduce": _SHARE, "all_reduce_latency_s": (1e-8, 0.1)}
+_FREE_PIPELINE = {"hop_s": (1e-7, 1.0)}
+# Of one model alone, time per layer and time per step cannot be told apart: all goes to the step.
+_START = Coefficients(
+    gemm=0.3,
+    memory=0.3,
+    kv=0.3,
+    attention=0.1,
+    all_reduce=0.3,
+    all_reduce_latency_s=1e-5,
+    layer_s=0.0,
+    mixed_s=1e-5,
+    step_s=1e-3,
+    sequence_s=1e-5,
+    hop_s=1e-4,
+    prompt_s=1e-4,
+)
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Amount = Annotated[float, msgspec.Meta(ge=0)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ProfileStep(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One step as measured; the first four are the arguments of ``StepModel.step_s``."""
+
+    prefill_tokens: _Amount
+    attended_tokens: _Amount
+    decode_seqs: _Amount
+    kv_tokens: _Amount
+    seconds: _Positive
+
+
+class ProfileEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Of one shape. ``kv_tokens``: of the whole replica, with ``kv_cache_memory_bytes`` a device.
+
+    Bytes are ``None`` where the engine chose for itself. ``error_percent``: mean absolute error of
+    the fitted model on ``steps``.
+    """
+
+    tensor_parallel_size: _Count
+    pipeline_parallel_size: _Count
+    precision: Precision
+    max_num_batched_tokens: _Count
+    max_num_seqs: _Count
+    max_model_len: _Natural
+    kv_cache_memory_bytes: _Count | None
+    kv_tokens: _Count
+    coefficients: dict[str, float]
+    error_percent: _Amount
+    steps: tuple[ProfileStep, ...]
+
+    @property
+    def key(self) -> ProfileKey:
+        """What tells entries apart."""
+        return (self.tensor_parallel_size, self.pipeline_parallel_size, self.precision)
+
+
+class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A file. ``machine`` names the processor or GPU; ``cores_per_device`` is 0 for a GPU."""
+
+    format: int = FORMAT
+    model: ModelFacts
+    device_kind: str
+    machine: str
+    cores_per_device: _Natural
+    engine: str
+    entries: tuple[ProfileEntry, ...]
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile from its file; raises OServeError that names file and field."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OServeError(
+            f"cannot read it: {error.strerror}",
+            place=str(path),
+            remedy="check the path, or measure: oserve profile MODEL",
+        ) from None
+    return decode_profile(content, place=str(path))
+
+
+def decode_profile(content: bytes, *, place: str) -> Profile:
+    """See ``read_profile``; ``place`` is where the bytes come from."""
+    remedy = "measure again: oserve profile MODEL"
+    try:
+        version = msgspec.json.decode(content, type=_Version).format
+    except msgspec.DecodeError as error:
+        raise _bad(error, place, remedy) from None
+    if version != FORMAT:
+        raise OServeError(
+            f"its format is {version}, not {FORMAT}", place=f"{place}: format", remedy=remedy
+        )
+    try:
+        profile = msgspec.json.decode(content, type=Profile)
+    except msgspec.DecodeError as error:
+        raise _bad(error, place, remedy) from None
+    seen: set[ProfileKey] = set()
+    for index, entry in enumerate(profile.entries):
+        where = f"{place}: entries[{index}]"
+        if entry.key in seen:
+            raise OServeError(
+                f"a second entry of {key_name(entry.key)}", place=where, remedy=remedy
+            )
+        seen.add(entry.key)
+        for name in entry.coefficients:
+            if name not in COEFFICIENT_NAMES:
+                raise OServeError(
+                    f"no coefficient is called {name!r}",
+                    place=f"{where}.coefficients.{name}",
+                    remedy=remedy,
+                )
+    return profile
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write the file whole or not at all; raises OServeError where it cannot be written."""
+    content = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content + b"\n")
+            os.chmod(made, 0o644)
+            os.replace(made, path)
+        except OSError:
+            os.unlink(made)
+            raise
+    except OSError as error:
+        raise OServeError(
+            f"cannot write it: {error.strerror}", place=str(path), remedy="choose another --output"
+        ) from None
+
+
+def merged(old: Profile, new: Profile) -> Profile:
+    """``new`` with the entries of ``old`` that it does not measure again.
+
+    Of another model, machine or engine nothing is kept.
+    """
+    if msgspec.structs.replace(old, entries=()) != msgspec.structs.replace(new, entries=()):
+        return new
+    again = {entry.key for entry in new.entries}
+    kept = tuple(entry for entry in old.entries if entry.key not in again)
+    return msgspec.structs.replace(new, entries=kept + new.entries)
+
+
+def key_name(key: ProfileKey) -> str:
+    """``tp2pp1-fp32``, as ``oserve profile --shape`` takes it."""
+    return f"tp{key[0]}pp{key[1]}-{key[2]}"
+
+
+def shape_key(shape: ReplicaShape) -> ProfileKey:
+    """What of a shape decides which entry it goes by."""
+    return (shape.tensor_parallel_size, shape.pipeline_parallel_size, shape.precision)
+
+
+def fit_entry(
+    model: ModelFacts, device_kind: str, key: ProfileKey, steps: Sequence[ProfileStep]
+) -> tuple[Coefficients, float]:
+    """Coefficients fitted to ``steps``, and their mean absolute error in percent.
+
+    Raises OServeError when there are fewer steps than coefficients to find.
+    """
+    free = dict(_FREE)
+    if key[0] > 1:
+        free |= _FREE_TENSOR
+    if key[1] > 1:
+        free |= _FREE_PIPELINE
+    if len(steps) < len(free):
+        raise OServeError(
+            f"{len(steps)} measured steps are too few to fit {len(free)} coefficients",
+            place=key_name(key),
+            remedy="measure with a larger chunk budget or more sequences",
+        )
+    measured = [MeasuredStep(**msgspec.structs.asdict(step)) for step in steps]
+    start = replace(
+        _START,
+        **{name: 0.0 for name in ("mixed_s", "prompt_s") if not _covers(name, steps)},
+        **{name: getattr(Coefficients(), name) for name in _FREE_TENSOR if name not in free},
+        **({} if "hop_s" in free else {"hop_s": 0.0}),
+    )
+    free = {name: bounds for name, bounds in free.items() if _covers(name, steps)}
+    make = _maker(model, device_kind, key)
+    fit = fit_coefficients(measured, {"": make}, free=free, start=start)
+    errors = relative_errors(measured, {"": make(fit)})
+    return fit, 100 * sum(abs(error) for error in errors) / len(errors)
+
+
+class ProfileSource:
+    """Step times, KV capacity and power of the shapes in a profile, and of no others.
+
+    ``origin`` is in words where the profile comes from: its path or name.
+    """
+
+    def __init__(self, profile: Profile, *, name: str) -> None:
+        self._profile = profile
+        self._name = name
+        self._entries = {entry.key: entry for entry in profile.entries}
+        self._made: dict[ProfileKey, StepModel] = {}
+
+    @property
+    def model(self) -> ModelFacts:
+        return self._profile.model
+
+    @property
+    def profile(self) -> Profile:
+        return self._profile
+
+    @property
+    def origin(self) -> str:
+        profile = self._profile
+        cores = profile.cores_per_device
+        each = f", {cores} core{'s' * (cores != 1)} a slot" if cores else ""
+        return f"profile {self._name}: measured on {profile.machine}{each}, {profile.engine}"
+
+    def keys(self) -> tuple[ProfileKey, ...]:
+        """What was measured: (tensor parallel size, pipeline parallel size, precision)."""
+        return tuple(self._entries)
+
+    def shapes(
+        self,
+        *,
+        max_num_batched_tokens: Sequence[int],
+        max_num_seqs: Sequence[int],
+        kv_cache_memory_bytes: int | None = None,
+    ) -> tuple[ReplicaShape, ...]:
+        """Every measured combination with each of these limits."""
+        return tuple(
+            ReplicaShape(
+                tensor_parallel_size=tp,
+                pipeline_parallel_size=pp,
+                precision=precision,
+                max_num_batched_tokens=chunk,
+                max_num_seqs=seqs,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                device_kind=self._profile.device_kind,
+            )
+            for (tp, pp, precision), chunk, seqs in product(
+                self._entries, max_num_batched_tokens, max_num_seqs
+            )
+        )
+
+    def step_model(self, shape: ReplicaShape) -> StepModel:
+        """See ``PerformanceSource``; raises OServeError for a shape that was not measured."""
+        entry = self._entry(shape)
+        if entry is None:
+            known = ", ".join(key_name(key) for key in self._entries) or "nothing"
+            raise OServeError(
+                f"{key_name(shape_key(shape))} on {shape.device_kind} was not measured; {known} "
+                f"on {self._profile.device_kind} was",
+                place=self._name,
+                remedy=f"measure it: oserve profile --shape {key_name(shape_key(shape))}",
+            )
+        if entry.key not in self._made:
+            make = _maker(self._profile.model, self._profile.device_kind, entry.key)
+            self._made[entry.key] = make(coefficients_from(entry.coefficients))
+        return self._made[entry.key]
+
+    def kv_tokens(self, shape: ReplicaShape) -> int:
+        """As the engine reported, scaled where the shape sets other bytes; 0 if not measured."""
+        entry = self._entry(shape)
+        if entry is None:
+            return 0
+        wanted = shape.kv_cache_memory_bytes
+        if wanted is None or wanted == entry.kv_cache_memory_bytes:
+            return entry.kv_tokens
+        if entry.kv_cache_memory_bytes is None:
+            device = find_device(self._profile.device_kind)
+            fit = memory_fit(self._profile.model, shape, device.memory_bytes)
+            return int(wanted / fit.kv_bytes_per_token)
+        return entry.kv_tokens * wanted // entry.kv_cache_memory_bytes
+
+    def power_w(self, shape: ReplicaShape, busy: float) -> float:
+        device = find_device(self._profile.device_kind)
+        return shape.device_count * (device.idle_w + busy * (device.max_w - device.idle_w))
+
+    def _entry(self, shape: ReplicaShape) -> ProfileEntry | None:
+        if shape.device_kind not in {self._profile.device_kind, "any"}:
+            return None
+        return self._entries.get(shape_key(shape))
+
+
+def shipped_profile(model: ModelFacts, device_kind: str) -> tuple[str, Profile] | None:
+    """Name and content of a shipped profile of a model of these sizes, whatever its name."""
+    for name, profile in _shipped().items():
+        if profile.device_kind == device_kind and _sizes(profile.model) == _sizes(model):
+            return name, profile
+    return None
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def _bad(error: msgspec.DecodeError, place: str, remedy: str) -> OServeError:
+    text, _, path = str(error).partition(" - at `$")
+    field = path.rstrip("`").lstrip(".")
+    return OServeError(text, place=f"{place}: {field}" if field else place, remedy=remedy)
+
+
+@functools.cache
+def _shipped() -> Mapping[str, Profile]:
+    folder = resources.files("oserve.perf").joinpath("data")
+    return {
+        file.name.removesuffix(".json"): decode_profile(file.read_bytes(), place=file.name)
+        for file in sorted(folder.iterdir(), key=lambda item: item.name)
+        if file.name.endswith(".json")
+    }
+
+
+def _sizes(model: ModelFacts) -> ModelFacts:
+    return replace(model, name="", max_model_len=0)
+
+
+def _maker(
+    model: ModelFacts, device_kind: str, key: ProfileKey
+) -> Callable[[Coefficients], StepModel]:
+    device = find_device(device_kind)
+    return lambda fit: Roofline(
+        model,
+        device,
+        fit,
+        tensor_parallel_size=key[0],
+        pipeline_parallel_size=key[1],
+        precision=key[2],
+    )
+
+
+def _covers(name: str, steps: Sequence[ProfileStep]) -> bool:
+    """Whether any step tells something of a coefficient that only some steps have."""
+    if name == "mixed_s":
+        return any(step.prefill_tokens and step.decode_seqs for step in steps)
+    if name == "prompt_s":
+        return any(step.prefill_tokens for step in steps)
+    return True
