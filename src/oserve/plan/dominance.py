@@ -12,12 +12,12 @@ from oserve.perf import ShapePerformance
 from oserve.plan.problem import AmongEquals, PlanProblem
 
 
-def undominated(problem: PlanProblem) -> tuple[int, ...]:
+def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) -> tuple[int, ...]:
     """Indices of the options worth considering, ascending.
 
     Options that fit nowhere or serve nothing go too. Shapes of the current plan stay, since keeping
     them may decide among equals. Of options that are equal in all this, the one with the lower
-    latency stays.
+    latency stays. Options in ``limited`` dominate none, as there may not be enough of them.
     """
     packing = problem.packing
     active = [j for j, kind in enumerate(problem.types) if kind.arrival_rate_rps > 0]
@@ -38,7 +38,11 @@ def undominated(problem: PlanProblem) -> tuple[int, ...]:
     have = problem.kept_counts
     kept: list[int] = []
     for i in reversed(useful):
-        others = [k for k in useful if k != i and packing.kinds[k] == packing.kinds[i]]
+        others = [
+            k
+            for k in useful
+            if k != i and k not in limited and packing.kinds[k] == packing.kinds[i]
+        ]
         if have[i] or not any(
             _dominates(problem.options[k], problem.options[i], active, energy=energy)
             for k in others

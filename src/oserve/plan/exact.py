@@ -14,6 +14,7 @@ fewest devices or the least power, and at last the most replicas of the current 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from oserve.plan.bounds import Scored
 from oserve.plan.dominance import undominated
 from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
 from oserve.plan.programme import Column, Outcome, Programme, Vector
-from oserve.plan.score import EQUAL, compare
+from oserve.plan.score import EQUAL, Score, compare
 
 # What a value held from an earlier stage may lose: within EQUAL, so that it still counts as equal.
 _HOLD = EQUAL / 2
@@ -44,110 +45,118 @@ class Proved:
 
 
 class ExactSearch:
-    """The programmes of one problem; solves them, also with limits on single counts.
+    """The programmes of one problem, with ``counts[i] <= at_most[i]`` where given.
 
-    ``time_limit_s`` holds for each call of ``solve``, by HiGHS's clock; tie-breaks get a part of
-    what is left, and the solution before them stands if that is not enough.
+    ``time_limit_s`` is by HiGHS's clock; tie-breaks get a part of what is left, and the solution
+    before them stands if that is not enough.
     """
 
     def __init__(
-        self, problem: PlanProblem, assigner: Assigner, *, time_limit_s: float = 60.0
+        self,
+        problem: PlanProblem,
+        assigner: Assigner,
+        *,
+        time_limit_s: float = 60.0,
+        at_most: Mapping[int, int] | None = None,
     ) -> None:
         self._problem = problem
         self._assigner = assigner
         self._time_limit_s = time_limit_s
-        self._options = undominated(problem)
-        self._models = {
-            scale: _CountModel(problem, self._options, scale) for scale in (True, False)
-        }
+        self._limits = at_most or {}
+        # An option that may not be used at will is no reason to leave out a lesser one.
+        self._options = undominated(problem, limited=frozenset(self._limits))
+        self._models: dict[bool, _CountModel] = {}
 
-    def solve(
-        self,
-        *,
-        at_most: Mapping[int, int] | None = None,
-        first: Scored | None = None,
-        break_ties: bool = True,
-    ) -> Proved | None:
-        """The best deployment with ``counts[i] <= at_most[i]`` where given.
+    def _model(self, *, scale: bool) -> "_CountModel":
+        """The programme for the scale or for the rate served, built when first asked for."""
+        if scale not in self._models:
+            self._models[scale] = _CountModel(
+                self._problem, self._options, self._limits, scale=scale
+            )
+        return self._models[scale]
 
-        ``first`` is a known deployment to start from, and to fall back on when time runs out.
-        ``None`` if time runs out with nothing found.
+    def solve(self, *, first: Scored, break_ties: bool = True) -> Proved:
+        """The best deployment.
+
+        ``first`` is a known deployment within the limits, to fall back on when time runs out.
         """
-        left = self._time_limit_s
-        begun = self._seconds
-        for model in self._models.values():
-            model.limit(at_most or {})
-        bounds_scale = self._problem.objective is Objective.CAPACITY
-        if bounds_scale and self._models[True].relaxed() < 1 - EQUAL:
-            bounds_scale = False
-        found, bound = self._stage(self._models[bounds_scale], first, left)
-        if bounds_scale and bound < 1 - EQUAL:
-            bounds_scale = False
-            left = self._time_limit_s - (self._seconds - begun)
-            found, bound = self._stage(self._models[False], found or first, left)
-        if found is None:
-            return None
-        if bounds_scale and found.score.scale < 1 - EQUAL:
+        deadline = self._seconds + self._time_limit_s
+        _, by_scale = self.relaxed()
+        found, bound = self._stage(self._model(scale=by_scale), first, deadline)
+        if by_scale and bound < 1 - EQUAL:
+            by_scale = False
+            found, bound = self._stage(self._model(scale=False), found, deadline)
+        elif by_scale and found.score.scale < 1 - EQUAL:
             # Out of time before s >= 1 was reached or ruled out: what is served still counts.
-            left = self._time_limit_s - (self._seconds - begun)
-            other, _ = self._stage(self._models[False], found, left)
-            found = self._better(found, other)
+            found, _ = self._stage(self._model(scale=False), found, deadline)
         if break_ties:
-            left = self._time_limit_s - (self._seconds - begun)
-            found = self._broken_ties(self._models[bounds_scale], found, min(left, _TIE_SECONDS))
-        achieved = found.score.scale if bounds_scale else found.score.served_rps
-        if bounds_scale and self._problem.enough_scale is not None:
-            achieved = min(achieved, self._problem.enough_scale)
-        gap = max(0.0, (bound - achieved) / bound) if 0 < bound < math.inf else float(bound > 0)
-        return Proved(
-            best=found,
-            bound=max(bound, achieved),
-            bounds_scale=bounds_scale,
-            optimality_gap=0.0 if gap <= EQUAL else gap,
-        )
+            until = min(deadline, self._seconds + _TIE_SECONDS)
+            found = self._broken_ties(self._model(scale=by_scale), found, until)
+        return _judged(self._problem, found, bound, by_scale=by_scale)
+
+    def relaxed(self) -> tuple[float, bool]:
+        """The bound if replicas could be split, and whether it is a scale, not a rate served."""
+        if self._problem.objective is Objective.CAPACITY:
+            scale = self._model(scale=True).relaxed()
+            if scale >= 1 - EQUAL:
+                return scale, True
+        return self._model(scale=False).relaxed(), False
+
+    def judge(self, found: Scored) -> Proved:
+        """How far a deployment found otherwise can be from the optimum."""
+        bound, by_scale = self.relaxed()
+        return _judged(self._problem, found, bound, by_scale=by_scale)
 
     @property
     def _seconds(self) -> float:
         return sum(model.programme.seconds for model in self._models.values())
 
-    def _better(self, one: Scored, other: Scored | None) -> Scored:
-        if other is None or compare(self._problem, one.score, other.score) >= 0:
-            return one
-        return other
-
-    def _stage(
-        self, model: "_CountModel", first: Scored | None, left_s: float
-    ) -> tuple[Scored | None, float]:
+    def _stage(self, model: "_CountModel", first: Scored, deadline: float) -> tuple[Scored, float]:
         """The best value of the model's objective; what it can be at most."""
-        counts, bound = model.best(first.counts if first else None, left_s)
-        found = first
-        if counts is not None:
-            scored = Scored(counts=counts, score=self._assigner.score(counts))
-            found = scored if first is None else self._better(scored, first)
-        return found, bound
+        counts, bound = model.best(deadline - self._seconds)
+        return self._better(first, counts), bound
 
-    def _broken_ties(self, model: "_CountModel", found: Scored, left_s: float) -> Scored:
-        score = found.score
-        begun = self._seconds
-        value = score.scale if model.scale else score.served_rps
-        if model.scale and self._problem.enough_scale is not None:
-            value = min(value, self._problem.enough_scale)
-        model.hold(value * (1 - _HOLD))
+    def _better(self, one: Scored, counts: Counts | None) -> Scored:
+        if counts is None or counts == one.counts:
+            return one
+        other = Scored(counts=counts, score=self._assigner.score(counts))
+        return other if compare(self._problem, other.score, one.score) > 0 else one
+
+    def _broken_ties(self, model: "_CountModel", found: Scored, deadline: float) -> Scored:
+        model.hold(_achieved(self._problem, found.score, by_scale=model.scale) * (1 - _HOLD))
         try:
-            smaller = model.smallest(found.counts, left_s / 2)
-            if smaller is not None:
-                found = self._better(
-                    found, Scored(counts=smaller, score=self._assigner.score(smaller))
-                )
-            left_s -= self._seconds - begun
-            closer = model.closest(found.counts, left_s)
-            if closer is not None:
-                found = self._better(
-                    found, Scored(counts=closer, score=self._assigner.score(closer))
-                )
+            half = (deadline - self._seconds) / 2
+            found = self._better(found, model.smallest(found.counts, half))
+            found = self._better(found, model.closest(found.counts, deadline - self._seconds))
         finally:
             model.release()
         return found
+
+
+def optimal(problem: PlanProblem, best: Scored) -> Proved:
+    """A deployment known to be the best, as its own bound."""
+    by_scale = problem.objective is Objective.CAPACITY and best.score.scale >= 1 - EQUAL
+    bound = _achieved(problem, best.score, by_scale=by_scale)
+    return _judged(problem, best, bound, by_scale=by_scale)
+
+
+def _achieved(problem: PlanProblem, score: Score, *, by_scale: bool) -> float:
+    if not by_scale:
+        return score.served_rps
+    enough = problem.enough_scale
+    return score.scale if enough is None else min(score.scale, enough)
+
+
+def _judged(problem: PlanProblem, best: Scored, bound: float, *, by_scale: bool) -> Proved:
+    achieved = _achieved(problem, best.score, by_scale=by_scale)
+    bound = max(bound, achieved)
+    gap = (bound - achieved) / bound if 0 < bound < inf else float(bound > 0)
+    return Proved(
+        best=best,
+        bound=bound,
+        bounds_scale=by_scale,
+        optimality_gap=0.0 if gap <= EQUAL else gap,
+    )
 
 
 class _CountModel:
@@ -158,7 +167,14 @@ class _CountModel:
     option, demand per type, the value held, the size held, and kept <= count.
     """
 
-    def __init__(self, problem: PlanProblem, options: tuple[int, ...], scale: bool) -> None:
+    def __init__(
+        self,
+        problem: PlanProblem,
+        options: tuple[int, ...],
+        at_most: Mapping[int, int],
+        *,
+        scale: bool,
+    ) -> None:
         self.scale = scale
         self._problem = problem
         self._options = options
@@ -167,56 +183,46 @@ class _CountModel:
         self._have = problem.kept_counts
         self._active = [j for j, kind in enumerate(problem.types) if kind.arrival_rate_rps > 0]
         energy = problem.among_equals is AmongEquals.LEAST_ENERGY
-        self._sizes = np.array(
-            [
-                problem.options[i].power_w if energy else problem.options[i].shape.device_count
-                for i in options
-            ],
-            dtype=np.float64,
-        )
+        # All sizes: a deployment to compare with may use options that this model leaves out.
+        self._all_sizes = [
+            option.power_w if energy else float(option.shape.device_count)
+            for option in problem.options
+        ]
+        self._sizes = np.array([self._all_sizes[i] for i in options])
         self._integer_sizes = not energy
         self._size_unit = float(self._sizes.max(initial=0.0)) or 1.0
-        self._upper = np.array([self._packing.largest(i) for i in options], dtype=np.float64)
+        self._upper = [min(self._packing.largest(i), at_most.get(i, inf)) for i in options]
         columns, rows = self._build()
         self._width = len(columns)
         self._value_costs = np.array([column.cost for column in columns])
         self.programme = Programme(columns=columns, rows=rows)
 
-    def limit(self, at_most: Mapping[int, int]) -> None:
-        """Upper bounds of single counts, by option; the others as many as fit."""
-        upper = self._upper.copy()
-        for place, i in enumerate(self._options):
-            if i in at_most:
-                upper[place] = min(upper[place], at_most[i])
-        self.programme.set_columns(0, np.zeros(len(upper)), upper)
-
     def relaxed(self) -> float:
         """The objective if replicas could be split: a bound."""
         return self.programme.relaxed_value() * self._objective_unit
 
-    def best(self, first: Counts | None, left_s: float) -> tuple[Counts | None, float]:
-        """Counts of the best value found, and the bound on the value."""
-        outcome = self._solve(first, left_s)
-        if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE}:
-            return self._counts(), self.programme.bound * self._objective_unit
-        return None, self.relaxed()
+    def best(self, left_s: float) -> tuple[Counts | None, float]:
+        """Counts of the best value found in time, if any, and the bound on the value."""
+        counts = self._solved(left_s)
+        if counts is None:
+            return None, self.relaxed()
+        return counts, self.programme.bound * self._objective_unit
 
     def hold(self, value: float) -> None:
         """From now on the objective's value is at least this."""
         held = np.array([value / self._objective_unit])
-        self.programme.set_rows(self._value_row, held, np.array([math.inf]))
+        self.programme.set_rows(self._value_row, held, np.array([inf]))
 
     def smallest(self, first: Counts, left_s: float) -> Counts | None:
         """Counts with the least size at the value held; ``None`` if ``first`` is as small."""
-        size = float(self._taken(first) @ self._sizes)
+        size = self._size(first)
         self._set_costs(-self._sizes / self._size_unit, 0.0)
-        # Half the bound is often the whole proof: sizes in devices are whole numbers.
+        # The relaxed size, rounded up to whole devices, is often proof enough.
         least = -self.programme.relaxed_value() * self._size_unit
         least = math.ceil(least - 1e-4) if self._integer_sizes else least * (1 + EQUAL)
         if not math.isfinite(least) or least >= size or left_s <= 0:
             return None
-        outcome = self._solve(first, left_s)
-        return self._counts() if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE} else None
+        return self._solved(left_s)
 
     def closest(self, first: Counts, left_s: float) -> Counts | None:
         """Counts that keep most of the current plan at the value held and no more size.
@@ -227,22 +233,26 @@ class _CountModel:
         kept = sum(min(have, count) for have, count in zip(self._have, first, strict=True))
         if kept >= possible or left_s <= 0:
             return None
-        size = float(self._taken(first) @ self._sizes) / self._size_unit
+        size = self._size(first) / self._size_unit
         limit = np.array([size * (1 + _HOLD)])
-        self.programme.set_rows(self._value_row + 1, np.array([-math.inf]), limit)
+        self.programme.set_rows(self._value_row + 1, np.array([-inf]), limit)
         self._set_costs(np.zeros(len(self._options)), 1.0)
-        outcome = self._solve(first, left_s)
-        return self._counts() if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE} else None
+        return self._solved(left_s)
 
     def release(self) -> None:
         """The objective back to the value; nothing held."""
-        free = np.array([-math.inf, -math.inf]), np.array([math.inf, math.inf])
+        free = np.array([-inf, -inf]), np.array([inf, inf])
         self.programme.set_rows(self._value_row, *free)
         self.programme.set_costs(self._value_costs)
 
-    def _solve(self, first: Counts | None, left_s: float) -> Outcome:
-        del first
-        return self.programme.solve(time_limit_s=left_s)
+    def _solved(self, left_s: float) -> Counts | None:
+        outcome = self.programme.solve(time_limit_s=left_s)
+        if outcome not in {Outcome.OPTIMAL, Outcome.FEASIBLE}:
+            return None
+        counts = [0] * len(self._problem.options)
+        for i, value in zip(self._options, self.programme.values, strict=False):
+            counts[i] = round(value)
+        return tuple(counts)
 
     def _set_costs(self, counts: Vector, kept: float) -> None:
         costs = np.zeros(self._width)
@@ -250,14 +260,8 @@ class _CountModel:
         costs[self._first_kept :] = kept
         self.programme.set_costs(costs)
 
-    def _taken(self, counts: Counts) -> Vector:
-        return np.array([counts[i] for i in self._options], dtype=np.float64)
-
-    def _counts(self) -> Counts:
-        counts = [0] * len(self._problem.options)
-        for i, value in zip(self._options, self.programme.values, strict=False):
-            counts[i] = round(value)
-        return tuple(counts)
+    def _size(self, counts: Counts) -> float:
+        return sum(count * size for count, size in zip(counts, self._all_sizes, strict=True))
 
     @property
     def _objective_unit(self) -> float:
@@ -269,7 +273,7 @@ class _CountModel:
         counts: list[dict[int, float]] = [{} for _ in self._options]
         groups: list[dict[int, float]] = [{} for _ in self._packing.extra_columns]
         for number, row in enumerate(self._packing.rows):
-            rows.append((-math.inf, row.upper))
+            rows.append((-inf, row.upper))
             for i, coefficient in row.counts.items():
                 if i in places:
                     counts[places[i]][number] = coefficient
@@ -279,14 +283,14 @@ class _CountModel:
         self._value_row = first_type + len(self._active)
         first_kept_row = self._value_row + 2
         unit = 1.0 if self.scale else 1.0 / min(1.0, self._unit)
-        demand = (0.0, math.inf) if self.scale else (-math.inf, unit)
-        rows.extend([(-math.inf, 0.0)] * len(self._options) + [demand] * len(self._active))
-        rows.extend([(-math.inf, math.inf)] * 2)
+        demand = (0.0, inf) if self.scale else (-inf, unit)
+        rows.extend([(-inf, 0.0)] * len(self._options) + [demand] * len(self._active))
+        rows.extend([(-inf, inf)] * 2)
         for place, entries in enumerate(counts):
             entries[first_option + place] = -1.0
             entries[self._value_row + 1] = float(self._sizes[place]) / self._size_unit
         columns = [
-            Column(entries=entries, upper=float(upper), integer=True)
+            Column(entries=entries, upper=upper, integer=True)
             for entries, upper in zip(counts, self._upper, strict=True)
         ]
         columns.extend(
@@ -299,7 +303,7 @@ class _CountModel:
         self._first_kept = len(columns)
         for i, have in enumerate(self._have):
             if have and i in places:
-                rows.append((-math.inf, 0.0))
+                rows.append((-inf, 0.0))
                 kept_row = first_kept_row + len(columns) - self._first_kept
                 counts[places[i]][kept_row] = -1.0
                 columns.append(Column(entries={kept_row: 1.0}, upper=have))
@@ -328,5 +332,5 @@ class _CountModel:
         enough = self._problem.enough_scale
         entries = {first_type + number: -1.0 for number in range(len(self._active))}
         entries[self._value_row] = 1.0
-        upper = math.inf if enough is None else enough / self._unit
+        upper = inf if enough is None else enough / self._unit
         return Column(entries=entries, cost=1.0, upper=upper)

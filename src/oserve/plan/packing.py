@@ -60,7 +60,7 @@ class Packing:
             kinds[0] if shape.device_kind == ANY_KIND and len(kinds) == 1 else shape.device_kind
             for shape in shapes
         )
-        self._chained = {kind: _is_chain(self._sizes(kind)) for kind in kinds}
+        self._chained = {kind: is_chain(self._sizes(kind)) for kind in kinds}
         self.rows, self.extra_columns = self._conditions()
         chain_rows = [row for row in self.rows if not row.groups]
         self._matrix = np.zeros((len(chain_rows), len(shapes)))
@@ -70,6 +70,7 @@ class Packing:
         self._limits = np.array([row.upper for row in chain_rows])
         self._unchained = [kind for kind in kinds if not self._chained[kind]]
         self._largest = [self._largest_count(index) for index in range(len(shapes))]
+        self._most = np.array(self._largest)
 
     def largest(self, option: int) -> int:
         """How many replicas of this option fit if there is nothing else; 0 if not even one."""
@@ -77,9 +78,8 @@ class Packing:
 
     def fits(self, counts: Sequence[int]) -> bool:
         """Whether these counts, one per shape, fit together."""
-        if any(count > most for count, most in zip(counts, self._largest, strict=True)):
-            return False
-        if np.any(self._matrix @ np.asarray(counts) > self._limits):
+        amounts = np.asarray(counts)
+        if (amounts > self._most).any() or (self._matrix @ amounts > self._limits).any():
             return False
         return all(
             node_groups(self.groups(counts, kind), self._nodes[kind]) is not None
@@ -198,7 +198,7 @@ def node_groups(
         short = short or left > 0
     if not short:
         return placed
-    if _is_chain(sorted(wanted)) or sum(s * n for s, n in wanted.items()) > sum(nodes.values()):
+    if is_chain(sorted(wanted)) or sum(s * n for s, n in wanted.items()) > sum(nodes.values()):
         return None
     return _searched_groups(wanted, nodes)
 
@@ -261,5 +261,6 @@ def _nodes(devices: Sequence[Device], kind: str, across: bool) -> dict[str, int]
     return dict(sorted(names.items()))
 
 
-def _is_chain(sizes: Sequence[int]) -> bool:
+def is_chain(sizes: Sequence[int]) -> bool:
+    """Whether each of the ascending sizes divides the next."""
     return all(large % small == 0 for small, large in pairwise(sizes))

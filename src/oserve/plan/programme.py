@@ -89,12 +89,6 @@ class Programme:
         indices = np.arange(self._width, dtype=np.int32)
         self._highs.changeColsCost(self._width, indices, costs)
 
-    def start_from(self, values: Vector) -> None:
-        """Offer a first solution to a mixed-integer solve; an infeasible one does no harm."""
-        solution = highspy.HighsSolution()
-        solution.col_value = list(values)
-        self._highs.setSolution(solution)
-
     def solve(self, *, time_limit_s: float = math.inf) -> Outcome:
         """Solve within about ``time_limit_s`` seconds (HiGHS's own clock)."""
         if self._integer:

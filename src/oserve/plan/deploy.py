@@ -1,0 +1,75 @@
+"""From a deployment, which counts, to replicas on devices and routing shares by their ids."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from oserve.core import Backend, ReplicaShape, ReplicaSpec
+from oserve.plan.place import place_replicas
+from oserve.plan.problem import PlanProblem
+from oserve.plan.search import Deployment
+
+# Shares below this are rounding of the solver, not a decision.
+_SMALLEST_SHARE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A deployment on concrete devices.
+
+    ``routing_shares[type name][replica id]`` sums to 1 per type; ``utilisation`` is by replica id;
+    ``moved_fraction`` counts whole copies of the model's weights that must move (see ``place``).
+    """
+
+    replicas: tuple[ReplicaSpec, ...]
+    routing_shares: Mapping[str, Mapping[str, float]]
+    utilisation: Mapping[str, float]
+    moved_fraction: float
+
+
+def place_deployment(
+    problem: PlanProblem, deployment: Deployment, *, backend: Backend | None = None
+) -> Placed:
+    """Place a deployment of the problem, close to the problem's current plan.
+
+    The share of an option is split evenly over its replicas, which are alike. New replicas run on
+    ``backend``.
+    """
+    placement = place_replicas(
+        [
+            (option.shape, count)
+            for option, count in zip(problem.options, deployment.counts, strict=True)
+        ],
+        problem.devices,
+        current=problem.current,
+        tensor_parallel_across_nodes=problem.tensor_parallel_across_nodes,
+        backend=backend,
+    )
+    by_shape: dict[ReplicaShape, list[str]] = {}
+    for spec in placement.replicas:
+        by_shape.setdefault(spec.shape, []).append(spec.id)
+    ids = [by_shape.get(option.shape, []) for option in problem.options]
+    assignment = deployment.assignment
+    shares = {
+        kind.name: _split([row[column] for row in assignment.shares], ids)
+        for column, kind in enumerate(problem.types)
+    }
+    return Placed(
+        replicas=placement.replicas,
+        routing_shares=shares,
+        utilisation={
+            replica: assignment.utilisation[option]
+            for option, replicas in enumerate(ids)
+            for replica in replicas
+        },
+        moved_fraction=placement.moved_fraction,
+    )
+
+
+def _split(shares: list[float], ids: list[list[str]]) -> dict[str, float]:
+    total = sum(share for share in shares if share >= _SMALLEST_SHARE)
+    return {
+        replica: share / total / len(replicas)
+        for share, replicas in zip(shares, ids, strict=True)
+        if share >= _SMALLEST_SHARE
+        for replica in replicas
+    }

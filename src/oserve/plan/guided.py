@@ -1,0 +1,144 @@
+"""The paper's upper level: a search that the flow guides (paper, section 3).
+
+Start from the best homogeneous deployment. Each round, the lower level tells what every replica is
+worth; the devices of a replica of little worth per device are pooled with those of a saturated one
+and with devices that are unused, the configurations of the pooled devices are enumerated, and the
+best one stays. The search ends after a number of rounds without improvement. It is a heuristic: it
+can end in a local optimum.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from oserve.plan.assign import Assigner, Assignment
+from oserve.plan.bounds import Bounds, CountMatrix, Scored
+from oserve.plan.dominance import undominated
+from oserve.plan.homogeneous import homogeneous_deployments
+from oserve.plan.packing import Packing
+from oserve.plan.problem import Counts, PlanProblem
+
+IDLE_ROUNDS = 20
+MOST_ROUNDS = 1000
+MOST_CONFIGURATIONS = 3000
+
+
+def guided_search(
+    problem: PlanProblem,
+    assigner: Assigner,
+    *,
+    seed: int = 0,
+    idle_rounds: int = IDLE_ROUNDS,
+    start: Scored | None = None,
+) -> Scored:
+    """A good deployment, found by exchanging devices between slack and saturated replicas.
+
+    Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies what is pooled once the
+    obvious pool has brought nothing; ``start`` is the best homogeneous deployment unless given.
+    """
+    best = start or homogeneous_deployments(problem, assigner)[0]
+    search = _Exchange(problem, assigner, random.Random(seed))
+    idle = 0
+    for _ in range(MOST_ROUNDS):
+        found = search.improved(best, idle)
+        idle = idle + 1 if found is best else 0
+        best = found
+        if idle >= idle_rounds:
+            break
+    return best
+
+
+class _Exchange:
+    """Pools and their configurations, for one problem."""
+
+    def __init__(self, problem: PlanProblem, assigner: Assigner, rng: random.Random) -> None:
+        self._problem = problem
+        self._assigner = assigner
+        self._rng = rng
+        self._packing: Packing = problem.packing
+        self._options = undominated(problem)
+        self._bounds = Bounds(problem, assigner)
+        self._devices = Counter(device.kind for device in problem.devices)
+        self._tried: set[tuple[Counts, tuple[int, ...]]] = set()
+
+    def improved(self, best: Scored, idle: int) -> Scored:
+        """One round: the better of ``best`` and what re-configuring one pool of it gives."""
+        assignment = self._assigner.assign(best.counts)
+        pool = self._pool(best.counts, assignment, idle)
+        if (best.counts, pool) in self._tried:
+            return best
+        self._tried.add((best.counts, pool))
+        configurations = self._configurations(best.counts, pool, assignment)
+        return self._bounds.best_of(configurations, best) or best
+
+    def _pool(self, counts: Counts, assignment: Assignment, idle: int) -> tuple[int, ...]:
+        """Options of which one replica each is pooled: the least worth and a saturated one."""
+        replicas = [i for i, count in enumerate(counts) for _ in range(count)]
+        worth = assignment.worth
+
+        def density(i: int) -> float:
+            return worth[i] / self._problem.options[i].shape.device_count
+
+        # Slack ones first: what they are worth at the margin is less than at the peak.
+        slack = set(assignment.slack)
+        by_worth = sorted(replicas, key=lambda i: (i not in slack, density(i)))
+        if not by_worth:
+            return ()
+        if idle == 0:
+            poor = by_worth[0]
+            rich = max(by_worth, key=lambda i: (i in assignment.saturated, density(i)))
+            rest = list(by_worth)
+            rest.remove(poor)
+            return (poor, rich) if rich in rest else (poor,)
+        # Variation: the longer nothing improves, the more replicas are pooled.
+        size = min(len(by_worth), self._rng.choice([2, 2, 3] if idle < 8 else [2, 3, 3, 4]))
+        poor = self._rng.randrange(max(1, (len(by_worth) + 1) // 2))
+        others = [place for place in range(len(by_worth)) if place != poor]
+        chosen = [poor, *self._rng.sample(others, size - 1)]
+        return tuple(sorted(by_worth[place] for place in chosen))
+
+    def _configurations(
+        self, counts: Counts, pool: Sequence[int], assignment: Assignment
+    ) -> CountMatrix:
+        """What can be made of the pooled and the unused devices, most promising options first."""
+        base = list(counts)
+        for i in pool:
+            base[i] -= 1
+        free = Counter(self._devices)
+        for i, count in enumerate(base):
+            free[self._packing.kinds[i]] -= count * self._problem.options[i].shape.device_count
+        order = sorted(self._options, key=lambda i: -assignment.worth[i] / self._size(i))
+        found: list[Counts] = []
+        self._extend(base, order, free, found)
+        return np.array(found, dtype=np.int64).reshape(-1, len(counts))
+
+    def _extend(
+        self, counts: list[int], order: Sequence[int], free: Counter[str], found: list[Counts]
+    ) -> None:
+        """Depth first over the options; ends once there are MOST_CONFIGURATIONS."""
+        if len(found) >= MOST_CONFIGURATIONS:
+            return
+        if not order:
+            found.append(tuple(counts))
+            return
+        option, rest = order[0], order[1:]
+        kind, size = self._packing.kinds[option], self._size(option)
+        fitting = 0
+        while (fitting + 1) * size <= free[kind]:
+            counts[option] += 1
+            if not self._packing.fits(counts):
+                counts[option] -= 1
+                break
+            fitting += 1
+        # The most of a worthy option first.
+        free[kind] -= fitting * size
+        for number in range(fitting, -1, -1):
+            self._extend(counts, rest, free, found)
+            if number:
+                counts[option] -= 1
+                free[kind] += size
+
+    def _size(self, option: int) -> int:
+        return self._problem.options[option].shape.device_count

@@ -1,0 +1,69 @@
+"""Homogeneous deployments: N replicas of one shape, the usual way to serve, and the baseline.
+
+In a cluster of several device kinds no shape runs everywhere, so there is one shape per kind; all
+combinations would be too many, so of the shapes alike in tensor and pipeline parallel size and
+precision only the best on its kind takes part, and of these at most as many per kind as keep the
+combinations under ``MOST_COMBINATIONS``.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+from oserve.plan.assign import Assigner
+from oserve.plan.bounds import Scored
+from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.score import best_first
+
+MOST_COMBINATIONS = 256
+
+
+def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[Scored]:
+    """As many replicas as fit of one option (per kind of device), best first.
+
+    Every option of a cluster of one kind is there; the docstring of the module says which
+    combinations are for several kinds. Options of which not even one fits are left out.
+    """
+    packing = problem.packing
+    alone: dict[str, list[Scored]] = {}
+    for index, kind in enumerate(packing.kinds):
+        most = packing.largest(index)
+        if most:
+            counts = _counts(problem, {index: most})
+            scored = Scored(counts=counts, score=assigner.score(counts))
+            alone.setdefault(kind, []).append(scored)
+    if len(alone) == 1:
+        return _sorted(problem, next(iter(alone.values())))
+    per_kind = [_of_each_form(problem, _sorted(problem, found)) for found in alone.values()]
+    while _combinations(per_kind) > MOST_COMBINATIONS:
+        max(per_kind, key=len).pop()
+    together = []
+    for parts in product(*per_kind):
+        counts = tuple(sum(column) for column in zip(*(part.counts for part in parts), strict=True))
+        together.append(Scored(counts=counts, score=assigner.score(counts)))
+    return _sorted(problem, together)
+
+
+def _of_each_form(problem: PlanProblem, deployments: Sequence[Scored]) -> list[Scored]:
+    """The first deployment of each (tensor parallel, pipeline parallel, precision)."""
+    first: dict[tuple[int, int, str], Scored] = {}
+    for scored in deployments:
+        index = next(i for i, count in enumerate(scored.counts) if count)
+        shape = problem.options[index].shape
+        form = (shape.tensor_parallel_size, shape.pipeline_parallel_size, shape.precision)
+        first.setdefault(form, scored)
+    return list(first.values())
+
+
+def _combinations(per_kind: Sequence[Sequence[Scored]]) -> int:
+    number = 1
+    for found in per_kind:
+        number *= len(found)
+    return number
+
+
+def _counts(problem: PlanProblem, some: dict[int, int]) -> Counts:
+    return tuple(some.get(index, 0) for index in range(len(problem.options)))
+
+
+def _sorted(problem: PlanProblem, deployments: Sequence[Scored]) -> list[Scored]:
+    return best_first(problem, deployments, lambda scored: scored.score)

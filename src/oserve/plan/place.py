@@ -1,0 +1,298 @@
+"""Placement: from counts of shapes to replicas on devices, moving as few weights as possible.
+
+Replicas of the current plan whose very shape is wanted stay where they are, unless the rest would
+not fit then (in which case the fewest possible give way). The others come first-fit descending by
+group size - which always succeeds, see ``packing`` - each time the replica and the node where most
+of the weights are on the right devices already. It does not know what else moves, KV cache or
+requests, nor over which links.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, count, islice
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from oserve.core import (
+    Backend,
+    DeploymentPlan,
+    Device,
+    OServeError,
+    ReplicaShape,
+    ReplicaSpec,
+    VllmBackend,
+)
+from oserve.plan.packing import ANY_KIND, is_chain, node_groups
+from oserve.plan.shard import Shard, shards_held, shards_of
+
+# Ways to release kept replicas that are looked at, for each number of them.
+_MOST_RELEASES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Replicas on devices, those of one shape together.
+
+    ``moved_fraction`` sums over devices the share of a full model's weights that must arrive there
+    (1.0: as much as one whole copy).
+    """
+
+    replicas: tuple[ReplicaSpec, ...]
+    moved_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seat:
+    """Devices for one replica, in rank order, and how much of its weights they hold."""
+
+    devices: tuple[str, ...]
+    held: float
+
+
+def place_replicas(
+    wanted: Sequence[tuple[ReplicaShape, int]],
+    devices: Sequence[Device],
+    *,
+    current: DeploymentPlan | None = None,
+    tensor_parallel_across_nodes: bool = False,
+    backend: Backend | None = None,
+) -> Placement:
+    """Put ``wanted`` (shape, number of replicas) on the devices.
+
+    Each replica's devices are stage after stage, tensor-parallel ranks in order. New replicas run
+    on ``backend`` and get ids that no replica of the current plan has. Raises an OServeError if
+    they do not fit.
+    """
+    board = _Board(devices, current, across=tensor_parallel_across_nodes)
+    kept = _kept(wanted, board, current)
+    left = Counter({shape: number for shape, number in wanted if number})
+    for spec in kept:
+        board.take(spec.devices)
+        left[spec.shape] -= 1
+    placed = [*kept]
+    used = {spec.id for spec in current.replicas} if current else set()
+    ids = (name for name in (f"r{number}" for number in count()) if name not in used)
+    moved = 0.0
+    for shape, seat in _seated(left, board):
+        moved += 1.0 - seat.held
+        spec = ReplicaSpec(
+            id=next(ids), shape=shape, devices=seat.devices, backend=backend or VllmBackend()
+        )
+        placed.append(spec)
+    order = {shape: index for index, (shape, _) in enumerate(wanted)}
+    placed.sort(key=lambda spec: order[spec.shape])
+    # Rounding must not make a plan that changes nothing look like one that moves something.
+    return Placement(replicas=tuple(placed), moved_fraction=moved if moved > 1e-9 else 0.0)
+
+
+class _Board:
+    """Which devices of which node are free, and what they hold now."""
+
+    def __init__(
+        self, devices: Sequence[Device], current: DeploymentPlan | None, *, across: bool
+    ) -> None:
+        self.kinds = sorted({device.kind for device in devices})
+        self.known = {device.id for device in devices}
+        self.held = shards_held(current)
+        self.free: dict[str, dict[str, list[str]]] = {kind: {} for kind in self.kinds}
+        self._home: dict[str, list[str]] = {}
+        self._order = {device.id: index for index, device in enumerate(devices)}
+        self.node_of = {device.id: device.node for device in devices}
+        for device in devices:
+            node = self.free[device.kind].setdefault("" if across else device.node, [])
+            node.append(device.id)
+            self._home[device.id] = node
+
+    def kind_of(self, shape: ReplicaShape) -> str:
+        return self.kinds[0] if shape.device_kind == ANY_KIND else shape.device_kind
+
+    def take(self, devices: Sequence[str]) -> None:
+        for device in devices:
+            self._home[device].remove(device)
+
+    def give(self, devices: Sequence[str]) -> None:
+        for device in devices:
+            self._home[device].append(device)
+            self._home[device].sort(key=self._order.__getitem__)
+
+    def holds(self, left: Counter[ReplicaShape]) -> bool:
+        """Whether these replicas fit on what is free."""
+        return all(self.quotas(left, kind) is not None for kind in self.kinds)
+
+    def quotas(self, left: Counter[ReplicaShape], kind: str) -> dict[str, Counter[int]] | None:
+        """One way to put the groups of these replicas on the nodes of a kind, if there is one."""
+        groups: Counter[int] = Counter()
+        for shape, number in left.items():
+            if self.kind_of(shape) == kind:
+                groups[shape.tensor_parallel_size] += number * shape.pipeline_parallel_size
+        return node_groups(groups, {node: len(ids) for node, ids in self.free[kind].items()})
+
+
+def _kept(
+    wanted: Sequence[tuple[ReplicaShape, int]], board: _Board, current: DeploymentPlan | None
+) -> list[ReplicaSpec]:
+    """Current replicas that stay: as many as are wanted and as the rest leaves room for."""
+    left = Counter({shape: number for shape, number in wanted if number})
+    unknown = [shape for shape in left if board.kind_of(shape) not in board.free]
+    if unknown or not board.holds(left):
+        raise OServeError(
+            "the replicas do not fit on the devices",
+            place="plan.replicas",
+            remedy="ask for fewer or smaller replicas",
+        )
+    alike = [
+        spec
+        for spec in (current.replicas if current else ())
+        if spec.devices and board.known.issuperset(spec.devices) and left[spec.shape] > 0
+    ]
+    # Where some must go, those stay that share a node with many: whole nodes come free.
+    company = Counter(board.node_of[device] for spec in alike for device in spec.devices)
+    alike.sort(key=lambda spec: _by_company(board.node_of[spec.devices[0]], company))
+    stay = []
+    for spec in alike:
+        if left[spec.shape] > 0:
+            stay.append(spec)
+            left[spec.shape] -= 1
+    for spec in stay:
+        board.take(spec.devices)
+    released: tuple[ReplicaSpec, ...] = ()
+    if not board.holds(left):
+        released = _released(stay, left, board)
+    for spec in stay:
+        if spec not in released:
+            board.give(spec.devices)
+    return [spec for spec in stay if spec not in released]
+
+
+def _by_company(node: str, company: Counter[str]) -> tuple[int, str]:
+    return -company[node], node
+
+
+def _released(
+    stay: Sequence[ReplicaSpec], left: Counter[ReplicaShape], board: _Board
+) -> tuple[ReplicaSpec, ...]:
+    """The fewest of ``stay`` that must move; on return their devices are free on the board.
+
+    All choices of one, of two and so on, up to a limit of each; then the last resort, all of them.
+    """
+    for number in range(1, len(stay)):
+        for choice in islice(combinations(stay, number), _MOST_RELEASES):
+            for spec in choice:
+                board.give(spec.devices)
+            if board.holds(left + Counter(spec.shape for spec in choice)):
+                return choice
+            for spec in choice:
+                board.take(spec.devices)
+    for spec in stay:
+        board.give(spec.devices)
+    return tuple(stay)
+
+
+def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaShape, _Seat]]:
+    """Seats for all that is left, widest groups first, most weights in place first."""
+    seated = []
+    left = +left
+    for kind in board.kinds:
+        shapes = [shape for shape in left if board.kind_of(shape) == kind]
+        widths = sorted({shape.tensor_parallel_size for shape in shapes}, reverse=True)
+        # Widths that are no chain may fit in few ways only: one of those is followed.
+        quotas = None if is_chain(widths[::-1]) else board.quotas(left, kind)
+        for width in widths:
+            same = [shape for shape in shapes if shape.tensor_parallel_size == width]
+            seats = _Seats(board, kind, width, quotas)
+            while any(left[shape] for shape in same):
+                options = [
+                    (seats.best(shape), -place) for place, shape in enumerate(same) if left[shape]
+                ]
+                seat, place = max(options, key=lambda option: (option[0].held, option[1]))
+                shape = same[-place]
+                seats.take(seat)
+                left[shape] -= 1
+                seated.append((shape, seat))
+    return seated
+
+
+class _Seats:
+    """The best devices for replicas of one kind and width; what was found stays until used up."""
+
+    def __init__(
+        self, board: _Board, kind: str, width: int, quotas: dict[str, Counter[int]] | None
+    ) -> None:
+        self._board = board
+        self._free = board.free[kind]
+        self._width = width
+        self._quotas = quotas
+        self._found: dict[tuple[tuple[Shard, ...], str], _Seat] = {}
+
+    def best(self, shape: ReplicaShape) -> _Seat:
+        """All stages on one node if any has the room, else each stage where it holds most."""
+        shards = shards_of(shape)
+        whole = self._best(shards, frozenset())
+        if whole is not None:
+            return whole
+        devices: tuple[str, ...] = ()
+        held = 0.0
+        for start in range(0, len(shards), self._width):
+            stage = self._best(shards[start : start + self._width], frozenset(devices))
+            assert stage is not None  # Packing has shown that every group has a node.
+            devices += stage.devices
+            held += stage.held
+        return _Seat(devices=devices, held=held)
+
+    def take(self, seat: _Seat) -> None:
+        """The seat is used: forget what was found on its nodes."""
+        taken = set(seat.devices)
+        for node, free in self._free.items():
+            groups = len(taken.intersection(free)) // self._width
+            if groups:
+                if self._quotas is not None:
+                    self._quotas[node][self._width] -= groups
+                self._found = {key: old for key, old in self._found.items() if key[1] != node}
+        self._board.take(seat.devices)
+
+    def _best(self, shards: tuple[Shard, ...], without: frozenset[str]) -> _Seat | None:
+        """The node where these shards hold most; of equals the one with the least room left."""
+        best: tuple[float, int] | None = None
+        seat = None
+        for node, ids in self._free.items():
+            free = [device for device in ids if device not in without] if without else ids
+            if not self._room(node, len(free), len(ids) - len(free), len(shards)):
+                continue
+            found = self._on_node(shards, node, free, fresh=bool(without))
+            value = (round(found.held, 9), -len(free))
+            if best is None or value > best:
+                best, seat = value, found
+        return seat
+
+    def _room(self, node: str, free: int, reserved: int, wanted: int) -> bool:
+        if self._quotas is None:
+            return free >= wanted
+        left = self._quotas[node][self._width] * self._width
+        return left - reserved >= wanted
+
+    def _on_node(
+        self, shards: tuple[Shard, ...], node: str, free: list[str], *, fresh: bool
+    ) -> _Seat:
+        key = (shards, node)
+        if not fresh and key in self._found:
+            return self._found[key]
+        held = self._board.held
+        overlap = np.array(
+            [
+                [shard.overlap(held[device]) if device in held else 0.0 for device in free]
+                for shard in shards
+            ]
+        )
+        if overlap.any():
+            _, columns = linear_sum_assignment(overlap, maximize=True)
+        else:
+            columns = np.arange(len(shards))
+        seat = _Seat(
+            devices=tuple(free[column] for column in columns),
+            held=float(sum(overlap[rank, column] for rank, column in enumerate(columns))),
+        )
+        if not fresh:
+            self._found[key] = seat
+        return seat

@@ -1,0 +1,187 @@
+"""Planning: the best deployment for a problem, what else comes near, and the baselines.
+
+Three searches behind one function: exact (a mixed-integer programme), flow (the paper's search) and
+brute (enumeration). The optimum is that of a linear model, so it is a bound for what a real or
+simulated cluster does; candidates and homogeneous deployments are there to be scored again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import combinations_with_replacement
+
+import numpy as np
+
+from oserve.plan.assign import Assigner, Assignment
+from oserve.plan.bounds import Scored
+from oserve.plan.brute import brute_force
+from oserve.plan.dominance import undominated
+from oserve.plan.exact import ExactSearch, Proved, optimal
+from oserve.plan.guided import guided_search
+from oserve.plan.homogeneous import homogeneous_deployments
+from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.score import Score, best_first
+
+# Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
+# each, and neighbours that are scored.
+_RESOLVES = 12
+_RESOLVE_SECONDS = 1.0
+_NEIGHBOURS = 100
+
+
+class Search(StrEnum):
+    """How the deployment is sought."""
+
+    EXACT = "exact"
+    FLOW = "flow"
+    BRUTE = "brute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Counts of the problem's options, what they are worth, and who serves what."""
+
+    counts: Counts
+    score: Score
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What a search found.
+
+    ``bound`` is what no deployment can exceed in the linear model: a scale of the demand where
+    ``bounds_scale``, else a served rate in requests per second. ``optimality_gap`` is
+    (bound - achieved) / bound, 0 where the optimum is proved.
+
+    ``candidates`` are the next-best distinct deployments that were found, best first: optima with
+    one used option forbidden or used once less, and the deployments one exchange of replicas away
+    from the best. They are good alternatives to score again, not proved to be the k best.
+    ``homogeneous`` are the baselines, best first (see ``homogeneous``).
+    """
+
+    search: Search
+    best: Deployment
+    bound: float
+    bounds_scale: bool
+    optimality_gap: float
+    candidates: tuple[Deployment, ...]
+    homogeneous: tuple[Deployment, ...]
+
+
+def plan_deployment(
+    problem: PlanProblem,
+    search: Search = Search.EXACT,
+    *,
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    candidates: int = 10,
+) -> Planned:
+    """The best deployment that the search finds, with alternatives and baselines.
+
+    ``time_limit_s`` bounds the exact search (in seconds of the solver's clock); ``seed`` varies the
+    flow-guided one. Raises an OServeError for a problem that makes no sense, see ``check_problem``.
+    """
+    check_problem(problem)
+    assigner = Assigner(problem)
+    exact = ExactSearch(problem, assigner, time_limit_s=time_limit_s)
+    baselines = homogeneous_deployments(problem, assigner)
+    found = _SEARCHES[search](
+        _Task(problem=problem, assigner=assigner, exact=exact, baselines=baselines, seed=seed)
+    )
+    others = _candidates(problem, assigner, found.best, candidates) if candidates else []
+
+    def whole(scored: Scored) -> Deployment:
+        return Deployment(
+            counts=scored.counts, score=scored.score, assignment=assigner.assign(scored.counts)
+        )
+
+    return Planned(
+        search=search,
+        best=whole(found.best),
+        bound=found.bound,
+        bounds_scale=found.bounds_scale,
+        optimality_gap=found.optimality_gap,
+        candidates=tuple(whole(scored) for scored in others),
+        homogeneous=tuple(whole(scored) for scored in baselines),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    problem: PlanProblem
+    assigner: Assigner
+    exact: ExactSearch
+    baselines: Sequence[Scored]
+    seed: int
+
+
+def _exact(task: _Task) -> Proved:
+    return task.exact.solve(first=task.baselines[0])
+
+
+def _flow(task: _Task) -> Proved:
+    best = guided_search(task.problem, task.assigner, seed=task.seed, start=task.baselines[0])
+    return task.exact.judge(best)
+
+
+def _brute(task: _Task) -> Proved:
+    return optimal(task.problem, brute_force(task.problem, task.assigner))
+
+
+_SEARCHES: Mapping[Search, Callable[[_Task], Proved]] = {
+    Search.EXACT: _exact,
+    Search.FLOW: _flow,
+    Search.BRUTE: _brute,
+}
+
+
+def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: int) -> list[Scored]:
+    """The next-best deployments found around the best one, best first, at most ``most``."""
+    found: dict[Counts, Scored] = {}
+    used = [i for i, count in enumerate(best.counts) if count]
+    limits = [{i: 0} for i in used]
+    limits += [{i: best.counts[i] - 1} for i in used if best.counts[i] > 1]
+    for at_most in limits[:_RESOLVES]:
+        first = [0 if i in at_most else count for i, count in enumerate(best.counts)]
+        exact = ExactSearch(problem, assigner, time_limit_s=_RESOLVE_SECONDS, at_most=at_most)
+        start = Scored(counts=tuple(first), score=assigner.score(first))
+        proved = exact.solve(first=start, break_ties=False)
+        found[proved.best.counts] = proved.best
+    for counts in _neighbours(problem, assigner, best.counts):
+        if counts not in found:
+            found[counts] = Scored(counts=counts, score=assigner.score(counts))
+    found.pop(best.counts, None)
+    return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
+
+
+def _neighbours(problem: PlanProblem, assigner: Assigner, counts: Counts) -> list[Counts]:
+    """One or two replicas exchanged for as many of another option as fit; the likeliest ones.
+
+    Likely means: by what the options are worth at the margin of ``counts``.
+    """
+    packing = problem.packing
+    used = [i for i, count in enumerate(counts) if count]
+    removals: list[tuple[int, ...]] = [(), *[(i,) for i in used]]
+    removals += list(combinations_with_replacement(used, 2))
+    options = undominated(problem)
+    found: set[Counts] = set()
+    for removed in removals:
+        base = list(counts)
+        for i in removed:
+            base[i] -= 1
+        if min(base) < 0:
+            continue
+        for added in options:
+            changed = list(base)
+            while True:
+                changed[added] += 1
+                if not packing.fits(changed):
+                    break
+            changed[added] -= 1
+            found.add(tuple(changed))
+    found.discard(counts)
+    _, bound, _ = assigner.score_and_bound(counts)
+    return sorted(found, key=lambda other: (-float(bound.worth @ np.array(other)), other))[
+        :_NEIGHBOURS
+    ]
