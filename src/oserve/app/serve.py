@@ -14,6 +14,7 @@ import msgspec
 
 from oserve import __version__
 from oserve.app.clock import LiveClock
+from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know
 from oserve.app.fronts import make_front
 from oserve.app.status import gauges, status_document, summary
 from oserve.config import Settings, api_keys, backend_keys, load_plan
@@ -40,6 +41,7 @@ from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import find_devices, has_bf16_instructions
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.dispatch import Picture
+from oserve.perf import TokenCosts, token_costs
 from oserve.plan import check_plan, default_plan
 
 _log = logging.getLogger("oserve.control")
@@ -54,19 +56,17 @@ class Deployment:
     plan: DeploymentPlan
     models: tuple[str, ...]
     why: str
+    notes: tuple[str, ...] = ()
+    costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
 
 
 def prepare(settings: Settings) -> Deployment:
-    """Find the devices, read and check the plan. Starts nothing."""
-    if settings.plan:
-        plan = load_plan(settings.plan)
-        why = f"plan {plan.id!r} from {settings.plan}"
-    else:
-        plan = None
-        why = "the default plan: no --plan was given"
+    """Find the devices, read or compute the plan, check it. Starts nothing."""
+    settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
-    if plan is None:
-        plan = default_plan(devices, _default_shapes(devices, settings.engines))
+    knowledge = know(settings, devices)
+    first = _plan(settings, devices, knowledge)
+    plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     _check_engines(plan, devices, settings)
     attached_only = all(not spec.devices for spec in plan.replicas)
@@ -78,7 +78,27 @@ def prepare(settings: Settings) -> Deployment:
         )
     name = settings.served_model_name or _model_name(settings.model)
     return Deployment(
-        settings=_located(settings), devices=devices, plan=plan, models=(name,), why=why
+        settings=settings,
+        devices=devices,
+        plan=plan,
+        models=(name,),
+        why=first.why,
+        notes=first.notes,
+        costs=knowledge.costs,
+    )
+
+
+def _plan(settings: Settings, devices: tuple[Device, ...], knowledge: Knowledge) -> FirstPlan:
+    """The plan as given; else computed; else, of a model nothing is known of, a plain default."""
+    if settings.plan:
+        plan = load_plan(settings.plan)
+        return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
+    if settings.model and knowledge.source is not None:
+        return first_plan(settings, devices, knowledge, _plain_precision(devices))
+    missing = knowledge.missing or "no model is named"
+    return FirstPlan(
+        plan=default_plan(devices, _default_shapes(devices, settings.engines)),
+        why=f"the default plan, since none can be computed: {missing}",
     )
 
 
@@ -102,6 +122,12 @@ def _check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: 
             )
 
 
+def _plain_precision(devices: tuple[Device, ...]) -> Precision:
+    """Without instructions for it, bf16 is slower on a CPU than fp32."""
+    on_cpu = bool(devices) and devices[0].kind == "cpu"
+    return Precision.FP32 if on_cpu and not has_bf16_instructions() else Precision.BF16
+
+
 def _default_shapes(
     devices: tuple[Device, ...], settings: EngineSettings
 ) -> tuple[ReplicaShape, ...]:
@@ -111,8 +137,7 @@ def _default_shapes(
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
         )
-    # Without instructions for it, bf16 is slower on a CPU than fp32.
-    plain = Precision.BF16 if has_bf16_instructions() else Precision.FP32
+    plain = _plain_precision(devices)
     light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
     return (
         ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
@@ -220,7 +245,11 @@ class Server:
                 _log.error("replica %s given up: %s", name, failures.reason)
         self.failed = {name: failures.reason for name, failures in lost.items()}
         table = routing_table(
-            plan, observation, ordered=self._ordered, expected=len(lost) < len(plan.replicas)
+            plan,
+            observation,
+            ordered=self._ordered,
+            expected=len(lost) < len(plan.replicas),
+            costs=self._deployment.costs,
         )
         document = status_document(
             plan,

@@ -100,7 +100,12 @@ def plan(
     _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
     spec = _cluster(cluster)
     choice = SourceChoice(
-        model=model, devices=spec.devices, network=spec.network, perf=perf, context=max_model_len
+        model=model,
+        devices=spec.devices,
+        network=spec.network,
+        perf=perf,
+        own_profile=Path(".oserve") / "profile.json",
+        context=max_model_len,
     )
     source, context = find_source(choice)
     if (trace is None) == (rates is None):

@@ -91,6 +91,8 @@ async def _serve(deployment: Deployment) -> int:
 def _show(deployment: Deployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
+    for note in deployment.notes:
+        _console.print(f"note: {note}", markup=False)
     table = Table("replica", "shape", "seqs", "devices", "serves")
     for spec in plan.replicas:
         shares = [

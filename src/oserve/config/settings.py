@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from oserve.config.reading import convert, read_text, read_yaml, suggest
-from oserve.core import AttachedBackend, DeploymentPlan, OServeError
+from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
 
@@ -46,6 +46,22 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     drain_limit_s: Seconds = 600.0
 
 
+class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What a plan is made from when none is given: see docs/planning.md.
+
+    The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
+    ``profile``: step times as ``oserve profile`` wrote them. ``precisions``: those a replica may
+    have; unset means the plain one and every one of ``engines.variants``.
+    """
+
+    trace: str = ""
+    rates: str = ""
+    profile: str = ""
+    slo_ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    slo_tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    precisions: tuple[Precision, ...] = ()
+
+
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Everything. ``state_dir`` holds logs and request records."""
 
@@ -57,6 +73,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     engines: EngineSettings = EngineSettings()
     gateway: GatewaySettings = GatewaySettings()
     control: ControlSettings = ControlSettings()
+    planning: PlanningSettings = PlanningSettings()
 
 
 def load_settings(

@@ -3,7 +3,7 @@
 It is replaced whole, so a change of deployment is one atomic step for the gateway.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from oserve.core import (
@@ -13,8 +13,9 @@ from oserve.core import (
     LengthClass,
     Observation,
     ReplicaPhase,
+    ReplicaShape,
 )
-from oserve.perf import token_costs
+from oserve.perf import TokenCosts, token_costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +52,17 @@ _INFLIGHT_PER_SEQ = 2
 
 
 def routing_table(
-    plan: DeploymentPlan, observation: Observation, *, ordered: bool, expected: bool
+    plan: DeploymentPlan,
+    observation: Observation,
+    *,
+    ordered: bool,
+    expected: bool,
+    costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs,
 ) -> RoutingTable:
     """The table for a plan on a cluster as observed.
 
     ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
+    ``costs``: of a shape on a kind of device.
     """
     kinds = {device.id: device.kind for device in observation.devices}
     replicas = []
@@ -64,7 +71,7 @@ def routing_table(
             continue
         spec = state.spec
         kind = kinds.get(spec.devices[0], "any") if spec.devices else "any"
-        costs = token_costs(spec.shape, kind)
+        own = costs(spec.shape, kind)
         attached = spec.backend if isinstance(spec.backend, AttachedBackend) else None
         replicas.append(
             TableReplica(
@@ -75,8 +82,8 @@ def routing_table(
                 max_inflight=_INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
-                prefill_s_per_token=costs.prefill_s_per_token,
-                decode_s_per_token=costs.decode_s_per_token,
+                prefill_s_per_token=own.prefill_s_per_token,
+                decode_s_per_token=own.decode_s_per_token,
                 model=attached.model if attached else "",
                 started_s=state.since_s,
             )

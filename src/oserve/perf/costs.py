@@ -1,8 +1,9 @@
-"""Engine seconds per token, before anything was measured."""
+"""Engine seconds per token: from step times, or a guess before anything was measured."""
 
 from dataclasses import dataclass
 
 from oserve.core import Precision, ReplicaShape
+from oserve.perf.roofline import StepModel
 
 # Orders of magnitude only: the live router corrects them from what it sees within seconds, and
 # what matters to it is the ratio between replicas.
@@ -18,6 +19,7 @@ _PRECISION = {
 }
 # A device added to a tensor-parallel group buys less than a whole device's speed.
 _PARALLEL_EXPONENT = 0.85
+_USUAL_CONTEXT = 512.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,20 @@ class TokenCosts:
 
     prefill_s_per_token: float
     decode_s_per_token: float
+
+
+def measured_costs(step: StepModel, shape: ReplicaShape) -> TokenCosts:
+    """From step times: a full chunk of prompt, and a full batch decoding at a usual context."""
+    chunk, seqs = float(shape.max_num_batched_tokens), float(shape.max_num_seqs)
+    stages = shape.pipeline_parallel_size
+    batch = max(1.0, min(seqs, chunk) / stages)
+    prefill_s = float(step.step_s(chunk, chunk * chunk / 2, 0.0, 0.0))
+    decode_s = float(step.step_s(0.0, 0.0, batch, batch * _USUAL_CONTEXT))
+    # As many micro-batches as stages are on their way at once.
+    return TokenCosts(
+        prefill_s_per_token=prefill_s / chunk / stages,
+        decode_s_per_token=decode_s / batch / stages,
+    )
 
 
 def token_costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:

@@ -1,0 +1,163 @@
+"""The plan that serving starts with when it is given none: computed, from what is known."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.app.planning import Answer, Question, answer, used_shapes
+from oserve.app.sources import SourceChoice, costs_from, find_source, shapes_for
+from oserve.config import Settings, load_rates
+from oserve.config.cluster import DEFAULT_NETWORK
+from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.perf import TokenCosts, token_costs
+from oserve.perf.capacity import Limits
+from oserve.perf.shapes import ShapeChoices
+from oserve.perf.table import PerformanceSource
+from oserve.traces import Skipped, read_trace, synthesise
+from oserve.traces.read import BadRows
+
+# Fewer records than this say more about whoever tried it out than about the traffic.
+_ENOUGH_RECORDS = 500
+_MOST_RECORDS = 100_000
+_ASSUMED_S = 1800.0
+# The assumed mix has no rate of its own. A trickle always fits, so the plan is for the mix alone.
+_TRICKLE = 1e-3
+_TIME_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstPlan:
+    """``why`` says in a line where the plan comes from; ``notes`` say what to know about it."""
+
+    plan: DeploymentPlan
+    why: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """Of step times on these devices: a source and the context, or why there is none."""
+
+    source: PerformanceSource | None
+    context: int
+    missing: str = ""
+
+    @property
+    def costs(self) -> Callable[[ReplicaShape, str], TokenCosts]:
+        """What tokens cost the router, from the source where there is one."""
+        return token_costs if self.source is None else costs_from(self.source)
+
+
+def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
+    """What can be told of the model's speed here; raises OServeError for a bad profile file."""
+    choice = SourceChoice(
+        model=settings.model,
+        devices=devices,
+        network=DEFAULT_NETWORK,
+        perf=settings.planning.profile or None,
+        own_profile=Path(settings.state_dir) / "profile.json",
+        context=settings.engines.max_model_len,
+    )
+    try:
+        source, context = find_source(choice)
+    except OServeError as error:
+        if settings.planning.profile:
+            raise
+        return Knowledge(source=None, context=0, missing=f"{error.message}; {error.remedy}")
+    return Knowledge(source=source, context=context)
+
+
+def first_plan(
+    settings: Settings,
+    devices: tuple[Device, ...],
+    knowledge: Knowledge,
+    plain: Precision,
+) -> FirstPlan:
+    """Plan for the traffic that is known or assumed; ``plain`` is the precision always to be had.
+
+    ``knowledge`` must have a source.
+    """
+    source = knowledge.source
+    assert source is not None
+    planning = settings.planning
+    demand = _demand(settings, knowledge.context)
+    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
+    limits = Limits(
+        ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
+        tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
+    )
+    choices = ShapeChoices(
+        precisions=planning.precisions or (plain, *variants),
+        max_num_batched_tokens=(),
+        max_num_seqs=(),
+        kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
+    )
+    found = answer(
+        Question(
+            model=settings.model,
+            devices=devices,
+            demand=demand,
+            source=source,
+            shapes=shapes_for(source, devices, choices),
+            limits={kind.name: limits for kind in demand.types},
+            time_limit_s=_TIME_LIMIT_S,
+            candidates=0,
+        )
+    )
+    return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
+
+
+def _demand(settings: Settings, context: int) -> Demand:
+    planning = settings.planning
+    if planning.trace:
+        return demand_from_trace(
+            read_trace(planning.trace), source=planning.trace, max_model_len=context
+        )
+    if planning.rates:
+        return demand_from_rates(
+            load_rates(planning.rates), source="planning.rates", max_model_len=context
+        )
+    records = settings.gateway.records_file
+    if records and Path(records).is_file():
+        try:
+            requests = list(
+                read_trace(records, limit=_MOST_RECORDS, bad_rows=BadRows.SKIP, skipped=Skipped())
+            )
+        except OServeError:
+            requests = []
+        if len(requests) >= _ENOUGH_RECORDS:
+            name = f"{len(requests):,} recorded requests"
+            return demand_from_trace(requests, source=name, max_model_len=context)
+    assumed = demand_from_trace(
+        synthesise(rate_rps=2.0, duration_s=_ASSUMED_S, seed=0),
+        source="an assumed mix of conversations and code",
+        max_model_len=context,
+    )
+    return scaled(assumed, _TRICKLE)
+
+
+def _kv_cache_bytes(settings: Settings, devices: tuple[Device, ...]) -> int | None:
+    """Only where it is set to something else than what engines take anyhow."""
+    default = type(settings.engines)().kv_cache_memory_bytes
+    wanted = settings.engines.kv_cache_memory_bytes
+    on_cpu = all(device.kind == "cpu" for device in devices)
+    return wanted if on_cpu and wanted not in {0, default} else None
+
+
+def _why(found: Answer) -> str:
+    score, base = found.planned.best.score, found.baseline.score
+    demand = found.question.demand
+    homogeneous = " + ".join(
+        f"{count} x {shape.name}" for shape, count in used_shapes(found.problem, found.baseline)
+    )
+    carried = (
+        f"carries {score.scale * demand.rate_rps:.2f} requests/s of it "
+        f"(best homogeneous, {homogeneous}: {base.scale * demand.rate_rps:.2f})"
+    )
+    if score.scale < 1:
+        carried = (
+            f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
+            f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
+        )
+    return f"a plan computed for {demand.source}: {carried}; {found.question.source.origin}"
