@@ -1,8 +1,8 @@
 """Workload types from requests, by k-means on log1p of both lengths.
 
-Import this module by its own name: it loads scikit-learn, which the gateway has no use for.
+scikit-learn is loaded when types are fitted, not before.
 Lengths span four orders of magnitude and what they cost goes by factors, so distances are taken
-between logarithms (METHOD.md section 1 clusters lengths; its scale is not given).
+between logarithms (the paper clusters lengths; it does not say on which scale).
 
 The same requests in any order give the same types: they are sorted before anything is drawn, and
 one thread adds them up. Centres are carried to their fixed point, the means of the requests nearest
@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from oserve.core import OServeError
@@ -114,6 +113,9 @@ def _centres(points: Floats, k: int, seed: int) -> Floats:
     """Centres of k types of sorted points, by ascending (prompt, output); shape (k, 2)."""
     if k == 1:
         return np.stack([points.sum(axis=0) / len(points)])
+    # Loading it takes longer than what most commands do that import this module.
+    from sklearn.cluster import KMeans  # noqa: PLC0415
+
     # The work is too small to share out, and threads would wait for whatever else serves here.
     with threadpool_limits(1):
         found = KMeans(n_clusters=k, n_init=_STARTS, random_state=seed).fit(points)
