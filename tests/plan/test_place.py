@@ -70,7 +70,7 @@ def check(replicas: tuple[ReplicaSpec, ...], wanted: Wanted, devices: tuple[Devi
             assert len({device.node for device in group}) == 1
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(clusters())
 def test_a_placement_holds_what_is_wanted(case: tuple[tuple[Device, ...], random.Random]) -> None:
     devices, rng = case

@@ -47,8 +47,9 @@ class Proved:
 class ExactSearch:
     """The programmes of one problem, with ``counts[i] <= at_most[i]`` where given.
 
-    ``time_limit_s`` is by HiGHS's clock; tie-breaks get a part of what is left, and the solution
-    before them stands if that is not enough.
+    A solve ends once the value is within ``relative_gap`` of its bound, or after ``time_limit_s``
+    by HiGHS's clock; tie-breaks get a part of what is left, and the solution before them stands if
+    that is not enough.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class ExactSearch:
         *,
         time_limit_s: float = 60.0,
         at_most: Mapping[int, int] | None = None,
+        relative_gap: float = EQUAL,
     ) -> None:
+        self._relative_gap = relative_gap
         self._problem = problem
         self._assigner = assigner
         self._time_limit_s = time_limit_s
@@ -71,15 +74,19 @@ class ExactSearch:
         """The programme for the scale or for the rate served, built when first asked for."""
         if scale not in self._models:
             self._models[scale] = _CountModel(
-                self._problem, self._options, self._limits, scale=scale
+                self._problem, self._options, self._limits, scale=scale, gap=self._relative_gap
             )
         return self._models[scale]
 
-    def solve(self, *, first: Scored, break_ties: bool = True) -> Proved:
+    def solve(self, *, first: Scored | None = None, break_ties: bool = True) -> Proved:
         """The best deployment.
 
-        ``first`` is a known deployment within the limits, to fall back on when time runs out.
+        ``first`` is a known deployment within the limits, to fall back on when time runs out (the
+        empty one unless given).
         """
+        if first is None:
+            nothing = (0,) * len(self._problem.options)
+            first = Scored(counts=nothing, score=self._assigner.score(nothing))
         deadline = self._seconds + self._time_limit_s
         _, by_scale = self.relaxed()
         found, bound = self._stage(self._model(scale=by_scale), first, deadline)
@@ -174,6 +181,7 @@ class _CountModel:
         at_most: Mapping[int, int],
         *,
         scale: bool,
+        gap: float,
     ) -> None:
         self.scale = scale
         self._problem = problem
@@ -195,7 +203,7 @@ class _CountModel:
         columns, rows = self._build()
         self._width = len(columns)
         self._value_costs = np.array([column.cost for column in columns])
-        self.programme = Programme(columns=columns, rows=rows)
+        self.programme = Programme(columns=columns, rows=rows, relative_gap=gap)
 
     def relaxed(self) -> float:
         """The objective if replicas could be split: a bound."""

@@ -14,7 +14,7 @@ from oserve.plan.bounds import Scored
 from oserve.plan.problem import Counts, PlanProblem
 from oserve.plan.score import best_first
 
-MOST_COMBINATIONS = 256
+MOST_COMBINATIONS = 64
 
 
 def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[Scored]:

@@ -23,9 +23,10 @@ from oserve.plan.problem import Counts, PlanProblem, check_problem
 from oserve.plan.score import Score, best_first
 
 # Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
-# each, and neighbours that are scored.
-_RESOLVES = 12
+# each and the gap it ends at, and neighbours that are scored.
+_RESOLVES = 8
 _RESOLVE_SECONDS = 1.0
+_RESOLVE_GAP = 1e-3
 _NEIGHBOURS = 100
 
 
@@ -143,10 +144,14 @@ def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: in
     limits = [{i: 0} for i in used]
     limits += [{i: best.counts[i] - 1} for i in used if best.counts[i] > 1]
     for at_most in limits[:_RESOLVES]:
-        first = [0 if i in at_most else count for i, count in enumerate(best.counts)]
-        exact = ExactSearch(problem, assigner, time_limit_s=_RESOLVE_SECONDS, at_most=at_most)
-        start = Scored(counts=tuple(first), score=assigner.score(first))
-        proved = exact.solve(first=start, break_ties=False)
+        limited = ExactSearch(
+            problem,
+            assigner,
+            time_limit_s=_RESOLVE_SECONDS,
+            at_most=at_most,
+            relative_gap=_RESOLVE_GAP,
+        )
+        proved = limited.solve(break_ties=False)
         found[proved.best.counts] = proved.best
     for counts in _neighbours(problem, assigner, best.counts):
         if counts not in found:
