@@ -8,6 +8,7 @@ from rich.console import Console
 from oserve import __version__
 from oserve.cli.bench import bench
 from oserve.cli.plan import plan
+from oserve.cli.profile import profile
 from oserve.cli.serve import serve
 from oserve.cli.status import status
 from oserve.cli.validate import validate
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(plan)
+app.command()(profile)
 app.command()(bench)
 app.command()(status)
 app.command()(validate)

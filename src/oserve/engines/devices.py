@@ -114,3 +114,13 @@ def has_bf16_instructions() -> bool:
         return False
     known = set(flags.partition("\n")[0].split())
     return bool(known & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def processor_name() -> str:
+    """Of this machine's CPU as the system calls it; ``CPU`` where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "CPU"
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else "CPU"

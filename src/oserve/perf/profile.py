@@ -7,7 +7,9 @@ are measured is a shell's business (app.profile); here they are data.
 """
 
 import functools
+import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +22,9 @@ import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.perf.device import find_device
-from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import (
-    COEFFICIENT_NAMES,
     Coefficients,
     Roofline,
     StepModel,
@@ -35,35 +35,9 @@ FORMAT = 1
 # (tensor parallel size, pipeline parallel size, precision)
 ProfileKey = tuple[int, int, Precision]
 
-# Peaks of a CPU slot are nominal, so a share of them may exceed 1 many times over.
-_SHARE = (1e-3, 50.0)
-_FREE = {
-    "gemm": _SHARE,
-    "memory": _SHARE,
-    "kv": _SHARE,
-    "attention": _SHARE,
-    "step_s": (1e-6, 1.0),
-    "sequence_s": (1e-8, 0.1),
-    "prompt_s": (1e-7, 1.0),
-    "mixed_s": (1e-8, 0.1),
-}
-_FREE_TENSOR = {"all_reduce": _SHARE, "all_reduce_latency_s": (1e-8, 0.1)}
-_FREE_PIPELINE = {"hop_s": (1e-7, 1.0)}
-# Of one model alone, time per layer and time per step cannot be told apart: all goes to the step.
-_START = Coefficients(
-    gemm=0.3,
-    memory=0.3,
-    kv=0.3,
-    attention=0.1,
-    all_reduce=0.3,
-    all_reduce_latency_s=1e-5,
-    layer_s=0.0,
-    mixed_s=1e-5,
-    step_s=1e-3,
-    sequence_s=1e-5,
-    hop_s=1e-4,
-    prompt_s=1e-4,
-)
+# A fit that misses its own steps by more than this is told of.
+_POOR_FIT_PERCENT = 15.0
+_SHARES = ("gemm", "memory", "kv", "attention", "all_reduce")
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -154,13 +128,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
                 f"a second entry of {key_name(entry.key)}", place=where, remedy=remedy
             )
         seen.add(entry.key)
-        for name in entry.coefficients:
-            if name not in COEFFICIENT_NAMES:
-                raise OServeError(
-                    f"no coefficient is called {name!r}",
-                    place=f"{where}.coefficients.{name}",
-                    remedy=remedy,
-                )
+        _check_coefficients(entry.coefficients, f"{where}.coefficients", remedy)
     return profile
 
 
@@ -206,38 +174,6 @@ def shape_key(shape: ReplicaShape) -> ProfileKey:
     return (shape.tensor_parallel_size, shape.pipeline_parallel_size, shape.precision)
 
 
-def fit_entry(
-    model: ModelFacts, device_kind: str, key: ProfileKey, steps: Sequence[ProfileStep]
-) -> tuple[Coefficients, float]:
-    """Coefficients fitted to ``steps``, and their mean absolute error in percent.
-
-    Raises OServeError when there are fewer steps than coefficients to find.
-    """
-    free = dict(_FREE)
-    if key[0] > 1:
-        free |= _FREE_TENSOR
-    if key[1] > 1:
-        free |= _FREE_PIPELINE
-    if len(steps) < len(free):
-        raise OServeError(
-            f"{len(steps)} measured steps are too few to fit {len(free)} coefficients",
-            place=key_name(key),
-            remedy="measure with a larger chunk budget or more sequences",
-        )
-    measured = [MeasuredStep(**msgspec.structs.asdict(step)) for step in steps]
-    start = replace(
-        _START,
-        **{name: 0.0 for name in ("mixed_s", "prompt_s") if not _covers(name, steps)},
-        **{name: getattr(Coefficients(), name) for name in _FREE_TENSOR if name not in free},
-        **({} if "hop_s" in free else {"hop_s": 0.0}),
-    )
-    free = {name: bounds for name, bounds in free.items() if _covers(name, steps)}
-    make = _maker(model, device_kind, key)
-    fit = fit_coefficients(measured, {"": make}, free=free, start=start)
-    errors = relative_errors(measured, {"": make(fit)})
-    return fit, 100 * sum(abs(error) for error in errors) / len(errors)
-
-
 class ProfileSource:
     """Step times, KV capacity and power of the shapes in a profile, and of no others.
 
@@ -264,6 +200,23 @@ class ProfileSource:
         cores = profile.cores_per_device
         each = f", {cores} core{'s' * (cores != 1)} a slot" if cores else ""
         return f"profile {self._name}: measured on {profile.machine}{each}, {profile.engine}"
+
+    def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
+        """See ``PerformanceSource``."""
+        said = []
+        for shape in shapes:
+            entry = self._entry(shape)
+            if entry is None:
+                said.append(f"{key_name(shape_key(shape))} was not measured")
+                continue
+            name = key_name(entry.key)
+            if entry.pipeline_parallel_size > 1:
+                said.append(f"{name}: prompts among decoding pipelines were not measured")
+            if entry.error_percent > _POOR_FIT_PERCENT:
+                said.append(f"{name}: measured steps are off by {entry.error_percent:.0f} % of it")
+            if shape.max_num_seqs > entry.max_num_seqs:
+                said.append(f"{name}: measured with {entry.max_num_seqs} sequences at most")
+        return tuple(dict.fromkeys(said))
 
     def keys(self) -> tuple[ProfileKey, ...]:
         """What was measured: (tensor parallel size, pipeline parallel size, precision)."""
@@ -304,7 +257,7 @@ class ProfileSource:
                 remedy=f"measure it: oserve profile --shape {key_name(shape_key(shape))}",
             )
         if entry.key not in self._made:
-            make = _maker(self._profile.model, self._profile.device_kind, entry.key)
+            make = step_model_maker(self._profile.model, self._profile.device_kind, entry.key)
             self._made[entry.key] = make(coefficients_from(entry.coefficients))
         return self._made[entry.key]
 
@@ -340,6 +293,23 @@ def shipped_profile(model: ModelFacts, device_kind: str) -> tuple[str, Profile] 
     return None
 
 
+def _check_coefficients(values: Mapping[str, float], place: str, remedy: str) -> None:
+    """Refuse names that are none, and values that no time can be computed with."""
+    plain = Coefficients().as_dict()
+    for name, value in values.items():
+        if name not in plain:
+            raise OServeError(
+                f"no coefficient is called {name!r}", place=f"{place}.{name}", remedy=remedy
+            )
+        least = sys.float_info.min if name in _SHARES else 0.0
+        if not least <= value < math.inf:
+            raise OServeError(f"{value} is no value", place=f"{place}.{name}", remedy=remedy)
+    for name, default in plain.items():
+        # The defaults are those of another device; only what is off by default may be left out.
+        if default and name not in values:
+            raise OServeError(f"{name} is missing", place=place, remedy=remedy)
+
+
 class _Version(msgspec.Struct):
     format: int
 
@@ -364,9 +334,10 @@ def _sizes(model: ModelFacts) -> ModelFacts:
     return replace(model, name="", max_model_len=0)
 
 
-def _maker(
+def step_model_maker(
     model: ModelFacts, device_kind: str, key: ProfileKey
 ) -> Callable[[Coefficients], StepModel]:
+    """Of the shapes of one entry: coefficients to step times."""
     device = find_device(device_kind)
     return lambda fit: Roofline(
         model,
@@ -376,12 +347,3 @@ def _maker(
         pipeline_parallel_size=key[1],
         precision=key[2],
     )
-
-
-def _covers(name: str, steps: Sequence[ProfileStep]) -> bool:
-    """Whether any step tells something of a coefficient that only some steps have."""
-    if name == "mixed_s":
-        return any(step.prefill_tokens and step.decode_seqs for step in steps)
-    if name == "prompt_s":
-        return any(step.prefill_tokens for step in steps)
-    return True

@@ -41,8 +41,8 @@ class Coefficients:
     """What is fitted: shares of the peak that are reached, and fixed times in seconds.
 
     ``sequence_s`` is per sequence and step, ``step_s`` per step, ``layer_s`` per layer,
-    ``prompt_s`` per step that computes prompt tokens: taking a request in is work of its own where
-    the API server shares the engine's cores.
+    ``mixed_s`` per layer of a step with both prompts and decoding; ``wake_s`` per step of prompts
+    alone, before which the engine had nothing to do.
     """
 
     gemm: float = 0.766
@@ -58,7 +58,7 @@ class Coefficients:
     step_s: float = 0.0
     sequence_s: float = 0.0
     hop_s: float = 0.0
-    prompt_s: float = 0.0
+    wake_s: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers by name."""
@@ -167,7 +167,7 @@ class Roofline:
             + fit.hop_s
             + tokens * model.hidden * self._wide / self._stage_link.bandwidth
         )
-        fixed = fit.step_s + fit.prompt_s * (prompt > 0)
+        fixed = fit.step_s + fit.wake_s * ((prompt > 0) & (decoding == 0))
         seconds: Floats = model.layers * layer + head + hops + fixed + fit.sequence_s * rows
         return seconds
 

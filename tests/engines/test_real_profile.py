@@ -1,0 +1,68 @@
+"""``oserve profile`` on a real engine, with few steps."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from oserve.app.client import EngineClient
+from oserve.app.profile import Report, engine_hall, measure_engine, started_engine
+from oserve.cli import app
+from oserve.config import load_settings
+from oserve.core import Precision, ReplicaShape
+from oserve.engines.devices import split_cores
+from oserve.perf.model import find_model
+
+pytestmark = pytest.mark.engine
+
+MiB = 1024 * 1024
+
+
+async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
+    settings = load_settings(
+        None, {"model": str(tiny_model), "engines.log_dir": str(tmp_path)}, environment={}
+    )
+    devices = split_cores(sorted(os.sched_getaffinity(0)), 2)
+    shape = ReplicaShape(
+        precision=Precision.FP32,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=32 * MiB,
+    )
+    model = find_model(str(tiny_model))
+    begun: list[int] = []
+    done: list[int] = []
+    report = Report(begin=lambda _name, steps: begun.append(steps), advance=done.append)
+    async with (
+        engine_hall(settings, devices) as cluster,
+        started_engine(cluster, devices, shape) as state,
+    ):
+        entry, facts = await measure_engine(
+            state.endpoint, model, "cpu", shape, rounds=1, report=report, watch=False
+        )
+        async with EngineClient(state.endpoint, vocab=model.vocab) as client:
+            assert await client.facts() == facts
+    assert entry.kv_tokens == facts.kv_tokens == 32 * MiB // 4096
+    assert entry.kv_cache_memory_bytes == 32 * MiB
+    assert (entry.max_model_len, facts.version) == (8192, "vLLM 0.32.0")
+    assert sum(done) == begun[0] == len(entry.steps)
+    assert all(0 < step.seconds < 60 for step in entry.steps)
+    assert {step.decode_seqs for step in entry.steps} == {0, 1, 2, 4}
+    assert {step.prefill_tokens for step in entry.steps} >= {16, 64, 256}
+    assert all(value >= 0 for value in entry.coefficients.values())
+
+
+def test_bad_wishes_are_two_lines(tmp_path: Path, tiny_model: Path) -> None:
+    model = str(tiny_model)
+    for arguments in (
+        ["no-such-model"],
+        [model, "--shape", "tp2"],
+        [model, "--shape", "tp0-fp32"],
+        [model, "--shape", "tp1-fp12"],
+        [model, "--url", "http://127.0.0.1:9"],
+        [model, "--url", "http://127.0.0.1:9", "--shape", "tp1-fp32"],
+    ):
+        result = CliRunner().invoke(app, ["profile", *arguments, "--output", str(tmp_path / "p")])
+        assert type(result.exception).__name__ == "OServeError", (arguments, result)
+    assert not (tmp_path / "p").exists()
