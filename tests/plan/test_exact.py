@@ -14,7 +14,7 @@ from oserve.plan.dominance import undominated
 from oserve.plan.exact import ExactSearch, Proved
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.place import place_replicas
-from oserve.plan.problem import PlanProblem, check_problem
+from oserve.plan.problem import Counts, PlanProblem, check_problem
 from oserve.plan.score import best_first, compare, criteria
 from plan.instances import plan_of, random_problem
 
@@ -102,6 +102,25 @@ def test_limits_on_single_counts_hold(seed: int) -> None:
     assert oracle is not None
     assert found.best.counts[option] <= limit
     assert compare(problem, oracle.score, found.best.score) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_optimum_that_is_none_does_not_pass(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver's first answer replaced by a poor deployment, said to be the best there is."""
+
+    def wrong(model: object, left_s: float) -> tuple[Counts, float]:
+        del model, left_s
+        return poor.counts, poor.score.scale if by_scale else poor.score.served_rps
+
+    problem = random_problem(seed, device_count=8)
+    assigner = Assigner(problem)
+    oracle = brute_force(problem, assigner)
+    _, by_scale = ExactSearch(problem, assigner).relaxed()
+    poor = homogeneous_deployments(problem, assigner)[-1]
+    monkeypatch.setattr("oserve.plan.exact._CountModel.best", wrong)
+    found = ExactSearch(problem, assigner).solve()
+    assert compare(problem, oracle.score, found.best.score) == 0
+    assert found.optimality_gap == 0
 
 
 def test_without_time_the_first_deployment_stands_with_its_gap() -> None:

@@ -9,6 +9,11 @@ two levels of the paper, section 3, are one programme:
 
 with integer counts; if s < 1 the rate served is maximised instead. Then, with that value held, the
 fewest devices or the least power, and at last the most replicas of the current plan.
+
+A proof is only as good as its solver, and HiGHS has returned lesser solutions as optimal (its
+version 1.15.1, on these very programmes, without presolve). So every deployment found is scored
+anew, and an optimum is asked for twice, by different ways: once found with presolve, it is put to
+the solver without presolve whether anything better exists.
 """
 
 import math
@@ -28,6 +33,7 @@ from oserve.plan.score import EQUAL, Score, compare
 # What a value held from an earlier stage may lose: within EQUAL, so that it still counts as equal.
 _HOLD = EQUAL / 2
 _TIE_SECONDS = 2.0
+_CONFIRMATIONS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +95,15 @@ class ExactSearch:
             first = Scored(counts=nothing, score=self._assigner.score(nothing))
         deadline = self._seconds + self._time_limit_s
         _, by_scale = self.relaxed()
-        found, bound = self._stage(self._model(scale=by_scale), first, deadline)
+        found, bound = self._stage(self._model(scale=by_scale), first, deadline, confirm=break_ties)
         if by_scale and bound < 1 - EQUAL:
             by_scale = False
-            found, bound = self._stage(self._model(scale=False), found, deadline)
+            found, bound = self._stage(
+                self._model(scale=False), found, deadline, confirm=break_ties
+            )
         elif by_scale and found.score.scale < 1 - EQUAL:
             # Out of time before s >= 1 was reached or ruled out: what is served still counts.
-            found, _ = self._stage(self._model(scale=False), found, deadline)
+            found, _ = self._stage(self._model(scale=False), found, deadline, confirm=break_ties)
         if break_ties:
             until = min(deadline, self._seconds + _TIE_SECONDS)
             found = self._broken_ties(self._model(scale=by_scale), found, until)
@@ -118,10 +126,27 @@ class ExactSearch:
     def _seconds(self) -> float:
         return sum(model.programme.seconds for model in self._models.values())
 
-    def _stage(self, model: "_CountModel", first: Scored, deadline: float) -> tuple[Scored, float]:
+    def _stage(
+        self, model: "_CountModel", first: Scored, deadline: float, *, confirm: bool
+    ) -> tuple[Scored, float]:
         """The best value of the model's objective; what it can be at most."""
         counts, bound = model.best(deadline - self._seconds)
-        return self._better(first, counts), bound
+        found = self._better(first, counts)
+        achieved = _achieved(self._problem, found.score, by_scale=model.scale)
+        # A value above its own bound: the solver has erred, and its bound is worth nothing.
+        doubted = achieved > bound * (1 + EQUAL)
+        for _ in range(_CONFIRMATIONS if confirm else 0):
+            if achieved < bound * (1 - 2 * EQUAL):
+                break
+            outcome, counts = model.above(achieved * (1 + EQUAL), deadline - self._seconds)
+            better = self._better(found, counts)
+            if better is found:
+                doubted = doubted and outcome is not Outcome.INFEASIBLE
+                break
+            found, doubted = better, True
+            achieved = _achieved(self._problem, found.score, by_scale=model.scale)
+            bound = max(bound, achieved)
+        return found, model.relaxed() if doubted else max(bound, achieved)
 
     def _better(self, one: Scored, counts: Counts | None) -> Scored:
         if counts is None or counts == one.counts:
@@ -216,6 +241,16 @@ class _CountModel:
             return None, self.relaxed()
         return counts, self.programme.bound * self._objective_unit
 
+    def above(self, value: float, left_s: float) -> tuple[Outcome, Counts | None]:
+        """Counts of a value of at least this, sought without presolve; usually there are none."""
+        if value >= self.relaxed() or left_s <= 0:
+            return Outcome.INFEASIBLE, None
+        self.hold(value)
+        outcome = self.programme.solve(time_limit_s=left_s, presolve=False)
+        counts = self._counts() if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE} else None
+        self.release()
+        return outcome, counts
+
     def hold(self, value: float) -> None:
         """From now on the objective's value is at least this."""
         held = np.array([value / self._objective_unit])
@@ -257,6 +292,9 @@ class _CountModel:
         outcome = self.programme.solve(time_limit_s=left_s)
         if outcome not in {Outcome.OPTIMAL, Outcome.FEASIBLE}:
             return None
+        return self._counts()
+
+    def _counts(self) -> Counts:
         counts = [0] * len(self._problem.options)
         for i, value in zip(self._options, self.programme.values, strict=False):
             counts[i] = round(value)

@@ -66,6 +66,10 @@ class Programme:
             "mip_feasibility_tolerance": 1e-8,
             "mip_rel_gap": relative_gap,
             "mip_abs_gap": 0.0,
+            # These programmes are small: these heuristics cost more than they bring.
+            "mip_heuristic_run_feasibility_jump": False,
+            "mip_heuristic_run_rins": False,
+            "mip_heuristic_run_rens": False,
         }
         for name, value in options.items():
             self._highs.setOptionValue(name, value)
@@ -89,9 +93,14 @@ class Programme:
         indices = np.arange(self._width, dtype=np.int32)
         self._highs.changeColsCost(self._width, indices, costs)
 
-    def solve(self, *, time_limit_s: float = math.inf) -> Outcome:
-        """Solve within about ``time_limit_s`` seconds (HiGHS's own clock)."""
+    def solve(self, *, time_limit_s: float = math.inf, presolve: bool = True) -> Outcome:
+        """Solve within about ``time_limit_s`` seconds (HiGHS's own clock).
+
+        ``presolve`` concerns mixed-integer programmes only; without it HiGHS takes another way to
+        the same answer.
+        """
         if self._integer:
+            self._highs.setOptionValue("presolve", "choose" if presolve else "off")
             self._highs.setOptionValue("time_limit", max(0.0, time_limit_s))
         self._highs.run()
         status = self._highs.getModelStatus()
