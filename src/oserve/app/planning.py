@@ -216,7 +216,7 @@ def _whole(shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deployment | None:
-    """The smallest tensor-parallel size with room, no pipeline, chunk budget nearest 2,048."""
+    """The smallest tensor-parallel size that serves every type, vLLM's usual chunk budget."""
 
     def unusual(deployment: Deployment) -> tuple[float, ...]:
         shapes = [shape for shape, _ in used_shapes(problem, deployment)]
@@ -228,18 +228,8 @@ def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deploymen
             *(float(shape.precision is not Precision.BF16) for shape in shapes),
         )
 
-    able = [item for item in homogeneous if all(share > 0 for share in _free_room(problem, item))]
+    able = [item for item in homogeneous if item.score.scale > 0]
     return min(able, key=unusual, default=None)
-
-
-def _free_room(problem: PlanProblem, deployment: Deployment) -> list[float]:
-    """Tokens of KV cache beyond one longest request, per used option."""
-    longest = max(kind.prompt_tokens + kind.output_tokens for kind in problem.types)
-    return [
-        option.kv_tokens - longest
-        for option, count in zip(problem.options, deployment.counts, strict=True)
-        if count
-    ]
 
 
 def _refuse_unmet(question: Question, table: Sequence[ShapePerformance]) -> None:
