@@ -24,6 +24,8 @@ _ASSUMED_S = 1800.0
 # The assumed mix has no rate of its own. A trickle always fits, so the plan is for the mix alone.
 _TRICKLE = 1e-3
 _TIME_LIMIT_S = 10.0
+# Different replicas must be worth more than the model errs by.
+_MIN_GAIN = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,7 @@ def first_plan(
             limits={kind.name: limits for kind in demand.types},
             time_limit_s=_TIME_LIMIT_S,
             candidates=0,
+            min_gain=_MIN_GAIN,
         )
     )
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)

@@ -32,7 +32,11 @@ _LEAST_SHARE = 0.005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used."""
+    """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
+
+    Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
+    deployment, or that one is taken: it is simpler, and the model errs by some per cent.
+    """
 
     model: str
     devices: tuple[Device, ...]
@@ -48,6 +52,7 @@ class Question:
     seed: int = 0
     time_limit_s: float = 60.0
     candidates: int = 10
+    min_gain: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +97,7 @@ class Answer:
     @property
     def gain(self) -> float:
         """Of the plan over the best homogeneous deployment, as a ratio of what was sought."""
-        best, base = self.planned.best.score, self.baseline.score
-        if self.planned.bounds_scale:
-            return best.scale / base.scale if base.scale > 0 else math.inf
-        return best.served_rps / base.served_rps if base.served_rps > 0 else math.inf
+        return _gain(self.planned, self.planned.best, self.baseline)
 
 
 def answer(question: Question) -> Answer:
@@ -127,6 +129,8 @@ def answer(question: Question) -> Answer:
         seed=question.seed,
         candidates=question.candidates,
     )
+    if _gain(planned, planned.best, planned.homogeneous[0]) < 1 + question.min_gain:
+        planned = replace(planned, best=planned.homogeneous[0])
     placed = place_deployment(problem, planned.best)
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]
@@ -143,6 +147,13 @@ def answer(question: Question) -> Answer:
         table_s=tabled - started,
         solve_s=solved - tabled,
     )
+
+
+def _gain(planned: Planned, best: Deployment, base: Deployment) -> float:
+    """Of one deployment over another in what was sought: the scale, else the rate served."""
+    if planned.bounds_scale:
+        return best.score.scale / base.score.scale if base.score.scale > 0 else math.inf
+    return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
 
 
 def predict(question: Question, problem: PlanProblem, deployment: Deployment) -> Predicted:

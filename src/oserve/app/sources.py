@@ -18,7 +18,7 @@ _CHUNKS = (512, 1024, 2048, 4096, 8192)
 _SEQS = (128, 256)
 # A slot of a CPU computes a hundredth of what a GPU does, so its steps must be smaller.
 _CPU_CHUNKS = (256, 512, 1024, 2048)
-_CPU_SEQS = (16, 32, 64)
+_CPU_SEQS = (16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

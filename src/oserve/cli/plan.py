@@ -82,6 +82,12 @@ def plan(
         float | None,
         typer.Option(help="Capacity past this multiple of the demand is worth nothing."),
     ] = None,
+    min_gain: Annotated[
+        float,
+        typer.Option(
+            help="What different replicas must gain over the best homogeneous: 0.03 is 3 %."
+        ),
+    ] = 0.0,
     current: Annotated[
         str | None, typer.Option(help="The plan that runs now (YAML): stay close to it.")
     ] = None,
@@ -144,6 +150,7 @@ def plan(
             current=load_plan(current) if current else None,
             seed=seed,
             time_limit_s=time_limit_s,
+            min_gain=min_gain,
         )
     )
     _give(found, explain=explain, as_json=as_json, plot=plot, output=output)
