@@ -27,7 +27,7 @@ from oserve.perf.capacity import ClosedLoop, closed_loop
 from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
 
-LIMITS = ((256, 8), (512, 16), (2048, 32))
+LIMITS = ((256, 8), (1024, 32))
 # Prompt tokens, output tokens, requests in flight.
 TYPES = ((64, 100, 4), (64, 100, 16), (300, 40, 8), (1000, 60, 2), (1000, 60, 16), (3000, 30, 4))
 WARM = 1.5

@@ -28,7 +28,7 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
         precision=Precision.FP32,
         max_num_batched_tokens=256,
         max_num_seqs=4,
-        kv_cache_memory_bytes=32 * MiB,
+        kv_cache_memory_bytes=64 * MiB,
     )
     model = find_model(str(tiny_model))
     begun: list[int] = []

@@ -32,10 +32,11 @@ _WINDOW = 24
 _AFTER = 4
 _WARM_TOKENS = 4
 _PROMPT_REPEATS = 3
-# Cores that others may use while a step is measured, and how long to wait for fewer.
+# Cores that others may use while a step is measured, how often to look, and how long to wait for
+# it in all.
 _CALM_CORES = 0.2
 _CALM_LOOK_S = 0.25
-_CALM_LOOKS = 12
+_PATIENCE_S = 120.0
 # Share of the KV cache that streams may fill; more, and the engine would preempt.
 _FILLED = 0.8
 # Tokens that streams with long contexts hold together: computing them first takes most of the time.
@@ -104,7 +105,8 @@ class StepMeter:
     """Measures the steps of a course on one engine.
 
     ``stages``: pipeline stages. ``progress`` is called after each step of each round. ``watch``:
-    wait for, and measure again, times at which other processes keep the processors busy.
+    wait, within limits, while other processes keep the processors busy, and prefer what was
+    measured without them.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class StepMeter:
         self._stages = stages
         self._watch = watch
         self._progress = progress
+        self._patience_s = _PATIENCE_S
 
     async def run(self, course: Course) -> tuple[ProfileStep, ...]:
         """Medians over the rounds, step by step; rounds, so that no disturbance hits one alone."""
@@ -142,12 +145,22 @@ class StepMeter:
         """What is measured, with the cores that others used meanwhile."""
         if not self._watch:
             return await measure()
-        await _calm()
+        await self._calm()
         before, begin_s = foreign_cpu_s(), time.perf_counter()
         found = await measure()
         after, wall_s = foreign_cpu_s(), time.perf_counter() - begin_s
         foreign = 0.0 if before is None or after is None else (after - before) / wall_s
         return [replace(sample, foreign=foreign) for sample in found]
+
+    async def _calm(self) -> None:
+        """Wait until other processes use little of the processors, while patience lasts."""
+        while self._patience_s > 0:
+            before = foreign_cpu_s()
+            await asyncio.sleep(_CALM_LOOK_S)
+            after = foreign_cpu_s()
+            if before is None or after is None or after - before <= _CALM_CORES * _CALM_LOOK_S:
+                return
+            self._patience_s -= _CALM_LOOK_S
 
     async def _prompts(self, length: int) -> list[_Sample]:
         """A prompt alone, a few times over: seconds to the first token."""
@@ -236,16 +249,6 @@ async def _until(
                 remedy="measure with a longer context (max_model_len)",
             )
         await asyncio.sleep(0.005)
-
-
-async def _calm() -> None:
-    """Wait, within limits, until other processes use little of the processors."""
-    for _ in range(_CALM_LOOKS):
-        before = foreign_cpu_s()
-        await asyncio.sleep(_CALM_LOOK_S)
-        after = foreign_cpu_s()
-        if before is None or after is None or after - before <= _CALM_CORES * _CALM_LOOK_S:
-            return
 
 
 def _sample(

@@ -13,7 +13,8 @@ fewest devices or the least power, and at last the most replicas of the current 
 A proof is only as good as its solver, and HiGHS has returned lesser solutions as optimal (its
 version 1.15.1, on these very programmes, without presolve). So every deployment found is scored
 anew, and an optimum is asked for twice, by different ways: once found with presolve, it is put to
-the solver without presolve whether anything better exists.
+the solver without presolve whether anything better by 1e-4 exists (for a second at most; if that
+is not enough, the first proof stands alone).
 """
 
 import math
@@ -33,7 +34,10 @@ from oserve.plan.score import EQUAL, Score, compare
 # What a value held from an earlier stage may lose: within EQUAL, so that it still counts as equal.
 _HOLD = EQUAL / 2
 _TIE_SECONDS = 2.0
+# The second opinion: how often, how long, and by how much better a deployment must be to count.
 _CONFIRMATIONS = 3
+_CONFIRM_SECONDS = 1.0
+_CONFIRM_MARGIN = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +142,8 @@ class ExactSearch:
         for _ in range(_CONFIRMATIONS if confirm else 0):
             if achieved < bound * (1 - 2 * EQUAL):
                 break
-            outcome, counts = model.above(achieved * (1 + EQUAL), deadline - self._seconds)
+            left_s = min(deadline - self._seconds, _CONFIRM_SECONDS)
+            outcome, counts = model.above(achieved * (1 + _CONFIRM_MARGIN), left_s)
             better = self._better(found, counts)
             if better is found:
                 doubted = doubted and outcome is not Outcome.INFEASIBLE
@@ -262,8 +267,9 @@ class _CountModel:
         self._set_costs(-self._sizes / self._size_unit, 0.0)
         # The relaxed size, rounded up to whole devices, is often proof enough.
         least = -self.programme.relaxed_value() * self._size_unit
-        least = math.ceil(least - 1e-4) if self._integer_sizes else least * (1 + EQUAL)
-        if not math.isfinite(least) or least >= size or left_s <= 0:
+        if self._integer_sizes and math.isfinite(least):
+            least = math.ceil(least - 1e-4)
+        if least * (1 + EQUAL) >= size or left_s <= 0:
             return None
         return self._solved(left_s)
 

@@ -120,6 +120,7 @@ class Programme:
     def relaxed_value(self) -> float:
         """The optimum if integer columns might be fractional: a bound; infinite if unsolved."""
         self._highs.setOptionValue("solve_relaxation", True)
+        self._highs.setOptionValue("time_limit", math.inf)
         self._highs.run()
         solved = self._highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
         value = self.value if solved else math.inf
