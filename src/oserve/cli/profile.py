@@ -143,7 +143,10 @@ def _reporting() -> Iterator[Report]:
 
 
 def _show(made: Profile) -> None:
-    table = Table("shape", "KV tokens", "prefill tokens/s", title=made.machine)
+    table = Table(title=made.machine)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("KV tokens", justify="right")
+    table.add_column("prefill tokens/s", justify="right")
     for count in _SHOWN_SEQS:
         table.add_column(f"decode tokens/s, {count} seqs", justify="right")
     table.add_column("fit error", justify="right")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from oserve.perf.roofline import Coefficients, StepModel
 
@@ -38,6 +37,9 @@ def fit_coefficients(
     with bounds over 0; ``tied`` maps a name to the free one whose value it takes. A log error
     weighs a step of 1 ms like one of 1 s, and a factor two too fast like one too slow.
     """
+    # Loading it takes longer than most commands that import this module.
+    from scipy.optimize import least_squares  # noqa: PLC0415
+
     names = list(free)
     low = np.log([free[name][0] for name in names])
     high = np.log([free[name][1] for name in names])

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import combinations, count, islice
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from oserve.core import (
     Backend,
@@ -286,6 +285,9 @@ class _Seats:
             ]
         )
         if overlap.any():
+            # Loading it takes longer than most commands that import this module.
+            from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
+
             _, columns = linear_sum_assignment(overlap, maximize=True)
         else:
             columns = np.arange(len(shards))
