@@ -14,6 +14,7 @@ from oserve.app.quiet import foreign_cpu_s
 @pytest.mark.parametrize("kv_tokens", [2048, 65536])
 def test_nothing_beyond_the_limits_is_measured(chunk: int, seqs: int, kv_tokens: int) -> None:
     course = plan_course(chunk=chunk, seqs=seqs, max_model_len=8192, kv_tokens=kv_tokens)
+    assert all(point.seqs < seqs for point in course.points if point.prompts)
     assert all(length <= chunk for length in course.prompts)
     for point in course.points:
         assert point.seqs <= seqs

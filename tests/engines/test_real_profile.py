@@ -43,8 +43,8 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
         )
         async with EngineClient(state.endpoint, vocab=model.vocab) as client:
             assert await client.facts() == facts
-    assert entry.kv_tokens == facts.kv_tokens == 32 * MiB // 4096
-    assert entry.kv_cache_memory_bytes == 32 * MiB
+    assert entry.kv_tokens == facts.kv_tokens == 64 * MiB // 4096
+    assert entry.kv_cache_memory_bytes == 64 * MiB
     assert (entry.max_model_len, facts.version) == (8192, "vLLM 0.32.0")
     assert sum(done) == begun[0] == len(entry.steps)
     assert all(0 < step.seconds < 60 for step in entry.steps)

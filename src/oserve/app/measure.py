@@ -75,7 +75,12 @@ def plan_course(
     if chunk not in prompts:
         prompts.append(chunk)
     counts = [2**i for i in range(10) if 2**i <= seqs]
-    joined = {4: (64, 256, 1024), 16: (64, 512, 1536)}
+    # Prompts join only where a place is left, or they would wait for a stream to end.
+    roomy = [count for count in counts if count < seqs]
+    joined: dict[int, tuple[int, ...]] = {}
+    for most, lengths in ((16, (64, 512, 1536)), (4, (64, 256, 1024))):
+        if some := [count for count in roomy if count <= most]:
+            joined[some[-1]] = lengths
     points = []
     wanted = [(32, count) for count in counts]
     wanted += [(min(1024, max(128, _LONG_TOTAL // count)), count) for count in counts]
