@@ -13,7 +13,7 @@ help:
 serve:
 	@$(PYTHON) tools/setup.py --engine --model $(MODEL)
 	@$(BIN)/oserve serve $(MODEL) --port $(PORT) --set 'engines.variants={int8: $(MODEL)-int8}' \
-		--set planning.slo_ttft_ms=2000 --set planning.slo_tpot_ms=100 $(ARGS)
+		--set planning.slo_ttft_ms=4000 --set planning.slo_tpot_ms=200 $(ARGS)
 
 test:
 	@$(PYTHON) tools/setup.py --dev --engine
