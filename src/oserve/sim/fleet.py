@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
-from oserve.sim import gate, kernel, layout
+from oserve.sim import gate, kernel, layout, lockstep
 from oserve.sim.compiled import HAS_NUMBA, plain
 from oserve.sim.memory import (
     picoseconds,
@@ -257,13 +257,6 @@ class Fleet:
         state = self._state
         self._run(kernel.observe)(state, state.glob[layout.NOW])
         rows = _array(state.req).reshape(-1, layout.REQUEST)
-        made = rows[:, layout.MADE].copy()
-        for index in range(len(self._names)):
-            at = state.where[index]
-            for slot in range(state.mem[at + layout.RUN]):
-                request = state.mem[at + state.mem[at + layout.RUN_ID] + slot]
-                left = state.mem[at + state.mem[at + layout.RUN_LEFT] + slot]
-                made[request] = rows[request, layout.OUTPUT] - left
         return FleetResults(
             now_s=self.now_s,
             arrival_s=rows[:, layout.ARRIVAL] / layout.PS,
@@ -275,7 +268,7 @@ class Fleet:
             replays=rows[:, layout.REPLAYS].copy(),
             prompt_tokens=self._requests.prompt_tokens,
             output_tokens=self._requests.output_tokens,
-            made_tokens=made,
+            made_tokens=rows[:, layout.MADE].copy(),
             reused_tokens=rows[:, layout.REUSED].copy(),
             class_index=self._requests.class_index,
             replica_names=tuple(self._names),
@@ -300,15 +293,11 @@ class Fleet:
         poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
         rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
         for source, target in zip(poor, reversed(rich), strict=False):
-            at = self._place(source.name)
-            mem = self._state.mem
-            slots = sorted(
-                (mem[at + mem[at + layout.RUN_DONE] + slot], slot)
-                for slot in range(mem[at + layout.RUN])
-            )
-            ids = at + mem[at + layout.RUN_ID]
+            rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+            running = rows[:, layout.STATUS] == layout.RUNNING
+            here = np.flatnonzero(running & (rows[:, layout.ON] == self._index(source.name)))
             moved = 0
-            for request in [int(mem[ids + slot]) for _, slot in slots]:
+            for request in here[np.argsort(rows[here, layout.COMPUTED], kind="stable")].tolist():
                 if moved == wanted.moves:
                     break
                 moved += self.migrate(request, target.name)
@@ -316,12 +305,8 @@ class Fleet:
     def _replica(self, index: int, name: str) -> ReplicaObservation:
         mem, at = self._state.mem, self._state.where[index]
         now = self._state.glob[layout.NOW]
-        free = mem[at + layout.FREE] + mem[at + layout.REUSABLE]
-        if mem[at + layout.JUMP] > 0:
-            done = at + mem[at + layout.RUN_DONE]
-            for slot in range(mem[at + layout.RUN]):
-                # The step on its way has taken its blocks.
-                free -= int(mem[done + slot] % layout.BLOCK == 0)
+        # The step on its way has taken its blocks.
+        free = self._run(lockstep.free_blocks)(mem, at, now + 1)
         totals = self._totals(index)
         return ReplicaObservation(
             name=name,

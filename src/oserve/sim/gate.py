@@ -5,12 +5,10 @@ replicas are seen. Who can no longer meet the first limit goes behind all who st
 past the second is refused.
 """
 
-from oserve.control.pick import NO_REPLICA
 from oserve.control.pick import pick as plain_pick
 from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.finish import book, close, wait_at
-from oserve.sim.jump import free_blocks
 from oserve.sim.layout import (
     BLOCKS,
     CLASS,
@@ -24,10 +22,10 @@ from oserve.sim.layout import (
     INFLIGHT,
     IS_LATE,
     LEAST_REQUESTS,
-    LEAST_WORK,
     MADE,
     MAX_INFLIGHT,
     MAX_QUEUED,
+    NEXT,
     NONE,
     ON,
     ORDER,
@@ -43,8 +41,8 @@ from oserve.sim.layout import (
     QUEUED,
     READY,
     REFUSED,
-    REPLICAS,
     REPLAYS,
+    REPLICAS,
     REQUEST,
     ROLE,
     ROUND_ROBIN,
@@ -54,10 +52,9 @@ from oserve.sim.layout import (
     STATUS,
     TURN,
     WAIT,
-    WAIT_COUNT,
-    NEXT,
 )
 from oserve.sim.lists import pop, push
+from oserve.sim.lockstep import free_blocks
 from oserve.sim.state import State
 
 # The live router's choice, compiled.
