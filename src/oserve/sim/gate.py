@@ -164,6 +164,12 @@ def by_share(s: State, row: int) -> int:
 
 
 @compiled
+def free_at(s: State, index: int, now: int) -> int:
+    """Blocks that no request holds on a replica, before steps that begin now."""
+    return free_blocks(s.mem, s.where[index], now)
+
+
+@compiled
 def freeness(s: State, index: int, now: int) -> float:
     """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
     at = s.where[index]
@@ -199,13 +205,7 @@ def choose(s: State, request: int, now: int) -> int:
     if policy == POOLS:
         overflow_s = s.glob[OVERFLOW_PS] / PS
         chosen, _ = pick(
-            s.shares[row : row + replicas],
-            s.work[:replicas],
-            s.own[:replicas],
-            s.inflight[:replicas],
-            s.most[:replicas],
-            s.fits[:replicas],
-            overflow_s,
+            s.shares, s.work, s.own, s.inflight, s.most, s.fits, overflow_s, replicas, row
         )
         return chosen
     if policy == ROUND_ROBIN:
