@@ -268,6 +268,11 @@ class Fleet:
             totals=tuple(self._totals(index) for index in range(len(self._names))),
         )
 
+    def books(self, name: str) -> tuple[int, int]:
+        """What a replica owes, in picoseconds of expected work and in requests."""
+        at = self._place(name)
+        return int(self._state.mem[at + layout.OWED]), int(self._state.mem[at + layout.INFLIGHT])
+
     # -- within ---------------------------------------------------------------------------------
     def _advance(self, end: int) -> None:
         self._flush()
