@@ -69,6 +69,8 @@ class Fleet:
         if count and not 0 <= requests.class_index.min() <= requests.class_index.max() < classes:
             raise ValueError("class_index must lie in [0, classes)")
         options = gateway or GatewayOptions()
+        if closed_loop > 0 and options.shed_after_s is not None:
+            raise ValueError("a closed loop does not shed: its clients wait")
         self._requests = requests
         self._classes = classes
         self._skip = int(skip)
@@ -170,6 +172,8 @@ class Fleet:
         """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
         place = self._place(name)
         phase = self._state.mem[place + layout.PHASE]
+        if phase == layout.LOADING:
+            self._state.mem[place + layout.DUE] = layout.NEVER
         if phase in {layout.LOADING, layout.READY}:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
