@@ -1,4 +1,4 @@
-"""The simulator's semantics once more, step by step and object by object: slow, and meant to be read.
+"""The simulator's semantics once more, step by step and object by object: slow, but easy to read.
 
 Shares no code with the kernel. Where the kernel skips many steps in closed form, this takes each of
 them; both count whole picoseconds, so all moments must be equal to the last bit.

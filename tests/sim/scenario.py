@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from sim.reference import PS, Engine, Job, Reference
 
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.sim.fleet import Fleet
 from oserve.sim.steps import StepTables
 from oserve.sim.words import GatewayOptions, Link, Policy, RequestTable, Status
+from sim.reference import PS, Engine, Job, Reference
 
 POLICIES = {
     "pools": Policy.POOLS,

@@ -170,6 +170,8 @@ class Fleet:
 
     def drain(self, name: str) -> None:
         """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
+        if name not in self._names:
+            return
         place = self._place(name)
         phase = self._state.mem[place + layout.PHASE]
         if phase == layout.LOADING:
@@ -180,7 +182,7 @@ class Fleet:
 
     def remove(self, name: str, *, replay: bool = True) -> None:
         """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
-        if self._phase(name) == layout.GONE:
+        if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
         self._kernel.do("remove", self._index(name), int(replay), now)
@@ -189,7 +191,7 @@ class Fleet:
     def set_routing(
         self, policy: Policy = Policy.POOLS, shares: Mapping[int, Mapping[str, float]] | None = None
     ) -> None:
-        """``shares[class][replica]`` are fractions; replicas that are not there yet may be named."""
+        """``shares[class][replica]`` are fractions; replicas yet to come may be named."""
         self._state.glob[layout.POLICY] = int(policy)
         self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
         self._share(keep_credit=False)
@@ -233,20 +235,25 @@ class Fleet:
 
     def observe(self) -> FleetObservation:
         """The fleet now; replicas that are gone are left out."""
-        state, now = self._state, self._state.glob[layout.NOW]
-        self._flush()
-        self._kernel.do("observe", now)
+        state = self._state
         came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
         self._seen = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
             queued=int(state.queue[0] + state.late[0]),
             arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
-            replicas=tuple(
-                self._replica(index, name)
-                for index, name in enumerate(self._names)
-                if state.mem[state.where[index] + layout.PHASE] != layout.GONE
-            ),
+            replicas=self.replicas(),
+        )
+
+    def replicas(self) -> tuple[ReplicaObservation, ...]:
+        """Those that are not gone, as they are now."""
+        state = self._state
+        self._flush()
+        self._kernel.do("observe", state.glob[layout.NOW])
+        return tuple(
+            self._replica(index, name)
+            for index, name in enumerate(self._names)
+            if state.mem[state.where[index] + layout.PHASE] != layout.GONE
         )
 
     def results(self) -> FleetResults:
@@ -290,7 +297,7 @@ class Fleet:
 
     def _balance(self, wanted: Rebalance) -> None:
         """One round of rebalancing."""
-        seen = self.observe().replicas
+        seen = self.replicas()
         ready = [item for item in seen if item.phase is ReplicaPhase.READY]
         poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
         rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
