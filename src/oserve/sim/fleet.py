@@ -6,15 +6,16 @@ the live one: of a request's output it knows ``expected_output_tokens``, nothing
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
-from oserve.sim import gate, kernel, layout, lockstep
-from oserve.sim.compiled import HAS_NUMBA, plain
+from oserve.sim import layout
+from oserve.sim.compiled import HAS_NUMBA
+from oserve.sim.entry import Kernel
 from oserve.sim.memory import (
     picoseconds,
     replica_rows,
@@ -68,9 +69,10 @@ class Fleet:
         if count and not 0 <= requests.class_index.min() <= requests.class_index.max() < classes:
             raise ValueError("class_index must lie in [0, classes)")
         options = gateway or GatewayOptions()
+        if closed_loop > 0 and options.shed_after_s is not None:
+            raise ValueError("a closed loop does not shed: its clients wait")
         self._requests = requests
         self._classes = classes
-        self._compiled = HAS_NUMBA if compiled is None else compiled and HAS_NUMBA
         self._skip = int(skip)
         self._rebalance = rebalance
         self._rounds = 0
@@ -88,26 +90,20 @@ class Fleet:
         glob[layout.CLOSED] = closed_loop
         glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
         sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
-        heap = np.zeros(count + 1, dtype=np.int64)
-        empty, nothing = np.zeros(0, dtype=np.int64), np.zeros(0)
-        self._state = State(
-            req=self._flat(request_rows(requests, options, closed_loop)),
-            mem=self._flat(empty),
-            ses=self._flat(session_rows(sessions)),
-            glob=self._flat(glob),
-            where=self._flat(empty),
-            queue=self._flat(heap),
-            late=self._flat(heap),
-            moves=self._flat(heap),
-            shares=self._flat(nothing),
-            credit=self._flat(nothing),
-            costs=self._flat(nothing),
-            work=self._flat(nothing),
-            own=self._flat(nothing),
-            inflight=self._flat(empty),
-            most=self._flat(empty),
-            fits=self._flat(empty),
+        whole = np.zeros(0, dtype=np.int64)
+        state = State(
+            req=request_rows(requests, options, closed_loop),
+            ses=session_rows(sessions),
+            glob=glob,
+            **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
+            **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
+            **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
         )
+        self._kernel = Kernel(state, compiled=HAS_NUMBA and compiled is not False)
+
+    @property
+    def _state(self) -> State:
+        return self._kernel.state
 
     @property
     def now_s(self) -> float:
@@ -160,14 +156,13 @@ class Fleet:
         own = [costs.prefill_s_per_token, costs.decode_s_per_token]
         self._names.append(name)
         self._roles.append(shape.role)
-        self._state = state._replace(
-            mem=self._flat(np.concatenate([_array(state.mem), rows])),
-            where=self._flat(np.append(_array(state.where), len(state.mem))),
-            costs=self._flat(np.append(np.asarray(state.costs, dtype=np.float64), own)),
-            **{
-                field: self._flat(np.zeros(index + 1, dtype=float if place < 2 else np.int64))
-                for place, field in enumerate(_SCRATCH)
-            },
+        whole = np.zeros(index + 1, dtype=np.int64)
+        self._kernel.change(
+            mem=np.concatenate([_array(state.mem), rows]),
+            where=np.append(_array(state.where), len(state.mem)),
+            costs=np.append(np.asarray(state.costs, dtype=np.float64), own),
+            **dict.fromkeys(("inflight", "most", "fits"), whole),
+            **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
         )
         self._state.glob[layout.REPLICAS] = index + 1
         self._share(keep_credit=True)
@@ -175,24 +170,28 @@ class Fleet:
 
     def drain(self, name: str) -> None:
         """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
+        if name not in self._names:
+            return
         place = self._place(name)
         phase = self._state.mem[place + layout.PHASE]
+        if phase == layout.LOADING:
+            self._state.mem[place + layout.DUE] = layout.NEVER
         if phase in {layout.LOADING, layout.READY}:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
 
     def remove(self, name: str, *, replay: bool = True) -> None:
         """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
-        if self._phase(name) == layout.GONE:
+        if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
-        self._run(kernel.remove)(self._state, self._index(name), int(replay), now)
+        self._kernel.do("remove", self._index(name), int(replay), now)
         self._dirty = True
 
     def set_routing(
         self, policy: Policy = Policy.POOLS, shares: Mapping[int, Mapping[str, float]] | None = None
     ) -> None:
-        """``shares[class][replica]`` are fractions; replicas that are not there yet may be named."""
+        """``shares[class][replica]`` are fractions; replicas yet to come may be named."""
         self._state.glob[layout.POLICY] = int(policy)
         self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
         self._share(keep_credit=False)
@@ -206,7 +205,7 @@ class Fleet:
         """
         now = self._state.glob[layout.NOW]
         target = self._index(to)
-        return bool(self._run(kernel.migrate)(self._state, request, target, now))
+        return bool(self._kernel.do("migrate", request, target, now))
 
     def advance(self, until_s: float) -> None:
         """Let everything up to and at that time happen. Times in the past do nothing."""
@@ -224,11 +223,11 @@ class Fleet:
         limit = picoseconds(limit_s)
         while self.ended < len(self._requests):
             self._flush()
-            due = self._run(kernel.next_moment)(self._state)
+            due = self._kernel.do("next_moment")
             if due >= limit or due == layout.NEVER:
                 break
             if self._rebalance is None:
-                self._run(kernel.advance)(self._state, limit, self._skip)
+                self._kernel.do("advance", limit, self._skip)
             else:
                 self.advance(max(due / layout.PS, self.now_s + self._rebalance.interval_s))
         if limit < layout.NEVER:
@@ -236,26 +235,31 @@ class Fleet:
 
     def observe(self) -> FleetObservation:
         """The fleet now; replicas that are gone are left out."""
-        state, now = self._state, self._state.glob[layout.NOW]
-        self._flush()
-        self._run(kernel.observe)(state, now)
+        state = self._state
         came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
         self._seen = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
             queued=int(state.queue[0] + state.late[0]),
             arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
-            replicas=tuple(
-                self._replica(index, name)
-                for index, name in enumerate(self._names)
-                if state.mem[state.where[index] + layout.PHASE] != layout.GONE
-            ),
+            replicas=self.replicas(),
+        )
+
+    def replicas(self) -> tuple[ReplicaObservation, ...]:
+        """Those that are not gone, as they are now."""
+        state = self._state
+        self._flush()
+        self._kernel.do("observe", state.glob[layout.NOW])
+        return tuple(
+            self._replica(index, name)
+            for index, name in enumerate(self._names)
+            if state.mem[state.where[index] + layout.PHASE] != layout.GONE
         )
 
     def results(self) -> FleetResults:
         """What became of every request so far."""
         state = self._state
-        self._run(kernel.observe)(state, state.glob[layout.NOW])
+        self._kernel.do("observe", state.glob[layout.NOW])
         rows = _array(state.req).reshape(-1, layout.REQUEST)
         return FleetResults(
             now_s=self.now_s,
@@ -275,20 +279,25 @@ class Fleet:
             totals=tuple(self._totals(index) for index in range(len(self._names))),
         )
 
+    def books(self, name: str) -> tuple[int, int]:
+        """What a replica owes, in picoseconds of expected work and in requests."""
+        at = self._place(name)
+        return int(self._state.mem[at + layout.OWED]), int(self._state.mem[at + layout.INFLIGHT])
+
     # -- within ---------------------------------------------------------------------------------
     def _advance(self, end: int) -> None:
         self._flush()
-        self._run(kernel.advance)(self._state, end, self._skip)
+        self._kernel.do("advance", end, self._skip)
         self._state.glob[layout.NOW] = max(self._state.glob[layout.NOW], end)
 
     def _flush(self) -> None:
         if self._dirty:
             self._dirty = False
-            self._run(kernel.flush)(self._state, self._skip)
+            self._kernel.do("flush", self._skip)
 
     def _balance(self, wanted: Rebalance) -> None:
         """One round of rebalancing."""
-        seen = self.observe().replicas
+        seen = self.replicas()
         ready = [item for item in seen if item.phase is ReplicaPhase.READY]
         poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
         rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
@@ -306,7 +315,7 @@ class Fleet:
         mem, at = self._state.mem, self._state.where[index]
         now = self._state.glob[layout.NOW]
         # The step on its way has taken its blocks.
-        free = self._run(lockstep.free_blocks)(mem, at, now + 1)
+        free = self._kernel.do("free_at", index, now + 1)
         totals = self._totals(index)
         return ReplicaObservation(
             name=name,
@@ -317,7 +326,7 @@ class Fleet:
             inflight=int(mem[at + layout.INFLIGHT]),
             owed_s=mem[at + layout.OWED] / layout.PS,
             kv_usage=1.0 - free / mem[at + layout.BLOCKS],
-            freeness=float(self._run(gate.freeness)(self._state, index, now)),
+            freeness=float(self._kernel.do("freeness", index, now)),
             busy_s=totals.busy_s,
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
@@ -344,9 +353,7 @@ class Fleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._state = self._state._replace(
-            shares=self._flat(shares.reshape(-1)), credit=self._flat(credit.reshape(-1))
-        )
+        self._kernel.change(shares=shares.reshape(-1), credit=credit.reshape(-1))
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""
@@ -357,12 +364,6 @@ class Fleet:
 
     def _phase(self, name: str) -> int:
         return int(self._state.mem[self._place(name) + layout.PHASE])
-
-    def _flat(self, values: Any) -> Any:
-        return values.copy() if self._compiled else values.tolist()
-
-    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if self._compiled else plain(function)
 
 
 def _array(values: Any) -> Any:

@@ -4,9 +4,9 @@
     step = decodes[d]                   nothing but decoding
     ... + kv_rate * (tokens that decoding attends to) + pair_rate * (pairs of prompts' tokens)
 
-Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models that
-are affine in both and treat tokens of prompts and of decoding alike, as the roofline is. Tables of
-other models hold at a usual context.
+Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models
+that are affine in both and treat tokens of prompts and of decoding alike, as the roofline is.
+Tables of other models hold at a usual context.
 """
 
 from dataclasses import dataclass
