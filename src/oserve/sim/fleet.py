@@ -91,15 +91,15 @@ class Fleet:
         glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
         sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
         whole = np.zeros(0, dtype=np.int64)
-        state = State(
-            req=request_rows(requests, options, closed_loop),
-            ses=session_rows(sessions),
-            glob=glob,
+        arrays = {
+            "req": request_rows(requests, options, closed_loop),
+            "ses": session_rows(sessions),
+            "glob": glob,
             **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
             **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
             **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
-        )
-        self._kernel = Kernel(state, compiled=HAS_NUMBA and compiled is not False)
+        }
+        self._kernel = Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
 
     @property
     def _state(self) -> State:
@@ -158,11 +158,13 @@ class Fleet:
         self._roles.append(shape.role)
         whole = np.zeros(index + 1, dtype=np.int64)
         self._kernel.change(
-            mem=np.concatenate([_array(state.mem), rows]),
-            where=np.append(_array(state.where), len(state.mem)),
-            costs=np.append(np.asarray(state.costs, dtype=np.float64), own),
-            **dict.fromkeys(("inflight", "most", "fits"), whole),
-            **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            {
+                "mem": np.concatenate([_array(state.mem), rows]),
+                "where": np.append(_array(state.where), len(state.mem)),
+                "costs": np.append(np.asarray(state.costs, dtype=np.float64), own),
+                **dict.fromkeys(("inflight", "most", "fits"), whole),
+                **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            }
         )
         self._state.glob[layout.REPLICAS] = index + 1
         self._share(keep_credit=True)
@@ -353,7 +355,7 @@ class Fleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._kernel.change(shares=shares.reshape(-1), credit=credit.reshape(-1))
+        self._kernel.change({"shares": shares.reshape(-1), "credit": credit.reshape(-1)})
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""
