@@ -108,7 +108,7 @@ class Fleet:
     @property
     def now_s(self) -> float:
         """The moment reached."""
-        return self._state.glob[layout.NOW] / layout.PS
+        return float(self._state.glob[layout.NOW] / layout.PS)
 
     @property
     def ended(self) -> int:
@@ -326,8 +326,8 @@ class Fleet:
             running=int(mem[at + layout.RUN]),
             waiting=int(mem[at + layout.WAIT_COUNT]),
             inflight=int(mem[at + layout.INFLIGHT]),
-            owed_s=mem[at + layout.OWED] / layout.PS,
-            kv_usage=1.0 - free / mem[at + layout.BLOCKS],
+            owed_s=float(mem[at + layout.OWED] / layout.PS),
+            kv_usage=float(1.0 - free / mem[at + layout.BLOCKS]),
             freeness=float(self._kernel.do("freeness", index, now)),
             busy_s=totals.busy_s,
             prompt_tokens=totals.prompt_tokens,
@@ -338,7 +338,7 @@ class Fleet:
     def _totals(self, index: int) -> ReplicaTotals:
         mem, at = self._state.mem, self._state.where[index]
         return ReplicaTotals(
-            busy_s=mem[at + layout.BUSY] / layout.PS,
+            busy_s=float(mem[at + layout.BUSY] / layout.PS),
             prompt_tokens=int(mem[at + layout.PROMPTED]),
             generated_tokens=int(mem[at + layout.GENERATED]),
             preemptions=int(mem[at + layout.PREEMPTED]),

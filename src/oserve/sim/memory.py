@@ -139,4 +139,5 @@ def replica_rows(
 
 
 def _ps(seconds: NDArray[Any]) -> Ints:
-    return np.round(np.minimum(seconds, _ALL_TIME_S) * at.PS).astype(np.int64)
+    whole: Ints = np.round(np.minimum(seconds, _ALL_TIME_S) * at.PS).astype(np.int64)
+    return whole
