@@ -19,6 +19,7 @@ from oserve.core import (
     Endpoint,
     Observation,
     ReplicaPhase,
+    ReplicaShape,
     ReplicaSpec,
     ReplicaState,
     StartFailures,
@@ -46,11 +47,12 @@ class ReplicaModel:
     link: Link | None = None
 
 
-def replica_model(
-    source: PerformanceSource, *, ordered: bool
-) -> Callable[[ReplicaSpec], ReplicaModel]:
+ModelOf = Callable[[ReplicaSpec], ReplicaModel]
+
+
+def replica_model(source: PerformanceSource, *, ordered: bool) -> ModelOf:
     """Models from a source of step times, for shapes that name their device kind."""
-    made: dict[Any, ReplicaModel] = {}
+    made: dict[ReplicaShape, ReplicaModel] = {}
 
     def model(spec: ReplicaSpec) -> ReplicaModel:
         if spec.shape not in made:

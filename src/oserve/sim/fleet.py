@@ -91,15 +91,15 @@ class Fleet:
         glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
         sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
         whole = np.zeros(0, dtype=np.int64)
-        state = State(
-            req=request_rows(requests, options, closed_loop),
-            ses=session_rows(sessions),
-            glob=glob,
+        arrays = {
+            "req": request_rows(requests, options, closed_loop),
+            "ses": session_rows(sessions),
+            "glob": glob,
             **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
             **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
             **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
-        )
-        self._kernel = Kernel(state, compiled=HAS_NUMBA and compiled is not False)
+        }
+        self._kernel = Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
 
     @property
     def _state(self) -> State:
@@ -108,7 +108,7 @@ class Fleet:
     @property
     def now_s(self) -> float:
         """The moment reached."""
-        return self._state.glob[layout.NOW] / layout.PS
+        return float(self._state.glob[layout.NOW] / layout.PS)
 
     @property
     def ended(self) -> int:
@@ -158,11 +158,13 @@ class Fleet:
         self._roles.append(shape.role)
         whole = np.zeros(index + 1, dtype=np.int64)
         self._kernel.change(
-            mem=np.concatenate([_array(state.mem), rows]),
-            where=np.append(_array(state.where), len(state.mem)),
-            costs=np.append(np.asarray(state.costs, dtype=np.float64), own),
-            **dict.fromkeys(("inflight", "most", "fits"), whole),
-            **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            {
+                "mem": np.concatenate([_array(state.mem), rows]),
+                "where": np.append(_array(state.where), len(state.mem)),
+                "costs": np.append(np.asarray(state.costs, dtype=np.float64), own),
+                **dict.fromkeys(("inflight", "most", "fits"), whole),
+                **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            }
         )
         self._state.glob[layout.REPLICAS] = index + 1
         self._share(keep_credit=True)
@@ -324,8 +326,8 @@ class Fleet:
             running=int(mem[at + layout.RUN]),
             waiting=int(mem[at + layout.WAIT_COUNT]),
             inflight=int(mem[at + layout.INFLIGHT]),
-            owed_s=mem[at + layout.OWED] / layout.PS,
-            kv_usage=1.0 - free / mem[at + layout.BLOCKS],
+            owed_s=float(mem[at + layout.OWED] / layout.PS),
+            kv_usage=float(1.0 - free / mem[at + layout.BLOCKS]),
             freeness=float(self._kernel.do("freeness", index, now)),
             busy_s=totals.busy_s,
             prompt_tokens=totals.prompt_tokens,
@@ -336,7 +338,7 @@ class Fleet:
     def _totals(self, index: int) -> ReplicaTotals:
         mem, at = self._state.mem, self._state.where[index]
         return ReplicaTotals(
-            busy_s=mem[at + layout.BUSY] / layout.PS,
+            busy_s=float(mem[at + layout.BUSY] / layout.PS),
             prompt_tokens=int(mem[at + layout.PROMPTED]),
             generated_tokens=int(mem[at + layout.GENERATED]),
             preemptions=int(mem[at + layout.PREEMPTED]),
@@ -353,7 +355,7 @@ class Fleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._kernel.change(shares=shares.reshape(-1), credit=credit.reshape(-1))
+        self._kernel.change({"shares": shares.reshape(-1), "credit": credit.reshape(-1)})
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""

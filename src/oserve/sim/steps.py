@@ -10,6 +10,7 @@ Tables of other models hold at a usual context.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def step_tables(
     """
 
     def seconds(
-        prompt: NDArray[np.float64], context: float, decoding: NDArray[np.float64], cache: float
+        prompt: NDArray[Any], context: float, decoding: NDArray[Any], cache: float
     ) -> NDArray[np.float64]:
         got = model.step_s(prompt, prompt * context / 2, decoding, decoding * cache)
         return np.asarray(got, dtype=np.float64) * factor + overhead_s
