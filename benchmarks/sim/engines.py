@@ -215,7 +215,7 @@ def main() -> None:
         with serving(wanted, plan_file, state) as url:
             load(wanted, url)
         real = recorded(state / "records.sqlite")
-    source = ProfileSource(read_profile(profile), name=str(profile))
+        source = ProfileSource(read_profile(profile), name=str(profile))
     begin_s = time.perf_counter()
     sim = simulated(real, plan, source)
     took_s = time.perf_counter() - begin_s
