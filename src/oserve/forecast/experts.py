@@ -6,7 +6,7 @@ from oserve.forecast.autoregression import AUTOREGRESSIONS, Autoregressions
 from oserve.forecast.combine import Weights
 from oserve.forecast.kept import Kept, Plain
 from oserve.forecast.restart import RestartLevel
-from oserve.forecast.simple import Average, Holt, Levels, Season
+from oserve.forecast.simple import Average, FittedSmoothing, Holt, Levels, Season
 from oserve.workload.columns import Floats
 
 _TAUS = (0.3, 0.7, 1.5, 3.0, 6.0, 15.0, 50.0)
@@ -28,6 +28,7 @@ class Combination(Kept):
         self._single = [
             Average(k, 1),
             Average(k, 5),
+            FittedSmoothing(k),
             Holt(k),
             Holt(k, alpha=0.3, beta=0.1),
             RestartLevel(k),
@@ -38,7 +39,7 @@ class Combination(Kept):
             *_LEVEL_NAMES,
             "total 0.3",
             "total 1",
-            *("last", "average", "trend", "slow trend", "restart"),
+            *("last", "average", "fitted level", "trend", "slow trend", "restart"),
             *AUTOREGRESSIONS,
             *(f"season {p} {n}" for p in periods for n in ("naive", "smoothed")),
         )

@@ -114,6 +114,33 @@ class Smoothing(Levels):
         return np.tile(self.level[0], (steps, 1))
 
 
+class FittedSmoothing(Kept):
+    """Exponential smoothing whose ``alpha``, of 0.1 to 0.9 and 1, had the least squared error so far.
+
+    Per type, one window ahead, of whole windows.
+    """
+
+    _kept = ("_levels", "_loss")
+
+    def __init__(self, k: int) -> None:
+        alphas = [*(step / 10 for step in range(1, 10)), 0.999]
+        self._levels = Levels(k, tuple(-1.0 / math.log(1.0 - alpha) for alpha in alphas))
+        self._loss = np.zeros((len(alphas), k))
+
+    def update(self, counts: Floats, parts: Floats) -> None:
+        del parts
+        error = (counts - self._levels.level) ** 2
+        self._loss = self._loss + np.nan_to_num(error)
+        self._levels.update(counts, counts[None])
+
+    def predict(self, steps: int) -> Floats:
+        best = np.argmin(self._loss, axis=0)[None]
+        return np.tile(np.take_along_axis(self._levels.level, best, axis=0), (steps, 1))
+
+    def shift(self, counts: Floats) -> None:
+        self._levels.shift(counts)
+
+
 class Holt(Kept):
     """Level and trend, both smoothed; the trend fades by ``damping`` a window (Gardner 1985).
 
