@@ -1,7 +1,7 @@
 """ARIMA as a baseline: statsforecast's AutoARIMA, fitted per type and refitted now and then.
 
-Optional (``pip install 'oserve[forecast]'``) and loaded when first used. Between fits the orders and
-coefficients stay, the data go on. Nothing but the last 500 windows is looked at.
+Optional (``pip install 'oserve[forecast]'``) and loaded when first used. Between fits the orders
+and coefficients stay, the data go on. Nothing but the last 500 windows is looked at.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _GROWTH = 1.15
 
 
 class Arima(Kept):
-    """One AutoARIMA per type, refitted whenever a seventh has come on top; a mean before there is enough.
+    """One AutoARIMA per type, refitted when a seventh has come on top; first a mean.
 
     Raises OServeError where statsforecast is not installed. Its fits are not state: after a
     restore it fits again.
@@ -60,7 +60,8 @@ class Arima(Kept):
         found = np.empty((steps, k))
         for kind, fit in enumerate(self._fits):
             found[:, kind] = fit.forward(rows[:, kind], h=steps)["mean"]
-        return np.maximum(np.where(np.isfinite(found), found, rows[-1]), 0.0)
+        mean: Floats = np.maximum(np.where(np.isfinite(found), found, rows[-1]), 0.0)
+        return mean
 
     def shift(self, counts: Floats) -> None:
         self._ring.set_last(counts)

@@ -1,9 +1,9 @@
 """Autoregression by recursive least squares, on counts relative to their slow level.
 
-``z = count / level - 1`` makes busy and quiet types alike, so one set of coefficients can learn from
-all of them (pooled), which is what a short history allows; a set for each type learns more slowly.
-Each observation weighs as much as its noise allows: Poisson noise of ``z`` has variance 1/level.
-Recursive least squares with forgetting: Haykin, "Adaptive Filter Theory", chapter on RLS.
+``z = count / level - 1`` makes busy and quiet types alike, so one set of coefficients can learn
+from all of them (pooled), which is what a short history allows; a set for each type learns more
+slowly. Each observation weighs as much as its noise allows: Poisson noise of ``z`` has variance
+1/level. Recursive least squares with forgetting: Haykin, "Adaptive Filter Theory", chapter on RLS.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from oserve.forecast.simple import Levels
 from oserve.workload.columns import Floats
 
 AUTOREGRESSIONS = ("lags, pooled", "scales, pooled", "lags", "scales")
-"""Of the last five counts, or of levels at three speeds; one set of coefficients, or a type's own."""
+"""Of the last five counts, or of levels at three speeds; coefficients pooled, or a type's own."""
 
 _LAGS = 5
 _FAST = (0.3, 1.0, 4.0)

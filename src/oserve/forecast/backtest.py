@@ -1,7 +1,8 @@
 """Backtest without look-ahead: every model walks through a series and is scored on its second half.
 
-At each window a model has seen what came before and nothing else; its forecast is asked for, then the
-window is shown to it. The first half warms it up (and is all that an LSTM is trained on). Scores:
+At each window a model has seen what came before and nothing else; its forecast is asked for, then
+the window is shown to it. The first half warms it up (and is all that an LSTM is trained on).
+Scores:
 
 - RRMSE: root mean squared error over the mean count, per type, averaged over the types;
 - pinball: the mean pinball loss of the quantiles over the mean count, averaged over the types;
@@ -110,8 +111,8 @@ def backtest(
 ) -> Report:
     """Score ``models``, and always the default, on the second half of the series.
 
-    ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained on
-    the first half. Raises OServeError for a series of fewer than 8 windows or a half without
+    ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained
+    on the first half. Raises OServeError for a series of fewer than 8 windows or a half without
     arrivals, and what the models raise.
     """
     names = known(models)
@@ -125,9 +126,12 @@ def backtest(
         )
     settings = settings or ModelSettings(k=len(series.names), interval_s=series.interval_s)
     if "lstm" in names and settings.lstm is None:
-        settings = replace(settings, lstm=train_lstm(
-            filled(series.counts[: series.half]), series.names, interval_s=series.interval_s
-        ))
+        settings = replace(
+            settings,
+            lstm=train_lstm(
+                filled(series.counts[: series.half]), series.names, interval_s=series.interval_s
+            ),
+        )
     walks = []
     for name in names:
         if name == DEFAULT:

@@ -1,14 +1,14 @@
 """Quantiles around a forecast: count noise, its dispersion learned, calibrated by what came.
 
 Counts of mean m are taken as negative binomial, variance ``m + rho m^2`` (Poisson at ``rho`` 0),
-with ``rho`` by moments from the last residuals. On the scale
-``g(y) = 2 / sqrt(rho) * asinh(sqrt(rho (y + 3/8)))`` (Anscombe 1948) they have variance 1
-whatever their mean, so residuals of busy and quiet hours can be laid side by side: quantiles are
-those of the residuals on that scale, the type's own before the other types', beside some of a
-normal distribution, which is all there is at first. The levels asked for are then moved by how often
-they were kept (adaptive conformal inference, Gibbs and Candes 2021). Further ahead residuals are
-stretched by how much larger they turned out that far ahead. Below a mean of 20 the quantile is
-the negative binomial's own, a whole number.
+with ``rho`` by moments from the last residuals. On the scale ``g(y) = 2 / sqrt(rho) *
+asinh(sqrt(rho (y + 3/8)))`` (Anscombe 1948) they have variance 1 whatever their mean, so residuals
+of busy and quiet hours can be laid side by side: quantiles are those of the residuals on that
+scale, the type's own before the other types', beside some of a normal distribution, which is all
+there is at first. The levels asked for are then moved by how often they were kept (adaptive
+conformal inference, Gibbs and Candes 2021). Further ahead residuals are stretched by how much
+larger they turned out that far ahead. Below a mean of 20 the quantile is the negative binomial's
+own, a whole number.
 """
 
 import math
@@ -153,17 +153,20 @@ class Bands(Kept):
         last = len(growth) - 1
         inside = np.minimum(ahead, last).astype(np.intp)
         taken = np.take_along_axis(growth, inside, axis=0)
-        return np.sqrt(taken * (ahead + 1) / (inside + 1))
+        grown: Floats = np.sqrt(taken * (ahead + 1) / (inside + 1))
+        return grown
 
 
 def _scale(count: Floats, rho: Floats) -> Floats:
-    return 2 / np.sqrt(rho) * np.arcsinh(np.sqrt(rho * (count + 0.375)))
+    scaled: Floats = 2 / np.sqrt(rho) * np.arcsinh(np.sqrt(rho * (count + 0.375)))
+    return scaled
 
 
 def _counted(scaled: Floats, rho: Floats) -> Floats:
     """The inverse of ``_scale``."""
     root = np.sinh(np.clip(scaled, 0.0, None) * np.sqrt(rho) / 2)
-    return root**2 / rho - 0.375
+    count: Floats = root**2 / rho - 0.375
+    return count
 
 
 def _exact(mean: Floats, rho: Floats, z: Floats) -> Floats:

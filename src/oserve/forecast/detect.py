@@ -7,10 +7,11 @@ large r: ``l = y ln(c (m + r) / (c m + r)) - r ln((c m + r) / (m + r))``. The ra
 last minutes; r comes from the variance over the mean of single ticks, and ``l`` is divided by how
 much larger that is in blocks of ten, where neighbours go together. An alarm is ``S > h``.
 
-False alarms: while the rate is what it was, the mean time to a false alarm of one CUSUM is at least
-``exp(h)`` ticks (Lorden 1971), so of n of them at least ``exp(h) / n``; ``h`` is set so that this is
-``false_alarm_s``. It holds for Poisson and negative binomial counts whose rate and variance are
-known; bursts so rare that the variance has not seen one are told, each of them a change indeed.
+False alarms: while the rate is what it was, the mean time to a false alarm of one CUSUM is at
+least ``exp(h)`` ticks (Lorden 1971), so of n of them at least ``exp(h) / n``; ``h`` is set so that
+this is ``false_alarm_s``. It holds for Poisson and negative binomial counts whose rate and
+variance are known; bursts so rare that the variance has not seen one are told, each of them a
+change indeed.
 
 Time to detect, of Poisson counts: about ``h / (m (c ln c - c + 1))`` ticks for a rise by c.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from oserve.core import OServeError
 from oserve.forecast.kept import Kept
@@ -158,7 +160,11 @@ class ChangeDetector(Kept):
 
 
 def _mean_square(
-    before: tuple[Floats, Floats], y: Floats, mean: Floats, ready: Floats, keep: float
+    before: tuple[Floats, Floats],
+    y: Floats,
+    mean: Floats,
+    ready: npt.NDArray[np.bool_],
+    keep: float,
 ) -> tuple[Floats, Floats]:
     """Variance over mean so far and its weight: at least 1, and 1 counts as ten observations."""
     value, weight = before

@@ -25,7 +25,7 @@ class Combination(Kept):
         self._levels = Levels(k, _TAUS)
         self._shape = Levels(k, (12.0,))
         self._total = Levels(1, (0.3, 1.0))
-        self._single = [
+        self._single: list[Average | FittedSmoothing | Holt | RestartLevel] = [
             Average(k, 1),
             Average(k, 5),
             FittedSmoothing(k),

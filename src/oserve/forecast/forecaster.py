@@ -56,7 +56,8 @@ class Forecast:
         """That quantile of the rates, shape (steps, k). Raises KeyError for a level not held."""
         if level not in self.quantiles:
             raise KeyError(level)
-        return self.quantile_counts[self.quantiles.index(level)] / self.interval_s
+        rates: Floats = self.quantile_counts[self.quantiles.index(level)] / self.interval_s
+        return rates
 
 
 class Forecaster(Kept):

@@ -4,6 +4,7 @@ Every array of a model has one shape for life, so a state is bounded and its sha
 Numbers that are none (NaN) are written as null, which is how JSON and msgpack can hold them.
 """
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ Plain = dict[str, Any]
 
 
 class Kept:
-    """Remembers by the attributes in ``_kept``: arrays, numbers, others of this class, lists of them."""
+    """Remembers by the attributes in ``_kept``: arrays, numbers, others of its kind, lists."""
 
     _kept: ClassVar[tuple[str, ...]] = ()
 
@@ -56,7 +57,7 @@ def _plain(value: Any) -> Any:
         numbers = value.ravel().tolist()
         return {
             "shape": list(value.shape),
-            "values": [None if number != number else number for number in numbers],
+            "values": [None if math.isnan(number) else number for number in numbers],
         }
     return value
 

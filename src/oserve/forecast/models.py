@@ -22,6 +22,20 @@ class ModelSettings:
     lstm: LstmWeights | None = None
 
 
+def _lstm(settings: ModelSettings) -> PointModel:
+    weights = settings.lstm
+    if weights is None:
+        raise ValueError("an LSTM is made from its weights")
+    if len(weights.names) != settings.k or weights.interval_s != settings.interval_s:
+        raise OServeError(
+            f"the LSTM is of {len(weights.names)} types in windows of {weights.interval_s:g} s, "
+            f"not {settings.k} in {settings.interval_s:g} s",
+            place="--lstm",
+            remedy="train one with the same --types and --interval",
+        )
+    return Lstm(weights)
+
+
 MODELS: dict[str, Callable[[ModelSettings], PointModel]] = {
     DEFAULT: lambda s: Combination(s.k, periods_of(s.interval_s)),
     "last-value": lambda s: Average(s.k, 1),
@@ -31,7 +45,7 @@ MODELS: dict[str, Callable[[ModelSettings], PointModel]] = {
     "seasonal-naive": lambda s: Seasonal(s.k, periods_of(s.interval_s), smoothed=False),
     "seasonal": lambda s: Seasonal(s.k, periods_of(s.interval_s), smoothed=True),
     "arima": lambda s: Arima(s.k),
-    "lstm": lambda s: _lstm(s),
+    "lstm": _lstm,
 }
 """Every model, the shipped one first."""
 
@@ -48,20 +62,6 @@ def make_model(name: str, settings: ModelSettings) -> PointModel:
             remedy="the models are " + ", ".join(MODELS),
         )
     return MODELS[name](settings)
-
-
-def _lstm(settings: ModelSettings) -> PointModel:
-    weights = settings.lstm
-    if weights is None:
-        raise ValueError("an LSTM is made from its weights")
-    if len(weights.names) != settings.k or weights.interval_s != settings.interval_s:
-        raise OServeError(
-            f"the LSTM is of {len(weights.names)} types in windows of {weights.interval_s:g} s, "
-            f"not {settings.k} in {settings.interval_s:g} s",
-            place="--lstm",
-            remedy="train one with the same --types and --interval",
-        )
-    return Lstm(weights)
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:

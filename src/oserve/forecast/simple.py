@@ -115,7 +115,7 @@ class Smoothing(Levels):
 
 
 class FittedSmoothing(Kept):
-    """Exponential smoothing whose ``alpha``, of 0.1 to 0.9 and 1, had the least squared error so far.
+    """Exponential smoothing by the ``alpha`` of least squared error so far, of 0.1 to 0.9 and 1.
 
     Per type, one window ahead, of whole windows.
     """
