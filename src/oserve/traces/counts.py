@@ -9,7 +9,8 @@ either
 - long: ``window_s,<label>,count`` and columns that are ignored, one row for each series that had
   requests in a window. What is not listed had none, unless the whole window is missing.
 
-Windows without a row were not seen. Times never go back.
+Windows without a row were not seen. Rows of the wide form are in order of time, those of the long
+form in any order.
 """
 
 import csv
@@ -48,7 +49,7 @@ class CountTable:
 def is_counts(path: Path) -> bool:
     """Whether the file begins as a counts file does; False for what cannot be read."""
     try:
-        with _opened(path) as lines:
+        with _Lines(path) as lines:
             header = next(csv.reader(lines), [])
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error):
         return False
@@ -59,7 +60,7 @@ def read_counts(path: Path) -> CountTable:
     """Read a counts file. Raises OServeError, with file and line, for what makes no sense."""
     number = 1
     try:
-        with _opened(path) as lines:
+        with _Lines(path) as lines:
             rows = csv.reader(lines)
             header = [_word(name) for name in next(rows, [])]
             if header[:1] != ["window_s"] or len(header) < 2:
@@ -92,9 +93,10 @@ class _Rows:
             if len(set(self._columns)) < len(self._columns):
                 raise _error(path, 1, "two columns have one name")
             self._names = {name: place for place, name in enumerate(self._columns)}
-        self._times: list[float] = []
-        self._lines: list[int] = []
-        self._cells: list[tuple[int, int, float]] = []
+        # Where each window was first seen, and each value: time, series, value, line.
+        self._lines: dict[float, int] = {}
+        self._cells: list[tuple[float, int, float, int]] = []
+        self._latest_s = -1.0
 
     def add(self, number: int, row: Sequence[str]) -> None:
         """Take in one row. Raises OServeError."""
@@ -103,22 +105,18 @@ class _Rows:
                 self._path, number, f"{len(row)} fields where the header has {self._width}"
             )
         time_s = self._number(number, "window_s", row[0])
-        if self._times and time_s < self._times[-1]:
-            raise _error(self._path, number, f"time runs backwards: {time_s:g} s")
-        fresh = not self._times or time_s > self._times[-1]
-        if not fresh and not self._long:
-            raise _error(self._path, number, f"the window at {time_s:g} s is there twice")
-        if fresh:
-            self._times.append(time_s)
-            self._lines.append(number)
-        window = len(self._times) - 1
+        self._lines.setdefault(time_s, number)
         if self._long:
             series = self._names.setdefault(row[1].strip(), len(self._names))
-            self._cells.append((window, series, self._number(number, "count", row[self._at])))
+            count = self._number(number, "count", row[self._at])
+            self._cells.append((time_s, series, count, number))
             return
+        if time_s <= self._latest_s:
+            raise _error(self._path, number, f"time does not go on: {time_s:g} s")
+        self._latest_s = time_s
         for series, (name, value) in enumerate(zip(self._columns, row[1:], strict=True)):
-            number_of = self._number(number, name, value) if value.strip() else math.nan
-            self._cells.append((window, series, number_of))
+            count = self._number(number, name, value) if value.strip() else math.nan
+            self._cells.append((time_s, series, count, number))
 
     def _number(self, number: int, name: str, value: str) -> float:
         try:
@@ -131,37 +129,34 @@ class _Rows:
 
     def table(self) -> CountTable:
         """Raises OServeError for too few windows, too many, or times off the step."""
-        if len(self._times) < 2 or not self._names:
+        if len(self._lines) < 2:
             raise _error(self._path, 2, "there are not two windows")
-        times = np.array(self._times)
-        step = float(np.diff(times).min())
-        places = np.rint((times - times[0]) / step)
-        off = np.flatnonzero(np.abs(times - times[0] - places * step) > 1e-3 * step)
+        times = np.array(sorted(self._lines))
+        start, step = float(times[0]), float(np.diff(times).min())
+        places = np.rint((times - start) / step).astype(np.intp)
+        off = np.flatnonzero(np.abs(times - start - places * step) > 1e-3 * step)
         if off.size:
+            time_s = float(times[off[0]])
             raise _error(
                 self._path,
-                self._lines[off[0]],
-                f"the window at {times[off[0]]:g} s is off the step of {step:g} s",
+                self._lines[time_s],
+                f"the window at {time_s:g} s is off the step of {step:g} s",
             )
         windows = int(places[-1]) + 1
         if windows * len(self._names) > MAX_CELLS:
-            raise _error(
-                self._path, self._lines[-1], f"{windows} windows of {len(self._names)} are too many"
-            )
+            last = self._lines[float(times[-1])]
+            raise _error(self._path, last, f"{windows} windows of {step:g} s are too many")
         counts = np.full((windows, len(self._names)), np.nan)
-        counts[places.astype(np.intp)] = 0.0
+        counts[places] = 0.0
         scale = [self._scale(name, step) for name in self._names]
+        window_of = dict(zip(times.tolist(), places.tolist(), strict=True))
         seen = set()
-        for window, series, value in self._cells:
-            if (window, series) in seen:
-                raise _error(
-                    self._path, self._lines[window], "a series has two counts in one window"
-                )
-            seen.add((window, series))
-            counts[int(places[window]), series] = value * scale[series]
-        return CountTable(
-            names=tuple(self._names), start_s=float(times[0]), window_s=step, counts=counts
-        )
+        for time_s, series, value, number in self._cells:
+            if (time_s, series) in seen:
+                raise _error(self._path, number, f"a second count of a series at {time_s:g} s")
+            seen.add((time_s, series))
+            counts[window_of[time_s], series] = value * scale[series]
+        return CountTable(names=tuple(self._names), start_s=start, window_s=step, counts=counts)
 
     def _scale(self, name: str, step: float) -> float:
         if not self._long:
@@ -173,10 +168,6 @@ class _Rows:
 
 def _word(text: str) -> str:
     return text.removeprefix("\ufeff").strip().lower()
-
-
-def _opened(path: Path) -> "_Lines":
-    return _Lines(path)
 
 
 class _Lines:
