@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
+from oserve.forecast.kept import Kept, Plain
 from oserve.workload.columns import Floats
 
 _MEMORY = 0.985
@@ -36,7 +36,7 @@ class Bands(Kept):
     _kept = ("_mean", "_count", "_rows", "_levels", "_spread", "_weight", "_gap")
 
     def __init__(self, k: int, levels: tuple[float, ...], steps: int) -> None:
-        size = max(40, 800 // k)
+        size = max(40, 480 // k)
         self._asked = np.array(levels)[:, None]
         self._mean = np.full((size, k), np.nan)
         self._count = np.full((size, k), np.nan)
@@ -45,6 +45,8 @@ class Bands(Kept):
         self._spread = np.zeros((steps, k))
         self._weight = np.zeros((steps, k))
         self._gap = np.zeros(k)
+        # Of what was learned last; not state.
+        self._rho: Floats | None = None
 
     def learn(self, ahead: Floats, quantiles: Floats, counts: Floats) -> None:
         """What was said of the window that ended, and what came in it.
@@ -58,7 +60,7 @@ class Bands(Kept):
         self._mean[place] = ahead[0]
         self._count[place] = counts
         self._rows += 1
-        rho = self._dispersion()
+        rho = self._rho = self._dispersion()
         size = (_scale(counts, rho) - _scale(ahead, rho)) ** 2
         known = ~np.isnan(size)
         gain = np.maximum(1 / (self._weight + 1), 0.03)
@@ -79,7 +81,7 @@ class Bands(Kept):
 
     def quantiles(self, mean: Floats) -> Floats:
         """For expected counts (steps, k) of the next windows: shape (q, steps, k), ascending."""
-        rho = self._dispersion()
+        rho = self._dispersion() if self._rho is None else self._rho
         growth = self._growth(len(mean))
         reach = self._residuals(rho)[:, None, :] * growth
         scaled = _scale(mean, rho) + reach
@@ -94,6 +96,10 @@ class Bands(Kept):
         found = np.minimum(found, np.maximum(usual, _MOST_RECORD * largest))
         ordered: Floats = np.maximum.accumulate(found, axis=0)
         return ordered
+
+    def restore(self, state: Plain) -> None:
+        super().restore(state)
+        self._rho = None
 
     def _ages(self) -> Floats:
         size = len(self._mean)

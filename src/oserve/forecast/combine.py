@@ -16,6 +16,10 @@ CAP = 9.0
 """The most that one window can cost, in mean squared errors."""
 
 
+LAG = 8.0
+"""The most that an expert's losses can be behind the best one's: it must be able to come back."""
+
+
 class Weights(Kept):
     """Weights (m, k) of m experts for k types; each type's sum to 1."""
 
@@ -28,7 +32,7 @@ class Weights(Kept):
         *,
         rate: float = 2.0,
         discount: float = 0.97,
-        share: float = 0.02,
+        share: float = 0.005,
         own: float = 0.2,
     ) -> None:
         self._prior = (prior / prior.sum())[:, None]
@@ -55,7 +59,8 @@ class Weights(Kept):
             seen, self._scale + gain * (np.maximum(mine, typical) - self._scale), self._scale
         )
         loss = np.minimum(error / np.maximum(self._scale, np.maximum(combined, 1.0)), CAP)
-        self._loss = np.where(seen, self._discount * self._loss + loss, self._loss)
+        total = self._discount * self._loss + loss
+        self._loss = np.where(seen, np.minimum(total, total.min(axis=0) + LAG), self._loss)
         shared = self._loss.mean(axis=1, keepdims=True)
         mixed = self._own * self._loss + (1 - self._own) * shared
         raw = self._prior * np.exp(-self._rate * (mixed - mixed.min(axis=0)))

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from oserve.core import OServeError
 from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
 from oserve.workload.columns import Floats
@@ -258,7 +259,12 @@ class Seasonal(Kept):
 
 
 def periods_of(interval_s: float) -> tuple[int, ...]:
-    """Hour, day and week in windows, where they are a whole number from 6 to 2,016 of them."""
+    """Hour, day and week in windows, where they are a whole number from 6 to 2,016 of them.
+
+    Raises OServeError for an interval that is none.
+    """
+    if not interval_s > 0:
+        raise OServeError(f"it is {interval_s}", place="interval_s", remedy="give seconds over 0")
     found = []
     for period_s in _PERIODS_S:
         windows = round(period_s / interval_s)
