@@ -86,7 +86,7 @@ class ChangeDetector(Kept):
         self._block, self._block_ticks = np.zeros(streams), 0
         self._block_fano, self._block_weight = np.ones(streams), np.zeros(streams)
 
-    def update(self, counts: Sequence[float] | Floats) -> tuple[Change, ...]:
+    def update(self, counts: npt.ArrayLike) -> tuple[Change, ...]:
         """Arrivals of each type in the tick that ended, (k,): the changes that this shows.
 
         A tick with a NaN was not seen and changes nothing. A change is told once; the rate since it

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from oserve.core import OServeError
 from oserve.forecast.bands import Bands
@@ -77,7 +78,7 @@ class Forecaster(Kept):
         interval_s: float,
         steps: int = 5,
         quantiles: Sequence[float] = QUANTILES,
-        prior_counts: Sequence[float] | Floats | None = None,
+        prior_counts: npt.ArrayLike | None = None,
     ) -> None:
         k = len(names)
         _check(k, interval_s, steps, quantiles)
@@ -108,7 +109,7 @@ class Forecaster(Kept):
         """Counts of the last windows, oldest first, shape (up to 1024, k); NaN was not seen."""
         return self._history.last(HISTORY)
 
-    def update(self, counts: Sequence[float] | Floats, parts: Floats | None = None) -> None:
+    def update(self, counts: npt.ArrayLike, parts: Floats | None = None) -> None:
         """A window ended: ``counts`` (k,), NaN where not seen; ``parts`` (s, k) add up to them.
 
         Raises ValueError for other shapes and OServeError for counts below 0 or infinite.
@@ -137,7 +138,7 @@ class Forecaster(Kept):
         for _ in range(min(windows, HISTORY)):
             self.update(np.full(len(self.names), np.nan))
 
-    def shift(self, counts: Sequence[float] | Floats) -> None:
+    def shift(self, counts: npt.ArrayLike) -> None:
         """Something detected a change: expect about ``counts`` (k,) from now on, NaN for as before.
 
         The levels move there at once; experts that remember longer follow as windows come.

@@ -77,7 +77,7 @@ def read_lstm(path: Path) -> LstmWeights:
         )
         if not fits:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else None
         raise OServeError(
             f"cannot read the model: {reason or 'it is no LSTM of OServe'}",
