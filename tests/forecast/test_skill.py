@@ -12,7 +12,7 @@ from oserve.workload.columns import Floats
 
 from . import series
 
-SIMPLE = ("last-value", "moving-average", "smoothing", "holt")
+SIMPLE = ("last-value", "smoothing", "holt")
 
 
 def zero() -> float:
@@ -53,21 +53,21 @@ def test_the_default_is_never_much_worse_than_the_best_simple_model(
 
 def test_a_daily_season_is_found_after_two_days() -> None:
     rng = np.random.default_rng(31)
-    hours = np.arange(24 * 10)
+    hours = np.arange(24 * 8)
     day = 1 + 0.8 * np.sign(np.sin(2 * np.pi * hours / 24))[:, None]
     report = backtest(
         made(series.drawn(rng, series.BASE * day, parts=1), 3600.0),
-        (*SIMPLE, "seasonal-naive", "seasonal"),
+        ("last-value", "smoothing", "seasonal-naive"),
         timer=zero,
     )
     scores = {walk.score.model: walk.score.rrmse for walk in report.walks}
-    simple = min(scores[name] for name in SIMPLE)
+    simple = min(scores[name] for name in ("last-value", "smoothing"))
     assert scores["seasonal-naive"] < 0.85 * simple
     assert scores["default"] < 0.8 * simple
 
 
 def test_further_ahead_the_band_holds_too() -> None:
-    parts = series.walk(32, 300)
+    parts = series.walk(32, 250)
     model = make_model("default", ModelSettings(k=4, interval_s=60.0))
     forecaster = Forecaster(model, "abcd", interval_s=60.0)
     said = []
@@ -76,7 +76,7 @@ def test_further_ahead_the_band_holds_too() -> None:
         forecaster.update(window.sum(axis=0), window)
     counts = parts.sum(axis=1)
     for step in (0, 2, 4):
-        bands = np.stack([item[:, step] for item in said])[50 : 300 - step]
+        bands = np.stack([item[:, step] for item in said])[50 : 250 - step]
         assert 0.84 <= coverage(bands, counts[50 + step :]) <= 0.96
 
 

@@ -2,9 +2,9 @@
 
 Each window, per type, an expert's loss is its squared error over the mean squared error of the
 combination so far. Losses fade, so that the experts of now count; a share of the weight is always
-spread over all, so that one that becomes good is found (Herbster and Warmuth 1998; for experts that
-are silent at times, Freund et al. 1997: they are charged the loss of the combination). Part of
-an expert's loss is that which it has over all types: a short history has too little in one.
+spread over all, and no loss is further behind the best one's than ``LAG``, so that one that becomes
+good is found (after Herbster and Warmuth 1998). An expert that was silent begins at the back. Part
+of an expert's loss is that which it has over all types: a short history has too little in one.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ CAP = 9.0
 """The most that one window can cost, in mean squared errors."""
 
 
-LAG = 8.0
+LAG = 16.0
 """The most that an expert's losses can be behind the best one's: it must be able to come back."""
 
 
@@ -60,7 +60,10 @@ class Weights(Kept):
         )
         loss = np.minimum(error / np.maximum(self._scale, np.maximum(combined, 1.0)), CAP)
         total = self._discount * self._loss + loss
-        self._loss = np.where(seen, np.minimum(total, total.min(axis=0) + LAG), self._loss)
+        silent = np.isnan(experts)
+        last = np.where(silent, np.inf, total).min(axis=0) + LAG
+        total = np.where(silent, last, np.minimum(total, last))
+        self._loss = np.where(seen, total, self._loss)
         shared = self._loss.mean(axis=1, keepdims=True)
         mixed = self._own * self._loss + (1 - self._own) * shared
         raw = self._prior * np.exp(-self._rate * (mixed - mixed.min(axis=0)))
