@@ -16,14 +16,14 @@ serve:
 		--set planning.slo_ttft_ms=4000 --set planning.slo_tpot_ms=200 $(ARGS)
 
 test:
-	@$(PYTHON) tools/setup.py --dev --engine
+	@$(PYTHON) tools/setup.py --dev --engine --forecast
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 
 check:
 	@$(PYTHON) tools/setup.py --dev
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine and not extra"
 
 .PHONY: lint
 lint:

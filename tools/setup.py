@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", action="store_true", help="install vLLM")
     parser.add_argument("--dev", action="store_true", help="install what the tests need")
+    parser.add_argument("--forecast", action="store_true", help="install the ARIMA baseline")
     parser.add_argument("--model", type=Path, help="make the tiny model in this folder")
     wanted = parser.parse_args()
     steps: list[tuple[str, Callable[[], None]]] = [("virtual environment", _make_venv)]
@@ -38,6 +39,8 @@ def main() -> int:
         steps.append(("test tools", _install_dev))
     if wanted.engine:
         steps.append(("vLLM", _install_engine))
+    if wanted.forecast:
+        steps.append(("ARIMA", _install_forecast))
     if wanted.model:
         steps.append(("tiny model", lambda: _make_model(wanted.model)))
     for name, step in steps:
@@ -100,6 +103,14 @@ def _install_engine() -> None:
             ["--no-deps", *extra, *pins],
         )
     _mark(stamp, sources)
+
+
+def _install_forecast() -> None:
+    sources = [ROOT / "requirements" / "forecast.txt"]
+    if _done("forecast", sources):
+        return
+    _pip("statsforecast, about 350 MB", ["--no-deps", *_pins("forecast.txt")])
+    _mark("forecast", sources)
 
 
 def _finds_cpu_torch() -> bool:
