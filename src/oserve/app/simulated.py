@@ -35,7 +35,9 @@ ATTAINMENT = 0.95
 """Share of all requests that must meet their SLOs for a rate to count as served."""
 
 # What is still on its way so long after the last arrival has missed its SLO in any case.
-_LATEST_S = 300.0
+LATEST_S = 300.0
+# How often a run looks whether its attainment is out of reach already.
+_CHECKS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -227,9 +229,25 @@ class Simulator:
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
-        fleet.run(limit_s=traffic.duration_s + _LATEST_S)
+        fleet.run(limit_s=traffic.duration_s + LATEST_S)
         self.simulated_requests += len(traffic)
         return fleet.results()
+
+    def holds(
+        self, serving: Serving, traffic: Traffic, slo: Slo, *, expected: Ints | None = None
+    ) -> bool:
+        """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
+        fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
+        for spec in serving.plan.replicas:
+            self.add(fleet, spec, serving.levers, ready_at_s=0.0)
+        self.route(fleet, serving.plan, serving.levers)
+        self.simulated_requests += len(traffic)
+        for check in range(1, _CHECKS + 1):
+            fleet.advance(traffic.duration_s * check / _CHECKS)
+            if surely_failed(fleet.results(), slo):
+                return False
+        fleet.run(limit_s=traffic.duration_s + LATEST_S)
+        return attainment(fleet.results(), slo) >= ATTAINMENT
 
     def _link(self, shape: ReplicaShape) -> tuple[Link, float]:
         """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
@@ -262,6 +280,16 @@ def met(results: FleetResults, slo: Slo) -> Mask:
 def attainment(results: FleetResults, slo: Slo) -> float:
     """Share of all requests that met the SLO; 1 where there are none."""
     return float(met(results, slo).mean()) if len(results.arrival_s) else 1.0
+
+
+def surely_failed(results: FleetResults, slo: Slo) -> bool:
+    """Whether too many requests have missed their SLO already, whatever comes."""
+    ended = np.isfinite(results.finish_s)
+    bad = int(np.sum(ended & ~met(results, slo)))
+    if slo.ttft_s is not None:
+        late = results.now_s - results.arrival_s > slo.ttft_s
+        bad += int(np.sum(~ended & ~np.isfinite(results.first_token_s) & late))
+    return bad > (1.0 - ATTAINMENT) * len(results.arrival_s)
 
 
 def largest_scale(

@@ -1,0 +1,221 @@
+"""Policies that change the deployment: OServe with switching, reload, and the oracle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from oserve.app.planning import deployment_plan
+from oserve.app.simulated import Serving, Traffic, met
+from oserve.core import DeploymentPlan, ReplicaShape, WorkloadType
+from oserve.plan.deploy import place_deployment
+from oserve.plan.place import place_replicas
+from oserve.plan.problem import PlanProblem
+from oserve.plan.search import Deployment, Planned, plan_deployment
+from oserve.study.ours import OServeTuner
+from oserve.study.policy import Conduct, Seen
+
+_SOLVE_S = 5.0
+# Fewer recent requests say nothing.
+_ENOUGH = 50
+# A plan must gain this share of the goodput before it is worth a look at what it costs.
+_LEAST_GAIN = 0.01
+
+
+def window_types(tuner: OServeTuner, seen: Seen) -> tuple[WorkloadType, ...]:
+    """The scene's workload types at the rates of the recent requests (last value)."""
+    scene = tuner.scene
+    model_types = scene.demand.types
+    centres = np.log1p([[kind.prompt_tokens, kind.output_tokens] for kind in model_types])
+    points = np.log1p(np.stack([seen.recent.prompt_tokens, seen.recent.output_tokens], axis=1))
+    index = np.argmin(((points[:, None, :] - centres[None]) ** 2).sum(axis=2), axis=1)
+    counts = np.bincount(index, minlength=len(model_types))
+    return tuple(
+        replace(kind, arrival_rate_rps=float(count) / seen.recent_s)
+        for kind, count in zip(model_types, counts, strict=True)
+    )
+
+
+def goodput(tuner: OServeTuner, serving: Serving, traffic: Traffic) -> float:
+    """Requests of a short trace that meet the SLO, on warm replicas."""
+    return float(met(tuner.simulator.run(serving, traffic), tuner.scene.slo).sum())
+
+
+def switch_cost(tuner: OServeTuner, seen: Seen, target: DeploymentPlan) -> float:
+    """Requests that miss their SLO since changed replicas load, at the recent rate.
+
+    Devices that move serve nothing for the load time; while they are away their share of the
+    requests is taken as lost, which is what happens near capacity.
+    """
+    now = set(seen.plan.replicas)
+    changed = [spec for spec in target.replicas if spec not in now]
+    devices = len(tuner.scene.devices)
+    rate = len(seen.recent) / max(seen.recent_s, 1.0)
+    away_s = sum(
+        len(spec.devices) * tuner.scene.phases.load_s(tuner.scene.source, spec.shape)
+        for spec in changed
+    )
+    return rate * away_s / devices
+
+
+def replaced(tuner: OServeTuner, serving: Serving, current: DeploymentPlan) -> DeploymentPlan:
+    """The deployment of a serving, laid over the devices so that common replicas stay."""
+    placed = place_replicas(serving.shapes, tuner.scene.devices, current=current)
+    shares = serving.plan.routing_shares
+    if not shares:
+        return replace(serving.plan, replicas=placed.replicas)
+    by_shape: dict[object, list[str]] = {}
+    for spec in placed.replicas:
+        by_shape.setdefault(spec.shape, []).append(spec.id)
+    shape_of = {spec.id: spec.shape for spec in serving.plan.replicas}
+    renamed: dict[str, dict[str, float]] = {}
+    for kind, row in shares.items():
+        total: dict[object, float] = {}
+        for name, share in row.items():
+            total[shape_of[name]] = total.get(shape_of[name], 0.0) + share
+        renamed[kind] = {
+            name: share / len(by_shape[shape])
+            for shape, share in total.items()
+            for name in by_shape[shape]
+        }
+    return replace(serving.plan, replicas=placed.replicas, routing_shares=renamed)
+
+
+@dataclass(slots=True, kw_only=True)
+class Switching:
+    """Re-plans each interval for last-value rates; changes only what pays within ``horizon_s``.
+
+    Candidates are the programme's plan for the recent rates and ``library``, deployments that
+    did well in tuning. Each is simulated on the recent requests, as is what runs.
+    """
+
+    tuner: OServeTuner
+    serving: Serving
+    library: Sequence[Serving]
+    horizon_s: float
+    conduct: Conduct = field(default_factory=Conduct)
+
+    def initial(self, scale: float) -> Serving:
+        del scale
+        return self.serving
+
+    def decide(self, seen: Seen) -> DeploymentPlan | None:
+        if len(seen.recent) < _ENOUGH:
+            return None
+        levers = self.serving.levers
+        stay = goodput(self.tuner, Serving(plan=seen.plan, levers=levers), seen.recent)
+        if stay >= len(seen.recent) * (1.0 - _LEAST_GAIN):
+            return None
+        best: tuple[float, DeploymentPlan] | None = None
+        for plan in self._candidates(seen):
+            gain = goodput(self.tuner, Serving(plan=plan, levers=levers), seen.recent) - stay
+            worth = gain / seen.recent_s * self.horizon_s
+            if not self.conduct.free:
+                worth -= switch_cost(self.tuner, seen, plan)
+            if worth > 0 and gain > _LEAST_GAIN * len(seen.recent) and (
+                best is None or worth > best[0]
+            ):
+                best = (worth, plan)
+        return None if best is None else best[1]
+
+    def _candidates(self, seen: Seen) -> list[DeploymentPlan]:
+        plans = [replaced(self.tuner, item, seen.plan) for item in self.library]
+        planned = programme_plan(self.tuner, seen)
+        if planned is not None:
+            plans.append(planned)
+        return [plan for plan in plans if set(plan.replicas) != set(seen.plan.replicas)]
+
+
+def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
+    """The linear programme's best plan for the recent rates, close to what runs."""
+    found = planned_for(tuner, seen)
+    if found is None:
+        return None
+    problem, planned = found
+    return deployment_plan(tuner.planned.question, place_deployment(problem, planned.best))
+
+
+def planned_for(tuner: OServeTuner, seen: Seen) -> tuple[PlanProblem, Planned] | None:
+    """The search's answer for the recent rates; ``None`` where nothing came."""
+    types = window_types(tuner, seen)
+    if sum(kind.arrival_rate_rps for kind in types) <= 0:
+        return None
+    problem = replace(tuner.planned.problem, types=types, current=seen.plan)
+    return problem, plan_deployment(problem, candidates=0, time_limit_s=_SOLVE_S)
+
+
+@dataclass(slots=True, kw_only=True)
+class Reload:
+    """The best homogeneous deployment for last-value rates, by the linear model, each interval.
+
+    All replicas are stopped and started cold at once. Only a predicted gain of ``min_gain`` is
+    worth that.
+    """
+
+    tuner: OServeTuner
+    serving: Serving
+    min_gain: float = 0.1
+    conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
+
+    def initial(self, scale: float) -> Serving:
+        del scale
+        return self.serving
+
+    def decide(self, seen: Seen) -> DeploymentPlan | None:
+        found = planned_for(self.tuner, seen) if len(seen.recent) >= _ENOUGH else None
+        if found is None:
+            return None
+        problem, planned = found
+        best = planned.homogeneous[0]
+        shape = seen.plan.replicas[0].shape
+        running = next(
+            (item for item in planned.homogeneous if _only(problem, item) == shape), None
+        )
+        if running is None or best.score.scale < running.score.scale * (1 + self.min_gain):
+            return None
+        wished = self.tuner.homogeneous(_only(problem, best), self.serving.levers)
+        return replaced(self.tuner, wished, seen.plan)
+
+
+def _only(problem: PlanProblem, deployment: Deployment) -> ReplicaShape:
+    """The (first) shape of a homogeneous deployment."""
+    index = next(i for i, count in enumerate(deployment.counts) if count)
+    return problem.options[index].shape
+
+
+@dataclass(slots=True, kw_only=True)
+class Oracle:
+    """Knows the requests of the coming interval and output lengths; switches cost nothing.
+
+    Not a bound in the strict sense: the best of its ``library`` for each interval by itself, with
+    the levers of the best static setting.
+    """
+
+    tuner: OServeTuner
+    serving: Serving
+    library: Sequence[Serving]
+    conduct: Conduct = field(
+        default_factory=lambda: Conduct(decides=True, free=True, knows_outputs=True)
+    )
+    _traffic: Traffic | None = None
+
+    def initial(self, scale: float) -> Serving:
+        self._traffic = self.tuner.scene.traffic.faster(scale)
+        return self.serving
+
+    def decide(self, seen: Seen) -> DeploymentPlan | None:
+        assert self._traffic is not None
+        coming = self._traffic.between(seen.now_s, seen.now_s + self.tuner.scene.interval_s)
+        if not len(coming):
+            return None
+        levers = self.serving.levers
+        stay = goodput(self.tuner, Serving(plan=seen.plan, levers=levers), coming)
+        best, chosen = stay + _LEAST_GAIN * len(coming), None
+        for item in self.library:
+            if best >= len(coming):
+                break
+            plan = replaced(self.tuner, item, seen.plan)
+            got = goodput(self.tuner, Serving(plan=plan, levers=levers), coming)
+            if got > best:
+                best, chosen = got, plan
+        return chosen
