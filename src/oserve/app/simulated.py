@@ -23,13 +23,16 @@ from oserve.sim.fleet import Fleet
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
 from oserve.sim.words import GatewayOptions, Link, Rebalance, RequestTable, Status
-from oserve.sim.words import Policy as Routing
+from oserve.sim.words import Policy as _Routing
 from oserve.traces import Slo
 from oserve.workload.columns import Columns, TimedRequest, columns_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+
+Routing = _Routing
+"""How the gateway chooses a replica (policies are something else above this room)."""
 
 ATTAINMENT = 0.95
 """Share of all requests that must meet their SLOs for a rate to count as served."""

@@ -13,6 +13,7 @@ import numpy as np
 from oserve.app.demand import Demand
 from oserve.app.planning import Answer, deployment_plan, predict
 from oserve.app.simulated import (
+    Ints,
     Levers,
     Serving,
     Simulator,
@@ -81,8 +82,9 @@ def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> Traffic:
     gaps = draw.exponential(1.0 / rates.sum(), _REQUESTS)
     kinds = draw.choice(len(types), _REQUESTS, p=rates / rates.sum())
 
-    def lengths(values: Sequence[float]) -> np.ndarray:
-        return np.maximum(1, np.rint(np.array(values))).astype(np.int64)[kinds]
+    def lengths(values: Sequence[float]) -> Ints:
+        whole: Ints = np.maximum(1, np.rint(np.array(values))).astype(np.int64)
+        return whole[kinds]
 
     return Traffic(
         arrival_s=np.cumsum(gaps),
@@ -156,9 +158,9 @@ class VerifiedAnswer:
     check: Check
 
 
-def verified_answer(found: Answer, check: Check, *, simulator: Simulator | None = None) -> (
-    VerifiedAnswer
-):
+def verified_answer(
+    found: Answer, check: Check, *, simulator: Simulator | None = None
+) -> VerifiedAnswer:
     """Score the candidates of an answer and its homogeneous deployments again, and choose."""
     known = simulator or Simulator(found.question.source)
 

@@ -97,7 +97,9 @@ def _of_each_form(
     kept: dict[tuple[tuple[int, int, str], ...], list[Deployment]] = {}
     for item in homogeneous:
         shapes = [
-            option.shape for option, count in zip(problem.options, item.counts, strict=True) if count
+            option.shape
+            for option, count in zip(problem.options, item.counts, strict=True)
+            if count
         ]
         form = tuple(
             (shape.tensor_parallel_size, shape.pipeline_parallel_size, str(shape.precision))

@@ -1,6 +1,7 @@
 """A cluster on a virtual clock: replicas that load, serve, drain and crash."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from oserve.core import (
@@ -12,123 +13,201 @@ from oserve.core import (
     Endpoint,
     Observation,
     ReplicaPhase,
+    ReplicaShape,
     ReplicaSpec,
     ReplicaState,
     StartFailures,
     StartReplica,
     StopReplica,
 )
+from oserve.sim.phases import Faults, Phases
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Faults:
-    """Chances in [0, 1], drawn from one seeded generator.
+@dataclass(slots=True, kw_only=True)
+class Life:
+    """A replica from its start to its end (seconds; ``None`` while it lives)."""
 
-    Per action: that it is lost, or done twice. Per loading replica: that its start fails.
-    """
+    spec: ReplicaSpec
+    start_s: float
+    end_s: float | None = None
 
-    lost_action: float = 0.0
-    repeated_action: float = 0.0
-    failed_start: float = 0.0
-    seed: int = 0
+
+@dataclass(slots=True, kw_only=True)
+class _Replica:
+    state: ReplicaState
+    life: Life
+    ready_at_s: float
+    fails: bool
 
 
 class SimulatedCluster:
-    """Behind the door. Raises ValueError if a device is ever given to two live replicas."""
+    """Behind the door. Raises ValueError if a device is ever given to two live replicas.
+
+    ``weights_bytes`` says what a replica of a shape must load; see ``Phases``. Replicas started
+    while ``warm`` is set serve at once, for what is there before the first second. ``lives`` holds
+    every replica there ever was, in order of their starts.
+    """
 
     def __init__(
         self,
         devices: tuple[Device, ...],
         clock: Clock,
         *,
-        load_s: float = 4.0,
+        phases: Phases | None = None,
+        weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
     ) -> None:
         self._devices = devices
         self._clock = clock
-        self._load_s = load_s
+        self._phases = phases or Phases()
+        self._weights_bytes = weights_bytes
         self._stable_s = stable_s
         self.faults = faults or Faults()
+        self.warm = False
+        self.lives: list[Life] = []
         self._random = random.Random(self.faults.seed)
-        self._replicas: dict[str, ReplicaState] = {}
+        self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
+        self._crashes = sorted(self.faults.crashes, reverse=True)
+        self._last: Observation | None = None
 
     async def observe(self) -> Observation:
-        """Let loading replicas come up, then tell what there is."""
-        now_s = self._clock.now()
-        for state in list(self._replicas.values()):
-            if state.phase is ReplicaPhase.LOADING and now_s - state.since_s >= self._load_s:
-                if self._random.random() < self.faults.failed_start:
-                    self.crash(state.spec.id)
-                else:
-                    self._set(state.spec.id, ReplicaPhase.READY)
-            elif state.phase is ReplicaPhase.READY and now_s - state.since_s >= self._stable_s:
-                self._failures.pop(state.spec.id, None)
-        return Observation(
-            now_s=now_s,
-            devices=self._devices,
-            replicas=tuple(self._replicas.values()),
-            failures=dict(self._failures),
-        )
+        """Let everything due happen, then tell what there is (or was, if a fault has it so)."""
+        self.catch_up(self._clock.now())
+        if self._last is not None and self._strikes(self.faults.stale_observation):
+            return self._last
+        self._last = self._seen()
+        return self._last
 
     async def apply(self, action: Action) -> None:
         """Do as asked, unless a fault has it otherwise."""
-        if self._random.random() < self.faults.lost_action:
+        if self._strikes(self.faults.lost_action):
             return
         self._do(action)
-        if self._random.random() < self.faults.repeated_action:
+        if self._strikes(self.faults.repeated_action):
             self._do(action)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every live replica serves and nothing drains."""
+        return all(item.state.phase is ReplicaPhase.READY for item in self._alive())
+
+    def catch_up(self, now_s: float) -> None:
+        """Let replicas come up, fail to, and crash, each at its moment."""
+        while self._crashes and self._crashes[-1][0] <= now_s:
+            at_s, name = self._crashes.pop()
+            self._come_up(at_s)
+            self.crash(name)
+        self._come_up(now_s)
+
+    def crash(self, name: str) -> None:
+        """A replica ends without being asked to."""
+        item = self._replicas.get(name)
+        if item is None or item.state.phase is ReplicaPhase.GONE:
+            return
+        spec, previous = item.state.spec, self._failures.get(name)
+        count = previous.count + 1 if previous is not None and previous.spec == spec else 1
+        self._failures[name] = StartFailures(
+            spec=spec, count=count, last_s=self._clock.now(), reason="crashed"
+        )
+        self._end(item)
+
+    # -- for a cluster whose replicas really serve ---------------------------------------------
+    def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
+        """A replica starts; it can serve from ``ready_at_s`` on (infinite: never)."""
+
+    def _drains(self, name: str) -> None:
+        """A replica takes no more requests."""
+
+    def _ended(self, name: str) -> None:
+        """A replica is gone, asked to or not."""
+
+    # -- within ---------------------------------------------------------------------------------
+    def _seen(self) -> Observation:
+        return Observation(
+            now_s=self._clock.now(),
+            devices=self._devices,
+            replicas=tuple(item.state for item in self._replicas.values()),
+            failures=dict(self._failures),
+        )
+
+    def _come_up(self, now_s: float) -> None:
+        for item in self._alive():
+            state = item.state
+            if state.phase is ReplicaPhase.LOADING and now_s >= item.ready_at_s:
+                if item.fails:
+                    self.crash(state.spec.id)
+                else:
+                    self._set(item, ReplicaPhase.READY)
+            elif state.phase is ReplicaPhase.READY and now_s - state.since_s >= self._stable_s:
+                self._failures.pop(state.spec.id, None)
 
     def _do(self, action: Action) -> None:
         match action:
             case StartReplica(spec=spec):
                 self._start(spec)
             case DrainReplica(replica=name):
-                if self._alive(name) and self._replicas[name].phase is ReplicaPhase.READY:
-                    self._set(name, ReplicaPhase.DRAINING)
+                item = self._replicas.get(name)
+                if item is not None and item.state.phase is ReplicaPhase.READY:
+                    self._set(item, ReplicaPhase.DRAINING)
+                    self._drains(name)
             case StopReplica(replica=name):
-                if self._alive(name):
-                    self._set(name, ReplicaPhase.GONE)
+                item = self._replicas.get(name)
+                if item is not None and item.state.phase is not ReplicaPhase.GONE:
+                    self._end(item)
 
     def _start(self, spec: ReplicaSpec) -> None:
-        if self._alive(spec.id):
+        if any(item.state.spec.id == spec.id for item in self._alive()):
             return
-        known = {device.id for device in self._devices}
-        taken = {
-            device
-            for name, state in self._replicas.items()
-            if self._alive(name)
-            for device in state.spec.devices
-        }
-        if not isinstance(spec.backend, AttachedBackend):
-            if not set(spec.devices) <= known:
-                raise ValueError(f"replica {spec.id} names a device that is not there")
-            if set(spec.devices) & taken:
-                raise ValueError(f"replica {spec.id} names a device that is taken")
-        self._replicas[spec.id] = ReplicaState(
-            spec=spec,
-            phase=ReplicaPhase.LOADING,
-            endpoint=Endpoint(url=f"sim://{spec.id}"),
-            since_s=self._clock.now(),
-        )
-
-    def crash(self, name: str) -> None:
-        """A replica ends without being asked to."""
-        if not self._alive(name):
+        wrong = self._wrong(spec)
+        if wrong and self.faults.stale_observation > 0:
             return
-        state = self._replicas[name]
-        previous = self._failures.get(name)
-        count = previous.count + 1 if previous is not None and previous.spec == state.spec else 1
-        self._failures[name] = StartFailures(
-            spec=state.spec, count=count, last_s=self._clock.now(), reason="crashed"
+        if wrong:
+            raise ValueError(wrong)
+        now_s = self._clock.now()
+        load_s = 0.0 if self.warm else self._phases.load_s(self._weights_bytes(spec.shape))
+        if self._strikes(self.faults.slow_start):
+            load_s *= self.faults.slow_factor
+        fails = self._strikes(self.faults.failed_start)
+        life = Life(spec=spec, start_s=now_s)
+        self.lives.append(life)
+        self._replicas[spec.id] = _Replica(
+            state=ReplicaState(
+                spec=spec,
+                phase=ReplicaPhase.LOADING,
+                endpoint=Endpoint(url=f"sim://{spec.id}"),
+                since_s=now_s,
+            ),
+            life=life,
+            ready_at_s=now_s + load_s,
+            fails=fails,
         )
-        self._set(name, ReplicaPhase.GONE)
+        self._began(spec, float("inf") if fails else now_s + load_s)
 
-    def _alive(self, name: str) -> bool:
-        state = self._replicas.get(name)
-        return state is not None and state.phase is not ReplicaPhase.GONE
+    def _wrong(self, spec: ReplicaSpec) -> str:
+        """Why a replica cannot be started; empty if it can."""
+        if isinstance(spec.backend, AttachedBackend):
+            return ""
+        if not set(spec.devices) <= {device.id for device in self._devices}:
+            return f"replica {spec.id} names a device that is not there"
+        if set(spec.devices) & self._taken():
+            return f"replica {spec.id} names a device that is taken"
+        return ""
 
-    def _set(self, name: str, phase: ReplicaPhase) -> None:
-        state = self._replicas[name]
-        self._replicas[name] = replace(state, phase=phase, since_s=self._clock.now())
+    def _taken(self) -> set[str]:
+        return {device for item in self._alive() for device in item.state.spec.devices}
+
+    def _alive(self) -> list[_Replica]:
+        return [i for i in self._replicas.values() if i.state.phase is not ReplicaPhase.GONE]
+
+    def _end(self, item: _Replica) -> None:
+        self._set(item, ReplicaPhase.GONE)
+        item.life.end_s = self._clock.now()
+        self._ended(item.state.spec.id)
+
+    def _set(self, item: _Replica, phase: ReplicaPhase) -> None:
+        item.state = replace(item.state, phase=phase, since_s=self._clock.now())
+
+    def _strikes(self, chance: float) -> bool:
+        return self._random.random() < chance

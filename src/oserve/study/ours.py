@@ -105,9 +105,7 @@ class OServeTuner(Tuner):
 
     def _prompt_s(self, serving: Serving) -> float:
         """Seconds a prompt token takes at best, on the slowest replica of the plan."""
-        return max(
-            self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes
-        )
+        return max(self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes)
 
     def _with(self, serving: Serving, levers: Levers) -> Serving:
         return replace(serving, levers=levers)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.simulated import Levers, Routing, Serving
+from oserve.app.simulated import Floats, Ints, Levers, Routing, Serving
 from oserve.core import DeploymentPlan
 from oserve.sim.words import Rebalance
 from oserve.study.policy import Conduct, Fixed, Policy, Seen
@@ -100,7 +100,7 @@ class AiBrix:
             return None
         return replace(seen.plan, routing_shares=shares)
 
-    def _shares(self, counts: np.ndarray) -> Mapping[str, Mapping[str, float]]:
+    def _shares(self, counts: Ints) -> Mapping[str, Mapping[str, float]]:
         """Consecutive replicas for each class: one at least, the rest by largest remainder."""
         plan = self.serving.plan
         names = [spec.id for spec in plan.replicas]
@@ -116,11 +116,11 @@ class AiBrix:
             given[int(np.argmax(slack))] += missing
         ends = np.cumsum(given)
         return {
-            item.name: {name: 1.0 / count for name in names[end - count : end]}
+            item.name: dict.fromkeys(names[end - count:end], 1.0 / count)
             for item, count, end in zip(classes, given.tolist(), ends.tolist(), strict=True)
         }
 
-    def _work(self) -> np.ndarray:
+    def _work(self) -> Floats:
         """Engine seconds of a mean request, by class."""
         shape = self.serving.plan.replicas[0].shape
         costs = self.tuner.simulator.costs(shape)
@@ -131,7 +131,8 @@ class AiBrix:
         tokens = np.bincount(index, learned.prompt_tokens, len(classes))
         prompts = tokens / np.maximum(1, np.bincount(index, minlength=len(classes)))
         outputs = np.array([item.output_tokens for item in classes])
-        return prompts * costs.prefill_s_per_token + outputs * costs.decode_s_per_token
+        work: Floats = prompts * costs.prefill_s_per_token + outputs * costs.decode_s_per_token
+        return work
 
 
 def aibrix(tuner: Tuner) -> Policy:

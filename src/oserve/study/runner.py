@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oserve.app.simulated import LATEST_S, Serving, Simulator, Traffic, surely_failed
+from oserve.app.simulated import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
-from oserve.core import DeploymentPlan, VirtualClock
+from oserve.core import DeploymentPlan, ReplicaSpec, VirtualClock
+from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
+from oserve.sim.fleet_cluster import FleetCluster
+from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.words import Status
-from oserve.study.door import FleetCluster, Life
+from oserve.study.door import FreeCluster
 from oserve.study.policy import Policy, Seen
 from oserve.study.rolling import step_plan
 from oserve.study.scene import Scene
@@ -27,6 +30,7 @@ _ROUND_S = 1.0
 # Intervals that a policy may look back on when it re-scores plans.
 _RECENT_INTERVALS = 3
 _CHECKS = 8
+FREE = Phases(start_s=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +103,14 @@ class _Course:
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
         self._fleet: Fleet = simulator.fleet(self._serving, self._requests)
         self._clock = VirtualClock()
-        self._door = FleetCluster(
+        kind = FreeCluster if conduct.free else FleetCluster
+        self._door = kind(
             self._fleet,
-            simulator,
-            self._serving.levers,
+            self._add,
             scene.devices,
             self._clock,
-            phases=scene.phases,
-            free=conduct.free,
+            phases=FREE if conduct.free else scene.phases,
+            weights_bytes=scene.weights_bytes,
         )
         self._target = self._serving.plan
         self._loop = ControlLoop(
@@ -120,6 +124,7 @@ class _Course:
         """From the first request to the end of the last."""
         scene, conduct = self._scene, self._policy.conduct
         self._aim(self._target)
+        self._door.warm = True
         await self._loop.step()
         self._door.warm = False
         next_decision = scene.interval_s if conduct.decides else np.inf
@@ -149,6 +154,9 @@ class _Course:
                 elif self._steady():
                     await self._decide()
         return self._finish(failed)
+
+    def _add(self, spec: ReplicaSpec, ready_at_s: float) -> None:
+        self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)
 
     def _steady(self) -> bool:
         wanted = set(self._target.replicas)
@@ -203,7 +211,7 @@ class _Course:
             plan=self._target,
         )
 
-    def _counts(self, now_s: float) -> np.ndarray:
+    def _counts(self, now_s: float) -> Ints:
         """Arrivals so far by interval and length class."""
         interval_s = self._scene.interval_s
         classes = len(self._target.workload_types)

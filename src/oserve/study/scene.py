@@ -7,7 +7,7 @@ is new to them.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
+from oserve.sim.phases import Phases
 from oserve.traces import Slo, TraceRequest
 
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
@@ -27,24 +28,9 @@ USUAL_CHUNK = 2048
 USUAL_SEQS = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phases:
-    """Seconds until a replica serves: ``start_s``, and its weights at ``read_bytes_per_s``.
-
-    The defaults make a cold start of a 70B model in 16 bits some 50 s, as the paper has it; real
-    ones with compilation and graph capture take minutes, which would only favour those that do not
-    switch.
-    """
-
-    start_s: float = 30.0
-    read_bytes_per_s: float = 7e9
-
-    def load_s(self, source: PerformanceSource, shape: ReplicaShape) -> float:
-        """From the wish to the first request that a replica may take."""
-        if not isinstance(source, RooflineSource):
-            return self.start_s
-        weights = source.memory(shape).weights_bytes * shape.device_count
-        return self.start_s + weights / self.read_bytes_per_s
+COLD_START = Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0)
+"""Weights from a local disk: some 50 s for a 70B model in 16 bits, the paper's figure for a cold
+reload. Real ones with compilation take minutes, which only favours those that do not switch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +49,7 @@ class Scene:
     context: int
     shapes: tuple[ReplicaShape, ...]
     slo: Slo
-    phases: Phases = field(default_factory=Phases)
+    phases: Phases = COLD_START
     interval_s: float = 60.0
     learn_s: float | None = None
     seed: int = 0
@@ -80,6 +66,12 @@ class Scene:
         """The SLO, by workload type."""
         common = Limits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
         return {kind.name: common for kind in self.demand.types}
+
+    def weights_bytes(self, shape: ReplicaShape) -> float:
+        """Of a whole replica; 0 where the source knows nothing of memory."""
+        if not isinstance(self.source, RooflineSource):
+            return 0.0
+        return self.source.memory(shape).weights_bytes * shape.device_count
 
     @property
     def precision(self) -> Precision:

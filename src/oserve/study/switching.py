@@ -49,11 +49,11 @@ def switch_cost(tuner: OServeTuner, seen: Seen, target: DeploymentPlan) -> float
     """
     now = set(seen.plan.replicas)
     changed = [spec for spec in target.replicas if spec not in now]
-    devices = len(tuner.scene.devices)
+    scene = tuner.scene
+    devices = len(scene.devices)
     rate = len(seen.recent) / max(seen.recent_s, 1.0)
     away_s = sum(
-        len(spec.devices) * tuner.scene.phases.load_s(tuner.scene.source, spec.shape)
-        for spec in changed
+        len(spec.devices) * scene.phases.load_s(scene.weights_bytes(spec.shape)) for spec in changed
     )
     return rate * away_s / devices
 
@@ -112,8 +112,10 @@ class Switching:
             worth = gain / seen.recent_s * self.horizon_s
             if not self.conduct.free:
                 worth -= switch_cost(self.tuner, seen, plan)
-            if worth > 0 and gain > _LEAST_GAIN * len(seen.recent) and (
-                best is None or worth > best[0]
+            if (
+                worth > 0
+                and gain > _LEAST_GAIN * len(seen.recent)
+                and (best is None or worth > best[0])
             ):
                 best = (worth, plan)
         return None if best is None else best[1]

@@ -133,7 +133,7 @@ class Tuner:
 
         The chunk budgets come outermost, so that a race sees the likeliest first.
         """
-        found = {}
+        found: dict[ReplicaShape, None] = {}
         for shape in self._usual_kind():
             wanted = replace(shape, max_num_seqs=seqs)
             for chunk in chunks:
