@@ -1,12 +1,46 @@
-"""Sim: a cluster and an engine that are not there, behind the same doors as the real ones.
+"""Sim: engines and clusters that are not there, behind the same doors as the real ones.
 
-The simulated cluster keeps replicas on a virtual clock and checks that no device is ever used
-twice; with a fleet its replicas serve requests as vLLM's scheduler would. The emulated engine
-speaks OpenAI's API at a speed of your choice, without a model.
+``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
+``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is ever used twice;
+those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed of your
+choice, without a model.
 """
 
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.engine import EmulatedEngine, EngineSpeed
+from oserve.sim.fleet import Fleet
+from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Faults, Phases
+from oserve.sim.results import FleetResults
+from oserve.sim.steps import StepTables, step_tables
+from oserve.sim.words import (
+    FleetObservation,
+    GatewayOptions,
+    Link,
+    Policy,
+    Rebalance,
+    ReplicaObservation,
+    RequestTable,
+    Status,
+)
 
-__all__ = ["EmulatedEngine", "EngineSpeed", "Faults", "Phases", "SimulatedCluster"]
+__all__ = [
+    "EmulatedEngine",
+    "EngineSpeed",
+    "Faults",
+    "Fleet",
+    "FleetCluster",
+    "FleetObservation",
+    "FleetResults",
+    "GatewayOptions",
+    "Link",
+    "Phases",
+    "Policy",
+    "Rebalance",
+    "ReplicaObservation",
+    "RequestTable",
+    "SimulatedCluster",
+    "Status",
+    "StepTables",
+    "step_tables",
+]

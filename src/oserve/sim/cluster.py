@@ -1,5 +1,6 @@
 """A cluster on a virtual clock: replicas that load, serve, drain and crash."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class _Replica:
     life: Life
     ready_at_s: float
     fails: bool
+    stopped_at_s: float = math.inf
 
 
 class SimulatedCluster:
@@ -135,7 +137,9 @@ class SimulatedCluster:
     def _come_up(self, now_s: float) -> None:
         for item in self._alive():
             state = item.state
-            if state.phase is ReplicaPhase.LOADING and now_s >= item.ready_at_s:
+            if now_s >= item.stopped_at_s:
+                self._end(item)
+            elif state.phase is ReplicaPhase.LOADING and now_s >= item.ready_at_s:
                 if item.fails:
                     self.crash(state.spec.id)
                 else:
@@ -155,7 +159,7 @@ class SimulatedCluster:
             case StopReplica(replica=name):
                 item = self._replicas.get(name)
                 if item is not None and item.state.phase is not ReplicaPhase.GONE:
-                    self._end(item)
+                    self._stop(item)
 
     def _start(self, spec: ReplicaSpec) -> None:
         if any(item.state.spec.id == spec.id for item in self._alive()):
@@ -184,6 +188,15 @@ class SimulatedCluster:
             fails=fails,
         )
         self._began(spec, float("inf") if fails else now_s + load_s)
+
+    def _stop(self, item: _Replica) -> None:
+        """Its processes end now; its devices are free a little later."""
+        if self._phases.stop_s <= 0.0:
+            self._end(item)
+        elif math.isinf(item.stopped_at_s):
+            item.stopped_at_s = self._clock.now() + self._phases.stop_s
+            self._set(item, ReplicaPhase.DRAINING)
+            self._ended(item.state.spec.id)
 
     def _wrong(self, spec: ReplicaSpec) -> str:
         """Why a replica cannot be started; empty if it can."""

@@ -21,10 +21,7 @@ _NEVER_S = 4e6
 
 
 class FleetCluster(SimulatedCluster):
-    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` puts one into it.
-
-    ``replay``: requests of a replica that ends start over elsewhere; else they are lost.
-    """
+    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` puts one into it."""
 
     def __init__(
         self,
@@ -37,7 +34,6 @@ class FleetCluster(SimulatedCluster):
         weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
-        replay: bool = True,
     ) -> None:
         super().__init__(
             devices,
@@ -49,7 +45,6 @@ class FleetCluster(SimulatedCluster):
         )
         self._fleet = fleet
         self._add = add
-        self._replay = replay
 
     async def apply(self, action: Action) -> None:
         """Do as asked, at the clock's time."""
@@ -67,7 +62,7 @@ class FleetCluster(SimulatedCluster):
         self._fleet.drain(name)
 
     def _ended(self, name: str) -> None:
-        self._fleet.remove(name, replay=self._replay)
+        self._fleet.remove(name, replay=self.faults.replay)
 
     def _seen(self) -> Observation:
         observation = super()._seen()

@@ -8,12 +8,14 @@ class Phases:
     """Seconds of a start, one after the other; draining lasts as long as running requests do.
 
     ``start_s``: processes and communicators. Weights come at ``read_bytes_per_s``, from disk or
-    from peers. ``warm_up_s``: compilation, profiling, graph capture.
+    from peers. ``warm_up_s``: compilation, profiling, graph capture. Devices of a stopped replica
+    stay taken for ``stop_s``.
     """
 
     start_s: float = 4.0
     read_bytes_per_s: float = float("inf")
     warm_up_s: float = 0.0
+    stop_s: float = 0.0
 
     def load_s(self, weights_bytes: float) -> float:
         """From the wish to the first request a replica may take; bytes are of the whole replica."""
@@ -27,7 +29,8 @@ class Faults:
     Per action: that it is lost, or done twice. Per start: that it fails (when it should be done),
     or takes ``slow_factor`` times as long. Per observation: that the last one is given again; an
     action that follows from it and cannot be done is then ignored. ``crashes`` are moments
-    (seconds) and ids of replicas that end then, if they live.
+    (seconds) and ids of replicas that end then, if they live. ``replay``: requests of a replica
+    that ends start over elsewhere; otherwise they are lost.
     """
 
     lost_action: float = 0.0
@@ -37,4 +40,5 @@ class Faults:
     slow_factor: float = 5.0
     stale_observation: float = 0.0
     crashes: tuple[tuple[float, str], ...] = ()
+    replay: bool = True
     seed: int = 0
