@@ -6,17 +6,14 @@ or measurements. Pure.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from oserve.core import ReplicaShape
 from oserve.plan.problem import Counts, PlanProblem
 from oserve.plan.search import Deployment, Planned
 
 MIN_GAIN = 0.03
 """What different replicas must gain over the best homogeneous deployment to be preferred."""
-
-# Of the homogeneous deployments of one tensor and pipeline parallel size and precision, so many of
-# the linear model's best are scored; the others differ in chunk budget and sequences only.
-PER_FORM = 3
 
 Score = Callable[[Deployment], float]
 
@@ -63,13 +60,13 @@ def verify(
     score: Score,
     *,
     min_gain: float = MIN_GAIN,
-    per_form: int = PER_FORM,
 ) -> Verified:
     """Score the best candidates and homogeneous deployments again, and choose.
 
-    The best homogeneous one is taken unless another gains ``min_gain`` over it.
+    Of homogeneous deployments that differ in ``max_num_seqs`` only, the linear model's best is
+    scored. The best homogeneous one is taken unless another gains ``min_gain`` over it.
     """
-    homogeneous = _of_each_form(problem, planned.homogeneous, per_form)
+    homogeneous = _of_each_form(problem, planned.homogeneous)
     baselines = {item.counts for item in planned.homogeneous}
     scored: dict[Counts, Rescored] = {}
     for item in (*homogeneous, planned.best, *planned.candidates):
@@ -90,22 +87,14 @@ def verify(
     )
 
 
-def _of_each_form(
-    problem: PlanProblem, homogeneous: Sequence[Deployment], most: int
-) -> list[Deployment]:
-    """The first ``most`` of each form, in the order given (best first)."""
-    kept: dict[tuple[tuple[int, int, str], ...], list[Deployment]] = {}
+def _of_each_form(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> list[Deployment]:
+    """The first of those alike in all but sequences, in the order given (best first)."""
+    kept: dict[tuple[ReplicaShape, ...], Deployment] = {}
     for item in homogeneous:
-        shapes = [
-            option.shape
+        form = tuple(
+            replace(option.shape, max_num_seqs=0)
             for option, count in zip(problem.options, item.counts, strict=True)
             if count
-        ]
-        form = tuple(
-            (shape.tensor_parallel_size, shape.pipeline_parallel_size, str(shape.precision))
-            for shape in shapes
         )
-        found = kept.setdefault(form, [])
-        if len(found) < most:
-            found.append(item)
-    return [item for found in kept.values() for item in found]
+        kept.setdefault(form, item)
+    return list(kept.values())

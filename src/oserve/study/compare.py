@@ -24,7 +24,7 @@ from oserve.study.scene import Scene
 _TOLERANCE = 0.01
 _EVALUATIONS = 14
 # Points of a distribution that are kept for pictures, and of a timeline.
-QUANTILES = tuple(round(0.01 * step, 2) for step in range(100)) + (0.995, 0.999, 1.0)
+QUANTILES = (*(round(0.01 * step, 2) for step in range(100)), 0.995, 0.999, 1.0)
 _MOMENTS = 200
 
 

@@ -1,5 +1,6 @@
 """Policies that change the deployment: OServe with switching, reload, and the oracle."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -7,11 +8,12 @@ import numpy as np
 
 from oserve.app.planning import deployment_plan
 from oserve.app.simulated import Serving, Traffic, met
-from oserve.core import DeploymentPlan, ReplicaShape, WorkloadType
+from oserve.core import DeploymentPlan, WorkloadType
+from oserve.perf.table import ShapePerformance
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
-from oserve.plan.search import Deployment, Planned, plan_deployment
+from oserve.plan.search import Planned, plan_deployment
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Seen
 
@@ -19,7 +21,7 @@ _SOLVE_S = 5.0
 # Fewer recent requests say nothing.
 _ENOUGH = 50
 # A plan must gain this share of the goodput before it is worth a look at what it costs.
-_LEAST_GAIN = 0.01
+_LEAST_GAIN = 0.02
 
 
 def window_types(tuner: OServeTuner, seen: Seen) -> tuple[WorkloadType, ...]:
@@ -138,12 +140,39 @@ def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
 
 
 def planned_for(tuner: OServeTuner, seen: Seen) -> tuple[PlanProblem, Planned] | None:
-    """The search's answer for the recent rates; ``None`` where nothing came."""
+    """The search's answer for the recent rates; ``None`` where nothing came.
+
+    Of each form (tensor and pipeline parallel size, precision, kind) only the chunk budget and
+    sequences that serve these rates best alone take part, or solving would take seconds.
+    """
     types = window_types(tuner, seen)
     if sum(kind.arrival_rate_rps for kind in types) <= 0:
         return None
-    problem = replace(tuner.planned.problem, types=types, current=seen.plan)
+    problem = tuner.planned.problem
+    best: dict[tuple[object, ...], tuple[float, ShapePerformance]] = {}
+    for option in problem.options:
+        shape = option.shape
+        form = (
+            shape.tensor_parallel_size,
+            shape.pipeline_parallel_size,
+            shape.precision,
+            shape.device_kind,
+        )
+        scale = scale_alone(option, types)
+        if form not in best or scale > best[form][0]:
+            best[form] = (scale, option)
+    options = tuple(option for _, option in best.values())
+    problem = replace(problem, types=types, options=options, current=seen.plan)
     return problem, plan_deployment(problem, candidates=0, time_limit_s=_SOLVE_S)
+
+
+def scale_alone(option: ShapePerformance, types: Sequence[WorkloadType]) -> float:
+    """The multiple of the rates that one replica serves: 1 / sum of rate / capacity."""
+    load = 0.0
+    for kind, capacity in zip(types, option.capacity_rps, strict=True):
+        if kind.arrival_rate_rps > 0:
+            load += kind.arrival_rate_rps / capacity if capacity > 0 else math.inf
+    return 1.0 / load if load > 0 else 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,25 +193,21 @@ class Reload:
         return self.serving
 
     def decide(self, seen: Seen) -> DeploymentPlan | None:
-        found = planned_for(self.tuner, seen) if len(seen.recent) >= _ENOUGH else None
-        if found is None:
+        if len(seen.recent) < _ENOUGH:
             return None
-        problem, planned = found
-        best = planned.homogeneous[0]
-        shape = seen.plan.replicas[0].shape
-        running = next(
-            (item for item in planned.homogeneous if _only(problem, item) == shape), None
-        )
-        if running is None or best.score.scale < running.score.scale * (1 + self.min_gain):
+        types = window_types(self.tuner, seen)
+        problem = self.tuner.planned.problem
+        devices = len(problem.devices)
+        scales = {
+            option.shape: scale_alone(option, types) * (devices // option.shape.device_count)
+            for option in problem.options
+            if option.shape.precision is self.tuner.scene.precision
+        }
+        best = max(scales, key=lambda shape: (scales[shape], repr(shape)))
+        running = scales.get(seen.plan.replicas[0].shape, 0.0)
+        if scales[best] < running * (1 + self.min_gain):
             return None
-        wished = self.tuner.homogeneous(_only(problem, best), self.serving.levers)
-        return replaced(self.tuner, wished, seen.plan)
-
-
-def _only(problem: PlanProblem, deployment: Deployment) -> ReplicaShape:
-    """The (first) shape of a homogeneous deployment."""
-    index = next(i for i, count in enumerate(deployment.counts) if count)
-    return problem.options[index].shape
+        return replaced(self.tuner, self.tuner.homogeneous(best, self.serving.levers), seen.plan)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class Tuner:
         *,
         knows_outputs: bool = False,
     ) -> Found:
-        """The best of the candidates and ``best``; raises OServeError where nothing holds at all."""
+        """The best of the candidates and ``best``; raises OServeError where nothing holds."""
         tried: set[str] = set()
         for serving in candidates:
             key = repr(serving)
