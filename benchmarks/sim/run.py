@@ -26,7 +26,7 @@ from oserve.sim.compiled import HAS_NUMBA
 from oserve.traces import TraceRequest, read_trace, synthesise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from sim.reference import PS, Engine, Job, Reference  # noqa: E402
+from sim.reference import PS, Engine, Job, Reference
 
 SHAPE = ReplicaShape(
     tensor_parallel_size=4, max_num_batched_tokens=2048, max_num_seqs=128, device_kind="H100"
@@ -84,7 +84,7 @@ def reference(table: RequestTable, tables: StepTables, replicas: int) -> Referen
     return made
 
 
-def seconds(make: Callable[[], Callable[[], object]], rounds: int) -> float:
+def timed(make: Callable[[], Callable[[], object]], rounds: int) -> float:
     """The best of some rounds, of running what is made anew for each."""
     best = float("inf")
     for _ in range(rounds):
@@ -95,52 +95,69 @@ def seconds(make: Callable[[], Callable[[], object]], rounds: int) -> float:
     return best
 
 
+def contender(
+    table: RequestTable,
+    tables: StepTables,
+    replicas: int,
+    *,
+    compiled: bool,
+    skip: bool,
+    rounds: int,
+) -> tuple[float, list[int]]:
+    """Seconds, and every request's end in picoseconds."""
+
+    def make() -> Fleet:
+        return fleet(table, tables, replicas, compiled=compiled, skip=skip)
+
+    spent_s = timed(lambda: make().run, rounds if compiled else 1)
+    last = make()
+    last.run()
+    return spent_s, np.round(last.results().finish_s * PS).astype(np.int64).tolist()
+
+
+def slow_contender(
+    table: RequestTable, tables: StepTables, replicas: int
+) -> tuple[float, list[int]]:
+    """The same of the reference, run once."""
+    slow = reference(table, tables, replicas)
+    spent_s = timed(lambda: lambda: slow.advance(10**18), 1)
+    return spent_s, [job.finish or 0 for job in slow.jobs]
+
+
+def compare(table: RequestTable, replicas: int, rounds: int) -> None:
+    """All contenders on the same requests; Python only where it does not take too long."""
+    tables = step_tables(SOURCE.step_model(SHAPE), SHAPE)
+    found = {}
+    for kind, compiled in (("numba", True), ("Python", False)):
+        for how, skip in (("skipping", True), ("step by step", False)):
+            if (HAS_NUMBA or not compiled) and (replicas == 1 or skip):
+                found[f"{kind}, {how}"] = contender(
+                    table, tables, replicas, compiled=compiled, skip=skip, rounds=rounds
+                )
+    if len(table) <= 2_000:
+        found["reference"] = slow_contender(table, tables, replicas)
+    (first_s, ends), *_ = found.values()
+    for name, (spent_s, own) in found.items():
+        assert own == ends, f"{name} disagrees"
+        print(
+            f"{len(table):8} {replicas:8} {name:22} {spent_s:9.4f} {len(table) / spent_s:11,.0f} "
+            f"{spent_s / first_s:5.0f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--rate", type=float, default=1.8, help="requests/s for each replica")
     parser.add_argument("--rounds", type=int, default=7)
     wanted = parser.parse_args()
-    tables = step_tables(SOURCE.step_model(SHAPE), SHAPE)
-    print(f"{'requests':>8} {'replicas':>8} {'contender':26} {'seconds':>9} {'requests/s':>11} ratio")
+    print(
+        f"{'requests':>8} {'replicas':>8} {'contender':22} {'seconds':>9} {'requests/s':>11} ratio"
+    )
     for count, replicas in ((2_000, 1), (10_000, 1), (10_000, 16)):
         trace = requests(wanted.trace, count, wanted.rate * replicas)
-        table = RequestTable.from_trace(trace)
-        contenders = {
-            f"{kind}, {how}": (compiled, skip)
-            for kind, compiled in (("numba", True), ("Python", False))
-            for how, skip in (("skipping", True), ("step by step", False))
-            if HAS_NUMBA or not compiled
-        }
-        ends = []
-        base_s = 0.0
-        for name, (compiled, skip) in contenders.items():
-            if replicas > 1 and not (compiled and skip):
-                continue
-
-            def make(compiled: bool = compiled, skip: bool = skip) -> Callable[[], object]:
-                return fleet(table, tables, replicas, compiled=compiled, skip=skip).run
-
-            spent_s = seconds(make, wanted.rounds if compiled else 1)
-            base_s = base_s or spent_s
-            print(
-                f"{len(trace):8} {replicas:8} {name:26} {spent_s:9.4f} {len(trace) / spent_s:11,.0f}"
-                f" {spent_s / base_s:8.1f}",
-                flush=True,
-            )
-            last = fleet(table, tables, replicas, compiled=compiled, skip=skip)
-            last.run()
-            ends.append(np.round(last.results().finish_s * PS))
-        if count == 2_000:
-            slow = reference(table, tables, replicas)
-            spent_s = seconds(lambda: lambda: slow.advance(10**18), 1)
-            print(
-                f"{len(trace):8} {replicas:8} {'reference':26} {spent_s:9.4f} "
-                f"{len(trace) / spent_s:11,.0f} {spent_s / base_s:8.1f}",
-                flush=True,
-            )
-            ends.append(np.array([float(job.finish or 0) for job in slow.jobs]))
-        assert all(bool((end == ends[0]).all()) for end in ends), "the contenders disagree"
+        compare(RequestTable.from_trace(trace), replicas, wanted.rounds)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from oserve.perf.model import find_model
 from oserve.sim import Fleet, RequestTable, step_tables
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.perf.silicon import (  # noqa: E402
+from benchmarks.perf.silicon import (
     CHUNK,
     MODEL,
     SYSTEMS,
@@ -77,7 +77,9 @@ def errors(row: dict[str, str], provider: str) -> tuple[float, float]:
 def main() -> None:
     rows = measured_rows()
     print(f"{MODEL} fp8, vLLM, measured: {len(rows)} points; mean (median) absolute error in %")
-    print(f"{'device':7} {'step times':16} {'points':>6} {'TPOT':>14} {'rate':>14} {'rate bias':>10}")
+    print(
+        f"{'device':7} {'step times':16} {'points':>6} {'TPOT':>14} {'rate':>14} {'rate bias':>10}"
+    )
     for kind in SYSTEMS.values():
         for provider in ("roofline", "aiconfigurator"):
             found = [errors(row, provider) for row in rows if SYSTEMS[row["system"]] == kind]

@@ -352,7 +352,8 @@ def scenarios(
             st.lists(
                 st.builds(
                     Operation,
-                    at=st.integers(0, 3000),
+                    # At any time, and often at the very end of a step.
+                    at=st.one_of(st.integers(0, 3000), st.integers(0, 60).map(lambda n: 50 * n)),
                     kind=st.sampled_from(["look", "drain", "crash", "lose"] + ["migrate"] * 4),
                     replica=st.integers(0, len(fleet) - 1),
                     request=st.integers(0, count - 1),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.sim import gate, kernel
-from oserve.sim.compiled import compiled, plain
+from oserve.sim.compiled import compiled, door, plain
 from oserve.sim.pointers import integers, reals
 from oserve.sim.state import State
 
@@ -40,42 +40,42 @@ def state_at(addresses: Any) -> State:
     )
 
 
-@compiled
+@door
 def _next_moment(addresses: Any) -> int:
     return kernel.next_moment(state_at(addresses))
 
 
-@compiled
+@door
 def _advance(addresses: Any, until: int, skip: int) -> None:
     kernel.advance(state_at(addresses), until, skip)
 
 
-@compiled
+@door
 def _flush(addresses: Any, skip: int) -> None:
     kernel.flush(state_at(addresses), skip)
 
 
-@compiled
+@door
 def _observe(addresses: Any, now: int) -> None:
     kernel.observe(state_at(addresses), now)
 
 
-@compiled
+@door
 def _remove(addresses: Any, index: int, again: int, now: int) -> None:
     kernel.remove(state_at(addresses), index, again, now)
 
 
-@compiled
+@door
 def _migrate(addresses: Any, request: int, target: int, now: int) -> bool:
     return kernel.migrate(state_at(addresses), request, target, now)
 
 
-@compiled
+@door
 def _freeness(addresses: Any, index: int, now: int) -> float:
     return gate.freeness(state_at(addresses), index, now)
 
 
-@compiled
+@door
 def _free_at(addresses: Any, index: int, now: int) -> int:
     return gate.free_at(state_at(addresses), index, now)
 
@@ -118,7 +118,7 @@ class Kernel:
 
     def do(self, name: str, *arguments: int) -> Any:
         """Run one of the kernel's functions."""
-        door, function = _DOORS[name]
+        entry, function = _DOORS[name]
         if self._compiled:
-            return door(self._addresses, *arguments)
+            return entry(self._addresses, *arguments)
         return plain(function)(self.state, *arguments)

@@ -125,15 +125,6 @@ def advance(s: State, until: int, skip: int) -> None:
 
 
 @compiled
-def flush(s: State, skip: int) -> None:
-    """What a caller's change makes possible at this very moment."""
-    now = s.glob[NOW]
-    if s.queue[0] + s.late[0] > 0:
-        dispatch(s, now)
-    begin_steps(s, now, skip)
-
-
-@compiled
 def observe(s: State, now: int) -> None:
     """Bring the numbers of replicas and their requests up to a time that has been reached."""
     req, mem = s.req, s.mem
@@ -144,6 +135,17 @@ def observe(s: State, now: int) -> None:
             base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
             req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
             req[base + COMPUTED] = done_of(mem, at, slot)
+
+
+@compiled
+def flush(s: State, skip: int) -> None:
+    """What a caller's change makes possible at this very moment."""
+    now = s.glob[NOW]
+    # Steps that follow on one that ends right now have begun: what comes now is too late for them.
+    observe(s, now)
+    if s.queue[0] + s.late[0] > 0:
+        dispatch(s, now)
+    begin_steps(s, now, skip)
 
 
 @compiled
