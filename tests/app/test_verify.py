@@ -16,6 +16,7 @@ from oserve.app.simulated import (
     attainment,
     largest_scale,
     met,
+    ranks_s,
     surely_failed,
     traffic_from,
 )
@@ -23,6 +24,7 @@ from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.app.verify import check_for, poisson_traffic, serving_of, simulate_serving
 from oserve.cli import main
 from oserve.config import load_cluster
+from oserve.control.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices
@@ -196,3 +198,15 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
         sys.argv = before
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
+
+
+@pytest.mark.parametrize("window_s", [0.0, 7.0])
+def test_ranks_of_all_are_the_rank_of_each(window_s: float) -> None:
+    order = OrderPolicy(max_penalty_s=20.0, freshest_first_s=window_s)
+    traffic = poisson_traffic(TYPES, seed=2)
+    assert ranks_s(order, traffic).tolist() == [
+        rank_s(order, arrival_s=at, prompt_tokens=tokens)
+        for at, tokens in zip(
+            traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), strict=True
+        )
+    ]

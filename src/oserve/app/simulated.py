@@ -139,6 +139,16 @@ def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
 
 
+def ranks_s(order: OrderPolicy, traffic: Traffic) -> Floats:
+    """``control.order.rank_s`` of all requests at once."""
+    arrival, window_s = traffic.arrival_s, order.freshest_first_s
+    if window_s > 0.0:
+        arrival = (2.0 * np.floor(arrival / window_s) + 1.0) * window_s - arrival
+    penalty = order.penalty_s_per_token * traffic.prompt_tokens
+    ranks: Floats = arrival + np.minimum(order.max_penalty_s, penalty)
+    return ranks
+
+
 class Simulator:
     """Fleets of one model's replicas; step tables and costs are made once per shape."""
 
@@ -179,8 +189,7 @@ class Simulator:
         order = serving.levers.order
         ranks = None
         if order is not None:
-            penalty = order.penalty_s_per_token * traffic.prompt_tokens
-            ranks = traffic.arrival_s + np.minimum(order.max_penalty_s, penalty)
+            ranks = ranks_s(order, traffic)
         return RequestTable.of(
             traffic.arrival_s,
             traffic.prompt_tokens,

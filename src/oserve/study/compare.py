@@ -33,9 +33,11 @@ class Wish:
     """What is wanted of each policy. ``capacity``: its largest rate scale, too.
 
     ``sweep``: further scales at which attainment and P99 are wanted, as factors of ``scale``.
+    ``knee``: the scale is this multiple of what static-best carries, in place of ``scale``.
     """
 
     scale: float = 1.0
+    knee: float | None = None
     capacity: bool = True
     sweep: tuple[float, ...] = ()
 
@@ -86,12 +88,13 @@ class Row:
 def evaluate(tuner: OServeTuner, name: str, wish: Wish) -> Row:
     """Search a policy's settings, run it, and find its capacity."""
     scene, simulator = tuner.scene, tuner.simulator
+    scale = wish.scale if wish.knee is None else wish.knee * tuner.best.scale
     policy = POLICIES[name].make(tuner)
-    run = run_policy(scene, policy, simulator, wish.scale)
-    most = _capacity(tuner, policy, wish.scale) if wish.capacity else None
-    points = [_point(scene, run, wish.scale)]
+    run = run_policy(scene, policy, simulator, scale)
+    most = _capacity(tuner, policy, scale) if wish.capacity else None
+    points = [_point(scene, run, scale)]
     for factor in wish.sweep:
-        at = wish.scale * factor
+        at = scale * factor
         points.append(_point(scene, run_policy(scene, policy, simulator, at), at))
     return _row(scene, policy, name, run, most, points)
 
@@ -162,6 +165,7 @@ def _levers(policy: Policy) -> dict[str, Any]:
         "routing": levers.routing.name.lower(),
         "overflow_s": levers.gateway.overflow_s,
         "order_s_per_1500_tokens": None if order is None else order.penalty_s_per_token * 1500,
+        "freshest_first_s": 0.0 if order is None else order.freshest_first_s,
         "inflight_per_device": levers.inflight_per_device,
         "demote_after_s": levers.gateway.demote_after_s,
         "max_num_seqs": shape.max_num_seqs,

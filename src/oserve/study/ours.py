@@ -16,6 +16,9 @@ from oserve.study.tune import JSQ, PENALTIES_S, Found, Tuner, by_length
 INFLIGHT_PER_DEVICE = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 """Requests that the gateway hands to a replica at once, per device, that are tried."""
 
+WINDOWS_S = (300.0, 60.0, 0.0)
+"""Windows within which the freshest request goes first, in seconds; 0: first come within rank."""
+
 OVERFLOW_S = (0.5, 2.0, 8.0)
 _ROUNDS = 2
 # Below this a further round of all levers is not worth its time.
@@ -47,7 +50,7 @@ class OServeTuner(Tuner):
         """See ``oserve-static``."""
         self._said("all levers")
         found = max((self.best_tuned, self.assigned), key=lambda item: item.scale)
-        steps = (self._routed, self._bounded, self._ordered, self._reshaped, self._mixed)
+        steps = (self.ordered, self.routed, self.bounded, self.reshaped, self.mixed)
         for _ in range(_ROUNDS):
             before = found.scale
             for step in steps:
@@ -62,14 +65,14 @@ class OServeTuner(Tuner):
         known = self.measure(
             self.everything.serving, start=self.everything.scale, knows_outputs=True
         )
-        return self.race(self._routed(known.serving), known, knows_outputs=True)
+        return self.race(self.routed(known.serving), known, knows_outputs=True)
 
     # -- one lever after the other: variations of a serving --------------------------------------
-    def _routed(self, serving: Serving) -> Iterable[Serving]:
+    def routed(self, serving: Serving) -> Iterable[Serving]:
         for routing in (Routing.POOLS, Routing.LEAST_WORK, Routing.LEAST_REQUESTS):
             yield self._with(serving, replace(serving.levers, routing=routing))
 
-    def _bounded(self, serving: Serving) -> Iterable[Serving]:
+    def bounded(self, serving: Serving) -> Iterable[Serving]:
         """How late the gateway decides, and whether it demotes."""
         for limit_s in (self._ttft_s, None):
             for most in (*INFLIGHT_PER_DEVICE, None):
@@ -81,19 +84,22 @@ class OServeTuner(Tuner):
                 levers = replace(serving.levers, inflight_per_device=most, gateway=gateway)
                 yield self._with(serving, levers)
 
-    def _ordered(self, serving: Serving) -> Iterable[Serving]:
-        for penalty_s in (0.0, 2.0, *PENALTIES_S):
-            order = by_length(penalty_s) if penalty_s else None
-            yield self._with(serving, replace(serving.levers, order=order))
+    def ordered(self, serving: Serving) -> Iterable[Serving]:
+        """Order by prompt length, with the freshest first within windows and without."""
+        for window_s in WINDOWS_S:
+            for penalty_s in (2.0, *PENALTIES_S):
+                order = by_length(penalty_s, freshest_first_s=window_s)
+                yield self._with(serving, replace(serving.levers, order=order))
+        yield self._with(serving, replace(serving.levers, order=None))
 
-    def _reshaped(self, serving: Serving) -> Iterable[Serving]:
+    def reshaped(self, serving: Serving) -> Iterable[Serving]:
         """Other homogeneous deployments under the same levers."""
         if len(serving.shapes) == 1:
             yield from self.varied(serving, max_num_batched_tokens=CHUNKS, max_num_seqs=SEQS)
         for shape in self.forms((512, 1024)):
             yield self.homogeneous(shape, serving.levers)
 
-    def _mixed(self, serving: Serving) -> Iterable[Serving]:
+    def mixed(self, serving: Serving) -> Iterable[Serving]:
         """Different shapes under the same levers, in soft pools and without."""
         for overflow_s in OVERFLOW_S:
             yield from self.heterogeneous(_pools(serving.levers, overflow_s))

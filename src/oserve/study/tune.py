@@ -38,9 +38,13 @@ class Found:
     scale: float
 
 
-def by_length(penalty_s: float) -> OrderPolicy:
+def by_length(penalty_s: float, *, freshest_first_s: float = 0.0) -> OrderPolicy:
     """Short prompts first: ``penalty_s`` per 1,500 prompt tokens, at most a minute."""
-    return OrderPolicy(penalty_s_per_token=penalty_s / _PER_TOKENS, max_penalty_s=60.0)
+    return OrderPolicy(
+        penalty_s_per_token=penalty_s / _PER_TOKENS,
+        max_penalty_s=60.0,
+        freshest_first_s=freshest_first_s,
+    )
 
 
 class Tuner:
@@ -214,15 +218,15 @@ class Tuner:
     def best_tuned(self) -> Found:
         """See ``static-best-tuned``: form, chunk budget and order, the last two together."""
         self._said("best chunk budget and order")
-        found = self.race(self._reordered(self.best_chunk), self.best_chunk)
+        found = self.race(self.reordered(self.best_chunk), self.best_chunk)
         levers = found.serving.levers
         found = self.race((self.homogeneous(s, levers) for s in self.forms((512, 1024))), found)
         found = self.race(
             self.varied(found.serving, max_num_batched_tokens=CHUNKS, max_num_seqs=SEQS), found
         )
-        return self.race(self._reordered(found), found)
+        return self.race(self.reordered(found), found)
 
-    def _reordered(self, found: Found) -> Iterable[Serving]:
+    def reordered(self, found: Found) -> Iterable[Serving]:
         for penalty_s in PENALTIES_S:
             levers = replace(found.serving.levers, order=by_length(penalty_s))
             yield replace(found.serving, levers=levers)
