@@ -29,8 +29,15 @@ def main() -> None:
     for item, rows in zip(scenes, found, strict=True):
         tell(
             f"{item.name}: over reload and over static-best (capacity / P99 E2E at the knee)",
-            ("policy", "capacity", "P99 E2E, s", "over reload", "over static-best", "deployment",
-             "paper, P99 over reload"),
+            (
+                "policy",
+                "capacity",
+                "P99 E2E, s",
+                "over reload",
+                "over static-best",
+                "deployment",
+                "paper, P99 over reload",
+            ),
             [
                 [
                     name,

@@ -1,6 +1,6 @@
 """Clusters of one and of two kinds of device.
 
-    python experiments/generations/run.py --trace azure2023-mix-dev.csv.gz
+python experiments/generations/run.py --trace azure2023-mix-dev.csv.gz
 """
 
 from oserve.study.experiment import capacity, measured, ratio, scene, setup, tell, words

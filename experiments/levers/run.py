@@ -1,6 +1,6 @@
 """Every lever alone, on the best homogeneous deployment, and all together.
 
-    python experiments/levers/run.py --trace azure2023-mix-dev.csv.gz
+python experiments/levers/run.py --trace azure2023-mix-dev.csv.gz
 """
 
 from oserve.study.experiment import scene, setup, tell

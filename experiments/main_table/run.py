@@ -1,6 +1,6 @@
 """All policies on four models and two cluster sizes, beside the paper's gains.
 
-    python experiments/main_table/run.py --trace azure2023-mix-dev.csv.gz
+python experiments/main_table/run.py --trace azure2023-mix-dev.csv.gz
 """
 
 from oserve.study.experiment import capacity, measured, ratio, scene, setup, tell, words
@@ -33,7 +33,7 @@ def main() -> None:
         [[name, *(f"{capacity(rows[name]):.2f}" for rows in found)] for name in POLICIES],
     )
     tell(
-        "OServe's capacity over each / each one's P99 E2E over OServe's, at the knee of static-best",
+        "OServe over each: capacity / P99 E2E at the knee of static-best",
         [*heads, "paper"],
         [
             [name, *(ratio(rows["oserve"], rows[name]) for rows in found), PAPER.get(name, "")]

@@ -1,6 +1,6 @@
 """Weights in 16 and 8 bits, and both side by side; baselines get the same.
 
-    python experiments/precision/run.py --trace azure2023-mix-dev.csv.gz
+python experiments/precision/run.py --trace azure2023-mix-dev.csv.gz
 """
 
 from oserve.core import Precision

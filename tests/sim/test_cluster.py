@@ -13,21 +13,22 @@ from oserve.core import (
     ReplicaSpec,
     VirtualClock,
 )
+from oserve.perf.costs import measured_costs
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import (
     Faults,
     Fleet,
+    FleetCluster,
     Phases,
     RequestTable,
-    SimulatedCluster,
     Status,
-    replica_model,
+    step_tables,
 )
 from oserve.traces import synthesise
 
 DEVICES = tuple(Device(id=f"gpu:{n}", kind="H100") for n in range(4))
-MODEL = replica_model(RooflineSource(find_model("llama-2-70b")), ordered=True)
+SOURCE = RooflineSource(find_model("llama-2-70b"))
 POLICY = ReconcilePolicy(max_failures=1000, max_backoff_s=2.0)
 COUNT = 150
 
@@ -58,15 +59,31 @@ def serve(faults: Faults) -> tuple[Fleet, list[tuple[float, int]]]:
     fleet = Fleet(RequestTable.from_trace(trace), compiled=False)
     seen: list[tuple[float, int]] = []
 
+    def add(spec: ReplicaSpec, ready_at_s: float) -> None:
+        step = SOURCE.step_model(spec.shape)
+        fleet.add_replica(
+            spec.id,
+            spec.shape,
+            step_tables(step, spec.shape),
+            kv_tokens=SOURCE.kv_tokens(spec.shape),
+            costs=measured_costs(step, spec.shape),
+            ready_at_s=ready_at_s,
+            ordered=True,
+        )
+
+    def route(plan: DeploymentPlan) -> None:
+        fleet.set_routing(shares={0: plan.routing_shares["all"]})
+
     async def scenario() -> None:
         clock = VirtualClock()
-        cluster = SimulatedCluster(
+        cluster = FleetCluster(
+            fleet,
+            add,
             DEVICES,
             clock,
-            phases=Phases(start_s=1.0, load_s=3.0, warm_s=1.0, stop_s=0.5),
+            phases=Phases(start_s=1.0, read_bytes_per_s=1e9, warm_up_s=1.0, stop_s=0.5),
+            weights_bytes=lambda _: 3e9,
             faults=faults,
-            fleet=fleet,
-            model=MODEL,
         )
         first, second = plan_of("a", (0, 1), (2, 3)), plan_of("b", (0, 1, 2, 3))
         loop = ControlLoop(
@@ -81,11 +98,11 @@ def serve(faults: Faults) -> tuple[Fleet, list[tuple[float, int]]]:
                 )
             ),
         )
-        cluster.route(first)
+        route(first)
         running = asyncio.create_task(loop.run())
         await clock.advance(30.0)
         loop.plan = second
-        cluster.route(second)
+        route(second)
         await clock.advance(600.0)
         running.cancel()
         await cluster.observe()

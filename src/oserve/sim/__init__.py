@@ -2,8 +2,8 @@
 
 ``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
 ``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is ever used twice;
-those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed of your
-choice, without a model.
+those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed
+of your choice, without a model.
 """
 
 from oserve.sim.cluster import SimulatedCluster

@@ -133,5 +133,3 @@ def tell(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> No
     for line in lines:
         print("| " + " | ".join(line) + " |")
     sys.stdout.flush()
-
-

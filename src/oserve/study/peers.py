@@ -116,7 +116,7 @@ class AiBrix:
             given[int(np.argmax(slack))] += missing
         ends = np.cumsum(given)
         return {
-            item.name: dict.fromkeys(names[end - count:end], 1.0 / count)
+            item.name: dict.fromkeys(names[end - count : end], 1.0 / count)
             for item, count, end in zip(classes, given.tolist(), ends.tolist(), strict=True)
         }
 
