@@ -32,6 +32,7 @@ def main() -> None:
             (
                 "policy",
                 "capacity",
+                "P99 TTFT, s",
                 "P99 E2E, s",
                 "over reload",
                 "over static-best",
@@ -42,6 +43,7 @@ def main() -> None:
                 [
                     name,
                     f"{capacity(rows[name]):.2f}",
+                    f"{rows[name].p99_ttft_s:.1f}",
                     f"{rows[name].p99_e2e_s:.1f}",
                     ratio(rows[name], rows["reload"]),
                     ratio(rows[name], rows["static-best"]),

@@ -10,7 +10,11 @@ def requests(rate_rps: float = 6.0, duration_s: float = 40.0, seed: int = 3) -> 
 
 
 def small_scene(
-    *, cluster: str = "4xH100", duration_s: float = 40.0, interval_s: float = 10.0
+    *,
+    cluster: str = "4xH100",
+    duration_s: float = 40.0,
+    interval_s: float = 10.0,
+    rate_rps: float = 3.0,
 ) -> Scene:
     return make_scene(
         SceneChoice(
@@ -23,6 +27,6 @@ def small_scene(
             pipeline_parallel_sizes=(1,),
             interval_s=interval_s,
         ),
-        requests(duration_s=duration_s),
+        requests(rate_rps, duration_s),
         source_name="synthetic",
     )

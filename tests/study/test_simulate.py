@@ -15,7 +15,7 @@ from oserve.study.policies import POLICIES
 from study.scenes import small_scene
 
 WORDS = [
-    *("simulate", "--model", "qwen3-8b", "--cluster", "2xL40S", "--duration", "20"),
+    *("simulate", "--model", "qwen3-8b", "--cluster", "2xL40S", "--duration", "6"),
     *("--slo-ttft-ms", "1500", "--slo-tpot-ms", "80", "--jobs", "1"),
 ]
 
@@ -92,7 +92,8 @@ _PROGRAMME = """
 import hashlib
 from study.scenes import small_scene
 from oserve.study.compare import Wish, compare
-rows = compare([small_scene()], ["static-best-tuned", "oserve", "oracle"], Wish(scale=2.0))
+scene = small_scene(duration_s=8.0, interval_s=3.0)
+rows = compare([scene], ["oserve"], Wish(scale=3.0, capacity=False))
 print(hashlib.sha256(repr(rows).encode()).hexdigest())
 """
 
@@ -115,7 +116,7 @@ def test_two_processes_decide_the_same_byte_for_byte() -> None:
 
 
 def test_processes_change_nothing() -> None:
-    scene = small_scene()
+    scene = small_scene(duration_s=10.0)
     names = ["static-default", "llmd"]
     wish = Wish(scale=1.5, capacity=False)
     assert compare([scene], names, wish, jobs=2) == compare([scene], names, wish, jobs=1)

@@ -33,6 +33,7 @@ class Setup:
     jobs: int
     models: tuple[str, ...]
     out: Path | None
+    tensor_parallel_only: bool = False
 
     @property
     def words(self) -> str:
@@ -58,6 +59,11 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
     parser.add_argument("--jobs", type=int, default=usable_cores())
     parser.add_argument("--models", default=",".join(models))
     parser.add_argument("--out", type=Path, help="also write all figures as JSON")
+    parser.add_argument(
+        "--tensor-parallel-only",
+        action="store_true",
+        help="no pipeline parallel, whose step times were never measured",
+    )
     given = parser.parse_args()
     return Setup(
         trace=given.trace,
@@ -66,6 +72,7 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
         jobs=given.jobs,
         models=tuple(given.models.split(",")),
         out=given.out,
+        tensor_parallel_only=given.tensor_parallel_only,
     )
 
 
@@ -83,6 +90,8 @@ def scene(
     wanted = SceneChoice(
         model=model, devices=spec.devices, network=spec.network, slo=SLO, seed=asked.seed
     )
+    if asked.tensor_parallel_only:
+        wanted = replace(wanted, pipeline_parallel_sizes=(1,))
     return make_scene(
         replace(wanted, **choice),
         requests,

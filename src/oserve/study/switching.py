@@ -19,7 +19,7 @@ from oserve.study.policy import Conduct, Seen
 
 _SOLVE_S = 5.0
 # Fewer recent requests say nothing.
-_ENOUGH = 50
+_ENOUGH = 20
 # A plan must gain this share of the goodput before it is worth a look at what it costs.
 _LEAST_GAIN = 0.02
 
