@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from oserve.app.clock import LiveClock
@@ -31,7 +32,12 @@ from oserve.core import (
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.settings import EngineSettings
 from oserve.engines.tiny import make_tiny_model
+from oserve.perf import TokenCosts
 from oserve.sim import SimulatedCluster
+from oserve.sim.fleet import Fleet
+from oserve.sim.fleet_cluster import FleetCluster
+from oserve.sim.steps import StepTables
+from oserve.sim.words import RequestTable
 
 CORES = len(os.sched_getaffinity(0))
 DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", cores=(n % CORES,)) for n in range(2))
@@ -69,11 +75,33 @@ class Subject:
         return await self.until(reached)
 
 
-@pytest.fixture(params=["simulated", pytest.param("local", marks=pytest.mark.engine)])
+def fleet_cluster(clock: VirtualClock) -> FleetCluster:
+    """A fleet with one long request on its way, so that draining takes time."""
+    shape = ReplicaShape(max_num_batched_tokens=64, max_num_seqs=4)
+    steps = np.full(65, 10**10, dtype=np.int64)
+    tables = StepTables(prompts=steps, joint=steps[:5], decodes=steps[:5], kv_rate=0, pair_rate=0)
+    fleet = Fleet(RequestTable.of([0.0], [10], [100]))
+
+    def add(spec: ReplicaSpec, ready_at_s: float) -> None:
+        fleet.add_replica(
+            spec.id,
+            shape,
+            tables,
+            kv_tokens=1024,
+            costs=TokenCosts(prefill_s_per_token=1e-3, decode_s_per_token=1e-3),
+            ready_at_s=ready_at_s,
+        )
+
+    return FleetCluster(fleet, add, DEVICES, clock)
+
+
+@pytest.fixture(params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)])
 async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
-    if request.param == "simulated":
+    if request.param in {"simulated", "fleet"}:
         virtual = VirtualClock()
         simulated = SimulatedCluster(DEVICES, virtual)
+        if request.param == "fleet":
+            simulated = fleet_cluster(virtual)
 
         async def crash_simulated(name: str) -> None:
             simulated.crash(name)

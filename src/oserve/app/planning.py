@@ -139,7 +139,7 @@ def answer(question: Question) -> Answer:
         problem=problem,
         planned=planned,
         placed=placed,
-        plan=_deployment_plan(question, placed),
+        plan=deployment_plan(question, placed),
         predicted=predict(question, problem, planned.best),
         baseline=baseline,
         baseline_predicted=predict(question, problem, baseline),
@@ -199,7 +199,7 @@ def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, 
     }
 
 
-def _deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
+def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
     """Shares per length class: those of the types it is made of, in proportion."""
     demand = question.demand
     shares: dict[str, dict[str, float]] = {}

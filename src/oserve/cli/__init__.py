@@ -11,6 +11,7 @@ from oserve.cli.bench import bench
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
 from oserve.cli.serve import serve
+from oserve.cli.simulate import simulate
 from oserve.cli.status import status
 from oserve.cli.validate import validate
 from oserve.core import OServeError
@@ -26,6 +27,7 @@ app.command()(serve)
 app.command()(plan)
 app.command()(profile)
 app.add_typer(forecasting.app, name="forecast")
+app.command()(simulate)
 app.command()(bench)
 app.command()(status)
 app.command()(validate)

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.app.planning import Answer, Question, answer
+from oserve.app.simulated import traffic_from
 from oserve.app.sources import SourceChoice, find_source, shapes_for
-from oserve.cli import plan_report
+from oserve.app.verify import VerifiedAnswer, check_for, common_slo, verified_answer
+from oserve.cli import plan_report, verify_report
 from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
@@ -20,7 +22,8 @@ from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
-from oserve.traces import read_trace
+from oserve.plan.verify import MIN_GAIN
+from oserve.traces import TraceRequest, read_trace
 from oserve.traces.read import BadRows, Skipped
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,6 +91,10 @@ def plan(
             help="What different replicas must gain over the best homogeneous: 0.03 is 3 %."
         ),
     ] = 0.0,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Score the candidates again by simulation; choose by that."),
+    ] = False,
     current: Annotated[
         str | None, typer.Option(help="The plan that runs now (YAML): stay close to it.")
     ] = None,
@@ -120,8 +127,23 @@ def plan(
             place="--trace",
             remedy="give --trace FILE, or --rates 512x128=3.5",
         )
+    if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
+        raise OServeError(
+            "without an SLO there is nothing to verify a plan against",
+            place="--verify",
+            remedy="give --slo-ttft-ms and --slo-tpot-ms",
+        )
+    requests: list[TraceRequest] = []
     if trace is not None:
-        demand = _from_trace(trace, context, types, rate_scale, seed, until_s, skip_bad_rows)
+        requests = _read(trace, until_s, skip_bad_rows)
+        demand = demand_from_trace(
+            requests,
+            source=trace,
+            max_model_len=context,
+            k=types,
+            rate_scale=rate_scale,
+            seed=seed,
+        )
     else:
         assert rates is not None
         demand = scaled(
@@ -153,11 +175,25 @@ def plan(
             min_gain=min_gain,
         )
     )
-    _give(found, explain=explain, as_json=as_json, plot=plot, output=output)
+    checked = _verified(found, requests, context, rate_scale) if verify else None
+    _give(
+        found if checked is None else checked.answer,
+        checked,
+        explain=explain,
+        as_json=as_json,
+        plot=plot,
+        output=output,
+    )
 
 
 def _give(
-    found: Answer, *, explain: bool, as_json: bool, plot: str | None, output: str | None
+    found: Answer,
+    checked: VerifiedAnswer | None,
+    *,
+    explain: bool,
+    as_json: bool,
+    plot: str | None,
+    output: str | None,
 ) -> None:
     if plot:
         from oserve.cli.flow_picture import draw  # noqa: PLC0415 - matplotlib is an extra
@@ -166,9 +202,14 @@ def _give(
     if output:
         _write(Path(output), plan_yaml(found.plan, head=plan_report.headline(found)))
     if as_json:
-        print(json.dumps(plan_report.document(found), indent=2))
+        said = plan_report.document(found)
+        if checked is not None:
+            said["verified"] = verify_report.document(checked)
+        print(json.dumps(said, indent=2))
     else:
         plan_report.show(found, _screen(), explain=explain)
+        if checked is not None:
+            verify_report.show(checked, _screen())
     for name in (plot, output):
         if name:
             _console.print(f"written: {name}")
@@ -184,28 +225,34 @@ def _cluster(text: str | None) -> ClusterSpec:
     return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
 
 
-def _from_trace(
-    trace: str,
-    context: int,
-    types: int | None,
-    rate_scale: float,
-    seed: int,
-    until_s: float | None,
-    skip_bad_rows: bool,
-) -> Demand:
+def _read(trace: str, until_s: float | None, skip_bad_rows: bool) -> list[TraceRequest]:
     skipped = Skipped()
-    requests = read_trace(
-        trace,
-        until_s=until_s,
-        bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
-        skipped=skipped,
-    )
-    demand = demand_from_trace(
-        requests, source=trace, max_model_len=context, k=types, rate_scale=rate_scale, seed=seed
+    requests = list(
+        read_trace(
+            trace,
+            until_s=until_s,
+            bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
+            skipped=skipped,
+        )
     )
     if skipped.count:
         _console.print(f"skipped {skipped.count} bad rows; {'; '.join(skipped.first)}")
-    return demand
+    return requests
+
+
+def _verified(
+    found: Answer, requests: list[TraceRequest], context: int, rate_scale: float
+) -> VerifiedAnswer:
+    trace = traffic_from(requests, max_model_len=context) if requests else None
+    check = check_for(
+        found.question.demand,
+        common_slo(found.question.limits),
+        trace=trace,
+        rate_scale=rate_scale,
+        margin=found.question.min_gain or MIN_GAIN,
+    )
+    with _console.status(f"scoring candidates by simulation of {check.words}"):
+        return verified_answer(found, check)
 
 
 def _sizes(option: str, text: str | None) -> tuple[int, ...]:

@@ -55,6 +55,7 @@ class Gateway:
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
             max_penalty_s=order.max_penalty_s,
+            freshest_first_s=order.freshest_first_s,
             client_step_s=order.client_step_s,
             max_client_steps=order.max_client_steps,
         )

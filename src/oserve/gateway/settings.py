@@ -12,12 +12,14 @@ class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     """Order of waiting requests. ``policy``: ``priority`` (short first, with ageing) or ``fcfs``.
 
     ``penalty_s_per_1000_tokens``: how much later a prompt of 1,000 tokens may be served than an
-    empty one that arrived with it, at most ``max_penalty_s``. See control.order.
+    empty one that arrived with it, at most ``max_penalty_s``. ``freshest_first_s``: within windows
+    of so many seconds the latest arrival goes first. See control.order.
     """
 
     policy: Annotated[str, msgspec.Meta(pattern="^(priority|fcfs)$")] = "priority"
     penalty_s_per_1000_tokens: Annotated[float, msgspec.Meta(ge=0)] = 13.0
     max_penalty_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    freshest_first_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     client_step_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     max_client_steps: Annotated[int, msgspec.Meta(ge=0)] = 10
 

@@ -1,15 +1,16 @@
 """Sim: engines and clusters that are not there, behind the same doors as the real ones.
 
 ``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
-``SimulatedCluster`` keeps replicas (those of a fleet, if there is one) on a virtual clock, and
-checks that no device is ever used twice. ``EmulatedEngine`` speaks OpenAI's API at a speed of your
-choice, without a model.
+``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is ever used twice;
+those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed
+of your choice, without a model.
 """
 
-from oserve.sim.cluster import ReplicaModel, SimulatedCluster, replica_model
+from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.engine import EmulatedEngine, EngineSpeed
-from oserve.sim.faults import Faults, Phases
 from oserve.sim.fleet import Fleet
+from oserve.sim.fleet_cluster import FleetCluster
+from oserve.sim.phases import Faults, Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
 from oserve.sim.words import (
@@ -28,6 +29,7 @@ __all__ = [
     "EngineSpeed",
     "Faults",
     "Fleet",
+    "FleetCluster",
     "FleetObservation",
     "FleetResults",
     "GatewayOptions",
@@ -35,12 +37,10 @@ __all__ = [
     "Phases",
     "Policy",
     "Rebalance",
-    "ReplicaModel",
     "ReplicaObservation",
     "RequestTable",
     "SimulatedCluster",
     "Status",
     "StepTables",
-    "replica_model",
     "step_tables",
 ]

@@ -1,0 +1,180 @@
+"""``oserve simulate``: policies side by side on a simulated cluster."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from oserve.config import load_cluster
+from oserve.core import OServeError, Precision
+from oserve.study.compare import Row, Wish, compare, usable_cores
+from oserve.study.policies import policy_names
+from oserve.study.report import document, page
+from oserve.study.scene import SceneChoice, make_scene
+from oserve.traces import Slo, TraceRequest, read_trace, synthesise
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_DEFAULT = "static-default,static-best,static-best-chunk,static-best-tuned,oserve"
+_SYNTHETIC_RPS = 8.0
+_SYNTHETIC_S = 900.0
+_SWEEP = (0.5, 0.75, 1.25, 1.5)
+
+
+def simulate(
+    model: Annotated[
+        str, typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id.")
+    ],
+    cluster: Annotated[str, typer.Option(help="Such as 2x8xH100, or a YAML file.")],
+    trace: Annotated[
+        str | None, typer.Option(help="Trace of the traffic; a seeded synthetic mix without one.")
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help="Names, comma-separated, or all; see docs/simulation.md.")
+    ] = _DEFAULT,
+    slo_ttft_ms: Annotated[float, typer.Option(help="Time to first token, at most.")] = 2000.0,
+    slo_tpot_ms: Annotated[float, typer.Option(help="Time per output token, at most.")] = 100.0,
+    rate_scale: Annotated[float, typer.Option(help="Replay this many times as fast.")] = 1.0,
+    precisions: Annotated[
+        str, typer.Option(help="Weights replicas may have; baselines take the first.")
+    ] = "bf16",
+    interval: Annotated[float, typer.Option(help="Seconds between decisions.")] = 60.0,
+    duration: Annotated[
+        float | None, typer.Option(help="Use the trace's first seconds only.")
+    ] = None,
+    learn: Annotated[
+        float | None,
+        typer.Option(help="Search settings on the first seconds only, not in hindsight."),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Context; the model's own if not given.")
+    ] = None,
+    perf: Annotated[
+        str | None, typer.Option(help="roofline, aiconfigurator, or a profile file.")
+    ] = None,
+    capacity: Annotated[
+        bool, typer.Option(help="Also find the highest rate scale at which the SLO holds.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of clustering and synthetic traffic.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with pictures.")] = None,
+) -> None:
+    """Compare policies in the simulator; the live control loop drives every one of them."""
+    for option, value in (
+        ("--slo-ttft-ms", slo_ttft_ms),
+        ("--slo-tpot-ms", slo_tpot_ms),
+        ("--rate-scale", rate_scale),
+        ("--interval", interval),
+        ("--duration", 1.0 if duration is None else duration),
+        ("--learn", 1.0 if learn is None else learn),
+        ("--jobs", 1 if jobs is None else jobs),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise OServeError(f"it is {value:g}", place=option, remedy="give a number over 0")
+    names = policy_names(policies)
+    spec = load_cluster(cluster)
+    requests, source = _traffic(trace, duration, seed)
+    scene = make_scene(
+        SceneChoice(
+            model=model,
+            devices=spec.devices,
+            network=spec.network,
+            slo=Slo(ttft_s=slo_ttft_ms / 1e3, tpot_s=slo_tpot_ms / 1e3),
+            perf=perf,
+            precisions=_precisions(precisions),
+            context=max_model_len,
+            interval_s=interval,
+            learn_s=learn,
+            seed=seed,
+        ),
+        requests,
+        source_name=source,
+    )
+    wish = Wish(scale=rate_scale, capacity=capacity, sweep=_SWEEP if report else ())
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("searching and simulating", total=len(names))
+
+        def done(_scene: int, name: str) -> None:
+            progress.update(task, advance=1, description=f"done: {name}")
+
+        rows = compare([scene], names, wish, jobs=jobs or usable_cores(), progress=done)[0]
+    if report is not None:
+        _write(report, page(scene, rows, rate_scale=rate_scale))
+    if as_json:
+        print(json.dumps(document(scene, rows, rate_scale=rate_scale), indent=2))
+        return
+    for note in scene.demand.notes:
+        _console.print(f"note: {note}", markup=False)
+    screen = Console(highlight=False, soft_wrap=True)
+    wide = screen if screen.is_terminal else Console(highlight=False, width=170)
+    wide.print(_table(rows))
+    if report is not None:
+        _console.print(f"written: {report}", markup=False)
+
+
+def _traffic(
+    trace: str | None, duration: float | None, seed: int
+) -> tuple[list[TraceRequest], str]:
+    if trace is not None:
+        return list(read_trace(trace, until_s=duration)), trace
+    made = synthesise(rate_rps=_SYNTHETIC_RPS, duration_s=duration or _SYNTHETIC_S, seed=seed)
+    return list(made), f"a synthetic mix of conversations and code (seed {seed})"
+
+
+def _precisions(text: str) -> tuple[Precision, ...]:
+    known = {item.value for item in Precision}
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise OServeError(
+            f"{text!r} is not a list of precisions",
+            place="--precisions",
+            remedy="use some of: " + ", ".join(sorted(known)),
+        )
+    return tuple(Precision(name) for name in names)
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(
+        "policy", "deployment", "max scale", "SLO met", "goodput", "P50 E2E", "P99 E2E",
+        "P99 TTFT", "P99 TPOT", "device h", "MJ", "switches", "lost", "replayed",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.policy,
+            ", ".join(f"{count} x {name}" for name, count in row.deployment),
+            "" if row.max_rate_scale is None else f"{row.max_rate_scale:.2f}",
+            f"{row.slo_attainment:.1%}",
+            f"{row.goodput_rps:.2f}",
+            f"{row.p50_e2e_s:.2f}",
+            f"{row.p99_e2e_s:.2f}",
+            f"{row.p99_ttft_s:.2f}",
+            f"{row.p99_tpot_s:.3f}",
+            f"{row.device_hours:.1f}",
+            f"{row.energy_joules / 1e6:.1f}",
+            str(row.switches),
+            str(row.lost),
+            str(row.replayed),
+        )
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OServeError(
+            f"cannot write it: {error.strerror}", place=str(path), remedy="check the path"
+        ) from None

@@ -1,0 +1,100 @@
+"""Choosing by a second opinion: candidates and homogeneous deployments scored again.
+
+The linear model errs by more on some shapes than a heterogeneous deployment gains (see
+``search``), so its ranking decides only what is looked at. What scores is passed in: a simulator,
+or measurements. Pure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from oserve.core import ReplicaShape
+from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.search import Deployment, Planned
+
+MIN_GAIN = 0.03
+"""What different replicas must gain over the best homogeneous deployment to be preferred."""
+
+Score = Callable[[Deployment], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescored:
+    """A deployment with its score, a scale of the demand; ``predicted`` is the linear model's."""
+
+    deployment: Deployment
+    scale: float
+    homogeneous: bool
+
+    @property
+    def predicted(self) -> float:
+        """The scale in the linear model."""
+        return self.deployment.score.scale
+
+    @property
+    def error(self) -> float:
+        """Of the linear model: 0.1 means that it promised 10 % too much; infinite where all."""
+        return self.predicted / self.scale - 1.0 if self.scale > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """The choice, what else was scored (best first), and how many homogeneous were left out."""
+
+    chosen: Rescored
+    best_homogeneous: Rescored
+    scored: tuple[Rescored, ...]
+    min_gain: float
+    left_out: int
+
+    @property
+    def gain(self) -> float:
+        """Of the best of all over the best homogeneous one: 1.1 is 10 %."""
+        best, base = self.scored[0].scale, self.best_homogeneous.scale
+        return best / base if base > 0 else float("inf")
+
+
+def verify(
+    problem: PlanProblem,
+    planned: Planned,
+    score: Score,
+    *,
+    min_gain: float = MIN_GAIN,
+) -> Verified:
+    """Score the best candidates and homogeneous deployments again, and choose.
+
+    Of homogeneous deployments that differ in ``max_num_seqs`` only, the linear model's best is
+    scored. The best homogeneous one is taken unless another gains ``min_gain`` over it.
+    """
+    homogeneous = _of_each_form(problem, planned.homogeneous)
+    baselines = {item.counts for item in planned.homogeneous}
+    scored: dict[Counts, Rescored] = {}
+    for item in (*homogeneous, planned.best, *planned.candidates):
+        if item.counts not in scored:
+            scored[item.counts] = Rescored(
+                deployment=item, scale=score(item), homogeneous=item.counts in baselines
+            )
+    ranked = sorted(scored.values(), key=lambda item: (-item.scale, item.deployment.counts))
+    base = next(item for item in ranked if item.homogeneous)
+    best = ranked[0]
+    chosen = best if best.scale > base.scale * (1.0 + min_gain) else base
+    return Verified(
+        chosen=chosen,
+        best_homogeneous=base,
+        scored=tuple(ranked),
+        min_gain=min_gain,
+        left_out=len(planned.homogeneous) - len(homogeneous),
+    )
+
+
+def _of_each_form(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> list[Deployment]:
+    """The first of those alike in all but sequences, in the order given (best first)."""
+    kept: dict[tuple[ReplicaShape, ...], Deployment] = {}
+    for item in homogeneous:
+        form = tuple(
+            replace(option.shape, max_num_seqs=0)
+            for option, count in zip(problem.options, item.counts, strict=True)
+            if count
+        )
+        kept.setdefault(form, item)
+    return list(kept.values())

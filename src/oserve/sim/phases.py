@@ -1,0 +1,44 @@
+"""How long a simulated replica takes to come up, and what may go wrong with it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """Seconds of a start, one after the other; draining lasts as long as running requests do.
+
+    ``start_s``: processes and communicators. Weights come at ``read_bytes_per_s``, from disk or
+    from peers. ``warm_up_s``: compilation, profiling, graph capture. Devices of a stopped replica
+    stay taken for ``stop_s``.
+    """
+
+    start_s: float = 4.0
+    read_bytes_per_s: float = float("inf")
+    warm_up_s: float = 0.0
+    stop_s: float = 0.0
+
+    def load_s(self, weights_bytes: float) -> float:
+        """From the wish to the first request a replica may take; bytes are of the whole replica."""
+        return self.start_s + weights_bytes / self.read_bytes_per_s + self.warm_up_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """Chances in [0, 1], drawn from one seeded generator.
+
+    Per action: that it is lost, or done twice. Per start: that it fails (when it should be done),
+    or takes ``slow_factor`` times as long. Per observation: that the last one is given again; an
+    action that follows from it and cannot be done is then ignored. ``crashes`` are moments
+    (seconds) and ids of replicas that end then, if they live. ``replay``: requests of a replica
+    that ends start over elsewhere; otherwise they are lost.
+    """
+
+    lost_action: float = 0.0
+    repeated_action: float = 0.0
+    failed_start: float = 0.0
+    slow_start: float = 0.0
+    slow_factor: float = 5.0
+    stale_observation: float = 0.0
+    crashes: tuple[tuple[float, str], ...] = ()
+    replay: bool = True
+    seed: int = 0

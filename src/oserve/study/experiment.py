@@ -1,0 +1,144 @@
+"""What the scripts under ``experiments/`` share: words, traffic, scenes, tables."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from oserve.config import load_cluster
+from oserve.study.compare import Row, Wish, compare, usable_cores
+from oserve.study.report import row_document
+from oserve.study.scene import Scene, SceneChoice, make_scene
+from oserve.traces import Slo, TraceRequest, read_trace, synthesise
+
+SLO = Slo(ttft_s=2.0, tpot_s=0.1)
+"""The limits of every experiment: 95 % of all requests within 2 s TTFT and 100 ms TPOT."""
+
+KNEE = 1.1
+"""P99 is compared at this multiple of the capacity of static-best, a little past its knee."""
+
+_SYNTHETIC_RPS = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a person asked for."""
+
+    trace: str | None
+    duration_s: float
+    seed: int
+    jobs: int
+    models: tuple[str, ...]
+    out: Path | None
+    tensor_parallel_only: bool = False
+
+    @property
+    def words(self) -> str:
+        """Which traffic, in words; of a trace its file's name only."""
+        if self.trace is None:
+            return f"a synthetic mix (seed {self.seed}), {self.duration_s:g} s"
+        return f"{Path(self.trace).name}, its first {self.duration_s:g} s"
+
+    def requests(self) -> list[TraceRequest]:
+        """The trace's first part, or the synthetic mix."""
+        if self.trace is not None:
+            return list(read_trace(self.trace, until_s=self.duration_s))
+        made = synthesise(rate_rps=_SYNTHETIC_RPS, duration_s=self.duration_s, seed=self.seed)
+        return list(made)
+
+
+def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setup:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--trace", help="request trace; a seeded synthetic mix without one")
+    parser.add_argument("--duration", type=float, default=duration_s, help="first seconds of it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=usable_cores())
+    parser.add_argument("--models", default=",".join(models))
+    parser.add_argument("--out", type=Path, help="also write all figures as JSON")
+    parser.add_argument(
+        "--tensor-parallel-only",
+        action="store_true",
+        help="no pipeline parallel, whose step times were never measured",
+    )
+    given = parser.parse_args()
+    return Setup(
+        trace=given.trace,
+        duration_s=given.duration,
+        seed=given.seed,
+        jobs=given.jobs,
+        models=tuple(given.models.split(",")),
+        out=given.out,
+        tensor_parallel_only=given.tensor_parallel_only,
+    )
+
+
+def scene(
+    asked: Setup,
+    model: str,
+    cluster: str,
+    requests: Sequence[TraceRequest],
+    *,
+    name: str = "",
+    **choice: Any,
+) -> Scene:
+    """A scene with the experiments' limits; ``choice`` are further fields of ``SceneChoice``."""
+    spec = load_cluster(cluster)
+    wanted = SceneChoice(
+        model=model, devices=spec.devices, network=spec.network, slo=SLO, seed=asked.seed
+    )
+    if asked.tensor_parallel_only:
+        wanted = replace(wanted, pipeline_parallel_sizes=(1,))
+    return make_scene(
+        replace(wanted, **choice),
+        requests,
+        source_name=asked.words,
+        name=name or f"{model} on {cluster}",
+    )
+
+
+def measured(asked: Setup, scenes: Sequence[Scene], names: Sequence[str]) -> list[dict[str, Row]]:
+    """Rows by policy for each scene, at the knee, with capacities; what is done goes to stderr."""
+
+    def told(at: int, name: str) -> None:
+        print(f"{scenes[at].name}: {name}", file=sys.stderr, flush=True)
+
+    found = compare(scenes, names, Wish(knee=KNEE), jobs=asked.jobs, progress=told)
+    rows = [{row.policy: row for row in part} for part in found]
+    if asked.out is not None:
+        document = [
+            {"scene": item.name, "policies": [row_document(row) for row in part.values()]}
+            for item, part in zip(scenes, rows, strict=True)
+        ]
+        asked.out.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    return rows
+
+
+def capacity(row: Row) -> float:
+    """The largest rate scale; 0 where none was found."""
+    return row.max_rate_scale or 0.0
+
+
+def ratio(row: Row, base: Row) -> str:
+    """Capacity over that of another policy, and its P99 E2E over this one's."""
+    most = capacity(row) / capacity(base) if capacity(base) else float("inf")
+    latency = base.p99_e2e_s / row.p99_e2e_s if row.p99_e2e_s else float("inf")
+    return f"{most:.2f}x / {latency:.2f}x"
+
+
+def words(row: Row) -> str:
+    """A deployment in words."""
+    return " + ".join(f"{count} x {name}" for name, count in row.deployment)
+
+
+def tell(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    print(f"\n{title}\n")
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+    sys.stdout.flush()

@@ -1,0 +1,53 @@
+"""What each lever is worth alone on the best homogeneous deployment, and without it in the end."""
+
+from dataclasses import replace
+
+from oserve.app.simulated import Routing
+from oserve.study.ours import OServeTuner
+from oserve.study.scene import Scene
+from oserve.study.tune import Found
+
+
+def lever_capacities(scene: Scene) -> dict[str, float]:
+    """Capacities (rate scales) by lever, ``static-best`` and all together included."""
+    tuner = OServeTuner(scene)
+    best, whole = tuner.best, tuner.everything
+    alone = {
+        "chunk budget": tuner.best_chunk,
+        "order by prompt length": tuner.race(tuner.reordered(best), best),
+        "order by prompt length, freshest first": tuner.race(tuner.ordered(best.serving), best),
+        "least work instead of shortest queue": tuner.race(
+            [replace(best.serving, levers=replace(best.serving.levers, routing=Routing.LEAST_WORK))]
+        ),
+        "late choice and demotion": tuner.race(tuner.bounded(best.serving), best),
+        "different shapes": tuner.race(
+            tuner.heterogeneous(best.serving.levers, shares=False), best
+        ),
+        "different shapes in soft pools": tuner.race(tuner.mixed(best.serving), best),
+        "chunk budget and order (static-best-tuned)": tuner.best_tuned,
+        "all together": whole,
+        "all, told the output lengths": tuner.knowing,
+    }
+    found = {"static-default": tuner.measure(tuner.default).scale, "static-best": best.scale}
+    found |= {f"+ {name}": item.scale for name, item in alone.items()}
+    found |= {f"all but {name}": item.scale for name, item in _without(tuner, whole).items()}
+    return found
+
+
+def _without(tuner: OServeTuner, whole: Found) -> dict[str, Found]:
+    levers = whole.serving.levers
+    plain = replace(levers.gateway, demote_after_s=None)
+
+    def with_levers(**fields: object) -> Found:
+        changed = replace(levers, **fields)  # type: ignore[arg-type]
+        return tuner.measure(replace(whole.serving, levers=changed), start=whole.scale)
+
+    order = levers.order
+    oldest = None if order is None else replace(order, freshest_first_s=0.0)
+    return {
+        "order": with_levers(order=None),
+        "freshest first": with_levers(order=oldest),
+        "late choice": with_levers(inflight_per_device=None),
+        "demotion": with_levers(gateway=plain),
+        "least work": with_levers(routing=Routing.LEAST_REQUESTS),
+    }

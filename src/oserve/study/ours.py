@@ -1,0 +1,122 @@
+"""OServe's own settings: every lever, each kept only if the simulator confirms a gain.
+
+From the best tuned homogeneous deployment on: least expected work instead of shortest queue, the
+engines' queues kept short so that the gateway decides late and can demote what can no longer meet
+its TTFT, chunk budgets and order again under these, different shapes with soft pools and overflow.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+
+from oserve.app.simulated import Levers, Routing, Serving
+from oserve.study.scene import CHUNKS, SEQS
+from oserve.study.tune import JSQ, PENALTIES_S, Found, Tuner, by_length
+
+INFLIGHT_PER_DEVICE = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+"""Requests that the gateway hands to a replica at once, per device, that are tried."""
+
+WINDOWS_S = (300.0, 60.0, 0.0)
+"""Windows within which the freshest request goes first, in seconds; 0: first come within rank."""
+
+OVERFLOW_S = (0.5, 2.0, 8.0)
+_ROUNDS = 2
+# Below this a further round of all levers is not worth its time.
+_ENOUGH_GAIN = 1.005
+
+
+class OServeTuner(Tuner):
+    """The static settings of OServe and of its ablations."""
+
+    @cached_property
+    def shapes_only(self) -> Found:
+        """See ``oserve-shapes``."""
+        self._said("different shapes")
+        return self.race(self.heterogeneous(JSQ, shares=False), self.best_chunk)
+
+    @cached_property
+    def assigned(self) -> Found:
+        """See ``oserve-assign``."""
+        self._said("assignment, soft pools")
+        candidates: list[Serving] = []
+        for overflow_s in OVERFLOW_S:
+            levers = _pools(JSQ, overflow_s)
+            candidates += self.heterogeneous(levers)
+            candidates.append(self._with(self.shapes_only.serving, levers))
+        return self.race(candidates, self.shapes_only)
+
+    @cached_property
+    def everything(self) -> Found:
+        """See ``oserve-static``."""
+        self._said("all levers")
+        found = max((self.best_tuned, self.assigned), key=lambda item: item.scale)
+        steps = (self.ordered, self.routed, self.bounded, self.reshaped, self.mixed)
+        for _ in range(_ROUNDS):
+            before = found.scale
+            for step in steps:
+                found = self.race(step(found.serving), found)
+            if found.scale <= before * _ENOUGH_GAIN:
+                break
+        return found
+
+    @cached_property
+    def knowing(self) -> Found:
+        """``everything`` where the router is told true output lengths."""
+        known = self.measure(
+            self.everything.serving, start=self.everything.scale, knows_outputs=True
+        )
+        return self.race(self.routed(known.serving), known, knows_outputs=True)
+
+    # -- one lever after the other: variations of a serving --------------------------------------
+    def routed(self, serving: Serving) -> Iterable[Serving]:
+        for routing in (Routing.POOLS, Routing.LEAST_WORK, Routing.LEAST_REQUESTS):
+            yield self._with(serving, replace(serving.levers, routing=routing))
+
+    def bounded(self, serving: Serving) -> Iterable[Serving]:
+        """How late the gateway decides, and whether it demotes."""
+        for limit_s in (self._ttft_s, None):
+            for most in (*INFLIGHT_PER_DEVICE, None):
+                gateway = replace(
+                    serving.levers.gateway,
+                    demote_after_s=limit_s,
+                    prompt_s_per_token=0.0 if limit_s is None else self._prompt_s(serving),
+                )
+                levers = replace(serving.levers, inflight_per_device=most, gateway=gateway)
+                yield self._with(serving, levers)
+
+    def ordered(self, serving: Serving) -> Iterable[Serving]:
+        """Order by prompt length, with the freshest first within windows and without."""
+        for window_s in WINDOWS_S:
+            for penalty_s in (2.0, *PENALTIES_S):
+                order = by_length(penalty_s, freshest_first_s=window_s)
+                yield self._with(serving, replace(serving.levers, order=order))
+        yield self._with(serving, replace(serving.levers, order=None))
+
+    def reshaped(self, serving: Serving) -> Iterable[Serving]:
+        """Other homogeneous deployments under the same levers."""
+        if len(serving.shapes) == 1:
+            yield from self.varied(serving, max_num_batched_tokens=CHUNKS, max_num_seqs=SEQS)
+        for shape in self.forms((512, 1024)):
+            yield self.homogeneous(shape, serving.levers)
+
+    def mixed(self, serving: Serving) -> Iterable[Serving]:
+        """Different shapes under the same levers, in soft pools and without."""
+        for overflow_s in OVERFLOW_S:
+            yield from self.heterogeneous(_pools(serving.levers, overflow_s))
+        yield from self.heterogeneous(serving.levers, shares=False)
+
+    @property
+    def _ttft_s(self) -> float | None:
+        return self.scene.slo.ttft_s
+
+    def _prompt_s(self, serving: Serving) -> float:
+        """Seconds a prompt token takes at best, on the slowest replica of the plan."""
+        return max(self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes)
+
+    def _with(self, serving: Serving, levers: Levers) -> Serving:
+        return replace(serving, levers=levers)
+
+
+def _pools(levers: Levers, overflow_s: float) -> Levers:
+    gateway = replace(levers.gateway, overflow_s=overflow_s)
+    return replace(levers, routing=Routing.POOLS, gateway=gateway)

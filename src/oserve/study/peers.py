@@ -1,0 +1,141 @@
+"""Other systems' policies, each on the best homogeneous deployment with the best chunk budget.
+
+That shape is found in hindsight, which none of the originals does: it is what an expert would set
+up before the policy takes over.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from oserve.app.simulated import Floats, Ints, Levers, Routing, Serving
+from oserve.core import DeploymentPlan
+from oserve.sim.words import Rebalance
+from oserve.study.policy import Conduct, Fixed, Policy, Seen
+from oserve.study.tune import Tuner
+
+
+def llumnix(tuner: Tuner) -> Policy:
+    """Dispatch by freeness, live migration from full to free replicas."""
+    levers = Levers(routing=Routing.FREENESS, rebalance=Rebalance())
+    return Fixed(serving=replace(tuner.best_chunk.serving, levers=levers))
+
+
+def llmd(tuner: Tuner) -> Policy:
+    """Least predicted latency: work owed, and what the request adds, by its length bucket."""
+    levers = Levers(routing=Routing.LEAST_WORK)
+    return Fixed(serving=replace(tuner.best_chunk.serving, levers=levers))
+
+
+@dataclass(slots=True, kw_only=True)
+class Dynamo:
+    """As many replicas of one shape as the forecast of the mean load needs, cold starts and all.
+
+    ``replica_rps`` is what one replica serves within the SLO (profiled, as its planner does). The
+    forecast is an exponential average of past rates; ``headroom`` is kept above it.
+    """
+
+    serving: Serving
+    replica_rps: float
+    interval_s: float
+    headroom: float = 1.1
+    weight: float = 0.5
+    conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
+
+    def initial(self, scale: float) -> Serving:
+        del scale
+        return self.serving
+
+    def decide(self, seen: Seen) -> DeploymentPlan | None:
+        forecast = 0.0
+        for count in seen.counts.sum(axis=1):
+            rate = float(count) / self.interval_s
+            forecast = rate if forecast == 0.0 else forecast + self.weight * (rate - forecast)
+        replicas = self.serving.plan.replicas
+        needed = math.ceil(forecast * self.headroom / self.replica_rps)
+        kept = replicas[: max(1, min(len(replicas), needed))]
+        if set(kept) == set(seen.plan.replicas):
+            return None
+        return replace(seen.plan, replicas=kept)
+
+
+def dynamo(tuner: Tuner) -> Policy:
+    """See ``Dynamo``; its router knows the work on each replica."""
+    found = tuner.best_chunk
+    count = len(found.serving.plan.replicas)
+    return Dynamo(
+        serving=replace(found.serving, levers=Levers(routing=Routing.LEAST_WORK)),
+        replica_rps=found.scale * tuner.scene.learned.rate_rps / count,
+        interval_s=tuner.scene.interval_s,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class AiBrix:
+    """Each length class has replicas of its own, in number by its share of the work.
+
+    The replicas are alike, so moving one to another class takes no restart. Requests overflow to
+    other classes' replicas as they do in OServe.
+    """
+
+    tuner: Tuner
+    serving: Serving
+    conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
+
+    def initial(self, scale: float) -> Serving:
+        del scale
+        learned = self.tuner.scene.learned
+        classes = self.serving.plan.workload_types
+        bounds = [item.max_prompt_tokens for item in classes[:-1]]
+        index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
+        counts = np.bincount(index, minlength=len(classes))
+        plan = replace(self.serving.plan, routing_shares=self._shares(counts))
+        return replace(self.serving, plan=plan)
+
+    def decide(self, seen: Seen) -> DeploymentPlan | None:
+        shares = self._shares(seen.counts[-1])
+        if shares == seen.plan.routing_shares:
+            return None
+        return replace(seen.plan, routing_shares=shares)
+
+    def _shares(self, counts: Ints) -> Mapping[str, Mapping[str, float]]:
+        """Consecutive replicas for each class: one at least, the rest by largest remainder."""
+        plan = self.serving.plan
+        names = [spec.id for spec in plan.replicas]
+        classes = plan.workload_types
+        if len(names) < len(classes) or not counts.sum():
+            return {}
+        work = counts * self._work()
+        quota = work / work.sum() * len(names)
+        given = np.maximum(1, np.floor(quota)).astype(int)
+        while given.sum() != len(names):
+            missing = int(np.sign(len(names) - given.sum()))
+            slack = np.where((given > 1) | (missing > 0), (quota - given) * missing, -np.inf)
+            given[int(np.argmax(slack))] += missing
+        ends = np.cumsum(given)
+        return {
+            item.name: dict.fromkeys(names[end - count : end], 1.0 / count)
+            for item, count, end in zip(classes, given.tolist(), ends.tolist(), strict=True)
+        }
+
+    def _work(self) -> Floats:
+        """Engine seconds of a mean request, by class."""
+        shape = self.serving.plan.replicas[0].shape
+        costs = self.tuner.simulator.costs(shape)
+        learned = self.tuner.scene.learned
+        classes = self.serving.plan.workload_types
+        bounds = [item.max_prompt_tokens for item in classes[:-1]]
+        index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
+        tokens = np.bincount(index, learned.prompt_tokens, len(classes))
+        prompts = tokens / np.maximum(1, np.bincount(index, minlength=len(classes)))
+        outputs = np.array([item.output_tokens for item in classes])
+        work: Floats = prompts * costs.prefill_s_per_token + outputs * costs.decode_s_per_token
+        return work
+
+
+def aibrix(tuner: Tuner) -> Policy:
+    """See ``AiBrix``."""
+    serving = replace(tuner.best_chunk.serving, levers=Levers(routing=Routing.POOLS))
+    return AiBrix(tuner=tuner, serving=serving)

@@ -1,0 +1,167 @@
+"""A scene: everything that the policies of one comparison have in common.
+
+Model, devices, traffic, limits, and what starting a replica takes. Policies learn about the
+traffic what ``learn_s`` allows: with ``None`` they are tuned in hindsight, on all of it, as the
+strongest static baseline must be; with a number they see its first seconds only, and what follows
+is new to them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from oserve.app.demand import Demand, demand_from_trace
+from oserve.app.simulated import Traffic, traffic_from
+from oserve.app.sources import SourceChoice, find_source, shapes_for
+from oserve.core import Device, OServeError, Precision, ReplicaShape
+from oserve.perf.capacity import Limits
+from oserve.perf.shapes import ShapeChoices
+from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
+from oserve.perf.table import PerformanceSource
+from oserve.sim.phases import Phases
+from oserve.traces import Slo, TraceRequest
+
+CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
+SEQS = (128, 256)
+USUAL_CHUNK = 2048
+USUAL_SEQS = 256
+
+
+COLD_START = Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0)
+"""Weights from a local disk: some 50 s for a 70B model in 16 bits, the paper's figure for a cold
+reload. Real ones with compilation take minutes, which only favours those that do not switch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scene:
+    """``demand`` holds workload types and length classes, ``shapes`` what may be used.
+
+    ``interval_s``: time between decisions of the policies that take any.
+    """
+
+    name: str
+    model: str
+    devices: tuple[Device, ...]
+    traffic: Traffic
+    demand: Demand
+    source: PerformanceSource
+    context: int
+    shapes: tuple[ReplicaShape, ...]
+    slo: Slo
+    phases: Phases = COLD_START
+    interval_s: float = 60.0
+    learn_s: float | None = None
+    seed: int = 0
+
+    @property
+    def learned(self) -> Traffic:
+        """The traffic that policies may be tuned on."""
+        if self.learn_s is None:
+            return self.traffic
+        return self.traffic.between(0.0, self.learn_s)
+
+    @property
+    def limits(self) -> dict[str, Limits]:
+        """The SLO, by workload type."""
+        common = Limits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
+        return {kind.name: common for kind in self.demand.types}
+
+    def weights_bytes(self, shape: ReplicaShape) -> float:
+        """Of a whole replica; 0 where the source knows nothing of memory."""
+        if not isinstance(self.source, RooflineSource):
+            return 0.0
+        return self.source.memory(shape).weights_bytes * shape.device_count
+
+    @property
+    def precision(self) -> Precision:
+        """What baselines hold their weights in: the first that was allowed."""
+        return self.shapes[0].precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneChoice:
+    """What is set up: see ``make_scene``."""
+
+    model: str
+    devices: tuple[Device, ...]
+    slo: Slo
+    network: str = DEFAULT_NETWORK
+    perf: str | None = None
+    precisions: Sequence[Precision] = (Precision.BF16,)
+    chunks: Sequence[int] = CHUNKS
+    seqs: Sequence[int] = SEQS
+    tensor_parallel_sizes: Sequence[int] = (1, 2, 4, 8)
+    pipeline_parallel_sizes: Sequence[int] = (1, 2, 4)
+    context: int | None = None
+    interval_s: float = 60.0
+    learn_s: float | None = None
+    types: int | None = None
+    seed: int = 0
+
+
+def make_scene(
+    choice: SceneChoice, requests: Iterable[TraceRequest], *, source_name: str, name: str = ""
+) -> Scene:
+    """Facts, shapes, types and classes for requests cut to the context.
+
+    Raises OServeError for a trace without requests (in the learned part, too) and a model that
+    fits nowhere.
+    """
+    source, context = find_source(
+        SourceChoice(
+            model=choice.model,
+            devices=choice.devices,
+            network=choice.network,
+            perf=choice.perf,
+            context=choice.context,
+        )
+    )
+    given = list(requests)
+    known = [r for r in given if choice.learn_s is None or r.arrival_s < choice.learn_s]
+    if given and not known:
+        raise OServeError(
+            f"the trace has no request in its first {choice.learn_s:g} s",
+            place="--learn",
+            remedy="learn on more of it",
+        )
+    demand = demand_from_trace(
+        known, source=source_name, max_model_len=context, k=choice.types, seed=choice.seed
+    )
+    traffic = traffic_from(given, max_model_len=context)
+    choices = ShapeChoices(
+        tensor_parallel_sizes=tuple(choice.tensor_parallel_sizes),
+        pipeline_parallel_sizes=tuple(choice.pipeline_parallel_sizes),
+        precisions=tuple(choice.precisions),
+        max_num_batched_tokens=tuple(choice.chunks),
+        max_num_seqs=tuple(choice.seqs),
+    )
+    shapes = tuple(
+        shape
+        for shape in shapes_for(source, choice.devices, choices)
+        if source.kv_tokens(shape) >= _longest(traffic)
+    )
+    if not shapes:
+        raise OServeError(
+            f"no shape has KV cache for the longest request ({_longest(traffic):,} tokens)",
+            place="--cluster",
+            remedy="use more or larger devices, fewer bits a weight, or --max-model-len",
+        )
+    return Scene(
+        name=name or choice.model,
+        model=choice.model,
+        devices=choice.devices,
+        traffic=traffic,
+        demand=demand,
+        source=source,
+        context=context,
+        shapes=shapes,
+        slo=choice.slo,
+        interval_s=choice.interval_s,
+        learn_s=choice.learn_s,
+        seed=choice.seed,
+    )
+
+
+def _longest(traffic: Traffic) -> int:
+    return int(np.max(traffic.prompt_tokens + traffic.output_tokens))
