@@ -70,7 +70,7 @@ class OutputExpectation:
         ]
         total = sum(p for p, _ in left)
         if total <= 0.0:
-            return made_tokens * 2.0 ** (1 / _PER_DOUBLING) + 1.0
+            return made_tokens * math.sqrt(2.0) + 1.0
         return sum(p * tokens for p, tokens in left) / total
 
 
