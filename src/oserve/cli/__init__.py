@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from oserve import __version__
+from oserve.cli import forecast as forecasting
 from oserve.cli.bench import bench
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(plan)
 app.command()(profile)
+app.add_typer(forecasting.app, name="forecast")
 app.command()(bench)
 app.command()(status)
 app.command()(validate)

@@ -1,0 +1,238 @@
+"""``oserve forecast``: what comes next, and how far each model can be believed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from oserve.app.forecasting import Wanted, load_series
+from oserve.core import OServeError
+from oserve.forecast.backtest import Report, Series, backtest, filled
+from oserve.forecast.forecaster import MAX_STEPS
+from oserve.forecast.forecaster import MAX_TYPES as MOST_TYPES
+from oserve.forecast.lstm import read_lstm, write_lstm
+from oserve.forecast.lstm_train import train_lstm
+from oserve.forecast.models import SIMPLE, ModelSettings
+from oserve.traces.read import BadRows, Skipped
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    help="Forecast arrivals per workload type and backtest the models; train the LSTM.",
+)
+
+_Interval = Annotated[
+    float | None,
+    typer.Option(help="Seconds a window: 60 for requests, the file's own for counts."),
+]
+_Types = Annotated[int, typer.Option(help="Workload types; of counts, the largest series.")]
+_Seed = Annotated[int, typer.Option(help="For clustering and training.")]
+_Until = Annotated[float | None, typer.Option(help="Use the trace's first seconds only.")]
+_Skip = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows.")]
+
+
+@app.callback()
+def forecast(
+    context: typer.Context,
+    trace: Annotated[
+        Path | None, typer.Option(help="Requests (any format oserve bench reads) or a counts CSV.")
+    ] = None,
+    interval: _Interval = None,
+    types: _Types = 4,
+    models: Annotated[
+        str,
+        typer.Option(help="Beside the default; also arima and lstm. 'none' for no others."),
+    ] = ",".join(SIMPLE),
+    steps: Annotated[
+        int, typer.Option(help="How many windows ahead to forecast after the end.")
+    ] = 5,
+    lstm: Annotated[
+        Path | None, typer.Option(help="A trained LSTM; without, lstm trains on the first half.")
+    ] = None,
+    seed: _Seed = 0,
+    until_s: _Until = None,
+    skip_bad_rows: _Skip = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw counts, forecasts and 90 % band (PNG, SVG or PDF).")
+    ] = None,
+) -> None:
+    """Forecast the next windows, and score models on the second half without look-ahead."""
+    if context.invoked_subcommand is not None:
+        return
+    series = _series(trace, interval, types, seed, until_s, skip_bad_rows)
+    if not 1 <= steps <= MAX_STEPS:
+        raise OServeError(f"it is {steps}", place="--steps", remedy=f"give 1 to {MAX_STEPS}")
+    names = [] if models == "none" else [name.strip() for name in models.split(",")]
+    settings = ModelSettings(
+        k=len(series.names),
+        interval_s=series.interval_s,
+        lstm=None if lstm is None else read_lstm(lstm),
+    )
+    report = backtest(series, names, steps=steps, timer=time.perf_counter, settings=settings)
+    if plot:
+        from oserve.cli.forecast_picture import draw  # noqa: PLC0415 - matplotlib is an extra
+
+        draw(series, report.walks[0], plot)
+    if as_json:
+        print(json.dumps(document(series, report), indent=2))
+    else:
+        _show(series, report)
+    if plot:
+        _console.print(f"written: {plot}")
+
+
+@app.command()
+def train(
+    trace: Annotated[Path, typer.Option(help="Requests or a counts CSV to learn from, all of it.")],
+    output: Annotated[Path, typer.Option(help="The model file to write (.npz).")],
+    interval: _Interval = None,
+    types: _Types = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 150,
+    seed: _Seed = 0,
+    until_s: _Until = None,
+    skip_bad_rows: _Skip = False,
+) -> None:
+    """Train the paper's LSTM, one small network per type, on a trace."""
+    series = _series(trace, interval, types, seed, until_s, skip_bad_rows)
+    with Progress(console=_console) as progress:
+        task = progress.add_task("training", total=len(series.names))
+        weights = train_lstm(
+            filled(series.counts),
+            series.names,
+            interval_s=series.interval_s,
+            rounds=rounds,
+            seed=seed,
+            progress=lambda done, _: progress.update(task, completed=done),
+        )
+    write_lstm(weights, output)
+    _console.print(
+        f"written: {output}, {len(series.names)} types, windows of {series.interval_s:g} s, "
+        f"each from the last {weights.window}"
+    )
+
+
+def document(series: Series, report: Report) -> dict[str, Any]:
+    """The report as JSON-ready data."""
+    following, regret = report.next, report.regret
+    return {
+        "interval_s": series.interval_s,
+        "windows": len(series.parts),
+        "scored_windows": len(series.parts) - series.half,
+        "types": list(series.names),
+        "floor": report.floor,
+        "models": [
+            {
+                "model": walk.score.model,
+                "rrmse": walk.score.rrmse,
+                "pinball": walk.score.pinball,
+                "coverage90": walk.score.coverage,
+                "ms": walk.score.ms,
+            }
+            for walk in report.walks
+        ],
+        "regret": {
+            "best_model": regret.best_model,
+            "of_models": regret.of_models,
+            "best_expert": regret.best_expert,
+            "of_experts": regret.of_experts,
+        },
+        "forecast": [
+            {
+                "type": name,
+                "mean_rps": following.rates_rps[:, kind].tolist(),
+                "quantiles_rps": {
+                    f"{level:g}": following.quantile_rps(level)[:, kind].tolist()
+                    for level in following.quantiles
+                },
+            }
+            for kind, name in enumerate(following.names)
+        ],
+    }
+
+
+def _series(
+    trace: Path | None,
+    interval: float | None,
+    types: int,
+    seed: int,
+    until_s: float | None,
+    skip_bad_rows: bool,
+) -> Series:
+    if trace is None:
+        raise OServeError("there is no trace", place="--trace", remedy="give a file")
+    for option, value in (("--interval", interval), ("--until-s", until_s)):
+        if value is not None and not 0 < value < float("inf"):
+            raise OServeError(f"it is {value:g}", place=option, remedy="give seconds over 0")
+    if not 1 <= types <= MOST_TYPES:
+        raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MOST_TYPES}")
+    skipped = Skipped()
+    wanted = Wanted(
+        interval_s=interval,
+        types=types,
+        seed=seed,
+        until_s=until_s,
+        bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
+    )
+    series = load_series(trace, wanted, skipped)
+    if skipped.count:
+        _console.print(f"skipped {skipped.count} bad rows; {'; '.join(skipped.first)}")
+    return series
+
+
+def _show(series: Series, report: Report) -> None:
+    plain = Console(highlight=False, soft_wrap=True)
+    screen = plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
+    n, half = len(series.parts), series.half
+    screen.print(
+        f"{n} windows of {series.interval_s:g} s, {len(series.names)} types; scored on the last "
+        f"{n - half}, one window ahead"
+    )
+    scores = Table()
+    for title in ("model", "RRMSE %", "pinball %", "coverage of 90 %", "ms"):
+        scores.add_column(title, justify="left" if title == "model" else "right")
+    for score in (walk.score for walk in report.walks):
+        scores.add_row(
+            score.model,
+            f"{score.rrmse:.1f}",
+            f"{score.pinball:.2f}",
+            f"{100 * score.coverage:.1f} %",
+            f"{score.ms:.2f}",
+        )
+    scores.add_row("Poisson floor", f"{report.floor:.1f}", "", "", "")
+    screen.print(scores)
+    regret = report.regret
+    if regret.of_models is not None:
+        screen.print(
+            f"default against the best of the others, {regret.best_model}: "
+            f"{100 * regret.of_models:+.1f} %"
+        )
+    screen.print(
+        f"default against its best expert in hindsight, {regret.best_expert}: "
+        f"{100 * regret.of_experts:+.1f} %"
+    )
+    _show_next(screen, report)
+
+
+def _show_next(screen: Console, report: Report) -> None:
+    following = report.next
+    steps = len(following.mean_counts)
+    table = Table(title=f"requests/s in the next window, and {steps} ahead (5 to 95 %)")
+    table.add_column("type")
+    for title in ("next", "5 to 95 %", f"{steps} ahead", "5 to 95 %"):
+        table.add_column(title, justify="right")
+    low, high = following.quantile_rps(0.05), following.quantile_rps(0.95)
+    for kind, name in enumerate(following.names):
+        cells = []
+        for step in (0, steps - 1):
+            cells.append(f"{following.rates_rps[step, kind]:.2f}")
+            cells.append(f"{low[step, kind]:.2f} to {high[step, kind]:.2f}")
+        table.add_row(name, *cells)
+    screen.print(table)

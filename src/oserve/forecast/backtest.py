@@ -1,0 +1,265 @@
+"""Backtest without look-ahead: every model walks through a series and is scored on its second half.
+
+At each window a model has seen what came before and nothing else; its forecast is asked for, then
+the window is shown to it. The first half warms it up (and is all that an LSTM is trained on).
+Scores:
+
+- RRMSE: root mean squared error over the mean count, per type, averaged over the types;
+- pinball: the mean pinball loss of the quantiles over the mean count, averaged over the types;
+- coverage: the share of counts from the lowest quantile to the highest, both included;
+- the floor: what a forecaster that knew every rate would score on Poisson counts, the
+  square root of the mean over the mean, averaged over the types.
+
+All in percent, but coverage. A type that has no arrivals in the second half has no score.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from oserve.core import OServeError
+from oserve.forecast.experts import Combination
+from oserve.forecast.forecaster import QUANTILES, Forecast, Forecaster
+from oserve.forecast.lstm_train import train_lstm
+from oserve.forecast.models import DEFAULT, ModelSettings, known, make_model
+from oserve.workload.columns import Floats
+
+MIN_WINDOWS = 8
+"""Fewer cannot be halved into anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Series:
+    """Counts of k types in n windows of s parts each: ``parts`` (n, s, k), NaN where not seen."""
+
+    names: tuple[str, ...]
+    interval_s: float
+    start_s: float
+    parts: Floats
+
+    @property
+    def counts(self) -> Floats:
+        """Shape (n, k)."""
+        total: Floats = self.parts.sum(axis=1)
+        return total
+
+    @property
+    def half(self) -> int:
+        """Where the second half begins."""
+        return len(self.parts) // 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Of one model; see the module. ``ms`` is the mean time of taking in a window and forecasting.
+
+    ``coverage`` is None where nothing was scored.
+    """
+
+    model: str
+    rrmse: float
+    pinball: float
+    coverage: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """How much more the default's RRMSE is than the best one's, as a share (0.02: 2 % more).
+
+    ``of_models``: of the other models that ran (None if there are none); ``of_experts``: of its
+    own experts, the best of them known only afterwards.
+    """
+
+    best_model: str | None
+    of_models: float | None
+    best_expert: str
+    of_experts: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Walk:
+    """What a model said of each window of the second half, one ahead, beside what came.
+
+    ``mean`` and ``counts`` (n, k), ``quantiles`` (n, q, k).
+    """
+
+    score: Score
+    mean: Floats
+    quantiles: Floats
+    counts: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Report:
+    """All models on one series. ``next`` is the default's forecast after the last window."""
+
+    floor: float
+    walks: tuple[Walk, ...]
+    regret: Regret
+    next: Forecast
+
+
+def backtest(
+    series: Series,
+    models: Sequence[str],
+    *,
+    steps: int = 5,
+    timer: Callable[[], float],
+    settings: ModelSettings | None = None,
+) -> Report:
+    """Score ``models``, and always the default, on the second half of the series.
+
+    ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained
+    on the first half. Raises OServeError for a series of fewer than 8 windows or a half without
+    arrivals, and what the models raise.
+    """
+    names = known(models)
+    counts = series.counts[series.half :]
+    if len(series.parts) < MIN_WINDOWS or not np.nansum(counts):
+        raise OServeError(
+            f"{len(series.parts)} windows of {series.interval_s:g} s, {np.nansum(counts):g} "
+            "arrivals in their second half, cannot be scored",
+            place="--interval",
+            remedy=f"give at least {MIN_WINDOWS} windows: a longer trace or a shorter interval",
+        )
+    settings = settings or ModelSettings(k=len(series.names), interval_s=series.interval_s)
+    if "lstm" in names and settings.lstm is None:
+        settings = replace(
+            settings,
+            lstm=train_lstm(
+                filled(series.counts[: series.half]), series.names, interval_s=series.interval_s
+            ),
+        )
+    walks = []
+    for name in names:
+        if name == DEFAULT:
+            walk, experts, labels, following = _walk_default(series, settings, steps, timer)
+        else:
+            model = make_model(name, settings)
+            forecaster = _forecaster(model, series, steps)
+            walk = _walk(name, forecaster, series, timer, lambda: None)
+        walks.append(walk)
+    return Report(
+        floor=floor(counts),
+        walks=tuple(walks),
+        regret=_regret(walks, experts, labels),
+        next=following,
+    )
+
+
+def rrmse(mean: Floats, counts: Floats) -> float:
+    """In percent, averaged over the types that came at all; both (n, k), NaN where not seen."""
+    level = np.nanmean(counts, axis=0)
+    scored = level > 0
+    error = np.sqrt(np.nanmean((mean - counts) ** 2, axis=0))
+    return float(100 * np.mean(error[scored] / level[scored]))
+
+
+def pinball(quantiles: Floats, counts: Floats, levels: Sequence[float]) -> float:
+    """In percent: (n, q, k) quantiles at ``levels`` (q) against (n, k) counts."""
+    level = np.nanmean(counts, axis=0)
+    scored = level > 0
+    tau = np.array(levels)[None, :, None]
+    short = counts[:, None] - quantiles
+    loss = np.nanmean(np.maximum(tau * short, (tau - 1) * short), axis=(0, 1))
+    return float(100 * np.mean(loss[scored] / level[scored]))
+
+
+def coverage(quantiles: Floats, counts: Floats) -> float:
+    """The share of counts (n, k) within the outer ones of quantiles (n, q, k), types that came."""
+    inside = (counts >= quantiles[:, 0]) & (counts <= quantiles[:, -1])
+    scored = ~np.isnan(counts) & (np.nansum(counts, axis=0) > 0)
+    return float(inside[scored].mean())
+
+
+def floor(counts: Floats) -> float:
+    """The least RRMSE in percent that Poisson counts with these means (n, k) allow."""
+    level = np.nanmean(counts, axis=0)
+    return float(100 * np.mean(1 / np.sqrt(level[level > 0])))
+
+
+def filled(counts: Floats) -> Floats:
+    """Counts (n, k) with those not seen replaced by the last that was, or 0."""
+    found = counts.copy()
+    last = np.zeros(counts.shape[1])
+    for row in found:
+        missing = np.isnan(row)
+        row[missing] = last[missing]
+        last = row
+    return found
+
+
+def _forecaster(model: object, series: Series, steps: int) -> Forecaster:
+    return Forecaster(
+        model,  # type: ignore[arg-type]
+        series.names,
+        interval_s=series.interval_s,
+        steps=steps,
+    )
+
+
+def _walk(
+    name: str,
+    forecaster: Forecaster,
+    series: Series,
+    timer: Callable[[], float],
+    before: Callable[[], None],
+) -> Walk:
+    """``before`` is called ahead of each window of the second half."""
+    counts = series.counts
+    means, quantiles, spent_s = [], [], 0.0
+    for place, row in enumerate(counts):
+        if place >= series.half:
+            said = forecaster.forecast()
+            means.append(said.mean_counts[0])
+            quantiles.append(said.quantile_counts[:, 0])
+            before()
+        begin_s = timer()
+        forecaster.update(row, series.parts[place])
+        forecaster.forecast()
+        spent_s += timer() - begin_s
+    mean, bands = np.stack(means), np.stack(quantiles)
+    score = Score(
+        model=name,
+        rrmse=rrmse(mean, counts[series.half :]),
+        pinball=pinball(bands, counts[series.half :], QUANTILES),
+        coverage=coverage(bands, counts[series.half :]),
+        ms=1e3 * spent_s / len(counts),
+    )
+    return Walk(score=score, mean=mean, quantiles=bands, counts=counts[series.half :])
+
+
+def _walk_default(
+    series: Series, settings: ModelSettings, steps: int, timer: Callable[[], float]
+) -> tuple[Walk, Floats, tuple[str, ...], Forecast]:
+    """The walk, what each expert said (n, m, k), their names, and the forecast after the end."""
+    model = make_model(DEFAULT, settings)
+    assert isinstance(model, Combination)
+    forecaster = _forecaster(model, series, steps)
+    said: list[Floats] = []
+    walk = _walk(DEFAULT, forecaster, series, timer, lambda: said.append(model.experts(1)[:, 0]))
+    return walk, np.stack(said), model.names, forecaster.forecast()
+
+
+def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> Regret:
+    own = walks[0]
+    others = {walk.score.model: walk.score.rrmse for walk in walks[1:]}
+    best = min(others, key=others.__getitem__) if others else None
+    scores = {
+        label: rrmse(experts[:, place], own.counts)
+        for place, label in enumerate(labels)
+        if not np.isnan(experts[:, place]).any()
+    }
+    best_expert = min(scores, key=scores.__getitem__)
+    return Regret(
+        best_model=best,
+        of_models=None if best is None else _excess(own.score.rrmse, others[best]),
+        best_expert=best_expert,
+        of_experts=_excess(own.score.rrmse, scores[best_expert]),
+    )
+
+
+def _excess(mine: float, best: float) -> float:
+    return mine / best - 1 if best > 0 else 0.0

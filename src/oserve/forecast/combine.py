@@ -1,0 +1,75 @@
+"""Weights of experts, learned online: exponential weights with discounted losses and fixed share.
+
+Each window, per type, an expert's loss is its squared error over the mean squared error of the
+combination so far. Losses fade, so that the experts of now count; a share of the weight is always
+spread over all, so that one that becomes good is found (Herbster and Warmuth 1998; for experts that
+are silent at times, Freund et al. 1997: they are charged the loss of the combination). Part of
+an expert's loss is that which it has over all types: a short history has too little in one.
+"""
+
+import numpy as np
+
+from oserve.forecast.kept import Kept
+from oserve.workload.columns import Floats
+
+CAP = 9.0
+"""The most that one window can cost, in mean squared errors."""
+
+
+class Weights(Kept):
+    """Weights (m, k) of m experts for k types; each type's sum to 1."""
+
+    _kept = ("_loss", "_weight", "_scale", "_count")
+
+    def __init__(
+        self,
+        k: int,
+        prior: Floats,
+        *,
+        rate: float = 2.0,
+        discount: float = 0.97,
+        share: float = 0.02,
+        own: float = 0.2,
+    ) -> None:
+        self._prior = (prior / prior.sum())[:, None]
+        self._rate, self._discount, self._share, self._own = rate, discount, share, own
+        self._loss = np.zeros((len(prior), k))
+        self._weight = np.tile(self._prior, (1, k))
+        self._scale = np.zeros(k)
+        self._count = np.zeros(k)
+
+    def learn(self, experts: Floats, combined: Floats, counts: Floats) -> None:
+        """What each said, (m, k), NaN if silent; what was forecast, (k,); what came, (k,)."""
+        seen = ~(np.isnan(counts) | np.isnan(combined))
+        if not seen.any():
+            return
+        truth = np.where(seen, counts, 0.0)
+        said = np.where(np.isnan(experts), combined, experts)
+        error = np.where(seen, (said - truth) ** 2, 0.0)
+        mine = np.where(seen, (np.where(seen, combined, 0.0) - truth) ** 2, 0.0)
+        # Never finer than Poisson noise, which a lucky start would have it be.
+        self._count = self._count + seen
+        gain = np.maximum(1 / np.maximum(self._count, 1.0), 0.03)
+        typical = np.median(error, axis=0)
+        self._scale = np.where(
+            seen, self._scale + gain * (np.maximum(mine, typical) - self._scale), self._scale
+        )
+        loss = np.minimum(error / np.maximum(self._scale, np.maximum(combined, 1.0)), CAP)
+        self._loss = np.where(seen, self._discount * self._loss + loss, self._loss)
+        shared = self._loss.mean(axis=1, keepdims=True)
+        mixed = self._own * self._loss + (1 - self._own) * shared
+        raw = self._prior * np.exp(-self._rate * (mixed - mixed.min(axis=0)))
+        self._weight = (1 - self._share) * raw / raw.sum(axis=0) + self._share * self._prior
+
+    def combine(self, experts: Floats) -> Floats:
+        """Expected counts (steps, k) from what each says, (m, steps, k), silent ones left out."""
+        speaks = ~np.isnan(experts)
+        weight = np.where(speaks, self._weight[:, None, :], 0.0)
+        total = weight.sum(axis=0)
+        mean: Floats = (weight * np.where(speaks, experts, 0.0)).sum(axis=0)
+        return np.where(total > 0, mean / np.where(total > 0, total, 1.0), np.nan)
+
+    @property
+    def weight(self) -> Floats:
+        """Shape (m, k)."""
+        return self._weight

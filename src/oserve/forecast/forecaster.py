@@ -1,0 +1,191 @@
+"""The forecaster: one model of the arrivals of k types, its quantiles, and its rules.
+
+The rules, for every model alike:
+
+- Cold start. A type nobody has seen is expected at ``prior_counts`` (0 if not given), its quantiles
+  are those of counts with that mean and an unknown dispersion. From the first window on, what
+  came counts.
+- A gap. A count that is NaN was not seen: nothing is learned from it, the forecast stands, and
+  its quantiles widen with each such window. ``skip`` passes over several.
+- Zero traffic is a count like any other: the forecast goes to 0, and its 0.95 quantile with it.
+- A type that vanishes is zero traffic; one that appears starts from zeros, and the first windows
+  carry it up, at once if ``shift`` says so.
+- New types: ``retyped`` carries the history over.
+
+Pure: no clock, no randomness. Memory is bounded and does not grow with time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from oserve.core import OServeError
+from oserve.forecast.bands import Bands
+from oserve.forecast.kept import Kept, Plain, unfit
+from oserve.forecast.model import PointModel, Ring
+from oserve.workload.columns import Floats
+
+QUANTILES = (0.05, 0.5, 0.9, 0.95)
+HISTORY = 1024
+"""Windows of counts that are remembered, to be counted anew when types change."""
+
+MAX_STEPS = 48
+MAX_TYPES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forecast:
+    """Of the next windows: ``mean_counts`` (steps, k), ``quantile_counts`` (q, steps, k).
+
+    ``quantiles`` (q) are the levels. Counts are per window of ``interval_s`` seconds.
+    """
+
+    names: tuple[str, ...]
+    interval_s: float
+    quantiles: tuple[float, ...]
+    mean_counts: Floats
+    quantile_counts: Floats
+
+    @property
+    def rates_rps(self) -> Floats:
+        """Expected requests per second, shape (steps, k)."""
+        return self.mean_counts / self.interval_s
+
+    def quantile_rps(self, level: float) -> Floats:
+        """That quantile of the rates, shape (steps, k). Raises KeyError for a level not held."""
+        if level not in self.quantiles:
+            raise KeyError(level)
+        rates: Floats = self.quantile_counts[self.quantiles.index(level)] / self.interval_s
+        return rates
+
+
+class Forecaster(Kept):
+    """Takes windows in one by one, says what comes next.
+
+    ``steps`` is how many windows ahead it can be asked for. Raises OServeError for numbers that
+    make none.
+    """
+
+    _kept = ("_model", "_bands", "_history", "_said", "_quantiles", "_prior")
+
+    def __init__(
+        self,
+        model: PointModel,
+        names: Sequence[str],
+        *,
+        interval_s: float,
+        steps: int = 5,
+        quantiles: Sequence[float] = QUANTILES,
+        prior_counts: Sequence[float] | Floats | None = None,
+    ) -> None:
+        k = len(names)
+        _check(k, interval_s, steps, quantiles)
+        self.names, self.interval_s, self.steps = tuple(names), interval_s, steps
+        self.levels = tuple(quantiles)
+        self._model = model
+        self._bands = Bands(k, self.levels, steps)
+        self._history = Ring(HISTORY, k)
+        self._prior = np.zeros(k) if prior_counts is None else np.array(prior_counts, dtype=float)
+        if self._prior.shape != (k,) or not (self._prior >= 0).all():
+            raise OServeError(
+                f"{self._prior.tolist()} are no counts of {k} types",
+                place="prior_counts",
+                remedy="give one number for each type, 0 or more",
+            )
+        # _said[a, s]: the mean said a + 1 windows ago for s + 1 windows ahead.
+        self._said = np.full((steps, steps, k), np.nan)
+        self._quantiles = np.full((len(self.levels), steps, k), np.nan)
+        self._say()
+
+    @property
+    def model(self) -> PointModel:
+        """What makes the means."""
+        return self._model
+
+    @property
+    def history(self) -> Floats:
+        """Counts of the last windows, oldest first, shape (up to 1024, k); NaN was not seen."""
+        return self._history.last(HISTORY)
+
+    def update(self, counts: Sequence[float] | Floats, parts: Floats | None = None) -> None:
+        """A window ended: ``counts`` (k,), NaN where not seen; ``parts`` (s, k) add up to them.
+
+        Raises ValueError for other shapes and OServeError for counts below 0 or infinite.
+        """
+        k = len(self.names)
+        row = np.array(counts, dtype=np.float64)
+        pieces = row[None] if parts is None else np.asarray(parts, dtype=np.float64)
+        if row.shape != (k,) or pieces.ndim != 2 or pieces.shape[1] != k or not len(pieces):
+            raise ValueError(f"counts {row.shape} and parts {pieces.shape} of {k} types")
+        if (row < 0).any() or np.isinf(row).any() or (pieces < 0).any() or np.isinf(pieces).any():
+            raise OServeError(
+                f"the counts are {row.tolist()}",
+                place="counts",
+                remedy="give finite counts of 0 or more, NaN where there is none",
+            )
+        steps = np.arange(self.steps)
+        said = self._said[steps, steps]
+        quantiles = np.where(np.isnan(said[0]), np.nan, self._quantiles[:, 0])
+        self._bands.learn(said, quantiles, row)
+        self._model.update(row, pieces)
+        self._history.push(row)
+        self._say()
+
+    def skip(self, windows: int) -> None:
+        """So many windows passed unseen."""
+        for _ in range(min(windows, HISTORY)):
+            self.update(np.full(len(self.names), np.nan))
+
+    def shift(self, counts: Sequence[float] | Floats) -> None:
+        """Something detected a change: expect about ``counts`` (k,) from now on, NaN for as before.
+
+        The levels move there at once; experts that remember longer follow as windows come.
+        """
+        self._model.shift(np.array(counts, dtype=np.float64))
+        self._say(again=True)
+
+    def forecast(self) -> Forecast:
+        """Of the next ``steps`` windows; costs nothing, it was made when the last one ended."""
+        return Forecast(
+            names=self.names,
+            interval_s=self.interval_s,
+            quantiles=self.levels,
+            mean_counts=self._mean(),
+            quantile_counts=self._quantiles.copy(),
+        )
+
+    def restore(self, state: Plain) -> None:
+        """Go on where ``state`` was taken. Raises OServeError where it is of other types."""
+        if not isinstance(state, dict) or list(self.names) != state.get("names"):
+            raise unfit("it is of other workload types")
+        super().restore(state)
+
+    def state(self) -> Plain:
+        return {**super().state(), "names": list(self.names)}
+
+    def _say(self, again: bool = False) -> None:
+        mean = np.maximum(self._model.predict(self.steps), 0.0)
+        if not again:
+            self._said = np.concatenate([mean[None], self._said[:-1]])
+        # Where nothing was seen yet it stays NaN: a prior is not held against the model.
+        self._said[0] = mean
+        self._quantiles = self._bands.quantiles(self._mean())
+
+    def _mean(self) -> Floats:
+        return np.where(np.isnan(self._said[0]), self._prior, self._said[0])
+
+
+def _check(k: int, interval_s: float, steps: int, quantiles: Sequence[float]) -> None:
+    if not 1 <= k <= MAX_TYPES:
+        raise OServeError(f"{k} types", place="types", remedy=f"give 1 to {MAX_TYPES}")
+    if not 0 < interval_s < float("inf"):
+        raise OServeError(f"it is {interval_s}", place="interval_s", remedy="give seconds over 0")
+    if not 1 <= steps <= MAX_STEPS:
+        raise OServeError(f"it is {steps}", place="steps", remedy=f"give 1 to {MAX_STEPS}")
+    if not all(0 < level < 1 for level in quantiles) or list(quantiles) != sorted(set(quantiles)):
+        raise OServeError(
+            f"they are {list(quantiles)}",
+            place="quantiles",
+            remedy="give levels between 0 and 1, ascending",
+        )

@@ -1,0 +1,48 @@
+"""New workload types, the same past: what a forecaster keeps when types are made anew.
+
+Where the requests are still at hand their history is counted again, exactly: assign them to the
+new types, ``arrival_rates``, and ``replayed``. Where only counts are left, each old type's go to
+the new type with the nearest centre (``nearest_types`` and ``mapped``), which keeps the total in
+every window. A new type that nothing maps to starts from zeros; an old type that is gone lives on
+in its nearest.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from oserve.forecast.forecaster import Forecaster
+from oserve.workload.columns import Floats, Indices
+from oserve.workload.model import nearest
+
+
+def nearest_types(old_centres: npt.ArrayLike, new_centres: npt.ArrayLike) -> Indices:
+    """For each old type the new one whose centre (log1p prompt, log1p output) is nearest.
+
+    Centres are (k, 2); the answer is (k of the old,).
+    """
+    old = np.asarray(old_centres, dtype=np.float64)
+    return nearest(old, np.asarray(new_centres, dtype=np.float64))
+
+
+def mapped(history: Floats, goes_to: npt.ArrayLike, k: int) -> Floats:
+    """Counts (n, old k) as counts of ``k`` new types, (n, k), old type i to ``goes_to[i]``.
+
+    A count that was not seen (NaN) leaves its new type unseen in that window.
+    """
+    target = np.asarray(goes_to, dtype=np.intp)
+    if target.shape != history.shape[1:] or (target < 0).any() or (target >= k).any():
+        raise ValueError(f"types {target.tolist()} of {k} for {history.shape[1]}")
+    found = np.zeros((len(history), k))
+    for old, new in enumerate(target):
+        found[:, new] += history[:, old]
+    return found
+
+
+def replayed(forecaster: Forecaster, history: Floats) -> Forecaster:
+    """The same forecaster, fresh, having seen the counts (n, k), oldest first.
+
+    It takes about as long as n updates: seconds for a thousand windows.
+    """
+    for row in history:
+        forecaster.update(row)
+    return forecaster
