@@ -10,6 +10,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
+from oserve.control.pick import ALL_FULL, NO_REPLICA, OVERFLOW, POOL, POOL_UNAVAILABLE, pick
 from oserve.core import ReplicaLoad, Request
 
 
@@ -26,6 +27,15 @@ class Refusal(StrEnum):
 
     NO_REPLICA = "no_replica"
     ALL_FULL = "all_full"
+
+
+_NO_SHARES: Mapping[str, float] = {}
+_REASONS = {
+    POOL: RouteReason.POOL,
+    OVERFLOW: RouteReason.OVERFLOW,
+    POOL_UNAVAILABLE: RouteReason.POOL_UNAVAILABLE,
+}
+_REFUSALS = {NO_REPLICA: Refusal.NO_REPLICA, ALL_FULL: Refusal.ALL_FULL}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,35 +64,25 @@ class Router:
         exclude: Set[str] = frozenset(),
     ) -> Route | Refusal:
         """Choose among ``loads`` (replicas that may take requests), leaving out ``exclude``."""
-        fitting = _fitting(
-            request, [load for load in loads.values() if load.replica not in exclude]
-        )
-        if not fitting:
+        # By name, which so decides between equals.
+        allowed = sorted(name for name in loads if name not in exclude)
+        if not allowed:
             return Refusal.NO_REPLICA
-        shares = self._shares.get(request.workload_type, {})
-        best_in = best_out = None
-        for load in fitting:
-            if load.inflight >= load.max_inflight:
-                continue
-            share = shares.get(load.replica, 0.0)
-            own_s = work_s(request, load)
-            # Rounding lets the larger share, then the name, decide between equals.
-            candidate = (round(load.work_s + own_s, 4), -share, load.replica, load.work_s, own_s)
-            if share > 0.0:
-                best_in = candidate if best_in is None else min(best_in, candidate)
-            else:
-                best_out = candidate if best_out is None else min(best_out, candidate)
-        if best_in is not None:
-            late = best_in[3] > self._overflow_s
-            if late and best_out is not None and best_out[0] < best_in[0]:
-                return Route(replica=best_out[2], reason=RouteReason.OVERFLOW, work_s=best_out[4])
-            return Route(replica=best_in[2], reason=RouteReason.POOL, work_s=best_in[4])
-        if best_out is None:
-            return Refusal.ALL_FULL
-        reason = RouteReason.POOL_UNAVAILABLE
-        if any(shares.get(load.replica, 0.0) > 0.0 for load in fitting):
-            reason = RouteReason.OVERFLOW
-        return Route(replica=best_out[2], reason=reason, work_s=best_out[4])
+        given = [loads[name] for name in allowed]
+        shares = self._shares.get(request.workload_type, _NO_SHARES)
+        own_s = [work_s(request, load) for load in given]
+        index, code = pick(
+            [shares.get(name, 0.0) for name in allowed],
+            [load.work_s for load in given],
+            own_s,
+            [load.inflight for load in given],
+            [load.max_inflight for load in given],
+            _fitting(request, given),
+            self._overflow_s,
+        )
+        if index < 0:
+            return _REFUSALS[code]
+        return Route(replica=allowed[index], reason=_REASONS[code], work_s=own_s[index])
 
 
 def work_s(request: Request, load: ReplicaLoad) -> float:
@@ -93,14 +93,14 @@ def work_s(request: Request, load: ReplicaLoad) -> float:
     )
 
 
-def _fitting(request: Request, loads: list[ReplicaLoad]) -> list[ReplicaLoad]:
+def _fitting(request: Request, loads: list[ReplicaLoad]) -> list[bool]:
     """Replicas whose context holds the request; if none does, those with the longest context.
 
     The length is an estimate, so the engine, which counts, has the last word on what is too long.
     """
     needed = request.prompt_tokens + 1
-    fitting = [load for load in loads if load.max_model_len == 0 or load.max_model_len >= needed]
-    if fitting or not loads:
-        return fitting
+    fits = [load.max_model_len == 0 or load.max_model_len >= needed for load in loads]
+    if any(fits):
+        return fits
     longest = max(load.max_model_len for load in loads)
-    return [load for load in loads if load.max_model_len == longest]
+    return [load.max_model_len == longest for load in loads]

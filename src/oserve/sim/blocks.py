@@ -1,0 +1,104 @@
+"""Blocks of KV cache: taken, given back, and kept for the next turn of a session.
+
+What a session's last turn left behind counts as free. It is used up from the least recent session
+on, and of one session from its end, as vLLM's queue of free blocks does.
+"""
+
+from oserve.sim.compiled import compiled
+from oserve.sim.layout import (
+    BLOCK,
+    FREE,
+    HELD_BLOCKS,
+    HELD_BY,
+    INDEX,
+    NONE,
+    RECENT,
+    RECENT_COUNT,
+    RECENT_TAIL,
+    REUSABLE,
+    SESSION,
+    SESSION_NEXT,
+    SESSION_PREVIOUS,
+)
+from oserve.sim.state import Flat
+
+
+@compiled
+def blocks_of(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return (tokens + BLOCK - 1) // BLOCK
+
+
+@compiled
+def take(mem: Flat, ses: Flat, at: int, blocks: int) -> None:
+    """Take blocks that are there, from old sessions if none are empty."""
+    mem[at + FREE] -= blocks
+    while mem[at + FREE] < 0:
+        session = mem[at + RECENT]
+        evicted = min(ses[session * SESSION + HELD_BLOCKS], -mem[at + FREE])
+        ses[session * SESSION + HELD_BLOCKS] -= evicted
+        mem[at + REUSABLE] -= evicted
+        mem[at + FREE] += evicted
+        if ses[session * SESSION + HELD_BLOCKS] == 0:
+            forget(mem, ses, at, session)
+
+
+@compiled
+def forget(mem: Flat, ses: Flat, at: int, session: int) -> None:
+    """What this replica holds of a session becomes empty blocks."""
+    mem[at + REUSABLE] -= ses[session * SESSION + HELD_BLOCKS]
+    mem[at + FREE] += ses[session * SESSION + HELD_BLOCKS]
+    ses[session * SESSION + HELD_BLOCKS] = 0
+    ses[session * SESSION + HELD_BY] = NONE
+    following = ses[session * SESSION + SESSION_NEXT]
+    previous = ses[session * SESSION + SESSION_PREVIOUS]
+    if previous == NONE:
+        mem[at + RECENT] = following
+    else:
+        ses[previous * SESSION + SESSION_NEXT] = following
+    if following == NONE:
+        mem[at + RECENT_TAIL] = previous
+    else:
+        ses[following * SESSION + SESSION_PREVIOUS] = previous
+    mem[at + RECENT_COUNT] -= 1
+
+
+@compiled
+def retain(mem: Flat, ses: Flat, where: Flat, at: int, session: int, tokens: int) -> None:
+    """Give back the blocks of ``tokens``; the full ones stay readable for the session."""
+    mem[at + FREE] += blocks_of(tokens)
+    if session == NONE:
+        return
+    holder = ses[session * SESSION + HELD_BY]
+    if holder != NONE:
+        forget(mem, ses, where[holder], session)
+    kept = tokens // BLOCK
+    if kept == 0:
+        return
+    mem[at + FREE] -= kept
+    mem[at + REUSABLE] += kept
+    ses[session * SESSION + HELD_BY] = mem[at + INDEX]
+    ses[session * SESSION + HELD_BLOCKS] = kept
+    last = mem[at + RECENT_TAIL]
+    ses[session * SESSION + SESSION_PREVIOUS] = last
+    ses[session * SESSION + SESSION_NEXT] = NONE
+    if last == NONE:
+        mem[at + RECENT] = session
+    else:
+        ses[last * SESSION + SESSION_NEXT] = session
+    mem[at + RECENT_TAIL] = session
+    mem[at + RECENT_COUNT] += 1
+
+
+@compiled
+def claim(mem: Flat, ses: Flat, at: int, session: int, tokens: int) -> int:
+    """Tokens at the start of a prompt of ``tokens`` that need not be computed, if any.
+
+    Their blocks become empty ones, for the caller to take at once. The last token is always
+    computed, since its output is needed.
+    """
+    if session == NONE or ses[session * SESSION + HELD_BY] != mem[at + INDEX]:
+        return 0
+    cached = min(ses[session * SESSION + HELD_BLOCKS] * BLOCK, (tokens - 1) // BLOCK * BLOCK)
+    forget(mem, ses, at, session)
+    return cached

@@ -1,0 +1,392 @@
+"""A fleet of simulated replicas behind a simulated gateway, which can be stopped at any moment.
+
+The engine model is vLLM's V1 scheduler with step times from a performance model; see ``schedule``.
+What happens is exact to the picosecond and the same with and without numba. The routers' view is
+the live one: of a request's output it knows ``expected_output_tokens``, nothing more.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from oserve.core import ReplicaPhase, ReplicaShape, Role
+from oserve.perf import TokenCosts
+from oserve.sim import gate, kernel, layout
+from oserve.sim.compiled import HAS_NUMBA, plain
+from oserve.sim.memory import (
+    picoseconds,
+    replica_rows,
+    request_rows,
+    session_numbers,
+    session_rows,
+)
+from oserve.sim.results import FleetResults, ReplicaTotals
+from oserve.sim.state import State
+from oserve.sim.steps import StepTables
+from oserve.sim.words import (
+    FleetObservation,
+    GatewayOptions,
+    Link,
+    Policy,
+    Rebalance,
+    ReplicaObservation,
+    RequestTable,
+)
+
+_PHASES = {
+    layout.LOADING: ReplicaPhase.LOADING,
+    layout.READY: ReplicaPhase.READY,
+    layout.DRAINING: ReplicaPhase.DRAINING,
+    layout.GONE: ReplicaPhase.GONE,
+}
+_SCRATCH = ("work", "own", "inflight", "most", "fits")
+_INFLIGHT_PER_SEQ = 2
+
+
+class Fleet:
+    """Requests, a gateway and replicas on a clock of their own, which starts at 0 s.
+
+    ``classes`` bounds ``class_index`` of the requests. ``closed_loop``: so many requests in flight
+    at any time, whatever their arrival times say; the next comes when one ends. ``compiled`` of
+    ``False`` runs without numba, ``skip`` of ``False`` step by step: neither changes any result.
+    """
+
+    def __init__(
+        self,
+        requests: RequestTable,
+        *,
+        classes: int = 1,
+        gateway: GatewayOptions | None = None,
+        closed_loop: int = 0,
+        rebalance: Rebalance | None = None,
+        compiled: bool | None = None,
+        skip: bool = True,
+    ) -> None:
+        count = len(requests)
+        if count and not 0 <= requests.class_index.min() <= requests.class_index.max() < classes:
+            raise ValueError("class_index must lie in [0, classes)")
+        options = gateway or GatewayOptions()
+        self._requests = requests
+        self._classes = classes
+        self._compiled = HAS_NUMBA if compiled is None else compiled and HAS_NUMBA
+        self._skip = int(skip)
+        self._rebalance = rebalance
+        self._rounds = 0
+        self._names: list[str] = []
+        self._roles: list[Role] = []
+        self._seen = 0
+        self._dirty = False
+        self._shares: Mapping[int, Mapping[str, float]] = {}
+        glob = np.zeros(layout.GLOBALS, dtype=np.int64)
+        glob[layout.REQUESTS] = count
+        glob[layout.POLICY] = Policy.POOLS
+        glob[layout.OVERFLOW_PS] = picoseconds(options.overflow_s)
+        glob[layout.CLASSES] = classes
+        glob[layout.MAX_QUEUED] = options.max_queued
+        glob[layout.CLOSED] = closed_loop
+        glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
+        sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
+        heap = np.zeros(count + 1, dtype=np.int64)
+        empty, nothing = np.zeros(0, dtype=np.int64), np.zeros(0)
+        self._state = State(
+            req=self._flat(request_rows(requests, options, closed_loop)),
+            mem=self._flat(empty),
+            ses=self._flat(session_rows(sessions)),
+            glob=self._flat(glob),
+            where=self._flat(empty),
+            queue=self._flat(heap),
+            late=self._flat(heap),
+            moves=self._flat(heap),
+            shares=self._flat(nothing),
+            credit=self._flat(nothing),
+            costs=self._flat(nothing),
+            work=self._flat(nothing),
+            own=self._flat(nothing),
+            inflight=self._flat(empty),
+            most=self._flat(empty),
+            fits=self._flat(empty),
+        )
+
+    @property
+    def now_s(self) -> float:
+        """The moment reached."""
+        return self._state.glob[layout.NOW] / layout.PS
+
+    @property
+    def ended(self) -> int:
+        """Requests that have ended, one way or another."""
+        return int(self._state.glob[layout.ENDED])
+
+    def add_replica(
+        self,
+        name: str,
+        shape: ReplicaShape,
+        steps: StepTables,
+        *,
+        kv_tokens: int,
+        costs: TokenCosts,
+        ready_at_s: float = 0.0,
+        ordered: bool = False,
+        max_inflight: int | None = None,
+        kv_bytes_per_token: float = 0.0,
+        link: Link | None = None,
+    ) -> None:
+        """A replica that loads until ``ready_at_s``; ``shape.role`` is its role.
+
+        ``ordered``: its engine serves by rank, not first come. ``costs`` are what the router takes
+        its speed to be. The gateway hands it ``max_inflight`` requests at most (default: twice its
+        sequences). Its KV leaves by ``link``. Raises ValueError for a name in use, or limits that
+        make no sense.
+        """
+        if name in self._names and self._phase(name) != layout.GONE:
+            raise ValueError(f"there is a replica {name} already")
+        index, state = len(self._names), self._state
+        ready_at = max(picoseconds(ready_at_s), state.glob[layout.NOW])
+        rows = replica_rows(
+            index,
+            shape,
+            steps,
+            kv_tokens=kv_tokens,
+            ordered=ordered,
+            max_inflight=max_inflight or _INFLIGHT_PER_SEQ * shape.max_num_seqs,
+            ready_at=ready_at,
+            kv_bytes_per_token=kv_bytes_per_token,
+            link=link or Link(),
+        )
+        if ready_at == state.glob[layout.NOW]:
+            rows[layout.PHASE], rows[layout.DUE] = layout.READY, layout.NEVER
+        own = [costs.prefill_s_per_token, costs.decode_s_per_token]
+        self._names.append(name)
+        self._roles.append(shape.role)
+        self._state = state._replace(
+            mem=self._flat(np.concatenate([_array(state.mem), rows])),
+            where=self._flat(np.append(_array(state.where), len(state.mem))),
+            costs=self._flat(np.append(np.asarray(state.costs, dtype=np.float64), own)),
+            **{
+                field: self._flat(np.zeros(index + 1, dtype=float if place < 2 else np.int64))
+                for place, field in enumerate(_SCRATCH)
+            },
+        )
+        self._state.glob[layout.REPLICAS] = index + 1
+        self._share(keep_credit=True)
+        self._dirty = True
+
+    def drain(self, name: str) -> None:
+        """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
+        place = self._place(name)
+        phase = self._state.mem[place + layout.PHASE]
+        if phase in {layout.LOADING, layout.READY}:
+            self._state.mem[place + layout.PHASE] = layout.DRAINING
+            self._dirty = True
+
+    def remove(self, name: str, *, replay: bool = True) -> None:
+        """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
+        if self._phase(name) == layout.GONE:
+            return
+        now = self._state.glob[layout.NOW]
+        self._run(kernel.remove)(self._state, self._index(name), int(replay), now)
+        self._dirty = True
+
+    def set_routing(
+        self, policy: Policy = Policy.POOLS, shares: Mapping[int, Mapping[str, float]] | None = None
+    ) -> None:
+        """``shares[class][replica]`` are fractions; replicas that are not there yet may be named."""
+        self._state.glob[layout.POLICY] = int(policy)
+        self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
+        self._share(keep_credit=False)
+        self._dirty = True
+
+    def migrate(self, request: int, to: str) -> bool:
+        """Move a running request to another replica while it decodes; False if it cannot be.
+
+        It pauses for the link's latency and for the KV that was made while the rest was copied. It
+        stays if it ends before, or if the target no longer takes requests then.
+        """
+        now = self._state.glob[layout.NOW]
+        target = self._index(to)
+        return bool(self._run(kernel.migrate)(self._state, request, target, now))
+
+    def advance(self, until_s: float) -> None:
+        """Let everything up to and at that time happen. Times in the past do nothing."""
+        end = picoseconds(until_s)
+        if self._rebalance is not None:
+            step = picoseconds(self._rebalance.interval_s)
+            while (self._rounds + 1) * step <= end:
+                self._rounds += 1
+                self._advance(self._rounds * step)
+                self._balance(self._rebalance)
+        self._advance(end)
+
+    def run(self, limit_s: float = math.inf) -> None:
+        """Advance until all requests have ended or nothing can happen, at most to ``limit_s``."""
+        limit = picoseconds(limit_s)
+        while self.ended < len(self._requests):
+            self._flush()
+            due = self._run(kernel.next_moment)(self._state)
+            if due >= limit or due == layout.NEVER:
+                break
+            if self._rebalance is None:
+                self._run(kernel.advance)(self._state, limit, self._skip)
+            else:
+                self.advance(max(due / layout.PS, self.now_s + self._rebalance.interval_s))
+        if limit < layout.NEVER:
+            self._advance(limit)
+
+    def observe(self) -> FleetObservation:
+        """The fleet now; replicas that are gone are left out."""
+        state, now = self._state, self._state.glob[layout.NOW]
+        self._flush()
+        self._run(kernel.observe)(state, now)
+        came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
+        self._seen = int(state.glob[layout.ARRIVED])
+        return FleetObservation(
+            now_s=self.now_s,
+            queued=int(state.queue[0] + state.late[0]),
+            arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
+            replicas=tuple(
+                self._replica(index, name)
+                for index, name in enumerate(self._names)
+                if state.mem[state.where[index] + layout.PHASE] != layout.GONE
+            ),
+        )
+
+    def results(self) -> FleetResults:
+        """What became of every request so far."""
+        state = self._state
+        self._run(kernel.observe)(state, state.glob[layout.NOW])
+        rows = _array(state.req).reshape(-1, layout.REQUEST)
+        made = rows[:, layout.MADE].copy()
+        for index in range(len(self._names)):
+            at = state.where[index]
+            for slot in range(state.mem[at + layout.RUN]):
+                request = state.mem[at + state.mem[at + layout.RUN_ID] + slot]
+                left = state.mem[at + state.mem[at + layout.RUN_LEFT] + slot]
+                made[request] = rows[request, layout.OUTPUT] - left
+        return FleetResults(
+            now_s=self.now_s,
+            arrival_s=rows[:, layout.ARRIVAL] / layout.PS,
+            first_token_s=_seconds(rows[:, layout.FIRST]),
+            finish_s=_seconds(rows[:, layout.FINISH]),
+            replica=rows[:, layout.ON].copy(),
+            status=rows[:, layout.STATUS].copy(),
+            preemptions=rows[:, layout.PREEMPTIONS].copy(),
+            replays=rows[:, layout.REPLAYS].copy(),
+            prompt_tokens=self._requests.prompt_tokens,
+            output_tokens=self._requests.output_tokens,
+            made_tokens=made,
+            reused_tokens=rows[:, layout.REUSED].copy(),
+            class_index=self._requests.class_index,
+            replica_names=tuple(self._names),
+            totals=tuple(self._totals(index) for index in range(len(self._names))),
+        )
+
+    # -- within ---------------------------------------------------------------------------------
+    def _advance(self, end: int) -> None:
+        self._flush()
+        self._run(kernel.advance)(self._state, end, self._skip)
+        self._state.glob[layout.NOW] = max(self._state.glob[layout.NOW], end)
+
+    def _flush(self) -> None:
+        if self._dirty:
+            self._dirty = False
+            self._run(kernel.flush)(self._state, self._skip)
+
+    def _balance(self, wanted: Rebalance) -> None:
+        """One round of rebalancing."""
+        seen = self.observe().replicas
+        ready = [item for item in seen if item.phase is ReplicaPhase.READY]
+        poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
+        rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
+        for source, target in zip(poor, reversed(rich), strict=False):
+            at = self._place(source.name)
+            mem = self._state.mem
+            slots = sorted(
+                (mem[at + mem[at + layout.RUN_DONE] + slot], slot)
+                for slot in range(mem[at + layout.RUN])
+            )
+            ids = at + mem[at + layout.RUN_ID]
+            moved = 0
+            for request in [int(mem[ids + slot]) for _, slot in slots]:
+                if moved == wanted.moves:
+                    break
+                moved += self.migrate(request, target.name)
+
+    def _replica(self, index: int, name: str) -> ReplicaObservation:
+        mem, at = self._state.mem, self._state.where[index]
+        now = self._state.glob[layout.NOW]
+        free = mem[at + layout.FREE] + mem[at + layout.REUSABLE]
+        if mem[at + layout.JUMP] > 0:
+            done = at + mem[at + layout.RUN_DONE]
+            for slot in range(mem[at + layout.RUN]):
+                # The step on its way has taken its blocks.
+                free -= int(mem[done + slot] % layout.BLOCK == 0)
+        totals = self._totals(index)
+        return ReplicaObservation(
+            name=name,
+            phase=_PHASES[int(mem[at + layout.PHASE])],
+            role=self._roles[index],
+            running=int(mem[at + layout.RUN]),
+            waiting=int(mem[at + layout.WAIT_COUNT]),
+            inflight=int(mem[at + layout.INFLIGHT]),
+            owed_s=mem[at + layout.OWED] / layout.PS,
+            kv_usage=1.0 - free / mem[at + layout.BLOCKS],
+            freeness=float(self._run(gate.freeness)(self._state, index, now)),
+            busy_s=totals.busy_s,
+            prompt_tokens=totals.prompt_tokens,
+            generated_tokens=totals.generated_tokens,
+            preemptions=totals.preemptions,
+        )
+
+    def _totals(self, index: int) -> ReplicaTotals:
+        mem, at = self._state.mem, self._state.where[index]
+        return ReplicaTotals(
+            busy_s=mem[at + layout.BUSY] / layout.PS,
+            prompt_tokens=int(mem[at + layout.PROMPTED]),
+            generated_tokens=int(mem[at + layout.GENERATED]),
+            preemptions=int(mem[at + layout.PREEMPTED]),
+            steps=int(mem[at + layout.STEPS]),
+        )
+
+    def _share(self, *, keep_credit: bool) -> None:
+        """Lay the shares out for the replicas there are."""
+        count = len(self._names)
+        shares, credit = np.zeros((self._classes, count)), np.zeros((self._classes, count))
+        for kind, row in self._shares.items():
+            for index, name in enumerate(self._names):
+                shares[kind, index] = row.get(name, 0.0)
+        if keep_credit and count > 1:
+            old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
+            credit[:, : old.shape[1]] = old
+        self._state = self._state._replace(
+            shares=self._flat(shares.reshape(-1)), credit=self._flat(credit.reshape(-1))
+        )
+
+    def _index(self, name: str) -> int:
+        """The latest replica of that name. Raises ValueError if there was none."""
+        return len(self._names) - 1 - self._names[::-1].index(name)
+
+    def _place(self, name: str) -> int:
+        return int(self._state.where[self._index(name)])
+
+    def _phase(self, name: str) -> int:
+        return int(self._state.mem[self._place(name) + layout.PHASE])
+
+    def _flat(self, values: Any) -> Any:
+        return values.copy() if self._compiled else values.tolist()
+
+    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self._compiled else plain(function)
+
+
+def _array(values: Any) -> Any:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _seconds(moments: Any) -> Any:
+    return np.where(moments == layout.NEVER, np.nan, moments / layout.PS)
+
+
+def _freeness(item: ReplicaObservation) -> float:
+    return item.freeness

@@ -1,0 +1,316 @@
+"""The gateway before the replicas: a bounded queue in order of rank, and who serves whom.
+
+A request is handed over as soon as a replica has room for it; the rest waits here, where all
+replicas are seen. Who can no longer meet the first limit goes behind all who still can, and who is
+past the second is refused.
+"""
+
+from oserve.control.pick import NO_REPLICA
+from oserve.control.pick import pick as plain_pick
+from oserve.sim.blocks import blocks_of
+from oserve.sim.compiled import compiled
+from oserve.sim.finish import book, close, wait_at
+from oserve.sim.jump import free_blocks
+from oserve.sim.layout import (
+    BLOCKS,
+    CLASS,
+    COMPUTED,
+    DECODE,
+    DEMOTE_AT,
+    EXPECTED,
+    FIXED_SHARES,
+    FREENESS,
+    GONE,
+    INFLIGHT,
+    IS_LATE,
+    LEAST_REQUESTS,
+    LEAST_WORK,
+    MADE,
+    MAX_INFLIGHT,
+    MAX_QUEUED,
+    NONE,
+    ON,
+    ORDER,
+    OUTPUT,
+    OVERFLOW_PS,
+    OWED,
+    PHASE,
+    POLICY,
+    POOLS,
+    PRIORITY,
+    PROMPT,
+    PS,
+    QUEUED,
+    READY,
+    REFUSED,
+    REPLICAS,
+    REPLAYS,
+    REQUEST,
+    ROLE,
+    ROUND_ROBIN,
+    RUN,
+    SHED,
+    SHED_AT,
+    STATUS,
+    TURN,
+    WAIT,
+    WAIT_COUNT,
+    NEXT,
+)
+from oserve.sim.lists import pop, push
+from oserve.sim.state import State
+
+# The live router's choice, compiled.
+pick = compiled(plain_pick)
+
+# Nobody can ever serve it.
+_NEVER = -2
+# Behind everyone who is not late, in engines that serve by priority.
+_LATE_PRIORITY = 1 << 52
+
+
+@compiled
+def look(s: State, request: int) -> int:
+    """Fill in what the policies need to know of each replica; how many may take the request.
+
+    ``fits`` says which may: 1, or 2 if they have no room now.
+    """
+    base = request * REQUEST
+    req, mem = s.req, s.mem
+    blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
+    prompt = req[base + PROMPT] + req[base + MADE]
+    output = max(1, req[base + EXPECTED] - req[base + MADE])
+    fitting = 0
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        s.fits[index] = 0
+        s.inflight[index] = mem[at + INFLIGHT]
+        s.most[index] = mem[at + MAX_INFLIGHT]
+        s.work[index] = mem[at + OWED] / PS
+        s.own[index] = prompt * s.costs[2 * index] + output * s.costs[2 * index + 1]
+        if mem[at + PHASE] != READY or mem[at + ROLE] == DECODE or blocks > mem[at + BLOCKS]:
+            continue
+        s.fits[index] = 1
+        fitting += 1
+    return fitting
+
+
+@compiled
+def hopeless(s: State, request: int) -> bool:
+    """Whether no replica, not even one still loading, could ever hold the request."""
+    base = request * REQUEST
+    blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
+    alive = 0
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if s.mem[at + PHASE] != GONE and s.mem[at + ROLE] != DECODE:
+            alive += 1
+            if blocks <= s.mem[at + BLOCKS]:
+                return False
+    return alive > 0
+
+
+@compiled
+def least(s: State, policy: int) -> int:
+    """The replica with least requests in flight, or least work."""
+    best = NONE
+    for index in range(s.glob[REPLICAS]):
+        if s.fits[index] == 0 or s.inflight[index] >= s.most[index]:
+            continue
+        if policy == LEAST_REQUESTS:
+            if best == NONE or s.inflight[index] < s.inflight[best]:
+                best = index
+        elif best == NONE or s.work[index] + s.own[index] < s.work[best] + s.own[best]:
+            best = index
+    return best
+
+
+@compiled
+def in_turn(s: State) -> int:
+    """The next replica after the last one chosen."""
+    replicas = s.glob[REPLICAS]
+    for step in range(replicas):
+        index = (s.glob[TURN] + step) % replicas
+        if s.fits[index] != 0 and s.inflight[index] < s.most[index]:
+            s.glob[TURN] = (index + 1) % replicas
+            return index
+    return NONE
+
+
+@compiled
+def by_share(s: State, row: int) -> int:
+    """Smooth weighted round robin among those with a share; the others only if there are none.
+
+    Each gains its share of credit in every turn, and the richest pays for all.
+    """
+    best, total, pooled = NONE, 0.0, False
+    for index in range(s.glob[REPLICAS]):
+        share = s.shares[row + index]
+        if s.fits[index] == 0 or share <= 0.0:
+            continue
+        pooled = True
+        if s.inflight[index] >= s.most[index]:
+            continue
+        total += share
+        if best == NONE or s.credit[row + index] + share > (
+            s.credit[row + best] + s.shares[row + best]
+        ):
+            best = index
+    if best == NONE:
+        return NONE if pooled else least(s, LEAST_REQUESTS)
+    for index in range(s.glob[REPLICAS]):
+        share = s.shares[row + index]
+        if s.fits[index] != 0 and share > 0.0 and s.inflight[index] < s.most[index]:
+            s.credit[row + index] += share
+    s.credit[row + best] -= total
+    return best
+
+
+@compiled
+def freeness(s: State, index: int, now: int) -> float:
+    """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
+    at = s.where[index]
+    free = free_blocks(s.mem, at, now)
+    request = s.mem[at + WAIT]
+    while request != NONE:
+        base = request * REQUEST
+        free -= blocks_of(s.req[base + PROMPT] + s.req[base + MADE])
+        request = s.req[base + NEXT]
+    return free / max(1, s.mem[at + RUN])
+
+
+@compiled
+def freest(s: State, now: int) -> int:
+    """The replica with the greatest freeness."""
+    best, most = NONE, 0.0
+    for index in range(s.glob[REPLICAS]):
+        if s.fits[index] == 0 or s.inflight[index] >= s.most[index]:
+            continue
+        free = freeness(s, index, now)
+        if best == NONE or free > most:
+            best, most = index, free
+    return best
+
+
+@compiled
+def choose(s: State, request: int, now: int) -> int:
+    """The replica that takes a request now; ``NONE`` if it must wait."""
+    if look(s, request) == 0:
+        return _NEVER if hopeless(s, request) else NONE
+    policy, replicas = s.glob[POLICY], s.glob[REPLICAS]
+    row = s.req[request * REQUEST + CLASS] * replicas
+    if policy == POOLS:
+        overflow_s = s.glob[OVERFLOW_PS] / PS
+        chosen, _ = pick(
+            s.shares[row : row + replicas],
+            s.work[:replicas],
+            s.own[:replicas],
+            s.inflight[:replicas],
+            s.most[:replicas],
+            s.fits[:replicas],
+            overflow_s,
+        )
+        return chosen
+    if policy == ROUND_ROBIN:
+        return in_turn(s)
+    if policy == FIXED_SHARES:
+        return by_share(s, row)
+    if policy == FREENESS:
+        return freest(s, now)
+    return least(s, policy)
+
+
+@compiled
+def send(s: State, request: int, index: int, now: int) -> None:
+    """Hand a request over to a replica, and book the work."""
+    base = request * REQUEST
+    prompt = s.req[base + PROMPT] + s.req[base + MADE]
+    whole = int(s.own[index] * PS + 0.5)
+    # The parts of a sum may round up where the sum does not.
+    part = min(whole, int(prompt * s.costs[2 * index] * PS + 0.5))
+    at = s.where[index]
+    book(s.req, s.mem, at, request, part, whole)
+    wait_at(s.req, s.mem, at, request, now)
+
+
+@compiled
+def expire(s: State, now: int) -> int:
+    """The request to serve next, once those who are late were put behind or refused."""
+    req = s.req
+    while s.queue[0] > 0:
+        base = s.queue[1] * REQUEST
+        if now <= req[base + DEMOTE_AT] and now <= req[base + SHED_AT]:
+            return s.queue[1]
+        request = pop(req, s.queue, ORDER)
+        if now > req[base + SHED_AT]:
+            close(req, s.glob, request, SHED, now)
+        else:
+            req[base + IS_LATE] = 1
+            req[base + PRIORITY] += _LATE_PRIORITY
+            push(req, s.late, ORDER, request)
+    while s.late[0] > 0:
+        if now <= req[s.late[1] * REQUEST + SHED_AT]:
+            return s.late[1]
+        close(req, s.glob, pop(req, s.late, ORDER), SHED, now)
+    return NONE
+
+
+@compiled
+def dispatch(s: State, now: int) -> None:
+    """Hand over what can be, in order."""
+    while True:
+        request = expire(s, now)
+        if request == NONE:
+            return
+        index = choose(s, request, now)
+        if index == NONE:
+            return
+        if s.req[request * REQUEST + IS_LATE] == 1:
+            pop(s.req, s.late, ORDER)
+        else:
+            pop(s.req, s.queue, ORDER)
+        if index == _NEVER:
+            close(s.req, s.glob, request, REFUSED, now)
+        else:
+            send(s, request, index, now)
+
+
+@compiled
+def enter(s: State, request: int, now: int) -> None:
+    """A request comes to the gateway; it is refused if the queue is full."""
+    s.req[request * REQUEST + STATUS] = QUEUED
+    push(s.req, s.queue, ORDER, request)
+    dispatch(s, now)
+    queued = s.queue[0] + s.late[0]
+    if queued > s.glob[MAX_QUEUED] and s.req[request * REQUEST + STATUS] == QUEUED:
+        withdraw(s, request)
+        close(s.req, s.glob, request, REFUSED, now)
+
+
+@compiled
+def withdraw(s: State, request: int) -> None:
+    """Take a request out of the middle of its queue."""
+    base = request * REQUEST
+    order = s.req[base + ORDER]
+    s.req[base + ORDER] = -(1 << 62)
+    heap = s.late if s.req[base + IS_LATE] == 1 else s.queue
+    place = 1
+    while heap[place] != request:
+        place += 1
+    while place > 1:
+        heap[place] = heap[place // 2]
+        place //= 2
+    heap[1] = request
+    pop(s.req, heap, ORDER)
+    s.req[base + ORDER] = order
+
+
+@compiled
+def replay(s: State, request: int) -> None:
+    """Back into the gateway's queue, with the tokens it has; the prompt is computed anew."""
+    base = request * REQUEST
+    s.req[base + STATUS] = QUEUED
+    s.req[base + ON] = NONE
+    s.req[base + COMPUTED] = 0
+    s.req[base + REPLAYS] += 1
+    push(s.req, s.late if s.req[base + IS_LATE] == 1 else s.queue, ORDER, request)

@@ -1,0 +1,213 @@
+"""Time goes on: all that happens at one moment, moment after moment.
+
+In one moment replicas become ready, then steps end, KV arrives at its new replica, requests come,
+waiting ones are handed over, and new steps begin; replicas in order of number, requests in order of
+arrival. What a caller does between two calls comes after all that.
+"""
+
+from oserve.sim.blocks import forget
+from oserve.sim.compiled import compiled
+from oserve.sim.finish import close, end_step, receive, unbook
+from oserve.sim.gate import dispatch, enter, replay
+from oserve.sim.jump import begin_jump, catch_up, cut
+from oserve.sim.layout import (
+    ARRIVAL,
+    ARRIVED,
+    BATCHES,
+    BEGIN,
+    BLOCKS,
+    COPIED,
+    DUE,
+    END,
+    FREE,
+    GONE,
+    JUMP,
+    LEAVING,
+    LINK_FREE,
+    LINK_PS_PER_TOKEN,
+    LOADING,
+    LOST,
+    MADE,
+    MOVED_AT,
+    MOVED_FROM,
+    MOVED_TO,
+    MOVING,
+    NEVER,
+    NONE,
+    NOW,
+    ON,
+    OUTPUT,
+    PHASE,
+    PROMPT,
+    READY,
+    READY_AT,
+    RECENT,
+    RECENT_COUNT,
+    RELEASED,
+    REPLICAS,
+    REQUEST,
+    RUN,
+    RUN_DONE,
+    RUN_ID,
+    RUN_LEFT,
+    RUN_STATE,
+    RUNNING,
+    STATUS,
+    STEADY,
+    WAIT,
+    WAIT_COUNT,
+)
+from oserve.sim.lists import unlink
+from oserve.sim.blocks import blocks_of
+from oserve.sim.schedule import refresh, schedule, touch
+from oserve.sim.state import State
+
+
+@compiled
+def next_moment(s: State) -> int:
+    """When something next happens of its own accord."""
+    moment = NEVER
+    for index in range(s.glob[REPLICAS]):
+        moment = min(moment, s.mem[s.where[index] + DUE])
+    if s.glob[ARRIVED] < s.glob[RELEASED]:
+        moment = min(moment, s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL])
+    if s.moves[0] > 0:
+        moment = min(moment, s.req[s.moves[1] * REQUEST + MOVED_AT])
+    return moment
+
+
+@compiled
+def begin_steps(s: State, now: int, skip: int) -> None:
+    """Engines that wait for it begin their next step, or many at once if ``skip``."""
+    mem = s.mem
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if mem[at + BEGIN] == now and (skip == 0 or not begin_jump(s.req, mem, at, now)):
+            schedule(s.req, mem, s.ses, at, now)
+
+
+@compiled
+def end_steps(s: State, now: int) -> None:
+    """Replicas become ready, steps end."""
+    mem = s.mem
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if mem[at + DUE] != now:
+            continue
+        if mem[at + PHASE] == LOADING and mem[at + READY_AT] == now:
+            mem[at + PHASE] = READY
+            refresh(mem, at)
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if mem[at + END] == now:
+            end_step(s, at, now)
+
+
+@compiled
+def advance(s: State, until: int, skip: int) -> None:
+    """Everything up to and at a time happens, unless nothing more can."""
+    while True:
+        now = next_moment(s)
+        if now > until or now == NEVER:
+            break
+        s.glob[NOW] = now
+        end_steps(s, now)
+        while s.moves[0] > 0 and s.req[s.moves[1] * REQUEST + MOVED_AT] == now:
+            homeless = receive(s, now)
+            if homeless != NONE:
+                replay(s, homeless)
+        while (
+            s.glob[ARRIVED] < s.glob[RELEASED]
+            and s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL] <= now
+        ):
+            s.glob[ARRIVED] += 1
+            enter(s, s.glob[ARRIVED] - 1, now)
+        if s.queue[0] + s.late[0] > 0:
+            dispatch(s, now)
+        begin_steps(s, now, skip)
+
+
+@compiled
+def flush(s: State, skip: int) -> None:
+    """What a caller's change makes possible at this very moment."""
+    now = s.glob[NOW]
+    if s.queue[0] + s.late[0] > 0:
+        dispatch(s, now)
+    begin_steps(s, now, skip)
+
+
+@compiled
+def observe(s: State, now: int) -> None:
+    """Bring all replicas' numbers up to a time that has been reached."""
+    for index in range(s.glob[REPLICAS]):
+        catch_up(s.mem, s.ses, s.where[index], now)
+
+
+@compiled
+def lose(s: State, request: int, again: int, now: int) -> None:
+    """A request's replica is gone: it starts over elsewhere, or is lost."""
+    if again == 1:
+        replay(s, request)
+    else:
+        close(s.req, s.glob, request, LOST, now)
+
+
+@compiled
+def remove(s: State, index: int, again: int, now: int) -> None:
+    """A replica ends at once. Its requests are replayed if ``again``, else lost."""
+    req, mem, at = s.req, s.mem, s.where[index]
+    catch_up(mem, s.ses, at, now)
+    mem[at + PHASE] = GONE
+    mem[at + END] = mem[at + BEGIN] = NEVER
+    mem[at + JUMP] = mem[at + BATCHES] = 0
+    refresh(mem, at)
+    for slot in range(mem[at + RUN]):
+        request = mem[at + mem[at + RUN_ID] + slot]
+        base = request * REQUEST
+        req[base + MADE] = req[base + OUTPUT] - mem[at + mem[at + RUN_LEFT] + slot]
+        req[base + COPIED] = 0
+        unbook(req, mem, at, request)
+        lose(s, request, again, now)
+    mem[at + RUN] = 0
+    while mem[at + WAIT_COUNT] > 0:
+        request = mem[at + WAIT]
+        unlink(req, mem, at + WAIT, request)
+        unbook(req, mem, at, request)
+        lose(s, request, again, now)
+    while mem[at + RECENT_COUNT] > 0:
+        forget(mem, s.ses, at, mem[at + RECENT])
+    mem[at + FREE] = mem[at + BLOCKS]
+    # What is on its way out has lost its source, and starts over when it would have arrived.
+    for place in range(1, s.moves[0] + 1):
+        base = s.moves[place] * REQUEST
+        if req[base + MOVED_FROM] == index:
+            req[base + MOVED_FROM] = NONE
+
+
+@compiled
+def migrate(s: State, request: int, target: int, now: int) -> bool:
+    """Begin to copy a running request's KV to another replica, while it goes on decoding."""
+    req, mem = s.req, s.mem
+    base = request * REQUEST
+    if req[base + STATUS] != RUNNING or req[base + ON] == target:
+        return False
+    at = s.where[req[base + ON]]
+    other = s.where[target]
+    whole = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
+    if mem[other + PHASE] != READY or whole > mem[other + BLOCKS]:
+        return False
+    catch_up(mem, s.ses, at, now)
+    ids, states = at + mem[at + RUN_ID], at + mem[at + RUN_STATE]
+    slot = 0
+    while mem[ids + slot] != request:
+        slot += 1
+    if mem[states + slot] != STEADY:
+        return False
+    cut(mem, at, now)
+    mem[states + slot] = LEAVING
+    req[base + COPIED] = mem[at + mem[at + RUN_DONE] + slot]
+    begin = max(now, mem[at + LINK_FREE])
+    mem[at + LINK_FREE] = begin + req[base + COPIED] * mem[at + LINK_PS_PER_TOKEN]
+    req[base + MOVED_AT] = mem[at + LINK_FREE]
+    req[base + MOVED_TO] = target
+    return True

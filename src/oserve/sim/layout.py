@@ -1,0 +1,153 @@
+"""Where the kernel keeps what: positions in flat arrays of 64-bit integers, and codes.
+
+All times and all work are whole picoseconds, so that a sum in closed form equals the sum step by
+step to the last bit.
+
+    req     REQUEST fields for each request
+    mem     for each replica REPLICA fields, then its step tables, running sequences and stages;
+            ``where[replica]`` is the position of the first, called ``at`` throughout
+    ses     SESSION fields for each session
+    glob    the fleet's own numbers
+    queue, late, moves    heaps of requests, their length first
+"""
+
+from typing import Final
+
+NEVER: Final = 1 << 62
+NONE: Final = -1
+
+PS: Final = 10**12
+# Pairs of a prompt's queries and keys are so cheap that their rate is in 1/1024 ps.
+PAIR_BITS: Final = 10
+# Tokens in one block of KV cache.
+BLOCK: Final = 16
+
+# What becomes of a request.
+(PENDING, QUEUED, WAITING, RUNNING, MOVING, COMPLETED, REFUSED, SHED, LOST) = range(9)
+
+# Phases of a replica.
+(LOADING, READY, DRAINING, GONE) = range(4)
+
+# Roles of a replica.
+(BOTH, PREFILL, DECODE) = range(3)
+
+# Routing policies.
+(POOLS, LEAST_WORK, LEAST_REQUESTS, ROUND_ROBIN, FIXED_SHARES, FREENESS) = range(6)
+
+# Fields of a request. PRIORITY orders it in engines, ORDER in the gateway's queue. COMPUTED and
+# MADE (tokens with KV, tokens emitted) are current only while it does not run. BOOKED is the work
+# that its replica still owes for it, BOOKED_PROMPT the part of that which its first token pays.
+(
+    ARRIVAL,
+    PROMPT,
+    OUTPUT,
+    PRIORITY,
+    ORDER,
+    CLASS,
+    EXPECTED,
+    OF_SESSION,
+    DEMOTE_AT,
+    SHED_AT,
+    STATUS,
+    ON,
+    NEXT,
+    PREVIOUS,
+    COMPUTED,
+    MADE,
+    FIRST,
+    FINISH,
+    PREEMPTIONS,
+    REPLAYS,
+    BOOKED,
+    BOOKED_PROMPT,
+    IS_LATE,
+    MOVED_AT,
+    MOVED_FROM,
+    MOVED_TO,
+    COPIED,
+    REUSED,
+) = range(28)
+REQUEST: Final = 28
+
+# Fields of a replica. Lists take three: head, tail, count. TABLE_... and RUN_... (of the running
+# sequences), STAGE_FREE and BATCH_END are positions relative to the replica's own.
+(
+    INDEX,
+    PHASE,
+    ROLE,
+    ORDERED,
+    SEQS,
+    BUDGET,
+    BLOCKS,
+    STAGES,
+    MAX_INFLIGHT,
+    KV_RATE,
+    PAIR_RATE,
+    LONGEST_JUMP,
+    LINK_PS,
+    LINK_PS_PER_TOKEN,
+    LINK_FREE,
+    READY_AT,
+    TABLE_PROMPTS,
+    TABLE_JOINT,
+    TABLE_DECODES,
+    RUN_ID,
+    RUN_DONE,
+    RUN_GOAL,
+    RUN_LEFT,
+    RUN_BATCH,
+    RUN_STATE,
+    RUN_CHUNK,
+    STAGE_FREE,
+    BATCH_END,
+    PHASES,
+    DUE,
+    END,
+    BEGIN,
+    RUN,
+    WAIT,
+    WAIT_TAIL,
+    WAIT_COUNT,
+    FREE,
+    REUSABLE,
+    RECENT,
+    RECENT_TAIL,
+    RECENT_COUNT,
+    BATCH,
+    BATCHES,
+    JUMP,
+    JUMP_START,
+    JUMP_CONTEXT,
+    INFLIGHT,
+    OWED,
+    BUSY,
+    PROMPTED,
+    GENERATED,
+    PREEMPTED,
+    STEPS,
+) = range(53)
+REPLICA: Final = 53
+
+# States of a running sequence: it has yet to emit a token here; it does; it does and will move.
+(NEW, STEADY, LEAVING) = range(3)
+
+# Fields of a session: the replica that holds its last turn, and how many blocks of it.
+HELD_BY, HELD_BLOCKS, SESSION_NEXT, SESSION_PREVIOUS = range(4)
+SESSION: Final = 4
+
+# The fleet's own numbers. RELEASED: requests let in so far, of a closed loop.
+(
+    NOW,
+    ARRIVED,
+    REQUESTS,
+    REPLICAS,
+    POLICY,
+    OVERFLOW_PS,
+    TURN,
+    CLASSES,
+    MAX_QUEUED,
+    CLOSED,
+    RELEASED,
+    ENDED,
+) = range(12)
+GLOBALS: Final = 12

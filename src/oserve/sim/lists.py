@@ -1,0 +1,96 @@
+"""Lists and heaps of the kernel, all in flat arrays.
+
+A linked list of requests has its head, tail and count at ``mem[at]`` and the two places after; a
+request is in one list at a time. A heap has its length first and its entries after.
+"""
+
+from oserve.sim.compiled import compiled
+from oserve.sim.layout import NEXT, NONE, PREVIOUS, PRIORITY, REQUEST
+from oserve.sim.state import Flat
+
+
+@compiled
+def insert_before(req: Flat, mem: Flat, at: int, request: int, before: int) -> None:
+    """Into a list, before a member of it, or at its end with ``NONE``."""
+    previous = mem[at + 1] if before == NONE else req[before * REQUEST + PREVIOUS]
+    req[request * REQUEST + PREVIOUS] = previous
+    req[request * REQUEST + NEXT] = before
+    if previous == NONE:
+        mem[at] = request
+    else:
+        req[previous * REQUEST + NEXT] = request
+    if before == NONE:
+        mem[at + 1] = request
+    else:
+        req[before * REQUEST + PREVIOUS] = request
+    mem[at + 2] += 1
+
+
+@compiled
+def unlink(req: Flat, mem: Flat, at: int, request: int) -> None:
+    """Out of the list it is in."""
+    following = req[request * REQUEST + NEXT]
+    previous = req[request * REQUEST + PREVIOUS]
+    if previous == NONE:
+        mem[at] = following
+    else:
+        req[previous * REQUEST + NEXT] = following
+    if following == NONE:
+        mem[at + 1] = previous
+    else:
+        req[following * REQUEST + PREVIOUS] = previous
+    mem[at + 2] -= 1
+
+
+@compiled
+def sooner(req: Flat, field: int, one: int, other: int) -> bool:
+    """By a field of requests, then by number, which is the order of arrival."""
+    first, second = req[one * REQUEST + field], req[other * REQUEST + field]
+    return first < second or (first == second and one < other)
+
+
+@compiled
+def insert_ordered(req: Flat, mem: Flat, at: int, request: int) -> None:
+    """Into a list in order of priority."""
+    before = NONE
+    last = mem[at + 1]
+    while last != NONE and sooner(req, PRIORITY, request, last):
+        before = last
+        last = req[last * REQUEST + PREVIOUS]
+    insert_before(req, mem, at, request, before)
+
+
+@compiled
+def push(req: Flat, heap: Flat, field: int, request: int) -> None:
+    """Into a heap of requests ordered by a field."""
+    place = heap[0]
+    heap[0] = place + 1
+    while place > 0:
+        above = (place - 1) >> 1
+        if sooner(req, field, heap[1 + above], request):
+            break
+        heap[1 + place] = heap[1 + above]
+        place = above
+    heap[1 + place] = request
+
+
+@compiled
+def pop(req: Flat, heap: Flat, field: int) -> int:
+    """Take the first out."""
+    first = heap[1]
+    length = heap[0] - 1
+    heap[0] = length
+    request = heap[1 + length]
+    place = 0
+    while True:
+        below = 2 * place + 1
+        if below >= length:
+            break
+        if below + 1 < length and sooner(req, field, heap[2 + below], heap[1 + below]):
+            below += 1
+        if sooner(req, field, request, heap[1 + below]):
+            break
+        heap[1 + place] = heap[1 + below]
+        place = below
+    heap[1 + place] = request
+    return first

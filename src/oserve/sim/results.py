@@ -1,0 +1,89 @@
+"""What a simulated run came to, request by request, and in the words of every other measurement."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oserve.sim.words import Floats, Ints, Status
+from oserve.traces import Outcome, OutcomeStatus, Slo, Summary, summarise
+
+Mask = NDArray[np.bool_]
+
+_FAILED = (Status.REFUSED, Status.SHED, Status.LOST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaTotals:
+    """What one replica has done. ``busy_s``: seconds that each of its devices computed.
+
+    ``prompt_tokens`` counts what was computed, again where it had to be.
+    """
+
+    busy_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FleetResults:
+    """An entry per request; times are NaN for what did not happen.
+
+    ``replica`` indexes ``replica_names`` (the last that had the request, or -1), ``status`` holds
+    ``Status`` values, ``made_tokens`` output tokens so far, ``reused_tokens`` prompt tokens found
+    in the cache. ``totals`` are per replica.
+    """
+
+    now_s: float
+    arrival_s: Floats
+    first_token_s: Floats
+    finish_s: Floats
+    replica: Ints
+    status: Ints
+    preemptions: Ints
+    replays: Ints
+    prompt_tokens: Ints
+    output_tokens: Ints
+    made_tokens: Ints
+    reused_tokens: Ints
+    class_index: Ints
+    replica_names: tuple[str, ...]
+    totals: tuple[ReplicaTotals, ...]
+
+    def outcomes(self, mask: Mask | None = None) -> list[Outcome]:
+        """Requests that have come, or those of them in ``mask``, in the words of a replay.
+
+        Those still on their way count as truncated. Gaps between single tokens are not kept.
+        """
+        chosen = self.status != Status.PENDING
+        if mask is not None:
+            chosen &= mask
+        return [self._outcome(int(index)) for index in np.flatnonzero(chosen)]
+
+    def summary(self, slo: Slo, mask: Mask | None = None) -> Summary:
+        """Latencies, rates and goodput, as of any other replay."""
+        return summarise(self.outcomes(mask), slo)
+
+    def _outcome(self, index: int) -> Outcome:
+        arrival_s, status = float(self.arrival_s[index]), int(self.status[index])
+        end_s = float(self.finish_s[index])
+        outcome = OutcomeStatus.TRUNCATED
+        if status == Status.COMPLETED:
+            outcome = OutcomeStatus.COMPLETED
+        elif status in _FAILED:
+            outcome = OutcomeStatus.FAILED
+        else:
+            end_s = self.now_s
+        first_s = float(self.first_token_s[index])
+        return Outcome(
+            due_s=arrival_s,
+            sent_s=arrival_s,
+            ttft_s=(end_s if np.isnan(first_s) else first_s) - arrival_s,
+            e2e_s=end_s - arrival_s,
+            itl_s=(),
+            prompt_tokens=int(self.prompt_tokens[index]),
+            output_tokens=int(self.made_tokens[index]),
+            status=outcome,
+        )
