@@ -25,28 +25,30 @@ def pick(
     max_inflight: Sequence[int],
     fits: Sequence[int],
     overflow_s: float,
+    replicas: int,
+    row: int,
 ) -> tuple[int, int]:
     """Index of the replica that takes the request, and why (a code above); -1 if none can.
 
-    One entry per replica: its routing share of the request's type, the work it owes, what the
-    request would add, requests in flight and their limit, and whether it may take the request.
-    Between equals the larger share wins, then the lower index.
+    One entry per replica: its routing share of the request's type (from entry ``row`` on), the
+    work it owes, what the request would add, requests in flight and their limit, and whether it
+    may take the request. Between equals the larger share wins, then the lower index.
     """
     pool = out = -1
     pool_end = out_end = 0.0
     fitting = pooled = False
-    for index in range(len(work_s)):
+    for index in range(replicas):
         if not fits[index]:
             continue
         fitting = True
-        share = shares[index]
+        share = shares[row + index]
         if share > 0.0:
             pooled = True
         if inflight[index] >= max_inflight[index]:
             continue
         end = ((work_s[index] + own_s[index]) * _STEPS_PER_S + 0.5) // 1.0
         if share > 0.0:
-            if pool < 0 or end < pool_end or (end == pool_end and share > shares[pool]):
+            if pool < 0 or end < pool_end or (end == pool_end and share > shares[row + pool]):
                 pool, pool_end = index, end
         elif out < 0 or end < out_end:
             out, out_end = index, end

@@ -79,6 +79,8 @@ class Router:
             [load.max_inflight for load in given],
             _fitting(request, given),
             self._overflow_s,
+            replicas=len(given),
+            row=0,
         )
         if index < 0:
             return _REFUSALS[code]

@@ -7,7 +7,6 @@ calls, so whatever is older than any of the sources is thrown away first.
 """
 
 import contextlib
-import functools
 import types
 from collections.abc import Callable
 from pathlib import Path

@@ -7,7 +7,6 @@ learns how fast each replica is; here the costs are taken as right.)
 
 from oserve.sim.blocks import blocks_of, retain
 from oserve.sim.compiled import compiled
-from oserve.sim.jump import arrived, cut, settle
 from oserve.sim.layout import (
     ARRIVAL,
     BATCH,
@@ -24,6 +23,7 @@ from oserve.sim.layout import (
     END,
     ENDED,
     EXPECTED,
+    FAST,
     FINISH,
     FIRST,
     FREE,
@@ -43,6 +43,7 @@ from oserve.sim.layout import (
     MOVING,
     NEVER,
     NEW,
+    NEXT_END,
     NONE,
     OF_SESSION,
     ON,
@@ -61,7 +62,6 @@ from oserve.sim.layout import (
     ROLE,
     RUN,
     RUN_BATCH,
-    RUN_DONE,
     RUN_GOAL,
     RUN_ID,
     RUN_LEFT,
@@ -69,11 +69,14 @@ from oserve.sim.layout import (
     STAGES,
     STATUS,
     STEADY,
+    STEADY_RUN,
+    TICK,
     WAIT,
     WAIT_COUNT,
     WAITING,
 )
 from oserve.sim.lists import insert_before, insert_ordered, pop, push
+from oserve.sim.lockstep import arrived, cut, done_of, find_next_end, join, left_of, part, settle
 from oserve.sim.schedule import move_slot, refresh, touch
 from oserve.sim.state import Flat, State
 
@@ -154,7 +157,7 @@ def depart(s: State, at: int, slot: int, target: int, now: int) -> None:
     req, mem = s.req, s.mem
     request = mem[at + mem[at + RUN_ID] + slot]
     base = request * REQUEST
-    done = mem[at + mem[at + RUN_DONE] + slot]
+    done = done_of(mem, at, slot)
     req[base + COMPUTED] = done
     begin = max(now, mem[at + LINK_FREE])
     mem[at + LINK_FREE] = begin + (done - req[base + COPIED]) * mem[at + LINK_PS_PER_TOKEN]
@@ -208,25 +211,24 @@ def leaves(s: State, at: int, slot: int, now: int) -> bool:
     req, mem = s.req, s.mem
     request = mem[at + mem[at + RUN_ID] + slot]
     base = request * REQUEST
-    left = mem[at + mem[at + RUN_LEFT] + slot]
+    left, state = left_of(mem, at, slot), mem[at + mem[at + RUN_STATE] + slot]
     req[base + MADE] = req[base + OUTPUT] - left
+    if state == NEW:
+        emit_first(s, at, slot, now)
     if left == 0:
-        retain(mem, s.ses, s.where, at, req[base + OF_SESSION], mem[at + mem[at + RUN_DONE] + slot])
+        retain(mem, s.ses, s.where, at, req[base + OF_SESSION], done_of(mem, at, slot))
         unbook(req, mem, at, request)
         close(req, s.glob, request, COMPLETED, now)
         return True
-    state = mem[at + mem[at + RUN_STATE] + slot]
-    if state == NEW:
-        emit_first(s, at, slot, now)
-        target = heir_of(s, request, mem[at + INDEX]) if mem[at + ROLE] == PREFILL else NONE
+    target = NONE
+    if state == NEW and mem[at + ROLE] == PREFILL:
+        target = heir_of(s, request, mem[at + INDEX])
     elif state == LEAVING and now >= req[base + MOVED_AT]:
         target = req[base + MOVED_TO]
         if mem[s.where[target] + PHASE] != READY:
             mem[at + mem[at + RUN_STATE] + slot] = STEADY
             req[base + COPIED] = 0
             target = NONE
-    else:
-        return False
     if target == NONE:
         return False
     depart(s, at, slot, target, now)
@@ -243,13 +245,45 @@ def sweep(s: State, at: int, batch: int, now: int) -> None:
     for slot in range(mem[at + RUN]):
         if mem[batches + slot] == batch:
             mem[batches + slot] = NONE
-            if mem[left + slot] == 0 or mem[states + slot] != STEADY:
-                if mem[left + slot] == 0 and mem[states + slot] == NEW:
-                    emit_first(s, at, slot, now)
-                if leaves(s, at, slot, now):
-                    continue
+            if (mem[left + slot] == 0 or mem[states + slot] != STEADY) and leaves(s, at, slot, now):
+                continue
         if kept != slot:
             move_slot(mem, at, slot, kept)
+        kept += 1
+    mem[at + RUN] = kept
+
+
+@compiled
+def end_together(s: State, at: int, now: int) -> None:
+    """The end of steps in lockstep: some steady sequences end, prompts bring their first token."""
+    mem = s.mem
+    settle(mem, s.ses, at, mem[at + JUMP])
+    mem[at + FAST] = 0
+    first = kept = mem[at + STEADY_RUN]
+    if mem[at + NEXT_END] == mem[at + TICK]:
+        left = at + mem[at + RUN_LEFT]
+        kept = 0
+        for slot in range(first):
+            if mem[left + slot] == mem[at + TICK]:
+                leaves(s, at, slot, now)
+                part(mem, at, slot)
+            else:
+                if kept != slot:
+                    move_slot(mem, at, slot, kept)
+                kept += 1
+    if kept < first:
+        mem[at + STEADY_RUN] = kept
+        find_next_end(mem, at)
+    for slot in range(first, mem[at + RUN]):
+        if kept != slot:
+            move_slot(mem, at, slot, kept)
+        if mem[at + mem[at + RUN_BATCH] + kept] != NONE:
+            mem[at + mem[at + RUN_BATCH] + kept] = NONE
+            mem[at + mem[at + RUN_LEFT] + kept] -= 1
+            mem[at + GENERATED] += 1
+            if leaves(s, at, kept, now):
+                continue
+            join(mem, at, kept)
         kept += 1
     mem[at + RUN] = kept
 
@@ -273,8 +307,7 @@ def end_step(s: State, at: int, now: int) -> None:
     """The oldest step on its way, or the jump, is over."""
     mem = s.mem
     if mem[at + JUMP] > 0:
-        settle(mem, s.ses, at, mem[at + JUMP])
-        sweep(s, at, NONE, now)
+        end_together(s, at, now)
     else:
         emit(mem, at, mem[at + BATCH])
         sweep(s, at, mem[at + BATCH], now)

@@ -6,15 +6,16 @@ the live one: of a request's output it knows ``expected_output_tokens``, nothing
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
-from oserve.sim import gate, kernel, layout
-from oserve.sim.compiled import HAS_NUMBA, plain
+from oserve.sim import layout
+from oserve.sim.compiled import HAS_NUMBA
+from oserve.sim.entry import Kernel
 from oserve.sim.memory import (
     picoseconds,
     replica_rows,
@@ -70,7 +71,6 @@ class Fleet:
         options = gateway or GatewayOptions()
         self._requests = requests
         self._classes = classes
-        self._compiled = HAS_NUMBA if compiled is None else compiled and HAS_NUMBA
         self._skip = int(skip)
         self._rebalance = rebalance
         self._rounds = 0
@@ -88,26 +88,20 @@ class Fleet:
         glob[layout.CLOSED] = closed_loop
         glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
         sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
-        heap = np.zeros(count + 1, dtype=np.int64)
-        empty, nothing = np.zeros(0, dtype=np.int64), np.zeros(0)
-        self._state = State(
-            req=self._flat(request_rows(requests, options, closed_loop)),
-            mem=self._flat(empty),
-            ses=self._flat(session_rows(sessions)),
-            glob=self._flat(glob),
-            where=self._flat(empty),
-            queue=self._flat(heap),
-            late=self._flat(heap),
-            moves=self._flat(heap),
-            shares=self._flat(nothing),
-            credit=self._flat(nothing),
-            costs=self._flat(nothing),
-            work=self._flat(nothing),
-            own=self._flat(nothing),
-            inflight=self._flat(empty),
-            most=self._flat(empty),
-            fits=self._flat(empty),
+        whole = np.zeros(0, dtype=np.int64)
+        state = State(
+            req=request_rows(requests, options, closed_loop),
+            ses=session_rows(sessions),
+            glob=glob,
+            **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
+            **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
+            **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
         )
+        self._kernel = Kernel(state, compiled=HAS_NUMBA and compiled is not False)
+
+    @property
+    def _state(self) -> State:
+        return self._kernel.state
 
     @property
     def now_s(self) -> float:
@@ -160,14 +154,13 @@ class Fleet:
         own = [costs.prefill_s_per_token, costs.decode_s_per_token]
         self._names.append(name)
         self._roles.append(shape.role)
-        self._state = state._replace(
-            mem=self._flat(np.concatenate([_array(state.mem), rows])),
-            where=self._flat(np.append(_array(state.where), len(state.mem))),
-            costs=self._flat(np.append(np.asarray(state.costs, dtype=np.float64), own)),
-            **{
-                field: self._flat(np.zeros(index + 1, dtype=float if place < 2 else np.int64))
-                for place, field in enumerate(_SCRATCH)
-            },
+        whole = np.zeros(index + 1, dtype=np.int64)
+        self._kernel.change(
+            mem=np.concatenate([_array(state.mem), rows]),
+            where=np.append(_array(state.where), len(state.mem)),
+            costs=np.append(np.asarray(state.costs, dtype=np.float64), own),
+            **dict.fromkeys(("inflight", "most", "fits"), whole),
+            **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
         )
         self._state.glob[layout.REPLICAS] = index + 1
         self._share(keep_credit=True)
@@ -186,7 +179,7 @@ class Fleet:
         if self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
-        self._run(kernel.remove)(self._state, self._index(name), int(replay), now)
+        self._kernel.do("remove", self._index(name), int(replay), now)
         self._dirty = True
 
     def set_routing(
@@ -206,7 +199,7 @@ class Fleet:
         """
         now = self._state.glob[layout.NOW]
         target = self._index(to)
-        return bool(self._run(kernel.migrate)(self._state, request, target, now))
+        return bool(self._kernel.do("migrate", request, target, now))
 
     def advance(self, until_s: float) -> None:
         """Let everything up to and at that time happen. Times in the past do nothing."""
@@ -224,11 +217,11 @@ class Fleet:
         limit = picoseconds(limit_s)
         while self.ended < len(self._requests):
             self._flush()
-            due = self._run(kernel.next_moment)(self._state)
+            due = self._kernel.do("next_moment")
             if due >= limit or due == layout.NEVER:
                 break
             if self._rebalance is None:
-                self._run(kernel.advance)(self._state, limit, self._skip)
+                self._kernel.do("advance", limit, self._skip)
             else:
                 self.advance(max(due / layout.PS, self.now_s + self._rebalance.interval_s))
         if limit < layout.NEVER:
@@ -238,7 +231,7 @@ class Fleet:
         """The fleet now; replicas that are gone are left out."""
         state, now = self._state, self._state.glob[layout.NOW]
         self._flush()
-        self._run(kernel.observe)(state, now)
+        self._kernel.do("observe", now)
         came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
         self._seen = int(state.glob[layout.ARRIVED])
         return FleetObservation(
@@ -255,15 +248,8 @@ class Fleet:
     def results(self) -> FleetResults:
         """What became of every request so far."""
         state = self._state
-        self._run(kernel.observe)(state, state.glob[layout.NOW])
+        self._kernel.do("observe", state.glob[layout.NOW])
         rows = _array(state.req).reshape(-1, layout.REQUEST)
-        made = rows[:, layout.MADE].copy()
-        for index in range(len(self._names)):
-            at = state.where[index]
-            for slot in range(state.mem[at + layout.RUN]):
-                request = state.mem[at + state.mem[at + layout.RUN_ID] + slot]
-                left = state.mem[at + state.mem[at + layout.RUN_LEFT] + slot]
-                made[request] = rows[request, layout.OUTPUT] - left
         return FleetResults(
             now_s=self.now_s,
             arrival_s=rows[:, layout.ARRIVAL] / layout.PS,
@@ -275,23 +261,28 @@ class Fleet:
             replays=rows[:, layout.REPLAYS].copy(),
             prompt_tokens=self._requests.prompt_tokens,
             output_tokens=self._requests.output_tokens,
-            made_tokens=made,
+            made_tokens=rows[:, layout.MADE].copy(),
             reused_tokens=rows[:, layout.REUSED].copy(),
             class_index=self._requests.class_index,
             replica_names=tuple(self._names),
             totals=tuple(self._totals(index) for index in range(len(self._names))),
         )
 
+    def books(self, name: str) -> tuple[int, int]:
+        """What a replica owes, in picoseconds of expected work and in requests."""
+        at = self._place(name)
+        return int(self._state.mem[at + layout.OWED]), int(self._state.mem[at + layout.INFLIGHT])
+
     # -- within ---------------------------------------------------------------------------------
     def _advance(self, end: int) -> None:
         self._flush()
-        self._run(kernel.advance)(self._state, end, self._skip)
+        self._kernel.do("advance", end, self._skip)
         self._state.glob[layout.NOW] = max(self._state.glob[layout.NOW], end)
 
     def _flush(self) -> None:
         if self._dirty:
             self._dirty = False
-            self._run(kernel.flush)(self._state, self._skip)
+            self._kernel.do("flush", self._skip)
 
     def _balance(self, wanted: Rebalance) -> None:
         """One round of rebalancing."""
@@ -300,15 +291,11 @@ class Fleet:
         poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
         rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
         for source, target in zip(poor, reversed(rich), strict=False):
-            at = self._place(source.name)
-            mem = self._state.mem
-            slots = sorted(
-                (mem[at + mem[at + layout.RUN_DONE] + slot], slot)
-                for slot in range(mem[at + layout.RUN])
-            )
-            ids = at + mem[at + layout.RUN_ID]
+            rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+            running = rows[:, layout.STATUS] == layout.RUNNING
+            here = np.flatnonzero(running & (rows[:, layout.ON] == self._index(source.name)))
             moved = 0
-            for request in [int(mem[ids + slot]) for _, slot in slots]:
+            for request in here[np.argsort(rows[here, layout.COMPUTED], kind="stable")].tolist():
                 if moved == wanted.moves:
                     break
                 moved += self.migrate(request, target.name)
@@ -316,12 +303,8 @@ class Fleet:
     def _replica(self, index: int, name: str) -> ReplicaObservation:
         mem, at = self._state.mem, self._state.where[index]
         now = self._state.glob[layout.NOW]
-        free = mem[at + layout.FREE] + mem[at + layout.REUSABLE]
-        if mem[at + layout.JUMP] > 0:
-            done = at + mem[at + layout.RUN_DONE]
-            for slot in range(mem[at + layout.RUN]):
-                # The step on its way has taken its blocks.
-                free -= int(mem[done + slot] % layout.BLOCK == 0)
+        # The step on its way has taken its blocks.
+        free = self._kernel.do("free_at", index, now + 1)
         totals = self._totals(index)
         return ReplicaObservation(
             name=name,
@@ -332,7 +315,7 @@ class Fleet:
             inflight=int(mem[at + layout.INFLIGHT]),
             owed_s=mem[at + layout.OWED] / layout.PS,
             kv_usage=1.0 - free / mem[at + layout.BLOCKS],
-            freeness=float(self._run(gate.freeness)(self._state, index, now)),
+            freeness=float(self._kernel.do("freeness", index, now)),
             busy_s=totals.busy_s,
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
@@ -359,9 +342,7 @@ class Fleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._state = self._state._replace(
-            shares=self._flat(shares.reshape(-1)), credit=self._flat(credit.reshape(-1))
-        )
+        self._kernel.change(shares=shares.reshape(-1), credit=credit.reshape(-1))
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""
@@ -372,12 +353,6 @@ class Fleet:
 
     def _phase(self, name: str) -> int:
         return int(self._state.mem[self._place(name) + layout.PHASE])
-
-    def _flat(self, values: Any) -> Any:
-        return values.copy() if self._compiled else values.tolist()
-
-    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if self._compiled else plain(function)
 
 
 def _array(values: Any) -> Any:

@@ -5,12 +5,10 @@ replicas are seen. Who can no longer meet the first limit goes behind all who st
 past the second is refused.
 """
 
-from oserve.control.pick import NO_REPLICA
 from oserve.control.pick import pick as plain_pick
 from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.finish import book, close, wait_at
-from oserve.sim.jump import free_blocks
 from oserve.sim.layout import (
     BLOCKS,
     CLASS,
@@ -24,10 +22,10 @@ from oserve.sim.layout import (
     INFLIGHT,
     IS_LATE,
     LEAST_REQUESTS,
-    LEAST_WORK,
     MADE,
     MAX_INFLIGHT,
     MAX_QUEUED,
+    NEXT,
     NONE,
     ON,
     ORDER,
@@ -43,8 +41,8 @@ from oserve.sim.layout import (
     QUEUED,
     READY,
     REFUSED,
-    REPLICAS,
     REPLAYS,
+    REPLICAS,
     REQUEST,
     ROLE,
     ROUND_ROBIN,
@@ -54,10 +52,9 @@ from oserve.sim.layout import (
     STATUS,
     TURN,
     WAIT,
-    WAIT_COUNT,
-    NEXT,
 )
 from oserve.sim.lists import pop, push
+from oserve.sim.lockstep import free_blocks
 from oserve.sim.state import State
 
 # The live router's choice, compiled.
@@ -167,6 +164,12 @@ def by_share(s: State, row: int) -> int:
 
 
 @compiled
+def free_at(s: State, index: int, now: int) -> int:
+    """Blocks that no request holds on a replica, before steps that begin now."""
+    return free_blocks(s.mem, s.where[index], now)
+
+
+@compiled
 def freeness(s: State, index: int, now: int) -> float:
     """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
     at = s.where[index]
@@ -202,13 +205,7 @@ def choose(s: State, request: int, now: int) -> int:
     if policy == POOLS:
         overflow_s = s.glob[OVERFLOW_PS] / PS
         chosen, _ = pick(
-            s.shares[row : row + replicas],
-            s.work[:replicas],
-            s.own[:replicas],
-            s.inflight[:replicas],
-            s.most[:replicas],
-            s.fits[:replicas],
-            overflow_s,
+            s.shares, s.work, s.own, s.inflight, s.most, s.fits, overflow_s, replicas, row
         )
         return chosen
     if policy == ROUND_ROBIN:

@@ -5,20 +5,21 @@ waiting ones are handed over, and new steps begin; replicas in order of number, 
 arrival. What a caller does between two calls comes after all that.
 """
 
-from oserve.sim.blocks import forget
+from oserve.sim.blocks import blocks_of, forget
 from oserve.sim.compiled import compiled
 from oserve.sim.finish import close, end_step, receive, unbook
 from oserve.sim.gate import dispatch, enter, replay
-from oserve.sim.jump import begin_jump, catch_up, cut
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
     BATCHES,
     BEGIN,
     BLOCKS,
+    COMPUTED,
     COPIED,
     DUE,
     END,
+    FAST,
     FREE,
     GONE,
     JUMP,
@@ -26,12 +27,12 @@ from oserve.sim.layout import (
     LINK_FREE,
     LINK_PS_PER_TOKEN,
     LOADING,
+    LOCKED,
     LOST,
     MADE,
     MOVED_AT,
     MOVED_FROM,
     MOVED_TO,
-    MOVING,
     NEVER,
     NONE,
     NOW,
@@ -49,7 +50,6 @@ from oserve.sim.layout import (
     RUN,
     RUN_DONE,
     RUN_ID,
-    RUN_LEFT,
     RUN_STATE,
     RUNNING,
     STATUS,
@@ -58,8 +58,8 @@ from oserve.sim.layout import (
     WAIT_COUNT,
 )
 from oserve.sim.lists import unlink
-from oserve.sim.blocks import blocks_of
-from oserve.sim.schedule import refresh, schedule, touch
+from oserve.sim.lockstep import begin, catch_up, cut, done_of, left_of, unlock
+from oserve.sim.schedule import refresh
 from oserve.sim.state import State
 
 
@@ -82,8 +82,8 @@ def begin_steps(s: State, now: int, skip: int) -> None:
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
-        if mem[at + BEGIN] == now and (skip == 0 or not begin_jump(s.req, mem, at, now)):
-            schedule(s.req, mem, s.ses, at, now)
+        if mem[at + BEGIN] == now:
+            begin(s.req, mem, s.ses, at, now, skip)
 
 
 @compiled
@@ -117,8 +117,7 @@ def advance(s: State, until: int, skip: int) -> None:
             if homeless != NONE:
                 replay(s, homeless)
         while (
-            s.glob[ARRIVED] < s.glob[RELEASED]
-            and s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL] <= now
+            s.glob[ARRIVED] < s.glob[RELEASED] and s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL] <= now
         ):
             s.glob[ARRIVED] += 1
             enter(s, s.glob[ARRIVED] - 1, now)
@@ -138,9 +137,15 @@ def flush(s: State, skip: int) -> None:
 
 @compiled
 def observe(s: State, now: int) -> None:
-    """Bring all replicas' numbers up to a time that has been reached."""
+    """Bring the numbers of replicas and their requests up to a time that has been reached."""
+    req, mem = s.req, s.mem
     for index in range(s.glob[REPLICAS]):
-        catch_up(s.mem, s.ses, s.where[index], now)
+        at = s.where[index]
+        catch_up(mem, s.ses, at, now)
+        for slot in range(mem[at + RUN]):
+            base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
+            req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
+            req[base + COMPUTED] = done_of(mem, at, slot)
 
 
 @compiled
@@ -159,16 +164,16 @@ def remove(s: State, index: int, again: int, now: int) -> None:
     catch_up(mem, s.ses, at, now)
     mem[at + PHASE] = GONE
     mem[at + END] = mem[at + BEGIN] = NEVER
-    mem[at + JUMP] = mem[at + BATCHES] = 0
+    mem[at + BATCHES] = 0
     refresh(mem, at)
     for slot in range(mem[at + RUN]):
         request = mem[at + mem[at + RUN_ID] + slot]
         base = request * REQUEST
-        req[base + MADE] = req[base + OUTPUT] - mem[at + mem[at + RUN_LEFT] + slot]
+        req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
         req[base + COPIED] = 0
         unbook(req, mem, at, request)
         lose(s, request, again, now)
-    mem[at + RUN] = 0
+    mem[at + RUN] = mem[at + LOCKED] = mem[at + JUMP] = mem[at + FAST] = 0
     while mem[at + WAIT_COUNT] > 0:
         request = mem[at + WAIT]
         unlink(req, mem, at + WAIT, request)
@@ -197,13 +202,14 @@ def migrate(s: State, request: int, target: int, now: int) -> bool:
     if mem[other + PHASE] != READY or whole > mem[other + BLOCKS]:
         return False
     catch_up(mem, s.ses, at, now)
+    cut(mem, at, now + 1)
+    unlock(mem, s.ses, at)
     ids, states = at + mem[at + RUN_ID], at + mem[at + RUN_STATE]
     slot = 0
     while mem[ids + slot] != request:
         slot += 1
     if mem[states + slot] != STEADY:
         return False
-    cut(mem, at, now)
     mem[states + slot] = LEAVING
     req[base + COPIED] = mem[at + mem[at + RUN_DONE] + slot]
     begin = max(now, mem[at + LINK_FREE])

@@ -69,8 +69,9 @@ BLOCK: Final = 16
 ) = range(28)
 REQUEST: Final = 28
 
-# Fields of a replica. Lists take three: head, tail, count. TABLE_... and RUN_... (of the running
-# sequences), STAGE_FREE and BATCH_END are positions relative to the replica's own.
+# Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
+# sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
+# relative to the replica's own. LOCKED to FAST: see ``lockstep``.
 (
     INDEX,
     PHASE,
@@ -117,7 +118,12 @@ REQUEST: Final = 28
     BATCHES,
     JUMP,
     JUMP_START,
-    JUMP_CONTEXT,
+    LOCKED,
+    STEADY_RUN,
+    TICK,
+    CONTEXT,
+    NEXT_END,
+    FAST,
     INFLIGHT,
     OWED,
     BUSY,
@@ -125,8 +131,8 @@ REQUEST: Final = 28
     GENERATED,
     PREEMPTED,
     STEPS,
-) = range(53)
-REPLICA: Final = 53
+) = range(58)
+REPLICA: Final = 58
 
 # States of a running sequence: it has yet to emit a token here; it does; it does and will move.
 (NEW, STEADY, LEAVING) = range(3)

@@ -94,9 +94,7 @@ def step_ps(mem: Flat, at: int, prompts: int, decodes: int, context: int, pairs:
         whole += mem[at + mem[at + TABLE_JOINT] + decodes]
     else:
         whole = mem[at + mem[at + TABLE_DECODES] + decodes]
-    return (
-        whole + mem[at + KV_RATE] * context + ((mem[at + PAIR_RATE] * pairs) >> PAIR_BITS)
-    )
+    return whole + mem[at + KV_RATE] * context + ((mem[at + PAIR_RATE] * pairs) >> PAIR_BITS)
 
 
 @compiled
@@ -221,23 +219,33 @@ def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
 
 
 @compiled
+def let_in(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
+    """Admit from the queue as long as all lasts; returns the budget left."""
+    while budget > 0 and admissible(req, mem, at):
+        admit(req, mem, ses, at, budget)
+        budget -= mem[at + mem[at + RUN_CHUNK] + mem[at + RUN] - 1]
+    return budget
+
+
+@compiled
 def fill(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
     """Put together the next step: tokens in it, and how many sequences were thrown out."""
     budget, preempted = run_on(req, mem, ses, at)
     if preempted == 0:
-        while budget > 0 and admissible(req, mem, at):
-            admit(req, mem, ses, at, budget)
-            budget -= mem[at + mem[at + RUN_CHUNK] + mem[at + RUN] - 1]
+        budget = let_in(req, mem, ses, at, budget)
     return mem[at + BUDGET] - budget, preempted
 
 
 @compiled
-def cost(mem: Flat, at: int, batch: int) -> int:
-    """Picoseconds of the step just put together; its tokens wait for ``batch`` to end."""
+def cost(mem: Flat, at: int, batch: int, first: int, decodes: int, context: int) -> int:
+    """Picoseconds of the step just put together, whose new tokens wait for ``batch`` to end.
+
+    Sequences before place ``first`` decode: ``decodes`` of them, over ``context`` tokens.
+    """
     done, goal = at + mem[at + RUN_DONE], at + mem[at + RUN_GOAL]
     chunks, batches = at + mem[at + RUN_CHUNK], at + mem[at + RUN_BATCH]
-    prompts = decodes = context = pairs = 0
-    for slot in range(mem[at + RUN]):
+    prompts = pairs = 0
+    for slot in range(first, mem[at + RUN]):
         chunk = mem[chunks + slot]
         if chunk == 0:
             continue
@@ -280,7 +288,7 @@ def schedule(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> None:
     mem[at + BEGIN] = NEVER
     if tokens > 0:
         batch = (mem[at + BATCH] + mem[at + BATCHES]) % mem[at + STAGES]
-        send_through(mem, at, now, batch, cost(mem, at, batch))
+        send_through(mem, at, now, batch, cost(mem, at, batch, 0, 0, 0))
         if mem[at + BATCHES] < mem[at + STAGES]:
             mem[at + BEGIN] = mem[at + mem[at + STAGE_FREE]]
     refresh(mem, at)

@@ -1,0 +1,327 @@
+"""Steps in which all sequences decode in lockstep: their numbers change together, not one by one.
+
+While nobody is thrown out, an engine without pipeline stages gives each decoding sequence one token
+in every step. So it is enough to count steps (TICK): of the first STEADY_RUN running sequences
+RUN_DONE holds the tokens done less the tick, RUN_LEFT the tick of the last token. What is needed of
+all of them is kept as totals: CONTEXT tokens attended to in the next step, the NEXT_END, and in
+PHASES how many take a new block at each tick modulo the block's tokens. The sequences behind them
+(part of a prompt, and those just admitted) have their own numbers. That is LOCKED; otherwise every
+sequence has its own numbers.
+
+A step with prompts in it is FAST. With none, many steps can be taken at once, in closed form: with
+d sequences and c tokens step j (from 1) takes decodes[d] + kv_rate (c + d (j - 1)), so the first j
+take j (decodes[d] + kv_rate c) + kv_rate d j (j - 1) / 2. Such a JUMP goes on until a sequence ends
+or blocks run out. What comes meanwhile cuts it short at the end of a step.
+"""
+
+from oserve.sim.blocks import blocks_of, take
+from oserve.sim.compiled import compiled
+from oserve.sim.layout import (
+    BATCH,
+    BATCH_END,
+    BATCHES,
+    BEGIN,
+    BLOCK,
+    BUDGET,
+    BUSY,
+    CONTEXT,
+    END,
+    FAST,
+    FREE,
+    GENERATED,
+    JUMP,
+    JUMP_START,
+    KV_RATE,
+    LOCKED,
+    LONGEST_JUMP,
+    NEVER,
+    NEW,
+    NEXT_END,
+    NONE,
+    PHASES,
+    REUSABLE,
+    RUN,
+    RUN_BATCH,
+    RUN_CHUNK,
+    RUN_DONE,
+    RUN_GOAL,
+    RUN_LEFT,
+    RUN_STATE,
+    SEQS,
+    STAGE_FREE,
+    STAGES,
+    STEADY,
+    STEADY_RUN,
+    STEPS,
+    TABLE_DECODES,
+    TICK,
+    WAIT,
+)
+from oserve.sim.schedule import admissible, cost, let_in, refresh, schedule, send_through
+from oserve.sim.state import Flat
+
+
+@compiled
+def find_next_end(mem: Flat, at: int) -> None:
+    """The tick at which the first of the steady sequences ends."""
+    left = at + mem[at + RUN_LEFT]
+    soonest = NEVER
+    for slot in range(mem[at + STEADY_RUN]):
+        soonest = min(soonest, mem[left + slot])
+    mem[at + NEXT_END] = soonest
+
+
+@compiled
+def lock(mem: Flat, at: int) -> bool:
+    """Begin to count together, if all running sequences but the last decode."""
+    seqs = mem[at + RUN]
+    states, done = at + mem[at + RUN_STATE], at + mem[at + RUN_DONE]
+    if seqs > 0 and mem[states + seqs - 1] == NEW:
+        seqs -= 1
+    for slot in range(seqs):
+        if mem[states + slot] != STEADY:
+            return False
+    phases = at + mem[at + PHASES]
+    for phase in range(BLOCK):
+        mem[phases + phase] = 0
+    context = seqs
+    for slot in range(seqs):
+        context += mem[done + slot]
+        mem[phases + (-mem[done + slot]) % BLOCK] += 1
+    mem[at + LOCKED] = 1
+    mem[at + STEADY_RUN] = seqs
+    mem[at + CONTEXT] = context
+    mem[at + TICK] = 0
+    find_next_end(mem, at)
+    return True
+
+
+@compiled
+def unlock(mem: Flat, ses: Flat, at: int) -> None:
+    """Give every sequence its own numbers again, and the step on its way as well.
+
+    A jump must have been cut to that step before.
+    """
+    if mem[at + LOCKED] == 0:
+        return
+    tick, on_its_way = mem[at + TICK], mem[at + JUMP]
+    done, goal = at + mem[at + RUN_DONE], at + mem[at + RUN_GOAL]
+    left, batches = at + mem[at + RUN_LEFT], at + mem[at + RUN_BATCH]
+    if on_its_way == 1 and mem[at + FAST] == 0:
+        take(mem, ses, at, blocks_in(mem, at, 1))
+        mem[at + BUSY] += jump_ps(mem, at, 1)
+        mem[at + STEPS] += 1
+    for slot in range(mem[at + STEADY_RUN]):
+        mem[done + slot] += tick + on_its_way
+        mem[goal + slot] = mem[done + slot] + 1 - on_its_way
+        mem[left + slot] -= tick
+        mem[batches + slot] = mem[at + BATCH] if on_its_way == 1 else NONE
+    mem[at + LOCKED] = mem[at + JUMP] = mem[at + FAST] = 0
+
+
+@compiled
+def join(mem: Flat, at: int, slot: int) -> None:
+    """A sequence that has emitted a token becomes the next steady one, from its place or later."""
+    place, tick = mem[at + STEADY_RUN], mem[at + TICK]
+    done = mem[at + mem[at + RUN_DONE] + slot]
+    mem[at + mem[at + RUN_DONE] + slot] = done - tick
+    mem[at + mem[at + RUN_LEFT] + slot] += tick
+    mem[at + mem[at + PHASES] + (tick - done) % BLOCK] += 1
+    mem[at + CONTEXT] += done + 1
+    mem[at + NEXT_END] = min(mem[at + NEXT_END], mem[at + mem[at + RUN_LEFT] + slot])
+    mem[at + STEADY_RUN] = place + 1
+
+
+@compiled
+def part(mem: Flat, at: int, slot: int) -> None:
+    """A steady sequence leaves the totals."""
+    base = mem[at + mem[at + RUN_DONE] + slot]
+    mem[at + mem[at + PHASES] + (-base) % BLOCK] -= 1
+    mem[at + CONTEXT] -= base + mem[at + TICK] + 1
+
+
+@compiled
+def blocks_in(mem: Flat, at: int, steps: int) -> int:
+    """Blocks that the steady sequences take in their next so many steps."""
+    phases, tick = at + mem[at + PHASES], mem[at + TICK]
+    blocks = mem[at + STEADY_RUN] * (steps // BLOCK)
+    for step in range(steps % BLOCK):
+        blocks += mem[phases + (tick + step) % BLOCK]
+    return blocks
+
+
+@compiled
+def steps_with_room(mem: Flat, at: int, most: int) -> int:
+    """Steps, at most ``most``, that all steady sequences can take with the blocks there are."""
+    seqs, room = mem[at + STEADY_RUN], mem[at + FREE] + mem[at + REUSABLE]
+    # Each takes one block in as many steps as a block has tokens.
+    if seqs * ((most + BLOCK - 1) // BLOCK) <= room:
+        return most
+    phases, tick = at + mem[at + PHASES], mem[at + TICK]
+    steps = room // seqs * BLOCK
+    room -= room // seqs * seqs
+    for step in range(BLOCK):
+        room -= mem[phases + (tick + step) % BLOCK]
+        if room < 0:
+            break
+        steps += 1
+    return min(most, steps)
+
+
+@compiled
+def jump_ps(mem: Flat, at: int, steps: int) -> int:
+    """Picoseconds of the next so many steps of decoding alone."""
+    rate, seqs = mem[at + KV_RATE], mem[at + STEADY_RUN]
+    first = mem[at + mem[at + TABLE_DECODES] + seqs] + rate * mem[at + CONTEXT]
+    return steps * first + rate * seqs * (steps * (steps - 1) // 2)
+
+
+@compiled
+def begin_jump(req: Flat, mem: Flat, at: int, now: int) -> bool:
+    """Begin as many steps of decoding alone as can be foreseen; False if there are none.
+
+    A head of the queue that finds no room now finds none until something ends: blocks only shrink.
+    """
+    seqs = mem[at + STEADY_RUN]
+    if seqs == 0 or seqs < mem[at + RUN] or admissible(req, mem, at):
+        return False
+    most = min(mem[at + NEXT_END] - mem[at + TICK], mem[at + LONGEST_JUMP])
+    steps = steps_with_room(mem, at, most)
+    if steps == 0:
+        return False
+    mem[at + JUMP] = steps
+    mem[at + JUMP_START] = now
+    mem[at + BATCHES] = 1
+    mem[at + BEGIN] = NEVER
+    set_end(mem, at)
+    return True
+
+
+@compiled
+def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
+    """Begin one step, with prompts in it; False if somebody must be thrown out for it."""
+    seqs = mem[at + STEADY_RUN]
+    budget = mem[at + BUDGET] - seqs
+    blocks = blocks_in(mem, at, 1)
+    if mem[at + RUN] > seqs:
+        have = mem[at + mem[at + RUN_DONE] + seqs]
+        chunk = min(mem[at + mem[at + RUN_GOAL] + seqs] - have, budget)
+        blocks += blocks_of(have + chunk) - blocks_of(have)
+    if blocks > mem[at + FREE] + mem[at + REUSABLE]:
+        return False
+    take(mem, ses, at, blocks)
+    if mem[at + RUN] > seqs:
+        mem[at + mem[at + RUN_DONE] + seqs] = have + chunk
+        mem[at + mem[at + RUN_CHUNK] + seqs] = chunk
+        budget -= chunk
+    budget = let_in(req, mem, ses, at, budget)
+    mem[at + BEGIN] = NEVER
+    if budget < mem[at + BUDGET]:
+        whole = cost(mem, at, mem[at + BATCH], seqs, seqs, mem[at + CONTEXT])
+        send_through(mem, at, now, mem[at + BATCH], whole)
+        mem[at + JUMP] = mem[at + FAST] = 1
+    refresh(mem, at)
+    return True
+
+
+@compiled
+def begin(req: Flat, mem: Flat, ses: Flat, at: int, now: int, skip: int) -> None:
+    """Begin what an engine does next: many steps if that can be, or one."""
+    if skip == 1 and mem[at + STAGES] == 1 and (mem[at + LOCKED] == 1 or lock(mem, at)):
+        if begin_jump(req, mem, at, now) or begin_fast(req, mem, ses, at, now):
+            return
+        unlock(mem, ses, at)
+    schedule(req, mem, ses, at, now)
+
+
+@compiled
+def set_end(mem: Flat, at: int) -> None:
+    """Note when the jump ends."""
+    end = mem[at + JUMP_START] + jump_ps(mem, at, mem[at + JUMP])
+    mem[at + END] = end
+    mem[at + mem[at + BATCH_END]] = end
+    mem[at + mem[at + STAGE_FREE]] = end
+    refresh(mem, at)
+
+
+@compiled
+def steps_until(mem: Flat, at: int, now: int) -> int:
+    """The first step of the jump that ends at ``now`` or later, counted from 1."""
+    low, high = 1, mem[at + JUMP]
+    start = mem[at + JUMP_START]
+    while low < high:
+        middle = (low + high) // 2
+        if start + jump_ps(mem, at, middle) >= now:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
+def cut(mem: Flat, at: int, now: int) -> None:
+    """End the jump with the step that is on its way."""
+    if mem[at + JUMP] > 1:
+        mem[at + JUMP] = steps_until(mem, at, now)
+        set_end(mem, at)
+
+
+@compiled
+def arrived(mem: Flat, at: int, now: int, request: int) -> None:
+    """A request came to the queue: cut the jump short if it could be admitted."""
+    if mem[at + WAIT] == request and mem[at + RUN] < mem[at + SEQS]:
+        cut(mem, at, now)
+
+
+@compiled
+def settle(mem: Flat, ses: Flat, at: int, steps: int) -> None:
+    """Account for the next so many steps, which are over."""
+    seqs = mem[at + STEADY_RUN]
+    if mem[at + FAST] == 0:
+        take(mem, ses, at, blocks_in(mem, at, steps))
+        spent = jump_ps(mem, at, steps)
+        mem[at + BUSY] += spent
+        mem[at + STEPS] += steps
+        mem[at + JUMP_START] += spent
+    mem[at + GENERATED] += steps * seqs
+    mem[at + CONTEXT] += steps * seqs
+    mem[at + TICK] += steps
+    mem[at + JUMP] -= steps
+
+
+@compiled
+def catch_up(mem: Flat, ses: Flat, at: int, now: int) -> None:
+    """Account for the steps of a jump that have ended; the one on its way stays."""
+    if mem[at + JUMP] > 1:
+        steps = steps_until(mem, at, now + 1) - 1
+        if steps > 0:
+            settle(mem, ses, at, steps)
+
+
+@compiled
+def free_blocks(mem: Flat, at: int, now: int) -> int:
+    """Blocks that no request holds at a moment, before steps that begin then."""
+    free = mem[at + FREE] + mem[at + REUSABLE]
+    if mem[at + JUMP] > 0 and mem[at + FAST] == 0:
+        free -= blocks_in(mem, at, steps_until(mem, at, now))
+    return free
+
+
+@compiled
+def done_of(mem: Flat, at: int, slot: int) -> int:
+    """Tokens of a running sequence whose KV is there, or is being computed with its prompt."""
+    done = mem[at + mem[at + RUN_DONE] + slot]
+    return done + mem[at + TICK] if slot < steady(mem, at) else done
+
+
+@compiled
+def left_of(mem: Flat, at: int, slot: int) -> int:
+    """Tokens that a running sequence has yet to emit."""
+    left = mem[at + mem[at + RUN_LEFT] + slot]
+    return left - mem[at + TICK] if slot < steady(mem, at) else left
+
+
+@compiled
+def steady(mem: Flat, at: int) -> int:
+    """How many sequences are counted together."""
+    return mem[at + STEADY_RUN] if mem[at + LOCKED] == 1 else 0

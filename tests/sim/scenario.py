@@ -1,0 +1,373 @@
+"""Random workloads on random fleets, for the kernel and for the reference.
+
+Times are few and round, so that many things happen at the same moment; caches are small, so that
+sequences are thrown out often.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from sim.reference import PS, Engine, Job, Reference
+
+from oserve.core import ReplicaShape, Role
+from oserve.perf import TokenCosts
+from oserve.sim.fleet import Fleet
+from oserve.sim.steps import StepTables
+from oserve.sim.words import GatewayOptions, Link, Policy, RequestTable, Status
+
+POLICIES = {
+    "pools": Policy.POOLS,
+    "work": Policy.LEAST_WORK,
+    "requests": Policy.LEAST_REQUESTS,
+    "turn": Policy.ROUND_ROBIN,
+    "freeness": Policy.FREENESS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One replica; times in picoseconds."""
+
+    seqs: int
+    budget: int
+    kv_blocks: int
+    stages: int
+    role: Role
+    ordered: bool
+    max_inflight: int
+    base: int
+    per_token: int
+    per_seq: int
+    kv_rate: int
+    pair_rate: int
+    cost: float
+    link: int
+    latency: int
+    ready_at: int
+
+    def tables(self) -> StepTables:
+        tokens = np.arange(self.budget + 1, dtype=np.int64)
+        seqs = np.arange(self.seqs + 1, dtype=np.int64)
+        return StepTables(
+            prompts=(self.base + self.per_token * tokens) * (tokens > 0),
+            joint=self.per_seq * seqs,
+            decodes=(self.base + self.per_seq * seqs) * (seqs > 0),
+            kv_rate=self.kv_rate,
+            pair_rate=self.pair_rate,
+        )
+
+    def engine(self, name: str) -> Engine:
+        tables = self.tables()
+        return Engine(
+            name=name,
+            prompts=tables.prompts.tolist(),
+            joint=tables.joint.tolist(),
+            decodes=tables.decodes.tolist(),
+            kv_rate=self.kv_rate,
+            pair_rate=self.pair_rate,
+            seqs=self.seqs,
+            budget=self.budget,
+            total_blocks=self.kv_blocks,
+            stages=self.stages,
+            role=self.role.value,
+            ordered=self.ordered,
+            max_inflight=self.max_inflight,
+            prefill_s=self.cost / PS,
+            decode_s=3 * self.cost / PS,
+            link_ps=self.latency,
+            link_ps_per_token=self.link,
+            ready_at=self.ready_at,
+            phase="loading" if self.ready_at else "ready",
+        )
+
+    def add_to(self, fleet: Fleet, name: str) -> None:
+        fleet.add_replica(
+            name,
+            ReplicaShape(
+                pipeline_parallel_size=self.stages,
+                max_num_batched_tokens=self.budget,
+                max_num_seqs=self.seqs,
+                role=self.role,
+            ),
+            self.tables(),
+            kv_tokens=16 * self.kv_blocks + 3,
+            costs=TokenCosts(
+                prefill_s_per_token=self.cost / PS, decode_s_per_token=3 * self.cost / PS
+            ),
+            ready_at_s=self.ready_at / PS,
+            ordered=self.ordered,
+            max_inflight=self.max_inflight,
+            kv_bytes_per_token=1.0,
+            link=Link(
+                bytes_per_s=PS / self.link if self.link else float("inf"),
+                latency_s=self.latency / PS,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """What a caller does at a moment (picoseconds)."""
+
+    at: int
+    kind: str
+    replica: int = 0
+    request: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Requests are (arrival, prompt, output, expected, class, rank, session)."""
+
+    requests: list[tuple[int, int, int, int, int, int, int]]
+    replicas: list[Spec]
+    policy: str
+    shares: dict[int, dict[str, float]]
+    operations: list[Operation] = field(default_factory=list)
+    overflow: int = 0
+    max_queued: int = 1000
+    demote: int | None = None
+    shed: int | None = None
+    closed_loop: int = 0
+
+
+def _names(count: int) -> list[str]:
+    return [f"r{index}" for index in range(count)]
+
+
+def run_reference(scenario: Scenario, end: int) -> Reference:
+    jobs = [
+        Job(
+            number=number,
+            arrival=0 if scenario.closed_loop else arrival,
+            prompt=prompt,
+            output=output,
+            expected=expected,
+            kind=kind,
+            rank=rank,
+            priority=int(rank / PS * 1000),
+            session=session,
+        )
+        for number, (arrival, prompt, output, expected, kind, rank, session) in enumerate(
+            scenario.requests
+        )
+    ]
+    for job in jobs:
+        if scenario.demote is not None:
+            job.demote_at = job.arrival + scenario.demote - 2 * job.prompt
+        if scenario.shed is not None:
+            job.shed_at = job.arrival + scenario.shed
+    reference = Reference(
+        jobs,
+        policy=scenario.policy,
+        shares=scenario.shares,
+        overflow_s=scenario.overflow / PS,
+        max_queued=scenario.max_queued,
+        closed_loop=scenario.closed_loop,
+    )
+    reference.engines = [
+        spec.engine(name)
+        for spec, name in zip(scenario.replicas, _names(len(scenario.replicas)), strict=True)
+    ]
+    for operation in scenario.operations:
+        reference.advance(operation.at)
+        engine = reference.engines[operation.replica]
+        match operation.kind:
+            case "drain":
+                if engine.phase in {"loading", "ready"}:
+                    engine.phase = "draining"
+                    reference.changed = True
+            case "crash" | "lose" if engine.phase != "gone":
+                reference.remove(engine, replay=operation.kind == "crash")
+            case "migrate":
+                reference.migrate(jobs[operation.request], engine)
+            case _:
+                pass
+    reference.advance(end)
+    return reference
+
+
+def run_fleet(
+    scenario: Scenario, end: int, *, compiled: bool, skip: bool = True, watch: bool = False
+) -> Fleet:
+    columns = list(zip(*scenario.requests, strict=True))
+    fleet = Fleet(
+        RequestTable.of(
+            np.array(columns[0]) / PS,
+            columns[1],
+            columns[2],
+            expected_output_tokens=columns[3],
+            class_index=columns[4],
+            rank_s=np.array(columns[5]) / PS,
+            session=columns[6],
+        ),
+        classes=2,
+        gateway=GatewayOptions(
+            max_queued=scenario.max_queued,
+            overflow_s=scenario.overflow / PS,
+            demote_after_s=None if scenario.demote is None else scenario.demote / PS,
+            shed_after_s=None if scenario.shed is None else scenario.shed / PS,
+            prompt_s_per_token=2 / PS,
+        ),
+        closed_loop=scenario.closed_loop,
+        compiled=compiled,
+        skip=skip,
+    )
+    names = _names(len(scenario.replicas))
+    for spec, name in zip(scenario.replicas, names, strict=True):
+        spec.add_to(fleet, name)
+    fleet.set_routing(POLICIES[scenario.policy], scenario.shares)
+    for operation in scenario.operations:
+        fleet.advance(operation.at / PS)
+        name = names[operation.replica]
+        if watch:
+            fleet.observe()
+        match operation.kind:
+            case "drain":
+                fleet.drain(name)
+            case "crash" | "lose":
+                fleet.remove(name, replay=operation.kind == "crash")
+            case "migrate":
+                fleet.migrate(operation.request, name)
+            case _:
+                pass
+    fleet.advance(end / PS)
+    return fleet
+
+
+_STATUSES = {
+    "pending": {Status.PENDING},
+    "queued": {Status.QUEUED},
+    "waiting": {Status.WAITING},
+    "running": {Status.RUNNING},
+    "moving": {Status.MOVING},
+    "completed": {Status.COMPLETED},
+    "refused": {Status.REFUSED},
+    "shed": {Status.SHED},
+    "lost": {Status.LOST},
+}
+
+
+def told_by_reference(reference: Reference) -> list[Any]:
+    """Everything a request's row tells, and what each replica has done."""
+    rows: list[Any] = [
+        (
+            *(job.number, next(iter(_STATUSES[job.status])), job.first, job.finish),
+            *(job.preemptions, job.replays, job.made, job.reused),
+        )
+        for job in reference.jobs
+    ]
+    rows += [(e.name, e.owed, e.inflight) for e in reference.engines]
+    if all(job.finish is not None for job in reference.jobs):
+        # Of a jump, busy time is counted when its steps end.
+        rows += [e.busy for e in reference.engines]
+    return rows
+
+
+def told_by_fleet(fleet: Fleet) -> list[Any]:
+    """The same of a fleet."""
+    results = fleet.results()
+
+    def moment(seconds: float) -> int | None:
+        return None if np.isnan(seconds) else round(seconds * PS)
+
+    rows: list[Any] = [
+        (
+            *(n, Status(results.status[n]), moment(results.first_token_s[n])),
+            moment(results.finish_s[n]),
+            *(int(results.preemptions[n]), int(results.replays[n])),
+            *(int(results.made_tokens[n]), int(results.reused_tokens[n])),
+        )
+        for n in range(len(results.status))
+    ]
+    rows += [(name, *fleet.books(name)) for name in results.replica_names]
+    if fleet.ended == len(results.status):
+        rows += [round(totals.busy_s * PS) for totals in results.totals]
+    return rows
+
+
+# -- strategies ---------------------------------------------------------------------------------
+_round = st.integers(0, 40).map(lambda n: 50 * n)
+
+
+def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
+    seqs = st.integers(1, 6)
+    return seqs.flatmap(
+        lambda most: st.builds(
+            Spec,
+            seqs=st.just(most),
+            budget=st.sampled_from([most, most + 1, 16, 40, 100]).map(lambda b: max(b, most)),
+            kv_blocks=st.integers(6, 20),
+            stages=st.sampled_from([1, 2, 3] if stages else [1]),
+            role=st.sampled_from(list(Role) if roles else [Role.BOTH]),
+            ordered=st.booleans(),
+            max_inflight=st.sampled_from([most, 2 * most, 20]),
+            base=st.sampled_from([50, 70, 100]),
+            per_token=st.sampled_from([1, 2, 5]),
+            per_seq=st.sampled_from([0, 1, 10]),
+            kv_rate=st.sampled_from([0, 1, 3]),
+            pair_rate=st.sampled_from([0, 100, 1024]),
+            cost=st.sampled_from([1.0, 2.5]),
+            link=st.sampled_from([0, 1, 10]),
+            latency=st.sampled_from([0, 50, 300]),
+            ready_at=st.sampled_from([0, 0, 0, 500]),
+        )
+    )
+
+
+@st.composite
+def scenarios(
+    draw: st.DrawFn,
+    *,
+    replicas: int = 1,
+    roles: bool = False,
+    stages: bool = False,
+    sessions: bool = False,
+    gateway: bool = False,
+    operations: bool = False,
+) -> Scenario:
+    count = draw(st.integers(1, 24))
+    lengths = st.sampled_from([1, 2, 5, 15, 16, 17, 30, 33, 60])
+    requests = []
+    for arrival in sorted(draw(st.lists(_round, min_size=count, max_size=count))):
+        prompt, output = draw(lengths), draw(lengths)
+        rank = arrival + draw(st.sampled_from([0, 0, 5 * 10**9, 10**10]))
+        session = draw(st.integers(-1, 2)) if sessions else -1
+        requests.append(
+            (arrival, prompt, output, draw(lengths), draw(st.integers(0, 1)), rank, session)
+        )
+    fleet = draw(st.lists(specs(roles=roles, stages=stages), min_size=1, max_size=replicas))
+    names = _names(len(fleet))
+    shares = draw(
+        st.dictionaries(
+            st.integers(0, 1), st.dictionaries(st.sampled_from(names), st.sampled_from([0.3, 0.7]))
+        )
+    )
+    asked: list[Operation] = []
+    if operations:
+        asked = draw(
+            st.lists(
+                st.builds(
+                    Operation,
+                    at=st.integers(0, 3000),
+                    kind=st.sampled_from(["look", "drain", "crash", "lose"] + ["migrate"] * 4),
+                    replica=st.integers(0, len(fleet) - 1),
+                    request=st.integers(0, count - 1),
+                ),
+                max_size=6,
+            )
+        )
+    return Scenario(
+        requests=requests,
+        replicas=fleet,
+        policy=draw(st.sampled_from(list(POLICIES))),
+        shares=shares,
+        operations=sorted(asked, key=lambda item: item.at),
+        overflow=draw(st.sampled_from([0, 100, 10**6])),
+        max_queued=draw(st.sampled_from([0, 3, 1000])) if gateway else 1000,
+        demote=draw(st.sampled_from([None, 100, 500])) if gateway else None,
+        shed=draw(st.sampled_from([None, 400, 1500])) if gateway else None,
+        closed_loop=draw(st.sampled_from([0, 0, 1, 3])) if gateway else 0,
+    )
