@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _PER_DOUBLING = 2
-_BINS = 2 * 18
+BINS = 2 * 18
 _SMOOTHING = 12.0
 # A histogram remembers about this many answers.
 _MEMORY = 2000.0
@@ -80,7 +80,7 @@ class _Histogram:
     __slots__ = ("counts", "total")
 
     def __init__(self, counts: Sequence[float] = ()) -> None:
-        self.counts = list(counts) or [0.0] * _BINS
+        self.counts = list(counts) or [0.0] * BINS
         self.total = sum(self.counts)
 
     def add(self, index: int) -> None:
@@ -105,9 +105,14 @@ class OutputEstimator:
     def __init__(self, usual_tokens: float = 128.0) -> None:
         self._all = _Histogram()
         self._prior = _spread_around(usual_tokens)
-        self._lengths = [_middle(index) for index in range(_BINS)]
+        self._lengths = [bin_tokens(index) for index in range(BINS)]
         self._views: list[OrderedDict[Hashable, _Histogram]] = [OrderedDict() for _ in _VIEWS]
         self._weights = [1.0 / (len(_VIEWS) + 1)] * (len(_VIEWS) + 1)
+
+    @property
+    def seen(self) -> float:
+        """How many answers it remembers."""
+        return self._all.total
 
     def expect(self, known: KnownAtArrival) -> OutputExpectation:
         """The distribution of a request's output, cut at the limit that it sets."""
@@ -133,7 +138,7 @@ class OutputEstimator:
         """Take in one finished request."""
         if output_tokens < 1:
             return
-        index = _bin(output_tokens)
+        index = length_bin(output_tokens)
         base = self._all.chance(index, self._prior[index])
         told = [base]
         for found in self._seen(known):
@@ -171,8 +176,8 @@ class OutputEstimator:
         """From ``state``; raises ValueError if it is of another form."""
         made = cls()
         sizes = (len(state["all"]), len(state["lengths"]), len(state["weights"]))
-        if sizes != (_BINS, _BINS, len(made._weights)):
-            raise ValueError(f"histograms of {sizes}, not of {_BINS} bins")
+        if sizes != (BINS, BINS, len(made._weights)):
+            raise ValueError(f"histograms of {sizes}, not of {BINS} bins")
         made._all = _Histogram(state["all"])
         made._lengths = [float(value) for value in state["lengths"]]
         made._weights = [float(value) for value in state["weights"]]
@@ -214,17 +219,18 @@ def _by_session(known: KnownAtArrival) -> Hashable | None:
 _VIEWS = (_by_prompt, _by_limit, _by_tenant, _by_system, _by_session)
 
 
-def _bin(tokens: int) -> int:
-    return min(_BINS - 1, int(_PER_DOUBLING * math.log2(tokens)))
+def length_bin(tokens: float) -> int:
+    """The bin of an answer of at least one token."""
+    return min(BINS - 1, int(_PER_DOUBLING * math.log2(tokens)))
 
 
-def _middle(index: int) -> float:
-    """The geometric middle of a bin."""
+def bin_tokens(index: int) -> float:
+    """The geometric middle of a bin, in tokens."""
     return float(max(1.0, 2.0 ** ((index + 0.5) / _PER_DOUBLING)))
 
 
 def _spread_around(tokens: float) -> list[float]:
     """A log-normal guess, a factor of e wide."""
-    weights = [math.exp(-0.5 * math.log(_middle(index) / tokens) ** 2) for index in range(_BINS)]
+    weights = [math.exp(-0.5 * math.log(bin_tokens(index) / tokens) ** 2) for index in range(BINS)]
     total = sum(weights)
     return [weight / total for weight in weights]
