@@ -13,7 +13,7 @@ import msgspec
 from oserve import __version__
 from oserve.control.order import OrderPolicy, rank_s
 from oserve.core import Request
-from oserve.gateway.body import GenerateBody, parse_body, prompt_size
+from oserve.gateway.body import parse_body, prompt_size
 from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.errors import ApiError, send_error, unavailable, with_status
 from oserve.gateway.metrics import exposition
@@ -22,7 +22,7 @@ from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
-from oserve.workload import classify
+from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
@@ -42,8 +42,9 @@ class Gateway:
         models: tuple[str, ...],
         api_keys: frozenset[str] = frozenset(),
         records: RecordStore | None = None,
+        estimator: OutputEstimator | None = None,
     ) -> None:
-        self.dispatcher = Dispatcher(settings, records)
+        self.dispatcher = Dispatcher(settings, records, estimator)
         self._settings = settings
         self._models = models
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
@@ -143,10 +144,15 @@ class Gateway:
         self._check_model(parsed.model)
         size, exact = prompt_size(parsed)
         prompt_tokens = size if exact else self.dispatcher.lengths.estimate(size)
-        types = self.dispatcher.table.workload_types
-        if not types:
+        if not self.dispatcher.table.workload_types:
             raise unavailable("No deployment plan is in force yet")
-        kind = classify(prompt_tokens, types)
+        expected = self.dispatcher.foresight.expect(
+            parsed,
+            path=exchange.path.partition(b"?")[0],
+            headers=exchange.headers,
+            prompt_tokens=prompt_tokens,
+            arrived_s=time.time(),
+        )
         now_s = time.monotonic()
         request_id = exchange.headers[b"x-request-id"]
         relay = Relay(
@@ -156,10 +162,12 @@ class Gateway:
             request=Request(
                 id=request_id.decode("latin-1"),
                 arrival_s=now_s,
-                workload_type=kind.name,
+                workload_type=expected.kind,
                 prompt_tokens=prompt_tokens,
-                output_tokens=_expected_output(parsed, kind.output_tokens),
+                output_tokens=expected.output_tokens,
+                chances=expected.chances if self.dispatcher.table.types else (),
             ),
+            expected=expected,
             request_id=request_id,
             rank=rank_s(
                 self._order,
@@ -254,15 +262,6 @@ class Gateway:
         gauges["oserve_requests_queued"] = {(): float(queued)}
         text = exposition(dispatcher.picture.metrics or dispatcher.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
-
-
-def _expected_output(parsed: GenerateBody, typical: int) -> int:
-    """Output tokens to expect: the limit if it will be used up, else what is usual for the type."""
-    limit = parsed.output_limit
-    if limit is None:
-        return typical
-    limit = max(1, limit)
-    return limit if parsed.ignore_eos else min(limit, typical)
 
 
 def _new_id() -> bytes:
