@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oserve.control.appraisal import appraise, switch_cost
 from oserve.control.decision import Mode, Reason, Trigger, Verdict
 from oserve.control.lifetime import Lifetime
+from oserve.control.memory import recall, remembered
 from oserve.core import DeploymentPlan
 
 from .toy import NAMES, TABLE, TYPES, make_controller, make_world, plan_of, planner, row
@@ -217,3 +218,21 @@ def test_a_plan_lasts_as_long_as_plans_have_lasted() -> None:
 
 def test_toy_rows_are_sound() -> None:
     assert row(512, 1.0, 2.0).capacity_rps == (1.0, 2.0)
+
+
+async def test_other_types_inherit_the_history() -> None:
+    world = make_world(0, 0, 0, 1)
+    await world.run(lambda _s: CHATS, 130)
+    old = ((100.0, 200.0), (4000.0, 100.0))
+    memory = json.loads(json.dumps(remembered(world.controller, old)))
+    # The types stand the other way round now, and a little elsewhere.
+    again = make_controller(world.controller.plan, interval_s=20)
+    assert recall(again, memory, ((3500.0, 90.0), (120.0, 210.0)))
+    expected = [item.expected_rps for item in again.forecast()]
+    assert expected[1] == pytest.approx(16.0, rel=0.2)
+    assert expected[0] < 3.0
+    assert again.now_rps() == tuple(reversed(world.controller.now_rps()))
+    same = make_controller(world.controller.plan, interval_s=20)
+    assert recall(same, memory, old)
+    assert same.forecast() == world.controller.forecast()
+    assert not recall(same, {"names": []}, old)

@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from oserve.config.reading import convert, read_text, read_yaml, suggest
+from oserve.control.decision import Mode
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
@@ -37,9 +38,29 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The control loop; see control.reconcile for what the limits mean."""
+    """The control loop, and the controller that decides what it is to reach.
 
+    See control.reconcile for what the limits of restarts mean, control.policy for decisions.
+    ``mode``: ``off``, ``advise`` or ``auto``; unset: auto where the plan is computed, off where it
+    is given. ``interval_s`` is between rounds of the loop, ``decision_interval_s`` between
+    decisions, ``shares_interval_s`` between new routing shares. ``start_s``: what a replica is
+    taken to need to start before one was seen to. ``resume``: go on with the plan that was in
+    force when the server last ran.
+    """
+
+    mode: Mode | None = None
     interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    decision_interval_s: Annotated[int, msgspec.Meta(ge=1, le=900)] = 60
+    shares_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    min_dwell_s: Seconds = 120.0
+    max_switches_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 6
+    min_gain: Annotated[float, msgspec.Meta(ge=0)] = 0.02
+    margin: Annotated[float, msgspec.Meta(ge=0)] = 1.5
+    lasts_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0
+    start_s: Seconds = 30.0
+    shrink_after_s: Seconds = 0.0
+    floor_replicas: Count = 1
+    resume: bool = True
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0
     max_failures: Count = 5

@@ -121,6 +121,15 @@ class Collector:
         """The last second that passed, -1 before any."""
         return self._newest
 
+    def rows(self, first_s: int, last_s: int) -> list[tuple[int, list[float]]]:
+        """The seconds from first to last that were seen and are held, each with its counts."""
+        first_s = max(first_s, last_s - self.size_s + 1, 0)
+        if last_s < first_s:
+            return []
+        counts, seen = self._span(first_s, last_s - first_s + 1)
+        table = np.maximum(counts, 0.0).round(4).tolist()
+        return [(first_s + n, row) for n, row in enumerate(table) if seen[n]]
+
     def state(self) -> dict[str, Any]:
         """Plain data that ``restore`` takes: the seconds that are held, oldest first."""
         held = np.flatnonzero((self._second >= 0) & self._seen)

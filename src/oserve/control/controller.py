@@ -24,6 +24,7 @@ from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.retype import replayed
 from oserve.workload.columns import Floats
 
 # Counts of other processes come a little late, so the last second is left for later.
@@ -311,13 +312,21 @@ class Controller:
         self._forecaster.restore(state["forecaster"])
         self._detector.restore(state["detector"])
         self.collector.restore(state["collector"])
+        self._usual = np.array(state["usual"], dtype=np.float64)
+        self.restore_course(state)
+
+    def restore_course(self, state: Mapping[str, Any]) -> None:
+        """Of ``state`` only what does not depend on types."""
         self._lifetime.restore(state["lifetime"])
         self._switches = [float(at_s) for at_s in state["switches"]]
         self._number = int(state["number"])
         self._window_end_s = int(state["window_end_s"])
         self._last_arrival_s = float(state["last_arrival_s"])
         self._shrunk = bool(state["shrunk"])
-        self._usual = np.array(state["usual"], dtype=np.float64)
+
+    def replay_history(self, history: Floats) -> None:
+        """Windows of counts, (n, k), oldest first, for a forecaster that has seen none."""
+        replayed(self._forecaster, history)
 
 
 def _number(value: Any) -> float:

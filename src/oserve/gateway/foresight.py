@@ -48,13 +48,11 @@ class Foresight:
 
     def follow(self, table: RoutingTable) -> None:
         """Another plan may have other types."""
-        self._table = table
+        before, self._table = self._table, table
         names = tuple(kind.name for kind in table.types or table.workload_types)
-        self._kinds = (
-            TypeChances([(kind.prompt_tokens, kind.output_tokens) for kind in table.types])
-            if table.types
-            else None
-        )
+        centres = _centres(table)
+        if before is None or centres != _centres(before):
+            self._kinds = TypeChances(centres) if centres else None
         self.tally.follow(names)
 
     def expect(
@@ -144,6 +142,10 @@ class Foresight:
             output_tokens=output_tokens,
         )
         return expected.kind if kind is None else expected.names[kind]
+
+
+def _centres(table: RoutingTable) -> list[tuple[float, float]]:
+    return [(kind.prompt_tokens, kind.output_tokens) for kind in table.types]
 
 
 def _hashed(value: bytes) -> str:

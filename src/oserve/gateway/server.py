@@ -6,7 +6,8 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -28,12 +29,16 @@ _log = logging.getLogger("oserve.gateway")
 
 _GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
 _AUXILIARY = {b"/tokenize", b"/detokenize"}
+_OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
 _REQUEST_ID_BYTES = 128
 _FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
 
 
 class Gateway:
-    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape."""
+    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape.
+
+    ``operate``, if set, answers operators' calls: a path and a body, by a status and a body.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,8 @@ class Gateway:
         self._started_s = int(time.time())
         self._server: Server | None = None
         self.refresh: Callable[[], Awaitable[None]] | None = None
-        self._scrapes: set[asyncio.Task[None]] = set()
+        self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         order = settings.order
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
@@ -67,6 +73,7 @@ class Gateway:
             b"/version": (b"GET", False, self._answer_version),
             b"/metrics": (b"GET", False, self._answer_metrics),
             b"/oserve/v1/status": (b"GET", True, self._answer_status),
+            **dict.fromkeys(_OPERATED, (b"POST", True, self._answer_operator)),
             **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
             **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
         }
@@ -234,9 +241,28 @@ class Gateway:
         if self.refresh is None:
             self._expose(exchange)
         else:
-            task = asyncio.ensure_future(self._refresh_and_expose(exchange, self.refresh))
-            self._scrapes.add(task)
-            task.add_done_callback(self._scrapes.discard)
+            self._later(self._refresh_and_expose(exchange, self.refresh))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _answer_operator(self, exchange: Exchange) -> None:
+        if self.operate is None:
+            raise unavailable("Nobody operates this gateway")
+        self._later(self._operated(exchange, self.operate))
+
+    async def _operated(
+        self, exchange: Exchange, operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+    ) -> None:
+        try:
+            path = exchange.path.partition(b"?")[0].decode("latin-1")
+            status, body = await operate(path, exchange.body)
+        except OSError:
+            send_error(exchange, unavailable("The control loop is out of reach"))
+        else:
+            exchange.respond(status, body)
 
     async def _refresh_and_expose(
         self, exchange: Exchange, refresh: Callable[[], Awaitable[None]]
