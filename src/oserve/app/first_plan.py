@@ -78,15 +78,18 @@ def planning_question(
     devices: tuple[Device, ...],
     knowledge: Knowledge,
     plain: Precision,
+    *,
+    demand: Demand | None = None,
+    shapes: tuple[ReplicaShape, ...] = (),
 ) -> Question:
-    """For the traffic that is known or assumed; ``plain`` is the precision always to be had.
+    """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
 
-    ``knowledge`` must have a source.
+    ``plain`` is the precision always to be had; it matters where no ``shapes`` are given.
     """
     source = knowledge.source
     assert source is not None
     planning = settings.planning
-    demand = _demand(settings, knowledge.context)
+    demand = demand or _demand(settings, knowledge.context)
     variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     limits = Limits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
@@ -103,7 +106,7 @@ def planning_question(
         devices=devices,
         demand=demand,
         source=source,
-        shapes=shapes_for(source, devices, choices),
+        shapes=shapes or shapes_for(source, devices, choices),
         limits={kind.name: limits for kind in demand.types},
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,

@@ -319,6 +319,7 @@ def context_of(deployment: Deployment) -> dict[str, Any]:
         "settings": msgspec.to_builtins(deployment.settings),
         "devices": msgspec.to_builtins(deployment.devices),
         "demand": msgspec.to_builtins(question.demand),
+        "shapes": msgspec.to_builtins(question.shapes),
     }
 
 

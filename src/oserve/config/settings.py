@@ -4,6 +4,7 @@ Precedence: command line over ``OSERVE_*`` over the file over defaults. Unknown 
 with their path and the nearest known name. Secrets come from the environment or a file only.
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,10 +102,15 @@ def load_settings(
     file: str | None,
     overrides: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values."""
+    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values.
+
+    ``base`` takes the place of the defaults.
+    """
     environment = os.environ if environment is None else environment
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file:
         merged = read_yaml(Path(file))
         convert(merged, Settings, place=file)
