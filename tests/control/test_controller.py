@@ -124,6 +124,10 @@ async def test_a_person_decides_alone() -> None:
     assert controller.plan is wanted
     late = controller.judge(question, weighed, now_s=62.0, trigger=Trigger.INTERVAL)
     assert late.verdict is Verdict.KEEP
+    # What a person wanted is held for a while.
+    await world.run(lambda _s: CHATS, 60)
+    assert world.decisions[-1].reason in {Reason.HELD, Reason.SWITCH_UNDER_WAY}
+    assert controller.plan is wanted
 
 
 async def test_without_traffic_it_shrinks_to_the_floor_and_grows_when_requests_come() -> None:

@@ -25,7 +25,7 @@ from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
 from oserve.config import api_keys, backend_keys
-from oserve.control.decision import Mode, Trigger, Verdict
+from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
 from oserve.control.rollout import settled
@@ -145,15 +145,21 @@ class Server:
         deciding: asyncio.Task[None] | None = None
         while True:
             await self._clock.sleep(_STEER_S)
-            if self._seen is None:
-                continue
-            trigger = steering.observe(time.time(), self._front.batches(), self._seen)
-            if trigger is None or steering.controller.policy.mode is Mode.OFF:
-                continue
-            if deciding is None or deciding.done():
+            trigger = self._counted(steering)
+            if trigger is not None and (deciding is None or deciding.done()):
                 deciding = asyncio.ensure_future(self._decide(steering, trigger))
                 self._tasks.add(deciding)
                 deciding.add_done_callback(self._tasks.discard)
+
+    def _counted(self, steering: Steering) -> Trigger | None:
+        if self._seen is None:
+            return None
+        try:
+            return steering.observe(time.time(), self._front.batches(), self._seen)
+        except Exception:
+            # Serving must not end because counting is wrong.
+            _log.exception("a second could not be counted")
+            return None
 
     async def _decide(self, steering: Steering, trigger: Trigger) -> None:
         try:

@@ -138,6 +138,7 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
         lasts_s=control.lasts_s,
         shrink_after_s=control.shrink_after_s,
         floor_replicas=control.floor_replicas,
+        hold_s=control.hold_s,
     )
 
 

@@ -61,6 +61,7 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     start_s: Seconds = 30.0
     shrink_after_s: Seconds = 0.0
     floor_replicas: Count = 1
+    hold_s: Seconds = 1800.0
     resume: bool = True
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0

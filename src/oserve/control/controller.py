@@ -62,6 +62,7 @@ class Controller:
         self._began_s = -1
         self._last_arrival_s = -1.0
         self._shrunk = False
+        self._held_until_s = 0.0
         self._usual: Floats = np.zeros(len(forecaster.names))
 
     @property
@@ -228,12 +229,14 @@ class Controller:
             switching=switching or question.version != self._version,
             shrunk=self._shrunk,
             watched=self._last_arrival_s >= 0,
+            held=now_s < self._held_until_s,
         )
         reason = reason_for(self.policy, standing, question, weighed)
         verdict = verdict_for(self.policy, trigger, reason)
         decision = self._record(question, weighed, now_s, trigger, verdict, reason)
         if verdict is Verdict.SWITCH and weighed is not None:
             self._shrunk = reason is Reason.ZERO_TRAFFIC
+            self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
             self.plan = weighed.plan
             self._version += 1
             # A person's switches count as well: it is the replicas that need their rest.
@@ -304,6 +307,7 @@ class Controller:
             "window_end_s": self._window_end_s,
             "last_arrival_s": self._last_arrival_s,
             "shrunk": self._shrunk,
+            "held_until_s": self._held_until_s,
             "usual": self._usual.tolist(),
         }
 
@@ -323,6 +327,7 @@ class Controller:
         self._window_end_s = int(state["window_end_s"])
         self._last_arrival_s = float(state["last_arrival_s"])
         self._shrunk = bool(state["shrunk"])
+        self._held_until_s = float(state["held_until_s"])
 
     def replay_history(self, history: Floats) -> None:
         """Windows of counts, (n, k), oldest first, for a forecaster that has seen none."""

@@ -33,7 +33,7 @@ class Verdict(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why. The first six keep the plan whatever else would bring, the next four weigh."""
+    """Why. Up to ``held`` (by a person) they keep the plan, whatever another would bring."""
 
     NO_DATA = "no_data"
     NO_PLAN = "no_plan"
@@ -41,6 +41,7 @@ class Reason(StrEnum):
     SWITCH_UNDER_WAY = "switch_under_way"
     MINIMUM_DWELL = "minimum_dwell"
     SWITCH_LIMIT = "switch_limit"
+    HELD = "held"
     BELOW_PRESENT_NEED = "below_present_need"
     GAIN_TOO_SMALL = "gain_too_small"
     COST_EXCEEDS_GAIN = "cost_exceeds_gain"

@@ -16,8 +16,9 @@ class ControlPolicy:
     A switch must bring ``min_gain`` of what the current plan serves in that time, and more than
     ``margin`` times its cost. ``lasts_s`` is how long a plan is taken to last before that was
     seen, ``longest_s`` the most. After ``shrink_after_s`` without a request all replicas but
-    ``floor_replicas`` are given up; 0: never. ``now_s``: what counts as now. ``settle_s``: after
-    a change of the traffic, how long its new rates are watched before anything is decided.
+    ``floor_replicas`` are given up; 0: never. A person's plan is held for ``hold_s``. ``now_s`` is
+    what counts as now. ``settle_s``: after a change of the traffic, how long its new rates are
+    watched before anything is decided.
     """
 
     mode: Mode = Mode.AUTO
@@ -32,6 +33,7 @@ class ControlPolicy:
     longest_s: float = 3600.0
     shrink_after_s: float = 0.0
     floor_replicas: int = 1
+    hold_s: float = 1800.0
     decisions: int = 200
 
 
@@ -41,7 +43,7 @@ class Standing:
 
     ``switches``: when there were any, in the last hour. ``switching``: the last one is not over, or
     the plan is another than the one that was asked about. ``shrunk``: replicas were given up for
-    want of requests. ``watched``: a request was seen.
+    want of requests. ``watched``: a request was seen. ``held``: a person wants this plan.
     """
 
     now_s: float
@@ -50,6 +52,7 @@ class Standing:
     switching: bool
     shrunk: bool
     watched: bool
+    held: bool
 
 
 def reason_for(
@@ -80,6 +83,7 @@ def _guards(
     yield standing.switching, Reason.SWITCH_UNDER_WAY
     same = set(weighed.plan.replicas) == set(question.current.replicas)
     yield same, Reason.SAME_PLAN
+    yield standing.held, Reason.HELD
     yield dwelling, Reason.MINIMUM_DWELL
     yield len(recent) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT
 
