@@ -3,35 +3,14 @@
 import sqlite3
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from oserve.app.first_plan import first_plan, know
-from oserve.app.serve import prepare
+from oserve.app.deployment import prepare
+from oserve.app.first_plan import FirstPlan, first_plan, know, planning_question
 from oserve.config import Settings, load_settings
 from oserve.core import Device, OServeError, Precision
-from oserve.engines.tiny import CONTEXT, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, VOCAB
 
 SLOTS = tuple(Device(id=f"cpu:{index}", kind="cpu") for index in range(2))
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    """The configuration of the tiny model, which is all that planning needs of it."""
-    folder = tmp_path / "tiny-llama"
-    folder.mkdir()
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "intermediate_size": INTERMEDIATE,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": CONTEXT,
-    }
-    (folder / "config.json").write_bytes(msgspec.json.encode(config))
-    return str(folder)
 
 
 def settings(model: str, tmp_path: Path, **more: object) -> Settings:
@@ -40,6 +19,10 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
         {"model": model, "state_dir": str(tmp_path / "state"), "cluster.cpu_slots": 2, **more},
         {},
     )
+
+
+def planned(given: Settings) -> FirstPlan:
+    return first_plan(planning_question(given, SLOTS, know(given, SLOTS), Precision.FP32))
 
 
 def test_without_a_plan_one_is_computed_and_says_what_for(model: str, tmp_path: Path) -> None:
@@ -54,19 +37,19 @@ def test_without_a_plan_one_is_computed_and_says_what_for(model: str, tmp_path: 
 
 def test_only_precisions_that_can_be_had_are_planned(model: str, tmp_path: Path) -> None:
     plain = settings(model, tmp_path)
-    found = first_plan(plain, SLOTS, know(plain, SLOTS), Precision.FP32)
+    found = planned(plain)
     assert {spec.shape.precision for spec in found.plan.replicas} == {Precision.FP32}
     both = settings(model, tmp_path, **{"engines.variants": {"int8": "elsewhere"}})
-    found = first_plan(both, SLOTS, know(both, SLOTS), Precision.FP32)
+    found = planned(both)
     assert Precision.INT8 in {spec.shape.precision for spec in found.plan.replicas}
     only = settings(model, tmp_path, **{"planning.precisions": ["fp32"]})
-    found = first_plan(only, SLOTS, know(only, SLOTS), Precision.FP32)
+    found = planned(only)
     assert {spec.shape.precision for spec in found.plan.replicas} == {Precision.FP32}
 
 
 def test_the_traffic_may_be_given(model: str, tmp_path: Path) -> None:
     given = settings(model, tmp_path, **{"planning.rates": "100x50=2,2000x20=0.1"})
-    found = first_plan(given, SLOTS, know(given, SLOTS), Precision.FP32)
+    found = planned(given)
     assert "planning.rates" in found.why
     names = [kind.name for kind in found.plan.workload_types]
     assert len(names) == 2
@@ -88,11 +71,11 @@ def test_enough_records_are_the_traffic(model: str, tmp_path: Path) -> None:
         ]
         store.executemany("INSERT INTO requests VALUES (?,?,?,?,?,?,?,?,?)", rows)
         store.commit()
-        few = first_plan(given, SLOTS, know(given, SLOTS), Precision.FP32)
+        few = planned(given)
         assert "assumed" in few.why
         store.executemany("INSERT INTO requests VALUES (?,?,?,?,?,?,?,?,?)", rows)
         store.commit()
-    many = first_plan(given, SLOTS, know(given, SLOTS), Precision.FP32)
+    many = planned(given)
     assert "800 recorded requests" in many.why
 
 

@@ -222,3 +222,43 @@ def test_validate_and_dry_run_start_nothing(tmp_path: Path) -> None:
     state = ["--state-dir", str(tmp_path / "state")]
     dry = CliRunner().invoke(app, ["serve", "m", *words, *state, "--dry-run"])
     assert dry.exit_code == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_running_server_takes_another_plan(serve: Serve, processes: int) -> None:
+    served = await serve("--set", f"gateway.processes={processes}")
+    plan = (served.folder / "plan.yaml").read_text()
+    other = served.folder / "other.yaml"
+    other.write_text(plan + "\nid: other\nworkload_types: [{name: everything}]\n")
+    words = ["--url", served.url]
+    shown = await cli("switch", str(other), *words)
+    assert shown[0] == 0, shown[1]
+    async with fresh() as session:
+        kind = ""
+        while kind != "everything":
+            async with session.post(served.url + "/v1/completions", json=BODY) as answer:
+                assert answer.status == 200
+                kind = answer.headers["x-oserve-workload-type"]
+                assert (kind == "everything") == (answer.headers["x-oserve-plan-id"] == "other")
+    # What it may not bring, and what nobody can answer here.
+    other.write_text("replicas: [{id: two, attach: {url: 'http://127.0.0.1:1'}}]")
+    code, said = await cli("switch", str(other), *words)
+    assert code == 2
+    assert "not in force already" in said
+    code, said = await cli("plan", "--live", *words)
+    assert code == 2
+    assert "control.mode is off" in said
+
+
+async def cli(*words: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "oserve.cli",
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode()

@@ -20,8 +20,8 @@ class Demand:
     """``longest_tokens``: prompt and output, by type, of the longest request a replica must hold.
 
     ``classes`` is what a router can tell by the prompt alone; ``class_mix[class][type]`` is the
-    share of a type among the requests of a class (each class's sum to 1). ``notes`` say in words
-    what was changed or left out.
+    share of a type among the requests of a class (each class's sum to 1). ``centres`` are those of
+    the types, (prompt, output) in tokens. ``notes`` say in words what was changed or left out.
     """
 
     types: tuple[WorkloadType, ...]
@@ -29,6 +29,7 @@ class Demand:
     classes: tuple[LengthClass, ...]
     class_mix: dict[str, dict[str, float]]
     source: str
+    centres: dict[str, tuple[float, float]]
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,6 +141,10 @@ def _demand(
             for item, row in zip(classes, mixes.tolist(), strict=True)
         },
         source=source,
+        centres={
+            kind.name: (math.expm1(kind.centre[0]), math.expm1(kind.centre[1]))
+            for kind in model.types
+        },
         notes=notes,
     )
 

@@ -1,4 +1,7 @@
-"""The plan that serving starts with when it is given none: computed, from what is known."""
+"""The plan that serving starts with when it is given none: computed, from what is known.
+
+Also what a controller plans from later: the same question, asked again with other rates.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,20 +73,23 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     return Knowledge(source=source, context=context)
 
 
-def first_plan(
+def planning_question(
     settings: Settings,
     devices: tuple[Device, ...],
     knowledge: Knowledge,
     plain: Precision,
-) -> FirstPlan:
-    """Plan for the traffic that is known or assumed; ``plain`` is the precision always to be had.
+    *,
+    demand: Demand | None = None,
+    shapes: tuple[ReplicaShape, ...] = (),
+) -> Question:
+    """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
 
-    ``knowledge`` must have a source.
+    ``plain`` is the precision always to be had; it matters where no ``shapes`` are given.
     """
     source = knowledge.source
     assert source is not None
     planning = settings.planning
-    demand = _demand(settings, knowledge.context)
+    demand = demand or _demand(settings, knowledge.context)
     variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     limits = Limits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
@@ -95,19 +101,22 @@ def first_plan(
         max_num_seqs=(),
         kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
     )
-    found = answer(
-        Question(
-            model=settings.model,
-            devices=devices,
-            demand=demand,
-            source=source,
-            shapes=shapes_for(source, devices, choices),
-            limits={kind.name: limits for kind in demand.types},
-            time_limit_s=_TIME_LIMIT_S,
-            candidates=0,
-            min_gain=_MIN_GAIN,
-        )
+    return Question(
+        model=settings.model,
+        devices=devices,
+        demand=demand,
+        source=source,
+        shapes=shapes or shapes_for(source, devices, choices),
+        limits={kind.name: limits for kind in demand.types},
+        time_limit_s=_TIME_LIMIT_S,
+        candidates=0,
+        min_gain=_MIN_GAIN,
     )
+
+
+def first_plan(question: Question) -> FirstPlan:
+    """The best plan, and why it is."""
+    found = answer(question)
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
 
 

@@ -4,42 +4,69 @@ import asyncio
 import contextlib
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from oserve.app.hub import Hub
+from oserve.app.hub import Hub, Operate
 from oserve.app.worker import Orders
 from oserve.control.table import RoutingTable
+from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import RecordStore
 from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
+from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.app")
 
 
 class Front(Protocol):
-    """Takes tables, serves clients."""
+    """Takes tables, serves clients, counts what comes."""
 
     async def listen(self) -> int: ...
 
     def publish(self, table: RoutingTable, picture: Picture) -> None: ...
 
+    def batches(self) -> list[Batch]: ...
+
     async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontFacts:
+    """What any front must know. ``operate`` answers operators' calls.
+
+    ``estimator`` is the state of one that has learned from earlier requests.
+    """
+
+    settings: GatewaySettings
+    models: tuple[str, ...]
+    keys: frozenset[str]
+    run_dir: Path
+    operate: Operate
+    estimator: dict[str, Any] | None = None
 
 
 class InlineFront:
     """The gateway in this very process; the usual case."""
 
-    def __init__(
-        self, settings: GatewaySettings, models: tuple[str, ...], keys: frozenset[str]
-    ) -> None:
+    def __init__(self, facts: FrontFacts) -> None:
+        settings = facts.settings
         records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
         self._settings = settings
-        self._gateway = Gateway(settings, models=models, api_keys=keys, records=records)
+        learned = facts.estimator
+        self._gateway = Gateway(
+            settings,
+            models=facts.models,
+            api_keys=facts.keys,
+            records=records,
+            estimator=None if learned is None else OutputEstimator.restored(learned),
+        )
+        self._gateway.operate = facts.operate
 
     async def listen(self) -> int:
         try:
@@ -53,6 +80,12 @@ class InlineFront:
         if table != dispatcher.table:
             dispatcher.update(table)
 
+    def batches(self) -> list[Batch]:
+        tally = self._gateway.dispatcher.foresight.tally
+        batch = tally.take()
+        tally.acknowledge(batch.number)
+        return [] if batch.empty else [batch]
+
     async def close(self) -> None:
         await self._gateway.close()
 
@@ -60,18 +93,11 @@ class InlineFront:
 class ProcessFront:
     """Several gateway processes on one port; one that dies is started again."""
 
-    def __init__(
-        self,
-        settings: GatewaySettings,
-        models: tuple[str, ...],
-        keys: frozenset[str],
-        run_dir: Path,
-    ) -> None:
-        self._settings = settings
-        self._models = models
-        self._keys = keys
-        self._socket = str(run_dir / "hub.sock")
-        self._hub = Hub()
+    def __init__(self, facts: FrontFacts) -> None:
+        self._settings = facts.settings
+        self._facts = facts
+        self._socket = str(facts.run_dir / "hub.sock")
+        self._hub = Hub(facts.operate)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._closing = False
@@ -94,9 +120,10 @@ class ProcessFront:
         orders = Orders(
             process=index,
             hub=self._socket,
-            models=self._models,
-            api_keys=sorted(self._keys),
+            models=self._facts.models,
+            api_keys=sorted(self._facts.keys),
             settings=self._settings,
+            estimator=self._facts.estimator,
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -121,6 +148,9 @@ class ProcessFront:
     def publish(self, table: RoutingTable, picture: Picture) -> None:
         self._hub.publish(table, picture)
 
+    def batches(self) -> list[Batch]:
+        return self._hub.batches()
+
     async def close(self) -> None:
         self._closing = True
         for process in self._processes.values():
@@ -141,16 +171,14 @@ def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
     )
 
 
-def make_front(
-    settings: GatewaySettings, models: tuple[str, ...], keys: frozenset[str], run_dir: Path
-) -> Front:
+def make_front(facts: FrontFacts) -> Front:
     """The front that the settings ask for."""
-    if settings.processes == 1:
-        return InlineFront(settings, models, keys)
-    if settings.port == 0:
+    if facts.settings.processes == 1:
+        return InlineFront(facts)
+    if facts.settings.port == 0:
         raise OServeError(
             "several gateway processes need a fixed port",
             place="gateway.port",
             remedy="name a port, or use one process",
         )
-    return ProcessFront(settings, models, keys, run_dir)
+    return ProcessFront(facts)

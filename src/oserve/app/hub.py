@@ -1,31 +1,42 @@
 """The hub: where gateway processes meet the control loop when there are several of them.
 
-Each gateway process posts what it has outstanding and its counters, and gets back the routing
-table, the outstanding work of the others and the sum of all counters: one small exchange over a
-Unix socket several times a second.
+Each gateway process posts what it has outstanding, its counters and what it counted of arrivals,
+and gets back the routing table, the outstanding work of the others and the sum of all counters: one
+small exchange over a Unix socket several times a second. Counts have numbers and are sent until
+they are acknowledged, so that none is lost or taken twice.
 """
 
 import asyncio
+import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from oserve.control.table import RoutingTable
+from oserve.control.tally import Batch
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.metrics import merged
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
 SYNC_INTERVAL_S = 0.1
+# Counts that nobody takes are given up past so many batches.
+_MOST_BATCHES = 10_000
 # Histograms of every type and replica are a few KiB; a counter update is far below this.
 _MAX_REPORT_BYTES = 4 * 1024 * 1024
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What one gateway process tells the hub. ``table`` is the version it has."""
+    """What one gateway process tells the hub. ``table`` is the version it has.
+
+    ``incarnation`` differs between a process and the one that takes its place.
+    """
 
     process: int
+    incarnation: int
+    counts: Batch
     outstanding: dict[str, tuple[float, int]]
     metrics: dict[str, dict[str, list[float]]]
     queued: int
@@ -33,17 +44,32 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What it hears back; ``table`` only when it is newer than the one it has."""
+    """What it hears back; ``table`` only when it is newer than the one it has.
+
+    ``counted`` is the number of the batch that was taken.
+    """
 
     version: int
+    counted: int
     picture: Picture
     table: RoutingTable | None = None
 
 
-class Hub:
-    """Holds the current table and picture, and the latest report of each process."""
+Operate = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+"""An operator's call: its path and body, answered by a status and a body."""
 
-    def __init__(self) -> None:
+
+class Hub:
+    """Holds the current table and picture, and the latest report of each process.
+
+    ``operate`` answers operators' calls that gateway processes pass on.
+    """
+
+    def __init__(self, operate: Operate | None = None) -> None:
+        self._operate = operate
+        self._calls: set[asyncio.Task[None]] = set()
+        self._batches: list[Batch] = []
+        self._counted: dict[int, tuple[int, int]] = {}
         self._table: RoutingTable | None = None
         self._version = 0
         self._picture = Picture()
@@ -66,6 +92,11 @@ class Hub:
             self._version += 1
         self._picture = picture
 
+    def batches(self) -> list[Batch]:
+        """What all processes counted since the last call."""
+        taken, self._batches = self._batches, []
+        return taken
+
     def forget(self, process: int) -> None:
         """A gateway process ended: its outstanding work is gone; its counters stay counted."""
         report = self._reports.get(process)
@@ -78,8 +109,14 @@ class Hub:
             await self._server.close()
 
     def _handle(self, exchange: Exchange) -> None:
+        if exchange.path != b"/sync":
+            call = asyncio.ensure_future(self._answer(exchange))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+            return
         report = msgspec.json.decode(exchange.body, type=Report)
         self._reports[report.process] = report
+        self._count(report)
         others = [item for item in self._reports.values() if item.process != report.process]
         elsewhere: dict[str, tuple[float, int]] = {}
         for other in others:
@@ -93,8 +130,26 @@ class Hub:
             queued=sum(other.queued for other in others),
         )
         newer = self._table if report.table != self._version else None
-        reply = Reply(version=self._version, picture=picture, table=newer)
+        reply = Reply(
+            version=self._version, counted=report.counts.number, picture=picture, table=newer
+        )
         exchange.respond(200, msgspec.json.encode(reply))
+
+    def _count(self, report: Report) -> None:
+        """Take a batch unless it is the one that was taken last."""
+        batch = (report.incarnation, report.counts.number)
+        if self._counted.get(report.process) == batch:
+            return
+        self._counted[report.process] = batch
+        if not report.counts.empty:
+            self._batches.append(report.counts)
+            del self._batches[:-_MOST_BATCHES]
+
+    async def _answer(self, exchange: Exchange) -> None:
+        status, body = 503, b"{}"
+        if self._operate is not None:
+            status, body = await self._operate(exchange.path.decode("latin-1"), exchange.body)
+        exchange.respond(status, body)
 
 
 class HubClient:
@@ -120,6 +175,8 @@ class HubClient:
         dispatcher = self._dispatcher
         report = Report(
             process=self._process,
+            incarnation=os.getpid(),
+            counts=dispatcher.foresight.tally.take(),
             outstanding=dispatcher.outstanding(),
             metrics=dispatcher.metrics.snapshot(),
             queued=dispatcher.queued,
@@ -129,9 +186,18 @@ class HubClient:
         async with self._session.post("http://hub/sync", data=body) as answer:
             reply = msgspec.json.decode(await answer.read(), type=Reply)
         self._version = reply.version
+        dispatcher.foresight.tally.acknowledge(reply.counted)
         dispatcher.tell(reply.picture)
         if reply.table is not None:
             dispatcher.update(reply.table)
+
+    async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Pass an operator's call on; raises ConnectionError when the hub is gone."""
+        try:
+            async with self._session.post("http://hub" + path, data=body) as answer:
+                return answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionError(f"the hub does not answer: {error}") from None
 
     async def close(self) -> None:
         """Close the connection."""

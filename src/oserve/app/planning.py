@@ -15,6 +15,7 @@ from oserve.core import (
     DeploymentPlan,
     Device,
     OServeError,
+    PlannedType,
     Precision,
     ReplicaShape,
 )
@@ -215,6 +216,15 @@ def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
         replicas=placed.replicas,
         workload_types=demand.classes,
         routing_shares=shares,
+        types=tuple(
+            PlannedType(
+                name=name,
+                prompt_tokens=round(prompt, 3),
+                output_tokens=round(output, 3),
+                shares=_whole(placed.routing_shares[name]),
+            )
+            for name, (prompt, output) in demand.centres.items()
+        ),
     )
 
 

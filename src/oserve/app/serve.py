@@ -1,166 +1,46 @@
-"""The running server: a cluster kept at a plan by the control loop, and a gateway in front."""
+"""The running server: a cluster kept at a plan by the control loop, and a gateway in front.
+
+Where there is a controller it watches what comes and replaces the plan; see ``steering``.
+"""
 
 import asyncio
 import contextlib
 import logging
 import shutil
 import signal
+import sqlite3
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from oserve import __version__
 from oserve.app.clock import LiveClock
-from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know
-from oserve.app.fronts import make_front
-from oserve.app.status import gauges, status_document, summary
-from oserve.config import Settings, api_keys, backend_keys, load_plan
+from oserve.app.deployment import Deployment, check_engines
+from oserve.app.fronts import FrontFacts, make_front
+from oserve.app.operator import RefusedError, allowed_plan
+from oserve.app.status import explained, gauges, status_document, summary
+from oserve.app.steering import Steering, advised
+from oserve.config import api_keys, backend_keys
+from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
+from oserve.control.rollout import settled
 from oserve.control.table import routing_table
-from oserve.core import (
-    Action,
-    DeploymentPlan,
-    Device,
-    DrainReplica,
-    Observation,
-    OServeError,
-    Precision,
-    ReplicaPhase,
-    ReplicaShape,
-    ReplicaState,
-    StartReplica,
-    StopReplica,
-    VllmBackend,
-)
-from oserve.engines.arguments import engine_arguments
+from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.devices import find_devices, has_bf16_instructions
-from oserve.engines.settings import EngineSettings
 from oserve.gateway.dispatch import Picture
-from oserve.perf import TokenCosts, token_costs
-from oserve.plan import check_plan, default_plan
+from oserve.gateway.records import read_records
+from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 _log = logging.getLogger("oserve.control")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """All that is settled before anything starts."""
-
-    settings: Settings
-    devices: tuple[Device, ...]
-    plan: DeploymentPlan
-    models: tuple[str, ...]
-    why: str
-    notes: tuple[str, ...] = ()
-    costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
-
-
-def prepare(settings: Settings) -> Deployment:
-    """Find the devices, read or compute the plan, check it. Starts nothing."""
-    settings = _located(settings)
-    devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
-    knowledge = know(settings, devices)
-    first = _plan(settings, devices, knowledge)
-    plan = first.plan
-    check_plan(plan, devices, place=settings.plan or "plan")
-    _check_engines(plan, devices, settings)
-    attached_only = all(not spec.devices for spec in plan.replicas)
-    if not settings.model and not (attached_only and settings.served_model_name):
-        raise OServeError(
-            "no model is named",
-            place="model",
-            remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
-        )
-    name = settings.served_model_name or _model_name(settings.model)
-    return Deployment(
-        settings=settings,
-        devices=devices,
-        plan=plan,
-        models=(name,),
-        why=first.why,
-        notes=first.notes,
-        costs=knowledge.costs,
-    )
-
-
-def _plan(settings: Settings, devices: tuple[Device, ...], knowledge: Knowledge) -> FirstPlan:
-    """The plan as given; else computed; else, of a model nothing is known of, a plain default."""
-    if settings.plan:
-        plan = load_plan(settings.plan)
-        return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
-    if settings.model and knowledge.source is not None:
-        return first_plan(settings, devices, knowledge, _plain_precision(devices))
-    missing = knowledge.missing or "no model is named"
-    return FirstPlan(
-        plan=default_plan(devices, _default_shapes(devices, settings.engines)),
-        why=f"the default plan, since none can be computed: {missing}",
-    )
-
-
-def _model_name(model: str) -> str:
-    """A folder serves under its own name, a hub model under its full id."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
-    """Refuse now what no engine could be started with."""
-    cpu = all(device.kind == "cpu" for device in devices)
-    for spec in plan.replicas:
-        if isinstance(spec.backend, VllmBackend):
-            engine_arguments(
-                spec,
-                model=settings.model,
-                served_model_name="",
-                unix_socket="",
-                platform="cpu" if cpu else "cuda",
-                settings=settings.engines,
-            )
-
-
-def _plain_precision(devices: tuple[Device, ...]) -> Precision:
-    """Without instructions for it, bf16 is slower on a CPU than fp32."""
-    on_cpu = bool(devices) and devices[0].kind == "cpu"
-    return Precision.FP32 if on_cpu and not has_bf16_instructions() else Precision.BF16
-
-
-def _default_shapes(
-    devices: tuple[Device, ...], settings: EngineSettings
-) -> tuple[ReplicaShape, ...]:
-    """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
-    if devices and devices[0].kind != "cpu":
-        return (
-            ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
-            ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
-        )
-    plain = _plain_precision(devices)
-    light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
-    return (
-        ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
-        ReplicaShape(precision=plain, max_num_batched_tokens=1024, max_num_seqs=16),
-    )
-
-
-def _located(settings: Settings) -> Settings:
-    """Put what has no place of its own under the state directory."""
-    state = Path(settings.state_dir)
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OServeError(
-            f"cannot make it: {error.strerror}", place=str(state), remedy="set --state-dir"
-        ) from None
-    records = settings.gateway.records_file or str(state / "records.sqlite")
-    logs = settings.engines.log_dir or str(state / "logs")
-    return msgspec.structs.replace(
-        settings,
-        gateway=msgspec.structs.replace(settings.gateway, records_file=records),
-        engines=msgspec.structs.replace(settings.engines, log_dir=logs),
-    )
+_STEER_S = 1.0
+# Answers that are learned from before the first request comes.
+_LEARNED = 5000
 
 
 class Server:
@@ -200,9 +80,23 @@ class Server:
             interval_s=control.interval_s,
             observed=self._observed,
         )
-        self._front = make_front(
-            settings.gateway, deployment.models, api_keys(settings.gateway), self._run_dir
+        self._steering = (
+            Steering(deployment, now_s=time.time()) if deployment.question is not None else None
         )
+        if self._steering is not None:
+            self._loop.plan = self._steering.controller.plan
+        self._front = make_front(
+            FrontFacts(
+                settings=settings.gateway,
+                models=deployment.models,
+                keys=api_keys(settings.gateway),
+                run_dir=self._run_dir,
+                operate=self._operate,
+                estimator=_learned(settings.gateway.records_file),
+            )
+        )
+        self._seen: Observation | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._line = ""
         self.ready = asyncio.Event()
@@ -214,7 +108,9 @@ class Server:
         return await self._front.listen()
 
     async def run(self) -> None:
-        """Keep the cluster at the plan until cancelled."""
+        """Keep the cluster at the plan, and the plan good, until cancelled."""
+        if self._steering is not None:
+            self._spawn(self._steer(self._steering))
         while True:
             self._woken.clear()
             await self._loop.step()
@@ -225,27 +121,131 @@ class Server:
 
     async def close(self) -> None:
         """End: no new requests, running ones get their grace, then every process goes."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await self._front.close()
+            if self._steering is not None and self._seen is not None:
+                now_s = time.time()
+                self._steering.observe(now_s, self._front.batches(), self._seen)
+                await self._steering.save(now_s)
         finally:
             await self._cluster.close()
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
+    # -- the controller -------------------------------------------------------------------------
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _steer(self, steering: Steering) -> None:
+        """Once a second: count, and decide where a decision is due and none is being made."""
+        deciding: asyncio.Task[None] | None = None
+        while True:
+            await self._clock.sleep(_STEER_S)
+            trigger = self._counted(steering)
+            if trigger is not None and (deciding is None or deciding.done()):
+                deciding = asyncio.ensure_future(self._decide(steering, trigger))
+                self._tasks.add(deciding)
+                deciding.add_done_callback(self._tasks.discard)
+
+    def _counted(self, steering: Steering) -> Trigger | None:
+        if self._seen is None:
+            return None
+        try:
+            return steering.observe(time.time(), self._front.batches(), self._seen)
+        except Exception:
+            # Serving must not end because counting is wrong.
+            _log.exception("a second could not be counted")
+            return None
+
+    async def _decide(self, steering: Steering, trigger: Trigger) -> None:
+        try:
+            await self._decided(steering, trigger)
+        except Exception:
+            # Serving must not end because deciding is wrong.
+            _log.exception("a decision could not be made")
+
+    async def _decided(
+        self, steering: Steering, trigger: Trigger, given: DeploymentPlan | None = None
+    ) -> dict[str, Any]:
+        """Decide, and do it."""
+        assert self._seen is not None
+        plan = self._loop.plan
+        lost = frozenset(self.failed)
+        switching = not settled(plan, self._seen, lost)
+        ready = [s.spec for s in self._seen.replicas if s.phase is ReplicaPhase.READY]
+        steering.bar([spec for spec in plan.replicas if spec.id in lost])
+        decision, weighed = await steering.decide(
+            time.time(),
+            trigger,
+            given=given,
+            present=ready if lost and not switching else (),
+            switching=switching,
+        )
+        if decision.verdict is Verdict.SWITCH:
+            self._replace_plan(steering.controller.plan)
+        return advised(decision, weighed)
+
+    def _replace_plan(self, plan: DeploymentPlan) -> None:
+        _log.info("plan %s takes the place of %s", plan.id, self._loop.plan.id)
+        self._loop.plan = plan
+        self._woken.set()
+
+    async def _operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """An operator's call, from whichever gateway process."""
+        try:
+            given = self._given(body) if body.strip() else None
+            if path == "/oserve/v1/switch":
+                document = await self._switch(given)
+            else:
+                document = await self._weigh(given)
+        except RefusedError as refused:
+            return 409, msgspec.json.encode({"error": {"message": str(refused)}})
+        except OServeError as error:
+            return 400, msgspec.json.encode({"error": {"message": str(error)}})
+        return 200, msgspec.json.encode(document)
+
+    def _given(self, body: bytes) -> DeploymentPlan:
+        devices = self._deployment.devices
+        plan = allowed_plan(body, self._loop.plan, devices)
+        check_engines(plan, devices, self._deployment.settings)
+        return plan
+
+    async def _switch(self, given: DeploymentPlan | None) -> dict[str, Any]:
+        if given is None:
+            raise RefusedError("a switch needs a plan")
+        if self._steering is not None and self._seen is not None:
+            return await self._decided(self._steering, Trigger.MANUAL, given)
+        self._replace_plan(given)
+        return {"switched": True, "line": f"switching to plan {given.id}", "plan": ""}
+
+    async def _weigh(self, given: DeploymentPlan | None) -> dict[str, Any]:
+        if self._steering is None or self._seen is None:
+            raise RefusedError("there is no controller here (control.mode is off)")
+        return await self._decided(self._steering, Trigger.QUESTION, given)
+
+    # -- what is observed -----------------------------------------------------------------------
     def _wake(self, _state: ReplicaState) -> None:
         """A replica changed: do not wait for the next round."""
         self._woken.set()
 
     def _observed(self, observation: Observation, actions: tuple[Action, ...]) -> None:
         plan = self._loop.plan
+        self._seen = observation
         for action in actions:
-            _log.info("%s", _explained(action, observation))
+            _log.info("%s", explained(action, observation))
         lost = given_up(plan, observation, self._policy)
         for name, failures in lost.items():
             if name not in self.failed:
                 _log.error("replica %s given up: %s", name, failures.reason)
         self.failed = {name: failures.reason for name, failures in lost.items()}
+        steering = self._steering
+        routed = plan if steering is None else steering.routed(plan, observation, time.time())
         table = routing_table(
-            plan,
+            routed,
             observation,
             ordered=self._ordered,
             expected=len(lost) < len(plan.replicas),
@@ -258,6 +258,7 @@ class Server:
             model=self._deployment.models[0],
             version=__version__,
         )
+        document["control"] = {"mode": "off"} if steering is None else steering.document()
         status = msgspec.Raw(msgspec.json.encode(document))
         self._front.publish(table, Picture(status=status, gauges=gauges(observation)))
         line = summary(observation.replicas)
@@ -270,22 +271,6 @@ class Server:
         )
         if settled:
             self.ready.set()
-
-
-def _explained(action: Action, observation: Observation) -> str:
-    """What is being done, and why."""
-    match action:
-        case StartReplica(spec=spec):
-            failures = observation.failures.get(spec.id)
-            why = "it is in the plan and not running"
-            if failures is not None:
-                why = f"it failed {failures.count} time(s), last: {failures.reason}"
-            where = ",".join(spec.devices) or "its own server"
-            return f"start replica {spec.id} ({spec.shape.name} on {where}): {why}"
-        case DrainReplica(replica=name):
-            return f"drain replica {name}: the plan no longer has it as it is"
-        case StopReplica(replica=name):
-            return f"stop replica {name}: it is drained, or not wanted any more"
 
 
 async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]) -> int:
@@ -331,3 +316,13 @@ async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]
         with contextlib.suppress(asyncio.CancelledError):
             await closing
     return status
+
+
+def _learned(records_file: str) -> dict[str, Any] | None:
+    """An estimator of answers that knows the last requests; ``None`` where there are none."""
+    estimator = OutputEstimator()
+    with contextlib.suppress(sqlite3.Error):
+        for record in read_records(Path(records_file), last=_LEARNED):
+            known = KnownAtArrival(prompt_tokens=record.prompt_tokens)
+            estimator.learn(known, record.output_tokens)
+    return estimator.state() if estimator.seen else None

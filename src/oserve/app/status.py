@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oserve.control.reconcile import ReconcilePolicy, given_up, restart_wait_s
-from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec, ReplicaState
+from oserve.core import (
+    Action,
+    DeploymentPlan,
+    DrainReplica,
+    Observation,
+    ReplicaPhase,
+    ReplicaSpec,
+    ReplicaState,
+    StartReplica,
+    StopReplica,
+)
 
 
 def status_document(
@@ -137,3 +147,19 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
 def summary(states: Sequence[ReplicaState]) -> str:
     """One line a person can follow while replicas come up."""
     return ", ".join(f"{state.spec.id} {state.phase.value}" for state in states) or "no replicas"
+
+
+def explained(action: Action, observation: Observation) -> str:
+    """What is being done, and why."""
+    match action:
+        case StartReplica(spec=spec):
+            failures = observation.failures.get(spec.id)
+            why = "it is in the plan and not running"
+            if failures is not None:
+                why = f"it failed {failures.count} time(s), last: {failures.reason}"
+            where = ",".join(spec.devices) or "its own server"
+            return f"start replica {spec.id} ({spec.shape.name} on {where}): {why}"
+        case DrainReplica(replica=name):
+            return f"drain replica {name}: the plan no longer has it as it is"
+        case StopReplica(replica=name):
+            return f"stop replica {name}: it is drained, or not wanted any more"

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -20,6 +21,7 @@ from oserve.app.memory import rare_collections
 from oserve.gateway.records import RecordStore
 from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
+from oserve.workload.output import OutputEstimator
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,16 +32,22 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
     api_keys: list[str]
     settings: GatewaySettings
+    estimator: dict[str, Any] | None = None
 
 
 async def _run(orders: Orders) -> None:
     settings = orders.settings
     records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
     gateway = Gateway(
-        settings, models=orders.models, api_keys=frozenset(orders.api_keys), records=records
+        settings,
+        models=orders.models,
+        api_keys=frozenset(orders.api_keys),
+        records=records,
+        estimator=None if orders.estimator is None else OutputEstimator.restored(orders.estimator),
     )
     client = HubClient(orders.hub, orders.process, gateway.dispatcher)
     gateway.refresh = client.sync
+    gateway.operate = client.operate
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
@@ -58,6 +66,9 @@ async def _run(orders: Orders) -> None:
                 await client.sync()
     finally:
         await gateway.close()
+        # The last counts.
+        with contextlib.suppress(ConnectionError):
+            await client.sync()
         await client.close()
 
 

@@ -10,9 +10,11 @@ from oserve.cli import forecast as forecasting
 from oserve.cli.bench import bench
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
+from oserve.cli.replay import replay
 from oserve.cli.serve import serve
 from oserve.cli.simulate import simulate
 from oserve.cli.status import status
+from oserve.cli.switch import switch
 from oserve.cli.validate import validate
 from oserve.core import OServeError
 
@@ -30,6 +32,8 @@ app.add_typer(forecasting.app, name="forecast")
 app.command()(simulate)
 app.command()(bench)
 app.command()(status)
+app.command()(switch)
+app.command()(replay)
 app.command()(validate)
 
 

@@ -15,6 +15,7 @@ from oserve.app.simulated import traffic_from
 from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.app.verify import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.cli import plan_report, verify_report
+from oserve.cli.switch import live_plan
 from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
@@ -31,8 +32,9 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id.")
-    ],
+        str | None,
+        typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id."),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(help="Such as 8xH100, 4x8xH100, or a YAML file; else this machine's devices."),
@@ -108,8 +110,18 @@ def plan(
     output: Annotated[
         str | None, typer.Option(help="Write the plan (YAML) that oserve serve takes.")
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Ask a running server what it would switch to now.")
+    ] = False,
+    url: Annotated[str, typer.Option(help="That server's base URL.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="Its API key.")] = None,
 ) -> None:
     """Plan replicas for a model, devices and traffic; show the plan beside the best homogeneous."""
+    if live:
+        live_plan(url, api_key=api_key, as_json=as_json, output=output)
+        return
+    if model is None:
+        raise OServeError("no model is named", place="--model", remedy="give --model, or --live")
     _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
     spec = _cluster(cluster)
     choice = SourceChoice(

@@ -1,18 +1,14 @@
 """``oserve status``: what a running server does."""
 
-import asyncio
+import time
 from typing import Annotated, Any
 
-import aiohttp
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from oserve.config import API_KEYS, environment_value
-from oserve.core import OServeError
-
-_TIMEOUT_S = 10.0
+from oserve.cli.remote import call, decode
+from oserve.config import API_KEYS
 
 
 def status(
@@ -23,49 +19,11 @@ def status(
     ] = None,
 ) -> None:
     """Show replicas, shapes, phases, load and routing shares of a running server."""
-    key = api_key or environment_value(API_KEYS).partition(",")[0]
-    raw = asyncio.run(_fetch(url.rstrip("/") + "/oserve/v1/status", key))
+    raw = call(url, "/oserve/v1/status", api_key=api_key)
     if as_json:
         print(raw.decode())
         return
-    _show(_decode(raw, url))
-
-
-async def _fetch(url: str, key: str) -> bytes:
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(url, headers=headers) as answer,
-        ):
-            body = await answer.read()
-            if answer.status == 401:
-                raise OServeError(
-                    "it wants an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
-                )
-            if answer.status != 200:
-                raise OServeError(
-                    f"it answered with status {answer.status}",
-                    place=url,
-                    remedy="is this an OServe server?",
-                )
-            return body
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise OServeError(
-            f"no answer: {error or 'timed out'}",
-            place=url,
-            remedy="start it with oserve serve, or give --url",
-        ) from None
-
-
-def _decode(raw: bytes, url: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
-    except msgspec.DecodeError:
-        raise OServeError(
-            "its status is not JSON", place=url, remedy="is this an OServe server?"
-        ) from None
+    _show(decode(raw, url))
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -98,3 +56,23 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_control(console, document.get("control", {}))
+
+
+def _show_control(console: Console, control: dict[str, Any]) -> None:
+    """What is expected, and what was decided and why."""
+    console.print(f"controller: {control.get('mode', 'off')}")
+    if not control.get("forecast"):
+        return
+    table = Table("type", "now/s", "expected/s", "90 % between")
+    for item in control["forecast"]:
+        table.add_row(
+            item["name"],
+            f"{item['now_rps']:.2f}",
+            f"{item['expected_rps']:.2f}",
+            f"{item['low_rps']:.2f} and {item['high_rps']:.2f}",
+        )
+    console.print(table)
+    for decision in control["decisions"][-5:]:
+        at = time.strftime("%H:%M:%S", time.localtime(decision["at_s"]))
+        console.print(f"{at} {decision['line']}", markup=False, soft_wrap=True)

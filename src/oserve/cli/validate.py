@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from oserve.app.serve import prepare
+from oserve.app.deployment import prepare
 from oserve.cli.serve import settings_from
 
 

@@ -5,7 +5,7 @@ below. It does not know what is done with them.
 """
 
 from oserve.config.cluster import ClusterSpec, load_cluster
-from oserve.config.plan import load_plan, plan_yaml
+from oserve.config.plan import load_plan, parse_plan, plan_yaml
 from oserve.config.rates import load_rates
 from oserve.config.settings import (
     API_KEYS,
@@ -30,6 +30,7 @@ __all__ = [
     "load_rates",
     "load_settings",
     "parse_override",
+    "parse_plan",
     "plan_yaml",
     "setting_paths",
 ]

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
-from oserve.config.reading import convert, read_yaml
+from oserve.config.reading import convert, parse_yaml, read_yaml
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,
     LengthClass,
     OServeError,
+    PlannedType,
     ReplicaShape,
     ReplicaSpec,
     VllmBackend,
@@ -41,6 +42,13 @@ class _TypeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     output_tokens: Count = 128
 
 
+class _CentreFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,63}$")]
+    prompt_tokens: Annotated[float, msgspec.Meta(ge=0)]
+    output_tokens: Annotated[float, msgspec.Meta(ge=0)]
+    shares: dict[str, float]
+
+
 class _ShapeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tensor_parallel_size: Count = 1
     pipeline_parallel_size: Count = 1
@@ -56,11 +64,21 @@ class _PlanFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     id: str = "plan"
     workload_types: list[_TypeFile] = []
     routing_shares: dict[str, dict[str, float]] | None = None
+    types: list[_CentreFile] = []
 
 
 def load_plan(file: str) -> DeploymentPlan:
     """Read a plan; what it means is checked against devices elsewhere (plan.check_plan)."""
-    parsed = convert(read_yaml(Path(file)), _PlanFile, place=file)
+    return _plan(read_yaml(Path(file)), file)
+
+
+def parse_plan(text: str, *, place: str) -> DeploymentPlan:
+    """A plan from the text of a plan file; ``place`` names it in errors."""
+    return _plan(parse_yaml(text, place=place), place)
+
+
+def _plan(document: dict[str, Any], file: str) -> DeploymentPlan:
+    parsed = convert(document, _PlanFile, place=file)
     kinds = tuple(
         LengthClass(
             name=kind.name,
@@ -80,6 +98,15 @@ def load_plan(file: str) -> DeploymentPlan:
         replicas=replicas,
         workload_types=kinds,
         routing_shares={kind.name: dict(equal) for kind in kinds} if shares is None else shares,
+        types=tuple(
+            PlannedType(
+                name=kind.name,
+                prompt_tokens=kind.prompt_tokens,
+                output_tokens=kind.output_tokens,
+                shares=kind.shares,
+            )
+            for kind in parsed.types
+        ),
     )
 
 
@@ -106,7 +133,7 @@ def _replica(item: _ReplicaFile, *, place: str) -> ReplicaSpec:
 
 def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
     """The plan as a file that ``load_plan`` reads; ``head`` becomes comments at its top."""
-    document = {
+    document: dict[str, Any] = {
         "id": plan.id,
         "workload_types": [_without_defaults(_type_row(kind)) for kind in plan.workload_types],
         "replicas": [_replica_row(spec) for spec in plan.replicas],
@@ -115,6 +142,16 @@ def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
             for kind, shares in plan.routing_shares.items()
         },
     }
+    if plan.types:
+        document["types"] = [
+            {
+                "name": kind.name,
+                "prompt_tokens": kind.prompt_tokens,
+                "output_tokens": kind.output_tokens,
+                "shares": {n: _share(value) for n, value in kind.shares.items() if value > 0},
+            }
+            for kind in plan.types
+        ]
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
     return comments + yaml.safe_dump(document, sort_keys=False, width=100)
 

@@ -25,18 +25,23 @@ def read_text(path: Path) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The file's keys and values; raises OServeError with file, line and column."""
+    return parse_yaml(read_text(path), place=str(path))
+
+
+def parse_yaml(text: str, *, place: str) -> dict[str, Any]:
+    """Keys and values of YAML; raises OServeError with place, line and column."""
     try:
-        loaded = yaml.safe_load(read_text(path))
+        loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+        where = f"{place}:{mark.line + 1}:{mark.column + 1}" if mark is not None else place
         problem = getattr(error, "problem", None) or "it is not valid YAML"
         raise OServeError(str(problem), place=where, remedy="correct the YAML") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise OServeError(
-            "expected keys and values", place=str(path), remedy="see docs/configuration.md"
+            "expected keys and values", place=place, remedy="see docs/configuration.md"
         )
     return loaded
 

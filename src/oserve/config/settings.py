@@ -4,6 +4,7 @@ Precedence: command line over ``OSERVE_*`` over the file over defaults. Unknown 
 with their path and the nearest known name. Secrets come from the environment or a file only.
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 import yaml
 
 from oserve.config.reading import convert, read_text, read_yaml, suggest
+from oserve.control.decision import Mode
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
@@ -37,9 +39,30 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The control loop; see control.reconcile for what the limits mean."""
+    """The control loop, and the controller that decides what it is to reach.
 
+    See control.reconcile for what the limits of restarts mean, control.policy for decisions.
+    ``mode``: ``off``, ``advise`` or ``auto``; unset: auto where the plan is computed, off where it
+    is given. ``interval_s`` is between rounds of the loop, ``decision_interval_s`` between
+    decisions, ``shares_interval_s`` between new routing shares. ``start_s``: what a replica is
+    taken to need to start before one was seen to. ``resume``: go on with the plan that was in
+    force when the server last ran.
+    """
+
+    mode: Mode | None = None
     interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    decision_interval_s: Annotated[int, msgspec.Meta(ge=1, le=900)] = 60
+    shares_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    min_dwell_s: Seconds = 120.0
+    max_switches_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 6
+    min_gain: Annotated[float, msgspec.Meta(ge=0)] = 0.02
+    margin: Annotated[float, msgspec.Meta(ge=0)] = 1.5
+    lasts_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0
+    start_s: Seconds = 30.0
+    shrink_after_s: Seconds = 0.0
+    floor_replicas: Count = 1
+    hold_s: Seconds = 1800.0
+    resume: bool = True
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0
     max_failures: Count = 5
@@ -80,10 +103,15 @@ def load_settings(
     file: str | None,
     overrides: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values."""
+    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values.
+
+    ``base`` takes the place of the defaults.
+    """
     environment = os.environ if environment is None else environment
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file:
         merged = read_yaml(Path(file))
         convert(merged, Settings, place=file)

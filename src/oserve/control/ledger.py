@@ -81,13 +81,15 @@ class WorkLedger:
             max_model_len=account.max_model_len,
         )
 
-    def admit(self, replica: str, request: Request, now_s: float) -> "WorkEntry":
-        """Book a request that is being handed to a replica."""
+    def admit(
+        self, replica: str, request: Request, now_s: float, *, cached_tokens: int = 0
+    ) -> "WorkEntry":
+        """Book a request that is being handed to a replica, which has some of it cached."""
         account = self._accounts[replica]
         self._tick(account, now_s)
         load = self._load(replica, account)
-        total_s = work_s(request, load) * account.speed
-        prefill_s = request.prompt_tokens * account.prefill_s_per_token
+        total_s = work_s(request, load, cached_tokens) * account.speed
+        prefill_s = (request.prompt_tokens - cached_tokens) * account.prefill_s_per_token
         account.inflight += 1
         account.owed_s += total_s
         return WorkEntry(self, account, total_s, prefill_s)
@@ -112,6 +114,11 @@ class WorkLedger:
         account.owed_s = max(0.0, account.owed_s - paid_s)
         account.done_s += paid_s
         self._tick(account, now_s)
+
+    def owe(self, account: _Account, more_s: float, now_s: float) -> None:
+        """More work than was booked (prior seconds)."""
+        self._tick(account, now_s)
+        account.owed_s += more_s
 
     def close(self, account: _Account, left_s: float, now_s: float, *, done: bool) -> None:
         """A request left its replica; unfinished work is written off, not counted as speed."""
@@ -142,6 +149,13 @@ class WorkEntry:
         """The prompt has been computed."""
         self._left_s -= self._prefill_s
         self._ledger.pay(self._account, self._prefill_s, now_s)
+
+    def outgrown(self, more_tokens: float, now_s: float) -> None:
+        """The answer is longer than was booked: so many tokens more are expected now."""
+        if self._open:
+            more_s = more_tokens * self._account.decode_s_per_token
+            self._left_s += more_s
+            self._ledger.owe(self._account, more_s, now_s)
 
     def close(self, now_s: float, *, done: bool) -> None:
         """The request left the replica; harmless when repeated."""

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 
 from oserve.control.door import Cluster
-from oserve.control.reconcile import ReconcilePolicy, reconcile
+from oserve.control.reconcile import ReconcilePolicy, given_up, reconcile
+from oserve.control.rollout import staged
 from oserve.core import Action, Clock, DeploymentPlan, Observation
 
 
 class ControlLoop:
-    """Keeps a cluster at a plan. ``observed`` is called with each round's observation."""
+    """Keeps a cluster at a plan, which may be replaced at any time; then it is rolled out.
+
+    ``observed`` is called with each round's observation.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,8 @@ class ControlLoop:
     async def step(self) -> tuple[Action, ...]:
         """One round; returns what was asked."""
         observation = await self._cluster.observe()
-        actions = reconcile(self.plan, observation, self._policy)
+        lost = frozenset(given_up(self.plan, observation, self._policy))
+        actions = reconcile(staged(self.plan, observation, lost), observation, self._policy)
         for action in actions:
             await self._cluster.apply(action)
         self._observed(observation, actions)

@@ -12,6 +12,7 @@ from oserve.core import (
     Endpoint,
     LengthClass,
     Observation,
+    PlannedType,
     ReplicaPhase,
     ReplicaShape,
 )
@@ -37,13 +38,17 @@ class TableReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
-    """``expected`` says whether a replica that cannot serve now is on its way."""
+    """``expected`` says whether a replica that cannot serve now is on its way.
+
+    ``types`` have shares of their own; where there are any, these are what requests are routed by.
+    """
 
     plan_id: str
     workload_types: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
     replicas: tuple[TableReplica, ...]
     expected: bool = True
+    types: tuple[PlannedType, ...] = ()
 
 
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
@@ -94,4 +99,5 @@ def routing_table(
         routing_shares=plan.routing_shares,
         replicas=tuple(replicas),
         expected=expected,
+        types=plan.types,
     )

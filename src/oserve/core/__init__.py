@@ -12,6 +12,7 @@ from oserve.core.plan import (
     Backend,
     DeploymentPlan,
     LengthClass,
+    PlannedType,
     ReplicaSpec,
     VllmBackend,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "LengthClass",
     "OServeError",
     "Observation",
+    "PlannedType",
     "Precision",
     "ReplicaLoad",
     "ReplicaPhase",

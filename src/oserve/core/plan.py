@@ -54,16 +54,32 @@ class LengthClass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedType:
+    """A workload type told by both lengths, in tokens: requests belong to the nearest centre.
+
+    Nearest in the plane of log1p of both. ``shares`` by replica sum to 1.
+    """
+
+    name: str
+    prompt_tokens: float
+    output_tokens: float
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
     """Desired state: replicas, workload types, and each type's routing shares over replicas.
 
-    ``routing_shares[type][replica]`` is a fraction; the shares of one type sum to 1.
+    ``routing_shares[type][replica]`` is a fraction; the shares of one type sum to 1. A plan that
+    was computed also has ``types``; where it has any, requests are routed by their chances of
+    being of these, and the length classes are for whoever reads it.
     """
 
     id: str
     replicas: tuple[ReplicaSpec, ...]
     workload_types: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
+    types: tuple[PlannedType, ...] = ()
 
     def replica(self, replica_id: str) -> ReplicaSpec | None:
         """The wished-for replica of that id, if the plan has one."""

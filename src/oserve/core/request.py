@@ -6,13 +6,18 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is known of a request when it must be routed. Lengths are estimates, in tokens."""
+    """What is known of a request when it must be routed. Lengths are estimates, in tokens.
+
+    ``chances`` are those of the plan's types, in their order, where it has any: the answer decides
+    which one it is. ``workload_type`` is then the likeliest.
+    """
 
     id: str
     arrival_s: float
     workload_type: str
     prompt_tokens: int
     output_tokens: int
+    chances: tuple[float, ...] = ()
 
 
 class FinishStatus(StrEnum):

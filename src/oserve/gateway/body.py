@@ -1,5 +1,6 @@
 """What the gateway must know of a request body, and the few fields it adds before passing it on."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ class GenerateBody(msgspec.Struct):
     max_completion_tokens: int | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
+    user: str | None = None
 
     @property
     def output_limit(self) -> int | None:
@@ -31,6 +33,11 @@ class GenerateBody(msgspec.Struct):
         """Whether the client itself asked for the usage chunk at the end of a stream."""
         return bool((self.stream_options or {}).get("include_usage"))
 
+
+_SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
+_HEAD_BYTES = 256
+_PREFIX_BYTES = 2048
+_BACKSLASH = ord("\\")
 
 # Lenient where the engines are: 1 for true, "5" for 5.
 _decoder = msgspec.json.Decoder(GenerateBody, strict=False)
@@ -57,6 +64,23 @@ def prompt_size(parsed: GenerateBody) -> tuple[int, bool]:
     if raw.startswith(b"[") and inner[:1].isdigit():
         return raw.count(b",") + 1, True
     return len(raw), False
+
+
+def system_prefix(parsed: GenerateBody) -> bytes:
+    """The beginning of the system prompt as it stands in the JSON, at most 2 KiB; empty: none.
+
+    Requests that share it share what engines have cached of it, and often how long answers are.
+    """
+    raw = memoryview(parsed.messages)
+    found = _SYSTEM.match(raw[:_HEAD_BYTES])
+    if found is None:
+        return b""
+    start = found.end()
+    text = bytes(raw[start : start + _PREFIX_BYTES])
+    end = text.find(b'"')
+    while end > 0 and text[end - 1] == _BACKSLASH:
+        end = text.find(b'"', end + 1)
+    return text if end < 0 else text[:end]
 
 
 def with_fields(body: bytes, parsed: GenerateBody, *, priority: int | None, model: str) -> bytes:

@@ -8,19 +8,23 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from oserve.control.affinity import Affinity
 from oserve.control.ledger import WorkLedger
 from oserve.control.order import engine_priority
+from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
 from oserve.control.router import Refusal, Router, RouteReason
 from oserve.control.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request, RequestRecord
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase, RequestRecord
 from oserve.gateway.body import with_fields
 from oserve.gateway.errors import overloaded, unavailable
+from oserve.gateway.foresight import Expected, Foresight
 from oserve.gateway.metrics import Metrics
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire import UpstreamPool
 from oserve.workload import PromptLengthEstimator
+from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
@@ -46,17 +50,29 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 class Dispatcher:
     """Everything between admission and the replicas, for one gateway process."""
 
-    def __init__(self, settings: GatewaySettings, records: RecordStore | None) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        records: RecordStore | None,
+        estimator: OutputEstimator | None = None,
+    ) -> None:
         self.table = EMPTY_TABLE
         self.metrics = Metrics()
         self.picture = Picture()
         self.lengths = PromptLengthEstimator()
+        self.foresight = Foresight(estimator)
         self.serving: dict[str, TableReplica] = {}
         self.active: set[Relay] = set()
         self._settings = settings
         self._records = records
         self._router = Router({})
         self._ledger = WorkLedger()
+        self._affinity = Affinity()
+        overload = settings.overload
+        self._overload = OverloadPolicy(
+            ttft_s=overload.ttft_ms / 1e3 if overload.demote and overload.ttft_ms else None,
+            shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
+        )
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         self._queue: list[tuple[float, int, Relay]] = []
         self._waiting: set[Relay] = set()
@@ -68,8 +84,16 @@ class Dispatcher:
     def update(self, table: RoutingTable) -> None:
         """Replace the routing table; requests on replicas that are gone are given to others."""
         previous = self._pools
+        before = {replica.id: replica.started_s for replica in self.table.replicas}
+        now = {replica.id: replica.started_s for replica in table.replicas}
+        self._affinity.forget(name for name in before if now.get(name) != before[name])
         self.table = table
-        self._router = Router(table.routing_shares, overflow_s=self._settings.overflow_s)
+        self.foresight.follow(table)
+        self._router = Router(
+            table.routing_shares,
+            overflow_s=self._settings.overflow_s,
+            type_shares=[kind.shares for kind in table.types],
+        )
         self._pools = {}
         for replica in table.replicas:
             key = (replica.id, replica.endpoint)
@@ -103,6 +127,8 @@ class Dispatcher:
         self.active.add(relay)
         loop = asyncio.get_running_loop()
         self._timers[relay] = loop.call_later(self._settings.request_timeout_s, relay.deadline)
+        if relay.expected is not None:
+            self.foresight.tally.arrived(relay.expected.arrived_s, relay.expected.chances)
         self.dispatch(relay)
 
     def dispatch(self, relay: Relay) -> None:
@@ -124,20 +150,38 @@ class Dispatcher:
 
     def _try_send(self, relay: Relay) -> Refusal | None:
         """Route and send; returns why it could not be, if so."""
-        assert relay.request is not None
+        request, expected = relay.request, relay.expected
+        assert request is not None
+        assert expected is not None
+        known = expected.known
+        cached = self._affinity.cached(known.session, known.system, request.prompt_tokens)
         route = self._router.pick(
-            relay.request, self._ledger.loads(self.serving), exclude=self._excluded(relay)
+            request,
+            self._ledger.loads(self.serving),
+            exclude=self._excluded(relay),
+            cached=cached,
         )
         if isinstance(route, Refusal):
             return route
         replica = self.serving[route.replica]
-        kind = relay.request.workload_type
+        kind = request.workload_type
         now_s = time.monotonic()
+        had = cached.get(replica.id, 0)
+        self._affinity.sent(
+            known.session,
+            known.system,
+            replica.id,
+            prompt_tokens=request.prompt_tokens,
+            prefix_tokens=expected.prefix_tokens,
+        )
         self.metrics.count("oserve_route", kind, replica.id)
         if route.reason is not RouteReason.POOL:
             self.metrics.count("oserve_route_fallback", route.reason.value)
+        if had:
+            self.metrics.count("oserve_route_cached")
         self.metrics.histogram("oserve_queue_seconds", kind).observe(now_s - relay.arrival_s)
-        relay.sent_to(replica, self._ledger.admit(replica.id, relay.request, now_s))
+        entry = self._ledger.admit(replica.id, request, now_s, cached_tokens=had)
+        relay.sent_to(replica, entry)
         self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
         return None
 
@@ -209,6 +253,37 @@ class Dispatcher:
                 self._settings.no_replica_wait_s, self._give_up, relay, relay.attempts
             )
 
+        shed_s = shed_in_s(self._overload, arrival_s=relay.arrival_s, now_s=time.monotonic())
+        if shed_s is not None:
+            asyncio.get_running_loop().call_later(shed_s, self._shed, relay)
+
+    def _shed(self, relay: Relay) -> None:
+        """Refuse a request that still waits."""
+        if relay in self._waiting:
+            self.metrics.count("oserve_requests_shed")
+            relay.fail(
+                overloaded("It waited too long", retry_after_s=self._retry_after_s(), code="shed")
+            )
+
+    def _demoted(self, relay: Relay) -> bool:
+        """Put a request last that cannot have its first token in time any more; once."""
+        if relay.demoted or relay.request is None:
+            return False
+        costs = [item.prefill_s_per_token for item in self._ledger.loads(self.serving).values()]
+        late = too_late(
+            self._overload,
+            arrival_s=relay.arrival_s,
+            now_s=time.monotonic(),
+            prefill_s=relay.request.prompt_tokens * min(costs, default=0.0),
+        )
+        if late:
+            relay.demoted = True
+            relay.rank += DEMOTED_S
+            self._sequence += 1
+            heapq.heapreplace(self._queue, (relay.rank, self._sequence, relay))
+            self.metrics.count("oserve_requests_demoted")
+        return late
+
     def _give_up(self, relay: Relay, attempts: int) -> None:
         if relay in self._waiting and relay.attempts == attempts:
             relay.fail(unavailable("No replica became ready in time"))
@@ -218,6 +293,8 @@ class Dispatcher:
         while self._queue:
             _, _, relay = self._queue[0]
             if relay in self._waiting:
+                if self._overload.ttft_s is not None and self._demoted(relay):
+                    continue
                 if self._try_send(relay) is not None:
                     return
                 self._waiting.discard(relay)
@@ -235,16 +312,22 @@ class Dispatcher:
         timer = self._timers.pop(relay, None)
         if timer is not None:
             timer.cancel()
-        if relay.request is not None:
-            self._account(relay, relay.request, status)
+        if relay.expected is not None:
+            self._account(relay, relay.expected, status)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._pump)
 
-    def _account(self, relay: Relay, request: Request, status: FinishStatus) -> None:
-        now_s = time.monotonic()
-        e2e_s = now_s - relay.arrival_s
-        kind = request.workload_type
+    def _account(self, relay: Relay, expected: Expected, status: FinishStatus) -> None:
+        unix_s = time.time()
+        e2e_s = time.monotonic() - relay.arrival_s
         prompt_tokens, output_tokens = relay.token_counts()
+        kind = self.foresight.ended(
+            expected,
+            completed=status is FinishStatus.COMPLETED,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            now_s=unix_s,
+        )
         if relay.usage_reported and relay.prompt_bytes:
             self.lengths.learn(relay.prompt_bytes, prompt_tokens)
         ttft_s = tpot_s = None
@@ -261,7 +344,7 @@ class Dispatcher:
             metrics.count("oserve_prompt_tokens", kind, by=prompt_tokens)
             metrics.count("oserve_output_tokens", kind, by=output_tokens)
         record = RequestRecord(
-            arrival_s=time.time() - e2e_s,
+            arrival_s=unix_s - e2e_s,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             workload_type=kind,

@@ -47,13 +47,13 @@ def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
     )
 
 
-def overloaded(message: str, *, retry_after_s: int) -> ApiError:
+def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") -> ApiError:
     """Too much is waiting already."""
     return ApiError(
         status=429,
         message=message,
         type="rate_limit_error",
-        code="queue_full",
+        code=code,
         retry_after_s=retry_after_s,
     )
 

@@ -107,11 +107,13 @@ def _row(record: RequestRecord) -> tuple[object, ...]:
     )
 
 
-def read_records(path: Path) -> Iterator[RequestRecord]:
-    """All records of a store, oldest first."""
+def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestRecord]:
+    """All records of a store, or the ``last`` ones, oldest first."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    first = "0" if last is None else "(SELECT max(rowid) FROM requests) - :last"
+    query = f"SELECT * FROM requests WHERE rowid > {first} ORDER BY rowid"
     try:
-        for row in connection.execute("SELECT * FROM requests ORDER BY rowid"):
+        for row in connection.execute(query, {"last": last}):
             yield RequestRecord(
                 arrival_s=row[0],
                 prompt_tokens=row[1],

@@ -15,6 +15,7 @@ from oserve.control.table import TableReplica
 from oserve.core import FinishStatus, Request
 from oserve.gateway.body import GenerateBody
 from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
+from oserve.gateway.foresight import Expected
 from oserve.wire import Exchange, ResponseHead, chunk, dechunk
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
@@ -54,6 +55,7 @@ class Relay:
         *,
         request: Request | None,
         request_id: bytes,
+        expected: Expected | None = None,
         parsed: GenerateBody | None = None,
         rank: float = 0.0,
         stream: bool = False,
@@ -64,6 +66,8 @@ class Relay:
         self._exchange = exchange
         self.request = request
         self.request_id = request_id
+        self.expected = expected
+        self.demoted = False
         self.parsed = parsed
         self.rank = rank
         self.stream = stream
@@ -86,6 +90,8 @@ class Relay:
         self._chunks = 0
         self._first_byte_s = 0.0
         self._last_chunk_s = 0.0
+        # Chunks carry about a token each; past this many the answer is longer than was booked.
+        self._booked_tokens = request.output_tokens if request is not None else 1 << 60
         self._observe = dispatcher.metrics.inter_token.observe
         exchange.on_disconnect = self._disconnected
         exchange.on_pause = self._pause
@@ -112,6 +118,8 @@ class Relay:
         self.attempts += 1
         self.replica = replica
         self._entry = entry
+        if self.request is not None:
+            self._booked_tokens = self.request.output_tokens
         self._head = None
         self._held = []
         self._held_bytes = 0
@@ -175,6 +183,9 @@ class Relay:
             if self.stream:
                 self._observe(now_s - self._last_chunk_s)
                 self._last_chunk_s = now_s
+                framing = self._connection.framing if self._connection is not None else None
+                if framing is not None and framing.chunks > self._booked_tokens:
+                    self._outgrown(framing.chunks, now_s)
             self._pass_on(data)
             return
         head = self._head
@@ -194,6 +205,18 @@ class Relay:
             return
         self._commit()
         self._pass_on(data)
+
+    def _outgrown(self, made_tokens: int, now_s: float) -> None:
+        """Book what is expected of an answer that is this long already."""
+        expected = self.expected
+        # Where the client has told the length, it is that.
+        if expected is None or expected.output is None or self._entry is None:
+            self._booked_tokens = 1 << 60
+            return
+        total = max(made_tokens + 1.0, expected.output.beyond(made_tokens))
+        self._entry.outgrown(total - self._booked_tokens, now_s)
+        self._dispatcher.metrics.count("oserve_requests_outgrown")
+        self._booked_tokens = int(total)
 
     def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
         """Whether the replica failed rather than answered, and another try was arranged."""

@@ -6,14 +6,15 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import msgspec
 
 from oserve import __version__
 from oserve.control.order import OrderPolicy, rank_s
 from oserve.core import Request
-from oserve.gateway.body import GenerateBody, parse_body, prompt_size
+from oserve.gateway.body import parse_body, prompt_size
 from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.errors import ApiError, send_error, unavailable, with_status
 from oserve.gateway.metrics import exposition
@@ -22,18 +23,22 @@ from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
-from oserve.workload import classify
+from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
 _GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
 _AUXILIARY = {b"/tokenize", b"/detokenize"}
+_OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
 _REQUEST_ID_BYTES = 128
 _FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
 
 
 class Gateway:
-    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape."""
+    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape.
+
+    ``operate``, if set, answers operators' calls: a path and a body, by a status and a body.
+    """
 
     def __init__(
         self,
@@ -42,15 +47,17 @@ class Gateway:
         models: tuple[str, ...],
         api_keys: frozenset[str] = frozenset(),
         records: RecordStore | None = None,
+        estimator: OutputEstimator | None = None,
     ) -> None:
-        self.dispatcher = Dispatcher(settings, records)
+        self.dispatcher = Dispatcher(settings, records, estimator)
         self._settings = settings
         self._models = models
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
         self._started_s = int(time.time())
         self._server: Server | None = None
         self.refresh: Callable[[], Awaitable[None]] | None = None
-        self._scrapes: set[asyncio.Task[None]] = set()
+        self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         order = settings.order
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
@@ -67,6 +74,7 @@ class Gateway:
             b"/version": (b"GET", False, self._answer_version),
             b"/metrics": (b"GET", False, self._answer_metrics),
             b"/oserve/v1/status": (b"GET", True, self._answer_status),
+            **dict.fromkeys(_OPERATED, (b"POST", True, self._answer_operator)),
             **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
             **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
         }
@@ -144,10 +152,15 @@ class Gateway:
         self._check_model(parsed.model)
         size, exact = prompt_size(parsed)
         prompt_tokens = size if exact else self.dispatcher.lengths.estimate(size)
-        types = self.dispatcher.table.workload_types
-        if not types:
+        if not self.dispatcher.table.workload_types:
             raise unavailable("No deployment plan is in force yet")
-        kind = classify(prompt_tokens, types)
+        expected = self.dispatcher.foresight.expect(
+            parsed,
+            path=exchange.path.partition(b"?")[0],
+            headers=exchange.headers,
+            prompt_tokens=prompt_tokens,
+            arrived_s=time.time(),
+        )
         now_s = time.monotonic()
         request_id = exchange.headers[b"x-request-id"]
         relay = Relay(
@@ -157,10 +170,12 @@ class Gateway:
             request=Request(
                 id=request_id.decode("latin-1"),
                 arrival_s=now_s,
-                workload_type=kind.name,
+                workload_type=expected.kind,
                 prompt_tokens=prompt_tokens,
-                output_tokens=_expected_output(parsed, kind.output_tokens),
+                output_tokens=expected.output_tokens,
+                chances=expected.chances if self.dispatcher.table.types else (),
             ),
+            expected=expected,
             request_id=request_id,
             rank=rank_s(
                 self._order,
@@ -227,9 +242,28 @@ class Gateway:
         if self.refresh is None:
             self._expose(exchange)
         else:
-            task = asyncio.ensure_future(self._refresh_and_expose(exchange, self.refresh))
-            self._scrapes.add(task)
-            task.add_done_callback(self._scrapes.discard)
+            self._later(self._refresh_and_expose(exchange, self.refresh))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _answer_operator(self, exchange: Exchange) -> None:
+        if self.operate is None:
+            raise unavailable("Nobody operates this gateway")
+        self._later(self._operated(exchange, self.operate))
+
+    async def _operated(
+        self, exchange: Exchange, operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+    ) -> None:
+        try:
+            path = exchange.path.partition(b"?")[0].decode("latin-1")
+            status, body = await operate(path, exchange.body)
+        except OSError:
+            send_error(exchange, unavailable("The control loop is out of reach"))
+        else:
+            exchange.respond(status, body)
 
     async def _refresh_and_expose(
         self, exchange: Exchange, refresh: Callable[[], Awaitable[None]]
@@ -255,15 +289,6 @@ class Gateway:
         gauges["oserve_requests_queued"] = {(): float(queued)}
         text = exposition(dispatcher.picture.metrics or dispatcher.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
-
-
-def _expected_output(parsed: GenerateBody, typical: int) -> int:
-    """Output tokens to expect: the limit if it will be used up, else what is usual for the type."""
-    limit = parsed.output_limit
-    if limit is None:
-        return typical
-    limit = max(1, limit)
-    return limit if parsed.ignore_eos else min(limit, typical)
 
 
 def _new_id() -> bytes:

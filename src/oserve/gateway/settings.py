@@ -24,6 +24,19 @@ class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     max_client_steps: Annotated[int, msgspec.Meta(ge=0)] = 10
 
 
+class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """When more comes than can be served. See control.overload.
+
+    ``ttft_ms``: a waiting request that would get its first token later than this is served last
+    (``demote``); unset: ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
+    refused with 429 and Retry-After; unset: never.
+    """
+
+    demote: bool = True
+    ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    shed_after_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The HTTP front.
 
@@ -49,5 +62,6 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     overflow_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     api_keys_file: str = ""
     order: OrderSettings = OrderSettings()
+    overload: OverloadSettings = OverloadSettings()
     records_file: str = ""
     max_records: Count = 1_000_000

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from oserve.core import (
     AttachedBackend,
@@ -122,30 +122,39 @@ def _check_shares(plan: DeploymentPlan, place: str) -> None:
                 place=here,
                 remedy=f"use one of {', '.join(sorted(names))}",
             )
-        unknown = [replica for replica in shares if replica not in replicas]
-        if unknown:
-            raise OServeError(
-                f"there is no replica {unknown[0]!r}",
-                place=f"{here}.{unknown[0]}",
-                remedy=f"use one of {', '.join(sorted(replicas))}",
-            )
-        values = list(shares.values())
-        if any(not math.isfinite(value) or value < 0 for value in values):
-            raise OServeError(
-                "shares must be numbers of at least 0", place=here, remedy="correct the share"
-            )
-        if abs(sum(values) - 1.0) > 1e-6:
-            raise OServeError(
-                f"the shares sum to {sum(values):g}",
-                place=here,
-                remedy="make them sum to 1",
-            )
+        _check_row(shares, replicas, here)
     missing = names - set(plan.routing_shares)
     if missing:
         raise OServeError(
             f"workload type {min(missing)!r} has no routing shares",
             place=f"{place}.routing_shares",
             remedy="give each type shares over the replicas that should serve it",
+        )
+    if plan.types:
+        _check_unique([kind.name for kind in plan.types], "type name", f"{place}.types")
+    for index, kind in enumerate(plan.types):
+        _check_row(kind.shares, replicas, f"{place}.types[{index}].shares")
+
+
+def _check_row(shares: Mapping[str, float], replicas: Set[str], here: str) -> None:
+    """Of one type."""
+    unknown = [replica for replica in shares if replica not in replicas]
+    if unknown:
+        raise OServeError(
+            f"there is no replica {unknown[0]!r}",
+            place=f"{here}.{unknown[0]}",
+            remedy=f"use one of {', '.join(sorted(replicas))}",
+        )
+    values = list(shares.values())
+    if any(not math.isfinite(value) or value < 0 for value in values):
+        raise OServeError(
+            "shares must be numbers of at least 0", place=here, remedy="correct the share"
+        )
+    if abs(sum(values) - 1.0) > 1e-6:
+        raise OServeError(
+            f"the shares sum to {sum(values):g}",
+            place=here,
+            remedy="make them sum to 1",
         )
 
 

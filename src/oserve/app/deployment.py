@@ -1,0 +1,227 @@
+"""What a server is to run: devices, plan and controller, settled before anything starts."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
+from oserve.app.planning import Question
+from oserve.app.store import StateStore
+from oserve.config import Settings, load_plan, parse_plan
+from oserve.control.decision import Mode
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    Device,
+    OServeError,
+    Precision,
+    ReplicaShape,
+    VllmBackend,
+)
+from oserve.engines.arguments import engine_arguments
+from oserve.engines.devices import find_devices, has_bf16_instructions
+from oserve.engines.settings import EngineSettings
+from oserve.perf import TokenCosts, token_costs
+from oserve.plan import check_plan, default_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """All that is settled before anything starts.
+
+    ``question`` is what the controller plans from; ``None`` where there is none (mode off).
+    ``fingerprint`` tells whether a plan of an earlier run still fits.
+    """
+
+    settings: Settings
+    devices: tuple[Device, ...]
+    plan: DeploymentPlan
+    models: tuple[str, ...]
+    why: str
+    notes: tuple[str, ...] = ()
+    costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
+    mode: Mode = Mode.OFF
+    question: Question | None = None
+    fingerprint: str = ""
+
+    @property
+    def state_file(self) -> Path:
+        """Where the controller keeps its memory."""
+        return state_file(self.settings)
+
+
+def state_file(settings: Settings) -> Path:
+    """The controller's memory, under the state directory."""
+    return Path(settings.state_dir) / "state.sqlite"
+
+
+def prepare(settings: Settings) -> Deployment:
+    """Find the devices, read or compute the plan, check it. Starts nothing."""
+    settings = _located(settings)
+    devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
+    knowledge = know(settings, devices)
+    mode = _mode(settings, knowledge)
+    question = None
+    if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
+        question = planning_question(settings, devices, knowledge, _plain_precision(devices))
+    stamp = _fingerprint(settings, devices)
+    first = _plan(settings, devices, knowledge, question, stamp if mode is not Mode.OFF else "")
+    plan = first.plan
+    check_plan(plan, devices, place=settings.plan or "plan")
+    check_engines(plan, devices, settings)
+    if any(isinstance(spec.backend, AttachedBackend) for spec in plan.replicas):
+        mode = _without_controller(settings, "a replica of the plan is attached")
+    attached_only = all(not spec.devices for spec in plan.replicas)
+    if not settings.model and not (attached_only and settings.served_model_name):
+        raise OServeError(
+            "no model is named",
+            place="model",
+            remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
+        )
+    name = settings.served_model_name or _model_name(settings.model)
+    return Deployment(
+        settings=settings,
+        devices=devices,
+        plan=plan,
+        models=(name,),
+        why=first.why,
+        notes=first.notes,
+        costs=knowledge.costs,
+        mode=mode,
+        question=None if mode is Mode.OFF else question,
+        fingerprint=stamp,
+    )
+
+
+def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
+    """As set; else auto where the plan is computed."""
+    if knowledge.source is None or not settings.model:
+        return _without_controller(settings, knowledge.missing or "no model is named")
+    return settings.control.mode or (Mode.OFF if settings.plan else Mode.AUTO)
+
+
+def _without_controller(settings: Settings, why: str) -> Mode:
+    if settings.control.mode in {Mode.ADVISE, Mode.AUTO}:
+        raise OServeError(
+            f"no plans can be made, so that none can be decided on: {why}",
+            place="control.mode",
+            remedy="leave it out, or see docs/control.md for what is needed",
+        )
+    return Mode.OFF
+
+
+def _fingerprint(settings: Settings, devices: tuple[Device, ...]) -> str:
+    """Of all that a plan depends on but the traffic."""
+    engines = msgspec.structs.replace(settings.engines, log_dir="")
+    facts = (settings.model, engines, settings.planning, [(d.id, d.kind, d.cores) for d in devices])
+    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
+
+
+def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> FirstPlan | None:
+    """The plan that was in force when a server last ran on the same, if one did."""
+    file = state_file(settings)
+    if not stamp or not settings.control.resume or not file.is_file():
+        return None
+    saved = StateStore(file).memory("plan")
+    if not isinstance(saved, dict) or saved.get("fingerprint") != stamp:
+        return None
+    try:
+        plan = parse_plan(str(saved["plan"]), place=str(file))
+        check_plan(plan, devices, place=str(file))
+        check_engines(plan, devices, settings)
+    except (OServeError, KeyError):
+        return None
+    return FirstPlan(
+        plan=plan,
+        why=f"plan {plan.id!r}, which was in force when it last ran (control.resume)",
+    )
+
+
+def _plan(
+    settings: Settings,
+    devices: tuple[Device, ...],
+    knowledge: Knowledge,
+    question: Question | None,
+    stamp: str,
+) -> FirstPlan:
+    """As given, else as it was, else computed, else (nothing is known of the model) a default."""
+    if settings.plan:
+        plan = load_plan(settings.plan)
+        return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
+    resumed = _resumed(settings, devices, stamp)
+    if resumed is not None:
+        return resumed
+    if settings.model and question is not None:
+        return first_plan(question)
+    missing = knowledge.missing or "no model is named"
+    return FirstPlan(
+        plan=default_plan(devices, _default_shapes(devices, settings.engines)),
+        why=f"the default plan, since none can be computed: {missing}",
+    )
+
+
+def _model_name(model: str) -> str:
+    """A folder serves under its own name, a hub model under its full id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
+    """Refuse now what no engine could be started with."""
+    cpu = all(device.kind == "cpu" for device in devices)
+    for spec in plan.replicas:
+        if isinstance(spec.backend, VllmBackend):
+            engine_arguments(
+                spec,
+                model=settings.model,
+                served_model_name="",
+                unix_socket="",
+                platform="cpu" if cpu else "cuda",
+                settings=settings.engines,
+            )
+
+
+def _plain_precision(devices: tuple[Device, ...]) -> Precision:
+    """Without instructions for it, bf16 is slower on a CPU than fp32."""
+    on_cpu = bool(devices) and devices[0].kind == "cpu"
+    return Precision.FP32 if on_cpu and not has_bf16_instructions() else Precision.BF16
+
+
+def _default_shapes(
+    devices: tuple[Device, ...], settings: EngineSettings
+) -> tuple[ReplicaShape, ...]:
+    """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
+    if devices and devices[0].kind != "cpu":
+        return (
+            ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
+            ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
+        )
+    plain = _plain_precision(devices)
+    light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
+    return (
+        ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
+        ReplicaShape(precision=plain, max_num_batched_tokens=1024, max_num_seqs=16),
+    )
+
+
+def _located(settings: Settings) -> Settings:
+    """Put what has no place of its own under the state directory."""
+    state = Path(settings.state_dir)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OServeError(
+            f"cannot make it: {error.strerror}", place=str(state), remedy="set --state-dir"
+        ) from None
+    records = settings.gateway.records_file or str(state / "records.sqlite")
+    logs = settings.engines.log_dir or str(state / "logs")
+    overload = settings.gateway.overload
+    wanted_ms = overload.ttft_ms or settings.planning.slo_ttft_ms
+    overload = msgspec.structs.replace(overload, ttft_ms=wanted_ms)
+    return msgspec.structs.replace(
+        settings,
+        gateway=msgspec.structs.replace(settings.gateway, records_file=records, overload=overload),
+        engines=msgspec.structs.replace(settings.engines, log_dir=logs),
+    )

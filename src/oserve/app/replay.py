@@ -1,0 +1,79 @@
+"""Decisions over again: what a controller makes of seconds that a server observed.
+
+The same code as on the server, on recorded time; starts and drains take what they were assumed to,
+since nothing runs. Other settings may be given, to see what they would have decided.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from oserve.app.demand import Demand
+from oserve.app.first_plan import know, planning_question
+from oserve.app.steering import StartTimes, controller_for, planner_for, policy_of
+from oserve.app.store import StateStore
+from oserve.config import Settings, parse_plan
+from oserve.control.appraisal import appraise
+from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.tally import Batch
+from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """What the file says of the server; raises OServeError where it is no such file."""
+    context = StateStore(file).memory("context") if file.is_file() else None
+    if not isinstance(context, dict):
+        raise OServeError(
+            "it holds nothing that a server observed",
+            place=str(file),
+            remedy="give the state.sqlite in a server's state directory",
+        )
+    return context
+
+
+def replayed_decisions(
+    file: Path, settings: Settings, context: dict[str, Any], *, mode: Mode = Mode.AUTO
+) -> Iterator[Decision]:
+    """Decisions in their order, as ``settings`` would have them."""
+    devices = tuple(msgspec.convert(item, Device) for item in context["devices"])
+    demand = msgspec.convert(context["demand"], Demand)
+    knowledge = know(settings, devices)
+    if knowledge.source is None:
+        raise OServeError(knowledge.missing, place="model", remedy="give its profile")
+    shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
+    question = planning_question(
+        settings, devices, knowledge, Precision.BF16, demand=demand, shapes=shapes
+    )
+    starts = StartTimes(settings.control.start_s)
+    planner = planner_for(question, starts)
+    names = [kind.name for kind in planner.facts.types]
+    controller = controller_for(_first_plan(file), names, policy_of(settings, mode))
+    busy_until_s = 0.0
+    for second, counts in StateStore(file).seconds():
+        if len(counts) != len(names):
+            continue
+        now_s = second + 0.999
+        batch = Batch(names=tuple(names), arrivals={second: counts})
+        trigger = controller.observe(now_s, [batch])
+        if trigger is None:
+            continue
+        asked = controller.ask(now_s)
+        decision = controller.judge(
+            asked,
+            appraise(asked, planner),
+            now_s=now_s,
+            trigger=trigger,
+            switching=now_s < busy_until_s,
+        )
+        if decision.verdict is Verdict.SWITCH:
+            busy_until_s = now_s + decision.switch_s
+        yield decision
+
+
+def _first_plan(file: Path) -> DeploymentPlan:
+    plans = StateStore(file).plans()
+    if not plans:
+        raise OServeError("it holds no plan", place=str(file), remedy="give another file")
+    return parse_plan(plans[0][1], place=str(file))

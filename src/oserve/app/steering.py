@@ -1,0 +1,335 @@
+"""The controller at work on a live server: what it is fed, where it thinks, what it remembers.
+
+The slow part of a decision runs in a thread. Between decisions the routing shares are solved again
+from present rates, since they cost nothing to change.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from oserve.app.deployment import Deployment
+from oserve.app.planning import Question as PlanningQuestion
+from oserve.app.store import Save, StateStore
+from oserve.config import Settings, plan_yaml
+from oserve.control.appraisal import Question, Weighed, appraise
+from oserve.control.controller import Controller
+from oserve.control.decision import Decision, Mode, Trigger, Verdict
+from oserve.control.memory import recall, remembered
+from oserve.control.planner import PlannerFacts, TablePlanner
+from oserve.control.policy import ControlPolicy
+from oserve.control.tally import Batch
+from oserve.core import (
+    DeploymentPlan,
+    Observation,
+    OServeError,
+    PlannedType,
+    ReplicaPhase,
+    ReplicaSpec,
+)
+from oserve.forecast.detect import ChangeDetector
+from oserve.forecast.experts import Combination
+from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.simple import periods_of
+from oserve.perf import ShapePerformance
+from oserve.perf.table import performance_table
+from oserve.workload import classify
+
+_log = logging.getLogger("oserve.control")
+
+_DECISIONS_SHOWN = 10
+# How much the last start of a replica counts for the time that the next is taken to need.
+_LEARNING_RATE = 0.5
+
+
+class StartTimes:
+    """Seconds from start to ready, by shape, as seen; ``usual_s`` before any was."""
+
+    def __init__(self, usual_s: float) -> None:
+        self._usual_s = usual_s
+        self._by_shape: dict[str, float] = {}
+        self._loading: dict[str, tuple[ReplicaSpec, float]] = {}
+
+    def observe(self, observation: Observation) -> None:
+        """Take in replicas that became ready."""
+        for state in observation.replicas:
+            name = state.spec.id
+            if state.phase is ReplicaPhase.LOADING:
+                self._loading[name] = (state.spec, state.since_s)
+                continue
+            spec, since_s = self._loading.pop(name, (None, 0.0))
+            if state.phase is ReplicaPhase.READY and spec == state.spec:
+                took_s = max(0.0, state.since_s - since_s)
+                key = state.spec.shape.name
+                before_s = self._by_shape.get(key, took_s)
+                self._by_shape[key] = before_s + _LEARNING_RATE * (took_s - before_s)
+
+    def start_s(self, spec: ReplicaSpec) -> float:
+        """Of this replica: as its shape took, else as the slowest took."""
+        known = self._by_shape.get(spec.shape.name)
+        return known if known is not None else max(self._by_shape.values(), default=self._usual_s)
+
+    def state(self) -> dict[str, float]:
+        """Plain data that ``restore`` takes."""
+        return dict(self._by_shape)
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on where ``state`` was taken."""
+        self._by_shape = {str(name): float(took_s) for name, took_s in state.items()}
+
+
+def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
+    """The controller's planner: the performance table once, other rates each time."""
+    demand = question.demand
+    kinds = {device.id: device.kind for device in question.devices}
+
+    def rows(shapes: Sequence[Any]) -> tuple[ShapePerformance, ...]:
+        return performance_table(
+            question.source,
+            shapes,
+            demand.types,
+            limits=question.limits,
+            longest_tokens=demand.longest_tokens,
+        )
+
+    def row_of(spec: ReplicaSpec) -> ShapePerformance | None:
+        """Of a shape that a person chose; its kind of device is where it stands."""
+        kind = kinds.get(spec.devices[0]) if spec.devices else None
+        if kind is None:
+            return None
+        try:
+            found = rows([replace(spec.shape, device_kind=kind)])
+        except OServeError:
+            return None
+        return found[0] if found else None
+
+    return TablePlanner(
+        PlannerFacts(
+            devices=question.devices,
+            types=demand.types,
+            centres=tuple(demand.centres[kind.name] for kind in demand.types),
+            classes=demand.classes,
+            class_mix=demand.class_mix,
+            table=rows(question.shapes),
+            row_of=row_of,
+            start_s=starts.start_s,
+            min_gain=question.min_gain,
+            time_limit_s=question.time_limit_s,
+        )
+    )
+
+
+def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
+    """The controller's policy from the settings."""
+    control = settings.control
+    return ControlPolicy(
+        mode=mode,
+        interval_s=control.decision_interval_s,
+        now_s=min(30, control.decision_interval_s),
+        min_dwell_s=control.min_dwell_s,
+        max_switches_per_hour=control.max_switches_per_hour,
+        min_gain=control.min_gain,
+        margin=control.margin,
+        lasts_s=control.lasts_s,
+        shrink_after_s=control.shrink_after_s,
+        floor_replicas=control.floor_replicas,
+        hold_s=control.hold_s,
+    )
+
+
+def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
+    """A controller that has seen nothing yet."""
+    interval_s = float(policy.interval_s)
+    return Controller(
+        plan,
+        policy=policy,
+        forecaster=Forecaster(
+            Combination(len(names), periods_of(interval_s)), names, interval_s=interval_s
+        ),
+        detector=ChangeDetector(names),
+    )
+
+
+class Steering:
+    """Feeds and asks a controller; ``now_s`` is Unix time throughout."""
+
+    def __init__(self, deployment: Deployment, *, now_s: float) -> None:
+        assert deployment.question is not None
+        settings = deployment.settings
+        self._deployment = deployment
+        self.starts = StartTimes(settings.control.start_s)
+        self.planner = planner_for(deployment.question, self.starts)
+        self._store = StateStore(deployment.state_file)
+        names = [kind.name for kind in self.planner.facts.types]
+        policy = policy_of(settings, deployment.mode)
+        self.controller = controller_for(self.typed(deployment.plan), names, policy)
+        self._recall()
+        self._told: Decision | None = None
+        self._plan_saved = ""
+        self._saved_s = int(now_s)
+        self._lock = asyncio.Lock()
+        self._shares_s = 0.0
+        self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
+
+    def _recall(self) -> None:
+        memory = self._store.memory("controller")
+        if isinstance(memory, dict) and recall(self.controller, memory, self.planner.facts.centres):
+            _log.info("the controller goes on with what it remembers")
+        self.controller.decisions.extend(self._store.decisions(_DECISIONS_SHOWN))
+        starts = self._store.memory("starts")
+        if isinstance(starts, dict):
+            self.starts.restore(starts)
+
+    # -- each second ----------------------------------------------------------------------------
+    def observe(
+        self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
+    ) -> Trigger | None:
+        """What was counted; tells whether a decision is due."""
+        states = observation.replicas
+        gauges = {
+            "running": float(sum(state.running for state in states)),
+            "waiting": float(sum(state.waiting for state in states)),
+            "kv_cache_usage": max((state.kv_cache_usage for state in states), default=0.0),
+            "queued": float(queued),
+        }
+        self.starts.observe(observation)
+        return self.controller.observe(now_s, batches, gauges)
+
+    def routed(
+        self, plan: DeploymentPlan, observation: Observation, now_s: float
+    ) -> DeploymentPlan:
+        """The plan with the routing shares for what serves now and what comes now."""
+        ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
+        rates = self.controller.now_rps()
+        if self.controller.policy.mode is not Mode.AUTO or not ready:
+            return plan
+        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:
+            return plan
+        fresh = now_s - self._shares_s < self._deployment.settings.control.shares_interval_s
+        if self._shared is not None and self._shared[0] == ready and fresh:
+            return replace(self._shared[1], id=plan.id)
+        serving = sorted(ready, key=lambda spec: spec.id)
+        shares = self.planner.shares(serving, rates)
+        routed = self.planner.with_shares(replace(plan, replicas=tuple(serving)), shares)
+        self._shares_s = now_s
+        self._shared = (ready, routed)
+        return routed
+
+    # -- decisions ------------------------------------------------------------------------------
+    async def decide(
+        self,
+        now_s: float,
+        trigger: Trigger,
+        *,
+        given: DeploymentPlan | None = None,
+        present: Sequence[ReplicaSpec] = (),
+        switching: bool = False,
+    ) -> tuple[Decision, Weighed | None]:
+        """Ask, weigh in a thread, judge, write down. One at a time."""
+        async with self._lock:
+            question = self.controller.ask(now_s, given=given, present=present)
+            weighed = await asyncio.to_thread(self._appraise, question)
+            if weighed is not None:
+                weighed = replace(weighed, plan=self.typed(weighed.plan))
+            decision = self.controller.judge(
+                question, weighed, now_s=now_s, trigger=trigger, switching=switching
+            )
+            _log.info("%s", decision.line)
+            await self.save(now_s, (decision,))
+            return decision, weighed
+
+    def _appraise(self, question: Question) -> Weighed | None:
+        return appraise(question, self.planner)
+
+    def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
+        """The plan with the types that are counted here; each has the shares of its class."""
+        facts = self.planner.facts
+        names = [kind.name for kind in facts.types]
+        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]
+        same = [kind.name for kind in plan.types] == names
+        if same and np.allclose(centres, facts.centres, rtol=1e-3):
+            return plan
+        return replace(
+            plan,
+            types=tuple(
+                PlannedType(
+                    name=name,
+                    prompt_tokens=prompt,
+                    output_tokens=output,
+                    shares=plan.routing_shares[classify(round(prompt), plan.workload_types).name],
+                )
+                for name, (prompt, output) in zip(names, facts.centres, strict=True)
+            ),
+        )
+
+    def bar(self, lost: Sequence[ReplicaSpec]) -> None:
+        """Shapes that could not be started are not planned again while this server runs."""
+        self.planner.barred |= {spec.shape for spec in lost}
+
+    # -- memory ---------------------------------------------------------------------------------
+    async def save(self, now_s: float, decisions: Sequence[Decision] = ()) -> None:
+        """Write everything down, in one transaction, beside the event loop."""
+        controller = self.controller
+        plan = plan_yaml(controller.plan)
+        facts = self.planner.facts
+        memory = {
+            "controller": remembered(controller, facts.centres),
+            "plan": {"fingerprint": self._deployment.fingerprint, "plan": plan},
+            "starts": self.starts.state(),
+            "context": context_of(self._deployment),
+        }
+        end_s = int(now_s) - 1
+        save = Save(
+            memory={},
+            decisions=decisions,
+            plan=(now_s, plan) if plan != self._plan_saved else None,
+            seconds=controller.collector.rows(self._saved_s, end_s),
+        )
+        self._plan_saved = plan
+        self._saved_s = end_s + 1
+        await asyncio.to_thread(self._write, save, memory)
+
+    def _write(self, save: Save, memory: dict[str, Any]) -> None:
+        encoded = {name: msgspec.json.encode(value) for name, value in memory.items()}
+        self._store.save(replace(save, memory=encoded))
+
+    # -- telling --------------------------------------------------------------------------------
+    def document(self) -> dict[str, Any]:
+        """For the status document."""
+        policy = self.controller.policy
+        decisions = list(self.controller.decisions)[-_DECISIONS_SHOWN:]
+        return {
+            "mode": policy.mode.value,
+            "decision_interval_s": policy.interval_s,
+            "forecast": msgspec.to_builtins(self.controller.forecast()),
+            "gauges": self.controller.collector.gauges,
+            "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
+        }
+
+
+def context_of(deployment: Deployment) -> dict[str, Any]:
+    """What a replay must know of the server that was observed."""
+    question = deployment.question
+    assert question is not None
+    return {
+        "settings": msgspec.to_builtins(deployment.settings),
+        "devices": msgspec.to_builtins(deployment.devices),
+        "demand": msgspec.to_builtins(question.demand),
+        "shapes": msgspec.to_builtins(question.shapes),
+    }
+
+
+def advised(decision: Decision, weighed: Weighed | None) -> dict[str, Any]:
+    """For an operator: the decision, and the plan that was weighed as a file."""
+    plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
+    return {
+        "decision": msgspec.to_builtins(decision),
+        "line": decision.line,
+        "switched": decision.verdict is Verdict.SWITCH,
+        "plan": plan,
+    }

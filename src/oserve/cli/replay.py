@@ -1,0 +1,34 @@
+"""``oserve replay``: what a controller would have decided on what a server observed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from oserve.app.replay import recorded, replayed_decisions
+from oserve.config import Settings, load_settings, parse_override
+from oserve.control.decision import Mode
+
+
+def replay(
+    file: Annotated[str, typer.Argument(help="state.sqlite of a server's state directory.")],
+    mode: Annotated[Mode, typer.Option(help="advise: the plan stays what it was.")] = Mode.AUTO,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting, as path=value; else as the server had it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Feed recorded observations to the controller, print its decisions with their numbers."""
+    context = recorded(Path(file))
+    overrides = dict(parse_override(item) for item in override or [])
+    settings: Settings = load_settings(None, overrides, {}, base=context["settings"])
+    for decision in replayed_decisions(Path(file), settings, context, mode=mode):
+        if as_json:
+            print(json.dumps(msgspec.to_builtins(decision)))
+        else:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision.at_s))
+            print(f"{at} {decision.line}")

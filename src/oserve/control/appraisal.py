@@ -1,0 +1,194 @@
+"""What a change of plan would bring and cost, in requests: the slow and pure part of a decision.
+
+The value of replicas at given rates is what the linear programme serves within limits. With
+w the weight of a forecast quantile, t the seconds of a step of the forecast, T the time that the
+candidate is expected to be the best and S the seconds of the switch:
+
+    gain = sum over steps and quantiles of w t (candidate - current) * (T - S) / T
+    cost = sum over stages of (current - what is left) * seconds of the stage + TOUCHED * touched
+
+Planner, value and times are passed in; nothing here knows where they come from.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from oserve.control.rollout import stages
+from oserve.core import DeploymentPlan, ReplicaSpec
+
+Rates = tuple[float, ...]
+
+# Draining lets running requests end, so that each loses its place in a cache and little else.
+TOUCHED = 0.05
+
+
+class Appraiser(Protocol):
+    """What the controller must be told. Rates are requests/s, in the order of its types."""
+
+    def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
+        """Plans for these rates, best first, close to the current one; empty where none serves."""
+        ...
+
+    def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
+        """The current plan less all but so many replicas, those that serve these rates best."""
+        ...
+
+    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+        """What these replicas serve of these rates within limits."""
+        ...
+
+    def start_s(self, spec: ReplicaSpec) -> float:
+        """Seconds from free devices to a replica that serves."""
+        ...
+
+    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+        """Seconds that a request stays on a replica, on average: what draining takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Of the forecast: ``seconds`` in which each of these rates has a chance (they sum to 1)."""
+
+    seconds: float
+    chances: Mapping[Rates, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a decision is to be made on.
+
+    ``steps`` of the forecast; the last goes on for as long as is asked. ``lasts_s`` is how long a
+    candidate is expected to be the best, ``lasting`` the same where it is known, by signature.
+    ``plan_for`` are rates to make candidates for. ``given`` is a candidate that a person wants
+    weighed instead. ``version`` counts the plans that were in force. ``shrink_to``: leave only so
+    many replicas; 0: no.
+    """
+
+    at_s: float
+    current: DeploymentPlan
+    now_rps: Rates
+    steps: tuple[Step, ...]
+    lasts_s: float
+    plan_for: tuple[Rates, ...]
+    lasting: Mapping[str, float] = field(default_factory=dict)
+    version: int = 0
+    given: DeploymentPlan | None = None
+    shrink_to: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchCost:
+    """Of one switch: its seconds, replicas that start, and requests lost and touched."""
+
+    seconds: float = 0.0
+    changed: int = 0
+    lost: float = 0.0
+    touched: float = 0.0
+
+    @property
+    def requests(self) -> float:
+        """The whole cost."""
+        return self.lost + TOUCHED * self.touched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """A candidate with its numbers; rates served are averages over ``lasts_s``."""
+
+    plan: DeploymentPlan
+    lasts_s: float
+    current_rps: float
+    candidate_rps: float
+    current_now_rps: float
+    candidate_now_rps: float
+    gain: float
+    cost: SwitchCost
+
+
+def appraise(question: Question, appraiser: Appraiser) -> Weighed | None:
+    """The candidate that is worth most after its cost; ``None`` where the planner has none."""
+    found = [weigh(question, plan, appraiser) for plan in _candidates(question, appraiser)]
+    return max(found, key=lambda item: item.gain - item.cost.requests, default=None)
+
+
+def _candidates(question: Question, appraiser: Appraiser) -> list[DeploymentPlan]:
+    if question.given is not None:
+        return [question.given]
+    if question.shrink_to:
+        rates = question.plan_for[0]
+        return [appraiser.floor(rates, question.current, question.shrink_to)]
+    found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
+    for rates in question.plan_for:
+        if sum(rates) > 0:
+            for plan in appraiser.candidates(rates, question.current):
+                found.setdefault(frozenset(plan.replicas), plan)
+    return list(found.values())
+
+
+def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Weighed:
+    """One candidate against the current plan."""
+    old, new = question.current.replicas, plan.replicas
+    lasts_s = question.lasting.get(signature(plan), question.lasts_s)
+    current = candidate = 0.0
+    left_s = lasts_s
+    for number, step in enumerate(question.steps, 1):
+        seconds = left_s if number == len(question.steps) else min(left_s, step.seconds)
+        left_s -= seconds
+        for rates_rps, chance in step.chances.items() if seconds > 0 else ():
+            part = chance * seconds / lasts_s
+            current += part * appraiser.served_rps(old, rates_rps)
+            candidate += part * appraiser.served_rps(new, rates_rps)
+    cost = switch_cost(old, new, question.steps[0].chances, appraiser)
+    return Weighed(
+        plan=plan,
+        lasts_s=lasts_s,
+        current_rps=current,
+        candidate_rps=candidate,
+        current_now_rps=appraiser.served_rps(old, question.now_rps),
+        candidate_now_rps=appraiser.served_rps(new, question.now_rps),
+        gain=(candidate - current) * max(0.0, lasts_s - cost.seconds),
+        cost=cost,
+    )
+
+
+def signature(plan: DeploymentPlan) -> str:
+    """The same for deployments of the same shapes, wherever these run."""
+    counts = Counter(repr(spec.shape) for spec in plan.replicas)
+    return "; ".join(f"{count} x {shape}" for shape, count in sorted(counts.items()))
+
+
+def switch_cost(
+    old: Sequence[ReplicaSpec],
+    new: Sequence[ReplicaSpec],
+    rates: Mapping[Rates, float],
+    appraiser: Appraiser,
+) -> SwitchCost:
+    """Of going from one set of replicas to another in stages; ``rates`` with their chances."""
+
+    def served(replicas: Sequence[ReplicaSpec]) -> float:
+        return sum(
+            chance * appraiser.served_rps(replicas, rates_rps)
+            for rates_rps, chance in rates.items()
+        )
+
+    before = served(old)
+    there = list(old)
+    seconds = lost = touched = 0.0
+    changed = 0
+    for stage in stages(old, new):
+        left = [spec for spec in there if spec not in stage.retired]
+        stay_s = 0.0
+        if stage.retired:
+            stay_s = sum(p * appraiser.stay_s(there, r) for r, p in rates.items())
+            touched += served(there) * stay_s * len(stage.retired) / max(1, len(there))
+        start_s = max((appraiser.start_s(spec) for spec in stage.started), default=0.0)
+        if stage.started:
+            # Replicas that only leave cost no time: nobody waits for their devices.
+            seconds += stay_s + start_s
+            lost += max(0.0, before - served(left)) * (stay_s + start_s)
+        changed += len(stage.started)
+        there = [*left, *stage.started]
+    return SwitchCost(seconds=seconds, changed=changed, lost=lost, touched=touched)

@@ -1,0 +1,113 @@
+"""Decisions of the controller as records: what was expected, weighed and decided, and why.
+
+Dashboard, log, tests and replay read the same record. Rates are requests/s, amounts requests.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """``off``: count only. ``advise``: decide and tell. ``auto``: decide and switch."""
+
+    OFF = "off"
+    ADVISE = "advise"
+    AUTO = "auto"
+
+
+class Trigger(StrEnum):
+    """What a decision was made on."""
+
+    INTERVAL = "interval"
+    CHANGE = "change"
+    MANUAL = "manual"
+    QUESTION = "question"
+
+
+class Verdict(StrEnum):
+    """What comes of it. ``advise``: would switch, but was not asked to."""
+
+    KEEP = "keep"
+    ADVISE = "advise"
+    SWITCH = "switch"
+
+
+class Reason(StrEnum):
+    """Why. Up to ``held`` (by a person) they keep the plan, whatever another would bring."""
+
+    NO_DATA = "no_data"
+    NO_PLAN = "no_plan"
+    SAME_PLAN = "same_plan"
+    SWITCH_UNDER_WAY = "switch_under_way"
+    MINIMUM_DWELL = "minimum_dwell"
+    SWITCH_LIMIT = "switch_limit"
+    HELD = "held"
+    BELOW_PRESENT_NEED = "below_present_need"
+    GAIN_TOO_SMALL = "gain_too_small"
+    COST_EXCEEDS_GAIN = "cost_exceeds_gain"
+    GAIN_EXCEEDS_COST = "gain_exceeds_cost"
+    ZERO_TRAFFIC = "zero_traffic"
+    MANUAL = "manual"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeForecast:
+    """Of the next interval: requests/s of one type, now, expected, and between low and high.
+
+    Low and high are the 0.05 and 0.95 quantiles.
+    """
+
+    name: str
+    now_rps: float
+    expected_rps: float
+    low_rps: float
+    high_rps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One decision. ``at_s`` is Unix time.
+
+    ``current_rps`` and ``candidate_rps``: served within limits, averaged over the forecast while
+    the candidate is expected to last (``lasts_s``). ``gain_requests`` is what the candidate serves
+    more in that time less the switch; ``lost_requests`` what is served less during the switch;
+    ``touched_requests`` run on replicas that change. The cost is lost plus part of the touched.
+    """
+
+    number: int
+    at_s: float
+    trigger: Trigger
+    verdict: Verdict
+    reason: Reason
+    current_plan: str
+    candidate_plan: str = ""
+    forecast: tuple[TypeForecast, ...] = ()
+    lasts_s: float = 0.0
+    current_rps: float = 0.0
+    candidate_rps: float = 0.0
+    gain_requests: float = 0.0
+    cost_requests: float = 0.0
+    switch_s: float = 0.0
+    lost_requests: float = 0.0
+    touched_requests: float = 0.0
+    changed_replicas: int = 0
+    detail: str = ""
+
+    @property
+    def line(self) -> str:
+        """For the log."""
+        rates = ", ".join(
+            f"{item.name} {item.expected_rps:.2f} ({item.low_rps:.2f}-{item.high_rps:.2f})"
+            for item in self.forecast
+        )
+        words = [f"decision {self.number} ({self.trigger}): {self.verdict}, {self.reason}"]
+        if rates:
+            words.append(f"forecast requests/s: {rates}")
+        if self.candidate_plan:
+            words.append(
+                f"plan {self.candidate_plan} serves {self.candidate_rps:.2f} requests/s, "
+                f"{self.current_plan} {self.current_rps:.2f}; over {self.lasts_s:.0f} s "
+                f"gain {self.gain_requests:.0f}, cost {self.cost_requests:.0f} requests "
+                f"({self.changed_replicas} replicas in {self.switch_s:.0f} s)"
+            )
+        return "; ".join([*words, *([self.detail] if self.detail else [])])

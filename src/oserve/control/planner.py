@@ -1,0 +1,253 @@
+"""Plans and their values from a table of what each shape can do: the appraiser of the controller.
+
+Pure. The table is made once, since the types' lengths stay; only rates change. Shapes that failed
+to start may be barred.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from oserve.control.appraisal import Rates
+from oserve.core import (
+    DeploymentPlan,
+    Device,
+    LengthClass,
+    OServeError,
+    PlannedType,
+    ReplicaShape,
+    ReplicaSpec,
+    WorkloadType,
+)
+from oserve.perf import ShapePerformance
+from oserve.plan.assign import Assigner
+from oserve.plan.deploy import place_deployment
+from oserve.plan.problem import AmongEquals, PlanProblem
+from oserve.plan.search import Deployment, Search, plan_deployment
+from oserve.plan.serving import Serving
+
+# Rates below this, or below this part of all, are noise, and bad numbers for a linear programme.
+_LEAST_PART = 1e-6
+_LEAST_RPS = 1e-9
+_MOST_SERVINGS = 512
+# A share below this is left to overflow.
+_LEAST_SHARE = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerFacts:
+    """What plans are made from. ``types``: their rates do not matter. ``table``: candidates.
+
+    ``centres`` are those of the types, (prompt, output) in tokens. ``classes`` with ``class_mix``:
+    as in a demand. ``row_of`` tells of a shape that is not in the table (``None``: nothing known);
+    ``start_s`` the seconds until a replica serves. Different replicas must be worth ``min_gain``
+    over the best homogeneous deployment.
+    """
+
+    devices: tuple[Device, ...]
+    types: tuple[WorkloadType, ...]
+    centres: tuple[tuple[float, float], ...]
+    classes: tuple[LengthClass, ...]
+    class_mix: Mapping[str, Mapping[str, float]]
+    table: tuple[ShapePerformance, ...]
+    row_of: Callable[[ReplicaSpec], ShapePerformance | None]
+    start_s: Callable[[ReplicaSpec], float]
+    min_gain: float = 0.03
+    time_limit_s: float = 5.0
+    enough_scale: float | None = None
+    among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
+
+
+class TablePlanner:
+    """Implements ``appraisal.Appraiser``."""
+
+    def __init__(self, facts: PlannerFacts) -> None:
+        self.facts = facts
+        self.barred: frozenset[ReplicaShape] = frozenset()
+        self._rows = {row.shape: row for row in facts.table}
+        self._servings: dict[tuple[tuple[ReplicaShape, int], ...], Serving] = {}
+
+    # -- plans ----------------------------------------------------------------------------------
+    def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
+        """The best plan for these rates; none where nothing may serve them."""
+        facts = self.facts
+        table = tuple(row for row in facts.table if row.shape not in self.barred)
+        types = self._rated(rates_rps, table)
+        if not any(kind.arrival_rate_rps > 0 for kind in types):
+            return ()
+        problem = PlanProblem(
+            devices=facts.devices,
+            types=types,
+            options=table,
+            enough_scale=facts.enough_scale,
+            among_equals=facts.among_equals,
+            current=current,
+        )
+        try:
+            planned = plan_deployment(
+                problem, Search.EXACT, time_limit_s=facts.time_limit_s, candidates=0
+            )
+        except OServeError:
+            return ()
+        best, plain = planned.best, planned.homogeneous[0]
+        if _gain(best, plain) < facts.min_gain:
+            best = plain
+        placed = place_deployment(problem, best)
+        if set(placed.replicas) == set(current.replicas):
+            return (current,)
+        plan = DeploymentPlan(
+            id=f"planned-{_stamp(placed.replicas)}",
+            replicas=placed.replicas,
+            workload_types=facts.classes,
+            routing_shares={},
+        )
+        return (self.with_shares(plan, placed.routing_shares),)
+
+    def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
+        """Those ``replicas`` of the current plan that serve most of these rates, one by one."""
+        rates = rates_rps if sum(rates_rps) > 0 else tuple(1.0 for _ in rates_rps)
+        kept: list[ReplicaSpec] = []
+        left = list(current.replicas)
+        while left and len(kept) < replicas:
+            best = max(left, key=lambda spec: self.served_rps([*kept, spec], rates))
+            left.remove(best)
+            kept.append(best)
+        plan = replace(current, id=f"floor-{_stamp(kept)}", replicas=tuple(kept))
+        return self.with_shares(plan, self.shares(kept, rates))
+
+    def with_shares(
+        self, plan: DeploymentPlan, shares: Mapping[str, Mapping[str, float]]
+    ) -> DeploymentPlan:
+        """The plan with these shares of types, and those of length classes that follow."""
+        names = {spec.id for spec in plan.replicas}
+        even = {name: 1.0 / len(names) for name in sorted(names)}
+        own = {kind: _whole(given) or even for kind, given in shares.items()}
+        routing: dict[str, dict[str, float]] = {}
+        for item in self.facts.classes:
+            mixed: dict[str, float] = {}
+            for kind, part in self.facts.class_mix[item.name].items():
+                for name, share in own[kind].items():
+                    mixed[name] = mixed.get(name, 0.0) + part * share
+            routing[item.name] = _whole(mixed) or even
+        return replace(
+            plan,
+            workload_types=self.facts.classes,
+            routing_shares=routing,
+            types=tuple(
+                PlannedType(
+                    name=kind.name,
+                    prompt_tokens=prompt,
+                    output_tokens=output,
+                    shares=own[kind.name],
+                )
+                for kind, (prompt, output) in zip(self.facts.types, self.facts.centres, strict=True)
+            ),
+        )
+
+    # -- values ---------------------------------------------------------------------------------
+    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+        """By the linear programme; replicas of which nothing is known serve nothing."""
+        counts = Counter(spec.shape for spec in replicas if self._row(spec) is not None)
+        key = tuple(sorted(counts.items(), key=lambda item: repr(item[0])))
+        serving = self._servings.get(key)
+        if serving is None:
+            if len(self._servings) >= _MOST_SERVINGS:
+                self._servings.clear()
+            rows = [self._rows[shape].capacity_rps for shape, _ in key]
+            serving = Serving(rows, [count for _, count in key])
+            self._servings[key] = serving
+        return serving.served_rps(rates_rps)
+
+    def shares(
+        self, replicas: Sequence[ReplicaSpec], rates_rps: Rates
+    ) -> dict[str, dict[str, float]]:
+        """Routing shares of each type over replicas that serve now, for these rates.
+
+        A type that comes at no rate goes where it is cheapest.
+        """
+        known = [spec for spec in replicas if self._row(spec) is not None]
+        everyone = {spec.id: 1.0 / len(replicas) for spec in replicas}
+        names = [kind.name for kind in self.facts.types]
+        if not known:
+            return {name: dict(everyone) for name in names}
+        ids: dict[ReplicaShape, list[str]] = {}
+        for spec in known:
+            ids.setdefault(spec.shape, []).append(spec.id)
+        table = tuple(self._rows[shape] for shape in ids)
+        types = self._rated(rates_rps, table)
+        if not any(kind.arrival_rate_rps > 0 for kind in types):
+            types = self._rated(tuple(1.0 for _ in rates_rps), table)
+        if not any(kind.arrival_rate_rps > 0 for kind in types):
+            return {name: dict(everyone) for name in names}
+        problem = PlanProblem(devices=self.facts.devices, types=types, options=table)
+        found = Assigner(problem).assign([len(names) for names in ids.values()])
+        shares: dict[str, dict[str, float]] = {}
+        for column, name in enumerate(names):
+            own = {
+                replica: row[column] / len(group)
+                for row, group in zip(found.shares, ids.values(), strict=True)
+                for replica in group
+            }
+            shares[name] = _whole(own) or dict(everyone)
+        return shares
+
+    def start_s(self, spec: ReplicaSpec) -> float:
+        """Seconds from free devices to a replica that serves."""
+        return self.facts.start_s(spec)
+
+    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+        """The mean latency of the types at these rates, over the replicas that serve them."""
+        rows = [row for spec in replicas if (row := self._row(spec)) is not None]
+        total = weight = 0.0
+        for column, rate in enumerate(rates_rps):
+            own = [row.latency_s[column] for row in rows if row.capacity_rps[column] > 0]
+            if own and rate > 0:
+                total += rate * sum(own) / len(own)
+                weight += rate
+        return total / weight if weight > 0 else 0.0
+
+    # -- helpers --------------------------------------------------------------------------------
+    def _row(self, spec: ReplicaSpec) -> ShapePerformance | None:
+        row = self._rows.get(spec.shape)
+        if row is None:
+            row = self.facts.row_of(spec)
+            if row is not None:
+                self._rows[spec.shape] = replace(row, shape=spec.shape)
+        return row
+
+    def _rated(
+        self, rates_rps: Rates, table: Sequence[ShapePerformance]
+    ) -> tuple[WorkloadType, ...]:
+        """The types at these rates, less what is noise or what no shape can serve."""
+        least = max(_LEAST_RPS, _LEAST_PART * sum(rates_rps))
+        return tuple(
+            replace(
+                kind,
+                arrival_rate_rps=rate
+                if rate > least and any(row.capacity_rps[column] > 0 for row in table)
+                else 0.0,
+            )
+            for column, (kind, rate) in enumerate(zip(self.facts.types, rates_rps, strict=True))
+        )
+
+
+def _gain(best: Deployment, plain: Deployment) -> float:
+    """Of one deployment over another: in scale where all demand is served, else in rate served."""
+    if best.score.scale >= 1 and plain.score.scale > 0:
+        return best.score.scale / plain.score.scale - 1
+    return best.score.served_rps / max(plain.score.served_rps, 1e-12) - 1
+
+
+def _whole(shares: Mapping[str, float]) -> dict[str, float]:
+    """Scaled to sum to 1, without what is too small to matter; empty where there is nothing."""
+    total = sum(shares.values())
+    kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
+    total = sum(kept.values())
+    return {name: value / total for name, value in kept.items()}
+
+
+def _stamp(replicas: Sequence[ReplicaSpec]) -> str:
+    """A short name that differs between deployments and is the same for the same one."""
+    text = repr(sorted((spec.id, repr(spec.shape), spec.devices) for spec in replicas))
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()

@@ -1,0 +1,45 @@
+"""From what is expected of an answer to the chances that a request is of each workload type.
+
+A type is what lies nearest to its centre (see ``model``), so at one prompt length the types follow
+each other as the answer grows; a distribution over answers is one over types.
+"""
+
+import math
+from collections.abc import Sequence
+
+from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_bin
+
+# Prompts within a factor of 2**(1/4) are looked up together.
+_PER_DOUBLING = 4
+
+
+class TypeChances:
+    """For types with these centres, (prompt, output) in tokens; at least one."""
+
+    def __init__(self, centres: Sequence[tuple[float, float]]) -> None:
+        self._centres = [(math.log1p(prompt), math.log1p(output)) for prompt, output in centres]
+        self._rows: dict[int, tuple[int, ...]] = {}
+
+    def kind(self, prompt_tokens: float, output_tokens: float) -> int:
+        """The index of the type of a request whose lengths are known; the first of equals."""
+        x, y = math.log1p(prompt_tokens), math.log1p(output_tokens)
+        distances = [(x - p) ** 2 + (y - o) ** 2 for p, o in self._centres]
+        return distances.index(min(distances))
+
+    def of(
+        self, prompt_tokens: int, expected: OutputExpectation, limit: int | None = None
+    ) -> tuple[float, ...]:
+        """Chances of the types, in their order; they sum to 1. ``limit``: of the answer."""
+        place = round(_PER_DOUBLING * math.log2(prompt_tokens + 1))
+        row = self._rows.get(place)
+        if row is None:
+            middle = 2.0 ** (place / _PER_DOUBLING) - 1.0
+            row = tuple(self.kind(middle, bin_tokens(index)) for index in range(BINS))
+            self._rows[place] = row
+        chances = [0.0] * len(self._centres)
+        last = BINS - 1 if limit is None else length_bin(max(1, limit))
+        # What would be longer than the limit ends at it.
+        for kind, p in zip(row[:last], expected.chances[:last], strict=True):
+            chances[kind] += p
+        chances[row[last]] += sum(expected.chances[last:])
+        return tuple(chances)

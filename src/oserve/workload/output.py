@@ -1,0 +1,236 @@
+"""How long an answer will be, from what is known before it exists: a distribution, learned online.
+
+Answers fall into bins, two per doubling. Several views of a request (its prompt's length, the limit
+it sets, its tenant, its system prompt, its session) each keep a histogram per value they have seen,
+smoothed towards the histogram of all requests by as many observations as it takes to trust it:
+
+    p_view = (counts + SMOOTHING * p_all) / (n + SMOOTHING)
+
+The views are mixed by weights that follow how well each foretold the answers so far (Bayes' rule
+with a fixed share returned to all, so that a poor view may recover). Old observations fade.
+No text is kept, only numbers and hashes, and of each view only the latest values.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_PER_DOUBLING = 2
+BINS = 2 * 18
+_SMOOTHING = 12.0
+# A histogram remembers about this many answers.
+_MEMORY = 2000.0
+_MAX_VALUES = 4096
+# What the mixture's weights give back to all views after each answer, and how fast they learn.
+_SHARED = 0.01
+_RATE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownAtArrival:
+    """``max_tokens`` is ``None`` where the client sets none; the rest are empty where unknown."""
+
+    prompt_tokens: int
+    max_tokens: int | None = None
+    endpoint: str = ""
+    tenant: str = ""
+    system: str = ""
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputExpectation:
+    """Chances of bins (they sum to 1), the mean output of each in tokens, and the mean of all."""
+
+    chances: tuple[float, ...]
+    lengths: tuple[float, ...]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Expected output tokens."""
+        return sum(p * tokens for p, tokens in zip(self.chances, self.lengths, strict=True))
+
+    def quantile(self, chance: float) -> float:
+        """The length that the answer stays within with this chance, to the bin."""
+        total = 0.0
+        for p, tokens in zip(self.chances, self.lengths, strict=True):
+            total += p
+            if total >= chance:
+                return tokens
+        return self.lengths[-1]
+
+    def beyond(self, made_tokens: int) -> float:
+        """Expected output of an answer that already has so many tokens; at least one more."""
+        left = [
+            (p, tokens)
+            for p, tokens in zip(self.chances, self.lengths, strict=True)
+            if tokens > made_tokens
+        ]
+        total = sum(p for p, _ in left)
+        if total <= 0.0:
+            return made_tokens * math.sqrt(2.0) + 1.0
+        return sum(p * tokens for p, tokens in left) / total
+
+
+class _Histogram:
+    """Fading counts of answers by bin."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self, counts: Sequence[float] = ()) -> None:
+        self.counts = list(counts) or [0.0] * BINS
+        self.total = sum(self.counts)
+
+    def add(self, index: int) -> None:
+        if self.total >= _MEMORY:
+            keep = 1.0 - 1.0 / _MEMORY
+            self.counts = [count * keep for count in self.counts]
+            self.total *= keep
+        self.counts[index] += 1.0
+        self.total += 1.0
+
+    def chance(self, index: int, base: float) -> float:
+        """Of one bin, smoothed towards ``base``."""
+        return (self.counts[index] + _SMOOTHING * base) / (self.total + _SMOOTHING)
+
+    def smoothed(self, base: Sequence[float]) -> list[float]:
+        return [self.chance(index, p) for index, p in enumerate(base)]
+
+
+class OutputEstimator:
+    """Learns from finished requests; ``usual_tokens`` is what answers have before any is seen."""
+
+    def __init__(self, usual_tokens: float = 128.0) -> None:
+        self._all = _Histogram()
+        self._prior = _spread_around(usual_tokens)
+        self._lengths = [bin_tokens(index) for index in range(BINS)]
+        self._views: list[OrderedDict[Hashable, _Histogram]] = [OrderedDict() for _ in _VIEWS]
+        self._weights = [1.0 / (len(_VIEWS) + 1)] * (len(_VIEWS) + 1)
+
+    @property
+    def seen(self) -> float:
+        """How many answers it remembers."""
+        return self._all.total
+
+    def expect(self, known: KnownAtArrival) -> OutputExpectation:
+        """The distribution of a request's output, cut at the limit that it sets."""
+        base = self._all.smoothed(self._prior)
+        seen = self._seen(known)
+        rest = sum(w for w, found in zip(self._weights[1:], seen, strict=True) if found is None)
+        weight = self._weights[0] + rest
+        mixed = [weight * p for p in base]
+        for w, found in zip(self._weights[1:], seen, strict=True):
+            if found is not None:
+                own = w / (found.total + _SMOOTHING)
+                mixed = [
+                    p + own * (count + _SMOOTHING * q)
+                    for p, count, q in zip(mixed, found.counts, base, strict=True)
+                ]
+        lengths = self._lengths
+        limit = known.max_tokens
+        if limit is not None:
+            lengths = [min(tokens, float(max(1, limit))) for tokens in lengths]
+        return OutputExpectation(chances=tuple(mixed), lengths=tuple(lengths))
+
+    def learn(self, known: KnownAtArrival, output_tokens: int) -> None:
+        """Take in one finished request."""
+        if output_tokens < 1:
+            return
+        index = length_bin(output_tokens)
+        base = self._all.chance(index, self._prior[index])
+        told = [base]
+        for found in self._seen(known):
+            told.append(base if found is None else found.chance(index, base))
+        weights = [w * p**_RATE for w, p in zip(self._weights, told, strict=True)]
+        total = sum(weights)
+        even = _SHARED / len(weights)
+        self._weights = [(1 - _SHARED) * w / total + even for w in weights]
+        for view, values in zip(_VIEWS, self._views, strict=True):
+            value = view(known)
+            if value is None:
+                continue
+            if value not in values:
+                values[value] = _Histogram()
+                if len(values) > _MAX_VALUES:
+                    values.popitem(last=False)
+            values.move_to_end(value)
+            values[value].add(index)
+        self._all.add(index)
+        step = max(1.0 / _MEMORY, 1.0 / (self._all.counts[index] + 1.0))
+        self._lengths[index] += step * (output_tokens - self._lengths[index])
+
+    def state(self) -> dict[str, Any]:
+        """Plain data that ``restored`` takes; values of views are not kept, but for lengths."""
+        by_length = self._views[0]
+        return {
+            "all": list(self._all.counts),
+            "lengths": list(self._lengths),
+            "weights": list(self._weights),
+            "by_prompt": [[key, list(item.counts)] for key, item in by_length.items()],
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "OutputEstimator":
+        """From ``state``; raises ValueError if it is of another form."""
+        made = cls()
+        sizes = (len(state["all"]), len(state["lengths"]), len(state["weights"]))
+        if sizes != (BINS, BINS, len(made._weights)):
+            raise ValueError(f"histograms of {sizes}, not of {BINS} bins")
+        made._all = _Histogram(state["all"])
+        made._lengths = [float(value) for value in state["lengths"]]
+        made._weights = [float(value) for value in state["weights"]]
+        for key, counts in state["by_prompt"]:
+            made._views[0][int(key)] = _Histogram(counts)
+        return made
+
+    def _seen(self, known: KnownAtArrival) -> list[_Histogram | None]:
+        """The histogram of each view, where it has seen such a request before."""
+        return [
+            None if (value := view(known)) is None else values.get(value)
+            for view, values in zip(_VIEWS, self._views, strict=True)
+        ]
+
+
+def _by_prompt(known: KnownAtArrival) -> Hashable | None:
+    return round(2 * math.log2(known.prompt_tokens + 1))
+
+
+def _by_limit(known: KnownAtArrival) -> Hashable | None:
+    limit = known.max_tokens
+    return None if limit is None else (known.endpoint, round(2 * math.log2(max(1, limit))))
+
+
+def _by_tenant(known: KnownAtArrival) -> Hashable | None:
+    return known.tenant or None
+
+
+def _by_system(known: KnownAtArrival) -> Hashable | None:
+    if not known.system:
+        return None
+    return (known.system, round(math.log2(known.prompt_tokens + 1)))
+
+
+def _by_session(known: KnownAtArrival) -> Hashable | None:
+    return known.session or None
+
+
+_VIEWS = (_by_prompt, _by_limit, _by_tenant, _by_system, _by_session)
+
+
+def length_bin(tokens: float) -> int:
+    """The bin of an answer of at least one token."""
+    return min(BINS - 1, int(_PER_DOUBLING * math.log2(tokens)))
+
+
+def bin_tokens(index: int) -> float:
+    """The geometric middle of a bin, in tokens."""
+    return float(max(1.0, 2.0 ** ((index + 0.5) / _PER_DOUBLING)))
+
+
+def _spread_around(tokens: float) -> list[float]:
+    """A log-normal guess, a factor of e wide."""
+    weights = [math.exp(-0.5 * math.log(bin_tokens(index) / tokens) ** 2) for index in range(BINS)]
+    total = sum(weights)
+    return [weight / total for weight in weights]

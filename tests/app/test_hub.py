@@ -1,0 +1,54 @@
+"""Counts of several gateway processes reach the hub once; operators' calls pass through it."""
+
+from pathlib import Path
+
+from oserve.app.hub import Hub, HubClient
+from oserve.control.table import RoutingTable
+from oserve.core import LengthClass
+from oserve.gateway.dispatch import Dispatcher, Picture
+from oserve.gateway.settings import GatewaySettings
+
+TABLE = RoutingTable(
+    plan_id="p",
+    workload_types=(LengthClass(name="all"),),
+    routing_shares={"all": {}},
+    replicas=(),
+)
+
+
+async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
+    async def operate(path: str, body: bytes) -> tuple[int, bytes]:
+        return 409, path.encode() + body
+
+    hub = Hub(operate)
+    await hub.listen(str(tmp_path / "hub.sock"))
+    hub.publish(TABLE, Picture())
+    dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
+    clients = [
+        HubClient(str(tmp_path / "hub.sock"), index, item) for index, item in enumerate(dispatchers)
+    ]
+    try:
+        for client in clients:
+            await client.sync()
+        for second in range(20):
+            for dispatcher, client in zip(dispatchers, clients, strict=True):
+                dispatcher.foresight.tally.arrived(float(second), (1.0,))
+                await client.sync()
+                if second % 3 == 0:
+                    # Taken by the hub, but its answer was lost: the same batch comes again.
+                    tally = dispatcher.foresight.tally
+                    tally.arrived(float(second), (1.0,))
+                    batch = tally.take()
+                    await client.sync()
+                    tally._sent = batch
+                    await client.sync()
+        batches = hub.batches()
+        assert all(batch.names == ("all",) for batch in batches)
+        counted = sum(row[0] for batch in batches for row in batch.arrivals.values())
+        assert counted == 2 * (20 + 7)
+        assert hub.batches() == []
+        assert await clients[0].operate("/oserve/v1/plan", b"!") == (409, b"/oserve/v1/plan!")
+    finally:
+        for client in clients:
+            await client.close()
+        await hub.close()

@@ -1,0 +1,242 @@
+"""The controller: it switches where that pays, and never where a guard forbids it."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oserve.control.appraisal import appraise, switch_cost
+from oserve.control.decision import Mode, Reason, Trigger, Verdict
+from oserve.control.lifetime import Lifetime
+from oserve.control.memory import recall, remembered
+from oserve.core import DeploymentPlan
+
+from .toy import NAMES, TABLE, TYPES, make_controller, make_world, plan_of, planner, row
+
+CHATS, DOCS = (16.0, 1.0), (2.0, 12.0)
+
+
+def shapes(plan: DeploymentPlan) -> Counter[int]:
+    return Counter(spec.shape.max_num_batched_tokens for spec in plan.replicas)
+
+
+async def test_a_lasting_flip_of_the_mix_is_followed_and_the_record_says_why() -> None:
+    world = make_world(0, 0, 0, 1)
+    await world.run(lambda _s: CHATS, 300)
+    assert not world.switches
+    await world.run(lambda _s: DOCS, 400)
+    assert world.switches
+    assert shapes(world.controller.plan)[4096] >= 3
+    first = world.switches[0]
+    assert first.at_s < 300 + 60
+    assert first.reason is Reason.GAIN_EXCEEDS_COST
+    assert first.gain_requests > first.cost_requests > 0
+    assert first.candidate_rps > first.current_rps
+    assert {item.name for item in first.forecast} == set(NAMES)
+    assert all(f.low_rps <= f.expected_rps <= f.high_rps for f in first.forecast)
+    assert "gain" in first.line
+    assert world.seen is not None
+    assert {s.spec for s in world.seen.replicas if s.phase == "ready"} == set(
+        world.controller.plan.replicas
+    )
+
+
+async def test_a_sudden_change_is_decided_on_within_seconds() -> None:
+    world = make_world(0, 0, 0, 1, interval_s=300, max_switches_per_hour=9)
+    await world.run(lambda _s: CHATS, 650)
+    before = len(world.decisions)
+    await world.run(lambda _s: (2.0, 30.0), 20)
+    sudden = world.decisions[before:]
+    assert sudden[0].trigger is Trigger.CHANGE
+    assert sudden[0].at_s < 650 + 12
+    assert sudden[0].verdict is Verdict.SWITCH
+
+
+async def test_a_switch_that_costs_more_than_it_brings_is_left() -> None:
+    world = make_world(0, 0, 0, 1, start_s=500.0, lasts_s=60.0, longest_s=120.0)
+    await world.run(lambda _s: CHATS, 600)
+    await world.run(lambda _s: DOCS, 200)
+    assert not world.switches
+    assert {item.reason for item in world.decisions[-3:]} <= {
+        Reason.COST_EXCEEDS_GAIN,
+        Reason.GAIN_TOO_SMALL,
+    }
+
+
+async def test_a_square_wave_does_not_make_it_flap() -> None:
+    world = make_world(0, 0, 0, 1, start_s=40.0, min_dwell_s=0.0, max_switches_per_hour=1000)
+    period = 120
+    await world.run(lambda s: CHATS if s // (period // 2) % 2 else DOCS, 2400)
+    # The wave flips once a minute. Once it is known to, hardly any switch can pay.
+    late = [item for item in world.switches if item.at_s > 1200]
+    assert len(late) <= 3
+    assert len(world.switches) <= 9
+
+
+pieces = st.lists(
+    st.tuples(st.integers(10, 120), st.integers(0, 40), st.integers(0, 25)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(pieces, st.integers(0, 3), st.sampled_from([30.0, 90.0]))
+async def test_guards_hold_whatever_comes(
+    given_pieces: list[tuple[int, int, int]], most: int, dwell_s: float
+) -> None:
+    world = make_world(
+        0, 1, 0, 1, start_s=5.0, min_dwell_s=dwell_s, max_switches_per_hour=most, margin=0.1
+    )
+    for seconds, chats, docs in given_pieces:
+        # The fake cluster raises if a device is ever given to two replicas.
+        await world.run(lambda _s, c=chats, d=docs: (float(c), float(d)), seconds)  # type: ignore[misc]
+    times = [item.at_s for item in world.switches]
+    assert all(b - a >= dwell_s for a, b in pairwise(times))
+    for at_s in times:
+        assert sum(1 for other in times if at_s - 3600 < other <= at_s) <= most
+    for decision in world.switches:
+        assert decision.gain_requests > 0
+        assert decision.lasts_s > 0
+
+
+async def test_advice_changes_nothing_and_off_decides_nothing() -> None:
+    world = make_world(0, 0, 0, 1, mode=Mode.ADVISE)
+    await world.run(lambda _s: CHATS, 100)
+    await world.run(lambda _s: DOCS, 200)
+    assert world.controller.plan.id == "first"
+    assert any(item.verdict is Verdict.ADVISE for item in world.decisions)
+    assert not world.switches
+
+
+async def test_a_person_decides_alone() -> None:
+    world = make_world(0, 0, 0, 1, mode=Mode.ADVISE, max_switches_per_hour=0)
+    await world.run(lambda _s: CHATS, 60)
+    controller = world.controller
+    wanted = plan_of(1, 1, 1, 1)
+    question = controller.ask(61.0, given=wanted)
+    weighed = appraise(question, world.planner)
+    asked = controller.judge(question, weighed, now_s=61.0, trigger=Trigger.QUESTION)
+    assert asked.verdict is not Verdict.SWITCH
+    told = controller.judge(question, weighed, now_s=61.0, trigger=Trigger.MANUAL)
+    assert (told.verdict, told.reason) == (Verdict.SWITCH, Reason.MANUAL)
+    assert controller.plan is wanted
+    late = controller.judge(question, weighed, now_s=62.0, trigger=Trigger.INTERVAL)
+    assert late.verdict is Verdict.KEEP
+    # What a person wanted is held for a while.
+    await world.run(lambda _s: CHATS, 60)
+    assert world.decisions[-1].reason in {Reason.HELD, Reason.SWITCH_UNDER_WAY}
+    assert controller.plan is wanted
+
+
+async def test_without_traffic_it_shrinks_to_the_floor_and_grows_when_requests_come() -> None:
+    world = make_world(0, 0, 0, 1, shrink_after_s=100.0, min_dwell_s=500.0)
+    await world.run(lambda _s: CHATS, 100)
+    await world.run(lambda _s: (0.0, 0.0), 300)
+    assert len(world.controller.plan.replicas) == 1
+    assert world.switches[-1].reason is Reason.ZERO_TRAFFIC
+    at_s = world.second
+    await world.run(lambda _s: CHATS, 120)
+    assert len(world.controller.plan.replicas) > 1
+    assert world.switches[-1].at_s < at_s + 10
+
+
+async def test_zero_traffic_and_no_data_keep_the_plan() -> None:
+    world = make_world(0, 0, 0, 1)
+    await world.run(lambda _s: (0.0, 0.0), 100)
+    assert {item.reason for item in world.decisions} == {Reason.NO_DATA}
+    assert not world.switches
+
+
+async def test_a_restarted_controller_goes_on_where_it_was() -> None:
+    world = make_world(0, 0, 0, 1)
+    await world.run(lambda _s: CHATS, 130)
+    controller = world.controller
+    state = json.loads(json.dumps(controller.state()))
+    again = make_controller(controller.plan, interval_s=20, min_dwell_s=60.0, lasts_s=600.0)
+    again.restore(state)
+    assert again.forecast() == controller.forecast()
+    assert again.now_rps() == controller.now_rps()
+    assert again.ask(131.0).steps == controller.ask(131.0).steps
+    # Ten minutes nobody looked: gaps, which are no zeros.
+    again.observe(730.0)
+    assert again.forecast()[0].expected_rps == pytest.approx(16.0, rel=0.2)
+
+
+def test_the_cost_of_a_switch_is_what_is_missing_meanwhile() -> None:
+    made = planner(start_s=30.0)
+    old, new = plan_of(0, 0, 0, 0), plan_of(0, 0, 0, 1)
+    rates: dict[tuple[float, ...], float] = {(30.0, 0.0): 1.0}
+    cost = switch_cost(old.replicas, new.replicas, rates, made)
+    # One of four leaves for 30 s and a mean latency of 1 s: 30 of 32 were served, 24 still are.
+    assert cost.changed == 1
+    assert cost.seconds == pytest.approx(31.0)
+    assert cost.lost == pytest.approx(6.0 * 31.0)
+    assert switch_cost(old.replicas, old.replicas, rates, made).requests == 0.0
+
+
+@given(st.floats(0, 100), st.floats(0, 100))
+def test_the_value_of_replicas_is_within_demand_and_grows_with_them(a: float, b: float) -> None:
+    made = planner()
+    some = made.served_rps(plan_of(0, 1).replicas, (a, b))
+    more = made.served_rps(plan_of(0, 1, 1).replicas, (a, b))
+    assert -1e-6 <= some <= a + b + 1e-6
+    assert more >= some - 1e-6
+
+
+def test_shapes_that_failed_are_not_planned_again() -> None:
+    made = planner()
+    made.barred = frozenset({TABLE[1].shape})
+    (plan,) = made.candidates((1.0, 10.0), plan_of(0))
+    assert shapes(plan).keys() == {512}
+    made.barred = frozenset(row.shape for row in TABLE)
+    assert not made.candidates((1.0, 10.0), plan_of(0))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.floats(0, 50), st.floats(0, 50))
+def test_shares_cover_every_type_and_sum_to_one(rows: list[int], a: float, b: float) -> None:
+    plan = plan_of(*(row % 2 for row in rows))
+    shares = planner().shares(plan.replicas, (a, b))
+    assert set(shares) == {kind.name for kind in TYPES}
+    for own in shares.values():
+        assert sum(own.values()) == pytest.approx(1.0)
+        assert own.keys() <= {spec.id for spec in plan.replicas}
+
+
+def test_a_plan_lasts_as_long_as_plans_have_lasted() -> None:
+    lifetime = Lifetime(prior_s=900.0, most_s=3600.0, lag_s=10.0)
+    assert lifetime.expected_s("a", 0.0) == 900.0
+    for flip in range(41):
+        lifetime.prefers("ab"[flip % 2], flip * 60.0)
+    at_s = 40 * 60.0
+    assert lifetime.expected_s("a", at_s) == pytest.approx(50.0, abs=1.0)
+    assert lifetime.expected_s("a", at_s + 40.0) == pytest.approx(10.0, abs=2.0)
+    # What has outlived all others is expected to last as long again.
+    assert lifetime.expected_s("a", at_s + 1000.0) == pytest.approx(990.0)
+    assert lifetime.expected_s("a", 1e9) <= 3600.0
+    again = Lifetime(prior_s=900.0, most_s=3600.0, lag_s=10.0)
+    again.restore(json.loads(json.dumps(lifetime.state())))
+    assert again.expected_s("b", at_s) == lifetime.expected_s("b", at_s)
+
+
+def test_toy_rows_are_sound() -> None:
+    assert row(512, 1.0, 2.0).capacity_rps == (1.0, 2.0)
+
+
+async def test_other_types_inherit_the_history() -> None:
+    world = make_world(0, 0, 0, 1)
+    await world.run(lambda _s: CHATS, 130)
+    old = ((100.0, 200.0), (4000.0, 100.0))
+    memory = json.loads(json.dumps(remembered(world.controller, old)))
+    # The types stand the other way round now, and a little elsewhere.
+    again = make_controller(world.controller.plan, interval_s=20)
+    assert recall(again, memory, ((3500.0, 90.0), (120.0, 210.0)))
+    expected = [item.expected_rps for item in again.forecast()]
+    assert expected[1] == pytest.approx(16.0, rel=0.2)
+    assert expected[0] < 3.0
+    assert again.now_rps() == tuple(reversed(world.controller.now_rps()))
+    same = make_controller(world.controller.plan, interval_s=20)
+    assert recall(same, memory, old)
+    assert same.forecast() == world.controller.forecast()
+    assert not recall(same, {"names": []}, old)
