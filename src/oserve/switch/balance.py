@@ -2,8 +2,8 @@
 
 Over x[d, s], the fraction of demand d that its holder s sends, and the time t:
 
-    minimise t  subject to  sum over s of x[d, s] = 1                              (each demand)
-                            sum of bytes[d] * x[d, s] over what passes a link <= rate * t  (each link)
+    minimise t  subject to  sum over s of x[d, s] = 1                                (each demand)
+                            sum of bytes[d] * x[d, s] over what passes it <= rate * t  (each link)
 
 and, among equals, the fewest bytes between nodes. Its optimum is a lower bound on the time of any
 choice of sources (section 4 of the method allows no relays). Rounding cuts items between sources
@@ -182,7 +182,7 @@ def _rounded(demand: Demand, shares: dict[str, float]) -> list[Copy]:
         while items and left > 0:
             item = items.pop()
             if item.size_bytes <= left:
-                taken, rest = [item], []
+                taken, rest = [item], list[Item]()
             else:
                 taken, rest = split_item(item, left, _LEAST_BYTES)
             copies.extend(Copy(part, name, demand.target) for part in taken)

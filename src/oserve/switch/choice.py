@@ -21,7 +21,9 @@ class Copy:
 def local_copies(demands: Demands) -> tuple[Copy, ...]:
     """What the targets' own devices hold."""
     return tuple(
-        Copy(item, demand.target, demand.target) for demand in demands.local for item in demand.items
+        Copy(item, demand.target, demand.target)
+        for demand in demands.local
+        for item in demand.items
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 from oserve.core import OServeError
-from oserve.switch.layout import Architecture, Placed
+from oserve.switch.layout import Contents, Placed
 from oserve.switch.tensor import Box, Range, Tensor, Where, volume
 
 
@@ -54,15 +54,13 @@ class Demands:
     local: tuple[Demand, ...]
 
 
-def demands_of(
-    architecture: Architecture, sources: Sequence[Placed], targets: Sequence[Placed]
-) -> Demands:
+def demands_of(contents: Contents, sources: Sequence[Placed], targets: Sequence[Placed]) -> Demands:
     """What the targets' layouts want of the sources'. Every wanted byte is in exactly one demand.
 
     Raises OServeError if a device has two targets, or if some of it is held by no source.
     """
     _check_devices(targets)
-    return _Gathering(architecture, sources, targets).demands()
+    return _Gathering(contents, sources, targets).demands()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +75,9 @@ class _Gathering:
     """Holders and takers as bit masks over devices, worked out once per kind of tensor."""
 
     def __init__(
-        self, architecture: Architecture, sources: Sequence[Placed], targets: Sequence[Placed]
+        self, contents: Contents, sources: Sequence[Placed], targets: Sequence[Placed]
     ) -> None:
-        self._architecture = architecture
+        self._contents = contents
         self._sources = sources
         self._targets = targets
         names = dict.fromkeys(name for placed in (*sources, *targets) for name in placed.devices)
@@ -132,7 +130,7 @@ class _Gathering:
         keys = {
             held: {
                 part.key: part
-                for parameter in self._architecture.parameters(held)
+                for parameter in self._contents.parameters(held)
                 for part in parameter.parts
             }
             for held in {placed.layout.held for placed in (*self._sources, *self._targets)}
@@ -177,7 +175,7 @@ class _Gathering:
         bounds = {
             bound
             for size in {one.layout.pipeline_parallel_size for one in placed}
-            for _, layers in self._architecture.stages(where, size)
+            for _, layers in self._contents.stages(where, size)
             for bound in layers
         }
         return list(pairwise(sorted(bounds)))
@@ -192,7 +190,7 @@ class _Gathering:
             layout = one.layout
             width = layout.tensor_parallel_size
             ranks = cells.of_rank[width, layout.expert_parallel]
-            for stage, layers in self._architecture.stages(where, layout.pipeline_parallel_size):
+            for stage, layers in self._contents.stages(where, layout.pipeline_parallel_size):
                 bits = [self._bit[name] for name in one.devices[stage * width :][:width]]
                 for index, segment in enumerate(segments):
                     if layers[0] <= segment[0] and segment[1] <= layers[1]:

@@ -5,6 +5,7 @@ go to stages as vLLM's ``get_pp_indices`` deals them (vllm/distributed/utils.py)
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,21 +49,24 @@ class Placed:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """A model whose parameter layout is known."""
+class Contents(ABC):
+    """What replicas hold, by format: parameters, of which ``layers`` layers have one each."""
 
-    model: ModelFacts
-    family: Family
+    __slots__ = ()
 
+    @property
+    @abstractmethod
+    def layers(self) -> int:
+        """How many layers there are."""
+
+    @abstractmethod
     def parameters(self, held: Format) -> tuple[Parameter, ...]:
-        """Its parameters in a format."""
-        return parameters_of(self.model, self.family, held)
+        """All parameters in a format."""
 
     def stages(self, where: Where, stages: int) -> tuple[tuple[int, Range], ...]:
-        """(stage, its layers) for the stages that have such a tensor; (0, 1) if it is no layer's."""
+        """(stage, its layers) of the stages that have such a tensor; (0, 1) if no layer's."""
         if where is Where.LAYER:
-            return tuple(enumerate(stage_layers(self.model.layers, stages)))
+            return tuple(enumerate(stage_layers(self.layers, stages)))
         chosen = {
             Where.FIRST: (0,),
             Where.LAST: (stages - 1,),
@@ -70,6 +74,23 @@ class Architecture:
             Where.EVERY: tuple(range(stages)),
         }[where]
         return tuple((stage, (0, 1)) for stage in chosen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture(Contents):
+    """The weights of a model whose parameter layout is known."""
+
+    model: ModelFacts
+    family: Family
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return self.model.layers
+
+    def parameters(self, held: Format) -> tuple[Parameter, ...]:
+        """Its parameters in a format."""
+        return parameters_of(self.model, self.family, held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +173,7 @@ def local_parameter(
     return Local(parameter=parameter, shape=tuple(shape), pieces=tuple(pieces))
 
 
-def shard_map(architecture: Architecture, layout: Layout, rank: int) -> dict[str, Local]:
+def shard_map(architecture: Contents, layout: Layout, rank: int) -> dict[str, Local]:
     """What one rank holds, by the engine's parameter names (layers written out)."""
     stage, tensor_rank = divmod(rank, layout.tensor_parallel_size)
     held: dict[str, Local] = {}
@@ -171,7 +192,7 @@ def shard_map(architecture: Architecture, layout: Layout, rank: int) -> dict[str
 
 
 def pieces_by_key(
-    architecture: Architecture, layout: Layout, rank: int
+    architecture: Contents, layout: Layout, rank: int
 ) -> dict[tuple[str, str, str], tuple[Parameter, Piece]]:
     """The rank's pieces by the key of their tensor; those of stages it is not in are left out."""
     stage, tensor_rank = divmod(rank, layout.tensor_parallel_size)

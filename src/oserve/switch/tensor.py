@@ -14,7 +14,7 @@ from oserve.core import OServeError
 Range = tuple[int, int]
 Box = tuple[Range, ...]
 
-# vLLM pads vocabularies to a multiple of this (vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE).
+# vLLM pads vocabularies to a multiple of this (DEFAULT_VOCAB_PADDING_SIZE).
 VOCABULARY_PADDING = 64
 
 
@@ -45,7 +45,7 @@ class Where(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Dimension ``dim`` is made of ``units`` equal units (heads, groups, rows) kept in one piece."""
+    """Dimension ``dim`` is made of ``units`` equal units (heads, groups, rows), each kept whole."""
 
     kind: CutKind = CutKind.WHOLE
     dim: int = 0
@@ -145,9 +145,7 @@ class Parameter:
 
 def intersect(one: Box, other: Box) -> Box | None:
     """What two boxes share, or None."""
-    shared = tuple(
-        (max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other, strict=True)
-    )
+    shared = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other, strict=True))
     return shared if all(start < stop for start, stop in shared) else None
 
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from oserve.core import OServeError, Precision
 from oserve.switch.balance import balanced_copies, lower_bound_s
 from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
-from oserve.switch.demand import demands_of
+from oserve.switch.demand import Demands, demands_of
 from oserve.switch.layout import Architecture, Placed, local_parameter
 from oserve.switch.links import Links, Traffic, busy_s, latency_s, local_s
 from oserve.switch.tensor import CutKind, Parameter, Range, Where
@@ -78,7 +78,24 @@ def plan_transfer(
     where something is held by no source, with the reason.
     """
     wanted = [_received(target, sources, quantise=quantise) for target in targets]
+    conversions = tuple(
+        conversion
+        for target, got in zip(targets, wanted, strict=True)
+        if got is not target
+        for conversion in _conversions(architecture, target, got)
+    )
     demands = demands_of(architecture, sources, wanted)
+    return plan_demands(demands, links, method=method, conversions=conversions)
+
+
+def plan_demands(
+    demands: Demands,
+    links: Links,
+    *,
+    method: Method = Method.BALANCED,
+    conversions: tuple[Conversion, ...] = (),
+) -> TransferPlan:
+    """Sources for demands, and the time."""
     if method is Method.BALANCED:
         balanced = balanced_copies(demands.remote, links)
         copies, bound_s = balanced.copies, balanced.bound_s
@@ -90,12 +107,7 @@ def plan_transfer(
     return TransferPlan(
         copies=copies,
         kept=kept,
-        conversions=tuple(
-            conversion
-            for target, got in zip(targets, wanted, strict=True)
-            if got is not target
-            for conversion in _conversions(architecture, target, got)
-        ),
+        conversions=conversions,
         traffic=traffic,
         busy_s=busy_s(traffic, links),
         latency_s=latency_s(traffic.pairs, links),
@@ -112,7 +124,9 @@ def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) ->
     if not formats:
         return "no replica is running to copy from"
     if not held.quantised:
-        return f"no running replica holds {held.precision} weights, and others cannot be turned back"
+        return (
+            f"no running replica holds {held.precision} weights, and others cannot be turned back"
+        )
     if held.unquantised not in formats:
         return (
             f"no running replica holds {held.precision} weights, nor {held.plain} ones to make "
@@ -138,18 +152,14 @@ def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> P
     return replace(target, layout=replace(target.layout, held=held.unquantised))
 
 
-def _conversions(
-    architecture: Architecture, target: Placed, got: Placed
-) -> list[Conversion]:
+def _conversions(architecture: Architecture, target: Placed, got: Placed) -> list[Conversion]:
     layout = target.layout
     width = layout.tensor_parallel_size
     own = {
-        part.key
-        for parameter in architecture.parameters(layout.held)
-        for part in parameter.parts
+        part.key for parameter in architecture.parameters(layout.held) for part in parameter.parts
     }
     _check_cuts(architecture, target)
-    found = []
+    found: list[Conversion] = []
     for parameter in architecture.parameters(got.layout.held):
         if all(part.key in own for part in parameter.parts):
             continue
