@@ -123,14 +123,14 @@ Home = dict[tuple[str, str, str], tuple[Parameter, Piece]]
 
 def _homes(architecture: Architecture, placed: Sequence[Placed]) -> dict[str, Home]:
     return {
-        device: _home(architecture, one.layout, rank)
+        device: home(architecture, one.layout, rank)
         for one in placed
         for rank, device in enumerate(one.devices)
     }
 
 
 @functools.lru_cache(maxsize=4096)
-def _home(architecture: Architecture, layout: Layout, rank: int) -> Home:
+def home(architecture: Architecture, layout: Layout, rank: int) -> Home:
     return pieces_by_key(architecture, layout, rank)
 
 

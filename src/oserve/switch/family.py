@@ -141,14 +141,17 @@ def _gated_mlp(stem: str, hidden: int, wide: int) -> tuple[Linear, Linear]:
     )
 
 
-def _ends(model: ModelFacts) -> tuple[Plain, ...]:
+def _ends(model: ModelFacts, *, everywhere: bool = False) -> tuple[Plain, ...]:
+    """Embedding, last norm and head; ``everywhere``: all of them exist in all stages."""
+    first, last = (Where.EVERY, Where.EVERY) if everywhere else (Where.FIRST, Where.LAST)
+    if model.tied and not everywhere:
+        first = Where.ENDS
     shape = (model.vocab, model.hidden)
-    where = Where.ENDS if model.tied else Where.FIRST
-    embed = Plain(name="model.embed_tokens.weight", shape=shape, cut=_VOCABULARY, where=where)
-    norm = Plain(name="model.norm.weight", shape=(model.hidden,), where=Where.LAST)
+    embed = Plain(name="model.embed_tokens.weight", shape=shape, cut=_VOCABULARY, where=first)
+    norm = Plain(name="model.norm.weight", shape=(model.hidden,), where=last)
     if model.tied:
         return embed, norm
-    head = Plain(name="lm_head.weight", shape=shape, cut=_VOCABULARY, where=Where.LAST)
+    head = Plain(name="lm_head.weight", shape=shape, cut=_VOCABULARY, where=last)
     return embed, norm, head
 
 
@@ -200,7 +203,8 @@ def _mixture(block: str, *, head_norms: bool) -> Callable[[ModelFacts], tuple[Me
                 input_units=wide,
                 experts=model.experts,
             ),
-            *_ends(model),
+            # Every stage has both ends, used or not (models/mixtral.py, qwen3_moe.py).
+            *_ends(model, everywhere=True),
         )
         if model.shared_intermediate:
             members += _gated_mlp(stem + "shared_expert", hidden, model.shared_intermediate)

@@ -228,12 +228,13 @@ def differences(
 ) -> tuple[str, ...]:
     """How an engine's parameters (names and shapes it reports) differ from a shard map, in words.
 
-    ``weight_shape`` of packed weights describes the rank itself and is passed over.
+    What describes the rank itself (``weight_shape`` of packed weights) or the type of the KV cache
+    (scales of attention) never moves and is passed over.
     """
     found = [f"{name} is missing" for name in expected if name not in live]
     for name, shape in live.items():
         if name not in expected:
-            if not name.endswith("weight_shape"):
+            if not name.endswith("weight_shape") and ".attn." not in name:
                 found.append(f"{name} is not known")
         elif tuple(shape) != expected[name].shape:
             found.append(f"{name} is {tuple(shape)}, not {expected[name].shape}")

@@ -37,7 +37,7 @@ class Format:
     @property
     def unquantised(self) -> "Format":
         """The format that this one can be made from."""
-        return replace(self, precision=self.plain)
+        return Format(precision=self.plain, plain=self.plain)
 
 
 def format_of(precision: Precision, *, plain: Precision = Precision.BF16) -> Format:

@@ -77,6 +77,9 @@ def plan_transfer(
     ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError
     where something is held by no source, with the reason.
     """
+    for placed in (*sources, *targets):
+        for device in placed.devices:
+            links.port(device)
     wanted = [_received(target, sources, quantise=quantise) for target in targets]
     conversions = tuple(
         conversion
