@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/switch/plan.py [--pairs 20] [--json]
 
-Deployments are random replicas of 4 or 8 devices inside nodes (tensor x pipeline parallel 4x1, 2x2,
-8x1, 4x2, 2x4) on shuffled devices; in the second half of the pairs the weights are on one node
-only, as when a model is scaled out. Two clusters: the paper's (NVLink 400 GB/s, 200 GB/s per
-node), and H100 data sheets (NVLink 450 GB/s, eight 400 Gbit/s ports per node). Nothing is moved:
-transfer times are the fluid model's, with one message's latency per pair of devices. "bound" is the
-linear programme's, which no choice of sources undercuts. Reload: each node reads the weights that
+Deployments are random replicas of 4 or 8 devices (tensor x pipeline parallel 4x1, 2x2, 8x1, 4x2,
+2x4) on shuffled devices, in three settings: replicas inside nodes; stages of a replica on any
+nodes; and, inside nodes, the weights on one node only at first, as when a model is scaled out. Two
+clusters: the paper's (NVLink 400 GB/s, 200 GB/s per node), and H100 data sheets (NVLink 450 GB/s,
+eight 400 Gbit/s ports per node). Nothing is moved: transfer times are the fluid model's, with one
+message's latency per pair of devices. "bound" is the linear programme's, which no choice of sources
+undercuts. Reload: each node reads the weights that
 its devices hold, each file once, over one path of the given rate, and hands them to its devices.
 Plan times are medians over pairs of the best of three runs, one core, box-by-box copies included.
 """
@@ -37,6 +38,7 @@ Result = TypeVar("Result")
 
 NODES, NODE_SIZE = 4, 8
 SHAPES = ((4, 1), (2, 2), (8, 1), (4, 2), (2, 4))
+INSIDE, STRADDLE, ONE_NODE = "inside nodes", "stages on any nodes", "weights on one node at first"
 # Bytes per second at which a node reads weights that are not on its devices.
 DISK = 3.0e9
 PAGE_CACHE = 1.5e10
@@ -46,7 +48,7 @@ PAGE_CACHE = 1.5e10
 class Row:
     """One pair of deployments. Seconds, but the last: of a plan on this machine."""
 
-    spread: bool
+    setting: str
     demands: int
     copies: int
     moved_gb: float
@@ -60,17 +62,41 @@ class Row:
     greedy_plan_s: float
 
 
-def deployment(rng: random.Random) -> list[Placed]:
+def deployment(rng: random.Random, *, straddle: bool) -> list[Placed]:
+    """Tensor-parallel groups are inside nodes, stages of a replica too unless they straddle."""
     found: list[Placed] = []
-    for node in range(NODES):
-        left = [f"n{node}/gpu:{index}" for index in range(NODE_SIZE)]
-        rng.shuffle(left)
-        while left:
-            width, depth = rng.choice([s for s in SHAPES if s[0] * s[1] <= len(left)])
-            own, left = tuple(left[: width * depth]), left[width * depth :]
-            layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth)
-            found.append(Placed(replica=f"r{len(found)}", layout=layout, devices=own))
+    free = [
+        rng.sample([f"n{node}/gpu:{index}" for index in range(NODE_SIZE)], NODE_SIZE)
+        for node in range(NODES)
+    ]
+    while any(free):
+        open_nodes = [node for node in free if node]
+        width, depth = rng.choice(SHAPES)
+        home = rng.choice(open_nodes)
+        devices: list[str] = []
+        for _ in range(depth):
+            roomy = [node for node in (free if straddle else [home]) if len(node) >= width]
+            if not roomy:
+                break
+            chosen = rng.choice(roomy)
+            devices += [chosen.pop() for _ in range(width)]
+        if len(devices) < width * depth:
+            for device in devices:
+                free[int(device[1])].append(device)
+            continue
+        layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth)
+        name = f"r{len(found)}"
+        found.append(Placed(replica=name, layout=layout, devices=tuple(devices)))
     return found
+
+
+def deployments(seed: int, setting: str) -> tuple[list[Placed], list[Placed]]:
+    rng = random.Random(seed)
+    straddle = setting == STRADDLE
+    old, new = deployment(rng, straddle=straddle), deployment(rng, straddle=straddle)
+    if setting == ONE_NODE:
+        old = [one for one in old if one.devices[0].startswith("n0/")]
+    return old, new
 
 
 def clusters() -> dict[str, Links]:
@@ -107,13 +133,9 @@ def measure(
     new: Sequence[Placed],
     links: Links,
     *,
-    spread: bool,
+    setting: str,
 ) -> Row:
-    def gathered() -> float:
-        return timed(lambda: demands_of(architecture, old, new))[0]
-
-    gather_s = gathered()
-    demands = demands_of(architecture, old, new)
+    gather_s, demands = timed(lambda: demands_of(architecture, old, new))
     kept = local_copies(demands)
     balanced_plan_s, balanced = timed(lambda: balanced_copies(demands.remote, links))
     greedy_plan_s, greedy = timed(lambda: greedy_copies(demands.remote, links))
@@ -122,7 +144,7 @@ def measure(
     traffic = traffic_of((*balanced.copies, *kept))
     bound_s = max(lower_bound_s(demands.remote, links), busy_s(traffic_of(kept), links))
     return Row(
-        spread=spread,
+        setting=setting,
         demands=len(demands.remote),
         copies=len(balanced.copies),
         moved_gb=traffic.moved_bytes / 1e9,
@@ -137,60 +159,52 @@ def measure(
     )
 
 
-def report(name: str, rows: Sequence[Row]) -> None:
-    for spread in (True, False):
-        own = [row for row in rows if row.spread is spread]
-        if not own:
-            continue
+def over_bound(times: Sequence[float], rows: Sequence[Row]) -> list[float]:
+    return [time_s / row.bound_s - 1 for time_s, row in zip(times, rows, strict=True)]
 
-        def middle(value: Callable[[Row], float], own: Sequence[Row] = own) -> float:
-            return statistics.median(value(row) for row in own)
 
-        print(f"\n{name}; weights on {'all nodes' if spread else 'one node'}; {len(own)} pairs")
+def report(name: str, setting: str, rows: Sequence[Row]) -> None:
+    middle = statistics.median
+    print(f"\n{name}; {setting}; {len(rows)} pairs")
+    print(
+        f"  moved {middle(row.moved_gb for row in rows):.0f} GB, "
+        f"kept {middle(row.kept_gb for row in rows):.0f} GB; "
+        f"{middle(row.demands for row in rows):.0f} demands, "
+        f"{middle(row.copies for row in rows):.0f} copies"
+    )
+    print(f"  {'':12}{'seconds':>9}{'over bound':>12}{'worst':>8}{'plan, ms':>10}{'worst':>8}")
+    print(f"  {'bound':12}{middle(row.bound_s for row in rows):9.3f}")
+    for label, times, plans in (
+        ("balanced", [row.balanced_s for row in rows], [row.balanced_plan_s for row in rows]),
+        ("greedy", [row.greedy_s for row in rows], [row.greedy_plan_s for row in rows]),
+    ):
+        over = over_bound(times, rows)
         print(
-            f"  moved {middle(lambda r: r.moved_gb):.0f} GB, kept {middle(lambda r: r.kept_gb):.0f}"
-            f" GB; {middle(lambda r: r.demands):.0f} demands, {middle(lambda r: r.copies):.0f} copies"
+            f"  {label:12}{middle(times):9.3f}{middle(over):12.1%}{max(over):8.1%}"
+            f"{1e3 * middle(plans):10.1f}{1e3 * max(plans):8.1f}"
         )
-        print(
-            f"  {'':12}{'seconds':>9}{'over bound, median':>21}{'worst':>8}{'plan, ms':>10}{'worst':>7}"
-        )
-        print(f"  {'bound':12}{middle(lambda r: r.bound_s):9.3f}")
-        for label, time_of, plan_of in (
-            ("balanced", lambda r: r.balanced_s, lambda r: r.balanced_plan_s),
-            ("greedy", lambda r: r.greedy_s, lambda r: r.greedy_plan_s),
-        ):
-            over = [time_of(row) / row.bound_s - 1 for row in own]
-            plans = [1e3 * plan_of(row) for row in own]
-            print(
-                f"  {label:12}{middle(time_of):9.3f}{statistics.median(over):20.1%} {max(over):7.1%}"
-                f"{statistics.median(plans):10.1f}{max(plans):7.1f}"
-            )
-        print(
-            f"  {'page cache':12}{middle(lambda r: r.page_cache_s):9.1f}  at {PAGE_CACHE / 1e9:g} GB/s per node"
-        )
-        print(f"  {'disk':12}{middle(lambda r: r.disk_s):9.1f}  at {DISK / 1e9:g} GB/s per node")
+    for label, rate in (("page cache", PAGE_CACHE), ("disk", DISK)):
+        read_s = rows[0].page_cache_s if rate == PAGE_CACHE else rows[0].disk_s
+        print(f"  {label:12}{read_s:9.1f}  at {rate / 1e9:g} GB/s per node")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=20, help="of deployments, in each setting")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     architecture = architecture_of(find_model("llama-2-70b"))
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     for name, links in clusters().items():
-        rows = []
-        for pair in range(arguments.pairs):
-            rng = random.Random(pair)
-            old, new = deployment(rng), deployment(rng)
-            spread = pair < arguments.pairs / 2
-            if not spread:
-                old = [one for one in old if one.devices[0].startswith("n0/")]
-            rows.append(measure(architecture, old, new, links, spread=spread))
-        if arguments.json:
-            print(json.dumps({"cluster": name, "rows": [asdict(row) for row in rows]}))
-        else:
-            report(name, rows)
+        for setting in (INSIDE, STRADDLE, ONE_NODE):
+            rows = []
+            for pair in range(arguments.pairs):
+                old, new = deployments(pair, setting)
+                rows.append(measure(architecture, old, new, links, setting=setting))
+            if arguments.json:
+                print(json.dumps({"cluster": name, "rows": [asdict(row) for row in rows]}))
+            else:
+                report(name, setting, rows)
     print(f"load {os.getloadavg()[0]:.1f}", file=sys.stderr)
 
 
