@@ -46,8 +46,7 @@ def tiny(name: str, **changes: object) -> Architecture:
     }
     if "moe" in name or name.startswith("mixtral"):
         sizes |= {"experts": 8, "experts_per_token": 2, "intermediate": 64}
-    architecture = {"qwen3-moe": "Qwen3MoeForCausalLM"}.get(name, "")
-    return architecture_of(ModelFacts(name=name, **(sizes | changes)), architecture)  # type: ignore[arg-type]
+    return architecture_of(ModelFacts(name=name, **(sizes | changes)))  # type: ignore[arg-type]
 
 
 def wholes(architecture: Architecture, held: Format) -> Wholes:

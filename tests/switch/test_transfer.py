@@ -322,6 +322,8 @@ def test_plans_of_the_core_become_layouts() -> None:
 def test_unknown_things_are_refused() -> None:
     with pytest.raises(OServeError, match="not known"):
         architecture_of(find_model("llama-2-70b"), "GPT2LMHeadModel")
+    with pytest.raises(OServeError, match="not known"):
+        architecture_of(replace(find_model("opt-30b"), name="falcon"))
     one = Placed(replica="a", layout=Layout(), devices=("n0/0",))
     with pytest.raises(OServeError, match="not in the cluster"):
         plan_transfer(tiny("llama"), [one], [replace(one, devices=("mars",))], cluster(1, 1))

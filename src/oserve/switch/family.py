@@ -34,6 +34,14 @@ _ARCHITECTURES = {
     "MixtralForCausalLM": Family.MIXTRAL,
     "Qwen3MoeForCausalLM": Family.QWEN3_MOE,
 }
+_NAMED = {
+    "llama": Family.LLAMA,
+    "mistral": Family.LLAMA,
+    "qwen2": Family.QWEN2,
+    "qwen3": Family.QWEN3,
+    "opt": Family.OPT,
+}
+_NAMED_MIXTURES = {"mixtral": Family.MIXTRAL, "qwen3": Family.QWEN3_MOE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,24 +85,22 @@ _VOCABULARY = Cut(kind=CutKind.VOCABULARY)
 
 
 def family_of(model: ModelFacts, architecture: str = "") -> Family:
-    """The family by the ``architectures`` entry of config.json, else by name and structure.
+    """The family by the ``architectures`` entry of config.json, else by the model's name.
 
-    Raises OServeError for an architecture whose layout is not known here.
+    Raises OServeError for one whose layout is not known here: a guess would move the wrong bytes.
     """
-    if architecture:
-        if architecture not in _ARCHITECTURES:
-            raise OServeError(
-                f"the parameter layout of {architecture} is not known",
-                place="model",
-                remedy="switch by reloading, or use one of: " + ", ".join(_ARCHITECTURES),
-            )
-        return _ARCHITECTURES[architecture]
     name = model.name.lower()
-    if model.experts > 1:
-        return Family.QWEN3_MOE if "qwen" in name else Family.MIXTRAL
-    if not model.gated:
-        return Family.OPT
-    return next((family for family in (Family.QWEN3, Family.QWEN2) if family in name), Family.LLAMA)
+    found = _ARCHITECTURES.get(architecture)
+    if not architecture:
+        named = _NAMED_MIXTURES if model.experts > 1 else _NAMED
+        found = next((family for part, family in named.items() if part in name), None)
+    if found is None:
+        raise OServeError(
+            f"the parameter layout of {architecture or model.name} is not known",
+            place="model",
+            remedy="switch by reloading, or use one of: " + ", ".join(_ARCHITECTURES),
+        )
+    return found
 
 
 def members_of(model: ModelFacts, family: Family) -> tuple[Member, ...]:
