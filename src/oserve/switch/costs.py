@@ -1,0 +1,123 @@
+"""What a switch costs: seconds of each phase of each wave, and the capacity that is missing then.
+
+The constants are measured on engines (``SwitchCosts``); transfers come from their plan. It does not
+decide whether a switch is worth it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from oserve.switch.transfer import TransferPlan
+from oserve.switch.waves import Wave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchCosts:
+    """Seconds, but ``link_share``: the part of a link's bandwidth that transfers reach.
+
+    ``engine_start_s``: a standby engine with dummy weights, warmed; ``further_start_s``: each
+    further one that starts on the same host. ``join_s``: forming the group of a transfer.
+    ``quantise_s_per_byte`` is per plain byte on a device. ``room_s``: releasing or ending an
+    engine that makes room, once it is drained.
+    """
+
+    engine_start_s: float = 4.0
+    further_start_s: float = 1.0
+    join_s: float = 0.5
+    link_share: float = 0.8
+    quantise_s_per_byte: float = 1e-11
+    verify_s: float = 1.0
+    commit_s: float = 0.05
+    drain_s: float = 10.0
+    room_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSeconds:
+    """How long each phase of one wave takes; ``room_s`` is draining those that make room first."""
+
+    room_s: float
+    prepare_s: float
+    transfer_s: float
+    verify_s: float
+    commit_s: float
+    drain_s: float
+
+    @property
+    def until_commit_s(self) -> float:
+        """From the start of the wave until its new replicas serve."""
+        return self.room_s + self.prepare_s + self.transfer_s + self.verify_s + self.commit_s
+
+    @property
+    def total_s(self) -> float:
+        """Until the old ones are gone."""
+        return self.until_commit_s + self.drain_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchCost:
+    """Phases by wave; ``ready_s``: from the decision until the last commit.
+
+    ``missing_requests``, by type: the capacity that is not ready on the way, against what was ready
+    before, times the seconds it is missing.
+    """
+
+    waves: tuple[PhaseSeconds, ...]
+    ready_s: float
+    total_s: float
+    missing_requests: tuple[float, ...]
+
+
+def switch_cost(
+    waves: Sequence[Wave],
+    transfers: Sequence[TransferPlan],
+    costs: SwitchCosts,
+    *,
+    hosts: Mapping[str, str],
+    capacity_rps: tuple[float, ...],
+) -> SwitchCost:
+    """Of waves and their transfers; ``hosts`` tells each new replica's host.
+
+    ``capacity_rps`` is ready before the first wave, by type. The last wave's drain does not delay
+    anything; the others' does, since the next wave may need the room.
+    """
+    phases = []
+    missing = [0.0] * len(capacity_rps)
+    for wave, transfer in zip(waves, transfers, strict=True):
+        phase = _phase(wave, transfer, costs, hosts)
+        phases.append(phase)
+        for index, (full, ready) in enumerate(zip(capacity_rps, wave.capacity_rps, strict=True)):
+            missing[index] += max(0.0, full - ready) * phase.until_commit_s
+    total_s = sum(phase.total_s for phase in phases)
+    return SwitchCost(
+        waves=tuple(phases),
+        ready_s=total_s - (phases[-1].drain_s if phases else 0.0),
+        total_s=total_s,
+        missing_requests=tuple(missing),
+    )
+
+
+def _phase(
+    wave: Wave, transfer: TransferPlan, costs: SwitchCosts, hosts: Mapping[str, str]
+) -> PhaseSeconds:
+    room = bool(wave.release or wave.stop)
+    by_host: dict[str, int] = {}
+    for replica in wave.start:
+        by_host[hosts[replica]] = by_host.get(hosts[replica], 0) + 1
+    crowd = max(by_host.values(), default=0)
+    quantised: dict[str, int] = {}
+    converted = {conversion.target for conversion in transfer.conversions}
+    for copy in (*transfer.copies, *transfer.kept):
+        if copy.target in converted:
+            quantised[copy.target] = quantised.get(copy.target, 0) + copy.item.size_bytes
+    extra_s = max(quantised.values(), default=0) * costs.quantise_s_per_byte
+    moves = bool(transfer.copies or transfer.kept)
+    busy_s = transfer.busy_s / costs.link_share + transfer.latency_s + extra_s
+    return PhaseSeconds(
+        room_s=costs.drain_s + costs.room_s if room else 0.0,
+        prepare_s=costs.engine_start_s + (crowd - 1) * costs.further_start_s if crowd else 0.0,
+        transfer_s=costs.join_s + busy_s if moves else 0.0,
+        verify_s=costs.verify_s if crowd else 0.0,
+        commit_s=costs.commit_s,
+        drain_s=costs.drain_s if wave.retire else 0.0,
+    )

@@ -1,0 +1,212 @@
+"""What becomes of the requests that run on a replica about to go: drain, move or replay.
+
+Short ones drain: they end where they are within the limit. The others continue elsewhere: by moving
+their KV cache (section 4 of the method), or by replay, which computes prompt and tokens so far
+again - whichever interrupts the stream for less time. Caches move only into room that leaves some
+headroom free, longest first, since those gain most. It does not know how a stream is carried over.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from oserve.perf.model import ModelFacts
+from oserve.perf.roofline import kv_bytes_per_value
+from oserve.switch.demand import Demand, Demands, demands_of
+from oserve.switch.layout import Contents, Placed
+from oserve.switch.links import Links
+from oserve.switch.precision import Format
+from oserve.switch.tensor import Cut, CutKind, Parameter, Tensor
+from oserve.switch.transfer import TransferPlan, plan_demands
+
+
+class Way(StrEnum):
+    """How a running request goes on."""
+
+    DRAIN = "drain"
+    MOVE = "move"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRequest:
+    """A request on a replica that is to go.
+
+    ``context_tokens``: prompt and output so far. ``remaining_tokens``: the expected rest of its
+    output, at most what ``max_tokens`` leaves. ``carries`` is false where its state cannot be taken
+    elsewhere (guided decoding, say). ``target``: the replica it would go on at, if any has room.
+    """
+
+    id: str
+    context_tokens: int
+    remaining_tokens: float
+    carries: bool = True
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRoom:
+    """A replica that can take requests: tokens of KV cache in all and free, and its speeds.
+
+    ``bandwidth`` (bytes/s) is what a cache moves at to it, ``move_s`` and ``replay_s`` what either
+    way costs beside it, ``prefill_s_per_token`` what computing a token of context again costs.
+    """
+
+    kv_tokens: int
+    free_tokens: int
+    bandwidth: float
+    prefill_s_per_token: float
+    move_s: float = 0.05
+    replay_s: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainPolicy:
+    """``limit_s``: how long a replica may take to drain; ``decode_s_per_token``: its speed.
+
+    ``headroom``: share of a target's KV cache that moved caches leave free.
+    """
+
+    limit_s: float
+    decode_s_per_token: float
+    headroom: float = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of a request, why, and for how long its stream stands still (seconds)."""
+
+    request: str
+    way: Way
+    reason: str
+    gap_s: float = 0.0
+    moved_bytes: float = 0.0
+
+
+def decide_requests(
+    requests: Sequence[RunningRequest],
+    rooms: Mapping[str, TargetRoom],
+    policy: DrainPolicy,
+    *,
+    kv_bytes_per_token: float,
+) -> tuple[Verdict, ...]:
+    """A verdict for each request, in the order given."""
+    free = {
+        name: room.free_tokens - policy.headroom * room.kv_tokens for name, room in rooms.items()
+    }
+    verdicts: dict[str, Verdict] = {}
+    for request in sorted(requests, key=lambda one: (-one.context_tokens, one.id)):
+        verdict = _verdict(request, rooms.get(request.target), free, policy, kv_bytes_per_token)
+        verdicts[request.id] = verdict
+        if verdict.way is Way.MOVE:
+            free[request.target] -= request.context_tokens + request.remaining_tokens
+    return tuple(verdicts[request.id] for request in requests)
+
+
+def _verdict(
+    request: RunningRequest,
+    room: TargetRoom | None,
+    free: Mapping[str, float],
+    policy: DrainPolicy,
+    kv_bytes_per_token: float,
+) -> Verdict:
+    drain_s = request.remaining_tokens * policy.decode_s_per_token
+    if drain_s <= policy.limit_s:
+        return Verdict(
+            request=request.id,
+            way=Way.DRAIN,
+            reason=f"ends in about {drain_s:.1f} s, within the limit of {policy.limit_s:.1f} s",
+        )
+    if not request.carries:
+        return Verdict(
+            request=request.id,
+            way=Way.DRAIN,
+            reason=f"its state cannot be carried over, though it needs about {drain_s:.1f} s",
+        )
+    if room is None:
+        return Verdict(
+            request=request.id,
+            way=Way.DRAIN,
+            reason=f"no replica can take it, though it needs about {drain_s:.1f} s",
+        )
+    size = request.context_tokens * kv_bytes_per_token
+    move_s = room.move_s + size / room.bandwidth
+    replay_s = room.replay_s + request.context_tokens * room.prefill_s_per_token
+    wanted = request.context_tokens + request.remaining_tokens
+    if wanted > free[request.target]:
+        return Verdict(
+            request=request.id,
+            way=Way.REPLAY,
+            gap_s=replay_s,
+            reason=f"its cache of {wanted:.0f} tokens finds no room beside the headroom",
+        )
+    if move_s > replay_s:
+        return Verdict(
+            request=request.id,
+            way=Way.REPLAY,
+            gap_s=replay_s,
+            reason=f"computing it again takes {replay_s:.2f} s, moving it {move_s:.2f} s",
+        )
+    return Verdict(
+        request=request.id,
+        way=Way.MOVE,
+        gap_s=move_s,
+        moved_bytes=size,
+        reason=f"moving it takes {move_s:.2f} s, computing it again {replay_s:.2f} s",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMove:
+    """The caches of some requests, ``tokens`` tokens in all, from one replica to another."""
+
+    source: Placed
+    target: Placed
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheContents(Contents):
+    """A cache as a tensor per layer, [KV heads, tokens, 2 * head size].
+
+    Layers and heads go to ranks as those of the weights do. ``tag`` tells caches apart.
+    """
+
+    model: ModelFacts
+    tokens: int
+    tag: str = ""
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return self.model.layers
+
+    def parameters(self, held: Format) -> tuple[Parameter, ...]:
+        """One parameter; its values are as wide as the plain weights'."""
+        size = int(kv_bytes_per_value(held.plain))
+        tensor = Tensor(
+            name=f"model.layers.{{}}.self_attn.attn.kv{self.tag}",
+            shape=(self.model.kv_heads, self.tokens, 2 * self.model.head_dim),
+            dtype=held.plain.value,
+            value_bytes=size,
+            cut=Cut(kind=CutKind.KV_HEADS, units=self.model.kv_heads),
+        )
+        return (Parameter(name=tensor.name, parts=(tensor,)),)
+
+
+def plan_caches(model: ModelFacts, moves: Sequence[CacheMove], links: Links) -> TransferPlan:
+    """Copies for all moves at once, balanced like those of weights.
+
+    The name of a copy's tensor ends in ``@source>target``, the replicas' names; its second
+    dimension counts the tokens of the move's requests one after another. Raises OServeError where
+    the two hold caches of different types.
+    """
+    remote: tuple[Demand, ...] = ()
+    local: tuple[Demand, ...] = ()
+    for move in moves:
+        tag = f"@{move.source.replica}>{move.target.replica}"
+        contents = CacheContents(model=model, tokens=move.tokens, tag=tag)
+        demands = demands_of(contents, [move.source], [move.target])
+        remote += demands.remote
+        local += demands.local
+    return plan_demands(Demands(remote=remote, local=local), links)

@@ -1,0 +1,151 @@
+"""Links between devices, and how long a set of transfers keeps them busy.
+
+Every device sends and receives over a link of its own (NVLink or PCIe); traffic between nodes also
+passes the network ports of both. Both directions are counted apart. The fluid model: transfers run
+side by side, and the time is that of the busiest link. What a device copies to itself is read and
+written in its own memory.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from oserve.core import Device, OServeError
+from oserve.perf.device import Link, find_device
+
+
+class Direction(StrEnum):
+    """Of a device's own link, or of the network ports of a node."""
+
+    DEVICE_OUT = "device out"
+    DEVICE_IN = "device in"
+    NODE_OUT = "node out"
+    NODE_IN = "node in"
+
+
+# One direction of one link, by the device or node that it belongs to.
+Way = tuple[Direction, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """A device's place: node, bytes/s each way on its link, seconds per message, memory bytes/s."""
+
+    node: str
+    bandwidth: float
+    latency_s: float
+    memory_bandwidth: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Devices by id and, for each node, the bytes per second it sends (and receives) outside."""
+
+    ports: Mapping[str, Port]
+    node_bandwidth: Mapping[str, float]
+    node_latency_s: float
+
+    def port(self, device: str) -> Port:
+        """Raises OServeError for an unknown device."""
+        if device not in self.ports:
+            raise OServeError(
+                f"the device {device!r} is not in the cluster",
+                place="plan.replicas",
+                remedy="use one of: " + ", ".join(self.ports),
+            )
+        return self.ports[device]
+
+    def ways(self, source: str, target: str) -> tuple[Way, ...]:
+        """What a transfer between two devices passes."""
+        own, other = self.port(source).node, self.port(target).node
+        inside: tuple[Way, ...] = (
+            (Direction.DEVICE_OUT, source),
+            (Direction.DEVICE_IN, target),
+        )
+        if own == other:
+            return inside
+        return (*inside, (Direction.NODE_OUT, own), (Direction.NODE_IN, other))
+
+    def rate(self, way: Way) -> float:
+        """Bytes per second."""
+        direction, owner = way
+        if direction in {Direction.NODE_OUT, Direction.NODE_IN}:
+            return self.node_bandwidth[owner]
+        return self.ports[owner].bandwidth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes by way: from device to device, inside devices; ``pairs`` are (source, target)."""
+
+    pairs: Mapping[tuple[str, str], int]
+    local: Mapping[str, int]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Over links."""
+        return sum(self.pairs.values())
+
+    @property
+    def local_bytes(self) -> int:
+        """Inside devices."""
+        return sum(self.local.values())
+
+
+def links_of(
+    devices: Sequence[Device], network: Link, *, node_bandwidth: float | None = None
+) -> Links:
+    """From device facts and the network's link, of which each device has a port.
+
+    ``node_bandwidth`` (bytes/s one way) replaces the sum of a node's ports.
+    """
+    ports: dict[str, Port] = {}
+    outside: dict[str, float] = {}
+    for device in devices:
+        facts = find_device(device.kind)
+        ports[device.id] = Port(
+            node=device.node,
+            bandwidth=facts.link.bandwidth,
+            latency_s=facts.link.latency_s,
+            memory_bandwidth=facts.bandwidth,
+        )
+        outside[device.node] = outside.get(device.node, 0.0) + network.bandwidth
+    if node_bandwidth is not None:
+        outside = dict.fromkeys(outside, node_bandwidth)
+    return Links(ports=ports, node_bandwidth=outside, node_latency_s=network.latency_s)
+
+
+def link_bytes(traffic: Traffic, links: Links) -> dict[Way, float]:
+    """Bytes on each link and direction that is used."""
+    loads: dict[Way, float] = {}
+    for (source, target), size in traffic.pairs.items():
+        for way in links.ways(source, target):
+            loads[way] = loads.get(way, 0.0) + size
+    return loads
+
+
+def busy_s(traffic: Traffic, links: Links) -> float:
+    """Seconds until the busiest link is done; nothing for latency."""
+    loads = link_bytes(traffic, links)
+    longest = max((size / links.rate(way) for way, size in loads.items()), default=0.0)
+    return max(longest, local_s(traffic.local, links))
+
+
+def local_s(local: Mapping[str, int], links: Links) -> float:
+    """Seconds of the longest copy inside a device: each byte is read and written."""
+    return max(
+        (2 * size / links.port(device).memory_bandwidth for device, size in local.items()),
+        default=0.0,
+    )
+
+
+def latency_s(pairs: Iterable[tuple[str, str]], links: Links) -> float:
+    """Seconds that messages cost beyond their bytes: one batch per pair, in turn on each device."""
+    waits: dict[Way, float] = {}
+    for source, target in pairs:
+        own, other = links.port(source), links.port(target)
+        inside = own.node == other.node
+        each = max(own.latency_s, other.latency_s) if inside else links.node_latency_s
+        for way in ((Direction.DEVICE_OUT, source), (Direction.DEVICE_IN, target)):
+            waits[way] = waits.get(way, 0.0) + each
+    return max(waits.values(), default=0.0)

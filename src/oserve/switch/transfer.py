@@ -1,0 +1,204 @@
+"""The transfer plan: every byte that new replicas need, from a device that has it, exactly once.
+
+What the target device holds itself does not travel. The other sources are chosen by a method: the
+paper's greedy, or the balanced one (the default). A replica of a quantised precision that no source
+has may be filled from a plain one, if that is allowed: the plain weights travel, and each target
+device quantises what it got. It does not know what else the links carry.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from oserve.core import OServeError, Precision
+from oserve.switch.balance import balanced_copies, lower_bound_s
+from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
+from oserve.switch.demand import Demands, demands_of
+from oserve.switch.layout import Architecture, Placed, local_parameter
+from oserve.switch.links import Links, Traffic, busy_s, latency_s, local_s
+from oserve.switch.tensor import CutKind, Parameter, Range, Where
+
+
+class Method(StrEnum):
+    """How sources are chosen."""
+
+    BALANCED = "balanced"
+    GREEDY = "greedy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """A device quantises a parameter (its local part, in each of ``layers``) that came plain.
+
+    ``replica`` is the one whose format it takes. Scales need the largest absolute values over the
+    parts of all devices in ``peers`` (which include the target; empty: its own suffice).
+    """
+
+    replica: str
+    target: str
+    parameter: str
+    layers: Range
+    peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferPlan:
+    """Copies over links, copies inside devices (``kept``), what to quantise, and the time.
+
+    ``busy_s`` is the busiest link's time, ``latency_s`` what messages add to it at most;
+    ``bound_s`` is what no choice of sources can undercut, latency aside.
+    """
+
+    copies: tuple[Copy, ...]
+    kept: tuple[Copy, ...]
+    conversions: tuple[Conversion, ...]
+    traffic: Traffic
+    busy_s: float
+    latency_s: float
+    bound_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Predicted duration, on links that carry nothing else."""
+        return self.busy_s + self.latency_s
+
+
+def plan_transfer(
+    architecture: Architecture,
+    sources: Sequence[Placed],
+    targets: Sequence[Placed],
+    links: Links,
+    *,
+    method: Method = Method.BALANCED,
+    quantise: bool = False,
+) -> TransferPlan:
+    """How the targets are filled from the sources, which all stay as they are meanwhile.
+
+    ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError
+    where something is held by no source, with the reason.
+    """
+    for placed in (*sources, *targets):
+        for device in placed.devices:
+            links.port(device)
+    wanted = [_received(target, sources, quantise=quantise) for target in targets]
+    conversions = tuple(
+        conversion
+        for target, got in zip(targets, wanted, strict=True)
+        if got is not target
+        for conversion in _conversions(architecture, target, got)
+    )
+    demands = demands_of(architecture, sources, wanted)
+    return plan_demands(demands, links, method=method, conversions=conversions)
+
+
+def plan_demands(
+    demands: Demands,
+    links: Links,
+    *,
+    method: Method = Method.BALANCED,
+    conversions: tuple[Conversion, ...] = (),
+) -> TransferPlan:
+    """Sources for demands, and the time."""
+    if method is Method.BALANCED:
+        balanced = balanced_copies(demands.remote, links)
+        copies, bound_s = balanced.copies, balanced.bound_s
+    else:
+        copies = greedy_copies(demands.remote, links)
+        bound_s = lower_bound_s(demands.remote, links)
+    kept = local_copies(demands)
+    traffic = traffic_of((*copies, *kept))
+    return TransferPlan(
+        copies=copies,
+        kept=kept,
+        conversions=conversions,
+        traffic=traffic,
+        busy_s=busy_s(traffic, links),
+        latency_s=latency_s(traffic.pairs, links),
+        bound_s=max(bound_s, local_s(traffic.local, links)),
+    )
+
+
+def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> str:
+    """Why the target cannot be filled from these sources; empty if it can."""
+    held = target.layout.held
+    formats = {source.layout.held for source in sources}
+    if held in formats:
+        return ""
+    if not formats:
+        return "no replica is running to copy from"
+    if not held.quantised:
+        return (
+            f"no running replica holds {held.precision} weights, and others cannot be turned back"
+        )
+    if held.unquantised not in formats:
+        return (
+            f"no running replica holds {held.precision} weights, nor {held.plain} ones to make "
+            "them from"
+        )
+    if not quantise:
+        return f"{held.precision} weights would have to be made on the way, which is not allowed"
+    return ""
+
+
+def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> Placed:
+    """The target as it receives its weights: itself, or in the plain format it is made from."""
+    reason = fill_reason(target, sources, quantise=quantise)
+    if reason:
+        raise OServeError(
+            f"replica {target.replica} cannot be filled: {reason}",
+            place="switch",
+            remedy="keep a source of its precision, allow quantising on the way, or reload",
+        )
+    held = target.layout.held
+    if any(source.layout.held == held for source in sources):
+        return target
+    return replace(target, layout=replace(target.layout, held=held.unquantised))
+
+
+def _conversions(architecture: Architecture, target: Placed, got: Placed) -> list[Conversion]:
+    layout = target.layout
+    width = layout.tensor_parallel_size
+    own = {
+        part.key for parameter in architecture.parameters(layout.held) for part in parameter.parts
+    }
+    _check_cuts(architecture, target)
+    found: list[Conversion] = []
+    for parameter in architecture.parameters(got.layout.held):
+        if all(part.key in own for part in parameter.parts):
+            continue
+        stages = architecture.stages(Where.LAYER, layout.pipeline_parallel_size)
+        for stage, layers in stages:
+            devices = target.devices[stage * width :][:width]
+            shared = width > 1 and _scale_spans_ranks(parameter, layout.held.precision, got)
+            found.extend(
+                Conversion(
+                    replica=target.replica,
+                    target=device,
+                    parameter=parameter.name,
+                    layers=layers,
+                    peers=devices if shared else (),
+                )
+                for device in devices
+            )
+    return found
+
+
+def _check_cuts(architecture: Architecture, target: Placed) -> None:
+    """Raises OServeError if ranks would cut through a group of weights that share a scale."""
+    layout = target.layout
+    for parameter in architecture.parameters(layout.held):
+        local_parameter(
+            parameter, 0, layout.tensor_parallel_size, expert_parallel=layout.expert_parallel
+        )
+
+
+def _scale_spans_ranks(parameter: Parameter, precision: Precision, got: Placed) -> bool:
+    """Whether one scale covers values on several ranks."""
+    part = parameter.parts[0]
+    if part.experts and got.layout.expert_parallel:
+        return False
+    cut = part.cut.kind is not CutKind.WHOLE
+    if precision is Precision.FP8:
+        return cut
+    across_inputs = part.cut.dim == len(part.shape) - 1
+    return precision is Precision.INT8 and cut and across_inputs
