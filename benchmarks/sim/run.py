@@ -5,7 +5,7 @@
 
 One replica serves Llama-2-70B on four H100s (roofline), then sixteen do. All contenders run the
 same requests in this one process, after a warm-up; the best of several rounds counts, without
-building the fleet. "step by step" is the kernel taking every step; "reference" is the separate
+building the fleet. The last row is a million synthetic requests on 32 GPUs, routed by load. "step by step" is the kernel taking every step; "reference" is the separate
 implementation of the tests. Results are compared request by request.
 """
 
@@ -146,11 +146,23 @@ def compare(table: RequestTable, replicas: int, rounds: int) -> None:
         )
 
 
+def large(count: int, rate_rps: float) -> None:
+    """Eight replicas, 32 GPUs, and very many requests, each routed by the load of that moment."""
+    table = RequestTable.from_trace(requests(None, count, 8 * rate_rps))
+    tables = step_tables(SOURCE.step_model(SHAPE), SHAPE)
+    run = fleet(table, tables, 8, compiled=True, skip=True)
+    start_s = time.perf_counter()
+    run.run()
+    spent_s = time.perf_counter() - start_s
+    print(f"{count:8} {8:8} {'numba, skipping':22} {spent_s:9.4f} {count / spent_s:11,.0f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--rate", type=float, default=1.8, help="requests/s for each replica")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--most", type=int, default=1_000_000, help="requests of the last row")
     wanted = parser.parse_args()
     print(
         f"{'requests':>8} {'replicas':>8} {'contender':22} {'seconds':>9} {'requests/s':>11} ratio"
@@ -158,6 +170,8 @@ def main() -> None:
     for count, replicas in ((2_000, 1), (10_000, 1), (10_000, 16)):
         trace = requests(wanted.trace, count, wanted.rate * replicas)
         compare(RequestTable.from_trace(trace), replicas, wanted.rounds)
+    if HAS_NUMBA:
+        large(wanted.most, wanted.rate)
 
 
 if __name__ == "__main__":
