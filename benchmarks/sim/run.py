@@ -5,8 +5,9 @@
 
 One replica serves Llama-2-70B on four H100s (roofline), then sixteen do. All contenders run the
 same requests in this one process, after a warm-up; the best of several rounds counts, without
-building the fleet. The last row is a million synthetic requests on 32 GPUs, routed by load. "step by step" is the kernel taking every step; "reference" is the separate
-implementation of the tests. Results are compared request by request.
+building the fleet. "step by step" is the kernel taking every step; "reference" is the separate
+implementation of the tests. Results are compared request by request. The last row is a million
+synthetic requests on 32 GPUs, each routed by load.
 """
 
 import argparse
