@@ -32,22 +32,23 @@ CHUNK = 8192
 
 
 def main() -> None:
-    rows = list(_rows())
+    rows = list(measured_rows())
     print(f"{MODEL} fp8, vLLM, measured: {len(rows)} points; mean (median) absolute error in %")
     print(f"{'device':7} {'model':16} {'points':>6} {'TPOT':>14} {'rate':>14}")
     for kind in SYSTEMS.values():
         for provider in ("roofline", "aiconfigurator"):
             errors = [_errors(row, provider) for row in rows if SYSTEMS[row["system"]] == kind]
             tpot, rate = [e[0] for e in errors], [e[1] for e in errors]
-            print(f"{kind:7} {provider:16} {len(errors):6} {_show(tpot):>14} {_show(rate):>14}")
+            print(f"{kind:7} {provider:16} {len(errors):6} {shown(tpot):>14} {shown(rate):>14}")
     print(f"\n{MODEL} bf16, roofline against aiconfigurator")
     print(f"{'device':7} {'decode step':>14} {'rate':>14}")
     for kind in SYSTEMS.values():
         decode, rates = _against_aiconfigurator(kind)
-        print(f"{kind:7} {_show(decode):>14} {_show(rates):>14}")
+        print(f"{kind:7} {shown(decode):>14} {shown(rates):>14}")
 
 
-def _rows() -> list[dict[str, str]]:
+def measured_rows() -> list[dict[str, str]]:
+    """Rows of the wheel's table that are compared."""
     spec = importlib.util.find_spec("aiconfigurator_core")
     if spec is None or spec.origin is None:
         raise SystemExit("install aiconfigurator-core==0.12.0 first (see the top of this file)")
@@ -64,7 +65,7 @@ def _rows() -> list[dict[str, str]]:
         ]
 
 
-def _step(kind: str, shape: ReplicaShape, provider: str) -> StepModel:
+def step_model(kind: str, shape: ReplicaShape, provider: str) -> StepModel:
     if provider == "aiconfigurator":
         return AiConfigurator(MODEL, kind, shape)
     return Roofline(
@@ -83,7 +84,7 @@ def _predict(
     inflight, prompt, output = load
     kv_tokens = memory_fit(find_model(MODEL), shape, find_device(kind).memory_bytes).kv_tokens
     found = closed_loop(
-        _step(kind, shape, provider),
+        step_model(kind, shape, provider),
         shape,
         kv_tokens,
         inflight=inflight,
@@ -118,7 +119,7 @@ def _against_aiconfigurator(kind: str) -> tuple[list[float], list[float]]:
             for context in (512.0, 2048.0, 8192.0):
                 load = (0.0, 0.0, inflight, inflight * context)
                 ours, theirs = (
-                    _step(kind, shape, name).step_s(*load)
+                    step_model(kind, shape, name).step_s(*load)
                     for name in ("roofline", "aiconfigurator")
                 )
                 decode.append(float(ours / theirs) - 1)
@@ -131,7 +132,7 @@ def _against_aiconfigurator(kind: str) -> tuple[list[float], list[float]]:
     return decode, rates
 
 
-def _show(errors: Sequence[float]) -> str:
+def shown(errors: Sequence[float]) -> str:
     sizes = np.abs(errors) * 100
     return f"{statistics.fmean(sizes):.1f} ({statistics.median(sizes):.1f})"
 

@@ -29,6 +29,7 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.perf import ShapePerformance
 from oserve.plan import check_plan
 from oserve.sim import SimulatedCluster
+from oserve.sim.faults import Phases
 
 NAMES = ("chat", "docs")
 DEVICES = tuple(Device(id=f"d{n}", kind="x") for n in range(4))
@@ -101,7 +102,9 @@ class World:
 
     def __post_init__(self) -> None:
         self.clock = VirtualClock()
-        self.cluster = SimulatedCluster(self.devices, self.clock, load_s=self.start_s)
+        self.cluster = SimulatedCluster(
+            self.devices, self.clock, phases=Phases(load_s=self.start_s)
+        )
         self.loop = ControlLoop(
             self.cluster, self.clock, self.controller.plan, policy=ReconcilePolicy()
         )

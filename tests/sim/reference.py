@@ -1,4 +1,4 @@
-"""The simulator's semantics once more, step by step and object by object: slow, and meant to be read.
+"""The simulator's semantics once more, step by step and object by object: slow, but easy to read.
 
 Shares no code with the kernel. Where the kernel skips many steps in closed form, this takes each of
 them; both count whole picoseconds, so all moments must be equal to the last bit.
@@ -325,19 +325,33 @@ class Reference:
         if self.closed_loop and self.held_back:
             following = self.held_back.pop(0)
             following.arrival = self.now
+            following.demote_at += self.now
             self.coming.append(following)
 
+    def expire(self) -> None:
+        """Whoever is late goes behind; who is too late goes."""
+        for job in [j for j in self.queue if j.late and self.now > j.shed_at]:
+            self.queue.remove(job)
+            self.close(job, "shed")
+            job.finish = int(job.shed_at)
+
     def dispatch(self) -> None:
-        while self.queue:
-            self.queue.sort(key=lambda item: (item.late, item.rank, item.number))
+        while True:
+            self.expire()
+            self.queue.sort(
+                key=lambda j: (1, j.arrival, j.number) if j.late else (0, j.rank, j.number)
+            )
+            if not self.queue:
+                return
             job = self.queue[0]
-            if self.now > job.shed_at:
-                self.queue.remove(job)
-                self.close(job, "shed")
-                continue
             if self.now > job.demote_at and not job.late:
                 job.late = True
                 job.priority += 1 << 52
+                continue
+            if self.now > job.shed_at:
+                self.queue.remove(job)
+                self.close(job, "shed")
+                job.finish = int(job.shed_at)
                 continue
             engine = self.choose(job)
             if engine is None and self.hopeless(job) and not self.loads(job):

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from sim.reference import PS, Engine, Job, Reference
 
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.sim.fleet import Fleet
 from oserve.sim.steps import StepTables
 from oserve.sim.words import GatewayOptions, Link, Policy, RequestTable, Status
+from sim.reference import PS, Engine, Job, Reference
 
 POLICIES = {
     "pools": Policy.POOLS,
@@ -345,13 +345,15 @@ def scenarios(
             st.integers(0, 1), st.dictionaries(st.sampled_from(names), st.sampled_from([0.3, 0.7]))
         )
     )
+    closed = draw(st.sampled_from([0, 0, 1, 3])) if gateway else 0
     asked: list[Operation] = []
     if operations:
         asked = draw(
             st.lists(
                 st.builds(
                     Operation,
-                    at=st.integers(0, 3000),
+                    # At any time, and often at the very end of a step.
+                    at=st.one_of(st.integers(0, 3000), st.integers(0, 60).map(lambda n: 50 * n)),
                     kind=st.sampled_from(["look", "drain", "crash", "lose"] + ["migrate"] * 4),
                     replica=st.integers(0, len(fleet) - 1),
                     request=st.integers(0, count - 1),
@@ -368,6 +370,6 @@ def scenarios(
         overflow=draw(st.sampled_from([0, 100, 10**6])),
         max_queued=draw(st.sampled_from([0, 3, 1000])) if gateway else 1000,
         demote=draw(st.sampled_from([None, 100, 500])) if gateway else None,
-        shed=draw(st.sampled_from([None, 400, 1500])) if gateway else None,
-        closed_loop=draw(st.sampled_from([0, 0, 1, 3])) if gateway else 0,
+        shed=draw(st.sampled_from([None, 500, 1500])) if gateway and not closed else None,
+        closed_loop=closed,
     )

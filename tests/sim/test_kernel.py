@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from oserve.sim.compiled import HAS_NUMBA
 from sim.scenario import (
     Scenario,
     run_fleet,
@@ -11,8 +13,6 @@ from sim.scenario import (
     told_by_fleet,
     told_by_reference,
 )
-
-from oserve.sim.compiled import HAS_NUMBA
 
 END = 2_000_000
 KINDS = {

@@ -5,12 +5,14 @@ do; it does not for pointers. So compiled functions get the addresses of the arr
 calls keeps alive.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oserve.sim import gate, kernel
-from oserve.sim.compiled import compiled, plain
+from oserve.sim.compiled import compiled, door, plain
 from oserve.sim.pointers import integers, reals
 from oserve.sim.state import State
 
@@ -38,42 +40,42 @@ def state_at(addresses: Any) -> State:
     )
 
 
-@compiled
+@door
 def _next_moment(addresses: Any) -> int:
     return kernel.next_moment(state_at(addresses))
 
 
-@compiled
+@door
 def _advance(addresses: Any, until: int, skip: int) -> None:
     kernel.advance(state_at(addresses), until, skip)
 
 
-@compiled
+@door
 def _flush(addresses: Any, skip: int) -> None:
     kernel.flush(state_at(addresses), skip)
 
 
-@compiled
+@door
 def _observe(addresses: Any, now: int) -> None:
     kernel.observe(state_at(addresses), now)
 
 
-@compiled
+@door
 def _remove(addresses: Any, index: int, again: int, now: int) -> None:
     kernel.remove(state_at(addresses), index, again, now)
 
 
-@compiled
+@door
 def _migrate(addresses: Any, request: int, target: int, now: int) -> bool:
     return kernel.migrate(state_at(addresses), request, target, now)
 
 
-@compiled
+@door
 def _freeness(addresses: Any, index: int, now: int) -> float:
     return gate.freeness(state_at(addresses), index, now)
 
 
-@compiled
+@door
 def _free_at(addresses: Any, index: int, now: int) -> int:
     return gate.free_at(state_at(addresses), index, now)
 
@@ -91,31 +93,32 @@ _DOORS: dict[str, tuple[Any, Any]] = {
 }
 
 
+Array = NDArray[Any]
+
+
 class Kernel:
     """A fleet's state, and what may be done with it; arguments are integers.
 
     ``compiled`` of ``False`` keeps lists and runs plain Python.
     """
 
-    def __init__(self, state: State, *, compiled: bool) -> None:
+    def __init__(self, arrays: Mapping[str, Array], *, compiled: bool) -> None:
         self._compiled = compiled
-        self.change(**state._asdict())
+        self._values: dict[str, Any] = {}
+        self.change(arrays)
 
-    def change(self, **arrays: Any) -> None:
-        """Replace some of the arrays."""
-        made = {name: self._flat(values) for name, values in arrays.items()}
-        self.state = self.state._replace(**made) if hasattr(self, "state") else State(**made)
+    def change(self, arrays: Mapping[str, Array]) -> None:
+        """Replace some of the state's arrays, by name."""
+        for name, values in arrays.items():
+            own = np.ascontiguousarray(values).copy()
+            self._values[name] = own if self._compiled else own.tolist()
+        self.state = State(**self._values)
         if self._compiled:
-            self._addresses = np.array([values.ctypes.data for values in self.state])
+            self._addresses = np.array([self._values[name].ctypes.data for name in State._fields])
 
     def do(self, name: str, *arguments: int) -> Any:
         """Run one of the kernel's functions."""
-        door, function = _DOORS[name]
+        entry, function = _DOORS[name]
         if self._compiled:
-            return door(self._addresses, *arguments)
+            return entry(self._addresses, *arguments)
         return plain(function)(self.state, *arguments)
-
-    def _flat(self, values: Any) -> Any:
-        return (
-            np.ascontiguousarray(values).copy() if self._compiled else np.asarray(values).tolist()
-        )

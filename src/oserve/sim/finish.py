@@ -20,6 +20,7 @@ from oserve.sim.layout import (
     COMPUTED,
     COPIED,
     DECODE,
+    DEMOTE_AT,
     END,
     ENDED,
     EXPECTED,
@@ -106,7 +107,9 @@ def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
     req[request * REQUEST + FINISH] = now
     glob[ENDED] += 1
     if glob[CLOSED] > 0 and glob[RELEASED] < glob[REQUESTS]:
-        req[glob[RELEASED] * REQUEST + ARRIVAL] = now
+        base = glob[RELEASED] * REQUEST
+        req[base + ARRIVAL] = now
+        req[base + DEMOTE_AT] = min(NEVER, req[base + DEMOTE_AT] + now)
         glob[RELEASED] += 1
 
 

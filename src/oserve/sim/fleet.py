@@ -69,6 +69,8 @@ class Fleet:
         if count and not 0 <= requests.class_index.min() <= requests.class_index.max() < classes:
             raise ValueError("class_index must lie in [0, classes)")
         options = gateway or GatewayOptions()
+        if closed_loop > 0 and options.shed_after_s is not None:
+            raise ValueError("a closed loop does not shed: its clients wait")
         self._requests = requests
         self._classes = classes
         self._skip = int(skip)
@@ -89,15 +91,15 @@ class Fleet:
         glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
         sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
         whole = np.zeros(0, dtype=np.int64)
-        state = State(
-            req=request_rows(requests, options, closed_loop),
-            ses=session_rows(sessions),
-            glob=glob,
+        arrays = {
+            "req": request_rows(requests, options, closed_loop),
+            "ses": session_rows(sessions),
+            "glob": glob,
             **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
             **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
             **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
-        )
-        self._kernel = Kernel(state, compiled=HAS_NUMBA and compiled is not False)
+        }
+        self._kernel = Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
 
     @property
     def _state(self) -> State:
@@ -106,7 +108,7 @@ class Fleet:
     @property
     def now_s(self) -> float:
         """The moment reached."""
-        return self._state.glob[layout.NOW] / layout.PS
+        return float(self._state.glob[layout.NOW] / layout.PS)
 
     @property
     def ended(self) -> int:
@@ -156,11 +158,13 @@ class Fleet:
         self._roles.append(shape.role)
         whole = np.zeros(index + 1, dtype=np.int64)
         self._kernel.change(
-            mem=np.concatenate([_array(state.mem), rows]),
-            where=np.append(_array(state.where), len(state.mem)),
-            costs=np.append(np.asarray(state.costs, dtype=np.float64), own),
-            **dict.fromkeys(("inflight", "most", "fits"), whole),
-            **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            {
+                "mem": np.concatenate([_array(state.mem), rows]),
+                "where": np.append(_array(state.where), len(state.mem)),
+                "costs": np.append(np.asarray(state.costs, dtype=np.float64), own),
+                **dict.fromkeys(("inflight", "most", "fits"), whole),
+                **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
+            }
         )
         self._state.glob[layout.REPLICAS] = index + 1
         self._share(keep_credit=True)
@@ -168,15 +172,19 @@ class Fleet:
 
     def drain(self, name: str) -> None:
         """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
+        if name not in self._names:
+            return
         place = self._place(name)
         phase = self._state.mem[place + layout.PHASE]
+        if phase == layout.LOADING:
+            self._state.mem[place + layout.DUE] = layout.NEVER
         if phase in {layout.LOADING, layout.READY}:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
 
     def remove(self, name: str, *, replay: bool = True) -> None:
         """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
-        if self._phase(name) == layout.GONE:
+        if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
         self._kernel.do("remove", self._index(name), int(replay), now)
@@ -185,7 +193,7 @@ class Fleet:
     def set_routing(
         self, policy: Policy = Policy.POOLS, shares: Mapping[int, Mapping[str, float]] | None = None
     ) -> None:
-        """``shares[class][replica]`` are fractions; replicas that are not there yet may be named."""
+        """``shares[class][replica]`` are fractions; replicas yet to come may be named."""
         self._state.glob[layout.POLICY] = int(policy)
         self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
         self._share(keep_credit=False)
@@ -229,20 +237,25 @@ class Fleet:
 
     def observe(self) -> FleetObservation:
         """The fleet now; replicas that are gone are left out."""
-        state, now = self._state, self._state.glob[layout.NOW]
-        self._flush()
-        self._kernel.do("observe", now)
+        state = self._state
         came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
         self._seen = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
             queued=int(state.queue[0] + state.late[0]),
             arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
-            replicas=tuple(
-                self._replica(index, name)
-                for index, name in enumerate(self._names)
-                if state.mem[state.where[index] + layout.PHASE] != layout.GONE
-            ),
+            replicas=self.replicas(),
+        )
+
+    def replicas(self) -> tuple[ReplicaObservation, ...]:
+        """Those that are not gone, as they are now."""
+        state = self._state
+        self._flush()
+        self._kernel.do("observe", state.glob[layout.NOW])
+        return tuple(
+            self._replica(index, name)
+            for index, name in enumerate(self._names)
+            if state.mem[state.where[index] + layout.PHASE] != layout.GONE
         )
 
     def results(self) -> FleetResults:
@@ -286,7 +299,7 @@ class Fleet:
 
     def _balance(self, wanted: Rebalance) -> None:
         """One round of rebalancing."""
-        seen = self.observe().replicas
+        seen = self.replicas()
         ready = [item for item in seen if item.phase is ReplicaPhase.READY]
         poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
         rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
@@ -313,8 +326,8 @@ class Fleet:
             running=int(mem[at + layout.RUN]),
             waiting=int(mem[at + layout.WAIT_COUNT]),
             inflight=int(mem[at + layout.INFLIGHT]),
-            owed_s=mem[at + layout.OWED] / layout.PS,
-            kv_usage=1.0 - free / mem[at + layout.BLOCKS],
+            owed_s=float(mem[at + layout.OWED] / layout.PS),
+            kv_usage=float(1.0 - free / mem[at + layout.BLOCKS]),
             freeness=float(self._kernel.do("freeness", index, now)),
             busy_s=totals.busy_s,
             prompt_tokens=totals.prompt_tokens,
@@ -325,7 +338,7 @@ class Fleet:
     def _totals(self, index: int) -> ReplicaTotals:
         mem, at = self._state.mem, self._state.where[index]
         return ReplicaTotals(
-            busy_s=mem[at + layout.BUSY] / layout.PS,
+            busy_s=float(mem[at + layout.BUSY] / layout.PS),
             prompt_tokens=int(mem[at + layout.PROMPTED]),
             generated_tokens=int(mem[at + layout.GENERATED]),
             preemptions=int(mem[at + layout.PREEMPTED]),
@@ -342,7 +355,7 @@ class Fleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._kernel.change(shares=shares.reshape(-1), credit=credit.reshape(-1))
+        self._kernel.change({"shares": shares.reshape(-1), "credit": credit.reshape(-1)})
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""

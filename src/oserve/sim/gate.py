@@ -1,8 +1,8 @@
 """The gateway before the replicas: a bounded queue in order of rank, and who serves whom.
 
 A request is handed over as soon as a replica has room for it; the rest waits here, where all
-replicas are seen. Who can no longer meet the first limit goes behind all who still can, and who is
-past the second is refused.
+replicas are seen. Who can no longer meet the first limit goes behind all who still can, first come,
+and who is past the second is refused.
 """
 
 from oserve.control.pick import pick as plain_pick
@@ -10,6 +10,7 @@ from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.finish import book, close, wait_at
 from oserve.sim.layout import (
+    ARRIVAL,
     BLOCKS,
     CLASS,
     COMPUTED,
@@ -25,6 +26,7 @@ from oserve.sim.layout import (
     MADE,
     MAX_INFLIGHT,
     MAX_QUEUED,
+    NEVER,
     NEXT,
     NONE,
     ON,
@@ -232,24 +234,29 @@ def send(s: State, request: int, index: int, now: int) -> None:
 
 @compiled
 def expire(s: State, now: int) -> int:
-    """The request to serve next, once those who are late were put behind or refused."""
+    """The request to serve next, once those who are late were put behind or refused.
+
+    What is refused counts as refused at its limit, whenever that is noticed.
+    """
     req = s.req
-    while s.queue[0] > 0:
-        base = s.queue[1] * REQUEST
-        if now <= req[base + DEMOTE_AT] and now <= req[base + SHED_AT]:
-            return s.queue[1]
-        request = pop(req, s.queue, ORDER)
-        if now > req[base + SHED_AT]:
-            close(req, s.glob, request, SHED, now)
-        else:
+    while True:
+        while s.late[0] > 0 and now > req[s.late[1] * REQUEST + SHED_AT]:
+            request = pop(req, s.late, ARRIVAL)
+            close(req, s.glob, request, SHED, req[request * REQUEST + SHED_AT])
+        if s.queue[0] == 0:
+            return s.late[1] if s.late[0] > 0 else NONE
+        request = s.queue[1]
+        base = request * REQUEST
+        if now > req[base + DEMOTE_AT]:
+            pop(req, s.queue, ORDER)
             req[base + IS_LATE] = 1
             req[base + PRIORITY] += _LATE_PRIORITY
-            push(req, s.late, ORDER, request)
-    while s.late[0] > 0:
-        if now <= req[s.late[1] * REQUEST + SHED_AT]:
-            return s.late[1]
-        close(req, s.glob, pop(req, s.late, ORDER), SHED, now)
-    return NONE
+            push(req, s.late, ARRIVAL, request)
+        elif now > req[base + SHED_AT]:
+            pop(req, s.queue, ORDER)
+            close(req, s.glob, request, SHED, req[base + SHED_AT])
+        else:
+            return request
 
 
 @compiled
@@ -263,7 +270,7 @@ def dispatch(s: State, now: int) -> None:
         if index == NONE:
             return
         if s.req[request * REQUEST + IS_LATE] == 1:
-            pop(s.req, s.late, ORDER)
+            pop(s.req, s.late, ARRIVAL)
         else:
             pop(s.req, s.queue, ORDER)
         if index == _NEVER:
@@ -288,9 +295,10 @@ def enter(s: State, request: int, now: int) -> None:
 def withdraw(s: State, request: int) -> None:
     """Take a request out of the middle of its queue."""
     base = request * REQUEST
-    order = s.req[base + ORDER]
-    s.req[base + ORDER] = -(1 << 62)
-    heap = s.late if s.req[base + IS_LATE] == 1 else s.queue
+    is_late = s.req[base + IS_LATE] == 1
+    heap, field = (s.late, ARRIVAL) if is_late else (s.queue, ORDER)
+    key = s.req[base + field]
+    s.req[base + field] = -NEVER
     place = 1
     while heap[place] != request:
         place += 1
@@ -298,8 +306,8 @@ def withdraw(s: State, request: int) -> None:
         heap[place] = heap[place // 2]
         place //= 2
     heap[1] = request
-    pop(s.req, heap, ORDER)
-    s.req[base + ORDER] = order
+    pop(s.req, heap, field)
+    s.req[base + field] = key
 
 
 @compiled
@@ -310,4 +318,7 @@ def replay(s: State, request: int) -> None:
     s.req[base + ON] = NONE
     s.req[base + COMPUTED] = 0
     s.req[base + REPLAYS] += 1
-    push(s.req, s.late if s.req[base + IS_LATE] == 1 else s.queue, ORDER, request)
+    if s.req[base + IS_LATE] == 1:
+        push(s.req, s.late, ARRIVAL, request)
+    else:
+        push(s.req, s.queue, ORDER, request)

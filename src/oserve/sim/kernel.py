@@ -19,15 +19,12 @@ from oserve.sim.layout import (
     COPIED,
     DUE,
     END,
-    FAST,
     FREE,
     GONE,
-    JUMP,
     LEAVING,
     LINK_FREE,
     LINK_PS_PER_TOKEN,
     LOADING,
-    LOCKED,
     LOST,
     MADE,
     MOVED_AT,
@@ -50,6 +47,7 @@ from oserve.sim.layout import (
     RUN,
     RUN_DONE,
     RUN_ID,
+    RUN_LEFT,
     RUN_STATE,
     RUNNING,
     STATUS,
@@ -127,15 +125,6 @@ def advance(s: State, until: int, skip: int) -> None:
 
 
 @compiled
-def flush(s: State, skip: int) -> None:
-    """What a caller's change makes possible at this very moment."""
-    now = s.glob[NOW]
-    if s.queue[0] + s.late[0] > 0:
-        dispatch(s, now)
-    begin_steps(s, now, skip)
-
-
-@compiled
 def observe(s: State, now: int) -> None:
     """Bring the numbers of replicas and their requests up to a time that has been reached."""
     req, mem = s.req, s.mem
@@ -146,6 +135,25 @@ def observe(s: State, now: int) -> None:
             base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
             req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
             req[base + COMPUTED] = done_of(mem, at, slot)
+
+
+@compiled
+def flush(s: State, skip: int) -> None:
+    """What a caller's change makes possible at this very moment."""
+    now = s.glob[NOW]
+    # Steps that follow on one that ends right now have begun: what comes now is too late for them.
+    observe(s, now)
+    if s.queue[0] + s.late[0] > 0:
+        dispatch(s, now)
+    begin_steps(s, now, skip)
+
+
+@compiled
+def own_numbers(s: State, at: int, now: int) -> None:
+    """Let only the step on its way go on, and give every sequence its own numbers."""
+    catch_up(s.mem, s.ses, at, now)
+    cut(s.mem, at, now + 1)
+    unlock(s.mem, s.ses, at)
 
 
 @compiled
@@ -161,7 +169,7 @@ def lose(s: State, request: int, again: int, now: int) -> None:
 def remove(s: State, index: int, again: int, now: int) -> None:
     """A replica ends at once. Its requests are replayed if ``again``, else lost."""
     req, mem, at = s.req, s.mem, s.where[index]
-    catch_up(mem, s.ses, at, now)
+    own_numbers(s, at, now)
     mem[at + PHASE] = GONE
     mem[at + END] = mem[at + BEGIN] = NEVER
     mem[at + BATCHES] = 0
@@ -169,11 +177,11 @@ def remove(s: State, index: int, again: int, now: int) -> None:
     for slot in range(mem[at + RUN]):
         request = mem[at + mem[at + RUN_ID] + slot]
         base = request * REQUEST
-        req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
+        req[base + MADE] = req[base + OUTPUT] - mem[at + mem[at + RUN_LEFT] + slot]
         req[base + COPIED] = 0
         unbook(req, mem, at, request)
         lose(s, request, again, now)
-    mem[at + RUN] = mem[at + LOCKED] = mem[at + JUMP] = mem[at + FAST] = 0
+    mem[at + RUN] = 0
     while mem[at + WAIT_COUNT] > 0:
         request = mem[at + WAIT]
         unlink(req, mem, at + WAIT, request)
@@ -201,9 +209,7 @@ def migrate(s: State, request: int, target: int, now: int) -> bool:
     whole = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
     if mem[other + PHASE] != READY or whole > mem[other + BLOCKS]:
         return False
-    catch_up(mem, s.ses, at, now)
-    cut(mem, at, now + 1)
-    unlock(mem, s.ses, at)
+    own_numbers(s, at, now)
     ids, states = at + mem[at + RUN_ID], at + mem[at + RUN_STATE]
     slot = 0
     while mem[ids + slot] != request:

@@ -1,5 +1,7 @@
 """The kernel's arrays, made and grown: requests, and one replica after another."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -136,5 +138,6 @@ def replica_rows(
     return rows
 
 
-def _ps(seconds: NDArray[np.float64]) -> Ints:
-    return np.round(np.minimum(seconds, _ALL_TIME_S) * at.PS).astype(np.int64)
+def _ps(seconds: NDArray[Any]) -> Ints:
+    whole: Ints = np.round(np.minimum(seconds, _ALL_TIME_S) * at.PS).astype(np.int64)
+    return whole

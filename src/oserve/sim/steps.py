@@ -4,12 +4,13 @@
     step = decodes[d]                   nothing but decoding
     ... + kv_rate * (tokens that decoding attends to) + pair_rate * (pairs of prompts' tokens)
 
-Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models that
-are affine in both and treat tokens of prompts and of decoding alike, as the roofline is. Tables of
-other models hold at a usual context.
+Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models
+that are affine in both and treat tokens of prompts and of decoding alike, as the roofline is.
+Tables of other models hold at a usual context.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def step_tables(
     """
 
     def seconds(
-        prompt: NDArray[np.float64], context: float, decoding: NDArray[np.float64], cache: float
+        prompt: NDArray[Any], context: float, decoding: NDArray[Any], cache: float
     ) -> NDArray[np.float64]:
         got = model.step_s(prompt, prompt * context / 2, decoding, decoding * cache)
         return np.asarray(got, dtype=np.float64) * factor + overhead_s

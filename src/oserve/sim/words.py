@@ -151,7 +151,7 @@ class GatewayOptions:
 
     At most ``max_queued`` requests wait there. ``overflow_s``: see the router. A request that
     waits after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token`` is late for its
-    first token and served after all others; one that would be handed over later than
+    first token and served after all others, first come; one that would be handed over later than
     ``shed_after_s`` after its arrival is refused. ``None`` turns either off.
     """
 
@@ -160,6 +160,11 @@ class GatewayOptions:
     demote_after_s: float | None = None
     shed_after_s: float | None = None
     prompt_s_per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        late, lost = self.demote_after_s, self.shed_after_s
+        if late is not None and lost is not None and lost < late:
+            raise ValueError("shed_after_s must not come before demote_after_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
