@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from oserve.cli import app
 from oserve.core import OServeError
+from oserve.engines.registry import read_registry
 from oserve.sim import EmulatedEngine, EngineSpeed
 
 BODY = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
@@ -86,8 +87,11 @@ async def counted(session: aiohttp.ClientSession, url: str) -> float:
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
-def children_of(pid: int) -> set[str]:
-    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+def gateways(served: Served) -> set[int]:
+    """Process ids of the gateway processes that run."""
+    registry = read_registry(served.folder / "state" / "keeper.json")
+    assert registry is not None
+    return {entry.pid for entry in registry.held if not entry.engine and entry.pid}
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -127,12 +131,12 @@ async def test_serves_counts_and_ends_with_any_number_of_processes(
 
 async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
     served = await serve("--set", "gateway.processes=2")
-    before = children_of(served.process.pid)
+    before = gateways(served)
     assert len(before) == 2
     victim = min(before)
-    os.kill(int(victim), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     async with fresh() as session:
-        await until(lambda: len(children_of(served.process.pid) - {victim}) >= 2)
+        await until(lambda: len(gateways(served) - {victim}) >= 2)
         for _ in range(20):
             # The one that died may have had connections waiting: those break, no later ones do.
             try:
