@@ -13,6 +13,12 @@ from oserve.core import Device, ReplicaShape, ReplicaSpec, VllmBackend
 from oserve.engines.holding import HeldProcess
 from oserve.engines.settings import EngineSettings
 
+# Settings of whoever looks after an engine: the engine is the same whatever they are.
+_ABOUT_WATCHING = {
+    *("start_timeout_s", "health_interval_s", "health_timeout_s", "unhealthy_after"),
+    *("stop_grace_s", "stable_s", "orphan_grace_s", "log_dir"),
+}
+
 
 class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's spec, and ``stamp`` of all else that it was started with.
@@ -59,8 +65,13 @@ def stamp_of(
     model: str, served_model_name: str, settings: EngineSettings, devices: Sequence[Device]
 ) -> str:
     """Of the model (a folder's files too), the settings and the devices of one engine."""
+    given = {
+        name: value
+        for name, value in msgspec.to_builtins(settings).items()
+        if name not in _ABOUT_WATCHING
+    }
     facts = (
-        *(__version__, model, served_model_name, msgspec.structs.replace(settings, log_dir="")),
+        *(__version__, model, served_model_name, given),
         [_files(Path(name)) for name in (model, *settings.variants.values())],
         [(device.id, device.kind, device.cores) for device in devices],
     )
