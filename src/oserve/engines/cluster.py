@@ -259,7 +259,7 @@ class LocalCluster:
     async def _take_up(self, note: EngineNote, process: HeldProcess) -> bool:
         """Give an engine its task again; tells whether it goes on."""
         spec = note.spec
-        endpoint = Endpoint(unix_socket=str(self._sockets / process.entry.name / "api.sock"))
+        endpoint = Endpoint(unix_socket=str(Path(process.entry.folder) / "api.sock"))
         self._put(spec, endpoint)
         self._held[spec.id] = process
         replica = VllmReplica(

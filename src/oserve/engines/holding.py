@@ -182,6 +182,8 @@ class _Line:
         """Have the keeper end everything and itself; returns when it is gone."""
         self.send(lines.Close())
         await asyncio.wait({self.lost}, timeout=_EXIT_LIMIT_S)
+        if self.hello.pid == os.getpid():
+            return
         gone = await asyncio.to_thread(_await_exit, self.hello.pid, _EXIT_LIMIT_S)
         if not gone:
             with contextlib.suppress(ProcessLookupError):
