@@ -13,7 +13,7 @@ import pytest
 
 from oserve.app.lock import StateLock
 from oserve.core import OServeError
-from oserve.engines.holding import HeldEngines, private_folder
+from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
 from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
 from oserve.engines.session import boot_id, session_members, start_ticks
 
@@ -60,7 +60,9 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     engines: HeldEngines, tmp_path: Path
 ) -> None:
     log = tmp_path / "engine.log"
+    assert not keeper_runs(tmp_path)
     first = await engines.launch("a-1", [], {}, [], log, "note")
+    assert keeper_runs(tmp_path)
     cat = await engines.hold("p:0", ["cat"], "orders", tmp_path / "cat.log", 0.0, None)
     [entry] = [entry for entry in registry_of(tmp_path).held if entry.engine]
     assert (entry.pid, entry.note) == (first.pid, "note")
@@ -82,6 +84,7 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     await again.close()
     assert session_members(second.pid) == []
     assert not (tmp_path / "keeper.json").exists()
+    assert not keeper_runs(tmp_path)
 
 
 async def test_one_of_another_environment_ends_first(

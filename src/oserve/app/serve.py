@@ -39,6 +39,8 @@ from oserve.workload.output import KnownAtArrival, OutputEstimator
 _log = logging.getLogger("oserve.control")
 
 _STEER_S = 1.0
+# Seconds of counts that a kill may cost.
+_SAVE_S = 10.0
 # Answers that are learned from before the first request comes.
 _LEARNED = 5000
 
@@ -164,8 +166,14 @@ class Server:
     async def _steer(self, steering: Steering) -> None:
         """Once a second: count, and decide where a decision is due and none is being made."""
         deciding: asyncio.Task[None] | None = None
+        # Should it be killed before the first decision, the next one goes on with this plan.
+        await steering.save(time.time())
+        saved_s = self._clock.now()
         while True:
             await self._clock.sleep(_STEER_S)
+            if self._clock.now() - saved_s >= _SAVE_S:
+                saved_s = self._clock.now()
+                await steering.save_seconds(time.time())
             trigger = self._counted(steering)
             if trigger is not None and (deciding is None or deciding.done()):
                 deciding = asyncio.ensure_future(self._decide(steering, trigger))

@@ -6,6 +6,7 @@ keeper itself be killed, all that it held ends, and the next start makes another
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -56,6 +57,21 @@ def private_folder(state_dir: Path) -> Path:
             "it is not ours alone", place=str(folder), remedy="remove it, or set --state-dir"
         )
     return folder
+
+
+def keeper_runs(state_dir: Path) -> bool:
+    """Whether a keeper holds what a server in that folder has left, or is ending it."""
+    try:
+        descriptor = os.open(state_dir / "keeper.lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def identity_of(method: str, log_dir: Path) -> str:
