@@ -243,6 +243,7 @@ class HeldEngines:
         self._identity = identity_of(method, log_dir)
         self._line: _Line | None = None
         self._lock = asyncio.Lock()
+        self._started: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     async def connect(self) -> None:
@@ -306,6 +307,9 @@ class HeldEngines:
             if self._line is not None:
                 await self._line.close()
                 self._line = None
+            if self._started is not None:
+                # It has ended: this only takes note of it.
+                await asyncio.to_thread(self._started.wait)
 
     async def _ensure(self) -> _Line:
         async with self._lock:
@@ -324,6 +328,7 @@ class HeldEngines:
         while time.monotonic() < deadline_s:
             line = await _Line.open(path)
             if line is not None and line.hello.identity == self._identity:
+                self._started = ours if ours and ours.pid == line.hello.pid else None
                 return line
             if line is not None:
                 _log.warning("what runs is of another version or environment: it is ended first")
