@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ import msgspec
 from oserve.core import OServeError
 from oserve.engines import registry as lines
 from oserve.engines.registry import Entry, end_leftovers, write_registry
-from oserve.engines.session import start_ticks
+from oserve.engines.session import adopt_orphans, start_ticks
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 _log = logging.getLogger("oserve.keeper")
 
 HELD_ELSEWHERE = 75
 _HURRIED_S = 2.0
+_POLL_S = 0.02
 
 
 @dataclass(eq=False, slots=True)
@@ -264,8 +266,19 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return HELD_ELSEWHERE
+    adopt_orphans()
     asyncio.run(_main(arguments))
+    _reap(_HURRIED_S)
     return 0
+
+
+def _reap(limit_s: float) -> None:
+    """Take note of the ends of what came to this process when its own parent ended."""
+    end_s = time.monotonic() + limit_s
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end_s:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(_POLL_S)
 
 
 if __name__ == "__main__":
