@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.control.order import OrderPolicy
+from oserve.control.overload import OverloadPolicy, max_prompt_s
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
@@ -107,13 +108,15 @@ class Levers:
     ``order``: by prompt length with ageing, in gateway and engines; ``None``: first come, first
     served. ``inflight_per_device`` bounds what the gateway hands to a replica at once, per device
     of it; the rest waits in the gateway, where it can still go anywhere and be demoted. ``None``:
-    twice ``max_num_seqs``, as the live gateway has it.
+    twice ``max_num_seqs``, as the live gateway has it. ``overload``: the live gateway's policy,
+    in place of what ``gateway`` says of demotion and shedding.
     """
 
     routing: Routing = Routing.POOLS
     order: OrderPolicy | None = None
     gateway: GatewayOptions = field(default_factory=GatewayOptions)
     inflight_per_device: float | None = None
+    overload: OverloadPolicy = field(default_factory=OverloadPolicy)
     rebalance: Rebalance | None = None
 
 
@@ -204,7 +207,7 @@ class Simulator:
         return Fleet(
             requests,
             classes=len(serving.plan.workload_types),
-            gateway=serving.levers.gateway,
+            gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
 
@@ -221,6 +224,11 @@ class Simulator:
             ready_at_s=ready_at_s,
             ordered=levers.order is not None,
             max_inflight=None if most is None else max(1, round(most * shape.device_count)),
+            max_prompt_s=max_prompt_s(
+                levers.overload,
+                chunk_tokens=shape.max_num_batched_tokens,
+                prefill_s_per_token=self.costs(shape).prefill_s_per_token,
+            ),
             kv_bytes_per_token=kv_bytes,
             link=link,
         )
@@ -260,6 +268,18 @@ class Simulator:
                 return False
         fleet.run(limit_s=traffic.duration_s + LATEST_S)
         return attainment(fleet.results(), slo) >= ATTAINMENT
+
+    def _gateway(self, serving: Serving) -> GatewayOptions:
+        options, overload = serving.levers.gateway, serving.levers.overload
+        if overload == OverloadPolicy():
+            return options
+        costs = [self.costs(shape).prefill_s_per_token for shape, _ in serving.shapes]
+        return replace(
+            options,
+            demote_after_s=overload.late_after_s,
+            shed_after_s=overload.shed_after_s,
+            prompt_s_per_token=min(costs, default=0.0),
+        )
 
     def _link(self, shape: ReplicaShape) -> tuple[Link, float]:
         """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
