@@ -18,7 +18,7 @@ REPLICA = TableReplica(
     accepts_priority=False,
     prefill_s_per_token=1e-3,
     decode_s_per_token=1e-2,
-    chunk_tokens=50,
+    step_tokens=50,
 )
 
 
@@ -95,15 +95,15 @@ def test_what_is_owed_is_what_has_no_first_token_yet(
             entry.close(0.0, done=False)
             entry.close(0.0, done=False)
         kept = sum(1 for _, how in asked[: number + 1] if how == "keep")
-        most = max_prompt_s(OverloadPolicy(ttft_s=1.0), chunk_tokens=50, prefill_s_per_token=1e-3)
+        most = max_prompt_s(OverloadPolicy(ttft_s=1.0), step_tokens=50, prefill_s_per_token=1e-3)
         if abs(owed * 1e-3 - most) > 1e-6:
             assert is_full(ledger) == (owed * 1e-3 > most or kept >= 8)
 
 
 def test_the_bound_keeps_an_engine_s_steps_full() -> None:
     policy = OverloadPolicy(ttft_s=0.1)
-    assert max_prompt_s(policy, chunk_tokens=512, prefill_s_per_token=1e-3) == 2 * 0.512
-    assert max_prompt_s(policy, chunk_tokens=0, prefill_s_per_token=1e-3) == 0.1 / 8
+    assert max_prompt_s(policy, step_tokens=512, prefill_s_per_token=1e-3) == 0.512
+    assert max_prompt_s(policy, step_tokens=0, prefill_s_per_token=1e-3) == 0.1 / 8
 
 
 def test_late_is_who_leaves_the_engine_too_little_time() -> None:

@@ -226,7 +226,7 @@ class Simulator:
             max_inflight=None if most is None else max(1, round(most * shape.device_count)),
             max_prompt_s=max_prompt_s(
                 levers.overload,
-                chunk_tokens=shape.max_num_batched_tokens,
+                step_tokens=shape.step_tokens,
                 prefill_s_per_token=self.costs(shape).prefill_s_per_token,
             ),
             kv_bytes_per_token=kv_bytes,
@@ -242,14 +242,19 @@ class Simulator:
         fleet.set_routing(policy=levers.routing, shares=shares)
 
     def run(
-        self, serving: Serving, traffic: Traffic, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        latest_s: float = LATEST_S,
     ) -> FleetResults:
-        """Serve all of it with a deployment that stays."""
+        """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
         fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
-        fleet.run(limit_s=traffic.duration_s + LATEST_S)
+        fleet.run(limit_s=traffic.duration_s + latest_s)
         self.simulated_requests += len(traffic)
         return fleet.results()
 

@@ -20,7 +20,7 @@ class _Account:
     decode_s_per_token: float
     max_inflight: int
     max_model_len: int
-    chunk_tokens: int = 0
+    step_tokens: int = 0
     inflight: int = 0
     prompt_s: float = 0.0
     owed_s: float = 0.0
@@ -61,7 +61,7 @@ class WorkLedger:
                 )
             account.max_inflight = replica.max_inflight
             account.max_model_len = replica.max_model_len
-            account.chunk_tokens = replica.chunk_tokens
+            account.step_tokens = replica.step_tokens
             kept[replica.id] = account
         self._accounts = kept
 
@@ -82,7 +82,7 @@ class WorkLedger:
         inflight = account.inflight + account.elsewhere_inflight
         most_s = max_prompt_s(
             self._overload,
-            chunk_tokens=account.chunk_tokens,
+            step_tokens=account.step_tokens,
             prefill_s_per_token=account.prefill_s_per_token / account.speed,
         )
         full = account.prompt_s / account.speed >= most_s / self._processes

@@ -20,8 +20,6 @@ DEMOTED_S = 1e6
 # prompt shares its steps with answers under way.
 _OWED_OF_TTFT = 1 / 8
 _LATE_AT = 3 / 4
-# Below this many chunks of prompts an engine's steps would run half empty.
-_LEAST_CHUNKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +38,14 @@ class OverloadPolicy:
         return None if self.ttft_s is None else _LATE_AT * self.ttft_s
 
 
-def max_prompt_s(policy: OverloadPolicy, *, chunk_tokens: int, prefill_s_per_token: float) -> float:
-    """Seconds of prompts that a replica may owe before it is given another; inf: no matter."""
+def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_token: float) -> float:
+    """Seconds of prompts that a replica may owe before it is given another; inf: no matter.
+
+    ``step_tokens``: what its steps under way hold at most. With less they would run half empty.
+    """
     if policy.ttft_s is None:
         return float("inf")
-    return max(_OWED_OF_TTFT * policy.ttft_s, _LEAST_CHUNKS * chunk_tokens * prefill_s_per_token)
+    return max(_OWED_OF_TTFT * policy.ttft_s, step_tokens * prefill_s_per_token)
 
 
 def too_late(policy: OverloadPolicy, *, arrival_s: float, now_s: float, prefill_s: float) -> bool:

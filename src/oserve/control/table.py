@@ -32,7 +32,7 @@ class TableReplica:
     accepts_priority: bool
     prefill_s_per_token: float
     decode_s_per_token: float
-    chunk_tokens: int = 0
+    step_tokens: int = 0
     model: str = ""
     started_s: float = 0.0
 
@@ -90,7 +90,7 @@ def routing_table(
                 accepts_priority=ordered and (attached is None or attached.priority),
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
-                chunk_tokens=spec.shape.max_num_batched_tokens,
+                step_tokens=spec.shape.step_tokens,
                 model=attached.model if attached else "",
                 started_s=state.since_s,
             )
