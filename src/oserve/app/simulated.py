@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from oserve.control.order import OrderPolicy
 from oserve.control.overload import OverloadPolicy, max_prompt_s
-from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
+from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
 from oserve.perf.source import RooflineSource
@@ -214,7 +214,8 @@ class Simulator:
     def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
         """Start a replica."""
         shape, most = spec.shape, levers.inflight_per_device
-        link, kv_bytes = self._link(shape) if levers.rebalance else (Link(), 0.0)
+        sends = levers.rebalance is not None or shape.role is Role.PREFILL
+        link, kv_bytes = self._link(shape) if sends else (Link(), 0.0)
         fleet.add_replica(
             spec.id,
             shape,

@@ -78,7 +78,9 @@ class OServeTuner(Tuner):
         for most in (None, *INFLIGHT_PER_DEVICE):
             overload = OverloadPolicy(ttft_s=self._ttft_s)
             levers = replace(serving.levers, overload=overload, inflight_per_device=most)
-            yield self._with(serving, levers)
+            # Where the gateway demotes, engines need no order of their own.
+            for order in dict.fromkeys((levers.order, None)):
+                yield self._with(serving, replace(levers, order=order))
         for limit_s in (self._ttft_s, None):
             for most in (*INFLIGHT_PER_DEVICE, None):
                 gateway = replace(
