@@ -181,11 +181,19 @@ class Simulator:
         return self._kv[shape]
 
     def requests(
-        self, serving: Serving, traffic: Traffic, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
     ) -> RequestTable:
-        """As the gateway sees them; ``expected`` outputs are the class's, unless given."""
+        """As the gateway sees them; ``expected`` outputs are the class's, unless given.
+
+        ``kinds``: the class of each, where it is not told by the prompt's length.
+        """
         classes = serving.plan.workload_types
-        index = class_indices(classes, traffic.prompt_tokens)
+        index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
         if expected is None:
             outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
             expected = outputs[index]
@@ -248,10 +256,12 @@ class Simulator:
         traffic: Traffic,
         *,
         expected: Ints | None = None,
+        kinds: Ints | None = None,
         latest_s: float = LATEST_S,
     ) -> FleetResults:
         """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
-        fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
@@ -260,10 +270,17 @@ class Simulator:
         return fleet.results()
 
     def holds(
-        self, serving: Serving, traffic: Traffic, slo: Slo, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        slo: Slo,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
     ) -> bool:
         """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
-        fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
