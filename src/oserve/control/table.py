@@ -55,6 +55,8 @@ class RoutingTable:
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
 # replicas, decides for most of the queue.
 _INFLIGHT_PER_SEQ = 2
+# Its next step begins before the gateway has heard of the last one's first tokens.
+_STEPS_AHEAD = 2
 
 
 def routing_table(
@@ -90,7 +92,7 @@ def routing_table(
                 accepts_priority=ordered and (attached is None or attached.priority),
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
-                step_tokens=spec.shape.step_tokens,
+                step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
                 started_s=state.since_s,
             )
