@@ -19,10 +19,12 @@ def lever_capacities(tuner: OServeTuner) -> dict[str, float]:
         "least work instead of shortest queue": tuner.race(
             [replace(best.serving, levers=replace(best.serving.levers, routing=Routing.LEAST_WORK))]
         ),
-        "demotion": tuner.race(
+        "late choice by prompts owed, demotion": tuner.race(
             [replace(best.serving, levers=replace(best.serving.levers, overload=demotion))], best
         ),
-        "late choice and demotion": tuner.race(tuner.bounded(best.serving), best),
+        "late choice by prompts owed or number, demotion": tuner.race(
+            tuner.bounded(best.serving), best
+        ),
         "different shapes": tuner.race(
             tuner.heterogeneous(best.serving.levers, shares=False), best
         ),
@@ -50,7 +52,9 @@ def _without(tuner: OServeTuner, whole: Found) -> dict[str, Found]:
     return {
         "order": with_levers(order=None),
         **({"freshest first": with_levers(order=oldest)} if oldest != order else {}),
-        "late choice": with_levers(inflight_per_device=None),
-        "demotion": with_levers(gateway=plain, overload=OverloadPolicy()),
+        "bound on requests in flight": with_levers(inflight_per_device=None),
+        "late choice by prompts owed, demotion": with_levers(
+            gateway=plain, overload=OverloadPolicy()
+        ),
         "least work": with_levers(routing=Routing.LEAST_REQUESTS),
     }
