@@ -108,5 +108,5 @@ def test_the_bound_keeps_an_engine_s_steps_full() -> None:
 
 def test_late_is_who_leaves_the_engine_too_little_time() -> None:
     policy = OverloadPolicy(ttft_s=2.0)
-    assert not too_late(policy, arrival_s=10.0, now_s=10.5, prefill_s=0.4)
-    assert too_late(policy, arrival_s=10.0, now_s=10.5, prefill_s=0.6)
+    assert not too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.4)
+    assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.6)

@@ -19,7 +19,7 @@ DEMOTED_S = 1e6
 # how much a request that was not handed over counts as late. The rest is for the engine, where a
 # prompt shares its steps with answers under way.
 _OWED_OF_TTFT = 1 / 8
-_LATE_AT = 1 / 2
+_LATE_AT = 3 / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
