@@ -32,6 +32,7 @@ class TableReplica:
     accepts_priority: bool
     prefill_s_per_token: float
     decode_s_per_token: float
+    step_tokens: int = 0
     model: str = ""
     started_s: float = 0.0
 
@@ -54,6 +55,8 @@ class RoutingTable:
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
 # replicas, decides for most of the queue.
 _INFLIGHT_PER_SEQ = 2
+# Its next step begins before the gateway has heard of the last one's first tokens.
+_STEPS_AHEAD = 2
 
 
 def routing_table(
@@ -89,6 +92,7 @@ def routing_table(
                 accepts_priority=ordered and (attached is None or attached.priority),
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
+                step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
                 started_s=state.since_s,
             )

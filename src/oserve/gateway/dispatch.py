@@ -66,13 +66,13 @@ class Dispatcher:
         self._settings = settings
         self._records = records
         self._router = Router({})
-        self._ledger = WorkLedger()
         self._affinity = Affinity()
         overload = settings.overload
         self._overload = OverloadPolicy(
             ttft_s=overload.ttft_ms / 1e3 if overload.demote and overload.ttft_ms else None,
             shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
         )
+        self._ledger = WorkLedger(self._overload, processes=settings.processes)
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         self._queue: list[tuple[float, int, Relay]] = []
         self._waiting: set[Relay] = set()
@@ -180,7 +180,9 @@ class Dispatcher:
         if had:
             self.metrics.count("oserve_route_cached")
         self.metrics.histogram("oserve_queue_seconds", kind).observe(now_s - relay.arrival_s)
-        entry = self._ledger.admit(replica.id, request, now_s, cached_tokens=had)
+        entry = self._ledger.admit(
+            replica.id, request, now_s, cached_tokens=had, streams=relay.stream
+        )
         relay.sent_to(replica, entry)
         self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
         return None
@@ -278,7 +280,7 @@ class Dispatcher:
         )
         if late:
             relay.demoted = True
-            relay.rank += DEMOTED_S
+            relay.rank = relay.arrival_s + DEMOTED_S
             self._sequence += 1
             heapq.heapreplace(self._queue, (relay.rank, self._sequence, relay))
             self.metrics.count("oserve_requests_demoted")
@@ -303,6 +305,11 @@ class Dispatcher:
     def _retry_after_s(self) -> int:
         loads = self._ledger.loads(self.serving).values()
         return max(1, min(60, round(min((load.work_s for load in loads), default=5.0))))
+
+    def prompt_done(self) -> None:
+        """A replica has computed a prompt, and may have room for another."""
+        if self._waiting and self._overload.ttft_s is not None:
+            asyncio.get_running_loop().call_soon(self._pump)
 
     # -- the end of a request -------------------------------------------------------------------
     def ended(self, relay: Relay, status: FinishStatus) -> None:

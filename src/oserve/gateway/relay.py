@@ -196,6 +196,7 @@ class Relay:
             self._first_byte_s = self._last_chunk_s = now_s
             if self._entry is not None:
                 self._entry.first_byte(now_s)
+                self._dispatcher.prompt_done()
         if not self.stream or head.status != 200:
             # Held back until whole: as long as no byte has gone out, another replica can take over.
             self._held.append(data)

@@ -27,8 +27,9 @@ class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """When more comes than can be served. See control.overload.
 
-    ``ttft_ms``: a waiting request that would get its first token later than this is served last
-    (``demote``); unset: ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
+    ``ttft_ms``: a waiting request that would get its first token later than this is served last,
+    and replicas that owe prompts for an eighth of it get no more (``demote``); unset:
+    ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
     refused with 429 and Retry-After; unset: never.
     """
 

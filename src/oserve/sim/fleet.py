@@ -126,6 +126,7 @@ class Fleet:
         ready_at_s: float = 0.0,
         ordered: bool = False,
         max_inflight: int | None = None,
+        max_prompt_s: float = math.inf,
         kv_bytes_per_token: float = 0.0,
         link: Link | None = None,
     ) -> None:
@@ -133,8 +134,8 @@ class Fleet:
 
         ``ordered``: its engine serves by rank, not first come. ``costs`` are what the router takes
         its speed to be. The gateway hands it ``max_inflight`` requests at most (default: twice its
-        sequences). Its KV leaves by ``link``. Raises ValueError for a name in use, or limits that
-        make no sense.
+        sequences), and none while it owes ``max_prompt_s`` of prompts. Its KV leaves by ``link``.
+        Raises ValueError for a name in use, or limits that make no sense.
         """
         if name in self._names and self._phase(name) != layout.GONE:
             raise ValueError(f"there is a replica {name} already")
@@ -147,6 +148,7 @@ class Fleet:
             kv_tokens=kv_tokens,
             ordered=ordered,
             max_inflight=max_inflight or _INFLIGHT_PER_SEQ * shape.max_num_seqs,
+            max_prompt=picoseconds(max_prompt_s),
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,
             link=link or Link(),
