@@ -24,6 +24,8 @@ from pathlib import Path
 import uvloop
 from client import Load, Result
 
+from oserve.engines.registry import read_registry
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -143,7 +145,10 @@ def contenders(
     command += ["--served-model-name", "bench", "--port", str(port), "--state-dir", str(folder)]
     processes.append(start(command, 0, log))
     wait_until_up(port, log)
-    found.append(Contender("oserve", port, [processes[-1].pid]))
+    registry = read_registry(folder / "keeper.json")
+    assert registry is not None
+    held = [registry.pid, *(entry.pid for entry in registry.held)]
+    found.append(Contender("oserve", port, [processes[-1].pid, *held]))
     if router:
         port, metrics = free_port(), free_port()
         log = folder / "router.log"

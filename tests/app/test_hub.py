@@ -1,6 +1,10 @@
 """Counts of several gateway processes reach the hub once; operators' calls pass through it."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from oserve.app.hub import Hub, HubClient
 from oserve.control.table import RoutingTable
@@ -52,3 +56,45 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
         for client in clients:
             await client.close()
         await hub.close()
+
+
+async def test_a_process_goes_on_with_the_hub_of_another_server(tmp_path: Path) -> None:
+    socket = tmp_path / "hub.sock"
+    dispatcher = Dispatcher(GatewaySettings(), None)
+    client = HubClient(str(socket), 0, dispatcher)
+    first = Hub()
+    await first.listen(str(socket))
+    first.publish(TABLE, Picture())
+    await client.sync()
+    assert dispatcher.table == TABLE
+    client.port = 7
+    dispatcher.metrics.count("oserve_requests", "completed")
+    await client.sync()
+    await first.close()
+    # Nobody is there: it serves on by what it knows, and counts.
+    with pytest.raises(ConnectionError):
+        await client.sync()
+    assert dispatcher.table == TABLE
+    dispatcher.foresight.tally.arrived(5.0, (1.0,))
+    socket.unlink(missing_ok=True)
+    second = Hub()
+    await second.listen(str(socket))
+    listening = second.expect(os.getpid())
+    # One that has no table yet takes nothing away.
+    await client.sync()
+    assert dispatcher.table == TABLE
+    assert listening.result() == 7
+    other = replace(TABLE, plan_id="q")
+    second.publish(other, Picture())
+    await client.sync()
+    assert dispatcher.table == other
+    assert [batch.arrivals for batch in second.batches()] == [{5: [1.0]}]
+    counted = dispatcher.picture.metrics["oserve_requests"]
+    # What a process counted that ended is still in the sum.
+    second.forget(0)
+    await client.sync()
+    assert {k: [2 * n for n in v] for k, v in counted.items()} == (
+        dispatcher.picture.metrics["oserve_requests"]
+    )
+    await client.close()
+    await second.close()

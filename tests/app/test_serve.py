@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from oserve.cli import app
 from oserve.core import OServeError
+from oserve.engines.registry import read_registry
 from oserve.sim import EmulatedEngine, EngineSpeed
 
 BODY = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
@@ -27,6 +28,7 @@ class Served:
     engine: EmulatedEngine
     url: str
     folder: Path
+    engine_url: str
 
 
 async def free_port() -> int:
@@ -44,12 +46,15 @@ Serve = Callable[..., Awaitable[Served]]
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     started: list[Served] = []
 
-    async def start(*words: str, speed: EngineSpeed | None = None) -> Served:
+    async def start(*words: str, speed: EngineSpeed | None = None, engine_port: int = 0) -> Served:
         engine = EmulatedEngine(speed=speed)
-        engine_url = f"http://127.0.0.1:{await engine.start()}"
+        port = engine_port or await engine.start()
+        engine_url = f"http://127.0.0.1:{port}"
         plan = tmp_path / "plan.yaml"
         plan.write_text(f"replicas: [{{id: one, attach: {{url: '{engine_url}'}}}}]")
         port = await free_port()
+        if "--port" in words:
+            port = int(words[words.index("--port") + 1])
         command = ["-m", "oserve.cli", "serve", "--plan", str(plan), "--port", str(port)]
         command += ["--served-model-name", "emulated", "--state-dir", str(tmp_path / "state")]
         process = await asyncio.create_subprocess_exec(
@@ -61,7 +66,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             line = await process.stderr.readline()
             assert line, seen.decode()
             seen += line
-        served = Served(process, engine, f"http://127.0.0.1:{port}", tmp_path)
+        served = Served(process, engine, f"http://127.0.0.1:{port}", tmp_path, engine_url)
         started.append(served)
         return served
 
@@ -86,8 +91,11 @@ async def counted(session: aiohttp.ClientSession, url: str) -> float:
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
-def children_of(pid: int) -> set[str]:
-    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+def gateways(served: Served) -> set[int]:
+    """Process ids of the gateway processes that run."""
+    registry = read_registry(served.folder / "state" / "keeper.json")
+    assert registry is not None
+    return {entry.pid for entry in registry.held if not entry.engine and entry.pid}
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -129,12 +137,12 @@ async def test_serves_counts_and_ends_with_any_number_of_processes(
 @pytest.mark.slow
 async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
     served = await serve("--set", "gateway.processes=2")
-    before = children_of(served.process.pid)
+    before = gateways(served)
     assert len(before) == 2
     victim = min(before)
-    os.kill(int(victim), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     async with fresh() as session:
-        await until(lambda: len(children_of(served.process.pid) - {victim}) >= 2)
+        await until(lambda: len(gateways(served) - {victim}) >= 2)
         for _ in range(20):
             # The one that died may have had connections waiting: those break, no later ones do.
             try:
@@ -142,6 +150,45 @@ async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
             except aiohttp.ClientError:
                 continue
         assert await post(session, served.url) == 200
+
+
+async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serve: Serve) -> None:
+    served = await serve()
+    before = gateways(served)
+    async with fresh() as session:
+        assert await post(session, served.url) == 200
+        served.process.kill()
+        await served.process.communicate()
+        assert await post(session, served.url) == 200
+        away_s = 0.0
+        while not away_s:
+            async with session.get(served.url + "/oserve/v1/status") as answer:
+                away_s = (await answer.json()).get("controller_away_s", 0.0)
+        shown = await cli("status", "--url", served.url)
+        assert "the controller is away" in shown[1]
+        assert await counted(session, served.url) == 2
+        code, said = await cli("switch", str(served.folder / "plan.yaml"), "--url", served.url)
+        assert code == 2
+        assert "out of reach" in said
+        engine_port = served.engine_url.rsplit(":", 1)[1]
+        again = await serve("--port", served.url.rsplit(":", 1)[1], engine_port=int(engine_port))
+        assert gateways(again) == before
+        assert await post(session, served.url) == 200
+        seen = 0.0
+        while seen < 3:
+            seen = await counted(session, served.url)
+        async with session.get(served.url + "/oserve/v1/status") as answer:
+            assert "controller_away_s" not in await answer.json()
+    # There is one server in a state folder.
+    third = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "oserve.cli", "serve", "--served-model-name", "emulated"),
+        *("--plan", str(served.folder / "plan.yaml"), "--port", "0"),
+        *("--state-dir", str(served.folder / "state")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, told = await third.communicate()
+    assert third.returncode == 2
+    assert f"another server works in it (process {again.process.pid})".encode() in told
 
 
 async def test_a_running_request_gets_its_grace_at_the_end(serve: Serve) -> None:

@@ -1,5 +1,7 @@
 """The controller on a server: fed, asked, remembered, replayed."""
 
+import fcntl
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +118,38 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     )
     assert advice.exit_code == 0, advice.output
     assert "switch," not in advice.output
+
+
+async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) -> None:
+    given = deployment(model, tmp_path)
+    steering = Steering(given, now_s=START_S)
+    await fed(steering, given, CHATS, START_S, START_S + 45)
+    await steering.save_seconds(START_S + 45.0)
+    before = steering.controller.collector
+    after = Steering(deployment(model, tmp_path), now_s=START_S + 50).controller.collector
+    assert after.newest_s == START_S + 44 == before.newest_s
+    assert after.rows(START_S, START_S + 44) == before.rows(START_S, START_S + 44)
+
+
+async def test_a_plan_file_counts_again_unless_a_cluster_is_taken_up(
+    model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    words = "workload_types: [{name: all}]\nreplicas: [{id: a, devices: ['cpu:0'], %s}]\n"
+    file.write_text("id: given\n" + words % "shape: {precision: fp32}")
+    more = {"plan": str(file), "control.mode": "advise"}
+    steering = Steering(deployment(model, tmp_path, **more), now_s=START_S)
+    chosen = parse_plan("id: chosen\n" + words % "shape: {precision: fp32}", place="x")
+    await steering.decide(START_S + 1.0, Trigger.MANUAL, given=chosen)
+    assert deployment(model, tmp_path, **more).plan.id == "given"
+    lock = os.open(tmp_path / "state" / "keeper.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        assert deployment(model, tmp_path, **more).plan.id == "chosen"
+        file.write_text(file.read_text() + "# another\n")
+        assert deployment(model, tmp_path, **more).plan.id == "given"
+    finally:
+        os.close(lock)
 
 
 async def test_shares_follow_what_is_ready_and_what_comes(model: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planni
 from oserve.app.planning import Question
 from oserve.app.store import StateStore
 from oserve.config import Settings, load_plan, parse_plan
+from oserve.config.reading import read_text
 from oserve.control.decision import Mode
 from oserve.core import (
     AttachedBackend,
@@ -23,6 +24,7 @@ from oserve.core import (
 )
 from oserve.engines.arguments import engine_arguments
 from oserve.engines.devices import find_devices, has_bf16_instructions
+from oserve.engines.holding import keeper_runs
 from oserve.engines.settings import EngineSettings
 from oserve.perf import TokenCosts, token_costs
 from oserve.plan import check_plan, default_plan
@@ -33,7 +35,8 @@ class Deployment:
     """All that is settled before anything starts.
 
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
-    ``fingerprint`` tells whether a plan of an earlier run still fits.
+    ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
+    alone, empty without one.
     """
 
     settings: Settings
@@ -46,6 +49,7 @@ class Deployment:
     mode: Mode = Mode.OFF
     question: Question | None = None
     fingerprint: str = ""
+    given: str = ""
 
     @property
     def state_file(self) -> Path:
@@ -93,6 +97,7 @@ def prepare(settings: Settings) -> Deployment:
         mode=mode,
         question=None if mode is Mode.OFF else question,
         fingerprint=stamp,
+        given=_given(settings),
     )
 
 
@@ -120,6 +125,13 @@ def _fingerprint(settings: Settings, devices: tuple[Device, ...]) -> str:
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 
+def _given(settings: Settings) -> str:
+    """Of the plan file's text."""
+    if not settings.plan:
+        return ""
+    return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
+
+
 def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> FirstPlan | None:
     """The plan that was in force when a server last ran on the same, if one did."""
     file = state_file(settings)
@@ -127,6 +139,8 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
         return None
     saved = StateStore(file).memory("plan")
     if not isinstance(saved, dict) or saved.get("fingerprint") != stamp:
+        return None
+    if settings.plan and saved.get("given") != _given(settings):
         return None
     try:
         plan = parse_plan(str(saved["plan"]), place=str(file))
@@ -148,12 +162,14 @@ def _plan(
     stamp: str,
 ) -> FirstPlan:
     """As given, else as it was, else computed, else (nothing is known of the model) a default."""
+    resumed = _resumed(settings, devices, stamp)
+    # Who stops a server and starts it with a plan file means that plan; one that was killed means
+    # to go on.
+    if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
+        return resumed
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
-    resumed = _resumed(settings, devices, stamp)
-    if resumed is not None:
-        return resumed
     if settings.model and question is not None:
         return first_plan(question)
     missing = knowledge.missing or "no model is named"

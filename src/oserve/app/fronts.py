@@ -1,12 +1,13 @@
-"""The gateway in this process, or in several of its own: one interface for the server."""
+"""The gateway processes of a server: held by the keeper, so that they serve on without it."""
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -15,152 +16,158 @@ from oserve.app.worker import Orders
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
+from oserve.engines.adoption import end
+from oserve.engines.holding import HeldEngines, HeldProcess
+from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
-from oserve.gateway.records import RecordStore
-from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
-from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.app")
 
-
-class Front(Protocol):
-    """Takes tables, serves clients, counts what comes."""
-
-    async def listen(self) -> int: ...
-
-    def publish(self, table: RoutingTable, picture: Picture) -> None: ...
-
-    def batches(self) -> list[Batch]: ...
-
-    async def close(self) -> None: ...
+# Importing takes a second or two, on a busy machine more.
+_LISTEN_LIMIT_S = 60.0
+_REJOIN_LIMIT_S = 10.0
+_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontFacts:
-    """What any front must know. ``operate`` answers operators' calls.
+    """What gateway processes must know, and who holds them. ``operate`` answers operators' calls.
 
-    ``estimator`` is the state of one that has learned from earlier requests.
+    ``estimator`` is the state of one that has learned from earlier requests. ``run_dir`` is for
+    the hub's socket, ``log_dir`` for a log of each.
     """
 
     settings: GatewaySettings
     models: tuple[str, ...]
     keys: frozenset[str]
+    keeper: HeldEngines
     run_dir: Path
+    log_dir: Path
     operate: Operate
     estimator: dict[str, Any] | None = None
 
 
-class InlineFront:
-    """The gateway in this very process; the usual case."""
+class Front:
+    """Takes tables, serves clients, counts what comes. A process that dies is started again."""
 
     def __init__(self, facts: FrontFacts) -> None:
-        settings = facts.settings
-        records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
-        self._settings = settings
-        learned = facts.estimator
-        self._gateway = Gateway(
-            settings,
-            models=facts.models,
-            api_keys=facts.keys,
-            records=records,
-            estimator=None if learned is None else OutputEstimator.restored(learned),
-        )
-        self._gateway.operate = facts.operate
-
-    async def listen(self) -> int:
-        try:
-            return await self._gateway.listen()
-        except OSError as error:
-            raise _cannot_listen(self._settings, error.strerror or str(error)) from None
-
-    def publish(self, table: RoutingTable, picture: Picture) -> None:
-        dispatcher = self._gateway.dispatcher
-        dispatcher.tell(picture)
-        if table != dispatcher.table:
-            dispatcher.update(table)
-
-    def batches(self) -> list[Batch]:
-        tally = self._gateway.dispatcher.foresight.tally
-        batch = tally.take()
-        tally.acknowledge(batch.number)
-        return [] if batch.empty else [batch]
-
-    async def close(self) -> None:
-        await self._gateway.close()
-
-
-class ProcessFront:
-    """Several gateway processes on one port; one that dies is started again."""
-
-    def __init__(self, facts: FrontFacts) -> None:
+        if facts.settings.processes > 1 and facts.settings.port == 0:
+            raise OServeError(
+                "several gateway processes need a fixed port",
+                place="gateway.port",
+                remedy="name a port, or use one process",
+            )
         self._settings = facts.settings
         self._facts = facts
-        self._socket = str(facts.run_dir / "hub.sock")
+        self._socket = facts.run_dir / "hub.sock"
         self._hub = Hub(facts.operate)
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._processes: dict[int, HeldProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._closing = False
 
     async def listen(self) -> int:
-        await self._hub.listen(self._socket)
-        for index in range(self._settings.processes):
-            await self._start(index)
-            self._watchers.append(asyncio.ensure_future(self._watch(index)))
-        return self._settings.port
+        """Open the port, or find it open: a process of a server before goes on if it fits."""
+        self._socket.unlink(missing_ok=True)
+        await self._hub.listen(str(self._socket))
+        count = self._settings.processes
+        names = {_name(index) for index in range(count)}
+        held = self._facts.keeper.processes()
+        await self._end(process for name, process in held.items() if name not in names)
+        ports = [await self._start(index) for index in range(count)]
+        self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(count)]
+        return ports[0]
 
-    async def _start(self, index: int) -> None:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "oserve.app.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+    async def _start(self, index: int) -> int:
+        """Take the process of this number up, or start it; returns its port."""
         orders = Orders(
             process=index,
-            hub=self._socket,
+            hub=str(self._socket),
             models=self._facts.models,
             api_keys=sorted(self._facts.keys),
             settings=self._settings,
-            estimator=self._facts.estimator,
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(msgspec.json.encode(orders) + b"\n")
+        stamp = hashlib.blake2b(msgspec.json.encode(orders), digest_size=8).hexdigest()
+        held = self._facts.keeper.processes().get(_name(index))
+        if held is not None:
+            port = await self._rejoined(index, held, stamp)
+            if port:
+                return port
+        orders = msgspec.structs.replace(orders, estimator=self._facts.estimator)
+        log_path = open_log(self._facts.log_dir, f"gateway-{index}")
+        process = await self._facts.keeper.hold(
+            _name(index),
+            [sys.executable, "-m", "oserve.app.worker"],
+            msgspec.json.encode(orders).decode(),
+            log_path,
+            self._settings.shutdown_grace_s,
+            stamp,
+        )
         self._processes[index] = process
-        line = await process.stdout.readline()
-        if line.strip() != b"listening":
-            await process.wait()
-            raise _cannot_listen(self._settings, "its process ended; see the lines above")
+        found = await self._port_of(process, _LISTEN_LIMIT_S)
+        if not found:
+            await self._end([process])
+            reason = telling_line(log_path) or "its process ended"
+            raise _cannot_listen(self._settings, f"{reason}; see {log_path}")
+        return found
+
+    async def _rejoined(self, index: int, process: HeldProcess, stamp: str) -> int:
+        """Its port; 0 where it is of other orders, or does not come: then it is ended."""
+        if process.entry.note == stamp and not process.entry.ending:
+            port = await self._port_of(process, _REJOIN_LIMIT_S)
+            if port:
+                self._processes[index] = process
+                return port
+        await self._end([process])
+        return 0
+
+    async def _port_of(self, process: HeldProcess, limit_s: float) -> int:
+        listening = self._hub.expect(process.pid)
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait(
+                {listening, ended}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            return listening.result() if listening.done() else 0
+        finally:
+            ended.cancel()
+
+    async def _end(self, processes: Any) -> None:
+        grace_s = self._settings.shutdown_grace_s + _AGAIN_S
+        await asyncio.gather(*(end(process, grace_s=grace_s) for process in processes))
 
     async def _watch(self, index: int) -> None:
-        while not self._closing:
+        while True:
             await self._processes[index].wait()
             self._hub.forget(index)
             if self._closing:
                 return
             _log.error("gateway process %d ended; starting it again", index)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_AGAIN_S)
             with contextlib.suppress(OServeError):
                 await self._start(index)
 
     def publish(self, table: RoutingTable, picture: Picture) -> None:
+        """Make a table and a picture current."""
         self._hub.publish(table, picture)
 
     def batches(self) -> list[Batch]:
+        """What was counted since the last call."""
         return self._hub.batches()
 
     async def close(self) -> None:
+        """No new requests; running ones get their grace."""
         self._closing = True
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.terminate()
-        await asyncio.gather(*(process.wait() for process in self._processes.values()))
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self._end(self._processes.values())
         await self._hub.close()
+
+
+def _name(index: int) -> str:
+    # No engine is held under a name with a colon.
+    return f"gateway:{index}"
 
 
 def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
@@ -169,16 +176,3 @@ def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
         place="gateway.port",
         remedy="choose another --port, or end what uses this one",
     )
-
-
-def make_front(facts: FrontFacts) -> Front:
-    """The front that the settings ask for."""
-    if facts.settings.processes == 1:
-        return InlineFront(facts)
-    if facts.settings.port == 0:
-        raise OServeError(
-            "several gateway processes need a fixed port",
-            place="gateway.port",
-            remedy="name a port, or use one process",
-        )
-    return ProcessFront(facts)

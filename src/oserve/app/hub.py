@@ -1,13 +1,16 @@
-"""The hub: where gateway processes meet the control loop when there are several of them.
+"""The hub: where gateway processes meet the control loop.
 
 Each gateway process posts what it has outstanding, its counters and what it counted of arrivals,
 and gets back the routing table, the outstanding work of the others and the sum of all counters: one
 small exchange over a Unix socket several times a second. Counts have numbers and are sent until
-they are acknowledged, so that none is lost or taken twice.
+they are acknowledged, so that none is lost or taken twice. While no hub answers, what a process
+heard last stays in force; the hub of the next server hears of it at its next exchange.
 """
 
 import asyncio
 import os
+import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,6 +25,10 @@ from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
 SYNC_INTERVAL_S = 0.1
+# An exchange not over by then has failed.
+_SYNC_LIMIT_S = 5.0
+# The hub of a server that thinks hard may answer late.
+_AWAY_S = 1.0
 # Counts that nobody takes are given up past so many batches.
 _MOST_BATCHES = 10_000
 # Histograms of every type and replica are a few KiB; a counter update is far below this.
@@ -31,7 +38,8 @@ _MAX_REPORT_BYTES = 4 * 1024 * 1024
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway process tells the hub. ``table`` is the version it has.
 
-    ``incarnation`` differs between a process and the one that takes its place.
+    ``incarnation``, its process id, differs between a process and the one that takes its place.
+    ``port``: where it listens; 0 before.
     """
 
     process: int
@@ -41,6 +49,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, dict[str, list[float]]]
     queued: int
     table: int
+    port: int = 0
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,9 +80,12 @@ class Hub:
         self._batches: list[Batch] = []
         self._counted: dict[int, tuple[int, int]] = {}
         self._table: RoutingTable | None = None
-        self._version = 0
+        # A process that comes from another hub must not take its old table for the one here.
+        self._version = secrets.randbits(48)
         self._picture = Picture()
         self._reports: dict[int, Report] = {}
+        self._ended: dict[str, dict[str, list[float]]] = {}
+        self._listening: dict[int, asyncio.Future[int]] = {}
         self._server: Server | None = None
 
     async def listen(self, unix_socket: str) -> None:
@@ -92,6 +104,10 @@ class Hub:
             self._version += 1
         self._picture = picture
 
+    def expect(self, incarnation: int) -> "asyncio.Future[int]":
+        """The port of the gateway process of that id, once it listens there and has told."""
+        return self._listening.setdefault(incarnation, asyncio.get_running_loop().create_future())
+
     def batches(self) -> list[Batch]:
         """What all processes counted since the last call."""
         taken, self._batches = self._batches, []
@@ -99,9 +115,9 @@ class Hub:
 
     def forget(self, process: int) -> None:
         """A gateway process ended: its outstanding work is gone; its counters stay counted."""
-        report = self._reports.get(process)
+        report = self._reports.pop(process, None)
         if report is not None:
-            self._reports[process] = msgspec.structs.replace(report, outstanding={}, queued=0)
+            self._ended = merged([self._ended, report.metrics])
 
     async def close(self) -> None:
         """Close the socket."""
@@ -115,7 +131,13 @@ class Hub:
             call.add_done_callback(self._calls.discard)
             return
         report = msgspec.json.decode(exchange.body, type=Report)
+        before = self._reports.get(report.process)
+        if before is not None and before.incarnation != report.incarnation:
+            self.forget(report.process)
         self._reports[report.process] = report
+        listening = self._listening.get(report.incarnation)
+        if report.port and listening is not None and not listening.done():
+            listening.set_result(report.port)
         self._count(report)
         others = [item for item in self._reports.values() if item.process != report.process]
         elsewhere: dict[str, tuple[float, int]] = {}
@@ -126,7 +148,7 @@ class Hub:
         picture = msgspec.structs.replace(
             self._picture,
             elsewhere=elsewhere,
-            metrics=merged(item.metrics for item in self._reports.values()),
+            metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
         )
         newer = self._table if report.table != self._version else None
@@ -153,10 +175,12 @@ class Hub:
 
 
 class HubClient:
-    """A gateway process' side."""
+    """A gateway process' side. Set ``port`` once it listens."""
 
     def __init__(self, unix_socket: str, process: int, dispatcher: Dispatcher) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
+        self._heard_s = time.monotonic()
+        self.port = 0
         self._process = process
         self._dispatcher = dispatcher
         self._version = 0
@@ -181,15 +205,23 @@ class HubClient:
             metrics=dispatcher.metrics.snapshot(),
             queued=dispatcher.queued,
             table=self._version,
+            port=self.port,
         )
         body: Any = msgspec.json.encode(report)
-        async with self._session.post("http://hub/sync", data=body) as answer:
+        limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)
+        async with self._session.post("http://hub/sync", data=body, timeout=limit) as answer:
             reply = msgspec.json.decode(await answer.read(), type=Reply)
+        self._heard_s = time.monotonic()
         self._version = reply.version
         dispatcher.foresight.tally.acknowledge(reply.counted)
         dispatcher.tell(reply.picture)
         if reply.table is not None:
             dispatcher.update(reply.table)
+
+    def away_s(self) -> float:
+        """For how long the hub has not answered, seconds; 0 while it does."""
+        silent_s = time.monotonic() - self._heard_s
+        return silent_s if silent_s > _AWAY_S else 0.0
 
     async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Pass an operator's call on; raises ConnectionError when the hub is gone."""

@@ -6,10 +6,8 @@ Where there is a controller it watches what comes and replaces the plan; see ``s
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,8 @@ import msgspec
 from oserve import __version__
 from oserve.app.clock import LiveClock
 from oserve.app.deployment import Deployment, check_engines
-from oserve.app.fronts import FrontFacts, make_front
+from oserve.app.fronts import Front, FrontFacts
+from oserve.app.lock import StateLock
 from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
@@ -32,6 +31,7 @@ from oserve.control.rollout import settled
 from oserve.control.table import routing_table
 from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
 from oserve.engines.cluster import LocalCluster
+from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
 from oserve.workload.output import KnownAtArrival, OutputEstimator
@@ -39,6 +39,8 @@ from oserve.workload.output import KnownAtArrival, OutputEstimator
 _log = logging.getLogger("oserve.control")
 
 _STEER_S = 1.0
+# Seconds of counts that a kill may cost.
+_SAVE_S = 10.0
 # Answers that are learned from before the first request comes.
 _LEARNED = 5000
 
@@ -52,7 +54,18 @@ class Server:
         settings = deployment.settings
         self._deployment = deployment
         self._changed = changed
-        self._run_dir = Path(tempfile.mkdtemp(prefix="oserve-"))
+        state_dir = Path(settings.state_dir)
+        self._lock = StateLock(state_dir)
+        run_dir = private_folder(state_dir)
+        log_dir = Path(settings.engines.log_dir).resolve()
+        keeper = HeldEngines(
+            folder=run_dir,
+            state_dir=state_dir,
+            log_dir=log_dir,
+            method=settings.engines.method(on_cpu=_on_cpu(deployment)),
+            grace_s=settings.engines.orphan_grace_s,
+        )
+        self._keeper = keeper
         self._clock = LiveClock()
         control = settings.control
         self._policy = ReconcilePolicy(
@@ -66,10 +79,11 @@ class Server:
             deployment.devices,
             model=settings.model,
             served_model_name=deployment.models[0],
-            run_dir=self._run_dir,
+            run_dir=run_dir,
             clock=self._clock,
             settings=settings.engines,
             api_keys=backend_keys(deployment.plan),
+            keeper=keeper,
             on_change=self._wake,
         )
         self._loop = ControlLoop(
@@ -85,12 +99,14 @@ class Server:
         )
         if self._steering is not None:
             self._loop.plan = self._steering.controller.plan
-        self._front = make_front(
+        self._front = Front(
             FrontFacts(
                 settings=settings.gateway,
                 models=deployment.models,
                 keys=api_keys(settings.gateway),
-                run_dir=self._run_dir,
+                keeper=keeper,
+                run_dir=run_dir,
+                log_dir=log_dir,
                 operate=self._operate,
                 estimator=_learned(settings.gateway.records_file),
             )
@@ -103,7 +119,14 @@ class Server:
         self.failed: dict[str, str] = {}
 
     async def start(self) -> int:
-        """Open the port (clients hear 503 until a replica is ready); returns its number."""
+        """Open the port (clients hear 503 until a replica is ready); returns its number.
+
+        What a server that was killed has left running is taken up first.
+        """
+        await self._keeper.connect()
+        kept, ended = await self._cluster.adopt()
+        if kept or ended:
+            _log.info("taken up: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
         await self._loop.step()
         return await self._front.listen()
 
@@ -132,7 +155,7 @@ class Server:
                 await self._steering.save(now_s)
         finally:
             await self._cluster.close()
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._lock.release()
 
     # -- the controller -------------------------------------------------------------------------
     def _spawn(self, work: Any) -> None:
@@ -143,8 +166,14 @@ class Server:
     async def _steer(self, steering: Steering) -> None:
         """Once a second: count, and decide where a decision is due and none is being made."""
         deciding: asyncio.Task[None] | None = None
+        # Should it be killed before the first decision, the next one goes on with this plan.
+        await steering.save(time.time())
+        saved_s = self._clock.now()
         while True:
             await self._clock.sleep(_STEER_S)
+            if self._clock.now() - saved_s >= _SAVE_S:
+                saved_s = self._clock.now()
+                await steering.save_seconds(time.time())
             trigger = self._counted(steering)
             if trigger is not None and (deciding is None or deciding.done()):
                 deciding = asyncio.ensure_future(self._decide(steering, trigger))
@@ -291,7 +320,9 @@ async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]
                 if task.get_name() == "grace":
                     task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A terminal that closes ends the server, unless it was started to survive that.
+    closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGINT, signal.SIGTERM, *closed):
         loop.add_signal_handler(number, _on_signal)
     running: asyncio.Task[None] | None = None
     status = 0
@@ -316,6 +347,10 @@ async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]
         with contextlib.suppress(asyncio.CancelledError):
             await closing
     return status
+
+
+def _on_cpu(deployment: Deployment) -> bool:
+    return all(device.kind == "cpu" for device in deployment.devices)
 
 
 def _learned(records_file: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from oserve.config import Settings, plan_yaml
 from oserve.control.appraisal import Question, Weighed, appraise
 from oserve.control.controller import Controller
 from oserve.control.decision import Decision, Mode, Trigger, Verdict
-from oserve.control.memory import recall, remembered
+from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
@@ -178,12 +178,22 @@ class Steering:
 
     def _recall(self) -> None:
         memory = self._store.memory("controller")
-        if isinstance(memory, dict) and recall(self.controller, memory, self.planner.facts.centres):
+        centres = self.planner.facts.centres
+        if isinstance(memory, dict) and recall(self.controller, memory, centres):
             _log.info("the controller goes on with what it remembers")
+            if same_types(memory, self.controller.names, centres):
+                self._recall_seconds()
         self.controller.decisions.extend(self._store.decisions(_DECISIONS_SHOWN))
         starts = self._store.memory("starts")
         if isinstance(starts, dict):
             self.starts.restore(starts)
+
+    def _recall_seconds(self) -> None:
+        """What was counted since the last decision."""
+        collector = self.controller.collector
+        for second, row in self._store.seconds(after_s=collector.newest_s):
+            collector.add(Batch(names=self.controller.names, arrivals={second: row}))
+            collector.tick(second)
 
     # -- each second ----------------------------------------------------------------------------
     def observe(
@@ -279,7 +289,11 @@ class Steering:
         facts = self.planner.facts
         memory = {
             "controller": remembered(controller, facts.centres),
-            "plan": {"fingerprint": self._deployment.fingerprint, "plan": plan},
+            "plan": {
+                "fingerprint": self._deployment.fingerprint,
+                "given": self._deployment.given,
+                "plan": plan,
+            },
             "starts": self.starts.state(),
             "context": context_of(self._deployment),
         }
@@ -293,6 +307,13 @@ class Steering:
         self._plan_saved = plan
         self._saved_s = end_s + 1
         await asyncio.to_thread(self._write, save, memory)
+
+    async def save_seconds(self, now_s: float) -> None:
+        """Write down only what was counted since the last save: a few numbers."""
+        end_s = int(now_s) - 1
+        rows = self.controller.collector.rows(self._saved_s, end_s)
+        self._saved_s = end_s + 1
+        await asyncio.to_thread(self._store.save, Save(memory={}, seconds=rows))
 
     def _write(self, save: Save, memory: dict[str, Any]) -> None:
         encoded = {name: msgspec.json.encode(value) for name, value in memory.items()}

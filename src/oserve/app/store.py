@@ -97,9 +97,10 @@ class StateStore:
         """When each plan came into force (Unix time), and its file, oldest first."""
         return [(row[0], row[1]) for row in self._rows("SELECT * FROM plans ORDER BY rowid")]
 
-    def seconds(self) -> Iterator[tuple[int, list[float]]]:
+    def seconds(self, *, after_s: int = -1) -> Iterator[tuple[int, list[float]]]:
         """Arrivals per type in each second that was seen, oldest first."""
-        for row in self._rows("SELECT second, counts FROM seconds ORDER BY second"):
+        query = "SELECT second, counts FROM seconds WHERE second > ? ORDER BY second"
+        for row in self._rows(query, after_s):
             yield row[0], msgspec.json.decode(row[1], type=list[float])
 
     def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
-"""One gateway process among several: ``python -m oserve.app.worker``, started by the server.
+"""A gateway process: ``python -m oserve.app.worker``, held by the keeper.
 
 Its orders come as one JSON line on standard input; it ends when that closes, so it cannot outlive
-the server. What it serves it learns from the hub.
+the keeper. What it serves it learns from the hub; while no hub answers it goes on as it is.
 """
 
 import asyncio
@@ -47,6 +47,7 @@ async def _run(orders: Orders) -> None:
     )
     client = HubClient(orders.hub, orders.process, gateway.dispatcher)
     gateway.refresh = client.sync
+    gateway.away_s = client.away_s
     gateway.operate = client.operate
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -54,22 +55,29 @@ async def _run(orders: Orders) -> None:
     # Ctrl-C reaches the whole terminal group; the server tells us when to end.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_reader(sys.stdin.fileno(), _watch_input, ended)
-    await client.sync()
-    await gateway.listen()
-    print("listening", flush=True)
+    # The server may be killed while this starts: then the next one is waited for.
+    while not await _synced(client) and not ended.is_set():  # noqa: ASYNC110
+        await asyncio.sleep(SYNC_INTERVAL_S)
+    client.port = await gateway.listen()
     try:
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), SYNC_INTERVAL_S)
-            # A hub that does not answer leaves the last table in force.
-            with contextlib.suppress(ConnectionError):
-                await client.sync()
+            await _synced(client)
     finally:
         await gateway.close()
         # The last counts.
-        with contextlib.suppress(ConnectionError):
-            await client.sync()
+        await _synced(client)
         await client.close()
+
+
+async def _synced(client: HubClient) -> bool:
+    """One exchange; a hub that does not answer leaves the last table in force."""
+    try:
+        await client.sync()
+    except ConnectionError:
+        return False
+    return True
 
 
 def _watch_input(ended: asyncio.Event) -> None:

@@ -41,6 +41,8 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
                 )
             if answer.status in {400, 409}:
                 raise OServeError(_said(answered), place=url, remedy="see docs/control.md")
+            if answer.status == 503:
+                raise OServeError(_said(answered), place=url, remedy="try again in a moment")
             if answer.status != 200:
                 raise OServeError(
                     f"it answered with status {answer.status}",

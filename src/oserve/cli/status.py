@@ -30,6 +30,11 @@ def _show(document: dict[str, Any]) -> None:
     console = Console(highlight=False)
     serving = "[green]serving[/]" if document["serving"] else "[red]not serving[/]"
     console.print(f"{document['model']}: {serving}, plan [bold]{document['plan_id']}[/]")
+    if "controller_away_s" in document:
+        away_s = document["controller_away_s"]
+        console.print(
+            f"[red]the controller is away[/] for {away_s:.0f} s: this is what it saw last"
+        )
     table = Table("replica", "shape", "devices", "phase", "running", "waiting", "KV", "note")
     for entry in document["replicas"]:
         shape = entry["shape"]

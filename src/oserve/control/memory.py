@@ -25,13 +25,19 @@ def remembered(controller: Controller, centres: Centres) -> dict[str, Any]:
     }
 
 
+def same_types(memory: Mapping[str, Any], names: Sequence[str], centres: Centres) -> bool:
+    """Whether it was remembered of types of these names and centres."""
+    if list(memory["names"]) != list(names) or len(memory["centres"]) != len(centres):
+        return False
+    return bool(np.allclose(memory["centres"], centres, rtol=1e-3))
+
+
 def recall(controller: Controller, memory: Mapping[str, Any], centres: Centres) -> bool:
     """Take it up as far as it fits; tells whether anything was."""
     try:
-        names = [str(name) for name in memory["names"]]
         old = [(float(prompt), float(output)) for prompt, output in memory["centres"]]
         state = memory["state"]
-        if names == list(controller.names) and np.allclose(old, centres, rtol=1e-3):
+        if same_types(memory, controller.names, centres):
             controller.restore(state)
         else:
             _adopt(controller, state, old, centres)

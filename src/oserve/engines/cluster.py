@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from oserve.core import (
     Action,
     AttachedBackend,
@@ -31,6 +33,15 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
+from oserve.engines.adoption import (
+    EngineNote,
+    end,
+    highest_number,
+    note_of,
+    read_note,
+    sorted_out,
+    stamp_of,
+)
 from oserve.engines.arguments import (
     Platform,
     engine_arguments,
@@ -38,11 +49,12 @@ from oserve.engines.arguments import (
     engine_environment,
     runs_eagerly,
 )
+from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
 from oserve.engines.settings import EngineSettings
-from oserve.engines.spawner import EngineProcess, Launcher, SpawnLauncher, ZygoteLauncher
+from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +69,7 @@ class LocalCluster:
 
     ``model`` is a folder or a hub name; ``served_model_name`` what clients call it. ``run_dir``
     holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
+    ``keeper``: engines are held by it and outlive this process for a while; see ``adopt``.
     ``launcher`` and ``probe`` are for tests. ``on_change`` is called in the event loop, at once,
     whenever a replica's phase changes.
     """
@@ -71,6 +84,7 @@ class LocalCluster:
         clock: Clock,
         settings: EngineSettings | None = None,
         api_keys: Mapping[str, str] | None = None,
+        keeper: HeldEngines | None = None,
         launcher: Launcher | None = None,
         probe: Callable[[Endpoint], Prober] | None = None,
         on_change: Callable[[ReplicaState], None] | None = None,
@@ -87,7 +101,9 @@ class LocalCluster:
         )
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._run_dir = run_dir.resolve()
-        self._log_dir = Path(self._settings.log_dir) if self._settings.log_dir else run_dir / "logs"
+        self._log_dir = Path(self._settings.log_dir or run_dir / "logs").resolve()
+        self._keeper = keeper
+        self._held: dict[str, HeldProcess] = {}
         self._sockets = self._socket_folder()
         self._launcher = launcher or self._default_launcher()
         self._probe = probe or partial(Probe, timeout_s=self._settings.health_timeout_s)
@@ -120,13 +136,31 @@ class LocalCluster:
             case StopReplica(replica=name):
                 self._stop(name)
 
+    async def adopt(self) -> tuple[list[str], list[str]]:
+        """Take up the engines that the keeper holds for a server before this one.
+
+        Those of the same model, settings and devices go on: they are ready in the next observation
+        if they were. All others are ended; until they are gone their devices are theirs. Returns
+        the ids of both.
+        """
+        if self._keeper is None:
+            return [], []
+        found = self._keeper.engines()
+        self._count = max(self._count, highest_number(list(found)))
+        known, strange = sorted_out(found)
+        grace_s = self._settings.stop_grace_s
+        await asyncio.gather(*(end(process, grace_s=grace_s) for process in strange))
+        fit = await asyncio.gather(*(self._take_up(*pair) for pair in known.values()))
+        kept = [name for name, is_fit in zip(known, fit, strict=True) if is_fit]
+        return kept, [name for name in known if name not in kept]
+
     async def close(self) -> None:
         """End every process, forget attached servers, remove sockets; asking twice is harmless."""
         self._closed = True
         for name in list(self._running):
             self._stop(name)
         await asyncio.gather(*(task for _, task in self._running.values()))
-        await self._launcher.close()
+        await (self._keeper or self._launcher).close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _start(self, spec: ReplicaSpec) -> None:
@@ -208,7 +242,48 @@ class LocalCluster:
     async def _launch(self, spec: ReplicaSpec, folder: Path, log_path: Path) -> EngineProcess:
         devices = [self._devices[name] for name in spec.devices]
         arguments, environment = self._command(spec, folder, devices)
-        return await self._launcher.start(arguments, environment, engine_cores(devices), log_path)
+        cores = engine_cores(devices)
+        if self._keeper is None:
+            return await self._launcher.start(arguments, environment, cores, log_path)
+        note = msgspec.to_builtins(note_of(spec, self._stamp(spec)))
+        held = self._held[spec.id] = await self._keeper.launch(
+            folder.name, arguments, environment, cores, log_path, note
+        )
+        return held
+
+    # -- taking up what runs --------------------------------------------------------------------
+    def _stamp(self, spec: ReplicaSpec) -> str:
+        devices = [self._devices[name] for name in spec.devices]
+        return stamp_of(self._model, self._served_model_name, self._settings, devices)
+
+    async def _take_up(self, note: EngineNote, process: HeldProcess) -> bool:
+        """Give an engine its task again; tells whether it goes on."""
+        spec = note.spec
+        endpoint = Endpoint(unix_socket=str(Path(process.entry.folder) / "api.sock"))
+        self._put(spec, endpoint)
+        self._held[spec.id] = process
+        replica = VllmReplica(
+            **self._common(spec, endpoint),
+            start=process.begun,
+            log_path=Path(process.entry.log),
+            model=self._served_model_name,
+            chunk_tokens=spec.shape.max_num_batched_tokens,
+            was_ready=note.ready_s is not None,
+        )
+        fit = set(spec.devices) <= set(self._devices) and note.stamp == self._stamp(spec)
+        fit = fit and not process.entry.ending
+        if fit and note.ready_s is not None:
+            # One that does not answer now may be busy: it is judged as any that is ready.
+            models = await replica.probe.models()
+            fit = models is None or self._served_model_name in [model.name for model in models]
+        if not fit:
+            self._report(spec.id, phase=ReplicaPhase.DRAINING, pid=process.pid)
+            replica.stop.set()
+        elif note.ready_s is not None:
+            changes = {"pid": process.pid, "max_model_len": note.max_model_len}
+            self._report(spec.id, phase=ReplicaPhase.READY, since_s=note.ready_s, **changes)
+        self._running[spec.id] = (replica, asyncio.create_task(self._live(spec, replica)))
+        return fit
 
     def _command(
         self, spec: ReplicaSpec, folder: Path, devices: Sequence[Device]
@@ -228,7 +303,8 @@ class LocalCluster:
             eager=runs_eagerly(arguments),
             folder=str(folder),
         )
-        self._sockets.mkdir(mode=0o700, exist_ok=True)  # a zygote that ended has removed it
+        # A zygote, or a keeper, that ended has removed it.
+        self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
         return arguments, environment
 
@@ -245,6 +321,7 @@ class LocalCluster:
         if socket:
             shutil.rmtree(Path(socket).parent, ignore_errors=True)
         del self._running[spec.id]
+        self._held.pop(spec.id, None)
         if reason is not None:
             log.warning("replica %s %s", spec.id, reason)
             before = self._failures.get(spec.id)
@@ -265,27 +342,31 @@ class LocalCluster:
         if state.phase is ReplicaPhase.DRAINING and phase is not ReplicaPhase.GONE:
             phase = state.phase
         if phase is not state.phase:
-            changes |= {"since_s": self._clock.now(), "detail": changes.get("detail", "")}
+            changes = {"since_s": self._clock.now(), "detail": "", **changes}
         self._states[name] = replace(state, phase=phase, **changes)
+        if phase is ReplicaPhase.READY and phase is not state.phase and name in self._held:
+            self._note_ready(self._states[name])
         if phase is not state.phase and self.on_change is not None:
             self.on_change(self._states[name])
 
+    def _note_ready(self, state: ReplicaState) -> None:
+        process = self._held[state.spec.id]
+        note = read_note(process.entry.note)
+        if note is not None and note.ready_s != state.since_s:
+            ready = {"ready_s": state.since_s, "max_model_len": state.max_model_len}
+            process.mark(msgspec.to_builtins(msgspec.structs.replace(note, **ready)))
+
     def _default_launcher(self) -> Launcher:
-        method = self._settings.start_method
-        if method == "auto":
-            # Forking is safe only while the parent has not touched the GPU: not tried there.
-            method = "zygote" if self._platform == "cpu" else "spawn"
-        if method == "spawn":
-            return SpawnLauncher()
-        self._log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return ZygoteLauncher(log_path=self._log_dir / "zygote.log")
+        method = self._settings.method(on_cpu=self._platform == "cpu")
+        return launcher_for(method, self._log_dir / "zygote.log")
 
     def _socket_folder(self) -> Path:
         inside = self._run_dir / "sockets"
         longest = inside / ("x" * _MAX_NAME_BYTES + "-999999")
         if len(str(longest).encode()) <= _MAX_FOLDER_BYTES:
-            # Left over from a run that had no chance to clear up.
-            shutil.rmtree(inside, ignore_errors=True)
-            inside.mkdir(mode=0o700)
+            if self._keeper is None:
+                # Left over from a run that had no chance to clear up.
+                shutil.rmtree(inside, ignore_errors=True)
+            inside.mkdir(mode=0o700, exist_ok=True)
             return inside
         return Path(tempfile.mkdtemp(prefix="oserve-", dir="/tmp"))

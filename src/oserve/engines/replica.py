@@ -73,13 +73,14 @@ class ReplicaTask:
 class VllmReplica(ReplicaTask):
     """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write.
 
-    ``chunk_tokens``: what one of its steps may compute.
+    ``chunk_tokens``: what one of its steps may compute. ``was_ready``: it served before this task.
     """
 
     start: Callable[[], Awaitable[EngineProcess]]
     log_path: Path
     model: str
     chunk_tokens: int
+    was_ready: bool = False
 
     async def run(self) -> str | None:
         """See ``ReplicaTask.run``; no process is left when this returns."""
@@ -128,6 +129,8 @@ class VllmReplica(ReplicaTask):
 
     async def _watch(self) -> str:
         """Wait until it is ready, then look after it; returns why it must be ended."""
+        if self.was_ready:
+            return await self._look_after()
         limit_s = self.settings.start_timeout_s
         deadline_s = self.clock.now() + limit_s
         while not await self.probe.healthy():

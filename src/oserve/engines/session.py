@@ -30,6 +30,25 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
         os.kill(os.getpid(), number)
 
 
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if it is not there or has ended.
+
+    With ``boot_id`` it tells a process from a later one that was given the same number.
+    """
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = text.rpartition(")")[2].split()
+        return 0 if fields[0] in {"Z", "X"} else int(fields[19])
+    return 0
+
+
+def boot_id() -> str:
+    """Differs after each start of the machine; empty where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ended, so that they can be reaped."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -21,7 +21,8 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     ``unhealthy_after``: failed health probes in a row (one each ``health_interval_s``, each waiting
     up to ``health_timeout_s``) after which an engine is ended; generous, since a busy engine that
     answers late is better than one that starts again. ``stop_grace_s``: from TERM to KILL.
-    ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
+    ``orphan_grace_s``: for how long engines are held when the server was killed, until another one
+    takes them up. ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
     """
 
     variants: Mapping[str, str] = {}
@@ -35,4 +36,12 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     unhealthy_after: Count = 12
     stop_grace_s: Positive = 10.0
     stable_s: Positive = 60.0
+    orphan_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     log_dir: str = ""
+
+    def method(self, *, on_cpu: bool) -> str:
+        """How engines are started, ``zygote`` or ``spawn``."""
+        if self.start_method != "auto":
+            return self.start_method
+        # Forking is safe only while the parent has not touched the GPU: not tried there.
+        return "zygote" if on_cpu else "spawn"

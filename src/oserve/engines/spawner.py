@@ -105,7 +105,7 @@ class SpawnLauncher:
         try:
             supervisor = await asyncio.create_subprocess_exec(
                 *command,
-                env=_surroundings() | dict(env),
+                env=surroundings() | dict(env),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,
@@ -226,7 +226,7 @@ class _ZygoteLine:
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "oserve.engines.zygote"),
                     *("--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
-                    env=_surroundings()
+                    env=surroundings()
                     | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
@@ -306,7 +306,16 @@ class _ZygoteLine:
             await self.lost
 
 
-def _surroundings() -> dict[str, str]:
+def launcher_for(method: str, zygote_log: Path) -> Launcher:
+    """The launcher of that name, ``zygote`` or ``spawn``."""
+    if method == "spawn":
+        return SpawnLauncher()
+    zygote_log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return ZygoteLauncher(log_path=zygote_log)
+
+
+def surroundings() -> dict[str, str]:
+    """The environment that engines are started in, but for what is their own."""
     return {
         name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD_PREFIXES)
     }

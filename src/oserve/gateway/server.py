@@ -38,6 +38,7 @@ class Gateway:
     """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape.
 
     ``operate``, if set, answers operators' calls: a path and a body, by a status and a body.
+    ``away_s``, if set, tells for how long the control loop has been out of reach; 0 if it is not.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Gateway:
         self._server: Server | None = None
         self.refresh: Callable[[], Awaitable[None]] | None = None
         self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
+        self.away_s: Callable[[], float] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         order = settings.order
         self._order = OrderPolicy(
@@ -236,7 +238,14 @@ class Gateway:
         exchange.respond(200, msgspec.json.encode({"version": __version__}))
 
     def _answer_status(self, exchange: Exchange) -> None:
-        exchange.respond(200, bytes(self.dispatcher.picture.status))
+        """What the control loop told last; how long ago, where it is out of reach."""
+        status = bytes(self.dispatcher.picture.status)
+        away_s = self.away_s() if self.away_s is not None else 0.0
+        if away_s:
+            status = msgspec.json.encode(
+                {**msgspec.json.decode(status), "controller_away_s": round(away_s, 1)}
+            )
+        exchange.respond(200, status)
 
     def _answer_metrics(self, exchange: Exchange) -> None:
         if self.refresh is None:
@@ -272,6 +281,9 @@ class Gateway:
         try:
             await refresh()
         except OSError:
+            if self._settings.processes == 1:
+                self._expose(exchange)
+                return
             send_error(exchange, unavailable("The counters of all processes are out of reach"))
         else:
             self._expose(exchange)
@@ -287,7 +299,9 @@ class Gateway:
         gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
         queued = dispatcher.queued + dispatcher.picture.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
-        text = exposition(dispatcher.picture.metrics or dispatcher.metrics.snapshot(), gauges)
+        alone = self.away_s is not None and self.away_s() > 0.0
+        told = {} if alone else dispatcher.picture.metrics
+        text = exposition(told or dispatcher.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -1,0 +1,36 @@
+"""One server at a time in a state folder."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from oserve.core import OServeError
+
+
+class StateLock:
+    """Held until ``release``, or until this process ends, however it does.
+
+    Raises ``OServeError`` where another server has it.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(state_dir / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise OServeError(
+                f"another server works in it (process {holder or 'unknown'})",
+                place=str(state_dir),
+                remedy="end that one, or choose another --state-dir",
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let another server have it; asking twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
