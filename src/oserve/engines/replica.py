@@ -73,13 +73,15 @@ class ReplicaTask:
 class VllmReplica(ReplicaTask):
     """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write.
 
-    ``chunk_tokens``: what one of its steps may compute.
+    ``chunk_tokens``: what one of its steps may compute. ``standby``: when it can serve, it is not
+    ready but waits for its weights.
     """
 
     start: Callable[[], Awaitable[EngineProcess]]
     log_path: Path
     model: str
     chunk_tokens: int
+    standby: bool = False
 
     async def run(self) -> str | None:
         """See ``ReplicaTask.run``; no process is left when this returns."""
@@ -143,7 +145,8 @@ class VllmReplica(ReplicaTask):
         prompt = [_WARM_UP_TOKEN] * max(1, length)
         if not await self.probe.complete(name, prompt, _WARM_UP_TOKENS, left_s):
             return self._because("did not answer its first request")
-        self.report(phase=ReplicaPhase.READY, max_model_len=models[0].max_model_len)
+        phase = ReplicaPhase.STANDBY if self.standby else ReplicaPhase.READY
+        self.report(phase=phase, max_model_len=models[0].max_model_len)
         return await self._look_after()
 
     async def _look_after(self) -> str:

@@ -21,6 +21,8 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     ``unhealthy_after``: failed health probes in a row (one each ``health_interval_s``, each waiting
     up to ``health_timeout_s``) after which an engine is ended; generous, since a busy engine that
     answers late is better than one that starts again. ``stop_grace_s``: from TERM to KILL.
+    ``keep_weights``: as they were loaded, beside what kernels made of them, so that they can go to
+    other engines while this one serves; on CPU a second copy of them in memory.
     ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
     """
 
@@ -35,4 +37,5 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     unhealthy_after: Count = 12
     stop_grace_s: Positive = 10.0
     stable_s: Positive = 60.0
+    keep_weights: bool = True
     log_dir: str = ""

@@ -180,7 +180,7 @@ def _weights(seed: int) -> "_Tensors":
 
 
 def _save(path: Path, tensors: "_Tensors") -> None:
-    """Write a safetensors file: floats as bf16 (rounded to nearest even), int8 as they are."""
+    """Write a safetensors file: floats as bf16 (rounded to nearest even), scales and int8 as is."""
     import numpy as np
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -189,7 +189,9 @@ def _save(path: Path, tensors: "_Tensors") -> None:
     for name, tensor in tensors.items():
         kind = "I8"
         data = tensor
-        if tensor.dtype == np.float32:
+        if name.endswith("_scale"):
+            kind = "F32"
+        elif tensor.dtype == np.float32:
             kind = "BF16"
             bits = tensor.view(np.uint32)
             data = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
