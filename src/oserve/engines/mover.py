@@ -17,6 +17,7 @@ from oserve.switch.orders import RankOrder
 
 _POLL_S = 0.05
 _ABORT_S = 5.0
+_PROMPT = [5] * 8
 _FORGET_TRIES = 20
 
 
@@ -57,6 +58,13 @@ class Mover:
         except EngineControlError as error:
             raise MoveError(f"{replica}: {error}") from None
         return [{name: tuple(one[0]) for name, one in rank.items()} for rank in found]
+
+    async def generate(self, replica: str, model: str, *, limit_s: float) -> None:
+        """One short greedy completion. Raises MoveError if there is none."""
+        try:
+            await self._engines[replica].complete(model, _PROMPT, 4, limit_s)
+        except EngineControlError as error:
+            raise MoveError(f"{replica}: {error}") from None
 
     async def move(
         self,

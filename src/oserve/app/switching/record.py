@@ -125,7 +125,8 @@ def _recovered(records: list[dict[str, Any]]) -> Recovered:
         raise KeyError("switch")
     waves: dict[int, list[dict[str, Any]]] = {}
     for record in records[1:]:
-        waves.setdefault(int(record["wave"]), []).append(record)
+        wave = int(record.pop("wave"))
+        waves.setdefault(wave, []).append(record)
     plan, reason = head["before"], "the server ended before anything was decided"
     for wave in sorted(waves):
         state = restored(waves[wave])

@@ -18,7 +18,7 @@ from oserve.app.switching.drive import Drive, Report
 from oserve.app.switching.model import movable_model
 from oserve.app.switching.programme import Programme, SwitchFacts, prepare_switch
 from oserve.app.switching.record import FileJournal, Journal, journal_folder, prune
-from oserve.app.switching.work import ClusterWork, WorkFacts
+from oserve.app.switching.work import ClusterWork, Moving, WorkFacts
 from oserve.config import Settings
 from oserve.control.door import Cluster
 from oserve.control.loop import ControlLoop
@@ -38,7 +38,7 @@ class SwitcherFacts:
 
     ``settle``: called in the event loop with the plan that is in force after a switch and the
     reason it is not the one wished for (empty if it is). ``published``: the control loop's next
-    round, at once.
+    round, at once. ``journal``, ``mover``, ``available_bytes`` and ``unix_s`` are for tests.
     """
 
     settings: Settings
@@ -50,6 +50,7 @@ class SwitcherFacts:
     settle: Callable[[DeploymentPlan, str], None]
     publish: Callable[[], Awaitable[None]]
     journal: Callable[[Path], Journal] = FileJournal
+    mover: Callable[[Mapping[str, Endpoint]], Moving] | None = None
     available_bytes: Callable[[], int] = available_memory_bytes
     unix_s: Callable[[], float] = time.time
 
@@ -201,7 +202,7 @@ class Switcher:
             hold=hold,
             route=route,
             progress=progress,
-            mover=partial(_mover, facts.clock, facts.settings.switch.bytes_per_s),
+            mover=facts.mover or partial(_mover, facts.clock, facts.settings.switch.bytes_per_s),
             transfer_limit_s=facts.settings.switch.transfer_limit_s,
         )
 

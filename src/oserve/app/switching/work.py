@@ -5,9 +5,9 @@ force does not have; here it is only waited for.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from oserve.app.switching.drive import TaskFailedError
 from oserve.app.switching.programme import Programme, Step
@@ -24,18 +24,38 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
-from oserve.engines.control import EngineControl, EngineControlError
-from oserve.engines.mover import MoveError, Mover
+from oserve.engines.mover import Moved, MoveError
 from oserve.switch.layout import Architecture, differences, shard_map
+from oserve.switch.orders import RankOrder
 from oserve.switch.transaction import Task
 
 _POLL_S = 0.1
 _CHECK_S = 50.0
 # Requests sent just before a drain may not be counted yet.
 _SETTLE_S = 3.0
-_PROBE_PROMPT = [5] * 8
 _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
+
+
+class Moving(Protocol):
+    """See ``oserve.engines.mover.Mover``."""
+
+    async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
+
+    async def move(
+        self,
+        name: str,
+        orders: Sequence[RankOrder],
+        *,
+        limit_s: float,
+        progress: Callable[[int], None],
+    ) -> Moved: ...
+
+    async def check(self, name: str, orders: Sequence[RankOrder], *, limit_s: float) -> int: ...
+
+    async def generate(self, replica: str, model: str, *, limit_s: float) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +74,7 @@ class WorkFacts:
     hold: Callable[[frozenset[str]], None]
     route: Callable[[DeploymentPlan], Awaitable[None]]
     progress: Callable[[int], None]
-    mover: Callable[[Mapping[str, Endpoint]], Mover]
+    mover: Callable[[Mapping[str, Endpoint]], Moving]
     transfer_limit_s: float
 
 
@@ -206,7 +226,7 @@ class ClusterWork:
                 return True
         return False
 
-    async def _mover(self) -> Mover:
+    async def _mover(self) -> Moving:
         assert self._step is not None
         places = {}
         for replica in _replicas(self._step):
@@ -231,7 +251,7 @@ class ClusterWork:
         finally:
             await mover.close()
 
-    async def _compare_layouts(self, mover: Mover, step: Step) -> None:
+    async def _compare_layouts(self, mover: Moving, step: Step) -> None:
         for replica in _replicas(step):
             layout = self._facts.programme.placed[replica].layout
             for rank, live in enumerate(await mover.layouts(replica)):
@@ -254,17 +274,10 @@ class ClusterWork:
         mover = await self._mover()
         try:
             await mover.check(f"check-{step.plan.id}", step.orders, limit_s=_CHECK_S)
+            for replica in step.wave.start:
+                await mover.generate(replica, self._facts.model, limit_s=_CHECK_S)
         finally:
             await mover.close()
-        for replica in step.wave.start:
-            state = await self._state(replica)
-            if state is None:
-                raise MoveError(f"{replica} has ended")
-            async with EngineControl(state.endpoint) as engine:
-                try:
-                    await engine.complete(self._facts.model, _PROBE_PROMPT, 4, _CHECK_S)
-                except EngineControlError as error:
-                    raise MoveError(f"{replica}: {error}") from None
 
 
 def _replicas(step: Step) -> list[str]:
