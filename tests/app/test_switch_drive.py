@@ -425,3 +425,14 @@ def test_names_and_shares_on_the_way() -> None:
         assert sum(shares.values()) == pytest.approx(1.0)
         assert set(shares) <= {"b", "k", names[1]}
     assert between(found, OLD, found.replicas) == found
+
+
+async def test_the_same_replicas_need_no_wave(scene: Scene) -> None:
+    """Another name and other shares are in force without anything being started."""
+    wished = plan_of("new", replica("x", "cpu:0"), replica("y", "cpu:1"), replica("z", "cpu:2"))
+    report = await scene.finish(wished)
+    assert (report.state, report.waves) == ("done", 0)
+    assert scene.asked == []
+    assert [spec.id for spec in scene.loop.plan.replicas] == ["a", "b", "k"]
+    assert scene.settled == [("new", "")]
+    assert recover(scene.folder, 0.0) is None

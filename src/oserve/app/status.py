@@ -112,6 +112,8 @@ def _note(
     policy: ReconcilePolicy,
 ) -> str:
     """What happens next to a replica that is not as it should be."""
+    if entry["phase"] == ReplicaPhase.STANDBY.value:
+        return "gets its weights from others"
     spec = plan.replica(str(entry["id"]))
     if spec is None:
         return "not in the plan"

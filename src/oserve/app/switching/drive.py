@@ -137,11 +137,6 @@ class Drive:
     async def run(self) -> DeploymentPlan:
         """All waves, or up to the first that is rolled back."""
         programme, report = self._programme, self.report
-        if not programme.steps:
-            # The same replicas: only shares and names differ.
-            report.state, report.ended_s = "done", self._unix_s()
-            self._journal.close()
-            return programme.target
         plan = programme.before
         report.waves = len(programme.steps)
         report.total_bytes = sum(_bytes(step) for step in programme.steps)
@@ -162,6 +157,9 @@ class Drive:
         except OSError as error:
             report.reason = f"the journal cannot be written: {error.strerror}"
         done = not report.reason
+        if done and not programme.steps:
+            # The same replicas: only shares and names differ.
+            plan = programme.target
         report.state = "done" if done else "rolled_back"
         report.ended_s = self._unix_s()
         with contextlib.suppress(OSError):
