@@ -35,8 +35,6 @@ _log = logging.getLogger("oserve.switch")
 
 _TICK_S = 0.25
 _RETRY_S = 0.2
-# Times that were predicted for idle links, to be on the safe side.
-_PATIENCE = 20.0
 
 
 class TaskFailedError(Exception):
@@ -169,7 +167,7 @@ class Drive:
 
     async def _wave(self, number: int, target: Target) -> State:
         step = self._programme.steps[number]
-        limits = {**DEADLINES_S, Phase.TRANSFER: self._limit_s(step)}
+        limits = {**DEADLINES_S, Phase.TRANSFER: step.limit_s(self._transfer_limit_s)}
         target = _with_limits(target, limits)
         state, first = opened(target, self._unix_s())
         self._note(number, state)
@@ -190,9 +188,6 @@ class Drive:
             await self._stop_tasks(None)
             await self._work.over()
         return state
-
-    def _limit_s(self, step: Step) -> float:
-        return max(self._transfer_limit_s, _PATIENCE * step.predicted.transfer_s)
 
     def _advance(self, number: int, state: State, event: Event, count: int) -> tuple[State, int]:
         """The state after an event, on disk."""

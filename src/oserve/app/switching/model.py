@@ -46,7 +46,7 @@ class MovableModel:
         refused = _refusal(spec)
         held = self.formats.get(spec.shape.precision)
         if held is None:
-            refused = f"how its {spec.shape.precision} weights lie is not known"
+            refused = f"its {spec.shape.precision} weights are not kept, or not known"
         if refused or held is None:
             raise OServeError(
                 f"replica {spec.id}: {refused}", place="switch", remedy="roll out by restarts"
@@ -59,8 +59,11 @@ class MovableModel:
         return Placed(replica=spec.id, layout=layout, devices=spec.devices)
 
 
-def movable_model(settings: Settings) -> MovableModel:
-    """Of the model that is served. Raises OServeError, with the reason, if it cannot be moved."""
+def movable_model(settings: Settings, *, on_cpu: bool) -> MovableModel:
+    """Of the model that is served. Raises OServeError, with the reason, if it cannot be moved.
+
+    On GPUs quantised weights are not kept as loaded.
+    """
     if not settings.engines.keep_weights:
         raise OServeError(
             "engines do not keep their weights as loaded",
@@ -78,7 +81,8 @@ def movable_model(settings: Settings) -> MovableModel:
             remedy="roll out by restarts",
         )
     formats = {precision: format_of(precision) for precision in _FLOATS.values()}
-    for name, variant in settings.engines.variants.items():
+    variants = settings.engines.variants if on_cpu else {}
+    for name, variant in variants.items():
         precision = Precision(name)
         if precision not in formats:
             formats[precision] = _format(precision, _config(variant))

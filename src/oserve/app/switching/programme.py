@@ -33,6 +33,10 @@ _CPU_ENGINE_BYTES = 0.7e9
 _GPU_ENGINE_BYTES = 2.0e9
 # Of the memory that is free, what new engines may fill.
 _FREE_SHARE = 0.9
+# Times a transfer that is predicted for idle links.
+_PATIENCE = 20.0
+# Of what memory is nominally capable of, what sockets between two processes carry.
+_SOCKET_SHARE = 0.1
 _NETWORK = "infiniband-400"
 
 
@@ -56,6 +60,10 @@ class Step:
     orders: tuple[RankOrder, ...]
     plan: DeploymentPlan
     predicted: PhaseSeconds
+
+    def limit_s(self, least_s: float) -> float:
+        """How long its transfer may take: at least that."""
+        return max(least_s, _PATIENCE * self.predicted.transfer_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +127,13 @@ def prepare_switch(
         serving = [spec for spec in serving if spec.id not in gone]
         serving += [specs[name] for name in wave.start]
         steps.append((wave, transfer, sources, new, between(target, current, serving)))
+    costs = facts.costs
+    if all(device.kind == "cpu" for device in facts.devices):
+        costs = replace(costs, link_share=_SOCKET_SHARE)
     cost = switch_cost(
         order.waves,
         transfers,
-        facts.costs,
+        costs,
         hosts={name: "local" for wave in order.waves for name in wave.start},
         capacity_rps=_capacity(current.replicas),
     )

@@ -236,7 +236,8 @@ def _mover(clock: Clock, bytes_per_s: float, places: Mapping[str, Endpoint]) -> 
 def _switch_facts(facts: SwitcherFacts) -> tuple[SwitchFacts | None, str]:
     """Or why weights cannot be moved here."""
     try:
-        model = movable_model(facts.settings)
+        on_cpu = all(device.kind == "cpu" for device in facts.devices)
+        model = movable_model(facts.settings, on_cpu=on_cpu)
     except OServeError as error:
         return None, error.message
     found = SwitchFacts(

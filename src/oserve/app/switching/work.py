@@ -245,7 +245,7 @@ class ClusterWork:
             await mover.move(
                 f"move-{step.plan.id}",
                 step.orders,
-                limit_s=facts.transfer_limit_s,
+                limit_s=step.limit_s(facts.transfer_limit_s),
                 progress=lambda size: facts.progress(self._moved_before + size),
             )
         finally:

@@ -2,7 +2,8 @@
 
 Kernels replace what was loaded (CPU linears keep packed weights only, int4 is shuffled), so the
 tensors are taken hold of just before. Where a kernel packs, that is a second copy of the weights;
-where it leaves them alone, it is the same memory.
+where it leaves them alone, it is the same memory. On GPUs, whose memory is dear, quantised layers
+are left out.
 """
 
 # torch and vLLM are loaded by the engine, which this module must not do before it.
@@ -26,16 +27,23 @@ class _Processed:
 
 
 class RawWeights:
-    """``tensors``: raw tensors by the model's parameter names; written to, then ``repack``."""
+    """``tensors``: raw tensors by the model's parameter names; written to, then ``repack``.
 
-    def __init__(self, model: Any) -> None:
+    ``copies``: quantised layers are kept too, which takes their memory twice.
+    """
+
+    def __init__(self, model: Any, *, copies: bool) -> None:
         raw: dict[int, Any] = {}
+        left: set[int] = set()
         self._modules: list[_Processed] = []
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if method is None or not hasattr(method, "process_weights_after_loading"):
                 continue
             quantised = not type(method).__name__.startswith("Unquantized")
+            if quantised and not copies:
+                left.update(map(id, module.parameters(recurse=False)))
+                continue
             parameters = {}
             for name, parameter in module.named_parameters(recurse=False):
                 # Quantised layers are repacked in place by some kernels.
@@ -45,6 +53,7 @@ class RawWeights:
         self.tensors: dict[str, Any] = {
             name: raw.get(id(parameter), parameter.data)
             for name, parameter in model.named_parameters()
+            if id(parameter) not in left
         }
 
     def repack(self, config: Any) -> None:
@@ -78,11 +87,13 @@ def raw_weights(model: Any) -> RawWeights:
 def keep_raw_weights() -> None:
     """From now on, models loaded in this process keep their raw weights."""
     from vllm.model_executor.model_loader import base_loader
+    from vllm.platforms import current_platform
 
+    copies = current_platform.is_cpu()
     original: Callable[..., None] = base_loader.process_weights_after_loading
 
     def process(model: Any, *arguments: Any, **named: Any) -> None:
-        setattr(model, _ATTRIBUTE, RawWeights(model))
+        setattr(model, _ATTRIBUTE, RawWeights(model, copies=copies))
         original(model, *arguments, **named)
 
     base_loader.process_weights_after_loading = process
