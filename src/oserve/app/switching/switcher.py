@@ -194,6 +194,7 @@ class Switcher:
             await facts.publish()
 
         return WorkFacts(
+            name=report.id,
             programme=programme,
             architecture=self._switch_facts.model.architecture,
             cluster=facts.cluster,

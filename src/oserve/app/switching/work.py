@@ -60,12 +60,13 @@ class Moving(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkFacts:
-    """``hold``: replicas that the control loop is to leave alone from now on.
+    """``name``: of the switch. ``hold``: what the control loop is to leave alone from now on.
 
     ``route``: the plan is in force from now on, in all that routes and reconciles. ``progress``
     hears bytes. ``mover`` makes one for endpoints.
     """
 
+    name: str
     programme: Programme
     architecture: Architecture
     cluster: Cluster
@@ -243,7 +244,7 @@ class ClusterWork:
         try:
             await self._compare_layouts(mover, step)
             await mover.move(
-                f"move-{step.plan.id}",
+                f"{facts.name}.{facts.programme.steps.index(step)}",
                 step.orders,
                 limit_s=step.limit_s(facts.transfer_limit_s),
                 progress=lambda size: facts.progress(self._moved_before + size),
@@ -273,7 +274,7 @@ class ClusterWork:
         step = self._step
         mover = await self._mover()
         try:
-            await mover.check(f"check-{step.plan.id}", step.orders, limit_s=_CHECK_S)
+            await mover.check(self._facts.name, step.orders, limit_s=_CHECK_S)
             for replica in step.wave.start:
                 await mover.generate(replica, self._facts.model, limit_s=_CHECK_S)
         finally:
