@@ -277,6 +277,10 @@ class Steering:
             ),
         )
 
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch ended in this plan, which may not be the one that was decided on."""
+        self.controller.reached(self.typed(plan))
+
     def bar(self, lost: Sequence[ReplicaSpec]) -> None:
         """Shapes that could not be started are not planned again while this server runs."""
         self.planner.barred |= {spec.shape for spec in lost}

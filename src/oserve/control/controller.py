@@ -152,6 +152,12 @@ class Controller:
             for index, name in enumerate(found.names)
         )
 
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch ended in this plan, which may not be the one that was decided on."""
+        if plan != self.plan:
+            self.plan = plan
+            self._version += 1
+
     # -- deciding -------------------------------------------------------------------------------
     def ask(
         self,

@@ -11,6 +11,7 @@ from oserve.core import Action, Clock, DeploymentPlan, Observation
 class ControlLoop:
     """Keeps a cluster at a plan, which may be replaced at any time; then it is rolled out.
 
+    ``held`` names replicas that a switch is at work on, which the loop leaves alone.
     ``observed`` is called with each round's observation.
     """
 
@@ -25,6 +26,7 @@ class ControlLoop:
         observed: Callable[[Observation, tuple[Action, ...]], None] = lambda _o, _a: None,
     ) -> None:
         self.plan = plan
+        self.held: frozenset[str] = frozenset()
         self._cluster = cluster
         self._clock = clock
         self._policy = policy
@@ -35,7 +37,8 @@ class ControlLoop:
         """One round; returns what was asked."""
         observation = await self._cluster.observe()
         lost = frozenset(given_up(self.plan, observation, self._policy))
-        actions = reconcile(staged(self.plan, observation, lost), observation, self._policy)
+        wished = staged(self.plan, observation, lost, self.held)
+        actions = reconcile(wished, observation, self._policy, self.held)
         for action in actions:
             await self._cluster.apply(action)
         self._observed(observation, actions)

@@ -34,7 +34,7 @@ EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, rep
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """What a gateway process is told of the rest: for status, metrics and load.
+    """What a gateway process is told of the rest: for status, switches, metrics and load.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
@@ -44,6 +44,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     gauges: list[tuple[str, list[str], float]] = []
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
+    switches: msgspec.Raw = msgspec.Raw(b"[]")
     queued: int = 0
 
 
