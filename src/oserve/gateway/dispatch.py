@@ -4,6 +4,8 @@ import asyncio
 import heapq
 import logging
 import time
+from collections import deque
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,7 +20,10 @@ from oserve.core import Endpoint, FinishStatus, ReplicaPhase, RequestRecord
 from oserve.gateway.body import with_fields
 from oserve.gateway.errors import overloaded, unavailable
 from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.handover import HandOvers
+from oserve.gateway.kept import Budget
 from oserve.gateway.metrics import Metrics
+from oserve.gateway.moving import Moving
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
@@ -38,6 +43,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
+    ``hand_overs``: replicas that give up their running requests, within so many seconds.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")
@@ -45,6 +51,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
     queued: int = 0
+    hand_overs: dict[str, float] = {}
 
 
 class Dispatcher:
@@ -79,6 +86,9 @@ class Dispatcher:
         self._sequence = 0
         self._timers: dict[Relay, asyncio.TimerHandle] = {}
         self._max_queued = -(-settings.max_queued // settings.processes)
+        self._budget = Budget(settings.move.max_bytes, settings.move.max_stream_bytes)
+        self._turns: deque[Callable[[], None]] = deque()
+        self.hand_overs = HandOvers(self, settings.move.drain_limit_s)
 
     # -- the deployment -------------------------------------------------------------------------
     def update(self, table: RoutingTable) -> None:
@@ -98,19 +108,37 @@ class Dispatcher:
         for replica in table.replicas:
             key = (replica.id, replica.endpoint)
             self._pools[key] = previous.get(key) or _pool(replica.endpoint)
-        self.serving = {
-            replica.id: replica for replica in table.replicas if replica.phase is ReplicaPhase.READY
-        }
+        self.hand_overs.follow(table)
+        self._serve_by(table)
         self._ledger.follow(table.replicas)
         for key, pool in previous.items():
             if key not in self._pools:
                 pool.fail_all()
         self._pump()
 
+    def _serve_by(self, table: RoutingTable) -> None:
+        self.serving = {
+            replica.id: replica
+            for replica in table.replicas
+            if replica.phase is ReplicaPhase.READY and not self.hand_overs.leaving(replica)
+        }
+
+    def hand_over(self, replica: str, within_s: float) -> None:
+        """Have a replica's running requests go on elsewhere within so many seconds.
+
+        It gets no new ones. Those that cannot move drain. Unknown replicas have none.
+        """
+        for item in self.table.replicas:
+            if item.id == replica:
+                self.serving.pop(replica, None)
+                self.hand_overs.begin((replica, item.started_s), within_s)
+
     def tell(self, picture: Picture) -> None:
         """Take in what other parts of OServe know."""
         self.picture = picture
         self._ledger.set_elsewhere(picture.elsewhere)
+        for replica, within_s in picture.hand_overs.items():
+            self.hand_over(replica, within_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Work (prior seconds) and requests this process has at each replica."""
@@ -141,7 +169,7 @@ class Dispatcher:
             return
         if picked is Refusal.NO_REPLICA and not self.table.expected:
             relay.fail(unavailable("No replica can serve now, and none is starting"))
-        elif len(self._waiting) >= self._max_queued:
+        elif len(self._waiting) >= self._max_queued and not relay.moves:
             relay.fail(
                 overloaded("Too many requests are waiting", retry_after_s=self._retry_after_s())
             )
@@ -182,7 +210,7 @@ class Dispatcher:
         self.metrics.histogram("oserve_queue_seconds", kind).observe(now_s - relay.arrival_s)
         entry = self._ledger.admit(replica.id, request, now_s, cached_tokens=had)
         relay.sent_to(replica, entry)
-        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
+        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay.sink)
         return None
 
     def _dispatch_auxiliary(self, relay: Relay) -> None:
@@ -204,12 +232,18 @@ class Dispatcher:
 
     def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
         """The request as the replica gets it. Only known headers travel on."""
-        body = relay.body
-        if relay.parsed is not None:
+        body, parsed = relay.body
+        if parsed is not None:
             priority = None
             if replica.accepts_priority:
                 priority = engine_priority(relay.rank)
-            body = with_fields(body, relay.parsed, priority=priority, model=replica.model)
+            body = with_fields(
+                body,
+                parsed,
+                priority=priority,
+                model=replica.model,
+                token_ids=relay.moving is not None,
+            )
         lines = [
             b"%b %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\nx-request-id: %b\r\n"
@@ -235,6 +269,54 @@ class Dispatcher:
         others = self.serving.keys() - self._excluded(relay) - {relay.replica.id}
         return bool(others) or (died and self.table.expected)
 
+    @property
+    def max_attempts(self) -> int:
+        """Replicas a request may be given to before its first byte."""
+        return self._settings.max_attempts
+
+    def moving(self, relay: Relay, *, shows_ids: bool) -> Moving | None:
+        """What lets a stream move, where that is wanted."""
+        most = self._settings.move.max_moves
+        if most == 0:
+            return None
+        return Moving(relay, self._budget, shows_ids=shows_ids, max_moves=most)
+
+    def may_move(self, relay: Relay, needed_tokens: int, *, again: bool) -> bool:
+        """Whether a replica may go on with a stream of that context.
+
+        ``again``: the one it is on may. One that is on its way is waited for where there are none.
+        """
+        excluded = self._excluded(relay)
+        if relay.replica is not None and not again:
+            excluded.add(relay.replica.id)
+        others = [item for name, item in self.serving.items() if name not in excluded]
+        if not others:
+            return self.table.expected
+        return any(r.max_model_len == 0 or r.max_model_len > needed_tokens for r in others)
+
+    def has_place(self, relay: Relay) -> bool:
+        """Whether another replica would take a running request at once."""
+        assert relay.request is not None
+        excluded = self._excluded(relay)
+        if relay.replica is not None:
+            excluded.add(relay.replica.id)
+        loads = self._ledger.loads(self.serving)
+        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
+
+    def in_turn(self, work: Callable[[], None]) -> None:
+        """Do one such piece of work in each turn of the event loop."""
+        self._turns.append(work)
+        if len(self._turns) == 1:
+            asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        try:
+            self._turns[0]()
+        finally:
+            self._turns.popleft()
+            if self._turns:
+                asyncio.get_running_loop().call_soon(self._take_turn)
+
     def log_retry(self, relay: Relay, reason: str) -> None:
         name = relay.replica.id if relay.replica is not None else "?"
         _log.warning("request moves on from replica %s: %s", name, reason)
@@ -259,7 +341,7 @@ class Dispatcher:
 
     def _shed(self, relay: Relay) -> None:
         """Refuse a request that still waits."""
-        if relay in self._waiting:
+        if relay in self._waiting and not relay.moves:
             self.metrics.count("oserve_requests_shed")
             relay.fail(
                 overloaded("It waited too long", retry_after_s=self._retry_after_s(), code="shed")
@@ -267,7 +349,7 @@ class Dispatcher:
 
     def _demoted(self, relay: Relay) -> bool:
         """Put a request last that cannot have its first token in time any more; once."""
-        if relay.demoted or relay.request is None:
+        if relay.demoted or relay.moves or relay.request is None:
             return False
         costs = [item.prefill_s_per_token for item in self._ledger.loads(self.serving).values()]
         late = too_late(
@@ -353,6 +435,7 @@ class Dispatcher:
             tpot_s=tpot_s,
             e2e_s=e2e_s,
             status=status,
+            moves=relay.moves,
         )
         if self._records is not None and not self._records.put(record):
             metrics.count("oserve_records_dropped")
