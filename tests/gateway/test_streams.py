@@ -183,8 +183,7 @@ async def test_state_that_cannot_be_carried_ends_in_the_usual_error(
     lines = await front.lines(path, {**PATHS[path], "stream": True, "max_tokens": 20, **more})
     assert json.loads(lines[-1][6:])["error"]["code"] == "replica_failed"
     # Neutral values keep nobody.
-    for engine in front.engines:
-        engine.mishaps.clear()
+    front = await make_front(*engines(2))
     front.engines[0].mishaps.append(Mishap(after=5))
     calm = {"n": 1, "presence_penalty": 0.0, "response_format": None, "echo": False, "tools": None}
     await stream(front, path, {**PATHS[path], "max_tokens": 20, **calm})

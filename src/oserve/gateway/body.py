@@ -34,7 +34,7 @@ class GenerateBody(msgspec.Struct):
     @property
     def may_tell_ids(self) -> bool:
         """Whether token ids may be asked for: a stream whose text they do not change."""
-        return bool(self.stream) and not self.echo and not self.tools
+        return bool(self.stream) and not self.echo and bytes(self.tools) in _NO_TOOLS
 
     @property
     def wants_usage(self) -> bool:
@@ -43,6 +43,7 @@ class GenerateBody(msgspec.Struct):
 
 
 _SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
+_NO_TOOLS = {b"", b"null", b"[]"}
 _HEAD_BYTES = 256
 _PREFIX_BYTES = 2048
 _BACKSLASH = ord("\\")

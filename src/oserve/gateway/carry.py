@@ -20,6 +20,7 @@ Event = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
 # One token is never so many characters; vLLM says a prompt again that ends within a character.
 _TOKEN_CHARS = 512
+_NO_IDS = "the replica does not tell token ids"
 
 
 class UnmovableError(Exception):
@@ -99,11 +100,11 @@ class Carried:
         if prompt:
             self.prompt = prompt
         if not self.prompt:
-            raise UnmovableError("the replica does not tell token ids")
+            raise UnmovableError(_NO_IDS)
         text = _delta_text(choice) if self._chat else choice["text"]
         ids = choice.get("token_ids") or []
         if not ids and text:
-            raise UnmovableError("the replica does not tell token ids")
+            raise UnmovableError(_NO_IDS)
         if text is None and ids:
             raise UnmovableError("a parser makes its text into something else")
         self._take(choice, ids, text or "")
@@ -178,7 +179,7 @@ class Carried:
             return b""
         ids = choice.get("token_ids") or []
         if choice["text"] and not ids:
-            raise UnmovableError("the replica does not tell token ids")
+            raise UnmovableError(_NO_IDS)
         base = self._offsets[len(self.tokens)] if len(self.tokens) < len(self._offsets) else None
         logprobs = choice.get("logprobs")
         if logprobs and not self._chat:

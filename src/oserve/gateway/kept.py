@@ -18,6 +18,8 @@ _IDS_BYTES = len(_IDS)
 _ALL_IDS = re.compile(rb'token_ids":\s*\[[\d,\s]*\]')
 _TROUBLE = (b'"finish_reason":"abort"', b'data: {"error"')
 _EMPTY = ord("]")
+# For a list of ids whose digits and commas are so many characters; a shorter one has no room.
+_NULLS = {size: b"null" + b" " * (size - 2) for size in range(2, 256)}
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -61,16 +63,46 @@ class Kept:
         start = data.rfind(_IDS) + _IDS_BYTES
         if start < _IDS_BYTES or data[start] == _EMPTY:
             return b""
-        self._keep(data)
         if self._shows_ids:
+            self._keep(data)
             return data
         end = data.find(b"]", start)
-        line_end = data.find(b"\r\n")
-        head = data[line_end + 2 : start - 1]
-        tail = data[end + 1 : -2]
-        return b"%x\r\n%bnull%b\r\n" % (len(head) + 4 + len(tail), head, tail)
+        null = _NULLS.get(end - start)
+        if null is None:
+            return b""
+        self._bytes += len(data)
+        if self._bytes <= self._granted:
+            self._chunks.append(data)
+        else:
+            self._keep_more(data)
+        # As long as what it replaces, so that the chunk's framing still holds.
+        return data[: start - 1] + null + data[end + 1 :]
 
-    def pass_chunks(self, data: bytes) -> tuple[bytes, bytes]:
+    def pass_many(self, data: bytes, chunks: int) -> bytes:
+        """The same for so many whole chunks; empty: there is a special one among them.
+
+        Those are the chunks without token ids: role, prompt, usage, error, end.
+        """
+        parts = []
+        left = chunks
+        begin = 0
+        while (found := data.find(_IDS, begin)) >= 0:
+            start = found + _IDS_BYTES
+            end = data.find(b"]", start)
+            null = _NULLS.get(end - start)
+            if null is None:
+                return b""
+            parts.append(data[begin : start - 1])
+            parts.append(null)
+            begin = end + 1
+            left -= 1
+        if left:
+            return b""
+        parts.append(data[begin:])
+        self._keep(data)
+        return data if self._shows_ids else b"".join(parts)
+
+    def pass_special(self, data: bytes) -> tuple[bytes, bytes]:
         """Keep whole chunks; returns a payload for the client, and events that tell of trouble.
 
         From the first of those on nothing is kept or for the client.
@@ -88,19 +120,21 @@ class Kept:
 
     def _keep(self, data: bytes) -> None:
         self._bytes += len(data)
-        if self._bytes > self._granted and not self._granted_more(self._bytes):
-            return
-        self._chunks.append(data)
+        if self._bytes <= self._granted:
+            self._chunks.append(data)
+        else:
+            self._keep_more(data)
 
-    def _granted_more(self, size: int) -> bool:
-        """Whether another block may be filled."""
-        more = -(-(size - self._granted) // _BLOCK_BYTES) * _BLOCK_BYTES
-        if self.full or size > self._budget.stream_bytes or not self._budget.take(more):
+    def _keep_more(self, data: bytes) -> None:
+        """Fill another block, if that is granted."""
+        more = -(-(self._bytes - self._granted) // _BLOCK_BYTES) * _BLOCK_BYTES
+        full = self.full or self._bytes > self._budget.stream_bytes
+        if full or not self._budget.take(more):
             self.drop()
             self.full = True
-            return False
+            return
         self._granted += more
-        return True
+        self._chunks.append(data)
 
     def drop(self) -> None:
         """Forget everything and return the room."""

@@ -18,7 +18,7 @@ from oserve.gateway.fields import kept_from_moving
 from oserve.gateway.kept import USAGE, Budget, Kept, without_usage_event
 from oserve.gateway.standing import remaining_tokens
 from oserve.switch.kv import TargetRoom, Way
-from oserve.wire import ResponseHead, chunk, dechunk
+from oserve.wire import Framing, ResponseHead, chunk, dechunk
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
 
@@ -52,6 +52,10 @@ class Moving:
         self._relay = relay
         self._kept = Kept(budget, shows_ids=shows_ids)
         self._max_moves = max_moves
+        self._plain = relay.exchange.http_1_0
+        self._write = relay.exchange.write
+        # The first bytes tell the prompt, which is not for the client.
+        self._first = True
         self._chunks = 0
         self._partial = b""
         self._carried: Carried | None = None
@@ -62,22 +66,28 @@ class Moving:
         self._reason: str | None = None
         self.moves = 0
 
+    def hold(self, data: bytes) -> bool:
+        """Whether these first bytes are no whole chunk; if so they wait for the rest."""
+        framing = self._relay.framing
+        if framing is None or not framing.chunked or framing.boundary or framing.complete:
+            return False
+        self._partial += data
+        return True
+
     # -- the first replica ----------------------------------------------------------------------
-    def take(self, data: bytes) -> None:
+    def take(self, data: bytes, framing: Framing) -> None:
         """Pass on bytes of the first replica, which are understood no further than they must be."""
-        relay = self._relay
-        framing = relay.framing
-        if framing is None:
+        chunks = framing.chunks
+        if (
+            chunks == self._chunks + 1
+            and framing.boundary == len(data)
+            and not self._partial
+            and not self._first
+            and (passed := self._kept.pass_chunk(data))
+        ):
+            self._chunks = chunks
+            self._write(dechunk(passed) if self._plain else passed)
             return
-        chunks, self._chunks = self._chunks, framing.chunks
-        if framing.chunks == chunks + 1 and framing.boundary == len(data) and not self._partial:
-            passed = self._kept.pass_chunk(data)
-            if passed and not relay.exchange.http_1_0:
-                relay.exchange.write(passed)
-                return
-            if passed:
-                relay.exchange.write(dechunk(passed))
-                return
         if not (framing.at_boundary or framing.complete):
             # The client gets whole chunks only, so that another replica can go on at any moment.
             cut = framing.boundary
@@ -85,13 +95,20 @@ class Moving:
                 self._partial += data
                 return
             data, self._partial = self._partial + data[:cut], data[cut:]
+            chunks -= 1
         else:
             data, self._partial = self._partial + data, b""
-        self._take_whole(data)
+        whole, self._chunks = chunks - self._chunks, chunks
+        passed = b"" if self._first else self._kept.pass_many(data, whole)
+        self._first = False
+        if passed:
+            self._write(dechunk(passed) if self._plain else passed)
+        else:
+            self._take_special(data)
 
-    def _take_whole(self, data: bytes) -> None:
+    def _take_special(self, data: bytes) -> None:
         relay = self._relay
-        payload, trouble = self._kept.pass_chunks(data)
+        payload, trouble = self._kept.pass_special(data)
         if USAGE in payload:
             relay.usage = payload
         self.write(without_usage_event(payload) if relay.hide_usage else payload)
@@ -99,14 +116,13 @@ class Moving:
             if self.resume("aborted" if b'"abort"' in trouble else "failed"):
                 return
             self.write(trouble)
-        if data.endswith(LAST_CHUNK) and not relay.exchange.http_1_0:
+        if data.endswith(LAST_CHUNK) and not self._plain:
             relay.exchange.write(LAST_CHUNK)
 
     def write(self, payload: bytes) -> None:
         """Send events to the client."""
         if payload.strip():
-            exchange = self._relay.exchange
-            exchange.write(payload if exchange.http_1_0 else chunk(payload))
+            self._relay.exchange.write(payload if self._plain else chunk(payload))
 
     # -- going on -------------------------------------------------------------------------------
     def resume(self, reason: str, fields: dict[str, object] | None = None) -> bool:
@@ -120,6 +136,8 @@ class Moving:
             return False
         try:
             carried = self._carried or self._read()
+            if not carried.prompt:
+                raise UnmovableError("nothing is known of its prompt")
         except (UnmovableError, BrokenError) as error:
             relay.dispatcher.log_retry(relay, f"cannot go on elsewhere: {error}")
             return False
@@ -247,7 +265,7 @@ class Moving:
         relay = self._relay
         relay.usage = carried.usage()
         self.write(carried.ending())
-        if not relay.exchange.http_1_0:
+        if not self._plain:
             relay.exchange.write(LAST_CHUNK)
         relay.exchange.finish()
         relay.completed()

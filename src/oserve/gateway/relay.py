@@ -226,9 +226,13 @@ class Relay:
             if self.stream:
                 self._observe(now_s - self.last_chunk_s)
                 self.last_chunk_s = now_s
-                framing = self.framing
-                if framing is not None and framing.chunks > self._booked_tokens:
-                    self._outgrown(framing.chunks, now_s)
+                framing = self._connection.framing if self._connection is not None else None
+                if framing is not None:
+                    if framing.chunks > self._booked_tokens:
+                        self._outgrown(framing.chunks, now_s)
+                    if self.moving is not None:
+                        self.moving.take(data, framing)
+                        return
             self._pass_on(data)
             return
         head = self._head
@@ -244,6 +248,8 @@ class Relay:
             self._held_bytes += len(data)
             if self._held_bytes > _HOLD_BYTES:
                 self._commit()
+            return
+        if self.moving is not None and self.moving.hold(data):
             return
         self._commit()
         self._pass_on(data)
@@ -267,7 +273,9 @@ class Relay:
 
     def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
         """Whether the replica failed rather than answered, and another try was arranged."""
-        failed = head.status >= 500 or (self.stream and data.find(_STREAM_ERROR, 0, 64) >= 0)
+        failed = head.status >= 500 or (
+            self.stream and (data.find(_STREAM_ERROR, 0, 64) >= 0 or _ABORTED in data)
+        )
         return failed and self._retry(f"it answered with status {head.status}", died=False)
 
     def _commit(self) -> None:
@@ -304,8 +312,9 @@ class Relay:
         return tuple(fields)
 
     def _pass_on(self, data: bytes) -> None:
-        if self.moving is not None:
-            self.moving.take(data)
+        framing = self.framing
+        if self.moving is not None and framing is not None:
+            self.moving.take(data, framing)
             return
         if USAGE in data:
             self.usage = data
