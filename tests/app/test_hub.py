@@ -1,10 +1,11 @@
 """Counts of several gateway processes reach the hub once; operators' calls pass through it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from oserve.app.hub import Hub, HubClient
-from oserve.control.table import RoutingTable
-from oserve.core import LengthClass
+from oserve.control.table import RoutingTable, TableReplica
+from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.settings import GatewaySettings
 
@@ -48,6 +49,52 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
         assert counted == 2 * (20 + 7)
         assert hub.batches() == []
         assert await clients[0].operate("/oserve/v1/plan", b"!") == (409, b"/oserve/v1/plan!")
+    finally:
+        for client in clients:
+            await client.close()
+        await hub.close()
+
+
+async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_path: Path) -> None:
+    def table(started_s: float) -> RoutingTable:
+        replicas = (
+            TableReplica(
+                id="r",
+                shape="s",
+                phase=ReplicaPhase.READY,
+                endpoint=Endpoint(url="http://127.0.0.1:1"),
+                max_inflight=1,
+                max_model_len=0,
+                accepts_priority=False,
+                tells_token_ids=True,
+                prefill_s_per_token=1e-4,
+                decode_s_per_token=1e-3,
+                started_s=started_s,
+            ),
+        )
+        return replace(TABLE, replicas=replicas)
+
+    hub = Hub()
+    await hub.listen(str(tmp_path / "hub.sock"))
+    hub.publish(table(1.0), Picture())
+    dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
+    clients = [
+        HubClient(str(tmp_path / "hub.sock"), index, item) for index, item in enumerate(dispatchers)
+    ]
+
+    async def serving() -> list[bool]:
+        for client in clients:
+            await client.sync()
+            await client.sync()
+        return ["r" in dispatcher.serving for dispatcher in dispatchers]
+
+    try:
+        assert await serving() == [True, True]
+        hub.hand_over("r", 5.0)
+        hub.hand_over("nobody", 5.0)
+        assert await serving() == [False, False]
+        hub.publish(table(2.0), Picture())
+        assert await serving() == [True, True]
     finally:
         for client in clients:
             await client.close()

@@ -25,11 +25,16 @@ _log = logging.getLogger("oserve.app")
 
 
 class Front(Protocol):
-    """Takes tables, serves clients, counts what comes."""
+    """Takes tables, serves clients, counts what comes.
+
+    ``hand_over`` has a replica's running requests go on elsewhere within so many seconds.
+    """
 
     async def listen(self) -> int: ...
 
     def publish(self, table: RoutingTable, picture: Picture) -> None: ...
+
+    def hand_over(self, replica: str, within_s: float) -> None: ...
 
     def batches(self) -> list[Batch]: ...
 
@@ -79,6 +84,9 @@ class InlineFront:
         dispatcher.tell(picture)
         if table != dispatcher.table:
             dispatcher.update(table)
+
+    def hand_over(self, replica: str, within_s: float) -> None:
+        self._gateway.dispatcher.hand_over(replica, within_s)
 
     def batches(self) -> list[Batch]:
         tally = self._gateway.dispatcher.foresight.tally
@@ -147,6 +155,9 @@ class ProcessFront:
 
     def publish(self, table: RoutingTable, picture: Picture) -> None:
         self._hub.publish(table, picture)
+
+    def hand_over(self, replica: str, within_s: float) -> None:
+        self._hub.hand_over(replica, within_s)
 
     def batches(self) -> list[Batch]:
         return self._hub.batches()

@@ -4,8 +4,6 @@ import asyncio
 import heapq
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,10 +14,11 @@ from oserve.control.order import engine_priority
 from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
 from oserve.control.router import Refusal, Router, RouteReason
 from oserve.control.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, FinishStatus, ReplicaPhase, RequestRecord
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase
+from oserve.gateway.account import account
 from oserve.gateway.body import with_fields
 from oserve.gateway.errors import overloaded, unavailable
-from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.foresight import Foresight
 from oserve.gateway.handover import HandOvers
 from oserve.gateway.kept import Budget
 from oserve.gateway.metrics import Metrics
@@ -27,6 +26,7 @@ from oserve.gateway.moving import Moving
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.turns import Turns
 from oserve.wire import UpstreamPool
 from oserve.workload import PromptLengthEstimator
 from oserve.workload.output import OutputEstimator
@@ -43,7 +43,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
-    ``hand_overs``: replicas that give up their running requests, within so many seconds.
+    ``hand_overs``: replicas that give up their requests: when they started, within what seconds.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")
@@ -51,7 +51,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
     queued: int = 0
-    hand_overs: dict[str, float] = {}
+    hand_overs: dict[str, tuple[float, float]] = {}
 
 
 class Dispatcher:
@@ -71,7 +71,7 @@ class Dispatcher:
         self.serving: dict[str, TableReplica] = {}
         self.active: set[Relay] = set()
         self._settings = settings
-        self._records = records
+        self.records = records
         self._router = Router({})
         self._ledger = WorkLedger()
         self._affinity = Affinity()
@@ -86,8 +86,9 @@ class Dispatcher:
         self._sequence = 0
         self._timers: dict[Relay, asyncio.TimerHandle] = {}
         self._max_queued = -(-settings.max_queued // settings.processes)
+        self.max_attempts = settings.max_attempts
         self._budget = Budget(settings.move.max_bytes, settings.move.max_stream_bytes)
-        self._turns: deque[Callable[[], None]] = deque()
+        self.in_turn = Turns()
         self.hand_overs = HandOvers(self, settings.move.drain_limit_s)
 
     # -- the deployment -------------------------------------------------------------------------
@@ -123,13 +124,13 @@ class Dispatcher:
             if replica.phase is ReplicaPhase.READY and not self.hand_overs.leaving(replica)
         }
 
-    def hand_over(self, replica: str, within_s: float) -> None:
+    def hand_over(self, replica: str, within_s: float, started_s: float | None = None) -> None:
         """Have a replica's running requests go on elsewhere within so many seconds.
 
-        It gets no new ones. Those that cannot move drain. Unknown replicas have none.
+        It gets no new ones; those that cannot move drain. ``started_s``: that start of it only.
         """
         for item in self.table.replicas:
-            if item.id == replica:
+            if item.id == replica and started_s in {None, item.started_s}:
                 self.serving.pop(replica, None)
                 self.hand_overs.begin((replica, item.started_s), within_s)
 
@@ -137,8 +138,8 @@ class Dispatcher:
         """Take in what other parts of OServe know."""
         self.picture = picture
         self._ledger.set_elsewhere(picture.elsewhere)
-        for replica, within_s in picture.hand_overs.items():
-            self.hand_over(replica, within_s)
+        for name, (started_s, within_s) in picture.hand_overs.items():
+            self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Work (prior seconds) and requests this process has at each replica."""
@@ -264,15 +265,10 @@ class Dispatcher:
         If its replica ``died``, one that is on its way is worth waiting for; if that answered with
         an error, only others are.
         """
-        if relay.attempts >= self._settings.max_attempts or relay.replica is None:
+        if relay.attempts >= self.max_attempts or relay.replica is None:
             return False
         others = self.serving.keys() - self._excluded(relay) - {relay.replica.id}
         return bool(others) or (died and self.table.expected)
-
-    @property
-    def max_attempts(self) -> int:
-        """Replicas a request may be given to before its first byte."""
-        return self._settings.max_attempts
 
     def moving(self, relay: Relay, *, shows_ids: bool) -> Moving | None:
         """What lets a stream move, where that is wanted."""
@@ -302,20 +298,6 @@ class Dispatcher:
             excluded.add(relay.replica.id)
         loads = self._ledger.loads(self.serving)
         return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
-
-    def in_turn(self, work: Callable[[], None]) -> None:
-        """Do one such piece of work in each turn of the event loop."""
-        self._turns.append(work)
-        if len(self._turns) == 1:
-            asyncio.get_running_loop().call_soon(self._take_turn)
-
-    def _take_turn(self) -> None:
-        try:
-            self._turns[0]()
-        finally:
-            self._turns.popleft()
-            if self._turns:
-                asyncio.get_running_loop().call_soon(self._take_turn)
 
     def log_retry(self, relay: Relay, reason: str) -> None:
         name = relay.replica.id if relay.replica is not None else "?"
@@ -395,50 +377,9 @@ class Dispatcher:
         if timer is not None:
             timer.cancel()
         if relay.expected is not None:
-            self._account(relay, relay.expected, status)
+            account(self, relay, relay.expected, status)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._pump)
-
-    def _account(self, relay: Relay, expected: Expected, status: FinishStatus) -> None:
-        unix_s = time.time()
-        e2e_s = time.monotonic() - relay.arrival_s
-        prompt_tokens, output_tokens = relay.token_counts()
-        kind = self.foresight.ended(
-            expected,
-            completed=status is FinishStatus.COMPLETED,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            now_s=unix_s,
-        )
-        if relay.usage_reported and relay.prompt_bytes:
-            self.lengths.learn(relay.prompt_bytes, prompt_tokens)
-        ttft_s = tpot_s = None
-        if relay.first_byte_s and relay.stream:
-            ttft_s = relay.first_byte_s - relay.arrival_s
-            if output_tokens > 1:
-                tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
-        metrics = self.metrics
-        metrics.count("oserve_requests", status.value)
-        metrics.histogram("oserve_request_duration_seconds", kind).observe(e2e_s)
-        if ttft_s is not None:
-            metrics.histogram("oserve_time_to_first_token_seconds", kind).observe(ttft_s)
-        if status is FinishStatus.COMPLETED:
-            metrics.count("oserve_prompt_tokens", kind, by=prompt_tokens)
-            metrics.count("oserve_output_tokens", kind, by=output_tokens)
-        record = RequestRecord(
-            arrival_s=unix_s - e2e_s,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            workload_type=kind,
-            replica=relay.replica.id if relay.replica is not None else "",
-            ttft_s=ttft_s,
-            tpot_s=tpot_s,
-            e2e_s=e2e_s,
-            status=status,
-            moves=relay.moves,
-        )
-        if self._records is not None and not self._records.put(record):
-            metrics.count("oserve_records_dropped")
 
     def close(self) -> None:
         """Break off what is left, and finish writing records."""
@@ -446,8 +387,8 @@ class Dispatcher:
             relay.fail(unavailable("The server is shutting down"))
         for pool in self._pools.values():
             pool.fail_all()
-        if self._records is not None:
-            self._records.close()
+        if self.records is not None:
+            self.records.close()
 
 
 def _pool(endpoint: Endpoint) -> UpstreamPool:

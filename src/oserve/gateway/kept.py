@@ -19,7 +19,7 @@ _ALL_IDS = re.compile(rb'token_ids":\s*\[[\d,\s]*\]')
 _TROUBLE = (b'"finish_reason":"abort"', b'data: {"error"')
 _EMPTY = ord("]")
 # For a list of ids whose digits and commas are so many characters; a shorter one has no room.
-_NULLS = {size: b"null" + b" " * (size - 2) for size in range(2, 256)}
+_NULLS = {size: b'"token_ids":null' + b" " * (size - 2) for size in range(2, 256)}
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -76,31 +76,25 @@ class Kept:
         else:
             self._keep_more(data)
         # As long as what it replaces, so that the chunk's framing still holds.
-        return data[: start - 1] + null + data[end + 1 :]
+        return data[: start - _IDS_BYTES] + null + data[end + 1 :]
 
     def pass_many(self, data: bytes, chunks: int) -> bytes:
         """The same for so many whole chunks; empty: there is a special one among them.
 
         Those are the chunks without token ids: role, prompt, usage, error, end.
         """
-        parts = []
-        left = chunks
-        begin = 0
-        while (found := data.find(_IDS, begin)) >= 0:
-            start = found + _IDS_BYTES
-            end = data.find(b"]", start)
-            null = _NULLS.get(end - start)
+        pieces = data.split(_IDS)
+        if len(pieces) != chunks + 1:
+            return b""
+        shown = pieces[:1]
+        for piece in pieces[1:]:
+            end = piece.find(b"]")
+            null = _NULLS.get(end)
             if null is None:
                 return b""
-            parts.append(data[begin : start - 1])
-            parts.append(null)
-            begin = end + 1
-            left -= 1
-        if left:
-            return b""
-        parts.append(data[begin:])
+            shown += (null, piece[end + 1 :])
         self._keep(data)
-        return data if self._shows_ids else b"".join(parts)
+        return data if self._shows_ids else b"".join(shown)
 
     def pass_special(self, data: bytes) -> tuple[bytes, bytes]:
         """Keep whole chunks; returns a payload for the client, and events that tell of trouble.

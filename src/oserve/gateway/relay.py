@@ -7,7 +7,6 @@ their framing is followed, and fixed patterns are looked for (the usage report, 
 only we asked for, token ids).
 """
 
-import re
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ from oserve.core import FinishStatus, Request
 from oserve.gateway.body import GenerateBody
 from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
 from oserve.gateway.foresight import Expected
-from oserve.gateway.kept import USAGE, without_usage_event
+from oserve.gateway.heads import own_headers, told_headers
 from oserve.gateway.moving import CONTINUED, Moving
-from oserve.wire import Exchange, Framing, ResponseHead, chunk, dechunk
+from oserve.gateway.passing import Passing
+from oserve.wire import Exchange, Framing, ResponseHead, chunk
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
 
@@ -27,20 +27,8 @@ if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
 
 _STREAM_ERROR = b'data: {"error"'
-# In JSON a quote inside a string is escaped, so these match keys only, never generated text.
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 _ABORTED = b'"finish_reason":"abort"'
 _HOLD_BYTES = 1024 * 1024
-_DROPPED_HEADERS = {
-    b"connection",
-    b"content-length",
-    b"date",
-    b"keep-alive",
-    b"server",
-    b"transfer-encoding",
-    b"x-request-id",
-}
 
 
 class Relay:
@@ -86,10 +74,10 @@ class Relay:
         self._head: ResponseHead | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._partial = b""
+        self._passing = Passing(self)
         self.committed = False
         self.usage = b""
-        self._chunks = 0
+        self.chunks = 0
         self._paused = False
         self._answering = False
         self._first_byte_s = 0.0
@@ -145,7 +133,7 @@ class Relay:
         self._head = None
         self._held = []
         self._held_bytes = 0
-        self._partial = b""
+        self._passing = Passing(self)
         self._keep(replica)
 
     def _keep(self, replica: TableReplica) -> None:
@@ -166,7 +154,7 @@ class Relay:
         status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
         self.dispatcher.metrics.count("oserve_request_errors", error.code or "error")
         if not self.committed:
-            send_error(self.exchange, error, self._own_headers())
+            send_error(self.exchange, error, own_headers(self))
         else:
             self._fail_stream(error)
         self._end(status)
@@ -283,15 +271,8 @@ class Relay:
         head = self._head
         assert head is not None
         self.committed = True
-        fields = [field for field in head.headers if field[0] not in _DROPPED_HEADERS]
-        close = False
-        if head.length is not None:
-            fields.append((b"content-length", b"%d" % head.length))
-        elif head.chunked and not self.exchange.http_1_0:
-            fields.append((b"transfer-encoding", b"chunked"))
-        else:
-            close = True
-        self.exchange.start(head.status, (*fields, *self._own_headers()), close=close)
+        fields, close = told_headers(head, plain=self.exchange.http_1_0)
+        self.exchange.start(head.status, (*fields, *own_headers(self)), close=close)
         framing = self.framing
         if self.moving is not None and (
             head.status != 200 or not self.stream or framing is None or not framing.chunked
@@ -302,49 +283,12 @@ class Relay:
         for data in held:
             self._pass_on(data)
 
-    def _own_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        fields = [(b"x-request-id", self.request_id)]
-        if self.replica is not None:
-            fields.append((b"x-oserve-replica", self.replica.id.encode()))
-        if self.request is not None:
-            fields.append((b"x-oserve-workload-type", self.request.workload_type.encode()))
-        fields.append((b"x-oserve-plan-id", self.dispatcher.table.plan_id.encode()))
-        return tuple(fields)
-
     def _pass_on(self, data: bytes) -> None:
         framing = self.framing
         if self.moving is not None and framing is not None:
             self.moving.take(data, framing)
             return
-        if USAGE in data:
-            self.usage = data
-        if self.hide_usage or (self.exchange.http_1_0 and self._is_chunked):
-            data = self._whole_chunks(data)
-            if self.hide_usage and USAGE in data:
-                data = _less_usage(data)
-            if self.exchange.http_1_0:
-                data = dechunk(data)
-        if data:
-            self.exchange.write(data)
-
-    @property
-    def _is_chunked(self) -> bool:
-        return self._head is not None and self._head.chunked
-
-    def _whole_chunks(self, data: bytes) -> bytes:
-        """Hold back a chunk that has not arrived whole."""
-        framing = self.framing
-        if framing is None or not framing.chunked:
-            return data
-        if framing.at_boundary or framing.complete:
-            whole, self._partial = self._partial + data, b""
-            return whole
-        cut = framing.boundary
-        if cut == 0:
-            self._partial += data
-            return b""
-        whole, self._partial = self._partial + data[:cut], data[cut:]
-        return whole
+        self._passing(data, framing)
 
     def on_end(self) -> None:
         head = self._head
@@ -359,7 +303,7 @@ class Relay:
                 return
             self._commit()
         if self._connection is not None and self._connection.framing is not None:
-            self._chunks = self._connection.framing.chunks
+            self.chunks = self._connection.framing.chunks
         self.exchange.finish()
         if head.status < 400:
             self._end(FinishStatus.COMPLETED)
@@ -442,7 +386,7 @@ class Relay:
             return
         self.ended = True
         if self._connection is not None and self._connection.framing is not None:
-            self._chunks = max(self._chunks, self._connection.framing.chunks)
+            self.chunks = max(self.chunks, self._connection.framing.chunks)
         if self.moving is not None:
             self.moving.release()
         self._close_entry(done=status is FinishStatus.COMPLETED)
@@ -452,28 +396,3 @@ class Relay:
     def first_byte_s(self) -> float:
         """When the first byte came (monotonic seconds), 0 if none did."""
         return self._first_byte_s
-
-    def token_counts(self) -> tuple[int, int]:
-        """Prompt and output tokens: as the engine reported them, else our best count."""
-        prompt = _PROMPT_TOKENS.findall(self.usage)
-        output = _COMPLETION_TOKENS.findall(self.usage)
-        estimate = self.request.prompt_tokens if self.request is not None else 0
-        # Without a report, each chunk of a stream carried about one token.
-        counted = self._chunks if self.stream else 0
-        return (
-            int(prompt[-1]) if prompt else estimate,
-            int(output[-1]) if output else counted,
-        )
-
-    @property
-    def usage_reported(self) -> bool:
-        """Whether the engine told the token counts."""
-        return bool(self.usage)
-
-
-def _less_usage(data: bytes) -> bytes:
-    """Whole chunks less the event that carries usage alone."""
-    ends = data.endswith(LAST_CHUNK)
-    payload = without_usage_event(dechunk(data))
-    rebuilt = chunk(payload) if payload.strip() else b""
-    return rebuilt + (LAST_CHUNK if ends else b"")
