@@ -81,6 +81,8 @@ def wishes(draw: random.Random, *, chat: bool) -> dict[str, Any]:
         }
     if draw.random() < 0.2:
         body["return_token_ids"] = True
+    if draw.random() < 0.3:
+        body["stream_interval"] = draw.randint(2, 5)
     return body
 
 
@@ -126,6 +128,23 @@ async def test_every_cut_of_one_answer(make_front: Make, path: str) -> None:
             engine.mishaps.clear()
         rough.engines[0].mishaps.append(Mishap(after=after, how=how))
         assert heard(await stream(rough, path, body)) == expected, (after, how)
+
+
+@pytest.mark.parametrize("included", [False, True])
+async def test_a_stop_string_may_span_the_seam(make_front: Make, included: bool) -> None:
+    calm = await make_front(*engines(1))
+    rough = await make_front(*engines(2))
+    body = {**TEXT, "max_tokens": 30, "include_stop_str_in_output": included}
+    whole = heard(await stream(calm, "/v1/completions", body))["text"]
+    stops = [whole[at : at + 6] for at in range(4, 24, 4) if whole.find(whole[at : at + 6]) == at]
+    assert len(stops) > 2
+    for stop, after in itertools.product(stops, range(1, 16)):
+        wish = {**body, "stop": [stop]}
+        expected = heard(await stream(calm, "/v1/completions", wish))
+        assert expected["end"] == [("stop", stop)]
+        rough.engines[0].mishaps.append(Mishap(after=after))
+        assert heard(await stream(rough, "/v1/completions", wish)) == expected, (stop, after)
+        rough.engines[0].mishaps.clear()
 
 
 async def test_token_ids_are_shown_to_those_only_who_ask(make_front: Make) -> None:

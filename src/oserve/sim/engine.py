@@ -188,9 +188,15 @@ class _Answer:
                 return
 
     def _emit(self) -> str | None:
-        """One token; returns why it was the last, if it was."""
-        first = not self._speech.tokens
+        """One event's tokens; returns why they were the last, if they were."""
+        before = len(self._speech.tokens)
+        first = before == 0
         text, reason = self._speech.say(self._limit)
+        # The first token is told at once, as by vLLM.
+        for _ in range(1, 1 if first else self._body.get("stream_interval") or 1):
+            if reason is None:
+                more, reason = self._speech.say(self._limit)
+                text += more
         if self._stream:
             if self._chat:
                 choice = self._choice({"content": text}, reason)
@@ -199,8 +205,8 @@ class _Answer:
                 if first and self._body.get("return_token_ids"):
                     choice["prompt_token_ids"] = self._prompt
             if self._body.get("return_token_ids"):
-                choice["token_ids"] = self._speech.tokens[-1:]
-            choice["logprobs"] = self._logprobs(self._speech.tokens[-1:])
+                choice["token_ids"] = self._speech.tokens[before:]
+            choice["logprobs"] = self._logprobs(self._speech.tokens[before:])
             self._event([choice])
         return reason
 
