@@ -16,6 +16,7 @@ REPLICA = TableReplica(
     max_inflight=8,
     max_model_len=0,
     accepts_priority=False,
+    tells_token_ids=False,
     prefill_s_per_token=1e-3,
     decode_s_per_token=1e-2,
     step_tokens=50,

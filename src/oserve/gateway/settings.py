@@ -38,6 +38,20 @@ class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     shed_after_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
+class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """When a running stream goes on at another replica. See gateway.moving.
+
+    ``max_moves`` of one request; 0: none moves. ``max_bytes`` of running answers are kept in each
+    gateway process for that, ``max_stream_bytes`` of one; what is longer does not move.
+    ``drain_limit_s``: how long a draining replica keeps those that can move; unset: to the end.
+    """
+
+    max_moves: Annotated[int, msgspec.Meta(ge=0)] = 5
+    max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    max_stream_bytes: Annotated[int, msgspec.Meta(ge=0)] = 8 * 1024 * 1024
+    drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 30.0
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The HTTP front.
 
@@ -64,5 +78,6 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     api_keys_file: str = ""
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
+    move: MoveSettings = MoveSettings()
     records_file: str = ""
     max_records: Count = 1_000_000
