@@ -169,7 +169,7 @@ async def switched(
         async with session.get(url + "/oserve/v1/status") as answer:
             document = await answer.json()
         report = document["switch"]
-        if report["plan_id"] == plan.stem and report["ended_s"] is not None:
+        if report and report["plan_id"] == plan.stem and report["ended_s"] is not None:
             break
         assert time.time() - start_s < LIMIT_S, report
     end_s = report["ended_s"]
