@@ -18,12 +18,13 @@ serve:
 test:
 	@$(PYTHON) tools/setup.py --dev --engine --forecast
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engine"
+	$(BIN)/python -m pytest -m engine
 
 check:
 	@$(PYTHON) tools/setup.py --dev
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -m "not engine and not extra"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not engine and not extra and not slow"
 
 .PHONY: lint
 lint:

@@ -59,18 +59,34 @@ def simulate(
     return ttft_s, (e2e_s - ttft_s) / max(1, output - 1), inflight / e2e_s
 
 
-def errors(row: dict[str, str], provider: str) -> tuple[float, float]:
-    """Relative errors of TPOT and rate of one measured row."""
-    shape = ReplicaShape(
+def shape_of(row: dict[str, str]) -> ReplicaShape:
+    return ReplicaShape(
         tensor_parallel_size=int(row["tp_size"]),
         precision=Precision.FP8,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=256,
     )
-    load = (int(float(row["batch_size"])), int(float(row["isl"])), int(float(row["osl"])))
+
+
+def load_of(row: dict[str, str]) -> tuple[int, int, int]:
+    """Requests in flight, prompt and output tokens of each."""
+    return int(float(row["batch_size"])), int(float(row["isl"])), int(float(row["osl"]))
+
+
+def short_of_kv(row: dict[str, str]) -> bool:
+    """Whether the requests in flight, grown to their full length, exceed the KV cache."""
+    kind = SYSTEMS[row["system"]]
+    fit = memory_fit(find_model(MODEL), shape_of(row), find_device(kind).memory_bytes)
+    inflight, prompt, output = load_of(row)
+    return inflight * (prompt + output) > fit.kv_tokens
+
+
+def errors(row: dict[str, str], provider: str) -> tuple[float, float]:
+    """Relative errors of TPOT and rate of one measured row."""
+    load = load_of(row)
     ttft_s, tpot_s = (float(row[f"silicon_{name}_ms"]) / 1e3 for name in ("ttft", "tpot"))
     rate = load[0] / (ttft_s + tpot_s * (load[2] - 1))
-    _, tpot, predicted = simulate(SYSTEMS[row["system"]], shape, provider, load)
+    _, tpot, predicted = simulate(SYSTEMS[row["system"]], shape_of(row), provider, load)
     return tpot / tpot_s - 1, predicted / rate - 1
 
 
@@ -78,17 +94,27 @@ def main() -> None:
     rows = measured_rows()
     print(f"{MODEL} fp8, vLLM, measured: {len(rows)} points; mean (median) absolute error in %")
     print(
-        f"{'device':7} {'step times':16} {'points':>6} {'TPOT':>14} {'rate':>14} {'rate bias':>10}"
+        f"{'device':7} {'step times':16} {'KV cache':>9} {'points':>6} {'TPOT':>14} {'rate':>14} "
+        f"{'rate bias':>10}"
     )
     for kind in SYSTEMS.values():
+        own = [row for row in rows if SYSTEMS[row["system"]] == kind]
         for provider in ("roofline", "aiconfigurator"):
-            found = [errors(row, provider) for row in rows if SYSTEMS[row["system"]] == kind]
-            tpot, rate = [e[0] for e in found], [e[1] for e in found]
-            print(
-                f"{kind:7} {provider:16} {len(found):6} {shown(tpot):>14} {shown(rate):>14} "
-                f"{100 * statistics.fmean(rate):+9.1f}",
-                flush=True,
-            )
+            found = [(short_of_kv(row), *errors(row, provider)) for row in own]
+            parts = {
+                "all": found,
+                "fits": [item for item in found if not item[0]],
+                "short": [item for item in found if item[0]],
+            }
+            for name, part in parts.items():
+                if not part:
+                    continue
+                tpot, rate = [item[1] for item in part], [item[2] for item in part]
+                print(
+                    f"{kind:7} {provider:16} {name:>9} {len(part):6} {shown(tpot):>14} "
+                    f"{shown(rate):>14} {100 * statistics.fmean(rate):+9.1f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def fresh() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_serves_counts_and_ends_with_any_number_of_processes(
     serve: Serve, processes: int
@@ -125,6 +126,7 @@ async def test_serves_counts_and_ends_with_any_number_of_processes(
     assert served.process.returncode == 0
 
 
+@pytest.mark.slow
 async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
     served = await serve("--set", "gateway.processes=2")
     before = children_of(served.process.pid)
@@ -224,6 +226,7 @@ def test_validate_and_dry_run_start_nothing(tmp_path: Path) -> None:
     assert dry.exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_a_running_server_takes_another_plan(serve: Serve, processes: int) -> None:
     served = await serve("--set", f"gateway.processes={processes}")

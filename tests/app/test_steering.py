@@ -74,6 +74,7 @@ async def fed(
     return verdicts
 
 
+@pytest.mark.slow
 async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path)
     assert given.mode is Mode.AUTO

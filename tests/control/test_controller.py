@@ -66,6 +66,7 @@ async def test_a_switch_that_costs_more_than_it_brings_is_left() -> None:
     }
 
 
+@pytest.mark.slow
 async def test_a_square_wave_does_not_make_it_flap() -> None:
     world = make_world(0, 0, 0, 1, start_s=40.0, min_dwell_s=0.0, max_switches_per_hour=1000)
     period = 120
@@ -81,6 +82,7 @@ pieces = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(pieces, st.integers(0, 3), st.sampled_from([30.0, 90.0]))
 async def test_guards_hold_whatever_comes(

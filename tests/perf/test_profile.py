@@ -270,6 +270,7 @@ def test_a_table_is_made_of_measured_shapes_alone() -> None:
     assert all(row.capacity_rps[0] > 0 and row.power_w > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_shipped_profiles_are_found_by_sizes() -> None:
     found = shipped_profile(replace(TINY, name="anything", max_model_len=100), "cpu")
     assert found is not None

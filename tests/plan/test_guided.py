@@ -20,6 +20,7 @@ def value(problem: PlanProblem, scored: Scored) -> float:
     return problem.demand_rps * min(score.scale, problem.enough_scale or score.scale)
 
 
+@pytest.mark.slow
 def test_guided_is_within_two_percent_of_exact_on_average_at_sixteen_devices() -> None:
     losses = []
     for seed in range(30):

@@ -98,6 +98,7 @@ print(hashlib.sha256(repr(rows).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_decide_the_same_byte_for_byte() -> None:
     digests = []
     for seed in ("1", "2"):
@@ -115,6 +116,7 @@ def test_two_processes_decide_the_same_byte_for_byte() -> None:
     assert digests[0] == digests[1] != ""
 
 
+@pytest.mark.slow
 def test_processes_change_nothing() -> None:
     scene = small_scene(duration_s=10.0)
     names = ["static-default", "llmd"]

@@ -43,6 +43,7 @@ def same(one: Memory, other: Memory) -> None:
         assert np.array_equal(array, other[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision", [Precision.BF16, Precision.INT8, Precision.FP8, Precision.INT4]
 )
