@@ -130,10 +130,11 @@ async def served(model: Path, folder: Path, plan: Path, *words: str) -> AsyncIte
         stderr=asyncio.subprocess.PIPE,
     )
     assert process.stderr is not None
-    url = ""
+    url = said = ""
     while not url:
         line = (await process.stderr.readline()).decode()
-        assert line, "the server ended"
+        said += line
+        assert line, f"the server ended: {said}"
         log.write(line.encode())
         if line.startswith("Ready on"):
             url = line.split()[2]
@@ -169,7 +170,7 @@ async def switched(
         async with session.get(url + "/oserve/v1/status") as answer:
             document = await answer.json()
         report = document["switch"]
-        if report["plan_id"] == plan.stem and report["ended_s"] is not None:
+        if report and report["plan_id"] == plan.stem and report["ended_s"] is not None:
             break
         assert time.time() - start_s < LIMIT_S, report
     end_s = report["ended_s"]
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--pace", type=float, default=100e6, help="bytes/s of the throttled way")
+    parser.add_argument("--only", default="", help="of the ways, this one")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="oserve-") as name:
@@ -274,13 +276,15 @@ def main() -> None:
         named = plans(folder, arguments.precision)
         ways = {
             "moved": (),
-            "moved, throttled": ("--set", f"switch.bytes_per_s={arguments.pace:g}"),
+            "moved, throttled": ("--set", f"switch.bytes_per_s={arguments.pace:.0f}"),
             "restart": ("--set", "switch.method=restart"),
             "restart, cold": ("--set", "switch.method=restart"),
         }
         before = limits()
         rows = []
         for number, (label, words) in enumerate(ways.items()):
+            if arguments.only not in {"", label}:
+                continue
             own = folder / f"way{number}"
             own.mkdir()
             rows += asyncio.run(way(model, own, named, label, words))

@@ -151,10 +151,8 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
         check_engines(plan, devices, settings)
     except (OServeError, KeyError):
         return None
-    return FirstPlan(
-        plan=plan,
-        why=f"plan {plan.id!r}, which was in force when it last ran (control.resume)",
-    )
+    why = "which was in force when it last ran" if left is None else f"since {left.reason}"
+    return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
 def _plan(

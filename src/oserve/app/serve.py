@@ -37,6 +37,7 @@ from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.switch.transaction import Task
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 _log = logging.getLogger("oserve.control")
@@ -247,6 +248,11 @@ class Server:
         if reason:
             _log.error("plan %s stays in force: %s", plan.id, reason)
         if self._steering is not None:
+            # A shape that cannot be started is not tried again and again.
+            named = reason.removeprefix(f"{Task.START} ").partition(":")[0]
+            wished = self._steering.controller.plan.replica(named)
+            if reason.startswith(f"{Task.START} ") and wished is not None:
+                self._steering.bar([wished])
             self._steering.reached(plan)
             self._spawn(self._steering.save(time.time()))
 

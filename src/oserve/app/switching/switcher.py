@@ -29,7 +29,7 @@ from oserve.engines.mover import Mover
 
 _log = logging.getLogger("oserve.switch")
 
-_MOST_REPORTS = 50
+_MOST_REPORTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
