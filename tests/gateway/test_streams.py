@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import random
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,20 @@ async def test_a_replica_on_its_way_is_waited_for(make_front: Make) -> None:
     await until(lambda: front.gateway.dispatcher.queued)
     front.gateway.dispatcher.update(table_of(table_replica("r9", f"http://127.0.0.1:{port}")))
     assert heard(await task)["end"] == [("length", None)]
+
+
+async def test_records_of_an_earlier_version_gain_the_column(tmp_path: Path) -> None:
+    path = tmp_path / "records.sqlite"
+    with sqlite3.connect(path) as old:
+        old.execute(
+            "CREATE TABLE requests (arrival_s REAL, prompt_tokens INTEGER, output_tokens INTEGER,"
+            " workload_type TEXT, replica TEXT, ttft_s REAL, tpot_s REAL, e2e_s REAL, status TEXT)"
+        )
+        row = (1.0, 4, 3, "all", "r0", 0.1, 0.01, 0.4, "completed")
+        old.execute("INSERT INTO requests VALUES (?,?,?,?,?,?,?,?,?)", row)
+    old.close()
+    (kept,) = read_records(path)
+    store = RecordStore(path, max_records=10)
+    store.put(replace(kept, moves=2))
+    store.close()
+    assert [record.moves for record in read_records(path)] == [0, 2]

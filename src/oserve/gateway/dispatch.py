@@ -227,11 +227,13 @@ class Dispatcher:
         replica = replicas[0]
         self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
 
-    def _excluded(self, relay: Relay) -> set[str]:
+    def _excluded(self, relay: Relay, *, also_present: bool = False) -> set[str]:
         return {
             name
             for name, replica in self.serving.items()
-            if relay.tried and (name, replica.started_s) in relay.tried
+            if (also_present and relay.replica is not None and name == relay.replica.id)
+            or (relay.tried and (name, replica.started_s) in relay.tried)
+            or (relay.moves and not replica.tells_token_ids)
         }
 
     def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
@@ -285,20 +287,18 @@ class Dispatcher:
 
         ``again``: the one it is on may. One that is on its way is waited for where there are none.
         """
-        excluded = self._excluded(relay)
-        if relay.replica is not None and not again:
-            excluded.add(relay.replica.id)
-        others = [item for name, item in self.serving.items() if name not in excluded]
-        if not others:
-            return self.table.expected
-        return any(r.max_model_len == 0 or r.max_model_len > needed_tokens for r in others)
+        excluded = self._excluded(relay, also_present=not again)
+        fits = [
+            item.max_model_len == 0 or item.max_model_len > needed_tokens
+            for name, item in self.serving.items()
+            if name not in excluded and item.tells_token_ids
+        ]
+        return any(fits) if fits else self.table.expected
 
     def has_place(self, relay: Relay) -> bool:
         """Whether another replica would take a running request at once."""
         assert relay.request is not None
-        excluded = self._excluded(relay)
-        if relay.replica is not None:
-            excluded.add(relay.replica.id)
+        excluded = self._excluded(relay, also_present=True)
         loads = self._ledger.loads(self.serving)
         return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
 

@@ -20,7 +20,7 @@ _TROUBLE = (b'"finish_reason":"abort"', b'data: {"error"')
 _EMPTY = ord("]")
 # For a list of ids whose digits and commas are so many characters; a shorter one has no room.
 _NULLS = {size: b'"token_ids":null' + b" " * (size - 2) for size in range(2, 256)}
-_BLOCK_BYTES = 64 * 1024
+_BLOCK_BYTES = 16 * 1024
 
 
 class Budget:

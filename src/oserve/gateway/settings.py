@@ -46,7 +46,7 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     ``drain_limit_s``: how long a draining replica keeps those that can move; unset: to the end.
     """
 
-    max_moves: Annotated[int, msgspec.Meta(ge=0)] = 5
+    max_moves: Annotated[int, msgspec.Meta(ge=0)] = 3
     max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
     max_stream_bytes: Annotated[int, msgspec.Meta(ge=0)] = 8 * 1024 * 1024
     drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 30.0
