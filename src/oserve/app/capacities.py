@@ -18,9 +18,14 @@ from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.traces import Slo
 
-_REQUESTS = 1000
-_TOLERANCE = 0.02
-_EVALUATIONS = 12
+# A run lasts so many times as long as a request stays, for the flow to be steady in most of it.
+_STAYS = 5.0
+_FEWEST, _MOST = 1000, 10_000
+# A shape that the model gives less than this part of the best, by device and for every type, is
+# left out: its errors are not that large.
+_WORTH = 0.75
+_TOLERANCE = 0.03
+_EVALUATIONS = 10
 # Nothing below this part of what the model says is looked for.
 _LEAST = 1 / 16
 
@@ -32,12 +37,13 @@ class Lengths:
     prompt_tokens: Ints
     output_tokens: Ints
 
-    def poisson(self, rate_rps: float, *, seed: int) -> Traffic:
-        """A thousand requests of these lengths."""
+    def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> Traffic:
+        """Requests of these lengths for about so long."""
         draw = np.random.default_rng(seed)
-        chosen = draw.integers(0, len(self.prompt_tokens), _REQUESTS)
+        count = round(min(_MOST, max(_FEWEST, rate_rps * seconds)))
+        chosen = draw.integers(0, len(self.prompt_tokens), count)
         return Traffic(
-            arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, _REQUESTS)),
+            arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
         )
@@ -54,20 +60,29 @@ def simulated_table(
     slo: Slo,
     seed: int = 0,
 ) -> tuple[ShapePerformance, ...]:
-    """The table with simulated capacities; ``lengths`` by type, in the table's order.
+    """Its promising rows with simulated capacities; ``lengths`` by type, in the table's order.
 
     What the model says cannot serve a type stays so, as does a type of which nothing was seen.
     """
     rows = []
-    for row in table:
+    for row in _promising(table):
         count = max(1, Packing(devices, [row.shape]).largest(0))
         placed = place_replicas([(row.shape, count)], devices)
         serving = _serving(placed.replicas, classes, levers)
         found = [
-            _capacity(simulator, serving, item, modelled_rps * count, slo, seed) / count
+            _capacity(
+                simulator,
+                serving,
+                item.poisson(modelled_rps * count, seconds=_STAYS * stay_s, seed=seed),
+                modelled_rps * count,
+                slo,
+            )
+            / count
             if modelled_rps > 0 and len(item.prompt_tokens)
             else modelled_rps
-            for modelled_rps, item in zip(row.capacity_rps, lengths, strict=True)
+            for modelled_rps, stay_s, item in zip(
+                row.capacity_rps, row.latency_s, lengths, strict=True
+            )
         ]
         rows.append(replace(row, capacity_rps=tuple(found)))
     return tuple(rows)
@@ -80,11 +95,17 @@ def _serving(
     return Serving(plan=plan, levers=levers)
 
 
-def _capacity(
-    simulator: Simulator, serving: Serving, lengths: Lengths, start_rps: float, slo: Slo, seed: int
-) -> float:
-    traffic = lengths.poisson(start_rps, seed=seed)
+def _promising(table: Sequence[ShapePerformance]) -> list[ShapePerformance]:
+    """Rows that the model gives nearly the most, by device, for some type."""
+    each = np.array([row.capacity_rps for row in table])
+    each = each / np.array([[row.shape.device_count] for row in table])
+    near = (each >= _WORTH * each.max(axis=0)) & (each > 0)
+    return [row for row, good in zip(table, near.any(axis=1).tolist(), strict=True) if good]
 
+
+def _capacity(
+    simulator: Simulator, serving: Serving, traffic: Traffic, start_rps: float, slo: Slo
+) -> float:
     def holds(scale: float) -> bool:
         return scale > _LEAST and simulator.holds(serving, traffic.faster(scale), slo)
 

@@ -199,7 +199,7 @@ class _Course:
 
     async def _steer(self, steersman: Steering) -> None:
         """Tell what came and ended since, and do as is wished."""
-        assert self._observation is not None
+        self._observation = await self._door.observe()
         now_s = self._clock.now()
         came = int(np.searchsorted(self._traffic.arrival_s, now_s))
         open_ = np.concatenate([self._open, np.arange(self._arrived, came)])
