@@ -66,8 +66,7 @@ def own(tuner: OServeTuner) -> Found:
     tuned = tuner.best_tuned
     levers = replace(tuned.serving.levers, routing=Routing.LEAST_WORK)
     found = tuner.race([replace(tuned.serving, levers=levers)], tuned)
-    found = tuner.race(tuner.ordered(replace(found.serving, levers=levers)), found)
-    return found
+    return tuner.race(tuner.ordered(replace(found.serving, levers=levers)), found)
 
 
 def library(tuner: OServeTuner, policy: Steered) -> list[Serving]:
