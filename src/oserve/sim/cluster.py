@@ -118,6 +118,10 @@ class SimulatedCluster:
         self._end(item)
 
     # -- for a cluster whose replicas really serve ---------------------------------------------
+    def _load_s(self, spec: ReplicaSpec) -> float:
+        """Seconds until a replica that starts now can serve."""
+        return self._phases.load_s(self._weights_bytes(spec.shape))
+
     def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         """A replica starts; it can serve from ``ready_at_s`` on (infinite: never)."""
 
@@ -191,7 +195,7 @@ class SimulatedCluster:
         if wrong:
             raise ValueError(wrong)
         now_s = self._clock.now()
-        load_s = 0.0 if self.warm else self._phases.load_s(self._weights_bytes(spec.shape))
+        load_s = 0.0 if self.warm else self._load_s(spec)
         if self._strikes(self.faults.slow_start):
             load_s *= self.faults.slow_factor
         fails = self._strikes(self.faults.failed_start)

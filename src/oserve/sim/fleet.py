@@ -29,6 +29,7 @@ from oserve.sim.steps import StepTables
 from oserve.sim.words import (
     FleetObservation,
     GatewayOptions,
+    Ints,
     Link,
     Policy,
     Rebalance,
@@ -282,6 +283,14 @@ class Fleet:
             replica_names=tuple(self._names),
             totals=tuple(self._totals(index) for index in range(len(self._names))),
         )
+
+    def ended_among(self, requests: Ints) -> Ints:
+        """Those of these that have ended, one way or another, and their statuses: (2, n)."""
+        rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+        status = rows[requests, layout.STATUS]
+        over = status >= layout.COMPLETED
+        found: Ints = np.stack([requests[over], status[over]])
+        return found
 
     def books(self, name: str) -> tuple[int, int]:
         """What a replica owes, in picoseconds of expected work and in requests."""
