@@ -22,7 +22,7 @@ from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferE
 # A parameter's name, and start and stop in each dimension.
 Part = tuple[str, Sequence[Sequence[int]]]
 
-_NICE = 10
+_NICE = 5
 _CHECK_BYTES = 16 << 20
 _PACE = 127.0
 
