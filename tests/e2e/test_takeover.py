@@ -119,10 +119,13 @@ async def until(url: str, true: Callable[[dict[str, Any]], bool]) -> dict[str, A
 
 
 def settled(document: dict[str, Any]) -> bool:
-    """Every replica of the plan is ready, and there is no other."""
-    alive = [item for item in document["replicas"] if item["phase"] != "gone"]
-    well = all(item["phase"] == "ready" and not item["note"] for item in alive)
-    return well and len(alive) == 2 and "controller_away_s" not in document
+    """Both replicas are ready, as the plan has them, and there is no other."""
+    alive = {r["id"]: r for r in document["replicas"] if r["phase"] != "gone"}
+    well = all(replica["phase"] == "ready" for replica in alive.values())
+    if not well or alive.keys() != {"stays", "changes"} or "controller_away_s" in document:
+        return False
+    chunk = alive["changes"]["shape"]["max_num_batched_tokens"]
+    return bool(document["plan_id"] == f"chunk-{chunk}")
 
 
 def pids(document: dict[str, Any]) -> dict[str, int]:

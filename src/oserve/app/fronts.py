@@ -139,7 +139,7 @@ class Front:
     async def _watch(self, index: int) -> None:
         while True:
             await self._processes[index].wait()
-            self._hub.forget(index)
+            self._hub.forget(self._processes[index].pid)
             if self._closing:
                 return
             _log.error("gateway process %d ended; starting it again", index)

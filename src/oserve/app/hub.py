@@ -38,11 +38,9 @@ _MAX_REPORT_BYTES = 4 * 1024 * 1024
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway process tells the hub. ``table`` is the version it has.
 
-    ``incarnation``, its process id, differs between a process and the one that takes its place.
-    ``port``: where it listens; 0 before.
+    ``incarnation`` is its process id. ``port``: where it listens; 0 before.
     """
 
-    process: int
     incarnation: int
     counts: Batch
     outstanding: dict[str, tuple[float, int]]
@@ -78,12 +76,14 @@ class Hub:
         self._operate = operate
         self._calls: set[asyncio.Task[None]] = set()
         self._batches: list[Batch] = []
-        self._counted: dict[int, tuple[int, int]] = {}
+        self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
         # A process that comes from another hub must not take its old table for the one here.
         self._version = secrets.randbits(48)
         self._picture = Picture()
+        # By incarnation, since one that ends slowly may still report beside the next.
         self._reports: dict[int, Report] = {}
+        self._forgotten: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
@@ -117,9 +117,12 @@ class Hub:
         taken, self._batches = self._batches, []
         return taken
 
-    def forget(self, process: int) -> None:
+    def forget(self, incarnation: int) -> None:
         """A gateway process ended: its outstanding work is gone; its counters stay counted."""
-        report = self._reports.pop(process, None)
+        self._forgotten.add(incarnation)
+        self._counted.pop(incarnation, None)
+        self._listening.pop(incarnation, None)
+        report = self._reports.pop(incarnation, None)
         if report is not None:
             self._ended = merged([self._ended, report.metrics])
 
@@ -141,15 +144,13 @@ class Hub:
             call.add_done_callback(self._calls.discard)
             return
         report = msgspec.json.decode(exchange.body, type=Report)
-        before = self._reports.get(report.process)
-        if before is not None and before.incarnation != report.incarnation:
-            self.forget(report.process)
-        self._reports[report.process] = report
+        self._count(report)
+        if report.incarnation not in self._forgotten:
+            self._reports[report.incarnation] = report
         listening = self._listening.get(report.incarnation)
         if report.port and listening is not None and not listening.done():
             listening.set_result(report.port)
-        self._count(report)
-        others = [item for item in self._reports.values() if item.process != report.process]
+        others = [r for r in self._reports.values() if r.incarnation != report.incarnation]
         elsewhere: dict[str, tuple[float, int]] = {}
         for other in others:
             for name, (owed_s, count) in other.outstanding.items():
@@ -170,10 +171,9 @@ class Hub:
 
     def _count(self, report: Report) -> None:
         """Take a batch unless it is the one that was taken last."""
-        batch = (report.incarnation, report.counts.number)
-        if self._counted.get(report.process) == batch:
+        if self._counted.get(report.incarnation) == report.counts.number:
             return
-        self._counted[report.process] = batch
+        self._counted[report.incarnation] = report.counts.number
         if not report.counts.empty:
             self._batches.append(report.counts)
             del self._batches[:-_MOST_BATCHES]
@@ -188,11 +188,13 @@ class Hub:
 class HubClient:
     """A gateway process' side. Set ``port`` once it listens."""
 
-    def __init__(self, unix_socket: str, process: int, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, unix_socket: str, dispatcher: Dispatcher, incarnation: int | None = None
+    ) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
         self._heard_s = time.monotonic()
         self.port = 0
-        self._process = process
+        self._incarnation = incarnation or os.getpid()
         self._dispatcher = dispatcher
         self._version = 0
         # Replies are taken in the order they were given, so that nothing goes back in time.
@@ -209,8 +211,7 @@ class HubClient:
     async def _sync(self) -> None:
         dispatcher = self._dispatcher
         report = Report(
-            process=self._process,
-            incarnation=os.getpid(),
+            incarnation=self._incarnation,
             counts=dispatcher.foresight.tally.take(),
             outstanding=dispatcher.outstanding(),
             metrics=dispatcher.metrics.snapshot(),

@@ -66,6 +66,7 @@ class Keeper:
         self._grace_s = grace_s
         self._children: dict[str, _Child] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ending = asyncio.Event()
         self._patient = True
@@ -85,8 +86,9 @@ class Keeper:
         await self._end_all()
         self._registry.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._writer is not None:
+        if self._writer is not None and self._serving is not None:
             self._writer.close()
+            await asyncio.wait({self._serving}, timeout=_HURRIED_S)
 
     def stop(self, *, patient: bool) -> None:
         """End; ``patient``: running requests of gateway processes get their grace."""
@@ -99,6 +101,7 @@ class Keeper:
             # Servers lock their state folder: one that comes means that the other is gone.
             self._writer.close()
         self._writer = writer
+        self._serving = asyncio.current_task()
         if self._timer is not None:
             self._timer.cancel()
         self._tell(
