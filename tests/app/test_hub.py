@@ -124,7 +124,8 @@ async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_pa
     hub.publish(table(1.0), Picture())
     dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
     clients = [
-        HubClient(str(tmp_path / "hub.sock"), index, item) for index, item in enumerate(dispatchers)
+        HubClient(str(tmp_path / "hub.sock"), item, index + 1)
+        for index, item in enumerate(dispatchers)
     ]
 
     async def serving() -> list[bool]:

@@ -35,7 +35,7 @@ _CHUNKS = (512, 1024, 2048)
 
 @dataclass(slots=True, kw_only=True)
 class Steered:
-    """``planner`` and ``starts`` are shared by all runs; ``control`` as on a server.
+    """What ``planner`` knows and ``starts_s`` begin each run; ``control`` as on a server.
 
     ``script``: instead of following decisions, go to these plans at these seconds.
     """
@@ -62,11 +62,11 @@ class Steered:
     def begin(self, traffic: Traffic) -> None:
         """A run begins; nothing is remembered of others."""
         starts = StartTimes(self.starts_s)
-        self.planner.facts = replace(self.planner.facts, start_s=starts.start_s)
         self._helm = Helm(
             self.serving.plan,
             policy=self.control,
-            planner=self.planner,
+            # A planner remembers the last basis of its programmes, which may tip a tie.
+            planner=TablePlanner(replace(self.planner.facts, start_s=starts.start_s)),
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
         )
@@ -144,7 +144,7 @@ def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> T
     """The planner as on a server, for every form with the usual chunk budgets."""
     scene = tuner.scene
     shapes = tuner.forms(_CHUNKS, serving.plan.replicas[0].shape.max_num_seqs)
-    question = replace(tuner.planned.question, shapes=tuple(shapes), candidates=0, min_gain=0.03)
+    question = replace(tuner.question, shapes=tuple(shapes), candidates=0, min_gain=0.03)
     planner = planner_for(question, StartTimes(0.0))
     if not simulated:
         return planner

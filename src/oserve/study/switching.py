@@ -136,7 +136,7 @@ def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
     if found is None:
         return None
     problem, planned = found
-    return deployment_plan(tuner.planned.question, place_deployment(problem, planned.best))
+    return deployment_plan(tuner.question, place_deployment(problem, planned.best))
 
 
 def planned_for(tuner: OServeTuner, seen: Seen) -> tuple[PlanProblem, Planned] | None:

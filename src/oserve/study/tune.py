@@ -237,22 +237,25 @@ class Tuner:
             yield replace(found.serving, levers=levers)
 
     # -- the programme's plans ------------------------------------------------------------------
+    @property
+    def question(self) -> Question:
+        """What is to be planned: the learned demand, within the SLO."""
+        scene = self.scene
+        return Question(
+            model=scene.model,
+            devices=scene.devices,
+            demand=scene.demand,
+            source=scene.source,
+            shapes=scene.shapes,
+            limits=scene.limits,
+            seed=scene.seed,
+            candidates=10,
+        )
+
     @cached_property
     def planned(self) -> Answer:
-        """The linear programme's plans for the learned demand, within the SLO."""
-        scene = self.scene
-        return answer(
-            Question(
-                model=scene.model,
-                devices=scene.devices,
-                demand=scene.demand,
-                source=scene.source,
-                shapes=scene.shapes,
-                limits=scene.limits,
-                seed=scene.seed,
-                candidates=10,
-            )
-        )
+        """The linear programme's plans for it."""
+        return answer(self.question)
 
     def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[Serving]:
         """The programme's best plan and its ten best candidates, those of several shapes."""
