@@ -18,7 +18,8 @@ MODEL = "bench"
 # As long as vLLM's chunks are: id, object, model, one token of text, nulls.
 _FILL = (
     b'"object":"text_completion","created":1700000000,"model":"bench","choices":[{"index":0,'
-    b'"text":" token","logprobs":null,"finish_reason":null,"stop_reason":null}]'
+    b'"text":" token","logprobs":null,"finish_reason":null,"stop_reason":null,'
+    b'"prompt_token_ids":%b,"token_ids":%b}]'
 )
 _ANSWER = (
     b'{"id":"cmpl-0","object":"text_completion","created":1700000000,"model":"bench","choices":'
@@ -32,11 +33,13 @@ class Body(msgspec.Struct):
     max_tokens: int = 1
     stream: bool = False
     step_us: int = 0
+    return_token_ids: bool = False
 
 
 class Backend:
     def __init__(self) -> None:
         self._streams: dict[Exchange, int] = {}
+        self._told: dict[Exchange, bytes] = {}
         self._paused: set[Exchange] = set()
         self._step_s = 0.0
         self._running = False
@@ -53,6 +56,8 @@ class Backend:
             exchange.on_disconnect = lambda: self._forget(exchange)
             exchange.on_pause = lambda paused: self._pause(exchange, paused)
             self._streams[exchange] = body.max_tokens
+            if body.return_token_ids:
+                self._told[exchange] = b"[1,2,3,4,5,6,7,8]"
             if not self._running:
                 self._running = True
                 asyncio.get_running_loop().call_soon(self._step)
@@ -64,6 +69,7 @@ class Backend:
 
     def _forget(self, exchange: Exchange) -> None:
         self._streams.pop(exchange, None)
+        self._told.pop(exchange, None)
         self._paused.discard(exchange)
 
     def _pause(self, exchange: Exchange, paused: bool) -> None:
@@ -73,10 +79,14 @@ class Backend:
         for exchange, left in list(self._streams.items()):
             if exchange in self._paused:
                 continue
-            event = b'data: {"t":%d,%b}\n\n' % (time.monotonic_ns(), _FILL)
+            prompt = self._told.get(exchange, b"")
+            if prompt:
+                self._told[exchange] = b"null"
+            fill = _FILL % (prompt or b"null", b"[%d]" % (30_000 + left) if prompt else b"null")
+            event = b'data: {"t":%d,%b}\n\n' % (time.monotonic_ns(), fill)
             exchange.write(b"%x\r\n%b\r\n" % (len(event), event))
             if left == 1:
-                del self._streams[exchange]
+                self._forget(exchange)
                 exchange.write(b"e\r\ndata: [DONE]\n\n\r\n" + LAST_CHUNK)
                 exchange.finish()
             else:

@@ -1,9 +1,10 @@
 """OServe's gateway, the Rust vllm-router and no router at all, side by side, one core each.
 
-    python benchmarks/gateway/run.py [--vllm-router PATH] [--rounds 3] [--json FILE]
+    python benchmarks/gateway/run.py [--vllm-router PATH] [--other SRC] [--rounds 3] [--json FILE]
 
 The router runs alone on core 0; backend and client share core 1. Rounds alternate between the
 contenders, so that a drift of the machine hits all of them; medians over rounds are printed.
+``--other`` is the ``src`` folder of another version of OServe, which runs beside this one.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from client import Load, Result
 from oserve.engines.registry import read_registry
 
 HERE = Path(__file__).resolve().parent
+PLANS = "oserve/config/plan.py"
 
 
 @dataclass
@@ -42,12 +44,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(command: list[str], core: int, log: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], core: int, log: Path, source: str = "") -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         return subprocess.Popen(
             command,
             stdout=out,
             stderr=out,
+            env={**os.environ, "PYTHONPATH": source} if source else None,
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509
         )
 
@@ -127,7 +130,7 @@ def loads(scale: float) -> dict[str, tuple[int, Callable[[int], Load]]]:
 
 
 def contenders(
-    folder: Path, router: str | None
+    folder: Path, router: str | None, other: str | None
 ) -> tuple[list[Contender], list[subprocess.Popen[bytes]]]:
     processes = []
     backend = free_port()
@@ -135,20 +138,27 @@ def contenders(
     processes.append(start([sys.executable, str(HERE / "backend.py"), str(backend)], 1, log))
     wait_until_up(backend, log)
     found = [Contender("no router", backend, [])]
-    port = free_port()
-    plan = folder / "plan.yaml"
-    plan.write_text(
-        f"replicas: [{{id: b, shape: {{max_num_seqs: 4096}}, attach: {{url: 'http://127.0.0.1:{backend}'}}}}]"
-    )
-    log = folder / "oserve.log"
-    command = [sys.executable, "-m", "oserve.cli", "serve", "--plan", str(plan)]
-    command += ["--served-model-name", "bench", "--port", str(port), "--state-dir", str(folder)]
-    processes.append(start(command, 0, log))
-    wait_until_up(port, log)
-    registry = read_registry(folder / "keeper.json")
-    assert registry is not None
-    held = [registry.pid, *(entry.pid for entry in registry.held)]
-    found.append(Contender("oserve", port, [processes[-1].pid, *held]))
+    here = str(HERE.parent.parent / "src")
+    for name, source in {"oserve": here, "oserve (other)": other}.items():
+        if source is None:
+            continue
+        port = free_port()
+        state = folder / name
+        state.mkdir()
+        plan = state / "plan.yaml"
+        ids = ", token_ids: true" if "token_ids" in (Path(source) / PLANS).read_text() else ""
+        plan.write_text(
+            "replicas: [{id: b, shape: {max_num_seqs: 4096}, "
+            f"attach: {{url: 'http://127.0.0.1:{backend}'{ids}}}}}]"
+        )
+        log = folder / f"{name}.log"
+        command = [sys.executable, "-m", "oserve.cli", "serve", "--plan", str(plan)]
+        command += ["--served-model-name", "bench", "--port", str(port), "--state-dir", str(state)]
+        processes.append(start(command, 0, log, source))
+        wait_until_up(port, log)
+        registry = read_registry(state / "keeper.json")
+        held = [] if registry is None else [registry.pid, *(item.pid for item in registry.held)]
+        found.append(Contender(name, port, [processes[-1].pid, *held]))
     if router:
         port, metrics = free_port(), free_port()
         log = folder / "router.log"
@@ -164,6 +174,7 @@ def contenders(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-router", help="path of the vllm-router command")
+    parser.add_argument("--other", help="src folder of another version of OServe")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="size of each load")
     parser.add_argument("--json", type=Path)
@@ -171,7 +182,7 @@ def main() -> None:
     os.sched_setaffinity(0, {1})
     rows: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found, processes = contenders(Path(folder), wanted.vllm_router)
+        found, processes = contenders(Path(folder), wanted.vllm_router, wanted.other)
         try:
             for name, (connections, load) in loads(wanted.scale).items():
                 taken: dict[str, list[dict[str, float]]] = {item.name: [] for item in found}

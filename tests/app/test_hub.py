@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from oserve.app.hub import Hub, HubClient
-from oserve.control.table import RoutingTable
-from oserve.core import LengthClass
+from oserve.control.table import RoutingTable, TableReplica
+from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.settings import GatewaySettings
 
@@ -98,3 +98,50 @@ async def test_a_process_goes_on_with_the_hub_of_another_server(tmp_path: Path) 
         assert dispatcher.picture.metrics["oserve_requests"] == counted
     await client.close()
     await second.close()
+
+
+async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_path: Path) -> None:
+    def table(started_s: float) -> RoutingTable:
+        replicas = (
+            TableReplica(
+                id="r",
+                shape="s",
+                phase=ReplicaPhase.READY,
+                endpoint=Endpoint(url="http://127.0.0.1:1"),
+                max_inflight=1,
+                max_model_len=0,
+                accepts_priority=False,
+                tells_token_ids=True,
+                prefill_s_per_token=1e-4,
+                decode_s_per_token=1e-3,
+                started_s=started_s,
+            ),
+        )
+        return replace(TABLE, replicas=replicas)
+
+    hub = Hub()
+    await hub.listen(str(tmp_path / "hub.sock"))
+    hub.publish(table(1.0), Picture())
+    dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
+    clients = [
+        HubClient(str(tmp_path / "hub.sock"), item, index + 1)
+        for index, item in enumerate(dispatchers)
+    ]
+
+    async def serving() -> list[bool]:
+        for client in clients:
+            await client.sync()
+            await client.sync()
+        return ["r" in dispatcher.serving for dispatcher in dispatchers]
+
+    try:
+        assert await serving() == [True, True]
+        hub.hand_over("r", 5.0)
+        hub.hand_over("nobody", 5.0)
+        assert await serving() == [False, False]
+        hub.publish(table(2.0), Picture())
+        assert await serving() == [True, True]
+    finally:
+        for client in clients:
+            await client.close()
+        await hub.close()

@@ -16,6 +16,7 @@ from oserve.control.door import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
+    CommitReplicas,
     DeploymentPlan,
     Device,
     DrainReplica,
@@ -162,6 +163,36 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
     assert observation.failures["c"].reason
     await cluster.apply(StartReplica(spec=spec("d", "cpu:0")))
     await subject.phase("d", ReplicaPhase.READY)
+
+
+async def test_standby_beside_others_until_it_is_committed(subject: Subject) -> None:
+    cluster = subject.cluster
+    if isinstance(cluster, FleetCluster):
+        pytest.skip("the fleet has no standby")
+    await cluster.apply(StartReplica(spec=spec("a", "cpu:0")))
+    await subject.phase("a", ReplicaPhase.READY)
+    wide = StartReplica(spec=spec("wide", "cpu:0", "cpu:1"), standby=True)
+    for _ in range(2):
+        await cluster.apply(wide)
+    # Two on standby do not share a device, and nothing else starts where one stands.
+    for other in (
+        StartReplica(spec=spec("b", "cpu:1"), standby=True),
+        StartReplica(spec=spec("b", "cpu:1")),
+    ):
+        with pytest.raises(ValueError, match=r"cpu:1|taken"):
+            await cluster.apply(other)
+    with pytest.raises(ValueError, match="stand"):
+        await cluster.apply(CommitReplicas(ready=("wide",), drain=("a",)))
+    observation = await subject.phase("wide", ReplicaPhase.STANDBY)
+    assert observation.replica("a") is not None
+    commit = CommitReplicas(ready=("wide",), drain=("a", "nobody"))
+    for _ in range(2):
+        await cluster.apply(commit)
+        observation = await cluster.observe()
+        phases = {state.spec.id: state.phase for state in observation.replicas}
+        assert phases == {"a": ReplicaPhase.DRAINING, "wide": ReplicaPhase.READY}
+    await cluster.apply(StopReplica(replica="a"))
+    await subject.phase("a", ReplicaPhase.GONE)
 
 
 async def test_the_loop_moves_it_from_plan_to_plan(subject: Subject) -> None:

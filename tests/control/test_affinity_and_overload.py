@@ -85,6 +85,7 @@ def test_an_outgrown_answer_weighs_on_its_replica() -> None:
                 max_inflight=8,
                 max_model_len=0,
                 accepts_priority=False,
+                tells_token_ids=False,
                 prefill_s_per_token=1e-3,
                 decode_s_per_token=1e-2,
             )
@@ -100,8 +101,8 @@ def test_an_outgrown_answer_weighs_on_its_replica() -> None:
 
 def test_too_late_is_when_even_the_quickest_would_miss_it() -> None:
     policy = OverloadPolicy(ttft_s=2.0, shed_after_s=5.0)
-    assert not too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.9)
-    assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=1.1)
+    assert not too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.4)
+    assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.6)
     assert not too_late(OverloadPolicy(), arrival_s=0.0, now_s=1e9, prefill_s=1.0)
     assert shed_in_s(policy, arrival_s=10.0, now_s=12.0) == 3.0
     assert shed_in_s(policy, arrival_s=10.0, now_s=99.0) == 0.0

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import aiohttp
 import openai
 import pytest
 
+from e2e.streams import told
 from oserve.engines.tiny import make_tiny_model
 from oserve.gateway.records import read_records
 from oserve.traces import synthesise
@@ -240,6 +242,39 @@ async def test_a_killed_engine_costs_no_unanswered_request_and_comes_back(served
         async with session.get(served.url + "/metrics") as answer:
             metrics = await answer.text()
     assert 'oserve_requests_retried_total{replica="one"}' in metrics
+
+
+async def test_streams_go_on_when_their_engine_is_killed(served: Served) -> None:
+    streams = range(12)
+    async with aiohttp.ClientSession() as session:
+        calm = await asyncio.gather(*(told(session, served.url, index, [0]) for index in streams))
+        before = await status_of(session, served.url)
+        victim = next(r for r in before["replicas"] if r["id"] == "one")
+        seen = [[0] for _ in streams]
+        tasks = [
+            asyncio.ensure_future(told(session, served.url, index, seen[index]))
+            for index in streams
+        ]
+        while min(count for (count,) in seen) < 10:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert all(not task.done() for task in tasks)
+        os.kill(victim["pid"], signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == calm
+        async with session.get(served.url + "/metrics") as answer:
+            metrics = await answer.text()
+        found = re.findall(r"^oserve_requests_moved_total.* (\S+)$", metrics, re.MULTILINE)
+        assert sum(map(float, found)) >= 2
+        await back_again(session, served, victim["pid"])
+
+
+async def back_again(session: aiohttp.ClientSession, served: Served, pid: int) -> None:
+    """Wait until replica one, which was this process, is another and ready."""
+    while True:
+        document = await status_of(session, served.url)
+        state = next(r for r in document["replicas"] if r["id"] == "one")
+        if state["phase"] == "ready" and state["pid"] != pid:
+            return
+        await asyncio.sleep(0.05)
 
 
 async def test_bench_replays_a_trace_whole(served: Served, tmp_path: Path) -> None:

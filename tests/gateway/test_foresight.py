@@ -94,6 +94,23 @@ async def test_the_late_are_served_last_and_all_are_served(make_front: Make) -> 
     assert "oserve_requests_demoted_total 2.0" in text
 
 
+async def test_a_first_token_lets_the_next_prompt_in(make_front: Make) -> None:
+    settings = GatewaySettings(
+        port=0, shutdown_grace_s=0.0, overload=OverloadSettings(ttft_ms=0.001)
+    )
+    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.05, tpot_s=0.02))
+    front = await make_front(engine, settings=settings)
+    long = asyncio.ensure_future(front.lines("/v1/completions", body(2000, stream=True)))
+    outstanding = front.gateway.dispatcher.outstanding
+    await until(lambda: outstanding()["r0"][1])
+    short = asyncio.ensure_future(front.post("/v1/completions", body(1)))
+    await until(lambda: front.gateway.dispatcher.queued)
+    # No end, but a first token of the one before lets it go.
+    assert (await short)[0] == 200
+    assert not long.done()
+    long.cancel()
+
+
 async def test_shedding_refuses_with_a_time_to_come_back(make_front: Make) -> None:
     settings = GatewaySettings(
         port=0, shutdown_grace_s=0.0, overload=OverloadSettings(shed_after_ms=1)

@@ -91,6 +91,7 @@ class Engine:
     role: str = "both"
     ordered: bool = False
     max_inflight: int = 0
+    max_prompt: float = math.inf
     prefill_s: float = 0.0
     decode_s: float = 0.0
     link_ps: int = 0
@@ -106,6 +107,7 @@ class Engine:
         self.batches: list[Batch] = []
         self.stage_free = [0] * self.stages
         self.owed = 0
+        self.owed_prompt = 0
         self.inflight = 0
         self.link_free = 0
         self.busy = 0
@@ -120,6 +122,10 @@ class Engine:
     def free(self) -> int:
         """Including what only ended sessions hold."""
         return self.total_blocks - self.used
+
+    @property
+    def inflight_limit(self) -> int:
+        return 0 if self.owed_prompt >= self.max_prompt else self.max_inflight
 
     def evict(self) -> None:
         """Old sessions make room for requests."""
@@ -262,7 +268,7 @@ class Reference:
                 replica=engine.name,
                 work_s=engine.owed / PS,
                 inflight=engine.inflight,
-                max_inflight=engine.max_inflight,
+                max_inflight=engine.inflight_limit,
                 prefill_s_per_token=engine.prefill_s,
                 decode_s_per_token=engine.decode_s,
             )
@@ -314,10 +320,12 @@ class Reference:
     def book(self, engine: Engine, job: Job, prompt: int, whole: int) -> None:
         job.booked, job.booked_prompt = whole, prompt
         engine.owed += whole
+        engine.owed_prompt += prompt
         engine.inflight += 1
 
     def unbook(self, engine: Engine, job: Job) -> None:
         engine.owed -= job.booked
+        engine.owed_prompt -= job.booked_prompt
         engine.inflight -= 1
 
     def close(self, job: Job, status: str) -> None:
@@ -372,6 +380,7 @@ class Reference:
         if job.fresh:
             job.first = self.now if job.first is None else job.first
             engine.owed -= job.booked_prompt
+            engine.owed_prompt -= job.booked_prompt
             job.booked -= job.booked_prompt
             job.booked_prompt, job.fresh = 0, False
         if job.made == job.output:

@@ -37,6 +37,7 @@ class Spec:
     role: Role
     ordered: bool
     max_inflight: int
+    max_prompt: int | None
     base: int
     per_token: int
     per_seq: int
@@ -74,6 +75,7 @@ class Spec:
             role=self.role.value,
             ordered=self.ordered,
             max_inflight=self.max_inflight,
+            max_prompt=float("inf") if self.max_prompt is None else self.max_prompt,
             prefill_s=self.cost / PS,
             decode_s=3 * self.cost / PS,
             link_ps=self.latency,
@@ -99,6 +101,7 @@ class Spec:
             ready_at_s=self.ready_at / PS,
             ordered=self.ordered,
             max_inflight=self.max_inflight,
+            max_prompt_s=float("inf") if self.max_prompt is None else self.max_prompt / PS,
             kv_bytes_per_token=1.0,
             link=Link(
                 bytes_per_s=PS / self.link if self.link else float("inf"),
@@ -304,6 +307,7 @@ def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
             role=st.sampled_from(list(Role) if roles else [Role.BOTH]),
             ordered=st.booleans(),
             max_inflight=st.sampled_from([most, 2 * most, 20]),
+            max_prompt=st.sampled_from([None, None, 1, 60]),
             base=st.sampled_from([50, 70, 100]),
             per_token=st.sampled_from([1, 2, 5]),
             per_seq=st.sampled_from([0, 1, 10]),

@@ -8,19 +8,13 @@ import pytest
 from oserve.app.simulated import Levers, Routing, Serving, Simulator, attainment
 from oserve.core import (
     DeploymentPlan,
-    Endpoint,
-    Observation,
-    ReplicaPhase,
     ReplicaShape,
-    ReplicaSpec,
-    ReplicaState,
 )
 from oserve.sim.phases import Phases
 from oserve.sim.words import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
-from oserve.study.policy import Conduct, Fixed, Policy, Seen
-from oserve.study.rolling import step_plan
+from oserve.study.policy import Conduct, Fixed, Policy, Seen, Start
 from oserve.study.runner import run_policy
 from oserve.study.switching import replaced
 from study.scenes import small_scene
@@ -84,9 +78,9 @@ def test_a_static_run_is_the_same_as_the_fleet_alone() -> None:
     assert 4 * 60 * finish_s < run.energy_j < 4 * 800 * finish_s
 
 
-@pytest.mark.parametrize("moving", [None, 2])
-def test_a_switch_costs_its_start_and_loses_nothing(moving: int | None) -> None:
-    tuner, policy = switching(Conduct(decides=True, moving_devices=moving))
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_switch_costs_its_start_and_loses_nothing(staged: bool) -> None:
+    tuner, policy = switching(Conduct(decides=True, staged=staged))
     run = run_policy(QUICK, policy, tuner.simulator, 1.0)
     assert run.switches == 1
     assert (run.results.status == Status.COMPLETED).all()
@@ -100,7 +94,7 @@ def test_a_switch_costs_its_start_and_loses_nothing(moving: int | None) -> None:
 
 
 def test_free_switching_takes_no_time() -> None:
-    tuner, policy = switching(Conduct(decides=True, free=True))
+    tuner, policy = switching(Conduct(decides=True, start=Start.FREE))
     run = run_policy(QUICK, policy, tuner.simulator, 1.0)
     later = run.results.replica == 2
     assert 10.0 <= float(run.results.arrival_s[later].min()) < 11.0
@@ -145,39 +139,3 @@ def test_every_policy_serves_every_request(name: str) -> None:
 
 
 TUNER = OServeTuner(QUICK)
-
-
-def state(spec: ReplicaSpec, phase: ReplicaPhase) -> ReplicaState:
-    return ReplicaState(spec=spec, phase=phase, endpoint=Endpoint(), since_s=0.0)
-
-
-def plan_of(*specs: ReplicaSpec) -> DeploymentPlan:
-    return DeploymentPlan(id="p", replicas=specs, workload_types=(), routing_shares={})
-
-
-def spec(name: str, *devices: str) -> ReplicaSpec:
-    return ReplicaSpec(id=name, shape=shape(len(devices)), devices=devices)
-
-
-def test_rolling_moves_a_few_devices_at_a_time() -> None:
-    old = [spec(f"o{n}", f"d{n}") for n in range(4)]
-    new = [spec(f"n{n}", f"d{n}") for n in range(4)]
-    target = plan_of(*new)
-
-    def retired(*states: ReplicaState, most: int | None) -> set[str]:
-        seen = Observation(now_s=0.0, devices=(), replicas=states)
-        kept = {item.id for item in step_plan(target, seen, most).replicas}
-        return {item.id for item in old} - kept
-
-    ready = [state(item, ReplicaPhase.READY) for item in old]
-    assert retired(*ready, most=None) == {"o0", "o1", "o2", "o3"}
-    assert retired(*ready, most=2) == {"o0", "o1"}
-    # At least one change may begin, whatever the limit.
-    assert retired(*ready, most=0) == {"o0"}
-    draining = [state(old[0], ReplicaPhase.DRAINING), *ready[1:]]
-    assert retired(*draining, most=1) == {"o0"}
-    assert retired(*draining, most=2) == {"o0", "o1"}
-    loading = [state(new[0], ReplicaPhase.LOADING), *ready[1:]]
-    assert retired(*loading, most=1) == {"o0"}
-    up = [state(new[0], ReplicaPhase.READY), *ready[1:]]
-    assert retired(*up, most=1) == {"o0", "o1"}

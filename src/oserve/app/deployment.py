@@ -1,6 +1,7 @@
 """What a server is to run: devices, plan and controller, settled before anything starts."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
 from oserve.app.planning import Question
 from oserve.app.store import StateStore
+from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
@@ -142,16 +144,15 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
         return None
     if settings.plan and saved.get("given") != _given(settings):
         return None
+    left = recover(journal_folder(settings), time.time())
     try:
-        plan = parse_plan(str(saved["plan"]), place=str(file))
+        plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
         check_plan(plan, devices, place=str(file))
         check_engines(plan, devices, settings)
     except (OServeError, KeyError):
         return None
-    return FirstPlan(
-        plan=plan,
-        why=f"plan {plan.id!r}, which was in force when it last ran (control.resume)",
-    )
+    why = "which was in force when it last ran" if left is None else f"since {left.reason}"
+    return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
 def _plan(

@@ -151,6 +151,10 @@ class Front:
         """Make a table and a picture current."""
         self._hub.publish(table, picture)
 
+    def hand_over(self, replica: str, within_s: float) -> None:
+        """Have a replica's running requests go on elsewhere within so many seconds."""
+        self._hub.hand_over(replica, within_s)
+
     def batches(self) -> list[Batch]:
         """What was counted since the last call."""
         return self._hub.batches()

@@ -86,6 +86,7 @@ class Hub:
         self._forgotten: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
+        self._hand_overs: dict[str, tuple[float, float]] = {}
         self._server: Server | None = None
 
     async def listen(self, unix_socket: str) -> None:
@@ -102,6 +103,9 @@ class Hub:
         if table != self._table:
             self._table = table
             self._version += 1
+            present = {(item.id, item.started_s) for item in table.replicas}
+            orders = self._hand_overs.items()
+            self._hand_overs = {name: told for name, told in orders if (name, told[0]) in present}
         self._picture = picture
 
     def expect(self, incarnation: int) -> "asyncio.Future[int]":
@@ -121,6 +125,12 @@ class Hub:
         report = self._reports.pop(incarnation, None)
         if report is not None:
             self._ended = merged([self._ended, report.metrics])
+
+    def hand_over(self, replica: str, within_s: float) -> None:
+        """Have every process let a replica's running requests go on elsewhere."""
+        for item in self._table.replicas if self._table is not None else ():
+            if item.id == replica:
+                self._hand_overs[replica] = (item.started_s, within_s)
 
     async def close(self) -> None:
         """Close the socket."""
@@ -151,6 +161,7 @@ class Hub:
             elsewhere=elsewhere,
             metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
+            hand_overs=self._hand_overs,
         )
         newer = self._table if report.table != self._version else None
         reply = Reply(

@@ -12,11 +12,13 @@ import msgspec
 
 from oserve.app.demand import Demand
 from oserve.app.first_plan import know, planning_question
-from oserve.app.steering import StartTimes, controller_for, planner_for, policy_of
+from oserve.app.steering import planner_for, policy_of
 from oserve.app.store import StateStore
 from oserve.config import Settings, parse_plan
 from oserve.control.appraisal import appraise
 from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.helm import controller_for
+from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 

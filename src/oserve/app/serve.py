@@ -23,6 +23,9 @@ from oserve.app.lock import StateLock
 from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
+from oserve.app.switching.drive import Report
+from oserve.app.switching.record import journal_folder, recover
+from oserve.app.switching.switcher import Switcher, SwitcherFacts
 from oserve.config import api_keys, backend_keys
 from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
@@ -34,6 +37,7 @@ from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.switch.transaction import Task
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 _log = logging.getLogger("oserve.control")
@@ -99,6 +103,21 @@ class Server:
         )
         if self._steering is not None:
             self._loop.plan = self._steering.controller.plan
+        left = recover(journal_folder(settings), time.time())
+        if left is not None:
+            _log.warning("switch %s was not over: %s", left.id, left.reason)
+        self._switcher = Switcher(
+            SwitcherFacts(
+                settings=settings,
+                devices=deployment.devices,
+                model=deployment.models[0],
+                cluster=self._cluster,
+                loop=self._loop,
+                clock=self._clock,
+                settle=self._reached,
+                publish=self._publish,
+            )
+        )
         self._front = Front(
             FrontFacts(
                 settings=settings.gateway,
@@ -146,6 +165,7 @@ class Server:
         """End: no new requests, running ones get their grace, then every process goes."""
         for task in self._tasks:
             task.cancel()
+        await self._switcher.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await self._front.close()
@@ -204,7 +224,7 @@ class Server:
         assert self._seen is not None
         plan = self._loop.plan
         lost = frozenset(self.failed)
-        switching = not settled(plan, self._seen, lost)
+        switching = self._switcher.active or not settled(plan, self._seen, lost)
         ready = [s.spec for s in self._seen.replicas if s.phase is ReplicaPhase.READY]
         steering.bar([spec for spec in plan.replicas if spec.id in lost])
         decision, weighed = await steering.decide(
@@ -215,12 +235,30 @@ class Server:
             switching=switching,
         )
         if decision.verdict is Verdict.SWITCH:
-            self._replace_plan(steering.controller.plan)
+            report = self._replace_plan(steering.controller.plan, trigger.value)
+            return {**advised(decision, weighed), "switch": report.id}
         return advised(decision, weighed)
 
-    def _replace_plan(self, plan: DeploymentPlan) -> None:
-        _log.info("plan %s takes the place of %s", plan.id, self._loop.plan.id)
-        self._loop.plan = plan
+    def _replace_plan(self, plan: DeploymentPlan, by: str) -> Report:
+        _log.info("plan %s is to take the place of %s", plan.id, self._loop.plan.id)
+        return self._switcher.want(plan, by)
+
+    def _reached(self, plan: DeploymentPlan, reason: str) -> None:
+        """A switch has ended, in this plan."""
+        if reason:
+            _log.error("plan %s stays in force: %s", plan.id, reason)
+        if self._steering is not None:
+            # A shape that cannot be started is not tried again and again.
+            named = reason.removeprefix(f"{Task.START} ").partition(":")[0]
+            wished = self._steering.controller.plan.replica(named)
+            if reason.startswith(f"{Task.START} ") and wished is not None:
+                self._steering.bar([wished])
+            self._steering.reached(plan)
+            self._spawn(self._steering.save(time.time()))
+
+    async def _publish(self) -> None:
+        """What changed is in force at once."""
+        await self._loop.step()
         self._woken.set()
 
     async def _operate(self, path: str, body: bytes) -> tuple[int, bytes]:
@@ -248,13 +286,19 @@ class Server:
             raise RefusedError("a switch needs a plan")
         if self._steering is not None and self._seen is not None:
             return await self._decided(self._steering, Trigger.MANUAL, given)
-        self._replace_plan(given)
-        return {"switched": True, "line": f"switching to plan {given.id}", "plan": ""}
+        report = self._replace_plan(given, Trigger.MANUAL.value)
+        line = f"switching to plan {given.id}"
+        return {"switched": True, "line": line, "plan": "", "switch": report.id}
 
     async def _weigh(self, given: DeploymentPlan | None) -> dict[str, Any]:
-        if self._steering is None or self._seen is None:
+        if self._seen is None or (self._steering is None and given is None):
             raise RefusedError("there is no controller here (control.mode is off)")
-        return await self._decided(self._steering, Trigger.QUESTION, given)
+        found: dict[str, Any] = {"switched": False, "line": "no controller weighs it", "plan": ""}
+        if self._steering is not None:
+            found = await self._decided(self._steering, Trigger.QUESTION, given)
+        if given is not None:
+            found["foreseen"] = await asyncio.to_thread(self._switcher.foresee, given, self._seen)
+        return found
 
     # -- what is observed -----------------------------------------------------------------------
     def _wake(self, _state: ReplicaState) -> None:
@@ -288,8 +332,17 @@ class Server:
             version=__version__,
         )
         document["control"] = {"mode": "off"} if steering is None else steering.document()
+        switches = self._switcher.documents(observation)
+        document["switch"] = switches[-1] if switches else None
         status = msgspec.Raw(msgspec.json.encode(document))
-        self._front.publish(table, Picture(status=status, gauges=gauges(observation)))
+        self._front.publish(
+            table,
+            Picture(
+                status=status,
+                switches=msgspec.Raw(msgspec.json.encode(switches)),
+                gauges=gauges(observation),
+            ),
+        )
         line = summary(observation.replicas)
         if line != self._line:
             self._line = line

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.control.order import OrderPolicy
-from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
+from oserve.control.overload import OverloadPolicy, max_prompt_s
+from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
 from oserve.perf.source import RooflineSource
@@ -107,13 +108,15 @@ class Levers:
     ``order``: by prompt length with ageing, in gateway and engines; ``None``: first come, first
     served. ``inflight_per_device`` bounds what the gateway hands to a replica at once, per device
     of it; the rest waits in the gateway, where it can still go anywhere and be demoted. ``None``:
-    twice ``max_num_seqs``, as the live gateway has it.
+    twice ``max_num_seqs``, as the live gateway has it. ``overload``: the live gateway's policy,
+    in place of what ``gateway`` says of demotion and shedding.
     """
 
     routing: Routing = Routing.POOLS
     order: OrderPolicy | None = None
     gateway: GatewayOptions = field(default_factory=GatewayOptions)
     inflight_per_device: float | None = None
+    overload: OverloadPolicy = field(default_factory=OverloadPolicy)
     rebalance: Rebalance | None = None
 
 
@@ -178,11 +181,19 @@ class Simulator:
         return self._kv[shape]
 
     def requests(
-        self, serving: Serving, traffic: Traffic, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
     ) -> RequestTable:
-        """As the gateway sees them; ``expected`` outputs are the class's, unless given."""
+        """As the gateway sees them; ``expected`` outputs are the class's, unless given.
+
+        ``kinds``: the class of each, where it is not told by the prompt's length.
+        """
         classes = serving.plan.workload_types
-        index = class_indices(classes, traffic.prompt_tokens)
+        index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
         if expected is None:
             outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
             expected = outputs[index]
@@ -204,14 +215,15 @@ class Simulator:
         return Fleet(
             requests,
             classes=len(serving.plan.workload_types),
-            gateway=serving.levers.gateway,
+            gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
 
     def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
         """Start a replica."""
         shape, most = spec.shape, levers.inflight_per_device
-        link, kv_bytes = self._link(shape) if levers.rebalance else (Link(), 0.0)
+        sends = levers.rebalance is not None or shape.role is Role.PREFILL
+        link, kv_bytes = self._link(shape) if sends else (Link(), 0.0)
         fleet.add_replica(
             spec.id,
             shape,
@@ -221,6 +233,11 @@ class Simulator:
             ready_at_s=ready_at_s,
             ordered=levers.order is not None,
             max_inflight=None if most is None else max(1, round(most * shape.device_count)),
+            max_prompt_s=max_prompt_s(
+                levers.overload,
+                step_tokens=shape.step_tokens,
+                prefill_s_per_token=self.costs(shape).prefill_s_per_token,
+            ),
             kv_bytes_per_token=kv_bytes,
             link=link,
         )
@@ -234,22 +251,36 @@ class Simulator:
         fleet.set_routing(policy=levers.routing, shares=shares)
 
     def run(
-        self, serving: Serving, traffic: Traffic, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+        latest_s: float = LATEST_S,
     ) -> FleetResults:
-        """Serve all of it with a deployment that stays."""
-        fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
+        """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
-        fleet.run(limit_s=traffic.duration_s + LATEST_S)
+        fleet.run(limit_s=traffic.duration_s + latest_s)
         self.simulated_requests += len(traffic)
         return fleet.results()
 
     def holds(
-        self, serving: Serving, traffic: Traffic, slo: Slo, *, expected: Ints | None = None
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        slo: Slo,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
     ) -> bool:
         """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
-        fleet = self.fleet(serving, self.requests(serving, traffic, expected=expected))
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
@@ -260,6 +291,18 @@ class Simulator:
                 return False
         fleet.run(limit_s=traffic.duration_s + LATEST_S)
         return attainment(fleet.results(), slo) >= ATTAINMENT
+
+    def _gateway(self, serving: Serving) -> GatewayOptions:
+        options, overload = serving.levers.gateway, serving.levers.overload
+        if overload == OverloadPolicy():
+            return options
+        costs = [self.costs(shape).prefill_s_per_token for shape, _ in serving.shapes]
+        return replace(
+            options,
+            demote_after_s=overload.late_after_s,
+            shed_after_s=overload.shed_after_s,
+            prompt_s_per_token=min(costs, default=0.0),
+        )
 
     def _link(self, shape: ReplicaShape) -> tuple[Link, float]:
         """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.

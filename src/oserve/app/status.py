@@ -6,6 +6,7 @@ from typing import Any
 from oserve.control.reconcile import ReconcilePolicy, given_up, restart_wait_s
 from oserve.core import (
     Action,
+    CommitReplicas,
     DeploymentPlan,
     DrainReplica,
     Observation,
@@ -111,6 +112,8 @@ def _note(
     policy: ReconcilePolicy,
 ) -> str:
     """What happens next to a replica that is not as it should be."""
+    if entry["phase"] == ReplicaPhase.STANDBY.value:
+        return "gets its weights from others"
     spec = plan.replica(str(entry["id"]))
     if spec is None:
         return "not in the plan"
@@ -161,5 +164,7 @@ def explained(action: Action, observation: Observation) -> str:
             return f"start replica {spec.id} ({spec.shape.name} on {where}): {why}"
         case DrainReplica(replica=name):
             return f"drain replica {name}: the plan no longer has it as it is"
+        case CommitReplicas(ready=ready, drain=drain):
+            return f"commit {', '.join(ready)}; drain {', '.join(drain)}: the switch decided it"
         case StopReplica(replica=name):
             return f"stop replica {name}: it is drained, or not wanted any more"

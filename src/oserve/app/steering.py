@@ -11,76 +11,31 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from oserve.app.deployment import Deployment
 from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.store import Save, StateStore
 from oserve.config import Settings, plan_yaml
-from oserve.control.appraisal import Question, Weighed, appraise
-from oserve.control.controller import Controller
+from oserve.control.appraisal import Weighed
 from oserve.control.decision import Decision, Mode, Trigger, Verdict
+from oserve.control.helm import Helm
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import (
     DeploymentPlan,
     Observation,
     OServeError,
-    PlannedType,
-    ReplicaPhase,
     ReplicaSpec,
 )
-from oserve.forecast.detect import ChangeDetector
-from oserve.forecast.experts import Combination
-from oserve.forecast.forecaster import Forecaster
-from oserve.forecast.simple import periods_of
 from oserve.perf import ShapePerformance
 from oserve.perf.table import performance_table
-from oserve.workload import classify
 
 _log = logging.getLogger("oserve.control")
 
 _DECISIONS_SHOWN = 10
-# How much the last start of a replica counts for the time that the next is taken to need.
-_LEARNING_RATE = 0.5
-
-
-class StartTimes:
-    """Seconds from start to ready, by shape, as seen; ``usual_s`` before any was."""
-
-    def __init__(self, usual_s: float) -> None:
-        self._usual_s = usual_s
-        self._by_shape: dict[str, float] = {}
-        self._loading: dict[str, tuple[ReplicaSpec, float]] = {}
-
-    def observe(self, observation: Observation) -> None:
-        """Take in replicas that became ready."""
-        for state in observation.replicas:
-            name = state.spec.id
-            if state.phase is ReplicaPhase.LOADING:
-                self._loading[name] = (state.spec, state.since_s)
-                continue
-            spec, since_s = self._loading.pop(name, (None, 0.0))
-            if state.phase is ReplicaPhase.READY and spec == state.spec:
-                took_s = max(0.0, state.since_s - since_s)
-                key = state.spec.shape.name
-                before_s = self._by_shape.get(key, took_s)
-                self._by_shape[key] = before_s + _LEARNING_RATE * (took_s - before_s)
-
-    def start_s(self, spec: ReplicaSpec) -> float:
-        """Of this replica: as its shape took, else as the slowest took."""
-        known = self._by_shape.get(spec.shape.name)
-        return known if known is not None else max(self._by_shape.values(), default=self._usual_s)
-
-    def state(self) -> dict[str, float]:
-        """Plain data that ``restore`` takes."""
-        return dict(self._by_shape)
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Go on where ``state`` was taken."""
-        self._by_shape = {str(name): float(took_s) for name, took_s in state.items()}
 
 
 def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
@@ -142,19 +97,6 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
     )
 
 
-def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
-    """A controller that has seen nothing yet."""
-    interval_s = float(policy.interval_s)
-    return Controller(
-        plan,
-        policy=policy,
-        forecaster=Forecaster(
-            Combination(len(names), periods_of(interval_s)), names, interval_s=interval_s
-        ),
-        detector=ChangeDetector(names),
-    )
-
-
 class Steering:
     """Feeds and asks a controller; ``now_s`` is Unix time throughout."""
 
@@ -165,16 +107,18 @@ class Steering:
         self.starts = StartTimes(settings.control.start_s)
         self.planner = planner_for(deployment.question, self.starts)
         self._store = StateStore(deployment.state_file)
-        names = [kind.name for kind in self.planner.facts.types]
-        policy = policy_of(settings, deployment.mode)
-        self.controller = controller_for(self.typed(deployment.plan), names, policy)
+        self._helm = Helm(
+            deployment.plan,
+            policy=policy_of(settings, deployment.mode),
+            planner=self.planner,
+            starts=self.starts,
+            shares_interval_s=settings.control.shares_interval_s,
+        )
+        self.controller = self._helm.controller
         self._recall()
-        self._told: Decision | None = None
         self._plan_saved = ""
         self._saved_s = int(now_s)
         self._lock = asyncio.Lock()
-        self._shares_s = 0.0
-        self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
 
     def _recall(self) -> None:
         memory = self._store.memory("controller")
@@ -200,35 +144,13 @@ class Steering:
         self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
     ) -> Trigger | None:
         """What was counted; tells whether a decision is due."""
-        states = observation.replicas
-        gauges = {
-            "running": float(sum(state.running for state in states)),
-            "waiting": float(sum(state.waiting for state in states)),
-            "kv_cache_usage": max((state.kv_cache_usage for state in states), default=0.0),
-            "queued": float(queued),
-        }
-        self.starts.observe(observation)
-        return self.controller.observe(now_s, batches, gauges)
+        return self._helm.observe(now_s, batches, observation, queued)
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
     ) -> DeploymentPlan:
         """The plan with the routing shares for what serves now and what comes now."""
-        ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
-        rates = self.controller.now_rps()
-        if self.controller.policy.mode is not Mode.AUTO or not ready:
-            return plan
-        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:
-            return plan
-        fresh = now_s - self._shares_s < self._deployment.settings.control.shares_interval_s
-        if self._shared is not None and self._shared[0] == ready and fresh:
-            return replace(self._shared[1], id=plan.id)
-        serving = sorted(ready, key=lambda spec: spec.id)
-        shares = self.planner.shares(serving, rates)
-        routed = self.planner.with_shares(replace(plan, replicas=tuple(serving)), shares)
-        self._shares_s = now_s
-        self._shared = (ready, routed)
-        return routed
+        return self._helm.routed(plan, observation, now_s)
 
     # -- decisions ------------------------------------------------------------------------------
     async def decide(
@@ -243,9 +165,7 @@ class Steering:
         """Ask, weigh in a thread, judge, write down. One at a time."""
         async with self._lock:
             question = self.controller.ask(now_s, given=given, present=present)
-            weighed = await asyncio.to_thread(self._appraise, question)
-            if weighed is not None:
-                weighed = replace(weighed, plan=self.typed(weighed.plan))
+            weighed = await asyncio.to_thread(self._helm.weighed, question)
             decision = self.controller.judge(
                 question, weighed, now_s=now_s, trigger=trigger, switching=switching
             )
@@ -253,29 +173,9 @@ class Steering:
             await self.save(now_s, (decision,))
             return decision, weighed
 
-    def _appraise(self, question: Question) -> Weighed | None:
-        return appraise(question, self.planner)
-
-    def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
-        """The plan with the types that are counted here; each has the shares of its class."""
-        facts = self.planner.facts
-        names = [kind.name for kind in facts.types]
-        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]
-        same = [kind.name for kind in plan.types] == names
-        if same and np.allclose(centres, facts.centres, rtol=1e-3):
-            return plan
-        return replace(
-            plan,
-            types=tuple(
-                PlannedType(
-                    name=name,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    shares=plan.routing_shares[classify(round(prompt), plan.workload_types).name],
-                )
-                for name, (prompt, output) in zip(names, facts.centres, strict=True)
-            ),
-        )
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch ended in this plan, which may not be the one that was decided on."""
+        self.controller.reached(self._helm.typed(plan))
 
     def bar(self, lost: Sequence[ReplicaSpec]) -> None:
         """Shapes that could not be started are not planned again while this server runs."""

@@ -61,7 +61,23 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
+
+
+def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
+    """How the last one stands."""
+    if switch is None:
+        return
+    words = f"switch {switch['id']} to plan {switch['plan_id']} by {switch['method']}: "
+    words += switch["state"]
+    if switch["state"] == "running":
+        words += f", wave {switch['wave'] + 1} of {switch['waves']}, {switch['phase']}"
+        if switch["total_bytes"]:
+            words += f", {switch['moved_bytes'] / switch['total_bytes']:.0%} of the bytes"
+    if switch["reason"]:
+        words += f" ({switch['reason']})"
+    console.print(words, markup=False, soft_wrap=True)
 
 
 def _show_control(console: Console, control: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,8 @@ _TIMEOUT_S = 120.0
 
 
 def switch(
-    plan: Annotated[str, typer.Argument(help="Deployment plan (YAML) to switch to.")],
+    plan: Annotated[str | None, typer.Argument(help="Deployment plan (YAML) to switch to.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="The plan, said another way.")] = None,
     url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would bring and cost.")
@@ -27,13 +28,56 @@ def switch(
         str | None, typer.Option(help=f"API key; the first of {API_KEYS} by default.")
     ] = None,
 ) -> None:
-    """Have a running server switch to a plan: it is rolled out, and no request is broken off."""
+    """Have a running server switch to a plan: weights move from engine to engine where they can.
+
+    Running requests end where they are. With --dry-run: bytes per link, phases and their seconds.
+    """
+    if (plan is None) == (to is None):
+        raise OServeError(
+            "one plan is needed", place="oserve switch", remedy="name a file, once: PLAN or --to"
+        )
+    plan = plan or to
+    assert plan is not None
     path = "/oserve/v1/plan" if dry_run else "/oserve/v1/switch"
     text = read_text(Path(plan)).encode()
     if not text.strip():
         raise OServeError("it is empty", place=plan, remedy="give a plan")
     raw = call(url, path, api_key=api_key, body=text, timeout_s=_TIMEOUT_S)
-    _console.print(decode(raw, url)["line"], markup=False)
+    document = decode(raw, url)
+    _console.print(document["line"], markup=False)
+    if "foreseen" in document:
+        for line in foreseen(document["foreseen"]):
+            _console.print(line, markup=False)
+    elif document.get("switch"):
+        _console.print(f"switch {document['switch']}: follow it with oserve status", markup=False)
+
+
+def foreseen(document: dict[str, Any]) -> list[str]:
+    """What a switch would do, for people."""
+    if document["method"] == "restart":
+        return [f"by restarts: {document['reason']}"]
+    lines = [
+        f"weights move from engine to engine: serves after {document['ready_s']:g} s, over after "
+        f"{document['total_s']:g} s; {document['requests_running_on_leaving']} requests run on "
+        "replicas that leave",
+    ]
+    if document["reason"]:
+        lines.append(document["reason"])
+    for number, wave in enumerate(document["waves"]):
+        parts = [
+            f"{what} {', '.join(wave[what])}" for what in ("stop", "start", "retire") if wave[what]
+        ]
+        lines.append(f"wave {number}: {'; '.join(parts)}")
+        lines.append(
+            f"  {wave['moved_bytes']:,} bytes over links, {wave['local_bytes']:,} inside devices"
+        )
+        lines += [
+            f"    {link['source']} -> {link['target']}: {link['bytes']:,} bytes"
+            for link in wave["links"]
+        ]
+        phases = ", ".join(f"{name} {took:g}" for name, took in wave["phases_s"].items())
+        lines.append(f"  seconds: {phases}")
+    return lines
 
 
 def live_plan(url: str, *, api_key: str | None, as_json: bool, output: str | None) -> None:

@@ -26,6 +26,7 @@ class _AttachFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str = ""
     api_key_env: str | None = None
     priority: bool = False
+    token_ids: bool = False
 
 
 class _ReplicaFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -121,6 +122,7 @@ def _replica(item: _ReplicaFile, *, place: str) -> ReplicaSpec:
             model=attach.model,
             api_key_env=attach.api_key_env,
             priority=attach.priority,
+            token_ids=attach.token_ids,
         )
         if item.engine_args:
             raise OServeError(
@@ -197,6 +199,7 @@ def _replica_row(spec: ReplicaSpec) -> dict[str, Any]:
             "model": backend.model or None,
             "api_key_env": backend.api_key_env,
             "priority": backend.priority or None,
+            "token_ids": backend.token_ids or None,
         }
     )
     del row["shape"]

@@ -69,6 +69,20 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     drain_limit_s: Seconds = 600.0
 
 
+class SwitchSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How the server goes from plan to plan: see docs/switching.md.
+
+    ``method``: ``auto`` moves weights between engines where it can and restarts engines otherwise,
+    ``restart`` always does the latter. ``transfer_limit_s``: a transfer may take this long, or
+    twenty times what was predicted if that is more. ``bytes_per_s``: what each rank sends at most;
+    0 for no bound.
+    """
+
+    method: Annotated[str, msgspec.Meta(pattern="^(auto|restart)$")] = "auto"
+    transfer_limit_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
 class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """What a plan is made from when none is given: see docs/planning.md.
 
@@ -97,6 +111,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     gateway: GatewaySettings = GatewaySettings()
     control: ControlSettings = ControlSettings()
     planning: PlanningSettings = PlanningSettings()
+    switch: SwitchSettings = SwitchSettings()
 
 
 def load_settings(

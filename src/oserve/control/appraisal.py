@@ -4,7 +4,8 @@ The value of replicas at given rates is what the linear programme serves within 
 w the weight of a forecast quantile, t the seconds of a step of the forecast, T the time that the
 candidate is expected to be the best and S the seconds of the switch:
 
-    gain = sum over steps and quantiles of w t (candidate - current) * (T - S) / T
+    gain = sum over steps and quantiles of w t (candidate - current) * (T - S) / T,
+           at most what it is at HEADROOM times the expected rates
     cost = sum over stages of (current - what is left) * seconds of the stage + TOUCHED * touched
 
 Planner, value and times are passed in; nothing here knows where they come from.
@@ -22,6 +23,8 @@ Rates = tuple[float, ...]
 
 # Draining lets running requests end, so that each loses its place in a cache and little else.
 TOUCHED = 0.05
+# What only rare rates would bring is not counted on: bands are wide when traffic has just changed.
+HEADROOM = 1.05
 
 
 class Appraiser(Protocol):
@@ -50,10 +53,14 @@ class Appraiser(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Of the forecast: ``seconds`` in which each of these rates has a chance (they sum to 1)."""
+    """Of the forecast: ``seconds`` in which each of these rates has a chance (they sum to 1).
+
+    ``expected``: the mean rates; empty where only the chances count.
+    """
 
     seconds: float
     chances: Mapping[Rates, float]
+    expected: Rates = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,7 @@ class Question:
     candidate is expected to be the best, ``lasting`` the same where it is known, by signature.
     ``plan_for`` are rates to make candidates for. ``given`` is a candidate that a person wants
     weighed instead. ``version`` counts the plans that were in force. ``shrink_to``: leave only so
-    many replicas; 0: no.
+    many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen.
     """
 
     at_s: float
@@ -77,6 +84,7 @@ class Question:
     version: int = 0
     given: DeploymentPlan | None = None
     shrink_to: int = 0
+    drain_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +141,7 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
     old, new = question.current.replicas, plan.replicas
     lasts_s = question.lasting.get(signature(plan), question.lasts_s)
     current = candidate = 0.0
+    likely = 0.0
     left_s = lasts_s
     for number, step in enumerate(question.steps, 1):
         seconds = left_s if number == len(question.steps) else min(left_s, step.seconds)
@@ -141,7 +150,9 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
             part = chance * seconds / lasts_s
             current += part * appraiser.served_rps(old, rates_rps)
             candidate += part * appraiser.served_rps(new, rates_rps)
-    cost = switch_cost(old, new, question.steps[0].chances, appraiser)
+        if seconds > 0:
+            likely += seconds / lasts_s * _more(step, old, new, appraiser)
+    cost = switch_cost(old, new, question.steps[0].chances, appraiser, drain_s=question.drain_s)
     return Weighed(
         plan=plan,
         lasts_s=lasts_s,
@@ -149,9 +160,22 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
         candidate_rps=candidate,
         current_now_rps=appraiser.served_rps(old, question.now_rps),
         candidate_now_rps=appraiser.served_rps(new, question.now_rps),
-        gain=(candidate - current) * max(0.0, lasts_s - cost.seconds),
+        gain=min(candidate - current, likely) * max(0.0, lasts_s - cost.seconds),
         cost=cost,
     )
+
+
+def _more(
+    step: Step,
+    old: Sequence[ReplicaSpec],
+    new: Sequence[ReplicaSpec],
+    appraiser: Appraiser,
+) -> float:
+    """Requests/s that the new replicas serve more, with headroom over the expected rates."""
+    if not step.expected:
+        return float("inf")
+    rates = tuple(HEADROOM * rate for rate in step.expected)
+    return appraiser.served_rps(new, rates) - appraiser.served_rps(old, rates)
 
 
 def signature(plan: DeploymentPlan) -> str:
@@ -165,8 +189,13 @@ def switch_cost(
     new: Sequence[ReplicaSpec],
     rates: Mapping[Rates, float],
     appraiser: Appraiser,
+    *,
+    drain_s: float = 0.0,
 ) -> SwitchCost:
-    """Of going from one set of replicas to another in stages; ``rates`` with their chances."""
+    """Of going from one set of replicas to another in stages; ``rates`` with their chances.
+
+    Draining takes ``drain_s``, or the stay of a request if that is longer.
+    """
 
     def served(replicas: Sequence[ReplicaSpec]) -> float:
         return sum(
@@ -183,6 +212,7 @@ def switch_cost(
         stay_s = 0.0
         if stage.retired:
             stay_s = sum(p * appraiser.stay_s(there, r) for r, p in rates.items())
+            stay_s = max(stay_s, drain_s)
             touched += served(there) * stay_s * len(stage.retired) / max(1, len(there))
         start_s = max((appraiser.start_s(spec) for spec in stage.started), default=0.0)
         if stage.started:

@@ -116,6 +116,12 @@ class Collector:
         sums = self._tokens[places][held].sum(axis=0)
         return float(sums[1]) / width_s, float(sums[2]) / width_s
 
+    def ended_rps(self, end_s: int, width_s: int) -> float:
+        """Requests per second that ended in that window."""
+        places = self._places(end_s - width_s, width_s)
+        held = self._second[places] == np.arange(end_s - width_s, end_s)
+        return float(self._tokens[places][held][:, 0].sum()) / width_s
+
     @property
     def newest_s(self) -> int:
         """The last second that passed, -1 before any."""

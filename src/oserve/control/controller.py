@@ -31,6 +31,8 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
+# Of requests on one replica, the stay of the longest over the mean.
+_LONGEST = 2.0
 
 
 class Controller:
@@ -136,6 +138,17 @@ class Controller:
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
 
+    def drain_s(self) -> float:
+        """Seconds that a replica of late needs to end what it has; 0 where nothing tells.
+
+        What replicas hold over what ends per second is how long a request stays there (Little's
+        law), queues and all; the last of them stays longer.
+        """
+        gauges = self.collector.gauges
+        held = gauges.get("running", 0.0) + gauges.get("waiting", 0.0)
+        ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self.policy.now_s)
+        return _LONGEST * held / ended_rps if ended_rps > 0 else 0.0
+
     def forecast(self) -> tuple[TypeForecast, ...]:
         """Of the next interval, by type."""
         found = self._forecaster.forecast()
@@ -151,6 +164,12 @@ class Controller:
             )
             for index, name in enumerate(found.names)
         )
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch ended in this plan, which may not be the one that was decided on."""
+        if plan != self.plan:
+            self.plan = plan
+            self._version += 1
 
     # -- deciding -------------------------------------------------------------------------------
     def ask(
@@ -187,6 +206,7 @@ class Controller:
             plan_for=tuple(tuple(np.nan_to_num(rates).tolist()) for rates in plan_for),
             given=given,
             shrink_to=policy.floor_replicas if shrink else 0,
+            drain_s=self.drain_s(),
         )
 
     def _steps(self) -> tuple[Step, ...]:
@@ -200,7 +220,8 @@ class Controller:
             for level, (low, high) in enumerate(pairwise(ends)):
                 key = tuple(rates[level, step].tolist())
                 chances[key] = chances.get(key, 0.0) + high - low
-            steps.append(Step(seconds=found.interval_s, chances=chances))
+            expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
+            steps.append(Step(seconds=found.interval_s, chances=chances, expected=expected))
         return tuple(steps)
 
     def judge(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from oserve.control.overload import OverloadPolicy, max_prompt_s
 from oserve.control.router import work_s
 from oserve.control.table import TableReplica
 from oserve.core import ReplicaLoad, Request
@@ -19,7 +20,9 @@ class _Account:
     decode_s_per_token: float
     max_inflight: int
     max_model_len: int
+    step_tokens: int = 0
     inflight: int = 0
+    prompt_s: float = 0.0
     owed_s: float = 0.0
     elsewhere_s: float = 0.0
     elsewhere_inflight: int = 0
@@ -35,10 +38,14 @@ class WorkLedger:
 
     Work is booked in prior seconds (from perf) and divided by the replica's learned ``speed``:
     prior seconds it completes per second of being busy. Time is passed in by the caller.
+    A replica that owes more prompts than ``overload`` allows, by this one of the gateway's
+    ``processes``, shows as full.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overload: OverloadPolicy | None = None, *, processes: int = 1) -> None:
         self._accounts: dict[str, _Account] = {}
+        self._overload = overload or OverloadPolicy()
+        self._processes = processes
 
     def follow(self, replicas: Iterable[TableReplica]) -> None:
         """Keep accounts for exactly these replicas."""
@@ -54,6 +61,7 @@ class WorkLedger:
                 )
             account.max_inflight = replica.max_inflight
             account.max_model_len = replica.max_model_len
+            account.step_tokens = replica.step_tokens
             kept[replica.id] = account
         self._accounts = kept
 
@@ -71,20 +79,36 @@ class WorkLedger:
         return {name: self._load(name, self._accounts[name]) for name in replicas}
 
     def _load(self, name: str, account: _Account) -> ReplicaLoad:
+        inflight = account.inflight + account.elsewhere_inflight
+        most_s = max_prompt_s(
+            self._overload,
+            step_tokens=account.step_tokens,
+            prefill_s_per_token=account.prefill_s_per_token / account.speed,
+        )
+        full = account.prompt_s / account.speed >= most_s / self._processes
         return ReplicaLoad(
             replica=name,
             work_s=(account.owed_s + account.elsewhere_s) / account.speed,
-            inflight=account.inflight + account.elsewhere_inflight,
-            max_inflight=account.max_inflight,
+            inflight=inflight,
+            max_inflight=min(account.max_inflight, inflight) if full else account.max_inflight,
             prefill_s_per_token=account.prefill_s_per_token / account.speed,
             decode_s_per_token=account.decode_s_per_token / account.speed,
             max_model_len=account.max_model_len,
         )
 
     def admit(
-        self, replica: str, request: Request, now_s: float, *, cached_tokens: int = 0
+        self,
+        replica: str,
+        request: Request,
+        now_s: float,
+        *,
+        cached_tokens: int = 0,
+        streams: bool = True,
     ) -> "WorkEntry":
-        """Book a request that is being handed to a replica, which has some of it cached."""
+        """Book a request that is being handed to a replica, which has some of it cached.
+
+        Of one that does not stream nobody sees when its prompt is done: it counts as work only.
+        """
         account = self._accounts[replica]
         self._tick(account, now_s)
         load = self._load(replica, account)
@@ -92,7 +116,9 @@ class WorkLedger:
         prefill_s = (request.prompt_tokens - cached_tokens) * account.prefill_s_per_token
         account.inflight += 1
         account.owed_s += total_s
-        return WorkEntry(self, account, total_s, prefill_s)
+        entry = WorkEntry(self, account, total_s, prefill_s, prompt_s=prefill_s if streams else 0.0)
+        account.prompt_s += entry.prompt_s
+        return entry
 
     def _tick(self, account: _Account, now_s: float) -> None:
         if account.inflight > 0:
@@ -128,17 +154,28 @@ class WorkLedger:
         if done:
             account.done_s += left_s
         if account.inflight == 0:
-            account.owed_s = 0.0
+            account.owed_s = account.prompt_s = 0.0
+
+    def prompt_done(self, account: _Account, prompt_s: float) -> None:
+        """A prompt (prior seconds) is no longer owed."""
+        account.prompt_s = max(0.0, account.prompt_s - prompt_s)
 
 
 class WorkEntry:
     """One admitted request's standing with the ledger."""
 
-    __slots__ = ("_account", "_ledger", "_left_s", "_open", "_prefill_s")
+    __slots__ = ("_account", "_ledger", "_left_s", "_open", "_prefill_s", "prompt_s")
 
     def __init__(
-        self, ledger: WorkLedger, account: _Account, total_s: float, prefill_s: float
+        self,
+        ledger: WorkLedger,
+        account: _Account,
+        total_s: float,
+        prefill_s: float,
+        *,
+        prompt_s: float,
     ) -> None:
+        self.prompt_s = prompt_s
         self._ledger = ledger
         self._account = account
         self._left_s = total_s
@@ -148,6 +185,7 @@ class WorkEntry:
     def first_byte(self, now_s: float) -> None:
         """The prompt has been computed."""
         self._left_s -= self._prefill_s
+        self._prompt_done()
         self._ledger.pay(self._account, self._prefill_s, now_s)
 
     def outgrown(self, more_tokens: float, now_s: float) -> None:
@@ -161,4 +199,9 @@ class WorkEntry:
         """The request left the replica; harmless when repeated."""
         if self._open:
             self._open = False
+            self._prompt_done()
             self._ledger.close(self._account, self._left_s, now_s, done=done)
+
+    def _prompt_done(self) -> None:
+        self._ledger.prompt_done(self._account, self.prompt_s)
+        self.prompt_s = 0.0

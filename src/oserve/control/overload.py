@@ -1,14 +1,25 @@
-"""Under overload: whom to serve last, and whom not at all.
+"""Under overload: whom to serve last, whom not at all, and who waits where that can be decided.
 
 A request that waits for a replica and can no longer have its first token in time is served when
-nobody else waits (demotion): serving it first would make the next one late as well, and the one
-after that. Past a second limit, if one is set, it is refused with Retry-After (shedding).
+nobody else waits, first come (demotion): serving it first would make the next one late as well, and
+the one after that. Past a second limit, if one is set, it is refused with Retry-After (shedding).
+
+What an engine holds is out of the gateway's hands, so a replica is given no further request while
+it owes a good deal of prompts: those handed over have their first token soon, and the rest waits
+where it can be demoted or go to another replica. Answers under way do not count, so the batch stays
+as large as the engine can make it.
 """
 
 from dataclasses import dataclass
 
 DEMOTED_S = 1e6
-"""What demotion adds to a rank: more than any other difference, so the order among them stays."""
+"""What demotion adds to a request's arrival to make its rank: more than any other difference."""
+
+# Of the time to first token that is wanted: how much of it a replica may owe in prompts, and after
+# how much a request that was not handed over counts as late. The rest is for the engine, where a
+# prompt shares its steps with answers under way.
+_OWED_OF_TTFT = 1 / 8
+_LATE_AT = 3 / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +32,26 @@ class OverloadPolicy:
     ttft_s: float | None = None
     shed_after_s: float | None = None
 
+    @property
+    def late_after_s(self) -> float | None:
+        """Seconds within which a request must be handed over and its prompt alone computed."""
+        return None if self.ttft_s is None else _LATE_AT * self.ttft_s
+
+
+def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_token: float) -> float:
+    """Seconds of prompts that a replica may owe before it is given another; inf: no matter.
+
+    ``step_tokens``: what its steps under way hold at most. With less they would run half empty.
+    """
+    if policy.ttft_s is None:
+        return float("inf")
+    return max(_OWED_OF_TTFT * policy.ttft_s, step_tokens * prefill_s_per_token)
+
 
 def too_late(policy: OverloadPolicy, *, arrival_s: float, now_s: float, prefill_s: float) -> bool:
     """Whether a request sent now, its prompt taking ``prefill_s``, would miss its time."""
-    return policy.ttft_s is not None and now_s + prefill_s > arrival_s + policy.ttft_s
+    late_after_s = policy.late_after_s
+    return late_after_s is not None and now_s + prefill_s > arrival_s + late_after_s
 
 
 def shed_in_s(policy: OverloadPolicy, *, arrival_s: float, now_s: float) -> float | None:

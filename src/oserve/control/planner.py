@@ -174,6 +174,9 @@ class TablePlanner:
         ids: dict[ReplicaShape, list[str]] = {}
         for spec in known:
             ids.setdefault(spec.shape, []).append(spec.id)
+        if len(ids) == 1:
+            even = {spec.id: 1.0 / len(known) for spec in known}
+            return {name: dict(even) for name in names}
         table = tuple(self._rows[shape] for shape in ids)
         types = self._rated(rates_rps, table)
         if not any(kind.arrival_rate_rps > 0 for kind in types):

@@ -19,6 +19,9 @@ from oserve.core import (
     StopReplica,
 )
 
+# A standby replica that no switch holds has nobody to give it its weights.
+_LEAVING = {ReplicaPhase.DRAINING, ReplicaPhase.STANDBY}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconcilePolicy:
@@ -37,20 +40,28 @@ class ReconcilePolicy:
 
 
 def reconcile(
-    plan: DeploymentPlan, observation: Observation, policy: ReconcilePolicy
+    plan: DeploymentPlan,
+    observation: Observation,
+    policy: ReconcilePolicy,
+    held: frozenset[str] = frozenset(),
 ) -> tuple[Action, ...]:
-    """Actions that bring the cluster nearer to the plan; empty when it is there (or must wait)."""
+    """Actions that bring the cluster nearer to the plan; empty when it is there (or must wait).
+
+    ``held`` names replicas that a switch is at work on: they are left to it.
+    """
     alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
     actions: list[Action] = []
     for state in alive:
-        if plan.replica(state.spec.id) != state.spec or state.phase is ReplicaPhase.DRAINING:
+        if state.spec.id in held:
+            continue
+        if plan.replica(state.spec.id) != state.spec or state.phase in _LEAVING:
             actions.extend(_retire(state, observation.now_s, policy))
     known = {device.id for device in observation.devices}
     taken = {device for state in alive for device in state.spec.devices}
     present = {state.spec.id for state in alive}
     for spec in plan.replicas:
         wanted = set(spec.devices)
-        if spec.id in present or wanted & taken or not wanted <= known:
+        if spec.id in present or spec.id in held or wanted & taken or not wanted <= known:
             continue
         if restart_wait_s(spec, observation, policy) == 0.0:
             actions.append(StartReplica(spec=spec))
@@ -59,7 +70,7 @@ def reconcile(
 
 
 def _retire(state: ReplicaState, now_s: float, policy: ReconcilePolicy) -> list[Action]:
-    if state.phase is ReplicaPhase.LOADING:
+    if state.phase in {ReplicaPhase.LOADING, ReplicaPhase.STANDBY}:
         return [StopReplica(replica=state.spec.id)]
     if state.phase is ReplicaPhase.READY:
         return [DrainReplica(replica=state.spec.id)]

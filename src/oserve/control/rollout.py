@@ -57,13 +57,23 @@ def next_stage(old: Sequence[ReplicaSpec], missing: Sequence[ReplicaSpec], count
 
 
 def staged(
-    target: DeploymentPlan, observation: Observation, lost: frozenset[str] = frozenset()
+    target: DeploymentPlan,
+    observation: Observation,
+    lost: frozenset[str] = frozenset(),
+    held: frozenset[str] = frozenset(),
 ) -> DeploymentPlan:
     """The plan to reconcile to now. ``lost`` names replicas of the target that were given up.
 
+    ``held`` ones are another's business.
+
     Shapes of which one was given up are not rolled out further: what serves now is kept.
     """
-    alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
+    alive = [
+        state
+        for state in observation.replicas
+        if state.phase not in {ReplicaPhase.GONE, ReplicaPhase.STANDBY}
+        and state.spec.id not in held
+    ]
     old = [
         s for s in alive if s.spec not in target.replicas and s.phase is not ReplicaPhase.LOADING
     ]

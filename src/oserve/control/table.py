@@ -21,7 +21,10 @@ from oserve.perf import TokenCosts, token_costs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableReplica:
-    """A replica the gateway may talk to; only those in phase ready are given new requests."""
+    """A replica the gateway may talk to; only those in phase ready are given new requests.
+
+    ``tells_token_ids``: it takes vLLM's ``return_token_ids``.
+    """
 
     id: str
     shape: str
@@ -30,8 +33,10 @@ class TableReplica:
     max_inflight: int
     max_model_len: int
     accepts_priority: bool
+    tells_token_ids: bool
     prefill_s_per_token: float
     decode_s_per_token: float
+    step_tokens: int = 0
     model: str = ""
     started_s: float = 0.0
 
@@ -54,6 +59,8 @@ class RoutingTable:
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
 # replicas, decides for most of the queue.
 _INFLIGHT_PER_SEQ = 2
+# Its next step begins before the gateway has heard of the last one's first tokens.
+_STEPS_AHEAD = 2
 
 
 def routing_table(
@@ -87,8 +94,10 @@ def routing_table(
                 max_inflight=_INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
+                tells_token_ids=attached is None or attached.token_ids,
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
+                step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
                 started_s=state.since_s,
             )

@@ -4,7 +4,7 @@ Shapes, plans, requests, observations, actions, the clock and the error every sh
 print. Pure data: it does not know where replicas run, how they are measured or who asks.
 """
 
-from oserve.core.actions import Action, DrainReplica, StartReplica, StopReplica
+from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
 from oserve.core.clock import Clock, VirtualClock
 from oserve.core.errors import OServeError
 from oserve.core.plan import (
@@ -42,6 +42,7 @@ __all__ = [
     "AttachedBackend",
     "Backend",
     "Clock",
+    "CommitReplicas",
     "DeploymentPlan",
     "Device",
     "DrainReplica",

@@ -7,9 +7,14 @@ from oserve.core.plan import ReplicaSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplica:
-    """Bring this replica up on its devices."""
+    """Bring this replica up on its devices.
+
+    ``standby``: without weights, which others will give it, beside what holds its devices now; it
+    serves when it is committed.
+    """
 
     spec: ReplicaSpec
+    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,4 +31,15 @@ class StopReplica:
     replica: str
 
 
-Action = StartReplica | DrainReplica | StopReplica
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitReplicas:
+    """In one step: standby replicas serve, and others take no new requests.
+
+    Raises ValueError, with nothing changed, unless all of ``ready`` stand by (or serve already).
+    """
+
+    ready: tuple[str, ...]
+    drain: tuple[str, ...] = ()
+
+
+Action = StartReplica | DrainReplica | StopReplica | CommitReplicas

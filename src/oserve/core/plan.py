@@ -21,7 +21,8 @@ class AttachedBackend:
     """Any running OpenAI-compatible server; OServe routes to it but never starts or ends it.
 
     ``model`` is its name there, where that differs. ``priority`` says that the server takes vLLM's
-    ``priority`` field; others refuse unknown ones.
+    ``priority`` field, ``token_ids`` that it takes ``return_token_ids`` and prompts of ids, so that
+    streams can move; others refuse unknown fields.
     ``api_key_env`` names the environment variable that holds the server's key.
     """
 
@@ -29,6 +30,7 @@ class AttachedBackend:
     model: str = ""
     api_key_env: str | None = None
     priority: bool = False
+    token_ids: bool = False
 
 
 Backend = VllmBackend | AttachedBackend

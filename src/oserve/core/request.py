@@ -35,7 +35,8 @@ class RequestRecord:
     """One finished request. Nothing of its prompt or answer is kept.
 
     ``arrival_s`` is Unix time. ``ttft_s`` includes queueing; ``tpot_s`` is
-    (e2e - ttft)/(output tokens - 1); both are ``None`` where they have no meaning.
+    (e2e - ttft)/(output tokens - 1); both are ``None`` where they have no meaning. ``moves``: how
+    often it went on at another replica.
     """
 
     arrival_s: float
@@ -47,3 +48,4 @@ class RequestRecord:
     tpot_s: float | None
     e2e_s: float
     status: FinishStatus
+    moves: int = 0

@@ -61,6 +61,11 @@ class ReplicaShape:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens that the steps under way hold at most: a chunk budget in each stage."""
+        return self.max_num_batched_tokens * self.pipeline_parallel_size
+
+    @property
     def name(self) -> str:
         """Short label for tables and metrics, such as ``tp2-bf16-2048``."""
         parts = []

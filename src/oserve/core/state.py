@@ -9,9 +9,13 @@ from oserve.core.shape import Device
 
 
 class ReplicaPhase(StrEnum):
-    """Life of a replica: it starts loading, serves when ready, drains, and is gone."""
+    """Life of a replica: it starts loading, serves when ready, drains, and is gone.
+
+    One that is to get its weights from others is on standby before it is ready.
+    """
 
     LOADING = "loading"
+    STANDBY = "standby"
     READY = "ready"
     DRAINING = "draining"
     GONE = "gone"

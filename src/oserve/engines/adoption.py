@@ -24,6 +24,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's spec, and ``stamp`` of all else that it was started with.
 
     ``ready_s``: when it became ready, on the machine's monotonic clock; ``None`` before.
+    ``standby``: it was started without weights of its own.
     """
 
     replica: str
@@ -31,6 +32,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...]
     engine_args: tuple[str, ...]
     stamp: str
+    standby: bool = False
     ready_s: float | None = None
     max_model_len: int = 0
 
@@ -41,7 +43,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
         return ReplicaSpec(id=self.replica, shape=self.shape, devices=self.devices, backend=backend)
 
 
-def note_of(spec: ReplicaSpec, stamp: str) -> EngineNote:
+def note_of(spec: ReplicaSpec, stamp: str, *, standby: bool = False) -> EngineNote:
     """The note of an engine that is about to start."""
     assert isinstance(spec.backend, VllmBackend)
     return EngineNote(
@@ -50,6 +52,7 @@ def note_of(spec: ReplicaSpec, stamp: str) -> EngineNote:
         devices=spec.devices,
         engine_args=spec.backend.engine_args,
         stamp=stamp,
+        standby=standby,
     )
 
 

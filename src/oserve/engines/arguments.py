@@ -13,6 +13,8 @@ _DTYPES = {
     Precision.BF16: "bfloat16",
     Precision.FP16: "float16",
 }
+# Read by the extension in an engine's workers.
+KEEP_WEIGHTS = "OSERVE_KEEP_WEIGHTS"
 _EXTENSION = "oserve.engines.worker_extension.WorkerExtension"
 
 
@@ -24,9 +26,11 @@ def engine_arguments(
     unix_socket: str,
     platform: Platform,
     settings: EngineSettings,
+    standby: bool = False,
 ) -> list[str]:
     """Arguments of vLLM's API server, the replica's own last so that they win.
 
+    ``standby``: the weights will come from other engines, so none are loaded.
     Raises ``OServeError`` when the precision needs a checkpoint that the settings do not name.
     """
     shape = spec.shape
@@ -58,6 +62,8 @@ def engine_arguments(
         arguments.append("--enforce-eager")
     if isinstance(spec.backend, VllmBackend):
         arguments += spec.backend.engine_args
+    if standby:
+        arguments += ["--load-format", "dummy"]
     return arguments
 
 
@@ -93,12 +99,14 @@ def engine_environment(
     local_model: bool,
     eager: bool,
     folder: str,
+    keep_weights: bool = False,
 ) -> dict[str, str]:
     """Environment variables to add for one engine on these devices (in rank order).
 
     ``local_model``: the model is a folder, so nothing needs to be asked of any model hub.
     ``eager``: nothing is to be compiled. ``folder``: for sockets and other files of this engine
     alone (under 69 bytes, since socket paths must stay under 108); whoever starts it removes it.
+    ``keep_weights``: as loaded, so that they can be moved to other engines.
     """
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -106,7 +114,11 @@ def engine_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "TMPDIR": folder,
         "VLLM_RPC_BASE_PATH": folder,
+        # Control routes on the engine's private socket; the gateway passes none of them on.
+        "VLLM_SERVER_DEV_MODE": "1",
     }
+    if keep_weights:
+        environment[KEEP_WEIGHTS] = "1"
     if local_model:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if platform == "cuda":

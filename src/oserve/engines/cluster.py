@@ -1,8 +1,8 @@
 """The live cluster behind the door: replicas as processes of this machine, or attached servers.
 
 Every replica has one task (see ``replica``); this class holds the picture they paint and sees that
-no device is ever given to two replicas at once. It decides nothing: an engine that ended is told of
-in the next observation, and started again only when asked.
+no device is ever given to two replicas at once, but to one on standby beside another. It decides
+nothing: an engine that ended is told of in the next observation, and started again only when asked.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from oserve.core import (
     Action,
     AttachedBackend,
     Clock,
+    CommitReplicas,
     Device,
     DrainReplica,
     Endpoint,
@@ -110,6 +111,7 @@ class LocalCluster:
         self._states: dict[str, ReplicaState] = {}
         self._failures: dict[str, StartFailures] = {}
         self._running: dict[str, tuple[ReplicaTask, asyncio.Task[None]]] = {}
+        self._standby: set[str] = set()
         self._count = 0
         self._closed = False
 
@@ -125,11 +127,14 @@ class LocalCluster:
     async def apply(self, action: Action) -> None:
         """See ``oserve.control.door.Cluster``.
 
-        Raises ``ValueError`` for a start on devices that are unknown or taken.
+        Raises ``ValueError`` for a start on devices that are unknown or taken, and for a commit of
+        replicas that do not stand by.
         """
         match action:
-            case StartReplica(spec=spec):
-                self._start(spec)
+            case StartReplica(spec=spec, standby=standby):
+                self._start(spec, standby=standby)
+            case CommitReplicas(ready=ready, drain=drain):
+                self._commit(ready, drain)
             case DrainReplica(replica=name):
                 if name in self._running and self._states[name].phase is ReplicaPhase.READY:
                     self._report(name, phase=ReplicaPhase.DRAINING)
@@ -163,26 +168,44 @@ class LocalCluster:
         await (self._keeper or self._launcher).close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def _start(self, spec: ReplicaSpec) -> None:
+    def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
         if spec.id in self._running or self._closed:
             return
         attached = isinstance(spec.backend, AttachedBackend)
         if not attached:
-            self._check_devices(spec)
+            self._check_devices(spec, standby=standby)
         self._count += 1
         failures = self._failures.get(spec.id)
         if failures is not None and failures.spec != spec:
             del self._failures[spec.id]
-        replica = self._attached(spec) if attached else self._engine(spec)
+        replica = self._attached(spec) if attached else self._engine(spec, standby=standby)
         self._running[spec.id] = (replica, asyncio.create_task(self._live(spec, replica)))
         if self.on_change is not None:
             self.on_change(self._states[spec.id])
 
-    def _check_devices(self, spec: ReplicaSpec) -> None:
+    def _commit(self, ready: Sequence[str], drain: Sequence[str]) -> None:
+        able = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
+        missing = [
+            name
+            for name in ready
+            if name not in self._running or self._states[name].phase not in able
+        ]
+        if missing:
+            raise ValueError(f"{missing} do not stand by")
+        for name in ready:
+            self._standby.discard(name)
+            self._report(name, phase=ReplicaPhase.READY)
+        for name in drain:
+            if name in self._running and self._states[name].phase is ReplicaPhase.READY:
+                self._report(name, phase=ReplicaPhase.DRAINING)
+
+    def _check_devices(self, spec: ReplicaSpec, *, standby: bool) -> None:
         wanted = set(spec.devices)
         if unknown := wanted - set(self._devices):
             raise ValueError(f"replica {spec.id} asks for unknown devices {sorted(unknown)}")
         for name in self._running:
+            if standby and name not in self._standby:
+                continue
             if taken := wanted & set(self._states[name].spec.devices):
                 raise ValueError(
                     f"replica {spec.id} asks for devices {sorted(taken)}, which {name} has"
@@ -203,7 +226,9 @@ class LocalCluster:
         self._put(spec, endpoint)
         return AttachedReplica(**self._common(spec, endpoint))
 
-    def _engine(self, spec: ReplicaSpec) -> ReplicaTask:
+    def _engine(self, spec: ReplicaSpec, *, standby: bool) -> ReplicaTask:
+        if standby:
+            self._standby.add(spec.id)
         name = re.sub(r"[^A-Za-z0-9_-]", "_", spec.id)[:_MAX_NAME_BYTES]
         folder = self._sockets / f"{name}-{self._count}"
         log_path = open_log(self._log_dir, name)
@@ -211,10 +236,11 @@ class LocalCluster:
         self._put(spec, endpoint)
         return VllmReplica(
             **self._common(spec, endpoint),
-            start=partial(self._launch, spec, folder, log_path),
+            start=partial(self._launch, spec, folder, log_path, standby=standby),
             log_path=log_path,
             model=self._served_model_name,
             chunk_tokens=spec.shape.max_num_batched_tokens,
+            standby=standby,
         )
 
     def _common(self, spec: ReplicaSpec, endpoint: Endpoint) -> dict[str, Any]:
@@ -239,13 +265,15 @@ class LocalCluster:
             del self._states[name]
             self._failures.pop(name, None)
 
-    async def _launch(self, spec: ReplicaSpec, folder: Path, log_path: Path) -> EngineProcess:
+    async def _launch(
+        self, spec: ReplicaSpec, folder: Path, log_path: Path, *, standby: bool
+    ) -> EngineProcess:
         devices = [self._devices[name] for name in spec.devices]
-        arguments, environment = self._command(spec, folder, devices)
+        arguments, environment = self._command(spec, folder, devices, standby=standby)
         cores = engine_cores(devices)
         if self._keeper is None:
             return await self._launcher.start(arguments, environment, cores, log_path)
-        note = msgspec.to_builtins(note_of(spec, self._stamp(spec)))
+        note = msgspec.to_builtins(note_of(spec, self._stamp(spec), standby=standby))
         held = self._held[spec.id] = await self._keeper.launch(
             folder.name, arguments, environment, cores, log_path, note
         )
@@ -272,6 +300,8 @@ class LocalCluster:
         )
         fit = set(spec.devices) <= set(self._devices) and note.stamp == self._stamp(spec)
         fit = fit and not process.entry.ending
+        # Weights that it waited for do not come any more.
+        fit = fit and not (note.standby and note.ready_s is None)
         if fit and note.ready_s is not None:
             # One that does not answer now may be busy: it is judged as any that is ready.
             models = await replica.probe.models()
@@ -286,7 +316,7 @@ class LocalCluster:
         return fit
 
     def _command(
-        self, spec: ReplicaSpec, folder: Path, devices: Sequence[Device]
+        self, spec: ReplicaSpec, folder: Path, devices: Sequence[Device], *, standby: bool
     ) -> tuple[list[str], dict[str, str]]:
         arguments = engine_arguments(
             spec,
@@ -295,6 +325,7 @@ class LocalCluster:
             unix_socket=str(folder / "api.sock"),
             platform=self._platform,
             settings=self._settings,
+            standby=standby,
         )
         environment = engine_environment(
             devices,
@@ -302,6 +333,7 @@ class LocalCluster:
             local_model=Path(self._model).is_dir(),
             eager=runs_eagerly(arguments),
             folder=str(folder),
+            keep_weights=self._settings.keep_weights,
         )
         # A zygote, or a keeper, that ended has removed it.
         self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -322,6 +354,7 @@ class LocalCluster:
             shutil.rmtree(Path(socket).parent, ignore_errors=True)
         del self._running[spec.id]
         self._held.pop(spec.id, None)
+        self._standby.discard(spec.id)
         if reason is not None:
             log.warning("replica %s %s", spec.id, reason)
             before = self._failures.get(spec.id)

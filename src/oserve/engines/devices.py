@@ -1,5 +1,6 @@
 """What this machine has to serve with: NVIDIA GPUs, or slots of CPU cores."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -104,6 +105,18 @@ def _memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(bound)) if bound.isdigit() else total
+
+
+def available_memory_bytes() -> int:
+    """Main memory that new processes may fill: of the machine, or of the control group."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    free = int(found.group(1)) * 1024 if found else 0
+    with contextlib.suppress(OSError, ValueError):
+        bound = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        free = min(free, bound - used)
+    return max(0, free)
 
 
 def has_bf16_instructions() -> bool:

@@ -74,6 +74,7 @@ class VllmReplica(ReplicaTask):
     """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write.
 
     ``chunk_tokens``: what one of its steps may compute. ``was_ready``: it served before this task.
+    ``standby``: when it can serve, it is not ready but waits for its weights.
     """
 
     start: Callable[[], Awaitable[EngineProcess]]
@@ -81,6 +82,7 @@ class VllmReplica(ReplicaTask):
     model: str
     chunk_tokens: int
     was_ready: bool = False
+    standby: bool = False
 
     async def run(self) -> str | None:
         """See ``ReplicaTask.run``; no process is left when this returns."""
@@ -146,7 +148,8 @@ class VllmReplica(ReplicaTask):
         prompt = [_WARM_UP_TOKEN] * max(1, length)
         if not await self.probe.complete(name, prompt, _WARM_UP_TOKENS, left_s):
             return self._because("did not answer its first request")
-        self.report(phase=ReplicaPhase.READY, max_model_len=models[0].max_model_len)
+        phase = ReplicaPhase.STANDBY if self.standby else ReplicaPhase.READY
+        self.report(phase=phase, max_model_len=models[0].max_model_len)
         return await self._look_after()
 
     async def _look_after(self) -> str:

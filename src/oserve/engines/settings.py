@@ -22,7 +22,9 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     up to ``health_timeout_s``) after which an engine is ended; generous, since a busy engine that
     answers late is better than one that starts again. ``stop_grace_s``: from TERM to KILL.
     ``orphan_grace_s``: for how long engines are held when the server was killed, until another one
-    takes them up. ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
+    takes them up. ``keep_weights``: as they were loaded, beside what kernels made of them, so that
+    they can go to other engines while this one serves; on CPU a second copy of them in memory.
+    ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
     """
 
     variants: Mapping[str, str] = {}
@@ -37,6 +39,7 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     stop_grace_s: Positive = 10.0
     stable_s: Positive = 60.0
     orphan_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    keep_weights: bool = True
     log_dir: str = ""
 
     def method(self, *, on_cpu: bool) -> str:

@@ -65,6 +65,56 @@ def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
     return _once(path, write)
 
 
+def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
+    """Write a larger one, of hidden size 1024: 504 MB in bf16, for what must take a while.
+
+    Its weights are noise, so that its answers mean nothing. Otherwise as ``make_tiny_model``.
+    """
+
+    def write(folder: Path) -> None:
+        import numpy as np
+
+        hidden, wide, key_rows = 1024, 4096, 512
+        source = np.random.default_rng(seed)
+
+        def normal(rows: int, columns: int) -> "_Array":
+            return source.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.03)
+
+        ones = np.ones(hidden, dtype=np.float32)
+        tensors: _Tensors = {
+            "model.embed_tokens.weight": normal(VOCAB, hidden),
+            "model.norm.weight": ones,
+            "lm_head.weight": normal(VOCAB, hidden),
+        }
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}."
+            for name, rows, columns in (
+                ("self_attn.q_proj", hidden, hidden),
+                ("self_attn.k_proj", key_rows, hidden),
+                ("self_attn.v_proj", key_rows, hidden),
+                ("self_attn.o_proj", hidden, hidden),
+                ("mlp.gate_proj", wide, hidden),
+                ("mlp.up_proj", wide, hidden),
+                ("mlp.down_proj", hidden, wide),
+            ):
+                tensors[f"{prefix}{name}.weight"] = normal(rows, columns)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{prefix}{name}.weight"] = ones
+        _save(folder / "model.safetensors", tensors)
+        _write_tokenizer(folder)
+        config = _config() | {
+            "hidden_size": hidden,
+            "intermediate_size": wide,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+        }
+        _write_json(folder / "config.json", config)
+
+    return _once(path, write)
+
+
 def make_int8_variant(path: Path, out: Path) -> Path:
     """Write a W8A8 int8 copy (compressed-tensors) of the tiny model in ``path`` to ``out``.
 
@@ -180,7 +230,7 @@ def _weights(seed: int) -> "_Tensors":
 
 
 def _save(path: Path, tensors: "_Tensors") -> None:
-    """Write a safetensors file: floats as bf16 (rounded to nearest even), int8 as they are."""
+    """Write a safetensors file: floats as bf16 (rounded to nearest even), scales and int8 as is."""
     import numpy as np
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -189,7 +239,9 @@ def _save(path: Path, tensors: "_Tensors") -> None:
     for name, tensor in tensors.items():
         kind = "I8"
         data = tensor
-        if tensor.dtype == np.float32:
+        if name.endswith("_scale"):
+            kind = "F32"
+        elif tensor.dtype == np.float32:
             kind = "BF16"
             bits = tensor.view(np.uint32)
             data = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

@@ -1,19 +1,97 @@
-"""Loaded by every vLLM worker (``--worker-extension-cls``): mends pipeline parallelism on CPU.
+"""Loaded by every vLLM worker (``--worker-extension-cls``): weights that move, and a mend.
 
-The buffer in which a later pipeline stage receives its input is allocated by vLLM's dummy run only,
-and on CPU that run is skipped when execution is eager and the KV cache size is given. The first
-request would then end the engine. The buffer is allocated here on first use instead. On other
-platforms this module does nothing.
+The methods are called by name over an engine's control route (``oserve.engines.control``), each on
+all workers of an engine at once; a list of arguments holds one for each. They return at once, but
+``oserve_weights_take_up``: what takes long is done in a thread and asked after.
+
+The mend: the buffer in which a later pipeline stage receives its input is allocated by vLLM's dummy
+run only, and on CPU that run is skipped when execution is eager and the KV cache size is given. The
+first request would then end the engine. The buffer is allocated here on first use instead.
 """
 
 # What exists depends on the platform, which vLLM alone knows.
 # ruff: noqa: PLC0415
 
+import os
 from typing import Any
+
+from oserve.engines.arguments import KEEP_WEIGHTS
 
 
 class WorkerExtension:
-    """Mixed into the worker class by vLLM; adds nothing to it: importing this module is enough."""
+    """Mixed into the worker class by vLLM."""
+
+    _oserve_listener: Any = None
+    _oserve_transfer: Any = None
+    _oserve_job: Any = None
+
+    def oserve_weights_layout(self) -> dict[str, Any]:
+        """Shape and type of each parameter, as loaded."""
+        return {
+            name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+            for name, tensor in self._oserve_raw().tensors.items()
+        }
+
+    def oserve_weights_open(self) -> dict[str, str]:
+        """Be ready to be called by others; tells where."""
+        from oserve.engines.weights.sockets import Listener
+
+        self.oserve_weights_abort()
+        path = os.path.join(os.environ["TMPDIR"], f"w{self.rank}.sock")  # type: ignore[attr-defined]
+        self._oserve_listener = Listener(path)
+        return {"address": path}
+
+    def oserve_weights_move(self, orders: list[dict[str, Any]]) -> None:
+        """Start a transfer; see ``weights.transfer.Order``."""
+        from oserve.engines.weights.cuda import transfer_for
+        from oserve.engines.weights.transfer import Order
+
+        order = Order(**orders[self.rank])  # type: ignore[attr-defined]
+        tensors = self._oserve_raw().tensors
+        self._oserve_job = self._oserve_transfer = transfer_for(
+            order, tensors, self._oserve_listener
+        )
+        self._oserve_job.start()
+
+    def oserve_weights_sums(
+        self, name: str, parts: list[list[Any]], as_received: bool = False
+    ) -> None:
+        """Start computing checksums of parts of parameters.
+
+        ``as_received``: of what was converted on arrival, as it was before.
+        """
+        from oserve.engines.weights.transfer import Checksums
+
+        transfer = self._oserve_transfer
+        staged = transfer.staged_sums if as_received and transfer is not None else {}
+        self._oserve_job = Checksums(
+            name,
+            self._oserve_raw().tensors,
+            parts[self.rank],  # type: ignore[attr-defined]
+            staged,
+        )
+        self._oserve_job.start()
+
+    def oserve_weights_status(self) -> dict[str, Any]:
+        """How what was started last stands."""
+        return {"state": "none"} if self._oserve_job is None else self._oserve_job.document()
+
+    def oserve_weights_take_up(self) -> None:
+        """Compute with what has come. Blocks the engine."""
+        self._oserve_raw().repack(self.vllm_config)  # type: ignore[attr-defined]
+
+    def oserve_weights_abort(self) -> None:
+        """End whatever goes on."""
+        if self._oserve_job is not None:
+            self._oserve_job.abort()
+        if self._oserve_listener is not None:
+            self._oserve_listener.close()
+            self._oserve_listener = None
+
+    def _oserve_raw(self) -> Any:
+        from oserve.engines.weights.raw import raw_weights
+
+        return raw_weights(self.model_runner.get_model())  # type: ignore[attr-defined]
 
 
 def _mend_pipeline_parallel() -> None:
@@ -37,4 +115,12 @@ def _mend_pipeline_parallel() -> None:
     CPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
+def _keep_weights() -> None:
+    if os.environ.get(KEEP_WEIGHTS) == "1":
+        from oserve.engines.weights.raw import keep_raw_weights
+
+        keep_raw_weights()
+
+
 _mend_pipeline_parallel()
+_keep_weights()

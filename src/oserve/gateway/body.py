@@ -20,6 +20,9 @@ class GenerateBody(msgspec.Struct):
     max_completion_tokens: int | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+    tools: msgspec.Raw = msgspec.Raw(b"")
     user: str | None = None
 
     @property
@@ -29,12 +32,18 @@ class GenerateBody(msgspec.Struct):
         return limit if limit is not None else self.max_tokens
 
     @property
+    def may_tell_ids(self) -> bool:
+        """Whether token ids may be asked for: a stream whose text they do not change."""
+        return bool(self.stream) and not self.echo and bytes(self.tools) in _NO_TOOLS
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the client itself asked for the usage chunk at the end of a stream."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
 _SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
+_NO_TOOLS = {b"", b"null", b"[]"}
 _HEAD_BYTES = 256
 _PREFIX_BYTES = 2048
 _BACKSLASH = ord("\\")
@@ -83,14 +92,20 @@ def system_prefix(parsed: GenerateBody) -> bytes:
     return text if end < 0 else text[:end]
 
 
-def with_fields(body: bytes, parsed: GenerateBody, *, priority: int | None, model: str) -> bytes:
+def with_fields(
+    body: bytes, parsed: GenerateBody, *, priority: int | None, model: str, token_ids: bool = False
+) -> bytes:
     """The body to send to a replica: priority set, usage reported, model renamed if need be.
+
+    ``token_ids``: have the ids of prompt and answer told.
 
     Fields are spliced in before the closing brace where the client did not send them; only a body
     that holds them already is written anew.
     """
     usage = bool(parsed.stream) and not parsed.wants_usage
-    if model or (parsed.priority is not None) or (usage and parsed.stream_options is not None):
+    ids = token_ids and not parsed.return_token_ids
+    known = parsed.priority is not None or (ids and parsed.return_token_ids is not None)
+    if model or known or (usage and parsed.stream_options is not None):
         fields = msgspec.json.decode(body)
         if model:
             fields["model"] = model
@@ -99,12 +114,16 @@ def with_fields(body: bytes, parsed: GenerateBody, *, priority: int | None, mode
             fields["priority"] = priority
         if usage:
             fields["stream_options"] = {**(parsed.stream_options or {}), "include_usage": True}
+        if ids:
+            fields["return_token_ids"] = True
         return msgspec.json.encode(fields)
     extra = b""
     if priority is not None:
         extra += b',"priority":%d' % priority
     if usage:
         extra += b',"stream_options":{"include_usage":true}'
+    if ids:
+        extra += b',"return_token_ids":true'
     if not extra:
         return body
     head = body.rstrip()[:-1].rstrip()

@@ -14,14 +14,19 @@ from oserve.control.order import engine_priority
 from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
 from oserve.control.router import Refusal, Router, RouteReason
 from oserve.control.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, FinishStatus, ReplicaPhase, RequestRecord
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase
+from oserve.gateway.account import account
 from oserve.gateway.body import with_fields
 from oserve.gateway.errors import overloaded, unavailable
-from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.foresight import Foresight
+from oserve.gateway.handover import HandOvers
+from oserve.gateway.kept import Budget
 from oserve.gateway.metrics import Metrics
+from oserve.gateway.moving import Moving
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.turns import Turns
 from oserve.wire import UpstreamPool
 from oserve.workload import PromptLengthEstimator
 from oserve.workload.output import OutputEstimator
@@ -34,17 +39,20 @@ EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, rep
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """What a gateway process is told of the rest: for status, metrics and load.
+    """What a gateway process is told of the rest: for status, switches, metrics and load.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
+    ``hand_overs``: replicas that give up their requests: when they started, within what seconds.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")
     gauges: list[tuple[str, list[str], float]] = []
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
+    switches: msgspec.Raw = msgspec.Raw(b"[]")
     queued: int = 0
+    hand_overs: dict[str, tuple[float, float]] = {}
 
 
 class Dispatcher:
@@ -64,21 +72,25 @@ class Dispatcher:
         self.serving: dict[str, TableReplica] = {}
         self.active: set[Relay] = set()
         self._settings = settings
-        self._records = records
+        self.records = records
         self._router = Router({})
-        self._ledger = WorkLedger()
         self._affinity = Affinity()
         overload = settings.overload
         self._overload = OverloadPolicy(
             ttft_s=overload.ttft_ms / 1e3 if overload.demote and overload.ttft_ms else None,
             shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
         )
+        self._ledger = WorkLedger(self._overload, processes=settings.processes)
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         self._queue: list[tuple[float, int, Relay]] = []
         self._waiting: set[Relay] = set()
         self._sequence = 0
         self._timers: dict[Relay, asyncio.TimerHandle] = {}
         self._max_queued = -(-settings.max_queued // settings.processes)
+        self.max_attempts = settings.max_attempts
+        self._budget = Budget(settings.move.max_bytes, settings.move.max_stream_bytes)
+        self.in_turn = Turns()
+        self.hand_overs = HandOvers(self, settings.move.drain_limit_s)
 
     # -- the deployment -------------------------------------------------------------------------
     def update(self, table: RoutingTable) -> None:
@@ -98,19 +110,37 @@ class Dispatcher:
         for replica in table.replicas:
             key = (replica.id, replica.endpoint)
             self._pools[key] = previous.get(key) or _pool(replica.endpoint)
-        self.serving = {
-            replica.id: replica for replica in table.replicas if replica.phase is ReplicaPhase.READY
-        }
+        self.hand_overs.follow(table)
+        self._serve_by(table)
         self._ledger.follow(table.replicas)
         for key, pool in previous.items():
             if key not in self._pools:
                 pool.fail_all()
         self._pump()
 
+    def _serve_by(self, table: RoutingTable) -> None:
+        self.serving = {
+            replica.id: replica
+            for replica in table.replicas
+            if replica.phase is ReplicaPhase.READY and not self.hand_overs.leaving(replica)
+        }
+
+    def hand_over(self, replica: str, within_s: float, started_s: float | None = None) -> None:
+        """Have a replica's running requests go on elsewhere within so many seconds.
+
+        It gets no new ones; those that cannot move drain. ``started_s``: that start of it only.
+        """
+        for item in self.table.replicas:
+            if item.id == replica and started_s in {None, item.started_s}:
+                self.serving.pop(replica, None)
+                self.hand_overs.begin((replica, item.started_s), within_s)
+
     def tell(self, picture: Picture) -> None:
         """Take in what other parts of OServe know."""
         self.picture = picture
         self._ledger.set_elsewhere(picture.elsewhere)
+        for name, (started_s, within_s) in picture.hand_overs.items():
+            self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Work (prior seconds) and requests this process has at each replica."""
@@ -141,7 +171,7 @@ class Dispatcher:
             return
         if picked is Refusal.NO_REPLICA and not self.table.expected:
             relay.fail(unavailable("No replica can serve now, and none is starting"))
-        elif len(self._waiting) >= self._max_queued:
+        elif len(self._waiting) >= self._max_queued and not relay.moves:
             relay.fail(
                 overloaded("Too many requests are waiting", retry_after_s=self._retry_after_s())
             )
@@ -180,9 +210,11 @@ class Dispatcher:
         if had:
             self.metrics.count("oserve_route_cached")
         self.metrics.histogram("oserve_queue_seconds", kind).observe(now_s - relay.arrival_s)
-        entry = self._ledger.admit(replica.id, request, now_s, cached_tokens=had)
+        entry = self._ledger.admit(
+            replica.id, request, now_s, cached_tokens=had, streams=relay.stream
+        )
         relay.sent_to(replica, entry)
-        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
+        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay.sink)
         return None
 
     def _dispatch_auxiliary(self, relay: Relay) -> None:
@@ -195,21 +227,29 @@ class Dispatcher:
         replica = replicas[0]
         self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
 
-    def _excluded(self, relay: Relay) -> set[str]:
+    def _excluded(self, relay: Relay, *, also_present: bool = False) -> set[str]:
         return {
             name
             for name, replica in self.serving.items()
-            if relay.tried and (name, replica.started_s) in relay.tried
+            if (also_present and relay.replica is not None and name == relay.replica.id)
+            or (relay.tried and (name, replica.started_s) in relay.tried)
+            or (relay.moves and not replica.tells_token_ids)
         }
 
     def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
         """The request as the replica gets it. Only known headers travel on."""
-        body = relay.body
-        if relay.parsed is not None:
+        body, parsed = relay.body
+        if parsed is not None:
             priority = None
             if replica.accepts_priority:
                 priority = engine_priority(relay.rank)
-            body = with_fields(body, relay.parsed, priority=priority, model=replica.model)
+            body = with_fields(
+                body,
+                parsed,
+                priority=priority,
+                model=replica.model,
+                token_ids=relay.moving is not None,
+            )
         lines = [
             b"%b %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\nx-request-id: %b\r\n"
@@ -230,10 +270,37 @@ class Dispatcher:
         If its replica ``died``, one that is on its way is worth waiting for; if that answered with
         an error, only others are.
         """
-        if relay.attempts >= self._settings.max_attempts or relay.replica is None:
+        if relay.attempts >= self.max_attempts or relay.replica is None:
             return False
         others = self.serving.keys() - self._excluded(relay) - {relay.replica.id}
         return bool(others) or (died and self.table.expected)
+
+    def moving(self, relay: Relay, *, shows_ids: bool) -> Moving | None:
+        """What lets a stream move, where that is wanted."""
+        most = self._settings.move.max_moves
+        if most == 0:
+            return None
+        return Moving(relay, self._budget, shows_ids=shows_ids, max_moves=most)
+
+    def may_move(self, relay: Relay, needed_tokens: int, *, again: bool) -> bool:
+        """Whether a replica may go on with a stream of that context.
+
+        ``again``: the one it is on may. One that is on its way is waited for where there are none.
+        """
+        excluded = self._excluded(relay, also_present=not again)
+        fits = [
+            item.max_model_len == 0 or item.max_model_len > needed_tokens
+            for name, item in self.serving.items()
+            if name not in excluded and item.tells_token_ids
+        ]
+        return any(fits) if fits else self.table.expected
+
+    def has_place(self, relay: Relay) -> bool:
+        """Whether another replica would take a running request at once."""
+        assert relay.request is not None
+        excluded = self._excluded(relay, also_present=True)
+        loads = self._ledger.loads(self.serving)
+        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
 
     def log_retry(self, relay: Relay, reason: str) -> None:
         name = relay.replica.id if relay.replica is not None else "?"
@@ -259,7 +326,7 @@ class Dispatcher:
 
     def _shed(self, relay: Relay) -> None:
         """Refuse a request that still waits."""
-        if relay in self._waiting:
+        if relay in self._waiting and not relay.moves:
             self.metrics.count("oserve_requests_shed")
             relay.fail(
                 overloaded("It waited too long", retry_after_s=self._retry_after_s(), code="shed")
@@ -267,7 +334,7 @@ class Dispatcher:
 
     def _demoted(self, relay: Relay) -> bool:
         """Put a request last that cannot have its first token in time any more; once."""
-        if relay.demoted or relay.request is None:
+        if relay.demoted or relay.moves or relay.request is None:
             return False
         costs = [item.prefill_s_per_token for item in self._ledger.loads(self.serving).values()]
         late = too_late(
@@ -278,7 +345,7 @@ class Dispatcher:
         )
         if late:
             relay.demoted = True
-            relay.rank += DEMOTED_S
+            relay.rank = relay.arrival_s + DEMOTED_S
             self._sequence += 1
             heapq.heapreplace(self._queue, (relay.rank, self._sequence, relay))
             self.metrics.count("oserve_requests_demoted")
@@ -304,6 +371,11 @@ class Dispatcher:
         loads = self._ledger.loads(self.serving).values()
         return max(1, min(60, round(min((load.work_s for load in loads), default=5.0))))
 
+    def prompt_done(self) -> None:
+        """A replica has computed a prompt, and may have room for another."""
+        if self._waiting and self._overload.ttft_s is not None:
+            asyncio.get_running_loop().call_soon(self._pump)
+
     # -- the end of a request -------------------------------------------------------------------
     def ended(self, relay: Relay, status: FinishStatus) -> None:
         """Count and record a finished request, and let the next one go."""
@@ -313,49 +385,9 @@ class Dispatcher:
         if timer is not None:
             timer.cancel()
         if relay.expected is not None:
-            self._account(relay, relay.expected, status)
+            account(self, relay, relay.expected, status)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._pump)
-
-    def _account(self, relay: Relay, expected: Expected, status: FinishStatus) -> None:
-        unix_s = time.time()
-        e2e_s = time.monotonic() - relay.arrival_s
-        prompt_tokens, output_tokens = relay.token_counts()
-        kind = self.foresight.ended(
-            expected,
-            completed=status is FinishStatus.COMPLETED,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            now_s=unix_s,
-        )
-        if relay.usage_reported and relay.prompt_bytes:
-            self.lengths.learn(relay.prompt_bytes, prompt_tokens)
-        ttft_s = tpot_s = None
-        if relay.first_byte_s and relay.stream:
-            ttft_s = relay.first_byte_s - relay.arrival_s
-            if output_tokens > 1:
-                tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
-        metrics = self.metrics
-        metrics.count("oserve_requests", status.value)
-        metrics.histogram("oserve_request_duration_seconds", kind).observe(e2e_s)
-        if ttft_s is not None:
-            metrics.histogram("oserve_time_to_first_token_seconds", kind).observe(ttft_s)
-        if status is FinishStatus.COMPLETED:
-            metrics.count("oserve_prompt_tokens", kind, by=prompt_tokens)
-            metrics.count("oserve_output_tokens", kind, by=output_tokens)
-        record = RequestRecord(
-            arrival_s=unix_s - e2e_s,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            workload_type=kind,
-            replica=relay.replica.id if relay.replica is not None else "",
-            ttft_s=ttft_s,
-            tpot_s=tpot_s,
-            e2e_s=e2e_s,
-            status=status,
-        )
-        if self._records is not None and not self._records.put(record):
-            metrics.count("oserve_records_dropped")
 
     def close(self) -> None:
         """Break off what is left, and finish writing records."""
@@ -363,8 +395,8 @@ class Dispatcher:
             relay.fail(unavailable("The server is shutting down"))
         for pool in self._pools.values():
             pool.fail_all()
-        if self._records is not None:
-            self._records.close()
+        if self.records is not None:
+            self.records.close()
 
 
 def _pool(endpoint: Endpoint) -> UpstreamPool:

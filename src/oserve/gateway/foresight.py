@@ -77,6 +77,23 @@ class Foresight:
             session=_hashed(headers.get(b"x-session-id", b"")[:_MOST_KEY_BYTES]),
         )
         certain = bool(parsed.ignore_eos) and limit is not None
+        return self.expected(
+            known,
+            certain=certain,
+            prefix_tokens=min(prompt_tokens, len(prefix) // 4),
+            arrived_s=arrived_s,
+        )
+
+    def expected(
+        self,
+        known: KnownAtArrival,
+        *,
+        certain: bool = False,
+        prefix_tokens: int = 0,
+        arrived_s: float,
+    ) -> Expected:
+        """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
+        prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
         chances = self._chances(prompt_tokens, output, limit)
         names = self.tally.names
@@ -87,7 +104,7 @@ class Foresight:
             chances=chances,
             kind=names[chances.index(max(chances))],
             output_tokens=self._output_tokens(prompt_tokens, output, limit),
-            prefix_tokens=min(prompt_tokens, len(prefix) // 4),
+            prefix_tokens=prefix_tokens,
             arrived_s=arrived_s,
         )
 

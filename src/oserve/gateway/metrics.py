@@ -23,6 +23,7 @@ COUNTERS: dict[str, tuple[str, Labels]] = {
     "oserve_requests": ("Requests ended, by how.", ("status",)),
     "oserve_request_errors": ("Requests answered with an error, by reason.", ("reason",)),
     "oserve_requests_retried": ("Requests sent again because a replica failed.", ("replica",)),
+    "oserve_requests_moved": ("Streams that went on at another replica.", ("reason", "way")),
     "oserve_route": ("Requests sent, by type and replica.", ("workload_type", "replica")),
     "oserve_route_fallback": ("Requests that left their type's pool, by reason.", ("reason",)),
     "oserve_requests_demoted": ("Waiting requests that became too late for their TTFT.", ()),

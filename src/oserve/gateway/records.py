@@ -19,11 +19,13 @@ CREATE TABLE IF NOT EXISTS requests (
     ttft_s REAL,
     tpot_s REAL,
     e2e_s REAL NOT NULL,
-    status TEXT NOT NULL
+    status TEXT NOT NULL,
+    moves INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
 """
-_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_MOVES = "ALTER TABLE requests ADD COLUMN moves INTEGER NOT NULL DEFAULT 0"
+_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _FLUSH_S = 0.1
 _BACKLOG = 50_000
 
@@ -45,6 +47,10 @@ class RecordStore:
             connection = sqlite3.connect(path, timeout=30.0)
             connection.execute("PRAGMA journal_mode=WAL")
             connection.executescript(_SCHEMA)
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(requests)")]
+            if "moves" not in columns:
+                # A file of an earlier version.
+                connection.execute(_ADD_MOVES)
             connection.close()
         except (OSError, sqlite3.Error) as error:
             raise OServeError(
@@ -104,6 +110,7 @@ def _row(record: RequestRecord) -> tuple[object, ...]:
         record.tpot_s,
         record.e2e_s,
         record.status.value,
+        record.moves,
     )
 
 
@@ -124,6 +131,7 @@ def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestReco
                 tpot_s=row[6],
                 e2e_s=row[7],
                 status=FinishStatus(row[8]),
+                moves=row[9] if len(row) > 9 else 0,
             )
     finally:
         connection.close()

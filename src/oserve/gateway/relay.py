@@ -1,12 +1,12 @@
 """One request on its way: from the client to a replica and back, byte for byte.
 
 Until the first byte of the answer has gone to the client, a failed replica means another try on
-another one; after it, the client is told by an SSE error object and the connection closes without
-``[DONE]``. Chunks are not parsed: their framing is followed, and two fixed patterns are looked for
-(the usage report, and the final chunk that only we asked for).
+another one; after it, a stream goes on at another one where it can (``moving``), else the client is
+told by an SSE error object and the connection closes without ``[DONE]``. Chunks are not parsed:
+their framing is followed, and fixed patterns are looked for (the usage report, the final chunk that
+only we asked for, token ids).
 """
 
-import re
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -16,29 +16,19 @@ from oserve.core import FinishStatus, Request
 from oserve.gateway.body import GenerateBody
 from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
 from oserve.gateway.foresight import Expected
-from oserve.wire import Exchange, ResponseHead, chunk, dechunk
+from oserve.gateway.heads import own_headers, told_headers
+from oserve.gateway.moving import CONTINUED, Moving
+from oserve.gateway.passing import Passing
+from oserve.wire import Exchange, Framing, ResponseHead, chunk
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
 
-_USAGE = b'"usage":{'
-_NO_CHOICES = b'"choices":[]'
 _STREAM_ERROR = b'data: {"error"'
-# In JSON a quote inside a string is escaped, so these match keys only, never generated text.
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+_ABORTED = b'"finish_reason":"abort"'
 _HOLD_BYTES = 1024 * 1024
-_DROPPED_HEADERS = {
-    b"connection",
-    b"content-length",
-    b"date",
-    b"keep-alive",
-    b"server",
-    b"transfer-encoding",
-    b"x-request-id",
-}
 
 
 class Relay:
@@ -62,8 +52,8 @@ class Relay:
         hide_usage: bool = False,
         prompt_bytes: int = 0,
     ) -> None:
-        self._dispatcher = dispatcher
-        self._exchange = exchange
+        self.dispatcher = dispatcher
+        self.exchange = exchange
         self.request = request
         self.request_id = request_id
         self.expected = expected
@@ -72,7 +62,7 @@ class Relay:
         self.rank = rank
         self.stream = stream
         self.prompt_bytes = prompt_bytes
-        self._hide_usage = hide_usage
+        self.hide_usage = hide_usage
         self.arrival_s = monotonic()
         self.attempts = 0
         self.tried: set[tuple[str, float]] = set()
@@ -84,12 +74,16 @@ class Relay:
         self._head: ResponseHead | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._partial = b""
-        self._committed = False
-        self._usage = b""
-        self._chunks = 0
+        self._passing = Passing(self)
+        self.committed = False
+        self.usage = b""
+        self.chunks = 0
+        self._paused = False
+        self._answering = False
         self._first_byte_s = 0.0
-        self._last_chunk_s = 0.0
+        self.last_chunk_s = 0.0
+        self.first_request = request
+        self.moving: Moving | None = None
         # Chunks carry about a token each; past this many the answer is longer than was booked.
         self._booked_tokens = request.output_tokens if request is not None else 1 << 60
         self._observe = dispatcher.metrics.inter_token.observe
@@ -99,19 +93,32 @@ class Relay:
     # -- called by the dispatcher ----------------------------------------------------------------
     @property
     def method(self) -> bytes:
-        return self._exchange.method
+        return self.exchange.method
 
     @property
     def path(self) -> bytes:
-        return self._exchange.path.partition(b"?")[0]
+        return b"/v1/completions" if self.moves else self.exchange.path.partition(b"?")[0]
 
     @property
     def headers(self) -> dict[bytes, bytes]:
-        return self._exchange.headers
+        return self.exchange.headers
 
     @property
-    def body(self) -> bytes:
-        return self._exchange.body
+    def body(self) -> tuple[bytes, GenerateBody | None]:
+        """What to have a replica do now, and what is known of it."""
+        if self.moves and self.moving is not None:
+            return self.moving.body(), CONTINUED
+        return self.exchange.body, self.parsed
+
+    @property
+    def sink(self) -> "Relay | Moving":
+        """Who takes the replica's answer."""
+        return self.moving if self.moves and self.moving is not None else self
+
+    @property
+    def moves(self) -> int:
+        """How many times the stream went on at another replica."""
+        return self.moving.moves if self.moving is not None else 0
 
     def sent_to(self, replica: TableReplica, entry: WorkEntry | None) -> None:
         """A replica was chosen; its answer will come to this sink."""
@@ -120,10 +127,23 @@ class Relay:
         self._entry = entry
         if self.request is not None:
             self._booked_tokens = self.request.output_tokens
+        self._answering = False
+        if self.moves:
+            return
         self._head = None
         self._held = []
         self._held_bytes = 0
-        self._partial = b""
+        self._passing = Passing(self)
+        self._keep(replica)
+
+    def _keep(self, replica: TableReplica) -> None:
+        """Keep what is needed to go on elsewhere, where this replica tells it."""
+        if self.moving is not None:
+            self.moving.release()
+        self.moving = None
+        parsed = self.parsed
+        if parsed is not None and replica.tells_token_ids and parsed.may_tell_ids:
+            self.moving = self.dispatcher.moving(self, shows_ids=bool(parsed.return_token_ids))
 
     def fail(self, error: ApiError) -> None:
         """Answer with an error, in whatever form is still possible."""
@@ -132,9 +152,9 @@ class Relay:
         self.cancelled = True
         self._drop_connection()
         status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
-        self._dispatcher.metrics.count("oserve_request_errors", error.code or "error")
-        if not self._committed:
-            send_error(self._exchange, error, self._own_headers())
+        self.dispatcher.metrics.count("oserve_request_errors", error.code or "error")
+        if not self.committed:
+            send_error(self.exchange, error, own_headers(self))
         else:
             self._fail_stream(error)
         self._end(status)
@@ -144,17 +164,20 @@ class Relay:
         self.fail(timed_out("The request exceeded the server's time limit"))
 
     def _fail_stream(self, error: ApiError) -> None:
-        connection = self._connection
-        framing = connection.framing if connection is not None else None
+        framing = self.framing
         event = b"data: " + error.body() + b"\n\n"
         # Where whole chunks are passed on only, the client is always at a boundary.
-        clean = self._hide_usage or (framing is not None and framing.at_boundary)
+        clean = (
+            self.moving is not None
+            or self.hide_usage
+            or (framing is not None and framing.at_boundary)
+        )
         if self.stream and clean:
-            whole = event if self._exchange.http_1_0 else chunk(event) + LAST_CHUNK
-            self._exchange.write(whole)
-            self._exchange.finish(close=True)
+            whole = event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK
+            self.exchange.write(whole)
+            self.exchange.finish(close=True)
         else:
-            self._exchange.abort()
+            self.exchange.abort()
 
     # -- the client -----------------------------------------------------------------------------
     def _disconnected(self) -> None:
@@ -163,6 +186,7 @@ class Relay:
         self._end(FinishStatus.DISCONNECTED)
 
     def _pause(self, paused: bool) -> None:
+        self._paused = paused
         if self._connection is not None:
             self._connection.pause(paused)
 
@@ -173,19 +197,30 @@ class Relay:
     # -- the replica (Sink) ---------------------------------------------------------------------
     def attached(self, connection: UpstreamConnection) -> None:
         self._connection = connection
+        if self._paused:
+            connection.pause(True)
+
+    @property
+    def framing(self) -> Framing | None:
+        """Of the replica's answer."""
+        return self._connection.framing if self._connection is not None else None
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
 
     def on_data(self, data: bytes) -> None:
         now_s = monotonic()
-        if self._committed:
+        if self.committed:
             if self.stream:
-                self._observe(now_s - self._last_chunk_s)
-                self._last_chunk_s = now_s
+                self._observe(now_s - self.last_chunk_s)
+                self.last_chunk_s = now_s
                 framing = self._connection.framing if self._connection is not None else None
-                if framing is not None and framing.chunks > self._booked_tokens:
-                    self._outgrown(framing.chunks, now_s)
+                if framing is not None:
+                    if framing.chunks > self._booked_tokens:
+                        self._outgrown(framing.chunks, now_s)
+                    if self.moving is not None:
+                        self.moving.take(data, framing)
+                        return
             self._pass_on(data)
             return
         head = self._head
@@ -193,9 +228,8 @@ class Relay:
         if not self._first_byte_s:
             if self._refused_by_replica(head, data):
                 return
-            self._first_byte_s = self._last_chunk_s = now_s
-            if self._entry is not None:
-                self._entry.first_byte(now_s)
+            self._first_byte_s = self.last_chunk_s = now_s
+            self._answers(now_s)
         if not self.stream or head.status != 200:
             # Held back until whole: as long as no byte has gone out, another replica can take over.
             self._held.append(data)
@@ -203,8 +237,16 @@ class Relay:
             if self._held_bytes > _HOLD_BYTES:
                 self._commit()
             return
+        if self.moving is not None and self.moving.hold(data):
+            return
         self._commit()
         self._pass_on(data)
+
+    def _answers(self, now_s: float) -> None:
+        if not self._answering and self._entry is not None:
+            self._answering = True
+            self._entry.first_byte(now_s)
+            self.dispatcher.prompt_done()
 
     def _outgrown(self, made_tokens: int, now_s: float) -> None:
         """Book what is expected of an answer that is this long already."""
@@ -215,115 +257,124 @@ class Relay:
             return
         total = max(made_tokens + 1.0, expected.output.beyond(made_tokens))
         self._entry.outgrown(total - self._booked_tokens, now_s)
-        self._dispatcher.metrics.count("oserve_requests_outgrown")
+        self.dispatcher.metrics.count("oserve_requests_outgrown")
         self._booked_tokens = int(total)
 
     def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
         """Whether the replica failed rather than answered, and another try was arranged."""
-        failed = head.status >= 500 or (self.stream and data.find(_STREAM_ERROR, 0, 64) >= 0)
+        failed = head.status >= 500 or (
+            self.stream and (data.find(_STREAM_ERROR, 0, 64) >= 0 or _ABORTED in data)
+        )
         return failed and self._retry(f"it answered with status {head.status}", died=False)
 
     def _commit(self) -> None:
         """Send the head and what was held; from here on there is no other try."""
         head = self._head
         assert head is not None
-        self._committed = True
-        fields = [field for field in head.headers if field[0] not in _DROPPED_HEADERS]
-        close = False
-        if head.length is not None:
-            fields.append((b"content-length", b"%d" % head.length))
-        elif head.chunked and not self._exchange.http_1_0:
-            fields.append((b"transfer-encoding", b"chunked"))
-        else:
-            close = True
-        self._exchange.start(head.status, (*fields, *self._own_headers()), close=close)
+        self.committed = True
+        fields, close = told_headers(head, plain=self.exchange.http_1_0)
+        self.exchange.start(head.status, (*fields, *own_headers(self)), close=close)
+        framing = self.framing
+        if self.moving is not None and (
+            head.status != 200 or not self.stream or framing is None or not framing.chunked
+        ):
+            self.moving.release()
+            self.moving = None
         held, self._held = self._held, []
         for data in held:
             self._pass_on(data)
 
-    def _own_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        fields = [(b"x-request-id", self.request_id)]
-        if self.replica is not None:
-            fields.append((b"x-oserve-replica", self.replica.id.encode()))
-        if self.request is not None:
-            fields.append((b"x-oserve-workload-type", self.request.workload_type.encode()))
-        fields.append((b"x-oserve-plan-id", self._dispatcher.table.plan_id.encode()))
-        return tuple(fields)
-
     def _pass_on(self, data: bytes) -> None:
-        if _USAGE in data:
-            self._usage = data
-        if self._hide_usage or (self._exchange.http_1_0 and self._is_chunked):
-            data = self._whole_chunks(data)
-            if self._hide_usage and _NO_CHOICES in data:
-                data = _without_usage_event(data)
-            if self._exchange.http_1_0:
-                data = dechunk(data)
-        if data:
-            self._exchange.write(data)
-
-    @property
-    def _is_chunked(self) -> bool:
-        return self._head is not None and self._head.chunked
-
-    def _whole_chunks(self, data: bytes) -> bytes:
-        """Hold back a chunk that has not arrived whole."""
-        framing = self._connection.framing if self._connection is not None else None
-        if framing is None or not framing.chunked:
-            return data
-        if framing.at_boundary or framing.complete:
-            whole, self._partial = self._partial + data, b""
-            return whole
-        cut = framing.boundary
-        if cut == 0:
-            self._partial += data
-            return b""
-        whole, self._partial = self._partial + data[:cut], data[cut:]
-        return whole
+        framing = self.framing
+        if self.moving is not None and framing is not None:
+            self.moving.take(data, framing)
+            return
+        self._passing(data, framing)
 
     def on_end(self) -> None:
         head = self._head
         assert head is not None
-        if not self._committed:
+        if not self.committed:
             if head.status >= 500 and self._retry(
                 f"it answered with status {head.status}", died=False
             ):
                 return
+            aborted = not self.stream and any(_ABORTED in data for data in self._held)
+            if aborted and self._retry("it gave the request up", died=False):
+                return
             self._commit()
         if self._connection is not None and self._connection.framing is not None:
-            self._chunks = self._connection.framing.chunks
-        self._exchange.finish()
+            self.chunks = self._connection.framing.chunks
+        self.exchange.finish()
         if head.status < 400:
             self._end(FinishStatus.COMPLETED)
         else:
             reason = "engine_refused" if head.status < 500 else "engine_failed"
-            self._dispatcher.metrics.count("oserve_request_errors", reason)
+            self.dispatcher.metrics.count("oserve_request_errors", reason)
             client = head.status < 500
             self._end(FinishStatus.CLIENT_ERROR if client else FinishStatus.FAILED)
 
     def on_error(self, reason: str) -> None:
         if self.ended:
             return
-        if not self._committed and self._retry(reason, died=True):
+        if not self.committed and self._retry(reason, died=True):
             return
+        if self.committed and self.moving is not None:
+            # A dead replica breaks many streams at once; each is read in its turn.
+            self.dispatcher.in_turn(lambda: self._go_on_or_fail(reason))
+            return
+        self._failed(reason)
+
+    def _go_on_or_fail(self, reason: str) -> None:
+        if not self.ended and (self.moving is None or not self.moving.resume("lost")):
+            self._failed(reason)
+
+    def _failed(self, reason: str) -> None:
         name = self.replica.id if self.replica is not None else "?"
         self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
 
     def _retry(self, reason: str, *, died: bool) -> bool:
         """Give the request to another replica if one may take it; tells whether it did."""
-        if self.ended or not self._dispatcher.may_retry(self, died=died):
+        if self.ended or not self.dispatcher.may_retry(self, died=died):
             return False
+        self.release(tried=True)
+        self._first_byte_s = 0.0
+        assert self.replica is not None
+        self.dispatcher.metrics.count("oserve_requests_retried", self.replica.id)
+        self.dispatcher.log_retry(self, reason)
+        self.dispatcher.dispatch(self)
+        return True
+
+    # -- going on elsewhere ---------------------------------------------------------------------
+    @property
+    def placed(self) -> bool:
+        """Whether a replica has it now, and can be told to let go of it."""
+        return self._entry is not None and self._connection is not None
+
+    def hand_over(self, fields: dict[str, object], reason: str = "handed_over") -> bool:
+        """Leave this replica for another; ``fields``: see CacheMover. Tells whether it did."""
+        if not self.committed:
+            return self._retry("it hands over", died=True)
+        return self.moving is not None and self.moving.resume(reason, fields)
+
+    def release(self, *, tried: bool, done: bool = False) -> None:
+        """Let go of the replica; ``tried``: it is not asked again."""
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
-        self._close_entry(done=False)
-        self._first_byte_s = 0.0
-        assert self.replica is not None
-        self.tried.add((self.replica.id, self.replica.started_s))
-        self._dispatcher.metrics.count("oserve_requests_retried", self.replica.id)
-        self._dispatcher.log_retry(self, reason)
-        self._dispatcher.dispatch(self)
-        return True
+        self._close_entry(done=done)
+        if tried and self.replica is not None:
+            self.tried.add((self.replica.id, self.replica.started_s))
+
+    def progressed(self, now_s: float) -> None:
+        """Bytes of a continuation came."""
+        self._observe(now_s - self.last_chunk_s)
+        self.last_chunk_s = now_s
+        self._answers(now_s)
+
+    def completed(self) -> None:
+        """A moved stream has ended well."""
+        self._end(FinishStatus.COMPLETED)
 
     # -- the end --------------------------------------------------------------------------------
     def _close_entry(self, *, done: bool) -> None:
@@ -336,38 +387,13 @@ class Relay:
             return
         self.ended = True
         if self._connection is not None and self._connection.framing is not None:
-            self._chunks = max(self._chunks, self._connection.framing.chunks)
+            self.chunks = max(self.chunks, self._connection.framing.chunks)
+        if self.moving is not None:
+            self.moving.release()
         self._close_entry(done=status is FinishStatus.COMPLETED)
-        self._dispatcher.ended(self, status)
+        self.dispatcher.ended(self, status)
 
     @property
     def first_byte_s(self) -> float:
         """When the first byte came (monotonic seconds), 0 if none did."""
         return self._first_byte_s
-
-    def token_counts(self) -> tuple[int, int]:
-        """Prompt and output tokens: as the engine reported them, else our best count."""
-        prompt = _PROMPT_TOKENS.findall(self._usage)
-        output = _COMPLETION_TOKENS.findall(self._usage)
-        estimate = self.request.prompt_tokens if self.request is not None else 0
-        # Without a report, each chunk of a stream carried about one token.
-        counted = self._chunks if self.stream else 0
-        return (
-            int(prompt[-1]) if prompt else estimate,
-            int(output[-1]) if output else counted,
-        )
-
-    @property
-    def usage_reported(self) -> bool:
-        """Whether the engine told the token counts."""
-        return bool(self._usage)
-
-
-def _without_usage_event(data: bytes) -> bytes:
-    """Whole chunks less the event that carries usage alone."""
-    ends = data.endswith(LAST_CHUNK)
-    events = dechunk(data).split(b"\n\n")
-    kept = [event for event in events if not (_NO_CHOICES in event and _USAGE in event)]
-    payload = b"\n\n".join(kept)
-    rebuilt = chunk(payload) if payload.strip() else b""
-    return rebuilt + (LAST_CHUNK if ends else b"")

@@ -29,6 +29,7 @@ _log = logging.getLogger("oserve.gateway")
 
 _GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
 _AUXILIARY = {b"/tokenize", b"/detokenize"}
+_SWITCHES = b"/oserve/v1/switches"
 _OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
 _REQUEST_ID_BYTES = 128
 _FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
@@ -76,6 +77,7 @@ class Gateway:
             b"/version": (b"GET", False, self._answer_version),
             b"/metrics": (b"GET", False, self._answer_metrics),
             b"/oserve/v1/status": (b"GET", True, self._answer_status),
+            _SWITCHES: (b"GET", True, self._answer_switches),
             **dict.fromkeys(_OPERATED, (b"POST", True, self._answer_operator)),
             **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
             **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
@@ -117,7 +119,7 @@ class Gateway:
     def _handle(self, exchange: Exchange) -> None:
         path = exchange.path.partition(b"?")[0]
         request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
-        route = self._routes.get(path)
+        route = self._routes.get(_SWITCHES if path.startswith(_SWITCHES + b"/") else path)
         if route is None:
             shown = path[:64].decode("latin-1")
             error = with_status(404, f"There is no route {shown} here", code="not_found")
@@ -246,6 +248,20 @@ class Gateway:
                 {**msgspec.json.decode(status), "controller_away_s": round(away_s, 1)}
             )
         exchange.respond(200, status)
+
+    def _answer_switches(self, exchange: Exchange) -> None:
+        """All of them, or the one whose id follows."""
+        known = bytes(self.dispatcher.picture.switches)
+        path = exchange.path.partition(b"?")[0]
+        if path == _SWITCHES:
+            exchange.respond(200, b'{"switches":' + known + b"}")
+            return
+        wanted = path.removeprefix(_SWITCHES + b"/").decode("latin-1")
+        for document in msgspec.json.decode(known):
+            if document["id"] == wanted:
+                exchange.respond(200, msgspec.json.encode(document))
+                return
+        raise with_status(404, f"There is no switch {wanted[:64]}", code="not_found")
 
     def _answer_metrics(self, exchange: Exchange) -> None:
         if self.refresh is None:

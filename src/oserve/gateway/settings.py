@@ -27,14 +27,29 @@ class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """When more comes than can be served. See control.overload.
 
-    ``ttft_ms``: a waiting request that would get its first token later than this is served last
-    (``demote``); unset: ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
+    ``ttft_ms``: a waiting request that would get its first token later than this is served last,
+    and replicas that owe prompts for an eighth of it get no more (``demote``); unset:
+    ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
     refused with 429 and Retry-After; unset: never.
     """
 
     demote: bool = True
     ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     shed_after_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
+class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """When a running stream goes on at another replica. See gateway.moving.
+
+    ``max_moves`` of one request; 0: none moves. ``max_bytes`` of running answers are kept in each
+    gateway process for that, ``max_stream_bytes`` of one; what is longer does not move.
+    ``drain_limit_s``: how long a draining replica keeps those that can move; unset: to the end.
+    """
+
+    max_moves: Annotated[int, msgspec.Meta(ge=0)] = 3
+    max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    max_stream_bytes: Annotated[int, msgspec.Meta(ge=0)] = 8 * 1024 * 1024
+    drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 30.0
 
 
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -63,5 +78,6 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     api_keys_file: str = ""
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
+    move: MoveSettings = MoveSettings()
     records_file: str = ""
     max_records: Count = 1_000_000

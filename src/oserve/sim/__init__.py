@@ -7,7 +7,7 @@ of your choice, without a model.
 """
 
 from oserve.sim.cluster import SimulatedCluster
-from oserve.sim.engine import EmulatedEngine, EngineSpeed
+from oserve.sim.engine import EmulatedEngine, EngineSpeed, Mishap
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Faults, Phases
@@ -34,6 +34,7 @@ __all__ = [
     "FleetResults",
     "GatewayOptions",
     "Link",
+    "Mishap",
     "Phases",
     "Policy",
     "Rebalance",

@@ -9,6 +9,7 @@ from oserve.core import (
     Action,
     AttachedBackend,
     Clock,
+    CommitReplicas,
     Device,
     DrainReplica,
     Endpoint,
@@ -39,6 +40,7 @@ class _Replica:
     life: Life
     ready_at_s: float
     fails: bool
+    standby: bool = False
     stopped_at_s: float = math.inf
 
 
@@ -116,8 +118,15 @@ class SimulatedCluster:
         self._end(item)
 
     # -- for a cluster whose replicas really serve ---------------------------------------------
+    def _load_s(self, spec: ReplicaSpec) -> float:
+        """Seconds until a replica that starts now can serve."""
+        return self._phases.load_s(self._weights_bytes(spec.shape))
+
     def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         """A replica starts; it can serve from ``ready_at_s`` on (infinite: never)."""
+
+    def _committed(self, name: str) -> None:
+        """A replica on standby serves."""
 
     def _drains(self, name: str) -> None:
         """A replica takes no more requests."""
@@ -143,14 +152,17 @@ class SimulatedCluster:
                 if item.fails:
                     self.crash(state.spec.id)
                 else:
-                    self._set(item, ReplicaPhase.READY)
+                    phase = ReplicaPhase.STANDBY if item.standby else ReplicaPhase.READY
+                    self._set(item, phase)
             elif state.phase is ReplicaPhase.READY and now_s - state.since_s >= self._stable_s:
                 self._failures.pop(state.spec.id, None)
 
     def _do(self, action: Action) -> None:
         match action:
-            case StartReplica(spec=spec):
-                self._start(spec)
+            case StartReplica(spec=spec, standby=standby):
+                self._start(spec, standby=standby)
+            case CommitReplicas(ready=ready, drain=drain):
+                self._commit(ready, drain)
             case DrainReplica(replica=name):
                 item = self._replicas.get(name)
                 if item is not None and item.state.phase is ReplicaPhase.READY:
@@ -161,16 +173,29 @@ class SimulatedCluster:
                 if item is not None and item.state.phase is not ReplicaPhase.GONE:
                     self._stop(item)
 
-    def _start(self, spec: ReplicaSpec) -> None:
+    def _commit(self, ready: tuple[str, ...], drain: tuple[str, ...]) -> None:
+        able = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
+        items = [self._replicas.get(name) for name in ready]
+        if any(item is None or item.state.phase not in able for item in items):
+            raise ValueError(f"not all of {list(ready)} stand by")
+        for item in items:
+            if item is not None and item.state.phase is ReplicaPhase.STANDBY:
+                item.standby = False
+                self._set(item, ReplicaPhase.READY)
+                self._committed(item.state.spec.id)
+        for name in drain:
+            self._do(DrainReplica(replica=name))
+
+    def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
         if any(item.state.spec.id == spec.id for item in self._alive()):
             return
-        wrong = self._wrong(spec)
+        wrong = self._wrong(spec, standby=standby)
         if wrong and self.faults.stale_observation > 0:
             return
         if wrong:
             raise ValueError(wrong)
         now_s = self._clock.now()
-        load_s = 0.0 if self.warm else self._phases.load_s(self._weights_bytes(spec.shape))
+        load_s = 0.0 if self.warm else self._load_s(spec)
         if self._strikes(self.faults.slow_start):
             load_s *= self.faults.slow_factor
         fails = self._strikes(self.faults.failed_start)
@@ -186,8 +211,9 @@ class SimulatedCluster:
             life=life,
             ready_at_s=now_s + load_s,
             fails=fails,
+            standby=standby,
         )
-        self._began(spec, float("inf") if fails else now_s + load_s)
+        self._began(spec, float("inf") if fails or standby else now_s + load_s)
 
     def _stop(self, item: _Replica) -> None:
         """Its processes end now; its devices are free a little later."""
@@ -198,18 +224,24 @@ class SimulatedCluster:
             self._set(item, ReplicaPhase.DRAINING)
             self._ended(item.state.spec.id)
 
-    def _wrong(self, spec: ReplicaSpec) -> str:
+    def _wrong(self, spec: ReplicaSpec, *, standby: bool) -> str:
         """Why a replica cannot be started; empty if it can."""
         if isinstance(spec.backend, AttachedBackend):
             return ""
         if not set(spec.devices) <= {device.id for device in self._devices}:
             return f"replica {spec.id} names a device that is not there"
-        if set(spec.devices) & self._taken():
+        if set(spec.devices) & self._taken(standby=standby):
             return f"replica {spec.id} names a device that is taken"
         return ""
 
-    def _taken(self) -> set[str]:
-        return {device for item in self._alive() for device in item.state.spec.devices}
+    def _taken(self, *, standby: bool) -> set[str]:
+        """Devices that a replica may not be started on; one on standby may be beside others."""
+        return {
+            device
+            for item in self._alive()
+            if item.standby or not standby
+            for device in item.state.spec.devices
+        }
 
     def _alive(self) -> list[_Replica]:
         return [i for i in self._replicas.values() if i.state.phase is not ReplicaPhase.GONE]

@@ -4,11 +4,14 @@ For tests of whatever stands in front of an engine, and for measuring that alone
 """
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from oserve.sim.speech import Speech
+from oserve.sim.tongue import Counting, Tongue
 from oserve.wire import Exchange, ServerLimits, chunk, serve
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.server import Server
@@ -22,10 +25,23 @@ class EngineSpeed:
     tpot_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mishap:
+    """What befalls an answer after so many tokens.
+
+    ``how``: ``break`` (the connection ends), ``torn`` (it ends within an event), ``abort`` (the
+    engine gives the request up), ``error`` (it says that it died).
+    """
+
+    after: int
+    how: str = "break"
+
+
 class EmulatedEngine:
     """Serves one model name. ``seen`` keeps the bodies received, ``aborted`` counts clients gone.
 
-    ``max_model_len`` is in tokens; a prompt counts one token a word.
+    ``max_model_len`` is in tokens; a prompt counts one token a word. Each answer takes the next of
+    ``mishaps``, as long as there are any.
     """
 
     def __init__(
@@ -35,12 +51,15 @@ class EmulatedEngine:
         speed: EngineSpeed | None = None,
         max_model_len: int = 8192,
         keep_bodies: bool = True,
+        tongue: Tongue | None = None,
     ) -> None:
         self._model = model
         self._speed = speed or EngineSpeed()
         self._max_model_len = max_model_len
         self._keep_bodies = keep_bodies
         self._server: Server | None = None
+        self.tongue = tongue or Counting()
+        self.mishaps: deque[Mishap | None] = deque()
         self.seen: list[dict[str, Any]] = []
         self.aborted = 0
         self.running = 0
@@ -85,12 +104,15 @@ class EmulatedEngine:
         body = msgspec.json.decode(exchange.body)
         if self._keep_bodies:
             self.seen.append(body)
-        prompt_tokens = _count_prompt(body)
+        prompt = body.get("prompt")
+        if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+            prompt = self.tongue.encode(_prompt_text(body))
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
-        if limit < 1 or prompt_tokens + 1 > self._max_model_len:
+        if limit < 1 or len(prompt) + 1 > self._max_model_len:
             exchange.respond(400, _error("bad max_tokens, or too long a prompt"))
             return
-        answer = _Answer(self, exchange, body, chat=chat, prompt_tokens=prompt_tokens, limit=limit)
+        mishap = self.mishaps.popleft() if self.mishaps else None
+        answer = _Answer(self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap)
         exchange.on_disconnect = answer.cancel
         self.running += 1
         answer.begin(self._speed)
@@ -106,24 +128,26 @@ class _Answer:
         body: dict[str, Any],
         *,
         chat: bool,
-        prompt_tokens: int,
+        prompt: list[int],
         limit: int,
+        mishap: Mishap | None,
     ) -> None:
         self._engine = engine
         self._exchange = exchange
+        self._body = body
         self._stream = bool(body.get("stream"))
-        self._usage_wanted = bool((body.get("stream_options") or {}).get("include_usage"))
+        options = body.get("stream_options") or {}
+        self._usage_wanted = bool(options.get("include_usage"))
+        self._usage_always = bool(options.get("continuous_usage_stats"))
         self._chat = chat
         self._limit = limit
-        self._made = 0
+        self._mishap = mishap
         self._timer: asyncio.TimerHandle | None = None
         self._id = exchange.headers.get(b"x-request-id", b"0").decode("latin-1")
         self._model = str(body.get("model") or "emulated")
-        self._usage = {
-            "prompt_tokens": prompt_tokens,
-            "total_tokens": prompt_tokens + limit,
-            "completion_tokens": limit,
-        }
+        self._speech = Speech(engine.tongue, body, prompt)
+        self._prompt = prompt
+        self._offset = 0
 
     def begin(self, speed: EngineSpeed) -> None:
         if self._stream:
@@ -148,30 +172,114 @@ class _Answer:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._step)
 
     def _step(self) -> None:
-        if not self._stream:
-            self._made = self._limit
-        elif self._speed.tpot_s <= 0.0:
-            while self._made < self._limit:
-                self._emit()
-        else:
-            self._emit()
-        if self._made < self._limit:
-            self._later(self._speed.tpot_s)
-        else:
-            self._finish()
+        if self._stream and self._chat and not self._speech.tokens:
+            self._event([self._choice({"role": "assistant", "content": ""}, None)], first=True)
+        paced = self._stream and self._speed.tpot_s > 0.0
+        while True:
+            if self._mishap is not None and len(self._speech.tokens) >= self._mishap.after:
+                self._fail(self._mishap.how)
+                return
+            reason = self._emit()
+            if reason is not None:
+                self._finish(reason)
+                return
+            if paced:
+                self._later(self._speed.tpot_s)
+                return
 
-    def _emit(self) -> None:
-        self._made += 1
-        reason = "length" if self._made == self._limit else None
-        self._event([self._choice(f" t{self._made}", reason)])
+    def _emit(self) -> str | None:
+        """One event's tokens; returns why they were the last, if they were."""
+        before = len(self._speech.tokens)
+        first = before == 0
+        text, reason = self._speech.say(self._limit)
+        # The first token is told at once, as by vLLM.
+        for _ in range(1, 1 if first else self._body.get("stream_interval") or 1):
+            if reason is None:
+                more, reason = self._speech.say(self._limit)
+                text += more
+        if self._stream:
+            if self._chat:
+                choice = self._choice({"content": text}, reason)
+            else:
+                choice = self._choice(text, reason)
+                if first and self._body.get("return_token_ids"):
+                    choice["prompt_token_ids"] = self._prompt
+            if self._body.get("return_token_ids"):
+                choice["token_ids"] = self._speech.tokens[before:]
+            choice["logprobs"] = self._logprobs(self._speech.tokens[before:])
+            self._event([choice])
+        return reason
 
-    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        if not self._chat:
-            choice["text"] = text
+    def _fail(self, how: str) -> None:
+        """Go wrong as engines do: see ``Mishap``."""
+        self._engine.running -= 1
+        exchange = self._exchange
+        if how == "abort":
+            held = self._speech.flushed()
+            choice = self._choice({"content": held} if self._chat else held, "abort")
+            if self._body.get("return_token_ids"):
+                choice["token_ids"] = []
+            if self._stream:
+                self._event([choice])
+                exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+                exchange.finish()
+            else:
+                exchange.respond(200, self._document([choice], usage=self._usage()))
+            return
+        if how == "error":
+            exchange.write(chunk(b'data: {"error":{"message":"engine died","code":500}}\n\n'))
+            exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+            exchange.finish()
+            return
+        if how == "torn":
+            exchange.write(b'40\r\ndata: {"id":"torn in the mid')
+        exchange.finish(close=True)
+
+    def _choice(self, said: Any, reason: str | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
+        if reason is not None or not self._chat:
+            choice["stop_reason"] = self._speech.stop_reason
+        if self._chat:
+            choice["delta" if self._stream else "message"] = said
         else:
-            choice["delta" if self._stream else "message"] = {"role": "assistant", "content": text}
+            choice["text"] = said
+            choice["prompt_token_ids"] = None
+        choice["token_ids"] = None
         return choice
+
+    def _logprobs(self, tokens: list[int]) -> dict[str, Any] | None:
+        wanted = self._body.get("logprobs")
+        if wanted is None or wanted is False:
+            return None
+        texts = [self._engine.tongue.piece(token).decode(errors="replace") for token in tokens]
+        if self._chat:
+            most = self._body.get("top_logprobs") or 0
+            content = []
+            for text in texts:
+                top = [(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][:most]
+                content.append(_chat_logprob(text, -0.5, top))
+            return {"content": content}
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [-0.5] * len(texts),
+            "tokens": texts,
+            "top_logprobs": [
+                dict([(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][: wanted + 1])
+                for text in texts
+            ],
+        }
+
+    def _usage(self) -> dict[str, int]:
+        made = len(self._speech.tokens)
+        return {
+            "prompt_tokens": len(self._prompt),
+            "total_tokens": len(self._prompt) + made,
+            "completion_tokens": made,
+        }
 
     def _document(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion" if self._chat else "text_completion"
@@ -180,28 +288,40 @@ class _Answer:
         head = {"id": self._id, "object": kind, "created": 0, "model": self._model}
         return msgspec.json.encode({**head, "choices": choices, **more})
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> None:
+    def _event(self, choices: list[dict[str, Any]], *, first: bool = False) -> None:
+        more: dict[str, Any] = {}
+        if first and self._body.get("return_token_ids"):
+            more["prompt_token_ids"] = self._prompt
+        if self._usage_always or not choices:
+            more["usage"] = self._usage()
         document = self._document(choices, **more)
         self._exchange.write(chunk(b"data: " + document + b"\n\n"))
 
-    def _finish(self) -> None:
+    def _finish(self, reason: str) -> None:
         self._engine.running -= 1
         if self._stream:
             if self._usage_wanted:
-                self._event([], usage=self._usage)
+                self._event([])
             self._exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
             self._exchange.finish()
         else:
-            text = "".join(f" t{index + 1}" for index in range(self._limit))
-            choices = [self._choice(text, "length")]
-            self._exchange.respond(200, self._document(choices, usage=self._usage))
+            text = self._speech.text
+            said: Any = {"role": "assistant", "content": text} if self._chat else text
+            choice = self._choice(said, reason)
+            choice["logprobs"] = self._logprobs(self._speech.tokens)
+            self._exchange.respond(200, self._document([choice], usage=self._usage()))
 
 
-def _count_prompt(body: dict[str, Any]) -> int:
-    prompt = body.get("prompt", body.get("messages", ""))
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        return len(prompt)
-    return len(str(prompt).split())
+def _chat_logprob(text: str, value: float, top: list[tuple[str, float]]) -> dict[str, Any]:
+    entry = {"token": text, "logprob": value, "bytes": list(text.encode())}
+    entry["top_logprobs"] = [
+        {"token": other, "logprob": its, "bytes": list(other.encode())} for other, its in top
+    ]
+    return entry
+
+
+def _prompt_text(body: dict[str, Any]) -> str:
+    return str(body.get("prompt", body.get("messages", "")))
 
 
 def _error(message: str) -> bytes:

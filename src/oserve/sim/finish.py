@@ -51,6 +51,7 @@ from oserve.sim.layout import (
     ORDERED,
     OUTPUT,
     OWED,
+    OWED_PROMPT,
     PHASE,
     PREFILL,
     PROMPT,
@@ -90,6 +91,7 @@ def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -
     req[base + BOOKED_PROMPT] = prompt
     req[base + ON] = mem[at + INDEX]
     mem[at + OWED] += whole
+    mem[at + OWED_PROMPT] += prompt
     mem[at + INFLIGHT] += 1
 
 
@@ -97,6 +99,7 @@ def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -
 def unbook(req: Flat, mem: Flat, at: int, request: int) -> None:
     """A request leaves its replica."""
     mem[at + OWED] -= req[request * REQUEST + BOOKED]
+    mem[at + OWED_PROMPT] -= req[request * REQUEST + BOOKED_PROMPT]
     mem[at + INFLIGHT] -= 1
 
 
@@ -203,6 +206,7 @@ def emit_first(s: State, at: int, slot: int, now: int) -> None:
     if req[base + FIRST] == NEVER:
         req[base + FIRST] = now
     mem[at + OWED] -= req[base + BOOKED_PROMPT]
+    mem[at + OWED_PROMPT] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED_PROMPT] = 0
     mem[at + mem[at + RUN_STATE] + slot] = STEADY

@@ -29,6 +29,7 @@ from oserve.sim.steps import StepTables
 from oserve.sim.words import (
     FleetObservation,
     GatewayOptions,
+    Ints,
     Link,
     Policy,
     Rebalance,
@@ -126,6 +127,7 @@ class Fleet:
         ready_at_s: float = 0.0,
         ordered: bool = False,
         max_inflight: int | None = None,
+        max_prompt_s: float = math.inf,
         kv_bytes_per_token: float = 0.0,
         link: Link | None = None,
     ) -> None:
@@ -133,8 +135,8 @@ class Fleet:
 
         ``ordered``: its engine serves by rank, not first come. ``costs`` are what the router takes
         its speed to be. The gateway hands it ``max_inflight`` requests at most (default: twice its
-        sequences). Its KV leaves by ``link``. Raises ValueError for a name in use, or limits that
-        make no sense.
+        sequences), and none while it owes ``max_prompt_s`` of prompts. Its KV leaves by ``link``.
+        Raises ValueError for a name in use, or limits that make no sense.
         """
         if name in self._names and self._phase(name) != layout.GONE:
             raise ValueError(f"there is a replica {name} already")
@@ -147,6 +149,7 @@ class Fleet:
             kv_tokens=kv_tokens,
             ordered=ordered,
             max_inflight=max_inflight or _INFLIGHT_PER_SEQ * shape.max_num_seqs,
+            max_prompt=picoseconds(max_prompt_s),
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,
             link=link or Link(),
@@ -280,6 +283,14 @@ class Fleet:
             replica_names=tuple(self._names),
             totals=tuple(self._totals(index) for index in range(len(self._names))),
         )
+
+    def ended_among(self, requests: Ints) -> Ints:
+        """Those of these that have ended, one way or another, and their statuses: (2, n)."""
+        rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+        status = rows[requests, layout.STATUS]
+        over = status >= layout.COMPLETED
+        found: Ints = np.stack([requests[over], status[over]])
+        return found
 
     def books(self, name: str) -> tuple[int, int]:
         """What a replica owes, in picoseconds of expected work and in requests."""

@@ -58,6 +58,9 @@ class FleetCluster(SimulatedCluster):
     def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         self._add(spec, min(ready_at_s, _NEVER_S))
 
+    def _committed(self, name: str) -> None:
+        raise ValueError(f"the fleet cannot put {name} to work once it stands by")
+
     def _drains(self, name: str) -> None:
         self._fleet.drain(name)
 

@@ -25,6 +25,7 @@ from oserve.sim.layout import (
     LEAST_REQUESTS,
     MADE,
     MAX_INFLIGHT,
+    MAX_PROMPT,
     MAX_QUEUED,
     NEVER,
     NEXT,
@@ -34,6 +35,7 @@ from oserve.sim.layout import (
     OUTPUT,
     OVERFLOW_PS,
     OWED,
+    OWED_PROMPT,
     PHASE,
     POLICY,
     POOLS,
@@ -85,6 +87,8 @@ def look(s: State, request: int) -> int:
         s.fits[index] = 0
         s.inflight[index] = mem[at + INFLIGHT]
         s.most[index] = mem[at + MAX_INFLIGHT]
+        if mem[at + OWED_PROMPT] >= mem[at + MAX_PROMPT]:
+            s.most[index] = min(s.most[index], s.inflight[index])
         s.work[index] = mem[at + OWED] / PS
         s.own[index] = prompt * s.costs[2 * index] + output * s.costs[2 * index + 1]
         if mem[at + PHASE] != READY or mem[at + ROLE] == DECODE or blocks > mem[at + BLOCKS]:

@@ -82,6 +82,7 @@ REQUEST: Final = 28
     BLOCKS,
     STAGES,
     MAX_INFLIGHT,
+    MAX_PROMPT,
     KV_RATE,
     PAIR_RATE,
     LONGEST_JUMP,
@@ -126,13 +127,14 @@ REQUEST: Final = 28
     FAST,
     INFLIGHT,
     OWED,
+    OWED_PROMPT,
     BUSY,
     PROMPTED,
     GENERATED,
     PREEMPTED,
     STEPS,
-) = range(58)
-REPLICA: Final = 58
+) = range(60)
+REPLICA: Final = 60
 
 # States of a running sequence: it has yet to emit a token here; it does; it does and will move.
 (NEW, STEADY, LEAVING) = range(3)

@@ -167,7 +167,8 @@ def _levers(policy: Policy) -> dict[str, Any]:
         "order_s_per_1500_tokens": None if order is None else order.penalty_s_per_token * 1500,
         "freshest_first_s": 0.0 if order is None else order.freshest_first_s,
         "inflight_per_device": levers.inflight_per_device,
-        "demote_after_s": levers.gateway.demote_after_s,
+        "demote_after_s": levers.overload.late_after_s or levers.gateway.demote_after_s,
+        "by_prompts_owed": levers.overload.ttft_s is not None,
         "max_num_seqs": shape.max_num_seqs,
     }
 

@@ -29,7 +29,7 @@ class FreeCluster(FleetCluster):
                 self._end(self._replicas[state.spec.id])
         return replace(observation, replicas=tuple(shown))
 
-    def _taken(self) -> set[str]:
+    def _taken(self, *, standby: bool) -> set[str]:
         return {
             device
             for item in self._alive()

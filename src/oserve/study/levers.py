@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 from oserve.app.simulated import Routing
+from oserve.control.overload import OverloadPolicy
 from oserve.study.ours import OServeTuner
-from oserve.study.scene import Scene
 from oserve.study.tune import Found
 
 
-def lever_capacities(scene: Scene) -> dict[str, float]:
+def lever_capacities(tuner: OServeTuner) -> dict[str, float]:
     """Capacities (rate scales) by lever, ``static-best`` and all together included."""
-    tuner = OServeTuner(scene)
     best, whole = tuner.best, tuner.everything
+    demotion = OverloadPolicy(ttft_s=tuner.scene.slo.ttft_s)
     alone = {
         "chunk budget": tuner.best_chunk,
         "order by prompt length": tuner.race(tuner.reordered(best), best),
@@ -19,7 +19,12 @@ def lever_capacities(scene: Scene) -> dict[str, float]:
         "least work instead of shortest queue": tuner.race(
             [replace(best.serving, levers=replace(best.serving.levers, routing=Routing.LEAST_WORK))]
         ),
-        "late choice and demotion": tuner.race(tuner.bounded(best.serving), best),
+        "late choice by prompts owed, demotion": tuner.race(
+            [replace(best.serving, levers=replace(best.serving.levers, overload=demotion))], best
+        ),
+        "late choice by prompts owed or number, demotion": tuner.race(
+            tuner.bounded(best.serving), best
+        ),
         "different shapes": tuner.race(
             tuner.heterogeneous(best.serving.levers, shares=False), best
         ),
@@ -46,8 +51,10 @@ def _without(tuner: OServeTuner, whole: Found) -> dict[str, Found]:
     oldest = None if order is None else replace(order, freshest_first_s=0.0)
     return {
         "order": with_levers(order=None),
-        "freshest first": with_levers(order=oldest),
-        "late choice": with_levers(inflight_per_device=None),
-        "demotion": with_levers(gateway=plain),
+        **({"freshest first": with_levers(order=oldest)} if oldest != order else {}),
+        "bound on requests in flight": with_levers(inflight_per_device=None),
+        "late choice by prompts owed, demotion": with_levers(
+            gateway=plain, overload=OverloadPolicy()
+        ),
         "least work": with_levers(routing=Routing.LEAST_REQUESTS),
     }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from oserve.app.simulated import Levers, Routing, Serving
+from oserve.control.overload import OverloadPolicy
 from oserve.study.scene import CHUNKS, SEQS
 from oserve.study.tune import JSQ, PENALTIES_S, Found, Tuner, by_length
 
@@ -73,7 +74,13 @@ class OServeTuner(Tuner):
             yield self._with(serving, replace(serving.levers, routing=routing))
 
     def bounded(self, serving: Serving) -> Iterable[Serving]:
-        """How late the gateway decides, and whether it demotes."""
+        """How late the gateway decides, and whether it demotes: by prompts owed, or by number."""
+        for most in (None, *INFLIGHT_PER_DEVICE):
+            overload = OverloadPolicy(ttft_s=self._ttft_s)
+            levers = replace(serving.levers, overload=overload, inflight_per_device=most)
+            # Where the gateway demotes, engines need no order of their own.
+            for order in dict.fromkeys((levers.order, None)):
+                yield self._with(serving, replace(levers, order=order))
         for limit_s in (self._ttft_s, None):
             for most in (*INFLIGHT_PER_DEVICE, None):
                 gateway = replace(
@@ -81,7 +88,12 @@ class OServeTuner(Tuner):
                     demote_after_s=limit_s,
                     prompt_s_per_token=0.0 if limit_s is None else self._prompt_s(serving),
                 )
-                levers = replace(serving.levers, inflight_per_device=most, gateway=gateway)
+                levers = replace(
+                    serving.levers,
+                    inflight_per_device=most,
+                    gateway=gateway,
+                    overload=OverloadPolicy(),
+                )
                 yield self._with(serving, levers)
 
     def ordered(self, serving: Serving) -> Iterable[Serving]:

@@ -7,7 +7,8 @@ from oserve.app.simulated import Levers, Routing, Serving
 from oserve.core import OServeError
 from oserve.study import peers
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Conduct, Fixed, Policy
+from oserve.study.policy import Conduct, Fixed, Policy, Start
+from oserve.study.steered import steered
 from oserve.study.switching import Oracle, Reload, Switching
 
 # Over how long a switch must pay, in seconds, and the devices it may take away at once.
@@ -46,13 +47,12 @@ def _library(tuner: OServeTuner) -> list[Serving]:
 
 
 def _oserve(tuner: OServeTuner) -> Policy:
-    sizes = [spec.shape.device_count for spec in tuner.everything.serving.plan.replicas]
     return Switching(
         tuner=tuner,
         serving=tuner.everything.serving,
         library=_library(tuner),
         horizon_s=HORIZON_S,
-        conduct=Conduct(decides=True, moving_devices=max(*sizes, len(tuner.scene.devices) // 4)),
+        conduct=Conduct(decides=True),
     )
 
 
@@ -104,7 +104,17 @@ POLICIES: Mapping[str, Entry] = {
         words="all levers: shapes, chunk, order, pools, late choice, demotion; no switching",
         make=_static(lambda tuner: tuner.everything.serving),
     ),
-    "oserve": Entry(words="oserve-static with switching", make=_oserve),
+    "oserve": Entry(
+        words="oserve-static with the live controller, weights from device to device",
+        make=lambda tuner: steered(tuner, start=Start.TRANSFER),
+    ),
+    "oserve-reload": Entry(
+        words="oserve-static with the live controller, cold starts",
+        make=lambda tuner: steered(tuner, start=Start.COLD),
+    ),
+    "oserve-last-value": Entry(
+        words="oserve-static, re-planned for last-value rates", make=_oserve
+    ),
     "oracle": Entry(
         words="knows the coming interval and output lengths, switches free", make=_oracle
     ),

@@ -1,13 +1,17 @@
-"""What a policy is: a deployment to begin with, and a decision each interval from what was seen."""
+"""What a policy is: a deployment to begin with, and decisions on what was seen.
+
+Most decide once an interval; one that steers is asked every second.
+"""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oserve.app.simulated import Serving, Traffic
-from oserve.core import DeploymentPlan
+from oserve.core import DeploymentPlan, Observation
 from oserve.sim.words import FleetObservation
 
 
@@ -29,20 +33,61 @@ class Seen:
     plan: DeploymentPlan
 
 
+class Start(StrEnum):
+    """How replicas come up.
+
+    ``cold``: from disk. ``transfer``: weights come from other devices (``moving``). ``free``: they
+    are there at once and the devices of draining ones count as free, which no real system can do.
+    """
+
+    COLD = "cold"
+    TRANSFER = "transfer"
+    FREE = "free"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conduct:
     """How a policy's changes are carried out.
 
-    ``decides``: it takes decisions at all. ``moving_devices``: so many devices may be out of
-    service at once during a switch; ``None``: all. ``free``: replicas are there at once and the
-    devices of draining ones count as free, which no real system can do. ``knows_outputs``: the
-    router is told true output lengths.
+    ``decides``: it takes decisions, each interval. ``steers``: it is a ``Steering`` one.
+    ``staged``: a quarter of the replicas at a time, as on a live server; else all at once.
+    ``knows_outputs``: the router is told true output lengths.
     """
 
     decides: bool = False
-    moving_devices: int | None = None
-    free: bool = False
+    steers: bool = False
+    staged: bool = True
+    start: Start = Start.COLD
     knows_outputs: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether replicas start in no time."""
+        return self.start is Start.FREE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What a steering policy sees each second.
+
+    ``came``: requests from the first number up to before the second. ``ended``: numbers with their
+    statuses. ``plan`` is what is aimed at, ``switching`` whether the cluster is not there yet.
+    """
+
+    now_s: float
+    observation: Observation
+    came: tuple[int, int]
+    ended: tuple[tuple[int, int], ...]
+    plan: DeploymentPlan
+    switching: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steer:
+    """``plan``: go there. ``routed``: route by its shares from now on. ``None``: as before."""
+
+    plan: DeploymentPlan | None = None
+    routed: DeploymentPlan | None = None
 
 
 class Policy(Protocol):
@@ -57,6 +102,18 @@ class Policy(Protocol):
 
     def decide(self, seen: Seen) -> DeploymentPlan | None:
         """Another plan, or ``None`` to stay."""
+        ...
+
+
+class Steering(Policy, Protocol):
+    """One that is asked every second."""
+
+    def begin(self, traffic: Traffic) -> None:
+        """A run begins."""
+        ...
+
+    def second(self, moment: Moment) -> Steer:
+        """A second has passed."""
         ...
 
 

@@ -6,15 +6,17 @@ decision at once.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from oserve.app.simulated import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
-from oserve.core import DeploymentPlan, ReplicaSpec, VirtualClock
+from oserve.control.rollout import staged
+from oserve.core import Action, DeploymentPlan, Observation, ReplicaSpec, VirtualClock
 from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
@@ -22,8 +24,8 @@ from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.words import Status
 from oserve.study.door import FreeCluster
-from oserve.study.policy import Policy, Seen
-from oserve.study.rolling import step_plan
+from oserve.study.moving import TransferCluster, TransferTimes
+from oserve.study.policy import Moment, Policy, Seen, Start, Steering
 from oserve.study.scene import Scene
 
 _ROUND_S = 1.0
@@ -39,6 +41,7 @@ class Change:
 
     at_s: float
     deployment: tuple[tuple[str, int], ...]
+    plan: DeploymentPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,8 +106,7 @@ class _Course:
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
         self._fleet: Fleet = simulator.fleet(self._serving, self._requests)
         self._clock = VirtualClock()
-        kind = FreeCluster if conduct.free else FleetCluster
-        self._door = kind(
+        self._door = _DOORS[conduct.start](
             self._fleet,
             self._add,
             scene.devices,
@@ -112,10 +114,24 @@ class _Course:
             phases=FREE if conduct.free else scene.phases,
             weights_bytes=scene.weights_bytes,
         )
+        if isinstance(self._door, TransferCluster):
+            self._door.times = TransferTimes(scene)
         self._target = self._serving.plan
+        self._observation: Observation | None = None
         self._loop = ControlLoop(
-            self._door, self._clock, self._target, policy=ReconcilePolicy(), interval_s=_ROUND_S
+            self._door,
+            self._clock,
+            self._target,
+            policy=ReconcilePolicy(),
+            interval_s=_ROUND_S,
+            observed=self._saw,
+            rollout=staged if conduct.staged and not conduct.free else _at_once,
         )
+        self._steersman = cast("Steering", policy) if conduct.steers else None
+        self._arrived = 0
+        self._open: Ints = np.zeros(0, dtype=np.int64)
+        self._moving = True
+        self._routed: DeploymentPlan | None = None
         self._changes: list[Change] = []
         self._switches = 0
         self._end_s = traffic.duration_s + LATEST_S
@@ -127,13 +143,15 @@ class _Course:
         self._door.warm = True
         await self._loop.step()
         self._door.warm = False
+        if self._steersman is not None:
+            self._steersman.begin(self._traffic)
         next_decision = scene.interval_s if conduct.decides else np.inf
         checks = [self._traffic.duration_s * (k + 1) / _CHECKS for k in range(_CHECKS)]
         failed = False
         while self._fleet.ended < len(self._traffic) and self._clock.now() < self._end_s:
             now_s = self._clock.now()
             moment = min(next_decision, self._end_s)
-            if not self._steady():
+            if self._steersman is not None or not self._steady():
                 moment = min(moment, now_s + _ROUND_S)
             if self._judge_only and checks:
                 moment = min(moment, checks[0])
@@ -142,6 +160,8 @@ class _Course:
                 break
             await self._clock.advance(max(0.0, moment - now_s))
             await self._round()
+            if self._steersman is not None and moment <= self._traffic.duration_s:
+                await self._steer(self._steersman)
             if self._judge_only and checks and moment >= checks[0]:
                 checks = [at for at in checks if at > moment]
                 failed = surely_failed(self._fleet.results(), scene.slo)
@@ -165,18 +185,48 @@ class _Course:
         return self._door.settled and held == wanted
 
     async def _round(self) -> None:
-        """Observe and act; during a switch towards the next step of it."""
-        if not self._steady():
-            observation = await self._door.observe()
-            self._loop.plan = step_plan(
-                self._target, observation, self._policy.conduct.moving_devices
+        """Observe and act; while nothing changes there is nothing to do."""
+        moving = not self._steady()
+        if moving or self._moving:
+            await self._loop.step()
+        else:
+            self._door.catch_up(self._clock.now())
+        self._moving = moving
+
+    def _saw(self, observation: Observation, actions: tuple[Action, ...]) -> None:
+        del actions
+        self._observation = observation
+
+    async def _steer(self, steersman: Steering) -> None:
+        """Tell what came and ended since, and do as is wished."""
+        self._observation = await self._door.observe()
+        now_s = self._clock.now()
+        came = int(np.searchsorted(self._traffic.arrival_s, now_s))
+        open_ = np.concatenate([self._open, np.arange(self._arrived, came)])
+        over, status = self._fleet.ended_among(open_)
+        steer = steersman.second(
+            Moment(
+                now_s=now_s,
+                observation=self._observation,
+                came=(self._arrived, came),
+                ended=tuple(zip(over.tolist(), status.tolist(), strict=True)),
+                plan=self._target,
+                switching=not self._steady(),
             )
-        await self._loop.step()
+        )
+        self._arrived, self._open = came, np.setdiff1d(open_, over, assume_unique=True)
+        if steer.plan is not None:
+            await self._go(steer.plan)
+        if steer.routed is not None and steer.routed is not self._routed:
+            self._routed = steer.routed
+            self._simulator.route(self._fleet, steer.routed, self._serving.levers)
 
     async def _decide(self) -> None:
         target = self._policy.decide(self._seen())
-        if target is None:
-            return
+        if target is not None:
+            await self._go(target)
+
+    async def _go(self, target: DeploymentPlan) -> None:
         moved = set(target.replicas) != set(self._target.replicas)
         self._switches += moved
         self._target = target
@@ -187,7 +237,9 @@ class _Course:
     def _aim(self, plan: DeploymentPlan) -> None:
         self._simulator.route(self._fleet, plan, self._serving.levers)
         self._loop.plan = plan
-        self._changes.append(Change(at_s=self._clock.now(), deployment=deployment_of(plan)))
+        self._changes.append(
+            Change(at_s=self._clock.now(), deployment=deployment_of(plan), plan=plan)
+        )
 
     def _seen(self) -> Seen:
         now_s, interval_s = self._clock.now(), self._scene.interval_s
@@ -235,6 +287,23 @@ class _Course:
             energy_j=energy_j,
             failed_early=failed,
         )
+
+
+def _at_once(
+    target: DeploymentPlan,
+    observation: Observation,
+    lost: frozenset[str],
+    held: frozenset[str],
+) -> DeploymentPlan:
+    del observation, lost, held
+    return target
+
+
+_DOORS: Mapping[Start, type[FleetCluster]] = {
+    Start.COLD: FleetCluster,
+    Start.TRANSFER: TransferCluster,
+    Start.FREE: FreeCluster,
+}
 
 
 def _resources(

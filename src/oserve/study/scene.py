@@ -53,6 +53,7 @@ class Scene:
     interval_s: float = 60.0
     learn_s: float | None = None
     seed: int = 0
+    network: str = DEFAULT_NETWORK
 
     @property
     def learned(self) -> Traffic:
@@ -160,6 +161,7 @@ def make_scene(
         interval_s=choice.interval_s,
         learn_s=choice.learn_s,
         seed=choice.seed,
+        network=choice.network,
     )
 
 

@@ -15,7 +15,7 @@ from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
 from oserve.plan.search import Planned, plan_deployment
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Conduct, Seen
+from oserve.study.policy import Conduct, Seen, Start
 
 _SOLVE_S = 5.0
 # Fewer recent requests say nothing.
@@ -136,7 +136,7 @@ def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
     if found is None:
         return None
     problem, planned = found
-    return deployment_plan(tuner.planned.question, place_deployment(problem, planned.best))
+    return deployment_plan(tuner.question, place_deployment(problem, planned.best))
 
 
 def planned_for(tuner: OServeTuner, seen: Seen) -> tuple[PlanProblem, Planned] | None:
@@ -186,7 +186,7 @@ class Reload:
     tuner: OServeTuner
     serving: Serving
     min_gain: float = 0.1
-    conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
+    conduct: Conduct = field(default_factory=lambda: Conduct(decides=True, staged=False))
 
     def initial(self, scale: float) -> Serving:
         del scale
@@ -222,7 +222,7 @@ class Oracle:
     serving: Serving
     library: Sequence[Serving]
     conduct: Conduct = field(
-        default_factory=lambda: Conduct(decides=True, free=True, knows_outputs=True)
+        default_factory=lambda: Conduct(decides=True, start=Start.FREE, knows_outputs=True)
     )
     _traffic: Traffic | None = None
 

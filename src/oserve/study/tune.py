@@ -14,7 +14,7 @@ from oserve.app.planning import Answer, Question, answer
 from oserve.app.simulated import Levers, Routing, Serving, Simulator, largest_scale
 from oserve.app.verify import serving_of
 from oserve.control.order import OrderPolicy
-from oserve.core import DeploymentPlan, OServeError, ReplicaShape
+from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
@@ -123,9 +123,14 @@ class Tuner:
             count = Packing(scene.devices, [own]).largest(0)
             if count and self.simulator.kv_tokens(own) > 0:
                 wanted.append((own, count))
+        return self.deployed(wanted, levers)
+
+    def deployed(self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers) -> Serving:
+        """So many replicas of each shape, without routing shares."""
+        scene = self.scene
         placed = place_replicas(wanted, scene.devices)
         plan = DeploymentPlan(
-            id=f"{sum(count for _, count in wanted)} x {shape.name}",
+            id=_in_words(wanted),
             replicas=placed.replicas,
             workload_types=scene.demand.classes,
             routing_shares={},
@@ -232,22 +237,25 @@ class Tuner:
             yield replace(found.serving, levers=levers)
 
     # -- the programme's plans ------------------------------------------------------------------
+    @property
+    def question(self) -> Question:
+        """What is to be planned: the learned demand, within the SLO."""
+        scene = self.scene
+        return Question(
+            model=scene.model,
+            devices=scene.devices,
+            demand=scene.demand,
+            source=scene.source,
+            shapes=scene.shapes,
+            limits=scene.limits,
+            seed=scene.seed,
+            candidates=10,
+        )
+
     @cached_property
     def planned(self) -> Answer:
-        """The linear programme's plans for the learned demand, within the SLO."""
-        scene = self.scene
-        return answer(
-            Question(
-                model=scene.model,
-                devices=scene.devices,
-                demand=scene.demand,
-                source=scene.source,
-                shapes=scene.shapes,
-                limits=scene.limits,
-                seed=scene.seed,
-                candidates=10,
-            )
-        )
+        """The linear programme's plans for it."""
+        return answer(self.question)
 
     def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[Serving]:
         """The programme's best plan and its ten best candidates, those of several shapes."""
@@ -261,6 +269,15 @@ class Tuner:
                 serving = replace(serving, plan=replace(serving.plan, routing_shares={}))
             servings.append(serving)
         return servings
+
+
+def _in_words(wanted: Sequence[tuple[ReplicaShape, int]]) -> str:
+    counts: dict[str, int] = {}
+    for shape, count in wanted:
+        role = "" if shape.role is Role.BOTH else f" {shape.role.value}"
+        name = f"{shape.name}{role}"
+        counts[name] = counts.get(name, 0) + count
+    return " + ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 JSQ = Levers(routing=Routing.LEAST_REQUESTS)

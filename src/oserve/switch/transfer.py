@@ -6,7 +6,7 @@ has may be filled from a plain one, if that is allowed: the plain weights travel
 device quantises what it got. It does not know what else the links carry.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -16,7 +16,8 @@ from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
 from oserve.switch.demand import Demands, demands_of
 from oserve.switch.layout import Architecture, Placed, local_parameter
 from oserve.switch.links import Links, Traffic, busy_s, latency_s, local_s
-from oserve.switch.tensor import CutKind, Parameter, Range, Where
+from oserve.switch.precision import Format, format_of
+from oserve.switch.tensor import CutKind, Parameter, Range
 
 
 class Method(StrEnum):
@@ -30,6 +31,7 @@ class Method(StrEnum):
 class Conversion:
     """A device quantises a parameter (its local part, in each of ``layers``) that came plain.
 
+    ``cast``: it only takes it to a shorter type of float.
     ``replica`` is the one whose format it takes. Scales need the largest absolute values over the
     parts of all devices in ``peers`` (which include the target; empty: its own suffice).
     """
@@ -39,6 +41,7 @@ class Conversion:
     parameter: str
     layers: Range
     peers: tuple[str, ...] = ()
+    cast: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,8 @@ class TransferPlan:
     """Copies over links, copies inside devices (``kept``), what to quantise, and the time.
 
     ``busy_s`` is the busiest link's time, ``latency_s`` what messages add to it at most;
-    ``bound_s`` is what no choice of sources can undercut, latency aside.
+    ``bound_s`` is what no choice of sources can undercut, latency aside. ``received``: the targets
+    in the formats in which their weights arrive.
     """
 
     copies: tuple[Copy, ...]
@@ -56,6 +60,7 @@ class TransferPlan:
     busy_s: float
     latency_s: float
     bound_s: float
+    received: tuple[Placed, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -88,7 +93,8 @@ def plan_transfer(
         for conversion in _conversions(architecture, target, got)
     )
     demands = demands_of(architecture, sources, wanted)
-    return plan_demands(demands, links, method=method, conversions=conversions)
+    plan = plan_demands(demands, links, method=method, conversions=conversions)
+    return replace(plan, received=tuple(wanted))
 
 
 def plan_demands(
@@ -126,11 +132,12 @@ def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) ->
         return ""
     if not formats:
         return "no replica is running to copy from"
-    if not held.quantised:
-        return (
-            f"no running replica holds {held.precision} weights, and others cannot be turned back"
-        )
-    if held.unquantised not in formats:
+    if _origin(held, formats) is None:
+        if not held.quantised:
+            return (
+                f"no running replica holds {held.precision} weights, and others cannot be turned "
+                "back"
+            )
         return (
             f"no running replica holds {held.precision} weights, nor {held.plain} ones to make "
             "them from"
@@ -138,6 +145,12 @@ def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) ->
     if not quantise:
         return f"{held.precision} weights would have to be made on the way, which is not allowed"
     return ""
+
+
+def _origin(held: Format, formats: Collection[Format]) -> Format | None:
+    """The plain format among these that it can be made from: its own, else fp32, cast."""
+    choices = (held.unquantised, format_of(Precision.FP32))
+    return next((one for one in choices if one in formats and one != held), None)
 
 
 def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> Placed:
@@ -150,9 +163,12 @@ def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> P
             remedy="keep a source of its precision, allow quantising on the way, or reload",
         )
     held = target.layout.held
-    if any(source.layout.held == held for source in sources):
+    formats = {source.layout.held for source in sources}
+    if held in formats:
         return target
-    return replace(target, layout=replace(target.layout, held=held.unquantised))
+    origin = _origin(held, formats)
+    assert origin is not None
+    return replace(target, layout=replace(target.layout, held=origin))
 
 
 def _conversions(architecture: Architecture, target: Placed, got: Placed) -> list[Conversion]:
@@ -161,15 +177,22 @@ def _conversions(architecture: Architecture, target: Placed, got: Placed) -> lis
     own = {
         part.key for parameter in architecture.parameters(layout.held) for part in parameter.parts
     }
+    plain = {
+        parameter.name
+        for parameter in architecture.parameters(layout.held)
+        if not parameter.parts[0].scheme
+    }
     _check_cuts(architecture, target)
     found: list[Conversion] = []
     for parameter in architecture.parameters(got.layout.held):
         if all(part.key in own for part in parameter.parts):
             continue
-        stages = architecture.stages(Where.LAYER, layout.pipeline_parallel_size)
+        stages = architecture.stages(parameter.where, layout.pipeline_parallel_size)
+        cast = parameter.name in plain
+        spans = not cast and _scale_spans_ranks(parameter, layout.held.precision, got)
         for stage, layers in stages:
             devices = target.devices[stage * width :][:width]
-            shared = width > 1 and _scale_spans_ranks(parameter, layout.held.precision, got)
+            shared = width > 1 and spans
             found.extend(
                 Conversion(
                     replica=target.replica,
@@ -177,6 +200,7 @@ def _conversions(architecture: Architecture, target: Placed, got: Placed) -> lis
                     parameter=parameter.name,
                     layers=layers,
                     peers=devices if shared else (),
+                    cast=cast,
                 )
                 for device in devices
             )

@@ -22,7 +22,8 @@ from oserve.switch.transfer import fill_reason
 class Standing:
     """A replica as the order sees it: bytes are per device, capacity is by type of request.
 
-    ``engine_bytes``: what an engine takes beside weights and KV cache.
+    ``engine_bytes``: what an engine takes beside weights and KV cache. ``settings``: what else
+    of an engine cannot change while it runs, as any text.
     """
 
     placed: Placed
@@ -30,6 +31,7 @@ class Standing:
     kv_bytes: float
     engine_bytes: float
     capacity_rps: tuple[float, ...]
+    settings: str = ""
 
     @property
     def id(self) -> str:
@@ -91,8 +93,8 @@ class Order:
 def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: OrderPolicy) -> Order:
     """Waves that lead from the old replicas to the new ones.
 
-    A replica of both that has the same layout and devices stays as it is, whatever its id. If the
-    floor cannot be kept, the order that keeps most of it is returned with the reason. Raises
+    A replica of both with the same layout, settings and devices stays as it is, whatever its id. If
+    the floor cannot be kept, the order that keeps most of it is returned with the reason. Raises
     OServeError if no order is possible at all: a replica fits no device, or nothing would be left
     to copy from.
     """
@@ -102,6 +104,7 @@ def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: Order
         for one in new
         if one.placed.devices in stays
         and stays[one.placed.devices].placed.layout == one.placed.layout
+        and stays[one.placed.devices].settings == one.settings
     }
     kept = tuple(one for one in old if one.id in pairs.values())
     goes = tuple(one for one in old if one.id not in pairs.values())

@@ -6,6 +6,7 @@ and goodput formula, once. It does not know servers: who replays a trace is abov
 
 from oserve.traces.metrics import Outcome, OutcomeStatus, Percentiles, Slo, Summary, summarise
 from oserve.traces.mixes import CHANGE_PERIODS_S, MIX_CVS, MIX_TYPES, synthesise_mix
+from oserve.traces.patterns import CHANGING_TYPES, PATTERNS, synthesise_pattern
 from oserve.traces.read import BadRows, Skipped, read_trace
 from oserve.traces.request import TraceRequest
 from oserve.traces.scale import fit_lengths
@@ -13,8 +14,10 @@ from oserve.traces.synthesise import LengthModel, synthesise
 
 __all__ = [
     "CHANGE_PERIODS_S",
+    "CHANGING_TYPES",
     "MIX_CVS",
     "MIX_TYPES",
+    "PATTERNS",
     "BadRows",
     "LengthModel",
     "Outcome",
@@ -29,4 +32,5 @@ __all__ = [
     "summarise",
     "synthesise",
     "synthesise_mix",
+    "synthesise_pattern",
 ]

@@ -29,7 +29,8 @@ class Sink(Protocol):
     through which the response can be paused or the request dropped.
     """
 
-    cancelled: bool
+    @property
+    def cancelled(self) -> bool: ...
 
     def attached(self, connection: "UpstreamConnection") -> None: ...
 

@@ -1,0 +1,120 @@
+"""A controller with all that it steers by: planner, start times, and the routing shares in between.
+
+What the live server and the simulated one have in common; both feed it once a second and carry out
+what it decides. Pure: time comes in with each call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from oserve.control.appraisal import Question, Weighed, appraise
+from oserve.control.controller import Controller
+from oserve.control.decision import Mode, Trigger
+from oserve.control.planner import TablePlanner
+from oserve.control.policy import ControlPolicy
+from oserve.control.starts import StartTimes
+from oserve.control.tally import Batch
+from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
+from oserve.forecast.detect import ChangeDetector
+from oserve.forecast.experts import Combination
+from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.simple import periods_of
+from oserve.workload import classify
+
+
+def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
+    """A controller that has seen nothing yet."""
+    interval_s = float(policy.interval_s)
+    return Controller(
+        plan,
+        policy=policy,
+        forecaster=Forecaster(
+            Combination(len(names), periods_of(interval_s)), names, interval_s=interval_s
+        ),
+        detector=ChangeDetector(names),
+    )
+
+
+class Helm:
+    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first."""
+
+    def __init__(
+        self,
+        plan: DeploymentPlan,
+        *,
+        policy: ControlPolicy,
+        planner: TablePlanner,
+        starts: StartTimes,
+        shares_interval_s: float,
+    ) -> None:
+        self.planner = planner
+        self.starts = starts
+        names = [kind.name for kind in planner.facts.types]
+        self.controller = controller_for(self.typed(plan), names, policy)
+        self._shares_interval_s = shares_interval_s
+        self._shares_s = 0.0
+        self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
+
+    def observe(
+        self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
+    ) -> Trigger | None:
+        """Once a second: what was counted and is seen; tells whether a decision is due."""
+        states = observation.replicas
+        gauges = {
+            "running": float(sum(state.running for state in states)),
+            "waiting": float(sum(state.waiting for state in states)),
+            "kv_cache_usage": max((state.kv_cache_usage for state in states), default=0.0),
+            "queued": float(queued),
+        }
+        self.starts.observe(observation)
+        return self.controller.observe(now_s, batches, gauges)
+
+    def routed(
+        self, plan: DeploymentPlan, observation: Observation, now_s: float
+    ) -> DeploymentPlan:
+        """The plan with the routing shares for what serves now and what comes now."""
+        ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
+        rates = self.controller.now_rps()
+        if self.controller.policy.mode is not Mode.AUTO or not ready:
+            return plan
+        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:
+            return plan
+        fresh = now_s - self._shares_s < self._shares_interval_s
+        if self._shared is not None and self._shared[0] == ready and fresh:
+            return replace(self._shared[1], id=plan.id)
+        serving = sorted(ready, key=lambda spec: spec.id)
+        shares = self.planner.shares(serving, rates)
+        routed = self.planner.with_shares(replace(plan, replicas=tuple(serving)), shares)
+        self._shares_s = now_s
+        self._shared = (ready, routed)
+        return routed
+
+    def weighed(self, question: Question) -> Weighed | None:
+        """The best candidate with its numbers: the slow part of a decision."""
+        found = appraise(question, self.planner)
+        return None if found is None else replace(found, plan=self.typed(found.plan))
+
+    def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
+        """The plan with the types that are counted here; each has the shares of its class."""
+        facts = self.planner.facts
+        names = [kind.name for kind in facts.types]
+        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]
+        same = [kind.name for kind in plan.types] == names
+        if same and np.allclose(centres, facts.centres, rtol=1e-3):
+            return plan
+        return replace(
+            plan,
+            types=tuple(
+                PlannedType(
+                    name=name,
+                    prompt_tokens=prompt,
+                    output_tokens=output,
+                    shares=plan.routing_shares.get(
+                        classify(round(prompt), plan.workload_types).name, {}
+                    ),
+                )
+                for name, (prompt, output) in zip(names, facts.centres, strict=True)
+            ),
+        )

@@ -1,0 +1,182 @@
+"""Bytes between workers of one machine: a Unix socket for each pair and direction.
+
+The sockets are in the engines' private folders, so that nobody else can listen or speak. Closing
+one from another thread ends whatever waits on it at once.
+"""
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+_CHUNK_BYTES = 1 << 20
+_BUFFER_BYTES = 4 << 20
+_POLL_S = 0.02
+# Who calls (rank), for which transfer (bytes of its name that follow).
+_HELLO = struct.Struct("!II")
+# The number of an operation and its bytes.
+_HEAD = struct.Struct("!QQ")
+
+
+class TransferError(Exception):
+    """A transfer that cannot go on; the text says why."""
+
+
+class Throttle:
+    """Holds senders of one worker to ``bytes_per_s`` in all (0: no limit), until ``stopped``."""
+
+    def __init__(self, bytes_per_s: float, stopped: threading.Event) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._stopped = stopped
+        self._lock = threading.Lock()
+        self._free_s = time.monotonic()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What to send at a time."""
+        if not self._bytes_per_s:
+            return _CHUNK_BYTES
+        return max(1, min(_CHUNK_BYTES, int(self._bytes_per_s / 10)))
+
+    def wait(self, size: int) -> None:
+        """Until that many bytes may go."""
+        if not self._bytes_per_s:
+            return
+        with self._lock:
+            now_s = time.monotonic()
+            start_s = max(self._free_s, now_s)
+            self._free_s = start_s + size / self._bytes_per_s
+        if start_s > now_s:
+            self._stopped.wait(start_s - now_s)
+
+
+class Listener:
+    """Where one rank is called by those that send to it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(path)
+        self._socket.listen(128)
+
+    def accept(self, name: str, callers: Sequence[int], deadline_s: float) -> dict[int, "Stream"]:
+        """A stream from each caller. Raises TransferError if one does not call in time."""
+        found: dict[int, Stream] = {}
+        try:
+            while len(found) < len(callers):
+                missing = sorted(set(callers) - set(found))
+                self._socket.settimeout(_left_s(deadline_s, f"rank {missing[0]} did not call"))
+                try:
+                    caller, _ = self._socket.accept()
+                except TimeoutError:
+                    continue
+                except OSError as error:
+                    raise TransferError(f"waiting for rank {missing[0]}: {error}") from None
+                stream = Stream(caller, deadline_s)
+                rank, length = _HELLO.unpack(stream.take(_HELLO.size))
+                if length > 256 or stream.take(length).decode() != name or rank not in missing:
+                    stream.close()
+                    continue
+                found[rank] = stream
+        except TransferError:
+            for stream in found.values():
+                stream.close()
+            raise
+        return found
+
+    def close(self) -> None:
+        """Nobody can call any more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+class Stream:
+    """One direction between two ranks. Errors and deadlines are ``TransferError``."""
+
+    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
+        self._socket = connection
+        self._deadline_s = deadline_s
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+    @classmethod
+    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "Stream":
+        """To the rank that listens at ``path``, which may be about to."""
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection.settimeout(_left_s(deadline_s, f"nobody listens at {path}"))
+                connection.connect(path)
+            except OSError:
+                connection.close()
+                time.sleep(_POLL_S)
+                continue
+            stream = cls(connection, deadline_s)
+            stream.give(memoryview(_HELLO.pack(rank, len(name.encode())) + name.encode()))
+            return stream
+
+    def send(self, number: int, data: memoryview, throttle: Throttle) -> None:
+        """One operation's bytes."""
+        self.give(memoryview(_HEAD.pack(number, len(data))))
+        step = throttle.chunk_bytes
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            throttle.wait(len(part))
+            self.give(part)
+
+    def receive(self, number: int, data: memoryview) -> None:
+        """One operation's bytes, into ``data``, all of it."""
+        told, size = _HEAD.unpack(self.take(_HEAD.size))
+        if (told, size) != (number, len(data)):
+            raise TransferError(
+                f"operation {told} of {size} bytes came, not {number} of {len(data)}"
+            )
+        self._fill(data)
+
+    def give(self, data: memoryview) -> None:
+        """All of it."""
+        try:
+            while data:
+                self._socket.settimeout(_left_s(self._deadline_s, "not all could be sent"))
+                data = data[self._socket.send(data) :]
+        except OSError as error:
+            raise TransferError(f"sending: {error}") from None
+
+    def take(self, size: int) -> bytes:
+        """That many bytes."""
+        data = bytearray(size)
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def _fill(self, data: memoryview) -> None:
+        try:
+            while data:
+                self._socket.settimeout(_left_s(self._deadline_s, "not all came"))
+                size = self._socket.recv_into(data)
+                if size == 0:
+                    raise TransferError("the sender hung up")
+                data = data[size:]
+        except OSError as error:
+            raise TransferError(f"receiving: {error}") from None
+
+    def close(self) -> None:
+        """Hang up; whoever waits on either side is told."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def _left_s(deadline_s: float, what: str) -> float:
+    """Seconds to the deadline (monotonic clock). Raises TransferError past it."""
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TransferError(f"{what} within the deadline")
+    return left_s

@@ -1,0 +1,151 @@
+"""Replicas that are to give up their running requests: which go on elsewhere, and when.
+
+Short ones drain. The others move (see ``switch.kv``) as soon as another replica has a place for
+them, and in any case when the time is up; then they wait for a place, by their rank.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from oserve.control.table import RoutingTable, TableReplica
+from oserve.core import ReplicaPhase
+from oserve.gateway.moving import CacheMover
+from oserve.gateway.standing import context_tokens, movable, remaining_tokens, tpot_s
+from oserve.switch.kv import DrainPolicy, RunningRequest, TargetRoom, Way, decide_requests
+
+if TYPE_CHECKING:
+    from oserve.gateway.dispatch import Dispatcher
+    from oserve.gateway.relay import Relay
+
+_LOOK_S = 0.5
+# Streams read and sent on between two turns of the event loop.
+_AT_ONCE = 4
+
+Key = tuple[str, float]
+
+
+class HandOvers:
+    """The orders of one gateway process; a replica is named with the time of its start."""
+
+    def __init__(self, dispatcher: "Dispatcher", drain_limit_s: float | None) -> None:
+        self._dispatcher = dispatcher
+        self._drain_limit_s = drain_limit_s
+        self._draining: dict[Key, asyncio.TimerHandle | None] = {}
+        self._deadlines: dict[Key, float] = {}
+        self.cache_mover: CacheMover | None = None
+
+    def follow(self, table: RoutingTable) -> None:
+        """Replicas that drain hand over when their time is up; the gone are forgotten."""
+        present = {(replica.id, replica.started_s): replica for replica in table.replicas}
+        for key in self._draining.keys() - present.keys():
+            timer = self._draining.pop(key)
+            if timer is not None:
+                timer.cancel()
+        self._deadlines = {key: at for key, at in self._deadlines.items() if key in present}
+        if self._drain_limit_s is None:
+            return
+        for key, replica in present.items():
+            if replica.phase is ReplicaPhase.DRAINING and key not in self._draining:
+                loop = asyncio.get_running_loop()
+                self._draining[key] = loop.call_later(self._drain_limit_s, self.begin, key, 0.0)
+
+    def leaving(self, replica: TableReplica) -> bool:
+        """Whether it gives its requests up and gets no more."""
+        return (replica.id, replica.started_s) in self._deadlines
+
+    def begin(self, key: Key, within_s: float) -> None:
+        """Have a replica give up its requests within so many seconds; asking again is harmless."""
+        deadline_s = time.monotonic() + max(0.0, within_s)
+        if deadline_s < self._deadlines.get(key, float("inf")):
+            self._deadlines[key] = deadline_s
+            self._look(key, deadline_s)
+
+    def _look(self, key: Key, deadline_s: float) -> None:
+        if self._deadlines.get(key) != deadline_s:
+            return
+        relays = self._running(key)
+        left_s = deadline_s - time.monotonic()
+        due = left_s <= 0.0
+        moving = [
+            (relay, way)
+            for relay, way in self._verdicts(relays, max(0.0, left_s))
+            if way is not Way.DRAIN
+        ]
+        self._move(key, moving, force=due)
+        if self._at(key):
+            wait_s = _LOOK_S if due else min(_LOOK_S, left_s)
+            asyncio.get_running_loop().call_later(wait_s, self._look, key, deadline_s)
+
+    def _at(self, key: Key) -> bool:
+        """Whether any request is still at that replica, or on its way there."""
+        return any(
+            relay.replica is not None and (relay.replica.id, relay.replica.started_s) == key
+            for relay in self._dispatcher.active
+        )
+
+    def _running(self, key: Key) -> list["Relay"]:
+        return [
+            relay
+            for relay in self._dispatcher.active
+            if relay.placed
+            and relay.replica is not None
+            and relay.request is not None
+            and (relay.replica.id, relay.replica.started_s) == key
+        ]
+
+    def _verdicts(self, relays: list["Relay"], left_s: float) -> list[tuple["Relay", Way]]:
+        """What becomes of each; where engines cannot move caches these are computed again."""
+        if not relays:
+            return []
+        mover = self.cache_mover
+        target = self._target()
+        room = None if mover is None else mover.room(target)
+        if room is None:
+            prefill_s = min((r.prefill_s_per_token for r in self._others()), default=0.0)
+            room = TargetRoom(
+                kv_tokens=0, free_tokens=0, bandwidth=1.0, prefill_s_per_token=prefill_s
+            )
+        requests = [
+            RunningRequest(
+                id=str(index),
+                context_tokens=context_tokens(relay),
+                remaining_tokens=remaining_tokens(relay),
+                carries=movable(relay),
+                target=target,
+            )
+            for index, relay in enumerate(relays)
+        ]
+        verdicts = decide_requests(
+            requests,
+            {target: room} if target else {},
+            DrainPolicy(limit_s=left_s, decode_s_per_token=median(map(tpot_s, relays))),
+            kv_bytes_per_token=0.0 if mover is None else mover.kv_bytes_per_token,
+        )
+        ways = [verdict.way for verdict in verdicts]
+        return list(zip(relays, ways, strict=True))
+
+    def _others(self) -> list[TableReplica]:
+        return list(self._dispatcher.serving.values())
+
+    def _target(self) -> str:
+        return min((replica.id for replica in self._others()), default="")
+
+    def _move(self, key: Key, moving: Sequence[tuple["Relay", Way]], *, force: bool) -> None:
+        """A few at a time, so that other streams are not held up while these are read."""
+        for relay, way in moving[:_AT_ONCE]:
+            if relay.ended or relay.replica is None or not relay.placed:
+                continue
+            if (relay.replica.id, relay.replica.started_s) != key:
+                continue
+            if force or self._dispatcher.has_place(relay):
+                fields: dict[str, object] = {}
+                if way is Way.MOVE and self.cache_mover is not None:
+                    name = relay.request_id.decode("latin-1")
+                    fields = self.cache_mover.begin(name, key[0])
+                relay.hand_over(fields)
+        if len(moving) > _AT_ONCE:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(lambda: self._move(key, moving[_AT_ONCE:], force=force))

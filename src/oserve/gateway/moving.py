@@ -1,0 +1,283 @@
+"""A stream that can go on at another replica: what is kept of it, and the sink of what goes on.
+
+The first replica's bytes pass through (``take``). When it breaks off, or is to give its requests
+up, ``resume`` reads what was kept and sends a continuation; its events are turned into the client's
+one by one, and kept as they are understood, so that a stream can move again.
+"""
+
+from dataclasses import replace
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from oserve.gateway.body import GenerateBody
+from oserve.gateway.carry import BrokenError, Carried, DivergedError, UnmovableError, events_of
+from oserve.gateway.errors import upstream_failed
+from oserve.gateway.fields import kept_from_moving
+from oserve.gateway.kept import USAGE, Budget, Kept, without_usage_event
+from oserve.gateway.standing import remaining_tokens
+from oserve.switch.kv import TargetRoom, Way
+from oserve.wire import Framing, ResponseHead, chunk, dechunk
+from oserve.wire.framing import LAST_CHUNK
+from oserve.wire.upstream import UpstreamConnection
+
+if TYPE_CHECKING:
+    from oserve.gateway.relay import Relay
+
+# What the body of a continuation holds, for whoever adds fields to it.
+CONTINUED = GenerateBody(stream=True, stream_options={"include_usage": True}, return_token_ids=True)
+_MAX_ERROR_BYTES = 64 * 1024
+
+
+class CacheMover(Protocol):
+    """Moves the KV caches of running requests between engines, where engines can.
+
+    ``room`` is what a replica could take in, ``kv_bytes_per_token`` what a cache weighs. ``begin``
+    has the source give up a request and its cache, and returns the fields by which a continuation
+    finds it; nothing where it cannot: then the cache is computed again.
+    """
+
+    kv_bytes_per_token: float
+
+    def room(self, replica: str) -> TargetRoom | None: ...
+
+    def begin(self, request_id: str, source: str) -> dict[str, object]: ...
+
+
+class Moving:
+    """What lets one relay's stream move; the sink of its continuations."""
+
+    def __init__(self, relay: "Relay", budget: Budget, *, shows_ids: bool, max_moves: int) -> None:
+        self._relay = relay
+        self._kept = Kept(budget, shows_ids=shows_ids)
+        self._max_moves = max_moves
+        self._plain = relay.exchange.http_1_0
+        self._write = relay.exchange.write
+        # The first bytes tell the prompt, which is not for the client.
+        self._first = True
+        self._chunks = 0
+        self._partial = b""
+        self._carried: Carried | None = None
+        self._fields: dict[str, object] = {}
+        self._head: ResponseHead | None = None
+        self._connection: UpstreamConnection | None = None
+        self._rest = b""
+        self._reason: str | None = None
+        self.moves = 0
+
+    def hold(self, data: bytes) -> bool:
+        """Whether these first bytes are no whole chunk; if so they wait for the rest."""
+        framing = self._relay.framing
+        if framing is None or not framing.chunked or framing.boundary or framing.complete:
+            return False
+        self._partial += data
+        return True
+
+    # -- the first replica ----------------------------------------------------------------------
+    def take(self, data: bytes, framing: Framing) -> None:
+        """Pass on bytes of the first replica, which are understood no further than they must be."""
+        chunks = framing.chunks
+        if (
+            chunks == self._chunks + 1
+            and framing.boundary == len(data)
+            and not self._partial
+            and not self._first
+            and (passed := self._kept.pass_chunk(data))
+        ):
+            self._chunks = chunks
+            self._write(dechunk(passed) if self._plain else passed)
+            return
+        if not (framing.at_boundary or framing.complete):
+            # The client gets whole chunks only, so that another replica can go on at any moment.
+            cut = framing.boundary
+            if cut == 0:
+                self._partial += data
+                return
+            data, self._partial = self._partial + data[:cut], data[cut:]
+            chunks -= 1
+        else:
+            data, self._partial = self._partial + data, b""
+        whole, self._chunks = chunks - self._chunks, chunks
+        passed = b"" if self._first else self._kept.pass_many(data, whole)
+        self._first = False
+        if passed:
+            self._write(dechunk(passed) if self._plain else passed)
+        else:
+            self._take_special(data)
+
+    def _take_special(self, data: bytes) -> None:
+        relay = self._relay
+        payload, trouble = self._kept.pass_special(data)
+        if USAGE in payload:
+            relay.usage = payload
+        self.write(without_usage_event(payload) if relay.hide_usage else payload)
+        if trouble:
+            if self.resume("aborted" if b'"abort"' in trouble else "failed"):
+                return
+            self.write(trouble)
+        if data.endswith(LAST_CHUNK) and not self._plain:
+            relay.exchange.write(LAST_CHUNK)
+
+    def write(self, payload: bytes) -> None:
+        """Send events to the client."""
+        if payload.strip():
+            self._relay.exchange.write(payload if self._plain else chunk(payload))
+
+    # -- going on -------------------------------------------------------------------------------
+    def resume(self, reason: str, fields: dict[str, object] | None = None) -> bool:
+        """Have another replica go on; tells whether that, or the end of the answer, was arranged.
+
+        ``reason`` is one of lost, failed, aborted, diverged, handed_over. ``fields``: see
+        CacheMover.
+        """
+        relay = self._relay
+        if relay.ended or self.moves >= self._max_moves:
+            return False
+        try:
+            carried = self._carried or self._read()
+            if not carried.prompt:
+                raise UnmovableError("nothing is known of its prompt")
+        except (UnmovableError, BrokenError) as error:
+            relay.dispatcher.log_retry(relay, f"cannot go on elsewhere: {error}")
+            return False
+        again = reason == "diverged"
+        if not carried.finished and not relay.dispatcher.may_move(
+            relay, carried.context_tokens, again=again
+        ):
+            return False
+        self._carried = carried
+        self._kept.drop()
+        if carried.finished:
+            relay.release(tried=False)
+            self._finish(carried)
+            return True
+        carried.rewind()
+        relay.release(tried=not again)
+        self.moves += 1
+        self._fields = fields or {}
+        way = Way.MOVE if fields else Way.REPLAY
+        relay.dispatcher.metrics.count("oserve_requests_moved", reason, way.value)
+        relay.dispatcher.log_retry(relay, reason)
+        self._head, self._rest, self._partial = None, b"", b""
+        if relay.first_request is not None:
+            relay.request = replace(
+                relay.first_request,
+                prompt_tokens=carried.context_tokens,
+                output_tokens=round(remaining_tokens(relay)),
+            )
+        relay.dispatcher.dispatch(relay)
+        return True
+
+    def _read(self) -> Carried:
+        """The stream so far, from what was kept of it."""
+        exchange = self._relay.exchange
+        body = msgspec.json.decode(exchange.body)
+        carried = Carried(body, chat=exchange.path.startswith(b"/v1/chat/"))
+        self._kept.read_into(carried)
+        return carried
+
+    @property
+    def movable(self) -> bool:
+        """Whether nothing that is known without reading the answer keeps it from moving."""
+        if self.moves >= self._max_moves or self._kept.full:
+            return False
+        if self._reason is None:
+            exchange = self._relay.exchange
+            chat = exchange.path.startswith(b"/v1/chat/")
+            self._reason = kept_from_moving(msgspec.json.decode(exchange.body), chat=chat)
+        return not self._reason
+
+    def body(self) -> bytes:
+        """The body of the continuation."""
+        assert self._carried is not None
+        return self._carried.continuation(self._fields)
+
+    @property
+    def made_tokens(self) -> int:
+        """Output tokens so far; about so many while the first replica serves it."""
+        return len(self._carried.tokens) if self._carried is not None else self._chunks
+
+    def release(self) -> None:
+        """The request has ended."""
+        self._kept.drop()
+
+    # -- the replica that goes on (Sink) --------------------------------------------------------
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for this any more."""
+        return self._relay.cancelled
+
+    def attached(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        self._relay.attached(connection)
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._head = head
+
+    def on_data(self, data: bytes) -> None:
+        head, connection = self._head, self._connection
+        assert head is not None
+        if head.status != 200 or connection is None or connection.framing is None:
+            self._rest = (self._rest + data)[:_MAX_ERROR_BYTES]
+            return
+        self._relay.progressed(monotonic())
+        framing = connection.framing
+        self._partial += data
+        if framing.chunked:
+            whole = len(self._partial)
+            if not (framing.at_boundary or framing.complete):
+                if framing.boundary == 0:
+                    return
+                whole += framing.boundary - len(data)
+            data, self._partial = self._partial[:whole], self._partial[whole:]
+            data = dechunk(data)
+        else:
+            data, self._partial = self._partial, b""
+        self._rest += data
+        end = self._rest.rfind(b"\n\n") + 2
+        if end > 1:
+            payload, self._rest = self._rest[:end], self._rest[end:]
+            self._translate(payload)
+
+    def _translate(self, payload: bytes) -> None:
+        carried = self._carried
+        assert carried is not None
+        told = []
+        reason = ""
+        try:
+            for event in events_of(payload):
+                told.append(carried.go_on(event))
+        except BrokenError:
+            reason = "aborted"
+        except DivergedError:
+            reason = "diverged"
+        except UnmovableError:
+            reason = "failed"
+        self.write(b"".join(told))
+        if carried.finished:
+            self._relay.release(tried=False, done=True)
+            self._finish(carried)
+        elif reason and not self.resume(reason):
+            self._relay.fail(upstream_failed(f"The answer could not go on elsewhere: {reason}"))
+
+    def _finish(self, carried: Carried) -> None:
+        relay = self._relay
+        relay.usage = carried.usage()
+        self.write(carried.ending())
+        if not self._plain:
+            relay.exchange.write(LAST_CHUNK)
+        relay.exchange.finish()
+        relay.completed()
+
+    def on_end(self) -> None:
+        head = self._head
+        status = head.status if head is not None else 0
+        self.on_error(f"it answered with status {status}" if status != 200 else "it stopped short")
+
+    def on_error(self, reason: str) -> None:
+        relay = self._relay
+        if relay.ended or self.resume("lost"):
+            return
+        name = relay.replica.id if relay.replica is not None else "?"
+        relay.fail(upstream_failed(f"Replica {name} failed: {reason}"))

@@ -1,0 +1,128 @@
+"""The controller measured, switch by switch, against the static best and who knows the future."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from oserve.app.simulated import Routing, Serving, Traffic
+from oserve.control.decision import Decision
+from oserve.control.policy import ControlPolicy
+from oserve.study.counterfactual import SwitchWorth, switch_worths
+from oserve.study.ours import OServeTuner
+from oserve.study.policy import Fixed, Policy, Start
+from oserve.study.runner import run_policy
+from oserve.study.steered import Steered, steered
+from oserve.study.switching import Oracle, Reload
+from oserve.study.tune import Found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """One policy at one load; ``worths`` of its switches where they were asked for."""
+
+    policy: str
+    factor: float
+    p99_e2e_s: float
+    p99_ttft_s: float
+    goodput_rps: float
+    slo_attainment: float
+    switches: int
+    hours: float
+    worths: tuple[SwitchWorth, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def switches_per_hour(self) -> float:
+        """Over the whole course."""
+        return self.switches / self.hours
+
+
+def contenders(tuner: OServeTuner, control: ControlPolicy | None = None) -> dict[str, Policy]:
+    """What is compared, by name; all of OServe's begin with the same static serving.
+
+    It is the tuned one with the freshest first where that helps. Requests go to the least expected
+    work among all replicas, so that no shares of the past speak for one deployment.
+    """
+    serving = own(tuner).serving
+    transfer = steered(tuner, start=Start.TRANSFER, serving=serving, control=control)
+    cold_s = max(
+        tuner.scene.phases.load_s(tuner.scene.weights_bytes(shape)) for shape, _ in serving.shapes
+    )
+    cold = replace(transfer.conduct, start=Start.COLD)
+    linear = steered(tuner, start=Start.TRANSFER, serving=serving, control=control, simulated=False)
+    return {
+        "static-best": Fixed(serving=tuner.best.serving),
+        "static-best-tuned": Fixed(serving=tuner.best_tuned.serving),
+        "oserve-static": Fixed(serving=serving),
+        "reload": Reload(tuner=tuner, serving=tuner.best_chunk.serving),
+        "linear table": linear,
+        "controller, reload": replace(transfer, conduct=cold, starts_s=cold_s),
+        "controller, transfer": transfer,
+        "oracle": Oracle(tuner=tuner, serving=serving, library=library(tuner, transfer)),
+    }
+
+
+def own(tuner: OServeTuner) -> Found:
+    """OServe's static serving, as far as this experiment searches it."""
+    tuned = tuner.best_tuned
+    levers = replace(tuned.serving.levers, routing=Routing.LEAST_WORK)
+    found = tuner.race([replace(tuned.serving, levers=levers)], tuned)
+    return tuner.race(tuner.ordered(replace(found.serving, levers=levers)), found)
+
+
+def library(tuner: OServeTuner, policy: Steered) -> list[Serving]:
+    """Every homogeneous deployment that the controller may choose, and the static best."""
+    rows = policy.planner.facts.table
+    found = [tuner.homogeneous(row.shape, policy.serving.levers) for row in rows]
+    return [policy.serving, *found]
+
+
+def courses(
+    tuner: OServeTuner,
+    factors: Sequence[float],
+    *,
+    drawings: Sequence[Traffic] = (),
+    names: Sequence[str] = (),
+    control: ControlPolicy | None = None,
+) -> list[Course]:
+    """Every contender at multiples of what static-best-tuned carries.
+
+    ``drawings``: other drawings of the traffic, to judge switches by; ``names``: only these.
+    """
+    found = []
+    policies = contenders(tuner, control)
+    for factor in factors:
+        scale = factor * tuner.best_tuned.scale
+        for name, policy in policies.items():
+            if names and name not in names:
+                continue
+            found.append(_course(tuner, name, policy, factor, scale, drawings))
+    return found
+
+
+def _course(
+    tuner: OServeTuner,
+    name: str,
+    policy: Policy,
+    factor: float,
+    scale: float,
+    drawings: Sequence[Traffic],
+) -> Course:
+    run = run_policy(tuner.scene, policy, tuner.simulator, scale)
+    summary = run.results.summary(tuner.scene.slo)
+    worths: tuple[SwitchWorth, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    if isinstance(policy, Steered):
+        decisions = tuple(policy.decisions)
+        worths = switch_worths(tuner, policy, run, scale, drawings)
+    return Course(
+        policy=name,
+        factor=factor,
+        p99_e2e_s=summary.e2e_s.p99,
+        p99_ttft_s=summary.ttft_s.p99,
+        goodput_rps=summary.goodput_rps,
+        slo_attainment=summary.slo_attainment,
+        switches=run.switches,
+        hours=run.traffic.duration_s / 3600.0,
+        worths=worths,
+        decisions=decisions,
+    )

@@ -1,0 +1,217 @@
+"""The live controller in the simulator: counted, asked and followed as on a server.
+
+Each (virtual) second it is fed what ``gateway.foresight`` makes of the requests that came and
+ended; it never sees the length of an answer before that ends. What a decision takes to compute
+takes no virtual time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from oserve.app.capacities import Lengths, simulated_table
+from oserve.app.simulated import Routing, Serving, Traffic
+from oserve.app.steering import planner_for
+from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.helm import Helm
+from oserve.control.planner import TablePlanner
+from oserve.control.policy import ControlPolicy
+from oserve.control.starts import StartTimes
+from oserve.control.table import RoutingTable
+from oserve.control.tally import Batch
+from oserve.core import DeploymentPlan
+from oserve.gateway.foresight import Expected, Foresight
+from oserve.sim.words import Status
+from oserve.study.moving import TransferTimes
+from oserve.study.ours import OServeTuner
+from oserve.study.policy import Conduct, Moment, Start, Steer
+from oserve.workload.chances import TypeChances
+from oserve.workload.output import KnownAtArrival
+
+_SHARES_INTERVAL_S = 5.0
+_CHUNKS = (512, 1024, 2048)
+
+
+@dataclass(slots=True, kw_only=True)
+class Steered:
+    """What ``planner`` knows and ``starts_s`` begin each run; ``control`` as on a server.
+
+    ``script``: instead of following decisions, go to these plans at these seconds.
+    """
+
+    serving: Serving
+    planner: TablePlanner
+    starts_s: float
+    control: ControlPolicy
+    conduct: Conduct
+    script: Sequence[tuple[float, DeploymentPlan]] | None = None
+    decisions: list[Decision] = field(default_factory=list)
+    _helm: Helm | None = None
+    _counts: "Counts | None" = None
+    _traffic: Traffic | None = None
+
+    def initial(self, scale: float) -> Serving:
+        del scale
+        return self.serving
+
+    def decide(self, seen: object) -> DeploymentPlan | None:
+        del seen
+        return None
+
+    def begin(self, traffic: Traffic) -> None:
+        """A run begins; nothing is remembered of others."""
+        starts = StartTimes(self.starts_s)
+        self._helm = Helm(
+            self.serving.plan,
+            policy=self.control,
+            # A planner remembers the last basis of its programmes, which may tip a tie.
+            planner=TablePlanner(replace(self.planner.facts, start_s=starts.start_s)),
+            starts=starts,
+            shares_interval_s=_SHARES_INTERVAL_S,
+        )
+        self._counts = Counts(self._helm.controller.plan, traffic)
+        self._traffic = traffic
+        self.decisions = []
+
+    def second(self, moment: Moment) -> Steer:
+        """A second has passed: count it, decide where that is due."""
+        helm = self._helm
+        assert helm is not None
+        assert self._counts is not None
+        trigger = None
+        if self._counting:
+            batch = self._counts.batch(moment)
+            trigger = helm.observe(moment.now_s, [batch], moment.observation)
+        plan = self._scripted(moment.now_s)
+        if trigger is not None and self.script is None and self.control.mode is not Mode.OFF:
+            question = helm.controller.ask(moment.now_s)
+            decision = helm.controller.judge(
+                question,
+                helm.weighed(question),
+                now_s=moment.now_s,
+                trigger=trigger,
+                switching=moment.switching,
+            )
+            self.decisions.append(decision)
+            if decision.verdict is Verdict.SWITCH:
+                plan = helm.controller.plan
+        target = plan or moment.plan
+        if self.serving.levers.routing is not Routing.POOLS:
+            return Steer(plan=plan)
+        return Steer(plan=plan, routed=helm.routed(target, moment.observation, moment.now_s))
+
+    @property
+    def _counting(self) -> bool:
+        """A script needs the rates for routing shares only."""
+        return self.script is None or self.serving.levers.routing is Routing.POOLS
+
+    def _scripted(self, now_s: float) -> DeploymentPlan | None:
+        due = [plan for at_s, plan in self.script or () if at_s == now_s]
+        return due[-1] if due else None
+
+
+def steered(
+    tuner: OServeTuner,
+    *,
+    start: Start,
+    serving: Serving | None = None,
+    simulated: bool = True,
+    control: ControlPolicy | None = None,
+) -> Steered:
+    """The controller, beginning with a serving (by default the best static one of OServe).
+
+    ``simulated``: capacities in its table are simulated ones, else those of the linear model.
+    """
+    scene = tuner.scene
+    first = serving or tuner.everything.serving
+    policy = control or ControlPolicy()
+    policy = replace(
+        policy, interval_s=round(scene.interval_s), now_s=min(30, round(scene.interval_s))
+    )
+    cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in first.shapes)
+    moved = start is Start.TRANSFER
+    return Steered(
+        serving=first,
+        planner=table_planner(tuner, first, simulated=simulated),
+        starts_s=TransferTimes(scene).usual_s if moved else cold_s,
+        control=policy,
+        conduct=Conduct(steers=True, start=start),
+    )
+
+
+def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> TablePlanner:
+    """The planner as on a server, for every form with the usual chunk budgets."""
+    scene = tuner.scene
+    shapes = tuner.forms(_CHUNKS, serving.plan.replicas[0].shape.max_num_seqs)
+    question = replace(tuner.question, shapes=tuple(shapes), candidates=0, min_gain=0.03)
+    planner = planner_for(question, StartTimes(0.0))
+    if not simulated:
+        return planner
+    facts = planner.facts
+    chances = TypeChances(facts.centres)
+    learned = scene.learned
+    kinds = np.array(
+        [
+            chances.kind(prompt, output)
+            for prompt, output in zip(
+                learned.prompt_tokens.tolist(), learned.output_tokens.tolist(), strict=True
+            )
+        ]
+    )
+    lengths = [
+        Lengths(
+            prompt_tokens=learned.prompt_tokens[kinds == kind],
+            output_tokens=learned.output_tokens[kinds == kind],
+        )
+        for kind in range(len(facts.types))
+    ]
+    table = simulated_table(
+        tuner.simulator,
+        facts.table,
+        lengths,
+        devices=scene.devices,
+        classes=facts.classes,
+        levers=serving.levers,
+        slo=scene.slo,
+        seed=scene.seed,
+    )
+    return TablePlanner(replace(facts, table=table))
+
+
+class Counts:
+    """What the gateway would have counted, second by second, for the types of a plan."""
+
+    def __init__(self, plan: DeploymentPlan, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._foresight = Foresight()
+        self._foresight.follow(
+            RoutingTable(
+                plan_id=plan.id,
+                workload_types=plan.workload_types,
+                routing_shares=plan.routing_shares,
+                replicas=(),
+                types=plan.types,
+            )
+        )
+        self._open: dict[int, Expected] = {}
+
+    def batch(self, moment: Moment) -> Batch:
+        """Of the requests that came and ended since the last."""
+        foresight, traffic = self._foresight, self._traffic
+        for number in range(*moment.came):
+            known = KnownAtArrival(prompt_tokens=int(traffic.prompt_tokens[number]))
+            expected = foresight.expected(known, arrived_s=float(traffic.arrival_s[number]))
+            foresight.tally.arrived(expected.arrived_s, expected.chances)
+            self._open[number] = expected
+        for number, status in moment.ended:
+            foresight.ended(
+                self._open.pop(number),
+                completed=status == Status.COMPLETED,
+                prompt_tokens=int(traffic.prompt_tokens[number]),
+                output_tokens=int(traffic.output_tokens[number]),
+                now_s=moment.now_s,
+            )
+        taken = foresight.tally.take()
+        foresight.tally.acknowledge(taken.number)
+        return taken

@@ -1,0 +1,179 @@
+"""Weights between ranks: what arrives, what is made of it, and how a transfer ends that cannot."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+
+FREE = threading.Event()
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[Listener]:
+    listener = Listener(str(tmp_path / "w0.sock"))
+    yield listener
+    listener.close()
+
+
+def pair(listener: Listener, limit_s: float = 20.0) -> tuple[Stream, Stream]:
+    deadline_s = time.monotonic() + limit_s
+    caller = Stream.call(listener.path, "t", 3, deadline_s)
+    return caller, listener.accept("t", [3], deadline_s)[3]
+
+
+def test_bytes_go_through_whatever_the_pace(listener: Listener) -> None:
+    data = bytes(range(256)) * 40_000
+    for pace in (0.0, 1e9):
+        caller, called = pair(listener)
+        got = bytearray(len(data))
+        sending = threading.Thread(
+            target=caller.send, args=(7, memoryview(data), Throttle(pace, FREE))
+        )
+        sending.start()
+        called.receive(7, memoryview(got))
+        sending.join()
+        assert got == data
+        caller.close()
+        called.close()
+
+
+def test_strangers_and_disorder_are_refused(listener: Listener) -> None:
+    deadline_s = time.monotonic() + 20
+    stranger = Stream.call(listener.path, "other", 3, deadline_s)
+    caller, called = pair(listener)
+    with pytest.raises(TransferError):
+        stranger.take(1)
+    caller.send(0, memoryview(b"abc"), Throttle(0, FREE))
+    with pytest.raises(TransferError, match="operation 0 of 3 bytes"):
+        called.receive(1, memoryview(bytearray(3)))
+
+
+def test_a_peer_that_ends_or_is_silent(listener: Listener) -> None:
+    caller, called = pair(listener, limit_s=0.2)
+    with pytest.raises(TransferError):
+        called.take(1)
+    caller, called = pair(listener)
+    caller.close()
+    with pytest.raises(TransferError, match="hung up"):
+        called.take(1)
+    with pytest.raises(TransferError, match="rank 5 did not call"):
+        listener.accept("t", [5], time.monotonic() + 0.05)
+    with pytest.raises(TransferError, match="nobody listens"):
+        Stream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
+
+
+def test_closing_wakes_who_waits(listener: Listener) -> None:
+    _, called = pair(listener)
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            called.take(1)
+        except TransferError as error:
+            failed.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    called.close()
+    waiting.join(timeout=20)
+    assert len(failed) == 1
+
+
+class Ranks:
+    """Transfers of several ranks in one process."""
+
+    def __init__(self, folder: Path, tensors: list[dict[str, Any]]) -> None:
+        self.tensors = tensors
+        self.paths = [str(folder / f"w{number}.sock") for number in range(len(tensors))]
+        self.listeners = [Listener(path) for path in self.paths]
+
+    def run(self, orders: list[dict[str, Any]], limit_s: float = 20.0) -> list[Any]:
+        from oserve.engines.weights.transfer import Order, Transfer  # noqa: PLC0415
+
+        jobs = [
+            Transfer(
+                Order(
+                    **{"name": "t", "rank": n, "addresses": self.paths, "limit_s": limit_s, **own}
+                ),
+                self.tensors[n],
+                self.listeners[n],
+            )
+            for n, own in enumerate(orders)
+        ]
+        for job in jobs:
+            job.start()
+        self.jobs = jobs
+        return jobs
+
+    def wait(self) -> list[dict[str, Any]]:
+        while any(job.state == "running" for job in self.jobs):
+            time.sleep(0.01)
+        return [job.document() for job in self.jobs]
+
+
+@pytest.mark.extra
+def test_rows_shared_by_ranks_are_quantised_alike(tmp_path: Path) -> None:
+    """int8 made by two ranks that hold half of each row is that of the whole matrix."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    weight = torch.randn(8, 12, dtype=torch.bfloat16)
+    weight[3] = 0
+    norm = torch.randn(5)
+    source = {"o.weight": weight, "norm": norm}
+    targets = [
+        {
+            "o.weight": torch.zeros(8, 6, dtype=torch.int8),
+            "o.weight_scale": torch.zeros(8, 1),
+            "norm": torch.zeros(5, dtype=torch.bfloat16),
+        }
+        for _ in range(2)
+    ]
+    ranks = Ranks(tmp_path, [source, *targets])
+    parts = [[("o.weight", [[0, 8], [6 * n, 6 * n + 6]]), ("norm", [[0, 5]])] for n in range(2)]
+    own = [("o.weight", [[0, 8], [0, 6]]), ("norm", [[0, 5]])]
+    taker = {
+        "receives": [(0, own)],
+        "staged": {"o.weight": ((8, 6), "bf16"), "norm": ((5,), "fp32")},
+    }
+    ranks.run(
+        [
+            {"sends": [(1, parts[0]), (2, parts[1])]},
+            *(
+                {**taker, "convert": [("o.weight", "int8", (1, 2)), ("norm", "cast", (n,))]}
+                for n in (1, 2)
+            ),
+        ]
+    )
+    assert [document["state"] for document in ranks.wait()] == ["done"] * 3
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    scale[scale == 0] = 1
+    whole = torch.clamp(torch.round(weight.float() / scale), -127, 127).to(torch.int8)
+    assert torch.equal(torch.cat([one["o.weight"] for one in targets], dim=1), whole)
+    for one in targets:
+        assert torch.equal(one["o.weight_scale"], scale)
+        assert torch.equal(one["norm"], norm.to(torch.bfloat16))
+
+
+@pytest.mark.extra
+def test_one_that_fails_or_is_aborted_ends_the_others(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    part = [("w", [[0, 1000]])]
+    for number, how in enumerate(("abort", "unknown", "limit")):
+        folder = tmp_path / how
+        folder.mkdir()
+        given = {"w": torch.ones(1000)} if how != "unknown" else {}
+        ranks = Ranks(folder, [given, {"w": torch.zeros(1000)}])
+        ranks.run(
+            [{"sends": [(1, part)], "bytes_per_s": 10.0}, {"receives": [(0, part)]}],
+            limit_s=0.3 if how == "limit" else 20.0,
+        )
+        if how == "abort":
+            ranks.jobs[number].abort()
+        states = ranks.wait()
+        assert [document["state"] for document in states] == ["failed"] * 2
+        assert all(document["reason"] for document in states)

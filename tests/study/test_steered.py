@@ -1,0 +1,223 @@
+"""The live controller in the simulator: fed as on a server, repeatable, within its limits."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from oserve.app.simulated import Levers, Routing, Serving
+from oserve.config import load_cluster
+from oserve.control.decision import Decision
+from oserve.control.helm import Helm
+from oserve.control.planner import TablePlanner
+from oserve.control.policy import ControlPolicy
+from oserve.control.starts import StartTimes
+from oserve.control.tally import Batch
+from oserve.core import ReplicaShape
+from oserve.sim.phases import Phases
+from oserve.sim.words import Status
+from oserve.study.counterfactual import jittered, switch_worths
+from oserve.study.moving import TransferTimes
+from oserve.study.ours import OServeTuner
+from oserve.study.policy import Moment, Start
+from oserve.study.runner import run_policy
+from oserve.study.scene import Scene, SceneChoice, make_scene
+from oserve.study.steered import Counts, Steered, steered
+from oserve.traces import PATTERNS, Slo, synthesise_pattern
+
+EAGER = ControlPolicy(
+    settle_s=1.0, min_dwell_s=20.0, min_gain=0.0, margin=0.0, max_switches_per_hour=4
+)
+
+
+def wave(duration_s: float = 120.0) -> Scene:
+    requests = synthesise_pattern(
+        PATTERNS["square wave"],
+        {"chat": 2.0, "documents": 0.2, "answers": 8.0},
+        {"chat": 2.0, "documents": 9.0},
+        duration_s=duration_s,
+        seed=1,
+    )
+    choice = SceneChoice(
+        model="qwen3-32b",
+        devices=load_cluster("4xH100").devices,
+        slo=Slo(ttft_s=1.0, tpot_s=0.05),
+        chunks=(512, 2048),
+        seqs=(64,),
+        tensor_parallel_sizes=(1, 2, 4),
+        pipeline_parallel_sizes=(1,),
+        interval_s=10.0,
+        types=3,
+    )
+    scene = make_scene(choice, requests, source_name="synthetic")
+    return replace(scene, phases=Phases(start_s=2.0))
+
+
+SCENE = wave()
+TUNER = OServeTuner(SCENE)
+
+
+def shape(tp: int) -> ReplicaShape:
+    return ReplicaShape(
+        tensor_parallel_size=tp, max_num_batched_tokens=512, max_num_seqs=64, device_kind="H100"
+    )
+
+
+def serving(tp: int = 4) -> Serving:
+    return TUNER.homogeneous(shape(tp), Levers(routing=Routing.POOLS))
+
+
+def policy(start: Start = Start.COLD) -> Steered:
+    return steered(TUNER, start=start, serving=serving(), simulated=False, control=EAGER)
+
+
+def records(decisions: list[Decision]) -> str:
+    return repr(decisions)
+
+
+def test_it_switches_within_its_limits_and_loses_nothing() -> None:
+    steering = policy()
+    run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
+    moments = [change.at_s for change in run.changes[1:]]
+    # A wave that flips every 20 s invites it to flap.
+    assert 1 <= run.switches <= EAGER.max_switches_per_hour
+    assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
+    assert (run.results.status == Status.COMPLETED).all()
+    assert [d.at_s for d in steering.decisions if d.verdict == "switch"] == moments
+
+
+def test_a_controller_fed_by_hand_decides_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[tuple[Moment, Batch]] = []
+    count = Counts.batch
+
+    def noted(self: Counts, moment: Moment) -> Batch:
+        batch = count(self, moment)
+        fed.append((moment, batch))
+        return batch
+
+    monkeypatch.setattr(Counts, "batch", noted)
+    steering = policy()
+    run_policy(SCENE, steering, TUNER.simulator, 1.0)
+    starts = StartTimes(steering.starts_s)
+    planner = TablePlanner(replace(steering.planner.facts, start_s=starts.start_s))
+    helm = Helm(
+        steering.serving.plan,
+        policy=steering.control,
+        planner=planner,
+        starts=starts,
+        shares_interval_s=5.0,
+    )
+    decisions = []
+    for moment, batch in fed:
+        trigger = helm.observe(moment.now_s, [batch], moment.observation)
+        if trigger is not None:
+            question = helm.controller.ask(moment.now_s)
+            weighed = helm.weighed(question)
+            decisions.append(
+                helm.controller.judge(
+                    question,
+                    weighed,
+                    now_s=moment.now_s,
+                    trigger=trigger,
+                    switching=moment.switching,
+                )
+            )
+    assert decisions
+    assert records(decisions) == records(steering.decisions)
+
+
+def test_answers_are_not_known_before_they_end() -> None:
+    steering = policy()
+    traffic = SCENE.traffic
+    longer = replace(traffic, output_tokens=traffic.output_tokens + 500)
+    batches = []
+    for played in (traffic, longer):
+        steering.begin(played)
+        counts = steering._counts
+        assert counts is not None
+        observation = None
+        moment = Moment(
+            now_s=10.0,
+            observation=observation,  # type: ignore[arg-type]
+            came=(0, 30),
+            ended=(),
+            plan=steering.serving.plan,
+            switching=False,
+        )
+        batches.append(counts.batch(moment).arrivals)
+    assert batches[0] == batches[1]
+    total = sum(sum(row) for row in batches[0].values())
+    assert total == pytest.approx(30)
+
+
+_PROGRAM = """
+from study.test_steered import SCENE, TUNER, policy, records
+from oserve.study.runner import run_policy
+steering = policy()
+run_policy(SCENE, steering, TUNER.simulator, 1.0)
+print(records(steering.decisions))
+"""
+
+
+def test_two_processes_decide_the_same() -> None:
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", _PROGRAM],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert told[0] == told[1]
+    assert "switch" in told[0]
+
+
+def test_a_script_repeats_a_run_and_switches_are_judged_by_it() -> None:
+    steering = replace(policy(), serving=serving())
+    steering.serving = replace(serving(), levers=Levers(routing=Routing.LEAST_WORK))
+    run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
+    script = [(change.at_s, change.plan) for change in run.changes[1:]]
+    again = run_policy(SCENE, replace(steering, script=script), TUNER.simulator, 1.0)
+    assert np.array_equal(run.results.finish_s, again.results.finish_s, equal_nan=True)
+    drawings = [jittered(SCENE.traffic, seed=seed) for seed in (1, 2)]
+    worths = switch_worths(TUNER, steering, run, 1.0, drawings)
+    assert len(worths) == run.switches
+    assert all(len(item.gains) == 3 for item in worths)
+    assert switch_worths(TUNER, steering, run, 1.0, drawings) == worths
+
+
+def test_weights_come_quicker_from_devices_than_from_disk() -> None:
+    scene = wave()
+    cold_s = replace(scene, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
+    times = TransferTimes(cold_s)
+    old, new = serving(2).plan.replicas, serving(4).plan.replicas[0]
+    disk_s = cold_s.phases.load_s(scene.weights_bytes(new.shape))
+    nobody = times.start_s(new, holders=(), left=(), beside=0)
+    assert nobody == disk_s
+    # Both fit beside each other: the standby engine is there when the old one has drained.
+    hidden = times.start_s(new, holders=(), left=old, beside=0)
+    fresh = times.start_s(new, holders=old[:1], left=(), beside=0)
+    assert hidden < fresh < disk_s / 2
+    assert times.start_s(new, holders=(), left=old, beside=1) > hidden
+
+
+def test_a_transfer_is_over_sooner_than_a_reload() -> None:
+    cold = replace(SCENE, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
+    tuner = OServeTuner(cold)
+    moved = {}
+    for start in (Start.COLD, Start.TRANSFER):
+        steering = replace(policy(start), script=[(10.0, TUNER_PLAN)])
+        run = run_policy(cold, steering, tuner.simulator, 1.0)
+        later = run.results.replica >= len(serving().plan.replicas)
+        moved[start] = float(np.nanmin(run.results.first_token_s[later]))
+        assert (run.results.status == Status.COMPLETED).all()
+    assert moved[Start.TRANSFER] < moved[Start.COLD] - 10.0
+
+
+TUNER_PLAN = serving(2).plan
