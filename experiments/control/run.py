@@ -35,9 +35,14 @@ def main() -> None:
     parser.add_argument("--models", default="llama-2-70b")
     parser.add_argument("--cluster", default="2x8xH100")
     parser.add_argument("--duration", type=float, default=900.0, help="seconds of traffic")
+    parser.add_argument(
+        "--tune-seconds",
+        type=float,
+        help="search settings on a drawing of the pattern of this length, not in hindsight",
+    )
     parser.add_argument("--loads", default="1.0,1.2", help="of static-best-tuned's capacity")
     parser.add_argument("--drawings", type=int, default=2, help="that switches are judged by, too")
-    parser.add_argument("--policies", default="", help="only these, by name, comma-separated")
+    parser.add_argument("--policies", default="", help="only these, by name, with ; between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write all figures as JSON")
     given = parser.parse_args()
@@ -60,13 +65,11 @@ def main() -> None:
         given.out.write_text(json.dumps(document, indent=2, default=str), encoding="utf-8")
 
 
-def requests(asked: Setup, title: str, seed: int) -> list[TraceRequest]:
+def requests(asked: Setup, title: str, seed: int, duration_s: float) -> list[TraceRequest]:
     if asked.trace is not None:
         return asked.requests()
     return list(
-        synthesise_pattern(
-            PATTERNS[title], ANSWERS, DOCUMENTS, duration_s=asked.duration_s, seed=seed
-        )
+        synthesise_pattern(PATTERNS[title], ANSWERS, DOCUMENTS, duration_s=duration_s, seed=seed)
     )
 
 
@@ -75,7 +78,7 @@ def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) ->
         asked,
         model,
         given.cluster,
-        requests(asked, title, asked.seed),
+        requests(asked, title, asked.seed, given.tune_seconds or asked.duration_s),
         name=title,
         chunks=CHUNKS,
         seqs=SEQS,
@@ -84,15 +87,20 @@ def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) ->
     def drawing(seed: int) -> Traffic:
         if asked.trace is not None:
             return jittered(made.traffic, seed=seed)
-        return traffic_from(requests(asked, title, seed), max_model_len=made.context)
+        return traffic_from(
+            requests(asked, title, seed, asked.duration_s), max_model_len=made.context
+        )
 
-    print(f"{model}, {title}: {len(made.traffic):,} requests", file=sys.stderr, flush=True)
+    played = drawing(asked.seed) if given.tune_seconds and not asked.trace else None
+    count = len(made.traffic if played is None else played)
+    print(f"{model}, {title}: {count:,} requests", file=sys.stderr, flush=True)
     seeds = range(asked.seed + 1, asked.seed + 1 + given.drawings)
     return courses(
         OServeTuner(made),
         [float(load) for load in given.loads.split(",")],
         drawings=[drawing(seed) for seed in seeds],
-        names=[name for name in given.policies.split(",") if name],
+        names=[name for name in given.policies.split(";") if name],
+        played=played,
     )
 
 

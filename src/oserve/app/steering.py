@@ -94,6 +94,7 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
         shrink_after_s=control.shrink_after_s,
         floor_replicas=control.floor_replicas,
         hold_s=control.hold_s,
+        in_order=settings.gateway.order.freshest_first_s == 0,
     )
 
 

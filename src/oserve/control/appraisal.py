@@ -8,12 +8,16 @@ candidate is expected to be the best and S the seconds of the switch:
            at most what it is at HEADROOM times the expected rates
     cost = sum over stages of (current - what is left) * seconds of the stage + TOUCHED * touched
 
+Where requests are served in order of arrival, what was missing waits before all that comes, and
+everybody is late until the new replicas have worked it off with the capacity that they can spare;
+that many count as lost, too, unless the current plan is past its capacity and all are late anyway.
+
 Planner, value and times are passed in; nothing here knows where they come from.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from oserve.control.rollout import stages
@@ -25,6 +29,9 @@ Rates = tuple[float, ...]
 TOUCHED = 0.05
 # What only rare rates would bring is not counted on: bands are wide when traffic has just changed.
 HEADROOM = 1.05
+_SERVES_ALL = 0.99
+# Multiples of the rates at which it is looked how much the new replicas can spare.
+_SPARE = (1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
 
 
 class Appraiser(Protocol):
@@ -72,6 +79,7 @@ class Question:
     ``plan_for`` are rates to make candidates for. ``given`` is a candidate that a person wants
     weighed instead. ``version`` counts the plans that were in force. ``shrink_to``: leave only so
     many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen.
+    ``in_order``: requests are served in order of arrival, so that a backlog makes all late.
     """
 
     at_s: float
@@ -85,6 +93,7 @@ class Question:
     given: DeploymentPlan | None = None
     shrink_to: int = 0
     drain_s: float = 0.0
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +162,9 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
         if seconds > 0:
             likely += seconds / lasts_s * _more(step, old, new, appraiser)
     cost = switch_cost(old, new, question.steps[0].chances, appraiser, drain_s=question.drain_s)
+    if question.in_order:
+        late = _late(cost.lost, question.steps[0], old, new, appraiser, most_s=lasts_s)
+        cost = replace(cost, lost=cost.lost + late)
     return Weighed(
         plan=plan,
         lasts_s=lasts_s,
@@ -176,6 +188,29 @@ def _more(
         return float("inf")
     rates = tuple(HEADROOM * rate for rate in step.expected)
     return appraiser.served_rps(new, rates) - appraiser.served_rps(old, rates)
+
+
+def _late(
+    backlog: float,
+    step: Step,
+    old: Sequence[ReplicaSpec],
+    new: Sequence[ReplicaSpec],
+    appraiser: Appraiser,
+    *,
+    most_s: float,
+) -> float:
+    """Requests that come while a backlog of so many is worked off, within ``most_s``."""
+    rates = step.expected or max(step.chances, key=lambda key: step.chances[key])
+    rate_rps = sum(rates)
+    if backlog <= 0 or appraiser.served_rps(old, rates) < _SERVES_ALL * rate_rps:
+        return 0.0
+    spare_rps = 0.0
+    for factor in _SPARE:
+        wanted = tuple(factor * rate for rate in rates)
+        if appraiser.served_rps(new, wanted) < _SERVES_ALL * sum(wanted):
+            break
+        spare_rps = (factor - 1.0) * rate_rps
+    return rate_rps * (min(most_s, backlog / spare_rps) if spare_rps > 0 else most_s)
 
 
 def signature(plan: DeploymentPlan) -> str:

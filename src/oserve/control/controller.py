@@ -207,6 +207,7 @@ class Controller:
             given=given,
             shrink_to=policy.floor_replicas if shrink else 0,
             drain_s=self.drain_s(),
+            in_order=policy.in_order,
         )
 
     def _steps(self) -> tuple[Step, ...]:

@@ -36,13 +36,10 @@ class Course:
         return self.switches / self.hours
 
 
-def contenders(tuner: OServeTuner, control: ControlPolicy | None = None) -> dict[str, Policy]:
-    """What is compared, by name; all of OServe's begin with the same static serving.
-
-    It is the tuned one with the freshest first where that helps. Requests go to the least expected
-    work among all replicas, so that no shares of the past speak for one deployment.
-    """
-    serving = own(tuner).serving
+def contenders(
+    tuner: OServeTuner, serving: Serving, control: ControlPolicy | None = None
+) -> dict[str, Policy]:
+    """What is compared, by name; all of OServe's begin with ``serving``."""
     transfer = steered(tuner, start=Start.TRANSFER, serving=serving, control=control)
     cold_s = max(
         tuner.scene.phases.load_s(tuner.scene.weights_bytes(shape)) for shape, _ in serving.shapes
@@ -62,7 +59,11 @@ def contenders(tuner: OServeTuner, control: ControlPolicy | None = None) -> dict
 
 
 def own(tuner: OServeTuner) -> Found:
-    """OServe's static serving, as far as this experiment searches it."""
+    """OServe's static serving, as far as this experiment searches it.
+
+    It is the tuned one with the freshest first where that helps. Requests go to the least expected
+    work among all replicas, so that no shares of the past speak for one deployment.
+    """
     tuned = tuner.best_tuned
     levers = replace(tuned.serving.levers, routing=Routing.LEAST_WORK)
     found = tuner.race([replace(tuned.serving, levers=levers)], tuned)
@@ -83,13 +84,18 @@ def courses(
     drawings: Sequence[Traffic] = (),
     names: Sequence[str] = (),
     control: ControlPolicy | None = None,
+    played: Traffic | None = None,
 ) -> list[Course]:
     """Every contender at multiples of what static-best-tuned carries.
 
+    ``played``: what is measured, if it is not the traffic that settings are searched on.
     ``drawings``: other drawings of the traffic, to judge switches by; ``names``: only these.
     """
     found = []
-    policies = contenders(tuner, control)
+    serving = own(tuner).serving
+    policies = contenders(tuner, serving, control)
+    if played is not None:
+        tuner.scene = replace(tuner.scene, traffic=played)
     for factor in factors:
         scale = factor * tuner.best_tuned.scale
         for name, policy in policies.items():
