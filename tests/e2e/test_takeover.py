@@ -55,6 +55,8 @@ SETTINGS = (
     *("--set", "planning.rates=chats:60x120=1", "--set", "control.mode=advise"),
     *("--set", "control.decision_interval_s=2", "--set", "control.interval_s=0.2"),
     *("--set", "engines.start_method=spawn", "--set", "engines.orphan_grace_s=120"),
+    # Emulated engines have no weights to move, and no device may be in two entries here.
+    *("--set", "switch.method=restart"),
 )
 PATH = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "go on", "max_tokens": 120, "ignore_eos": True}
