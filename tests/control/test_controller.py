@@ -2,16 +2,18 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.appraisal import appraise, switch_cost
+from oserve.control.appraisal import Question, Step, appraise, switch_cost, weigh
 from oserve.control.decision import Mode, Reason, Trigger, Verdict
 from oserve.control.lifetime import Lifetime
 from oserve.control.memory import recall, remembered
+from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan
 
 from .toy import NAMES, TABLE, TYPES, make_controller, make_world, plan_of, planner, row
@@ -48,10 +50,10 @@ async def test_a_sudden_change_is_decided_on_within_seconds() -> None:
     world = make_world(0, 0, 0, 1, interval_s=300, max_switches_per_hour=9)
     await world.run(lambda _s: CHATS, 650)
     before = len(world.decisions)
-    await world.run(lambda _s: (2.0, 30.0), 20)
+    await world.run(lambda _s: (2.0, 30.0), 30)
     sudden = world.decisions[before:]
     assert sudden[0].trigger is Trigger.CHANGE
-    assert sudden[0].at_s < 650 + 12
+    assert sudden[0].at_s < 650 + 24
     assert sudden[0].verdict is Verdict.SWITCH
 
 
@@ -242,3 +244,50 @@ async def test_other_types_inherit_the_history() -> None:
     assert recall(same, memory, old)
     assert same.forecast() == world.controller.forecast()
     assert not recall(same, {"names": []}, old)
+
+
+def question(current: DeploymentPlan, rates: tuple[float, float], **more: float) -> Question:
+    asked = make_controller(current).ask(0.0)
+    step = Step(seconds=60.0, chances={rates: 1.0}, expected=rates)
+    return replace(asked, steps=(step,), now_rps=rates, **more)  # type: ignore[arg-type]
+
+
+def test_long_drains_and_backlogs_count_as_costs() -> None:
+    old, new = plan_of(0, 0, 0, 1), plan_of(1, 0, 0, 1)
+    # Nearly all that the old plan can serve, which is more than is left while replicas change.
+    rates = (14.0, 5.0)
+    made = planner()
+    plain = weigh(question(old, rates), new, made).cost
+    drained = weigh(question(old, rates, drain_s=100.0), new, made).cost
+    assert drained.seconds > plain.seconds
+    assert drained.lost > plain.lost > 0
+    # In order of arrival all that comes until the backlog is gone is late as well.
+    late = weigh(question(old, rates, in_order=True), new, made).cost
+    assert late.lost > 2 * plain.lost
+    # Past the capacity of the new plan all are late whatever is done.
+    beyond = (60.0, 20.0)
+    past = weigh(question(old, beyond, in_order=True), new, made)
+    assert past.cost.lost >= sum(beyond) * past.lasts_s
+
+
+def test_a_gain_at_rare_rates_alone_is_none() -> None:
+    old, new = plan_of(0, 0, 0, 1), plan_of(1, 1, 0, 1)
+    usual, rare = (4.0, 2.0), (4.0, 40.0)
+    asked = question(old, usual)
+    wide = Step(seconds=60.0, chances={usual: 0.8, rare: 0.2}, expected=usual)
+    made = planner()
+    found = weigh(replace(asked, steps=(wide,)), new, made)
+    assert found.candidate_rps > found.current_rps
+    assert found.gain == pytest.approx(0.0, abs=1e-6)
+    certain = replace(wide, chances={rare: 1.0}, expected=rare)
+    assert weigh(replace(asked, steps=(certain,)), new, made).gain > 0
+
+
+async def test_a_drain_is_foreseen_by_what_replicas_hold() -> None:
+    controller = make_controller(plan_of(0, 0, 0, 1))
+    for second in range(60):
+        batch = Batch(names=NAMES, arrivals={second: [2.0, 0.0]}, tokens={second: [2.0, 0.0, 0.0]})
+        controller.observe(second + 0.999, [batch], {"running": 30.0, "waiting": 10.0})
+    # 40 requests, 2 of which end a second, stay 20 s, the longest about twice that.
+    assert controller.drain_s() == pytest.approx(40.0, rel=0.1)
+    assert controller.ask(60.0).drain_s == controller.drain_s()

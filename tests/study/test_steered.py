@@ -34,7 +34,7 @@ EAGER = ControlPolicy(
 )
 
 
-def wave(duration_s: float = 120.0) -> Scene:
+def wave(duration_s: float = 60.0) -> Scene:
     requests = synthesise_pattern(
         PATTERNS["square wave"],
         {"chat": 2.0, "documents": 0.2, "answers": 8.0},
@@ -83,7 +83,7 @@ def test_it_switches_within_its_limits_and_loses_nothing() -> None:
     steering = policy()
     run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
     moments = [change.at_s for change in run.changes[1:]]
-    # A wave that flips every 20 s invites it to flap.
+    # A wave that flips every 10 s invites it to flap.
     assert 1 <= run.switches <= EAGER.max_switches_per_hour
     assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
     assert (run.results.status == Status.COMPLETED).all()

@@ -81,7 +81,8 @@ def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
 
 def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
     """The controller's policy from the settings."""
-    control = settings.control
+    control, gateway = settings.control, settings.gateway
+    demotes = gateway.overload.ttft_ms is not None or settings.planning.slo_ttft_ms is not None
     return ControlPolicy(
         mode=mode,
         interval_s=control.decision_interval_s,
@@ -94,7 +95,7 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
         shrink_after_s=control.shrink_after_s,
         floor_replicas=control.floor_replicas,
         hold_s=control.hold_s,
-        in_order=settings.gateway.order.freshest_first_s == 0,
+        in_order=gateway.order.freshest_first_s == 0 and not demotes,
     )
 
 

@@ -9,8 +9,9 @@ candidate is expected to be the best and S the seconds of the switch:
     cost = sum over stages of (current - what is left) * seconds of the stage + TOUCHED * touched
 
 Where requests are served in order of arrival, what was missing waits before all that comes, and
-everybody is late until the new replicas have worked it off with the capacity that they can spare;
-that many count as lost, too, unless the current plan is past its capacity and all are late anyway.
+everybody is late until the new replicas have worked it off with the capacity that they can spare.
+That many count as lost, too: none if the current plan is past its capacity, so that all are late
+anyway, and all that come if the new one is.
 
 Planner, value and times are passed in; nothing here knows where they come from.
 """
@@ -31,7 +32,7 @@ TOUCHED = 0.05
 HEADROOM = 1.05
 _SERVES_ALL = 0.99
 # Multiples of the rates at which it is looked how much the new replicas can spare.
-_SPARE = (1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
+_SPARE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
 
 
 class Appraiser(Protocol):
@@ -202,14 +203,16 @@ def _late(
     """Requests that come while a backlog of so many is worked off, within ``most_s``."""
     rates = step.expected or max(step.chances, key=lambda key: step.chances[key])
     rate_rps = sum(rates)
-    if backlog <= 0 or appraiser.served_rps(old, rates) < _SERVES_ALL * rate_rps:
+    if backlog <= 0:
         return 0.0
-    spare_rps = 0.0
+    spare_rps = -1.0
     for factor in _SPARE:
         wanted = tuple(factor * rate for rate in rates)
         if appraiser.served_rps(new, wanted) < _SERVES_ALL * sum(wanted):
             break
         spare_rps = (factor - 1.0) * rate_rps
+    if spare_rps >= 0 and appraiser.served_rps(old, rates) < _SERVES_ALL * rate_rps:
+        return 0.0
     return rate_rps * (min(most_s, backlog / spare_rps) if spare_rps > 0 else most_s)
 
 

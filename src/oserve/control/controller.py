@@ -92,7 +92,9 @@ class Controller:
         if self._window_end_s < 0:
             self._window_end_s = end_s
         due = self._close_windows(end_s)
-        if self._change_s is not None and now_s >= self._change_s + self.policy.settle_s:
+        # Nobody needs to be sure of rates to bring back replicas that were given up.
+        settle_s = min(_FEWEST_S, self.policy.settle_s) if self._shrunk else self.policy.settle_s
+        if self._change_s is not None and now_s >= self._change_s + settle_s:
             self._change_s = None
             self._shift()
             return Trigger.CHANGE

@@ -17,15 +17,14 @@ class ControlPolicy:
     ``margin`` times its cost. ``lasts_s`` is how long a plan is taken to last before that was
     seen, ``longest_s`` the most. After ``shrink_after_s`` without a request all replicas but
     ``floor_replicas`` are given up; 0: never. A person's plan is held for ``hold_s``. ``now_s`` is
-    what counts as now.
-    ``in_order``: see ``appraisal.Question``. ``settle_s``: after a change of the traffic, how long its new rates are
-    watched before anything is decided.
+    what counts as now. ``settle_s``: after a change of the traffic, how long its new rates are
+    watched before anything is decided. ``in_order``: see ``appraisal.Question``.
     """
 
     mode: Mode = Mode.AUTO
     interval_s: int = 60
     now_s: int = 30
-    settle_s: float = 3.0
+    settle_s: float = 15.0
     min_dwell_s: float = 120.0
     max_switches_per_hour: int = 6
     min_gain: float = 0.02
@@ -36,7 +35,7 @@ class ControlPolicy:
     floor_replicas: int = 1
     hold_s: float = 1800.0
     decisions: int = 200
-    in_order: bool = True
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

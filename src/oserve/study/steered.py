@@ -126,12 +126,13 @@ def steered(
     scene = tuner.scene
     first = serving or tuner.everything.serving
     policy = control or ControlPolicy()
-    order = first.levers.order
+    levers = first.levers
+    fresh = levers.order is not None and levers.order.freshest_first_s > 0
     policy = replace(
         policy,
         interval_s=round(scene.interval_s),
         now_s=min(30, round(scene.interval_s)),
-        in_order=order is None or order.freshest_first_s == 0,
+        in_order=not fresh and levers.gateway.demote_after_s is None,
     )
     cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in first.shapes)
     moved = start is Start.TRANSFER
