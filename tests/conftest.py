@@ -5,6 +5,11 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("oserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("oserve")
 
 
 def pytest_asyncio_loop_factories(
