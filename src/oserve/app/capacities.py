@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Ints, Levers, Serving, Simulator, Traffic, largest_scale
+from oserve.app.simulated import Ints, Levers, Serving, Simulator, Traffic, largest_scale, met
 from oserve.core import DeploymentPlan, Device, LengthClass, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
@@ -38,15 +38,49 @@ class Lengths:
     output_tokens: Ints
 
     def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> Traffic:
-        """Requests of these lengths for about so long."""
+        """Requests of these lengths for about so long, a thousand at the least."""
+        return self._drawn(rate_rps, min(_MOST, max(_FEWEST, rate_rps * seconds)), seed)
+
+    def arrivals(self, rate_rps: float, seconds: float, *, seed: int) -> Traffic:
+        """As many as come in so long."""
+        return self._drawn(rate_rps, rate_rps * seconds, seed)
+
+    def _drawn(self, rate_rps: float, requests: float, seed: int) -> Traffic:
         draw = np.random.default_rng(seed)
-        count = round(min(_MOST, max(_FEWEST, rate_rps * seconds)))
+        count = round(requests)
         chosen = draw.integers(0, len(self.prompt_tokens), count)
         return Traffic(
             arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SimulatedScorer:
+    """Goodput of a plan at given rates, by simulating some minutes of Poisson arrivals."""
+
+    simulator: Simulator
+    lengths: Sequence[Lengths]
+    levers: Levers
+    slo: Slo
+    seconds: float = 180.0
+    seed: int = 0
+
+    def __call__(self, plan: DeploymentPlan, rates_rps: Sequence[float]) -> float:
+        """Requests/s within the SLO; ``rates_rps`` by type."""
+        parts = [
+            item.arrivals(rate, self.seconds, seed=self.seed + number)
+            for number, (item, rate) in enumerate(zip(self.lengths, rates_rps, strict=True))
+            if rate > 0 and len(item.prompt_tokens)
+        ]
+        if not parts:
+            return 0.0
+        traffic = _merged(parts)
+        if not len(traffic):
+            return 0.0
+        results = self.simulator.run(Serving(plan=plan, levers=self.levers), traffic)
+        return float(met(results, self.slo).sum()) / self.seconds
 
 
 def simulated_table(
@@ -93,6 +127,16 @@ def _serving(
 ) -> Serving:
     plan = DeploymentPlan(id="x", replicas=replicas, workload_types=classes, routing_shares={})
     return Serving(plan=plan, levers=levers)
+
+
+def _merged(parts: Sequence[Traffic]) -> Traffic:
+    arrival_s = np.concatenate([item.arrival_s for item in parts])
+    order = np.argsort(arrival_s, kind="stable")
+    return Traffic(
+        arrival_s=arrival_s[order],
+        prompt_tokens=np.concatenate([item.prompt_tokens for item in parts])[order],
+        output_tokens=np.concatenate([item.output_tokens for item in parts])[order],
+    )
 
 
 def _promising(table: Sequence[ShapePerformance]) -> list[ShapePerformance]:

@@ -4,12 +4,12 @@ What the live server and the simulated one have in common; both feed it once a s
 what it decides. Pure: time comes in with each call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from oserve.control.appraisal import Question, Weighed, appraise
+from oserve.control.appraisal import Question, Rates, Weighed, appraise
 from oserve.control.controller import Controller
 from oserve.control.decision import Mode, Trigger
 from oserve.control.planner import TablePlanner
@@ -22,6 +22,9 @@ from oserve.forecast.experts import Combination
 from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
+
+Scorer = Callable[[DeploymentPlan, Rates], float]
+"""What a plan serves within limits of these rates, in requests/s: a second opinion."""
 
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
@@ -38,7 +41,10 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 
 
 class Helm:
-    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first."""
+    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
+
+    ``scorer`` is asked before a switch: its gain counts no more than what it finds.
+    """
 
     def __init__(
         self,
@@ -48,12 +54,14 @@ class Helm:
         planner: TablePlanner,
         starts: StartTimes,
         shares_interval_s: float,
+        scorer: Scorer | None = None,
     ) -> None:
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
         self.controller = controller_for(self.typed(plan), names, policy)
         self._shares_interval_s = shares_interval_s
+        self._scorer = scorer
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
 
@@ -94,7 +102,21 @@ class Helm:
     def weighed(self, question: Question) -> Weighed | None:
         """The best candidate with its numbers: the slow part of a decision."""
         found = appraise(question, self.planner)
-        return None if found is None else replace(found, plan=self.typed(found.plan))
+        if found is None:
+            return None
+        found = replace(found, plan=self.typed(found.plan))
+        by_itself = question.given is None and not question.shrink_to
+        return self._confirmed(question, found) if by_itself else found
+
+    def _confirmed(self, question: Question, found: Weighed) -> Weighed:
+        """With no more gain than the second opinion allows, if there is one and it matters."""
+        rates = question.steps[0].expected
+        wanted = found.gain > self.controller.policy.margin * found.cost.requests
+        if self._scorer is None or not wanted or not rates:
+            return found
+        more_rps = self._scorer(found.plan, rates) - self._scorer(question.current, rates)
+        gain = more_rps * max(0.0, found.lasts_s - found.cost.seconds)
+        return replace(found, gain=min(found.gain, gain))
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each has the shares of its class."""

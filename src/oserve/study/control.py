@@ -29,6 +29,7 @@ class Course:
     hours: float
     worths: tuple[SwitchWorth, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    changes: tuple[tuple[float, tuple[tuple[str, int], ...]], ...] = ()
 
     @property
     def switches_per_hour(self) -> float:
@@ -131,4 +132,5 @@ def _course(
         hours=run.traffic.duration_s / 3600.0,
         worths=worths,
         decisions=decisions,
+        changes=tuple((change.at_s, change.deployment) for change in run.changes),
     )

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, simulated_table
+from oserve.app.capacities import Lengths, SimulatedScorer, simulated_table
 from oserve.app.simulated import Routing, Serving, Traffic
 from oserve.app.steering import planner_for
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm
+from oserve.control.helm import Helm, Scorer
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
@@ -26,6 +26,7 @@ from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Moment, Start, Steer
+from oserve.study.scene import Scene
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
@@ -45,6 +46,7 @@ class Steered:
     starts_s: float
     control: ControlPolicy
     conduct: Conduct
+    scorer: Scorer | None = None
     script: Sequence[tuple[float, DeploymentPlan]] | None = None
     decisions: list[Decision] = field(default_factory=list)
     _helm: Helm | None = None
@@ -69,6 +71,7 @@ class Steered:
             planner=TablePlanner(replace(self.planner.facts, start_s=starts.start_s)),
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
+            scorer=self.scorer,
         )
         self._counts = Counts(self._helm.controller.plan, traffic)
         self._traffic = traffic
@@ -121,7 +124,8 @@ def steered(
 ) -> Steered:
     """The controller, beginning with a serving (by default the best static one of OServe).
 
-    ``simulated``: capacities in its table are simulated ones, else those of the linear model.
+    ``simulated``: capacities in its table are simulated ones, and a simulation must confirm a
+    switch; else all is the linear model's.
     """
     scene = tuner.scene
     first = serving or tuner.everything.serving
@@ -136,9 +140,18 @@ def steered(
     )
     cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in first.shapes)
     moved = start is Start.TRANSFER
+    planner = table_planner(tuner, first, simulated=simulated)
+    scorer = SimulatedScorer(
+        simulator=tuner.simulator,
+        lengths=lengths_by_type(scene, planner.facts.centres),
+        levers=first.levers,
+        slo=scene.slo,
+        seed=scene.seed,
+    )
     return Steered(
         serving=first,
-        planner=table_planner(tuner, first, simulated=simulated),
+        planner=planner,
+        scorer=scorer if simulated else None,
         starts_s=TransferTimes(scene).usual_s if moved else cold_s,
         control=policy,
         conduct=Conduct(steers=True, start=start),
@@ -154,27 +167,10 @@ def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> T
     if not simulated:
         return planner
     facts = planner.facts
-    chances = TypeChances(facts.centres)
-    learned = scene.learned
-    kinds = np.array(
-        [
-            chances.kind(prompt, output)
-            for prompt, output in zip(
-                learned.prompt_tokens.tolist(), learned.output_tokens.tolist(), strict=True
-            )
-        ]
-    )
-    lengths = [
-        Lengths(
-            prompt_tokens=learned.prompt_tokens[kinds == kind],
-            output_tokens=learned.output_tokens[kinds == kind],
-        )
-        for kind in range(len(facts.types))
-    ]
     table = simulated_table(
         tuner.simulator,
         facts.table,
-        lengths,
+        lengths_by_type(scene, facts.centres),
         devices=scene.devices,
         classes=facts.classes,
         levers=serving.levers,
@@ -182,6 +178,20 @@ def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> T
         seed=scene.seed,
     )
     return TablePlanner(replace(facts, table=table))
+
+
+def lengths_by_type(scene: Scene, centres: Sequence[tuple[float, float]]) -> list[Lengths]:
+    """The lengths of the learned traffic, by the type that each request is of."""
+    chances, learned = TypeChances(centres), scene.learned
+    lengths = zip(learned.prompt_tokens.tolist(), learned.output_tokens.tolist(), strict=True)
+    kinds = np.array([chances.kind(prompt, output) for prompt, output in lengths])
+    return [
+        Lengths(
+            prompt_tokens=learned.prompt_tokens[kinds == kind],
+            output_tokens=learned.output_tokens[kinds == kind],
+        )
+        for kind in range(len(centres))
+    ]
 
 
 class Counts:
