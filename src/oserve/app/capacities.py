@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Ints, Levers, Serving, Simulator, Traffic, largest_scale, met
+from oserve.app.simulated import Ints, Levers, Serving, Simulator, Traffic, largest_scale
 from oserve.core import DeploymentPlan, Device, LengthClass, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
@@ -56,31 +56,16 @@ class Lengths:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SimulatedScorer:
-    """Goodput of a plan at given rates, by simulating some minutes of Poisson arrivals."""
-
-    simulator: Simulator
-    lengths: Sequence[Lengths]
-    levers: Levers
-    slo: Slo
-    seconds: float = 180.0
-    seed: int = 0
-
-    def __call__(self, plan: DeploymentPlan, rates_rps: Sequence[float]) -> float:
-        """Requests/s within the SLO; ``rates_rps`` by type."""
-        parts = [
-            item.arrivals(rate, self.seconds, seed=self.seed + number)
-            for number, (item, rate) in enumerate(zip(self.lengths, rates_rps, strict=True))
-            if rate > 0 and len(item.prompt_tokens)
-        ]
-        if not parts:
-            return 0.0
-        traffic = _merged(parts)
-        if not len(traffic):
-            return 0.0
-        results = self.simulator.run(Serving(plan=plan, levers=self.levers), traffic)
-        return float(met(results, self.slo).sum()) / self.seconds
+def arrivals(
+    lengths: Sequence[Lengths], rates_rps: Sequence[float], seconds: float, *, seed: int
+) -> Traffic:
+    """Poisson arrivals of all types, each at its rate (requests/s), for so long."""
+    parts = [
+        item.arrivals(rate, seconds, seed=seed + number)
+        for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True))
+        if rate > 0 and len(item.prompt_tokens)
+    ]
+    return _merged(parts)
 
 
 def simulated_table(
@@ -130,12 +115,13 @@ def _serving(
 
 
 def _merged(parts: Sequence[Traffic]) -> Traffic:
-    arrival_s = np.concatenate([item.arrival_s for item in parts])
+    none = np.zeros(0, dtype=np.int64)
+    arrival_s = np.concatenate([none.astype(np.float64), *(item.arrival_s for item in parts)])
     order = np.argsort(arrival_s, kind="stable")
     return Traffic(
         arrival_s=arrival_s[order],
-        prompt_tokens=np.concatenate([item.prompt_tokens for item in parts])[order],
-        output_tokens=np.concatenate([item.output_tokens for item in parts])[order],
+        prompt_tokens=np.concatenate([none, *(item.prompt_tokens for item in parts)])[order],
+        output_tokens=np.concatenate([none, *(item.output_tokens for item in parts)])[order],
     )
 
 

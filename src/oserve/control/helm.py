@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from oserve.control.appraisal import Question, Rates, Weighed, appraise
+from oserve.control.appraisal import Question, Weighed, appraise
 from oserve.control.controller import Controller
 from oserve.control.decision import Mode, Trigger
 from oserve.control.planner import TablePlanner
@@ -23,8 +23,8 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
-Scorer = Callable[[DeploymentPlan, Rates], float]
-"""What a plan serves within limits of these rates, in requests/s: a second opinion."""
+Scorer = Callable[[Question, Weighed], float]
+"""What a switch brings after its cost, in requests within limits: a second opinion."""
 
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
@@ -43,7 +43,7 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 class Helm:
     """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
 
-    ``scorer`` is asked before a switch: its gain counts no more than what it finds.
+    ``scorer`` is asked before a switch, which is worth no more than what it finds.
     """
 
     def __init__(
@@ -110,13 +110,11 @@ class Helm:
 
     def _confirmed(self, question: Question, found: Weighed) -> Weighed:
         """With no more gain than the second opinion allows, if there is one and it matters."""
-        rates = question.steps[0].expected
         wanted = found.gain > self.controller.policy.margin * found.cost.requests
-        if self._scorer is None or not wanted or not rates:
+        if self._scorer is None or not wanted:
             return found
-        more_rps = self._scorer(found.plan, rates) - self._scorer(question.current, rates)
-        gain = more_rps * max(0.0, found.lasts_s - found.cost.seconds)
-        return replace(found, gain=min(found.gain, gain))
+        worth = self._scorer(question, found)
+        return replace(found, gain=min(found.gain, worth + found.cost.requests))
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each has the shares of its class."""

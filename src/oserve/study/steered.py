@@ -6,13 +6,15 @@ takes no virtual time.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, SimulatedScorer, simulated_table
-from oserve.app.simulated import Routing, Serving, Traffic
+from oserve.app.capacities import Lengths, arrivals, simulated_table
+from oserve.app.simulated import Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
+from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.helm import Helm, Scorer
 from oserve.control.planner import TablePlanner
@@ -20,25 +22,30 @@ from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.core import DeploymentPlan
+from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.gateway.foresight import Expected, Foresight
 from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Moment, Start, Steer
+from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
 _SHARES_INTERVAL_S = 5.0
 _CHUNKS = (512, 1024, 2048)
+# A switch is simulated this long after the start, and for so long at most.
+_SWITCH_S = 60.0
+_MOST_SIMULATED_S = 900.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Steered:
     """What ``planner`` knows and ``starts_s`` begin each run; ``control`` as on a server.
 
-    ``script``: instead of following decisions, go to these plans at these seconds.
+    ``doubts``: a simulation must confirm switches (``scorer``). ``script``: instead of following
+    decisions, go to these plans at these seconds.
     """
 
     serving: Serving
@@ -46,12 +53,18 @@ class Steered:
     starts_s: float
     control: ControlPolicy
     conduct: Conduct
+    doubts: bool = False
     scorer: Scorer | None = None
     script: Sequence[tuple[float, DeploymentPlan]] | None = None
     decisions: list[Decision] = field(default_factory=list)
     _helm: Helm | None = None
     _counts: "Counts | None" = None
     _traffic: Traffic | None = None
+
+    @property
+    def shapes(self) -> Sequence[tuple[ReplicaShape, int]]:
+        """What serves at first, with counts."""
+        return self.serving.shapes
 
     def initial(self, scale: float) -> Serving:
         del scale
@@ -129,33 +142,67 @@ def steered(
     """
     scene = tuner.scene
     first = serving or tuner.everything.serving
-    policy = control or ControlPolicy()
     levers = first.levers
     fresh = levers.order is not None and levers.order.freshest_first_s > 0
-    policy = replace(
-        policy,
+    bounds = replace(
+        control or ControlPolicy(),
         interval_s=round(scene.interval_s),
         now_s=min(30, round(scene.interval_s)),
         in_order=not fresh and levers.gateway.demote_after_s is None,
     )
-    cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in first.shapes)
-    moved = start is Start.TRANSFER
-    planner = table_planner(tuner, first, simulated=simulated)
-    scorer = SimulatedScorer(
-        simulator=tuner.simulator,
-        lengths=lengths_by_type(scene, planner.facts.centres),
-        levers=first.levers,
-        slo=scene.slo,
-        seed=scene.seed,
-    )
-    return Steered(
+    policy = Steered(
         serving=first,
-        planner=planner,
-        scorer=scorer if simulated else None,
-        starts_s=TransferTimes(scene).usual_s if moved else cold_s,
-        control=policy,
-        conduct=Conduct(steers=True, start=start),
+        planner=table_planner(tuner, first, simulated=simulated),
+        starts_s=0.0,
+        control=bounds,
+        conduct=Conduct(steers=True),
+        doubts=simulated,
     )
+    return started(tuner, policy, start)
+
+
+def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
+    """The same controller where replicas start in another way."""
+    scene = tuner.scene
+    cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in policy.shapes)
+    usual_s = TransferTimes(scene).usual_s if start is Start.TRANSFER else cold_s
+    made = replace(policy, starts_s=usual_s, conduct=replace(policy.conduct, start=start))
+    return replace(made, scorer=SwitchSimulation(tuner, made)) if policy.doubts else made
+
+
+class SwitchSimulation:
+    """What a switch is worth by simulating it: the expected rates with it and without.
+
+    For as long as the plan is taken to last, from an empty cluster; requests go to the least work.
+    """
+
+    def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
+        self._tuner, self._policy = tuner, policy
+        self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
+
+    def __call__(self, question: Question, found: Weighed) -> float:
+        """Requests within the SLO more than by keeping the plan."""
+        scene, rates = self._tuner.scene, question.steps[0].expected
+        seconds = min(found.lasts_s, _MOST_SIMULATED_S)
+        traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed)
+        if not len(traffic):
+            return 0.0
+        levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
+        stays = replace(
+            self._policy, serving=Serving(plan=question.current, levers=levers), script=()
+        )
+        moves = replace(stays, script=((_SWITCH_S, found.plan),))
+        # A run has an event loop of its own, which another thread must have.
+        with ThreadPoolExecutor(1) as other:
+            kept, moved = (
+                met(other.submit(self._run, policy, traffic).result().results, scene.slo).sum()
+                for policy in (stays, moves)
+            )
+        return (float(moved) - float(kept)) * found.lasts_s / seconds
+
+    def _run(self, policy: Steered, traffic: Traffic) -> Run:
+        tuner = self._tuner
+        return run_policy(tuner.scene, policy, tuner.simulator, 1.0, traffic=traffic)
 
 
 def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> TablePlanner:
