@@ -38,15 +38,34 @@ class Lengths:
     output_tokens: Ints
 
     def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> Traffic:
-        """Requests of these lengths for about so long."""
+        """Requests of these lengths for about so long, a thousand at the least."""
+        return self._drawn(rate_rps, min(_MOST, max(_FEWEST, rate_rps * seconds)), seed)
+
+    def arrivals(self, rate_rps: float, seconds: float, *, seed: int) -> Traffic:
+        """As many as come in so long."""
+        return self._drawn(rate_rps, rate_rps * seconds, seed)
+
+    def _drawn(self, rate_rps: float, requests: float, seed: int) -> Traffic:
         draw = np.random.default_rng(seed)
-        count = round(min(_MOST, max(_FEWEST, rate_rps * seconds)))
+        count = round(requests)
         chosen = draw.integers(0, len(self.prompt_tokens), count)
         return Traffic(
             arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
         )
+
+
+def arrivals(
+    lengths: Sequence[Lengths], rates_rps: Sequence[float], seconds: float, *, seed: int
+) -> Traffic:
+    """Poisson arrivals of all types, each at its rate (requests/s), for so long."""
+    parts = [
+        item.arrivals(rate, seconds, seed=seed + number)
+        for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True))
+        if rate > 0 and len(item.prompt_tokens)
+    ]
+    return _merged(parts)
 
 
 def simulated_table(
@@ -93,6 +112,17 @@ def _serving(
 ) -> Serving:
     plan = DeploymentPlan(id="x", replicas=replicas, workload_types=classes, routing_shares={})
     return Serving(plan=plan, levers=levers)
+
+
+def _merged(parts: Sequence[Traffic]) -> Traffic:
+    none = np.zeros(0, dtype=np.int64)
+    arrival_s = np.concatenate([none.astype(np.float64), *(item.arrival_s for item in parts)])
+    order = np.argsort(arrival_s, kind="stable")
+    return Traffic(
+        arrival_s=arrival_s[order],
+        prompt_tokens=np.concatenate([none, *(item.prompt_tokens for item in parts)])[order],
+        output_tokens=np.concatenate([none, *(item.output_tokens for item in parts)])[order],
+    )
 
 
 def _promising(table: Sequence[ShapePerformance]) -> list[ShapePerformance]:

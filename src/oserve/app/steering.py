@@ -82,7 +82,8 @@ def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
 def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
     """The controller's policy from the settings."""
     control, gateway = settings.control, settings.gateway
-    demotes = gateway.overload.ttft_ms is not None or settings.planning.slo_ttft_ms is not None
+    limit_ms = gateway.overload.ttft_ms or settings.planning.slo_ttft_ms
+    demotes = gateway.overload.demote and limit_ms is not None
     return ControlPolicy(
         mode=mode,
         interval_s=control.decision_interval_s,

@@ -4,7 +4,7 @@ What the live server and the simulated one have in common; both feed it once a s
 what it decides. Pure: time comes in with each call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,9 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
+Scorer = Callable[[Question, Weighed], float]
+"""What a switch brings after its cost, in requests within limits: a second opinion."""
+
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
     """A controller that has seen nothing yet."""
@@ -38,7 +41,10 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 
 
 class Helm:
-    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first."""
+    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
+
+    ``scorer`` is asked before a switch, which is worth no more than what it finds.
+    """
 
     def __init__(
         self,
@@ -48,12 +54,14 @@ class Helm:
         planner: TablePlanner,
         starts: StartTimes,
         shares_interval_s: float,
+        scorer: Scorer | None = None,
     ) -> None:
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
         self.controller = controller_for(self.typed(plan), names, policy)
         self._shares_interval_s = shares_interval_s
+        self._scorer = scorer
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
 
@@ -94,7 +102,19 @@ class Helm:
     def weighed(self, question: Question) -> Weighed | None:
         """The best candidate with its numbers: the slow part of a decision."""
         found = appraise(question, self.planner)
-        return None if found is None else replace(found, plan=self.typed(found.plan))
+        if found is None:
+            return None
+        found = replace(found, plan=self.typed(found.plan))
+        by_itself = question.given is None and not question.shrink_to
+        return self._confirmed(question, found) if by_itself else found
+
+    def _confirmed(self, question: Question, found: Weighed) -> Weighed:
+        """With no more gain than the second opinion allows, if there is one and it matters."""
+        wanted = found.gain > self.controller.policy.margin * found.cost.requests
+        if self._scorer is None or not wanted:
+            return found
+        worth = self._scorer(question, found)
+        return replace(found, gain=min(found.gain, worth + found.cost.requests))
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each has the shares of its class."""

@@ -10,7 +10,7 @@ from oserve.study.counterfactual import SwitchWorth, switch_worths
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Fixed, Policy, Start
 from oserve.study.runner import run_policy
-from oserve.study.steered import Steered, steered
+from oserve.study.steered import Steered, started, steered
 from oserve.study.switching import Oracle, Reload
 from oserve.study.tune import Found
 
@@ -29,6 +29,7 @@ class Course:
     hours: float
     worths: tuple[SwitchWorth, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    changes: tuple[tuple[float, tuple[tuple[str, int], ...]], ...] = ()
 
     @property
     def switches_per_hour(self) -> float:
@@ -41,10 +42,6 @@ def contenders(
 ) -> dict[str, Policy]:
     """What is compared, by name; all of OServe's begin with ``serving``."""
     transfer = steered(tuner, start=Start.TRANSFER, serving=serving, control=control)
-    cold_s = max(
-        tuner.scene.phases.load_s(tuner.scene.weights_bytes(shape)) for shape, _ in serving.shapes
-    )
-    cold = replace(transfer.conduct, start=Start.COLD)
     linear = steered(tuner, start=Start.TRANSFER, serving=serving, control=control, simulated=False)
     return {
         "static-best": Fixed(serving=tuner.best.serving),
@@ -52,7 +49,7 @@ def contenders(
         "oserve-static": Fixed(serving=serving),
         "reload": Reload(tuner=tuner, serving=tuner.best_chunk.serving),
         "linear table": linear,
-        "controller, reload": replace(transfer, conduct=cold, starts_s=cold_s),
+        "controller, reload": started(tuner, transfer, Start.COLD),
         "controller, transfer": transfer,
         "oracle": Oracle(tuner=tuner, serving=serving, library=library(tuner, transfer)),
     }
@@ -131,4 +128,5 @@ def _course(
         hours=run.traffic.duration_s / 3600.0,
         worths=worths,
         decisions=decisions,
+        changes=tuple((change.at_s, change.deployment) for change in run.changes),
     )

@@ -6,38 +6,46 @@ takes no virtual time.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.simulated import Routing, Serving, Traffic
+from oserve.app.capacities import Lengths, arrivals, simulated_table
+from oserve.app.simulated import Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
+from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm
+from oserve.control.helm import Helm, Scorer
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.core import DeploymentPlan
+from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.gateway.foresight import Expected, Foresight
 from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Moment, Start, Steer
+from oserve.study.runner import Run, run_policy
+from oserve.study.scene import Scene
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
 _SHARES_INTERVAL_S = 5.0
 _CHUNKS = (512, 1024, 2048)
+# A switch is simulated this long after the start, and for so long at most.
+_SWITCH_S = 60.0
+_MOST_SIMULATED_S = 900.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Steered:
     """What ``planner`` knows and ``starts_s`` begin each run; ``control`` as on a server.
 
-    ``script``: instead of following decisions, go to these plans at these seconds.
+    ``doubts``: a simulation must confirm switches (``scorer``). ``script``: instead of following
+    decisions, go to these plans at these seconds.
     """
 
     serving: Serving
@@ -45,11 +53,18 @@ class Steered:
     starts_s: float
     control: ControlPolicy
     conduct: Conduct
+    doubts: bool = False
+    scorer: Scorer | None = None
     script: Sequence[tuple[float, DeploymentPlan]] | None = None
     decisions: list[Decision] = field(default_factory=list)
     _helm: Helm | None = None
     _counts: "Counts | None" = None
     _traffic: Traffic | None = None
+
+    @property
+    def shapes(self) -> Sequence[tuple[ReplicaShape, int]]:
+        """What serves at first, with counts."""
+        return self.serving.shapes
 
     def initial(self, scale: float) -> Serving:
         del scale
@@ -69,6 +84,7 @@ class Steered:
             planner=TablePlanner(replace(self.planner.facts, start_s=starts.start_s)),
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
+            scorer=self.scorer,
         )
         self._counts = Counts(self._helm.controller.plan, traffic)
         self._traffic = traffic
@@ -121,28 +137,72 @@ def steered(
 ) -> Steered:
     """The controller, beginning with a serving (by default the best static one of OServe).
 
-    ``simulated``: capacities in its table are simulated ones, else those of the linear model.
+    ``simulated``: capacities in its table are simulated ones, and a simulation must confirm a
+    switch; else all is the linear model's.
     """
     scene = tuner.scene
     first = serving or tuner.everything.serving
-    policy = control or ControlPolicy()
     levers = first.levers
     fresh = levers.order is not None and levers.order.freshest_first_s > 0
-    policy = replace(
-        policy,
+    bounds = replace(
+        control or ControlPolicy(),
         interval_s=round(scene.interval_s),
         now_s=min(30, round(scene.interval_s)),
         in_order=not fresh and levers.gateway.demote_after_s is None,
     )
-    cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in first.shapes)
-    moved = start is Start.TRANSFER
-    return Steered(
+    policy = Steered(
         serving=first,
         planner=table_planner(tuner, first, simulated=simulated),
-        starts_s=TransferTimes(scene).usual_s if moved else cold_s,
-        control=policy,
-        conduct=Conduct(steers=True, start=start),
+        starts_s=0.0,
+        control=bounds,
+        conduct=Conduct(steers=True),
+        doubts=simulated,
     )
+    return started(tuner, policy, start)
+
+
+def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
+    """The same controller where replicas start in another way."""
+    scene = tuner.scene
+    cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in policy.shapes)
+    usual_s = TransferTimes(scene).usual_s if start is Start.TRANSFER else cold_s
+    made = replace(policy, starts_s=usual_s, conduct=replace(policy.conduct, start=start))
+    return replace(made, scorer=SwitchSimulation(tuner, made)) if policy.doubts else made
+
+
+class SwitchSimulation:
+    """What a switch is worth by simulating it: the expected rates with it and without.
+
+    For as long as the plan is taken to last, from an empty cluster; requests go to the least work.
+    """
+
+    def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
+        self._tuner, self._policy = tuner, policy
+        self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
+
+    def __call__(self, question: Question, found: Weighed) -> float:
+        """Requests within the SLO more than by keeping the plan."""
+        scene, rates = self._tuner.scene, question.steps[0].expected
+        seconds = min(found.lasts_s, _MOST_SIMULATED_S)
+        traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed)
+        if not len(traffic):
+            return 0.0
+        levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
+        stays = replace(
+            self._policy, serving=Serving(plan=question.current, levers=levers), script=()
+        )
+        moves = replace(stays, script=((_SWITCH_S, found.plan),))
+        # A run has an event loop of its own, which another thread must have.
+        with ThreadPoolExecutor(1) as other:
+            kept, moved = (
+                met(other.submit(self._run, policy, traffic).result().results, scene.slo).sum()
+                for policy in (stays, moves)
+            )
+        return (float(moved) - float(kept)) * found.lasts_s / seconds
+
+    def _run(self, policy: Steered, traffic: Traffic) -> Run:
+        tuner = self._tuner
+        return run_policy(tuner.scene, policy, tuner.simulator, 1.0, traffic=traffic)
 
 
 def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> TablePlanner:
@@ -154,27 +214,10 @@ def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> T
     if not simulated:
         return planner
     facts = planner.facts
-    chances = TypeChances(facts.centres)
-    learned = scene.learned
-    kinds = np.array(
-        [
-            chances.kind(prompt, output)
-            for prompt, output in zip(
-                learned.prompt_tokens.tolist(), learned.output_tokens.tolist(), strict=True
-            )
-        ]
-    )
-    lengths = [
-        Lengths(
-            prompt_tokens=learned.prompt_tokens[kinds == kind],
-            output_tokens=learned.output_tokens[kinds == kind],
-        )
-        for kind in range(len(facts.types))
-    ]
     table = simulated_table(
         tuner.simulator,
         facts.table,
-        lengths,
+        lengths_by_type(scene, facts.centres),
         devices=scene.devices,
         classes=facts.classes,
         levers=serving.levers,
@@ -182,6 +225,20 @@ def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> T
         seed=scene.seed,
     )
     return TablePlanner(replace(facts, table=table))
+
+
+def lengths_by_type(scene: Scene, centres: Sequence[tuple[float, float]]) -> list[Lengths]:
+    """The lengths of the learned traffic, by the type that each request is of."""
+    chances, learned = TypeChances(centres), scene.learned
+    lengths = zip(learned.prompt_tokens.tolist(), learned.output_tokens.tolist(), strict=True)
+    kinds = np.array([chances.kind(prompt, output) for prompt, output in lengths])
+    return [
+        Lengths(
+            prompt_tokens=learned.prompt_tokens[kinds == kind],
+            output_tokens=learned.output_tokens[kinds == kind],
+        )
+        for kind in range(len(centres))
+    ]
 
 
 class Counts:
