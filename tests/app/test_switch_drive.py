@@ -3,6 +3,8 @@
 import asyncio
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import msgspec
 import pytest
 
 from oserve.app.switching.drive import Report
+from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.app.switching.programme import between, renamed
 from oserve.app.switching.record import FileJournal, Journal, journals, recover
 from oserve.app.switching.switcher import Switcher, SwitcherFacts
@@ -28,6 +31,7 @@ from oserve.core import (
     ReplicaShape,
     ReplicaSpec,
     VirtualClock,
+    VllmBackend,
 )
 from oserve.engines.mover import Moved, MoveError
 from oserve.engines.settings import EngineSettings
@@ -149,7 +153,9 @@ class Scene:
         self.switcher = Switcher(
             SwitcherFacts(
                 settings=self.settings,
-                devices=DEVICES,
+                movable=switch_facts(
+                    self.settings, DEVICES, available_bytes=lambda: self.available
+                ),
                 model="tiny",
                 cluster=self.cluster,
                 loop=self.loop,
@@ -158,7 +164,6 @@ class Scene:
                 publish=self.round,
                 journal=self._journal,
                 mover=lambda _places: ToyMover(self),
-                available_bytes=lambda: self.available,
                 unix_s=self.clock.now,
             )
         )
@@ -253,6 +258,20 @@ async def test_all_goes_well(scene: Scene) -> None:
     document = msgspec.json.decode(msgspec.json.encode(report.document()))
     assert document["programme"]["kept"] == ["k"]
     assert document["programme"]["waves"][0]["local_bytes"] > 0
+    # What it took is expected of the next, and the controller is told of it.
+    facts = scene.switcher._switch_facts
+    assert facts is not None
+    took = {name: b - a for (_, name, a), (_, _, b) in pairwise(report.phases)}
+    factor = took["transfer"] / document["programme"]["waves"][0]["phases_s"]["transfer"]
+    assert facts.learned.factor("transfer") == pytest.approx(factor, rel=0.05)
+    prices = SwitchPrices(facts)
+    (leg,) = prices.legs(NEW.replicas, OLD.replicas) or ()
+    assert {spec.id for spec in leg.started} == {"a", "b"}
+    assert [spec.id for spec in leg.retired] == ["w"]
+    assert not leg.leaving
+    assert leg.seconds >= took["transfer"] / 2
+    odd = replace(OLD.replicas[0], backend=VllmBackend(engine_args=("--dtype", "half")))
+    assert prices.legs(NEW.replicas, [odd]) is None
     # And back, with the name that is free again.
     report = await scene.finish(OLD)
     assert report.state == "done"

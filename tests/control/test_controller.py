@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.appraisal import Question, Step, appraise, switch_cost, weigh
+from oserve.control.appraisal import Leg, Question, Step, appraise, switch_cost, weigh
 from oserve.control.decision import Mode, Reason, Trigger, Verdict
 from oserve.control.lifetime import Lifetime
 from oserve.control.memory import recall, remembered
+from oserve.control.planner import TablePlanner
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan
 
-from .toy import NAMES, TABLE, TYPES, make_controller, make_world, plan_of, planner, row
+from .toy import NAMES, START_S, TABLE, TYPES, make_controller, make_world, plan_of, planner, row
 
 CHATS, DOCS = (16.0, 1.0), (2.0, 12.0)
 
@@ -291,3 +292,23 @@ async def test_a_drain_is_foreseen_by_what_replicas_hold() -> None:
     # 40 requests, 2 of which end a second, stay 20 s, the longest about twice that.
     assert controller.drain_s() == pytest.approx(40.0, rel=0.1)
     assert controller.ask(60.0).drain_s == controller.drain_s()
+
+
+def test_a_way_without_restarts_costs_only_what_is_missing_on_it() -> None:
+    """New replicas that come up beside the old ones lose nobody, and take their own time only."""
+    made = planner()
+    old, new = plan_of(0, 0, 0, 1).replicas, plan_of(0, 0, 1, 1).replicas
+    gone = tuple(spec for spec in old if spec not in new)
+    fresh = tuple(spec for spec in new if spec not in old)
+    rates: dict[tuple[float, ...], float] = {(20.0, 4.0): 1.0}
+    restarts = switch_cost(old, new, rates, made)
+    beside = TablePlanner(
+        replace(made.facts, legs=lambda _a, _b: [Leg(started=fresh, retired=gone, seconds=7.0)])
+    )
+    found = switch_cost(old, new, rates, beside)
+    assert (found.lost, found.seconds, found.changed) == (0.0, 7.0, 1)
+    assert found.touched > 0
+    assert restarts.lost > 0
+    assert restarts.seconds > START_S
+    unknown = TablePlanner(replace(made.facts, legs=lambda _a, _b: None))
+    assert switch_cost(old, new, rates, unknown) == restarts

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from oserve.app.clock import LiveClock
 from oserve.app.switching.drive import Report
+from oserve.app.switching.prices import switch_facts
 from oserve.app.switching.switcher import Switcher, SwitcherFacts
 from oserve.config.settings import Settings, SwitchSettings
 from oserve.control.loop import ControlLoop
@@ -171,7 +172,7 @@ async def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 
     facts = SwitcherFacts(
         settings=settings,
-        devices=devices,
+        movable=switch_facts(settings, devices),
         model="tiny",
         cluster=cluster,
         loop=loop,

@@ -159,6 +159,11 @@ class Front:
         """What was counted since the last call."""
         return self._hub.batches()
 
+    @property
+    def counted_until_s(self) -> float:
+        """Unix time up to which ``batches`` are complete."""
+        return self._hub.counted_until_s
+
     async def close(self) -> None:
         """No new requests; running ones get their grace."""
         self._closing = True

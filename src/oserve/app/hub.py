@@ -8,6 +8,7 @@ heard last stays in force; the hub of the next server hears of it at its next ex
 """
 
 import asyncio
+import math
 import os
 import secrets
 import time
@@ -117,6 +118,14 @@ class Hub:
         taken, self._batches = self._batches, []
         return taken
 
+    @property
+    def counted_until_s(self) -> float:
+        """Unix time up to which all processes have told what they counted; infinity if none runs.
+
+        A process that the machine leaves no time reports late what it counted in time.
+        """
+        return min((item.counts.until_s for item in self._reports.values()), default=math.inf)
+
     def forget(self, incarnation: int) -> None:
         """A gateway process ended: its outstanding work is gone; its counters stay counted."""
         self._forgotten.add(incarnation)
@@ -212,7 +221,7 @@ class HubClient:
         dispatcher = self._dispatcher
         report = Report(
             incarnation=self._incarnation,
-            counts=dispatcher.foresight.tally.take(),
+            counts=dispatcher.foresight.tally.take(time.time()),
             outstanding=dispatcher.outstanding(),
             metrics=dispatcher.metrics.snapshot(),
             queued=dispatcher.queued,

@@ -4,6 +4,7 @@ The same code as on the server, on recorded time; starts and drains take what th
 since nothing runs. Other settings may be given, to see what they would have decided.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from oserve.app.demand import Demand
 from oserve.app.first_plan import know, planning_question
 from oserve.app.steering import planner_for, policy_of
 from oserve.app.store import StateStore
+from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.control.appraisal import appraise
 from oserve.control.decision import Decision, Mode, Verdict
@@ -21,6 +23,7 @@ from oserve.control.helm import controller_for
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.switch.learned import LearnedPhases
 
 
 def recorded(file: Path) -> dict[str, Any]:
@@ -49,7 +52,14 @@ def replayed_decisions(
         settings, devices, knowledge, Precision.BF16, demand=demand, shapes=shapes
     )
     starts = StartTimes(settings.control.start_s)
-    planner = planner_for(question, starts)
+    learned = LearnedPhases()
+    memory = StateStore(file).memory("switches")
+    if isinstance(memory, dict):
+        learned.restore(memory)
+    # The memory of this machine must not matter.
+    facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
+    prices = SwitchPrices(facts)
+    planner = planner_for(question, starts, prices.legs)
     names = [kind.name for kind in planner.facts.types]
     controller = controller_for(_first_plan(file), names, policy_of(settings, mode))
     busy_until_s = 0.0

@@ -6,7 +6,6 @@ Where there is a controller it watches what comes and replaces the plan; see ``s
 import asyncio
 import contextlib
 import logging
-import signal
 import sqlite3
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
 from oserve.app.switching.drive import Report
+from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.app.switching.record import journal_folder, recover
 from oserve.app.switching.switcher import Switcher, SwitcherFacts
 from oserve.config import api_keys, backend_keys
@@ -37,6 +37,7 @@ from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
@@ -45,6 +46,8 @@ _log = logging.getLogger("oserve.control")
 _STEER_S = 1.0
 # Seconds of counts that a kill may cost.
 _SAVE_S = 10.0
+# For so long at most counting waits for a gateway process that does not report.
+_WAIT_S = 60.0
 # Answers that are learned from before the first request comes.
 _LEARNED = 5000
 
@@ -98,8 +101,14 @@ class Server:
             interval_s=control.interval_s,
             observed=self._observed,
         )
+        learned = LearnedPhases()
+        movable = switch_facts(settings, deployment.devices, learned=learned)
         self._steering = (
-            Steering(deployment, now_s=time.time()) if deployment.question is not None else None
+            Steering(
+                deployment, now_s=time.time(), legs=SwitchPrices(movable).legs, learned=learned
+            )
+            if deployment.question is not None
+            else None
         )
         if self._steering is not None:
             self._loop.plan = self._steering.controller.plan
@@ -109,7 +118,7 @@ class Server:
         self._switcher = Switcher(
             SwitcherFacts(
                 settings=settings,
-                devices=deployment.devices,
+                movable=movable,
                 model=deployment.models[0],
                 cluster=self._cluster,
                 loop=self._loop,
@@ -203,8 +212,12 @@ class Server:
     def _counted(self, steering: Steering) -> Trigger | None:
         if self._seen is None:
             return None
+        now_s = time.time()
+        batches = self._front.batches()
+        # What is told late must not look like a silence: time stands still until it is told.
+        until_s = min(now_s, self._front.counted_until_s + _STEER_S)
         try:
-            return steering.observe(time.time(), self._front.batches(), self._seen)
+            return steering.observe(max(until_s, now_s - _WAIT_S), batches, self._seen)
         except Exception:
             # Serving must not end because counting is wrong.
             _log.exception("a second could not be counted")
@@ -353,53 +366,6 @@ class Server:
         )
         if settled:
             self.ready.set()
-
-
-async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]) -> int:
-    """Run until Ctrl-C or SIGTERM; returns the exit status.
-
-    A second Ctrl-C ends without waiting for running requests.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    presses = 0
-
-    def _on_signal() -> None:
-        nonlocal presses
-        presses += 1
-        stop.set()
-        if presses > 1:
-            for task in asyncio.all_tasks(loop):
-                if task.get_name() == "grace":
-                    task.cancel()
-
-    # A terminal that closes ends the server, unless it was started to survive that.
-    closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-    for number in (signal.SIGINT, signal.SIGTERM, *closed):
-        loop.add_signal_handler(number, _on_signal)
-    running: asyncio.Task[None] | None = None
-    status = 0
-    try:
-        port = await server.start()
-        running = asyncio.create_task(server.run())
-        ready = asyncio.create_task(server.ready.wait())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
-            announce(port)
-            await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-        ready.cancel()
-        stopped.cancel()
-    finally:
-        if running is not None:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-        closing = asyncio.create_task(server.close(), name="grace")
-        with contextlib.suppress(asyncio.CancelledError):
-            await closing
-    return status
 
 
 def _on_cpu(deployment: Deployment) -> bool:

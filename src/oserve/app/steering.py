@@ -20,7 +20,7 @@ from oserve.control.appraisal import Weighed
 from oserve.control.decision import Decision, Mode, Trigger, Verdict
 from oserve.control.helm import Helm
 from oserve.control.memory import recall, remembered, same_types
-from oserve.control.planner import PlannerFacts, TablePlanner
+from oserve.control.planner import Legs, PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
@@ -32,13 +32,16 @@ from oserve.core import (
 )
 from oserve.perf import ShapePerformance
 from oserve.perf.table import performance_table
+from oserve.switch.learned import LearnedPhases
 
 _log = logging.getLogger("oserve.control")
 
 _DECISIONS_SHOWN = 10
 
 
-def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
+def planner_for(
+    question: PlanningQuestion, starts: StartTimes, legs: Legs | None = None
+) -> TablePlanner:
     """The controller's planner: the performance table once, other rates each time."""
     demand = question.demand
     kinds = {device.id: device.kind for device in question.devices}
@@ -73,6 +76,7 @@ def planner_for(question: PlanningQuestion, starts: StartTimes) -> TablePlanner:
             table=rows(question.shapes),
             row_of=row_of,
             start_s=starts.start_s,
+            legs=legs,
             min_gain=question.min_gain,
             time_limit_s=question.time_limit_s,
         )
@@ -101,14 +105,25 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
 
 
 class Steering:
-    """Feeds and asks a controller; ``now_s`` is Unix time throughout."""
+    """Feeds and asks a controller; ``now_s`` is Unix time throughout.
 
-    def __init__(self, deployment: Deployment, *, now_s: float) -> None:
+    ``legs`` tells the way of switches that need no restarts, ``learned`` how long these took.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        *,
+        now_s: float,
+        legs: Legs | None = None,
+        learned: LearnedPhases | None = None,
+    ) -> None:
         assert deployment.question is not None
         settings = deployment.settings
         self._deployment = deployment
         self.starts = StartTimes(settings.control.start_s)
-        self.planner = planner_for(deployment.question, self.starts)
+        self._learned = learned or LearnedPhases()
+        self.planner = planner_for(deployment.question, self.starts, legs)
         self._store = StateStore(deployment.state_file)
         self._helm = Helm(
             deployment.plan,
@@ -134,6 +149,9 @@ class Steering:
         starts = self._store.memory("starts")
         if isinstance(starts, dict):
             self.starts.restore(starts)
+        learned = self._store.memory("switches")
+        if isinstance(learned, dict):
+            self._learned.restore(learned)
 
     def _recall_seconds(self) -> None:
         """What was counted since the last decision."""
@@ -198,6 +216,7 @@ class Steering:
                 "plan": plan,
             },
             "starts": self.starts.state(),
+            "switches": self._learned.state(),
             "context": context_of(self._deployment),
         }
         end_s = int(now_s) - 1

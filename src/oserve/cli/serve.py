@@ -12,7 +12,8 @@ from rich.table import Table
 
 from oserve.app.deployment import Deployment, prepare
 from oserve.app.memory import rare_collections
-from oserve.app.serve import Server, serve_until_stopped
+from oserve.app.running import serve_until_stopped
+from oserve.app.serve import Server
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
 

@@ -6,7 +6,7 @@ candidate is expected to be the best and S the seconds of the switch:
 
     gain = sum over steps and quantiles of w t (candidate - current) * (T - S) / T,
            at most what it is at HEADROOM times the expected rates
-    cost = sum over stages of (current - what is left) * seconds of the stage + TOUCHED * touched
+    cost = sum over legs of (current - what is left) * seconds of the leg + TOUCHED * touched
 
 Where requests are served in order of arrival, what was missing waits before all that comes, and
 everybody is late until the new replicas have worked it off with the capacity that they can spare.
@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from oserve.control.rollout import stages
 from oserve.core import DeploymentPlan, ReplicaSpec
 
 Rates = tuple[float, ...]
@@ -33,6 +32,19 @@ HEADROOM = 1.05
 _SERVES_ALL = 0.99
 # Multiples of the rates at which it is looked how much the new replicas can spare.
 _SPARE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """A part of a switch: ``leaving`` drain and go, ``started`` come up, then ``retired`` drain.
+
+    ``seconds``: from when those that leave are gone until those that start serve.
+    """
+
+    leaving: tuple[ReplicaSpec, ...] = ()
+    started: tuple[ReplicaSpec, ...] = ()
+    retired: tuple[ReplicaSpec, ...] = ()
+    seconds: float = 0.0
 
 
 class Appraiser(Protocol):
@@ -50,8 +62,8 @@ class Appraiser(Protocol):
         """What these replicas serve of these rates within limits."""
         ...
 
-    def start_s(self, spec: ReplicaSpec) -> float:
-        """Seconds from free devices to a replica that serves."""
+    def legs(self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]) -> Sequence[Leg]:
+        """The way from one set of replicas to another."""
         ...
 
     def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
@@ -230,9 +242,10 @@ def switch_cost(
     *,
     drain_s: float = 0.0,
 ) -> SwitchCost:
-    """Of going from one set of replicas to another in stages; ``rates`` with their chances.
+    """Of going from one set of replicas to another leg by leg; ``rates`` with their chances.
 
-    Draining takes ``drain_s``, or the stay of a request if that is longer.
+    Draining takes ``drain_s``, or the stay of a request if that is longer. It costs time only where
+    others wait for the devices.
     """
 
     def served(replicas: Sequence[ReplicaSpec]) -> float:
@@ -245,18 +258,18 @@ def switch_cost(
     there = list(old)
     seconds = lost = touched = 0.0
     changed = 0
-    for stage in stages(old, new):
-        left = [spec for spec in there if spec not in stage.retired]
+    for leg in appraiser.legs(old, new):
+        going = (*leg.leaving, *leg.retired)
         stay_s = 0.0
-        if stage.retired:
+        if going:
             stay_s = sum(p * appraiser.stay_s(there, r) for r, p in rates.items())
             stay_s = max(stay_s, drain_s)
-            touched += served(there) * stay_s * len(stage.retired) / max(1, len(there))
-        start_s = max((appraiser.start_s(spec) for spec in stage.started), default=0.0)
-        if stage.started:
-            # Replicas that only leave cost no time: nobody waits for their devices.
-            seconds += stay_s + start_s
-            lost += max(0.0, before - served(left)) * (stay_s + start_s)
-        changed += len(stage.started)
-        there = [*left, *stage.started]
+            touched += served(there) * stay_s * len(going) / max(1, len(there))
+        left = [spec for spec in there if spec not in leg.leaving]
+        if leg.started:
+            took_s = leg.seconds + (stay_s if leg.leaving else 0.0)
+            seconds += took_s
+            lost += max(0.0, before - served(left)) * took_s
+        changed += len(leg.started)
+        there = [spec for spec in left if spec not in leg.retired] + list(leg.started)
     return SwitchCost(seconds=seconds, changed=changed, lost=lost, touched=touched)

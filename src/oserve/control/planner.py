@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oserve.control.appraisal import Rates
+from oserve.control.appraisal import Leg, Rates
+from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -35,14 +36,18 @@ _MOST_SERVINGS = 512
 _LEAST_SHARE = 0.005
 
 
+Legs = Callable[[Sequence[ReplicaSpec], Sequence[ReplicaSpec]], Sequence[Leg] | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerFacts:
     """What plans are made from. ``types``: their rates do not matter. ``table``: candidates.
 
     ``centres`` are those of the types, (prompt, output) in tokens. ``classes`` with ``class_mix``:
     as in a demand. ``row_of`` tells of a shape that is not in the table (``None``: nothing known);
-    ``start_s`` the seconds until a replica serves. Different replicas must be worth ``min_gain``
-    over the best homogeneous deployment.
+    ``start_s`` the seconds until a replica serves; ``legs`` the way from replicas to others where
+    there is a quicker one than restarts (``None``: there is none). Different replicas must be worth
+    ``min_gain`` over the best homogeneous deployment.
     """
 
     devices: tuple[Device, ...]
@@ -53,6 +58,7 @@ class PlannerFacts:
     table: tuple[ShapePerformance, ...]
     row_of: Callable[[ReplicaSpec], ShapePerformance | None]
     start_s: Callable[[ReplicaSpec], float]
+    legs: Legs | None = None
     min_gain: float = 0.03
     time_limit_s: float = 5.0
     enough_scale: float | None = None
@@ -195,9 +201,19 @@ class TablePlanner:
             shares[name] = _whole(own) or dict(everyone)
         return shares
 
-    def start_s(self, spec: ReplicaSpec) -> float:
-        """Seconds from free devices to a replica that serves."""
-        return self.facts.start_s(spec)
+    def legs(self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]) -> Sequence[Leg]:
+        """Without restarts where that can be done, else the stages of a roll-out."""
+        found = None if self.facts.legs is None else self.facts.legs(old, new)
+        if found is not None:
+            return found
+        return [
+            Leg(
+                leaving=stage.retired,
+                started=stage.started,
+                seconds=max((self.facts.start_s(spec) for spec in stage.started), default=0.0),
+            )
+            for stage in stages(old, new)
+        ]
 
     def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
         """The mean latency of the types at these rates, over the replicas that serve them."""

@@ -17,10 +17,12 @@ class Batch(msgspec.Struct, kw_only=True):
     """Counts by second (Unix time) to be added: ``arrivals[second]`` has one number per type.
 
     ``tokens[second]``: requests that ended in it, their prompt and their output tokens. Numbers
-    may be negative where they correct what was sent before.
+    may be negative where they correct what was sent before. ``until_s``: everything that came
+    before then is in this batch or an earlier one.
     """
 
     number: int = 0
+    until_s: float = 0.0
     names: tuple[str, ...] = ()
     arrivals: dict[int, list[float]] = {}
     tokens: dict[int, list[float]] = {}
@@ -80,12 +82,16 @@ class Tally:
         if len(self._tokens) > _MOST_SECONDS:
             del self._tokens[next(iter(self._tokens))]
 
-    def take(self) -> Batch:
+    def take(self, now_s: float = 0.0) -> Batch:
         """What is to be sent: the batch that is not acknowledged yet, else all that is new."""
         if self._sent is None:
             self._number += 1
             self._sent = Batch(
-                number=self._number, names=self.names, arrivals=self._arrivals, tokens=self._tokens
+                number=self._number,
+                until_s=now_s,
+                names=self.names,
+                arrivals=self._arrivals,
+                tokens=self._tokens,
             )
             self._arrivals, self._tokens = {}, {}
         return self._sent

@@ -4,7 +4,7 @@ The constants are measured on engines (``SwitchCosts``); transfers come from the
 decide whether a switch is worth it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from oserve.switch.transfer import TransferPlan
@@ -75,16 +75,18 @@ def switch_cost(
     *,
     hosts: Mapping[str, str],
     capacity_rps: tuple[float, ...],
+    scaled: Callable[[PhaseSeconds], PhaseSeconds] = lambda phases: phases,
 ) -> SwitchCost:
     """Of waves and their transfers; ``hosts`` tells each new replica's host.
 
-    ``capacity_rps`` is ready before the first wave, by type. The last wave's drain does not delay
+    ``capacity_rps`` is ready before the first wave, by type; ``scaled`` applies what
+    was learned (``switch.learned``). The last wave's drain does not delay
     anything; the others' does, since the next wave may need the room.
     """
     phases = []
     missing = [0.0] * len(capacity_rps)
     for wave, transfer in zip(waves, transfers, strict=True):
-        phase = _phase(wave, transfer, costs, hosts)
+        phase = scaled(_phase(wave, transfer, costs, hosts))
         phases.append(phase)
         for index, (full, ready) in enumerate(zip(capacity_rps, wave.capacity_rps, strict=True)):
             missing[index] += max(0.0, full - ready) * phase.until_commit_s

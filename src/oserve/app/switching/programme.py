@@ -21,6 +21,7 @@ from oserve.perf.device import find_link
 from oserve.perf.memory import MEMORY_SHARE
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
 from oserve.switch.layout import Placed, shard_map
+from oserve.switch.learned import LearnedPhases
 from oserve.switch.links import links_of
 from oserve.switch.orders import RankOrder, rank_orders
 from oserve.switch.tensor import volume
@@ -42,13 +43,17 @@ _NETWORK = "infiniband-400"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchFacts:
-    """What stays while the server runs; ``available_bytes`` is main memory, asked when needed."""
+    """What stays while the server runs; ``available_bytes`` is main memory, asked when needed.
+
+    ``learned`` is taught by the switches that are carried out.
+    """
 
     model: MovableModel
     devices: tuple[Device, ...]
     settings: EngineSettings
     available_bytes: Callable[[], int]
     costs: SwitchCosts = field(default_factory=SwitchCosts)
+    learned: LearnedPhases = field(default_factory=LearnedPhases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +141,7 @@ def prepare_switch(
         costs,
         hosts={name: "local" for wave in order.waves for name in wave.start},
         capacity_rps=_capacity(current.replicas),
+        scaled=facts.learned.scaled,
     )
     return Programme(
         before=current,

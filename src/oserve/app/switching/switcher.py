@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from oserve.app.switching.drive import Drive, Report
-from oserve.app.switching.model import movable_model
 from oserve.app.switching.programme import Programme, SwitchFacts, prepare_switch
 from oserve.app.switching.record import FileJournal, Journal, journal_folder, prune
 from oserve.app.switching.work import ClusterWork, Moving, WorkFacts
@@ -23,9 +23,9 @@ from oserve.config import Settings
 from oserve.control.door import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
-from oserve.core import Clock, DeploymentPlan, Device, Endpoint, Observation, OServeError
-from oserve.engines.devices import available_memory_bytes
+from oserve.core import Clock, DeploymentPlan, Endpoint, Observation, OServeError
 from oserve.engines.mover import Mover
+from oserve.switch.transaction import Phase
 
 _log = logging.getLogger("oserve.switch")
 
@@ -36,13 +36,14 @@ _MOST_REPORTS = 20
 class SwitcherFacts:
     """What a switcher works on. ``model``: the name that engines serve under.
 
+    ``movable``: what switches are made from, or why weights cannot be moved (see ``prices``).
     ``settle``: called in the event loop with the plan that is in force after a switch and the
     reason it is not the one wished for (empty if it is). ``published``: the control loop's next
-    round, at once. ``journal``, ``mover``, ``available_bytes`` and ``unix_s`` are for tests.
+    round, at once. ``journal``, ``mover`` and ``unix_s`` are for tests.
     """
 
     settings: Settings
-    devices: tuple[Device, ...]
+    movable: SwitchFacts | str
     model: str
     cluster: Cluster
     loop: ControlLoop
@@ -51,7 +52,6 @@ class SwitcherFacts:
     publish: Callable[[], Awaitable[None]]
     journal: Callable[[Path], Journal] = FileJournal
     mover: Callable[[Mapping[str, Endpoint]], Moving] | None = None
-    available_bytes: Callable[[], int] = available_memory_bytes
     unix_s: Callable[[], float] = time.time
 
 
@@ -60,7 +60,8 @@ class Switcher:
 
     def __init__(self, facts: SwitcherFacts) -> None:
         self._facts = facts
-        self._switch_facts, self._unmovable = _switch_facts(facts)
+        self._switch_facts = facts.movable if isinstance(facts.movable, SwitchFacts) else None
+        self._unmovable = "" if isinstance(facts.movable, SwitchFacts) else facts.movable
         self._reports: deque[Report] = deque(maxlen=_MOST_REPORTS)
         self._wished: tuple[Report, DeploymentPlan] | None = None
         self._drive: Drive | None = None
@@ -171,6 +172,7 @@ class Switcher:
         )
         _log.info("switch %s: weights move from engine to engine", report.id)
         reached = await self._drive.run()
+        self._learn(report, programme)
         if facts.loop.plan is not reached:
             facts.loop.plan = reached
         if self._wished is None:
@@ -178,6 +180,23 @@ class Switcher:
         await facts.publish()
         _log.info("switch %s: %s %s", report.id, report.state, report.reason)
         prune(journal_folder(facts.settings))
+
+    def _learn(self, report: Report, programme: Programme) -> None:
+        """What the waves that came to their end took, for the next prediction."""
+        assert self._switch_facts is not None
+        moments = [*report.phases, (-1, "", report.ended_s or self._facts.unix_s())]
+        for number, step in enumerate(programme.steps):
+            took_s = {
+                phase: next_s - at_s
+                for (wave, phase, at_s), (_, _, next_s) in pairwise(moments)
+                if wave == number
+            }
+            if Phase.DONE not in took_s:
+                continue
+            if step.wave.stop or step.wave.release:
+                # Nobody knows how much of it was draining.
+                del took_s[Phase.PREPARE]
+            self._switch_facts.learned.observe(step.predicted, took_s)
 
     def _work_facts(self, report: Report, programme: Programme) -> WorkFacts:
         facts = self._facts
@@ -209,8 +228,6 @@ class Switcher:
 
     def _prepared(self, plan: DeploymentPlan, observation: Observation) -> Programme:
         """Raises OServeError where it must go by restarts."""
-        if self._facts.settings.switch.method == "restart":
-            raise _by_restarts("switch.method says so")
         if self._switch_facts is None:
             raise _by_restarts(self._unmovable)
         current = self._facts.loop.plan
@@ -232,22 +249,6 @@ class Switcher:
 
 def _mover(clock: Clock, bytes_per_s: float, places: Mapping[str, Endpoint]) -> Mover:
     return Mover(places, clock, bytes_per_s=bytes_per_s)
-
-
-def _switch_facts(facts: SwitcherFacts) -> tuple[SwitchFacts | None, str]:
-    """Or why weights cannot be moved here."""
-    try:
-        on_cpu = all(device.kind == "cpu" for device in facts.devices)
-        model = movable_model(facts.settings, on_cpu=on_cpu)
-    except OServeError as error:
-        return None, error.message
-    found = SwitchFacts(
-        model=model,
-        devices=facts.devices,
-        settings=facts.settings.engines,
-        available_bytes=facts.available_bytes,
-    )
-    return found, ""
 
 
 def _by_restarts(reason: str) -> OServeError:

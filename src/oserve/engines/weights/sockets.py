@@ -2,6 +2,10 @@
 
 The sockets are in the engines' private folders, so that nobody else can listen or speak. Closing
 one from another thread ends whatever waits on it at once.
+
+They block in the kernel, which keeps the deadline and goes on until all of a chunk is over. A call
+that returns after each bufferful must wait for the interpreter's lock each time, and in an engine
+that serves that wait takes many times as long as the copying.
 """
 
 import contextlib
@@ -12,13 +16,15 @@ import threading
 import time
 from collections.abc import Sequence
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 16 << 20
 _BUFFER_BYTES = 4 << 20
 _POLL_S = 0.02
 # Who calls (rank), for which transfer (bytes of its name that follow).
 _HELLO = struct.Struct("!II")
 # The number of an operation and its bytes.
 _HEAD = struct.Struct("!QQ")
+# Seconds and microseconds, as the kernel has them.
+_TIME = struct.Struct("@ll")
 
 
 class TransferError(Exception):
@@ -104,6 +110,7 @@ class Stream:
     def __init__(self, connection: socket.socket, deadline_s: float) -> None:
         self._socket = connection
         self._deadline_s = deadline_s
+        connection.settimeout(None)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
@@ -145,8 +152,9 @@ class Stream:
         """All of it."""
         try:
             while data:
-                self._socket.settimeout(_left_s(self._deadline_s, "not all could be sent"))
-                data = data[self._socket.send(data) :]
+                self._limit(socket.SO_SNDTIMEO, "not all could be sent")
+                with contextlib.suppress(BlockingIOError):
+                    data = data[self._socket.send(data) :]
         except OSError as error:
             raise TransferError(f"sending: {error}") from None
 
@@ -159,13 +167,22 @@ class Stream:
     def _fill(self, data: memoryview) -> None:
         try:
             while data:
-                self._socket.settimeout(_left_s(self._deadline_s, "not all came"))
-                size = self._socket.recv_into(data)
-                if size == 0:
-                    raise TransferError("the sender hung up")
-                data = data[size:]
+                self._limit(socket.SO_RCVTIMEO, "not all came")
+                with contextlib.suppress(BlockingIOError):
+                    size = self._socket.recv_into(data[:_CHUNK_BYTES], flags=socket.MSG_WAITALL)
+                    if size == 0:
+                        raise TransferError("the sender hung up")
+                    data = data[size:]
         except OSError as error:
             raise TransferError(f"receiving: {error}") from None
+
+    def _limit(self, option: int, what: str) -> None:
+        """Have the kernel end the next call at the deadline (it then says that it would block)."""
+        left_s = _left_s(self._deadline_s, what)
+        whole_s = int(left_s)
+        # No time at all would mean no limit.
+        rest_us = max(1, int((left_s - whole_s) * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(whole_s, rest_us))
 
     def close(self) -> None:
         """Hang up; whoever waits on either side is told."""
