@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+
 from oserve.control.appraisal import Question, Rates, Step, Weighed
-from oserve.control.helm import Helm, Scorer
+from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 
@@ -28,32 +30,32 @@ def question(made: Helm, rates: Rates) -> Question:
     return replace(made.controller.ask(0.0), steps=(step,), plan_for=(rates,), now_rps=rates)
 
 
-def test_a_gain_is_no_more_than_the_second_opinion_of_it() -> None:
+def test_what_the_second_opinion_says_counts() -> None:
     asked: list[Weighed] = []
 
-    def nothing(_: Question, found: Weighed) -> float:
+    def doubts(_: Question, found: Weighed) -> Judged:
         asked.append(found)
-        return 0.0
+        return Judged(current_rps=9.0, candidate_rps=10.0, worth=-3.0)
 
-    alone, doubted = helm(None), helm(nothing)
+    alone, doubted = helm(None), helm(doubts)
     trusted = alone.weighed(question(alone, BEYOND))
     found = doubted.weighed(question(doubted, BEYOND))
     assert trusted is not None
     assert found is not None
     assert trusted.gain > 0
     assert asked == [trusted]
-    assert found == replace(trusted, gain=trusted.cost.requests)
-    sure = helm(lambda _question, _found: 1e6)
-    assert sure.weighed(question(sure, BEYOND)) == trusted
+    assert found.worth == pytest.approx(-3.0)
+    assert (found.current_rps, found.candidate_rps) == (9.0, 10.0)
+    assert (found.plan, found.cost) == (trusted.plan, trusted.cost)
 
 
-def test_it_is_not_asked_where_nobody_would_switch() -> None:
-    def never(_: Question, found: Weighed) -> float:
+def test_it_is_not_asked_of_the_present_plan_nor_of_what_a_person_wants() -> None:
+    def never(_: Question, found: Weighed) -> Judged:
         raise AssertionError(found.plan.id)
 
     made = helm(never)
-    asked = question(made, (1.0, 0.5))
-    assert made.weighed(asked) is not None
-    # Nor of what a person wants.
+    present = question(made, (20.0, 3.0))
+    present = replace(present, current=made.planner.candidates((20.0, 3.0), present.current)[0])
+    assert made.weighed(present) is not None
     given = replace(question(made, BEYOND), given=plan_of(1, 1, 1, 1))
     assert made.weighed(given) is not None

@@ -13,13 +13,13 @@ import msgspec
 
 from oserve.app.demand import Demand
 from oserve.app.first_plan import know, planning_question
+from oserve.app.opinion import Opinion
 from oserve.app.steering import planner_for, policy_of
 from oserve.app.store import StateStore
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
-from oserve.control.appraisal import appraise
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import controller_for
+from oserve.control.helm import Helm
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
@@ -61,7 +61,18 @@ def replayed_decisions(
     prices = SwitchPrices(facts)
     planner = planner_for(question, starts, prices.legs)
     names = [kind.name for kind in planner.facts.types]
-    controller = controller_for(_first_plan(file), names, policy_of(settings, mode))
+    opinion = Opinion(question) if settings.control.simulate else None
+    if opinion is not None:
+        planner.learn(opinion.refined(planner.facts))
+    helm = Helm(
+        _first_plan(file),
+        policy=policy_of(settings, mode),
+        planner=planner,
+        starts=starts,
+        shares_interval_s=settings.control.shares_interval_s,
+        scorer=None if opinion is None else opinion.scorer(planner),
+    )
+    controller = helm.controller
     busy_until_s = 0.0
     for second, counts in StateStore(file).seconds():
         if len(counts) != len(names):
@@ -74,7 +85,7 @@ def replayed_decisions(
         asked = controller.ask(now_s)
         decision = controller.judge(
             asked,
-            appraise(asked, planner),
+            helm.weighed(asked),
             now_s=now_s,
             trigger=trigger,
             switching=now_s < busy_until_s,

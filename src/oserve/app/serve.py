@@ -195,6 +195,7 @@ class Server:
     async def _steer(self, steering: Steering) -> None:
         """Once a second: count, and decide where a decision is due and none is being made."""
         deciding: asyncio.Task[None] | None = None
+        self._spawn(self._refine(steering))
         # Should it be killed before the first decision, the next one goes on with this plan.
         await steering.save(time.time())
         saved_s = self._clock.now()
@@ -208,6 +209,12 @@ class Server:
                 deciding = asyncio.ensure_future(self._decide(steering, trigger))
                 self._tasks.add(deciding)
                 deciding.add_done_callback(self._tasks.discard)
+
+    async def _refine(self, steering: Steering) -> None:
+        try:
+            await steering.refine()
+        except Exception:
+            _log.exception("capacities could not be simulated; the linear model's stay")
 
     def _counted(self, steering: Steering) -> Trigger | None:
         if self._seen is None:

@@ -6,6 +6,7 @@ from present rates, since they cost nothing to change.
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import Deployment
+from oserve.app.opinion import Opinion
 from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.store import Save, StateStore
 from oserve.config import Settings, plan_yaml
@@ -125,12 +127,14 @@ class Steering:
         self._learned = learned or LearnedPhases()
         self.planner = planner_for(deployment.question, self.starts, legs)
         self._store = StateStore(deployment.state_file)
+        self._opinion = Opinion(deployment.question) if settings.control.simulate else None
         self._helm = Helm(
             deployment.plan,
             policy=policy_of(settings, deployment.mode),
             planner=self.planner,
             starts=self.starts,
             shares_interval_s=settings.control.shares_interval_s,
+            scorer=None if self._opinion is None else self._opinion.scorer(self.planner),
         )
         self.controller = self._helm.controller
         self._recall()
@@ -159,6 +163,20 @@ class Steering:
         for second, row in self._store.seconds(after_s=collector.newest_s):
             collector.add(Batch(names=self.controller.names, arrivals={second: row}))
             collector.tick(second)
+
+    async def refine(self) -> None:
+        """Go by simulated capacities from now on; takes seconds, in a thread."""
+        if self._opinion is None:
+            return
+        began_s = time.monotonic()
+        facts = await asyncio.to_thread(self._opinion.refined, self.planner.facts)
+        async with self._lock:
+            self.planner.learn(facts)
+        _log.info(
+            "the controller goes by simulated capacities of %d shapes (%.1f s)",
+            len(facts.table),
+            time.monotonic() - began_s,
+        )
 
     # -- each second ----------------------------------------------------------------------------
     def observe(

@@ -45,7 +45,8 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     ``mode``: ``off``, ``advise`` or ``auto``; unset: auto where the plan is computed, off where it
     is given. ``interval_s`` is between rounds of the loop, ``decision_interval_s`` between
     decisions, ``shares_interval_s`` between new routing shares. ``start_s``: what a replica is
-    taken to need to start before one was seen to. ``resume``: go on with the plan that was in
+    taken to need to start before one was seen to. ``simulate``: decisions rest on simulations of
+    the deployments, not on the linear model alone. ``resume``: go on with the plan that was in
     force when the server last ran.
     """
 
@@ -62,6 +63,7 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     shrink_after_s: Seconds = 0.0
     floor_replicas: Count = 1
     hold_s: Seconds = 1800.0
+    simulate: bool = True
     resume: bool = True
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0

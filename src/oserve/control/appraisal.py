@@ -137,11 +137,21 @@ class Weighed:
     gain: float
     cost: SwitchCost
 
+    @property
+    def worth(self) -> float:
+        """Requests that the switch brings after its cost."""
+        return self.gain - self.cost.requests
+
 
 def appraise(question: Question, appraiser: Appraiser) -> Weighed | None:
     """The candidate that is worth most after its cost; ``None`` where the planner has none."""
+    return next(iter(appraised(question, appraiser)), None)
+
+
+def appraised(question: Question, appraiser: Appraiser) -> list[Weighed]:
+    """All candidates, that which is worth most after its cost first."""
     found = [weigh(question, plan, appraiser) for plan in _candidates(question, appraiser)]
-    return max(found, key=lambda item: item.gain - item.cost.requests, default=None)
+    return sorted(found, key=lambda item: item.worth, reverse=True)
 
 
 def _candidates(question: Question, appraiser: Appraiser) -> list[DeploymentPlan]:

@@ -31,6 +31,8 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
+# What began t seconds ago often lasts as long again. A few times that: waiting costs as well.
+_PATIENCE = 5.0
 # Of requests on one replica, the stay of the longest over the mean.
 _LONGEST = 2.0
 
@@ -200,17 +202,25 @@ class Controller:
             current=replace(self.plan, replicas=tuple(present)) if present else self.plan,
             now_rps=self.now_rps(),
             steps=self._steps(),
-            lasts_s=max(1.0, self._lifetime.expected_s("", now_s)),
-            lasting={
-                name: max(1.0, self._lifetime.expected_s(name, now_s))
-                for name in self._lifetime.known
-            },
+            lasts_s=self._lasts_s("", now_s),
+            lasting={name: self._lasts_s(name, now_s) for name in self._lifetime.known},
             plan_for=tuple(tuple(np.nan_to_num(rates).tolist()) for rates in plan_for),
             given=given,
             shrink_to=policy.floor_replicas if shrink else 0,
             drain_s=self.drain_s(),
             in_order=policy.in_order,
         )
+
+    def _lasts_s(self, signature: str, now_s: float) -> float:
+        """For how long this deployment is expected to be the best.
+
+        What has begun just now may be over as soon: nothing is taken to last longer than a few
+        times as long as it has.
+        """
+        expected_s = self._lifetime.expected_s(signature, now_s)
+        if self._began_s >= 0 and not self._shrunk:
+            expected_s = min(expected_s, _PATIENCE * (now_s - self._began_s))
+        return max(1.0, expected_s)
 
     def _steps(self) -> tuple[Step, ...]:
         """The forecast's quantiles, each for the chances nearest to it, step after step."""

@@ -5,11 +5,11 @@ what it decides. Pure: time comes in with each call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.control.appraisal import Question, Weighed, appraise
+from oserve.control.appraisal import Question, Weighed, appraised
 from oserve.control.controller import Controller
 from oserve.control.decision import Mode, Trigger
 from oserve.control.planner import TablePlanner
@@ -23,8 +23,21 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
-Scorer = Callable[[Question, Weighed], float]
-"""What a switch brings after its cost, in requests within limits: a second opinion."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A switch as simulated: requests/s within limits with the plan kept and with the other.
+
+    ``worth``: requests that the switch brings after its cost.
+    """
+
+    current_rps: float
+    candidate_rps: float
+    worth: float
+
+
+Scorer = Callable[[Question, Weighed], Judged]
+"""A second opinion on a switch. What it says counts, not what the model of the planner says."""
 
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
@@ -43,7 +56,7 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 class Helm:
     """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
 
-    ``scorer`` is asked before a switch, which is worth no more than what it finds.
+    ``scorer`` judges what the planner proposes: its model's errors are as large as most gains.
     """
 
     def __init__(
@@ -101,20 +114,26 @@ class Helm:
 
     def weighed(self, question: Question) -> Weighed | None:
         """The best candidate with its numbers: the slow part of a decision."""
-        found = appraise(question, self.planner)
-        if found is None:
-            return None
-        found = replace(found, plan=self.typed(found.plan))
+        found = appraised(question, self.planner)
         by_itself = question.given is None and not question.shrink_to
-        return self._confirmed(question, found) if by_itself else found
+        if self._scorer is not None and by_itself:
+            found = [self._judged(question, item) for item in found]
+        best = max(found, key=lambda item: item.worth, default=None)
+        return None if best is None else replace(best, plan=self.typed(best.plan))
 
-    def _confirmed(self, question: Question, found: Weighed) -> Weighed:
-        """With no more gain than the second opinion allows, if there is one and it matters."""
-        wanted = found.gain > self.controller.policy.margin * found.cost.requests
-        if self._scorer is None or not wanted:
+    def _judged(self, question: Question, found: Weighed) -> Weighed:
+        """With the second opinion in the place of the model's numbers."""
+        if self._scorer is None or set(found.plan.replicas) == set(question.current.replicas):
             return found
-        worth = self._scorer(question, found)
-        return replace(found, gain=min(found.gain, worth + found.cost.requests))
+        judged = self._scorer(question, replace(found, plan=self.typed(found.plan)))
+        return replace(
+            found,
+            current_rps=judged.current_rps,
+            candidate_rps=judged.candidate_rps,
+            current_now_rps=judged.current_rps,
+            candidate_now_rps=judged.candidate_rps,
+            gain=judged.worth + found.cost.requests,
+        )
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each has the shares of its class."""

@@ -74,6 +74,12 @@ class TablePlanner:
         self._rows = {row.shape: row for row in facts.table}
         self._servings: dict[tuple[tuple[ReplicaShape, int], ...], Serving] = {}
 
+    def learn(self, facts: PlannerFacts) -> None:
+        """Go by other facts from now on; the types must be the same."""
+        self.facts = facts
+        self._rows = {row.shape: row for row in facts.table}
+        self._servings = {}
+
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """The best plan for these rates; none where nothing may serve them."""

@@ -16,7 +16,7 @@ from oserve.app.simulated import Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm, Scorer
+from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
@@ -180,13 +180,13 @@ class SwitchSimulation:
         self._tuner, self._policy = tuner, policy
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
 
-    def __call__(self, question: Question, found: Weighed) -> float:
-        """Requests within the SLO more than by keeping the plan."""
+    def __call__(self, question: Question, found: Weighed) -> Judged:
+        """Requests within the SLO, with the switch and without."""
         scene, rates = self._tuner.scene, question.steps[0].expected
         seconds = min(found.lasts_s, _MOST_SIMULATED_S)
         traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed)
         if not len(traffic):
-            return 0.0
+            return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
         stays = replace(
             self._policy, serving=Serving(plan=question.current, levers=levers), script=()
@@ -198,7 +198,11 @@ class SwitchSimulation:
                 met(other.submit(self._run, policy, traffic).result().results, scene.slo).sum()
                 for policy in (stays, moves)
             )
-        return (float(moved) - float(kept)) * found.lasts_s / seconds
+        return Judged(
+            current_rps=float(kept) / seconds,
+            candidate_rps=float(moved) / seconds,
+            worth=(float(moved) - float(kept)) * found.lasts_s / seconds,
+        )
 
     def _run(self, policy: Steered, traffic: Traffic) -> Run:
         tuner = self._tuner
