@@ -141,6 +141,8 @@ class Steering:
         self._plan_saved = ""
         self._saved_s = int(now_s)
         self._lock = asyncio.Lock()
+        self._refining = asyncio.Lock()
+        self._refined = False
 
     def _recall(self) -> None:
         memory = self._store.memory("controller")
@@ -165,13 +167,17 @@ class Steering:
             collector.tick(second)
 
     async def refine(self) -> None:
-        """Go by simulated capacities from now on; takes seconds, in a thread."""
-        if self._opinion is None:
-            return
-        began_s = time.monotonic()
-        facts = await asyncio.to_thread(self._opinion.refined, self.planner.facts)
-        async with self._lock:
+        """Go by simulated capacities from now on; takes seconds the first time, in a thread.
+
+        No decision of its own is made before.
+        """
+        async with self._refining:
+            if self._opinion is None or self._refined:
+                return
+            began_s = time.monotonic()
+            facts = await asyncio.to_thread(self._opinion.refined, self.planner.facts)
             self.planner.learn(facts)
+            self._refined = True
         _log.info(
             "the controller goes by simulated capacities of %d shapes (%.1f s)",
             len(facts.table),
@@ -202,6 +208,8 @@ class Steering:
         switching: bool = False,
     ) -> tuple[Decision, Weighed | None]:
         """Ask, weigh in a thread, judge, write down. One at a time."""
+        if given is None:
+            await self.refine()
         async with self._lock:
             question = self.controller.ask(now_s, given=given, present=present)
             weighed = await asyncio.to_thread(self._helm.weighed, question)
