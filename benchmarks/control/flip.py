@@ -1,7 +1,7 @@
 """Traffic flips on a live server, from short chats to long documents and back: what OServe does.
 
-    python benchmarks/control/flip.py [--phase-s 80] [--chats-rps 13] [--documents-rps 0.9]
-        [--slo-ttft-ms 1000] [--slo-tpot-ms 60] [--json FILE]
+    python benchmarks/control/flip.py [--phase-s 80] [--chats-rps 11] [--documents-rps 0.6]
+        [--slo-ttft-ms 450] [--slo-tpot-ms 60] [--json FILE]
 
 It makes the tiny model, runs ``oserve serve`` on it as ``make serve`` does (two slots of one core
 each, so two small replicas or a wide one), drives it with ``oserve bench`` and a seeded trace, and
@@ -10,8 +10,9 @@ of the traffic met. It ends with 1 if any request failed. Bounded: three phases,
 under six minutes with the defaults. Everything stays on the loopback interface.
 
 Two settings differ from ``make serve``. Decisions are made each 10 s, not each minute, to keep it
-short. And the limits are tighter: within the 4 s and 200 ms of ``make serve`` the same replicas are
-the best for either traffic on this model (to within 2 %), so that there is rightly no switch.
+short. And the limits are tighter: a long document is read in half a second by one core and in a
+third of one by two, so 450 ms to the first token need both; within 600 ms and more two replicas of
+one core are the best for either traffic, and there is rightly no switch (--slo-ttft-ms 1000).
 """
 
 import argparse
@@ -193,9 +194,9 @@ def told(seen: list[dict[str, Any]], start_s: float) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--phase-s", type=float, default=80.0)
-    parser.add_argument("--chats-rps", type=float, default=13.0)
-    parser.add_argument("--documents-rps", type=float, default=0.9)
-    parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--chats-rps", type=float, default=11.0)
+    parser.add_argument("--documents-rps", type=float, default=0.6)
+    parser.add_argument("--slo-ttft-ms", type=float, default=450.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -262,6 +262,9 @@ def test_long_drains_and_backlogs_count_as_costs() -> None:
     drained = weigh(question(old, rates, drain_s=100.0), new, made).cost
     assert drained.seconds > plain.seconds
     assert drained.lost > plain.lost > 0
+    # No longer than until those that still run go on elsewhere.
+    bounded = weigh(question(old, rates, drain_s=100.0, drain_limit_s=30.0), new, made).cost
+    assert drained.seconds - bounded.seconds == pytest.approx(70.0)
     # In order of arrival all that comes until the backlog is gone is late as well.
     late = weigh(question(old, rates, in_order=True), new, made).cost
     assert late.lost > 2 * plain.lost

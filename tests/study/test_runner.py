@@ -15,7 +15,7 @@ from oserve.sim.words import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Conduct, Fixed, Policy, Seen, Start
-from oserve.study.runner import run_policy
+from oserve.study.runner import Run, run_policy
 from oserve.study.switching import replaced
 from study.scenes import small_scene
 
@@ -91,6 +91,20 @@ def test_a_switch_costs_its_start_and_loses_nothing(staged: bool) -> None:
     assert later.any()
     # Decided at 10 s, then drained, settled (3 s) and loaded (2 s).
     assert float(run.results.first_token_s[later].min()) > 15.0
+
+
+def test_requests_go_on_elsewhere_when_a_drain_has_lasted_too_long() -> None:
+    def run(limit_s: float) -> Run:
+        conduct = Conduct(decides=True, drain_limit_s=limit_s)
+        tuner, policy = switching(conduct)
+        return run_policy(QUICK, policy, tuner.simulator, 1.0)
+
+    patient, hasty = run(600.0), run(0.5)
+    for found in (patient, hasty):
+        assert (found.results.status == Status.COMPLETED).all()
+        assert np.array_equal(found.results.made_tokens, found.traffic.output_tokens)
+    assert patient.results.replays.sum() == 0
+    assert hasty.results.replays.sum() > 0
 
 
 def test_free_switching_takes_no_time() -> None:

@@ -88,6 +88,7 @@ def planner_for(
 def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
     """The controller's policy from the settings."""
     control, gateway = settings.control, settings.gateway
+    moves = gateway.move.drain_limit_s if gateway.move.max_moves else None
     limit_ms = gateway.overload.ttft_ms or settings.planning.slo_ttft_ms
     demotes = gateway.overload.demote and limit_ms is not None
     return ControlPolicy(
@@ -102,6 +103,7 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
         shrink_after_s=control.shrink_after_s,
         floor_replicas=control.floor_replicas,
         hold_s=control.hold_s,
+        drain_limit_s=control.drain_limit_s if moves is None else moves,
         in_order=gateway.order.freshest_first_s == 0 and not demotes,
     )
 

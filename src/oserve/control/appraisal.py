@@ -16,6 +16,7 @@ anyway, and all that come if the new one is.
 Planner, value and times are passed in; nothing here knows where they come from.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,8 @@ class Question:
     candidate is expected to be the best, ``lasting`` the same where it is known, by signature.
     ``plan_for`` are rates to make candidates for. ``given`` is a candidate that a person wants
     weighed instead. ``version`` counts the plans that were in force. ``shrink_to``: leave only so
-    many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen.
+    many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen;
+    ``drain_limit_s``: by then all that still runs goes on elsewhere.
     ``in_order``: requests are served in order of arrival, so that a backlog makes all late.
     """
 
@@ -106,6 +108,7 @@ class Question:
     given: DeploymentPlan | None = None
     shrink_to: int = 0
     drain_s: float = 0.0
+    drain_limit_s: float = math.inf
     in_order: bool = False
 
 
@@ -184,7 +187,14 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
             candidate += part * appraiser.served_rps(new, rates_rps)
         if seconds > 0:
             likely += seconds / lasts_s * _more(step, old, new, appraiser)
-    cost = switch_cost(old, new, question.steps[0].chances, appraiser, drain_s=question.drain_s)
+    cost = switch_cost(
+        old,
+        new,
+        question.steps[0].chances,
+        appraiser,
+        drain_s=question.drain_s,
+        drain_limit_s=question.drain_limit_s,
+    )
     if question.in_order:
         late = _late(cost.lost, question.steps[0], old, new, appraiser, most_s=lasts_s)
         cost = replace(cost, lost=cost.lost + late)
@@ -251,11 +261,12 @@ def switch_cost(
     appraiser: Appraiser,
     *,
     drain_s: float = 0.0,
+    drain_limit_s: float = math.inf,
 ) -> SwitchCost:
     """Of going from one set of replicas to another leg by leg; ``rates`` with their chances.
 
-    Draining takes ``drain_s``, or the stay of a request if that is longer. It costs time only where
-    others wait for the devices.
+    Draining takes ``drain_s``, or the stay of a request if that is longer, up to its limit. It
+    costs time only where others wait for the devices.
     """
 
     def served(replicas: Sequence[ReplicaSpec]) -> float:
@@ -273,7 +284,7 @@ def switch_cost(
         stay_s = 0.0
         if going:
             stay_s = sum(p * appraiser.stay_s(there, r) for r, p in rates.items())
-            stay_s = max(stay_s, drain_s)
+            stay_s = min(max(stay_s, drain_s), drain_limit_s)
             touched += served(there) * stay_s * len(going) / max(1, len(there))
         left = [spec for spec in there if spec not in leg.leaving]
         if leg.started:

@@ -208,6 +208,7 @@ class Controller:
             given=given,
             shrink_to=policy.floor_replicas if shrink else 0,
             drain_s=self.drain_s(),
+            drain_limit_s=policy.drain_limit_s,
             in_order=policy.in_order,
         )
 

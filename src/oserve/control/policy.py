@@ -18,7 +18,8 @@ class ControlPolicy:
     seen, ``longest_s`` the most. After ``shrink_after_s`` without a request all replicas but
     ``floor_replicas`` are given up; 0: never. A person's plan is held for ``hold_s``. ``now_s`` is
     what counts as now. ``settle_s``: after a change of the traffic, how long its new rates are
-    watched before anything is decided. ``in_order``: see ``appraisal.Question``.
+    watched before anything is decided. ``drain_limit_s``, ``in_order``: see
+    ``appraisal.Question``.
     """
 
     mode: Mode = Mode.AUTO
@@ -35,6 +36,7 @@ class ControlPolicy:
     floor_replicas: int = 1
     hold_s: float = 1800.0
     decisions: int = 200
+    drain_limit_s: float = 600.0
     in_order: bool = False
 
 

@@ -51,13 +51,15 @@ class Conduct:
 
     ``decides``: it takes decisions, each interval. ``steers``: it is a ``Steering`` one.
     ``staged``: a quarter of the replicas at a time, as on a live server; else all at once.
-    ``knows_outputs``: the router is told true output lengths.
+    ``knows_outputs``: the router is told true output lengths. ``drain_limit_s``: by then requests
+    on a replica that leaves go on elsewhere, with the tokens they have.
     """
 
     decides: bool = False
     steers: bool = False
     staged: bool = True
     start: Start = Start.COLD
+    drain_limit_s: float = 600.0
     knows_outputs: bool = False
 
     @property

@@ -122,7 +122,7 @@ class _Course:
             self._door,
             self._clock,
             self._target,
-            policy=ReconcilePolicy(),
+            policy=ReconcilePolicy(drain_limit_s=policy.conduct.drain_limit_s),
             interval_s=_ROUND_S,
             observed=self._saw,
             rollout=staged if conduct.staged and not conduct.free else _at_once,

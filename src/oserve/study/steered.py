@@ -34,6 +34,7 @@ from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
 _SHARES_INTERVAL_S = 5.0
+_DRAIN_LIMIT_S = 30.0
 _CHUNKS = (512, 1024, 2048)
 # A switch is simulated this long after the start, and for so long at most.
 _SWITCH_S = 60.0
@@ -166,7 +167,14 @@ def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
     scene = tuner.scene
     cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in policy.shapes)
     usual_s = TransferTimes(scene).usual_s if start is Start.TRANSFER else cold_s
-    made = replace(policy, starts_s=usual_s, conduct=replace(policy.conduct, start=start))
+    # Streams go on elsewhere as by the gateway's default; who restarts replicas waits for them.
+    limit_s = _DRAIN_LIMIT_S if start is Start.TRANSFER else policy.conduct.drain_limit_s
+    made = replace(
+        policy,
+        starts_s=usual_s,
+        conduct=replace(policy.conduct, start=start, drain_limit_s=limit_s),
+        control=replace(policy.control, drain_limit_s=limit_s),
+    )
     return replace(made, scorer=SwitchSimulation(tuner, made)) if policy.doubts else made
 
 
