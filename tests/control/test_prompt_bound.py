@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oserve.control.ledger import WorkLedger
-from oserve.control.overload import OverloadPolicy, max_prompt_s, too_late
+from oserve.control.overload import FirstTokens, OverloadPolicy, max_prompt_s, too_late
 from oserve.control.table import TableReplica
 from oserve.core import Endpoint, ReplicaPhase, Request
 
@@ -111,3 +111,17 @@ def test_late_is_who_leaves_the_engine_too_little_time() -> None:
     policy = OverloadPolicy(ttft_s=2.0)
     assert not too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.4)
     assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.6)
+    assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.4, first_token_s=1.1)
+
+
+@given(took_s=st.floats(0.01, 4.0), slow_s=st.floats(0.0, 1.0))
+def test_what_engines_take_until_first_tokens_is_learned(took_s: float, slow_s: float) -> None:
+    policy = OverloadPolicy(ttft_s=2.0)
+    seen = FirstTokens(policy)
+    for number in range(600):
+        # One in twenty is slower, which is rarer than what is looked at.
+        seen.observe(took_s + (slow_s if number % 20 == 0 else 0.0))
+    assert min(took_s, 1.5) - 0.1 <= seen.seconds <= min(took_s + 0.1, 1.5)
+    for _ in range(600):
+        seen.observe(0.0)
+    assert seen.seconds == 0.0

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from oserve.control.overload import OverloadPolicy, max_prompt_s
+from oserve.control.overload import FirstTokens, OverloadPolicy, max_prompt_s
 from oserve.control.router import work_s
 from oserve.control.table import TableReplica
 from oserve.core import ReplicaLoad, Request
@@ -46,6 +46,12 @@ class WorkLedger:
         self._accounts: dict[str, _Account] = {}
         self._overload = overload or OverloadPolicy()
         self._processes = processes
+        self._first_tokens = FirstTokens(self._overload)
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds that most first tokens take from the hand-over on."""
+        return self._first_tokens.seconds
 
     def follow(self, replicas: Iterable[TableReplica]) -> None:
         """Keep accounts for exactly these replicas."""
@@ -116,7 +122,14 @@ class WorkLedger:
         prefill_s = (request.prompt_tokens - cached_tokens) * account.prefill_s_per_token
         account.inflight += 1
         account.owed_s += total_s
-        entry = WorkEntry(self, account, total_s, prefill_s, prompt_s=prefill_s if streams else 0.0)
+        entry = WorkEntry(
+            self,
+            account,
+            total_s,
+            prefill_s,
+            prompt_s=prefill_s if streams else 0.0,
+            given_s=now_s if streams else None,
+        )
         account.prompt_s += entry.prompt_s
         return entry
 
@@ -156,6 +169,10 @@ class WorkLedger:
         if account.inflight == 0:
             account.owed_s = account.prompt_s = 0.0
 
+    def first_token(self, took_s: float) -> None:
+        """A stream had its first token so long after it was handed over."""
+        self._first_tokens.observe(took_s)
+
     def prompt_done(self, account: _Account, prompt_s: float) -> None:
         """A prompt (prior seconds) is no longer owed."""
         account.prompt_s = max(0.0, account.prompt_s - prompt_s)
@@ -164,7 +181,7 @@ class WorkLedger:
 class WorkEntry:
     """One admitted request's standing with the ledger."""
 
-    __slots__ = ("_account", "_ledger", "_left_s", "_open", "_prefill_s", "prompt_s")
+    __slots__ = ("_account", "_given_s", "_ledger", "_left_s", "_open", "_prefill_s", "prompt_s")
 
     def __init__(
         self,
@@ -174,8 +191,10 @@ class WorkEntry:
         prefill_s: float,
         *,
         prompt_s: float,
+        given_s: float | None = None,
     ) -> None:
         self.prompt_s = prompt_s
+        self._given_s = given_s
         self._ledger = ledger
         self._account = account
         self._left_s = total_s
@@ -187,6 +206,8 @@ class WorkEntry:
         self._left_s -= self._prefill_s
         self._prompt_done()
         self._ledger.pay(self._account, self._prefill_s, now_s)
+        if self._given_s is not None:
+            self._ledger.first_token(now_s - self._given_s)
 
     def outgrown(self, more_tokens: float, now_s: float) -> None:
         """The answer is longer than was booked: so many tokens more are expected now."""

@@ -20,6 +20,12 @@ DEMOTED_S = 1e6
 # prompt shares its steps with answers under way.
 _OWED_OF_TTFT = 1 / 8
 _LATE_AT = 3 / 4
+# What is taken for the time from hand-over to first token: all but so many were quicker.
+_SLOW = 0.1
+# A step of that estimate, as a part of the time to first token that is wanted.
+_STEP = 0.02
+# Something is always left in which to wait.
+_MOST_OF_TTFT = 3 / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +54,40 @@ def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_toke
     return max(_OWED_OF_TTFT * policy.ttft_s, step_tokens * prefill_s_per_token)
 
 
-def too_late(policy: OverloadPolicy, *, arrival_s: float, now_s: float, prefill_s: float) -> bool:
-    """Whether a request sent now, its prompt taking ``prefill_s``, would miss its time."""
-    late_after_s = policy.late_after_s
-    return late_after_s is not None and now_s + prefill_s > arrival_s + late_after_s
+class FirstTokens:
+    """How long first tokens take from the hand-over on: a high quantile, followed in small steps.
+
+    A slow engine, or one that shares its cores, needs more than what ``OverloadPolicy`` leaves it,
+    and who waits up to that would be served just too late, one after the other.
+    """
+
+    def __init__(self, policy: OverloadPolicy) -> None:
+        self._step_s = _STEP * (policy.ttft_s or 0.0)
+        self._most_s = _MOST_OF_TTFT * (policy.ttft_s or 0.0)
+        self.seconds = 0.0
+
+    def observe(self, took_s: float) -> None:
+        """One more had its first token."""
+        step = 1.0 - _SLOW if took_s > self.seconds else -_SLOW
+        self.seconds = min(self._most_s, max(0.0, self.seconds + step * self._step_s))
+
+
+def too_late(
+    policy: OverloadPolicy,
+    *,
+    arrival_s: float,
+    now_s: float,
+    prefill_s: float,
+    first_token_s: float = 0.0,
+) -> bool:
+    """Whether a request sent now, its prompt taking ``prefill_s``, would miss its time.
+
+    ``first_token_s``: what is known to pass until first tokens (``FirstTokens``).
+    """
+    if policy.ttft_s is None:
+        return False
+    needed_s = max(first_token_s, prefill_s + (1.0 - _LATE_AT) * policy.ttft_s)
+    return now_s + needed_s > arrival_s + policy.ttft_s
 
 
 def shed_in_s(policy: OverloadPolicy, *, arrival_s: float, now_s: float) -> float | None:

@@ -342,6 +342,7 @@ class Dispatcher:
             arrival_s=relay.arrival_s,
             now_s=time.monotonic(),
             prefill_s=relay.request.prompt_tokens * min(costs, default=0.0),
+            first_token_s=self._ledger.first_token_s,
         )
         if late:
             relay.demoted = True
