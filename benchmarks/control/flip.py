@@ -1,7 +1,7 @@
 """Traffic flips on a live server, from short chats to long documents and back: what OServe does.
 
-    python benchmarks/control/flip.py [--phase-s 80] [--chats-rps 11] [--documents-rps 0.6]
-        [--slo-ttft-ms 450] [--slo-tpot-ms 60] [--json FILE]
+    python benchmarks/control/flip.py [--phase-s 80] [--chats-rps 10] [--documents-rps 0.5]
+        [--slo-ttft-ms 480] [--slo-tpot-ms 60] [--json FILE]
 
 It makes the tiny model, runs ``oserve serve`` on it as ``make serve`` does (two slots of one core
 each, so two small replicas or a wide one), drives it with ``oserve bench`` and a seeded trace, and
@@ -11,7 +11,7 @@ under six minutes with the defaults. Everything stays on the loopback interface.
 
 Two settings differ from ``make serve``. Decisions are made each 10 s, not each minute, to keep it
 short. And the limits are tighter: a long document is read in half a second by one core and in a
-third of one by two, so 450 ms to the first token need both; within 600 ms and more two replicas of
+third of one by two, so 480 ms to the first token need both; within 600 ms and more two replicas of
 one core are the best for either traffic, and there is rightly no switch (--slo-ttft-ms 1000).
 """
 
@@ -43,20 +43,22 @@ _BACKLOG_S = 60.0
 
 @dataclass(frozen=True)
 class Kind:
-    """Prompt and output tokens of one kind of request: the mean, and how far off they may be."""
+    """Prompt and output tokens of one kind of request: the mean, and how far off they may be, +-."""
 
     name: str
     prompt_tokens: int
     output_tokens: int
+    spread: float
 
     def row(self, at_s: float, draw: random.Random) -> str:
-        prompt = round(self.prompt_tokens * draw.uniform(0.8, 1.2))
-        output = max(1, round(self.output_tokens * draw.uniform(0.8, 1.2)))
+        low, high = 1 - self.spread, 1 + self.spread
+        prompt = round(self.prompt_tokens * draw.uniform(low, high))
+        output = max(1, round(self.output_tokens * draw.uniform(low, high)))
         return f"{at_s:.3f},{prompt},{output}\n"
 
 
-CHATS = Kind("chats", 60, 120)
-DOCUMENTS = Kind("documents", 2500, 10)
+CHATS = Kind("chats", 60, 120, 0.2)
+DOCUMENTS = Kind("documents", 2500, 10, 0.1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def serve(folder: Path, wanted: argparse.Namespace) -> tuple["subprocess.Popen[b
     model = make_tiny_model(folder / "tiny-llama")
     variant = make_int8_variant(model, folder / "tiny-llama-int8")
     rates = f"chats:{CHATS.prompt_tokens}x{CHATS.output_tokens}={wanted.chats_rps}"
-    rates += f",documents:{DOCUMENTS.prompt_tokens}x{DOCUMENTS.output_tokens}=0.01"
+    rates += f",documents:{DOCUMENTS.prompt_tokens}x{DOCUMENTS.output_tokens}=0"
     command = [sys.executable, "-m", "oserve.cli", "serve", str(model), "--port", "0"]
     command += ["--state-dir", str(folder / "state"), "--cpu-slots", "2"]
     for setting in (
@@ -194,9 +196,9 @@ def told(seen: list[dict[str, Any]], start_s: float) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--phase-s", type=float, default=80.0)
-    parser.add_argument("--chats-rps", type=float, default=11.0)
-    parser.add_argument("--documents-rps", type=float, default=0.6)
-    parser.add_argument("--slo-ttft-ms", type=float, default=450.0)
+    parser.add_argument("--chats-rps", type=float, default=10.0)
+    parser.add_argument("--documents-rps", type=float, default=0.5)
+    parser.add_argument("--slo-ttft-ms", type=float, default=480.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
