@@ -43,7 +43,7 @@ _BACKLOG_S = 60.0
 
 @dataclass(frozen=True)
 class Kind:
-    """Prompt and output tokens of one kind of request: the mean, and how far off they may be, +-."""
+    """Prompt and output tokens of one kind of request: their means; ``spread``: how far off."""
 
     name: str
     prompt_tokens: int
