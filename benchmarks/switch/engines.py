@@ -10,7 +10,8 @@ dropped from it (posix_fadvise). Per way and direction:
 
 - the seconds of each phase, from the server's own report, and until the new plan serves;
 - bytes, and bytes/s of the transfer phase, which includes joining and repacking;
-- the longest gap between tokens of any stream that ran then, and before the switch;
+- the longest gap between tokens of any stream that ran then, and before the switch, and the longest
+  wait for a first token;
 - the longest time in which no replica was ready (``/health``, asked every 20 ms);
 - requests that failed.
 
@@ -39,6 +40,7 @@ import numpy as np
 from oserve.engines.tiny import make_mid_model
 
 LIMIT_S = 900.0
+_SEEN_S = 1.0
 BODY = {
     "prompt": [5] * 32,
     "max_tokens": 48,
@@ -72,6 +74,7 @@ class Watch:
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:
         self._session, self._url, self._model = session, url, model
         self.gaps: list[tuple[float, float]] = []
+        self.firsts: list[tuple[float, float]] = []
         self.unready: list[tuple[float, float]] = []
         self.failed = 0
         self.sent = 0
@@ -80,6 +83,7 @@ class Watch:
         while True:
             self.sent += 1
             last_s = 0.0
+            sent_s = time.time()
             done = False
             try:
                 async with self._session.post(
@@ -91,6 +95,8 @@ class Watch:
                             now_s = time.time()
                             if last_s:
                                 self.gaps.append((now_s, now_s - last_s))
+                            else:
+                                self.firsts.append((now_s, now_s - sent_s))
                             last_s = now_s
             except aiohttp.ClientError:
                 pass
@@ -114,6 +120,9 @@ class Watch:
 
     def longest_gap_s(self, start_s: float, end_s: float) -> float:
         return max((gap for at_s, gap in self.gaps if start_s <= at_s <= end_s), default=0.0)
+
+    def longest_first_s(self, start_s: float, end_s: float) -> float:
+        return max((took for at_s, took in self.firsts if start_s <= at_s <= end_s), default=0.0)
 
     def longest_unready_s(self, start_s: float) -> float:
         return max((took for since_s, took in self.unready if since_s >= start_s), default=0.0)
@@ -174,6 +183,8 @@ async def switched(
             break
         assert time.time() - start_s < LIMIT_S, report
     end_s = report["ended_s"]
+    # For the watch to see what the report says.
+    await asyncio.sleep(_SEEN_S)
     phases = report["phases"]
     took = {one["phase"]: after["at_s"] - one["at_s"] for one, after in pairwise(phases)}
     committed_s = next((one["at_s"] for one in phases if one["phase"] == "drain"), end_s)
@@ -190,6 +201,8 @@ async def switched(
         "bytes_per_s": moved / took["transfer"] if moved else None,
         "gap_before_s": watch.longest_gap_s(quiet_s, start_s),
         "gap_during_s": watch.longest_gap_s(start_s, end_s),
+        "first_before_s": watch.longest_first_s(quiet_s, start_s),
+        "first_during_s": watch.longest_first_s(start_s, end_s + _SEEN_S),
         "unready_s": watch.longest_unready_s(start_s),
     }
 
@@ -257,7 +270,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['way']:<16} to {row['to']:<7} serves {row['until_it_serves_s']:6.1f} s, over "
         f"{row['until_over_s']:6.1f} s {rate}  gap {row['gap_before_s']:.2f} -> "
-        f"{row['gap_during_s']:.2f} s, none ready {row['unready_s']:5.1f} s, "
+        f"{row['gap_during_s']:.2f} s, first token {row['first_before_s']:.2f} -> "
+        f"{row['first_during_s']:.2f} s, none ready {row['unready_s']:5.1f} s, "
         f"{row['failed']} of {row['sent']} failed  {row['state']} {phases} {row['reason']}"
     )
 

@@ -5,6 +5,7 @@ force does not have; here it is only waited for.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,9 @@ _CHECK_S = 50.0
 _SETTLE_S = 3.0
 _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
+
+
+_log = logging.getLogger("oserve.switch")
 
 
 class Moving(Protocol):
@@ -243,11 +247,18 @@ class ClusterWork:
         mover = await self._mover()
         try:
             await self._compare_layouts(mover, step)
-            await mover.move(
+            moved = await mover.move(
                 f"{facts.name}.{facts.programme.steps.index(step)}",
                 step.orders,
                 limit_s=step.limit_s(facts.transfer_limit_s),
                 progress=lambda size: facts.progress(self._moved_before + size),
+            )
+            _log.info(
+                "switch %s: %.0f MB moved in %.2f s, taken up in %.2f s",
+                facts.name,
+                moved.size_bytes / 1e6,
+                moved.seconds,
+                moved.take_up_s,
             )
         finally:
             await mover.close()
