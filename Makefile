@@ -24,7 +24,8 @@ test:
 check:
 	@$(PYTHON) tools/setup.py --dev
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not engine and not extra and not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
+		-m "not engine and not extra and not slow"
 
 .PHONY: lint
 lint:

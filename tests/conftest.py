@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("oserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make check` looks at fewer examples than `make test`.
+settings.register_profile("quick", settings.get_profile("oserve"), max_examples=20)
 settings.load_profile("oserve")
 
 

@@ -61,6 +61,9 @@ def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: Planning
     assert judged == opinion.scorer(planner)(question, found)
     assert judged.worth <= (judged.candidate_rps - judged.current_rps) * found.lasts_s
     assert opinion.good_rps(first, (0.0, 0.0), 60.0) == 0.0
+    # Who waits already is served first and does not count.
+    late_rps = opinion.good_rps(first, RATES, 60.0, waiting=2000)
+    assert late_rps < 0.5 * opinion.good_rps(first, RATES, 60.0)
 
 
 def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:

@@ -99,8 +99,9 @@ def gateways(served: Served) -> set[int]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    async with asyncio.timeout(60.0):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 def fresh() -> aiohttp.ClientSession:
@@ -152,6 +153,7 @@ async def test_a_gateway_process_that_dies_is_replaced(serve: Serve) -> None:
         assert await post(session, served.url) == 200
 
 
+@pytest.mark.slow
 async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serve: Serve) -> None:
     served = await serve()
     before = gateways(served)
@@ -191,6 +193,7 @@ async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serv
     assert f"another server works in it (process {again.process.pid})".encode() in told
 
 
+@pytest.mark.slow
 async def test_a_running_request_gets_its_grace_at_the_end(serve: Serve) -> None:
     served = await serve(speed=EngineSpeed(ttft_s=0.5))
     async with fresh() as session:
@@ -202,6 +205,7 @@ async def test_a_running_request_gets_its_grace_at_the_end(serve: Serve) -> None
     assert served.process.returncode == 0
 
 
+@pytest.mark.slow
 async def test_an_attached_server_that_goes_away_is_told_of(serve: Serve) -> None:
     served = await serve("--set", "engines.health_interval_s=0.05")
     await served.engine.stop()
@@ -231,6 +235,7 @@ async def test_status_command(serve: Serve, tmp_path: Path) -> None:
     assert set(document) >= {"replicas", "plan_id", "routing_shares"}
 
 
+@pytest.mark.slow
 async def test_a_taken_port_is_told(serve: Serve) -> None:
     served = await serve()
     port = served.url.rsplit(":", 1)[1]

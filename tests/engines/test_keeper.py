@@ -131,6 +131,7 @@ def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -
     )
 
 
+@pytest.mark.slow
 def test_what_a_killed_keeper_left_is_ended(
     session: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_what_a_killed_keeper_left_is_ended(
     assert session_members(session.pid) == []
 
 
+@pytest.mark.slow
 def test_so_are_helpers_whose_leader_is_gone(
     session: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:

@@ -17,9 +17,10 @@ from oserve.sim import EmulatedEngine
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the event loop turn until something has happened."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    """Let the event loop turn until something has happened; it does within a minute."""
+    async with asyncio.timeout(60.0):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 def table_replica(name: str, url: str, **fields: Any) -> TableReplica:

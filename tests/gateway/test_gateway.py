@@ -253,12 +253,14 @@ async def test_past_the_queue_comes_429(make_front: Make) -> None:
     assert all("retry-after" in headers for status, headers, _ in results if status == 429)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "short_first"), [("priority", True), ("fcfs", False)])
 async def test_short_prompts_pass_long_ones_in_the_queue(
     make_front: Make, policy: str, short_first: bool
 ) -> None:
     settings = GatewaySettings(port=0, shutdown_grace_s=0.0, order=OrderSettings(policy=policy))
-    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.3))
+    # Longer than any pause of a busy machine, or the first would end before the others wait.
+    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=1.5))
     front = await make_front(engine, settings=settings, max_inflight=1)
     ended: list[str] = []
 
@@ -335,6 +337,7 @@ async def test_raw_http_edges(make_front: Make) -> None:
     assert b"405" in (await talk(b"PUT /live HTTP/1.1\r\nconnection: close\r\n\r\n"))[:20]
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_is_cut_off_and_blocks_nobody(make_front: Make) -> None:
     settings = GatewaySettings(port=0, shutdown_grace_s=0.0, stall_timeout_s=0.2)
     engine = EmulatedEngine(keep_bodies=False)

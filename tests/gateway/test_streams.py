@@ -273,6 +273,7 @@ async def test_a_stream_waits_for_a_place(make_front: Make) -> None:
     assert [item["end"] for item in told] == [[("length", None)]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 async def test_a_replica_hands_over(make_front: Make, chat: bool) -> None:
     path = "/v1/chat/completions" if chat else "/v1/completions"
@@ -295,6 +296,7 @@ async def test_a_replica_hands_over(make_front: Make, chat: bool) -> None:
     assert len(front.engines[0].seen) == seen
 
 
+@pytest.mark.slow
 async def test_short_requests_drain_and_drains_end(make_front: Make) -> None:
     front = await make_front(*engines(2, speed=EngineSpeed(tpot_s=0.001)))
     wish = {**TEXT, "max_tokens": 30, "ignore_eos": True}

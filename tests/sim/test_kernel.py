@@ -43,6 +43,7 @@ def test_skipping_changes_nothing(kind: str) -> None:
     equal()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(KINDS["everything"], st.booleans())

@@ -163,6 +163,7 @@ print(records(steering.decisions))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_decide_the_same() -> None:
     told = [
         subprocess.run(
@@ -178,6 +179,7 @@ def test_two_processes_decide_the_same() -> None:
     assert "switch" in told[0]
 
 
+@pytest.mark.slow
 def test_a_script_repeats_a_run_and_switches_are_judged_by_it() -> None:
     steering = replace(policy(), serving=serving())
     steering.serving = replace(serving(), levers=Levers(routing=Routing.LEAST_WORK))

@@ -25,6 +25,7 @@ _FEWEST, _MOST = 1000, 10_000
 # left out: its errors are not that large.
 _WORTH = 0.75
 _TOLERANCE = 0.03
+_AT_ONCE_S = 1e-3
 _EVALUATIONS = 10
 # Nothing below this part of what the model says is looked for.
 _LEAST = 1 / 16
@@ -45,6 +46,11 @@ class Lengths:
         """As many as come in so long."""
         return self._drawn(rate_rps, rate_rps * seconds, seed)
 
+    def at_once(self, count: int, *, seed: int) -> Traffic:
+        """So many in the first millisecond."""
+        found = self._drawn(1.0, count, seed)
+        return replace(found, arrival_s=_AT_ONCE_S * found.arrival_s / (count + 1.0) ** 2)
+
     def _drawn(self, rate_rps: float, requests: float, seed: int) -> Traffic:
         draw = np.random.default_rng(seed)
         count = round(requests)
@@ -57,14 +63,23 @@ class Lengths:
 
 
 def arrivals(
-    lengths: Sequence[Lengths], rates_rps: Sequence[float], seconds: float, *, seed: int
+    lengths: Sequence[Lengths],
+    rates_rps: Sequence[float],
+    seconds: float,
+    *,
+    seed: int,
+    waiting: int = 0,
 ) -> Traffic:
-    """Poisson arrivals of all types, each at its rate (requests/s), for so long."""
-    parts = [
-        item.arrivals(rate, seconds, seed=seed + number)
-        for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True))
-        if rate > 0 and len(item.prompt_tokens)
-    ]
+    """Poisson arrivals of all types, each at its rate (requests/s), for so long.
+
+    The first ``waiting`` of them come at once, of the same mix: those that wait already.
+    """
+    total = max(sum(rates_rps), 1e-12)
+    parts = []
+    for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True)):
+        if rate > 0 and len(item.prompt_tokens):
+            parts.append(item.arrivals(rate, seconds, seed=seed + number))
+            parts.append(item.at_once(round(waiting * rate / total), seed=seed + number))
     return _merged(parts)
 
 

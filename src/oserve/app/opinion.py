@@ -74,17 +74,25 @@ class Opinion:
         """What a switch is worth, with shares as this planner makes them."""
         return Scored(self, planner)
 
-    def good_rps(self, plan: DeploymentPlan, rates_rps: Rates, seconds: float) -> float:
-        """Requests within the limits, per second, of Poisson arrivals for so long."""
+    def good_rps(
+        self, plan: DeploymentPlan, rates_rps: Rates, seconds: float, *, waiting: int = 0
+    ) -> float:
+        """Requests within the limits, per second, of Poisson arrivals for so long.
+
+        ``waiting`` requests are there already, are served like the others and do not count.
+        """
         seconds = min(seconds, _MOST_SIMULATED_S, _MOST_REQUESTS / max(sum(rates_rps), 1e-9))
-        traffic = arrivals(self._lengths, rates_rps, seconds, seed=self._question.seed)
+        waiting = min(waiting, _MOST_REQUESTS)
+        traffic = arrivals(
+            self._lengths, rates_rps, seconds, seed=self._question.seed, waiting=waiting
+        )
         if not len(traffic):
             return 0.0
         # Without limits what counts is what is done in time.
         latest_s = 0.0 if self._slo == Slo() else _LATEST_S
         serving = Serving(plan=plan, levers=self._levers)
         results = self._simulator.run(serving, traffic, latest_s=latest_s)
-        return float(met(results, self._slo).sum()) / seconds
+        return float(met(results, self._slo)[waiting:].sum()) / seconds
 
 
 class Scored:
@@ -99,7 +107,9 @@ class Scored:
         rates = question.steps[0].expected
         try:
             kept, moved = (
-                self._opinion.good_rps(self._shared(plan, rates), rates, found.lasts_s)
+                self._opinion.good_rps(
+                    self._shared(plan, rates), rates, found.lasts_s, waiting=question.waiting
+                )
                 for plan in (question.current, found.plan)
             )
         except OServeError:

@@ -95,6 +95,7 @@ class Question:
     many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen;
     ``drain_limit_s``: by then all that still runs goes on elsewhere.
     ``in_order``: requests are served in order of arrival, so that a backlog makes all late.
+    ``waiting``: requests that wait now, at the gateway or in engines.
     """
 
     at_s: float
@@ -110,6 +111,7 @@ class Question:
     drain_s: float = 0.0
     drain_limit_s: float = math.inf
     in_order: bool = False
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

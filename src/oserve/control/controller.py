@@ -187,7 +187,7 @@ class Controller:
 
         ``present``: the replicas there are, where the plan's could not all be started.
         """
-        policy = self.policy
+        policy, gauges = self.policy, self.collector.gauges
         idle_s = now_s - max(self._last_arrival_s, 0.0)
         idle = policy.shrink_after_s > 0 and idle_s >= policy.shrink_after_s
         shrink = idle and self._last_arrival_s >= 0 and not self._shrunk and given is None
@@ -210,6 +210,7 @@ class Controller:
             drain_s=self.drain_s(),
             drain_limit_s=policy.drain_limit_s,
             in_order=policy.in_order,
+            waiting=round(gauges.get("waiting", 0.0) + gauges.get("queued", 0.0)),
         )
 
     def _lasts_s(self, signature: str, now_s: float) -> float:

@@ -116,6 +116,11 @@ class Fleet:
         """Requests that have ended, one way or another."""
         return int(self._state.glob[layout.ENDED])
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait at the gateway."""
+        return int(self._state.queue[0] + self._state.late[0])
+
     def add_replica(
         self,
         name: str,
@@ -245,7 +250,7 @@ class Fleet:
         self._seen = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
-            queued=int(state.queue[0] + state.late[0]),
+            queued=self.queued,
             arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
             replicas=self.replicas(),
         )

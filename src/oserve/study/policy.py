@@ -74,6 +74,7 @@ class Moment:
 
     ``came``: requests from the first number up to before the second. ``ended``: numbers with their
     statuses. ``plan`` is what is aimed at, ``switching`` whether the cluster is not there yet.
+    ``queued`` requests wait at the gateway.
     """
 
     now_s: float
@@ -82,6 +83,7 @@ class Moment:
     ended: tuple[tuple[int, int], ...]
     plan: DeploymentPlan
     switching: bool
+    queued: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,6 +212,7 @@ class _Course:
                 ended=tuple(zip(over.tolist(), status.tolist(), strict=True)),
                 plan=self._target,
                 switching=not self._steady(),
+                queued=self._fleet.queued,
             )
         )
         self._arrived, self._open = came, np.setdiff1d(open_, over, assume_unique=True)

@@ -39,6 +39,7 @@ _CHUNKS = (512, 1024, 2048)
 # A switch is simulated this long after the start, and for so long at most.
 _SWITCH_S = 60.0
 _MOST_SIMULATED_S = 900.0
+_MOST_WAITING = 50_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class Steered:
         trigger = None
         if self._counting:
             batch = self._counts.batch(moment)
-            trigger = helm.observe(moment.now_s, [batch], moment.observation)
+            trigger = helm.observe(moment.now_s, [batch], moment.observation, moment.queued)
         plan = self._scripted(moment.now_s)
         if trigger is not None and self.script is None and self.control.mode is not Mode.OFF:
             question = helm.controller.ask(moment.now_s)
@@ -192,7 +193,8 @@ class SwitchSimulation:
         """Requests within the SLO, with the switch and without."""
         scene, rates = self._tuner.scene, question.steps[0].expected
         seconds = min(found.lasts_s, _MOST_SIMULATED_S)
-        traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed)
+        waiting = min(question.waiting, _MOST_WAITING)
+        traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed, waiting=waiting)
         if not len(traffic):
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
@@ -203,7 +205,9 @@ class SwitchSimulation:
         # A run has an event loop of its own, which another thread must have.
         with ThreadPoolExecutor(1) as other:
             kept, moved = (
-                met(other.submit(self._run, policy, traffic).result().results, scene.slo).sum()
+                met(other.submit(self._run, policy, traffic).result().results, scene.slo)[
+                    waiting:
+                ].sum()
                 for policy in (stays, moves)
             )
         return Judged(
