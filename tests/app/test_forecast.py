@@ -49,6 +49,7 @@ def test_a_trace_is_forecast_and_scored(
     assert told["regret"]["best_model"] in {"last-value", "smoothing"}
 
 
+@pytest.mark.slow
 def test_it_is_shown_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_the_searches_agree_on_a_small_cluster(
     assert found["scale"] <= exact["scale"] * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_tighter_slos_and_more_traffic_never_help(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", RATES]
     free = plan(capsys, *words)

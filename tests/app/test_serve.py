@@ -220,6 +220,7 @@ async def test_an_attached_server_that_goes_away_is_told_of(serve: Serve) -> Non
         assert await healthy() == 503
 
 
+@pytest.mark.slow
 async def test_status_command(serve: Serve, tmp_path: Path) -> None:
     served = await serve()
     runner = CliRunner()

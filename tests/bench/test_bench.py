@@ -177,6 +177,7 @@ def test_bad_input_is_an_error_with_place_and_remedy(words: list[str]) -> None:
     assert result.exception.remedy
 
 
+@pytest.mark.slow
 def test_the_command_reports_json_and_draws(tmp_path: Path) -> None:
     async def emulated(stop: asyncio.Event, ready: asyncio.Future[int]) -> None:
         engine = EmulatedEngine()

@@ -58,6 +58,7 @@ async def test_a_sudden_change_is_decided_on_within_seconds() -> None:
     assert sudden[0].verdict is Verdict.SWITCH
 
 
+@pytest.mark.slow
 async def test_a_switch_that_costs_more_than_it_brings_is_left() -> None:
     world = make_world(0, 0, 0, 1, start_s=500.0, lasts_s=60.0, longest_s=120.0)
     await world.run(lambda _s: CHATS, 600)

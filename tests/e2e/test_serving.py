@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import openai
 import pytest
 
 from e2e.streams import told
@@ -110,6 +109,8 @@ async def is_running(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 async def test_openai_client_chats_streaming_and_not(served: Served) -> None:
+    import openai  # noqa: PLC0415 - slow to import
+
     async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
         messages = [{"role": "user", "content": "Hello!"}]
         wishes = {**GREEDY, "messages": messages, "extra_body": {"ignore_eos": True}}

@@ -302,6 +302,7 @@ async def test_a_normal_end_leaves_nothing(tmp_path: Path) -> None:
     assert not world.alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_happens_no_device_is_booked_twice(world: World, seed: int) -> None:
     draw = random.Random(seed)

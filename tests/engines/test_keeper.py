@@ -87,6 +87,7 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     assert not keeper_runs(tmp_path)
 
 
+@pytest.mark.slow
 async def test_one_of_another_environment_ends_first(
     engines: HeldEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_change_is_seen_within_seconds(before: float, after: float, within: in
         assert found[0].ticks <= within + 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "shape"), [(0.3, None), (5, None), (40, None), (5, 2), (40, 2)])
 def test_false_alarms_are_as_rare_as_promised(rate: float, shape: float | None) -> None:
     rng = np.random.default_rng(5)

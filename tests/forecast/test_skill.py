@@ -23,6 +23,7 @@ def made(parts: Floats, interval_s: float = 60.0) -> Series:
     return Series(names=("a", "b", "c", "d"), interval_s=interval_s, start_s=0.0, parts=parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "most"),
     [
@@ -51,6 +52,7 @@ def test_the_default_is_never_much_worse_than_the_best_simple_model(
     assert default.rrmse > 0.9 * report.floor
 
 
+@pytest.mark.slow
 def test_a_daily_season_is_found_after_two_days() -> None:
     rng = np.random.default_rng(31)
     hours = np.arange(24 * 8)

@@ -201,6 +201,7 @@ async def test_with_nobody_else_the_engines_error_passes_through(make_front: Mak
     assert body["error"]["message"] == "engine died"
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_leaves_no_paused_connection_behind(make_front: Make) -> None:
     engine = EmulatedEngine(keep_bodies=False)
     front = await make_front(engine)
@@ -243,6 +244,7 @@ async def test_a_client_that_goes_away_frees_the_engine(make_front: Make) -> Non
     assert engine.running == 0
 
 
+@pytest.mark.slow
 async def test_past_the_queue_comes_429(make_front: Make) -> None:
     settings = GatewaySettings(port=0, max_queued=2, shutdown_grace_s=0.0)
     engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.5))

@@ -124,6 +124,7 @@ def shape(**fields: Any) -> ReplicaShape:
     return ReplicaShape(**{"precision": Precision.FP32, "device_kind": "cpu", **fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize(("noise", "most"), [(0.0, 0.01), (0.1, 0.1)])
 def test_a_fit_predicts_steps_it_has_not_seen(tp: int, pp: int, noise: float, most: float) -> None:
@@ -139,6 +140,7 @@ def test_a_fit_predicts_steps_it_has_not_seen(tp: int, pp: int, noise: float, mo
         assert float(model.step_s(*load)) == pytest.approx(float(truth.step_s(*load)), rel=most)
 
 
+@pytest.mark.slow
 def test_a_fit_finds_what_only_some_steps_tell() -> None:
     found, _ = fit_entry(TINY, "cpu", (1, 1, Precision.FP32), steps_of(true_model()))
     assert found.wake_s == pytest.approx(TRUE.wake_s, rel=0.1)

@@ -37,7 +37,9 @@ def with_current(problem: PlanProblem, seed: int) -> PlanProblem:
     return replace(problem, current=plan_of(*replicas))
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize(
+    "block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 8))]
+)
 def test_exact_equals_brute_force(block: int) -> None:
     """Served rate, scale, devices or power, and replicas kept: 200 problems up to 8 devices."""
     for seed in range(block * 25, block * 25 + 25):

@@ -33,6 +33,7 @@ def check(scenario: Scenario, end: int, *, compiled: bool, watch: bool = False) 
     assert told_by_fleet(run_fleet(scenario, end, compiled=compiled, watch=watch)) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipping_changes_nothing(kind: str) -> None:
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

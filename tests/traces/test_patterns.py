@@ -10,6 +10,7 @@ from oserve.traces import CHANGING_TYPES, PATTERNS, synthesise_pattern
 FIRST, SECOND = {"chat": 20.0, "answers": 10.0}, {"chat": 5.0, "documents": 15.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_rates_are_those_of_the_two_loads_mixed(name: str) -> None:
     part = PATTERNS[name]

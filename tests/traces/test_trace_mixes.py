@@ -66,6 +66,7 @@ def make(seed: int, *, cv: float = 0.688, period: float | None = None) -> list[T
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIX_CVS)
 def test_sampled_shares_and_rate(name: str) -> None:
     cv = MIX_CVS[name]

@@ -34,6 +34,7 @@ def mix(cv: float, seed: int = 1) -> Columns:
     )
 
 
+@pytest.mark.slow
 @given(lengths, st.none() | st.integers(1, 6), st.randoms(use_true_random=False))
 @slow_fit
 def test_types_are_those_of_the_requests_in_any_order(
