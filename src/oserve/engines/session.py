@@ -30,6 +30,25 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
         os.kill(os.getpid(), number)
 
 
+def fork_session() -> int:
+    """Fork; the child leads a session of its own before either goes on. 0 in the child.
+
+    Whoever hears of the child's id may signal its session at once, and finds it.
+    """
+    heard, told = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(told)
+        # The child closes its end, if only by ending.
+        os.read(heard, 1)
+        os.close(heard)
+        return pid
+    os.close(heard)
+    os.setsid()
+    os.close(told)
+    return 0
+
+
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot; 0 if it is not there or has ended.
 

@@ -12,7 +12,13 @@ import signal
 import sys
 from types import FrameType
 
-from oserve.engines.session import adopt_orphans, die_with_parent, end_session, release_leftovers
+from oserve.engines.session import (
+    adopt_orphans,
+    die_with_parent,
+    end_session,
+    fork_session,
+    release_leftovers,
+)
 
 _GRACE_S = 2.0
 _BLOCKED = {signal.SIGTERM, signal.SIGINT}
@@ -56,10 +62,9 @@ def main() -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     supervisor = os.getpid()
-    pid = os.fork()
+    pid = fork_session()
     if pid:
         return pid
-    os.setsid()
     die_with_parent(parent=supervisor)
     if arguments.cores:
         os.sched_setaffinity(0, [int(core) for core in arguments.cores.split(",")])

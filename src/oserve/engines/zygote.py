@@ -31,6 +31,7 @@ from oserve.engines.session import (
     adopt_orphans,
     die_with_parent,
     end_session,
+    fork_session,
     release_leftovers,
     signal_session,
 )
@@ -116,7 +117,7 @@ class Zygote:
 
     def _start(self, request: dict[str, Any], selector: selectors.BaseSelector) -> None:
         parent = os.getpid()
-        pid = os.fork()
+        pid = fork_session()
         if pid:
             self._engines[pid] = request
             self._send({"started": request["start"], "pid": pid})
@@ -155,7 +156,6 @@ class Zygote:
 
 def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
     """In the child: leave the zygote's surroundings and run vLLM's API server to its end."""
-    os.setsid()
     die_with_parent(parent=parent)
     # The engine core and the workers are forked too: each ends with the one above it.
     os.register_at_fork(after_in_child=die_with_parent)
