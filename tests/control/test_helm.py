@@ -43,7 +43,9 @@ def test_what_the_second_opinion_says_counts() -> None:
     assert trusted is not None
     assert found is not None
     assert trusted.gain > 0
-    assert asked == [trusted]
+    # Others that come near it by the table are asked about, too.
+    assert asked[0] == trusted
+    assert 1 <= len({frozenset(item.plan.replicas) for item in asked}) == len(asked) <= 5
     assert found.worth == pytest.approx(-3.0)
     assert (found.current_rps, found.candidate_rps) == (9.0, 10.0)
     assert (found.plan, found.cost) == (trusted.plan, trusted.cost)

@@ -36,6 +36,9 @@ class Judged:
     worth: float
 
 
+# Candidates of a decision on which there is a second opinion, by what the model gives them.
+_MOST_JUDGED = 5
+
 Scorer = Callable[[Question, Weighed], Judged]
 """A second opinion on a switch. What it says counts, not what the model of the planner says."""
 
@@ -117,7 +120,7 @@ class Helm:
         found = appraised(question, self.planner)
         by_itself = question.given is None and not question.shrink_to
         if self._scorer is not None and by_itself:
-            found = [self._judged(question, item) for item in found]
+            found = [self._judged(question, item) for item in found[:_MOST_JUDGED]]
         best = max(found, key=lambda item: item.worth, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
 

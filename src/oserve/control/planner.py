@@ -32,6 +32,10 @@ from oserve.plan.serving import Serving
 _LEAST_PART = 1e-6
 _LEAST_RPS = 1e-9
 _MOST_SERVINGS = 512
+# Homogeneous deployments that are proposed beside the best one, where they have this part of what
+# it has by the table, whose errors are about as large.
+_MOST_NEAR = 6
+_NEAR = 0.85
 # A share below this is left to overflow.
 _LEAST_SHARE = 0.005
 
@@ -82,7 +86,10 @@ class TablePlanner:
 
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
-        """The best plan for these rates; none where nothing may serve them."""
+        """The best plan for these rates, then homogeneous ones that come near it.
+
+        None where nothing may serve them.
+        """
         facts = self.facts
         table = tuple(row for row in facts.table if row.shape not in self.barred)
         types = self._rated(rates_rps, table)
@@ -105,16 +112,32 @@ class TablePlanner:
         best, plain = planned.best, planned.homogeneous[0]
         if _gain(best, plain) < facts.min_gain:
             best = plain
-        placed = place_deployment(problem, best)
+        near = [
+            item
+            for item in planned.homogeneous[:_MOST_NEAR]
+            if item.score.served_rps >= _NEAR * best.score.served_rps
+            and item.score.scale >= _NEAR * best.score.scale
+        ]
+        found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
+        for deployment in (best, *near):
+            plan = self._placed(problem, deployment, current)
+            found.setdefault(frozenset(plan.replicas), plan)
+        return tuple(found.values())
+
+    def _placed(
+        self, problem: PlanProblem, deployment: Deployment, current: DeploymentPlan
+    ) -> DeploymentPlan:
+        """A deployment on devices, close to the current plan, which it may be."""
+        placed = place_deployment(problem, deployment)
         if set(placed.replicas) == set(current.replicas):
-            return (current,)
+            return current
         plan = DeploymentPlan(
             id=f"planned-{_stamp(placed.replicas)}",
             replicas=placed.replicas,
-            workload_types=facts.classes,
+            workload_types=self.facts.classes,
             routing_shares={},
         )
-        return (self.with_shares(plan, placed.routing_shares),)
+        return self.with_shares(plan, placed.routing_shares)
 
     def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
         """Those ``replicas`` of the current plan that serve most of these rates, one by one."""

@@ -188,6 +188,7 @@ class SwitchSimulation:
     def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
         self._tuner, self._policy = tuner, policy
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
+        self._kept: tuple[Question | None, float, float] = None, 0.0, 0.0
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
         """Requests within the SLO, with the switch and without."""
@@ -198,6 +199,7 @@ class SwitchSimulation:
         if not len(traffic):
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
+        # What the present plan does is the same for all candidates.
         stays = replace(
             self._policy, serving=Serving(plan=question.current, levers=levers), script=()
         )
@@ -205,15 +207,20 @@ class SwitchSimulation:
         # A run has an event loop of its own, which another thread must have.
         with ThreadPoolExecutor(1) as other:
             kept, moved = (
-                met(other.submit(self._run, policy, traffic).result().results, scene.slo)[
-                    waiting:
-                ].sum()
+                self._kept[1]
+                if policy is stays and self._kept[0] is question and self._kept[2] == seconds
+                else float(
+                    met(other.submit(self._run, policy, traffic).result().results, scene.slo)[
+                        waiting:
+                    ].sum()
+                )
                 for policy in (stays, moves)
             )
+        self._kept = question, kept, seconds
         return Judged(
-            current_rps=float(kept) / seconds,
-            candidate_rps=float(moved) / seconds,
-            worth=(float(moved) - float(kept)) * found.lasts_s / seconds,
+            current_rps=kept / seconds,
+            candidate_rps=moved / seconds,
+            worth=(moved - kept) * found.lasts_s / seconds,
         )
 
     def _run(self, policy: Steered, traffic: Traffic) -> Run:
