@@ -286,8 +286,10 @@ class ClusterWork:
         mover = await self._mover()
         try:
             await mover.check(self._facts.name, step.orders, limit_s=_CHECK_S)
-            for replica in step.wave.start:
-                await mover.generate(replica, self._facts.model, limit_s=_CHECK_S)
+            model = self._facts.model
+            await asyncio.gather(
+                *(mover.generate(name, model, limit_s=_CHECK_S) for name in step.wave.start)
+            )
         finally:
             await mover.close()
 
