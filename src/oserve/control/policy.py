@@ -13,13 +13,13 @@ HOUR_S = 3600.0
 class ControlPolicy:
     """Times in seconds. ``min_gain`` and ``margin`` are ratios.
 
-    A switch must bring ``min_gain`` of what the current plan serves in that time, and more than
-    ``margin`` times its cost. ``lasts_s`` is how long a plan is taken to last before that was
-    seen, ``longest_s`` the most. After ``shrink_after_s`` without a request all replicas but
-    ``floor_replicas`` are given up; 0: never. A person's plan is held for ``hold_s``. ``now_s`` is
-    what counts as now. ``settle_s``: after a change of the traffic, how long its new rates are
-    watched before anything is decided. ``drain_limit_s``, ``in_order``: see
-    ``appraisal.Question``.
+    A switch must bring ``min_gain`` of what the current plan serves in that time, also after its
+    cost (simulations err by that much), and more than ``margin`` times its cost. ``lasts_s`` is how
+    long a plan is taken to last before that was seen, ``longest_s`` the most. After
+    ``shrink_after_s`` without a request all replicas but ``floor_replicas`` are given up; 0: never.
+    A person's plan is held for ``hold_s``. ``now_s`` is what counts as now. ``settle_s``: after a
+    change of the traffic, how long its new rates are watched before anything is decided.
+    ``drain_limit_s``, ``in_order``: see ``appraisal.Question``.
     """
 
     mode: Mode = Mode.AUTO
@@ -28,7 +28,7 @@ class ControlPolicy:
     settle_s: float = 15.0
     min_dwell_s: float = 120.0
     max_switches_per_hour: int = 6
-    min_gain: float = 0.02
+    min_gain: float = 0.05
     margin: float = 1.5
     lasts_s: float = 900.0
     longest_s: float = 3600.0
@@ -99,7 +99,8 @@ def _weights(
     yield weighed.candidate_now_rps < need, Reason.BELOW_PRESENT_NEED
     least = policy.min_gain * weighed.current_rps * weighed.lasts_s
     yield weighed.gain <= max(least, 1e-9), Reason.GAIN_TOO_SMALL
-    yield weighed.gain <= policy.margin * weighed.cost.requests, Reason.COST_EXCEEDS_GAIN
+    cost = weighed.cost.requests
+    yield weighed.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
 
 
 def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> Verdict:
