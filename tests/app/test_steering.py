@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from oserve.app.deployment import Deployment, prepare
 from oserve.app.operator import allowed_plan
 from oserve.app.steering import Steering
+from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
 from oserve.control.decision import Mode, Trigger, Verdict
@@ -80,7 +82,8 @@ async def fed(
 async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path)
     assert given.mode is Mode.AUTO
-    steering = Steering(given, now_s=START_S)
+    facts = switch_facts(given.settings, given.devices, available_bytes=lambda: sys.maxsize)
+    steering = Steering(given, now_s=START_S, legs=SwitchPrices(facts).legs)
     await fed(steering, given, CHATS, START_S, START_S + 130)
     await fed(steering, given, DOCUMENTS, START_S + 130, START_S + 400)
     decisions = list(steering.controller.decisions)

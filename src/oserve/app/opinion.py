@@ -22,6 +22,9 @@ from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.traces import Slo
 
+HOPELESS = 0.1
+"""Of what comes: where no plan serves more of it in time, a backlog hides which is better."""
+
 _MOST_SIMULATED_S = 900.0
 _MOST_REQUESTS = 50_000
 # What has not ended so long after the last request came is not counted on.
@@ -103,15 +106,15 @@ class Scored:
         self._planner = planner
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
-        """Both plans at the rates that are expected next."""
+        """Both plans at the rates that are expected next.
+
+        Where a backlog makes all late either way, what counts is what comes after it.
+        """
         rates = question.steps[0].expected
         try:
-            kept, moved = (
-                self._opinion.good_rps(
-                    self._shared(plan, rates), rates, found.lasts_s, waiting=question.waiting
-                )
-                for plan in (question.current, found.plan)
-            )
+            kept, moved = self._both(question, found, question.waiting)
+            if question.waiting and max(kept, moved) <= HOPELESS * sum(rates):
+                kept, moved = self._both(question, found, 0)
         except OServeError:
             # What cannot be simulated is judged by the model alone.
             return Judged(
@@ -120,6 +123,14 @@ class Scored:
         left_s = max(0.0, found.lasts_s - found.cost.seconds)
         worth = (moved - kept) * left_s - found.cost.requests
         return Judged(current_rps=kept, candidate_rps=moved, worth=worth)
+
+    def _both(self, question: Question, found: Weighed, waiting: int) -> tuple[float, float]:
+        rates, seconds = question.steps[0].expected, found.lasts_s
+        kept, moved = (
+            self._opinion.good_rps(self._shared(plan, rates), rates, seconds, waiting=waiting)
+            for plan in (question.current, found.plan)
+        )
+        return kept, moved
 
     def _shared(self, plan: DeploymentPlan, rates: Rates) -> DeploymentPlan:
         """With the routing shares that it would have at these rates."""

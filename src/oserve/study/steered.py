@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.app.capacities import Lengths, arrivals, simulated_table
+from oserve.app.opinion import HOPELESS
 from oserve.app.simulated import Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
@@ -191,7 +192,17 @@ class SwitchSimulation:
         self._kept: tuple[Question | None, float, float] = None, 0.0, 0.0
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
-        """Requests within the SLO, with the switch and without."""
+        """Requests within the SLO, with the switch and without.
+
+        Where a backlog makes all late either way, what counts is what comes after it.
+        """
+        judged = self._judged(question, found)
+        best_rps = max(judged.current_rps, judged.candidate_rps)
+        if not question.waiting or best_rps > HOPELESS * sum(question.steps[0].expected):
+            return judged
+        return self._judged(replace(question, waiting=0), found)
+
+    def _judged(self, question: Question, found: Weighed) -> Judged:
         scene, rates = self._tuner.scene, question.steps[0].expected
         seconds = min(found.lasts_s, _MOST_SIMULATED_S)
         waiting = min(question.waiting, _MOST_WAITING)
