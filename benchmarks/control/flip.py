@@ -11,8 +11,9 @@ under six minutes with the defaults. Everything stays on the loopback interface.
 
 Two settings differ from ``make serve``. Decisions are made each 10 s, not each minute, to keep it
 short. And the limits are tighter: a long document is read in half a second by one core and in a
-third of one by two, so 480 ms to the first token need both; within 600 ms and more two replicas of
-one core are the best for either traffic, and there is rightly no switch (--slo-ttft-ms 1000).
+third of one by two, so by the model 480 ms to the first token need both, or larger chunks. These
+limits were looked for: within 600 ms and more the same replicas are the best for either traffic,
+and there is rightly no switch (--slo-ttft-ms 1000).
 """
 
 import argparse
