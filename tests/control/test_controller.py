@@ -34,7 +34,8 @@ async def test_a_lasting_flip_of_the_mix_is_followed_and_the_record_says_why() -
     assert world.switches
     assert shapes(world.controller.plan)[4096] >= 3
     first = world.switches[0]
-    assert first.at_s < 300 + 60
+    # What was missed by then is what the switch costs, within the rhythm of decisions.
+    assert first.at_s < 300 + 120
     assert first.reason is Reason.GAIN_EXCEEDS_COST
     assert first.gain_requests > first.cost_requests > 0
     assert first.candidate_rps > first.current_rps
@@ -51,11 +52,13 @@ async def test_a_sudden_change_is_decided_on_within_seconds() -> None:
     world = make_world(0, 0, 0, 1, interval_s=300, max_switches_per_hour=9)
     await world.run(lambda _s: CHATS, 650)
     before = len(world.decisions)
-    await world.run(lambda _s: (2.0, 30.0), 30)
+    await world.run(lambda _s: (2.0, 30.0), 150)
     sudden = world.decisions[before:]
-    assert sudden[0].trigger is Trigger.CHANGE
+    assert {item.trigger for item in sudden} == {Trigger.CHANGE}
     assert sudden[0].at_s < 650 + 24
-    assert sudden[0].verdict is Verdict.SWITCH
+    # It is looked at again when it has lasted twice as long, long before the interval ends.
+    assert [item.verdict for item in sudden].count(Verdict.SWITCH) == 1
+    assert sudden[0].lasts_s < 24
 
 
 @pytest.mark.slow

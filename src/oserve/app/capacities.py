@@ -69,13 +69,18 @@ def arrivals(
     *,
     seed: int,
     waiting: int = 0,
+    then: tuple[Sequence[float], float] = ((), 0.0),
 ) -> Traffic:
     """Poisson arrivals of all types, each at its rate (requests/s), for so long.
 
     The first ``waiting`` of them come at once, of the same mix: those that wait already.
+    ``then`` come those at other rates, for other seconds.
     """
     total = max(sum(rates_rps), 1e-12)
     parts = []
+    if then[0]:
+        after = arrivals(lengths, *then, seed=seed + len(lengths))
+        parts.append(replace(after, arrival_s=after.arrival_s + seconds))
     for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True)):
         if rate > 0 and len(item.prompt_tokens):
             parts.append(item.arrivals(rate, seconds, seed=seed + number))

@@ -84,18 +84,31 @@ class Opinion:
 
         ``waiting`` requests are there already, are served like the others and do not count.
         """
+        return self.good(plan, rates_rps, seconds, waiting=waiting)[0]
+
+    def good(
+        self,
+        plan: DeploymentPlan,
+        rates_rps: Rates,
+        seconds: float,
+        *,
+        waiting: int = 0,
+        then: tuple[Rates, float] = ((), 0.0),
+    ) -> tuple[float, float]:
+        """``good_rps``, and how many are within the limits of those that come ``then``."""
         seconds = min(seconds, _MOST_SIMULATED_S, _MOST_REQUESTS / max(sum(rates_rps), 1e-9))
         waiting = min(waiting, _MOST_REQUESTS)
         traffic = arrivals(
-            self._lengths, rates_rps, seconds, seed=self._question.seed, waiting=waiting
+            self._lengths, rates_rps, seconds, seed=self._question.seed, waiting=waiting, then=then
         )
         if not len(traffic):
-            return 0.0
+            return 0.0, 0.0
         # Without limits what counts is what is done in time.
         latest_s = 0.0 if self._slo == Slo() else _LATEST_S
         serving = Serving(plan=plan, levers=self._levers)
         results = self._simulator.run(serving, traffic, latest_s=latest_s)
-        return float(met(results, self._slo)[waiting:].sum()) / seconds
+        good, after = met(results, self._slo), traffic.arrival_s >= seconds
+        return float(good[~after][waiting:].sum()) / seconds, float(good[after].sum())
 
 
 class Scored:
@@ -106,31 +119,35 @@ class Scored:
         self._planner = planner
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
-        """Both plans at the rates that are expected next.
+        """Both plans at the rates that are expected next, and at those of before after them.
 
         Where a backlog makes all late either way, what counts is what comes after it.
         """
         rates = question.steps[0].expected
         try:
-            kept, moved = self._both(question, found, question.waiting)
+            kept, moved, after = self._both(question, found, question.waiting)
             if question.waiting and max(kept, moved) <= HOPELESS * sum(rates):
-                kept, moved = self._both(question, found, 0)
+                kept, moved, after = self._both(question, found, 0)
         except OServeError:
             # What cannot be simulated is judged by the model alone.
             return Judged(
                 current_rps=found.current_rps, candidate_rps=found.candidate_rps, worth=found.worth
             )
         left_s = max(0.0, found.lasts_s - found.cost.seconds)
-        worth = (moved - kept) * left_s - found.cost.requests
+        worth = (moved - kept) * left_s + after - found.cost.requests
         return Judged(current_rps=kept, candidate_rps=moved, worth=worth)
 
-    def _both(self, question: Question, found: Weighed, waiting: int) -> tuple[float, float]:
+    def _both(self, question: Question, found: Weighed, waiting: int) -> tuple[float, float, float]:
+        """Requests/s in time with the plan kept and with the other, and how many more after."""
         rates, seconds = question.steps[0].expected, found.lasts_s
-        kept, moved = (
-            self._opinion.good_rps(self._shared(plan, rates), rates, seconds, waiting=waiting)
+        then = question.before, question.back_s
+        (kept, kept_after), (moved, moved_after) = (
+            self._opinion.good(
+                self._shared(plan, rates), rates, seconds, waiting=waiting, then=then
+            )
             for plan in (question.current, found.plan)
         )
-        return kept, moved
+        return kept, moved, moved_after - kept_after
 
     def _shared(self, plan: DeploymentPlan, rates: Rates) -> DeploymentPlan:
         """With the routing shares that it would have at these rates."""

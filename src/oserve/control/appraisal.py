@@ -13,6 +13,10 @@ everybody is late until the new replicas have worked it off with the capacity th
 That many count as lost, too: none if the current plan is past its capacity, so that all are late
 anyway, and all that come if the new one is.
 
+What has lasted for a while may end as suddenly as it began: after T the rates ``before`` the last
+change are taken to come back, and for ``back_s``, until there can be a way back, the candidate must
+serve them. What it serves less of them than the current plan is taken off the gain.
+
 Planner, value and times are passed in; nothing here knows where they come from.
 """
 
@@ -96,6 +100,8 @@ class Question:
     ``drain_limit_s``: by then all that still runs goes on elsewhere.
     ``in_order``: requests are served in order of arrival, so that a backlog makes all late.
     ``waiting``: requests that wait now, at the gateway or in engines.
+    ``before``: the rates before the traffic last changed, empty where it did not; they are taken to
+    come back in the end, for ``back_s`` until the plan can follow.
     """
 
     at_s: float
@@ -112,6 +118,8 @@ class Question:
     drain_limit_s: float = math.inf
     in_order: bool = False
     waiting: int = 0
+    before: Rates = ()
+    back_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,9 +215,18 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
         candidate_rps=candidate,
         current_now_rps=appraiser.served_rps(old, question.now_rps),
         candidate_now_rps=appraiser.served_rps(new, question.now_rps),
-        gain=min(candidate - current, likely) * max(0.0, lasts_s - cost.seconds),
+        gain=min(candidate - current, likely) * max(0.0, lasts_s - cost.seconds)
+        - _missed_after(question, new, appraiser),
         cost=cost,
     )
+
+
+def _missed_after(question: Question, new: Sequence[ReplicaSpec], appraiser: Appraiser) -> float:
+    """Requests that the new replicas serve less when the rates of before come back."""
+    if not question.before or question.back_s <= 0:
+        return 0.0
+    old_rps = appraiser.served_rps(question.current.replicas, question.before)
+    return max(0.0, old_rps - appraiser.served_rps(new, question.before)) * question.back_s
 
 
 def _more(

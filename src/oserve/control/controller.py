@@ -31,8 +31,8 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
-# What began t seconds ago often lasts as long again. A few times that: waiting costs as well.
-_PATIENCE = 5.0
+# Rates before a change are those of so long, or of less where that is all there is.
+_BEFORE_S = (900, 300, 60, 10)
 # Of requests on one replica, the stay of the longest over the mean.
 _LONGEST = 2.0
 
@@ -63,6 +63,7 @@ class Controller:
         self._window_end_s = -1
         self._detected_s = -1
         self._change_s: float | None = None
+        self._again_s: float | None = None
         self._began_s = -1
         self._last_arrival_s = -1.0
         self._shrunk = False
@@ -99,6 +100,10 @@ class Controller:
         if self._change_s is not None and now_s >= self._change_s + settle_s:
             self._change_s = None
             self._shift()
+            self._look_again(now_s)
+            return Trigger.CHANGE
+        if self._again_s is not None and now_s >= self._again_s:
+            self._look_again(now_s)
             return Trigger.CHANGE
         return Trigger.INTERVAL if due else None
 
@@ -112,7 +117,16 @@ class Controller:
         if changes or (arrived and self._shrunk):
             if self._change_s is None:
                 self._change_s = now_s
+                self._again_s = None
             self._began_s = end_s - min((change.ticks for change in changes), default=1)
+
+    def _look_again(self, now_s: float) -> None:
+        """When what has changed is twice as old, unless the interval comes first.
+
+        The longer it lasts, the longer it is taken to (see ``_lasts_s``): that may decide.
+        """
+        age_s = now_s - self._began_s
+        self._again_s = now_s + age_s if age_s < self.policy.interval_s else None
 
     def _shift(self) -> None:
         """Tell the forecaster the rates since the change began."""
@@ -211,17 +225,31 @@ class Controller:
             drain_limit_s=policy.drain_limit_s,
             in_order=policy.in_order,
             waiting=round(gauges.get("waiting", 0.0) + gauges.get("queued", 0.0)),
+            before=self._before_rps(),
+            back_s=policy.min_dwell_s,
         )
+
+    def _before_rps(self) -> Rates:
+        """Requests/s of each type before the last change; empty where none is known of."""
+        held = range(1, self.collector.size_s - (self.collector.newest_s - self._began_s))
+        for width_s in _BEFORE_S if self._began_s > 0 else ():
+            if width_s in held:
+                rates = self.collector.rates_rps(self._began_s, width_s)
+                if not np.isnan(rates).any():
+                    return tuple(rates.tolist())
+        return ()
 
     def _lasts_s(self, signature: str, now_s: float) -> float:
         """For how long this deployment is expected to be the best.
 
-        What has begun just now may be over as soon: nothing is taken to last longer than a few
-        times as long as it has.
+        What has begun just now may be over as soon. Unless the deployment is known well it is taken
+        to last as long again as it has: who switches when as much was missed as a switch costs
+        pays at most twice what somebody would who knows the future (ski rental).
         """
         expected_s = self._lifetime.expected_s(signature, now_s)
-        if self._began_s >= 0 and not self._shrunk:
-            expected_s = min(expected_s, _PATIENCE * (now_s - self._began_s))
+        known = self._lifetime.knows(signature)
+        if self._began_s >= 0 and not self._shrunk and not known:
+            expected_s = min(expected_s, now_s - self._began_s)
         return max(1.0, expected_s)
 
     def _steps(self) -> tuple[Step, ...]:
@@ -340,6 +368,7 @@ class Controller:
             "lifetime": self._lifetime.state(),
             "switches": list(self._switches),
             "number": self._number,
+            "began_s": self._began_s,
             "window_end_s": self._window_end_s,
             "last_arrival_s": self._last_arrival_s,
             "shrunk": self._shrunk,
@@ -360,6 +389,7 @@ class Controller:
         self._lifetime.restore(state["lifetime"])
         self._switches = [float(at_s) for at_s in state["switches"]]
         self._number = int(state["number"])
+        self._began_s = int(state.get("began_s", -1))
         self._window_end_s = int(state["window_end_s"])
         self._last_arrival_s = float(state["last_arrival_s"])
         self._shrunk = bool(state["shrunk"])

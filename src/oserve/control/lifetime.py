@@ -52,6 +52,10 @@ class Lifetime:
         mean_s = (self._prior * self._prior_s + seen_s) / (self._prior + len(left))
         return min(self._most_s, mean_s)
 
+    def knows(self, signature: str) -> bool:
+        """Whether this deployment was the best one a few times."""
+        return sum(name == signature for name, _ in self._past) >= _FEW
+
     @property
     def known(self) -> frozenset[str]:
         """Deployments that were preferred, or are."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.app.capacities import Lengths, arrivals, simulated_table
 from oserve.app.opinion import HOPELESS
-from oserve.app.simulated import Routing, Serving, Traffic, met
+from oserve.app.simulated import Mask, Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
@@ -189,7 +189,7 @@ class SwitchSimulation:
     def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
         self._tuner, self._policy = tuner, policy
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
-        self._kept: tuple[Question | None, float, float] = None, 0.0, 0.0
+        self._kept: tuple[Question | None, Mask, float] = None, np.zeros(0, dtype=bool), 0.0
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
         """Requests within the SLO, with the switch and without.
@@ -204,9 +204,17 @@ class SwitchSimulation:
 
     def _judged(self, question: Question, found: Weighed) -> Judged:
         scene, rates = self._tuner.scene, question.steps[0].expected
-        seconds = min(found.lasts_s, _MOST_SIMULATED_S)
+        lasts_s = min(found.lasts_s, _MOST_SIMULATED_S)
+        seconds = _SWITCH_S + lasts_s
         waiting = min(question.waiting, _MOST_WAITING)
-        traffic = arrivals(self._lengths, rates, seconds, seed=scene.seed, waiting=waiting)
+        traffic = arrivals(
+            self._lengths,
+            rates,
+            seconds,
+            seed=scene.seed,
+            waiting=waiting,
+            then=(question.before, question.back_s),
+        )
         if not len(traffic):
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
@@ -220,18 +228,19 @@ class SwitchSimulation:
             kept, moved = (
                 self._kept[1]
                 if policy is stays and self._kept[0] is question and self._kept[2] == seconds
-                else float(
-                    met(other.submit(self._run, policy, traffic).result().results, scene.slo)[
-                        waiting:
-                    ].sum()
-                )
+                else met(other.submit(self._run, policy, traffic).result().results, scene.slo)
                 for policy in (stays, moves)
             )
         self._kept = question, kept, seconds
+        # Who waits already does not count; what comes after does as it is.
+        after = traffic.arrival_s >= seconds
+        counted = ~after & (np.arange(len(traffic)) >= waiting)
+        more, most = float((moved & counted).sum()), float((kept & counted).sum())
+        later = float((moved & after).sum()) - float((kept & after).sum())
         return Judged(
-            current_rps=kept / seconds,
-            candidate_rps=moved / seconds,
-            worth=(moved - kept) * found.lasts_s / seconds,
+            current_rps=most / seconds,
+            candidate_rps=more / seconds,
+            worth=(more - most) * found.lasts_s / lasts_s + later,
         )
 
     def _run(self, policy: Steered, traffic: Traffic) -> Run:
