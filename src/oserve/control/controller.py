@@ -121,12 +121,12 @@ class Controller:
             self._began_s = end_s - min((change.ticks for change in changes), default=1)
 
     def _look_again(self, now_s: float) -> None:
-        """When what has changed is twice as old, unless the interval comes first.
+        """When what has changed is half as old again, unless the interval comes first.
 
         The longer it lasts, the longer it is taken to (see ``_lasts_s``): that may decide.
         """
         age_s = now_s - self._began_s
-        self._again_s = now_s + age_s if age_s < self.policy.interval_s else None
+        self._again_s = now_s + age_s / 2 if age_s < self.policy.interval_s else None
 
     def _shift(self) -> None:
         """Tell the forecaster the rates since the change began."""
