@@ -49,9 +49,9 @@ def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: Planning
     half = replace(first, id="half", replicas=first.replicas[:1])
     many = tuple(20.0 * rate for rate in RATES)
     for rates in (RATES, many):
-        whole_rps, half_rps = (opinion.good_rps(plan, rates, 120.0) for plan in (first, half))
-        assert half_rps <= whole_rps * 1.02
-        assert whole_rps <= sum(rates) * 1.2
+        ahead = opinion.prospect(_asked(half, rates), 120.0)
+        whole, part = (opinion.good(plan, ahead.traffic).sum() for plan in (first, half))
+        assert part <= whole * 1.02
     step = Step(seconds=60.0, chances={many: 1.0}, expected=many)
     question = Question(
         at_s=0.0, current=half, now_rps=many, steps=(step,), lasts_s=100.0, plan_for=(many,)
@@ -60,10 +60,21 @@ def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: Planning
     judged = opinion.scorer(planner)(question, found)
     assert judged == opinion.scorer(planner)(question, found)
     assert judged.worth <= (judged.candidate_rps - judged.current_rps) * found.lasts_s
-    assert opinion.good_rps(first, (0.0, 0.0), 60.0) == 0.0
-    # Who waits already is served first and does not count.
-    late_rps = opinion.good_rps(first, RATES, 60.0, waiting=2000)
-    assert late_rps < 0.5 * opinion.good_rps(first, RATES, 60.0)
+    # What came before is served first, and does not count.
+    crowded = replace(_asked(half, RATES), past=((tuple(400.0 * rate for rate in RATES), 5.0),))
+    assert _good_rps(opinion, first, crowded) < 0.5 * _good_rps(opinion, first, _asked(half, RATES))
+
+
+def _asked(plan: DeploymentPlan, rates: tuple[float, ...]) -> Question:
+    step = Step(seconds=60.0, chances={rates: 1.0}, expected=rates)
+    return Question(
+        at_s=0.0, current=plan, now_rps=rates, steps=(step,), lasts_s=60.0, plan_for=(rates,)
+    )
+
+
+def _good_rps(opinion: Opinion, plan: DeploymentPlan, question: Question) -> float:
+    ahead = opinion.prospect(question, 60.0)
+    return float((opinion.good(plan, ahead.traffic) & ahead.expected).sum()) / ahead.lasting_s
 
 
 def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
@@ -72,7 +83,7 @@ def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
     opinion = Opinion(free)
     assert opinion.refined(linear.facts).table == linear.facts.table
     plan = linear.candidates(RATES, _empty(free))[0]
-    assert 0 < opinion.good_rps(plan, RATES, 60.0) <= 1.2 * sum(RATES)
+    assert 0 < _good_rps(opinion, plan, _asked(plan, RATES)) <= 1.3 * sum(RATES)
 
 
 def _empty(asked: PlanningQuestion) -> DeploymentPlan:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Ints, Levers, Serving, Simulator, Traffic, largest_scale
+from oserve.app.simulated import Floats, Ints, Levers, Serving, Simulator, Traffic, largest_scale
 from oserve.core import DeploymentPlan, Device, LengthClass, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
@@ -25,7 +25,6 @@ _FEWEST, _MOST = 1000, 10_000
 # left out: its errors are not that large.
 _WORTH = 0.75
 _TOLERANCE = 0.03
-_AT_ONCE_S = 1e-3
 _EVALUATIONS = 10
 # Nothing below this part of what the model says is looked for.
 _LEAST = 1 / 16
@@ -40,20 +39,8 @@ class Lengths:
 
     def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> Traffic:
         """Requests of these lengths for about so long, a thousand at the least."""
-        return self._drawn(rate_rps, min(_MOST, max(_FEWEST, rate_rps * seconds)), seed)
-
-    def arrivals(self, rate_rps: float, seconds: float, *, seed: int) -> Traffic:
-        """As many as come in so long."""
-        return self._drawn(rate_rps, rate_rps * seconds, seed)
-
-    def at_once(self, count: int, *, seed: int) -> Traffic:
-        """So many in the first millisecond."""
-        found = self._drawn(1.0, count, seed)
-        return replace(found, arrival_s=_AT_ONCE_S * found.arrival_s / (count + 1.0) ** 2)
-
-    def _drawn(self, rate_rps: float, requests: float, seed: int) -> Traffic:
         draw = np.random.default_rng(seed)
-        count = round(requests)
+        count = round(min(_MOST, max(_FEWEST, rate_rps * seconds)))
         chosen = draw.integers(0, len(self.prompt_tokens), count)
         return Traffic(
             arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
@@ -61,31 +48,14 @@ class Lengths:
             output_tokens=self.output_tokens[chosen],
         )
 
-
-def arrivals(
-    lengths: Sequence[Lengths],
-    rates_rps: Sequence[float],
-    seconds: float,
-    *,
-    seed: int,
-    waiting: int = 0,
-    then: tuple[Sequence[float], float] = ((), 0.0),
-) -> Traffic:
-    """Poisson arrivals of all types, each at its rate (requests/s), for so long.
-
-    The first ``waiting`` of them come at once, of the same mix: those that wait already.
-    ``then`` come those at other rates, for other seconds.
-    """
-    total = max(sum(rates_rps), 1e-12)
-    parts = []
-    if then[0]:
-        after = arrivals(lengths, *then, seed=seed + len(lengths))
-        parts.append(replace(after, arrival_s=after.arrival_s + seconds))
-    for number, (item, rate) in enumerate(zip(lengths, rates_rps, strict=True)):
-        if rate > 0 and len(item.prompt_tokens):
-            parts.append(item.arrivals(rate, seconds, seed=seed + number))
-            parts.append(item.at_once(round(waiting * rate / total), seed=seed + number))
-    return _merged(parts)
+    def drawn(self, arrival_s: Floats, draw: np.random.Generator) -> Traffic:
+        """Requests that come at these moments."""
+        chosen = draw.integers(0, len(self.prompt_tokens), len(arrival_s))
+        return Traffic(
+            arrival_s=arrival_s,
+            prompt_tokens=self.prompt_tokens[chosen],
+            output_tokens=self.output_tokens[chosen],
+        )
 
 
 def simulated_table(
@@ -134,7 +104,8 @@ def _serving(
     return Serving(plan=plan, levers=levers)
 
 
-def _merged(parts: Sequence[Traffic]) -> Traffic:
+def merged(parts: Sequence[Traffic]) -> Traffic:
+    """All requests, in order of arrival."""
     none = np.zeros(0, dtype=np.int64)
     arrival_s = np.concatenate([none.astype(np.float64), *(item.arrival_s for item in parts)])
     order = np.argsort(arrival_s, kind="stable")

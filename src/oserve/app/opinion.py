@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, arrivals, simulated_table
+from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.planning import Question as PlanningQuestion
-from oserve.app.simulated import Levers, Serving, Simulator, met
+from oserve.app.prospect import Prospect, prospect
+from oserve.app.simulated import Levers, Mask, Serving, Simulator, Traffic, met
 from oserve.app.verify import SERVED_AS, common_slo
 from oserve.control.appraisal import Question, Rates, Weighed
 from oserve.control.helm import Judged
@@ -25,8 +26,6 @@ from oserve.traces import Slo
 HOPELESS = 0.1
 """Of what comes: where no plan serves more of it in time, a backlog hides which is better."""
 
-_MOST_SIMULATED_S = 900.0
-_MOST_REQUESTS = 50_000
 # What has not ended so long after the last request came is not counted on.
 _LATEST_S = 60.0
 
@@ -77,38 +76,16 @@ class Opinion:
         """What a switch is worth, with shares as this planner makes them."""
         return Scored(self, planner)
 
-    def good_rps(
-        self, plan: DeploymentPlan, rates_rps: Rates, seconds: float, *, waiting: int = 0
-    ) -> float:
-        """Requests within the limits, per second, of Poisson arrivals for so long.
-
-        ``waiting`` requests are there already, are served like the others and do not count.
-        """
-        return self.good(plan, rates_rps, seconds, waiting=waiting)[0]
-
-    def good(
-        self,
-        plan: DeploymentPlan,
-        rates_rps: Rates,
-        seconds: float,
-        *,
-        waiting: int = 0,
-        then: tuple[Rates, float] = ((), 0.0),
-    ) -> tuple[float, float]:
-        """``good_rps``, and how many are within the limits of those that come ``then``."""
-        seconds = min(seconds, _MOST_SIMULATED_S, _MOST_REQUESTS / max(sum(rates_rps), 1e-9))
-        waiting = min(waiting, _MOST_REQUESTS)
-        traffic = arrivals(
-            self._lengths, rates_rps, seconds, seed=self._question.seed, waiting=waiting, then=then
-        )
-        if not len(traffic):
-            return 0.0, 0.0
+    def good(self, plan: DeploymentPlan, traffic: Traffic) -> Mask:
+        """Which requests are served within the limits."""
         # Without limits what counts is what is done in time.
         latest_s = 0.0 if self._slo == Slo() else _LATEST_S
         serving = Serving(plan=plan, levers=self._levers)
-        results = self._simulator.run(serving, traffic, latest_s=latest_s)
-        good, after = met(results, self._slo), traffic.arrival_s >= seconds
-        return float(good[~after][waiting:].sum()) / seconds, float(good[after].sum())
+        return met(self._simulator.run(serving, traffic, latest_s=latest_s), self._slo)
+
+    def prospect(self, question: Question, lasts_s: float) -> Prospect:
+        """See ``app.prospect``."""
+        return prospect(question, lasts_s, self._lengths, seed=self._question.seed)
 
 
 class Scored:
@@ -119,15 +96,14 @@ class Scored:
         self._planner = planner
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
-        """Both plans at the rates that are expected next, and at those of before after them.
+        """Both plans on the same prospect.
 
         Where a backlog makes all late either way, what counts is what comes after it.
         """
-        rates = question.steps[0].expected
         try:
-            kept, moved, after = self._both(question, found, question.waiting)
-            if question.waiting and max(kept, moved) <= HOPELESS * sum(rates):
-                kept, moved, after = self._both(question, found, 0)
+            kept, moved, after = self._both(question, found)
+            if question.past and max(kept, moved) <= HOPELESS * sum(question.steps[0].expected):
+                kept, moved, after = self._both(replace(question, past=()), found)
         except OServeError:
             # What cannot be simulated is judged by the model alone.
             return Judged(
@@ -137,17 +113,21 @@ class Scored:
         worth = (moved - kept) * left_s + after - found.cost.requests
         return Judged(current_rps=kept, candidate_rps=moved, worth=worth)
 
-    def _both(self, question: Question, found: Weighed, waiting: int) -> tuple[float, float, float]:
-        """Requests/s in time with the plan kept and with the other, and how many more after."""
-        rates, seconds = question.steps[0].expected, found.lasts_s
-        then = question.before, question.back_s
-        (kept, kept_after), (moved, moved_after) = (
-            self._opinion.good(
-                self._shared(plan, rates), rates, seconds, waiting=waiting, then=then
-            )
+    def _both(self, question: Question, found: Weighed) -> tuple[float, float, float]:
+        """Requests/s in time with the plan kept and with the other, and how many more later."""
+        ahead = self._opinion.prospect(question, found.lasts_s)
+        if not len(ahead.traffic):
+            return 0.0, 0.0, 0.0
+        rates = question.steps[0].expected
+        kept, moved = (
+            self._opinion.good(self._shared(plan, rates), ahead.traffic)
             for plan in (question.current, found.plan)
         )
-        return kept, moved, moved_after - kept_after
+        later = int((moved & ahead.later).sum()) - int((kept & ahead.later).sum())
+        kept_rps, moved_rps = (
+            float((good & ahead.expected).sum()) / ahead.lasting_s for good in (kept, moved)
+        )
+        return kept_rps, moved_rps, float(later)
 
     def _shared(self, plan: DeploymentPlan, rates: Rates) -> DeploymentPlan:
         """With the routing shares that it would have at these rates."""

@@ -99,7 +99,7 @@ class Question:
     many replicas; 0: no. ``drain_s``: what draining a replica takes at least, by what was seen;
     ``drain_limit_s``: by then all that still runs goes on elsewhere.
     ``in_order``: requests are served in order of arrival, so that a backlog makes all late.
-    ``waiting``: requests that wait now, at the gateway or in engines.
+    ``past``: rates of late with the seconds that each held, up to now.
     ``before``: the rates before the traffic last changed, empty where it did not; they are taken to
     come back in the end, for ``back_s`` until the plan can follow.
     """
@@ -117,7 +117,7 @@ class Question:
     drain_s: float = 0.0
     drain_limit_s: float = math.inf
     in_order: bool = False
-    waiting: int = 0
+    past: tuple[tuple[Rates, float], ...] = ()
     before: Rates = ()
     back_s: float = 0.0
 

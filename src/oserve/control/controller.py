@@ -31,6 +31,8 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
+# What came of late is told in pieces of so long, and for up to two periods.
+_PIECE_S, _PERIOD_S = 15, 300
 # Rates before a change are those of so long, or of less where that is all there is.
 _BEFORE_S = (900, 300, 60, 10)
 # Of requests on one replica, the stay of the longest over the mean.
@@ -201,7 +203,7 @@ class Controller:
 
         ``present``: the replicas there are, where the plan's could not all be started.
         """
-        policy, gauges = self.policy, self.collector.gauges
+        policy = self.policy
         idle_s = now_s - max(self._last_arrival_s, 0.0)
         idle = policy.shrink_after_s > 0 and idle_s >= policy.shrink_after_s
         shrink = idle and self._last_arrival_s >= 0 and not self._shrunk and given is None
@@ -224,10 +226,25 @@ class Controller:
             drain_s=self.drain_s(),
             drain_limit_s=policy.drain_limit_s,
             in_order=policy.in_order,
-            waiting=round(gauges.get("waiting", 0.0) + gauges.get("queued", 0.0)),
+            past=self._past(),
             before=self._before_rps(),
             back_s=policy.min_dwell_s,
         )
+
+    def _past(self) -> tuple[tuple[Rates, float], ...]:
+        """Rates of late, with the seconds that each held.
+
+        They begin where the periods do within which requests are ordered by how fresh they are.
+        """
+        end_s = self.collector.newest_s
+        first_s = end_s - end_s % _PERIOD_S - _PERIOD_S
+        found: list[tuple[Rates, float]] = []
+        for start_s in range(max(0, first_s), end_s, _PIECE_S):
+            width_s = min(_PIECE_S, end_s - start_s)
+            rates = self.collector.rates_rps(start_s + width_s, width_s)
+            if found or not np.isnan(rates).any():
+                found.append((tuple(np.nan_to_num(rates).tolist()), float(width_s)))
+        return tuple(found)
 
     def _before_rps(self) -> Rates:
         """Requests/s of each type before the last change; empty where none is known of."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, arrivals, simulated_table
+from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.opinion import HOPELESS
+from oserve.app.prospect import prospect
 from oserve.app.simulated import Mask, Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
@@ -37,10 +38,6 @@ from oserve.workload.output import KnownAtArrival
 _SHARES_INTERVAL_S = 5.0
 _DRAIN_LIMIT_S = 30.0
 _CHUNKS = (512, 1024, 2048)
-# A switch is simulated this long after the start, and for so long at most.
-_SWITCH_S = 60.0
-_MOST_SIMULATED_S = 900.0
-_MOST_WAITING = 50_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,13 +180,13 @@ def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
 class SwitchSimulation:
     """What a switch is worth by simulating it: the expected rates with it and without.
 
-    For as long as the plan is taken to last, from an empty cluster; requests go to the least work.
+    Requests go to the least work.
     """
 
     def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
         self._tuner, self._policy = tuner, policy
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
-        self._kept: tuple[Question | None, Mask, float] = None, np.zeros(0, dtype=bool), 0.0
+        self._kept: tuple[tuple[Question, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
     def __call__(self, question: Question, found: Weighed) -> Judged:
         """Requests within the SLO, with the switch and without.
@@ -198,49 +195,36 @@ class SwitchSimulation:
         """
         judged = self._judged(question, found)
         best_rps = max(judged.current_rps, judged.candidate_rps)
-        if not question.waiting or best_rps > HOPELESS * sum(question.steps[0].expected):
+        if not question.past or best_rps > HOPELESS * sum(question.steps[0].expected):
             return judged
-        return self._judged(replace(question, waiting=0), found)
+        return self._judged(replace(question, past=()), found)
 
     def _judged(self, question: Question, found: Weighed) -> Judged:
-        scene, rates = self._tuner.scene, question.steps[0].expected
-        lasts_s = min(found.lasts_s, _MOST_SIMULATED_S)
-        seconds = _SWITCH_S + lasts_s
-        waiting = min(question.waiting, _MOST_WAITING)
-        traffic = arrivals(
-            self._lengths,
-            rates,
-            seconds,
-            seed=scene.seed,
-            waiting=waiting,
-            then=(question.before, question.back_s),
-        )
-        if not len(traffic):
+        scene = self._tuner.scene
+        ahead = prospect(question, found.lasts_s, self._lengths, seed=scene.seed)
+        if not len(ahead.traffic):
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
-        # What the present plan does is the same for all candidates.
         stays = replace(
             self._policy, serving=Serving(plan=question.current, levers=levers), script=()
         )
-        moves = replace(stays, script=((_SWITCH_S, found.plan),))
+        moves = replace(stays, script=((round(ahead.now_s), found.plan),))
         # A run has an event loop of its own, which another thread must have.
         with ThreadPoolExecutor(1) as other:
             kept, moved = (
+                # What the present plan does is the same for all candidates.
                 self._kept[1]
-                if policy is stays and self._kept[0] is question and self._kept[2] == seconds
-                else met(other.submit(self._run, policy, traffic).result().results, scene.slo)
+                if policy is stays and self._kept[0] == (question, ahead.then_s)
+                else met(other.submit(self._run, policy, ahead.traffic).result().results, scene.slo)
                 for policy in (stays, moves)
             )
-        self._kept = question, kept, seconds
-        # Who waits already does not count; what comes after does as it is.
-        after = traffic.arrival_s >= seconds
-        counted = ~after & (np.arange(len(traffic)) >= waiting)
-        more, most = float((moved & counted).sum()), float((kept & counted).sum())
-        later = float((moved & after).sum()) - float((kept & after).sum())
+        self._kept = (question, ahead.then_s), kept
+        less, more = (float((good & ahead.expected).sum()) for good in (kept, moved))
+        later = float((moved & ahead.later).sum()) - float((kept & ahead.later).sum())
         return Judged(
-            current_rps=most / seconds,
-            candidate_rps=more / seconds,
-            worth=(more - most) * found.lasts_s / lasts_s + later,
+            current_rps=less / ahead.lasting_s,
+            candidate_rps=more / ahead.lasting_s,
+            worth=(more - less) * found.lasts_s / ahead.lasting_s + later,
         )
 
     def _run(self, policy: Steered, traffic: Traffic) -> Run:
