@@ -58,7 +58,6 @@ async def test_a_sudden_change_is_decided_on_within_seconds() -> None:
     assert sudden[0].at_s < 650 + 24
     # It is looked at again the longer it has lasted, before the interval ends.
     assert [item.verdict for item in sudden].count(Verdict.SWITCH) == 1
-    assert sudden[0].lasts_s < 24
 
 
 @pytest.mark.slow
@@ -113,7 +112,7 @@ async def test_guards_hold_whatever_comes(
 async def test_advice_changes_nothing_and_off_decides_nothing() -> None:
     world = make_world(0, 0, 0, 1, mode=Mode.ADVISE)
     await world.run(lambda _s: CHATS, 100)
-    await world.run(lambda _s: DOCS, 200)
+    await world.run(lambda _s: DOCS, 400)
     assert world.controller.plan.id == "first"
     assert any(item.verdict is Verdict.ADVISE for item in world.decisions)
     assert not world.switches

@@ -27,6 +27,7 @@ from oserve.study.policy import Moment, Start
 from oserve.study.runner import run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
 from oserve.study.steered import Counts, Steered, steered
+from oserve.study.tune import by_length
 from oserve.traces import PATTERNS, Slo, synthesise_pattern
 
 EAGER = ControlPolicy(
@@ -34,9 +35,9 @@ EAGER = ControlPolicy(
 )
 
 
-def wave(duration_s: float = 60.0) -> Scene:
+def wave(duration_s: float = 60.0, *, pattern: str = "square wave") -> Scene:
     requests = synthesise_pattern(
-        PATTERNS["square wave"],
+        PATTERNS[pattern],
         {"chat": 2.0, "documents": 0.2, "answers": 8.0},
         {"chat": 2.0, "documents": 9.0},
         duration_s=duration_s,
@@ -57,7 +58,7 @@ def wave(duration_s: float = 60.0) -> Scene:
     return replace(scene, phases=Phases(start_s=2.0))
 
 
-SCENE = wave()
+SCENE = wave(240.0, pattern="step")
 TUNER = OServeTuner(SCENE)
 
 
@@ -68,7 +69,8 @@ def shape(tp: int) -> ReplicaShape:
 
 
 def serving(tp: int = 4) -> Serving:
-    return TUNER.homogeneous(shape(tp), Levers(routing=Routing.POOLS))
+    order = by_length(2.0, freshest_first_s=60.0)
+    return TUNER.homogeneous(shape(tp), Levers(routing=Routing.POOLS, order=order))
 
 
 def policy(start: Start = Start.COLD) -> Steered:
@@ -83,11 +85,16 @@ def test_it_switches_within_its_limits_and_loses_nothing() -> None:
     steering = policy()
     run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
     moments = [change.at_s for change in run.changes[1:]]
-    # A wave that flips every 10 s invites it to flap.
     assert 1 <= run.switches <= EAGER.max_switches_per_hour
     assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
     assert (run.results.status == Status.COMPLETED).all()
     assert [d.at_s for d in steering.decisions if d.verdict == "switch"] == moments
+
+
+def test_a_wave_that_flips_faster_than_switches_pay_is_left_alone() -> None:
+    scene = wave()
+    run = run_policy(scene, policy(), TUNER.simulator, 1.0)
+    assert run.switches <= 1
 
 
 def test_a_controller_fed_by_hand_decides_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

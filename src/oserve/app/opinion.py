@@ -16,7 +16,7 @@ from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.prospect import Prospect, prospect
 from oserve.app.simulated import Levers, Mask, Serving, Simulator, Traffic, met
 from oserve.app.verify import SERVED_AS, common_slo
-from oserve.control.appraisal import Question, Rates, Weighed
+from oserve.control.appraisal import Question, Rates, Weighed, pays_after_s
 from oserve.control.helm import Judged
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
@@ -110,8 +110,12 @@ class Scored:
                 current_rps=found.current_rps, candidate_rps=found.candidate_rps, worth=found.worth
             )
         left_s = max(0.0, found.lasts_s - found.cost.seconds)
-        worth = (moved - kept) * left_s + after - found.cost.requests
-        return Judged(current_rps=kept, candidate_rps=moved, worth=worth)
+        return Judged(
+            current_rps=kept,
+            candidate_rps=moved,
+            worth=(moved - kept) * left_s + after - found.cost.requests,
+            pays_after_s=pays_after_s(moved - kept, found.cost, max(0.0, -after)),
+        )
 
     def _both(self, question: Question, found: Weighed) -> tuple[float, float, float]:
         """Requests/s in time with the plan kept and with the other, and how many more later."""

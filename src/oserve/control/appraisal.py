@@ -139,7 +139,11 @@ class SwitchCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weighed:
-    """A candidate with its numbers; rates served are averages over ``lasts_s``."""
+    """A candidate with its numbers; rates served are averages over ``lasts_s``.
+
+    ``pays_after_s``: when what it brings has made up for the switch and the way back; else
+    ``inf``.
+    """
 
     plan: DeploymentPlan
     lasts_s: float
@@ -149,6 +153,7 @@ class Weighed:
     candidate_now_rps: float
     gain: float
     cost: SwitchCost
+    pays_after_s: float = 0.0
 
     @property
     def worth(self) -> float:
@@ -208,6 +213,8 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
     if question.in_order:
         late = _late(cost.lost, question.steps[0], old, new, appraiser, most_s=lasts_s)
         cost = replace(cost, lost=cost.lost + late)
+    more_rps = min(candidate - current, likely)
+    missed = _missed_after(question, new, appraiser)
     return Weighed(
         plan=plan,
         lasts_s=lasts_s,
@@ -215,10 +222,17 @@ def weigh(question: Question, plan: DeploymentPlan, appraiser: Appraiser) -> Wei
         candidate_rps=candidate,
         current_now_rps=appraiser.served_rps(old, question.now_rps),
         candidate_now_rps=appraiser.served_rps(new, question.now_rps),
-        gain=min(candidate - current, likely) * max(0.0, lasts_s - cost.seconds)
-        - _missed_after(question, new, appraiser),
+        gain=more_rps * max(0.0, lasts_s - cost.seconds) - missed,
         cost=cost,
+        pays_after_s=pays_after_s(more_rps, cost, missed),
     )
+
+
+def pays_after_s(more_rps: float, cost: SwitchCost, missed: float) -> float:
+    """When so many requests/s more have made up for a switch and what is missed after it."""
+    if more_rps <= 0:
+        return math.inf
+    return cost.seconds + (cost.requests + missed) / more_rps
 
 
 def _missed_after(question: Question, new: Sequence[ReplicaSpec], appraiser: Appraiser) -> float:

@@ -7,6 +7,7 @@ within the minimum dwell of the last, no more of them an hour than allowed, none
 way, none to a plan that serves less of what comes now. A person's own wish is bound by none.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,12 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
+_IS_BEST = {
+    Reason.SAME_PLAN,
+    Reason.BELOW_PRESENT_NEED,
+    Reason.GAIN_TOO_SMALL,
+    Reason.COST_EXCEEDS_GAIN,
+}
 # What came of late is told in pieces of so long, and for up to two periods.
 _PIECE_S, _PERIOD_S = 15, 300
 # Rates before a change are those of so long, or of less where that is all there is.
@@ -66,6 +73,9 @@ class Controller:
         self._detected_s = -1
         self._change_s: float | None = None
         self._again_s: float | None = None
+        # Since when another plan was the better one, and when the current one last was.
+        self._better_s: float | None = None
+        self._best_s = -math.inf
         self._began_s = -1
         self._last_arrival_s = -1.0
         self._shrunk = False
@@ -125,7 +135,7 @@ class Controller:
     def _look_again(self, now_s: float) -> None:
         """When what has changed is half as old again, unless the interval comes first.
 
-        The longer it lasts, the longer it is taken to (see ``_lasts_s``): that may decide.
+        By then another plan may have been the better one for long enough.
         """
         age_s = now_s - self._began_s
         self._again_s = now_s + age_s / 2 if age_s < self.policy.interval_s else None
@@ -257,17 +267,8 @@ class Controller:
         return ()
 
     def _lasts_s(self, signature: str, now_s: float) -> float:
-        """For how long this deployment is expected to be the best.
-
-        What has begun just now may be over as soon. Unless the deployment is known well it is taken
-        to last as long again as it has: who switches when as much was missed as a switch costs
-        pays at most twice what somebody would who knows the future (ski rental).
-        """
-        expected_s = self._lifetime.expected_s(signature, now_s)
-        known = self._lifetime.knows(signature)
-        if self._began_s >= 0 and not self._shrunk and not known:
-            expected_s = min(expected_s, now_s - self._began_s)
-        return max(1.0, expected_s)
+        """For how long this deployment is expected to be the best."""
+        return max(1.0, self._lifetime.expected_s(signature, now_s))
 
     def _steps(self) -> tuple[Step, ...]:
         """The forecast's quantiles, each for the chances nearest to it, step after step."""
@@ -301,8 +302,7 @@ class Controller:
         if weighed is not None and question.given is None and not question.shrink_to:
             more = weighed.candidate_rps - weighed.current_rps
             better = more > self.policy.min_gain * weighed.current_rps
-            preferred = weighed.plan if better else self.plan
-            self._lifetime.prefers(signature(preferred), now_s)
+            self._prefer(signature(weighed.plan) if better else "", now_s)
         standing = Standing(
             now_s=now_s,
             trigger=trigger,
@@ -311,19 +311,48 @@ class Controller:
             shrunk=self._shrunk,
             watched=self._last_arrival_s >= 0,
             held=now_s < self._held_until_s,
+            better_s=now_s - self._better_since(now_s),
+            known=self._lifetime.knows,
         )
         reason = reason_for(self.policy, standing, question, weighed)
+        self._note_better(reason, now_s)
         verdict = verdict_for(self.policy, trigger, reason)
         decision = self._record(question, weighed, now_s, trigger, verdict, reason)
         if verdict is Verdict.SWITCH and weighed is not None:
             self._shrunk = reason is Reason.ZERO_TRAFFIC
             self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
+            self._better_s = None
             self.plan = weighed.plan
+            self._lifetime.takes_over(signature(self.plan))
             self._version += 1
             # A person's switches count as well: it is the replicas that need their rest.
             if weighed.cost.changed or reason is not Reason.MANUAL:
                 self._switches = [s for s in self._switches if now_s - s < HOUR_S] + [now_s]
         return decision
+
+    def _prefer(self, better: str, now_s: float) -> None:
+        """Note which plan is the best, the current one if no other is ``better``.
+
+        Of several that are better in turns the first stands for all.
+        """
+        current = signature(self.plan)
+        if better and self._lifetime.preferred not in {"", current}:
+            better = self._lifetime.preferred
+        self._lifetime.prefers(better or current, now_s)
+
+    def _better_since(self, now_s: float) -> float:
+        """Since when another plan is the better one, if one is: since a change, where there was."""
+        if self._better_s is not None:
+            return self._better_s
+        if self._shrunk:
+            return -math.inf
+        return float(self._began_s) if self._began_s > self._best_s else now_s
+
+    def _note_better(self, reason: Reason, now_s: float) -> None:
+        if reason in {Reason.NOT_LONG_ENOUGH, Reason.GAIN_EXCEEDS_COST}:
+            self._better_s = self._better_since(now_s)
+        elif reason in _IS_BEST:
+            self._better_s, self._best_s = None, now_s
 
     def decide(
         self, now_s: float, trigger: Trigger, appraiser: Appraiser, *, switching: bool = False
@@ -360,6 +389,8 @@ class Controller:
                 "lost_requests": weighed.cost.lost,
                 "touched_requests": weighed.cost.touched,
                 "changed_replicas": weighed.cost.changed,
+                "pays_after_s": weighed.pays_after_s,
+                "better_s": 0.0 if self._better_s is None else now_s - self._better_s,
             }
         self._number += 1
         decision = Decision(

@@ -45,9 +45,14 @@ class Reason(StrEnum):
     BELOW_PRESENT_NEED = "below_present_need"
     GAIN_TOO_SMALL = "gain_too_small"
     COST_EXCEEDS_GAIN = "cost_exceeds_gain"
+    NOT_LONG_ENOUGH = "not_long_enough"
     GAIN_EXCEEDS_COST = "gain_exceeds_cost"
     ZERO_TRAFFIC = "zero_traffic"
     MANUAL = "manual"
+
+
+# More than any plan is taken to last.
+_NEVER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,8 @@ class Decision:
     the candidate is expected to last (``lasts_s``). ``gain_requests`` is what the candidate serves
     more in that time less the switch; ``lost_requests`` what is served less during the switch;
     ``touched_requests`` run on replicas that change. The cost is lost plus part of the touched.
+    ``pays_after_s``: from when on the switch has brought more than it cost; ``better_s``: for how
+    long another plan has been the better one.
     """
 
     number: int
@@ -91,6 +98,8 @@ class Decision:
     lost_requests: float = 0.0
     touched_requests: float = 0.0
     changed_replicas: int = 0
+    pays_after_s: float = 0.0
+    better_s: float = 0.0
     detail: str = ""
 
     @property
@@ -109,5 +118,10 @@ class Decision:
                 f"{self.current_plan} {self.current_rps:.2f}; over {self.lasts_s:.0f} s "
                 f"gain {self.gain_requests:.0f}, cost {self.cost_requests:.0f} requests "
                 f"({self.changed_replicas} replicas in {self.switch_s:.0f} s)"
+                + (
+                    f", pays after {self.pays_after_s:.0f} s"
+                    if self.pays_after_s < _NEVER_S
+                    else ""
+                )
             )
         return "; ".join([*words, *([self.detail] if self.detail else [])])

@@ -28,12 +28,13 @@ from oserve.workload import classify
 class Judged:
     """A switch as simulated: requests/s within limits with the plan kept and with the other.
 
-    ``worth``: requests that the switch brings after its cost.
+    ``worth``: requests that the switch brings after its cost. ``pays_after_s``: see ``Weighed``.
     """
 
     current_rps: float
     candidate_rps: float
     worth: float
+    pays_after_s: float = 0.0
 
 
 # Candidates of a decision on which there is a second opinion, by what the model gives them.
@@ -136,6 +137,7 @@ class Helm:
             current_now_rps=judged.current_rps,
             candidate_now_rps=judged.candidate_rps,
             gain=judged.worth + found.cost.requests,
+            pays_after_s=judged.pays_after_s,
         )
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:

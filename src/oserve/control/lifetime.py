@@ -40,6 +40,16 @@ class Lifetime:
             self._prior *= _FADING
             self._preferred, self._since_s = signature, now_s
 
+    def takes_over(self, signature: str) -> None:
+        """What was preferred goes by this name from now on: plans that are nearly equal are one."""
+        if self._preferred:
+            self._preferred = signature
+
+    @property
+    def preferred(self) -> str:
+        """The name of what is preferred now."""
+        return self._preferred
+
     def expected_s(self, signature: str, now_s: float) -> float:
         """Seconds for which this deployment is expected to be the best from now on."""
         age_s = self._age_s(now_s) if signature == self._preferred else 0.0

@@ -1,12 +1,18 @@
 """What decisions are bound by: modes, guards, margins; and the reason that follows from them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from oserve.control.appraisal import Question, Weighed
+from oserve.control.appraisal import Question, Weighed, signature
 from oserve.control.decision import Mode, Reason, Trigger, Verdict
 
 HOUR_S = 3600.0
+
+
+def _nothing(signature: str) -> bool:
+    del signature
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,8 @@ class Standing:
     ``switches``: when there were any, in the last hour. ``switching``: the last one is not over, or
     the plan is another than the one that was asked about. ``shrunk``: replicas were given up for
     want of requests. ``watched``: a request was seen. ``held``: a person wants this plan.
+    ``better_s``: for how long another plan than the current one has been worth its switch;
+    ``known``: plans of which it is known for how long they are.
     """
 
     now_s: float
@@ -56,6 +64,8 @@ class Standing:
     shrunk: bool
     watched: bool
     held: bool
+    better_s: float = math.inf
+    known: Callable[[str], bool] = _nothing
 
 
 def reason_for(
@@ -69,6 +79,7 @@ def reason_for(
     checks = (
         *_guards(policy, standing, question, weighed),
         *_weights(policy, question, weighed),
+        (_too_fresh(standing, weighed), Reason.NOT_LONG_ENOUGH),
         (True, Reason.GAIN_EXCEEDS_COST),
     )
     return next(reason for holds, reason in checks if holds)
@@ -101,6 +112,16 @@ def _weights(
     yield weighed.gain <= max(least, 1e-9), Reason.GAIN_TOO_SMALL
     cost = weighed.cost.requests
     yield weighed.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
+
+
+def _too_fresh(standing: Standing, weighed: Weighed) -> bool:
+    """Whether less was missed by now than the switch costs.
+
+    What has begun just now may be over as soon. Who switches when as much was missed as that costs
+    pays at most twice what somebody would who knows the future (ski rental).
+    """
+    known = standing.known(signature(weighed.plan))
+    return not known and standing.better_s < weighed.pays_after_s
 
 
 def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> Verdict:

@@ -15,6 +15,8 @@ _DTYPES = {
 }
 # Read by the extension in an engine's workers.
 KEEP_WEIGHTS = "OSERVE_KEEP_WEIGHTS"
+# Folder through which KV caches go from engine to engine.
+CACHES = "OSERVE_CACHES"
 _EXTENSION = "oserve.engines.worker_extension.WorkerExtension"
 
 

@@ -5,6 +5,7 @@ ended; it never sees the length of an answer before that ends. What a decision t
 takes no virtual time.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import numpy as np
 
 from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.opinion import HOPELESS
-from oserve.app.prospect import prospect
+from oserve.app.prospect import Prospect, prospect
 from oserve.app.simulated import Mask, Routing, Serving, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
@@ -225,11 +226,24 @@ class SwitchSimulation:
             current_rps=less / ahead.lasting_s,
             candidate_rps=more / ahead.lasting_s,
             worth=(more - less) * found.lasts_s / ahead.lasting_s + later,
+            pays_after_s=_pays_after_s(ahead, kept, moved, min(0.0, later)),
         )
 
     def _run(self, policy: Steered, traffic: Traffic) -> Run:
         tuner = self._tuner
         return run_policy(tuner.scene, policy, tuner.simulator, 1.0, traffic=traffic)
+
+
+def _pays_after_s(ahead: Prospect, kept: Mask, moved: Mask, later: float) -> float:
+    """From when on the switch would have brought more than it cost, whenever it ends after that."""
+    expected = ahead.expected
+    brought = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int)) + later
+    if not len(brought) or brought[-1] <= 0:
+        return math.inf
+    behind = np.flatnonzero(brought <= 0)
+    if not len(behind):
+        return 0.0
+    return float(ahead.traffic.arrival_s[expected][behind[-1]]) - ahead.now_s
 
 
 def table_planner(tuner: OServeTuner, serving: Serving, *, simulated: bool) -> TablePlanner:
