@@ -23,11 +23,15 @@ class ReplicaPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a replica answers: a Unix socket or an ``http://host:port`` base URL."""
+    """Where a replica answers: a Unix socket or an ``http://host:port`` base URL.
+
+    ``caches``: the folder through which it gives up and takes in KV caches, if it can.
+    """
 
     url: str = ""
     unix_socket: str = ""
     api_key: str = ""
+    caches: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,11 @@ _DTYPES = {
 KEEP_WEIGHTS = "OSERVE_KEEP_WEIGHTS"
 # Folder through which KV caches go from engine to engine.
 CACHES = "OSERVE_CACHES"
+# What cannot be taken in is computed again.
+_CONNECTOR = (
+    '{"kv_connector":"Connector","kv_connector_module_path":"oserve.engines.caches",'
+    '"kv_role":"kv_both","kv_load_failure_policy":"recompute"}'
+)
 _EXTENSION = "oserve.engines.worker_extension.WorkerExtension"
 
 
@@ -29,10 +34,12 @@ def engine_arguments(
     platform: Platform,
     settings: EngineSettings,
     standby: bool = False,
+    moves_caches: bool = False,
 ) -> list[str]:
     """Arguments of vLLM's API server, the replica's own last so that they win.
 
-    ``standby``: the weights will come from other engines, so none are loaded.
+    ``standby``: the weights will come from other engines, so none are loaded. ``moves_caches``:
+    KV caches can go to and come from other engines.
     Raises ``OServeError`` when the precision needs a checkpoint that the settings do not name.
     """
     shape = spec.shape
@@ -62,6 +69,8 @@ def engine_arguments(
     eager = settings.enforce_eager if settings.enforce_eager is not None else platform == "cpu"
     if eager:
         arguments.append("--enforce-eager")
+    if moves_caches:
+        arguments += ["--kv-transfer-config", _CONNECTOR]
     if isinstance(spec.backend, VllmBackend):
         arguments += spec.backend.engine_args
     if standby:
@@ -102,13 +111,15 @@ def engine_environment(
     eager: bool,
     folder: str,
     keep_weights: bool = False,
+    caches: str = "",
 ) -> dict[str, str]:
     """Environment variables to add for one engine on these devices (in rank order).
 
     ``local_model``: the model is a folder, so nothing needs to be asked of any model hub.
     ``eager``: nothing is to be compiled. ``folder``: for sockets and other files of this engine
     alone (under 69 bytes, since socket paths must stay under 108); whoever starts it removes it.
-    ``keep_weights``: as loaded, so that they can be moved to other engines.
+    ``keep_weights``: as loaded, so that they can be moved to other engines. ``caches``: the folder
+    through which KV caches go.
     """
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -121,6 +132,8 @@ def engine_environment(
     }
     if keep_weights:
         environment[KEEP_WEIGHTS] = "1"
+    if caches:
+        environment[CACHES] = caches
     if local_model:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if platform == "cuda":

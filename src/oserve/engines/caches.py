@@ -30,7 +30,9 @@ from oserve.engines.arguments import CACHES
 from oserve.wire.caches import CacheFolder, Note, own_name, taken_name
 
 # An engine in the middle of a long step gives a request up only after it.
-_WAIT_S = 5.0
+_WAIT_S = 10.0
+# With nothing to compute the engine would ask again at once, on cores that others need.
+_PAUSE_S = 0.003
 _FORGOTTEN_S = 120.0
 
 
@@ -151,7 +153,8 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         """What was found since the last step."""
-        del scheduler_output
+        if not scheduler_output.total_num_scheduled_tokens and (self._since_s or self._giving):
+            time.sleep(_PAUSE_S)
         orders, self._orders = self._orders, Orders()
         return orders
 

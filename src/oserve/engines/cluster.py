@@ -232,7 +232,7 @@ class LocalCluster:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", spec.id)[:_MAX_NAME_BYTES]
         folder = self._sockets / f"{name}-{self._count}"
         log_path = open_log(self._log_dir, name)
-        endpoint = Endpoint(unix_socket=str(folder / "api.sock"))
+        endpoint = self._endpoint(folder)
         self._put(spec, endpoint)
         return VllmReplica(
             **self._common(spec, endpoint),
@@ -242,6 +242,18 @@ class LocalCluster:
             chunk_tokens=spec.shape.max_num_batched_tokens,
             standby=standby,
         )
+
+    def _endpoint(self, folder: Path) -> Endpoint:
+        caches = str(self._caches) if self._moves_caches else ""
+        return Endpoint(unix_socket=str(folder / "api.sock"), caches=caches)
+
+    @property
+    def _moves_caches(self) -> bool:
+        return self._settings.move_caches and self._platform == "cpu"
+
+    @property
+    def _caches(self) -> Path:
+        return self._sockets / "caches"
 
     def _common(self, spec: ReplicaSpec, endpoint: Endpoint) -> dict[str, Any]:
         return {
@@ -287,7 +299,7 @@ class LocalCluster:
     async def _take_up(self, note: EngineNote, process: HeldProcess) -> bool:
         """Give an engine its task again; tells whether it goes on."""
         spec = note.spec
-        endpoint = Endpoint(unix_socket=str(Path(process.entry.folder) / "api.sock"))
+        endpoint = self._endpoint(Path(process.entry.folder))
         self._put(spec, endpoint)
         self._held[spec.id] = process
         replica = VllmReplica(
@@ -326,6 +338,7 @@ class LocalCluster:
             platform=self._platform,
             settings=self._settings,
             standby=standby,
+            moves_caches=self._moves_caches,
         )
         environment = engine_environment(
             devices,
@@ -334,10 +347,12 @@ class LocalCluster:
             eager=runs_eagerly(arguments),
             folder=str(folder),
             keep_weights=self._settings.keep_weights,
+            caches=str(self._caches) if self._moves_caches else "",
         )
         # A zygote, or a keeper, that ended has removed it.
         self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
+        self._caches.mkdir(mode=0o700, exist_ok=True)
         return arguments, environment
 
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:

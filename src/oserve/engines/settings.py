@@ -24,6 +24,7 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     ``orphan_grace_s``: for how long engines are held when the server was killed, until another one
     takes them up. ``keep_weights``: as they were loaded, beside what kernels made of them, so that
     they can go to other engines while this one serves; on CPU a second copy of them in memory.
+    ``move_caches``: KV caches of running requests can go to other engines, on CPU.
     ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
     """
 
@@ -40,6 +41,7 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     stable_s: Positive = 60.0
     orphan_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     keep_weights: bool = True
+    move_caches: bool = True
     log_dir: str = ""
 
     def method(self, *, on_cpu: bool) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from oserve.gateway.errors import bad_request
+from oserve.wire.caches import FIELD
 
 
 class GenerateBody(msgspec.Struct):
@@ -24,6 +25,7 @@ class GenerateBody(msgspec.Struct):
     echo: bool | None = None
     tools: msgspec.Raw = msgspec.Raw(b"")
     user: str | None = None
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
 
     @property
     def output_limit(self) -> int | None:
@@ -93,11 +95,18 @@ def system_prefix(parsed: GenerateBody) -> bytes:
 
 
 def with_fields(
-    body: bytes, parsed: GenerateBody, *, priority: int | None, model: str, token_ids: bool = False
+    body: bytes,
+    parsed: GenerateBody,
+    *,
+    priority: int | None,
+    model: str,
+    token_ids: bool = False,
+    cache: dict[str, str] | None = None,
 ) -> bytes:
     """The body to send to a replica: priority set, usage reported, model renamed if need be.
 
-    ``token_ids``: have the ids of prompt and answer told.
+    ``token_ids``: have the ids of prompt and answer told. ``cache``: what an engine that moves KV
+    caches is told of this request's (see ``wire.caches``); ``None`` for other engines.
 
     Fields are spliced in before the closing brace where the client did not send them; only a body
     that holds them already is written anew.
@@ -105,6 +114,8 @@ def with_fields(
     usage = bool(parsed.stream) and not parsed.wants_usage
     ids = token_ids and not parsed.return_token_ids
     known = parsed.priority is not None or (ids and parsed.return_token_ids is not None)
+    # Caches of others are nobody's to ask for.
+    known = known or (cache is not None and bool(parsed.kv_transfer_params))
     if model or known or (usage and parsed.stream_options is not None):
         fields = msgspec.json.decode(body)
         if model:
@@ -116,6 +127,10 @@ def with_fields(
             fields["stream_options"] = {**(parsed.stream_options or {}), "include_usage": True}
         if ids:
             fields["return_token_ids"] = True
+        if cache is not None:
+            fields.pop(FIELD, None)
+        if cache:
+            fields[FIELD] = cache
         return msgspec.json.encode(fields)
     extra = b""
     if priority is not None:
@@ -124,6 +139,8 @@ def with_fields(
         extra += b',"stream_options":{"include_usage":true}'
     if ids:
         extra += b',"return_token_ids":true'
+    if cache:
+        extra += b',"%b":%b' % (FIELD.encode(), msgspec.json.encode(cache))
     if not extra:
         return body
     head = body.rstrip()[:-1].rstrip()

@@ -249,6 +249,7 @@ class Dispatcher:
                 priority=priority,
                 model=replica.model,
                 token_ids=relay.moving is not None,
+                cache=relay.cache_fields if replica.endpoint.caches else None,
             )
         lines = [
             b"%b %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import ReplicaPhase
-from oserve.gateway.moving import CacheMover
 from oserve.gateway.standing import context_tokens, movable, remaining_tokens, tpot_s
 from oserve.switch.kv import DrainPolicy, RunningRequest, TargetRoom, Way, decide_requests
 
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 _LOOK_S = 0.5
 # Streams read and sent on between two turns of the event loop.
 _AT_ONCE = 4
+
+# Seconds that a token's cache takes on its way: a hundred kilobytes at one gigabyte a second.
+_MOVE_S_PER_TOKEN = 1e-4
+_ANY_TOKENS = 1 << 40
 
 Key = tuple[str, float]
 
@@ -35,7 +38,6 @@ class HandOvers:
         self._drain_limit_s = drain_limit_s
         self._draining: dict[Key, asyncio.TimerHandle | None] = {}
         self._deadlines: dict[Key, float] = {}
-        self.cache_mover: CacheMover | None = None
 
     def follow(self, table: RoutingTable) -> None:
         """Replicas that drain hand over when their time is up; the gone are forgotten."""
@@ -100,14 +102,17 @@ class HandOvers:
         """What becomes of each; where engines cannot move caches these are computed again."""
         if not relays:
             return []
-        mover = self.cache_mover
-        target = self._target()
-        room = None if mover is None else mover.room(target)
-        if room is None:
-            prefill_s = min((r.prefill_s_per_token for r in self._others()), default=0.0)
-            room = TargetRoom(
-                kv_tokens=0, free_tokens=0, bandwidth=1.0, prefill_s_per_token=prefill_s
-            )
+        others = self._others()
+        prefill_s = min((replica.prefill_s_per_token for replica in others), default=0.0)
+        target = min((replica.id for replica in others), default="")
+        moves = any(item.endpoint.caches for item in others) and any(
+            relay.replica is not None and relay.replica.endpoint.caches for relay in relays
+        )
+        # Whichever way it goes on, the engine waits until there is room for it.
+        tokens = _ANY_TOKENS if moves else 0
+        room = TargetRoom(
+            kv_tokens=tokens, free_tokens=tokens, bandwidth=1.0, prefill_s_per_token=prefill_s
+        )
         requests = [
             RunningRequest(
                 id=str(index),
@@ -122,16 +127,13 @@ class HandOvers:
             requests,
             {target: room} if target else {},
             DrainPolicy(limit_s=left_s, decode_s_per_token=median(map(tpot_s, relays))),
-            kv_bytes_per_token=0.0 if mover is None else mover.kv_bytes_per_token,
+            kv_bytes_per_token=_MOVE_S_PER_TOKEN,
         )
         ways = [verdict.way for verdict in verdicts]
         return list(zip(relays, ways, strict=True))
 
     def _others(self) -> list[TableReplica]:
         return list(self._dispatcher.serving.values())
-
-    def _target(self) -> str:
-        return min((replica.id for replica in self._others()), default="")
 
     def _move(self, key: Key, moving: Sequence[tuple["Relay", Way]], *, force: bool) -> None:
         """A few at a time, so that other streams are not held up while these are read."""
@@ -141,11 +143,7 @@ class HandOvers:
             if (relay.replica.id, relay.replica.started_s) != key:
                 continue
             if force or self._dispatcher.has_place(relay):
-                fields: dict[str, object] = {}
-                if way is Way.MOVE and self.cache_mover is not None:
-                    name = relay.request_id.decode("latin-1")
-                    fields = self.cache_mover.begin(name, key[0])
-                relay.hand_over(fields)
+                relay.hand_over(cache=way is Way.MOVE)
         if len(moving) > _AT_ONCE:
             loop = asyncio.get_running_loop()
             loop.call_soon(lambda: self._move(key, moving[_AT_ONCE:], force=force))

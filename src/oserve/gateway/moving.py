@@ -7,18 +7,20 @@ one by one, and kept as they are understood, so that a stream can move again.
 
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from oserve.control.table import TableReplica
 from oserve.gateway.body import GenerateBody
 from oserve.gateway.carry import BrokenError, Carried, DivergedError, UnmovableError, events_of
 from oserve.gateway.errors import upstream_failed
 from oserve.gateway.fields import kept_from_moving
 from oserve.gateway.kept import USAGE, Budget, Kept, without_usage_event
 from oserve.gateway.standing import remaining_tokens
-from oserve.switch.kv import TargetRoom, Way
+from oserve.switch.kv import Way
 from oserve.wire import Framing, ResponseHead, chunk, dechunk
+from oserve.wire.caches import CacheFolder, giving, new_name, taking
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
 
@@ -28,21 +30,6 @@ if TYPE_CHECKING:
 # What the body of a continuation holds, for whoever adds fields to it.
 CONTINUED = GenerateBody(stream=True, stream_options={"include_usage": True}, return_token_ids=True)
 _MAX_ERROR_BYTES = 64 * 1024
-
-
-class CacheMover(Protocol):
-    """Moves the KV caches of running requests between engines, where engines can.
-
-    ``room`` is what a replica could take in, ``kv_bytes_per_token`` what a cache weighs. ``begin``
-    has the source give up a request and its cache, and returns the fields by which a continuation
-    finds it; nothing where it cannot: then the cache is computed again.
-    """
-
-    kv_bytes_per_token: float
-
-    def room(self, replica: str) -> TargetRoom | None: ...
-
-    def begin(self, request_id: str, source: str) -> dict[str, object]: ...
 
 
 class Moving:
@@ -59,7 +46,10 @@ class Moving:
         self._chunks = 0
         self._partial = b""
         self._carried: Carried | None = None
-        self._fields: dict[str, object] = {}
+        # The KV cache at the replica that serves it, and the one that it goes on with.
+        self._cache_folder = ""
+        self._cache = ""
+        self._taken = ""
         self._head: ResponseHead | None = None
         self._connection: UpstreamConnection | None = None
         self._rest = b""
@@ -125,11 +115,32 @@ class Moving:
             self._relay.exchange.write(payload if self._plain else chunk(payload))
 
     # -- going on -------------------------------------------------------------------------------
-    def resume(self, reason: str, fields: dict[str, object] | None = None) -> bool:
+    def sent_to(self, replica: TableReplica) -> None:
+        """A replica was chosen; its engine is told how this request's cache may be asked for."""
+        self._cache_folder = replica.endpoint.caches
+        self._cache = new_name() if self._cache_folder else ""
+
+    @property
+    def cache_fields(self) -> dict[str, str]:
+        """What the engine is told of the request's KV cache."""
+        own = giving(self._cache) if self._cache else {}
+        return own | (taking(self._taken) if self._taken else {})
+
+    def _ask_for_cache(self) -> str:
+        """Have the engine keep the cache when the request is taken away; its name, if it will."""
+        if not self._cache:
+            return ""
+        try:
+            CacheFolder(self._cache_folder).ask(self._cache)
+        except OSError:
+            return ""
+        return self._cache
+
+    def resume(self, reason: str, *, cache: bool = False) -> bool:
         """Have another replica go on; tells whether that, or the end of the answer, was arranged.
 
-        ``reason`` is one of lost, failed, aborted, diverged, handed_over. ``fields``: see
-        CacheMover.
+        ``reason`` is one of lost, failed, aborted, diverged, handed_over. ``cache``: its KV cache
+        goes with it, if it can.
         """
         relay = self._relay
         if relay.ended or self.moves >= self._max_moves:
@@ -153,10 +164,10 @@ class Moving:
             self._finish(carried)
             return True
         carried.rewind()
+        self._taken = self._ask_for_cache() if cache else ""
         relay.release(tried=not again)
         self.moves += 1
-        self._fields = fields or {}
-        way = Way.MOVE if fields else Way.REPLAY
+        way = Way.MOVE if self._taken else Way.REPLAY
         relay.dispatcher.metrics.count("oserve_requests_moved", reason, way.value)
         relay.dispatcher.log_retry(relay, reason)
         self._head, self._rest, self._partial = None, b"", b""
@@ -191,7 +202,7 @@ class Moving:
     def body(self) -> bytes:
         """The body of the continuation."""
         assert self._carried is not None
-        return self._carried.continuation(self._fields)
+        return self._carried.continuation()
 
     @property
     def made_tokens(self) -> int:

@@ -116,6 +116,11 @@ class Relay:
         return self.moving if self.moves and self.moving is not None else self
 
     @property
+    def cache_fields(self) -> dict[str, str]:
+        """What the engine is told of this request's KV cache."""
+        return self.moving.cache_fields if self.moving is not None else {}
+
+    @property
     def moves(self) -> int:
         """How many times the stream went on at another replica."""
         return self.moving.moves if self.moving is not None else 0
@@ -128,7 +133,8 @@ class Relay:
         if self.request is not None:
             self._booked_tokens = self.request.output_tokens
         self._answering = False
-        if self.moves:
+        if self.moves and self.moving is not None:
+            self.moving.sent_to(replica)
             return
         self._head = None
         self._held = []
@@ -144,6 +150,8 @@ class Relay:
         parsed = self.parsed
         if parsed is not None and replica.tells_token_ids and parsed.may_tell_ids:
             self.moving = self.dispatcher.moving(self, shows_ids=bool(parsed.return_token_ids))
+        if self.moving is not None:
+            self.moving.sent_to(replica)
 
     def fail(self, error: ApiError) -> None:
         """Answer with an error, in whatever form is still possible."""
@@ -351,11 +359,11 @@ class Relay:
         """Whether a replica has it now, and can be told to let go of it."""
         return self._entry is not None and self._connection is not None
 
-    def hand_over(self, fields: dict[str, object], reason: str = "handed_over") -> bool:
-        """Leave this replica for another; ``fields``: see CacheMover. Tells whether it did."""
+    def hand_over(self, *, cache: bool = False, reason: str = "handed_over") -> bool:
+        """Leave this replica for another, with its KV ``cache`` if so; tells whether it did."""
         if not self.committed:
             return self._retry("it hands over", died=True)
-        return self.moving is not None and self.moving.resume(reason, fields)
+        return self.moving is not None and self.moving.resume(reason, cache=cache)
 
     def release(self, *, tried: bool, done: bool = False) -> None:
         """Let go of the replica; ``tried``: it is not asked again."""
