@@ -17,6 +17,7 @@ from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, MoveSettings
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
 from oserve.sim.tongue import Babble
+from oserve.wire.caches import FIELD, CacheFolder, own_name, taken_name, taking
 
 TEXT: dict[str, Any] = {"model": "emulated", "prompt": "once upon a time", "temperature": 0}
 CHAT: dict[str, Any] = {
@@ -294,6 +295,39 @@ async def test_a_replica_hands_over(make_front: Make, chat: bool) -> None:
     seen = len(front.engines[0].seen)
     await stream(front, path, wish)
     assert len(front.engines[0].seen) == seen
+
+
+async def test_a_long_one_hands_over_with_its_cache(make_front: Make, tmp_path: Path) -> None:
+    # Computing the prompt again takes longer than moving what was computed.
+    costs = {"prefill_s_per_token": 0.1}
+    front = await make_front(*engines(2, speed=EngineSpeed(tpot_s=0.01)), **costs)
+    table = front.gateway.dispatcher.table
+    ends = [replace(item.endpoint, caches=str(tmp_path)) for item in table.replicas]
+    replicas = [replace(r, endpoint=end) for r, end in zip(table.replicas, ends, strict=True)]
+    front.gateway.dispatcher.update(replace(table, replicas=tuple(replicas)))
+    wish = {**TEXT, "max_tokens": 80, "ignore_eos": True}
+    expected = heard(await stream(front, "/v1/completions", wish))
+    # What others computed cannot be asked for.
+    wish[FIELD] = taking("0" * 32)
+    await stream(front, "/v1/completions", wish)
+    for engine in front.engines:
+        assert all(not taken_name(body[FIELD]) for body in engine.seen)
+        engine.seen.clear()
+    del wish[FIELD]
+    tasks = [asyncio.ensure_future(stream(front, "/v1/completions", wish)) for _ in range(2)]
+    active = front.gateway.dispatcher.active
+    await until(lambda: len(active) == 2 and all(relay.committed for relay in active))
+    front.gateway.dispatcher.hand_over("r0", 0.0)
+    assert [heard(await task) for task in tasks] == [expected] * 2
+    (given,) = [own_name(body[FIELD]) for body in front.engines[0].seen]
+    asked = CacheFolder(str(tmp_path))
+    assert asked.asked(given)
+    assert not asked.asked(given)
+    *_, last = front.engines[1].seen
+    assert taken_name(last[FIELD]) == given
+    assert own_name(last[FIELD]) not in {"", given}
+    metrics = (await front.get("/metrics"))[1].decode()
+    assert 'oserve_requests_moved_total{reason="handed_over",way="move"} 1' in metrics
 
 
 @pytest.mark.slow

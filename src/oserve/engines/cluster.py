@@ -59,6 +59,8 @@ from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 log = logging.getLogger(__name__)
 
+# Beside the folders of engines, which have a number at the end.
+_CACHES = "caches"
 # Socket paths must stay under 108 bytes, and vLLM's own are 37 longer than their folder.
 _MAX_FOLDER_BYTES = 68
 _MAX_NAME_BYTES = 24
@@ -244,16 +246,12 @@ class LocalCluster:
         )
 
     def _endpoint(self, folder: Path) -> Endpoint:
-        caches = str(self._caches) if self._moves_caches else ""
+        caches = str(folder.parent / _CACHES) if self._moves_caches else ""
         return Endpoint(unix_socket=str(folder / "api.sock"), caches=caches)
 
     @property
     def _moves_caches(self) -> bool:
         return self._settings.move_caches and self._platform == "cpu"
-
-    @property
-    def _caches(self) -> Path:
-        return self._sockets / "caches"
 
     def _common(self, spec: ReplicaSpec, endpoint: Endpoint) -> dict[str, Any]:
         return {
@@ -347,12 +345,12 @@ class LocalCluster:
             eager=runs_eagerly(arguments),
             folder=str(folder),
             keep_weights=self._settings.keep_weights,
-            caches=str(self._caches) if self._moves_caches else "",
+            caches=str(folder.parent / _CACHES) if self._moves_caches else "",
         )
         # A zygote, or a keeper, that ended has removed it.
         self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
-        self._caches.mkdir(mode=0o700, exist_ok=True)
+        (self._sockets / _CACHES).mkdir(mode=0o700, exist_ok=True)
         return arguments, environment
 
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:

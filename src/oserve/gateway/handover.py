@@ -105,8 +105,10 @@ class HandOvers:
         others = self._others()
         prefill_s = min((replica.prefill_s_per_token for replica in others), default=0.0)
         target = min((replica.id for replica in others), default="")
-        moves = any(item.endpoint.caches for item in others) and any(
-            relay.replica is not None and relay.replica.endpoint.caches for relay in relays
+        folders = {item.endpoint.caches for item in others} - {""}
+        moves = any(
+            relay.replica is not None and relay.replica.endpoint.caches in folders
+            for relay in relays
         )
         # Whichever way it goes on, the engine waits until there is room for it.
         tokens = _ANY_TOKENS if moves else 0
