@@ -23,7 +23,7 @@ from oserve.perf import TokenCosts, token_costs
 class TableReplica:
     """A replica the gateway may talk to; only those in phase ready are given new requests.
 
-    ``tells_token_ids``: it takes vLLM's ``return_token_ids``.
+    ``tells_token_ids``: it takes vLLM's ``return_token_ids``. ``started_s``: of its engine.
     """
 
     id: str
@@ -99,7 +99,7 @@ def routing_table(
                 decode_s_per_token=own.decode_s_per_token,
                 step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
-                started_s=state.since_s,
+                started_s=state.started_s,
             )
         )
     return RoutingTable(

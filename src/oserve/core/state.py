@@ -36,12 +36,17 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it."""
+    """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it.
+
+    ``since_s``: when this phase began; ``started_s``: when its engine was started or taken up,
+    which tells two engines of one replica apart.
+    """
 
     spec: ReplicaSpec
     phase: ReplicaPhase
     endpoint: Endpoint
     since_s: float
+    started_s: float = 0.0
     pid: int = 0
     max_model_len: int = 0
     running: int = 0

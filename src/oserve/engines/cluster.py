@@ -269,6 +269,7 @@ class LocalCluster:
             phase=ReplicaPhase.LOADING,
             endpoint=endpoint,
             since_s=self._clock.now(),
+            started_s=self._clock.now(),
         )
         gone = [name for name in self._states if name not in self._running and name != spec.id]
         for name in gone[: max(0, len(gone) - _MAX_REMEMBERED)]:

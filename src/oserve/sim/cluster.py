@@ -207,6 +207,7 @@ class SimulatedCluster:
                 phase=ReplicaPhase.LOADING,
                 endpoint=Endpoint(url=f"sim://{spec.id}"),
                 since_s=now_s,
+                started_s=now_s,
             ),
             life=life,
             ready_at_s=now_s + load_s,
