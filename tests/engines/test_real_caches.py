@@ -68,7 +68,7 @@ async def started(cluster: LocalCluster, *specs: ReplicaSpec) -> dict[str, Endpo
             assert not seen.failures
             ready = [s for s in seen.replicas if s.phase is ReplicaPhase.READY]
             if len(ready) == len(specs):
-                return {state.spec.id: state.endpoint for state in ready}
+                return {s.spec.id: s.endpoint for s in ready}
             await asyncio.sleep(0.05)
 
 

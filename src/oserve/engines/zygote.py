@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from multiprocessing import shared_memory
 from typing import Any, NoReturn
@@ -52,6 +53,8 @@ _GRACE_S = 2.0
 # Engines that compute on the cores of the gateway and the controller must not starve these: a
 # token that waits there helps nobody, and a controller that hears late decides late.
 _NICE = 5
+_NAP_S = 0.0002
+_ASK_AGAIN_MS = 100
 
 
 class Zygote:
@@ -224,9 +227,31 @@ def _preload() -> None:
         return answer
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    _wait_without_spinning()
     # Objects alive now are shared by all engines: the collector must not touch their pages.
     gc.collect()
     gc.freeze()
+
+
+def _wait_without_spinning() -> None:
+    """Have vLLM's processes sleep while they wait for each other.
+
+    For a second after each message they ask for the next one without pause, holding the
+    interpreter's lock. On GPU machines nobody misses those cores; here they are what computes, and
+    an engine's core process took half of them. Later they wait for a notice, which may get lost
+    where processes have just been forked; then they ask again after five seconds.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    original = SpinCondition.wait
+
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() <= self.last_read + self.busy_loop_s:
+            time.sleep(_NAP_S)
+        else:
+            original(self, _ASK_AGAIN_MS if timeout_ms is None else min(timeout_ms, _ASK_AGAIN_MS))
+
+    SpinCondition.wait = wait
 
 
 def main() -> None:
