@@ -16,7 +16,7 @@ from oserve.control.appraisal import Question, Rates
 
 # Where nothing is known of what came, the expected rates have gone on for so long.
 _WARM_S = 60.0
-_MOST_SIMULATED_S = 900.0
+_MOST_SIMULATED_S = 600.0
 _MOST_REQUESTS = 60_000
 
 

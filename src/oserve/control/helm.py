@@ -121,9 +121,19 @@ class Helm:
         found = appraised(question, self.planner)
         by_itself = question.given is None and not question.shrink_to
         if self._scorer is not None and by_itself:
-            found = [self._judged(question, item) for item in found[:_MOST_JUDGED]]
+            found = self._all_judged(question, found[:_MOST_JUDGED])
         best = max(found, key=lambda item: item.worth, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
+
+    def _all_judged(self, question: Question, found: Sequence[Weighed]) -> list[Weighed]:
+        """All of them, or the first few where the current plan serves what no other can better."""
+        enough_rps = sum(question.steps[0].expected) / (1.0 + self.controller.policy.min_gain)
+        judged = []
+        for item in found:
+            judged.append(self._judged(question, item))
+            if judged[-1] is not item and judged[-1].current_rps >= enough_rps:
+                break
+        return judged
 
     def _judged(self, question: Question, found: Weighed) -> Weighed:
         """With the second opinion in the place of the model's numbers."""

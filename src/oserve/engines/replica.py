@@ -21,6 +21,8 @@ _LOADING_POLL_S = 0.1
 # Any token will do; a whole chunk of them makes the engine allocate what a full step needs.
 _WARM_UP_TOKEN = 5
 _MAX_WARM_UP_PROMPT = 8192
+# One that waits for its weights does so beside engines that serve, which need the processors.
+_MAX_STANDBY_PROMPT = 32
 _WARM_UP_TOKENS = 4
 # An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
 _ATTACHED_UNHEALTHY_AFTER = 3
@@ -142,7 +144,9 @@ class VllmReplica(ReplicaTask):
         models = await self.probe.models() or (ServedModel(name=self.model),)
         left_s = max(1.0, deadline_s - self.clock.now())
         name = models[0].name
-        length = min(self.chunk_tokens, _MAX_WARM_UP_PROMPT)
+        length = min(
+            self.chunk_tokens, _MAX_STANDBY_PROMPT if self.standby else _MAX_WARM_UP_PROMPT
+        )
         if models[0].max_model_len:
             length = min(length, models[0].max_model_len - _WARM_UP_TOKENS)
         prompt = [_WARM_UP_TOKEN] * max(1, length)

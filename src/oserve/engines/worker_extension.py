@@ -115,11 +115,24 @@ def _mend_pipeline_parallel() -> None:
     CPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
+def _fill_at_once() -> None:
+    """Weights that others will take the place of need not be drawn at random."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    def fill(param: Any, low: float = -1e-3, high: float = 1e-3, seed: int = 0) -> None:
+        del low, seed
+        if param.device.type != "meta" and param.is_floating_point():
+            param.fill_(high)
+
+    weight_utils.initialize_single_dummy_weight = fill
+
+
 def _keep_weights() -> None:
     if os.environ.get(KEEP_WEIGHTS) == "1":
         from oserve.engines.weights.raw import keep_raw_weights
 
         keep_raw_weights()
+        _fill_at_once()
 
 
 _mend_pipeline_parallel()

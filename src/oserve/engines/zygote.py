@@ -48,6 +48,25 @@ _MODULES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.llama",
+    # What an engine would import by itself each time: a second of computing.
+    "compressed_tensors",
+    "model_hosting_container_standards.sagemaker",
+    "oserve.engines.caches",
+    "oserve.engines.weights.raw",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router",
+    "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.rl.online.api_router",
+    "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router",
+    "vllm.v1.attention.backends.cpu_attn",
 )
 _GRACE_S = 2.0
 # Engines that compute on the cores of the gateway and the controller must not starve these: a
@@ -210,9 +229,9 @@ def _preload() -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            if name.startswith(("torch", "vllm.entrypoints")):
+            if name in {"torch", "vllm.entrypoints.launchers.api_server.entry"}:
                 raise
-            traceback.print_exc()  # the rest only costs time later
+            print(f"zygote: cannot import {name}, which costs time later", file=sys.stderr)
     from vllm.model_executor.models import registry
     from vllm.platforms.cpu import CpuPlatform
 
