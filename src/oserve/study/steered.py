@@ -30,7 +30,7 @@ from oserve.gateway.foresight import Expected, Foresight
 from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Conduct, Moment, Start, Steer
+from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer
 from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene
 from oserve.workload.chances import TypeChances
@@ -206,37 +206,44 @@ class SwitchSimulation:
         if not len(ahead.traffic):
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
-        stays = replace(
-            self._policy, serving=Serving(plan=question.current, levers=levers), script=()
-        )
-        moves = replace(stays, script=((round(ahead.now_s), found.plan),))
-        # A run has an event loop of its own, which another thread must have.
-        with ThreadPoolExecutor(1) as other:
-            kept, moved = (
-                # What the present plan does is the same for all candidates.
-                self._kept[1]
-                if policy is stays and self._kept[0] == (question, ahead.then_s)
-                else met(other.submit(self._run, policy, ahead.traffic).result().results, scene.slo)
-                for policy in (stays, moves)
-            )
-        self._kept = (question, ahead.then_s), kept
-        less, more = (float((good & ahead.expected).sum()) for good in (kept, moved))
+        now, new = (Serving(plan=plan, levers=levers) for plan in (question.current, found.plan))
+        # What the present plan does is the same for all candidates.
+        if self._kept[0] != (question, ahead.then_s):
+            self._kept = (question, ahead.then_s), self._met(Fixed(serving=now), ahead.traffic)
+        kept = self._kept[1]
+        less = float((kept & ahead.expected).sum())
+        # What it would be if the other one had been there all along is soon simulated.
+        moved = self._met(Fixed(serving=new), ahead.traffic)
+        pays_s = math.inf
+        if (moved & ahead.expected).sum() > (1.0 + self._policy.control.min_gain) * less:
+            script = ((round(ahead.now_s), found.plan),)
+            moves = replace(self._policy, serving=now, script=script)
+            moved = self._met(moves, ahead.traffic)
+            pays_s = _pays_after_s(ahead, kept, moved)
+        more = float((moved & ahead.expected).sum())
         later = float((moved & ahead.later).sum()) - float((kept & ahead.later).sum())
         return Judged(
             current_rps=less / ahead.lasting_s,
             candidate_rps=more / ahead.lasting_s,
             worth=(more - less) * found.lasts_s / ahead.lasting_s + later,
-            pays_after_s=_pays_after_s(ahead, kept, moved, min(0.0, later)),
+            pays_after_s=pays_s,
         )
 
-    def _run(self, policy: Steered, traffic: Traffic) -> Run:
+    def _met(self, policy: Policy, traffic: Traffic) -> Mask:
+        # A run has an event loop of its own, which another thread must have.
+        with ThreadPoolExecutor(1) as other:
+            run = other.submit(self._run, policy, traffic).result()
+        return met(run.results, self._tuner.scene.slo)
+
+    def _run(self, policy: Policy, traffic: Traffic) -> Run:
         tuner = self._tuner
         return run_policy(tuner.scene, policy, tuner.simulator, 1.0, traffic=traffic)
 
 
-def _pays_after_s(ahead: Prospect, kept: Mask, moved: Mask, later: float) -> float:
+def _pays_after_s(ahead: Prospect, kept: Mask, moved: Mask) -> float:
     """From when on the switch would have brought more than it cost, whenever it ends after that."""
     expected = ahead.expected
+    later = min(0, int((moved & ahead.later).sum()) - int((kept & ahead.later).sum()))
     brought = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int)) + later
     if not len(brought) or brought[-1] <= 0:
         return math.inf
