@@ -10,6 +10,7 @@ from oserve.perf import TokenCosts, token_costs
 from oserve.perf.costs import measured_costs
 from oserve.perf.model import ModelFacts, find_model
 from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
+from oserve.perf.roofline import kv_bytes_per_value
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit
 from oserve.perf.source import AiConfiguratorSource, RooflineSource
 from oserve.perf.table import PerformanceSource
@@ -135,6 +136,14 @@ def _profiled(
     return wanted
 
 
+def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
+    """Of one token, on all devices of a replica."""
+    if model is None:
+        return 0.0
+    values = 2 * model.layers * model.kv_heads * model.head_dim
+    return values * kv_bytes_per_value(shape.precision)
+
+
 def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:
     """What tokens cost on a shape, by the source where it knows the shape, else by the prior."""
     known: dict[ReplicaShape, TokenCosts] = {}
@@ -143,9 +152,11 @@ def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], Token
         if shape not in known:
             placed = replace(shape, device_kind=device_kind)
             try:
-                known[shape] = measured_costs(source.step_model(placed), placed)
+                own = measured_costs(source.step_model(placed), placed)
             except OServeError:
-                known[shape] = token_costs(shape, device_kind)
+                own = token_costs(shape, device_kind)
+            model = getattr(source, "model", None)
+            known[shape] = replace(own, kv_bytes_per_token=_kv_bytes(model, shape))
         return known[shape]
 
     return costs

@@ -37,6 +37,7 @@ class TableReplica:
     prefill_s_per_token: float
     decode_s_per_token: float
     step_tokens: int = 0
+    kv_bytes_per_token: float = 0.0
     model: str = ""
     started_s: float = 0.0
 
@@ -97,6 +98,7 @@ def routing_table(
                 tells_token_ids=attached is None or attached.token_ids,
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
+                kv_bytes_per_token=own.kv_bytes_per_token,
                 step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
                 started_s=state.started_s,

@@ -23,8 +23,8 @@ _LOOK_S = 0.5
 # Streams read and sent on between two turns of the event loop.
 _AT_ONCE = 4
 
-# Seconds that a token's cache takes on its way: a hundred kilobytes at one gigabyte a second.
-_MOVE_S_PER_TOKEN = 1e-4
+# What a cache moves at through files in memory.
+_MOVE_BYTES_PER_S = 1e9
 _ANY_TOKENS = 1 << 40
 
 Key = tuple[str, float]
@@ -113,7 +113,10 @@ class HandOvers:
         # Whichever way it goes on, the engine waits until there is room for it.
         tokens = _ANY_TOKENS if moves else 0
         room = TargetRoom(
-            kv_tokens=tokens, free_tokens=tokens, bandwidth=1.0, prefill_s_per_token=prefill_s
+            kv_tokens=tokens,
+            free_tokens=tokens,
+            bandwidth=_MOVE_BYTES_PER_S,
+            prefill_s_per_token=prefill_s,
         )
         requests = [
             RunningRequest(
@@ -129,7 +132,7 @@ class HandOvers:
             requests,
             {target: room} if target else {},
             DrainPolicy(limit_s=left_s, decode_s_per_token=median(map(tpot_s, relays))),
-            kv_bytes_per_token=_MOVE_S_PER_TOKEN,
+            kv_bytes_per_token=max((item.kv_bytes_per_token for item in others), default=0.0),
         )
         ways = [verdict.way for verdict in verdicts]
         return list(zip(relays, ways, strict=True))

@@ -24,10 +24,14 @@ _USUAL_CONTEXT = 512.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCosts:
-    """Engine seconds that one prompt token and one output token occupy in a full batch."""
+    """Engine seconds that one prompt token and one output token occupy in a full batch.
+
+    ``kv_bytes_per_token``: what a token's KV cache weighs on all devices; 0 where that is unknown.
+    """
 
     prefill_s_per_token: float
     decode_s_per_token: float
+    kv_bytes_per_token: float = 0.0
 
 
 def measured_costs(step: StepModel, shape: ReplicaShape) -> TokenCosts:
