@@ -38,6 +38,8 @@ _IS_BEST = {
     Reason.GAIN_TOO_SMALL,
     Reason.COST_EXCEEDS_GAIN,
 }
+# More than any plan is taken to last.
+_NEVER_S = 1e9
 # What came of late is told in pieces of so long, and for up to two periods.
 _PIECE_S, _PERIOD_S = 15, 300
 # Rates before a change are those of so long, or of less where that is all there is.
@@ -389,7 +391,7 @@ class Controller:
                 "lost_requests": weighed.cost.lost,
                 "touched_requests": weighed.cost.touched,
                 "changed_replicas": weighed.cost.changed,
-                "pays_after_s": weighed.pays_after_s,
+                "pays_after_s": weighed.pays_after_s if weighed.pays_after_s < _NEVER_S else None,
                 "better_s": 0.0 if self._better_s is None else now_s - self._better_s,
             }
         self._number += 1

@@ -51,10 +51,6 @@ class Reason(StrEnum):
     MANUAL = "manual"
 
 
-# More than any plan is taken to last.
-_NEVER_S = 1e9
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeForecast:
     """Of the next interval: requests/s of one type, now, expected, and between low and high.
@@ -77,8 +73,8 @@ class Decision:
     the candidate is expected to last (``lasts_s``). ``gain_requests`` is what the candidate serves
     more in that time less the switch; ``lost_requests`` what is served less during the switch;
     ``touched_requests`` run on replicas that change. The cost is lost plus part of the touched.
-    ``pays_after_s``: from when on the switch has brought more than it cost; ``better_s``: for how
-    long another plan has been the better one.
+    ``pays_after_s``: from when on the switch has brought more than it cost, if ever;
+    ``better_s``: for how long another plan has been the better one.
     """
 
     number: int
@@ -98,7 +94,7 @@ class Decision:
     lost_requests: float = 0.0
     touched_requests: float = 0.0
     changed_replicas: int = 0
-    pays_after_s: float = 0.0
+    pays_after_s: float | None = None
     better_s: float = 0.0
     detail: str = ""
 
@@ -120,7 +116,7 @@ class Decision:
                 f"({self.changed_replicas} replicas in {self.switch_s:.0f} s)"
                 + (
                     f", pays after {self.pays_after_s:.0f} s"
-                    if self.pays_after_s < _NEVER_S
+                    if self.pays_after_s is not None
                     else ""
                 )
             )
