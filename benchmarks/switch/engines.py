@@ -15,6 +15,11 @@ dropped from it (posix_fadvise). Per way and direction:
 - the longest time in which no replica was ready (``/health``, asked every 20 ms);
 - requests that failed.
 
+With ``--row 20``: so many switches one after the other, between two replicas, one of two devices
+and one of two stages, of the tiny model, while three streams of 160 tokens run whose text is known.
+It tells how long each took, how many streams went on elsewhere and how, and how many failed or
+differed.
+
 Beside them: bytes/s of a copy in memory and through a Unix socket between two processes, here and
 now. All share the machine's cores, so times depend on them more than on the method.
 """
@@ -37,7 +42,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from oserve.engines.tiny import make_mid_model
+from oserve.engines.tiny import make_mid_model, make_tiny_model
 
 LIMIT_S = 900.0
 _SEEN_S = 1.0
@@ -59,6 +64,9 @@ def plans(folder: Path, precision: str) -> dict[str, Path]:
 """,
         "wide": f"""
   - {{id: w, shape: {{tensor_parallel_size: 2, {shape}}}, devices: [cpu:0, cpu:1]}}
+""",
+        "deep": f"""
+  - {{id: d, shape: {{pipeline_parallel_size: 2, {shape}}}, devices: [cpu:0, cpu:1]}}
 """,
     }
     found = {}
@@ -163,11 +171,17 @@ async def _drained(stream: asyncio.StreamReader, log: Any) -> None:
 
 
 async def switched(
-    session: aiohttp.ClientSession, url: str, plan: Path, watch: Watch, cold: Path | None
+    session: aiohttp.ClientSession,
+    url: str,
+    plan: Path,
+    watch: Watch,
+    cold: Path | None,
+    *,
+    quiet_s: float = 15.0,
 ) -> dict[str, Any]:
     """One switch, from the call until nothing is left of the old plan."""
-    quiet_s = time.time()
-    await asyncio.sleep(15.0)
+    begun_s = time.time()
+    await asyncio.sleep(quiet_s)
     if cold is not None:
         drop(cold)
     start_s = time.time()
@@ -199,9 +213,9 @@ async def switched(
         "phases_s": took,
         "moved_bytes": moved,
         "bytes_per_s": moved / took["transfer"] if moved else None,
-        "gap_before_s": watch.longest_gap_s(quiet_s, start_s),
+        "gap_before_s": watch.longest_gap_s(begun_s, start_s),
         "gap_during_s": watch.longest_gap_s(start_s, end_s),
-        "first_before_s": watch.longest_first_s(quiet_s, start_s),
+        "first_before_s": watch.longest_first_s(begun_s, start_s),
         "first_during_s": watch.longest_first_s(start_s, end_s + _SEEN_S),
         "unready_s": watch.longest_unready_s(start_s),
     }
@@ -236,6 +250,67 @@ async def way(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
     return rows
+
+
+ROW_BODY = {**BODY, "prompt": [7] * 300, "max_tokens": 160}
+
+
+async def text_of(session: aiohttp.ClientSession, url: str, model: str) -> str:
+    """What a stream says, or what went wrong with it."""
+    said, done = "", False
+    try:
+        async with session.post(
+            url + "/v1/completions", json={**ROW_BODY, "model": model}
+        ) as answer:
+            async for line in answer.content:
+                done = done or b"[DONE]" in line
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    said += "".join(item["text"] for item in event.get("choices", ()))
+    except aiohttp.ClientError as error:
+        return f"failed: {error}"
+    return said if done else "failed: it broke off"
+
+
+async def in_a_row(model: Path, folder: Path, named: dict[str, Path], count: int) -> dict[str, Any]:
+    """Many switches in a row, and streams that are to say the same whatever happens."""
+    told: list[str] = []
+    reports = []
+    words = ("--set", "gateway.move.drain_limit_s=0.5")
+    async with served(model, folder, named["narrow"], *words) as url:
+        timeout = aiohttp.ClientTimeout(total=LIMIT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            known = await text_of(session, url, model.name)
+
+            async def keep_on() -> None:
+                while True:
+                    told.append(await text_of(session, url, model.name))
+
+            streams = [asyncio.ensure_future(keep_on()) for _ in range(3)]
+            watch = Watch(session, url, model.name)
+            for number in range(count):
+                name = ("wide", "deep", "narrow")[number % 3]
+                report = await switched(session, url, named[name], watch, None, quiet_s=1.0)
+                reports.append(report)
+                print(number + 1, _line({"way": "row", "failed": 0, "sent": 0, **report}))
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+            async with session.get(url + "/metrics") as answer:
+                metrics = await answer.text()
+    moved = [
+        line for line in metrics.splitlines() if line.startswith("oserve_requests_moved_total{")
+    ]
+    took = sorted(item["until_it_serves_s"] for item in reports)
+    return {
+        "switches": len(reports),
+        "done": sum(item["state"] == "done" for item in reports),
+        "until_it_serves_s": {"median": took[len(took) // 2], "worst": took[-1]},
+        "streams": len(told),
+        "failed": sum(item.startswith("failed: ") for item in told),
+        "differed": sum(item != known and not item.startswith("failed: ") for item in told),
+        "moved": moved,
+    }
 
 
 def limits() -> dict[str, float]:
@@ -282,10 +357,20 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--pace", type=float, default=100e6, help="bytes/s of the throttled way")
     parser.add_argument("--only", default="", help="of the ways, this one")
+    parser.add_argument("--row", type=int, default=0, help="so many switches of the tiny model")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="oserve-") as name:
         folder = Path(name)
+        if arguments.row:
+            tiny = make_tiny_model(folder / "tiny")
+            print(
+                json.dumps(
+                    asyncio.run(in_a_row(tiny, folder, plans(folder, "fp32"), arguments.row)),
+                    indent=2,
+                )
+            )
+            return
         model = make_mid_model(folder / f"mid-{arguments.layers}", layers=arguments.layers)
         named = plans(folder, arguments.precision)
         ways = {
