@@ -32,12 +32,9 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
-_IS_BEST = {
-    Reason.SAME_PLAN,
-    Reason.BELOW_PRESENT_NEED,
-    Reason.GAIN_TOO_SMALL,
-    Reason.COST_EXCEEDS_GAIN,
-}
+_BETTER = {Reason.NOT_LONG_ENOUGH, Reason.GAIN_EXCEEDS_COST}
+# Near capacity judgements differ from one to the next: a gain that is too small proves nothing.
+_IS_BEST = {Reason.SAME_PLAN, Reason.BELOW_PRESENT_NEED, Reason.COST_EXCEEDS_GAIN}
 # More than any plan is taken to last.
 _NEVER_S = 1e9
 # What came of late is told in pieces of so long, and for up to two periods.
@@ -75,9 +72,10 @@ class Controller:
         self._detected_s = -1
         self._change_s: float | None = None
         self._again_s: float | None = None
-        # Since when another plan was the better one, and when the current one last was.
-        self._better_s: float | None = None
-        self._best_s = -math.inf
+        # For how long another plan was the better one, up to the last judgement, and whether then.
+        self._better_s = 0.0
+        self._judged_s = -math.inf
+        self._was_better = False
         self._began_s = -1
         self._last_arrival_s = -1.0
         self._shrunk = False
@@ -313,7 +311,7 @@ class Controller:
             shrunk=self._shrunk,
             watched=self._last_arrival_s >= 0,
             held=now_s < self._held_until_s,
-            better_s=now_s - self._better_since(now_s),
+            better_s=self._better_for(now_s),
             known=self._lifetime.knows,
         )
         reason = reason_for(self.policy, standing, question, weighed)
@@ -323,7 +321,7 @@ class Controller:
         if verdict is Verdict.SWITCH and weighed is not None:
             self._shrunk = reason is Reason.ZERO_TRAFFIC
             self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
-            self._better_s = None
+            self._better_s, self._was_better = 0.0, False
             self.plan = weighed.plan
             self._lifetime.takes_over(signature(self.plan))
             self._version += 1
@@ -342,19 +340,21 @@ class Controller:
             better = self._lifetime.preferred
         self._lifetime.prefers(better or current, now_s)
 
-    def _better_since(self, now_s: float) -> float:
-        """Since when another plan is the better one, if one is: since a change, where there was."""
-        if self._better_s is not None:
-            return self._better_s
+    def _better_for(self, now_s: float) -> float:
+        """For how long another plan has been the better one, if one is: since a change at least."""
         if self._shrunk:
-            return -math.inf
-        return float(self._began_s) if self._began_s > self._best_s else now_s
+            return math.inf
+        if self._began_s > max(self._judged_s, 0.0):
+            return now_s - self._began_s
+        return self._better_s + (now_s - self._judged_s if self._was_better else 0.0)
 
     def _note_better(self, reason: Reason, now_s: float) -> None:
-        if reason in {Reason.NOT_LONG_ENOUGH, Reason.GAIN_EXCEEDS_COST}:
-            self._better_s = self._better_since(now_s)
-        elif reason in _IS_BEST:
-            self._better_s, self._best_s = None, now_s
+        better = reason in _BETTER
+        if better and not self._shrunk:
+            self._better_s = self._better_for(now_s)
+        elif reason in _IS_BEST or self._began_s > self._judged_s:
+            self._better_s = 0.0
+        self._judged_s, self._was_better = now_s, better
 
     def decide(
         self, now_s: float, trigger: Trigger, appraiser: Appraiser, *, switching: bool = False
@@ -392,7 +392,7 @@ class Controller:
                 "touched_requests": weighed.cost.touched,
                 "changed_replicas": weighed.cost.changed,
                 "pays_after_s": weighed.pays_after_s if weighed.pays_after_s < _NEVER_S else None,
-                "better_s": 0.0 if self._better_s is None else now_s - self._better_s,
+                "better_s": self._better_s,
             }
         self._number += 1
         decision = Decision(
