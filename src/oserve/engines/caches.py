@@ -84,6 +84,8 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         self._ready: dict[str, tuple[str, Note, int]] = {}
         self._taking: dict[str, str] = {}
         self._giving: set[str] = set()
+        # Requests that compute all by themselves, though they were to begin with a cache.
+        self._computing: set[str] = set()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -96,7 +98,7 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> tuple[int | None, bool]:
         """How many tokens come from elsewhere; ``None``: that is not known yet."""
         name = taken_name(request.kv_transfer_params)
-        if not name:
+        if not name or request.request_id in self._computing:
             return 0, False
         note = self._folder.note(name)
         since_s = self._since_s.setdefault(request.request_id, time.monotonic())
@@ -107,6 +109,8 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         # At least one token is computed, to go on from.
         tokens = min(note.tokens, request.num_tokens - 1) if note is not None and fits else 0
         if note is None or tokens <= num_computed_tokens:
+            # There may be no room yet: then it comes here again.
+            self._computing.add(request.request_id)
             self._folder.remove(name)
             return 0, False
         self._ready[request.request_id] = name, note, num_computed_tokens
@@ -133,6 +137,7 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         """A request ends here; its blocks stay until the workers have written what is asked for."""
         self._since_s.pop(request.request_id, None)
         self._ready.pop(request.request_id, None)
+        self._computing.discard(request.request_id)
         name = own_name(request.kv_transfer_params)
         if not name or not self._folder.asked(name):
             return False, None
