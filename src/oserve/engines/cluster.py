@@ -54,13 +54,12 @@ from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
+from oserve.engines.session import CACHES_FOLDER
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 log = logging.getLogger(__name__)
 
-# Beside the folders of engines, which have a number at the end.
-_CACHES = "caches"
 # Socket paths must stay under 108 bytes, and vLLM's own are 37 longer than their folder.
 _MAX_FOLDER_BYTES = 68
 _MAX_NAME_BYTES = 24
@@ -246,7 +245,7 @@ class LocalCluster:
         )
 
     def _endpoint(self, folder: Path) -> Endpoint:
-        caches = str(folder.parent / _CACHES) if self._moves_caches else ""
+        caches = str(folder.parent / CACHES_FOLDER) if self._moves_caches else ""
         return Endpoint(unix_socket=str(folder / "api.sock"), caches=caches)
 
     @property
@@ -346,12 +345,12 @@ class LocalCluster:
             eager=runs_eagerly(arguments),
             folder=str(folder),
             keep_weights=self._settings.keep_weights,
-            caches=str(folder.parent / _CACHES) if self._moves_caches else "",
+            caches=str(folder.parent / CACHES_FOLDER) if self._moves_caches else "",
         )
         # A zygote, or a keeper, that ended has removed it.
         self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
-        (self._sockets / _CACHES).mkdir(mode=0o700, exist_ok=True)
+        (self._sockets / CACHES_FOLDER).mkdir(mode=0o700, exist_ok=True)
         return arguments, environment
 
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:

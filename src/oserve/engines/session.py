@@ -12,6 +12,9 @@ import signal
 import time
 from pathlib import Path
 
+CACHES_FOLDER = "caches"
+"""Beside the folders of engines, which have a number at the end: for KV caches on their way."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 SHARED_MEMORY_PREFIX = "psm_oserve_"
@@ -133,6 +136,13 @@ def release_leftovers(session: int, folder: str) -> None:
             if entry.startswith(tuple(prefixes)):
                 with contextlib.suppress(OSError):
                     os.unlink(f"{_SHARED_MEMORY}/{entry}")
+
+
+def remove_if_unused(folder: str) -> None:
+    """Remove what held engines' folders, if none is left; caches of requests may be."""
+    with contextlib.suppress(OSError):
+        if set(os.listdir(folder)) <= {CACHES_FOLDER}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def session_segments(session: int) -> set[str]:

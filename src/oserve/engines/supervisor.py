@@ -18,6 +18,7 @@ from oserve.engines.session import (
     end_session,
     fork_session,
     release_leftovers,
+    remove_if_unused,
 )
 
 _GRACE_S = 2.0
@@ -55,8 +56,7 @@ def main() -> int:
     release_leftovers(pid, arguments.folder)
     if arguments.folder and os.getppid() != arguments.parent:
         # Nobody else is left to remove what held the folder.
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(arguments.folder))
+        remove_if_unused(os.path.dirname(arguments.folder))
     return status if status >= 0 else 128 - status
 
 

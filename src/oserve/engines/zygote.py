@@ -34,6 +34,7 @@ from oserve.engines.session import (
     end_session,
     fork_session,
     release_leftovers,
+    remove_if_unused,
     signal_session,
 )
 
@@ -113,8 +114,7 @@ class Zygote:
             self._clear(pid, grace_s=_GRACE_S)
         for folder in self._folders:
             # The client may have been killed: then nobody else removes what held the folders.
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+            remove_if_unused(folder)
 
     def _stop(self) -> None:
         self._over = True
