@@ -1,23 +1,24 @@
 """Traffic flips on a live server, from short chats to long documents and back: what OServe does.
 
     python benchmarks/control/flip.py [--phase-s 80] [--chats-rps 10] [--documents-rps 0.5]
-        [--slo-ttft-ms 480] [--slo-tpot-ms 60] [--json FILE]
+        [--slo-ttft-ms MS] [--slo-tpot-ms 60] [--profile FILE] [--json FILE]
 
 It makes the tiny model, runs ``oserve serve`` on it as ``make serve`` does (two slots of one core
 each, so two small replicas or a wide one), drives it with ``oserve bench`` and a seeded trace, and
 prints what was forecast, each decision with its numbers, when replicas changed, and what each phase
 of the traffic met. It ends with 1 if any request failed. Bounded: three phases, a start and an end;
-under six minutes with the defaults. Everything stays on the loopback interface.
+under nine minutes with the defaults. Everything stays on the loopback interface.
 
 Two settings differ from ``make serve``. Decisions are made each 10 s, not each minute, to keep it
-short. And the limits are tighter: a long document is read in half a second by one core and in a
-third of one by two, so by the model 480 ms to the first token need both, or larger chunks. These
-limits were looked for: within 600 ms and more the same replicas are the best for either traffic,
-and there is rightly no switch (--slo-ttft-ms 1000).
+short. And the limit of the first token lies between what one core takes to read a document and what
+two take, as ``oserve profile`` measures it on this machine before anything else (three minutes,
+unless it is given a profile): where it lies above both, the same replicas are the best for either
+traffic, and there is rightly no switch.
 """
 
 import argparse
 import json
+import math
 import random
 import signal
 import subprocess
@@ -29,15 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oserve.core import RequestRecord
+from oserve.core import Precision, ReplicaShape, RequestRecord
 from oserve.engines.tiny import make_int8_variant, make_tiny_model
 from oserve.gateway.records import read_records
+from oserve.perf.profile import ProfileSource, read_profile
 from oserve.traces.metrics import percentile
 
 _START_LIMIT_S = 180.0
 _END_LIMIT_S = 90.0
 _SAMPLE_S = 5.0
 _SETTLE_S = 3.0
+_PROFILE_LIMIT_S = 600.0
+# Gateway and engine take this much of what reading a prompt takes, beside it.
+_BESIDE = 1.15
 # What may be waiting when the trace is over.
 _BACKLOG_S = 60.0
 
@@ -80,10 +85,42 @@ def write_trace(path: Path, phases: list[Phase], phase_s: float, seed: int) -> N
     path.write_text("".join(rows))
 
 
+def profiled(folder: Path) -> Path:
+    """This machine's own step times: of a replica of one core, and of one of two."""
+    model, variant = models(folder)
+    path = folder / "profile.json"
+    command = [sys.executable, "-m", "oserve.cli", "profile", str(model), "--output", str(path)]
+    command += ["--shape", "tp1-int8", "--shape", "tp2-int8"]
+    command += ["--set", f"engines.variants={{int8: {variant}}}"]
+    subprocess.run(command, check=True, timeout=_PROFILE_LIMIT_S)
+    return path
+
+
+def ttft_limit_ms(profile: Path) -> float:
+    """Between what a document takes on one core and on two."""
+    source = ProfileSource(read_profile(profile), name=str(profile))
+    prompt = DOCUMENTS.prompt_tokens
+    took_s = [
+        float(
+            source.step_model(
+                ReplicaShape(tensor_parallel_size=size, precision=Precision.INT8, device_kind="cpu")
+            ).step_s(prompt, prompt * prompt / 2, 0, 0)
+        )
+        for size in (1, 2)
+    ]
+    print(f"a document takes {1e3 * took_s[0]:.0f} ms on one core, {1e3 * took_s[1]:.0f} on two")
+    return 1e3 * _BESIDE * math.sqrt(took_s[0] * took_s[1])
+
+
+def models(folder: Path) -> tuple[Path, Path]:
+    """The tiny model, and its int8 variant."""
+    model = make_tiny_model(folder / "tiny-llama")
+    return model, make_int8_variant(model, folder / "tiny-llama-int8")
+
+
 def serve(folder: Path, wanted: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", str]:
     """`oserve serve` as a process, and its URL once it is ready."""
-    model = make_tiny_model(folder / "tiny-llama")
-    variant = make_int8_variant(model, folder / "tiny-llama-int8")
+    model, variant = models(folder)
     rates = f"chats:{CHATS.prompt_tokens}x{CHATS.output_tokens}={wanted.chats_rps}"
     rates += f",documents:{DOCUMENTS.prompt_tokens}x{DOCUMENTS.output_tokens}=0"
     command = [sys.executable, "-m", "oserve.cli", "serve", str(model), "--port", "0"]
@@ -91,6 +128,7 @@ def serve(folder: Path, wanted: argparse.Namespace) -> tuple["subprocess.Popen[b
     for setting in (
         f"engines.variants={{int8: {variant}}}",
         "cluster.devices=cpu",
+        f"planning.profile={wanted.profile}",
         f"planning.slo_ttft_ms={wanted.slo_ttft_ms}",
         f"planning.slo_tpot_ms={wanted.slo_tpot_ms}",
         f"planning.rates={rates}",
@@ -199,9 +237,10 @@ def main() -> int:
     parser.add_argument("--phase-s", type=float, default=80.0)
     parser.add_argument("--chats-rps", type=float, default=10.0)
     parser.add_argument("--documents-rps", type=float, default=0.5)
-    parser.add_argument("--slo-ttft-ms", type=float, default=480.0)
+    parser.add_argument("--slo-ttft-ms", type=float)
     parser.add_argument("--slo-tpot-ms", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -215,6 +254,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="flip-") as place:
         folder = Path(place)
         trace = folder / "trace.csv"
+        wanted.profile = wanted.profile or profiled(folder)
+        wanted.slo_ttft_ms = wanted.slo_ttft_ms or ttft_limit_ms(wanted.profile)
+        print(f"limits: {wanted.slo_ttft_ms:.0f} ms TTFT, {wanted.slo_tpot_ms:.0f} ms TPOT")
         write_trace(trace, phases, wanted.phase_s, wanted.seed)
         process, url = serve(folder, wanted)
         try:

@@ -103,7 +103,7 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     assert "in force when it last ran" in again_given.why
     assert again_given.plan == parse_plan(plan_yaml(steering.controller.plan), place="x")
     again = Steering(again_given, now_s=START_S + 500)
-    assert again.controller.forecast() == steering.controller.forecast()
+    assert again.controller.watch.forecast() == steering.controller.watch.forecast()
     assert list(again.controller.decisions)[-1] == told
     afresh = deployment(model, tmp_path, **{"control.resume": False})
     assert "a plan computed" in afresh.why
@@ -130,8 +130,8 @@ async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) 
     steering = Steering(given, now_s=START_S)
     await fed(steering, given, CHATS, START_S, START_S + 45)
     await steering.save_seconds(START_S + 45.0)
-    before = steering.controller.collector
-    after = Steering(deployment(model, tmp_path), now_s=START_S + 50).controller.collector
+    before = steering.controller.watch.collector
+    after = Steering(deployment(model, tmp_path), now_s=START_S + 50).controller.watch.collector
     assert after.newest_s == START_S + 44 == before.newest_s
     assert after.rows(START_S, START_S + 44) == before.rows(START_S, START_S + 44)
 

@@ -164,12 +164,12 @@ async def test_a_restarted_controller_goes_on_where_it_was() -> None:
     state = json.loads(json.dumps(controller.state()))
     again = make_controller(controller.plan, interval_s=20, min_dwell_s=60.0, lasts_s=600.0)
     again.restore(state)
-    assert again.forecast() == controller.forecast()
-    assert again.now_rps() == controller.now_rps()
+    assert again.watch.forecast() == controller.watch.forecast()
+    assert again.watch.now_rps() == controller.watch.now_rps()
     assert again.ask(131.0).steps == controller.ask(131.0).steps
     # Ten minutes nobody looked: gaps, which are no zeros.
-    again.observe(730.0)
-    assert again.forecast()[0].expected_rps == pytest.approx(16.0, rel=0.2)
+    again.watch.observe(730.0)
+    assert again.watch.forecast()[0].expected_rps == pytest.approx(16.0, rel=0.2)
 
 
 def test_the_cost_of_a_switch_is_what_is_missing_meanwhile() -> None:
@@ -240,13 +240,13 @@ async def test_other_types_inherit_the_history() -> None:
     # The types stand the other way round now, and a little elsewhere.
     again = make_controller(world.controller.plan, interval_s=20)
     assert recall(again, memory, ((3500.0, 90.0), (120.0, 210.0)))
-    expected = [item.expected_rps for item in again.forecast()]
+    expected = [item.expected_rps for item in again.watch.forecast()]
     assert expected[1] == pytest.approx(16.0, rel=0.2)
     assert expected[0] < 3.0
-    assert again.now_rps() == tuple(reversed(world.controller.now_rps()))
+    assert again.watch.now_rps() == tuple(reversed(world.controller.watch.now_rps()))
     same = make_controller(world.controller.plan, interval_s=20)
     assert recall(same, memory, old)
-    assert same.forecast() == world.controller.forecast()
+    assert same.watch.forecast() == world.controller.watch.forecast()
     assert not recall(same, {"names": []}, old)
 
 
@@ -294,10 +294,10 @@ async def test_a_drain_is_foreseen_by_what_replicas_hold() -> None:
     controller = make_controller(plan_of(0, 0, 0, 1))
     for second in range(60):
         batch = Batch(names=NAMES, arrivals={second: [2.0, 0.0]}, tokens={second: [2.0, 0.0, 0.0]})
-        controller.observe(second + 0.999, [batch], {"running": 30.0, "waiting": 10.0})
+        controller.watch.observe(second + 0.999, [batch], {"running": 30.0, "waiting": 10.0})
     # 40 requests, 2 of which end a second, stay 20 s, the longest about twice that.
-    assert controller.drain_s() == pytest.approx(40.0, rel=0.1)
-    assert controller.ask(60.0).drain_s == controller.drain_s()
+    assert controller.watch.drain_s() == pytest.approx(40.0, rel=0.1)
+    assert controller.ask(60.0).drain_s == controller.watch.drain_s()
 
 
 def test_a_way_without_restarts_costs_only_what_is_missing_on_it() -> None:

@@ -118,7 +118,7 @@ class World:
             switching = not settled(self.loop.plan, self.seen, frozenset())
             counts = list(traffic(self.second))
             batch = Batch(names=NAMES, arrivals={self.second: counts})
-            trigger = self.controller.observe(self.second + 0.999, [batch])
+            trigger = self.controller.watch.observe(self.second + 0.999, [batch])
             if trigger is not None and self.controller.policy.mode is not Mode.OFF:
                 self.decide(trigger, switching)
             self.second += 1

@@ -8,9 +8,11 @@ with those there are. What happens while it is made is the price that the contro
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from oserve.app.aside import Aside
 from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.prospect import Prospect, prospect
@@ -31,10 +33,16 @@ _LATEST_S = 60.0
 
 
 class Opinion:
-    """Of a planning question's model, devices, types and limits; slow, so ask it in a thread."""
+    """Of a planning question's model, devices, types and limits; slow, so ask it in a thread.
 
-    def __init__(self, question: PlanningQuestion, *, levers: Levers = SERVED_AS) -> None:
+    ``aside``: it simulates in a process of its own.
+    """
+
+    def __init__(
+        self, question: PlanningQuestion, *, levers: Levers = SERVED_AS, aside: bool = False
+    ) -> None:
         self._question = question
+        self._aside = Aside(partial(Opinion, question, levers=levers)) if aside else None
         self._simulator = Simulator(question.source)
         self._levers = levers
         self._slo = common_slo(question.limits)
@@ -50,6 +58,8 @@ class Opinion:
         """The promising rows with simulated capacities; as they are where there are no limits."""
         if self._slo == Slo():
             return tuple(rows)
+        if self._aside is not None:
+            return tuple(self._aside.call("table", tuple(rows)))
         question = self._question
         return simulated_table(
             self._simulator,
@@ -78,10 +88,18 @@ class Opinion:
 
     def good(self, plan: DeploymentPlan, traffic: Traffic) -> Mask:
         """Which requests are served within the limits."""
+        if self._aside is not None:
+            found: Mask = self._aside.call("good", plan, traffic)
+            return found
         # Without limits what counts is what is done in time.
         latest_s = 0.0 if self._slo == Slo() else _LATEST_S
         serving = Serving(plan=plan, levers=self._levers)
         return met(self._simulator.run(serving, traffic, latest_s=latest_s), self._slo)
+
+    def close(self) -> None:
+        """End the process beside, if there is one."""
+        if self._aside is not None:
+            self._aside.close()
 
     def prospect(self, question: Question, lasts_s: float) -> Prospect:
         """See ``app.prospect``."""

@@ -79,7 +79,7 @@ def replayed_decisions(
             continue
         now_s = second + 0.999
         batch = Batch(names=tuple(names), arrivals={second: counts})
-        trigger = controller.observe(now_s, [batch])
+        trigger = controller.watch.observe(now_s, [batch])
         if trigger is None:
             continue
         asked = controller.ask(now_s)

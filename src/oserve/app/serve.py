@@ -174,6 +174,8 @@ class Server:
         """End: no new requests, running ones get their grace, then every process goes."""
         for task in self._tasks:
             task.cancel()
+        if self._steering is not None:
+            self._steering.close()
         await self._switcher.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:

@@ -129,7 +129,9 @@ class Steering:
         self._learned = learned or LearnedPhases()
         self.planner = planner_for(deployment.question, self.starts, legs)
         self._store = StateStore(deployment.state_file)
-        self._opinion = Opinion(deployment.question) if settings.control.simulate else None
+        self._opinion = (
+            Opinion(deployment.question, aside=True) if settings.control.simulate else None
+        )
         self._helm = Helm(
             deployment.plan,
             policy=policy_of(settings, deployment.mode),
@@ -163,7 +165,7 @@ class Steering:
 
     def _recall_seconds(self) -> None:
         """What was counted since the last decision."""
-        collector = self.controller.collector
+        collector = self.controller.watch.collector
         for second, row in self._store.seconds(after_s=collector.newest_s):
             collector.add(Batch(names=self.controller.names, arrivals={second: row}))
             collector.tick(second)
@@ -252,7 +254,7 @@ class Steering:
             memory={},
             decisions=decisions,
             plan=(now_s, plan) if plan != self._plan_saved else None,
-            seconds=controller.collector.rows(self._saved_s, end_s),
+            seconds=controller.watch.collector.rows(self._saved_s, end_s),
         )
         self._plan_saved = plan
         self._saved_s = end_s + 1
@@ -261,13 +263,18 @@ class Steering:
     async def save_seconds(self, now_s: float) -> None:
         """Write down only what was counted since the last save: a few numbers."""
         end_s = int(now_s) - 1
-        rows = self.controller.collector.rows(self._saved_s, end_s)
+        rows = self.controller.watch.collector.rows(self._saved_s, end_s)
         self._saved_s = end_s + 1
         await asyncio.to_thread(self._store.save, Save(memory={}, seconds=rows))
 
     def _write(self, save: Save, memory: dict[str, Any]) -> None:
         encoded = {name: msgspec.json.encode(value) for name, value in memory.items()}
         self._store.save(replace(save, memory=encoded))
+
+    def close(self) -> None:
+        """End what computes beside."""
+        if self._opinion is not None:
+            self._opinion.close()
 
     # -- telling --------------------------------------------------------------------------------
     def document(self) -> dict[str, Any]:
@@ -277,8 +284,8 @@ class Steering:
         return {
             "mode": policy.mode.value,
             "decision_interval_s": policy.interval_s,
-            "forecast": msgspec.to_builtins(self.controller.forecast()),
-            "gauges": self.controller.collector.gauges,
+            "forecast": msgspec.to_builtins(self.controller.watch.forecast()),
+            "gauges": self.controller.watch.collector.gauges,
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
 

@@ -160,6 +160,12 @@ class Weighed:
         """Requests that the switch brings after its cost."""
         return self.gain - self.cost.requests
 
+    @property
+    def price(self) -> float:
+        """Requests that the candidate serves more until it has paid; ``inf`` if it never does."""
+        more_rps = self.candidate_rps - self.current_rps
+        return self.pays_after_s * more_rps if more_rps > 0 else math.inf
+
 
 def appraise(question: Question, appraiser: Appraiser) -> Weighed | None:
     """The candidate that is worth most after its cost; ``None`` where the planner has none."""

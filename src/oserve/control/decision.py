@@ -74,7 +74,7 @@ class Decision:
     more in that time less the switch; ``lost_requests`` what is served less during the switch;
     ``touched_requests`` run on replicas that change. The cost is lost plus part of the touched.
     ``pays_after_s``: from when on the switch has brought more than it cost, if ever;
-    ``better_s``: for how long another plan has been the better one.
+    ``missed_requests``: what the best other plans would have served more so far.
     """
 
     number: int
@@ -95,7 +95,7 @@ class Decision:
     touched_requests: float = 0.0
     changed_replicas: int = 0
     pays_after_s: float | None = None
-    better_s: float = 0.0
+    missed_requests: float = 0.0
     detail: str = ""
 
     @property
@@ -115,7 +115,8 @@ class Decision:
                 f"gain {self.gain_requests:.0f}, cost {self.cost_requests:.0f} requests "
                 f"({self.changed_replicas} replicas in {self.switch_s:.0f} s)"
                 + (
-                    f", pays after {self.pays_after_s:.0f} s"
+                    f", pays after {self.pays_after_s:.0f} s; missed so far "
+                    f"{self.missed_requests:.0f}"
                     if self.pays_after_s is not None
                     else ""
                 )

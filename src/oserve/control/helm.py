@@ -94,14 +94,14 @@ class Helm:
             "queued": float(queued),
         }
         self.starts.observe(observation)
-        return self.controller.observe(now_s, batches, gauges)
+        return self.controller.watch.observe(now_s, batches, gauges)
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
     ) -> DeploymentPlan:
         """The plan with the routing shares for what serves now and what comes now."""
         ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
-        rates = self.controller.now_rps()
+        rates = self.controller.watch.now_rps()
         if self.controller.policy.mode is not Mode.AUTO or not ready:
             return plan
         if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:

@@ -53,8 +53,8 @@ class Standing:
     ``switches``: when there were any, in the last hour. ``switching``: the last one is not over, or
     the plan is another than the one that was asked about. ``shrunk``: replicas were given up for
     want of requests. ``watched``: a request was seen. ``held``: a person wants this plan.
-    ``better_s``: for how long another plan than the current one has been worth its switch;
-    ``known``: plans of which it is known for how long they are.
+    ``missed``: requests that another plan would have served more so far; ``known``: plans of
+    which it is known for how long they are the best.
     """
 
     now_s: float
@@ -64,7 +64,7 @@ class Standing:
     shrunk: bool
     watched: bool
     held: bool
-    better_s: float = math.inf
+    missed: float = math.inf
     known: Callable[[str], bool] = _nothing
 
 
@@ -115,13 +115,13 @@ def _weights(
 
 
 def _too_fresh(standing: Standing, weighed: Weighed) -> bool:
-    """Whether less was missed by now than the switch costs.
+    """Whether less was missed by now than the switch and the way back cost.
 
     What has begun just now may be over as soon. Who switches when as much was missed as that costs
     pays at most twice what somebody would who knows the future (ski rental).
     """
     known = standing.known(signature(weighed.plan))
-    return not known and standing.better_s < weighed.pays_after_s
+    return not known and standing.missed < weighed.price
 
 
 def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> Verdict:

@@ -1,5 +1,8 @@
 """The one error a person is meant to read."""
 
+from functools import partial
+from typing import Any
+
 
 class OServeError(Exception):
     """Bad input or an impossible wish: says where it is and what to do about it.
@@ -12,6 +15,10 @@ class OServeError(Exception):
         self.message = message
         self.place = place
         self.remedy = remedy
+
+    def __reduce__(self) -> Any:
+        """As pickle takes it, for one that is raised in another process."""
+        return partial(type(self), self.message, place=self.place, remedy=self.remedy), ()
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message} ({self.remedy})"
