@@ -6,9 +6,10 @@ prompt. A request holds its place for ``O - 1`` steps, so requests leave at the 
 
     r(d) = d / ((O - 1) t(d) + d c(d))        and a step lasts  tpot(d) = t(d) / (1 - r(d) c(d)).
 
-``d`` is bounded by the sequences allowed, by the KV cache, and by the chunk budget, which must hold
-the decoding tokens and the prompt tokens that come in meanwhile. With pipeline parallel, as many
-micro-batches as stages are on their way, each with its share of the sequences.
+``d`` is an average, and may be less than one. It is bounded by the sequences allowed, by the KV
+cache, and by the chunk budget, which must hold the decoding tokens and the prompt tokens that come
+in meanwhile. With pipeline parallel, as many micro-batches as stages are on their way, each with
+its share of the sequences.
 
 TTFT at a rate: the prompt's own steps, and the wait for prompts before it - the tail of an M/D/1
 queue, exp(-2 (1 - load) wait / service). TPOT varies between requests, most for short outputs: of
@@ -32,6 +33,8 @@ _Z = 1.645
 # A replica must hold this many requests of a type at once, or preemptions eat what it gains.
 MIN_RESIDENT = 8
 _GRID = 32
+# Long prompts with short answers are rarely decoded: averages below one sequence.
+_RARE = np.geomspace(0.02, 1.0, 8, endpoint=False)
 _HALVINGS = 20
 
 
@@ -112,11 +115,14 @@ class _Flow:
         }
         most = np.minimum.reduce(list(self._bounds.values()))
         most = np.clip(most, 1.0, max(1.0, chunk - 1.0))
-        decoding = most ** np.linspace(0.0, 1.0, _GRID)
+        often = most ** np.linspace(0.0, 1.0, _GRID)
+        decoding = np.concatenate([np.repeat(_RARE[None, :], len(loads), axis=0), often], axis=1)
         alone = output <= 1
         decoding = np.where(alone, 0.0, decoding)
-        base = step.step_s(0.0, 0.0, decoding, decoding * (prompt + output / 2))
-        each, pieces = prompt_cost_s(step, decoding, base, prompt, output, chunk)
+        # A step has whole sequences, however rare it is.
+        busy = np.where(alone, 0.0, np.maximum(1.0, decoding))
+        base = step.step_s(0.0, 0.0, busy, busy * (prompt + output / 2))
+        each, pieces = prompt_cost_s(step, busy, base, prompt, output, chunk)
         # vLLM admits by what is cached now, not by what will be: those admitted still grow by half
         # their output, and what no longer fits is thrown out and computed again.
         again = np.where(held < shape.max_num_seqs, (output / 2) / (prompt + output / 2), 0.0)
@@ -153,7 +159,7 @@ class _Flow:
     def _why(self, index: int, best: int, lowered: bool, good: np.ndarray) -> str:
         if lowered:
             return "TTFT"
-        if best + 1 < _GRID and not good[best + 1]:
+        if best + 1 < len(good) and not good[best + 1]:
             return "TPOT"
         if self._output[index, 0] <= 1:
             return "computing prompts"
