@@ -28,6 +28,7 @@ from oserve.study.runner import run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
 from oserve.study.steered import Counts, Steered, steered
 from oserve.study.tune import by_length
+from oserve.study.ways import ways
 from oserve.traces import PATTERNS, Slo, synthesise_pattern
 
 EAGER = ControlPolicy(
@@ -199,6 +200,18 @@ def test_a_script_repeats_a_run_and_switches_are_judged_by_it() -> None:
     assert len(worths) == run.switches
     assert all(len(item.gains) == 3 for item in worths)
     assert switch_worths(TUNER, steering, run, 1.0, drawings) == worths
+
+
+def test_the_same_switches_are_made_in_different_ways() -> None:
+    scene = replace(SCENE, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
+    rows = {row.policy: row for row in ways(OServeTuner(scene), [1.2])}
+    assert list(rows) == ["never", "restarted", "weights moved", "in no time"]
+    assert rows["never"].switches == 0
+    wanted = rows["in no time"].switches
+    assert wanted > 0
+    # One that comes before the last is over may be left out.
+    assert 0 < rows["restarted"].switches <= wanted
+    assert 0 < rows["weights moved"].switches <= wanted
 
 
 def test_weights_come_quicker_from_devices_than_from_disk() -> None:

@@ -9,7 +9,7 @@ from oserve.control.policy import ControlPolicy
 from oserve.study.counterfactual import SwitchWorth, switch_worths
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Fixed, Policy, Start
-from oserve.study.runner import run_policy
+from oserve.study.runner import Run, run_policy
 from oserve.study.steered import Steered, started, steered
 from oserve.study.switching import Oracle, Reload
 from oserve.study.tune import Found
@@ -111,12 +111,19 @@ def _course(
     drawings: Sequence[Traffic],
 ) -> Course:
     run = run_policy(tuner.scene, policy, tuner.simulator, scale)
+    found = course_of(tuner, name, factor, run)
+    if not isinstance(policy, Steered):
+        return found
+    return replace(
+        found,
+        decisions=tuple(policy.decisions),
+        worths=switch_worths(tuner, policy, run, scale, drawings),
+    )
+
+
+def course_of(tuner: OServeTuner, name: str, factor: float, run: Run) -> Course:
+    """What became of a run."""
     summary = run.results.summary(tuner.scene.slo)
-    worths: tuple[SwitchWorth, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    if isinstance(policy, Steered):
-        decisions = tuple(policy.decisions)
-        worths = switch_worths(tuner, policy, run, scale, drawings)
     return Course(
         policy=name,
         factor=factor,
@@ -126,7 +133,5 @@ def _course(
         slo_attainment=summary.slo_attainment,
         switches=run.switches,
         hours=run.traffic.duration_s / 3600.0,
-        worths=worths,
-        decisions=decisions,
         changes=tuple((change.at_s, change.deployment) for change in run.changes),
     )

@@ -1,0 +1,44 @@
+"""One row of switches made in different ways: what it is worth that weights move."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from oserve.study.control import Course, course_of, library, own
+from oserve.study.ours import OServeTuner
+from oserve.study.policy import Fixed, Policy, Start
+from oserve.study.runner import run_policy
+from oserve.study.steered import started, steered
+from oserve.study.switching import Oracle
+
+WAYS = {"restarted": Start.COLD, "weights moved": Start.TRANSFER}
+"""How replicas come up, by the name of the row."""
+
+
+def ways(tuner: OServeTuner, factors: Sequence[float]) -> list[Course]:
+    """The switches of an oracle, at multiples of what static-best-tuned carries.
+
+    The oracle knows the future and switches in no time; the same plans at the same seconds are then
+    gone to by restarts from disk and by transfer. ``never``: the first deployment stays.
+    """
+    serving = own(tuner).serving
+    follower = steered(tuner, start=Start.TRANSFER, serving=serving)
+    oracle = Oracle(tuner=tuner, serving=serving, library=library(tuner, follower))
+    found = []
+    for factor in factors:
+        scale = factor * tuner.best_tuned.scale
+        run = run_policy(tuner.scene, oracle, tuner.simulator, scale)
+        script = [(float(round(item.at_s)), item.plan) for item in run.changes[1:]]
+        policies: dict[str, Policy] = {
+            "never": Fixed(serving=serving),
+            **{
+                name: replace(started(tuner, follower, start), script=script)
+                for name, start in WAYS.items()
+            },
+            "in no time": oracle,
+        }
+        for name, policy in policies.items():
+            made = (
+                run if policy is oracle else run_policy(tuner.scene, policy, tuner.simulator, scale)
+            )
+            found.append(course_of(tuner, name, factor, made))
+    return found
