@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from oserve.engines.group import group_members, start_ticks
 from oserve.engines.registry import read_registry
-from oserve.engines.session import session_members, start_ticks
 
 from .test_serving import Served, start, status_of
 
@@ -169,8 +169,8 @@ def running(folder: Path) -> set[int]:
     """Everything that a server's keeper holds, and the keeper."""
     registry = read_registry(folder / "keeper.json")
     assert registry is not None
-    sessions = {entry.pid for entry in registry.held if entry.engine}
-    members = {pid for session in sessions for pid in session_members(session)}
+    groups = {entry.pid for entry in registry.held if entry.engine}
+    members = {pid for group in groups for pid in group_members(group)}
     return {registry.pid, *(entry.pid for entry in registry.held), *members}
 
 

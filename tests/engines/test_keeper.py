@@ -13,9 +13,9 @@ import pytest
 
 from oserve.app.lock import StateLock
 from oserve.core import OServeError
+from oserve.engines.group import boot_id, group_members, start_ticks
 from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
 from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
-from oserve.engines.session import boot_id, session_members, start_ticks
 
 # A leader that says it is up, and a child that ignores TERM.
 SERVER = """
@@ -75,14 +75,14 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     assert set(again.processes()) == {"p:0"}
     os.kill(registry_of(tmp_path).pid, signal.SIGKILL)
     await taken.wait()
-    assert session_members(first.pid) == []
+    assert group_members(first.pid) == []
     await again.processes().get("p:0", cat).wait()
     assert (tmp_path / "cat.log").read_text() == "orders\n"
     # The next start makes another keeper.
     second = await again.launch("a-2", [], {}, [], log, None)
-    assert session_members(second.pid)
+    assert group_members(second.pid)
     await again.close()
-    assert session_members(second.pid) == []
+    assert group_members(second.pid) == []
     assert not (tmp_path / "keeper.json").exists()
     assert not keeper_runs(tmp_path)
 
@@ -96,7 +96,7 @@ async def test_one_of_another_environment_ends_first(
     again = held(tmp_path)
     await again.connect()
     assert again.engines() == {}
-    assert session_members(first.pid) == []
+    assert group_members(first.pid) == []
     await again.close()
 
 
@@ -106,17 +106,17 @@ async def test_a_program_that_is_not_there_is_told(engines: HeldEngines, tmp_pat
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A session such as an engine's."""
+def group(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A group such as an engine's."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         env={**os.environ, "TMPDIR": str(tmp_path)},
-        start_new_session=True,
+        process_group=0,
     )
-    while len(session_members(process.pid)) < 2:
+    while len(group_members(process.pid)) < 2:
         continue
     yield process
-    for pid in session_members(process.pid):
+    for pid in group_members(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
@@ -134,41 +134,41 @@ def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -
 
 @pytest.mark.slow
 def test_what_a_killed_keeper_left_is_ended(
-    session: "subprocess.Popen[bytes]", tmp_path: Path
+    group: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
-    write_registry(tmp_path / "keeper.json", [entry_of(session, tmp_path / "none")])
+    write_registry(tmp_path / "keeper.json", [entry_of(group, tmp_path / "none")])
     assert end_leftovers(tmp_path / "keeper.json") == ["a-1"]
-    assert session_members(session.pid) == []
+    assert group_members(group.pid) == []
 
 
 @pytest.mark.slow
 def test_so_are_helpers_whose_leader_is_gone(
-    session: "subprocess.Popen[bytes]", tmp_path: Path
+    group: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
-    entry = entry_of(session, tmp_path)
-    session.kill()
-    session.wait()
-    assert len(session_members(session.pid)) == 1
+    entry = entry_of(group, tmp_path)
+    group.kill()
+    group.wait()
+    assert len(group_members(group.pid)) == 1
     write_registry(tmp_path / "keeper.json", [msgspec.structs.replace(entry, folder="/other")])
     assert end_leftovers(tmp_path / "keeper.json") == []
     write_registry(tmp_path / "keeper.json", [entry])
     assert end_leftovers(tmp_path / "keeper.json") == ["a-1"]
-    assert session_members(session.pid) == []
+    assert group_members(group.pid) == []
 
 
 def test_a_number_that_was_given_to_another_process_is_not_touched(
-    session: "subprocess.Popen[bytes]", tmp_path: Path
+    group: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
     file = tmp_path / "keeper.json"
-    write_registry(file, [entry_of(session, tmp_path, start_ticks(session.pid) - 1)])
+    write_registry(file, [entry_of(group, tmp_path, start_ticks(group.pid) - 1)])
     assert end_leftovers(file) == []
     # Nor after the machine was started again.
-    good = Registry(boot=boot_id() + "x", pid=1, held=[entry_of(session, tmp_path)])
+    good = Registry(boot=boot_id() + "x", pid=1, held=[entry_of(group, tmp_path)])
     file.write_bytes(msgspec.json.encode(good))
     assert end_leftovers(file) == []
     file.write_text("{")
     assert end_leftovers(file) == []
-    assert len(session_members(session.pid)) == 2
+    assert len(group_members(group.pid)) == 2
 
 
 def test_one_server_at_a_time(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from oserve.core import (
 )
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
+from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
-from oserve.engines.session import session_members
 from oserve.engines.settings import EngineSettings
 from oserve.engines.tiny import make_int8_variant
 
@@ -149,7 +149,7 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         gone = await until(cluster, in_phase(ReplicaPhase.GONE, spec.id))
         assert gone.failures[spec.id].count == 1
         assert "SIGKILL" in gone.failures[spec.id].reason
-        assert session_members(state.pid) == []
+        assert group_members(state.pid) == []
         assert not Path(state.endpoint.unix_socket).parent.exists()
 
 
@@ -162,7 +162,7 @@ async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster
         cluster, lambda observation: observation.replicas[0].phase is ReplicaPhase.GONE
     )
     assert states.failures == {}
-    assert session_members(ready.replicas[0].pid) == []
+    assert group_members(ready.replicas[0].pid) == []
     assert states.replica("b") is not None
     spec = ReplicaSpec(
         id="bad",
@@ -178,10 +178,10 @@ async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster
 async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a"))
-    session = ready.replicas[0].pid
-    os.kill(parents()[session], signal.SIGKILL)
+    group = ready.replicas[0].pid
+    os.kill(parents()[group], signal.SIGKILL)
     await until(cluster, in_phase(ReplicaPhase.GONE, "a"))
-    assert session_members(session) == []
+    assert group_members(group) == []
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
     await until(cluster, in_phase(ReplicaPhase.READY, "a"))
 
@@ -196,7 +196,7 @@ async def test_spawned_engine_answers_and_ends(
         ready = await until(cluster, in_phase(ReplicaPhase.READY, "slow"))
     finally:
         await cluster.close()
-    assert session_members(ready.replicas[0].pid) == []
+    assert group_members(ready.replicas[0].pid) == []
     assert child_count() == before
     await until_true(lambda: left_memory() <= memory)
 
@@ -228,9 +228,9 @@ async def test_nothing_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path
     assert parent.stdout is not None
     async with asyncio.timeout(LIMIT_S):
         pid, socket = (await parent.stdout.readline()).decode().split()
-        session, socket_folder = int(pid), Path(socket).parent.parent
+        group, socket_folder = int(pid), Path(socket).parent.parent
         parent.kill()
         await parent.wait()
-        await until_true(lambda: not session_members(session))
+        await until_true(lambda: not group_members(group))
         await until_true(lambda: left_memory() <= memory)
         await until_true(lambda: not socket_folder.exists())

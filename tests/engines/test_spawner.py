@@ -11,7 +11,7 @@ import pytest
 
 from oserve.core import OServeError
 from oserve.engines import spawner
-from oserve.engines.session import session_members
+from oserve.engines.group import group_members
 from oserve.engines.spawner import EngineProcess, SpawnLauncher, ZygoteLauncher
 
 # Like vLLM: a leader, a child that ignores TERM, and something worth reading in the log.
@@ -59,10 +59,10 @@ async def test_output_environment_and_cores(launcher: SpawnLauncher, tmp_path: P
 
 async def test_kill_ends_the_whole_session(launcher: SpawnLauncher, tmp_path: Path) -> None:
     process = await start(launcher, tmp_path / "log")
-    assert len(session_members(process.pid)) == 2
+    assert len(group_members(process.pid)) == 2
     process.terminate()  # the leader goes, and what ignores TERM is cleared away after it
     assert await process.wait() == -signal.SIGTERM
-    assert session_members(process.pid) == []
+    assert group_members(process.pid) == []
     process.kill()
 
 
@@ -70,14 +70,14 @@ async def test_a_killed_supervisor_leaves_nothing(launcher: SpawnLauncher, tmp_p
     process = await start(launcher, tmp_path / "log")
     os.kill(parent_of(process.pid), signal.SIGKILL)
     await process.wait()
-    assert session_members(process.pid) == []
+    assert group_members(process.pid) == []
 
 
 async def test_close_ends_all(launcher: SpawnLauncher, tmp_path: Path) -> None:
     processes = [await start(launcher, tmp_path / str(number)) for number in range(2)]
     await launcher.close()
     for process in processes:
-        assert session_members(process.pid) == []
+        assert group_members(process.pid) == []
         await process.wait()
 
 

@@ -50,11 +50,11 @@ from oserve.engines.arguments import (
     engine_environment,
     runs_eagerly,
 )
+from oserve.engines.group import CACHES_FOLDER
 from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
-from oserve.engines.session import CACHES_FOLDER
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 

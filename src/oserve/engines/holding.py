@@ -24,9 +24,9 @@ import msgspec
 from oserve import __version__
 from oserve.core import OServeError
 from oserve.engines import registry as lines
+from oserve.engines.group import end_group
 from oserve.engines.keeper import HELD_ELSEWHERE
 from oserve.engines.registry import Entry
-from oserve.engines.session import end_session
 from oserve.engines.spawner import surroundings
 
 _log = logging.getLogger("oserve.engines")
@@ -219,7 +219,7 @@ class _Line:
         for process in list(self.held.values()):
             # Everything ends with its keeper; this covers helpers that lost their parent.
             if process.entry.engine and process.pid:
-                await asyncio.to_thread(end_session, process.pid, grace_s=0)
+                await asyncio.to_thread(end_group, process.pid, grace_s=0)
             reason = lines.Refused(name=process.entry.name, reason="the keeper ended")
             process.heard(reason)
         self.held.clear()

@@ -24,8 +24,8 @@ import msgspec
 
 from oserve.core import OServeError
 from oserve.engines import registry as lines
+from oserve.engines.group import adopt_orphans, start_ticks
 from oserve.engines.registry import Entry, end_leftovers, write_registry
-from oserve.engines.session import adopt_orphans, start_ticks
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 _log = logging.getLogger("oserve.keeper")

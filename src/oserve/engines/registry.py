@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from oserve.engines.session import (
+from oserve.engines.group import (
     boot_id,
-    end_session,
+    end_group,
+    group_members,
     release_leftovers,
-    session_members,
     start_ticks,
 )
 
@@ -26,7 +26,7 @@ _GRACE_S = 2.0
 class Entry(msgspec.Struct, kw_only=True):
     """One engine, or one other process. ``pid`` is 0 until it is there.
 
-    ``started_ticks``: see ``session.start_ticks``. ``folder``: its temporary folder.
+    ``started_ticks``: see ``group.start_ticks``. ``folder``: its temporary folder.
     ``ending``: it was told to end.
     """
 
@@ -155,7 +155,7 @@ def end_leftovers(path: Path) -> list[str]:
     """End what a keeper that was killed has left; returns names. Blocks for seconds at most.
 
     Only what is surely its own is touched: a process that started when the file says, or one of a
-    leader's session that has the engine's folder in its environment.
+    leader's group that has the engine's folder in its environment.
     """
     registry = read_registry(path)
     if registry is None or registry.boot != boot_id():
@@ -171,9 +171,9 @@ def end_leftovers(path: Path) -> list[str]:
                     os.kill(entry.pid, signal.SIGTERM)
             continue
         if leads or _has_members(entry):
-            end_session(entry.pid, grace_s=_GRACE_S)
+            end_group(entry.pid, grace_s=_GRACE_S)
             ended.append(entry.name)
-        if not session_members(entry.pid):
+        if not group_members(entry.pid):
             release_leftovers(entry.pid, entry.folder)
     return ended
 
@@ -183,7 +183,7 @@ def _has_members(entry: Entry) -> bool:
     if not entry.folder or start_ticks(entry.pid):
         return False
     mark = b"TMPDIR=" + entry.folder.encode()
-    for pid in session_members(entry.pid):
+    for pid in group_members(entry.pid):
         with contextlib.suppress(OSError):
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return True

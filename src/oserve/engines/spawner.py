@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from oserve.core import OServeError
-from oserve.engines.session import end_session, session_members, signal_session
+from oserve.engines.group import end_group, group_members, signal_group
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ _WITHHELD_PREFIXES = ("OSERVE_", "VLLM_API_KEY")
 
 
 class EngineProcess(Protocol):
-    """One engine: a session of processes led by ``pid``."""
+    """One engine: a group of processes led by ``pid``."""
 
     @property
     def pid(self) -> int: ...
 
     async def wait(self) -> int:
-        """Exit status (negative: the signal), once nothing of the session is left."""
+        """Exit status (negative: the signal), once nothing of the group is left."""
         ...
 
     def terminate(self) -> None:
@@ -62,8 +62,8 @@ class Launcher(Protocol):
         ...
 
 
-class _Session:
-    """The part both ways share: signals to everyone in the session."""
+class _Group:
+    """The part both ways share: signals to everyone in the group."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -74,11 +74,11 @@ class _Session:
 
     def terminate(self) -> None:
         if not self.ended.done():
-            signal_session(self.pid, signal.SIGTERM)
+            signal_group(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         if not self.ended.done():
-            signal_session(self.pid, signal.SIGKILL, spare_tracker=True)
+            signal_group(self.pid, signal.SIGKILL, spare_tracker=True)
 
     def finish(self, status: int) -> None:
         if not self.ended.done():
@@ -90,7 +90,7 @@ class SpawnLauncher:
 
     def __init__(self, server: Sequence[str] = (sys.executable, "-m", _SERVER_MODULE)) -> None:
         self._server = tuple(server)
-        self._sessions: dict[_Session, asyncio.Task[None]] = {}
+        self._groups: dict[_Group, asyncio.Task[None]] = {}
 
     async def start(
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
@@ -108,7 +108,7 @@ class SpawnLauncher:
                 env=surroundings() | dict(env),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             raise _no_start(str(error)) from error
@@ -123,23 +123,23 @@ class SpawnLauncher:
         if not line.strip().isdigit():
             await supervisor.wait()
             raise _no_start("the supervisor did not come up")
-        session = _Session(int(line))
-        self._sessions[session] = asyncio.create_task(self._watch(supervisor, session))
-        return session
+        group = _Group(int(line))
+        self._groups[group] = asyncio.create_task(self._watch(supervisor, group))
+        return group
 
-    async def _watch(self, supervisor: asyncio.subprocess.Process, session: _Session) -> None:
+    async def _watch(self, supervisor: asyncio.subprocess.Process, group: _Group) -> None:
         status = await supervisor.wait()
         # The supervisor itself may have been killed: then nobody has cleared up.
-        if session_members(session.pid):
-            await asyncio.to_thread(end_session, session.pid, grace_s=0)
-        session.finish(128 - status if status > 128 else status)
-        self._sessions.pop(session, None)
+        if group_members(group.pid):
+            await asyncio.to_thread(end_group, group.pid, grace_s=0)
+        group.finish(128 - status if status > 128 else status)
+        self._groups.pop(group, None)
 
     async def close(self) -> None:
         """See ``Launcher.close``."""
-        tasks = list(self._sessions.values())
-        for session in list(self._sessions):
-            await asyncio.to_thread(end_session, session.pid, grace_s=2.0)
+        tasks = list(self._groups.values())
+        for group in list(self._groups):
+            await asyncio.to_thread(end_group, group.pid, grace_s=2.0)
         await asyncio.gather(*tasks)
 
 
@@ -213,8 +213,8 @@ class _ZygoteLine:
         self._reader = reader
         self._writer = writer
         self._count = 0
-        self._asked: dict[str, asyncio.Future[_Session]] = {}
-        self._sessions: dict[str, _Session] = {}
+        self._asked: dict[str, asyncio.Future[_Group]] = {}
+        self._groups: dict[str, _Group] = {}
         self.lost: asyncio.Task[None] = asyncio.create_task(self._listen())
 
     @classmethod
@@ -232,7 +232,7 @@ class _ZygoteLine:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    start_new_session=True,
+                    process_group=0,
                 )
         except OSError as error:
             ours.close()
@@ -255,12 +255,12 @@ class _ZygoteLine:
             raise _no_start(f"the zygote ended with status {status}; see {log_path}")
         return cls(process, reader, writer)
 
-    async def start(self, request: dict[str, Any]) -> _Session:
+    async def start(self, request: dict[str, Any]) -> _Group:
         self._count += 1
         name = str(self._count)
         if self.lost.done():
             raise _no_start("the zygote ended")
-        answer: asyncio.Future[_Session] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Group] = asyncio.get_running_loop().create_future()
         self._asked[name] = answer
         self._writer.write(json.dumps({"start": name, **request}).encode() + b"\n")
         return await answer
@@ -276,23 +276,23 @@ class _ZygoteLine:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(_no_start("the zygote ended"))
-        for session in list(self._sessions.values()):
+        for group in list(self._groups.values()):
             # Engines die with their zygote; this covers helpers that lost their parent.
-            await asyncio.to_thread(end_session, session.pid, grace_s=0)
-            session.finish(-signal.SIGKILL)
-        self._sessions.clear()
+            await asyncio.to_thread(end_group, group.pid, grace_s=0)
+            group.finish(-signal.SIGKILL)
+        self._groups.clear()
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "started" in message:
             name = message["started"]
-            session = self._sessions[name] = _Session(message["pid"])
+            group = self._groups[name] = _Group(message["pid"])
             answer = self._asked.pop(name)
             if answer.cancelled():
-                session.kill()
+                group.kill()
             else:
-                answer.set_result(session)
+                answer.set_result(group)
         elif "ended" in message:
-            self._sessions.pop(message["ended"]).finish(message["status"])
+            self._groups.pop(message["ended"]).finish(message["status"])
 
     async def close(self) -> None:
         """Hang up: the zygote ends its engines and itself."""

@@ -1,7 +1,7 @@
-"""Runs one command as the leader of its own session, and sees that nothing of it survives.
+"""Runs one command as the leader of its own group, and sees that nothing of it survives.
 
 Runs as ``python -m oserve.engines.supervisor --parent PID --log PATH -- command``. It prints the
-command's process id, and ends the whole session when its own parent dies (even by KILL), when TERM
+command's process id, and ends the whole group when its own parent dies (even by KILL), when TERM
 comes, or when the command ends; the command's exit status is passed on.
 """
 
@@ -12,11 +12,11 @@ import signal
 import sys
 from types import FrameType
 
-from oserve.engines.session import (
+from oserve.engines.group import (
     adopt_orphans,
     die_with_parent,
-    end_session,
-    fork_session,
+    end_group,
+    fork_group,
     release_leftovers,
     remove_if_unused,
 )
@@ -40,7 +40,7 @@ def main() -> int:
     pid = _start(arguments)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        end_session(pid, grace_s=_GRACE_S)
+        end_group(pid, grace_s=_GRACE_S)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -52,7 +52,7 @@ def main() -> int:
     with contextlib.suppress(ChildProcessError):
         _, raw = os.waitpid(pid, 0)
         status = os.waitstatus_to_exitcode(raw)
-    end_session(pid, grace_s=0)
+    end_group(pid, grace_s=0)
     release_leftovers(pid, arguments.folder)
     if arguments.folder and os.getppid() != arguments.parent:
         # Nobody else is left to remove what held the folder.
@@ -62,7 +62,7 @@ def main() -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     supervisor = os.getpid()
-    pid = fork_session()
+    pid = fork_group()
     if pid:
         return pid
     die_with_parent(parent=supervisor)

@@ -27,15 +27,15 @@ import traceback
 from multiprocessing import shared_memory
 from typing import Any, NoReturn
 
-from oserve.engines.session import (
+from oserve.engines.group import (
     SHARED_MEMORY_PREFIX,
     adopt_orphans,
     die_with_parent,
-    end_session,
-    fork_session,
+    end_group,
+    fork_group,
     release_leftovers,
     remove_if_unused,
-    signal_session,
+    signal_group,
 )
 
 _MODULES = (
@@ -109,7 +109,7 @@ class Zygote:
                         os.read(self._wakeup, 4096)
             self._reap()
         for pid in self._engines:
-            signal_session(pid, signal.SIGTERM)
+            signal_group(pid, signal.SIGTERM)
         for pid in list(self._engines):
             self._clear(pid, grace_s=_GRACE_S)
         for folder in self._folders:
@@ -139,7 +139,7 @@ class Zygote:
 
     def _start(self, request: dict[str, Any], selector: selectors.BaseSelector) -> None:
         parent = os.getpid()
-        pid = fork_session()
+        pid = fork_group()
         if pid:
             self._engines[pid] = request
             self._send({"started": request["start"], "pid": pid})
@@ -170,7 +170,7 @@ class Zygote:
 
     def _clear(self, pid: int, *, grace_s: float) -> None:
         request = self._engines.pop(pid)
-        end_session(pid, grace_s=grace_s)
+        end_group(pid, grace_s=grace_s)
         folder = request["env"].get("TMPDIR", "")
         release_leftovers(pid, folder)
         self._folders.add(os.path.dirname(folder))

@@ -1,7 +1,9 @@
-"""One engine's processes as a whole: a session led by the API server.
+"""One engine's processes as a whole: a process group led by the API server.
 
 vLLM is several processes; ending the first is not enough, and ending all at once loses the helper
-that frees their shared memory. Linux only. It does not import vLLM.
+that frees their shared memory. No sessions: Linux shares processors out by session first
+(``sched_autogroup_enabled``), which makes priorities mean nothing between them, and starves an
+engine that comes up beside one that is busy. Linux only. It does not import vLLM.
 """
 
 import contextlib
@@ -33,10 +35,10 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
         os.kill(os.getpid(), number)
 
 
-def fork_session() -> int:
-    """Fork; the child leads a session of its own before either goes on. 0 in the child.
+def fork_group() -> int:
+    """Fork; the child leads a process group of its own before either goes on. 0 in the child.
 
-    Whoever hears of the child's id may signal its session at once, and finds it.
+    Whoever hears of the child's id may signal its group at once, and finds it.
     """
     heard, told = os.pipe()
     pid = os.fork()
@@ -47,7 +49,7 @@ def fork_session() -> int:
         os.close(heard)
         return pid
     os.close(heard)
-    os.setsid()
+    os.setpgid(0, 0)
     os.close(told)
     return 0
 
@@ -76,8 +78,8 @@ def adopt_orphans() -> None:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def session_members(session: int) -> list[int]:
-    """Process ids of the session that have not ended (zombies are left out)."""
+def group_members(group: int) -> list[int]:
+    """Process ids of the group that have not ended (zombies are left out)."""
     members = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -85,48 +87,48 @@ def session_members(session: int) -> list[int]:
                 text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
                 # The command in brackets may hold anything, so count from its end.
                 fields = text.rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] not in {"Z", "X"}:
+                if int(fields[2]) == group and fields[0] not in {"Z", "X"}:
                     members.append(int(entry))
     return members
 
 
-def signal_session(session: int, number: int, *, spare_tracker: bool = False) -> None:
-    """Send a signal to every process of the session.
+def signal_group(group: int, number: int, *, spare_tracker: bool = False) -> None:
+    """Send a signal to every process of the group.
 
     ``spare_tracker``: leave out Python's resource tracker, which frees the shared memory of the
     others once they are gone and then ends by itself.
     """
-    for pid in session_members(session):
+    for pid in group_members(group):
         if spare_tracker and _is_tracker(pid):
             continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
-def end_session(session: int, *, grace_s: float) -> None:
-    """End what is left of a session: TERM, ``grace_s`` seconds, KILL; returns when it is empty.
+def end_group(group: int, *, grace_s: float) -> None:
+    """End what is left of a group: TERM, ``grace_s`` seconds, KILL; returns when it is empty.
 
     Blocks for at most a few seconds more than ``grace_s``; reaps what are children of the caller.
     """
-    segments = session_segments(session)
+    segments = group_segments(group)
     if grace_s > 0:
-        signal_session(session, signal.SIGTERM)
-    if grace_s <= 0 or not _await_empty(session, grace_s):
-        signal_session(session, signal.SIGKILL, spare_tracker=True)
-        if not _await_empty(session, 2.0):
-            signal_session(session, signal.SIGKILL)
-            _await_empty(session, 2.0)
+        signal_group(group, signal.SIGTERM)
+    if grace_s <= 0 or not _await_empty(group, grace_s):
+        signal_group(group, signal.SIGKILL, spare_tracker=True)
+        if not _await_empty(group, 2.0):
+            signal_group(group, signal.SIGKILL)
+            _await_empty(group, 2.0)
     for path in segments:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
-def release_leftovers(session: int, folder: str) -> None:
-    """Free the shared memory and the temporary ``folder`` of a session that has ended.
+def release_leftovers(group: int, folder: str) -> None:
+    """Free the shared memory and the temporary ``folder`` of a group that has ended.
 
     vLLM kills its own helpers when it ends, and with them what would have freed it.
     """
-    prefixes = [f"{SHARED_MEMORY_PREFIX}{session}_"]
+    prefixes = [f"{SHARED_MEMORY_PREFIX}{group}_"]
     if folder and os.path.isdir(folder):
         # Ranks name their shared memory after the file by which they found each other.
         prefixes += [name for name in os.listdir(folder) if name.startswith("vllm_dist_")]
@@ -145,10 +147,10 @@ def remove_if_unused(folder: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def session_segments(session: int) -> set[str]:
-    """Shared memory files that processes of the session have mapped."""
+def group_segments(group: int) -> set[str]:
+    """Shared memory files that processes of the group have mapped."""
     found = set()
-    for pid in session_members(session):
+    for pid in group_members(group):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
                 path = line.rpartition(" ")[2]
@@ -157,9 +159,9 @@ def session_segments(session: int) -> set[str]:
     return found
 
 
-def _await_empty(session: int, limit_s: float) -> bool:
+def _await_empty(group: int, limit_s: float) -> bool:
     end_s = time.monotonic() + limit_s
-    while session_members(session):
+    while group_members(group):
         if time.monotonic() >= end_s:
             return False
         time.sleep(_POLL_S)
