@@ -40,7 +40,7 @@ def test_it_answers_fails_and_begins_again_when_it_was_killed() -> None:
     assert (error.value.place, error.value.remedy) == ("here", "another way")
     pid = aside.call("pid")
     assert pid != os.getpid()
-    assert os.getsid(pid) == pid
+    assert os.getpgid(pid) == pid
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(OServeError, match="ended"):
         aside.call("add", 1)

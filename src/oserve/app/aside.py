@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 from oserve.core import OServeError
@@ -89,12 +88,10 @@ def _work(make: Callable[[], Any], pipe: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-    # Neither a key pressed nor the terminal's share of the processors is for this process.
-    os.setsid()
+    # A key pressed in the terminal is not for this process.
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(_NICE), encoding="ascii")
     held = make()
     with contextlib.suppress(EOFError, OSError):
         while True:

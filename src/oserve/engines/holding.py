@@ -362,7 +362,7 @@ class HeldEngines:
                     stdout=output,
                     stderr=output,
                     env=surroundings(),
-                    start_new_session=True,
+                    process_group=0,
                 )
         except OSError as error:
             raise _no_start(str(error)) from error

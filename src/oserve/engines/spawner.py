@@ -108,7 +108,6 @@ class SpawnLauncher:
                 env=surroundings() | dict(env),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
-                process_group=0,
             )
         except OSError as error:
             raise _no_start(str(error)) from error
@@ -232,7 +231,6 @@ class _ZygoteLine:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    process_group=0,
                 )
         except OSError as error:
             ours.close()

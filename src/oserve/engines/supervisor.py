@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--folder", default="", help="its temporary folder, removed at the end")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
+    # A key pressed in the terminal is for who started this one.
+    os.setpgid(0, 0)
     # Until the handlers below know the child, a signal would leave it behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     adopt_orphans()

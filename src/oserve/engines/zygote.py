@@ -279,6 +279,8 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="control socket, inherited")
     parser.add_argument("--parent", type=int, required=True, help="process to end with")
     arguments = parser.parse_args()
+    # A key pressed in the terminal is for who started this one.
+    os.setpgid(0, 0)
     die_with_parent(signal.SIGTERM, parent=arguments.parent)
     adopt_orphans()
     control = socket.socket(fileno=arguments.fd)
