@@ -1,12 +1,13 @@
 """Traffic flips on a live server, from short chats to long documents and back: what OServe does.
 
     python benchmarks/control/flip.py [--phase-s 100] [--chats-rps 1.8] [--documents-rps 0.6]
-        [--slo-ttft-ms MS] [--slo-tpot-ms 60] [--profile FILE] [--json FILE]
+        [--slo-ttft-ms MS] [--slo-tpot-ms 60] [--mode auto] [--profile FILE] [--json FILE]
 
 It makes the tiny model, runs ``oserve serve`` on it as ``make serve`` does (two slots of one core
 each, so two small replicas or a wide one), drives it with ``oserve bench`` and a seeded trace, and
 prints what was forecast, each decision with its numbers, when replicas changed, and what each phase
-of the traffic met. It ends with 1 if any request failed. Bounded: three phases, a start and an end;
+of the traffic met. It ends with 1 if any request failed. ``--mode off`` serves the
+same with the replicas of the beginning. Bounded: three phases, a start and an end;
 under ten minutes with the defaults. Everything stays on the loopback interface.
 
 Two settings differ from ``make serve``. Decisions are made each 10 s, not each minute, to keep it
@@ -135,6 +136,7 @@ def serve(folder: Path, wanted: argparse.Namespace) -> tuple["subprocess.Popen[b
         f"planning.slo_ttft_ms={wanted.slo_ttft_ms}",
         f"planning.slo_tpot_ms={wanted.slo_tpot_ms}",
         f"planning.rates={rates}",
+        f'control.mode="{wanted.mode}"',
         "control.decision_interval_s=10",
         "control.min_dwell_s=20",
         "control.start_s=8",
@@ -244,6 +246,7 @@ def main() -> int:
     parser.add_argument("--slo-ttft-ms", type=float)
     parser.add_argument("--slo-tpot-ms", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", choices=["auto", "advise", "off"], default="auto")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args()

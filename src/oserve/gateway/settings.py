@@ -49,7 +49,7 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     max_moves: Annotated[int, msgspec.Meta(ge=0)] = 3
     max_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
     max_stream_bytes: Annotated[int, msgspec.Meta(ge=0)] = 8 * 1024 * 1024
-    drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 30.0
+    drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 5.0
 
 
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.settings import MoveSettings
 from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
@@ -37,7 +38,7 @@ from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
 _SHARES_INTERVAL_S = 5.0
-_DRAIN_LIMIT_S = 30.0
+_DRAIN_LIMIT_S = MoveSettings().drain_limit_s or math.inf
 _CHUNKS = (512, 1024, 2048)
 
 
