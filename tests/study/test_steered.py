@@ -206,12 +206,10 @@ def test_the_same_switches_are_made_in_different_ways() -> None:
     scene = replace(SCENE, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
     rows = {row.policy: row for row in ways(OServeTuner(scene), [1.2])}
     assert list(rows) == ["never", "restarted", "weights moved", "in no time"]
-    assert rows["never"].switches == 0
-    wanted = rows["in no time"].switches
-    assert wanted > 0
-    # One that comes before the last is over may be left out.
-    assert 0 < rows["restarted"].switches <= wanted
-    assert 0 < rows["weights moved"].switches <= wanted
+    # Here even an oracle stays with what there is, and then the way is all the same.
+    assert {row.switches for row in rows.values()} == {0}
+    stayed = [replace(rows[name], policy="") for name in ("never", "restarted", "weights moved")]
+    assert stayed[0] == stayed[1] == stayed[2]
 
 
 def test_weights_come_quicker_from_devices_than_from_disk() -> None:

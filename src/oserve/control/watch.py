@@ -74,7 +74,9 @@ class Watch:
             self._window_end_s = end_s
         due = self._close_windows(end_s)
         # Nobody needs to be sure of rates to bring back replicas that were given up.
-        settle_s = min(_FEWEST_S, self._policy.settle_s) if self.shrunk else self._policy.settle_s
+        settle_s = min(self._policy.settle_s, self._policy.interval_s / 2)
+        if self.shrunk:
+            settle_s = min(_FEWEST_S, settle_s)
         if self._change_s is not None and now_s >= self._change_s + settle_s:
             self._change_s = None
             self._shift()
@@ -83,7 +85,8 @@ class Watch:
         if self._again_s is not None and now_s >= self._again_s:
             self._look_again(now_s)
             return Trigger.CHANGE
-        return Trigger.INTERVAL if due else None
+        # While it is watched what the traffic has changed to, the forecast is of what it was.
+        return Trigger.INTERVAL if due and self._change_s is None else None
 
     def _detect(self, now_s: float, end_s: int) -> None:
         """Look at one second for a change of the traffic."""
