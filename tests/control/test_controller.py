@@ -318,3 +318,15 @@ def test_a_way_without_restarts_costs_only_what_is_missing_on_it() -> None:
     assert restarts.seconds > START_S
     unknown = TablePlanner(replace(made.facts, legs=lambda _a, _b: None))
     assert switch_cost(old, new, rates, unknown) == restarts
+
+
+async def test_nothing_is_decided_while_it_is_watched_what_has_changed() -> None:
+    world = make_world(0, 0, 0, 1, interval_s=20)
+    await world.run(lambda _s: CHATS, 317)
+    before = len(world.decisions)
+    # The interval ends a few seconds after the flip, when the forecast is still of chats.
+    await world.run(lambda _s: DOCS, 22)
+    first, *_ = world.decisions[before:]
+    assert first.trigger is Trigger.CHANGE
+    assert 317 + 8 < first.at_s < 317 + 20
+    assert first.forecast[1].expected_rps > 3 * first.forecast[0].expected_rps
