@@ -112,7 +112,8 @@ class CacheFolder:
     def remove(self, name: str) -> None:
         """All of a cache that was taken in, or that nobody waits for."""
         for path in self._path.glob(f"{name}.*"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def sweep(self, older_s: float) -> None:
         """Remove what has lain there for so long: who wanted it is gone."""
