@@ -70,6 +70,25 @@ def test_capacity_is_what_a_full_closed_loop_approaches(length: tuple[int, int])
     assert loop.rate_rps <= one(of, prompt, output).capacity_rps * 1.3
 
 
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.integers(500, 3000), st.integers(3, 12), st.sampled_from([256, 512, 2048]))
+def test_what_is_served_in_time_alone_is_served_if_it_is_rare(
+    prompt: int, output: int, chunk: int
+) -> None:
+    of = shape(chunk=chunk)
+    alone = closed_loop(
+        SOURCE.step_model(of),
+        of,
+        SOURCE.kv_tokens(of),
+        inflight=1,
+        prompt_tokens=prompt,
+        output_tokens=output,
+    )
+    # A prompt that comes meanwhile would be seen in TPOT: of a few tokens each counts.
+    limits = Limits(ttft_s=1.2 * alone.ttft_s, tpot_s=1.5 * alone.tpot_s)
+    assert one(of, prompt, output, limits).capacity_rps > 0
+
+
 def test_what_meets_no_limit_says_what_would_be_met() -> None:
     found = one(shape(), 4000, 100, Limits(ttft_s=0.05))
     assert found.capacity_rps == 0
