@@ -241,7 +241,8 @@ class Controller:
     def _restore_own(self, state: Mapping[str, Any]) -> None:
         self.watch.shrunk = bool(state["shrunk"])
         self._lifetime.restore(state["lifetime"])
-        self._regret.restore(state["regret"])
+        # What was remembered by a version without it is taken up all the same.
+        self._regret.restore(state.get("regret", Regret().state()))
         self._switches = [float(at_s) for at_s in state["switches"]]
         self._number = int(state["number"])
         self._held_until_s = float(state["held_until_s"])
