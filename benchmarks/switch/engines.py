@@ -20,6 +20,8 @@ and one of two stages, of the tiny model, while three streams of 160 tokens run 
 It tells how long each took, how many streams went on elsewhere and how, and how many failed or
 differed.
 
+With ``--idle`` nobody asks meanwhile, so that the new engines have the cores to themselves.
+
 Beside them: bytes/s of a copy in memory and through a Unix socket between two processes, here and
 now. All share the machine's cores, so times depend on them more than on the method.
 """
@@ -230,7 +232,13 @@ def drop(model: Path) -> None:
 
 
 async def way(
-    model: Path, folder: Path, named: dict[str, Path], name: str, words: tuple[str, ...]
+    model: Path,
+    folder: Path,
+    named: dict[str, Path],
+    name: str,
+    words: tuple[str, ...],
+    *,
+    idle: bool = False,
 ) -> list[dict[str, Any]]:
     cold = model if name == "restart, cold" else None
     rows = []
@@ -238,7 +246,9 @@ async def way(
         timeout = aiohttp.ClientTimeout(total=LIMIT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             watch = Watch(session, url, model.name)
-            tasks = [asyncio.ensure_future(watch.stream()), asyncio.ensure_future(watch.health())]
+            tasks = [asyncio.ensure_future(watch.health())]
+            if not idle:
+                tasks.append(asyncio.ensure_future(watch.stream()))
             for target in ("wide", "narrow"):
                 sent, failed = watch.sent, watch.failed
                 row = await switched(session, url, named[target], watch, cold)
@@ -358,6 +368,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=100e6, help="bytes/s of the throttled way")
     parser.add_argument("--only", default="", help="of the ways, this one")
     parser.add_argument("--row", type=int, default=0, help="so many switches of the tiny model")
+    parser.add_argument("--idle", action="store_true", help="without requests meanwhile")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="oserve-") as name:
@@ -386,10 +397,11 @@ def main() -> None:
                 continue
             own = folder / f"way{number}"
             own.mkdir()
-            rows += asyncio.run(way(model, own, named, label, words))
+            rows += asyncio.run(way(model, own, named, label, words, idle=arguments.idle))
         document = {
             "layers": arguments.layers,
             "precision": arguments.precision,
+            "idle": arguments.idle,
             "model_bytes": (model / "model.safetensors").stat().st_size,
             "limits": {"before": before, "after": limits()},
             "rows": rows,

@@ -1,5 +1,6 @@
 """Weights between ranks: what arrives, what is made of it, and how a transfer ends that cannot."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -85,10 +86,13 @@ def test_closing_wakes_who_waits(listener: Listener) -> None:
 
 
 class Ranks:
-    """Transfers of several ranks in one process."""
+    """Transfers of several ranks in one process; ``memories``: of ranks, where others can map."""
 
-    def __init__(self, folder: Path, tensors: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, tensors: list[dict[str, Any]], memories: dict[int, Any] | None = None
+    ) -> None:
         self.tensors = tensors
+        self.memories = memories or {}
         self.paths = [str(folder / f"w{number}.sock") for number in range(len(tensors))]
         self.listeners = [Listener(path) for path in self.paths]
 
@@ -102,6 +106,7 @@ class Ranks:
                 ),
                 self.tensors[n],
                 self.listeners[n],
+                self.memories.get(n),
             )
             for n, own in enumerate(orders)
         ]
@@ -159,21 +164,119 @@ def test_rows_shared_by_ranks_are_quantised_alike(tmp_path: Path) -> None:
         assert torch.equal(one["norm"], norm.to(torch.bfloat16))
 
 
+def shown(tensors: dict[str, Any]) -> Any:
+    """The memory that these tensors lie in from now on, with what they were."""
+    import torch  # noqa: PLC0415
+
+    from oserve.engines.weights.memory import Memory  # noqa: PLC0415
+
+    before = {name: one.clone() for name, one in tensors.items()}
+    memory = Memory(tensors.values())
+    for name, tensor in tensors.items():
+        if memory.holds(tensor):
+            assert not torch.any(tensor)
+            tensor.copy_(before[name])
+    return memory
+
+
 @pytest.mark.extra
-def test_one_that_fails_or_is_aborted_ends_the_others(tmp_path: Path) -> None:
+def test_what_others_can_map_is_copied_and_the_rest_sent(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    source = {
+        "w": torch.randn(64, 48, dtype=torch.bfloat16),
+        "norm": torch.randn(48),
+        # Not contiguous: stays where it is.
+        "t": torch.randn(6, 4).t(),
+        "scale": torch.tensor(3.0),
+    }
+    memory = shown(source)
+    assert not memory.holds(source["t"])
+    # In another place there, the second half of the columns.
+    target = {
+        "v": torch.zeros(64, 24, dtype=torch.bfloat16),
+        "norm": torch.zeros(48),
+        "t": torch.zeros(4, 6),
+        "scale": torch.tensor(0.0),
+    }
+    ranks = Ranks(tmp_path, [source, target], {0: memory})
+    ranks.run(
+        [
+            {
+                "sends": [
+                    (
+                        1,
+                        [
+                            ("w", [[0, 64], [24, 48]]),
+                            ("norm", [[0, 48]]),
+                            ("t", [[0, 4], [0, 6]]),
+                            ("scale", []),
+                        ],
+                    )
+                ]
+            },
+            {
+                "receives": [
+                    (
+                        0,
+                        [
+                            ("v", [[0, 64], [0, 24]]),
+                            ("norm", [[0, 48]]),
+                            ("t", [[0, 4], [0, 6]]),
+                            ("scale", []),
+                        ],
+                    )
+                ]
+            },
+        ]
+    )
+    documents = ranks.wait()
+    assert [document["state"] for document in documents] == ["done"] * 2
+    assert documents[0]["sent_bytes"] == documents[1]["received_bytes"] == 64 * 24 * 2 + 196 + 96
+    assert torch.equal(target["v"], source["w"][:, 24:])
+    for name in ("norm", "t", "scale"):
+        assert torch.equal(target[name], source[name])
+
+
+@pytest.mark.extra
+def test_mapped_memory_is_read_only_in_effect_and_outlives_its_owner() -> None:
+    torch = pytest.importorskip("torch")
+    from oserve.engines.weights.memory import mapped  # noqa: PLC0415
+
+    own = {"a": torch.arange(5.0), "b": torch.arange(6, dtype=torch.int8).view(2, 3)}
+    memory = shown(own)
+    places = memory.places({**own, "other": torch.zeros(3)})
+    assert set(places) == {"a", "b"}
+    seen = mapped(os.dup(memory.descriptor), places)
+    assert all(torch.equal(seen[name], own[name]) for name in own)
+    own["b"][0, 0] = 7
+    seen["a"][0] = 9
+    assert own["a"][0] == 0
+    os.close(memory.descriptor)
+    del memory, own
+    assert seen["b"].tolist() == [[7, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("show", [False, True])
+def test_one_that_fails_or_is_aborted_ends_the_others(tmp_path: Path, show: bool) -> None:
     torch = pytest.importorskip("torch")
     part = [("w", [[0, 1000]])]
-    for number, how in enumerate(("abort", "unknown", "limit")):
+    for how in ("abort", "unknown", "limit"):
         folder = tmp_path / how
         folder.mkdir()
         given = {"w": torch.ones(1000)} if how != "unknown" else {}
-        ranks = Ranks(folder, [given, {"w": torch.zeros(1000)}])
+        memories = {0: shown(given)} if show else {}
+        ranks = Ranks(folder, [given, {"w": torch.zeros(1000)}], memories)
+        slow = {"bytes_per_s": 10.0}
         ranks.run(
-            [{"sends": [(1, part)], "bytes_per_s": 10.0}, {"receives": [(0, part)]}],
+            [{"sends": [(1, part)], **slow}, {"receives": [(0, part)], **slow}],
             limit_s=0.3 if how == "limit" else 20.0,
         )
         if how == "abort":
-            ranks.jobs[number].abort()
-        states = ranks.wait()
-        assert [document["state"] for document in states] == ["failed"] * 2
-        assert all(document["reason"] for document in states)
+            ranks.jobs[1 if show else 0].abort()
+        giver, taker = ranks.wait()
+        assert taker["state"] == "failed"
+        # Whoever only shows what it has may be done before.
+        assert giver["state"] in ({"done", "failed"} if show else {"failed"})
+        assert all(one["reason"] for one in (giver, taker) if one["state"] == "failed")

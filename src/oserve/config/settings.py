@@ -76,7 +76,7 @@ class SwitchSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
 
     ``method``: ``auto`` moves weights between engines where it can and restarts engines otherwise,
     ``restart`` always does the latter. ``transfer_limit_s``: a transfer may take this long, or
-    twenty times what was predicted if that is more. ``bytes_per_s``: what each rank sends at most;
+    twenty times what was predicted if that is more. ``bytes_per_s``: what a rank sends or takes;
     0 for no bound.
     """
 

@@ -37,7 +37,7 @@ class Moved:
 class Mover:
     """Moves weights between the engines at these endpoints, by replica.
 
-    ``bytes_per_s`` bounds what each rank sends (0: no bound).
+    ``bytes_per_s`` bounds what each rank sends, and what it takes (0: no bound).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Mover:
     async def generate(self, replica: str, model: str, *, limit_s: float) -> None:
         """One short greedy completion. Raises MoveError if there is none."""
         try:
-            await self._engines[replica].complete(model, _PROMPT, 4, limit_s)
+            await self._engines[replica].complete(model, _PROMPT, 2, limit_s)
         except EngineControlError as error:
             raise MoveError(f"{replica}: {error}") from None
 

@@ -23,7 +23,7 @@ _WARM_UP_TOKEN = 5
 _MAX_WARM_UP_PROMPT = 8192
 # One that waits for its weights does so beside engines that serve, which need the processors.
 _MAX_STANDBY_PROMPT = 32
-_WARM_UP_TOKENS = 4
+_WARM_UP_TOKENS = 2
 # An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
 _ATTACHED_UNHEALTHY_AFTER = 3
 

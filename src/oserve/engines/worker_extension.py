@@ -47,9 +47,9 @@ class WorkerExtension:
         from oserve.engines.weights.transfer import Order
 
         order = Order(**orders[self.rank])  # type: ignore[attr-defined]
-        tensors = self._oserve_raw().tensors
+        raw = self._oserve_raw()
         self._oserve_job = self._oserve_transfer = transfer_for(
-            order, tensors, self._oserve_listener
+            order, raw.tensors, self._oserve_listener, raw.memory
         )
         self._oserve_job.start()
 
@@ -115,24 +115,12 @@ def _mend_pipeline_parallel() -> None:
     CPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
 
 
-def _fill_at_once() -> None:
-    """Weights that others will take the place of need not be drawn at random."""
-    from vllm.model_executor.model_loader import weight_utils
-
-    def fill(param: Any, low: float = -1e-3, high: float = 1e-3, seed: int = 0) -> None:
-        del low, seed
-        if param.device.type != "meta" and param.is_floating_point():
-            param.fill_(high)
-
-    weight_utils.initialize_single_dummy_weight = fill
-
-
 def _keep_weights() -> None:
     if os.environ.get(KEEP_WEIGHTS) == "1":
-        from oserve.engines.weights.raw import keep_raw_weights
+        from oserve.engines.weights.raw import keep_raw_weights, leave_blank
 
         keep_raw_weights()
-        _fill_at_once()
+        leave_blank()
 
 
 _mend_pipeline_parallel()

@@ -246,6 +246,9 @@ def _preload() -> None:
         return answer
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    # Looks through all of every module: a second of computing that each worker would repeat.
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda _cls: None)
     _wait_without_spinning()
     # Objects alive now are shared by all engines: the collector must not touch their pages.
     gc.collect()

@@ -16,16 +16,24 @@ from typing import Any
 
 import torch
 
+from oserve.engines.weights.memory import Memory
 from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
-from oserve.engines.weights.transfer import Order, Part, Transfer
+from oserve.engines.weights.transfer import Order, Part, Transfer, part_of
 
 
-def transfer_for(order: Order, tensors: Mapping[str, Any], listener: Listener | None) -> Transfer:
+def transfer_for(
+    order: Order,
+    tensors: Mapping[str, Any],
+    listener: Listener | None,
+    memory: Memory | None = None,
+) -> Transfer:
     """The transfer for where these tensors are. Raises TransferError if nobody was told to call."""
     if listener is None:
         raise TransferError("the transfer was not opened")
     on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-    return (CudaTransfer if on_gpu else Transfer)(order, tensors, listener)
+    if on_gpu:
+        return CudaTransfer(order, tensors, listener)
+    return Transfer(order, tensors, listener, memory)
 
 
 class CudaTransfer(Transfer):
@@ -36,42 +44,42 @@ class CudaTransfer(Transfer):
 
         stream.send(0, memoryview(_device_name()), throttle)
         if stream.take(1) == b"\1":
-            names = sorted({name for name, _ in parts})
-            handles = pickle.dumps({name: reduce_tensor(self._tensors[name]) for name in names})
-            stream.give(memoryview(len(handles).to_bytes(8, "big") + handles))
+            handles = {name: reduce_tensor(self._tensors[name]) for name, _ in parts}
+            words = pickle.dumps((handles, [(name, list(box)) for name, box in parts]))
+            stream.give(memoryview(len(words).to_bytes(8, "big") + words))
             stream.take(1)  # the other side has copied
             return
         group = self._pair(stream.take(int.from_bytes(stream.take(2), "big")).decode(), 0)
         for name, box in parts:
-            part = self._tensors[name][tuple(slice(*edge) for edge in box)].contiguous()
+            part = part_of(self._tensors[name], box).contiguous()
             group.send([part.reshape(-1).view(torch.uint8)], 1, 0).wait()
         torch.cuda.current_stream().synchronize()
 
-    def _receive(self, stream: Stream, parts: Sequence[Part]) -> None:
+    def _receive(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+        del throttle
         own = _device_name()
         other = bytearray(len(own))
         stream.receive(0, memoryview(other))
         stream.give(memoryview(b"\1" if bytes(other) == own else b"\0"))
-        group = handles = None
+        group, seen = None, []
         if bytes(other) == own:
-            handles = pickle.loads(stream.take(int.from_bytes(stream.take(8), "big")))
+            handles, boxes = pickle.loads(stream.take(int.from_bytes(stream.take(8), "big")))
+            tensors = {name: rebuild(*words) for name, (rebuild, words) in handles.items()}
+            seen = [part_of(tensors[name], box) for name, box in boxes]
         else:
             path = f"{self._listener.path}.{time.monotonic_ns()}"
             stream.give(memoryview(len(path).to_bytes(2, "big") + path.encode()))
             group = self._pair(path, 1)
-        for name, box in parts:
-            where = tuple(slice(*edge) for edge in box)
-            place = self._tensors[name][where]
-            if handles is not None:
-                rebuild, arguments = handles[name]
-                place.copy_(rebuild(*arguments)[where])
+        for number, (name, box) in enumerate(parts):
+            place = part_of(self._tensors[name], box)
+            if group is None:
+                place.copy_(seen[number])
                 continue
-            assert group is not None
             whole = torch.empty_like(place, memory_format=torch.contiguous_format)
             group.recv([whole.reshape(-1).view(torch.uint8)], 0, 0).wait()
             place.copy_(whole)
         torch.cuda.current_stream().synchronize()
-        if handles is not None:
+        if group is None:
             stream.give(memoryview(b"\1"))
 
     def _pair(self, path: str, rank: int) -> Any:

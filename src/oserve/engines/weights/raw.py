@@ -9,11 +9,20 @@ are left out.
 # torch and vLLM are loaded by the engine, which this module must not do before it.
 # ruff: noqa: PLC0415
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oserve.engines.weights.memory import Memory
 
 _ATTRIBUTE = "_oserve_raw_weights"
+_BLANK = "_oserve_blank"
+_MEMORY = "_oserve_memory"
+_LARGE_BYTES = 1 << 20
+_SMALL = 1e-3
 _DONE = "_already_called_process_weights_after_loading"
 
 
@@ -29,10 +38,12 @@ class _Processed:
 class RawWeights:
     """``tensors``: raw tensors by the model's parameter names; written to, then ``repack``.
 
-    ``copies``: quantised layers are kept too, which takes their memory twice.
+    ``copies``: quantised layers are kept too, which takes their memory twice. ``memory``: where
+    others of this machine can read them, if anywhere.
     """
 
     def __init__(self, model: Any, *, copies: bool) -> None:
+        self.memory: Memory | None = getattr(model, _MEMORY, None)
         raw: dict[int, Any] = {}
         left: set[int] = set()
         self._modules: list[_Processed] = []
@@ -46,9 +57,11 @@ class RawWeights:
                 continue
             parameters = {}
             for name, parameter in module.named_parameters(recurse=False):
-                # Quantised layers are repacked in place by some kernels.
-                tensor = parameter.data.clone() if quantised else parameter.data
-                parameters[name] = (parameter, raw.setdefault(id(parameter), tensor))
+                tensor = raw.setdefault(id(parameter), parameter.data)
+                parameters[name] = (parameter, tensor)
+                if quantised:
+                    # Some kernels repack these in place.
+                    parameter.data = tensor.clone()
             self._modules.append(_Processed(module, quantised, parameters))
         self.tensors: dict[str, Any] = {
             name: raw.get(id(parameter), parameter.data)
@@ -70,8 +83,9 @@ class RawWeights:
                 for name, (parameter, tensor) in processed.parameters.items():
                     parameter.data = tensor.clone() if processed.quantised else tensor
                     module._parameters[name] = parameter
-                if hasattr(module, _DONE):
-                    delattr(module, _DONE)
+                for mark in (_DONE, _BLANK):
+                    if hasattr(module, mark):
+                        delattr(module, mark)
                 module.quant_method.process_weights_after_loading(module)
 
 
@@ -89,11 +103,69 @@ def keep_raw_weights() -> None:
     from vllm.model_executor.model_loader import base_loader
     from vllm.platforms import current_platform
 
+    from oserve.engines.weights.memory import Memory
+
     copies = current_platform.is_cpu()
+    create: Callable[..., Any] = base_loader.initialize_model
     original: Callable[..., None] = base_loader.process_weights_after_loading
 
     def process(model: Any, *arguments: Any, **named: Any) -> None:
         setattr(model, _ATTRIBUTE, RawWeights(model, copies=copies))
         original(model, *arguments, **named)
 
+    def initialize(*arguments: Any, **named: Any) -> Any:
+        model = create(*arguments, **named)
+        if copies:
+            with contextlib.suppress(OSError, AttributeError):
+                setattr(model, _MEMORY, Memory(model.parameters()))
+        return model
+
+    base_loader.initialize_model = initialize
     base_loader.process_weights_after_loading = process
+
+
+def leave_blank() -> None:
+    """From now on, weights whose place others will take (``--load-format dummy``) cost nothing.
+
+    On CPU the memory of large ones is not touched: layers answer zeros until the weights have come
+    and ``RawWeights.repack`` has kernels pack them.
+    """
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.model_loader import dummy_loader
+
+    memory: Memory | None = None
+    numbers = itertools.count(1)
+    load = dummy_loader.DummyModelLoader.load_weights
+    pack = utils.dispatch_cpu_unquantized_gemm
+
+    def fill(param: Any, *_bounds: Any, **_named: Any) -> None:
+        if param.device.type == "meta" or not param.is_floating_point():
+            return
+        # Memory that was not touched yet is zero, and takes none.
+        if memory is None or param.nbytes < _LARGE_BYTES or not memory.holds(param):
+            param.data.fill_(_SMALL)
+        # Embeddings that are all alike would be taken for tied ones.
+        param.data[(0,) * param.ndim] = _SMALL * next(numbers)
+
+    def load_weights(self: Any, model: Any, *arguments: Any, **named: Any) -> None:
+        nonlocal memory
+        memory = getattr(model, _MEMORY, None)
+        load(self, model, *arguments, **named)
+        for module in model.modules():
+            setattr(module, _BLANK, True)
+
+    def dispatch(layer: Any, *arguments: Any, **named: Any) -> None:
+        if getattr(layer, _BLANK, False) and layer.weight.ndim == 2:
+            layer.cpu_linear = _nothing
+        else:
+            pack(layer, *arguments, **named)
+
+    dummy_loader.initialize_single_dummy_weight = fill
+    dummy_loader.DummyModelLoader.load_weights = load_weights
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _nothing(x: Any, weight: Any, bias: Any = None) -> Any:
+    """What a linear layer without weights answers."""
+    del bias
+    return x.new_zeros(*x.shape[:-1], weight.shape[0])

@@ -32,7 +32,7 @@ class TransferError(Exception):
 
 
 class Throttle:
-    """Holds senders of one worker to ``bytes_per_s`` in all (0: no limit), until ``stopped``."""
+    """Holds the threads of one worker to ``bytes_per_s`` in all (0: no limit) until ``stopped``."""
 
     def __init__(self, bytes_per_s: float, stopped: threading.Event) -> None:
         self._bytes_per_s = bytes_per_s
@@ -163,6 +163,26 @@ class Stream:
         data = bytearray(size)
         self._fill(memoryview(data))
         return bytes(data)
+
+    def give_descriptor(self, descriptor: int) -> None:
+        """An open file, for the other side to have as well."""
+        try:
+            self._limit(socket.SO_SNDTIMEO, "a file could not be handed over")
+            socket.send_fds(self._socket, [b"\0"], [descriptor])
+        except OSError as error:
+            raise TransferError(f"handing over a file: {error}") from None
+
+    def take_descriptor(self) -> int:
+        """What ``give_descriptor`` gave; the caller closes it."""
+        try:
+            self._limit(socket.SO_RCVTIMEO, "a file did not come")
+            _, found, _, _ = socket.recv_fds(self._socket, 1, 1)
+        except OSError as error:
+            raise TransferError(f"taking over a file: {error}") from None
+        if len(found) != 1:
+            raise TransferError("the sender hung up")
+        os.set_inheritable(found[0], False)
+        return found[0]
 
     def _fill(self, data: memoryview) -> None:
         try:

@@ -1,29 +1,34 @@
 """One worker's part of a transfer, in threads of its own, so that serving goes on.
 
-First every box goes over the stream of its pair of ranks; each stream has a thread at both ends and
-waits for nobody else, so that no order of operations can lock up. Then, if weights are quantised on
+First every box goes over the stream of its pair of ranks, or is copied from the memory that the
+other end shows over it; each stream has a thread at both ends and waits for nobody else, so that no
+order of operations can lock up. Then, if weights are quantised on
 the way, the ranks of a layer exchange the largest values of rows that they share, and each
 quantises its part. ``deadline_s`` bounds all of it; ``abort`` ends it at once.
 """
 
 import contextlib
+import json
 import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from oserve.engines.weights.memory import Memory, mapped
 from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
 
 # A parameter's name, and start and stop in each dimension.
 Part = tuple[str, Sequence[Sequence[int]]]
 
 _NICE = 5
-_CHECK_BYTES = 16 << 20
+# Copying this much before summing it takes no new memory each time.
+_CHECK_BYTES = 512 << 10
+_COPY_BYTES = 8 << 20
 _PACE = 127.0
 
 
@@ -90,10 +95,20 @@ class Job:
 
 
 class Transfer(Job):
-    """Carries an order out on ``tensors`` (CPU tensors, by parameter name)."""
+    """Carries an order out on ``tensors`` (CPU tensors, by parameter name).
 
-    def __init__(self, order: Order, tensors: Mapping[str, Any], listener: Listener) -> None:
+    What lies in ``memory`` is not sent: the other side copies it from there.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        tensors: Mapping[str, Any],
+        listener: Listener,
+        memory: Memory | None = None,
+    ) -> None:
         super().__init__(order.name)
+        self._memory = memory
         self.staged_sums: dict[str, int] = {}
         self._order = order
         self._tensors = tensors
@@ -134,6 +149,7 @@ class Transfer(Job):
             callers, called = self._peers()
             outgoing, incoming = self._connected(callers, called)
             throttle = Throttle(order.bytes_per_s, self.stopped)
+            taking = Throttle(order.bytes_per_s, self.stopped)
             self._side_by_side(
                 [
                     *(
@@ -141,7 +157,7 @@ class Transfer(Job):
                         for peer, parts in order.sends
                     ),
                     *(
-                        (lambda s=incoming[peer], p=parts: self._receive(s, p))
+                        (lambda s=incoming[peer], p=parts: self._receive(s, p, taking))
                         for peer, parts in order.receives
                     ),
                 ]
@@ -205,22 +221,58 @@ class Transfer(Job):
             raise failed[0]
 
     def _send(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+        shown = self._show(stream, parts)
         for number, (name, box) in enumerate(parts):
-            data = _bytes_of(_part(self._tensors[name], box).contiguous())
-            stream.send(number, data, throttle)
-            self._count(0, len(data))
+            part = part_of(self._tensors[name], box)
+            if name not in shown:
+                stream.send(number, _bytes_of(part.contiguous()), throttle)
+            self._count(0, part.nbytes)
 
-    def _receive(self, stream: Stream, parts: Sequence[Part]) -> None:
+    def _receive(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+        seen = self._see(stream)
         for number, (name, box) in enumerate(parts):
-            place = _part(self._staged.get(name, self._tensors.get(name)), box)
-            whole = place if place.is_contiguous() else torch.empty_like(place)
-            data = _bytes_of(whole)
-            stream.receive(number, data)
-            if whole is not place:
-                place.copy_(whole)
+            place = part_of(self._staged.get(name, self._tensors.get(name)), box)
+            if number in seen:
+                self._copy(place, seen[number], throttle)
+            else:
+                whole = place if place.is_contiguous() else torch.empty_like(place)
+                stream.receive(number, _bytes_of(whole))
+                if whole is not place:
+                    place.copy_(whole)
             if name in self._staged:
-                self.staged_sums[part_key(name, box)] = zlib.crc32(data)
-            self._count(1, len(data))
+                self.staged_sums[part_key(name, box)] = checksum(place)
+            self._count(1, place.nbytes)
+
+    def _show(self, stream: Stream, parts: Sequence[Part]) -> Set[str]:
+        """Tell the other side what of it it can map, and hand that over; the names."""
+        own = {name: self._tensors[name] for name, _ in parts if name in self._tensors}
+        places = self._memory.places(own) if self._memory is not None else {}
+        boxes = [(number, *part) for number, part in enumerate(parts) if part[0] in places]
+        words = json.dumps([places, boxes]).encode()
+        stream.give(memoryview(len(words).to_bytes(8, "big") + words))
+        if self._memory is not None and places:
+            stream.give_descriptor(self._memory.descriptor)
+        return places.keys()
+
+    def _see(self, stream: Stream) -> Mapping[int, Any]:
+        """What the other side shows of it, by number."""
+        places, boxes = json.loads(stream.take(int.from_bytes(stream.take(8), "big")))
+        if not places:
+            return {}
+        tensors = mapped(stream.take_descriptor(), places)
+        return {number: part_of(tensors[name], box) for number, name, box in boxes}
+
+    def _copy(self, place: Any, part: Any, throttle: Throttle) -> None:
+        if (place.shape, place.dtype) != (part.shape, part.dtype):
+            raise TransferError(f"{list(part.shape)} {part.dtype} came, not {list(place.shape)}")
+        size = min(_COPY_BYTES, throttle.chunk_bytes)
+        for to, of in zip(_pieces(place, size), _pieces(part, size), strict=True):
+            if self.stopped.is_set():
+                raise TransferError("aborted")
+            if time.monotonic() >= self._deadline_s:
+                raise TransferError("not all was copied within the deadline")
+            throttle.wait(of.nbytes)
+            to.copy_(of)
 
     def _count(self, way: int, size: int) -> None:
         with self._lock:
@@ -293,21 +345,33 @@ class Checksums(Job):
         return {**super().document(), "sums": self._sums if done else []}
 
     def _work(self) -> None:
+        # What several others were given is summed once.
+        known = dict(self._staged)
         for name, box in self._parts:
             if self.stopped.is_set():
                 raise TransferError("aborted")
-            known = self._staged.get(part_key(name, box))
-            part = None if known is not None else _part(self._tensors[name], box)
-            self._sums.append(checksum(part) if known is None else known)
+            key = part_key(name, box)
+            if key not in known:
+                known[key] = checksum(part_of(self._tensors[name], box))
+            self._sums.append(known[key])
 
 
 def checksum(tensor: Any) -> int:
     """CRC-32 of a tensor's values, row after row."""
-    flat = _bytes_of(tensor.contiguous().cpu())
     total = 0
-    for start in range(0, len(flat), _CHECK_BYTES):
-        total = zlib.crc32(flat[start : start + _CHECK_BYTES], total)
+    for part in _pieces(tensor, _CHECK_BYTES):
+        total = zlib.crc32(_bytes_of(part.contiguous().cpu()), total)
     return total
+
+
+def _pieces(tensor: Any, size_bytes: int) -> Iterator[Any]:
+    """Some rows at a time."""
+    if tensor.nbytes <= size_bytes:
+        yield tensor
+        return
+    rows = max(1, tensor.shape[0] * size_bytes // tensor.nbytes)
+    for start in range(0, tensor.shape[0], rows):
+        yield tensor[start : start + rows]
 
 
 def part_key(name: str, box: Sequence[Sequence[int]]) -> str:
@@ -315,7 +379,8 @@ def part_key(name: str, box: Sequence[Sequence[int]]) -> str:
     return f"{name}{[list(edge) for edge in box]}"
 
 
-def _part(tensor: Any, box: Sequence[Sequence[int]]) -> Any:
+def part_of(tensor: Any, box: Sequence[Sequence[int]]) -> Any:
+    """A view of what is in the box. Raises TransferError if there is no tensor."""
     if tensor is None:
         raise TransferError("a parameter is not known here")
     return tensor[tuple(slice(start, stop) for start, stop in box)]
