@@ -186,8 +186,10 @@ async def switched(
     await asyncio.sleep(quiet_s)
     if cold is not None:
         drop(cold)
-    start_s = time.time()
     body = await asyncio.to_thread(plan.read_bytes)
+    async with session.post(url + "/oserve/v1/plan", data=body) as answer:
+        waves = (await answer.json())["switch"].get("waves", ())
+    start_s = time.time()
     async with session.post(url + "/oserve/v1/switch", data=body) as answer:
         assert answer.status == 200, await answer.text()
     while True:
@@ -213,6 +215,9 @@ async def switched(
         "until_it_serves_s": committed_s - start_s,
         "until_over_s": end_s - start_s,
         "phases_s": took,
+        "engines": max((len(wave["start"]) for wave in waves), default=0),
+        "links_busy_s": sum(wave["links_busy_s"] for wave in waves),
+        "waves": len(waves),
         "moved_bytes": moved,
         "bytes_per_s": moved / took["transfer"] if moved else None,
         "gap_before_s": watch.longest_gap_s(begun_s, start_s),
@@ -320,6 +325,7 @@ async def in_a_row(model: Path, folder: Path, named: dict[str, Path], count: int
         "failed": sum(item.startswith("failed: ") for item in told),
         "differed": sum(item != known and not item.startswith("failed: ") for item in told),
         "moved": moved,
+        "rows": reports,
     }
 
 

@@ -22,11 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from oserve.app.simulated import Traffic, traffic_from
+from oserve.config import load_switch_costs
 from oserve.study.control import Course, courses
 from oserve.study.counterfactual import jittered
 from oserve.study.experiment import SLO, Setup, scene, tell
 from oserve.study.ours import OServeTuner
 from oserve.study.ways import ways
+from oserve.switch.costs import SwitchCosts
 from oserve.traces import PATTERNS, TraceRequest, synthesise_pattern
 
 # Near the knee of the tuned static deployment of 16 H100 at either end.
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--drawings", type=int, default=2, help="that switches are judged by, too")
     parser.add_argument("--ways", action="store_true", help="switches made in different ways")
     parser.add_argument("--policies", default="", help="only these, by name, with ; between")
+    parser.add_argument("--switch-costs", help="file that benchmarks/switch/fit.py wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write all figures as JSON")
     given = parser.parse_args()
@@ -61,6 +64,7 @@ def main() -> None:
         jobs=1,
         models=tuple(given.models.split(",")),
         out=given.out,
+        switch_costs=load_switch_costs(given.switch_costs) if given.switch_costs else SwitchCosts(),
     )
     titles = [Path(given.trace).name] if given.trace else given.patterns.split(",")
     found: dict[str, list[Course]] = {}

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from oserve.config import load_cluster
+from oserve.config import load_cluster, load_switch_costs
 from oserve.core import OServeError, Precision
 from oserve.study.compare import Row, Wish, compare, usable_cores
 from oserve.study.policies import policy_names
 from oserve.study.report import document, page
 from oserve.study.scene import SceneChoice, make_scene
+from oserve.switch.costs import SwitchCosts
 from oserve.traces import Slo, TraceRequest, read_trace, synthesise
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -56,6 +57,10 @@ def simulate(
     perf: Annotated[
         str | None, typer.Option(help="roofline, aiconfigurator, or a profile file.")
     ] = None,
+    switch_costs: Annotated[
+        str | None,
+        typer.Option(help="File of what switches cost, such as benchmarks/switch/fit.py writes."),
+    ] = None,
     capacity: Annotated[
         bool, typer.Option(help="Also find the highest rate scale at which the SLO holds.")
     ] = True,
@@ -91,6 +96,7 @@ def simulate(
             interval_s=interval,
             learn_s=learn,
             seed=seed,
+            switch_costs=load_switch_costs(switch_costs) if switch_costs else SwitchCosts(),
         ),
         requests,
         source_name=source,

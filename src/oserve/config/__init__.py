@@ -5,6 +5,7 @@ below. It does not know what is done with them.
 """
 
 from oserve.config.cluster import ClusterSpec, load_cluster
+from oserve.config.costs import load_switch_costs
 from oserve.config.plan import load_plan, parse_plan, plan_yaml
 from oserve.config.rates import load_rates
 from oserve.config.settings import (
@@ -29,6 +30,7 @@ __all__ = [
     "load_plan",
     "load_rates",
     "load_settings",
+    "load_switch_costs",
     "parse_override",
     "parse_plan",
     "plan_yaml",

@@ -4,14 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from oserve.config import load_cluster
+from oserve.config import load_cluster, load_switch_costs
 from oserve.study.compare import Row, Wish, compare, usable_cores
 from oserve.study.report import row_document
 from oserve.study.scene import Scene, SceneChoice, make_scene
+from oserve.switch.costs import SwitchCosts
 from oserve.traces import Slo, TraceRequest, read_trace, synthesise
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.1)
@@ -34,6 +35,7 @@ class Setup:
     models: tuple[str, ...]
     out: Path | None
     tensor_parallel_only: bool = False
+    switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
 
     @property
     def words(self) -> str:
@@ -64,6 +66,7 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
         action="store_true",
         help="no pipeline parallel, whose step times were never measured",
     )
+    parser.add_argument("--switch-costs", help="file that benchmarks/switch/fit.py wrote")
     given = parser.parse_args()
     return Setup(
         trace=given.trace,
@@ -73,6 +76,7 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
         models=tuple(given.models.split(",")),
         out=given.out,
         tensor_parallel_only=given.tensor_parallel_only,
+        switch_costs=load_switch_costs(given.switch_costs) if given.switch_costs else SwitchCosts(),
     )
 
 
@@ -90,6 +94,7 @@ def scene(
     wanted = SceneChoice(
         model=model, devices=spec.devices, network=spec.network, slo=SLO, seed=asked.seed
     )
+    wanted = replace(wanted, switch_costs=asked.switch_costs)
     if asked.tensor_parallel_only:
         wanted = replace(wanted, pipeline_parallel_sizes=(1,))
     return make_scene(

@@ -4,8 +4,8 @@ Replicas are rolled out in stages as on a live server; what changes is the start
 replicas on its devices are drained they give up their KV cache. Where both weights fit, a standby
 engine has come up meanwhile and nothing is waited for; else the old ones end first and starting
 the engine counts. Then the weights come over idle links (``switch.transfer``), at the share of
-their bandwidth and with the constants of ``SwitchCosts``; transfers at the same time take turns.
-With nobody to copy from it is a cold start. It has been measured on no engine.
+their bandwidth and with the constants of the scene's ``SwitchCosts``; transfers at the same time
+take turns. With nobody to copy from it is a cold start.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from oserve.perf.device import find_device, find_link
 from oserve.perf.source import RooflineSource
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.study.scene import Scene
-from oserve.switch.costs import SwitchCosts
 from oserve.switch.layout import architecture_of, placed_of
 from oserve.switch.links import links_of
 from oserve.switch.transfer import plan_transfer
@@ -25,9 +24,9 @@ from oserve.switch.transfer import plan_transfer
 class TransferTimes:
     """Of a scene's replicas; makes each transfer plan once."""
 
-    def __init__(self, scene: Scene, costs: SwitchCosts | None = None) -> None:
+    def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self._costs = costs or SwitchCosts()
+        self._costs = scene.switch_costs
         self._links = links_of(scene.devices, find_link(scene.network))
         self._known: dict[tuple[object, ...], float] = {}
 

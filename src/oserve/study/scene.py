@@ -7,7 +7,7 @@ is new to them.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.sim.phases import Phases
+from oserve.switch.costs import SwitchCosts
 from oserve.traces import Slo, TraceRequest
 
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
@@ -54,6 +55,7 @@ class Scene:
     learn_s: float | None = None
     seed: int = 0
     network: str = DEFAULT_NETWORK
+    switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
 
     @property
     def learned(self) -> Traffic:
@@ -99,6 +101,7 @@ class SceneChoice:
     learn_s: float | None = None
     types: int | None = None
     seed: int = 0
+    switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
 
 
 def make_scene(
@@ -162,6 +165,7 @@ def make_scene(
         learn_s=choice.learn_s,
         seed=choice.seed,
         network=choice.network,
+        switch_costs=choice.switch_costs,
     )
 
 

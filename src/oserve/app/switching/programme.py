@@ -336,6 +336,7 @@ def _told(step: Step) -> dict[str, Any]:
         "sources": sorted({order.replica for order in step.orders if order.sends}),
         "moved_bytes": traffic.moved_bytes,
         "local_bytes": traffic.local_bytes,
+        "links_busy_s": step.transfer.busy_s,
         "links": [
             {"source": source, "target": target, "bytes": size}
             for (source, target), size in sorted(traffic.pairs.items())
