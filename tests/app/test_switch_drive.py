@@ -111,6 +111,10 @@ class ToyMover:
         if fate := self._scene.fates.get("generate"):
             await fate()
 
+    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float:
+        self._scene.asked.append(f"surprise {replica}")
+        return self._scene.surprises.get(replica, 2.0)
+
     async def close(self) -> None:
         pass
 
@@ -146,6 +150,7 @@ class Scene:
         )
         self.fates: dict[str, Callable[[], Any]] = {}
         self.asked: list[str] = []
+        self.surprises: dict[str, float] = {}
         self.settled: list[tuple[str, str]] = []
         self.tables: list[frozenset[str]] = []
         self.room = -1
@@ -287,6 +292,22 @@ async def test_what_fails_before_the_commit_leaves_the_old_plan(scene: Scene, wh
     await scene.whole(report)
     assert ("cut" in report.reason) == (where != "layout")
     assert len(scene.asked) == {"layout": 0, "move": 3}.get(where, 1)
+
+
+async def test_weights_made_on_the_way_must_be_as_good(tmp_path: Path, model: str) -> None:
+    """Perplexity may rise by a twentieth; beyond, the old plan stays."""
+    wide = NEW.replicas[0]
+    made = replace(wide, shape=replace(wide.shape, precision=Precision.BF16))
+    plan = replace(NEW, replicas=(made, NEW.replicas[1]))
+    for number, (nats, state) in enumerate(((2.04, "done"), (2.06, "rolled_back"))):
+        scene = Scene(tmp_path / str(number), model)
+        await scene.start()
+        scene.surprises = {"w": nats}
+        report = await scene.finish(plan)
+        assert report.state == state
+        await scene.whole(report)
+        assert [one for one in scene.asked if one != "move"] == ["surprise a", "surprise w"]
+    assert "raise perplexity by 6.2 %" in report.reason
 
 
 @pytest.mark.parametrize("victim", ["k", "w"])

@@ -77,12 +77,14 @@ class SwitchSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     ``method``: ``auto`` moves weights between engines where it can and restarts engines otherwise,
     ``restart`` always does the latter. ``transfer_limit_s``: a transfer may take this long, or
     twenty times what was predicted if that is more. ``bytes_per_s``: what a rank sends or takes;
-    0 for no bound.
+    0 for no bound. ``max_perplexity_rise``: a replica whose weights were quantised on the way may
+    find a text that much less likely than the one they came from, as a share.
     """
 
     method: Annotated[str, msgspec.Meta(pattern="^(auto|restart)$")] = "auto"
     transfer_limit_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     bytes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    max_perplexity_rise: Annotated[float, msgspec.Meta(ge=0)] = 0.05
 
 
 class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -65,6 +65,33 @@ class EngineControl:
             return str(answer["choices"][0]["text"])
         raise EngineControlError("its first request had no answer")
 
+    async def surprise(
+        self, model: str, text: str, *, most_tokens: int, timeout_s: float | None = None
+    ) -> float:
+        """Mean negative logarithm of the chances it gives to a text's tokens, nats a token.
+
+        Of its last ``most_tokens``; perplexity is the exponential of it.
+        """
+        body = {
+            "model": model,
+            "prompt": text,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+            "truncate_prompt_tokens": most_tokens,
+        }
+        answer = await self._post("/v1/completions", body, timeout_s)
+        with contextlib.suppress(KeyError, IndexError, TypeError, AttributeError):
+            # The first token has no chance; of each other one only its own is told.
+            found = [
+                float(entry["logprob"])
+                for token in answer["choices"][0]["prompt_logprobs"][1:]
+                for entry in token.values()
+            ]
+            if found:
+                return -sum(found) / len(found)
+        raise EngineControlError("it told no chances of the tokens of a prompt")
+
     async def _post(self, path: str, body: Any, timeout_s: float | None) -> dict[str, Any]:
         if self._session is None:
             self._session = aiohttp.ClientSession(

@@ -19,6 +19,20 @@ _POLL_S = 0.05
 _ABORT_S = 5.0
 _PROMPT = [5] * 8
 _FORGET_TRIES = 20
+_PROBE_TOKENS = 192
+PROBE = (
+    "The bridge was closed for repairs in the spring, so everyone who worked on the island took "
+    "the ferry. It left at twenty past seven and again at eight. On most mornings the second one "
+    "was late, because the harbour master let the fishing boats go first.\n\n"
+    "def mean(values: list[float]) -> float:\n"
+    '    """The sum of all values, divided by how many there are."""\n'
+    "    if not values:\n"
+    "        raise ValueError('the mean of nothing is not defined')\n"
+    "    return sum(values) / len(values)\n\n"
+    "Water boils at 100 degrees Celsius at sea level; on a mountain of 3,000 metres it does so at "
+    "about 90. Question: why does rice take longer to cook up there? Answer: because"
+)
+"""What replicas are compared by whose weights were made on the way: prose, code, a question."""
 
 
 class MoveError(Exception):
@@ -63,6 +77,15 @@ class Mover:
         """One short greedy completion. Raises MoveError if there is none."""
         try:
             await self._engines[replica].complete(model, _PROMPT, 2, limit_s)
+        except EngineControlError as error:
+            raise MoveError(f"{replica}: {error}") from None
+
+    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float:
+        """How little a replica expects of a text, nats a token. Raises MoveError."""
+        try:
+            return await self._engines[replica].surprise(
+                model, PROBE, most_tokens=_PROBE_TOKENS, timeout_s=limit_s
+            )
         except EngineControlError as error:
             raise MoveError(f"{replica}: {error}") from None
 

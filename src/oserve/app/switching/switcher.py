@@ -224,6 +224,7 @@ class Switcher:
             progress=progress,
             mover=facts.mover or partial(_mover, facts.clock, facts.settings.switch.bytes_per_s),
             transfer_limit_s=facts.settings.switch.transfer_limit_s,
+            max_perplexity_rise=facts.settings.switch.max_perplexity_rise,
         )
 
     def _prepared(self, plan: DeploymentPlan, observation: Observation) -> Programme:

@@ -6,6 +6,7 @@ force does not have; here it is only waited for.
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,6 +60,8 @@ class Moving(Protocol):
 
     async def generate(self, replica: str, model: str, *, limit_s: float) -> None: ...
 
+    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float: ...
+
     async def close(self) -> None: ...
 
 
@@ -67,7 +70,8 @@ class WorkFacts:
     """``name``: of the switch. ``hold``: what the control loop is to leave alone from now on.
 
     ``route``: the plan is in force from now on, in all that routes and reconciles. ``progress``
-    hears bytes. ``mover`` makes one for endpoints.
+    hears bytes. ``mover`` makes one for endpoints. ``max_perplexity_rise``: by what share a
+    replica whose weights were made on the way may find a text less likely than its source does.
     """
 
     name: str
@@ -81,6 +85,7 @@ class WorkFacts:
     progress: Callable[[int], None]
     mover: Callable[[Mapping[str, Endpoint]], Moving]
     transfer_limit_s: float
+    max_perplexity_rise: float
 
 
 class ClusterWork:
@@ -290,8 +295,45 @@ class ClusterWork:
             await asyncio.gather(
                 *(mover.generate(name, model, limit_s=_CHECK_S) for name in step.wave.start)
             )
+            for name in dict.fromkeys(one.replica for one in step.transfer.conversions):
+                await self._compare_quality(mover, step, name)
         finally:
             await mover.close()
+
+    async def _compare_quality(self, mover: Moving, step: Step, made: str) -> None:
+        """Whether quantising on the way cost more than it may."""
+        facts = self._facts
+        numbers = {
+            peer for order in step.orders if order.replica == made for peer in order.receives
+        }
+        source = next(
+            (
+                step.orders[number].replica
+                for number in sorted(numbers)
+                if step.orders[number].replica != made
+            ),
+            None,
+        )
+        if source is None:
+            return
+        before, after = await asyncio.gather(
+            mover.surprise(source, facts.model, limit_s=_CHECK_S),
+            mover.surprise(made, facts.model, limit_s=_CHECK_S),
+        )
+        rise = math.expm1(after - before)
+        _log.info(
+            "switch %s: perplexity of %s is %+.2f %% of that of %s",
+            facts.name,
+            made,
+            100 * rise,
+            source,
+        )
+        if not rise <= facts.max_perplexity_rise:
+            raise TaskFailedError(
+                f"the weights of {made}, made on the way, raise perplexity by {100 * rise:.1f} %; "
+                f"switch.max_perplexity_rise allows {100 * facts.max_perplexity_rise:.1f} %",
+                final=True,
+            )
 
 
 def _replicas(step: Step) -> list[str]:
