@@ -188,7 +188,7 @@ async def switched(
         drop(cold)
     body = await asyncio.to_thread(plan.read_bytes)
     async with session.post(url + "/oserve/v1/plan", data=body) as answer:
-        waves = (await answer.json())["switch"].get("waves", ())
+        waves = (await answer.json()).get("foreseen", {}).get("waves", ())
     start_s = time.time()
     async with session.post(url + "/oserve/v1/switch", data=body) as answer:
         assert answer.status == 200, await answer.text()
