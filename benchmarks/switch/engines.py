@@ -217,6 +217,7 @@ async def switched(
         "phases_s": took,
         "engines": max((len(wave["start"]) for wave in waves), default=0),
         "links_busy_s": sum(wave["links_busy_s"] for wave in waves),
+        "largest_bytes": max((wave["largest_bytes"] for wave in waves), default=0),
         "waves": len(waves),
         "moved_bytes": moved,
         "bytes_per_s": moved / took["transfer"] if moved else None,
@@ -307,7 +308,8 @@ async def in_a_row(model: Path, folder: Path, named: dict[str, Path], count: int
                 name = ("wide", "deep", "narrow")[number % 3]
                 report = await switched(session, url, named[name], watch, None, quiet_s=1.0)
                 reports.append(report)
-                print(number + 1, _line({"way": "row", "failed": 0, "sent": 0, **report}))
+                line = _line({"way": "row", "failed": 0, "sent": 0, **report})
+                print(number + 1, line, file=sys.stderr, flush=True)
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)

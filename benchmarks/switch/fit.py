@@ -39,7 +39,12 @@ def read(paths: list[Path]) -> list[tuple[str, MeasuredSwitch]]:
 
 def measured(row: dict[str, Any]) -> MeasuredSwitch:
     phases = {f"{phase}_s": row["phases_s"][phase] for phase in PHASES}
-    return MeasuredSwitch(engines=row["engines"], busy_s=row["links_busy_s"], **phases)
+    return MeasuredSwitch(
+        engines=row["engines"],
+        busy_s=row["links_busy_s"],
+        given_bytes=row["largest_bytes"],
+        **phases,
+    )
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ def switch_of(costs: SwitchCosts, engines: int, busy_s: float) -> MeasuredSwitch
     blank = MeasuredSwitch(
         engines=engines,
         busy_s=busy_s,
+        given_bytes=int(busy_s * 1e9),
         prepare_s=0.0,
         transfer_s=0.0,
         verify_s=0.0,
@@ -54,7 +55,11 @@ def test_what_made_the_phases_is_found_again(
     start_s: float, further_s: float, join_s: float, share: float, plans: list[tuple[int, float]]
 ) -> None:
     true = SwitchCosts(
-        engine_start_s=start_s, further_start_s=further_s, join_s=join_s, link_share=share
+        engine_start_s=start_s,
+        further_start_s=further_s,
+        join_s=join_s,
+        link_share=share,
+        check_s_per_byte=further_s * 1e-9,
     )
     measured = [switch_of(true, *plan) for plan in plans]
     found = fit_costs(measured)
@@ -66,6 +71,7 @@ def test_what_made_the_phases_is_found_again(
         told = predicted_s(found, one)
         assert told["prepare"] == pytest.approx(one.prepare_s, rel=1e-6)
         assert told["transfer"] == pytest.approx(one.transfer_s, rel=1e-4)
+        assert told["verify"] == pytest.approx(one.verify_s, rel=1e-4)
     if len({engines for engines, _ in plans}) > 1:
         assert found.engine_start_s == pytest.approx(start_s, rel=1e-6)
         assert found.further_start_s == pytest.approx(further_s, rel=1e-6)

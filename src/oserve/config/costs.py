@@ -19,6 +19,7 @@ class _CostsFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     link_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = _USUAL.link_share
     quantise_s_per_byte: Annotated[float, msgspec.Meta(ge=0, le=1)] = _USUAL.quantise_s_per_byte
     verify_s: _Seconds = _USUAL.verify_s
+    check_s_per_byte: Annotated[float, msgspec.Meta(ge=0, le=1)] = _USUAL.check_s_per_byte
     commit_s: _Seconds = _USUAL.commit_s
     drain_s: _Seconds = _USUAL.drain_s
     room_s: _Seconds = _USUAL.room_s

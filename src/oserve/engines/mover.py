@@ -6,9 +6,9 @@ failure of any rank ends the transfer on all of them, and every step has a time 
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 from oserve.core import Clock, Endpoint
@@ -16,6 +16,7 @@ from oserve.engines.control import EngineControl, EngineControlError
 from oserve.switch.orders import RankOrder
 
 _POLL_S = 0.05
+_ROUNDS = 20
 _ABORT_S = 5.0
 _PROMPT = [5] * 8
 _FORGET_TRIES = 20
@@ -106,7 +107,7 @@ class Mover:
         started_s = self._clock.now()
         try:
             opened = await self._all(replicas, lambda one: one.call("oserve_weights_open"))
-            addresses = [answer["address"] for answer in chain(*opened)]
+            addresses = [answer["address"] for answer in itertools.chain(*opened)]
             documents = [
                 _document(order, number, name, addresses, limit_s, self._bytes_per_s)
                 for number, order in enumerate(orders)
@@ -172,15 +173,25 @@ class Mover:
         deadline_s: float,
         progress: Callable[[int], None] = lambda _bytes: None,
     ) -> list[dict[str, Any]]:
-        """What each rank says when all are done."""
+        """What each rank says when all are done.
+
+        Who is done is asked now and then only whether it lives: each question holds up an engine
+        that serves.
+        """
+        told: dict[str, list[dict[str, Any]]] = {}
+        rounds = 0
         while True:
-            answers = await self._all(replicas, lambda one: one.call("oserve_weights_status"))
-            for replica, ranks in zip(replicas, answers, strict=True):
+            everybody = rounds % _ROUNDS == 0
+            asked = [one for one in replicas if everybody or not _done(told.get(one, ()))]
+            rounds += 1
+            answers = await self._all(asked, lambda one: one.call("oserve_weights_status"))
+            for replica, ranks in zip(asked, answers, strict=True):
+                told[replica] = ranks
                 for rank, document in enumerate(ranks):
                     if document["state"] not in {"running", "done"}:
                         reason = document.get("reason") or document["state"]
                         raise MoveError(f"{replica} rank {rank}: {reason}")
-            documents = list(chain(*answers))
+            documents = list(itertools.chain(*(told[replica] for replica in replicas)))
             progress(sum(document.get("received_bytes", 0) for document in documents))
             if all(document["state"] == "done" for document in documents):
                 return documents
@@ -224,6 +235,10 @@ async def _answers(replicas: Sequence[str], calls: Sequence[Awaitable[Any]]) -> 
     return list(answers)
 
 
+def _done(documents: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(documents) and all(document["state"] == "done" for document in documents)
+
+
 def _of(orders: Sequence[RankOrder], replica: str) -> list[RankOrder]:
     return [order for order in orders if order.replica == replica]
 
@@ -263,7 +278,7 @@ def _document(
 
 def _checked(order: RankOrder) -> list[Any]:
     """All parts of a rank: what it sends, then what it receives."""
-    return [*chain(*order.sends.values()), *chain(*order.receives.values())]
+    return [*itertools.chain(*order.sends.values()), *itertools.chain(*order.receives.values())]
 
 
 def _slice(parts: Mapping[int, Sequence[Any]], peer: int, sums: Sequence[int]) -> Sequence[int]:

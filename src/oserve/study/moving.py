@@ -18,7 +18,7 @@ from oserve.sim.fleet_cluster import FleetCluster
 from oserve.study.scene import Scene
 from oserve.switch.layout import architecture_of, placed_of
 from oserve.switch.links import links_of
-from oserve.switch.transfer import plan_transfer
+from oserve.switch.transfer import TransferPlan, plan_transfer
 
 
 class TransferTimes:
@@ -53,8 +53,8 @@ class TransferTimes:
         kept = tuple(old for old in left if self._fit_together(old, spec))
         key = (spec, tuple(holders), kept, tuple(left), beside)
         if key not in self._known:
-            copying_s = self._copying_s(spec, (*holders, *kept))
-            if copying_s is None:
+            plan = self._plan(spec, (*holders, *kept))
+            if plan is None:
                 self._known[key] = scene.phases.load_s(scene.weights_bytes(spec.shape))
             else:
                 hidden = bool(left) and len(kept) == len(left)
@@ -62,19 +62,20 @@ class TransferTimes:
                 self._known[key] = (
                     (0.0 if hidden else costs.room_s + engine_s)
                     + costs.join_s
-                    + copying_s * (1 + beside)
+                    + (plan.busy_s / costs.link_share + plan.latency_s) * (1 + beside)
                     + costs.verify_s
+                    + max(plan.given_bytes.values()) * costs.check_s_per_byte
                     + costs.commit_s
                 )
         return self._known[key]
 
-    def _copying_s(self, spec: ReplicaSpec, sources: Sequence[ReplicaSpec]) -> float | None:
-        """Over idle links; ``None`` where the weights are nowhere, or the model's are not known."""
+    def _plan(self, spec: ReplicaSpec, sources: Sequence[ReplicaSpec]) -> TransferPlan | None:
+        """``None`` where the weights are nowhere, or the model's are not known."""
         source = self._scene.source
         if not sources or not isinstance(source, RooflineSource):
             return None
         try:
-            plan = plan_transfer(
+            return plan_transfer(
                 architecture_of(source.model),
                 [placed_of(item) for item in sources],
                 [placed_of(spec)],
@@ -82,7 +83,6 @@ class TransferTimes:
             )
         except OServeError:
             return None
-        return plan.busy_s / self._costs.link_share + plan.latency_s
 
     def _fit_together(self, old: ReplicaSpec, new: ReplicaSpec) -> bool:
         """Whether an engine that gave up its KV cache and a new one without fit on a device."""

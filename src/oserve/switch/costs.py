@@ -17,7 +17,8 @@ class SwitchCosts:
 
     ``engine_start_s``: a standby engine with dummy weights, warmed; ``further_start_s``: each
     further one that starts on the same host. ``join_s``: forming the group of a transfer.
-    ``quantise_s_per_byte`` is per plain byte on a device. ``room_s``: releasing or ending an
+    ``quantise_s_per_byte`` is per plain byte on a device, ``check_s_per_byte`` per byte that a
+    device was given; ``verify_s`` is the rest of verifying. ``room_s``: releasing or ending an
     engine that makes room, once it is drained.
     """
 
@@ -27,6 +28,7 @@ class SwitchCosts:
     link_share: float = 0.8
     quantise_s_per_byte: float = 1e-11
     verify_s: float = 1.0
+    check_s_per_byte: float = 0.0
     commit_s: float = 0.05
     drain_s: float = 10.0
     room_s: float = 1.0
@@ -107,19 +109,18 @@ def _phase(
     for replica in wave.start:
         by_host[hosts[replica]] = by_host.get(hosts[replica], 0) + 1
     crowd = max(by_host.values(), default=0)
-    quantised: dict[str, int] = {}
+    given = transfer.given_bytes
     converted = {conversion.target for conversion in transfer.conversions}
-    for copy in (*transfer.copies, *transfer.kept):
-        if copy.target in converted:
-            quantised[copy.target] = quantised.get(copy.target, 0) + copy.item.size_bytes
-    extra_s = max(quantised.values(), default=0) * costs.quantise_s_per_byte
+    quantised = max((given.get(target, 0) for target in converted), default=0)
+    extra_s = quantised * costs.quantise_s_per_byte
+    checks_s = costs.verify_s + max(given.values(), default=0) * costs.check_s_per_byte
     moves = bool(transfer.copies or transfer.kept)
     busy_s = transfer.busy_s / costs.link_share + transfer.latency_s + extra_s
     return PhaseSeconds(
         room_s=costs.drain_s + costs.room_s if room else 0.0,
         prepare_s=costs.engine_start_s + (crowd - 1) * costs.further_start_s if crowd else 0.0,
         transfer_s=costs.join_s + busy_s if moves else 0.0,
-        verify_s=costs.verify_s if crowd else 0.0,
+        verify_s=checks_s if crowd else 0.0,
         commit_s=costs.commit_s,
         drain_s=costs.drain_s if wave.retire else 0.0,
     )

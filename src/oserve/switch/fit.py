@@ -1,8 +1,8 @@
 """The constants of ``SwitchCosts`` from switches that were measured, and how well they tell them.
 
 Each phase is a line with no negative coefficient: preparing over the engines that start at once,
-transferring over the seconds for which the plan keeps the busiest of idle links. Phases that do not
-depend on the plan are medians.
+transferring over the seconds for which the plan keeps the busiest of idle links, verifying over the
+bytes that the fullest device is given. Phases that do not depend on the plan are medians.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,15 @@ _MOST_SHARE = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSwitch:
-    """One wave. ``engines``: the most that started on one host; ``busy_s``: of its plan.
+    """One wave. ``engines``: the most that started on one host; ``busy_s``: of its plan, as are
+    ``given_bytes``, the most that one device is given.
 
     Seconds of each phase, as the server reports them.
     """
 
     engines: int
     busy_s: float
+    given_bytes: int
     prepare_s: float
     transfer_s: float
     verify_s: float
@@ -57,13 +59,19 @@ def fit_costs(measured: Sequence[MeasuredSwitch], start: SwitchCosts | None = No
         [one.transfer_s for one in measured],
         slope=1 / costs.link_share,
     )
+    verify_s, check_s_per_byte = _line(
+        [one.given_bytes for one in measured],
+        [one.verify_s for one in measured],
+        slope=costs.check_s_per_byte,
+    )
     return replace(
         costs,
         engine_start_s=first_s,
         further_start_s=further_s,
         join_s=join_s,
         link_share=min(_MOST_SHARE, 1 / per_busy_s) if per_busy_s > 0 else _MOST_SHARE,
-        verify_s=median(one.verify_s for one in measured),
+        verify_s=verify_s,
+        check_s_per_byte=check_s_per_byte,
         commit_s=median(one.commit_s for one in measured),
         drain_s=median(one.drain_s for one in measured),
     )
@@ -74,7 +82,7 @@ def predicted_s(costs: SwitchCosts, one: MeasuredSwitch) -> dict[str, float]:
     return {
         "prepare": costs.engine_start_s + (one.engines - 1) * costs.further_start_s,
         "transfer": costs.join_s + one.busy_s / costs.link_share,
-        "verify": costs.verify_s,
+        "verify": costs.verify_s + one.given_bytes * costs.check_s_per_byte,
         "commit": costs.commit_s,
         "drain": costs.drain_s,
     }
@@ -98,18 +106,18 @@ def left_out_errors(measured: Sequence[MeasuredSwitch]) -> list[float]:
 
 def costs_document(costs: SwitchCosts) -> dict[str, float]:
     """Plain data, field by field."""
-    return {field.name: round(getattr(costs, field.name), 4) for field in fields(costs)} | {
-        "quantise_s_per_byte": costs.quantise_s_per_byte
-    }
+    return {field.name: float(f"{getattr(costs, field.name):.4g}") for field in fields(costs)}
 
 
 def _line(x: Sequence[float], y: Sequence[float], *, slope: float) -> tuple[float, float]:
     """Intercept and slope, neither negative; the given slope where there is no telling."""
     places = np.asarray(x, dtype=float)
     values = np.asarray(y, dtype=float)
-    if np.ptp(places) <= 1e-9 * max(1.0, float(np.abs(places).max())):
+    widest = float(np.abs(places).max())
+    if np.ptp(places) <= 1e-9 * max(1e-6, widest):
         at = float(np.median(values))
-        slope = min(slope, at / places[0]) if places[0] > 0 else slope
-        return max(0.0, at - slope * float(places[0])), slope
-    (intercept, found), _ = nnls(np.stack([np.ones_like(places), places], axis=1), values)
-    return float(intercept), float(found)
+        slope = min(slope, at / widest) if widest > 0 else slope
+        return max(0.0, at - slope * widest), slope
+    # Places are scaled, since seconds and bytes differ by ten orders of magnitude.
+    (intercept, found), _ = nnls(np.stack([np.ones_like(places), places / widest], axis=1), values)
+    return float(intercept), float(found) / widest

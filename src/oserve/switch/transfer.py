@@ -63,6 +63,14 @@ class TransferPlan:
     received: tuple[Placed, ...] = ()
 
     @property
+    def given_bytes(self) -> dict[str, int]:
+        """By device, from others and from what it holds itself."""
+        given: dict[str, int] = {}
+        for copy in (*self.copies, *self.kept):
+            given[copy.target] = given.get(copy.target, 0) + copy.item.size_bytes
+        return given
+
+    @property
     def seconds(self) -> float:
         """Predicted duration, on links that carry nothing else."""
         return self.busy_s + self.latency_s

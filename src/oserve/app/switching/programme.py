@@ -337,6 +337,7 @@ def _told(step: Step) -> dict[str, Any]:
         "moved_bytes": traffic.moved_bytes,
         "local_bytes": traffic.local_bytes,
         "links_busy_s": step.transfer.busy_s,
+        "largest_bytes": max(step.transfer.given_bytes.values(), default=0),
         "links": [
             {"source": source, "target": target, "bytes": size}
             for (source, target), size in sorted(traffic.pairs.items())
