@@ -145,6 +145,55 @@ def make_int8_variant(path: Path, out: Path) -> Path:
     return _once(out, write)
 
 
+def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
+    """Write a mixture of experts (Mixtral) made of the tiny model in ``path`` to ``out``.
+
+    Each layer's experts are its MLP with rows turned up and down at random, two of them a token.
+    Idempotent, as ``make_tiny_model``.
+    """
+
+    def write(folder: Path) -> None:
+        import numpy as np
+
+        source = np.random.default_rng(0)
+        tensors: _Tensors = {}
+        for name, weight in _load(path / "model.safetensors").items():
+            prefix, found, kind = name.partition("mlp.")
+            if not found:
+                tensors[name] = weight
+                continue
+            block = prefix + "block_sparse_moe."
+            own = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[kind]
+            for expert in range(experts):
+                turned = source.uniform(0.5, 1.5, (weight.shape[0], 1)).astype(np.float32)
+                tensors[f"{block}experts.{expert}.{own}.weight"] = weight * turned
+            if own == "w1":
+                router = source.standard_normal((experts, weight.shape[1])) / 4
+                tensors[block + "gate.weight"] = router.astype(np.float32)
+        _save(folder / "model.safetensors", tensors)
+        for extra in path.iterdir():
+            if extra.name not in {"model.safetensors", "config.json"}:
+                shutil.copy(extra, folder / extra.name)
+        config = {
+            name: value
+            for name, value in _config().items()
+            if name not in {"attention_bias", "mlp_bias"}
+        }
+        _write_json(
+            folder / "config.json",
+            config
+            | {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "num_local_experts": experts,
+                "num_experts_per_tok": 2,
+                "sliding_window": None,
+            },
+        )
+
+    return _once(out, write)
+
+
 def _once(path: Path, write: Callable[[Path], None]) -> Path:
     """Fill a temporary folder and rename it, so that a half-written model is never seen."""
     if (path / "config.json").exists():

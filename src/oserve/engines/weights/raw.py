@@ -46,6 +46,7 @@ class RawWeights:
         self.memory: Memory | None = getattr(model, _MEMORY, None)
         raw: dict[int, Any] = {}
         left: set[int] = set()
+        self._rebuilds = copies
         self._modules: list[_Processed] = []
         for module in model.modules():
             method = getattr(module, "quant_method", None)
@@ -86,6 +87,9 @@ class RawWeights:
                 for mark in (_DONE, _BLANK):
                     if hasattr(module, mark):
                         delattr(module, mark)
+                if self._rebuilds and getattr(module.quant_method, "moe_kernel", None) is not None:
+                    # Experts' kernels on CPU pack when they are built, and only then.
+                    module.quant_method.moe_kernel = None
                 module.quant_method.process_weights_after_loading(module)
 
 

@@ -1,0 +1,23 @@
+"""A mixture of experts: its weights move between real engines as others' do."""
+
+from pathlib import Path
+
+import pytest
+
+from engines.stage import plan_of, replica, staged
+from oserve.engines.tiny import make_mixture_variant
+
+pytestmark = pytest.mark.engine
+
+
+async def test_experts_move_with_the_rest(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    mixture = make_mixture_variant(tiny_model, tmp_path / "mixture")
+    async with staged(mixture, tmp_path, plan_of("one", replica("a", "cpu:0")), {}) as stage:
+        for name, tp, pp in (("w", 2, 1), ("p", 1, 2), ("s", 1, 1)):
+            devices = ("cpu:0", "cpu:1") if tp * pp == 2 else ("cpu:2",)
+            plan = plan_of(name, replica(name, *devices, tp=tp, pp=pp))
+            report = await stage.switch(plan)
+            assert report.state == "done", report
+            await stage.at(name)
+            assert await stage.answers(name) == stage.reference
