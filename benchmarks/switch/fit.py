@@ -28,10 +28,12 @@ from oserve.switch.fit import (
 
 
 def read(paths: list[Path]) -> list[tuple[str, MeasuredSwitch]]:
-    """Switches of one wave by which weights were moved, with a name for each."""
+    """Switches of one wave by which weights were moved unthrottled, with a name for each."""
     found = []
     for path in paths:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if row.get("way") == "moved, throttled":
+                continue
             if row["method"] == "transfer" and row["state"] == "done" and row["waves"] == 1:
                 found.append((f"{path.stem} to {row['to']}", measured(row)))
     return found
