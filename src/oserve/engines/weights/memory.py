@@ -17,12 +17,13 @@ _ALIGN_BYTES = 64
 
 
 class Memory:
-    """Takes over the memory of ``parameters`` (contiguous, on CPU); their values are zero then.
+    """Where ``parameters`` (those that are contiguous, on CPU) lie from now on.
 
-    Memory is not taken until it is written. Raises OSError where the kernel has no such files.
+    The values of those of more than ``kept_bytes`` are lost: they are zero, and take no memory
+    until they are written. Raises OSError where the kernel has no such files.
     """
 
-    def __init__(self, parameters: Iterable[Any]) -> None:
+    def __init__(self, parameters: Iterable[Any], *, kept_bytes: float = math.inf) -> None:
         own = {id(one): one for one in parameters if _can_move(one)}.values()
         offsets, size = [], 0
         for parameter in own:
@@ -33,7 +34,10 @@ class Memory:
         self._map = mmap.mmap(self.descriptor, max(1, size))
         self._offsets: dict[int, int] = {}
         for parameter, offset in zip(own, offsets, strict=True):
-            parameter.data = _tensor(self._map, offset, parameter.shape, parameter.dtype)
+            place = _tensor(self._map, offset, parameter.shape, parameter.dtype)
+            if parameter.nbytes <= kept_bytes:
+                place.copy_(parameter.data)
+            parameter.data = place
             self._offsets[parameter.data_ptr()] = offset
 
     def holds(self, tensor: Any) -> bool:

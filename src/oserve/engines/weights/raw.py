@@ -11,6 +11,7 @@ are left out.
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,8 +121,11 @@ def keep_raw_weights() -> None:
     def initialize(*arguments: Any, **named: Any) -> Any:
         model = create(*arguments, **named)
         if copies:
-            with contextlib.suppress(OSError, AttributeError):
-                setattr(model, _MEMORY, Memory(model.parameters()))
+            blank = named["vllm_config"].load_config.load_format == "dummy"
+            # What a checkpoint does not have is as it was made.
+            kept_bytes = _LARGE_BYTES if blank else math.inf
+            with contextlib.suppress(OSError):
+                setattr(model, _MEMORY, Memory(model.parameters(), kept_bytes=kept_bytes))
         return model
 
     base_loader.initialize_model = initialize
@@ -143,10 +147,16 @@ def leave_blank() -> None:
     pack = utils.dispatch_cpu_unquantized_gemm
 
     def fill(param: Any, *_bounds: Any, **_named: Any) -> None:
-        if param.device.type == "meta" or not param.is_floating_point():
+        if param.device.type == "meta":
+            return
+        if (value := getattr(param, "dummy_weight_value", None)) is not None:
+            # Whoever made it knows what its layer can bear.
+            param.data.fill_(value)
+            return
+        if not param.is_floating_point():
             return
         # Memory that was not touched yet is zero, and takes none.
-        if memory is None or param.nbytes < _LARGE_BYTES or not memory.holds(param):
+        if memory is None or param.nbytes <= _LARGE_BYTES or not memory.holds(param):
             param.data.fill_(_SMALL)
         # Embeddings that are all alike would be taken for tied ones.
         param.data[(0,) * param.ndim] = _SMALL * next(numbers)
