@@ -109,3 +109,19 @@ async def test_a_transfer_that_stalls_ends_at_its_limit(stage: Stage) -> None:
     assert report.state == "done", report
     await stage.at("s")
     assert await stage.answers("s") == stage.reference
+
+
+async def test_bf16_makes_int8(stage: Stage) -> None:
+    """By way of bf16, itself made of fp32: both are those of the disk."""
+    for name, precision in (("h", Precision.BF16), ("e", Precision.INT8)):
+        report = await stage.switch(plan_of(name, replica(name, "cpu:0", precision=precision)))
+        assert report.state == "done", report
+        await stage.at(name)
+        loaded = replica("disk", "cpu:3", precision=precision)
+        stage.loop.held = frozenset({"disk"})
+        await stage.cluster.apply(StartReplica(spec=loaded))
+        await stage.at(name, "disk")
+        assert await stage.answers(name) == await stage.answers("disk")
+        await stage.cluster.apply(StopReplica(replica="disk"))
+        await stage.at(name)
+        stage.loop.held = frozenset()
