@@ -1,7 +1,8 @@
 """Builds vLLM's own models without weights, as several ranks, and compares them with shard maps.
 
-Run as a program with an architecture and precisions; prints a line for each rank that was built,
-with the differences. One process plays every rank: its groups are told other sizes and ranks.
+Run as a program with architectures and precisions (``LlamaForCausalLM=bf16,int8 ...``); prints a
+line for each rank that was built, with the differences. One process plays every rank: its groups
+are told other sizes and ranks.
 """
 
 # vLLM reads its environment when it is imported.
@@ -24,13 +25,16 @@ from vllm.config import (
     set_current_vllm_config,
 )
 from vllm.distributed import parallel_state
-from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models import ModelRegistry, registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from oserve.core import Precision
 from oserve.perf.model import ModelFacts, model_from_config
 from oserve.switch.layout import Layout, architecture_of, differences, shard_map
 from oserve.switch.precision import Format
+
+# vLLM looks at each model's class in a new process, which imports everything anew.
+registry._run_in_subprocess = lambda inspect: inspect()
 
 GROUP = 32
 SIZES = ((1, 1), (2, 1), (4, 1), (8, 2), (2, 4))
@@ -127,7 +131,7 @@ def built(config: Any, layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
-def main(architecture: str, precisions: list[str]) -> None:
+def main(asked: list[str]) -> None:
     with tempfile.TemporaryDirectory() as store:
         parallel_state.init_distributed_environment(
             world_size=1,
@@ -138,19 +142,24 @@ def main(architecture: str, precisions: list[str]) -> None:
         )
         with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
             parallel_state.initialize_model_parallel(1, 1)
-        for precision in precisions:
-            folder = Path(store) / precision
-            folder.mkdir()
-            held = Format(precision=Precision(precision), group_size=GROUP)
-            for width, depth in SIZES:
-                layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth, held=held)
-                for rank in sorted({0, width * depth // 2, width * depth - 1}):
-                    facts, config = configured(architecture, precision, folder)
-                    live = built(config, layout, rank)
-                    expected = shard_map(architecture_of(facts, architecture), layout, rank)
-                    found = differences(expected, live)
-                    print("rank", precision, width, depth, rank, len(live), *found, flush=True)
+        for one in asked:
+            architecture, _, precisions = one.partition("=")
+            for precision in precisions.split(","):
+                compare(architecture, precision, Path(store) / f"{architecture}-{precision}")
+
+
+def compare(architecture: str, precision: str, folder: Path) -> None:
+    folder.mkdir()
+    held = Format(precision=Precision(precision), group_size=GROUP)
+    for width, depth in SIZES:
+        layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth, held=held)
+        for rank in sorted({0, width * depth // 2, width * depth - 1}):
+            facts, config = configured(architecture, precision, folder)
+            live = built(config, layout, rank)
+            expected = shard_map(architecture_of(facts, architecture), layout, rank)
+            found = differences(expected, live)
+            print(architecture, precision, width, depth, rank, len(live), *found, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])
