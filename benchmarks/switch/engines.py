@@ -22,7 +22,8 @@ differed.
 
 With ``--idle`` nobody asks meanwhile, so that the new engines have the cores to themselves.
 
-Beside them: bytes/s of a copy in memory and through a Unix socket between two processes, here and
+Beside them (alone with ``--limits``): bytes/s of a copy in memory, through a Unix socket between
+two processes, and of writing to memory for the first time, by one process and by two, here and
 now. All share the machine's cores, so times depend on them more than on the method.
 """
 
@@ -354,7 +355,24 @@ def limits() -> dict[str, float]:
         got += ours.recv_into(view[got:])
     through = size / (time.perf_counter() - start_s)
     os.wait()
-    return {"memory_copy_bytes_per_s": memory, "unix_socket_bytes_per_s": through}
+    return {
+        "memory_copy_bytes_per_s": memory,
+        "unix_socket_bytes_per_s": through,
+        "new_memory_bytes_per_s": new_memory(1),
+        "new_memory_of_two_bytes_per_s": new_memory(2),
+    }
+
+
+def new_memory(processes: int, size: int = 512 << 20) -> float:
+    """Bytes/s in all at which so many processes write to memory that they did not have before."""
+    start_s = time.perf_counter()
+    for _ in range(processes):
+        if os.fork() == 0:
+            np.empty(size, dtype=np.uint8).fill(1)
+            os._exit(0)
+    for _ in range(processes):
+        os.wait()
+    return processes * size / (time.perf_counter() - start_s)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -377,8 +395,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="of the ways, this one")
     parser.add_argument("--row", type=int, default=0, help="so many switches of the tiny model")
     parser.add_argument("--idle", action="store_true", help="without requests meanwhile")
+    parser.add_argument("--limits", action="store_true", help="of the machine, and nothing else")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.limits:
+        print(json.dumps(limits(), indent=2))
+        return
     with tempfile.TemporaryDirectory(prefix="oserve-") as name:
         folder = Path(name)
         if arguments.row:
