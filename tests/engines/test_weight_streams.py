@@ -286,25 +286,25 @@ def test_one_that_fails_or_is_aborted_ends_the_others(tmp_path: Path, show: bool
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_sums_on_devices_tell_changes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from oserve.engines.weights import transfer  # noqa: PLC0415
+    from oserve.engines.weights import sums  # noqa: PLC0415
 
     # So that a tensor is summed in several pieces.
-    monkeypatch.setattr(transfer, "_SUM_BYTES", 64)
+    monkeypatch.setattr(sums, "_SUM_BYTES", 64)
     dtype = getattr(torch, kind)
     torch.manual_seed(0)
     whole = torch.randint(-100, 100, (31, 14)).to(dtype)
     part = whole[:, 3:10]
-    known = transfer.device_sum(part)
-    assert known == transfer.device_sum(part.contiguous())
+    known = sums.device_sum(part)
+    assert known == sums.device_sum(part.contiguous())
     found = {known}
     for row in range(31):
         other = part.clone()
         bits = other.view(torch.uint8)
         bits[row, row % bits.shape[1]] ^= 1 << row % 8
-        found.add(transfer.device_sum(other))
+        found.add(sums.device_sum(other))
         other = part.clone()
         other[[row, (row + 5) % 31]] = part[[(row + 5) % 31, row]]
-        found.add(transfer.device_sum(other))
+        found.add(sums.device_sum(other))
     # Each pair of rows of the second kind comes up once.
     assert len(found) == 1 + 31 + 31
-    assert transfer.device_sum(torch.tensor(2.0)) != transfer.device_sum(torch.tensor(3.0))
+    assert sums.device_sum(torch.tensor(2.0)) != sums.device_sum(torch.tensor(3.0))

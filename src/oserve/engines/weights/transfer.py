@@ -12,8 +12,7 @@ import json
 import os
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,19 +20,13 @@ import torch
 
 from oserve.engines.weights.memory import Memory, mapped
 from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+from oserve.engines.weights.sums import bytes_of, checksum, pieces
 
 # A parameter's name, and start and stop in each dimension.
 Part = tuple[str, Sequence[Sequence[int]]]
 
 _NICE = 5
-# Copying this much before summing it takes no new memory each time.
-_CHECK_BYTES = 512 << 10
 _COPY_BYTES = 8 << 20
-_SUM_BYTES = 64 << 20
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A prime and two numbers without meaning, as such sums need them.
-_PRIME = (1 << 31) - 1
-_BASE, _FACTOR = 1_000_003, 48_271
 _PACE = 127.0
 
 
@@ -230,7 +223,7 @@ class Transfer(Job):
         for number, (name, box) in enumerate(parts):
             part = part_of(self._tensors[name], box)
             if name not in shown:
-                stream.send(number, _bytes_of(part.contiguous()), throttle)
+                stream.send(number, bytes_of(part.contiguous()), throttle)
             self._count(0, part.nbytes)
 
     def _receive(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
@@ -241,7 +234,7 @@ class Transfer(Job):
                 self._copy(place, seen[number], throttle)
             else:
                 whole = place if place.is_contiguous() else torch.empty_like(place)
-                stream.receive(number, _bytes_of(whole))
+                stream.receive(number, bytes_of(whole))
                 if whole is not place:
                     place.copy_(whole)
             if name in self._staged:
@@ -271,7 +264,7 @@ class Transfer(Job):
         if (place.shape, place.dtype) != (part.shape, part.dtype):
             raise TransferError(f"{list(part.shape)} {part.dtype} came, not {list(place.shape)}")
         size = min(_COPY_BYTES, throttle.chunk_bytes)
-        for to, of in zip(_pieces(place, size), _pieces(part, size), strict=True):
+        for to, of in zip(pieces(place, size), pieces(part, size), strict=True):
             if self.stopped.is_set():
                 raise TransferError("aborted")
             if time.monotonic() >= self._deadline_s:
@@ -293,12 +286,12 @@ class Transfer(Job):
 
         def tell(peer: int) -> None:
             for number, name in enumerate(name for name, peers in shared if peer in peers):
-                outgoing[peer].send(number, _bytes_of(self._largest[name, order.rank]), free)
+                outgoing[peer].send(number, bytes_of(self._largest[name, order.rank]), free)
 
         def hear(peer: int) -> None:
             for number, name in enumerate(name for name, peers in shared if peer in peers):
                 heard = torch.empty_like(self._largest[name, order.rank])
-                incoming[peer].receive(number, _bytes_of(heard))
+                incoming[peer].receive(number, bytes_of(heard))
                 self._largest[name, peer] = heard
 
         others = {peer for _, peers in shared for peer in peers} - {order.rank}
@@ -361,40 +354,6 @@ class Checksums(Job):
             self._sums.append(known[key])
 
 
-def checksum(tensor: Any) -> int:
-    """CRC-32 of a tensor's values, row after row; on a GPU see ``device_sum``."""
-    if tensor.device.type != "cpu":
-        return device_sum(tensor)
-    total = 0
-    for part in _pieces(tensor, _CHECK_BYTES):
-        total = zlib.crc32(_bytes_of(part.contiguous().cpu()), total)
-    return total
-
-
-def device_sum(tensor: Any) -> int:
-    """A sum of a tensor's values, weighted by place, computed where it lies.
-
-    Values are taken as the whole numbers of their bits, modulo a prime: no order of adding changes
-    it, and no change of one bit, nor of places, leaves it as it was.
-    """
-    total = 0
-    for piece in _pieces(tensor, _SUM_BYTES):
-        words = piece.contiguous().view(-1).view(_WORDS[piece.element_size()]).to(torch.int64)
-        weights = torch.arange(_FACTOR, _FACTOR + words.numel(), device=words.device)
-        total = (total * _BASE + int((words * weights % _PRIME).sum())) % _PRIME
-    return total
-
-
-def _pieces(tensor: Any, size_bytes: int) -> Iterator[Any]:
-    """Some rows at a time."""
-    if tensor.nbytes <= size_bytes:
-        yield tensor
-        return
-    rows = max(1, tensor.shape[0] * size_bytes // tensor.nbytes)
-    for start in range(0, tensor.shape[0], rows):
-        yield tensor[start : start + rows]
-
-
 def part_key(name: str, box: Sequence[Sequence[int]]) -> str:
     """A name for a part."""
     return f"{name}{[list(edge) for edge in box]}"
@@ -405,11 +364,6 @@ def part_of(tensor: Any, box: Sequence[Sequence[int]]) -> Any:
     if tensor is None:
         raise TransferError("a parameter is not known here")
     return tensor[tuple(slice(start, stop) for start, stop in box)]
-
-
-def _bytes_of(tensor: Any) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _largest(weight: Any) -> Any:
