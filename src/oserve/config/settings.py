@@ -32,10 +32,12 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``gpu``.
 
     ``cpu_slots`` cuts the CPU cores into that many devices; slots beyond the cores share them.
+    ``cpu_flags``: ``auto``, or the flags to go by as /proc/cpuinfo spells them.
     """
 
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+    cpu_flags: str = "auto"
 
 
 class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
