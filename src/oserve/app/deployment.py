@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
+from oserve.control.speed import speeds_from
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,
@@ -29,6 +30,7 @@ from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf import TokenCosts, token_costs
+from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 
 
@@ -38,7 +40,7 @@ class Deployment:
 
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
     ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
-    alone, empty without one.
+    alone, empty without one. ``speeds``: of replicas, as an earlier server saw them.
     """
 
     settings: Settings
@@ -52,6 +54,7 @@ class Deployment:
     question: Question | None = None
     fingerprint: str = ""
     given: str = ""
+    speeds: Speeds = field(default_factory=Speeds)
 
     @property
     def state_file(self) -> Path:
@@ -76,7 +79,8 @@ def prepare(settings: Settings) -> Deployment:
         question = planning_question(settings, devices, knowledge, plain)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, devices, stamp) if mode is not Mode.OFF else None
-    first = _plan(settings, resumed, question) or FirstPlan(
+    speeds = remembered_speeds(state_file(settings), question)
+    first = _plan(settings, resumed, question, speeds) or FirstPlan(
         plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
         why="the default plan, since none can be computed: "
         + (knowledge.missing or "no model is named"),
@@ -106,6 +110,7 @@ def prepare(settings: Settings) -> Deployment:
         question=None if mode is Mode.OFF else question,
         fingerprint=stamp,
         given=_given(settings),
+        speeds=speeds,
     )
 
 
@@ -164,8 +169,19 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
+def remembered_speeds(file: Path, question: Question | None) -> Speeds:
+    """What an earlier server saw of replicas, if it planned from the same step times."""
+    if question is None or not file.is_file():
+        return Speeds()
+    saved = StateStore(file).memory("speeds")
+    if not isinstance(saved, dict) or saved.get("source") != question.source.origin:
+        return Speeds()
+    seen = saved.get("seen")
+    return speeds_from(seen) if isinstance(seen, list) else Speeds()
+
+
 def _plan(
-    settings: Settings, resumed: FirstPlan | None, question: Question | None
+    settings: Settings, resumed: FirstPlan | None, question: Question | None, speeds: Speeds
 ) -> FirstPlan | None:
     """As given, else as it was, else computed; ``None`` where nothing is known of the model."""
     # Who stops a server and starts it with a plan file means that plan; one that was killed means
@@ -176,7 +192,7 @@ def _plan(
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
     if settings.model and question is not None:
-        return first_plan(question)
+        return first_plan(question, speeds)
     return None
 
 

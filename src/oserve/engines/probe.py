@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.core import Endpoint
+from oserve.core import Endpoint, EngineWork
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
@@ -21,15 +21,25 @@ _GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_cache_usage",
 }
+# One observation per step, of the tokens that it computed of prompts and gave out; and one per
+# token but the first of each answer, of the time since the one before.
+_COUNTERS = {
+    "vllm:iteration_tokens_total_count": "steps",
+    "vllm:iteration_tokens_total_sum": "step_tokens",
+    "vllm:generation_tokens_total": "output_tokens",
+    "vllm:inter_token_latency_seconds_count": "gaps",
+    "vllm:inter_token_latency_seconds_sum": "gap_s",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Requests in the engine, and the filled fraction of its KV cache."""
+    """Requests in the engine, the filled fraction of its KV cache, and what it has done so far."""
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
+    work: EngineWork | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +165,10 @@ def base_url(url: str) -> str:
 
 
 def parse_load(metrics: str) -> EngineLoad:
-    """The three gauges out of a Prometheus page; several engines behind one server are added up."""
-    sums = dict.fromkeys(_GAUGES.values(), 0.0)
-    for name, field in _GAUGES.items():
+    """Gauges and counters of a Prometheus page; several engines behind one server are added up."""
+    names = _GAUGES | _COUNTERS
+    sums = dict.fromkeys(names.values(), 0.0)
+    for name, field in names.items():
         start = 0
         # A page holds thousands of histogram lines: look for ours instead of parsing all.
         while (start := metrics.find(f"\n{name}", start)) >= 0:
@@ -175,4 +186,18 @@ def parse_load(metrics: str) -> EngineLoad:
         running=int(sums["running"]),
         waiting=int(sums["waiting"]),
         kv_cache_usage=sums["kv_cache_usage"],
+        work=_work(sums) if sums["steps"] else None,
+    )
+
+
+def _work(sums: Mapping[str, float]) -> EngineWork:
+    output_tokens, gaps = int(sums["output_tokens"]), int(sums["gaps"])
+    return EngineWork(
+        steps=int(sums["steps"]),
+        prompt_tokens=max(0, int(sums["step_tokens"]) - output_tokens),
+        # Each answer's first token ends its prompt, and has no gap before it.
+        prompts=max(0, output_tokens - gaps),
+        output_tokens=output_tokens,
+        gaps=gaps,
+        gap_s=sums["gap_s"],
     )
