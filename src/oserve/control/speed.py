@@ -29,8 +29,9 @@ _KEPT = 60
 # The median of so many samples counts, once there are enough.
 _MOST_SAMPLES = 20
 _FEWEST_SAMPLES = 5
-# What was not seen for so long counts as not seen any more.
-_FRESH_S = 30.0
+# What was not seen for so long is not seen any more, and after a while its samples are of old.
+_SEEN_S = 8.0
+_OLD_S = 30.0
 # Batches of this many count in full.
 _FULL_SEQS = 8.0
 # Less of a change is not worth new tables: the estimate itself is off by some per cent.
@@ -131,7 +132,7 @@ class SpeedWatch:
         speed = min(high, max(low, expected / seen.step_s))
         key = speed_key(shape)
         samples = self._samples.setdefault(key, _Samples(deque(maxlen=_MOST_SAMPLES)))
-        if now_s - samples.last_s > _FRESH_S:
+        if now_s - samples.last_s > _OLD_S:
             samples.rows.clear()
         samples.rows.append((speed, min(_FULL_SEQS, max(1.0, seen.decode_seqs))))
         samples.last_s = now_s
@@ -143,7 +144,7 @@ class SpeedWatch:
         fresh = {
             key: item.median()
             for key, item in self._samples.items()
-            if len(item.rows) >= _FEWEST_SAMPLES and now_s - item.last_s <= _FRESH_S
+            if len(item.rows) >= _FEWEST_SAMPLES and now_s - item.last_s <= _SEEN_S
         }
         moved = [speed / known[key] for key, speed in fresh.items() if key in known]
         drift = statistics.median(moved) if moved else 1.0
