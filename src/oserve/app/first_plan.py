@@ -101,7 +101,7 @@ def planning_question(
         precisions=precisions,
         max_num_batched_tokens=(),
         max_num_seqs=(),
-        kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
+        kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or None,
     )
     return Question(
         model=settings.model,
@@ -178,14 +178,6 @@ def _demand(settings: Settings, context: int) -> Demand:
         max_model_len=context,
     )
     return scaled(assumed, _TRICKLE)
-
-
-def _kv_cache_bytes(settings: Settings, devices: tuple[Device, ...]) -> int | None:
-    """Only where it is set to something else than what engines take anyhow."""
-    default = type(settings.engines)().kv_cache_memory_bytes
-    wanted = settings.engines.kv_cache_memory_bytes
-    on_cpu = all(device.kind == "cpu" for device in devices)
-    return wanted if on_cpu and wanted not in {0, default} else None
 
 
 def _why(found: Answer) -> str:

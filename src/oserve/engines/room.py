@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from oserve.core import Device, OServeError, ReplicaShape, ReplicaSpec, VllmBackend
+from oserve.engines.devices import available_memory_bytes
 from oserve.engines.settings import EngineSettings
 from oserve.perf.kv_cache import (
     EngineMemory,
@@ -70,13 +71,13 @@ class Room:
         fitting = tuple(shape for shape in shapes if self._misses(shape) is None)
         if self.settings.kv_cache_memory_bytes or not self.on_cpu or not self.devices:
             return self.settings, fitting
+        planned = [(spec.shape, spec.shape.device_count) for spec in specs if _is_judged(spec)]
+        if not shapes and not planned:
+            return self.settings, ()
         if self.model is None:
             size = blind_cache_bytes(self.free_bytes / len(self.devices))
             return self._with(size), tuple(shapes)
         memory = self._memory(self.free_bytes / len(self.devices), self.model)
-        planned = [
-            (spec.shape, spec.shape.device_count) for spec in specs if _is_judged(spec)
-        ]
         size = shared_cache_bytes(memory, self.free_bytes, planned)
         if shapes:
             found = cache_size(memory, [s for s in shapes if s.kv_cache_memory_bytes is None])
@@ -95,6 +96,17 @@ class Room:
             return ""
         error = self.refusal(next(iter(first.values())))
         return f"{', '.join(first)} left out: {error.message}"
+
+    def closest(self, shapes: Sequence[ReplicaShape]) -> ReplicaShape:
+        """Of shapes that do not fit, the one that misses least."""
+
+        def missing(shape: ReplicaShape) -> float:
+            memory = self._of(shape)
+            if memory is None:
+                return 0.0
+            return memory.request_bytes(shape) - memory.room_bytes(shape)
+
+        return min(shapes, key=missing)
 
     def refusal(self, shape: ReplicaShape, name: str = "") -> OServeError:
         """Why the shape does not fit, and what to set."""
@@ -116,6 +128,25 @@ class Room:
                 raise missed
         if self.on_cpu and judged:
             self._check_together(judged, place)
+
+    def words(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
+        """What to know about caches that were sized for replicas; nothing on GPUs."""
+        size = self.settings.kv_cache_memory_bytes
+        shapes = [spec.shape for spec in specs if _is_judged(spec)]
+        if not size or not self.on_cpu or not shapes:
+            return ()
+        if self.model is None:
+            return (
+                f"KV cache of {_gib(size)} a device: nothing is known of the model's sizes; if its "
+                f"context does not fit, set {_CONTEXT} or {_SIZE}",
+            )
+        memory = self._memory(0.0, self.model)
+        largest = max(shapes, key=memory.request_bytes)
+        requests = size / memory.request_bytes(largest)
+        return (
+            f"KV cache of {_gib(size)} a device, for {requests:.1f} requests of the whole context "
+            f"of {memory.context_tokens:,} tokens in {largest.precision}",
+        )
 
     # -- what one replica needs -----------------------------------------------------------------
     def _memory(self, device_bytes: float, model: ModelFacts) -> EngineMemory:
@@ -232,12 +263,13 @@ class Room:
         if total(least) <= usable:
             spare = usable - total(dict.fromkeys(wanted, 0))
             devices = sum(spec.shape.device_count for spec in specs)
-            most = max(int(spare / devices), max(least.values()))
+            most = max(int(spare / devices), *least.values())
             if total(dict.fromkeys(wanted, most)) <= usable:
                 remedies.append(f"set {_SIZE} to at most {most}")
         context = self._common_context(specs, usable)
         if context:
-            remedies.append(f"set {_CONTEXT} to at most {context}, and leave {_SIZE} out")
+            out = f", and leave {_SIZE} out" if wanted != least else ""
+            remedies.append(f"set {_CONTEXT} to at most {context}{out}")
         remedies.append("plan fewer replicas, or fewer bits a weight (engines.variants)")
         raise OServeError(
             f"{len(specs)} replicas need {_gib(total(wanted))} of main memory, and "
@@ -266,6 +298,26 @@ def known_model(name: str) -> ModelFacts | None:
         return find_model(name)
     except OServeError:
         return None
+
+
+def unsized(settings: EngineSettings) -> EngineSettings:
+    """Without a size of caches."""
+    return msgspec.structs.replace(settings, kv_cache_memory_bytes=None)
+
+
+def cache_sized(
+    settings: EngineSettings, model: str, devices: Sequence[Device], shape: ReplicaShape
+) -> EngineSettings:
+    """Settings for an engine that nobody has sized: with what fits these devices now, on CPU."""
+    if settings.kv_cache_memory_bytes or shape.kv_cache_memory_bytes:
+        return settings
+    room = Room(
+        settings=settings,
+        devices=tuple(devices),
+        model=known_model(model),
+        free_bytes=float(available_memory_bytes()),
+    )
+    return room.sized([shape])[0]
 
 
 def with_settings(room: Room, settings: EngineSettings) -> Room:
