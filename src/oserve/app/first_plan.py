@@ -113,6 +113,7 @@ def planning_question(
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,
         min_gain=_MIN_GAIN,
+        min_shapes=planning.min_shapes,
         notes=() if shapes else notes,
     )
 
@@ -195,4 +196,16 @@ def _why(found: Answer) -> str:
             f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
             f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
         )
-    return f"a plan computed for {demand.source}: {carried}; {found.question.source.origin}"
+    origin = found.question.source.origin
+    return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def _variety(found: Answer) -> str:
+    """What the shapes that were asked for are worth."""
+    least = found.question.min_shapes
+    if least == 1:
+        return ""
+    if not found.problem.is_varied(found.planned.best.counts):
+        return f"; {least} different shapes (planning.min_shapes) cannot be had here"
+    change = 100 * (found.gain - 1)
+    return f"; {least} different shapes were asked for (planning.min_shapes): {change:+.1f} %"
