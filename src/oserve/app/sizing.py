@@ -7,8 +7,8 @@ from pathlib import Path
 from oserve.app.planning import Question
 from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaSpec
-from oserve.engines.devices import available_memory_bytes
 from oserve.engines.holding import keeper_runs
+from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.room import Room, known_model, with_settings
 from oserve.perf.profile import ProfileSource
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from oserve.core import Device, OServeError, ReplicaShape, ReplicaSpec, VllmBackend
-from oserve.engines.devices import available_memory_bytes
+from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.settings import EngineSettings
 from oserve.perf.kv_cache import (
     EngineMemory,
