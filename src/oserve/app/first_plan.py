@@ -55,6 +55,11 @@ class Knowledge:
         return token_costs if self.source is None else costs_from(self.source)
 
 
+def brief_file(settings: Settings) -> Path:
+    """Where a brief measurement of an earlier start is kept."""
+    return Path(settings.state_dir) / "profile-brief.json"
+
+
 def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     """What can be told of the model's speed here; raises OServeError for a bad profile file."""
     choice = SourceChoice(
@@ -63,6 +68,7 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
         network=DEFAULT_NETWORK,
         perf=settings.planning.profile or None,
         own_profile=Path(settings.state_dir) / "profile.json",
+        brief_profile=brief_file(settings),
         context=settings.engines.max_model_len,
     )
     try:
@@ -96,7 +102,7 @@ def planning_question(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )
-    precisions, notes = _precisions(settings, source, plain)
+    precisions, notes = wanted_precisions(settings, source, plain)
     choices = ShapeChoices(
         precisions=precisions,
         max_num_batched_tokens=(),
@@ -118,7 +124,7 @@ def planning_question(
     )
 
 
-def _precisions(
+def wanted_precisions(
     settings: Settings, source: PerformanceSource, plain: Sequence[Precision]
 ) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
     """Those a replica may have, and what to know about them.

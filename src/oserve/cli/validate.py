@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from oserve.app.deployment import prepare
-from oserve.cli.serve import settings_from
+from oserve.cli.serve import measure_first, settings_from
 
 
 def validate(
@@ -24,7 +24,9 @@ def validate(
 ) -> None:
     """Check settings and plan against this machine's devices; start nothing."""
     options = {"plan": plan, "model": model, "cluster.cpu_slots": cpu_slots}
-    deployment = prepare(settings_from(config, options, override))
+    settings = settings_from(config, options, override)
+    measure_first(settings, dry_run=True)
+    deployment = prepare(settings)
     replicas = len(deployment.plan.replicas)
     print(
         f"ok: {replicas} replicas on {len(deployment.devices)} devices "
