@@ -66,7 +66,7 @@ def served(folder: Path) -> Iterator[str]:
     command = [
         *(sys.executable, "-m", "oserve.cli", "serve", str(folder / "tiny"), "--plan", str(plan)),
         *("--state-dir", str(folder / "state"), "--cpu-slots", "2", "--port", "0"),
-        *("--set", f"engines.max_model_len={_CONTEXT}", "--set", "control.mode=off"),
+        *("--set", f"engines.max_model_len={_CONTEXT}"),
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
@@ -115,7 +115,7 @@ class Load:
             body = {
                 "model": "tiny",
                 # Prompts that differ, so that none is answered from what was computed before.
-                "prompt": [rng.randrange(5, 500) for _ in range(rng.randint(*prompt))],
+                "prompt": [rng.randrange(5, 250) for _ in range(rng.randint(*prompt))],
                 "max_tokens": min(rng.randint(*output), _CONTEXT - prompt[1] - 1),
                 "ignore_eos": True,
                 "stream": True,
@@ -131,8 +131,8 @@ class Load:
                 async for line in answer.content:
                     done = done or line.strip() == b"data: [DONE]"
                     self.tokens += line.startswith(b"data: ")
-                    if b'"error"' in line:
-                        return "error event"
+                    if line.startswith(b'data: {"error"'):
+                        return line.decode(errors="replace").strip()[:200]
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return type(error).__name__
         return "completed" if done else "truncated"

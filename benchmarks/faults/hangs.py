@@ -185,7 +185,7 @@ def served(shape: str, folder: Path) -> Iterator[str]:
     command = [
         *(sys.executable, "-m", "oserve.cli", "serve", str(folder / "tiny")),
         *("--plan", str(plan), "--state-dir", str(folder / f"state-{shape}")),
-        *("--cpu-slots", "3", "--port", "0", "--set", "control.mode=off"),
+        *("--cpu-slots", "3", "--port", "0"),
         *("--set", "control.max_failures=1000", "--set", "control.max_backoff_s=1"),
         *("--set", "engines.max_model_len=4096"),
     ]
