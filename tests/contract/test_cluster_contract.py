@@ -120,7 +120,7 @@ async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         served_model_name="tiny",
         run_dir=tmp_path / "run",
         clock=clock,
-        settings=EngineSettings(max_model_len=1024, hang_after_s=2.0),
+        settings=EngineSettings(max_model_len=1024, hang_after_s=4.0),
     )
 
     async def signalled(name: str, number: int) -> None:

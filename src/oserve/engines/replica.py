@@ -240,23 +240,24 @@ class VllmReplica(ReplicaTask):
         Each question waits as long as it must, so that one without an answer holds up no other.
         """
         signs = _Signs()
-        asking = [
-            asyncio.create_task(self._ask_core(signs)),
-            asyncio.create_task(self._ask_load(signs)),
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._judge(pid, signs), self._ask_core(signs), self._ask_load(signs))
         ]
         try:
-            return await self._judge(pid, signs)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
         finally:
-            await _cancel(*asking)
+            await _cancel(*tasks)
 
-    async def _ask_core(self, signs: "_Signs") -> None:
+    async def _ask_core(self, signs: "_Signs") -> _Verdict:
         while True:
             await self.clock.sleep(self.settings.health_interval_s)
             alive = await self.probe.alive()
             signs.asks = alive is not None
             signs.answered = signs.answered or bool(alive)
 
-    async def _ask_load(self, signs: "_Signs") -> None:
+    async def _ask_load(self, signs: "_Signs") -> _Verdict:
         while True:
             await self.clock.sleep(self.settings.health_interval_s)
             signs.load = await self._measure()
