@@ -23,7 +23,8 @@ SOURCES = sorted((ROOT / "src" / "oserve").rglob("*.py"))
 SETTABLE = {"sys.argv", "tempfile.tempdir"}
 # Parsing all takes seconds: only files with a line that may set an attribute of another object.
 SUSPECT = re.compile(
-    r"(?m)^ *(?!self\.|cls\.)\w+(\.\w+)+(, [\w., ]+)?(: .+)? ?[-+*|/]?=[^=]|\b(set|del)attr\(|\bvars\(|^ *del "
+    r"(?m)^ *(?!self\.|cls\.)\w+(\.\w+)+(, [\w., ]+)?(: .+)? ?[-+*|/]?=[^=]"
+    r"|\b(set|del)attr\(|\bvars\(|^ *del "
 )
 
 ORIGINAL = '''
