@@ -182,7 +182,7 @@ def test_kept_weights_are_packed_when_they_have_been_loaded() -> None:
 
 
 def test_blank_weights_would_be_filled_and_packed() -> None:
-    param = Mock(spec=["device", "data", "uniform_", "copy_"])
+    param = Mock(dummy_weight_value=None)
     param.device.type = "cpu"
     fill = alone(
         f"{LOADER}.weight_utils:initialize_single_dummy_weight",
