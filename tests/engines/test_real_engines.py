@@ -20,12 +20,12 @@ from oserve.core import (
     StopReplica,
     VllmBackend,
 )
+from oserve.engines.checkpoints.int8 import make_int8_variant
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
 from oserve.engines.settings import EngineSettings
-from oserve.engines.tiny import make_int8_variant
 
 pytestmark = pytest.mark.engine
 

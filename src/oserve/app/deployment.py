@@ -25,9 +25,9 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.engines.arguments import engine_arguments
-from oserve.engines.devices import find_devices, has_bf16_instructions
+from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
-from oserve.engines.settings import EngineSettings
+from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf import TokenCosts, token_costs
 from oserve.plan import check_plan, default_plan
 
@@ -68,13 +68,19 @@ def prepare(settings: Settings) -> Deployment:
     """Find the devices, read or compute the plan, check it. Starts nothing."""
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
+    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
     knowledge = know(settings, devices)
     mode = _mode(settings, knowledge)
     question = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        question = planning_question(settings, devices, knowledge, _plain_precision(devices))
-    stamp = _fingerprint(settings, devices)
-    first = _plan(settings, devices, knowledge, question, stamp if mode is not Mode.OFF else "")
+        question = planning_question(settings, devices, knowledge, plain)
+    stamp = _fingerprint(settings, devices, plain)
+    resumed = _resumed(settings, devices, stamp) if mode is not Mode.OFF else None
+    first = _plan(settings, resumed, question) or FirstPlan(
+        plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
+        why="the default plan, since none can be computed: "
+        + (knowledge.missing or "no model is named"),
+    )
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -120,10 +126,13 @@ def _without_controller(settings: Settings, why: str) -> Mode:
     return Mode.OFF
 
 
-def _fingerprint(settings: Settings, devices: tuple[Device, ...]) -> str:
+def _fingerprint(
+    settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
+) -> str:
     """Of all that a plan depends on but the traffic."""
     engines = msgspec.structs.replace(settings.engines, log_dir="")
-    facts = (settings.model, engines, settings.planning, [(d.id, d.kind, d.cores) for d in devices])
+    cores = [(d.id, d.kind, d.cores) for d in devices]
+    facts = (settings.model, engines, settings.planning, cores, plain)
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 
@@ -156,14 +165,9 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
 
 
 def _plan(
-    settings: Settings,
-    devices: tuple[Device, ...],
-    knowledge: Knowledge,
-    question: Question | None,
-    stamp: str,
-) -> FirstPlan:
-    """As given, else as it was, else computed, else (nothing is known of the model) a default."""
-    resumed = _resumed(settings, devices, stamp)
+    settings: Settings, resumed: FirstPlan | None, question: Question | None
+) -> FirstPlan | None:
+    """As given, else as it was, else computed; ``None`` where nothing is known of the model."""
     # Who stops a server and starts it with a plan file means that plan; one that was killed means
     # to go on.
     if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
@@ -173,11 +177,7 @@ def _plan(
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
     if settings.model and question is not None:
         return first_plan(question)
-    missing = knowledge.missing or "no model is named"
-    return FirstPlan(
-        plan=default_plan(devices, _default_shapes(devices, settings.engines)),
-        why=f"the default plan, since none can be computed: {missing}",
-    )
+    return None
 
 
 def _model_name(model: str) -> str:
@@ -200,14 +200,8 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
             )
 
 
-def _plain_precision(devices: tuple[Device, ...]) -> Precision:
-    """Without instructions for it, bf16 is slower on a CPU than fp32."""
-    on_cpu = bool(devices) and devices[0].kind == "cpu"
-    return Precision.FP32 if on_cpu and not has_bf16_instructions() else Precision.BF16
-
-
 def _default_shapes(
-    devices: tuple[Device, ...], settings: EngineSettings
+    devices: tuple[Device, ...], plain: Precision, settings: Settings
 ) -> tuple[ReplicaShape, ...]:
     """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
     if devices and devices[0].kind != "cpu":
@@ -215,8 +209,7 @@ def _default_shapes(
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
         )
-    plain = _plain_precision(devices)
-    light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
+    light = Precision.INT8 if Precision.INT8.value in settings.engines.variants else plain
     return (
         ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
         ReplicaShape(precision=plain, max_num_batched_tokens=1024, max_num_seqs=16),

@@ -3,7 +3,7 @@
 Also what a controller plans from later: the same question, asked again with other rates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import Limits
+from oserve.perf.profile import ProfileSource
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource
 from oserve.traces import Skipped, read_trace, synthesise
@@ -77,26 +78,27 @@ def planning_question(
     settings: Settings,
     devices: tuple[Device, ...],
     knowledge: Knowledge,
-    plain: Precision,
+    plain: Sequence[Precision],
     *,
     demand: Demand | None = None,
     shapes: tuple[ReplicaShape, ...] = (),
 ) -> Question:
     """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
 
-    ``plain`` is the precision always to be had; it matters where no ``shapes`` are given.
+    ``plain``: precisions that the model's own checkpoint runs in, most wanted first; they matter
+    where no ``shapes`` are given.
     """
     source = knowledge.source
     assert source is not None
     planning = settings.planning
     demand = demand or _demand(settings, knowledge.context)
-    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     limits = Limits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )
+    precisions, notes = _precisions(settings, source, plain)
     choices = ShapeChoices(
-        precisions=planning.precisions or (plain, *variants),
+        precisions=precisions,
         max_num_batched_tokens=(),
         max_num_seqs=(),
         kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
@@ -111,7 +113,36 @@ def planning_question(
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,
         min_gain=_MIN_GAIN,
+        notes=() if shapes else notes,
     )
+
+
+def _precisions(
+    settings: Settings, source: PerformanceSource, plain: Sequence[Precision]
+) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
+    """Those a replica may have, and what to know about them.
+
+    Those that are set; else every variant and the first plain one whose speed is known.
+    """
+    if settings.planning.precisions:
+        return settings.planning.precisions, ()
+    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
+    known = [item for item in plain if _is_known(source, item)]
+    notes = []
+    if plain and plain[0] not in known:
+        instead = ", ".join(dict.fromkeys([*known[:1], *variants])) or "nothing else"
+        notes.append(
+            f"{plain[0]}, the fastest plain precision of this processor, was not measured: planned "
+            f"with {instead} (oserve profile {settings.model})"
+        )
+    return tuple(dict.fromkeys([*(known or plain)[:1], *variants])), tuple(notes)
+
+
+def _is_known(source: PerformanceSource, precision: Precision) -> bool:
+    """Whether the source can tell the speed of replicas in ``precision``."""
+    if not isinstance(source, ProfileSource):
+        return True
+    return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
 def first_plan(question: Question) -> FirstPlan:

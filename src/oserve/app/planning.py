@@ -37,6 +37,7 @@ class Question:
 
     Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
     deployment, or that one is taken: it is simpler, and the model errs by some per cent.
+    ``notes``: what to know about the question itself.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Question:
     time_limit_s: float = 60.0
     candidates: int = 10
     min_gain: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,8 @@ class Answer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know to judge the plan."""
-        notes = [*self.question.demand.notes, *self.question.source.caveats(self._shapes)]
+        asked = self.question
+        notes = [*asked.notes, *asked.demand.notes, *asked.source.caveats(self._shapes)]
         return tuple(dict.fromkeys(notes))
 
     @property

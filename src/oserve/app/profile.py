@@ -25,7 +25,8 @@ from oserve.core import (
     StopReplica,
 )
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.devices import find_devices, has_bf16_instructions, processor_name
+from oserve.engines.devices import find_devices
+from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import ModelFacts, find_model
 from oserve.perf.profile import Profile, ProfileEntry, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
@@ -54,8 +55,7 @@ def default_shapes(
 ) -> tuple[ReplicaShape, ...]:
     """Every precision at hand, on one device and, where the model can be cut in two, on two."""
     cpu = devices[0].kind == "cpu"
-    # Without instructions for it, bf16 is slower on a CPU than fp32.
-    plain = Precision.FP32 if cpu and not has_bf16_instructions() else Precision.BF16
+    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))[0]
     variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     sizes = [1, 2] if len(devices) > 1 and splits(model, 2) else [1]
     return tuple(
@@ -258,7 +258,7 @@ def make_profile(
     return Profile(
         model=model,
         device_kind=devices[0].kind,
-        machine=processor_name() if cpu else devices[0].kind,
+        machine=find_processor().name if cpu else devices[0].kind,
         cores_per_device=len(devices[0].cores),
         engine=version,
         entries=tuple(entries),

@@ -117,23 +117,3 @@ def available_memory_bytes() -> int:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         free = min(free, bound - used)
     return max(0, free)
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this machine's CPU computes in bf16 rather than emulating it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2]
-    except OSError:
-        return False
-    known = set(flags.partition("\n")[0].split())
-    return bool(known & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def processor_name() -> str:
-    """Of this machine's CPU as the system calls it; ``CPU`` where it does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "CPU"
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else "CPU"

@@ -21,6 +21,7 @@ from typing import Annotated
 import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
+from oserve.core.json_keys import refuse_doubled_keys
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
@@ -110,7 +111,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
     remedy = "measure again: oserve profile MODEL"
     try:
         version = msgspec.json.decode(content, type=_Version).format
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
     if version != FORMAT:
         raise OServeError(
@@ -118,8 +119,9 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
         )
     try:
         profile = msgspec.json.decode(content, type=Profile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
+    refuse_doubled_keys(content.decode(), place=place)
     seen: set[ProfileKey] = set()
     for index, entry in enumerate(profile.entries):
         where = f"{place}: entries[{index}]"
@@ -314,7 +316,7 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _bad(error: msgspec.DecodeError, place: str, remedy: str) -> OServeError:
+def _bad(error: Exception, place: str, remedy: str) -> OServeError:
     text, _, path = str(error).partition(" - at `$")
     field = path.rstrip("`").lstrip(".")
     return OServeError(text, place=f"{place}: {field}" if field else place, remedy=remedy)

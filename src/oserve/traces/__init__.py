@@ -11,6 +11,7 @@ from oserve.traces.read import BadRows, Skipped, read_trace
 from oserve.traces.request import TraceRequest
 from oserve.traces.scale import fit_lengths
 from oserve.traces.synthesise import LengthModel, synthesise
+from oserve.traces.units import TimeUnit
 
 __all__ = [
     "CHANGE_PERIODS_S",
@@ -26,6 +27,7 @@ __all__ = [
     "Skipped",
     "Slo",
     "Summary",
+    "TimeUnit",
     "TraceRequest",
     "fit_lengths",
     "read_trace",
