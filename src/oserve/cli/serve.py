@@ -15,6 +15,7 @@ from oserve.app.deployment import Deployment, prepare
 from oserve.app.memory import rare_collections
 from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
+from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
@@ -118,7 +119,7 @@ async def _serve(deployment: Deployment) -> int:
 def _show(deployment: Deployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
-    for note in deployment.notes:
+    for note in (*deployment.notes, *engine_notes()):
         _console.print(f"note: {note}", markup=False)
     table = Table("replica", "shape", "seqs", "devices", "serves")
     for spec in plan.replicas:
