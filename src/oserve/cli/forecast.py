@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -42,7 +41,7 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 class _Group(TyperGroup):
     """``oserve forecast TRACE`` and ``oserve forecast train TRACE``: ``run`` need not be said."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Puts in the command that is meant."""
         named = args[0] if args else ""
         return super().parse_args(ctx, args if named in self.commands else ["run", *args])

@@ -99,7 +99,7 @@ def simulate(
         learn_s=learn_s,
         jobs=jobs,
     )
-    wish = TraceWish(
+    part = TraceWish(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
@@ -109,7 +109,7 @@ def simulate(
     trace = once(trace_argument, trace, name="--trace")
     names = policy_names(policies)
     spec = load_cluster(cluster)
-    requests, source = _traffic(trace, wish, seed)
+    requests, source = _traffic(trace, part, seed)
     scene = make_scene(
         SceneChoice(
             model=model,
