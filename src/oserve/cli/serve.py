@@ -17,6 +17,14 @@ from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
 from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
+from oserve.cli.options import (
+    ConfigOption,
+    CpuSlotsOption,
+    ModelArgument,
+    ModelOption,
+    OverrideOption,
+    once,
+)
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
 
@@ -33,37 +41,29 @@ def settings_from(
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hugging Face id, as for vllm serve.")
-    ] = None,
+    model_argument: ModelArgument = None,
+    model: ModelOption = None,
     plan: Annotated[
         str | None, typer.Option(help="Deployment plan (YAML): replicas, types, shares.")
     ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="Settings file (YAML); see docs/configuration.md.")
-    ] = None,
+    config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name clients use for the model.")
     ] = None,
-    cpu_slots: Annotated[
-        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
-    ] = None,
+    cpu_slots: CpuSlotsOption = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Folder for logs and request records.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
-    ] = None,
+    override: OverrideOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, start nothing.")
     ] = False,
 ) -> None:
     """Start replicas as planned and serve them behind one OpenAI-compatible endpoint."""
     options = {
-        "model": model,
+        "model": once(model_argument, model, name="--model"),
         "plan": plan,
         "gateway.host": host,
         "gateway.port": port,
