@@ -76,6 +76,10 @@ def in_phase(phase: ReplicaPhase, *names: str) -> Callable[[Observation], bool]:
     return true
 
 
+def texts_of(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(errors="replace") for path in folder.rglob(pattern)]
+
+
 def left_memory() -> set[str]:
     """Shared memory of engines that nobody uses any more."""
     names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist_"))}
@@ -129,7 +133,7 @@ async def cluster(
     await until_true(lambda: left_memory() <= memory)
 
 
-async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
+async def test_shapes_start_answer_and_die(cluster: LocalCluster, tmp_path: Path) -> None:
     specs = (
         replica("single", "cpu:0"),
         replica("tensor", "cpu:0", "cpu:1", tp=2),
@@ -151,6 +155,9 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         assert "SIGKILL" in gone.failures[spec.id].reason
         assert group_members(state.pid) == []
         assert not Path(state.endpoint.unix_socket).parent.exists()
+    logs = texts_of(tmp_path, "*.log")
+    assert len(logs) > len(specs)
+    assert not any("is left out" in text for text in logs), "patches do not fit this vLLM"
 
 
 async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:

@@ -56,6 +56,7 @@ from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
+from oserve.engines.room import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
@@ -76,8 +77,10 @@ class LocalCluster:
 
     ``model`` is a folder or a hub name; ``served_model_name`` what clients call it. ``run_dir``
     holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
-    ``keeper``: engines are held by it and outlive this process for a while; see ``adopt``.
-    ``launcher``, ``probe`` and ``look`` are for tests. ``on_change`` is called in the event loop,
+    ``sized``: the size of KV caches in ``settings`` was computed, so that engines of another one
+    may be taken up. ``keeper``: engines are held by it and outlive this process for a while; see
+    ``adopt``. ``launcher``, ``probe`` and ``look`` are for tests.
+    ``on_change`` is called in the event loop,
     at once, whenever a replica's phase changes.
     """
 
@@ -91,6 +94,7 @@ class LocalCluster:
         clock: Clock,
         settings: EngineSettings | None = None,
         api_keys: Mapping[str, str] | None = None,
+        sized: bool = False,
         keeper: HeldEngines | None = None,
         launcher: Launcher | None = None,
         probe: Callable[[Endpoint], Prober] | None = None,
@@ -103,6 +107,7 @@ class LocalCluster:
         self._served_model_name = served_model_name
         self._clock = clock
         self._settings = settings or EngineSettings()
+        self._stamped = unsized(self._settings) if sized else self._settings
         self._api_keys = api_keys or {}
         self._platform: Platform = (
             "cpu" if all(device.kind == "cpu" for device in devices) else "cuda"
@@ -315,7 +320,7 @@ class LocalCluster:
     # -- taking up what runs --------------------------------------------------------------------
     def _stamp(self, spec: ReplicaSpec) -> str:
         devices = [self._devices[name] for name in spec.devices]
-        return stamp_of(self._model, self._served_model_name, self._settings, devices)
+        return stamp_of(self._model, self._served_model_name, self._stamped, devices)
 
     async def _take_up(self, note: EngineNote, process: HeldProcess) -> bool:
         """Give an engine its task again; tells whether it goes on."""
@@ -356,7 +361,7 @@ class LocalCluster:
             served_model_name=self._served_model_name,
             unix_socket=str(folder / "api.sock"),
             platform=self._platform,
-            settings=self._settings,
+            settings=cache_sized(self._settings, self._model, devices, spec.shape),
             standby=standby,
             moves_caches=self._moves_caches,
         )

@@ -13,8 +13,9 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     """How vLLM engines are started, watched and ended.
 
     ``variants``: precision (``fp8``, ``int8``, ``int4``) to the path or name of a checkpoint of the
-    same model in that precision. ``kv_cache_memory_bytes``: per device, where the shape names none
-    (always on CPU; on a GPU 0 leaves it to vLLM). ``enforce_eager``: skip compilation; unset means
+    same model in that precision. ``kv_cache_memory_bytes``: per device, where the shape names none;
+    unset or 0, it follows from memory and context on CPU and is left to vLLM on GPUs (see
+    ``room``). ``enforce_eager``: skip compilation; unset means
     on CPU only. ``max_model_len``: tokens; unset leaves the model's own. ``start_method``:
     ``zygote`` forks engines from one process that has imported vLLM, ``spawn`` starts each from
     nothing, ``auto`` takes the first on CPU.
@@ -30,7 +31,7 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     """
 
     variants: Mapping[str, str] = {}
-    kv_cache_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 256 * 1024 * 1024
+    kv_cache_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
     enforce_eager: bool | None = None
     max_model_len: Count | None = None
     start_method: Annotated[str, msgspec.Meta(pattern="^(auto|zygote|spawn)$")] = "auto"
