@@ -11,10 +11,12 @@ help:
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
+# At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in
+# ARGS for the plan that carries most.
 serve:
 	@set -e; model=$$($(PYTHON) tools/setup.py --engine --model '$(MODEL)'); set --; \
 	if [ -d "$$model-int8" ]; then set -- --set "engines.variants={int8: $$model-int8}"; fi; \
-	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" $(ARGS)
+	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" --set planning.min_shapes=2 $(ARGS)
 
 test:
 	@$(PYTHON) tools/setup.py --dev --engine --forecast --model smollm2-135m
