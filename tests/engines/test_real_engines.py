@@ -20,12 +20,12 @@ from oserve.core import (
     StopReplica,
     VllmBackend,
 )
+from oserve.engines.checkpoints.int8 import make_int8_variant
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
 from oserve.engines.settings import EngineSettings
-from oserve.engines.tiny import make_int8_variant
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +74,10 @@ def in_phase(phase: ReplicaPhase, *names: str) -> Callable[[Observation], bool]:
         return all(phases.get(name) is phase for name in names)
 
     return true
+
+
+def texts_of(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(errors="replace") for path in folder.rglob(pattern)]
 
 
 def left_memory() -> set[str]:
@@ -129,7 +133,7 @@ async def cluster(
     await until_true(lambda: left_memory() <= memory)
 
 
-async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
+async def test_shapes_start_answer_and_die(cluster: LocalCluster, tmp_path: Path) -> None:
     specs = (
         replica("single", "cpu:0"),
         replica("tensor", "cpu:0", "cpu:1", tp=2),
@@ -151,6 +155,9 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         assert "SIGKILL" in gone.failures[spec.id].reason
         assert group_members(state.pid) == []
         assert not Path(state.endpoint.unix_socket).parent.exists()
+    logs = texts_of(tmp_path, "*.log")
+    assert len(logs) > len(specs)
+    assert not any("is left out" in text for text in logs), "patches do not fit this vLLM"
 
 
 async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:

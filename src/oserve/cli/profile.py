@@ -1,25 +1,22 @@
 """``oserve profile``: measure what engines can do, for plans that go by it."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from oserve.app.profile import (
-    Report,
     default_shapes,
     limited,
     profile_devices,
     profile_running,
     profile_started,
 )
+from oserve.cli.measuring import reporting
 from oserve.cli.options import (
     ConfigOption,
     CpuSlotsOption,
@@ -91,7 +88,7 @@ def profile(
     )
     path = output or Path(settings.state_dir) / "profile.json"
     before = read_profile(path) if path.exists() else None
-    with _reporting() as report:
+    with reporting(_console) as report:
         if server is None:
             made = uvloop.run(
                 profile_started(settings, devices, shapes, rounds=rounds, report=report)
@@ -132,21 +129,6 @@ def _shape(text: str, devices: tuple[Device, ...]) -> ReplicaShape:
         precision=Precision(found["precision"]),
     )
     return limited(plain, cpu=devices[0].kind == "cpu", chunk=limits[0], seqs=limits[1])
-
-
-@contextlib.contextmanager
-def _reporting() -> Iterator[Report]:
-    """A bar per shape on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=_console) as progress:
-
-        def begin(name: str, steps: int) -> None:
-            progress.add_task(f"measuring {name}", total=steps)
-
-        def advance(steps: int) -> None:
-            progress.advance(progress.task_ids[-1], steps)
-
-        yield Report(line=_console.print, begin=begin, advance=advance)
 
 
 def _show(made: Profile) -> None:

@@ -10,10 +10,13 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from oserve.app.brief import LIMIT_S, measure_briefly, what_to_measure
 from oserve.app.deployment import Deployment, prepare
 from oserve.app.memory import rare_collections
 from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
+from oserve.cli.engines import notes as engine_notes
+from oserve.cli.measuring import reporting
 from oserve.cli.options import (
     ConfigOption,
     CpuSlotsOption,
@@ -71,11 +74,34 @@ def serve(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    deployment = prepare(settings_from(config, options, override))
+    settings = settings_from(config, options, override)
+    measure_first(settings, dry_run=dry_run)
+    deployment = prepare(settings)
     _show(deployment)
     if not dry_run:
         rare_collections()
         raise typer.Exit(uvloop.run(_serve(deployment)))
+
+
+def measure_first(settings: Settings, *, dry_run: bool) -> None:
+    """Measure briefly where nothing is known that a plan could go by; or say that it would be."""
+    shapes = what_to_measure(settings)
+    if not shapes:
+        return
+    names = ", ".join(shape.name for shape in shapes)
+    if dry_run:
+        _console.print(f"note: serving would first measure, for a minute at most: {names}")
+        return
+    _console.print(
+        f"Nothing is known yet of the speed of {settings.model} on this CPU. "
+        f"Measuring for {LIMIT_S:.0f} s at most, this once (planning.measure=never leaves it out)"
+    )
+    with reporting(_console) as report:
+        file = uvloop.run(measure_briefly(settings, shapes, report=report))
+    if file is None:
+        _console.print("nothing could be measured in that time")
+    else:
+        _console.print(f"kept in {file}; oserve profile {settings.model} measures more exactly")
 
 
 async def _serve(deployment: Deployment) -> int:
@@ -93,7 +119,7 @@ async def _serve(deployment: Deployment) -> int:
 def _show(deployment: Deployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
-    for note in deployment.notes:
+    for note in (*deployment.notes, *engine_notes()):
         _console.print(f"note: {note}", markup=False)
     table = Table("replica", "shape", "seqs", "devices", "serves")
     for spec in plan.replicas:

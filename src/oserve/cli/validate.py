@@ -13,7 +13,7 @@ from oserve.cli.options import (
     OverrideOption,
     once,
 )
-from oserve.cli.serve import settings_from
+from oserve.cli.serve import measure_first, settings_from
 
 
 def validate(
@@ -32,7 +32,9 @@ def validate(
         "model": once(model_argument, model, name="--model"),
         "cluster.cpu_slots": cpu_slots,
     }
-    deployment = prepare(settings_from(config, options, override))
+    settings = settings_from(config, options, override)
+    measure_first(settings, dry_run=True)
+    deployment = prepare(settings)
     replicas = len(deployment.plan.replicas)
     print(
         f"ok: {replicas} replicas on {len(deployment.devices)} devices "
