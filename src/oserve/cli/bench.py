@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ from oserve.traces import (
 )
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_MOST_SYNTHETIC = 5_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +213,14 @@ def _requests(
     assert synthetic is not None
     rate, _, seconds = synthetic.partition(":")
     try:
+        if float(rate) * float(seconds) > _MOST_SYNTHETIC and wish.limit is None:
+            raise OServeError(
+                f"it makes over {_MOST_SYNTHETIC:,} requests",
+                place="--synthetic",
+                remedy="give fewer, or --limit",
+            )
         made = synthesise(rate_rps=float(rate), duration_s=float(seconds), seed=seed)
-        requests = list(made)[: wish.limit]
+        requests = list(itertools.islice(made, wish.limit))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise OServeError(
             f"{synthetic!r} is not RATE:SECONDS",

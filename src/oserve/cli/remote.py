@@ -1,6 +1,7 @@
 """Asking a running server, for the commands that do."""
 
 import asyncio
+import os
 from typing import Any
 
 import aiohttp
@@ -70,7 +71,9 @@ def reason_of(error: Exception) -> str:
     """Why a connection failed, without what everybody knows already."""
     if isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
-        return (cause.strerror or str(cause)).lower().removeprefix("[errno none] ")
+        # asyncio puts the address in the place of what errno means.
+        known = cause.errno is not None and cause.errno > 0
+        return (os.strerror(cause.errno) if known else cause.strerror or str(cause)).lower()
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, aiohttp.ServerDisconnectedError):

@@ -1,5 +1,6 @@
 """``oserve simulate``: policies side by side on a simulated cluster."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _DEFAULT = "static-default,static-best,static-best-chunk,static-best-tuned,oserve"
 _SYNTHETIC_RPS = 8.0
 _SYNTHETIC_S = 900.0
+_MOST_SYNTHETIC_S = 7 * 86_400.0
 _SWEEP = (0.5, 0.75, 1.25, 1.5)
 
 
@@ -159,10 +161,17 @@ def simulate(
 def _traffic(trace: str | None, wish: TraceWish, seed: int) -> tuple[list[TraceRequest], str]:
     if trace is not None:
         return read_requests(trace, wish), trace
-    made = synthesise(
-        rate_rps=_SYNTHETIC_RPS, duration_s=wish.duration_s or _SYNTHETIC_S, seed=seed
-    )
-    return list(made)[: wish.limit], f"a synthetic mix of conversations and code (seed {seed})"
+    duration_s = wish.duration_s or _SYNTHETIC_S
+    if duration_s > _MOST_SYNTHETIC_S:
+        raise OServeError(
+            f"{duration_s:g} s of synthetic traffic are too many",
+            place="--duration-s",
+            remedy=f"give at most {_MOST_SYNTHETIC_S:g}",
+        )
+    made = synthesise(rate_rps=_SYNTHETIC_RPS, duration_s=duration_s, seed=seed)
+    return list(
+        itertools.islice(made, wish.limit)
+    ), f"a synthetic mix of conversations and code (seed {seed})"
 
 
 def _precisions(text: str) -> tuple[Precision, ...]:
