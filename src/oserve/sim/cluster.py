@@ -24,6 +24,9 @@ from oserve.core import (
 )
 from oserve.sim.phases import Faults, Phases
 
+_Strike = tuple[float, str, Callable[[str], None]]
+"""When a fault comes, in seconds, to which replica, and how."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Life:
@@ -74,7 +77,7 @@ class SimulatedCluster:
         self._random = random.Random(self.faults.seed)
         self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
-        strikes = [(*crash, self.crash) for crash in self.faults.crashes]
+        strikes: list[_Strike] = [(*crash, self.crash) for crash in self.faults.crashes]
         strikes += [(*hang, self.hang) for hang in self.faults.hangs]
         self._strokes = sorted(strikes, key=lambda item: item[:2], reverse=True)
         self._last: Observation | None = None
