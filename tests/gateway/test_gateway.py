@@ -1,6 +1,7 @@
 """The gateway as a client sees it, in front of emulated engines."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -124,7 +125,8 @@ async def test_engine_errors_pass_unwrapped(make_front: Make) -> None:
 async def test_large_bodies_are_refused_before_they_are_read(make_front: Make) -> None:
     settings = GatewaySettings(port=0, max_body_bytes=1000, shutdown_grace_s=0.0)
     front = await make_front(EmulatedEngine(), settings=settings)
-    async with front.session.post(front.url + "/v1/completions", data=b"x" * 5_000_000) as answer:
+    body = io.BytesIO(b"x" * 5_000_000)
+    async with front.session.post(front.url + "/v1/completions", data=body) as answer:
         assert answer.status == 413
         assert "1000 bytes" in (await answer.json())["error"]["message"]
 
