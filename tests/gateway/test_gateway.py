@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
-import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -358,6 +357,8 @@ async def test_a_slow_reader_is_cut_off_and_blocks_nobody(make_front: Make) -> N
 
 
 async def test_openai_client_works_unchanged(make_front: Make) -> None:
+    import openai  # noqa: PLC0415 - slow to import
+
     front = await make_front(EmulatedEngine())
     client = openai.AsyncOpenAI(base_url=front.url + "/v1", api_key="none")
     models = await client.models.list()
