@@ -332,7 +332,7 @@ async def test_records_are_kept(served: Served) -> None:
                 assert answer.status == 200
 
     async def kept() -> bool:
-        rows = read_records(served.folder / "records.sqlite"))
+        rows = list(read_records(served.folder / "records.sqlite"))
         found = {
             row.replica: row.prompt_tokens
             for row in rows
