@@ -2,23 +2,24 @@ PYTHON ?= python3
 PORT ?= 8000
 # Tests at a time: real engines take some gigabytes and a core each.
 JOBS ?= 2
-MODEL ?= .oserve/models/tiny-llama
+MODEL ?= smollm2-135m
 BIN := .venv/bin
 
 .PHONY: help serve test check format clean
 
 help:
-	@echo "make serve   set up everything (vLLM included) and serve a tiny model on port $(PORT)"
+	@echo "make serve   set up everything (vLLM included) and serve SmolLM2-135M on port $(PORT)"
+	@echo "             (MODEL=tiny: a tiny model of random weights; or MODEL=a model's folder)"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
 serve:
-	@$(PYTHON) tools/setup.py --engine --model $(MODEL)
-	@$(BIN)/oserve serve $(MODEL) --port $(PORT) --set 'engines.variants={int8: $(MODEL)-int8}' \
-		--set planning.slo_ttft_ms=4000 --set planning.slo_tpot_ms=200 $(ARGS)
+	@set -e; model=$$($(PYTHON) tools/setup.py --engine --model '$(MODEL)'); set --; \
+	if [ -d "$$model-int8" ]; then set -- --set "engines.variants={int8: $$model-int8}"; fi; \
+	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" $(ARGS)
 
 test:
-	@$(PYTHON) tools/setup.py --dev --engine --forecast
+	@$(PYTHON) tools/setup.py --dev --engine --forecast --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -15,9 +15,16 @@ LISTS = {
     "dev": ("core",),
     "engine-cpu": ("core",),
     "forecast": ("core", "dev"),
+    "gguf": ("core",),
 }
-# What vLLM on CPU does not load for text, and is large.
-LEFT_OUT = {"engine-cpu": {"torchaudio", "torchcodec", "torchvision", "triton"}}
+# What is not loaded for what is done here: by vLLM on CPU for text, and by gguf and tokenizers for
+# files that are at hand.
+FETCHING = {"huggingface-hub", "requests", "tqdm"}
+LEFT_OUT = {
+    "engine-cpu": {"torchaudio", "torchcodec", "torchvision", "triton"},
+    "dev": FETCHING,
+    "gguf": FETCHING,
+}
 
 
 def pins(name: str) -> dict[str, str]:

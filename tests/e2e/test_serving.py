@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from e2e.streams import told
+from oserve.engines.group import group_members
 from oserve.engines.tiny import make_tiny_model
 from oserve.gateway.records import read_records
 from oserve.traces import synthesise
@@ -37,6 +38,7 @@ routing_shares: {short: {one: 1}, long: {two: 1}}
 """
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
 _START_LIMIT_S = 240.0
+_LIMIT_S = 120.0
 
 
 @dataclass
@@ -89,7 +91,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("e2e")
     plan = folder / "plan.yaml"
     plan.write_text(PLAN)
-    server = start(folder, "--plan", str(plan), "--cpu-slots", "3", "--port", "0")
+    words = ["--plan", str(plan), "--cpu-slots", "3", "--port", "0"]
+    server = start(folder, *words, "--set", "engines.hang_after_s=5")
     family = descendants(server.process.pid)
     yield server
     server.process.send_signal(signal.SIGINT)
@@ -294,12 +297,62 @@ async def test_streams_go_on_when_their_engine_is_killed(served: Served) -> None
         await back_again(session, served, victim["pid"])
 
 
-async def back_again(session: aiohttp.ClientSession, served: Served, pid: int) -> None:
-    """Wait until replica one, which was this process, is another and ready."""
+async def streamed(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], seen: list[str]
+) -> str:
+    """The text of a stream; notes who sent each event."""
+    body = {**GREEDY, "prompt": prompt, "max_tokens": 150, "stream": True}
+    data = b""
+    async with session.post(url + "/v1/completions", json=body) as answer:
+        async for part in answer.content.iter_any():
+            data += part
+            seen.append(answer.headers["x-oserve-replica"])
+    return spoken(data, stream=True)
+
+
+def member_named(group: int, start: str) -> int:
+    """The youngest process of a group whose name starts so."""
+    members = group_members(group)
+    return max(m for m in members if Path(f"/proc/{m}/comm").read_text().startswith(start))
+
+
+@pytest.mark.parametrize(
+    ("replica", "process", "tokens"), [("one", "VLLM::EngineCor", 30), ("two", "VLLM::Worker", 300)]
+)
+async def test_streams_go_on_when_their_engine_hangs(
+    served: Served, replica: str, process: str, tokens: int
+) -> None:
+    prompts = [[7 + number] * tokens for number in range(6)]
+    async with aiohttp.ClientSession() as session:
+        calm = await asyncio.gather(*(streamed(session, served.url, p, []) for p in prompts))
+        entries = (await status_of(session, served.url))["replicas"]
+        pid = next(entry["pid"] for entry in entries if entry["id"] == replica)
+        seen: list[list[str]] = [[] for _ in prompts]
+        tasks = [
+            asyncio.ensure_future(streamed(session, served.url, prompt, parts))
+            for prompt, parts in zip(prompts, seen, strict=True)
+        ]
+        async with asyncio.timeout(_LIMIT_S):
+            while any(len(parts) < 5 for parts in seen):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert any(replica in parts for parts in seen)
+        # Its other processes live on, and answer what they can.
+        os.kill(member_named(pid, process), signal.SIGSTOP)
+        async with asyncio.timeout(_LIMIT_S):
+            assert await asyncio.gather(*tasks) == calm
+            await back_again(session, served, pid, replica)
+    assert f"replica {replica} hangs: " in served.log()
+    assert not group_members(pid)
+
+
+async def back_again(
+    session: aiohttp.ClientSession, served: Served, pid: int, replica: str = "one"
+) -> None:
+    """Wait until a replica, which was this process, is another and ready."""
 
     async def back() -> bool:
         document = await status_of(session, served.url)
-        state = next(r for r in document["replicas"] if r["id"] == "one")
+        state = next(r for r in document["replicas"] if r["id"] == replica)
         return bool(state["phase"] == "ready" and state["pid"] != pid)
 
     await until(back)

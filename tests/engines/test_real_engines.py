@@ -21,13 +21,13 @@ from oserve.core import (
     StopReplica,
     VllmBackend,
 )
+from oserve.engines.checkpoints.int8 import make_int8_variant
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
-from oserve.engines.tiny import make_int8_variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -83,6 +83,10 @@ def in_phase(phase: ReplicaPhase, *names: str) -> Callable[[Observation], bool]:
     return true
 
 
+def texts_of(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(errors="replace") for path in folder.rglob(pattern)]
+
+
 def left_memory() -> set[str]:
     """Shared memory of engines that nobody uses any more."""
     names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist_"))}
@@ -136,7 +140,7 @@ async def cluster(
     await until_true(lambda: left_memory() <= memory)
 
 
-async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
+async def test_shapes_start_answer_and_die(cluster: LocalCluster, tmp_path: Path) -> None:
     specs = (
         replica("single", "cpu:0"),
         replica("tensor", "cpu:0", "cpu:1", tp=2),
@@ -158,6 +162,9 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         assert "SIGKILL" in gone.failures[spec.id].reason
         assert group_members(state.pid) == []
         assert not Path(state.endpoint.unix_socket).parent.exists()
+    logs = texts_of(tmp_path, "*.log")
+    assert len(logs) > len(specs)
+    assert not any("is left out" in text for text in logs), "patches do not fit this vLLM"
 
 
 async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:

@@ -11,8 +11,8 @@ import pytest_asyncio
 
 from engines.stage import LIMIT_S, Stage, plan_of, replica, staged
 from oserve.core import Precision, StartReplica, StopReplica
+from oserve.engines.checkpoints.int8 import make_int8_variant
 from oserve.engines.spawner import Launcher
-from oserve.engines.tiny import make_int8_variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

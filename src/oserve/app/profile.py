@@ -25,9 +25,10 @@ from oserve.core import (
     StopReplica,
 )
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.devices import find_devices, has_bf16_instructions, processor_name
+from oserve.engines.devices import find_devices
+from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import ModelFacts, find_model
-from oserve.perf.profile import Profile, ProfileEntry, key_name, shape_key
+from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
 
@@ -52,16 +53,16 @@ def profile_devices(settings: Settings) -> tuple[Device, ...]:
 def default_shapes(
     settings: Settings, devices: Sequence[Device], model: ModelFacts
 ) -> tuple[ReplicaShape, ...]:
-    """Every precision at hand, on one device and, where the model can be cut in two, on two."""
+    """Every precision that is allowed, on one device and, where the model can be cut, on two."""
     cpu = devices[0].kind == "cpu"
-    # Without instructions for it, bf16 is slower on a CPU than fp32.
-    plain = Precision.FP32 if cpu and not has_bf16_instructions() else Precision.BF16
+    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))[0]
+    named = settings.planning.precisions
     variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     sizes = [1, 2] if len(devices) > 1 and splits(model, 2) else [1]
     return tuple(
         limited(ReplicaShape(tensor_parallel_size=size, precision=precision), cpu=cpu)
         for size in sizes
-        for precision in dict.fromkeys([plain, *variants])
+        for precision in dict.fromkeys(named or [plain, *variants])
     )
 
 
@@ -212,8 +213,19 @@ async def measure_engine(
         )
         meter = _begin(course, client, facts, shape, report, watch=watch)
         steps = await meter.run(course)
+    return fitted_entry(model, device_kind, shape, facts, steps), facts
+
+
+def fitted_entry(
+    model: ModelFacts,
+    device_kind: str,
+    shape: ReplicaShape,
+    facts: EngineFacts,
+    steps: tuple[ProfileStep, ...],
+) -> ProfileEntry:
+    """Raises OServeError where the steps are too few to fit a model to."""
     coefficients, error_percent = fit_entry(model, device_kind, shape_key(shape), steps)
-    entry = ProfileEntry(
+    return ProfileEntry(
         tensor_parallel_size=shape.tensor_parallel_size,
         pipeline_parallel_size=shape.pipeline_parallel_size,
         precision=shape.precision,
@@ -228,7 +240,6 @@ async def measure_engine(
         error_percent=round(error_percent, 2),
         steps=steps,
     )
-    return entry, facts
 
 
 def _begin(
@@ -258,7 +269,7 @@ def make_profile(
     return Profile(
         model=model,
         device_kind=devices[0].kind,
-        machine=processor_name() if cpu else devices[0].kind,
+        machine=find_processor().name if cpu else devices[0].kind,
         cores_per_device=len(devices[0].cores),
         engine=version,
         entries=tuple(entries),

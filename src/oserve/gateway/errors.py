@@ -63,6 +63,21 @@ def upstream_failed(message: str) -> ApiError:
     return ApiError(status=502, message=message, type="server_error", code="replica_failed")
 
 
+def internal() -> ApiError:
+    """Our own fault; the log says more."""
+    return ApiError(
+        status=500,
+        message="The gateway could not handle this request; its log says where",
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def shown(request_id: bytes) -> str:
+    """A request's id as a log may have it: a client chose it."""
+    return ascii(request_id.decode("latin-1"))
+
+
 def timed_out(message: str) -> ApiError:
     """It took longer than allowed."""
     return ApiError(status=504, message=message, type="server_error", code="deadline_exceeded")
