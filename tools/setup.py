@@ -4,6 +4,7 @@ Each step leaves a stamp of what it was made from, so a second run does nothing 
 """
 
 import argparse
+import ctypes
 import hashlib
 import shutil
 import subprocess
@@ -96,6 +97,11 @@ def _install_dev() -> None:
 def _install_engine() -> None:
     sources = [ROOT / "requirements" / "engine-cpu.txt"]
     gpu = shutil.which("nvidia-smi") is not None
+    if not gpu and not _has_library("libnuma.so.1"):
+        raise StepError(
+            "vLLM for CPU needs the library libnuma, which is not installed",
+            "install it (Debian, Ubuntu: apt-get install libnuma1; Fedora: numactl-libs)",
+        )
     stamp = "engine-gpu" if gpu else "engine-cpu"
     if _done(stamp, sources):
         return
@@ -109,6 +115,14 @@ def _install_engine() -> None:
             ["--no-deps", *extra, *pins],
         )
     _mark(stamp, sources)
+
+
+def _has_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _install_forecast() -> None:

@@ -17,7 +17,7 @@ from oserve.core import OServeError
 from oserve.traces import BadRows, Skipped, TimeUnit, TraceRequest, read_trace
 from oserve.traces.units import AmbiguousUnitError, conclude, unit_of_name
 
-UNITS = [unit for unit in TimeUnit if unit is not TimeUnit.AUTO]
+UNITS: list[TimeUnit] = [unit for unit in TimeUnit if unit is not TimeUnit.AUTO]
 
 
 def arrivals(rate_rps: float, count: int = 200, seed: int = 0) -> list[float]:
@@ -128,7 +128,7 @@ def test_names_tell_units(tmp_path: Path, unit: TimeUnit, name: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 def test_unix_times_tell_units_and_begin_at_zero(tmp_path: Path, unit: TimeUnit) -> None:
     start = 1_716_000_000
-    rows = [
+    rows: list[dict[str, object]] = [
         {"time": int((start + at) * unit.per_s), "input_tokens": 1, "output_tokens": 1}
         for at in range(30)
     ]

@@ -145,7 +145,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue
             if key in seen:
@@ -155,10 +155,10 @@ class _Loader(yaml.SafeLoader):
                     "leave one of the two out",
                 )
             seen[key] = key_node.start_mark
-        super().flatten_mapping(node)  # type: ignore[no-untyped-call]
+        super().flatten_mapping(node)
 
     def construct_finite(self, node: yaml.ScalarNode) -> float:
-        value = float(self.construct_yaml_float(node))  # type: ignore[no-untyped-call]
+        value = float(self.construct_yaml_float(node))
         if not math.isfinite(value):
             raise _StrictError(f"{node.value} is no number", node.start_mark, "give a finite one")
         return value

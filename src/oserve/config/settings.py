@@ -93,10 +93,10 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
 
     The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
     ``profile``: step times as ``oserve profile`` wrote them. ``precisions``: those a replica may
-    have; unset means the plain one and every one of ``engines.variants``.
+    have; unset means the plain one and every one of ``engines.variants``. ``measure``: ``auto``
+    measures briefly before the first plan where nothing is known of the model on this CPU.
     ``min_shapes``: the best deployment of at least so many different shapes is planned, whatever it
-    is worth against one shape everywhere. ``measure``: ``auto`` measures briefly before the first
-    plan where nothing is known of the model on this CPU.
+    is worth against one shape everywhere.
     """
 
     trace: str = ""
@@ -105,8 +105,8 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     slo_ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     slo_tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     precisions: tuple[Precision, ...] = ()
-    min_shapes: Count = 1
     measure: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
+    min_shapes: Count = 1
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -16,6 +16,9 @@ _LIKE_A_STAMP = re.compile(r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}.*|.*[0-9]:
 # Counts that begin after this are taken for Unix times: 31 years.
 _EPOCH_S = 946_684_800.0
 
+# 300 years: no count and no Unix time is later.
+_MAX_S = 1e10
+
 
 class Clock(Protocol):
     """``arrival_s`` reads one stamp; ``settle`` says that its row was sound."""
@@ -41,6 +44,8 @@ class Ticks:
     def arrival_s(self, stamp: object) -> float:
         """Raises BadRowError."""
         at_s = ticks(stamp, self._name) / self._per_s
+        if at_s > _MAX_S:
+            raise BadRowError(f"{self._name} is {at_s:g} s, which is no time")
         if self._origin_s is not None:
             return at_s - self._origin_s
         self._maybe_s = at_s if at_s >= _EPOCH_S else 0.0

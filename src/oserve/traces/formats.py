@@ -79,7 +79,7 @@ def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
     if header.startswith("{"):
         fields = _object(header)
         names = _Names(list(fields), kind="field")
-        lines = _Objects(names)
+        lines: _Objects | _Columns = _Objects(names)
         rows = [header, *sample]
     else:
         delimiter = _delimiter(header)

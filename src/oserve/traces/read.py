@@ -210,8 +210,10 @@ def _text_rows(
             elif line.strip():
                 yield number, _parsed(found.parse, line)
     except UnicodeDecodeError:
-        reason = BadRowError("it is not text in UTF-8", remedy="save it as UTF-8, or name a trace")
-        raise _error(path, numbered.count + 1, reason) from None
+        # Text is decoded in blocks of lines, so the line is not known.
+        raise OServeError(
+            "it is not text in UTF-8", place=str(path), remedy="save it as UTF-8, or name a trace"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         reason = BadRowError(f"the file is damaged: {error}", remedy="fetch it again")
         raise _error(path, numbered.count + 1, reason) from None
@@ -247,7 +249,9 @@ def _parsed(parse: Parse, line: str) -> _Row:
 
 
 def _error(path: Path, number: int, reason: BadRowError | None) -> OServeError:
-    usual = f"correct the row, or skip such rows: --skip-bad-rows; a trace is {FORMATS}"
+    usual = "correct the row, or skip such rows: --skip-bad-rows"
+    if number == 1:
+        usual = f"a trace is {FORMATS}"
     return OServeError(
         str(reason),
         place=f"{path}:{number}",

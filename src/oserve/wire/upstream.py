@@ -25,6 +25,8 @@ class ResponseHead:
 class Sink(Protocol):
     """Whoever takes a response. After ``on_end`` or ``on_error`` nothing more comes.
 
+    What any of these raises goes to ``crashed``, which itself must not raise.
+
     ``cancelled`` is read before a new connection is used; ``attached`` hands the connection over,
     through which the response can be paused or the request dropped.
     """
@@ -41,6 +43,8 @@ class Sink(Protocol):
     def on_end(self) -> None: ...
 
     def on_error(self, reason: str) -> None: ...
+
+    def crashed(self, error: Exception) -> None: ...
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -107,6 +111,12 @@ class UpstreamConnection(asyncio.Protocol):
         sink, self._sink = self._sink, None
         if sink is None:
             return
+        try:
+            self._lost(sink)
+        except Exception as error:
+            sink.crashed(error)
+
+    def _lost(self, sink: Sink) -> None:
         if self._head is None and not self._buffer and self._reused:
             # The server closed an idle connection as we took it up: the request was not read.
             self._pool.send_fresh(self._request, sink)
@@ -119,6 +129,14 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self._sink
         if sink is None:
             return
+        try:
+            self._received(sink, data)
+        except Exception as error:
+            self._sink = None
+            self.close()
+            sink.crashed(error)
+
+    def _received(self, sink: Sink, data: bytes) -> None:
         if self._head is None:
             self._buffer += data
             data = self._parse_head(sink)
