@@ -43,6 +43,8 @@ def commands() -> dict[str, set[str]]:
         found[" ".join(words)] = options | {"--help"}
         for name, one in getattr(command, "commands", {}).items():
             walk(one, (*words, name))
+        # What a group runs when no command of it is named.
+        found[" ".join(words)] |= found.get(" ".join((*words, "run")), set())
 
     walk(typer.main.get_command(app), ())
     return found
