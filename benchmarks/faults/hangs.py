@@ -345,7 +345,10 @@ async def run_all(url: str, cases: list[Case]) -> list[Found]:
     limit = aiohttp.ClientTimeout(total=_CASE_LIMIT_S)
     async with aiohttp.ClientSession(timeout=limit) as session:
         for case in cases:
-            rows.append(await run(case, Server(url, session)))
+            try:
+                rows.append(await run(case, Server(url, session)))
+            except TimeoutError:
+                rows.append(Found(case=case.name, reason="the replicas were not ready before it"))
             print(line(rows[-1]), flush=True)
     return rows
 

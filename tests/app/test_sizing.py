@@ -104,7 +104,7 @@ def test_validate_and_serve_refuse_a_model_that_is_too_large(tmp_path: Path) -> 
         found = CliRunner().invoke(app, [*command, *words, "--cpu-slots", "2"])
         assert found.exit_code != 0
         assert isinstance(found.exception, OServeError)
-        assert "replicas need" in found.exception.message
+        assert "GiB" in found.exception.message
         assert found.exception.remedy
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from oserve.app.clock import LiveClock
 from oserve.control.door import Cluster
@@ -32,13 +33,14 @@ from oserve.core import (
 )
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.settings import EngineSettings
-from oserve.engines.tiny import make_tiny_model
 from oserve.perf import TokenCosts
 from oserve.sim import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.steps import StepTables
 from oserve.sim.words import RequestTable
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CORES = len(os.sched_getaffinity(0))
 DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", cores=(n % CORES,)) for n in range(2))
@@ -97,7 +99,10 @@ def fleet_cluster(clock: VirtualClock) -> FleetCluster:
     return FleetCluster(fleet, add, DEVICES, clock)
 
 
-@pytest.fixture(params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)])
+@pytest_asyncio.fixture(
+    params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)],
+    loop_scope="session",
+)
 async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
     if request.param in {"simulated", "fleet"}:
         virtual = VirtualClock()
@@ -116,11 +121,12 @@ async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     clock = LiveClock()
     local = LocalCluster(
         DEVICES,
-        model=str(make_tiny_model(tmp_path / "tiny")),
+        model=str(request.getfixturevalue("tiny_model")),
         served_model_name="tiny",
         run_dir=tmp_path / "run",
         clock=clock,
         settings=EngineSettings(max_model_len=1024, hang_after_s=4.0),
+        launcher=request.getfixturevalue("zygote"),
     )
 
     async def signalled(name: str, number: int) -> None:

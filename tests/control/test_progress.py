@@ -155,6 +155,29 @@ def test_nothing_due_is_no_silence() -> None:
         assert progress.observe(Look(now_s=float(second), owes=False, counts=(1.0,))) == ""
 
 
+@given(st.lists(st.floats(0.0, 4.0), min_size=15, max_size=15), st.integers(0, 1000))
+def test_a_start_stands_if_one_of_its_processes_does(shares: list[float], moved: int) -> None:
+    """Whatever those that wait for it do meanwhile."""
+    progress = fresh()
+    work_s, reasons = 0.0, []
+    for second, share in enumerate(shares):
+        work_s += share
+        activity = Activity(stopped=1, work_s=work_s, moved=moved * second)
+        look = Look(now_s=float(second), counts=(float(activity.moved),), activity=activity)
+        reasons.append(progress.observe(look, loading=True))
+    assert [bool(reason) for reason in reasons] == [second >= AFTER_S for second in range(15)]
+
+
+@given(st.lists(st.booleans(), min_size=300, max_size=300))
+def test_a_start_that_does_something_each_minute_goes_on(works: list[bool]) -> None:
+    progress = fresh()
+    work_s = 0.0
+    for second, work in enumerate(works):
+        work_s += 0.1 * (work or second % 59 == 0)
+        look = Look(now_s=float(second), counts=(0.0,), activity=Activity(work_s=work_s))
+        assert progress.observe(look, loading=True) == ""
+
+
 def test_one_on_standby_may_compute_for_as_long_as_it_takes() -> None:
     progress = fresh()
     for second in range(1000):

@@ -1,12 +1,12 @@
 """Memory before anything starts: caches sized for what will run, and refused what cannot."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from oserve.app.planning import Question
 from oserve.config import Settings
-from oserve.core import DeploymentPlan, Device, ReplicaSpec
+from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.room import Room, known_model, with_settings
@@ -28,6 +28,17 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
         model=known_model(settings.model) if settings.model else None,
         free_bytes=free,
     )
+
+
+def fitting(
+    settings: Settings, devices: tuple[Device, ...], shapes: Sequence[ReplicaShape]
+) -> tuple[ReplicaShape, ...]:
+    """Those of some shapes that may be started; raises OServeError where none fits."""
+    room = find_room(settings, devices)
+    found = room.sized(shapes)[1]
+    if not found:
+        raise room.refusal(room.closest(shapes))
+    return found
 
 
 def fitted(room: Room, question: Question, specs: Iterable[ReplicaSpec]) -> tuple[Room, Question]:

@@ -152,7 +152,11 @@ class Progress:
         self._stalled_s = 0.0 if moved or look.running == 0 else self._stalled_s + passed_s
         limits = self.limits(loading=loading, standby=standby)
         worked = self._worked(look.activity, passed_s)
-        if look.answered or moved or not look.owes or (loading and worked):
+        alive = look.answered or moved or not look.owes
+        if loading:
+            # Those that wait for a stopped one look for it now and then, and may tell of it.
+            alive = (moved or worked) and not (look.activity is not None and look.activity.stopped)
+        if alive:
             self._speaks(serves=not (loading or standby))
         else:
             self.silent_s += passed_s

@@ -454,4 +454,8 @@ class LocalCluster:
                 shutil.rmtree(inside, ignore_errors=True)
             inside.mkdir(mode=0o700, exist_ok=True)
             return inside
+        made = Path(tempfile.mkdtemp(prefix="oserve-"))
+        if len(str(made / ("x" * _MAX_NAME_BYTES + "-999999")).encode()) <= _MAX_FOLDER_BYTES:
+            return made
+        made.rmdir()
         return Path(tempfile.mkdtemp(prefix="oserve-", dir="/tmp"))

@@ -7,7 +7,8 @@ import msgspec
 from oserve.wire import Exchange
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Neither frozen nor slotted: whoever passes an exception on sets its traceback.
+@dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
     """What went wrong, as clients of OpenAI's API expect to read it."""
 

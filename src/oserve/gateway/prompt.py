@@ -27,7 +27,7 @@ class _Message(msgspec.Struct):
 
 class _Part(msgspec.Struct):
     type: str | None = None
-    text: msgspec.Raw | None = None
+    text: msgspec.Raw = msgspec.Raw(b"")
 
 
 _messages = msgspec.json.Decoder(list[_Message])
@@ -70,7 +70,7 @@ def _media(messages: bytes) -> tuple[int, int]:
                 continue
             for raw in _parts.decode(content):
                 part = _part.decode(raw)
-                if part.type not in _TEXT_PARTS and part.text is None:
+                if part.type not in _TEXT_PARTS and not part.text:
                     size += len(memoryview(raw))
                     count += 1
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

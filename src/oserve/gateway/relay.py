@@ -217,7 +217,8 @@ class Relay:
         if self.stream and clean:
             whole = event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK
             self.exchange.write(whole)
-            self.exchange.finish(close=True)
+            # A client that keeps connections would have its next request broken off.
+            self.exchange.finish(close=framing is None or not framing.chunked)
         else:
             self.exchange.abort()
 

@@ -74,9 +74,10 @@ class SimulatedCluster:
         self._random = random.Random(self.faults.seed)
         self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
-        strikes = [(*crash, self.crash) for crash in self.faults.crashes]
-        strikes += [(*hang, self.hang) for hang in self.faults.hangs]
-        self._strokes = sorted(strikes, key=lambda item: item[:2], reverse=True)
+        strokes: list[tuple[float, str, Callable[[str], None]]] = []
+        strokes += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
+        strokes += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
+        self._strokes = sorted(strokes, key=lambda item: item[:2], reverse=True)
         self._last: Observation | None = None
 
     async def observe(self) -> Observation:

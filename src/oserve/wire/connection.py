@@ -15,11 +15,12 @@ import httptools
 
 from oserve.core.faults import fault
 from oserve.wire.exchange import Exchange
-from oserve.wire.target import origin_form, valid_host
+from oserve.wire.head import fault_of_head, origin_form
 
 _log = logging.getLogger("oserve.wire")
 
 _MAX_HEADER_BYTES = 32 * 1024
+_TOO_LARGE = "request headers are larger than 32 KiB"
 _HIGH_WATER_BYTES = 256 * 1024
 # Requests that wait for the answers to those before them, past which no more are read.
 _MAX_PENDING = 4
@@ -77,7 +78,7 @@ class ServerConnection(asyncio.Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._body: bytes | bytearray = b""
         # Bytes since the last that belonged to a body.
-        self._header_bytes = 0
+        self._header_bytes = self._field_bytes = 0
         self._in_head = True
         self._upgrading = False
         self._continue_due = False
@@ -151,7 +152,7 @@ class ServerConnection(asyncio.Protocol):
             self._refuse(400, f"malformed HTTP request: {error}")
         else:
             if self._header_bytes > _MAX_HEADER_BYTES:
-                self._refuse(431, "request headers are larger than 32 KiB")
+                self._refuse(431, _TOO_LARGE)
 
     def _feed(self, data: bytes) -> None:
         while True:
@@ -182,14 +183,21 @@ class ServerConnection(asyncio.Protocol):
         self._fields = []
         self._body = b""
         self._in_head = True
+        self._field_bytes = 0
         self._upgrading = self._continue_due = False
         if self._current is None:
             self._arm(self._limits.read_timeout_s)
 
     def on_url(self, url: bytes) -> None:
         self._url += url
+        self._field_bytes += len(url)
+        if self._field_bytes > _MAX_HEADER_BYTES:
+            self._refuse_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._field_bytes += len(name) + len(value) + 4
+        if self._field_bytes > _MAX_HEADER_BYTES:
+            self._refuse_head()
         # What follows a chunked body has no say in what it is.
         if self._in_head:
             self._fields.append((name.lower(), value.strip(b" \t")))
@@ -198,16 +206,19 @@ class ServerConnection(asyncio.Protocol):
         request = self._reading
         assert request is not None
         self._in_head = False
-        self._header_bytes = 0
+        self._header_bytes = self._field_bytes = 0
         request.method = self._parser.get_method()
         request.keep_alive = self._parser.should_keep_alive()
         version = self._parser.get_http_version()
         request.http_1_0 = version == "1.0"
         for name, value in self._fields:
-            if request.headers.setdefault(name, value) is not value and name in _SINGLE:
+            if name in _SINGLE and name in request.headers:
                 self._refuse_now(400, f"more than one {name.decode('latin-1')} field")
+            request.headers.setdefault(name, value)
         request.path = origin_form(self._url, request.method)
-        self._check_head(request, version)
+        wrong = fault_of_head(request.method, request.path, version, request.headers)
+        if wrong is not None:
+            self._refuse_now(*wrong)
         if self._parser.should_upgrade():
             self._upgrading = True
             return
@@ -219,23 +230,6 @@ class ServerConnection(asyncio.Protocol):
         if expects and has_body and not request.http_1_0:
             self._continue_due = True
             self._continue()
-
-    def _check_head(self, request: Exchange, version: str) -> None:
-        """Refuse what is not HTTP/1.1 as it is served here, or could be read in two ways."""
-        coding = request.headers.get(b"transfer-encoding", b"chunked")
-        host = request.headers.get(b"host")
-        if version not in {"1.0", "1.1"}:
-            self._refuse_now(505, "this server speaks HTTP/1.1")
-        if request.method == b"CONNECT":
-            self._refuse_now(501, "this server is no proxy")
-        if (host is None and not request.http_1_0) or not valid_host(host or b""):
-            self._refuse_now(400, "a request needs one Host field that names a host")
-        if request.http_1_0 and b"transfer-encoding" in request.headers:
-            self._refuse_now(400, "HTTP/1.0 has no transfer codings")
-        if coding.lower() != b"chunked":
-            self._refuse_now(501, "the only transfer coding understood is chunked")
-        if not request.path:
-            self._refuse_now(400, "the request target is not of a form that is served here")
 
     def on_body(self, body: bytes) -> None:
         self._header_bytes = 0
@@ -260,7 +254,7 @@ class ServerConnection(asyncio.Protocol):
         if not request.keep_alive:
             # Whatever follows is no request (RFC 9112, 9.6).
             self._lingered_bytes = 0
-        if self._current is not None or self._pending:
+        if self._current is not None or self._pending or self._stall is not None:
             self._pending.append(request)
             if self._transport is not None and len(self._pending) >= _MAX_PENDING:
                 self._reading_paused = True
@@ -351,6 +345,9 @@ class ServerConnection(asyncio.Protocol):
     def _refuse_body(self) -> None:
         limit = self._limits.max_body_bytes
         self._refuse_now(413, f"request body is larger than the limit of {limit} bytes")
+
+    def _refuse_head(self) -> None:
+        self._refuse_now(431, _TOO_LARGE)
 
     def _refuse_now(self, status: int, message: str) -> None:
         """From a callback of the parser, which goes no further."""
