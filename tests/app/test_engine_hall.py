@@ -22,11 +22,15 @@ def folders() -> set[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_who_is_told_to_end_clears_up_first(number: signal.Signals) -> None:
     before = folders()
-    with pytest.raises(SystemExit) as stopped:
+
+    async def measure() -> None:
         async with engine_hall(load_settings(None, {"model": "some/model"}, {}), SLOTS):
             assert folders() > before
             os.kill(os.getpid(), number)
             await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit) as stopped:
+        await measure()
     assert stopped.value.code == 128 + number
     assert folders() == before
     # What came before counts again.
