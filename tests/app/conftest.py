@@ -15,6 +15,12 @@ CPUS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as tests of planning think there is, whatever the machine has."""
+    monkeypatch.setattr("oserve.app.sizing.available_memory_bytes", lambda: 16 << 30)
+
+
 @pytest.fixture(params=sorted(CPUS))
 def cpu_flags(request: pytest.FixtureRequest) -> str:
     """Of each kind of CPU in turn."""

@@ -23,6 +23,7 @@ from oserve.app.profile import (
     profile_devices,
     started_engine,
 )
+from oserve.app.sizing import fitting
 from oserve.config import Settings
 from oserve.core import Device, OServeError, ReplicaShape
 from oserve.engines.holding import keeper_runs
@@ -108,7 +109,7 @@ def brief_course(
 def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
     """Shapes to measure before a plan can be computed; none where enough is known, or it is off.
 
-    Raises OServeError for a profile that was asked for and is bad.
+    Raises OServeError for a profile that was asked for and is bad, and where no shape fits.
     """
     if settings.planning.measure == "never" or settings.plan or not settings.model:
         return ()
@@ -127,7 +128,7 @@ def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
         stale = isinstance(source, ProfileSource) and _stale(settings, source.profile, devices)
         if usable & set(wanted_precisions(settings, source, plain)[0]) and not stale:
             return ()
-    return default_shapes(settings, devices, model)
+    return fitting(settings, devices, default_shapes(settings, devices, model))
 
 
 def _stale(settings: Settings, used: Profile, devices: Sequence[Device]) -> bool:

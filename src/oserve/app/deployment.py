@@ -10,6 +10,7 @@ import msgspec
 
 from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
 from oserve.app.planning import Question
+from oserve.app.sizing import checked, find_room, fitted
 from oserve.app.store import StateStore
 from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
@@ -29,6 +30,7 @@ from oserve.engines.arguments import engine_arguments
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
+from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
@@ -40,7 +42,8 @@ class Deployment:
 
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
     ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
-    alone, empty without one. ``speeds``: of replicas, as an earlier server saw them.
+    alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
+    ``speeds``: of replicas, as an earlier server saw them.
     """
 
     settings: Settings
@@ -55,6 +58,7 @@ class Deployment:
     fingerprint: str = ""
     given: str = ""
     speeds: Speeds = field(default_factory=Speeds)
+    sized: bool = False
 
     @property
     def state_file(self) -> Path:
@@ -77,14 +81,14 @@ def prepare(settings: Settings) -> Deployment:
     question = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
         question = planning_question(settings, devices, knowledge, plain)
+    room = find_room(settings, devices)
+    if question is not None:
+        given = load_plan(settings.plan).replicas if settings.plan else ()
+        room, question = fitted(room, question, given)
     stamp = _fingerprint(settings, devices, plain)
-    resumed = _resumed(settings, devices, stamp) if mode is not Mode.OFF else None
+    resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), question)
-    first = _plan(settings, resumed, question, speeds) or FirstPlan(
-        plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
-        why="the default plan, since none can be computed: "
-        + (knowledge.missing or "no model is named"),
-    )
+    first = _plan(settings, devices, plain, knowledge, question, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -98,13 +102,15 @@ def prepare(settings: Settings) -> Deployment:
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
     name = settings.served_model_name or _model_name(settings.model)
+    room = checked(room, plan, settings.plan or "plan")
     return Deployment(
-        settings=settings,
+        settings=msgspec.structs.replace(settings, engines=room.settings),
+        sized=room.settings != settings.engines,
         devices=devices,
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=first.notes,
+        notes=(*first.notes, *room.words(plan.replicas)),
         costs=knowledge.costs,
         mode=mode,
         question=None if mode is Mode.OFF else question,
@@ -148,7 +154,7 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     """The plan that was in force when a server last ran on the same, if one did."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
@@ -161,8 +167,9 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
     left = recover(journal_folder(settings), time.time())
     try:
         plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
-        check_plan(plan, devices, place=str(file))
-        check_engines(plan, devices, settings)
+        check_plan(plan, room.devices, place=str(file))
+        check_engines(plan, room.devices, settings)
+        checked(room, plan, str(file))
     except (OServeError, KeyError):
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"
@@ -181,9 +188,19 @@ def remembered_speeds(file: Path, question: Question | None) -> Speeds:
 
 
 def _plan(
-    settings: Settings, resumed: FirstPlan | None, question: Question | None, speeds: Speeds
-) -> FirstPlan | None:
-    """As given, else as it was, else computed; ``None`` where nothing is known of the model."""
+    settings: Settings,
+    devices: tuple[Device, ...],
+    plain: tuple[Precision, ...],
+    knowledge: Knowledge,
+    question: Question | None,
+    resumed: FirstPlan | None,
+    speeds: Speeds,
+) -> FirstPlan:
+    """As given, else as it was, else computed, else the default.
+
+    A default also where traffic that was merely assumed, or once came, can be served by no shape:
+    that is no reason not to serve.
+    """
     # Who stops a server and starts it with a plan file means that plan; one that was killed means
     # to go on.
     if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
@@ -191,9 +208,18 @@ def _plan(
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
+    missing = knowledge.missing or "no model is named"
     if settings.model and question is not None:
-        return first_plan(question, speeds)
-    return None
+        try:
+            return first_plan(question, speeds)
+        except OServeError as error:
+            if settings.planning.trace or settings.planning.rates:
+                raise
+            missing = f"for {question.demand.source}, {error.message}; {error.remedy}"
+    return FirstPlan(
+        plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
+        why=f"the default plan, since none can be computed: {missing}",
+    )
 
 
 def _model_name(model: str) -> str:
@@ -214,6 +240,10 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
                 platform="cpu" if cpu else "cuda",
                 settings=settings.engines,
             )
+    # How much memory is free does not matter here: engines that run take part of it.
+    model = known_model(settings.model)
+    room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
+    room.check_contexts(plan.replicas)
 
 
 def _default_shapes(

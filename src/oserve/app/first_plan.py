@@ -109,7 +109,7 @@ def planning_question(
         precisions=precisions,
         max_num_batched_tokens=(),
         max_num_seqs=(),
-        kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
+        kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or None,
     )
     return Question(
         model=settings.model,
@@ -121,6 +121,7 @@ def planning_question(
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,
         min_gain=_MIN_GAIN,
+        min_shapes=planning.min_shapes,
         notes=() if shapes else notes,
     )
 
@@ -162,9 +163,20 @@ def first_plan(question: Question, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
 def _demand(settings: Settings, context: int) -> Demand:
     planning = settings.planning
     if planning.trace:
-        return demand_from_trace(
-            read_trace(planning.trace), source=planning.trace, max_model_len=context
+        skipped = Skipped()
+        # A plan does not depend on the order of requests, nor on single ones.
+        requests = read_trace(
+            planning.trace,
+            bad_rows=BadRows.SKIP,
+            time_unit=planning.time_unit,
+            sort=True,
+            skipped=skipped,
         )
+        found = demand_from_trace(requests, source=planning.trace, max_model_len=context)
+        notes = [skipped.assumed] if skipped.assumed else []
+        if skipped.count:
+            notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
+        return replace(found, notes=(*found.notes, *notes))
     if planning.rates:
         return demand_from_rates(
             load_rates(planning.rates), source="planning.rates", max_model_len=context
@@ -188,14 +200,6 @@ def _demand(settings: Settings, context: int) -> Demand:
     return scaled(assumed, _TRICKLE)
 
 
-def _kv_cache_bytes(settings: Settings, devices: tuple[Device, ...]) -> int | None:
-    """Only where it is set to something else than what engines take anyhow."""
-    default = type(settings.engines)().kv_cache_memory_bytes
-    wanted = settings.engines.kv_cache_memory_bytes
-    on_cpu = all(device.kind == "cpu" for device in devices)
-    return wanted if on_cpu and wanted not in {0, default} else None
-
-
 def _why(found: Answer) -> str:
     score, base = found.planned.best.score, found.baseline.score
     demand = found.question.demand
@@ -211,4 +215,16 @@ def _why(found: Answer) -> str:
             f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
             f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
         )
-    return f"a plan computed for {demand.source}: {carried}; {found.question.source.origin}"
+    origin = found.question.source.origin
+    return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def _variety(found: Answer) -> str:
+    """What the shapes that were asked for are worth."""
+    least = found.question.min_shapes
+    if least == 1:
+        return ""
+    if not found.problem.is_varied(found.planned.best.counts):
+        return f"; {least} different shapes (planning.min_shapes) cannot be had here"
+    change = 100 * (found.gain - 1)
+    return f"; {least} different shapes were asked for (planning.min_shapes): {change:+.1f} %"

@@ -15,7 +15,16 @@ from oserve.app.deployment import Deployment, prepare
 from oserve.app.memory import rare_collections
 from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
+from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
+from oserve.cli.options import (
+    ConfigOption,
+    CpuSlotsOption,
+    ModelArgument,
+    ModelOption,
+    OverrideOption,
+    once,
+)
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
 
@@ -32,37 +41,29 @@ def settings_from(
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hugging Face id, as for vllm serve.")
-    ] = None,
+    model_argument: ModelArgument = None,
+    model: ModelOption = None,
     plan: Annotated[
         str | None, typer.Option(help="Deployment plan (YAML): replicas, types, shares.")
     ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="Settings file (YAML); see docs/configuration.md.")
-    ] = None,
+    config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name clients use for the model.")
     ] = None,
-    cpu_slots: Annotated[
-        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
-    ] = None,
+    cpu_slots: CpuSlotsOption = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Folder for logs and request records.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
-    ] = None,
+    override: OverrideOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, start nothing.")
     ] = False,
 ) -> None:
     """Start replicas as planned and serve them behind one OpenAI-compatible endpoint."""
     options = {
-        "model": model,
+        "model": once(model_argument, model, name="--model"),
         "plan": plan,
         "gateway.host": host,
         "gateway.port": port,
@@ -118,7 +119,7 @@ async def _serve(deployment: Deployment) -> int:
 def _show(deployment: Deployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
-    for note in deployment.notes:
+    for note in (*deployment.notes, *engine_notes()):
         _console.print(f"note: {note}", markup=False)
     table = Table("replica", "shape", "seqs", "devices", "serves")
     for spec in plan.replicas:

@@ -24,22 +24,35 @@ _GAUGES = {
 # One observation per step, of the tokens that it computed of prompts and gave out; and one per
 # token but the first of each answer, of the time since the one before.
 _COUNTERS = {
+    "vllm:prompt_tokens_total": "all_prompt_tokens",
     "vllm:iteration_tokens_total_count": "steps",
     "vllm:iteration_tokens_total_sum": "step_tokens",
     "vllm:generation_tokens_total": "output_tokens",
     "vllm:inter_token_latency_seconds_count": "gaps",
     "vllm:inter_token_latency_seconds_sum": "gap_s",
 }
+# A core that computes a step answers after it.
+_ANSWER_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Requests in the engine, the filled fraction of its KV cache, and what it has done so far."""
+    """Requests in the engine, filled fraction of its KV cache, tokens and work since its start.
+
+    vLLM counts tokens, and iterations, only of steps that yield a token: while one long prompt is
+    computed in parts nothing but its cache grows.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
+    tokens: int = 0
     work: EngineWork | None = None
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """What changes only when its core has done something."""
+        return (self.running, self.waiting, self.kv_cache_usage, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +118,18 @@ class Probe:
         )
 
     async def load(self) -> EngineLoad | None:
-        """vLLM's own gauges from ``/metrics``; ``None`` if there is no answer."""
+        """vLLM's own figures from ``/metrics``; ``None`` if there is no answer."""
         status, body = await self._ask("GET", "/metrics")
         return parse_load(body.decode(errors="replace")) if status == 200 else None
+
+    async def alive(self) -> bool | None:
+        """Whether the engine's core answers; ``None`` if the server passes no such question on.
+
+        vLLM's control routes do. ``/health`` and ``/metrics`` are answered by its API process
+        alone, though the core hangs.
+        """
+        status, _ = await self._ask("GET", "/is_sleeping", timeout_s=_ANSWER_LIMIT_S)
+        return None if status in {404, 405} else status == 200
 
     async def complete(
         self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
@@ -186,6 +208,7 @@ def parse_load(metrics: str) -> EngineLoad:
         running=int(sums["running"]),
         waiting=int(sums["waiting"]),
         kv_cache_usage=sums["kv_cache_usage"],
+        tokens=int(sums["all_prompt_tokens"] + sums["output_tokens"]),
         work=_work(sums) if sums["steps"] else None,
     )
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from oserve.gateway.relay import Relay
 
 # In JSON a quote inside a string is escaped, so these match keys only, never generated text.
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d{1,12})(?!\d)')
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,12})(?!\d)')
 
 
 def token_counts(relay: "Relay") -> tuple[int, int]:
@@ -45,8 +45,8 @@ def account(
         output_tokens=output_tokens,
         now_s=unix_s,
     )
-    if relay.usage and relay.prompt_bytes:
-        dispatcher.lengths.learn(relay.prompt_bytes, prompt_tokens)
+    if relay.usage and relay.prompt_size is not None:
+        dispatcher.lengths.learn(relay.prompt_size, prompt_tokens)
     ttft_s = tpot_s = None
     if relay.first_byte_s and relay.stream:
         ttft_s = relay.first_byte_s - relay.arrival_s

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from oserve.gateway.fields import carried_fields, kept_from_moving
+from oserve.gateway.body import Fields
+from oserve.gateway.fields import UnmovableError, carried_fields, kept_from_moving, values_of
 
 Event = dict[str, Any]
 
@@ -20,10 +21,6 @@ DONE = b"data: [DONE]\n\n"
 # One token is never so many characters; vLLM says a prompt again that ends within a character.
 _TOKEN_CHARS = 512
 _NO_IDS = "the replica does not tell token ids"
-
-
-class UnmovableError(Exception):
-    """Why a stream cannot go on elsewhere."""
 
 
 class DivergedError(UnmovableError):
@@ -45,12 +42,13 @@ class Mark(NamedTuple):
 class Carried:
     """One stream: follows the events of the replica that serves it, whichever that is.
 
-    ``body`` is the client's, decoded. ``prompt`` and ``tokens`` are ids; ``shown`` is the text that
-    the client has; ``finished`` and ``done``: so are the last token and ``[DONE]``. Raises
-    UnmovableError where the request's state cannot be carried.
+    ``fields`` are those of the client's body. ``prompt`` and ``tokens`` are ids; ``shown`` is the
+    text that the client has; ``finished`` and ``done``: so are the last token and ``[DONE]``.
+    Raises UnmovableError where the request's state cannot be carried.
     """
 
-    def __init__(self, body: Event, *, chat: bool) -> None:
+    def __init__(self, fields: Fields, *, chat: bool) -> None:
+        body = values_of(fields, chat=chat)
         reason = kept_from_moving(body, chat=chat)
         if reason:
             raise UnmovableError(reason)

@@ -6,7 +6,8 @@ chunk, the usual one (a whole chunk, one event) without looking at anything else
 
 import re
 
-from oserve.gateway.carry import DONE, Carried, UnmovableError, events_of
+from oserve.gateway.carry import DONE, Carried, events_of
+from oserve.gateway.fields import UnmovableError
 from oserve.wire import chunk, dechunk
 
 USAGE = b'"usage":{'

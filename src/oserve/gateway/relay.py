@@ -7,24 +7,38 @@ their framing is followed, and fixed patterns are looked for (the usage report, 
 only we asked for, token ids).
 """
 
+import logging
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from oserve.control.ledger import WorkEntry
 from oserve.control.table import TableReplica
 from oserve.core import FinishStatus, Request
-from oserve.gateway.body import GenerateBody
-from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
+from oserve.core.faults import fault
+from oserve.gateway.body import GenerateBody, parse_body
+from oserve.gateway.errors import (
+    ApiError,
+    internal,
+    send_error,
+    shown,
+    timed_out,
+    upstream_failed,
+    with_status,
+)
 from oserve.gateway.foresight import Expected
 from oserve.gateway.heads import own_headers, told_headers
-from oserve.gateway.moving import CONTINUED, Moving
+from oserve.gateway.moving import Moving
 from oserve.gateway.passing import Passing
 from oserve.wire import Exchange, Framing, ResponseHead, chunk
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
+from oserve.workload import PromptSize
 
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
+
+_log = logging.getLogger("oserve.gateway")
 
 _STREAM_ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
@@ -50,7 +64,7 @@ class Relay:
         rank: float = 0.0,
         stream: bool = False,
         hide_usage: bool = False,
-        prompt_bytes: int = 0,
+        prompt_size: PromptSize | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.exchange = exchange
@@ -61,7 +75,7 @@ class Relay:
         self.parsed = parsed
         self.rank = rank
         self.stream = stream
-        self.prompt_bytes = prompt_bytes
+        self.prompt_size = prompt_size
         self.hide_usage = hide_usage
         self.arrival_s = monotonic()
         self.attempts = 0
@@ -107,7 +121,8 @@ class Relay:
     def body(self) -> tuple[bytes, GenerateBody | None]:
         """What to have a replica do now, and what is known of it."""
         if self.moves and self.moving is not None:
-            return self.moving.body(), CONTINUED
+            body = self.moving.body()
+            return body, parse_body(body)
         return self.exchange.body, self.parsed
 
     @property
@@ -129,6 +144,7 @@ class Relay:
         """A replica was chosen; its answer will come to this sink."""
         self.attempts += 1
         self.replica = replica
+        self._close_entry(done=False)
         self._entry = entry
         if self.request is not None:
             self._booked_tokens = self.request.output_tokens
@@ -149,7 +165,7 @@ class Relay:
         self.moving = None
         parsed = self.parsed
         if parsed is not None and replica.tells_token_ids and parsed.may_tell_ids:
-            self.moving = self.dispatcher.moving(self, shows_ids=bool(parsed.return_token_ids))
+            self.moving = self.dispatcher.moving(self, shows_ids=parsed.return_token_ids)
         if self.moving is not None:
             self.moving.sent_to(replica)
 
@@ -161,11 +177,30 @@ class Relay:
         self._drop_connection()
         status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
         self.dispatcher.metrics.count("oserve_request_errors", error.code or "error")
-        if not self.committed:
-            send_error(self.exchange, error, own_headers(self))
-        else:
-            self._fail_stream(error)
-        self._end(status)
+        try:
+            if not self.committed:
+                send_error(self.exchange, error, own_headers(self))
+            else:
+                self._fail_stream(error)
+        finally:
+            self._end(status)
+
+    def crashed(self, error: Exception) -> None:
+        """A step of this request raised: it ends with an error, and nothing else does."""
+        _log.error("request %s failed in the gateway: %s", shown(self.request_id), fault(error))
+        try:
+            self.fail(internal())
+        except Exception as again:
+            _log.error("request %s broke off: %s", shown(self.request_id), fault(again))
+        if not self.exchange.done:
+            self.exchange.abort()
+
+    def safely(self, step: Callable[..., object], *arguments: object) -> None:
+        """Take a step of this request that nobody waits for."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.crashed(error)
 
     def deadline(self) -> None:
         """The request took longer than it may."""
@@ -183,7 +218,8 @@ class Relay:
         if self.stream and clean:
             whole = event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK
             self.exchange.write(whole)
-            self.exchange.finish(close=True)
+            # A client that keeps connections would have its next request broken off.
+            self.exchange.finish(close=framing is None or not framing.chunked)
         else:
             self.exchange.abort()
 
@@ -271,7 +307,9 @@ class Relay:
     def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
         """Whether the replica failed rather than answered, and another try was arranged."""
         failed = head.status >= 500 or (
-            self.stream and (data.find(_STREAM_ERROR, 0, 64) >= 0 or _ABORTED in data)
+            head.status == 200
+            and self.stream
+            and (data.find(_STREAM_ERROR, 0, 64) >= 0 or _ABORTED in data)
         )
         return failed and self._retry(f"it answered with status {head.status}", died=False)
 
@@ -307,7 +345,7 @@ class Relay:
                 f"it answered with status {head.status}", died=False
             ):
                 return
-            aborted = not self.stream and any(_ABORTED in data for data in self._held)
+            aborted = head.status == 200 and not self.stream and _ABORTED in b"".join(self._held)
             if aborted and self._retry("it gave the request up", died=False):
                 return
             self._commit()
@@ -325,13 +363,26 @@ class Relay:
     def on_error(self, reason: str) -> None:
         if self.ended:
             return
+        head = self._head
+        if not self.committed and head is not None and 400 <= head.status < 500:
+            # It was answered, and would be again; only the words are lost.
+            self._refused(head.status)
+            return
         if not self.committed and self._retry(reason, died=True):
             return
         if self.committed and self.moving is not None:
             # A dead replica breaks many streams at once; each is read in its turn.
-            self.dispatcher.in_turn(lambda: self._go_on_or_fail(reason))
+            self.dispatcher.in_turn(lambda: self.safely(self._go_on_or_fail, reason))
             return
         self._failed(reason)
+
+    def _refused(self, status: int) -> None:
+        self.dispatcher.metrics.count("oserve_request_errors", "engine_refused")
+        error = with_status(status, "The replica refused the request, and its reasons were lost")
+        try:
+            send_error(self.exchange, error, own_headers(self))
+        finally:
+            self._end(FinishStatus.CLIENT_ERROR)
 
     def _go_on_or_fail(self, reason: str) -> None:
         if not self.ended and (self.moving is None or not self.moving.resume("lost")):
@@ -349,8 +400,7 @@ class Relay:
         self._first_byte_s = 0.0
         assert self.replica is not None
         self.dispatcher.metrics.count("oserve_requests_retried", self.replica.id)
-        self.dispatcher.log_retry(self, reason)
-        self.dispatcher.dispatch(self)
+        self.dispatcher.send_on(self, reason)
         return True
 
     # -- going on elsewhere ---------------------------------------------------------------------

@@ -4,9 +4,10 @@ For tests of whatever stands in front of an engine, and for measuring that alone
 """
 
 import asyncio
+import json
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -40,8 +41,8 @@ class Mishap:
 class EmulatedEngine:
     """Serves one model name. ``seen`` keeps the bodies received, ``aborted`` counts clients gone.
 
-    ``max_model_len`` is in tokens; a prompt counts one token a word. Each answer takes the next of
-    ``mishaps``, as long as there are any.
+    ``max_model_len`` is in tokens; a prompt counts one token a word. No answer has more than
+    ``most_tokens``. Each answer takes the next of ``mishaps``, as long as there are any.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class EmulatedEngine:
         model: str = "emulated",
         speed: EngineSpeed | None = None,
         max_model_len: int = 8192,
+        most_tokens: int = 1 << 20,
         keep_bodies: bool = True,
         tongue: Tongue | None = None,
     ) -> None:
         self._model = model
         self._speed = speed or EngineSpeed()
         self._max_model_len = max_model_len
+        self._most_tokens = most_tokens
         self._keep_bodies = keep_bodies
         self._server: Server | None = None
         self.tongue = tongue or Counting()
@@ -91,7 +94,11 @@ class EmulatedEngine:
             entry = {"id": self._model, "object": "model", "max_model_len": self._max_model_len}
             exchange.respond(200, msgspec.json.encode({"object": "list", "data": [entry]}))
         elif path == b"/tokenize":
-            words = str(msgspec.json.decode(exchange.body).get("prompt", "")).split()
+            try:
+                words = str(json.loads(exchange.body).get("prompt", "")).split()
+            except (ValueError, AttributeError, RecursionError) as error:
+                exchange.respond(400, _error(str(error)))
+                return
             body = {"count": len(words), "max_model_len": self._max_model_len}
             exchange.respond(200, msgspec.json.encode({**body, "tokens": list(range(len(words)))}))
         elif path == b"/metrics":
@@ -101,21 +108,55 @@ class EmulatedEngine:
             exchange.respond(404, _error("no such route"))
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
-        body = msgspec.json.decode(exchange.body)
+        try:
+            # As vLLM reads it, which takes more than JSON: numbers out of range, for one.
+            body = json.loads(exchange.body)
+            checked = msgspec.convert(body, _Checked, strict=False)
+        except (ValueError, RecursionError) as error:
+            exchange.respond(400, _error(str(error)))
+            return
         if self._keep_bodies:
-            self.seen.append(body)
+            self.seen.append(dict(body))
+        body |= {name: getattr(checked, name) for name in body.keys() & _CHECKED}
         prompt = body.get("prompt")
         if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
             prompt = self.tongue.encode(_prompt_text(body))
-        limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        elif not all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
+            exchange.respond(400, _error("no token ids"))
+            return
+        limit = checked.max_completion_tokens or checked.max_tokens or 16
         if limit < 1 or len(prompt) + 1 > self._max_model_len:
             exchange.respond(400, _error("bad max_tokens, or too long a prompt"))
             return
+        limit = min(limit, self._most_tokens)
         mishap = self.mishaps.popleft() if self.mishaps else None
         answer = _Answer(self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap)
         exchange.on_disconnect = answer.cancel
         self.running += 1
         answer.begin(self._speed)
+
+
+class _Checked(msgspec.Struct):
+    """What an engine reads must be of the type it expects."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    stream_interval: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    logprobs: int | bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    priority: int | None = None
+
+
+_CHECKED = frozenset(_Checked.__struct_fields__)
 
 
 class _Answer:
@@ -193,10 +234,11 @@ class _Answer:
         first = before == 0
         text, reason = self._speech.say(self._limit)
         # The first token is told at once, as by vLLM.
-        for _ in range(1, 1 if first else self._body.get("stream_interval") or 1):
-            if reason is None:
-                more, reason = self._speech.say(self._limit)
-                text += more
+        left = 0 if first else (self._body.get("stream_interval") or 1) - 1
+        while left > 0 and reason is None:
+            more, reason = self._speech.say(self._limit)
+            text += more
+            left -= 1
         if self._stream:
             if self._chat:
                 choice = self._choice({"content": text}, reason)
