@@ -165,14 +165,14 @@ def _demand(settings: Settings, context: int) -> Demand:
     if planning.trace:
         skipped = Skipped()
         # A plan does not depend on the order of requests, nor on single ones.
-        requests = read_trace(
+        rows = read_trace(
             planning.trace,
             bad_rows=BadRows.SKIP,
             time_unit=planning.time_unit,
             sort=True,
             skipped=skipped,
         )
-        found = demand_from_trace(requests, source=planning.trace, max_model_len=context)
+        found = demand_from_trace(rows, source=planning.trace, max_model_len=context)
         notes = [skipped.assumed] if skipped.assumed else []
         if skipped.count:
             notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
