@@ -14,7 +14,9 @@ RUN python -m venv /opt/oserve
 ENV PATH=/opt/oserve/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # Pins first: they change less often than sources, and take minutes.
 COPY requirements requirements
-RUN pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
+COPY tools/setup.py tools/
+# PyTorch's own index has the CPU builds; set-up knows where it is.
+RUN pip install --no-deps --extra-index-url "$(PYTHONPATH=tools python -c 'import setup; print(setup.TORCH_INDEX)')" \
       -r requirements/core.txt -r requirements/engine-cpu.txt setuptools==78.1.1
 COPY pyproject.toml README.md LICENSE ./
 COPY src src

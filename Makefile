@@ -27,11 +27,14 @@ test:
 
 check:
 	@$(PYTHON) tools/setup.py --dev
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory -j2 lint fast
+
+.PHONY: lint fast
+# Short runs are over before the simulator's kernel would be compiled.
+fast:
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
 		-m "not engine and not extra and not slow"
 
-.PHONY: lint
 lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

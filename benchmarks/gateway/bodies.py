@@ -1,6 +1,6 @@
 """Arbitrary bodies through a gateway's socket: every one is answered, every slot freed.
 
-    python benchmarks/gateway/bodies.py [--bodies 100000] [--connections 64] [--seed 1] [--json FILE]
+    python benchmarks/gateway/bodies.py [--bodies 100000] [--connections 64] [--seed 1]
 
 A process serves a gateway in front of three emulated engines that break off, abort and fail now and
 then, while routing tables change and replicas hand over. This one sends bodies at random (see
@@ -24,6 +24,7 @@ import uvloop
 
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
+from oserve.core.faults import fault
 from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
@@ -40,7 +41,13 @@ async def serve(seed: int) -> None:
     draw = Random(seed)
     faults: list[str] = []
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: faults.append(str(context.get("message"))))
+
+    def note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        told = fault(error) if isinstance(error, BaseException) else ""
+        faults.append(f"{context.get('message')}: {told}")
+
+    loop.set_exception_handler(note)
     speeds = (EngineSpeed(), EngineSpeed(ttft_s=0.001), EngineSpeed(ttft_s=0.001, tpot_s=0.001))
     engines = [EmulatedEngine(most_tokens=12, keep_bodies=False, speed=it) for it in speeds]
     table = await table_of(engines)
@@ -64,7 +71,7 @@ async def serve(seed: int) -> None:
             table = replace(table, replicas=tuple(later))
     dispatcher = gateway.dispatcher
     left = {
-        "faults": len(faults),
+        "faults": faults,
         "booked": sum(count for _, count in dispatcher.outstanding().values()),
         "active": len(dispatcher.active),
         "queued": dispatcher.queued,
@@ -84,19 +91,20 @@ async def table_of(engines: list[EmulatedEngine]) -> RoutingTable:
         {"accepts_priority": False, "tells_token_ids": True, "model": "renamed"},
         {"accepts_priority": True, "tells_token_ids": True},
     )
+    ports = [await engine.start() for engine in engines]
     replicas = tuple(
         TableReplica(
             id=f"r{index}",
             shape="emulated",
             phase=ReplicaPhase.READY,
-            endpoint=Endpoint(url=f"http://127.0.0.1:{await engine.start()}"),
+            endpoint=Endpoint(url=f"http://127.0.0.1:{port}"),
             max_inflight=8,
             max_model_len=8192,
             prefill_s_per_token=1e-4,
             decode_s_per_token=1e-3,
             **more[index],
         )
-        for index, engine in enumerate(engines)
+        for index, port in enumerate(ports)
     )
     share = {replica.id: 1 / 3 for replica in replicas}
     return RoutingTable(
@@ -141,8 +149,9 @@ class Clients:
             try:
                 async with asyncio.timeout(LIMIT_S):
                     kept = await self._answer(reader)
-            except (OSError, EOFError, TimeoutError):
+            except (OSError, EOFError, TimeoutError) as error:
                 self.unanswered += 1
+                print("unanswered:", repr(error), body[:80], file=sys.stderr)
                 kept = False
             self.slowest_s = max(self.slowest_s, time.monotonic() - started_s)
             if not kept:
@@ -184,7 +193,7 @@ def main() -> None:
         return
     command = [sys.executable, __file__, "--serve", "--seed", str(wanted.seed)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, stdout=subprocess.PIPE, stderr=open("/tmp/gw.log","w"), text=True
     ) as server:
         assert server.stdout is not None
         clients = Clients(int(server.stdout.readline()), wanted.bodies, wanted.seed)

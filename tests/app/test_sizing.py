@@ -1,12 +1,13 @@
 """What does not fit is said before anything starts; what is planned is what engines get."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import Deployment, prepare
+from oserve.app.deployment import Deployment, check_engines, prepare
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import OServeError
@@ -119,3 +120,14 @@ def test_a_plan_that_is_given_is_checked(model: str, tmp_path: Path) -> None:
     plan.write_text("replicas: [{id: a, devices: ['cpu:0'], shape: {precision: fp32}}]")
     made = prepared(model, tmp_path, plan=str(plan))
     assert made.settings.engines.kv_cache_memory_bytes == 8 * 8320 * 4096
+
+
+def test_a_plan_to_switch_to_is_checked_too(model: str, tmp_path: Path) -> None:
+    made = prepared(model, tmp_path)
+    replicas = [
+        replace(spec, shape=replace(spec.shape, kv_cache_memory_bytes=1 * MiB))
+        for spec in made.plan.replicas
+    ]
+    check_engines(made.plan, made.devices, made.settings)
+    with pytest.raises(OServeError, match="whole context"):
+        check_engines(replace(made.plan, replicas=tuple(replicas)), made.devices, made.settings)

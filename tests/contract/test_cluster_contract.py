@@ -33,6 +33,7 @@ from oserve.core import (
 )
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.settings import EngineSettings
+from oserve.engines.spawner import Launcher
 from oserve.perf import TokenCosts
 from oserve.sim import SimulatedCluster
 from oserve.sim.fleet import Fleet
@@ -99,15 +100,27 @@ def fleet_cluster(clock: VirtualClock) -> FleetCluster:
     return FleetCluster(fleet, add, DEVICES, clock)
 
 
-@pytest_asyncio.fixture(
-    params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)],
-    loop_scope="session",
-)
-async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
-    if request.param in {"simulated", "fleet"}:
+@pytest.fixture(params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest, kind: str) -> tuple[Path, Launcher] | None:
+    """A model, and what starts engines of it, for the kind that has any."""
+    if kind != "local":
+        return None
+    return request.getfixturevalue("tiny_model"), request.getfixturevalue("zygote")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def subject(
+    kind: str, real: tuple[Path, Launcher] | None, tmp_path: Path
+) -> AsyncIterator[Subject]:
+    if real is None:
         virtual = VirtualClock()
         simulated = SimulatedCluster(DEVICES, virtual)
-        if request.param == "fleet":
+        if kind == "fleet":
             simulated = fleet_cluster(virtual)
 
         async def crash_simulated(name: str) -> None:
@@ -118,15 +131,16 @@ async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
         yield Subject(simulated, virtual, virtual.advance, crash_simulated, hang_simulated)
         return
+    model, launcher = real
     clock = LiveClock()
     local = LocalCluster(
         DEVICES,
-        model=str(request.getfixturevalue("tiny_model")),
+        model=str(model),
         served_model_name="tiny",
         run_dir=tmp_path / "run",
         clock=clock,
         settings=EngineSettings(max_model_len=1024, hang_after_s=4.0),
-        launcher=request.getfixturevalue("zygote"),
+        launcher=launcher,
     )
 
     async def signalled(name: str, number: int) -> None:

@@ -79,6 +79,7 @@ class World:
         if hasattr(self, "engines"):
             await self.vanish()
         grace_s = float(settings.pop("orphan_grace_s", 600.0))
+        sized = settings.pop("sized", False)
         self.engines = HeldEngines(
             folder=self.run,
             state_dir=self.folder,
@@ -93,6 +94,7 @@ class World:
             run_dir=self.run,
             clock=self.clock,
             settings=EngineSettings(**settings),
+            sized=sized,
             keeper=self.engines,
             probe=self._probe,
         )
@@ -340,3 +342,11 @@ async def test_whatever_happens_no_device_is_booked_twice(world: World, seed: in
         # Nothing runs that the server does not see.
         assert {process.pid for process in world.alive()} >= {s.pid for s in seen if s.pid}
         assert set(booked) <= set(taken)
+
+
+async def test_a_size_of_caches_that_was_computed_is_no_setting(world: World) -> None:
+    """Free memory is never twice the same: engines go on with the cache they have."""
+    await world.server(kv_cache_memory_bytes=1 << 20, sized=True)
+    await world.start(spec("a"))
+    assert await world.server(kv_cache_memory_bytes=2 << 20, sized=True) == (["a"], [])
+    assert await world.server(kv_cache_memory_bytes=2 << 20) == ([], ["a"])

@@ -29,7 +29,7 @@ from oserve.engines.arguments import engine_arguments
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.engines.room import Room
+from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
 from oserve.plan import check_plan, default_plan
 
@@ -222,6 +222,10 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
                 platform="cpu" if cpu else "cuda",
                 settings=settings.engines,
             )
+    # How much memory is free does not matter here: engines that run take part of it.
+    model = known_model(settings.model)
+    room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
+    room.check_contexts(plan.replicas)
 
 
 def _default_shapes(

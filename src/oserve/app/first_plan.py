@@ -4,7 +4,7 @@ Also what a controller plans from later: the same question, asked again with oth
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
@@ -161,9 +161,20 @@ def first_plan(question: Question) -> FirstPlan:
 def _demand(settings: Settings, context: int) -> Demand:
     planning = settings.planning
     if planning.trace:
-        return demand_from_trace(
-            read_trace(planning.trace), source=planning.trace, max_model_len=context
+        skipped = Skipped()
+        # A plan does not depend on the order of requests, nor on single ones.
+        rows = read_trace(
+            planning.trace,
+            bad_rows=BadRows.SKIP,
+            time_unit=planning.time_unit,
+            sort=True,
+            skipped=skipped,
         )
+        found = demand_from_trace(rows, source=planning.trace, max_model_len=context)
+        notes = [skipped.assumed] if skipped.assumed else []
+        if skipped.count:
+            notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
+        return replace(found, notes=(*found.notes, *notes))
     if planning.rates:
         return demand_from_rates(
             load_rates(planning.rates), source="planning.rates", max_model_len=context

@@ -1,10 +1,10 @@
 """Profiling: start engines one at a time (or take a running one), measure them, fit, note down."""
 
 import asyncio
-import shutil
+import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,21 +81,53 @@ def limited(
 async def engine_hall(
     settings: Settings, devices: tuple[Device, ...]
 ) -> AsyncIterator[LocalCluster]:
-    """A cluster to start engines in, one after another; its processes end with the context."""
-    run_dir = Path(tempfile.mkdtemp(prefix="oserve-"))
-    cluster = LocalCluster(
-        devices,
-        model=settings.model,
-        served_model_name=_SERVED_NAME,
-        run_dir=run_dir,
-        clock=LiveClock(),
-        settings=settings.engines,
-    )
+    """A cluster to start engines in, one after another; its processes end with the context.
+
+    So do its folders, when the process is told to end too: see ``ends_when_told``.
+    """
+    with ends_when_told(), tempfile.TemporaryDirectory(prefix="oserve-") as run_dir:
+        cluster = LocalCluster(
+            devices,
+            model=settings.model,
+            served_model_name=_SERVED_NAME,
+            run_dir=Path(run_dir),
+            clock=LiveClock(),
+            settings=settings.engines,
+        )
+        try:
+            yield cluster
+        finally:
+            await cluster.close()
+
+
+@contextmanager
+def ends_when_told() -> Iterator[None]:
+    """SIGTERM, or a terminal that closes, cancels this task, so that it clears up as on Ctrl-C.
+
+    Raises SystemExit afterwards, with the status of a process that such a signal ended.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    told: list[int] = []
+
+    def end(number: int) -> None:
+        told.append(number)
+        if len(told) == 1:
+            task.cancel()
+
+    # Whoever was started to survive its terminal does.
+    closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGTERM, *closed):
+        loop.add_signal_handler(number, end, number)
     try:
-        yield cluster
+        yield
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        raise SystemExit(128 + told[0]) from None
     finally:
-        await cluster.close()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        for number in (signal.SIGTERM, *closed):
+            loop.remove_signal_handler(number)
 
 
 @asynccontextmanager

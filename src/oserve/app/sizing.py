@@ -25,7 +25,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
     return Room(
         settings=settings.engines,
         devices=devices,
-        model=known_model(settings.model) if settings.model else None,
+        model=known_model(settings.model),
         free_bytes=free,
     )
 

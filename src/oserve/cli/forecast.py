@@ -22,7 +22,6 @@ from oserve.cli.options import (
     TraceArgument,
     TraceOption,
     TraceWish,
-    check_over_zero,
     once,
     say_how_read,
 )
@@ -49,6 +48,7 @@ class _Group(TyperGroup):
 
 app = typer.Typer(cls=_Group, add_completion=False)
 
+_LEAST_INTERVAL_S = 1e-3
 _Interval = Annotated[
     float | None,
     typer.Option(
@@ -207,7 +207,12 @@ def _series(
 ) -> Series:
     if trace is None:
         raise OServeError("there is no trace", place="--trace", remedy="name a file")
-    check_over_zero(interval_s=interval_s)
+    if interval_s is not None and not _LEAST_INTERVAL_S <= interval_s < float("inf"):
+        raise OServeError(
+            f"it is {interval_s:g}",
+            place="--interval-s",
+            remedy=f"give seconds, at least {_LEAST_INTERVAL_S:g}",
+        )
     if not 1 <= types <= MOST_TYPES:
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MOST_TYPES}")
     skipped = Skipped()

@@ -37,6 +37,7 @@ from oserve.cli.options import (
 )
 from oserve.cli.switch import live_plan
 from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
+from oserve.config.rates import MAX_TYPES
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
 from oserve.perf.capacity import Limits
@@ -140,6 +141,10 @@ def plan(
     if model is None:
         raise OServeError("no model is named", place="--model", remedy="give --model, or --live")
     _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
+    if types is not None and not 1 <= types <= MAX_TYPES:
+        raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MAX_TYPES}")
+    if not 0 <= min_gain < math.inf:
+        raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
     wish = TraceWish(
         limit=limit,
         duration_s=duration_s,

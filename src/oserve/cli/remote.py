@@ -72,8 +72,8 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
         # asyncio puts the address in the place of what errno means.
-        known = cause.errno is not None and cause.errno > 0
-        return (os.strerror(cause.errno) if known else cause.strerror or str(cause)).lower()
+        number = cause.errno or 0
+        return (os.strerror(number) if number > 0 else cause.strerror or str(cause)).lower()
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, aiohttp.ServerDisconnectedError):

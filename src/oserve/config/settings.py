@@ -17,6 +17,7 @@ from oserve.control.decision import Mode
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
+from oserve.traces import TimeUnit
 
 _PREFIX = "OSERVE_"
 API_KEYS = "OSERVE_API_KEYS"
@@ -92,6 +93,7 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     """What a plan is made from when none is given: see docs/planning.md.
 
     The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
+    ``time_unit`` is that of the trace's timestamps, ``auto`` what the file tells.
     ``profile``: step times as ``oserve profile`` wrote them. ``precisions``: those a replica may
     have; unset means the plain one and every one of ``engines.variants``. ``measure``: ``auto``
     measures briefly before the first plan where nothing is known of the model on this CPU.
@@ -100,6 +102,7 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     """
 
     trace: str = ""
+    time_unit: TimeUnit = TimeUnit.AUTO
     rates: str = ""
     profile: str = ""
     slo_ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None

@@ -117,17 +117,24 @@ class Room:
 
         To be asked of settings that are sized.
         """
-        judged = [spec for spec in specs if _is_judged(spec)]
-        if self.model is None:
+        specs = [spec for spec in specs if _is_judged(spec)]
+        self.check_contexts(specs)
+        if self.model is None or not specs:
             return
-        for spec in judged:
-            missed = self._missed_context(spec.shape, f"replica {spec.id}") or (
-                None if self.on_cpu else self._missed_memory(spec.shape, f"replica {spec.id}")
-            )
+        if self.on_cpu:
+            self._check_together(specs, place)
+            return
+        for spec in specs:
+            missed = self._missed_memory(spec.shape, f"replica {spec.id}")
             if missed is not None:
                 raise missed
-        if self.on_cpu and judged:
-            self._check_together(judged, place)
+
+    def check_contexts(self, specs: Iterable[ReplicaSpec]) -> None:
+        """Raise ``OServeError`` for the first replica whose cache is set and holds no request."""
+        for spec in specs:
+            missed = self._missed_context(spec.shape, f"replica {spec.id}")
+            if missed is not None and _is_judged(spec):
+                raise missed
 
     def words(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
         """What to know about caches that were sized for replicas; nothing on GPUs."""
@@ -293,7 +300,9 @@ class Room:
 
 
 def known_model(name: str) -> ModelFacts | None:
-    """Sizes of a model where they are known."""
+    """Sizes of a model where they are known; of no name nothing is."""
+    if not name:
+        return None
     try:
         return find_model(name)
     except OServeError:

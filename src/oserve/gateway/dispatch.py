@@ -235,6 +235,7 @@ class Dispatcher:
             # Booked before anybody could free it.
             entry.close(now_s, done=False)
             raise
+        self._waiting.discard(relay)
         self._pools[replica.id, replica.endpoint].send(message, relay.sink)
         return None
 
@@ -401,7 +402,6 @@ class Dispatcher:
                     relay.crashed(error)
                     self._waiting.discard(relay)
                     continue
-                self._waiting.discard(relay)
             heapq.heappop(self._queue)
 
     def _retry_after_s(self) -> int:

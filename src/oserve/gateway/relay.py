@@ -144,6 +144,7 @@ class Relay:
         """A replica was chosen; its answer will come to this sink."""
         self.attempts += 1
         self.replica = replica
+        self._close_entry(done=False)
         self._entry = entry
         if self.request is not None:
             self._booked_tokens = self.request.output_tokens

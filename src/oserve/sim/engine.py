@@ -116,7 +116,8 @@ class EmulatedEngine:
             exchange.respond(400, _error(str(error)))
             return
         if self._keep_bodies:
-            self.seen.append(body)
+            self.seen.append(dict(body))
+        body |= {name: getattr(checked, name) for name in body.keys() & _CHECKED}
         prompt = body.get("prompt")
         if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
             prompt = self.tongue.encode(_prompt_text(body))
@@ -153,6 +154,9 @@ class _Checked(msgspec.Struct):
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     return_token_ids: bool | None = None
     priority: int | None = None
+
+
+_CHECKED = frozenset(_Checked.__struct_fields__)
 
 
 class _Answer:
@@ -230,10 +234,11 @@ class _Answer:
         first = before == 0
         text, reason = self._speech.say(self._limit)
         # The first token is told at once, as by vLLM.
-        for _ in range(1, 1 if first else self._body.get("stream_interval") or 1):
-            if reason is None:
-                more, reason = self._speech.say(self._limit)
-                text += more
+        left = 0 if first else (self._body.get("stream_interval") or 1) - 1
+        while left > 0 and reason is None:
+            more, reason = self._speech.say(self._limit)
+            text += more
+            left -= 1
         if self._stream:
             if self._chat:
                 choice = self._choice({"content": text}, reason)

@@ -198,7 +198,10 @@ def _clock(
     try:
         found = conclude(values, usual=dialect.unit, whose=f"{dialect.name} timestamps")
     except AmbiguousUnitError as error:
-        raise BadRowError(str(error), remedy="say the unit: --time-unit s, ms, us or ns") from None
+        raise BadRowError(
+            str(error),
+            remedy="say the unit: --time-unit s, ms, us or ns; planning.time_unit in settings",
+        ) from None
     return Ticks(found.unit, name), f"{name} is taken to be in {found.unit.word}, {found.why}"
 
 

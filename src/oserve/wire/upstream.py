@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -59,12 +60,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep_alive = True
         self._request = b""
         self._reused = False
+        self.dropped = False
         self.framing: Framing | None = None
 
     # -- used by whoever sent the request -------------------------------------------------------
     def abort(self) -> None:
         """Drop the request: the connection closes, which tells the server."""
         self._sink = None
+        # The request may be about to be sent once more, on a connection in place of this one.
+        self.dropped = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -119,7 +123,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _lost(self, sink: Sink) -> None:
         if self._head is None and not self._buffer and self._reused:
             # The server closed an idle connection as we took it up: the request was not read.
-            self._pool.send_fresh(self._request, sink)
+            self._pool.send_fresh(self._request, sink, instead_of=self)
         elif self._head is not None and self.framing is None:
             sink.on_end()  # the body ended with the connection, as its head announced
         else:
@@ -218,6 +222,18 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
     return name.strip().lower(), value.strip()
 
 
+def _unwanted(sink: Sink, replaced: UpstreamConnection | None) -> bool:
+    """Whether nobody waits for a connection that has just been made."""
+    return sink.cancelled or (replaced is not None and replaced.dropped)
+
+
+def _tell(sink: Sink, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception as error:
+        sink.crashed(error)
+
+
 class UpstreamPool:
     """Connections to one server, by Unix socket or by host and port (optionally TLS)."""
 
@@ -242,13 +258,18 @@ class UpstreamPool:
                 return
         self.send_fresh(request, sink)
 
-    def send_fresh(self, request: bytes, sink: Sink) -> None:
-        """Send on a connection made for this request."""
-        task = asyncio.get_running_loop().create_task(self._connect(request, sink))
+    def send_fresh(
+        self, request: bytes, sink: Sink, *, instead_of: UpstreamConnection | None = None
+    ) -> None:
+        """Send on a connection made for this request, unless that which it replaces is dropped."""
+        work = self._connect(request, sink, instead_of)
+        task = asyncio.get_running_loop().create_task(work)
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, request: bytes, sink: Sink) -> None:
+    async def _connect(
+        self, request: bytes, sink: Sink, instead_of: UpstreamConnection | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         factory = lambda: UpstreamConnection(self)  # noqa: E731
         try:
@@ -260,15 +281,20 @@ class UpstreamPool:
                         factory, self._host, self._port, ssl=self._tls or None
                     )
         except (OSError, TimeoutError) as error:
-            if not sink.cancelled:
-                sink.on_error(f"cannot connect to the replica: {error or 'timed out'}")
+            if not _unwanted(sink, instead_of):
+                reason = f"cannot connect to the replica: {error or 'timed out'}"
+                _tell(sink, lambda: sink.on_error(reason))
             return
-        if sink.cancelled:
+        if _unwanted(sink, instead_of):
             connection.close()
             return
         self._all.add(connection)
-        sink.attached(connection)
-        connection.begin(request, sink, reused=False)
+
+        def begin() -> None:
+            sink.attached(connection)
+            connection.begin(request, sink, reused=False)
+
+        _tell(sink, begin)
 
     def give_back(self, connection: UpstreamConnection) -> None:
         if len(self._idle) < _MAX_IDLE:
