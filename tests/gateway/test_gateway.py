@@ -1,12 +1,12 @@
 """The gateway as a client sees it, in front of emulated engines."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
-import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -125,7 +125,8 @@ async def test_engine_errors_pass_unwrapped(make_front: Make) -> None:
 async def test_large_bodies_are_refused_before_they_are_read(make_front: Make) -> None:
     settings = GatewaySettings(port=0, max_body_bytes=1000, shutdown_grace_s=0.0)
     front = await make_front(EmulatedEngine(), settings=settings)
-    async with front.session.post(front.url + "/v1/completions", data=b"x" * 5_000_000) as answer:
+    body = io.BytesIO(b"x" * 5_000_000)
+    async with front.session.post(front.url + "/v1/completions", data=body) as answer:
         assert answer.status == 413
         assert "1000 bytes" in (await answer.json())["error"]["message"]
 
@@ -359,6 +360,8 @@ async def test_a_slow_reader_is_cut_off_and_blocks_nobody(make_front: Make) -> N
 
 
 async def test_openai_client_works_unchanged(make_front: Make) -> None:
+    import openai  # noqa: PLC0415 - slow to import
+
     front = await make_front(EmulatedEngine())
     client = openai.AsyncOpenAI(base_url=front.url + "/v1", api_key="none")
     models = await client.models.list()
