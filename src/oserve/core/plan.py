@@ -20,10 +20,15 @@ class VllmBackend:
 class AttachedBackend:
     """Any running OpenAI-compatible server; OServe routes to it but never starts or ends it.
 
-    ``model`` is its name there, where that differs. ``priority`` says that the server takes vLLM's
-    ``priority`` field, ``token_ids`` that it takes ``return_token_ids`` and prompts of ids, so that
-    streams can move; others refuse unknown fields.
-    ``api_key_env`` names the environment variable that holds the server's key.
+    ``url`` may have a path, to which ``/v1/...`` is added. ``model`` is its name there, where that
+    differs. ``priority`` says that the server takes vLLM's ``priority`` field, ``token_ids`` that
+    it takes ``return_token_ids`` and prompts of ids, so that streams can move; others refuse
+    unknown fields. ``stream_options``: it knows that field of OpenAI's; one that refuses it is
+    asked without in any case.
+    ``api_key_env`` names the environment variable that holds the server's key. ``headers`` go with
+    every request; a value ``$NAME`` is that variable's. ``health``: path, from the server's root,
+    that tells whether it is well; empty: it is found. ``ca_file``: certificates (PEM) of the
+    authorities that vouch for it; empty: the system's.
     """
 
     url: str
@@ -31,6 +36,10 @@ class AttachedBackend:
     api_key_env: str | None = None
     priority: bool = False
     token_ids: bool = False
+    stream_options: bool = True
+    health: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    ca_file: str = ""
 
 
 Backend = VllmBackend | AttachedBackend
