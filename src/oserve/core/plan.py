@@ -1,9 +1,13 @@
 """The deployment plan: which replicas should run where, and who gets which requests."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from oserve.core.endpoint import Endpoint
 from oserve.core.shape import ReplicaShape
+
+_VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,25 @@ class AttachedBackend:
     health: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     ca_file: str = ""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the environment variables that it takes values from."""
+        named = [value[1:] for _, value in self.headers if _VARIABLE.fullmatch(value)]
+        return tuple([self.api_key_env, *named] if self.api_key_env else named)
+
+    def endpoint(self, variables: Mapping[str, str]) -> Endpoint:
+        """Where it answers, given the values of its variables; one that is missing is empty."""
+        return Endpoint(
+            url=self.url,
+            api_key=variables.get(self.api_key_env or "", ""),
+            headers=tuple(
+                (name, variables.get(value[1:], "") if _VARIABLE.fullmatch(value) else value)
+                for name, value in self.headers
+            ),
+            health=self.health,
+            ca_file=self.ca_file,
+        )
 
 
 Backend = VllmBackend | AttachedBackend

@@ -6,14 +6,14 @@ cluster's and the control loop's business.
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
-from oserve.engines.probe import EngineLoad, ServedModel
+from oserve.engines.probe import Answer, EngineLoad, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -24,8 +24,6 @@ _MAX_WARM_UP_PROMPT = 8192
 # One that waits for its weights does so beside engines that serve, which need the processors.
 _MAX_STANDBY_PROMPT = 32
 _WARM_UP_TOKENS = 2
-# An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
-_ATTACHED_UNHEALTHY_AFTER = 3
 
 
 class Prober(Protocol):
@@ -40,6 +38,10 @@ class Prober(Protocol):
     async def complete(
         self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
     ) -> bool: ...
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Answer: ...
 
     async def close(self) -> None: ...
 
@@ -98,7 +100,7 @@ class VllmReplica(ReplicaTask):
         except (OServeError, OSError) as error:
             return str(error)
         finally:
-            await _cancel(starting, stopped)
+            await cancel(starting, stopped)
             await self.probe.close()
 
     async def _live(self, process: EngineProcess, stopped: "asyncio.Task[Any]") -> str | None:
@@ -113,7 +115,7 @@ class VllmReplica(ReplicaTask):
                 return self._because(_ending(ended.result()))
             return watch.result()
         finally:
-            await _cancel(watch)
+            await cancel(watch)
             await self._end(process, ended)
 
     async def _end(self, process: EngineProcess, ended: "asyncio.Task[int]") -> None:
@@ -126,7 +128,7 @@ class VllmReplica(ReplicaTask):
             await asyncio.wait({ended, grace}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             # Also when this task is cancelled while it waits.
-            await _cancel(grace)
+            await cancel(grace)
             if not ended.done():
                 process.kill()
         await ended
@@ -176,41 +178,6 @@ class VllmReplica(ReplicaTask):
         return f"{what}: {cause}" if cause else what
 
 
-@dataclass(kw_only=True)
-class AttachedReplica(ReplicaTask):
-    """A server that others run: watched, never started or ended."""
-
-    async def run(self) -> str | None:
-        """See ``ReplicaTask.run``; it never ends by itself."""
-        stopped = asyncio.create_task(self.stop.wait())
-        watch = asyncio.create_task(self._watch())
-        try:
-            await asyncio.wait({watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return None if stopped.done() else watch.result()
-        finally:
-            await _cancel(watch, stopped)
-            await self.probe.close()
-
-    async def _watch(self) -> str:
-        failed = 0
-        ready = False
-        while True:
-            if await self.probe.healthy():
-                failed = 0
-                if not ready:
-                    models = await self.probe.models()
-                    length = models[0].max_model_len if models else 0
-                    self.report(phase=ReplicaPhase.READY, max_model_len=length)
-                    ready = True
-                await self._measure()
-            else:
-                failed += 1
-                if ready and failed >= _ATTACHED_UNHEALTHY_AFTER:
-                    self.report(phase=ReplicaPhase.LOADING, detail="does not answer")
-                    ready = False
-            await self.clock.sleep(self.settings.health_interval_s)
-
-
 def _ending(status: int) -> str:
     if status >= 0:
         return f"ended with status {status}"
@@ -220,7 +187,7 @@ def _ending(status: int) -> str:
         return f"ended by signal {-status}"
 
 
-async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+async def cancel(*tasks: "asyncio.Future[Any]") -> None:
     """Cancel and wait; how they ended is of no interest any more."""
     for task in tasks:
         task.cancel()

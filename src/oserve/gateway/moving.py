@@ -195,7 +195,7 @@ class Moving:
         reason = ""
         try:
             for data in found:
-                if data != DONE:
+                if data.strip() != DONE:
                     told.append(carried.go_on(read_event(data)))
         except BrokenError:
             reason = "aborted"

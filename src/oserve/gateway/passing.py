@@ -161,11 +161,11 @@ class Passing:
         if data is None:
             return event.text
         self.begun = True
-        if data == DONE:
+        if data.strip() == DONE:
             self.done = True
             if self._kept is not None:
                 self._kept.done = True
-            return event.text
+            return data_event(DONE)
         answer = read_answer(data)
         if answer is None:
             return event.text
