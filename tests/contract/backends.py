@@ -108,7 +108,7 @@ def wish(path: str, **more: Any) -> dict[str, Any]:
     """A request that is answered alike each time."""
     said: Any = {"prompt": "The capital of France is"}
     if "chat" in path:
-        said = {"messages": [{"role": "user", "content": "Name a colour."}]}
+        said = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
     return {"model": NAME, "max_tokens": 5, "temperature": 0, **said, **more}
 
 

@@ -184,9 +184,15 @@ class Attempt:
             if self._refuses_stream_options(head.status, body):
                 return False
             trouble = Trouble(status=head.status, message="")
-        elif relay.request is not None and (answer := read_answer(body)) is not None:
-            relay.usage = usage_of(answer.usage)
-            trouble = trouble_of(answer)
+        elif relay.request is not None:
+            answer = read_answer(body)
+            if answer is None and self._framing is None:
+                # Only the end of the connection says that it is whole.
+                self.on_error("it stopped short")
+                return False
+            if answer is not None:
+                relay.usage = usage_of(answer.usage)
+                trouble = trouble_of(answer)
         self._trouble = trouble
         if trouble is None:
             relay.dispatcher.served_by(self._replica)
@@ -250,6 +256,9 @@ class Attempt:
         relay = self._relay
         if relay.committed:
             relay.usage = usage_in(self._tail)
+        elif relay.stream and head.status == _OK and tells_events(head, b""):
+            self.on_error("its stream was empty")
+            return
         elif self._whole(head):
             self._commit()
         else:
