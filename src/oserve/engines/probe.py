@@ -152,8 +152,10 @@ class Probe:
                 return Answer(status=answer.status, body=await _read(answer))
         except TimeoutError:
             return Answer(status=0, why=f"it gave no answer within {limit_s:.0f} s")
+        except aiohttp.ClientConnectorError as error:
+            return Answer(status=0, why=f"cannot connect: {error.os_error or error}")
         except _NO_ANSWER as error:
-            return Answer(status=0, why=str(error))
+            return Answer(status=0, why=str(error) or type(error).__name__)
 
     def _connect(self) -> aiohttp.ClientSession:
         headers = dict(self._endpoint.headers)
