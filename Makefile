@@ -8,6 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make serve   set up everything (vLLM included) and serve a tiny model on port $(PORT)"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
+	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
 serve:
@@ -26,6 +27,12 @@ check:
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
 		-m "not engine and not extra and not slow"
+
+.PHONY: test-backends
+test-backends:
+	@$(PYTHON) tools/setup.py --dev
+	@$(PYTHON) tools/backends.py
+	$(BIN)/python -m pytest -m backend
 
 .PHONY: lint
 lint:

@@ -98,7 +98,7 @@ async def behind(backend: Backend, **fields: Any) -> AsyncIterator[Behind]:
         )
     )
     url = f"http://127.0.0.1:{await gateway.listen()}"
-    limit = aiohttp.ClientTimeout(total=60)
+    limit = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=limit) as session:
         yield Behind(backend=backend, gateway=gateway, url=url, session=session)
     await gateway.close()
@@ -204,7 +204,7 @@ async def nonsense(front: Behind) -> None:
 async def is_found_well(front: Behind) -> None:
     """Its health path is found, and its name among its models where it lists them."""
     backend = front.backend
-    async with Probe(backend.endpoint, timeout_s=30) as probe:
+    async with Probe(backend.endpoint, timeout_s=300) as probe:
         found = await Look(probe, backend.endpoint, backend.model).try_out()
     assert (found.trouble, found.doubt) == ("", "")
     assert found.health == backend.health
