@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oserve.gateway.kept import Budget, Kept
 from oserve.gateway.meaning import read_answer, shown, trouble_of, usage_in, usage_of
 from oserve.gateway.passing import Passing
-from oserve.wire import Dechunker, Framing, chunk
+from oserve.wire import Dechunker, chunk
 from oserve.wire.events import EventReader
 from oserve.wire.framing import LAST_CHUNK
 
@@ -70,13 +70,11 @@ def cut(data: bytes, marks: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(points)]
 
 
-def passed(passing: Passing, pieces: list[bytes], framing: Framing | None) -> bytes:
+def passed(passing: Passing, pieces: list[bytes], *, chunked: bool) -> bytes:
     """The client's body, its chunks taken off."""
     told = b""
     for piece in pieces:
-        if framing is not None:
-            framing.feed(piece)
-        told += passing.take(piece, framing)
+        told += passing.take(piece, chunked=chunked)
     told += passing.end()
     return Dechunker().feed(told)
 
@@ -97,7 +95,7 @@ def heard(body: bytes) -> list[Any]:
     st.lists(st.one_of(events(), st.none()), max_size=8),
     st.sampled_from(["vllm", "spaces", "ascii"]),
     st.sampled_from([b"\n", b"\r\n", b"\r"]),
-    st.sampled_from(["whole", "any", "none"]),
+    st.sampled_from(["whole", "several", "any", "none"]),
     st.lists(st.integers(0, 2000), max_size=10),
     st.booleans(),
     st.booleans(),
@@ -124,17 +122,16 @@ def test_the_fast_way_and_the_slow_way_tell_the_same(
     blocks.append(b"data: [DONE]" + end * 2)
     payload = b"".join(blocks)
     if chunks == "none":
-        framing, pieces = None, cut(payload, marks)
+        pieces = cut(payload, marks)
     else:
-        cuts = blocks if chunks == "whole" else [p for p in cut(payload, marks) if p]
+        cuts = blocks if chunks in {"whole", "several"} else [p for p in cut(payload, marks) if p]
         body = b"".join(map(chunk, cuts)) + LAST_CHUNK
-        framing = Framing(None)
         pieces = [*map(chunk, cuts), LAST_CHUNK] if chunks == "whole" else cut(body, marks)
     kept = Kept(Budget(1 << 20, 1 << 20)) if keeps else None
     passing = Passing(hide_usage=hide_usage, kept=kept, shows_ids=shows_ids or not keeps)
     hide_ids = keeps and not shows_ids
     # Where the client's body is in chunks, so is what it gets of a body without.
-    got = heard(passed(passing, pieces, framing))
+    got = heard(passed(passing, pieces, chunked=chunks != "none"))
     wanted = [
         item
         for event in told
@@ -161,13 +158,10 @@ def test_vllms_form_passes_as_the_bytes_it_came_in() -> None:
         (Kept(Budget(9999, 9999)), False, piece.replace(b"[1234]", b"null  ")),
     ):
         passing = Passing(hide_usage=True, kept=kept, shows_ids=shows)
-        framing = Framing(None)
-        framing.feed(piece)
         # The first is read the slow way: it might begin with a byte order mark.
-        assert passing.take(piece, framing)
-        for _ in range(3):
-            framing.feed(piece)
-            assert passing.take(piece, framing) == after
+        assert passing.take(piece, chunked=True)
+        for count in (1, 3):
+            assert passing.take(piece * count, chunked=True) == after * count
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b" \n\n", b"\r\n\r\n"])
@@ -177,12 +171,12 @@ def test_trouble_is_held_back_until_it_is_let_through(end: bytes, name: bytes) -
     for before in range(3):
         texts = [b'{"choices": [{"text": "a"}]}'] * before + [trouble, b"[DONE]"]
         passing = Passing(hide_usage=True)
-        told = passing.take(b"".join(name + text + end for text in texts), None)
+        told = passing.take(b"".join(name + text + end for text in texts), chunked=False)
         assert told.count(b"choices") == before
         assert b"died" not in told
         assert passing.trouble is not None
         assert passing.trouble.status == 500
-        assert passing.take(b": more" + end, None) == b""
+        assert passing.take(b": more" + end, chunked=False) == b""
         rest = Dechunker().feed(passing.give_in())
         assert rest.index(b"died") < rest.index(b"[DONE]") < rest.index(b"more")
 
@@ -284,7 +278,7 @@ def test_no_json_makes_it_stumble(value: Any) -> None:
             fields = json.loads(told)
             assert fields.get("usage") is None
             assert fields.get("prompt_token_ids") is None
-    got = passed(Passing(hide_usage=True), [b"data: " + text + b"\n\n"], None)
+    got = passed(Passing(hide_usage=True), [b"data: " + text + b"\n\n"], chunked=False)
     assert got == b"" or got.startswith(b"data: ") or isinstance(value, dict)
 
 

@@ -36,6 +36,7 @@ class Attempt:
         self._replica = replica
         self._connection: UpstreamConnection | None = None
         self._head: ResponseHead | None = None
+        self._chunked = False
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._tail = b""
@@ -59,6 +60,7 @@ class Attempt:
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
+        self._chunked = head.chunked
         if head.chunked and self._relay.exchange.http_1_0:
             self._dechunker = Dechunker()
 
@@ -102,7 +104,7 @@ class Attempt:
         relay = self._relay
         connection = self._connection
         try:
-            told = passing.take(data, connection.framing if connection is not None else None)
+            told = passing.take(data, chunked=self._chunked)
         except (EventsError, FramingError) as error:
             if connection is not None:
                 connection.abort()

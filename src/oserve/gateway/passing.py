@@ -10,8 +10,11 @@ Pure: bytes in, bytes out; no relay, no clock.
 
 from collections import deque
 
+import msgspec
+
 from oserve.gateway.kept import Kept
 from oserve.gateway.meaning import (
+    Answer,
     Choice,
     Trouble,
     has_usage,
@@ -19,15 +22,18 @@ from oserve.gateway.meaning import (
     shown,
     trouble_of,
 )
-from oserve.wire import Dechunker, Framing, chunk
+from oserve.wire import Dechunker, chunk
 from oserve.wire.events import Event, EventReader, data_event
 
 DONE = b"[DONE]"
 _FIELD = b"data: "
-_ABSENT = {b"", b"null"}
+_NULL = b"null"
 _IDS = b'"token_ids":'
-# Shorter lists leave no room for null and the spaces that keep a chunk as long as it was.
-_LEAST_LIST_BYTES = 4
+_IDS_BYTES = len(_IDS)
+# As long as the list that they stand for, so that the chunk's size still holds; a shorter one, of a
+# single digit, leaves no room.
+_BLANKS = {size: b"null" + b" " * (size - 4) for size in range(4, 256)}
+_decode = msgspec.json.Decoder(Answer).decode
 
 
 class Passing:
@@ -42,7 +48,7 @@ class Passing:
     """
 
     __slots__ = (
-        "_chunks",
+        "_clean",
         "_dechunker",
         "_hide_ids",
         "_hide_usage",
@@ -73,7 +79,8 @@ class Passing:
         self._plain = plain
         self._reader = EventReader()
         self._dechunker = Dechunker()
-        self._chunks = 0
+        # Whether the next byte begins a chunk and an event.
+        self._clean = False
         self._waiting: deque[Event] = deque()
         self._told_trouble = False
         self.begun = False
@@ -83,54 +90,70 @@ class Passing:
         self.trouble: Trouble | None = None
         self.usage = b""
 
-    def take(self, data: bytes, framing: Framing | None) -> bytes:
-        """Bytes of the answer's body, which ``framing`` has taken in; returns the client's."""
-        if framing is None or not framing.chunked:
+    def take(self, data: bytes, *, chunked: bool) -> bytes:
+        """Bytes of the answer's body, ``chunked`` or not; returns the client's."""
+        if not chunked:
             return self._read(data)
-        one = framing.chunks == self._chunks + 1 and framing.boundary == len(data)
-        self._chunks = framing.chunks
-        if one and self._reader.idle and self._dechunker.idle and not self._waiting:
-            passed = self._pass_chunk(data)
-            if passed:
-                return passed
-        return self._read(self._dechunker.feed(data))
+        if not self._clean:
+            return self._read(self._dechunker.feed(data))
+        parts: list[bytes] = []
+        position = self._pass_chunks(data, parts)
+        if position < len(data):
+            parts.append(self._read(self._dechunker.feed(data[position:])))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _pass_chunk(self, data: bytes) -> bytes:
-        """A whole chunk in vLLM's form, as the client gets it; empty: it is something else."""
-        start = data.find(b"\n") + 1
-        end = len(data) - 4
-        if data.find(b"\n", start) != end or data.find(b"\r", start) != end + 2:
-            return b""
-        if not data.startswith(_FIELD, start) or not data.endswith(b"\n\n\r\n"):
-            return b""
-        text = data[start + 6 : end]
-        answer = read_answer(text)
-        if answer is None or not answer.choices or len(answer.choices) > 1:
-            return b""
-        choice = answer.choices[0]
-        if (
-            choice.finish_reason == "abort"
-            or answer.object == "error"
-            or answer.error
-            or answer.prompt_token_ids
-            or (answer.usage and bytes(answer.usage) != b"null")
-        ):
-            return b""
-        passed = data
-        if self._hide_ids and (choice.token_ids or choice.prompt_token_ids):
-            passed = _without_ids(data, choice)
-            if not passed:
-                return b""
-        if choice.finish_reason is not None:
-            self.finished = True
-        self.events += 1
-        if self._kept is not None:
-            self._kept.keep(text)
-        return passed if not self._plain else passed[start:-2]
+    def _pass_chunks(self, data: bytes, parts: list[bytes]) -> int:
+        """Pass on the chunks that ``data`` begins with and that are in vLLM's form.
+
+        Returns where the first one begins that is something else, or is not whole.
+        """
+        position, size = 0, len(data)
+        kept = self._kept
+        while position < size:
+            start = data.find(b"\n", position) + 1
+            end = data.find(b"\n", start)
+            if (
+                data[end : end + 4] != b"\n\n\r\n"
+                or not data.startswith(_FIELD, start)
+                or data.find(b"\r", start, end) >= 0
+                or not _is_size(data[position : start - 2], end + 2 - start)
+            ):
+                break
+            text = data[start + 6 : end]
+            try:
+                answer = _decode(text)
+            except (msgspec.DecodeError, RecursionError):
+                break
+            choices = answer.choices
+            if not choices or len(choices) > 1 or answer.error or answer.prompt_token_ids:
+                break
+            choice = choices[0]
+            if answer.usage and bytes(answer.usage) != _NULL:
+                break
+            if choice.finish_reason is not None:
+                if choice.finish_reason == "abort":
+                    break
+                self.finished = True
+            elif answer.object == "error":
+                break
+            after = end + 4
+            passed = data[position:after] if position or after < size else data
+            if self._hide_ids and (choice.token_ids or choice.prompt_token_ids):
+                passed = _without_ids(passed, choice)
+                if not passed:
+                    break
+            self.events += 1
+            if kept is not None:
+                kept.keep(text)
+            parts.append(passed[start - position : -2] if self._plain else passed)
+            position = after
+        return position
 
     def _read(self, payload: bytes) -> bytes:
         self._waiting += self._reader.feed(payload)
-        return self._pass_waiting()
+        told = self._pass_waiting()
+        self._clean = self._reader.idle and self._dechunker.idle and not self._waiting
+        return told
 
     def end(self) -> bytes:
         """The body has ended."""
@@ -188,16 +211,24 @@ class Passing:
         return event.text if for_client is data else data_event(for_client)
 
 
+def _is_size(line: bytes, size: int) -> bool:
+    """Whether a chunk's size line says so; one with extensions is left to the slower way."""
+    try:
+        return int(line, 16) == size
+    except ValueError:
+        return False
+
+
 def _without_ids(data: bytes, choice: Choice) -> bytes:
     """The chunk with null for its token ids, as long as it was; empty: it is not that simple."""
-    ids = bytes(choice.token_ids)
-    length = len(ids)
-    if bytes(choice.prompt_token_ids) not in _ABSENT:
+    if choice.prompt_token_ids and bytes(choice.prompt_token_ids) != _NULL:
         return b""
-    if ids in _ABSENT:
+    ids = bytes(choice.token_ids)
+    if not ids or ids == _NULL:
         return data
     start = data.rfind(b"[")
-    simple = data.endswith(_IDS, 0, start) and data.startswith(ids, start)
-    if length < _LEAST_LIST_BYTES or not simple:
+    after = start + len(ids)
+    if data[start - _IDS_BYTES : start] != _IDS or data[start:after] != ids:
         return b""
-    return b"%bnull%b%b" % (data[:start], b" " * (length - 4), data[start + length :])
+    blank = _BLANKS.get(len(ids))
+    return b"" if blank is None else data[:start] + blank + data[after:]
