@@ -52,7 +52,7 @@ def events(draw: st.DrawFn) -> dict[str, Any]:
 
 def expected(event: dict[str, Any], *, hide_usage: bool, hide_ids: bool) -> dict[str, Any] | None:
     """What the client is to get of an event, from its meaning alone."""
-    told = json.loads(json.dumps(event))
+    told: dict[str, Any] = json.loads(json.dumps(event))
     if hide_usage and told.get("usage") is not None:
         if not told.get("choices"):
             return None
