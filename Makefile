@@ -1,31 +1,39 @@
 PYTHON ?= python3
 PORT ?= 8000
-MODEL ?= .oserve/models/tiny-llama
+# Tests at a time: real engines take some gigabytes and a core each.
+JOBS ?= 2
+MODEL ?= smollm2-135m
 BIN := .venv/bin
 
 .PHONY: help serve test check format clean
 
 help:
-	@echo "make serve   set up everything (vLLM included) and serve a tiny model on port $(PORT)"
+	@echo "make serve   set up everything (vLLM included) and serve SmolLM2-135M on port $(PORT)"
+	@echo "             (MODEL=tiny: a tiny model of random weights; or MODEL=a model's folder)"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
 	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
+# At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in
+# ARGS for the plan that carries most.
 serve:
-	@$(PYTHON) tools/setup.py --engine --model $(MODEL)
-	@$(BIN)/oserve serve $(MODEL) --port $(PORT) --set 'engines.variants={int8: $(MODEL)-int8}' \
-		--set planning.slo_ttft_ms=4000 --set planning.slo_tpot_ms=200 $(ARGS)
+	@set -e; model=$$($(PYTHON) tools/setup.py --engine --model '$(MODEL)'); set --; \
+	if [ -d "$$model-int8" ]; then set -- --set "engines.variants={int8: $$model-int8}"; fi; \
+	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" --set planning.min_shapes=2 $(ARGS)
 
 test:
-	@$(PYTHON) tools/setup.py --dev --engine --forecast
+	@$(PYTHON) tools/setup.py --dev --engine --forecast --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engine"
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check:
 	@$(PYTHON) tools/setup.py --dev
-	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
+	@$(MAKE) --no-print-directory -j2 lint fast
+
+.PHONY: lint fast
+# Short runs are over before the simulator's kernel would be compiled.
+fast:
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
 		-m "not engine and not extra and not slow"
 
 .PHONY: test-backends
@@ -34,7 +42,6 @@ test-backends:
 	@$(PYTHON) tools/backends.py
 	$(BIN)/python -m pytest -m backend
 
-.PHONY: lint
 lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

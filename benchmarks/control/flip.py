@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from oserve.core import Precision, ReplicaShape, RequestRecord
-from oserve.engines.tiny import make_int8_variant, make_tiny_model
+from oserve.engines.checkpoints.int8 import make_int8_variant
+from oserve.engines.tiny import make_tiny_model
 from oserve.gateway.records import read_records
 from oserve.perf.profile import ProfileSource, read_profile
 from oserve.traces.metrics import percentile

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import uvloop
 
-from oserve.cli.load import Replay, calibrated_writer, find_target, new_session
+from oserve.cli.load import Replay, new_session
+from oserve.cli.target import calibrated_writer, find_target
 from oserve.traces import (
     Outcome,
     OutcomeStatus,

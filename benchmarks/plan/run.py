@@ -31,9 +31,10 @@ from oserve.plan.bounds import Scored
 from oserve.plan.brute import brute_force
 from oserve.plan.deploy import place_deployment
 from oserve.plan.dominance import undominated
-from oserve.plan.exact import ExactSearch, Proved
+from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.problem import PlanProblem
+from oserve.plan.proof import Proved
 from oserve.plan.search import plan_deployment
 
 Result = TypeVar("Result")

@@ -29,6 +29,7 @@ def asked(model: str, tmp_path: Path) -> PlanningQuestion:
                 "state_dir": str(tmp_path),
                 "cluster.devices": "cpu",
                 "cluster.cpu_slots": 4,
+                "cluster.cpu_flags": "avx2",
                 "planning.rates": "chats:60x120=6,documents:1500x20=0.2",
                 "planning.slo_ttft_ms": 2000,
                 "planning.slo_tpot_ms": 100,

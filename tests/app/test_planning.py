@@ -191,7 +191,7 @@ BASE = ["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", RATES]
         (["--model", "lama", "--cluster", "8xH100", "--rates", RATES], "nothing is known"),
         (["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", "8x8=nan"], "nan"),
         (["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", "8x8=0"], "zero traffic"),
-        (["--model", "llama-2-70b", "--cluster", "8xH100"], "--trace or from --rates"),
+        (["--model", "llama-2-70b", "--cluster", "8xH100"], "a trace or from --rates"),
         (["--model", "llama-2-70b", "--cluster", "8xH100", "--trace", "absent.csv"], "cannot read"),
         ([*BASE, "--slo-ttft-ms", "1"], "closest feasible one is about --slo-ttft-ms"),
         ([*BASE, "--slo-tpot-ms", "1"], "closest feasible one is about --slo-tpot-ms"),

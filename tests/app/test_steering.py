@@ -40,6 +40,7 @@ def deployment(model: str, folder: Path, **more: object) -> Deployment:
         "state_dir": str(folder / "state"),
         "cluster.devices": "cpu",
         "cluster.cpu_slots": 4,
+        "cluster.cpu_flags": "avx2",
         "planning.rates": "chats:60x120=6,documents:1500x20=0.2",
         "planning.slo_ttft_ms": 2000,
         "planning.slo_tpot_ms": 100,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from oserve.app.clock import LiveClock
 from oserve.control.door import Cluster
@@ -32,13 +33,15 @@ from oserve.core import (
 )
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.settings import EngineSettings
-from oserve.engines.tiny import make_tiny_model
+from oserve.engines.spawner import Launcher
 from oserve.perf import TokenCosts
 from oserve.sim import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.steps import StepTables
 from oserve.sim.words import RequestTable
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CORES = len(os.sched_getaffinity(0))
 DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", cores=(n % CORES,)) for n in range(2))
@@ -54,12 +57,13 @@ def spec(name: str, *devices: str) -> ReplicaSpec:
 
 @dataclass
 class Subject:
-    """A cluster, how to let time pass on it, and how to make a replica crash."""
+    """A cluster, how to let time pass on it, and how to make a replica crash or hang."""
 
     cluster: Cluster
     clock: VirtualClock | LiveClock
     wait: Callable[[float], Awaitable[None]]
     crash: Callable[[str], Awaitable[None]]
+    hang: Callable[[str], Awaitable[None]]
 
     async def until(self, condition: Callable[[Observation], bool]) -> Observation:
         deadline_s = time.monotonic() + _LIMIT_S
@@ -97,34 +101,60 @@ def fleet_cluster(clock: VirtualClock) -> FleetCluster:
 
 
 @pytest.fixture(params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)])
-async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
-    if request.param in {"simulated", "fleet"}:
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest, kind: str) -> tuple[Path, Launcher] | None:
+    """A model, and what starts engines of it, for the kind that has any."""
+    if kind != "local":
+        return None
+    return request.getfixturevalue("tiny_model"), request.getfixturevalue("zygote")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def subject(
+    kind: str, real: tuple[Path, Launcher] | None, tmp_path: Path
+) -> AsyncIterator[Subject]:
+    if real is None:
         virtual = VirtualClock()
         simulated = SimulatedCluster(DEVICES, virtual)
-        if request.param == "fleet":
+        if kind == "fleet":
             simulated = fleet_cluster(virtual)
 
         async def crash_simulated(name: str) -> None:
             simulated.crash(name)
 
-        yield Subject(simulated, virtual, virtual.advance, crash_simulated)
+        async def hang_simulated(name: str) -> None:
+            simulated.hang(name)
+
+        yield Subject(simulated, virtual, virtual.advance, crash_simulated, hang_simulated)
         return
+    model, launcher = real
     clock = LiveClock()
     local = LocalCluster(
         DEVICES,
-        model=str(make_tiny_model(tmp_path / "tiny")),
+        model=str(model),
         served_model_name="tiny",
         run_dir=tmp_path / "run",
         clock=clock,
-        settings=EngineSettings(max_model_len=1024),
+        settings=EngineSettings(max_model_len=1024, hang_after_s=4.0),
+        launcher=launcher,
     )
 
-    async def crash_local(name: str) -> None:
+    async def signalled(name: str, number: int) -> None:
         state = (await local.observe()).replica(name)
         assert state is not None
-        os.kill(state.pid, signal.SIGKILL)
+        os.kill(state.pid, number)
 
-    yield Subject(local, clock, asyncio.sleep, crash_local)
+    async def crash_local(name: str) -> None:
+        await signalled(name, signal.SIGKILL)
+
+    async def hang_local(name: str) -> None:
+        await signalled(name, signal.SIGSTOP)
+
+    yield Subject(local, clock, asyncio.sleep, crash_local, hang_local)
     await local.close()
 
 
@@ -163,6 +193,13 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
     assert observation.failures["c"].reason
     await cluster.apply(StartReplica(spec=spec("d", "cpu:0")))
     await subject.phase("d", ReplicaPhase.READY)
+    # One that hangs is ended too, though it does not hear what it is told.
+    await subject.hang("d")
+    observation = await subject.phase("d", ReplicaPhase.GONE)
+    assert observation.failures["d"].count == 1
+    assert "hangs" in observation.failures["d"].reason
+    await cluster.apply(StartReplica(spec=spec("e", "cpu:0")))
+    await subject.phase("e", ReplicaPhase.READY)
 
 
 async def test_standby_beside_others_until_it_is_committed(subject: Subject) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from oserve.control.appraisal import appraise
 from oserve.control.controller import Controller
-from oserve.control.decision import Decision, Mode, Trigger, Verdict
+from oserve.control.decision import Decision, Mode, Reason, Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
@@ -149,3 +149,13 @@ def make_world(*rows: int, start_s: float = START_S, **policy: Any) -> World:
 
 def with_plan_id(plan: DeploymentPlan, name: str) -> DeploymentPlan:
     return replace(plan, id=name)
+
+
+def waits_its_price(decisions: Sequence[Decision]) -> None:
+    """Whoever switches for a gain has missed as much as that costs, and who waits has not."""
+    for item in decisions:
+        if item.reason in {Reason.GAIN_EXCEEDS_COST, Reason.NOT_LONG_ENOUGH}:
+            assert item.pays_after_s is not None
+            price = item.pays_after_s * (item.candidate_rps - item.current_rps)
+            enough = item.missed_requests >= price * (1 - 1e-9)
+            assert enough == (item.reason is Reason.GAIN_EXCEEDS_COST), item

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from e2e.streams import told
+from oserve.engines.group import group_members
 from oserve.engines.tiny import make_tiny_model
 from oserve.gateway.records import read_records
 from oserve.traces import synthesise
@@ -37,6 +38,7 @@ routing_shares: {short: {one: 1}, long: {two: 1}}
 """
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
 _START_LIMIT_S = 240.0
+_LIMIT_S = 120.0
 
 
 @dataclass
@@ -89,7 +91,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("e2e")
     plan = folder / "plan.yaml"
     plan.write_text(PLAN)
-    server = start(folder, "--plan", str(plan), "--cpu-slots", "3", "--port", "0")
+    words = ["--plan", str(plan), "--cpu-slots", "3", "--port", "0"]
+    server = start(folder, *words, "--set", "engines.hang_after_s=5")
     family = descendants(server.process.pid)
     yield server
     server.process.send_signal(signal.SIGINT)
@@ -106,6 +109,13 @@ async def status_of(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
 
 async def is_running(session: aiohttp.ClientSession, url: str) -> bool:
     return any(replica["running"] for replica in (await status_of(session, url))["replicas"])
+
+
+async def until(condition: Callable[[], Awaitable[object]], every_s: float = 0.05) -> None:
+    """Ask until it is so. What takes longer than a start is an error."""
+    async with asyncio.timeout(_START_LIMIT_S):
+        while not await condition():  # noqa: ASYNC110 - it asks another process
+            await asyncio.sleep(every_s)
 
 
 async def test_openai_client_chats_streaming_and_not(served: Served) -> None:
@@ -202,15 +212,27 @@ async def test_bad_input_is_told_and_wedges_nothing(served: Served) -> None:
 
 
 async def test_a_client_that_leaves_frees_the_engine(served: Served) -> None:
-    body = {**GREEDY, "prompt": "go on", "max_tokens": 4000, "stream": True}
+    # It would take the engine minutes to say all of it.
+    body = {**GREEDY, "prompt": "go on", "max_tokens": 8000, "stream": True}
     async with aiohttp.ClientSession() as session:
+
+        async def at_work() -> bool:
+            return await is_running(session, served.url)
+
+        async def idle() -> bool:
+            return not await is_running(session, served.url)
+
         async with session.post(served.url + "/v1/completions", json=body) as answer:
             await answer.content.readany()
-        while True:
-            document = await status_of(session, served.url)
-            if all(replica["running"] == 0 for replica in document["replicas"]):
-                break
-            await asyncio.sleep(0.1)
+            replica = answer.headers["x-oserve-replica"]
+            await until(at_work)
+        await until(idle)
+
+        async def written_down() -> bool:
+            rows = list(read_records(served.folder / "records.sqlite"))
+            return any((row.replica, row.status) == (replica, "disconnected") for row in rows)
+
+        await until(written_down)
 
 
 async def test_a_killed_engine_costs_no_unanswered_request_and_comes_back(served: Served) -> None:
@@ -225,19 +247,23 @@ async def test_a_killed_engine_costs_no_unanswered_request_and_comes_back(served
         before = await status_of(session, served.url)
         victim = next(r for r in before["replicas"] if r["id"] == "one")
         calls = [asyncio.ensure_future(call(session, index)) for index in range(40)]
-        while not await is_running(session, served.url):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+
+        async def at_work() -> bool:
+            return await is_running(session, served.url)
+
+        await until(at_work)
         os.kill(victim["pid"], signal.SIGKILL)
         seen = set()
-        while True:
+
+        async def back() -> bool:
             document = await status_of(session, served.url)
             state = next(r for r in document["replicas"] if r["id"] == "one")
             seen.add(state["phase"])
-            if state["phase"] == "ready" and state["pid"] != victim["pid"]:
-                break
             async with session.get(served.url + "/health") as answer:
                 assert answer.status == 200
-            await asyncio.sleep(0.05)
+            return bool(state["phase"] == "ready" and state["pid"] != victim["pid"])
+
+        await until(back)
         assert await asyncio.gather(*calls) == [200] * 40
         assert "gone" in seen
         async with session.get(served.url + "/metrics") as answer:
@@ -257,8 +283,11 @@ async def test_streams_go_on_when_their_engine_is_killed(served: Served) -> None
             for index in streams
         ]
         # Soon enough for those on the victim not to be over, however fast it is beside the other.
-        while sum(count >= 5 for (count,) in seen) < 6:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+
+        async def begun() -> bool:
+            return sum(count >= 5 for (count,) in seen) >= 6
+
+        await until(begun, 0.01)
         os.kill(victim["pid"], signal.SIGKILL)
         assert await asyncio.gather(*tasks) == calm
         async with session.get(served.url + "/metrics") as answer:
@@ -268,14 +297,65 @@ async def test_streams_go_on_when_their_engine_is_killed(served: Served) -> None
         await back_again(session, served, victim["pid"])
 
 
-async def back_again(session: aiohttp.ClientSession, served: Served, pid: int) -> None:
-    """Wait until replica one, which was this process, is another and ready."""
-    while True:
+async def streamed(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], seen: list[str]
+) -> str:
+    """The text of a stream; notes who sent each event."""
+    body = {**GREEDY, "prompt": prompt, "max_tokens": 150, "stream": True}
+    data = b""
+    async with session.post(url + "/v1/completions", json=body) as answer:
+        async for part in answer.content.iter_any():
+            data += part
+            seen.append(answer.headers["x-oserve-replica"])
+    return spoken(data, stream=True)
+
+
+def member_named(group: int, start: str) -> int:
+    """The youngest process of a group whose name starts so."""
+    members = group_members(group)
+    return max(m for m in members if Path(f"/proc/{m}/comm").read_text().startswith(start))
+
+
+@pytest.mark.parametrize(
+    ("replica", "process", "tokens"), [("one", "VLLM::EngineCor", 30), ("two", "VLLM::Worker", 300)]
+)
+async def test_streams_go_on_when_their_engine_hangs(
+    served: Served, replica: str, process: str, tokens: int
+) -> None:
+    prompts = [[7 + number] * tokens for number in range(6)]
+    async with aiohttp.ClientSession() as session:
+        calm = await asyncio.gather(*(streamed(session, served.url, p, []) for p in prompts))
+        entries = (await status_of(session, served.url))["replicas"]
+        pid = next(entry["pid"] for entry in entries if entry["id"] == replica)
+        seen: list[list[str]] = [[] for _ in prompts]
+        tasks = [
+            asyncio.ensure_future(streamed(session, served.url, prompt, parts))
+            for prompt, parts in zip(prompts, seen, strict=True)
+        ]
+        async with asyncio.timeout(_LIMIT_S):
+            while any(len(parts) < 5 for parts in seen):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert any(replica in parts for parts in seen)
+        # Its other processes live on, and answer what they can.
+        os.kill(member_named(pid, process), signal.SIGSTOP)
+        async with asyncio.timeout(_LIMIT_S):
+            assert await asyncio.gather(*tasks) == calm
+            await back_again(session, served, pid, replica)
+    assert f"replica {replica} hangs: " in served.log()
+    assert not group_members(pid)
+
+
+async def back_again(
+    session: aiohttp.ClientSession, served: Served, pid: int, replica: str = "one"
+) -> None:
+    """Wait until a replica, which was this process, is another and ready."""
+
+    async def back() -> bool:
         document = await status_of(session, served.url)
-        state = next(r for r in document["replicas"] if r["id"] == "one")
-        if state["phase"] == "ready" and state["pid"] != pid:
-            return
-        await asyncio.sleep(0.05)
+        state = next(r for r in document["replicas"] if r["id"] == replica)
+        return bool(state["phase"] == "ready" and state["pid"] != pid)
+
+    await until(back)
 
 
 async def test_bench_replays_a_trace_whole(served: Served, tmp_path: Path) -> None:
@@ -288,7 +368,8 @@ async def test_bench_replays_a_trace_whole(served: Served, tmp_path: Path) -> No
     command = [sys.executable, "-m", "oserve.cli", "bench", str(trace), "--url", served.url]
     command += ["--json", "--prompt-scale", "0.1", "--output-scale", "0.1"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    out, _ = await process.communicate()
+    async with asyncio.timeout(_START_LIMIT_S):
+        out, _ = await process.communicate()
     report = json.loads(out)
     assert report["failed"] == report["truncated"] == 0, report["errors"]
     assert report["completed"] == report["sent"] > 30
@@ -296,10 +377,23 @@ async def test_bench_replays_a_trace_whole(served: Served, tmp_path: Path) -> No
 
 
 async def test_records_are_kept(served: Served) -> None:
-    await asyncio.sleep(1.0)
-    rows = list(read_records(served.folder / "records.sqlite"))
-    assert {row.replica for row in rows} >= {"one", "two"}
-    assert any(row.status == "disconnected" for row in rows)
+    prompts = {"one": 31, "two": 331}
+    async with aiohttp.ClientSession() as session:
+        for tokens in prompts.values():
+            body = {**GREEDY, "prompt": [5] * tokens}
+            async with session.post(served.url + "/v1/completions", json=body) as answer:
+                assert answer.status == 200
+
+    async def kept() -> bool:
+        rows = list(read_records(served.folder / "records.sqlite"))
+        found = {
+            row.replica: row.prompt_tokens
+            for row in rows
+            if row.status == "completed" and row.prompt_tokens in prompts.values()
+        }
+        return found == prompts
+
+    await until(kept)
 
 
 def test_a_plan_that_cannot_start_is_reported_and_leaves_nothing(tmp_path: Path) -> None:

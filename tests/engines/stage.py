@@ -28,6 +28,7 @@ from oserve.engines.cluster import LocalCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores
 from oserve.engines.settings import EngineSettings
+from oserve.engines.spawner import Launcher
 
 LIMIT_S = 150.0
 PROMPTS = [[5] * 20, [72, 101, 108] * 9, list(range(60, 120)), [90] * 100]
@@ -83,6 +84,12 @@ class Stage:
         """These serve, and no others are there."""
         await self.until(lambda alive: alive == dict.fromkeys(names, ReplicaPhase.READY))
 
+    async def reset(self, plan: DeploymentPlan) -> None:
+        """This plan is in force, whatever was: others go, what is missing is loaded from disk."""
+        self.loop.held = frozenset()
+        self.loop.plan = plan
+        await self.at(*(spec.id for spec in plan.replicas))
+
     async def switch(self, plan: DeploymentPlan, **settings: float) -> Report:
         return await self.finished(*self.begin(plan, **settings))
 
@@ -119,7 +126,11 @@ def _fields(settings: Settings) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def staged(
-    model: Path, folder: Path, plan: DeploymentPlan, variants: Mapping[str, str]
+    model: Path,
+    folder: Path,
+    plan: DeploymentPlan,
+    variants: Mapping[str, str],
+    launcher: Launcher,
 ) -> AsyncIterator[Stage]:
     """Four devices, the plan's replicas ready, what the first of them answers as reference."""
     settings = Settings(
@@ -138,6 +149,7 @@ async def staged(
         run_dir=folder / "run",
         clock=clock,
         settings=settings.engines,
+        launcher=launcher,
     )
     loop = ControlLoop(
         cluster, clock, plan, policy=ReconcilePolicy(drain_settle_s=0.3), interval_s=0.1

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,13 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Short enough for sockets, as a server's own is: no cluster makes one for itself.
+        self.run = Path(tempfile.mkdtemp(prefix="w"))
         self.clock = VirtualClock()
         self.launcher = Launcher()
         self.well: set[str] = set()
         self.keeper = Keeper(
-            folder=folder / "run",
+            folder=self.run,
             registry=folder / "keeper.json",
             launcher=self.launcher,
             identity=identity_of("spawn", folder),
@@ -66,13 +69,19 @@ class World:
         self.cluster: LocalCluster
         self.engines: HeldEngines
 
+    async def begun(self) -> None:
+        async with asyncio.timeout(60.0):
+            while not (self.run / "keeper.sock").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
     async def server(self, **settings: Any) -> tuple[list[str], list[str]]:
         """Another server: the one before is gone without a word."""
         if hasattr(self, "engines"):
             await self.vanish()
         grace_s = float(settings.pop("orphan_grace_s", 600.0))
+        sized = settings.pop("sized", False)
         self.engines = HeldEngines(
-            folder=self.folder / "run",
+            folder=self.run,
             state_dir=self.folder,
             log_dir=self.folder,
             method="spawn",
@@ -82,9 +91,10 @@ class World:
             split_cores(range(4), 4),
             model="some/model",
             served_model_name="tiny",
-            run_dir=self.folder / "run",
+            run_dir=self.run,
             clock=self.clock,
             settings=EngineSettings(**settings),
+            sized=sized,
             keeper=self.engines,
             probe=self._probe,
         )
@@ -128,10 +138,11 @@ class World:
         await self.until(spec.id, ReplicaPhase.READY if ready else ReplicaPhase.LOADING)
 
     async def until(self, name: str, phase: ReplicaPhase) -> None:
-        while self.state(name).phase is not phase or not (
-            self.state(name).pid or phase is ReplicaPhase.GONE
-        ):
-            await self.settle()
+        async with asyncio.timeout(60.0):
+            while self.state(name).phase is not phase or not (
+                self.state(name).pid or phase is ReplicaPhase.GONE
+            ):
+                await self.settle()
 
     def state(self, name: str) -> Any:
         return self.cluster._states[name]
@@ -149,13 +160,12 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
-    while not (tmp_path / "run" / "keeper.sock").exists():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await world.begun()
     yield world
     world.keeper.stop(patient=False)
     await world.running
     assert not world.alive()
-    assert not (tmp_path / "run").exists()
+    assert not world.run.exists()
     assert not (tmp_path / "keeper.json").exists()
 
 
@@ -278,21 +288,19 @@ async def test_a_launcher_that_cannot_is_told(world: World) -> None:
 
 async def test_left_alone_it_ends_everything(tmp_path: Path) -> None:
     world = World(tmp_path)
-    while not (tmp_path / "run" / "keeper.sock").exists():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await world.begun()
     await world.server(orphan_grace_s=0.0)
     await world.start(spec("a"))
     await world.vanish()
     await world.running
     assert not world.alive()
     assert world.launcher.closed == 1
-    assert not (tmp_path / "run").exists()
+    assert not world.run.exists()
 
 
 async def test_a_normal_end_leaves_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
-    while not (tmp_path / "run" / "keeper.sock").exists():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await world.begun()
     await world.server()
     await world.start(spec("a"))
     closing = asyncio.create_task(world.cluster.close())
@@ -334,3 +342,11 @@ async def test_whatever_happens_no_device_is_booked_twice(world: World, seed: in
         # Nothing runs that the server does not see.
         assert {process.pid for process in world.alive()} >= {s.pid for s in seen if s.pid}
         assert set(booked) <= set(taken)
+
+
+async def test_a_size_of_caches_that_was_computed_is_no_setting(world: World) -> None:
+    """Free memory is never twice the same: engines go on with the cache they have."""
+    await world.server(kv_cache_memory_bytes=1 << 20, sized=True)
+    await world.start(spec("a"))
+    assert await world.server(kv_cache_memory_bytes=2 << 20, sized=True) == (["a"], [])
+    assert await world.server(kv_cache_memory_bytes=2 << 20) == ([], ["a"])

@@ -46,7 +46,7 @@ def test_shape_becomes_flags() -> None:
             max_num_batched_tokens=512,
             max_num_seqs=7,
         ),
-        settings=EngineSettings(max_model_len=4096),
+        settings=EngineSettings(max_model_len=4096, kv_cache_memory_bytes=1 << 28),
     )
     assert value(words, "--model") == "/models/m"
     assert value(words, "--served-model-name") == "m"
@@ -58,7 +58,7 @@ def test_shape_becomes_flags() -> None:
     assert value(words, "--max-num-seqs") == "7"
     assert value(words, "--max-model-len") == "4096"
     assert value(words, "--scheduling-policy") == "priority"
-    assert value(words, "--kv-cache-memory-bytes") == str(256 * 1024 * 1024)
+    assert value(words, "--kv-cache-memory-bytes") == str(1 << 28)
     assert "--enforce-eager" in words
 
 
@@ -72,7 +72,10 @@ def test_on_a_gpu_vllm_sizes_its_cache_and_compiles() -> None:
     words = arguments(ReplicaShape(), platform="cuda")
     assert "--kv-cache-memory-bytes" not in words
     assert not runs_eagerly(words)
-    words = arguments(ReplicaShape(kv_cache_memory_bytes=5), platform="cuda")
+    sized = EngineSettings(kv_cache_memory_bytes=7)
+    words = arguments(ReplicaShape(), platform="cuda", settings=sized)
+    assert value(words, "--kv-cache-memory-bytes") == "7"
+    words = arguments(ReplicaShape(kv_cache_memory_bytes=5), platform="cuda", settings=sized)
     assert value(words, "--kv-cache-memory-bytes") == "5"
 
 

@@ -13,11 +13,14 @@ vllm:num_requests_running{engine="0",model_name="tiny"} 3.0
 vllm:num_requests_running{engine="1",model_name="tiny"} 2.0
 vllm:num_requests_waiting{engine="0",model_name="tiny"} 4.0
 vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 9.0
-vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25"""
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
+vllm:prompt_tokens_total{engine="0",model_name="tiny"} 40.0
+vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"} 40.0
+vllm:generation_tokens_total{engine="0",model_name="tiny"} 2.0"""
 
 
 def test_load_is_read_from_metrics() -> None:
-    assert parse_load(METRICS) == EngineLoad(running=5, waiting=4, kv_cache_usage=0.25)
+    assert parse_load(METRICS) == EngineLoad(running=5, waiting=4, kv_cache_usage=0.25, tokens=42)
     assert parse_load("") == EngineLoad()
     assert parse_load("\nvllm:num_requests_running{ broken") == EngineLoad()
     assert parse_load("\nvllm:num_requests_running 2") == EngineLoad(running=2)
@@ -39,7 +42,12 @@ async def test_answers_and_silence(tmp_path: Path) -> None:
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(text=METRICS)
 
+    async def sleeping(request: web.Request) -> web.Response:
+        return web.Response(status=statuses.pop(0))
+
+    statuses = [200, 500, 404]
     app = web.Application()
+    app.router.add_get("/is_sleeping", sleeping)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/metrics", metrics)
     runner = web.AppRunner(app)
@@ -47,6 +55,7 @@ async def test_answers_and_silence(tmp_path: Path) -> None:
         assert not await probe.healthy()
         assert await probe.models() is None
         assert await probe.load() is None
+        assert await probe.alive() is False
         await runner.setup()
         await web.UnixSite(runner, path).start()
         assert await probe.healthy()  # there is no /health here: its models will do
@@ -58,5 +67,7 @@ async def test_answers_and_silence(tmp_path: Path) -> None:
         assert load is not None
         assert load.running == 5
         assert not await probe.complete("m", "hi", 1, 5)
+        # Whoever cannot pass the question on has not failed to answer it.
+        assert [await probe.alive() for _ in range(3)] == [True, False, None]
     assert seen[0] == "Bearer k"
     await runner.cleanup()

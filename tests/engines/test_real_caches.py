@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from oserve.core import (
     Clock,
@@ -22,9 +23,10 @@ from oserve.core import (
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.settings import EngineSettings
+from oserve.engines.spawner import Launcher
 from oserve.wire.caches import FIELD, CacheFolder, giving, new_name, taking
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 LIMIT_S = 150.0
 # No multiple of a block's 128 tokens, so that the last block is there in part.
@@ -32,9 +34,9 @@ PROMPT = [(7 * number) % 250 + 5 for number in range(700)]
 TOKENS = 60
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def cluster(
-    tiny_model: Path, tmp_path: Path, live_clock: Clock
+    tiny_model: Path, tmp_path: Path, live_clock: Clock, zygote: Launcher
 ) -> AsyncIterator[LocalCluster]:
     cluster = LocalCluster(
         split_cores(sorted(os.sched_getaffinity(0)), 5),
@@ -43,6 +45,7 @@ async def cluster(
         run_dir=tmp_path,
         clock=live_clock,
         settings=EngineSettings(),
+        launcher=zygote,
     )
     yield cluster
     await cluster.close()

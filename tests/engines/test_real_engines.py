@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from oserve.core import (
     Clock,
@@ -20,14 +21,15 @@ from oserve.core import (
     StopReplica,
     VllmBackend,
 )
+from oserve.engines.checkpoints.int8 import make_int8_variant
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
 from oserve.engines.settings import EngineSettings
-from oserve.engines.tiny import make_int8_variant
+from oserve.engines.spawner import Launcher
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 LIMIT_S = 120.0
 MiB = 1024 * 1024
@@ -46,7 +48,11 @@ def replica(
 
 
 def make_cluster(
-    model: Path, run_dir: Path, clock: Clock, settings: EngineSettings | None = None
+    model: Path,
+    run_dir: Path,
+    clock: Clock,
+    settings: EngineSettings | None = None,
+    launcher: Launcher | None = None,
 ) -> LocalCluster:
     devices = split_cores(sorted(os.sched_getaffinity(0)), 4)
     return LocalCluster(
@@ -56,6 +62,7 @@ def make_cluster(
         run_dir=run_dir,
         clock=clock,
         settings=settings or EngineSettings(),
+        launcher=launcher,
     )
 
 
@@ -74,6 +81,10 @@ def in_phase(phase: ReplicaPhase, *names: str) -> Callable[[Observation], bool]:
         return all(phases.get(name) is phase for name in names)
 
     return true
+
+
+def texts_of(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(errors="replace") for path in folder.rglob(pattern)]
 
 
 def left_memory() -> set[str]:
@@ -115,21 +126,21 @@ def child_count() -> int:
     return len(found) - 1
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def cluster(
-    tiny_model: Path, tmp_path: Path, live_clock: Clock
+    tiny_model: Path, tmp_path: Path, live_clock: Clock, zygote: Launcher
 ) -> AsyncIterator[LocalCluster]:
     int8 = make_int8_variant(tiny_model, tiny_model.parent / "tiny-int8")
     settings = EngineSettings(variants={"int8": str(int8)})
     before, memory = child_count(), left_memory()
-    cluster = make_cluster(tiny_model, tmp_path, live_clock, settings)
+    cluster = make_cluster(tiny_model, tmp_path, live_clock, settings, zygote)
     yield cluster
     await cluster.close()
     assert child_count() == before
     await until_true(lambda: left_memory() <= memory)
 
 
-async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
+async def test_shapes_start_answer_and_die(cluster: LocalCluster, tmp_path: Path) -> None:
     specs = (
         replica("single", "cpu:0"),
         replica("tensor", "cpu:0", "cpu:1", tp=2),
@@ -151,6 +162,9 @@ async def test_shapes_start_answer_and_die(cluster: LocalCluster) -> None:
         assert "SIGKILL" in gone.failures[spec.id].reason
         assert group_members(state.pid) == []
         assert not Path(state.endpoint.unix_socket).parent.exists()
+    logs = texts_of(tmp_path, "*.log")
+    assert len(logs) > len(specs)
+    assert not any("is left out" in text for text in logs), "patches do not fit this vLLM"
 
 
 async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:
@@ -175,7 +189,21 @@ async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster
     assert "max_model_len" in gone.failures["bad"].reason
 
 
-async def test_a_killed_zygote_is_replaced(cluster: LocalCluster) -> None:
+@pytest_asyncio.fixture(loop_scope="session")
+async def own_zygote(
+    tiny_model: Path, tmp_path: Path, live_clock: Clock
+) -> AsyncIterator[LocalCluster]:
+    """A cluster with a zygote of its own, which ends with it."""
+    before, memory = child_count(), left_memory()
+    cluster = make_cluster(tiny_model, tmp_path, live_clock)
+    yield cluster
+    await cluster.close()
+    assert child_count() == before
+    await until_true(lambda: left_memory() <= memory)
+
+
+async def test_a_killed_zygote_is_replaced(own_zygote: LocalCluster) -> None:
+    cluster = own_zygote
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a"))
     group = ready.replicas[0].pid

@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 
 from engines.stage import plan_of, replica, staged
+from oserve.engines.spawner import Launcher
 from oserve.engines.tiny import make_mixture_variant
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 
-async def test_experts_move_with_the_rest(tiny_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+async def test_experts_move_with_the_rest(
+    tiny_model: Path, tmp_path: Path, zygote: Launcher
+) -> None:
     mixture = make_mixture_variant(tiny_model, tmp_path / "mixture")
-    async with staged(mixture, tmp_path, plan_of("one", replica("a", "cpu:0")), {}) as stage:
+    first = plan_of("one", replica("a", "cpu:0"))
+    async with staged(mixture, tmp_path, first, {}, zygote) as stage:
         for name, tp, pp in (("w", 2, 1), ("p", 1, 2), ("s", 1, 1)):
             devices = ("cpu:0", "cpu:1") if tp * pp == 2 else ("cpu:2",)
             plan = plan_of(name, replica(name, *devices, tp=tp, pp=pp))

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from oserve.app.brief import measure_briefly, what_to_measure
 from oserve.app.client import EngineClient
+from oserve.app.deployment import prepare
 from oserve.app.profile import Report, engine_hall, measure_engine, started_engine
 from oserve.cli import app
 from oserve.config import load_settings
@@ -51,6 +53,29 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
     assert {step.decode_seqs for step in entry.steps} == {0, 1, 2, 4}
     assert {step.prefill_tokens for step in entry.steps} >= {16, 64, 256}
     assert all(value >= 0 for value in entry.coefficients.values())
+
+
+async def test_a_brief_measurement_is_kept_and_planned_with(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """No profile that is shipped knows the tiny model in bf16."""
+    given = {
+        "model": str(tiny_model),
+        "state_dir": str(tmp_path),
+        "cluster.devices": "cpu",
+        "cluster.cpu_slots": 2,
+        "planning.precisions": ["bf16"],
+    }
+    settings = load_settings(None, given, environment={})
+    shapes = what_to_measure(settings)
+    lines: list[str] = []
+    # Long, since this must not fail on a slow machine: with time enough nothing is left out.
+    await measure_briefly(settings, shapes, report=Report(line=lines.append), limit_s=300.0)
+    assert not [line for line in lines if "left out" in line], lines
+    assert what_to_measure(settings) == ()
+    deployment = prepare(settings)
+    assert "measured briefly" in deployment.why
+    assert {spec.shape.precision for spec in deployment.plan.replicas} == {Precision.BF16}
 
 
 def test_bad_wishes_are_two_lines(tmp_path: Path, tiny_model: Path) -> None:

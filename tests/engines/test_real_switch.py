@@ -11,9 +11,10 @@ import pytest_asyncio
 
 from engines.stage import LIMIT_S, Stage, plan_of, replica, staged
 from oserve.core import Precision, StartReplica, StopReplica
-from oserve.engines.tiny import make_int8_variant
+from oserve.engines.checkpoints.int8 import make_int8_variant
+from oserve.engines.spawner import Launcher
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 SINGLES = plan_of("singles", replica("a", "cpu:0"), replica("b", "cpu:1"))
 WIDE = plan_of("wide", replica("w", "cpu:0", "cpu:1", tp=2))
@@ -30,17 +31,19 @@ OTHER = plan_of(
 )
 
 
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
-    pytest.importorskip("vllm")
+@pytest_asyncio.fixture(loop_scope="session", scope="module")
+async def stage(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, zygote: Launcher
+) -> AsyncIterator[Stage]:
     int8 = make_int8_variant(tiny_model, tiny_model.parent / "tiny-int8")
     folder = tmp_path_factory.mktemp("switch")
-    async with staged(tiny_model, folder, SINGLES, {"int8": str(int8)}) as stage:
+    async with staged(tiny_model, folder, SINGLES, {"int8": str(int8)}, zygote) as stage:
         yield stage
 
 
 async def test_layouts_of_one_precision(stage: Stage) -> None:
     """Tokens are those of engines that were loaded from disk, in every layout."""
+    await stage.reset(SINGLES)
     report = await stage.switch(WIDE)
     assert report.state == "done", report
     await stage.at("w")
@@ -61,6 +64,7 @@ async def test_layouts_of_one_precision(stage: Stage) -> None:
 
 async def test_int8_is_made_on_the_way_and_layouts_mix(stage: Stage) -> None:
     """From fp32 alone to fp32 and int8, and on to others of both; int8 is that of the disk."""
+    await stage.reset(SINGLES)
     report = await stage.switch(MIXED)
     assert report.state == "done", report
     await stage.at("t", "i")
@@ -81,6 +85,7 @@ async def test_int8_is_made_on_the_way_and_layouts_mix(stage: Stage) -> None:
 
 
 async def test_a_source_or_a_target_that_dies_leaves_the_old_plan(stage: Stage) -> None:
+    await stage.reset(OTHER)
     for victim in ("f2", "s"):
         plan = plan_of("late", replica("s", "cpu:0"))
         switcher, report = stage.begin(plan, bytes_per_s=100_000.0)
@@ -98,6 +103,7 @@ async def test_a_source_or_a_target_that_dies_leaves_the_old_plan(stage: Stage) 
 
 
 async def test_a_transfer_that_stalls_ends_at_its_limit(stage: Stage) -> None:
+    await stage.reset(OTHER)
     plan = plan_of("never", replica("s", "cpu:0"))
     report = await stage.switch(plan, bytes_per_s=1000.0, transfer_limit_s=1.0)
     assert report.state == "rolled_back"
@@ -113,6 +119,7 @@ async def test_a_transfer_that_stalls_ends_at_its_limit(stage: Stage) -> None:
 
 async def test_bf16_makes_int8(stage: Stage) -> None:
     """By way of bf16, itself made of fp32: both are those of the disk."""
+    await stage.reset(SINGLES)
     for name, precision in (("h", Precision.BF16), ("e", Precision.INT8)):
         report = await stage.switch(plan_of(name, replica(name, "cpu:0", precision=precision)))
         assert report.state == "done", report

@@ -11,7 +11,7 @@ import pytest
 
 from oserve.core import OServeError
 from oserve.engines import spawner
-from oserve.engines.group import group_members
+from oserve.engines.group import group_activity, group_members
 from oserve.engines.spawner import EngineProcess, SpawnLauncher, ZygoteLauncher
 
 # Like vLLM: a leader, a child that ignores TERM, and something worth reading in the log.
@@ -49,6 +49,27 @@ async def start(launcher: SpawnLauncher, log: Path, *argv: str) -> EngineProcess
         while not argv and not is_up(log):  # noqa: ASYNC110 - it looks at a file
             await asyncio.sleep(0.02)
     return process
+
+
+async def test_what_is_stopped_is_seen_and_killed(launcher: SpawnLauncher, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = await start(launcher, log)
+    before = group_activity(process.pid, log)
+    assert before is not None
+    assert before.stopped == 0
+    assert before.work_s > 0.0
+    assert before.moved >= log.stat().st_size
+    members = group_members(process.pid)
+    for member in members:
+        os.kill(member, signal.SIGSTOP)
+    async with asyncio.timeout(20):
+        while (seen := group_activity(process.pid)) and seen.stopped < len(members):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    process.terminate()
+    process.kill()
+    assert await process.wait() == -signal.SIGKILL
+    assert group_members(process.pid) == []
+    assert group_activity(process.pid) is None
 
 
 async def test_output_environment_and_cores(launcher: SpawnLauncher, tmp_path: Path) -> None:

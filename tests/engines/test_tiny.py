@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oserve.engines.tiny import VOCAB, make_int8_variant, make_tiny_model
+from oserve.engines.checkpoints.int8 import make_int8_variant
+from oserve.engines.tiny import VOCAB, make_tiny_model
 
 pytest.importorskip("tokenizers")
 

@@ -1,9 +1,11 @@
 """Weights between ranks: what arrives, what is made of it, and how a transfer ends that cannot."""
 
+import contextlib
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,29 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
     listener.close()
 
 
-def pair(listener: Listener, limit_s: float = 20.0) -> tuple[Stream, Stream]:
-    deadline_s = time.monotonic() + limit_s
-    caller = Stream.call(listener.path, "t", 3, deadline_s)
-    return caller, listener.accept("t", [3], deadline_s)[3]
+Pair = Callable[..., tuple[Stream, Stream]]
 
 
-def test_bytes_go_through_whatever_the_pace(listener: Listener) -> None:
+@pytest.fixture
+def pair(listener: Listener) -> Iterator[Pair]:
+    """Makes both ends of a stream; all of them are closed afterwards."""
+    with contextlib.ExitStack() as opened:
+
+        def made(limit_s: float = 20.0) -> tuple[Stream, Stream]:
+            deadline_s = time.monotonic() + limit_s
+            caller = Stream.call(listener.path, "t", 3, deadline_s)
+            opened.callback(caller.close)
+            called = listener.accept("t", [3], deadline_s)[3]
+            opened.callback(called.close)
+            return caller, called
+
+        yield made
+
+
+def test_bytes_go_through_whatever_the_pace(pair: Pair) -> None:
     data = bytes(range(256)) * 40_000
     for pace in (0.0, 1e9):
-        caller, called = pair(listener)
+        caller, called = pair()
         got = bytearray(len(data))
         sending = threading.Thread(
             target=caller.send, args=(7, memoryview(data), Throttle(pace, FREE))
@@ -39,26 +54,36 @@ def test_bytes_go_through_whatever_the_pace(listener: Listener) -> None:
         called.receive(7, memoryview(got))
         sending.join()
         assert got == data
-        caller.close()
-        called.close()
 
 
-def test_strangers_and_disorder_are_refused(listener: Listener) -> None:
+def test_strangers_and_disorder_are_refused(listener: Listener, pair: Pair) -> None:
     deadline_s = time.monotonic() + 20
-    stranger = Stream.call(listener.path, "other", 3, deadline_s)
-    caller, called = pair(listener)
-    with pytest.raises(TransferError):
-        stranger.take(1)
+    with contextlib.closing(Stream.call(listener.path, "other", 3, deadline_s)) as stranger:
+        caller, called = pair()
+        with pytest.raises(TransferError):
+            stranger.take(1)
     caller.send(0, memoryview(b"abc"), Throttle(0, FREE))
     with pytest.raises(TransferError, match="operation 0 of 3 bytes"):
         called.receive(1, memoryview(bytearray(3)))
 
 
-def test_a_peer_that_ends_or_is_silent(listener: Listener) -> None:
-    caller, called = pair(listener, limit_s=0.2)
+def test_a_caller_that_leaves_before_its_name_is_whole_keeps_nothing_open(
+    listener: Listener,
+) -> None:
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(listener.path)
+        caller.send(b"\0\0")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TransferError, match="hung up"):
+        listener.accept("t", [3], time.monotonic() + 20)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_peer_that_ends_or_is_silent(listener: Listener, pair: Pair) -> None:
+    caller, called = pair(limit_s=0.2)
     with pytest.raises(TransferError):
         called.take(1)
-    caller, called = pair(listener)
+    caller, called = pair()
     caller.close()
     with pytest.raises(TransferError, match="hung up"):
         called.take(1)
@@ -68,8 +93,8 @@ def test_a_peer_that_ends_or_is_silent(listener: Listener) -> None:
         Stream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
 
 
-def test_closing_wakes_who_waits(listener: Listener) -> None:
-    _, called = pair(listener)
+def test_closing_wakes_who_waits(pair: Pair) -> None:
+    _, called = pair()
     failed: list[Exception] = []
 
     def wait() -> None:

@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 from oserve.core import PlannedType
-from oserve.gateway.body import parse_body, system_prefix
+from oserve.gateway.body import parse_body
+from oserve.gateway.prompt import system_prefix
 from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, OverloadSettings
 from oserve.sim import EmulatedEngine, EngineSpeed
@@ -32,7 +33,7 @@ def test_the_system_prompt_is_found_where_it_is() -> None:
 
 
 def body(limit: int, **fields: Any) -> dict[str, Any]:
-    return {"model": "emulated", "prompt": "x" * 80, "max_tokens": limit, **fields}
+    return {"model": "emulated", "prompt": "xxx " * 20, "max_tokens": limit, **fields}
 
 
 async def test_types_are_told_by_answers_counted_and_recorded(

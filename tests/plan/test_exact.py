@@ -11,10 +11,11 @@ from oserve.plan.assign import Assigner
 from oserve.plan.bounds import Bounds, Scored
 from oserve.plan.brute import brute_force
 from oserve.plan.dominance import undominated
-from oserve.plan.exact import ExactSearch, Proved
+from oserve.plan.exact import ExactSearch
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.proof import Proved
 from oserve.plan.score import best_first, compare, criteria
 from plan.instances import plan_of, random_problem
 

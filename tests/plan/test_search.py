@@ -54,6 +54,30 @@ def test_every_homogeneous_deployment_is_there_and_none_is_better(seed: int) -> 
     assert all(compare(problem, a, b) >= 0 for a, b in pairwise(scores))
 
 
+@pytest.mark.parametrize("least", [2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_of_several_shapes(seed: int, least: int) -> None:
+    free = random_problem(seed)
+    problem = replace(free, min_shapes=least)
+    exact = plan_deployment(problem, Search.EXACT, candidates=5).best
+    brute = plan_deployment(problem, Search.BRUTE, candidates=0).best
+    assert compare(problem, exact.score, brute.score) == 0
+    assert problem.is_varied(exact.counts) == problem.is_varied(brute.counts)
+    best = plan_deployment(free, candidates=0).best
+    assert compare(problem, exact.score, best.score) <= 0
+    # Where the best has them anyhow, it is the same.
+    if problem.is_varied(best.counts):
+        assert compare(problem, exact.score, best.score) == 0
+    elif not problem.is_varied(exact.counts):
+        assert sum(exact.counts) == 0
+
+
+def test_several_shapes_are_not_for_the_flow_guided_search() -> None:
+    problem = replace(random_problem(0), min_shapes=2)
+    with pytest.raises(OServeError, match="several shapes"):
+        plan_deployment(problem, Search.FLOW, candidates=0)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_placed_deployment_is_a_valid_plan(seed: int) -> None:
     problem = random_problem(seed)

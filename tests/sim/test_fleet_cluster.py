@@ -118,6 +118,23 @@ def test_a_crash_strikes_at_its_moment_and_requests_start_over() -> None:
     assert len(again) == 2
 
 
+def test_a_replica_that_hangs_stands_still_until_it_is_ended() -> None:
+    world = World(
+        RequestTable.of([0.0, 4.0], [10, 10], [400, 400]),
+        phases=PHASES,
+        faults=Faults(hangs=((3.1, "a"),), hang_after_s=8.0),
+    )
+    results = asyncio.run(world.play([(0.0, plan(("a", "d0"), ("b", "d1")))], 40.0))
+    assert (results.status == Status.COMPLETED).all()
+    assert results.replays[0] == 1
+    # What it had made by then is kept; the rest was made elsewhere, after it was found.
+    assert results.finish_s[0] > 3.1 + 8.0
+    assert results.totals[0].generated_tokens < 400
+    again = [life for life in world.cluster.lives if life.spec.id == "a"]
+    assert again[0].end_s == pytest.approx(11.1, abs=0.51)
+    assert len(again) == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_request_is_lost_under_all_faults_at_once(seed: int) -> None:
     arrivals = np.linspace(0.0, 20.0, 40)
@@ -131,6 +148,8 @@ def test_no_request_is_lost_under_all_faults_at_once(seed: int) -> None:
             slow_start=0.3,
             stale_observation=0.3,
             crashes=((6.0, "a"), (9.0, "c")),
+            hangs=((3.0, "b"), (12.0, "d")),
+            hang_after_s=2.0,
             seed=seed,
         ),
     )

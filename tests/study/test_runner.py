@@ -144,7 +144,13 @@ def test_judging_stops_early_and_agrees() -> None:
             assert np.array_equal(judged.results.finish_s, whole.results.finish_s)
 
 
-@pytest.mark.parametrize("name", ["reload", "llumnix", "dynamo", "aibrix", "llmd", "oracle"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("reload", "llumnix", "dynamo", "aibrix", "llmd"),
+        pytest.param("oracle", marks=pytest.mark.slow),
+    ],
+)
 def test_every_policy_serves_every_request(name: str) -> None:
     tuner = TUNER
     policy: Policy = POLICIES[name].make(tuner)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from control.toy import waits_its_price
 from oserve.app.simulated import Levers, Routing, Serving
 from oserve.config import load_cluster
 from oserve.control.decision import Decision
@@ -24,7 +25,7 @@ from oserve.study.counterfactual import jittered, switch_worths
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, Start
-from oserve.study.runner import run_policy
+from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
 from oserve.study.steered import Counts, Steered, steered
 from oserve.study.tune import by_length
@@ -36,17 +37,23 @@ EAGER = ControlPolicy(
 )
 
 
-def wave(duration_s: float = 60.0, *, pattern: str = "square wave") -> Scene:
+def wave(
+    duration_s: float = 60.0,
+    *,
+    pattern: str = "square wave",
+    seed: int = 1,
+    cluster: str = "2xH100",
+) -> Scene:
     requests = synthesise_pattern(
         PATTERNS[pattern],
-        {"chat": 2.0, "documents": 0.2, "answers": 8.0},
-        {"chat": 2.0, "documents": 9.0},
+        {"chat": 1.0, "documents": 0.1, "answers": 4.0},
+        {"chat": 1.0, "documents": 4.5},
         duration_s=duration_s,
-        seed=1,
+        seed=seed,
     )
     choice = SceneChoice(
         model="qwen3-32b",
-        devices=load_cluster("4xH100").devices,
+        devices=load_cluster(cluster).devices,
         slo=Slo(ttft_s=1.0, tpot_s=0.05),
         chunks=(512, 2048),
         seqs=(64,),
@@ -59,7 +66,9 @@ def wave(duration_s: float = 60.0, *, pattern: str = "square wave") -> Scene:
     return replace(scene, phases=Phases(start_s=2.0))
 
 
-SCENE = wave(240.0, pattern="step")
+# Long enough for a switch to be waited for, and short enough for a kernel that is not compiled.
+STEP_S = 80.0
+SCENE = wave(3 * STEP_S, pattern="step")
 TUNER = OServeTuner(SCENE)
 
 
@@ -69,9 +78,9 @@ def shape(tp: int) -> ReplicaShape:
     )
 
 
-def serving(tp: int = 4) -> Serving:
+def serving(tp: int = 2, tuner: OServeTuner = TUNER) -> Serving:
     order = by_length(2.0, freshest_first_s=60.0)
-    return TUNER.homogeneous(shape(tp), Levers(routing=Routing.POOLS, order=order))
+    return tuner.homogeneous(shape(tp), Levers(routing=Routing.POOLS, order=order))
 
 
 def policy(start: Start = Start.COLD) -> Steered:
@@ -82,23 +91,16 @@ def records(decisions: list[Decision]) -> str:
     return repr(decisions)
 
 
-def test_it_switches_within_its_limits_and_loses_nothing() -> None:
-    steering = policy()
-    run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
-    moments = [change.at_s for change in run.changes[1:]]
-    assert 1 <= run.switches <= EAGER.max_switches_per_hour
-    assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
-    assert (run.results.status == Status.COMPLETED).all()
-    assert [d.at_s for d in steering.decisions if d.verdict == "switch"] == moments
+@dataclass
+class Played:
+    """A run under the live controller, and what it was fed."""
+
+    steering: Steered
+    run: Run
+    fed: list[tuple[Moment, Batch]] = field(default_factory=list)
 
 
-def test_a_wave_that_flips_faster_than_switches_pay_is_left_alone() -> None:
-    scene = wave()
-    run = run_policy(scene, policy(), TUNER.simulator, 1.0)
-    assert run.switches <= 1
-
-
-def test_a_controller_fed_by_hand_decides_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def play(scene: Scene) -> Played:
     fed: list[tuple[Moment, Batch]] = []
     count = Counts.batch
 
@@ -107,9 +109,57 @@ def test_a_controller_fed_by_hand_decides_the_same(monkeypatch: pytest.MonkeyPat
         fed.append((moment, batch))
         return batch
 
-    monkeypatch.setattr(Counts, "batch", noted)
     steering = policy()
-    run_policy(SCENE, steering, TUNER.simulator, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counts, "batch", noted)
+        return Played(steering, run_policy(scene, steering, TUNER.simulator, 1.0), fed)
+
+
+@pytest.fixture(scope="module")
+def played() -> Played:
+    return play(SCENE)
+
+
+def keeps_its_limits(found: Played) -> None:
+    run, decisions = found.run, found.steering.decisions
+    moments = [change.at_s for change in run.changes[1:]]
+    assert run.switches <= EAGER.max_switches_per_hour
+    assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
+    assert (run.results.status == Status.COMPLETED).all()
+    assert [d.at_s for d in decisions if d.verdict == "switch"] == moments
+    waits_its_price(decisions)
+
+
+def follows_the_step(found: Played) -> None:
+    """Once, when as much was missed as a switch costs.
+
+    Judgements near capacity differ, so it may take as long as the most careful of them says.
+    """
+    keeps_its_limits(found)
+    after = [d for d in found.steering.decisions if d.at_s >= STEP_S]
+    (switch,) = (d for d in after if d.verdict == "switch")
+    pays_s = [d.pays_after_s or 0.0 for d in after if d.at_s <= switch.at_s]
+    assert switch.at_s - STEP_S <= max(pays_s) + SCENE.interval_s
+
+
+def test_it_switches_within_its_limits_and_loses_nothing(played: Played) -> None:
+    follows_the_step(played)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 4])
+def test_it_does_whatever_comes(seed: int) -> None:
+    follows_the_step(play(wave(3 * STEP_S, pattern="step", seed=seed)))
+
+
+def test_a_wave_that_flips_faster_than_switches_pay_is_left_alone() -> None:
+    found = play(wave())
+    keeps_its_limits(found)
+    assert found.run.switches <= 1
+
+
+def test_a_controller_fed_by_hand_decides_the_same(played: Played) -> None:
+    steering = played.steering
     starts = StartTimes(steering.starts_s)
     planner = TablePlanner(replace(steering.planner.facts, start_s=starts.start_s))
     helm = Helm(
@@ -120,7 +170,7 @@ def test_a_controller_fed_by_hand_decides_the_same(monkeypatch: pytest.MonkeyPat
         shares_interval_s=5.0,
     )
     decisions = []
-    for moment, batch in fed:
+    for moment, batch in played.fed:
         trigger = helm.observe(moment.now_s, [batch], moment.observation)
         if trigger is not None:
             question = helm.controller.ask(moment.now_s)
@@ -164,7 +214,7 @@ def test_answers_are_not_known_before_they_end() -> None:
 
 _PROGRAM = """
 from study.test_steered import SCENE, TUNER, policy, records
-from oserve.study.runner import run_policy
+from oserve.study.runner import Run, run_policy
 steering = policy()
 run_policy(SCENE, steering, TUNER.simulator, 1.0)
 print(records(steering.decisions))
@@ -202,21 +252,25 @@ def test_a_script_repeats_a_run_and_switches_are_judged_by_it() -> None:
     assert switch_worths(TUNER, steering, run, 1.0, drawings) == worths
 
 
+@pytest.mark.slow
 def test_the_same_switches_are_made_in_different_ways() -> None:
-    scene = replace(SCENE, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
+    scene = replace(wave(), phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
     rows = {row.policy: row for row in ways(OServeTuner(scene), [1.2])}
+    never, *others = rows.values()
     assert list(rows) == ["never", "restarted", "weights moved", "in no time"]
-    # Here even an oracle stays with what there is, and then the way is all the same.
-    assert {row.switches for row in rows.values()} == {0}
-    stayed = [replace(rows[name], policy="") for name in ("never", "restarted", "weights moved")]
-    assert stayed[0] == stayed[1] == stayed[2]
+    assert never.switches == 0
+    assert {row.switches for row in others} == {1}
+    assert len({row.changes for row in others}) == 1
+    served = [row.goodput_rps for row in others]
+    assert served == sorted(served)
 
 
 def test_weights_come_quicker_from_devices_than_from_disk() -> None:
-    scene = wave()
+    scene = wave(cluster="4xH100")
+    tuner = OServeTuner(scene)
     cold_s = replace(scene, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
     times = TransferTimes(cold_s)
-    old, new = serving(2).plan.replicas, serving(4).plan.replicas[0]
+    old, new = serving(2, tuner).plan.replicas, serving(4, tuner).plan.replicas[0]
     disk_s = cold_s.phases.load_s(scene.weights_bytes(new.shape))
     nobody = times.start_s(new, holders=(), left=(), beside=0)
     assert nobody == disk_s
@@ -240,4 +294,4 @@ def test_a_transfer_is_over_sooner_than_a_reload() -> None:
     assert moved[Start.TRANSFER] < moved[Start.COLD] - 10.0
 
 
-TUNER_PLAN = serving(2).plan
+TUNER_PLAN = serving(1).plan

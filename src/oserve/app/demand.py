@@ -75,7 +75,12 @@ def demand_from_trace(
     model = fit_types(prompt, output, k=k, seed=seed)
     index = model.assign(prompt, output)
     rates = mean_rates(columns.arrival_s, index, model.k) * rate_scale
-    return _demand(model, rates.tolist(), source=source, notes=tuple(notes), requests=fitted)
+    found = _demand(model, rates.tolist(), source=source, notes=tuple(notes), requests=fitted)
+    # No request is both of the longest prompts and the longest answers.
+    longest = {
+        name: min(tokens, float(max_model_len)) for name, tokens in found.longest_tokens.items()
+    }
+    return replace(found, longest_tokens=longest)
 
 
 def demand_from_rates(types: Sequence[WorkloadType], *, source: str, max_model_len: int) -> Demand:

@@ -10,6 +10,7 @@ import msgspec
 
 from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
 from oserve.app.planning import Question
+from oserve.app.sizing import checked, find_room, fitted
 from oserve.app.store import StateStore
 from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
@@ -25,9 +26,10 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.engines.arguments import engine_arguments
-from oserve.engines.devices import find_devices, has_bf16_instructions
+from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
-from oserve.engines.settings import EngineSettings
+from oserve.engines.processor import find_processor, plain_precisions
+from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
 from oserve.plan import check_plan, default_plan
 
@@ -38,7 +40,7 @@ class Deployment:
 
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
     ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
-    alone, empty without one.
+    alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
     """
 
     settings: Settings
@@ -52,6 +54,7 @@ class Deployment:
     question: Question | None = None
     fingerprint: str = ""
     given: str = ""
+    sized: bool = False
 
     @property
     def state_file(self) -> Path:
@@ -68,13 +71,19 @@ def prepare(settings: Settings) -> Deployment:
     """Find the devices, read or compute the plan, check it. Starts nothing."""
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
+    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
     knowledge = know(settings, devices)
     mode = _mode(settings, knowledge)
     question = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        question = planning_question(settings, devices, knowledge, _plain_precision(devices))
-    stamp = _fingerprint(settings, devices)
-    first = _plan(settings, devices, knowledge, question, stamp if mode is not Mode.OFF else "")
+        question = planning_question(settings, devices, knowledge, plain)
+    room = find_room(settings, devices)
+    if question is not None:
+        given = load_plan(settings.plan).replicas if settings.plan else ()
+        room, question = fitted(room, question, given)
+    stamp = _fingerprint(settings, devices, plain)
+    resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
+    first = _plan(settings, devices, plain, knowledge, question, resumed)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -88,13 +97,15 @@ def prepare(settings: Settings) -> Deployment:
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
     name = settings.served_model_name or _model_name(settings.model)
+    room = checked(room, plan, settings.plan or "plan")
     return Deployment(
-        settings=settings,
+        settings=msgspec.structs.replace(settings, engines=room.settings),
+        sized=room.settings != settings.engines,
         devices=devices,
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=first.notes,
+        notes=(*first.notes, *room.words(plan.replicas)),
         costs=knowledge.costs,
         mode=mode,
         question=None if mode is Mode.OFF else question,
@@ -120,10 +131,13 @@ def _without_controller(settings: Settings, why: str) -> Mode:
     return Mode.OFF
 
 
-def _fingerprint(settings: Settings, devices: tuple[Device, ...]) -> str:
+def _fingerprint(
+    settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
+) -> str:
     """Of all that a plan depends on but the traffic."""
     engines = msgspec.structs.replace(settings.engines, log_dir="")
-    facts = (settings.model, engines, settings.planning, [(d.id, d.kind, d.cores) for d in devices])
+    cores = [(d.id, d.kind, d.cores) for d in devices]
+    facts = (settings.model, engines, settings.planning, cores, plain)
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 
@@ -134,7 +148,7 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     """The plan that was in force when a server last ran on the same, if one did."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
@@ -147,8 +161,9 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
     left = recover(journal_folder(settings), time.time())
     try:
         plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
-        check_plan(plan, devices, place=str(file))
-        check_engines(plan, devices, settings)
+        check_plan(plan, room.devices, place=str(file))
+        check_engines(plan, room.devices, settings)
+        checked(room, plan, str(file))
     except (OServeError, KeyError):
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"
@@ -158,12 +173,16 @@ def _resumed(settings: Settings, devices: tuple[Device, ...], stamp: str) -> Fir
 def _plan(
     settings: Settings,
     devices: tuple[Device, ...],
+    plain: tuple[Precision, ...],
     knowledge: Knowledge,
     question: Question | None,
-    stamp: str,
+    resumed: FirstPlan | None,
 ) -> FirstPlan:
-    """As given, else as it was, else computed, else (nothing is known of the model) a default."""
-    resumed = _resumed(settings, devices, stamp)
+    """As given, else as it was, else computed, else the default.
+
+    A default also where traffic that was merely assumed, or once came, can be served by no shape:
+    that is no reason not to serve.
+    """
     # Who stops a server and starts it with a plan file means that plan; one that was killed means
     # to go on.
     if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
@@ -171,11 +190,16 @@ def _plan(
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
-    if settings.model and question is not None:
-        return first_plan(question)
     missing = knowledge.missing or "no model is named"
+    if settings.model and question is not None:
+        try:
+            return first_plan(question)
+        except OServeError as error:
+            if settings.planning.trace or settings.planning.rates:
+                raise
+            missing = f"for {question.demand.source}, {error.message}; {error.remedy}"
     return FirstPlan(
-        plan=default_plan(devices, _default_shapes(devices, settings.engines)),
+        plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
         why=f"the default plan, since none can be computed: {missing}",
     )
 
@@ -198,16 +222,14 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
                 platform="cpu" if cpu else "cuda",
                 settings=settings.engines,
             )
-
-
-def _plain_precision(devices: tuple[Device, ...]) -> Precision:
-    """Without instructions for it, bf16 is slower on a CPU than fp32."""
-    on_cpu = bool(devices) and devices[0].kind == "cpu"
-    return Precision.FP32 if on_cpu and not has_bf16_instructions() else Precision.BF16
+    # How much memory is free does not matter here: engines that run take part of it.
+    model = known_model(settings.model)
+    room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
+    room.check_contexts(plan.replicas)
 
 
 def _default_shapes(
-    devices: tuple[Device, ...], settings: EngineSettings
+    devices: tuple[Device, ...], plain: Precision, settings: Settings
 ) -> tuple[ReplicaShape, ...]:
     """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
     if devices and devices[0].kind != "cpu":
@@ -215,8 +237,7 @@ def _default_shapes(
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=8192, max_num_seqs=256),
         )
-    plain = _plain_precision(devices)
-    light = Precision.INT8 if Precision.INT8.value in settings.variants else plain
+    light = Precision.INT8 if Precision.INT8.value in settings.engines.variants else plain
     return (
         ReplicaShape(precision=light, max_num_batched_tokens=256, max_num_seqs=32),
         ReplicaShape(precision=plain, max_num_batched_tokens=1024, max_num_seqs=16),

@@ -3,8 +3,8 @@
 Also what a controller plans from later: the same question, asked again with other rates.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
@@ -15,6 +15,7 @@ from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import Limits
+from oserve.perf.profile import ProfileSource
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource
 from oserve.traces import Skipped, read_trace, synthesise
@@ -54,6 +55,11 @@ class Knowledge:
         return token_costs if self.source is None else costs_from(self.source)
 
 
+def brief_file(settings: Settings) -> Path:
+    """Where a brief measurement of an earlier start is kept."""
+    return Path(settings.state_dir) / "profile-brief.json"
+
+
 def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     """What can be told of the model's speed here; raises OServeError for a bad profile file."""
     choice = SourceChoice(
@@ -62,6 +68,7 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
         network=DEFAULT_NETWORK,
         perf=settings.planning.profile or None,
         own_profile=Path(settings.state_dir) / "profile.json",
+        brief_profile=brief_file(settings),
         context=settings.engines.max_model_len,
     )
     try:
@@ -77,29 +84,30 @@ def planning_question(
     settings: Settings,
     devices: tuple[Device, ...],
     knowledge: Knowledge,
-    plain: Precision,
+    plain: Sequence[Precision],
     *,
     demand: Demand | None = None,
     shapes: tuple[ReplicaShape, ...] = (),
 ) -> Question:
     """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
 
-    ``plain`` is the precision always to be had; it matters where no ``shapes`` are given.
+    ``plain``: precisions that the model's own checkpoint runs in, most wanted first; they matter
+    where no ``shapes`` are given.
     """
     source = knowledge.source
     assert source is not None
     planning = settings.planning
     demand = demand or _demand(settings, knowledge.context)
-    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     limits = Limits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )
+    precisions, notes = wanted_precisions(settings, source, plain)
     choices = ShapeChoices(
-        precisions=planning.precisions or (plain, *variants),
+        precisions=precisions,
         max_num_batched_tokens=(),
         max_num_seqs=(),
-        kv_cache_memory_bytes=_kv_cache_bytes(settings, devices),
+        kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or None,
     )
     return Question(
         model=settings.model,
@@ -111,7 +119,37 @@ def planning_question(
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,
         min_gain=_MIN_GAIN,
+        min_shapes=planning.min_shapes,
+        notes=() if shapes else notes,
     )
+
+
+def wanted_precisions(
+    settings: Settings, source: PerformanceSource, plain: Sequence[Precision]
+) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
+    """Those a replica may have, and what to know about them.
+
+    Those that are set; else every variant and the first plain one whose speed is known.
+    """
+    if settings.planning.precisions:
+        return settings.planning.precisions, ()
+    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
+    known = [item for item in plain if _is_known(source, item)]
+    notes = []
+    if plain and plain[0] not in known:
+        instead = ", ".join(dict.fromkeys([*known[:1], *variants])) or "nothing else"
+        notes.append(
+            f"{plain[0]}, the fastest plain precision of this processor, was not measured: planned "
+            f"with {instead} (oserve profile {settings.model})"
+        )
+    return tuple(dict.fromkeys([*(known or plain)[:1], *variants])), tuple(notes)
+
+
+def _is_known(source: PerformanceSource, precision: Precision) -> bool:
+    """Whether the source can tell the speed of replicas in ``precision``."""
+    if not isinstance(source, ProfileSource):
+        return True
+    return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
 def first_plan(question: Question) -> FirstPlan:
@@ -123,9 +161,20 @@ def first_plan(question: Question) -> FirstPlan:
 def _demand(settings: Settings, context: int) -> Demand:
     planning = settings.planning
     if planning.trace:
-        return demand_from_trace(
-            read_trace(planning.trace), source=planning.trace, max_model_len=context
+        skipped = Skipped()
+        # A plan does not depend on the order of requests, nor on single ones.
+        rows = read_trace(
+            planning.trace,
+            bad_rows=BadRows.SKIP,
+            time_unit=planning.time_unit,
+            sort=True,
+            skipped=skipped,
         )
+        found = demand_from_trace(rows, source=planning.trace, max_model_len=context)
+        notes = [skipped.assumed] if skipped.assumed else []
+        if skipped.count:
+            notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
+        return replace(found, notes=(*found.notes, *notes))
     if planning.rates:
         return demand_from_rates(
             load_rates(planning.rates), source="planning.rates", max_model_len=context
@@ -149,14 +198,6 @@ def _demand(settings: Settings, context: int) -> Demand:
     return scaled(assumed, _TRICKLE)
 
 
-def _kv_cache_bytes(settings: Settings, devices: tuple[Device, ...]) -> int | None:
-    """Only where it is set to something else than what engines take anyhow."""
-    default = type(settings.engines)().kv_cache_memory_bytes
-    wanted = settings.engines.kv_cache_memory_bytes
-    on_cpu = all(device.kind == "cpu" for device in devices)
-    return wanted if on_cpu and wanted not in {0, default} else None
-
-
 def _why(found: Answer) -> str:
     score, base = found.planned.best.score, found.baseline.score
     demand = found.question.demand
@@ -172,4 +213,16 @@ def _why(found: Answer) -> str:
             f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
             f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
         )
-    return f"a plan computed for {demand.source}: {carried}; {found.question.source.origin}"
+    origin = found.question.source.origin
+    return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def _variety(found: Answer) -> str:
+    """What the shapes that were asked for are worth."""
+    least = found.question.min_shapes
+    if least == 1:
+        return ""
+    if not found.problem.is_varied(found.planned.best.counts):
+        return f"; {least} different shapes (planning.min_shapes) cannot be had here"
+    change = 100 * (found.gain - 1)
+    return f"; {least} different shapes were asked for (planning.min_shapes): {change:+.1f} %"

@@ -12,9 +12,8 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.forecast.backtest import MIN_WINDOWS, Series
-from oserve.traces import TraceRequest, read_trace
+from oserve.traces import BadRows, Skipped, TimeUnit, TraceRequest, read_trace
 from oserve.traces.counts import CountTable, is_counts, read_counts
-from oserve.traces.read import BadRows, Skipped
 from oserve.workload.columns import Floats, columns_of
 from oserve.workload.rates import arrival_rates
 from oserve.workload.types import fit_types
@@ -32,15 +31,26 @@ class Wanted:
     interval_s: float | None = None
     types: int = 4
     seed: int = 0
+    limit: int | None = None
     until_s: float | None = None
     bad_rows: BadRows = BadRows.REFUSE
+    time_unit: TimeUnit = TimeUnit.AUTO
+    sort: bool = False
 
 
 def load_series(path: Path, wanted: Wanted, skipped: Skipped | None = None) -> Series:
     """The series of a request trace or a counts file. Raises OServeError as their readers do."""
-    if is_counts(path):
+    if path.is_file() and is_counts(path):
         return series_of_counts(read_counts(path), wanted, source=str(path))
-    requests = read_trace(path, until_s=wanted.until_s, bad_rows=wanted.bad_rows, skipped=skipped)
+    requests = read_trace(
+        path,
+        limit=wanted.limit,
+        until_s=wanted.until_s,
+        bad_rows=wanted.bad_rows,
+        time_unit=wanted.time_unit,
+        sort=wanted.sort,
+        skipped=skipped,
+    )
     return series_of_requests(requests, wanted, source=str(path))
 
 
@@ -64,7 +74,7 @@ def series_of_requests(requests: Iterable[TraceRequest], wanted: Wanted, *, sour
         raise OServeError(
             f"{windows} whole windows of {interval_s:g} s",
             place=source,
-            remedy=f"give an --interval that makes at least {MIN_WINDOWS}, and not millions",
+            remedy=f"give an --interval-s that makes at least {MIN_WINDOWS}, and not millions",
         )
     first = times < start_s + windows // 2 * interval_s
     model = fit_types(
@@ -97,7 +107,7 @@ def series_of_counts(table: CountTable, wanted: Wanted, *, source: str) -> Serie
     if size < 1 or abs(size * step - interval_s) > 1e-6 * interval_s:
         raise OServeError(
             f"{interval_s:g} s is no multiple of the {step:g} s that the file counts in",
-            place="--interval",
+            place="--interval-s",
             remedy=f"give {step:g}, {2 * step:g}, ...",
         )
     counts: Floats = table.counts
@@ -108,7 +118,7 @@ def series_of_counts(table: CountTable, wanted: Wanted, *, source: str) -> Serie
         raise OServeError(
             f"{windows} whole windows of {interval_s:g} s",
             place=source,
-            remedy=f"give an --interval that makes at least {MIN_WINDOWS}",
+            remedy=f"give an --interval-s that makes at least {MIN_WINDOWS}",
         )
     half = windows // 2 * size
     order = np.argsort(-np.nansum(counts[:half], axis=0), kind="stable")[: wanted.types]

@@ -111,7 +111,8 @@ class StepMeter:
 
     ``stages``: pipeline stages. ``progress`` is called after each step of each round. ``watch``:
     wait, within limits, while other processes keep the processors busy, and prefer what was
-    measured without them.
+    measured without them. ``window``: tokens of each stream that one sample of the gap spans;
+    ``repeats``: how often each prompt is sent.
     """
 
     def __init__(
@@ -122,12 +123,16 @@ class StepMeter:
         stages: int = 1,
         watch: bool = True,
         progress: Callable[[int], None] = lambda _count: None,
+        window: int = _WINDOW,
+        repeats: int = _PROMPT_REPEATS,
     ) -> None:
         self._client = client
         self._facts = facts
         self._stages = stages
         self._watch = watch
         self._progress = progress
+        self._window = window
+        self._repeats = repeats
         self._patience_s = _PATIENCE_S
 
     async def run(self, course: Course) -> tuple[ProfileStep, ...]:
@@ -145,6 +150,12 @@ class StepMeter:
                     samples.setdefault((point, index), []).append(sample)
                 self._progress(len(found))
         return tuple(_median_step(rows) for rows in samples.values())
+
+    async def once(self, wanted: int | Point) -> tuple[ProfileStep, ...]:
+        """The steps of a prompt of so many tokens, or of a point, measured once."""
+        if isinstance(wanted, Point):
+            return tuple(sample.step for sample in await self._point(wanted))
+        return (_median_step(await self._prompts(wanted)),)
 
     async def _watched(self, measure: Callable[[], Awaitable[list[_Sample]]]) -> list[_Sample]:
         """What is measured, with the cores that others used meanwhile."""
@@ -170,7 +181,7 @@ class StepMeter:
     async def _prompts(self, length: int) -> list[_Sample]:
         """A prompt alone, a few times over: seconds to the first token."""
         found = []
-        for _ in range(_PROMPT_REPEATS):
+        for _ in range(self._repeats):
             prompt = self._client.prompt(length)
             begin_s = time.perf_counter()
             seen = await self._client.stream(prompt, 1)
@@ -184,7 +195,7 @@ class StepMeter:
             gap_s, held = await self._gap(streams, point.context)
             found = [_sample(gap_s, 0, point.seqs / share, held / share)]
             for length in point.prompts:
-                delays = [await self._delay(streams, length, gap_s) for _ in range(_PROMPT_REPEATS)]
+                delays = [await self._delay(streams, length, gap_s) for _ in range(self._repeats)]
                 seconds = gap_s + max(0.0, statistics.median(delays))
                 held = point.seqs * point.context + sum(len(item.times) for item in streams)
                 found.append(_sample(seconds, length, point.seqs / share, held / share))
@@ -216,13 +227,13 @@ class StepMeter:
     async def _gap(self, streams: list[Stream], context: int) -> tuple[float, float]:
         """Mean gap in seconds over a window, and the tokens in the caches of all streams."""
         begin = [len(item.times) for item in streams]
-        end = [count + _WINDOW for count in begin]
+        end = [count + self._window for count in begin]
         await _until(streams, end)
         gaps = [
             (item.times[last - 1] - item.times[first - 1]) / (last - first)
             for item, first, last in zip(streams, begin, end, strict=True)
         ]
-        held = sum(context + first + _WINDOW / 2 for first in begin)
+        held = sum(context + first + self._window / 2 for first in begin)
         return statistics.fmean(gaps), held
 
     async def _delay(self, streams: list[Stream], length: int, gap_s: float) -> float:

@@ -36,7 +36,9 @@ class Question:
     """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
 
     Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
-    deployment, or that one is taken: it is simpler, and the model errs by some per cent.
+    deployment, or that one is taken: it is simpler, and the model errs by some per cent. But where
+    ``min_shapes`` asks for several, the best deployment of so many is taken, if there is one.
+    ``notes``: what to know about the question itself.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Question:
     time_limit_s: float = 60.0
     candidates: int = 10
     min_gain: float = 0.0
+    min_shapes: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,8 @@ class Answer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know to judge the plan."""
-        notes = [*self.question.demand.notes, *self.question.source.caveats(self._shapes)]
+        asked = self.question
+        notes = [*asked.notes, *asked.demand.notes, *asked.source.caveats(self._shapes)]
         return tuple(dict.fromkeys(notes))
 
     @property
@@ -122,6 +127,7 @@ def answer(question: Question) -> Answer:
         among_equals=question.among_equals,
         enough_scale=question.enough_scale,
         current=question.current,
+        min_shapes=question.min_shapes,
     )
     planned = plan_deployment(
         problem,
@@ -130,7 +136,8 @@ def answer(question: Question) -> Answer:
         seed=question.seed,
         candidates=question.candidates,
     )
-    if _gain(planned, planned.best, planned.homogeneous[0]) < 1 + question.min_gain:
+    asked = question.min_shapes > 1 and problem.is_varied(planned.best.counts)
+    if not asked and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + question.min_gain:
         planned = replace(planned, best=planned.homogeneous[0])
     placed = place_deployment(problem, planned.best)
     solved = time.perf_counter()

@@ -1,10 +1,10 @@
 """Profiling: start engines one at a time (or take a running one), measure them, fit, note down."""
 
 import asyncio
-import shutil
+import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from oserve.core import (
     StopReplica,
 )
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.devices import find_devices, has_bf16_instructions, processor_name
+from oserve.engines.devices import find_devices
+from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import ModelFacts, find_model
-from oserve.perf.profile import Profile, ProfileEntry, key_name, shape_key
+from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
 
@@ -52,16 +53,16 @@ def profile_devices(settings: Settings) -> tuple[Device, ...]:
 def default_shapes(
     settings: Settings, devices: Sequence[Device], model: ModelFacts
 ) -> tuple[ReplicaShape, ...]:
-    """Every precision at hand, on one device and, where the model can be cut in two, on two."""
+    """Every precision that is allowed, on one device and, where the model can be cut, on two."""
     cpu = devices[0].kind == "cpu"
-    # Without instructions for it, bf16 is slower on a CPU than fp32.
-    plain = Precision.FP32 if cpu and not has_bf16_instructions() else Precision.BF16
+    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))[0]
+    named = settings.planning.precisions
     variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
     sizes = [1, 2] if len(devices) > 1 and splits(model, 2) else [1]
     return tuple(
         limited(ReplicaShape(tensor_parallel_size=size, precision=precision), cpu=cpu)
         for size in sizes
-        for precision in dict.fromkeys([plain, *variants])
+        for precision in dict.fromkeys(named or [plain, *variants])
     )
 
 
@@ -80,21 +81,53 @@ def limited(
 async def engine_hall(
     settings: Settings, devices: tuple[Device, ...]
 ) -> AsyncIterator[LocalCluster]:
-    """A cluster to start engines in, one after another; its processes end with the context."""
-    run_dir = Path(tempfile.mkdtemp(prefix="oserve-"))
-    cluster = LocalCluster(
-        devices,
-        model=settings.model,
-        served_model_name=_SERVED_NAME,
-        run_dir=run_dir,
-        clock=LiveClock(),
-        settings=settings.engines,
-    )
+    """A cluster to start engines in, one after another; its processes end with the context.
+
+    So do its folders, when the process is told to end too: see ``ends_when_told``.
+    """
+    with ends_when_told(), tempfile.TemporaryDirectory(prefix="oserve-") as run_dir:
+        cluster = LocalCluster(
+            devices,
+            model=settings.model,
+            served_model_name=_SERVED_NAME,
+            run_dir=Path(run_dir),
+            clock=LiveClock(),
+            settings=settings.engines,
+        )
+        try:
+            yield cluster
+        finally:
+            await cluster.close()
+
+
+@contextmanager
+def ends_when_told() -> Iterator[None]:
+    """SIGTERM, or a terminal that closes, cancels this task, so that it clears up as on Ctrl-C.
+
+    Raises SystemExit afterwards, with the status of a process that such a signal ended.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    told: list[int] = []
+
+    def end(number: int) -> None:
+        told.append(number)
+        if len(told) == 1:
+            task.cancel()
+
+    # Whoever was started to survive its terminal does.
+    closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGTERM, *closed):
+        loop.add_signal_handler(number, end, number)
     try:
-        yield cluster
+        yield
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        raise SystemExit(128 + told[0]) from None
     finally:
-        await cluster.close()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        for number in (signal.SIGTERM, *closed):
+            loop.remove_signal_handler(number)
 
 
 @asynccontextmanager
@@ -212,8 +245,19 @@ async def measure_engine(
         )
         meter = _begin(course, client, facts, shape, report, watch=watch)
         steps = await meter.run(course)
+    return fitted_entry(model, device_kind, shape, facts, steps), facts
+
+
+def fitted_entry(
+    model: ModelFacts,
+    device_kind: str,
+    shape: ReplicaShape,
+    facts: EngineFacts,
+    steps: tuple[ProfileStep, ...],
+) -> ProfileEntry:
+    """Raises OServeError where the steps are too few to fit a model to."""
     coefficients, error_percent = fit_entry(model, device_kind, shape_key(shape), steps)
-    entry = ProfileEntry(
+    return ProfileEntry(
         tensor_parallel_size=shape.tensor_parallel_size,
         pipeline_parallel_size=shape.pipeline_parallel_size,
         precision=shape.precision,
@@ -228,7 +272,6 @@ async def measure_engine(
         error_percent=round(error_percent, 2),
         steps=steps,
     )
-    return entry, facts
 
 
 def _begin(
@@ -258,7 +301,7 @@ def make_profile(
     return Profile(
         model=model,
         device_kind=devices[0].kind,
-        machine=processor_name() if cpu else devices[0].kind,
+        machine=find_processor().name if cpu else devices[0].kind,
         cores_per_device=len(devices[0].cores),
         engine=version,
         entries=tuple(entries),

@@ -22,7 +22,7 @@ from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.helm import Helm
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
-from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
 from oserve.switch.learned import LearnedPhases
 
 
@@ -48,9 +48,7 @@ def replayed_decisions(
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    question = planning_question(
-        settings, devices, knowledge, Precision.BF16, demand=demand, shapes=shapes
-    )
+    question = planning_question(settings, devices, knowledge, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")

@@ -90,6 +90,7 @@ class Server:
             clock=self._clock,
             settings=settings.engines,
             api_keys=backend_keys(deployment.plan),
+            sized=deployment.sized,
             keeper=keeper,
             on_change=self._wake,
         )

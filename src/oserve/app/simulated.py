@@ -2,7 +2,7 @@
 
 This is the one place where performance facts, plans and the fleet simulator meet. A *serving* is
 everything that stays the same in a run: replicas, length classes, routing shares and levers.
-Traffic is replayed ``scale`` times as fast, as ``oserve bench --speed`` does, so a mix that
+Traffic is replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does, so a mix that
 changes also changes that much faster.
 """
 

@@ -27,7 +27,7 @@ class SourceChoice:
     """What is known when a source is chosen.
 
     ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
-    file. ``own_profile`` is used when it is there and fits.
+    file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
     """
 
     model: str
@@ -35,6 +35,7 @@ class SourceChoice:
     network: str
     perf: str | None = None
     own_profile: Path | None = None
+    brief_profile: Path | None = None
     context: int | None = None
 
 
@@ -59,7 +60,7 @@ def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
 
 
 def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
-    """A profile that was asked for, the machine's own, or a shipped one, in this order."""
+    """A profile that was asked for, the machine's own, a brief one, or a shipped one."""
     if choice.perf in {"roofline", "aiconfigurator"}:
         return None
     kinds = {device.kind for device in choice.devices}
@@ -75,11 +76,11 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
         return source
     if len(kinds) != 1:
         return None
-    own = choice.own_profile
-    if own is not None and own.is_file():
-        profile = read_profile(own)
-        if profile.device_kind in kinds and _same(profile.model, model):
-            return ProfileSource(profile, name=str(own))
+    for file, words in ((choice.own_profile, ""), (choice.brief_profile, " (measured briefly)")):
+        if file is not None and file.is_file():
+            profile = read_profile(file)
+            if profile.device_kind in kinds and _same(profile.model, model):
+                return ProfileSource(profile, name=f"{file}{words}")
     shipped = shipped_profile(model, next(iter(kinds)))
     return None if shipped is None else ProfileSource(shipped[1], name=shipped[0])
 

@@ -18,6 +18,13 @@ from oserve.core import (
     StopReplica,
 )
 
+# Shorter silences are steps.
+_SILENT_S = 3.0
+_NOTES = {
+    ReplicaPhase.STANDBY.value: "gets its weights from others",
+    ReplicaPhase.HUNG.value: "is being ended",
+}
+
 
 def status_document(
     plan: DeploymentPlan,
@@ -92,6 +99,8 @@ def _replica(state: ReplicaState, now_s: float) -> dict[str, Any]:
         "kv_cache_usage": round(state.kv_cache_usage, 4),
         "max_model_len": state.max_model_len,
         "pid": state.pid,
+        "silent_s": round(state.silent_s, 1),
+        "patience_s": round(state.patience_s, 1),
         "detail": state.detail,
         "url": _url(state.spec),
     }
@@ -114,6 +123,8 @@ def _absent(spec: ReplicaSpec) -> dict[str, Any]:
         "kv_cache_usage": 0.0,
         "max_model_len": 0,
         "pid": 0,
+        "silent_s": 0.0,
+        "patience_s": 0.0,
         "detail": "not started yet",
         "url": _url(spec),
     }
@@ -131,13 +142,13 @@ def _note(
     policy: ReconcilePolicy,
 ) -> str:
     """What happens next to a replica that is not as it should be."""
-    if entry["phase"] == ReplicaPhase.STANDBY.value:
-        return "gets its weights from others"
+    if entry["phase"] in _NOTES:
+        return _NOTES[entry["phase"]]
     spec = plan.replica(str(entry["id"]))
     if spec is None:
         return "not in the plan"
     if entry["phase"] != ReplicaPhase.GONE.value:
-        return ""
+        return _silence(entry)
     failures = observation.failures.get(spec.id)
     if failures is None or failures.spec != spec:
         return "waiting for its devices"
@@ -145,6 +156,13 @@ def _note(
     if wait_s == float("inf"):
         return f"given up after {failures.count} failures: {failures.reason}"
     return f"restarts in {wait_s:.0f} s after failure {failures.count}: {failures.reason}"
+
+
+def _silence(entry: Mapping[str, Any]) -> str:
+    silent_s, patience_s = entry["silent_s"], entry["patience_s"]
+    if silent_s < _SILENT_S:
+        return ""
+    return f"no sign of life for {silent_s:.0f} s; after {patience_s:.0f} s it is ended"
 
 
 def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
@@ -161,6 +179,7 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
             values["oserve_requests_running", name] = float(state.running)
             values["oserve_requests_waiting", name] = float(state.waiting)
             values["oserve_kv_cache_usage_ratio", name] = state.kv_cache_usage
+            values["oserve_replica_silent_seconds", name] = state.silent_s
     values["oserve_devices", ("used",)] = float(len(used))
     values["oserve_devices", ("free",)] = float(len(observation.devices) - len(used))
     return [(name, list(labels), value) for (name, labels), value in values.items()]

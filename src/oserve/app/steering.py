@@ -80,6 +80,7 @@ def planner_for(
             start_s=starts.start_s,
             legs=legs,
             min_gain=question.min_gain,
+            min_shapes=question.min_shapes,
             time_limit_s=question.time_limit_s,
         )
     )

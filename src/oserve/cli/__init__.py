@@ -8,6 +8,7 @@ from rich.console import Console
 from oserve import __version__
 from oserve.cli import forecast as forecasting
 from oserve.cli.bench import bench
+from oserve.cli.engines import engines
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
 from oserve.cli.replay import replay
@@ -35,6 +36,7 @@ app.command()(status)
 app.command()(switch)
 app.command()(replay)
 app.command()(validate)
+app.command()(engines)
 
 
 def _version(wanted: bool) -> None:

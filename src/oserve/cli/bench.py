@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,34 +14,54 @@ import typer
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from oserve.cli.load import Replay, calibrated_writer, find_target, new_session
+from oserve.cli.bench_report import document, per_request, show
+from oserve.cli.load import Replay, new_session
+from oserve.cli.options import (
+    DurationOption,
+    JsonOption,
+    LimitOption,
+    RateScaleOption,
+    SkipBadRowsOption,
+    SortOption,
+    TimeUnitOption,
+    TpotOption,
+    TraceArgument,
+    TraceOption,
+    TraceWish,
+    TtftOption,
+    UrlOption,
+    check_over_zero,
+    once,
+    read_requests,
+    slo_from,
+    url_from,
+)
 from oserve.cli.picture import draw
-from oserve.config import environment_value
+from oserve.cli.prompts import PromptWriter
+from oserve.cli.target import Target, calibrated_writer, find_target, warmed_up
+from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 from oserve.traces import (
     Outcome,
     OutcomeStatus,
-    Percentiles,
-    Slo,
-    Summary,
+    TimeUnit,
     TraceRequest,
     fit_lengths,
-    read_trace,
     summarise,
     synthesise,
 )
-from oserve.traces.metrics import percentile, percentiles
 
-_console = Console(stderr=True, highlight=False)
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_MOST_SYNTHETIC = 5_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
     url: str
     model: str
-    speed: float
+    rate_scale: float
     chat: bool
     max_model_len: int | None
     prompt_scale: float | None
@@ -50,27 +70,28 @@ class _Wanted:
     seed: int
     max_concurrency: int
     timeout_s: float
+    warmup: int
 
 
 def bench(
-    trace: Annotated[
-        str | None,
-        typer.Argument(help="Trace: canonical CSV, Azure CSV or Mooncake JSONL; may be gzipped."),
-    ] = None,
+    trace_argument: TraceArgument = None,
+    trace: TraceOption = None,
     synthetic: Annotated[
         str | None,
         typer.Option(help="Instead of a trace: RATE:SECONDS of made-up mixed traffic."),
     ] = None,
-    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000",
+    url: UrlOption = None,
     model: Annotated[str, typer.Option(help="Model; the server's first by default.")] = "",
-    speed: Annotated[float, typer.Option(help="Replay this many times as fast.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many requests.")] = None,
-    duration: Annotated[
-        float | None, typer.Option(help="Use only the trace's first seconds.")
-    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use /v1/chat/completions.")] = False,
+    rate_scale: RateScaleOption = 1.0,
+    limit: LimitOption = None,
+    duration_s: DurationOption = None,
+    time_unit: TimeUnitOption = TimeUnit.AUTO,
+    skip_bad_rows: SkipBadRowsOption = False,
+    sort: SortOption = False,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Context to fit lengths to; the server's by default.")
+        int | None,
+        typer.Option(min=2, help="Context to fit lengths to; the server's by default."),
     ] = None,
     prompt_scale: Annotated[
         float | None, typer.Option(help="Factor on prompt lengths; fitted by default.")
@@ -78,74 +99,108 @@ def bench(
     output_scale: Annotated[
         float | None, typer.Option(help="Factor on output lengths; fitted by default.")
     ] = None,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="SLO: time to first token.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="SLO: time per output token.")] = None,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Requests before the first that counts; they tell what the server speaks."
+        ),
+    ] = 1,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Most requests in flight.")] = 4096,
+    timeout_s: Annotated[float, typer.Option(help="Give a request up after this long.")] = 600.0,
+    slo_ttft_ms: TtftOption = None,
+    slo_tpot_ms: TpotOption = None,
+    slo_e2e_ms: Annotated[float | None, typer.Option(help="SLO: end to end, at most.")] = None,
     classes: Annotated[
         str | None, typer.Option(help="Prompt-length bounds to report apart, such as 512,2048.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key; or OPENAI_API_KEY.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help=f"API key; OPENAI_API_KEY or the first of {API_KEYS} by default."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and synthetic traffic.")] = 0,
-    max_concurrency: Annotated[int, typer.Option(help="Most requests in flight.")] = 4096,
-    timeout_s: Annotated[float, typer.Option(help="Give a request up after this long.")] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the run into this PNG.")] = None,
+    as_json: JsonOption = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the report, with a row for each request (JSON).")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the run (PNG, SVG or PDF).")] = None,
 ) -> None:
-    """Replay a trace, open loop; exit code 1 if any request failed or was truncated."""
-    for name, value in (("--speed", speed), ("--timeout-s", timeout_s)):
-        if not 0 < value < float("inf"):
-            raise OServeError(f"it is {value}", place=name, remedy="give a number over 0")
-    if max_concurrency < 1:
-        raise OServeError(f"it is {max_concurrency}", place="--max-concurrency", remedy="give 1+")
+    """Replay a trace against a server, open loop, and check every answer.
+
+    Exit code 0: all complete; 1: a request failed or was truncated; 2: bad input, or no server.
+    """
+    check_over_zero(
+        rate_scale=rate_scale,
+        timeout_s=timeout_s,
+        prompt_scale=prompt_scale,
+        output_scale=output_scale,
+    )
+    slo = slo_from(slo_ttft_ms, slo_tpot_ms, slo_e2e_ms)
+    bounds = _bounds(classes)
     wanted = _Wanted(
-        url=url,
+        url=url_from(url),
         model=model,
-        speed=speed,
+        rate_scale=rate_scale,
         chat=chat,
         max_model_len=max_model_len,
         prompt_scale=prompt_scale,
         output_scale=output_scale,
-        api_key=api_key or environment_value("OPENAI_API_KEY"),
+        api_key=api_key or _own_key(),
         seed=seed,
         max_concurrency=max_concurrency,
         timeout_s=timeout_s,
+        warmup=warmup,
     )
-    requests = _requests(trace, synthetic, limit=limit, duration=duration, seed=seed)
-    bounds = _bounds(classes)
-    model_name, outcomes = uvloop.run(_replay(requests, wanted))
-    slo = Slo(
-        ttft_s=None if slo_ttft_ms is None else slo_ttft_ms / 1000.0,
-        tpot_s=None if slo_tpot_ms is None else slo_tpot_ms / 1000.0,
+    wish = TraceWish(
+        limit=limit,
+        duration_s=duration_s,
+        time_unit=time_unit,
+        skip_bad_rows=skip_bad_rows,
+        sort=sort,
     )
+    trace = once(trace_argument, trace, name="--trace")
+    requests = _requests(trace, synthetic, wish, seed=seed)
+    target, outcomes = uvloop.run(_replay(requests, wanted))
     summary = summarise(outcomes, slo)
-    report = {
-        "trace": trace or f"synthetic {synthetic}",
-        "url": url,
-        "model": model_name,
-        "speed": speed,
-        "limit": limit,
-        **asdict(summary),
-        "classes": _by_class(outcomes, bounds),
-        "errors": dict(Counter(item.error for item in outcomes if item.error).most_common(8)),
-    }
+    report = document(
+        outcomes,
+        summary,
+        bounds,
+        trace=trace or f"synthetic {synthetic}",
+        target=target,
+        rate_scale=rate_scale,
+        limit=limit,
+    )
+    if output is not None:
+        _write(output, {**report, "requests": per_request(outcomes)})
     if plot is not None:
-        title = f"{report['trace']} at speed {speed:g} on {model_name}: {summary.completed} of "
-        draw(outcomes, slo, plot, title=title + f"{summary.sent} completed")
-        _console.print(f"picture: {plot}")
+        title = f"{report['trace']} at rate scale {rate_scale:g} on {target.model}: "
+        draw(outcomes, slo, plot, title=f"{title}{summary.completed} of {summary.sent} completed")
     if as_json:
         print(msgspec.json.encode(report).decode())
     else:
-        _show(report, summary)
+        show(report, summary)
+    for path in (output, plot):
+        if path is not None:
+            _console.print(f"written: {path}", markup=False)
     if summary.completed < len(requests):
         raise typer.Exit(1)
 
 
+def _own_key() -> str:
+    return environment_value("OPENAI_API_KEY") or environment_value(API_KEYS).partition(",")[0]
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    except OSError as error:
+        raise OServeError(
+            f"cannot write it: {error.strerror}", place=str(path), remedy="check the path"
+        ) from None
+
+
 def _requests(
-    trace: str | None,
-    synthetic: str | None,
-    *,
-    limit: int | None,
-    duration: float | None,
-    seed: int,
+    trace: str | None, synthetic: str | None, wish: TraceWish, *, seed: int
 ) -> list[TraceRequest]:
     if (trace is None) == (synthetic is None):
         raise OServeError(
@@ -154,24 +209,27 @@ def _requests(
             remedy="for example oserve bench --synthetic 2:60",
         )
     if trace is not None:
-        requests = list(read_trace(trace, limit=limit, until_s=duration))
-    else:
-        assert synthetic is not None
-        rate, _, seconds = synthetic.partition(":")
-        try:
-            made = synthesise(rate_rps=float(rate), duration_s=float(seconds), seed=seed)
-            requests = list(made)[:limit]
-        except (ValueError, ZeroDivisionError, OverflowError):
+        return read_requests(trace, wish)
+    assert synthetic is not None
+    rate, _, seconds = synthetic.partition(":")
+    try:
+        if float(rate) * float(seconds) > _MOST_SYNTHETIC and wish.limit is None:
             raise OServeError(
-                f"{synthetic!r} is not RATE:SECONDS",
+                f"it makes over {_MOST_SYNTHETIC:,} requests",
                 place="--synthetic",
-                remedy="for example 2:60 for two requests a second, for a minute",
-            ) from None
+                remedy="give fewer, or --limit",
+            )
+        made = synthesise(rate_rps=float(rate), duration_s=float(seconds), seed=seed)
+        requests = list(itertools.islice(made, wish.limit))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise OServeError(
+            f"{synthetic!r} is not RATE:SECONDS",
+            place="--synthetic",
+            remedy="for example 2:60 for two requests a second, for a minute",
+        ) from None
     if not requests:
         raise OServeError(
-            "there is no request to send",
-            place=trace or "--synthetic",
-            remedy="give a longer trace, or more --limit or --duration",
+            "there is no request to send", place="--synthetic", remedy="give a higher rate or more"
         )
     return requests
 
@@ -191,7 +249,7 @@ def _bounds(classes: str | None) -> list[int] | None:
     return bounds
 
 
-async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[str, list[Outcome]]:
+async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[Target, list[Outcome]]:
     async with new_session() as session:
         target = await find_target(
             session,
@@ -212,6 +270,12 @@ async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[str, l
                 reserve_tokens=max(32, context // 50),
             )
         writer = await calibrated_writer(session, target, seed=wanted.seed)
+        for number in range(wanted.warmup):
+            target, length = await warmed_up(session, target, seed=wanted.seed + number)
+            if length is not None and not writer.calibrated:
+                writer = PromptWriter.measured([length], seed=wanted.seed)
+        for note in target.dialect.notes:
+            _console.print(f"note: {target.url}: {note}", markup=False)
         with _progress(len(requests)) as (bar, task):
 
             def advance() -> None:
@@ -224,8 +288,8 @@ async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[str, l
             )
             # Ctrl-C: report what was done so far.
             with contextlib.suppress(asyncio.CancelledError):
-                await replay.run(requests, speed=wanted.speed)
-    return target.model, replay.outcomes
+                await replay.run(requests, speed=wanted.rate_scale)
+    return target, replay.outcomes
 
 
 @contextlib.contextmanager
@@ -239,68 +303,3 @@ def _progress(total: int) -> Any:
     )
     with Progress(*columns, console=_console, disable=not sys.stderr.isatty()) as bar:
         yield bar, bar.add_task("", total=total, sent=0, failed=0)
-
-
-def _by_class(outcomes: Sequence[Outcome], bounds: list[int] | None) -> list[dict[str, Any]]:
-    """TTFT apart for each class of prompt length, since a mean over all hides who waits."""
-    done = [item for item in outcomes if item.status is OutcomeStatus.COMPLETED]
-    if bounds is None:
-        lengths = [float(item.prompt_tokens) for item in done]
-        bounds = sorted({round(percentile(lengths, share)) for share in (1 / 3, 2 / 3)})
-    rows = []
-    low = 0
-    for high in [*bounds, None]:
-        members = [
-            item
-            for item in done
-            if item.prompt_tokens > low and (high is None or item.prompt_tokens <= high)
-        ]
-        rows.append(
-            {
-                "prompt_tokens_over": low,
-                "prompt_tokens_to": high,
-                "completed": len(members),
-                "ttft_s": asdict(percentiles(item.ttft_s for item in members)),
-                "longest_wait_s": max((item.ttft_s for item in members), default=0.0),
-            }
-        )
-        low = high or 0
-    return rows
-
-
-def _show(report: dict[str, Any], summary: Summary) -> None:
-    console = Console(highlight=False)
-    verdict = (
-        "[green]all complete[/]" if summary.completed == summary.sent else "[red]incomplete[/]"
-    )
-    console.print(
-        f"{summary.sent} sent, {summary.completed} completed, {summary.failed} failed, "
-        f"{summary.truncated} truncated: {verdict}"
-    )
-    console.print(
-        f"{summary.duration_s:.1f} s, {summary.requests_per_s:.2f} requests/s, "
-        f"{summary.output_tokens_per_s:.0f} output tokens/s, goodput {summary.goodput_rps:.2f} "
-        f"requests/s, SLO attainment {summary.slo_attainment:.1%}"
-    )
-    table = Table("seconds", "p50", "p90", "p99")
-    rows = [("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s)]
-    rows += [("ITL", summary.itl_s), ("E2E", summary.e2e_s)]
-    for name, values in rows:
-        table.add_row(name, *_cells(values))
-    console.print(table)
-    apart = Table("prompt tokens", "requests", "TTFT p50", "p90", "p99", "longest wait")
-    for row in report["classes"]:
-        high = row["prompt_tokens_to"]
-        span = f"{row['prompt_tokens_over'] + 1} to {high}" if high else "longer"
-        values = Percentiles(**row["ttft_s"])
-        wait = f"{row['longest_wait_s']:.3f}"
-        apart.add_row(span, str(row["completed"]), *_cells(values), wait)
-    console.print(apart)
-    if summary.max_send_lag_s > 0.1:
-        console.print(f"[yellow]this client lagged by up to {summary.max_send_lag_s:.2f} s[/]")
-    for error, count in report["errors"].items():
-        console.print(f"{count} x {error}", markup=False)
-
-
-def _cells(values: Percentiles) -> tuple[str, str, str]:
-    return f"{values.p50:.4f}", f"{values.p90:.4f}", f"{values.p99:.4f}"

@@ -9,8 +9,22 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from typer.core import TyperGroup
 
 from oserve.app.forecasting import Wanted, load_series
+from oserve.cli.options import (
+    DurationOption,
+    JsonOption,
+    LimitOption,
+    SkipBadRowsOption,
+    SortOption,
+    TimeUnitOption,
+    TraceArgument,
+    TraceOption,
+    TraceWish,
+    once,
+    say_how_read,
+)
 from oserve.core import OServeError
 from oserve.forecast.backtest import Report, Series, backtest, filled
 from oserve.forecast.forecaster import MAX_STEPS
@@ -18,33 +32,40 @@ from oserve.forecast.forecaster import MAX_TYPES as MOST_TYPES
 from oserve.forecast.lstm import read_lstm, write_lstm
 from oserve.forecast.lstm_train import train_lstm
 from oserve.forecast.models import SIMPLE, ModelSettings
-from oserve.traces.read import BadRows, Skipped
+from oserve.traces import Skipped, TimeUnit
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-app = typer.Typer(
-    invoke_without_command=True,
-    add_completion=False,
-    help="Forecast arrivals per workload type and backtest the models; train the LSTM.",
-)
 
+class _Group(TyperGroup):
+    """``oserve forecast TRACE`` and ``oserve forecast train TRACE``: ``run`` need not be said."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts in the command that is meant."""
+        named = args[0] if args else ""
+        return super().parse_args(ctx, args if named in self.commands else ["run", *args])
+
+
+app = typer.Typer(cls=_Group, add_completion=False)
+
+_LEAST_INTERVAL_S = 1e-3
 _Interval = Annotated[
     float | None,
-    typer.Option(help="Seconds a window: 60 for requests, the file's own for counts."),
+    typer.Option(
+        "--interval-s",
+        "--interval",
+        help="Seconds a window: 60 for requests, the file's own for counts.",
+    ),
 ]
 _Types = Annotated[int, typer.Option(help="Workload types; of counts, the largest series.")]
 _Seed = Annotated[int, typer.Option(help="For clustering and training.")]
-_Until = Annotated[float | None, typer.Option(help="Use the trace's first seconds only.")]
-_Skip = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows.")]
 
 
-@app.callback()
+@app.command("run")
 def forecast(
-    context: typer.Context,
-    trace: Annotated[
-        Path | None, typer.Option(help="Requests (any format oserve bench reads) or a counts CSV.")
-    ] = None,
-    interval: _Interval = None,
+    trace_argument: TraceArgument = None,
+    trace: TraceOption = None,
+    interval_s: _Interval = None,
     types: _Types = 4,
     models: Annotated[
         str,
@@ -57,17 +78,28 @@ def forecast(
         Path | None, typer.Option(help="A trained LSTM; without, lstm trains on the first half.")
     ] = None,
     seed: _Seed = 0,
-    until_s: _Until = None,
-    skip_bad_rows: _Skip = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    limit: LimitOption = None,
+    duration_s: DurationOption = None,
+    time_unit: TimeUnitOption = TimeUnit.AUTO,
+    skip_bad_rows: SkipBadRowsOption = False,
+    sort: SortOption = False,
+    as_json: JsonOption = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw counts, forecasts and 90 % band (PNG, SVG or PDF).")
     ] = None,
 ) -> None:
-    """Forecast the next windows, and score models on the second half without look-ahead."""
-    if context.invoked_subcommand is not None:
-        return
-    series = _series(trace, interval, types, seed, until_s, skip_bad_rows)
+    """Forecast the next windows, and score models on the second half without look-ahead.
+
+    Takes a trace of requests or a CSV of counts. `oserve forecast train` trains the LSTM.
+    """
+    wish = TraceWish(
+        limit=limit,
+        duration_s=duration_s,
+        time_unit=time_unit,
+        skip_bad_rows=skip_bad_rows,
+        sort=sort,
+    )
+    series = _series(once(trace_argument, trace, name="--trace"), interval_s, types, seed, wish)
     if not 1 <= steps <= MAX_STEPS:
         raise OServeError(f"it is {steps}", place="--steps", remedy=f"give 1 to {MAX_STEPS}")
     names = [] if models == "none" else [name.strip() for name in models.split(",")]
@@ -86,22 +118,33 @@ def forecast(
     else:
         _show(series, report)
     if plot:
-        _console.print(f"written: {plot}")
+        _console.print(f"written: {plot}", markup=False)
 
 
 @app.command()
 def train(
-    trace: Annotated[Path, typer.Option(help="Requests or a counts CSV to learn from, all of it.")],
     output: Annotated[Path, typer.Option(help="The model file to write (.npz).")],
-    interval: _Interval = None,
+    trace_argument: TraceArgument = None,
+    trace: TraceOption = None,
+    interval_s: _Interval = None,
     types: _Types = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 150,
     seed: _Seed = 0,
-    until_s: _Until = None,
-    skip_bad_rows: _Skip = False,
+    limit: LimitOption = None,
+    duration_s: DurationOption = None,
+    time_unit: TimeUnitOption = TimeUnit.AUTO,
+    skip_bad_rows: SkipBadRowsOption = False,
+    sort: SortOption = False,
 ) -> None:
-    """Train the paper's LSTM, one small network per type, on a trace."""
-    series = _series(trace, interval, types, seed, until_s, skip_bad_rows)
+    """Train the paper's LSTM, one small network per type, on a trace: requests or a counts CSV."""
+    wish = TraceWish(
+        limit=limit,
+        duration_s=duration_s,
+        time_unit=time_unit,
+        skip_bad_rows=skip_bad_rows,
+        sort=sort,
+    )
+    series = _series(once(trace_argument, trace, name="--trace"), interval_s, types, seed, wish)
     with Progress(console=_console) as progress:
         task = progress.add_task("training", total=len(series.names))
         weights = train_lstm(
@@ -115,7 +158,8 @@ def train(
     write_lstm(weights, output)
     _console.print(
         f"written: {output}, {len(series.names)} types, windows of {series.interval_s:g} s, "
-        f"each from the last {weights.window}"
+        f"each from the last {weights.window}",
+        markup=False,
     )
 
 
@@ -159,31 +203,31 @@ def document(series: Series, report: Report) -> dict[str, Any]:
 
 
 def _series(
-    trace: Path | None,
-    interval: float | None,
-    types: int,
-    seed: int,
-    until_s: float | None,
-    skip_bad_rows: bool,
+    trace: str | None, interval_s: float | None, types: int, seed: int, wish: TraceWish
 ) -> Series:
     if trace is None:
-        raise OServeError("there is no trace", place="--trace", remedy="give a file")
-    for option, value in (("--interval", interval), ("--until-s", until_s)):
-        if value is not None and not 0 < value < float("inf"):
-            raise OServeError(f"it is {value:g}", place=option, remedy="give seconds over 0")
+        raise OServeError("there is no trace", place="--trace", remedy="name a file")
+    if interval_s is not None and not _LEAST_INTERVAL_S <= interval_s < float("inf"):
+        raise OServeError(
+            f"it is {interval_s:g}",
+            place="--interval-s",
+            remedy=f"give seconds, at least {_LEAST_INTERVAL_S:g}",
+        )
     if not 1 <= types <= MOST_TYPES:
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MOST_TYPES}")
     skipped = Skipped()
     wanted = Wanted(
-        interval_s=interval,
+        interval_s=interval_s,
         types=types,
         seed=seed,
-        until_s=until_s,
-        bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
+        limit=wish.limit,
+        until_s=wish.duration_s,
+        bad_rows=wish.bad_rows,
+        time_unit=wish.time_unit,
+        sort=wish.sort,
     )
-    series = load_series(trace, wanted, skipped)
-    if skipped.count:
-        _console.print(f"skipped {skipped.count} bad rows; {'; '.join(skipped.first)}")
+    series = load_series(Path(trace), wanted, skipped)
+    say_how_read(trace, skipped)
     return series
 
 

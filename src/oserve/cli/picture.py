@@ -11,7 +11,7 @@ _BLUE, _ORANGE, _RED = "#2166ac", "#d9772b", "#b2182b"
 
 
 def draw(outcomes: Sequence[Outcome], slo: Slo, path: Path, *, title: str) -> None:
-    """Write a PNG. Raises OServeError where matplotlib is missing or the file cannot be written."""
+    """Write a PNG, SVG or PDF. Raises OServeError without matplotlib, or where it cannot write."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -28,7 +28,7 @@ def draw(outcomes: Sequence[Outcome], slo: Slo, path: Path, *, title: str) -> No
     tpot = [item.tpot_s for item in done if item.tpot_s is not None]
     _cdf(figure.add_subplot(grid[0, 0]), ttft, "TTFT (s)", slo.ttft_s)
     _cdf(figure.add_subplot(grid[0, 1]), tpot, "TPOT (s)", slo.tpot_s)
-    _cdf(figure.add_subplot(grid[0, 2]), [item.e2e_s for item in done], "E2E (s)", None)
+    _cdf(figure.add_subplot(grid[0, 2]), [item.e2e_s for item in done], "E2E (s)", slo.e2e_s)
     _timeline(figure.add_subplot(grid[1, :]), outcomes)
     try:
         figure.savefig(path, dpi=110)

@@ -15,8 +15,29 @@ from oserve.app.simulated import traffic_from
 from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.app.verify import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.cli import plan_report, verify_report
+from oserve.cli.options import (
+    ApiKeyOption,
+    DurationOption,
+    JsonOption,
+    LimitOption,
+    MaxModelLenOption,
+    RateScaleOption,
+    SkipBadRowsOption,
+    SortOption,
+    TimeUnitOption,
+    TpotOption,
+    TraceArgument,
+    TraceOption,
+    TraceWish,
+    TtftOption,
+    UrlOption,
+    once,
+    read_requests,
+    url_from,
+)
 from oserve.cli.switch import live_plan
 from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
+from oserve.config.rates import MAX_TYPES
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
 from oserve.perf.capacity import Limits
@@ -24,13 +45,13 @@ from oserve.perf.shapes import ShapeChoices
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
-from oserve.traces import TraceRequest, read_trace
-from oserve.traces.read import BadRows, Skipped
+from oserve.traces import TimeUnit, TraceRequest
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def plan(
+    trace_argument: TraceArgument = None,
     model: Annotated[
         str | None,
         typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id."),
@@ -39,24 +60,22 @@ def plan(
         str | None,
         typer.Option(help="Such as 8xH100, 4x8xH100, or a YAML file; else this machine's devices."),
     ] = None,
-    trace: Annotated[
-        str | None, typer.Option(help="Trace of the traffic (any format oserve bench reads).")
-    ] = None,
+    trace: TraceOption = None,
     rates: Annotated[
-        str | None, typer.Option(help="Or rates: 512x128=3.5,docs:6000x200=0.4, or a YAML file.")
+        str | None,
+        typer.Option(help="Instead of a trace: 512x128=3.5,docs:6000x200=0.4, or a YAML file."),
     ] = None,
-    rate_scale: Annotated[float, typer.Option(help="Multiply all rates.")] = 1.0,
+    rate_scale: RateScaleOption = 1.0,
     types: Annotated[
         int | None, typer.Option(help="Number of workload types; chosen if not given.")
     ] = None,
-    until_s: Annotated[
-        float | None, typer.Option(help="Use the trace's first seconds only.")
-    ] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the trace.")
-    ] = False,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Time to first token, at most.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="Time per output token.")] = None,
+    limit: LimitOption = None,
+    duration_s: DurationOption = None,
+    time_unit: TimeUnitOption = TimeUnit.AUTO,
+    skip_bad_rows: SkipBadRowsOption = False,
+    sort: SortOption = False,
+    slo_ttft_ms: TtftOption = None,
+    slo_tpot_ms: TpotOption = None,
     slo: Annotated[
         list[str] | None,
         typer.Option(help="For one type: NAME=TTFT_MS/TPOT_MS ('-' sets none); may be repeated."),
@@ -71,9 +90,7 @@ def plan(
         str | None, typer.Option(help="Chunk budgets to consider.")
     ] = None,
     max_num_seqs: Annotated[str | None, typer.Option(help="Sequence limits to consider.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Context to plan for; the model's own if not given.")
-    ] = None,
+    max_model_len: MaxModelLenOption = None,
     perf: Annotated[
         str | None,
         typer.Option(help="roofline, aiconfigurator, or a profile file (oserve profile)."),
@@ -103,7 +120,7 @@ def plan(
     time_limit_s: Annotated[float, typer.Option(help="For the exact search.")] = 60.0,
     seed: Annotated[int, typer.Option(help="For clustering and the flow search.")] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, in detail.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     plot: Annotated[
         str | None, typer.Option(help="Draw who serves what (PNG, SVG or PDF).")
     ] = None,
@@ -113,16 +130,28 @@ def plan(
     live: Annotated[
         bool, typer.Option("--live", help="Ask a running server what it would switch to now.")
     ] = False,
-    url: Annotated[str, typer.Option(help="That server's base URL.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(help="Its API key.")] = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Plan replicas for a model, devices and traffic; show the plan beside the best homogeneous."""
+    trace = once(trace_argument, trace, name="--trace")
     if live:
-        live_plan(url, api_key=api_key, as_json=as_json, output=output)
+        live_plan(url_from(url), api_key=api_key, as_json=as_json, output=output)
         return
     if model is None:
         raise OServeError("no model is named", place="--model", remedy="give --model, or --live")
     _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
+    if types is not None and not 1 <= types <= MAX_TYPES:
+        raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MAX_TYPES}")
+    if not 0 <= min_gain < math.inf:
+        raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
+    wish = TraceWish(
+        limit=limit,
+        duration_s=duration_s,
+        time_unit=time_unit,
+        skip_bad_rows=skip_bad_rows,
+        sort=sort,
+    )
     spec = _cluster(cluster)
     choice = SourceChoice(
         model=model,
@@ -135,9 +164,9 @@ def plan(
     source, context = find_source(choice)
     if (trace is None) == (rates is None):
         raise OServeError(
-            "the traffic must come from --trace or from --rates, and from one of them",
+            "the traffic must come from a trace or from --rates, and from one of them",
             place="--trace",
-            remedy="give --trace FILE, or --rates 512x128=3.5",
+            remedy="name a trace file, or give --rates 512x128=3.5",
         )
     if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
         raise OServeError(
@@ -147,7 +176,7 @@ def plan(
         )
     requests: list[TraceRequest] = []
     if trace is not None:
-        requests = _read(trace, until_s, skip_bad_rows)
+        requests = read_requests(trace, wish)
         demand = demand_from_trace(
             requests,
             source=trace,
@@ -235,21 +264,6 @@ def _screen() -> Console:
 
 def _cluster(text: str | None) -> ClusterSpec:
     return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
-
-
-def _read(trace: str, until_s: float | None, skip_bad_rows: bool) -> list[TraceRequest]:
-    skipped = Skipped()
-    requests = list(
-        read_trace(
-            trace,
-            until_s=until_s,
-            bad_rows=BadRows.SKIP if skip_bad_rows else BadRows.REFUSE,
-            skipped=skipped,
-        )
-    )
-    if skipped.count:
-        _console.print(f"skipped {skipped.count} bad rows; {'; '.join(skipped.first)}")
-    return requests
 
 
 def _verified(

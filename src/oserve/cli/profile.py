@@ -1,28 +1,34 @@
 """``oserve profile``: measure what engines can do, for plans that go by it."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from oserve.app.profile import (
-    Report,
     default_shapes,
     limited,
     profile_devices,
     profile_running,
     profile_started,
 )
+from oserve.cli.measuring import reporting
+from oserve.cli.options import (
+    ConfigOption,
+    CpuSlotsOption,
+    ModelArgument,
+    ModelOption,
+    OverrideOption,
+    once,
+)
 from oserve.cli.serve import settings_from
 from oserve.config import environment_value
 from oserve.core import Device, Endpoint, OServeError, Precision, ReplicaShape
+from oserve.core.url import server_url
 from oserve.perf.model import find_model
 from oserve.perf.profile import (
     Profile,
@@ -42,9 +48,8 @@ _SHOWN_SEQS = (1, 16, 32)
 
 
 def profile(
-    model: Annotated[
-        str, typer.Argument(help="Model folder, or a name that oserve plan knows the sizes of.")
-    ],
+    model_argument: ModelArgument = None,
+    model: ModelOption = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(help="TPPP-PRECISION[-CHUNK[-SEQS]], such as tp2pp1-fp32; may be repeated."),
@@ -59,23 +64,22 @@ def profile(
     rounds: Annotated[
         int, typer.Option(min=1, max=100, help="Measure each step so often; medians count.")
     ] = 3,
-    cpu_slots: Annotated[
-        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
-    ] = None,
-    config: Annotated[str | None, typer.Option(help="Settings file (YAML).")] = None,
+    cpu_slots: CpuSlotsOption = None,
+    config: ConfigOption = None,
     api_key: Annotated[
-        str | None, typer.Option(help="API key for --url; or OPENAI_API_KEY.")
+        str | None, typer.Option(help="API key for --url; OPENAI_API_KEY by default.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
-    ] = None,
+    override: OverrideOption = None,
 ) -> None:
     """Measure engine steps, fit a performance model to them, and write both to a file.
 
     Without --shape: every precision at hand (fp32 or bf16, and engines.variants) on one device and
     on two. Limits of an engine under --url must be those it was started with.
     """
+    model = once(model_argument, model, name="--model")
+    if model is None:
+        raise OServeError("no model is named", place="--model", remedy="name a model")
+    server = None if url is None else server_url(url)
     settings = settings_from(config, {"model": model, "cluster.cpu_slots": cpu_slots}, override)
     devices = profile_devices(settings)
     facts = find_model(model)
@@ -84,8 +88,8 @@ def profile(
     )
     path = output or Path(settings.state_dir) / "profile.json"
     before = read_profile(path) if path.exists() else None
-    with _reporting() as report:
-        if url is None:
+    with reporting(_console) as report:
+        if server is None:
             made = uvloop.run(
                 profile_started(settings, devices, shapes, rounds=rounds, report=report)
             )
@@ -97,7 +101,7 @@ def profile(
                     remedy="say it with one --shape, such as tp1pp1-bf16-2048-128",
                 )
             key = api_key or environment_value("OPENAI_API_KEY")
-            endpoint = Endpoint(url=url, api_key=key)
+            endpoint = Endpoint(url=server, api_key=key)
             made = uvloop.run(
                 profile_running(endpoint, facts, devices, shapes[0], rounds=rounds, report=report)
             )
@@ -125,21 +129,6 @@ def _shape(text: str, devices: tuple[Device, ...]) -> ReplicaShape:
         precision=Precision(found["precision"]),
     )
     return limited(plain, cpu=devices[0].kind == "cpu", chunk=limits[0], seqs=limits[1])
-
-
-@contextlib.contextmanager
-def _reporting() -> Iterator[Report]:
-    """A bar per shape on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=_console) as progress:
-
-        def begin(name: str, steps: int) -> None:
-            progress.add_task(f"measuring {name}", total=steps)
-
-        def advance(steps: int) -> None:
-            progress.advance(progress.task_ids[-1], steps)
-
-        yield Report(line=_console.print, begin=begin, advance=advance)
 
 
 def _show(made: Profile) -> None:

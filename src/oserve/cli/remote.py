@@ -1,11 +1,13 @@
 """Asking a running server, for the commands that do."""
 
 import asyncio
+import os
 from typing import Any
 
 import aiohttp
 import msgspec
 
+from oserve.cli.answers import said
 from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 
@@ -20,9 +22,12 @@ def call(
     body: bytes | None = None,
     timeout_s: float = _TIMEOUT_S,
 ) -> bytes:
-    """The answer's body; with a body it is a POST. Raises OServeError with what the server said."""
+    """The answer's body; with a body it is a POST. ``url`` is a root as ``server_url`` gives it.
+
+    Raises OServeError with what the server said.
+    """
     key = api_key or environment_value(API_KEYS).partition(",")[0]
-    return asyncio.run(_call(url.rstrip("/") + path, key, body, timeout_s))
+    return asyncio.run(_call(url + path, key, body, timeout_s))
 
 
 async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> bytes:
@@ -40,36 +45,52 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
                     "it wants an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
                 )
             if answer.status in {400, 409}:
-                raise OServeError(_said(answered), place=url, remedy="see docs/control.md")
+                raise OServeError(said(answered), place=url, remedy="see docs/control.md")
             if answer.status == 503:
-                raise OServeError(_said(answered), place=url, remedy="try again in a moment")
+                raise OServeError(said(answered), place=url, remedy="try again in a moment")
             if answer.status != 200:
                 raise OServeError(
-                    f"it answered with status {answer.status}",
+                    f"it answered with status {answer.status}: {said(answered)[:100]}",
                     place=url,
                     remedy="is this an OServe server?",
                 )
             return answered
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise OServeError(
-            f"no answer: {error or 'timed out'}",
-            place=url,
-            remedy="start it with oserve serve, or give --url",
-        ) from None
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        raise unreachable(error, url) from None
 
 
-def _said(answered: bytes) -> str:
+def unreachable(error: Exception, url: str) -> OServeError:
+    """The error for a server that gave no (whole) answer."""
+    remedy = "is the server running? Start it with oserve serve, or give another --url"
+    if isinstance(error, aiohttp.ClientSSLError):
+        remedy = "is it http rather than https, or has it a certificate of its own?"
+    return OServeError(f"no answer: {reason_of(error)}", place=url, remedy=remedy)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a connection failed, without what everybody knows already."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+        # asyncio puts the address in the place of what errno means.
+        number = cause.errno or 0
+        return (os.strerror(number) if number > 0 else cause.strerror or str(cause)).lower()
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "it closed the connection"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the connection broke in the middle of an answer"
+    return f"{type(error).__name__}: {error}"
+
+
+def decode(raw: bytes, url: str, *, needed: str) -> dict[str, Any]:
+    """A JSON object with that key; raises OServeError for anything else."""
     try:
-        return str(msgspec.json.decode(answered)["error"]["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return answered[:200].decode(errors="replace")
-
-
-def decode(raw: bytes, url: str) -> dict[str, Any]:
-    """A JSON object; raises OServeError for anything else."""
-    try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
+        document = msgspec.json.decode(raw, type=dict[str, Any])
     except msgspec.DecodeError:
+        document = {}
+    if needed not in document:
         raise OServeError(
-            "its status is not JSON", place=url, remedy="is this an OServe server?"
-        ) from None
+            "its answer is not one of OServe's", place=url, remedy="is this an OServe server?"
+        )
+    return document

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from oserve.app.replay import recorded, replayed_decisions
+from oserve.cli.options import OverrideOption
 from oserve.config import Settings, load_settings, parse_override
 from oserve.control.decision import Mode
 
@@ -16,10 +17,7 @@ from oserve.control.decision import Mode
 def replay(
     file: Annotated[str, typer.Argument(help="state.sqlite of a server's state directory.")],
     mode: Annotated[Mode, typer.Option(help="advise: the plan stays what it was.")] = Mode.AUTO,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; else as the server had it."),
-    ] = None,
+    override: OverrideOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Feed recorded observations to the controller, print its decisions with their numbers."""

@@ -10,10 +10,21 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from oserve.app.brief import LIMIT_S, measure_briefly, what_to_measure
 from oserve.app.deployment import Deployment, prepare
 from oserve.app.memory import rare_collections
 from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
+from oserve.cli.engines import notes as engine_notes
+from oserve.cli.measuring import reporting
+from oserve.cli.options import (
+    ConfigOption,
+    CpuSlotsOption,
+    ModelArgument,
+    ModelOption,
+    OverrideOption,
+    once,
+)
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
 
@@ -30,37 +41,29 @@ def settings_from(
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hugging Face id, as for vllm serve.")
-    ] = None,
+    model_argument: ModelArgument = None,
+    model: ModelOption = None,
     plan: Annotated[
         str | None, typer.Option(help="Deployment plan (YAML): replicas, types, shares.")
     ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="Settings file (YAML); see docs/configuration.md.")
-    ] = None,
+    config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name clients use for the model.")
     ] = None,
-    cpu_slots: Annotated[
-        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
-    ] = None,
+    cpu_slots: CpuSlotsOption = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Folder for logs and request records.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
-    ] = None,
+    override: OverrideOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, start nothing.")
     ] = False,
 ) -> None:
     """Start replicas as planned and serve them behind one OpenAI-compatible endpoint."""
     options = {
-        "model": model,
+        "model": once(model_argument, model, name="--model"),
         "plan": plan,
         "gateway.host": host,
         "gateway.port": port,
@@ -71,11 +74,34 @@ def serve(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    deployment = prepare(settings_from(config, options, override))
+    settings = settings_from(config, options, override)
+    measure_first(settings, dry_run=dry_run)
+    deployment = prepare(settings)
     _show(deployment)
     if not dry_run:
         rare_collections()
         raise typer.Exit(uvloop.run(_serve(deployment)))
+
+
+def measure_first(settings: Settings, *, dry_run: bool) -> None:
+    """Measure briefly where nothing is known that a plan could go by; or say that it would be."""
+    shapes = what_to_measure(settings)
+    if not shapes:
+        return
+    names = ", ".join(shape.name for shape in shapes)
+    if dry_run:
+        _console.print(f"note: serving would first measure, for a minute at most: {names}")
+        return
+    _console.print(
+        f"Nothing is known yet of the speed of {settings.model} on this CPU. "
+        f"Measuring for {LIMIT_S:.0f} s at most, this once (planning.measure=never leaves it out)"
+    )
+    with reporting(_console) as report:
+        file = uvloop.run(measure_briefly(settings, shapes, report=report))
+    if file is None:
+        _console.print("nothing could be measured in that time")
+    else:
+        _console.print(f"kept in {file}; oserve profile {settings.model} measures more exactly")
 
 
 async def _serve(deployment: Deployment) -> int:
@@ -93,7 +119,7 @@ async def _serve(deployment: Deployment) -> int:
 def _show(deployment: Deployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
-    for note in deployment.notes:
+    for note in (*deployment.notes, *engine_notes()):
         _console.print(f"note: {note}", markup=False)
     table = Table("replica", "shape", "seqs", "devices", "serves")
     for spec in plan.replicas:

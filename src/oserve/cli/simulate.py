@@ -1,7 +1,7 @@
 """``oserve simulate``: policies side by side on a simulated cluster."""
 
+import itertools
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from oserve.cli.options import (
+    DurationOption,
+    JsonOption,
+    LimitOption,
+    MaxModelLenOption,
+    RateScaleOption,
+    SkipBadRowsOption,
+    SortOption,
+    TimeUnitOption,
+    TpotOption,
+    TraceArgument,
+    TraceOption,
+    TraceWish,
+    TtftOption,
+    check_over_zero,
+    once,
+    read_requests,
+    slo_from,
+)
 from oserve.config import load_cluster, load_switch_costs
 from oserve.core import OServeError, Precision
 from oserve.study.compare import Row, Wish, compare, usable_cores
@@ -17,12 +36,13 @@ from oserve.study.policies import policy_names
 from oserve.study.report import document, page
 from oserve.study.scene import SceneChoice, make_scene
 from oserve.switch.costs import SwitchCosts
-from oserve.traces import Slo, TraceRequest, read_trace, synthesise
+from oserve.traces import TimeUnit, TraceRequest, synthesise
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _DEFAULT = "static-default,static-best,static-best-chunk,static-best-tuned,oserve"
 _SYNTHETIC_RPS = 8.0
 _SYNTHETIC_S = 900.0
+_MOST_SYNTHETIC_S = 7 * 86_400.0
 _SWEEP = (0.5, 0.75, 1.25, 1.5)
 
 
@@ -31,29 +51,32 @@ def simulate(
         str, typer.Option(help="Catalogue name, model folder with config.json, or Hugging Face id.")
     ],
     cluster: Annotated[str, typer.Option(help="Such as 2x8xH100, or a YAML file.")],
-    trace: Annotated[
-        str | None, typer.Option(help="Trace of the traffic; a seeded synthetic mix without one.")
-    ] = None,
+    trace_argument: TraceArgument = None,
+    trace: TraceOption = None,
     policies: Annotated[
         str, typer.Option(help="Names, comma-separated, or all; see docs/simulation.md.")
     ] = _DEFAULT,
-    slo_ttft_ms: Annotated[float, typer.Option(help="Time to first token, at most.")] = 2000.0,
-    slo_tpot_ms: Annotated[float, typer.Option(help="Time per output token, at most.")] = 100.0,
-    rate_scale: Annotated[float, typer.Option(help="Replay this many times as fast.")] = 1.0,
+    slo_ttft_ms: TtftOption = 2000.0,
+    slo_tpot_ms: TpotOption = 100.0,
+    rate_scale: RateScaleOption = 1.0,
     precisions: Annotated[
         str, typer.Option(help="Weights replicas may have; baselines take the first.")
     ] = "bf16",
-    interval: Annotated[float, typer.Option(help="Seconds between decisions.")] = 60.0,
-    duration: Annotated[
-        float | None, typer.Option(help="Use the trace's first seconds only.")
-    ] = None,
-    learn: Annotated[
+    interval_s: Annotated[
+        float, typer.Option("--interval-s", "--interval", help="Seconds between decisions.")
+    ] = 60.0,
+    limit: LimitOption = None,
+    duration_s: DurationOption = None,
+    time_unit: TimeUnitOption = TimeUnit.AUTO,
+    skip_bad_rows: SkipBadRowsOption = False,
+    sort: SortOption = False,
+    learn_s: Annotated[
         float | None,
-        typer.Option(help="Search settings on the first seconds only, not in hindsight."),
+        typer.Option(
+            "--learn-s", "--learn", help="Search settings on the first seconds, not in hindsight."
+        ),
     ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Context; the model's own if not given.")
-    ] = None,
+    max_model_len: MaxModelLenOption = None,
     perf: Annotated[
         str | None, typer.Option(help="roofline, aiconfigurator, or a profile file.")
     ] = None,
@@ -66,35 +89,40 @@ def simulate(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of clustering and synthetic traffic.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with pictures.")] = None,
 ) -> None:
     """Compare policies in the simulator; the live control loop drives every one of them."""
-    for option, value in (
-        ("--slo-ttft-ms", slo_ttft_ms),
-        ("--slo-tpot-ms", slo_tpot_ms),
-        ("--rate-scale", rate_scale),
-        ("--interval", interval),
-        ("--duration", 1.0 if duration is None else duration),
-        ("--learn", 1.0 if learn is None else learn),
-        ("--jobs", 1 if jobs is None else jobs),
-    ):
-        if not (math.isfinite(value) and value > 0):
-            raise OServeError(f"it is {value:g}", place=option, remedy="give a number over 0")
+    check_over_zero(
+        slo_ttft_ms=slo_ttft_ms,
+        slo_tpot_ms=slo_tpot_ms,
+        rate_scale=rate_scale,
+        interval_s=interval_s,
+        learn_s=learn_s,
+        jobs=jobs,
+    )
+    part = TraceWish(
+        limit=limit,
+        duration_s=duration_s,
+        time_unit=time_unit,
+        skip_bad_rows=skip_bad_rows,
+        sort=sort,
+    )
+    trace = once(trace_argument, trace, name="--trace")
     names = policy_names(policies)
     spec = load_cluster(cluster)
-    requests, source = _traffic(trace, duration, seed)
+    requests, source = _traffic(trace, part, seed)
     scene = make_scene(
         SceneChoice(
             model=model,
             devices=spec.devices,
             network=spec.network,
-            slo=Slo(ttft_s=slo_ttft_ms / 1e3, tpot_s=slo_tpot_ms / 1e3),
+            slo=slo_from(slo_ttft_ms, slo_tpot_ms),
             perf=perf,
             precisions=_precisions(precisions),
             context=max_model_len,
-            interval_s=interval,
-            learn_s=learn,
+            interval_s=interval_s,
+            learn_s=learn_s,
             seed=seed,
             switch_costs=load_switch_costs(switch_costs) if switch_costs else SwitchCosts(),
         ),
@@ -130,13 +158,20 @@ def simulate(
         _console.print(f"written: {report}", markup=False)
 
 
-def _traffic(
-    trace: str | None, duration: float | None, seed: int
-) -> tuple[list[TraceRequest], str]:
+def _traffic(trace: str | None, wish: TraceWish, seed: int) -> tuple[list[TraceRequest], str]:
     if trace is not None:
-        return list(read_trace(trace, until_s=duration)), trace
-    made = synthesise(rate_rps=_SYNTHETIC_RPS, duration_s=duration or _SYNTHETIC_S, seed=seed)
-    return list(made), f"a synthetic mix of conversations and code (seed {seed})"
+        return read_requests(trace, wish), trace
+    duration_s = wish.duration_s or _SYNTHETIC_S
+    if duration_s > _MOST_SYNTHETIC_S:
+        raise OServeError(
+            f"{duration_s:g} s of synthetic traffic are too many",
+            place="--duration-s",
+            remedy=f"give at most {_MOST_SYNTHETIC_S:g}",
+        )
+    made = synthesise(rate_rps=_SYNTHETIC_RPS, duration_s=duration_s, seed=seed)
+    return list(
+        itertools.islice(made, wish.limit)
+    ), f"a synthetic mix of conversations and code (seed {seed})"
 
 
 def _precisions(text: str) -> tuple[Precision, ...]:

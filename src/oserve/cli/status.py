@@ -1,29 +1,28 @@
 """``oserve status``: what a running server does."""
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
-from oserve.config import API_KEYS
 
 
 def status(
-    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the document itself.")] = False,
-    api_key: Annotated[
-        str | None, typer.Option(help=f"API key; the first of {API_KEYS} by default.")
-    ] = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Show replicas, shapes, phases, load and routing shares of a running server."""
+    url = url_from(url)
     raw = call(url, "/oserve/v1/status", api_key=api_key)
+    document = decode(raw, url, needed="replicas")
     if as_json:
         print(raw.decode())
         return
-    _show(decode(raw, url))
+    _show(document)
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, once, url_from
 from oserve.cli.remote import call, decode
-from oserve.config import API_KEYS
 from oserve.config.reading import read_text
 from oserve.core import OServeError
 
@@ -19,31 +19,33 @@ _TIMEOUT_S = 120.0
 
 def switch(
     plan: Annotated[str | None, typer.Argument(help="Deployment plan (YAML) to switch to.")] = None,
-    to: Annotated[str | None, typer.Option("--to", help="The plan, said another way.")] = None,
-    url: Annotated[str, typer.Option(help="The server's base URL.")] = "http://127.0.0.1:8000",
+    to: Annotated[
+        str | None, typer.Option("--to", "--plan", help="The plan, said another way.")
+    ] = None,
+    url: UrlOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would bring and cost.")
     ] = False,
-    api_key: Annotated[
-        str | None, typer.Option(help=f"API key; the first of {API_KEYS} by default.")
-    ] = None,
+    as_json: JsonOption = False,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Have a running server switch to a plan: weights move from engine to engine where they can.
 
     Running requests end where they are. With --dry-run: bytes per link, phases and their seconds.
     """
-    if (plan is None) == (to is None):
-        raise OServeError(
-            "one plan is needed", place="oserve switch", remedy="name a file, once: PLAN or --to"
-        )
-    plan = plan or to
-    assert plan is not None
+    plan = once(plan, to, name="--to")
+    if plan is None:
+        raise OServeError("one plan is needed", place="--to", remedy="name a plan file")
+    url = url_from(url)
     path = "/oserve/v1/plan" if dry_run else "/oserve/v1/switch"
     text = read_text(Path(plan)).encode()
     if not text.strip():
         raise OServeError("it is empty", place=plan, remedy="give a plan")
     raw = call(url, path, api_key=api_key, body=text, timeout_s=_TIMEOUT_S)
-    document = decode(raw, url)
+    document = decode(raw, url, needed="line")
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
     _console.print(document["line"], markup=False)
     if "foreseen" in document:
         for line in foreseen(document["foreseen"]):
@@ -83,7 +85,7 @@ def foreseen(document: dict[str, Any]) -> list[str]:
 def live_plan(url: str, *, api_key: str | None, as_json: bool, output: str | None) -> None:
     """Ask a running server what it would switch to now, and why."""
     raw = call(url, "/oserve/v1/plan", api_key=api_key, body=b"", timeout_s=_TIMEOUT_S)
-    document = decode(raw, url)
+    document = decode(raw, url, needed="line")
     if output:
         try:
             Path(output).write_text(document["plan"], encoding="utf-8")

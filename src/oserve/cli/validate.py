@@ -7,23 +7,27 @@ import typer
 
 from oserve.app.attached import ask_attached, refuse_troubled
 from oserve.app.deployment import prepare
-from oserve.cli.serve import settings_from
+from oserve.cli.options import (
+    ConfigOption,
+    CpuSlotsOption,
+    ModelArgument,
+    ModelOption,
+    OverrideOption,
+    once,
+)
+from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
 
 
 def validate(
-    config: Annotated[
-        str | None, typer.Option(help="Settings file (YAML); see docs/configuration.md.")
+    model_argument: ModelArgument = None,
+    model: ModelOption = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Deployment plan (YAML): replicas, types, shares.")
     ] = None,
-    plan: Annotated[str | None, typer.Option(help="Deployment plan (YAML).")] = None,
-    model: Annotated[str | None, typer.Option(help="Model, if the settings name none.")] = None,
-    cpu_slots: Annotated[
-        int | None, typer.Option(help="Cut the CPU cores into this many devices.")
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, as path=value; may be repeated."),
-    ] = None,
+    config: ConfigOption = None,
+    cpu_slots: CpuSlotsOption = None,
+    override: OverrideOption = None,
     ask: Annotated[
         bool, typer.Option(help="Ask attached servers whether they can serve: one token each.")
     ] = True,
@@ -32,8 +36,14 @@ def validate(
 
     Starts nothing.
     """
-    options = {"plan": plan, "model": model, "cluster.cpu_slots": cpu_slots}
-    deployment = prepare(settings_from(config, options, override))
+    options = {
+        "plan": plan,
+        "model": once(model_argument, model, name="--model"),
+        "cluster.cpu_slots": cpu_slots,
+    }
+    settings = settings_from(config, options, override)
+    measure_first(settings, dry_run=True)
+    deployment = prepare(settings)
     if ask:
         variables = backend_keys(deployment.plan)
         asked = asyncio.run(ask_attached(deployment.plan, variables, model=deployment.models[0]))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from oserve.config.reading import convert, read_yaml
+from oserve.config.reading import convert, read_document
 from oserve.core import Device, OServeError
 from oserve.perf.device import find_device, find_link
 
@@ -45,7 +45,7 @@ def load_cluster(text: str) -> ClusterSpec:
     machine; otherwise the node's name stands before, as in ``n0/gpu:0``.
     """
     if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
-        parsed = convert(read_yaml(Path(text)), _ClusterFile, place=text)
+        parsed = convert(read_document(Path(text)), _ClusterFile, place=text)
         find_link(parsed.network)
         return ClusterSpec(devices=_devices(parsed.nodes, text), network=parsed.network)
     nodes = []

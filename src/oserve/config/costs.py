@@ -5,7 +5,7 @@ from typing import Annotated
 
 import msgspec
 
-from oserve.config.reading import convert, read_yaml
+from oserve.config.reading import convert, read_document
 from oserve.switch.costs import SwitchCosts
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
@@ -28,5 +28,5 @@ class _CostsFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def load_switch_costs(path: str) -> SwitchCosts:
     """From YAML or JSON; fields that are not given are the usual. Raises OServeError."""
     return SwitchCosts(
-        **msgspec.structs.asdict(convert(read_yaml(Path(path)), _CostsFile, place=path))
+        **msgspec.structs.asdict(convert(read_document(Path(path)), _CostsFile, place=path))
     )

@@ -7,7 +7,7 @@ import msgspec
 import yaml
 
 from oserve.config.attach import AttachFile, attach_row, attached_backend
-from oserve.config.reading import convert, parse_yaml, read_yaml
+from oserve.config.reading import convert, parse_yaml, read_document
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,
@@ -63,7 +63,7 @@ class _PlanFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 def load_plan(file: str) -> DeploymentPlan:
     """Read a plan; what it means is checked against devices elsewhere (plan.check_plan)."""
-    return _plan(read_yaml(Path(file)), file)
+    return _plan(read_document(Path(file)), file)
 
 
 def parse_plan(text: str, *, place: str) -> DeploymentPlan:

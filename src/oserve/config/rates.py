@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.config.reading import convert, read_yaml
+from oserve.config.reading import convert, read_document
 from oserve.core import OServeError, WorkloadType
 
 _PART = re.compile(r"^(?:([^:=,]+):)?\s*([^x=]+)x([^x=]+)=(.+)$")
@@ -30,7 +30,7 @@ def load_rates(text: str) -> tuple[WorkloadType, ...]:
     place = "--rates"
     if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
         place = text
-        rows = convert(read_yaml(Path(text)), _RatesFile, place=text).types
+        rows = convert(read_document(Path(text)), _RatesFile, place=text).types
     else:
         rows = [_row(part.strip()) for part in text.split(",") if part.strip()]
     if not rows:

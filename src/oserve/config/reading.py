@@ -1,8 +1,14 @@
-"""Reading YAML files into typed values, with errors that name the place and the nearest word."""
+"""Reading files into typed values, with errors that name the place and the nearest word.
+
+YAML, and JSON by its ending. Both are read strictly: a key that stands twice in one mapping, a
+number that is not finite, an alias that holds itself or swells, are refused where they stand.
+"""
 
 import difflib
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,40 +16,83 @@ import msgspec
 import yaml
 
 from oserve.core import OServeError
+from oserve.core.json_keys import refuse_doubled_keys
+
+_MAX_NODES = 200_000
+"""What a document may come to once its aliases are written out: a plan of thousands of replicas."""
 
 
 def read_text(path: Path) -> str:
-    """The file's text; raises OServeError for one that cannot be read."""
+    """The file's text without a byte order mark; raises OServeError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise OServeError(
-            f"cannot read it: {reason}", place=str(path), remedy="check the path"
-        ) from None
+        remedy = "check the path"
+        if isinstance(error, UnicodeDecodeError):
+            line = error.object[: error.start].count(b"\n") + 1
+            reason, remedy = f"{reason} (line {line})", "save it as UTF-8"
+        raise OServeError(f"cannot read it: {reason}", place=str(path), remedy=remedy) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's keys and values; raises OServeError with file, line and column."""
-    return parse_yaml(read_text(path), place=str(path))
+def read_document(path: Path) -> dict[str, Any]:
+    """Keys and values of a file, JSON if its name says so, else YAML.
+
+    Raises OServeError with file, line and column.
+    """
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    return parse(read_text(path), place=str(path))
 
 
 def parse_yaml(text: str, *, place: str) -> dict[str, Any]:
     """Keys and values of YAML; raises OServeError with place, line and column."""
+    return _mapping(parse_yaml_value(text, place=place), place)
+
+
+def parse_yaml_value(text: str, *, place: str) -> Any:
+    """Any YAML value, such as one of the command line; raises OServeError."""
     try:
-        loaded = yaml.safe_load(text)
+        return _load(text)
+    except _StrictError as error:
+        raise OServeError(
+            error.message, place=_at(place, error.mark), remedy=error.remedy
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{place}:{mark.line + 1}:{mark.column + 1}" if mark is not None else place
-        problem = getattr(error, "problem", None) or "it is not valid YAML"
-        raise OServeError(str(problem), place=where, remedy="correct the YAML") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
         raise OServeError(
-            "expected keys and values", place=place, remedy="see docs/configuration.md"
+            str(problem or "it is not valid YAML"),
+            place=_at(place, mark),
+            remedy="correct the YAML",
+        ) from None
+    except RecursionError:
+        raise OServeError("it is nested too deeply", place=place, remedy="correct it") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What PyYAML lets out of its constructors for 2024-13-01, or a tag like !!bool x.
+        raise OServeError(
+            f"it holds a value that makes no sense: {error}",
+            place=place,
+            remedy="put it in quotes if it is text",
+        ) from None
+
+
+def parse_json(text: str, *, place: str) -> dict[str, Any]:
+    """Keys and values of JSON; raises OServeError with place, line and column."""
+    try:
+        loaded = (
+            json.loads(text, parse_constant=_finite, parse_float=_finite) if text.strip() else None
         )
-    return loaded
+    except json.JSONDecodeError as error:
+        raise OServeError(
+            f"it is not valid JSON: {error.msg}",
+            place=f"{place}:{error.lineno}:{error.colno}",
+            remedy="correct the JSON",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise OServeError(reason, place=place, remedy="correct the JSON") from None
+    refuse_doubled_keys(text, place=place)
+    return _mapping(loaded, place)
 
 
 def convert(value: Any, kind: Any, *, place: str) -> Any:
@@ -56,13 +105,133 @@ def convert(value: Any, kind: Any, *, place: str) -> Any:
         unknown = re.search(r"unknown field `([^`]*)`", text)
         if unknown is None:
             where = f"{place}: {path.lstrip('.')}" if path else place
-            raise OServeError(text, place=where, remedy="correct the value") from None
+            raise OServeError(text, place=where, remedy=_correction(text)) from None
         name = unknown.group(1)
         known = _fields_at(kind, path)
         close = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         where = f"{place}: {(path + '.' + name).lstrip('.')}"
         raise OServeError(f"unknown key {name!r}", place=where, remedy=remedy) from None
+
+
+def suggest(name: str, known: Sequence[str], otherwise: str) -> str:
+    """A remedy: the nearest known name, or ``otherwise``."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+class _StrictError(Exception):
+    """Something that YAML allows and we do not, and where it stands."""
+
+    def __init__(self, message: str, mark: yaml.Mark, remedy: str) -> None:
+        super().__init__(message)
+        self.message, self.mark, self.remedy = message, mark, remedy
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but for what it lets pass in silence."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._flattened: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Before keys of a merge (<<) are put in, which may well stand in the mapping too; so only
+        # once, though a mapping that is merged into several comes here for each.
+        if id(node) in self._flattened:
+            return
+        self._flattened.add(id(node))
+        seen: dict[Hashable, yaml.Mark] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue
+            if key in seen:
+                raise _StrictError(
+                    f"the key {key!r} stands twice, first in line {seen[key].line + 1}",
+                    key_node.start_mark,
+                    "leave one of the two out",
+                )
+            seen[key] = key_node.start_mark
+        super().flatten_mapping(node)
+
+    def construct_finite(self, node: yaml.ScalarNode) -> float:
+        value = float(self.construct_yaml_float(node))
+        if not math.isfinite(value):
+            raise _StrictError(f"{node.value} is no number", node.start_mark, "give a finite one")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """Nodes of the tree under this one, aliases written out. Raises _StrictError past the bound."""
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in above:
+        raise _StrictError("an alias stands inside itself", node.start_mark, "write it out")
+    above.add(id(node))
+    total = 1 + sum(_count(child, known, above) for child in _children(node))
+    above.remove(id(node))
+    if total > _MAX_NODES:
+        raise _StrictError(
+            f"with its aliases it holds over {_MAX_NODES:,} values", node.start_mark, "shorten it"
+        )
+    known[id(node)] = total
+    return total
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key
+            yield value
+
+
+def _mapping(loaded: Any, place: str) -> dict[str, Any]:
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise OServeError(
+            "expected keys and values", place=place, remedy="see docs/configuration.md"
+        )
+    return loaded
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def _at(place: str, mark: yaml.Mark | None) -> str:
+    return place if mark is None else f"{place}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _correction(text: str) -> str:
+    if text.startswith("Expected `str`"):
+        return "correct the value, or put it in quotes if it is text"
+    if text.startswith("Expected `float`, got `str`"):
+        return "give a number; YAML takes 1e5 for text and 1.0e+5 for a number"
+    return "correct the value"
 
 
 def _fields_at(kind: Any, path: str) -> list[str]:
@@ -87,9 +256,3 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if not hasattr(kind, "__struct_fields__"):
         return dict.fromkeys(getattr(kind, "__dataclass_fields__", {}))
     return {item.name: item.type for item in msgspec.structs.fields(kind)}
-
-
-def suggest(name: str, known: Sequence[str], otherwise: str) -> str:
-    """A remedy: the nearest known name, or ``otherwise``."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise

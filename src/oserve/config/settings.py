@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import yaml
 
-from oserve.config.reading import convert, read_text, read_yaml, suggest
+from oserve.config.reading import convert, parse_yaml_value, read_document, read_text, suggest
 from oserve.control.decision import Mode
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
+from oserve.traces import TimeUnit
 
 _PREFIX = "OSERVE_"
 API_KEYS = "OSERVE_API_KEYS"
@@ -32,10 +32,12 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``gpu``.
 
     ``cpu_slots`` cuts the CPU cores into that many devices; slots beyond the cores share them.
+    ``cpu_flags``: ``auto``, or the flags to go by as /proc/cpuinfo spells them.
     """
 
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+    cpu_flags: str = "auto"
 
 
 class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -91,16 +93,23 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     """What a plan is made from when none is given: see docs/planning.md.
 
     The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
+    ``time_unit`` is that of the trace's timestamps, ``auto`` what the file tells.
     ``profile``: step times as ``oserve profile`` wrote them. ``precisions``: those a replica may
-    have; unset means the plain one and every one of ``engines.variants``.
+    have; unset means the plain one and every one of ``engines.variants``. ``measure``: ``auto``
+    measures briefly before the first plan where nothing is known of the model on this CPU.
+    ``min_shapes``: the best deployment of at least so many different shapes is planned, whatever it
+    is worth against one shape everywhere.
     """
 
     trace: str = ""
+    time_unit: TimeUnit = TimeUnit.AUTO
     rates: str = ""
     profile: str = ""
     slo_ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     slo_tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     precisions: tuple[Precision, ...] = ()
+    measure: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
+    min_shapes: Count = 1
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -132,11 +141,11 @@ def load_settings(
     environment = os.environ if environment is None else environment
     merged: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file:
-        merged = read_yaml(Path(file))
+        merged = read_document(Path(file))
         convert(merged, Settings, place=file)
     for path, text in _from_environment(environment).items():
         name = _PREFIX + path.replace(".", "_").upper()
-        _put(merged, path, _scalar(text, path), place=name)
+        _put(merged, path, _scalar(text, path, place=name), place=name)
         convert(merged, Settings, place=name)
     for path, value in overrides.items():
         _check_path(path, place=f"--set {path}")
@@ -216,14 +225,11 @@ def _check_path(path: str, *, place: str) -> None:
         )
 
 
-def _scalar(text: str, path: str) -> Any:
+def _scalar(text: str, path: str, *, place: str) -> Any:
     """A value from the environment or ``--set``: YAML, but text stays text for text settings."""
     if setting_paths()[path].type is str:
         return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return parse_yaml_value(text, place=place)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -233,8 +239,9 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise OServeError(
             "expected path=value", place=f"--set {text}", remedy="for example gateway.port=9000"
         )
-    _check_path(path, place=f"--set {path}")
-    return path, _scalar(value, path)
+    place = f"--set {path}"
+    _check_path(path, place=place)
+    return path, _scalar(value, path, place=place)
 
 
 def _put(settings: dict[str, Any], path: str, value: Any, *, place: str) -> None:

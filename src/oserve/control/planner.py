@@ -51,7 +51,8 @@ class PlannerFacts:
     as in a demand. ``row_of`` tells of a shape that is not in the table (``None``: nothing known);
     ``start_s`` the seconds until a replica serves; ``legs`` the way from replicas to others where
     there is a quicker one than restarts (``None``: there is none). Different replicas must be worth
-    ``min_gain`` over the best homogeneous deployment.
+    ``min_gain`` over the best homogeneous deployment; with ``min_shapes`` above 1 no homogeneous
+    one is proposed unless there is no other.
     """
 
     devices: tuple[Device, ...]
@@ -67,6 +68,7 @@ class PlannerFacts:
     time_limit_s: float = 5.0
     enough_scale: float | None = None
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
+    min_shapes: int = 1
 
 
 class TablePlanner:
@@ -102,6 +104,7 @@ class TablePlanner:
             enough_scale=facts.enough_scale,
             among_equals=facts.among_equals,
             current=current,
+            min_shapes=facts.min_shapes,
         )
         try:
             planned = plan_deployment(
@@ -110,12 +113,14 @@ class TablePlanner:
         except OServeError:
             return ()
         best, plain = planned.best, planned.homogeneous[0]
-        if _gain(best, plain) < facts.min_gain:
+        asked = facts.min_shapes > 1 and problem.is_varied(best.counts)
+        if not asked and _gain(best, plain) < facts.min_gain:
             best = plain
         near = [
             item
             for item in planned.homogeneous[:_MOST_NEAR]
-            if item.score.served_rps >= _NEAR * best.score.served_rps
+            if not asked
+            and item.score.served_rps >= _NEAR * best.score.served_rps
             and item.score.scale >= _NEAR * best.score.scale
         ]
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}

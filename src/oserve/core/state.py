@@ -12,13 +12,15 @@ from oserve.core.shape import Device
 class ReplicaPhase(StrEnum):
     """Life of a replica: it starts loading, serves when ready, drains, and is gone.
 
-    One that is to get its weights from others is on standby before it is ready.
+    One that is to get its weights from others is on standby before it is ready. One that hangs is
+    being ended, and has no requests any more.
     """
 
     LOADING = "loading"
     STANDBY = "standby"
     READY = "ready"
     DRAINING = "draining"
+    HUNG = "hung"
     GONE = "gone"
 
 
@@ -27,7 +29,8 @@ class ReplicaState:
     """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it.
 
     ``since_s``: when this phase began; ``started_s``: when its engine was started or taken up,
-    which tells two engines of one replica apart.
+    which tells two engines of one replica apart. ``silent_s``: since its engine last showed a sign
+    of life; past ``patience_s`` it is taken to hang.
     """
 
     spec: ReplicaSpec
@@ -40,6 +43,8 @@ class ReplicaState:
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
+    silent_s: float = 0.0
+    patience_s: float = 0.0
     detail: str = ""
 
 

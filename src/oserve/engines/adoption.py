@@ -15,7 +15,7 @@ from oserve.engines.settings import EngineSettings
 
 # Settings of whoever looks after an engine: the engine is the same whatever they are.
 _ABOUT_WATCHING = {
-    *("start_timeout_s", "health_interval_s", "health_timeout_s", "unhealthy_after"),
+    *("start_timeout_s", "health_interval_s", "health_timeout_s", "hang_after_s", "hang_steps"),
     *("stop_grace_s", "stable_s", "orphan_grace_s", "log_dir"),
 }
 
@@ -24,7 +24,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's spec, and ``stamp`` of all else that it was started with.
 
     ``ready_s``: when it became ready, on the machine's monotonic clock; ``None`` before.
-    ``standby``: it was started without weights of its own.
+    ``standby``: it was started without weights of its own. ``step_s``: what a whole chunk took it.
     """
 
     replica: str
@@ -35,6 +35,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     standby: bool = False
     ready_s: float | None = None
     max_model_len: int = 0
+    step_s: float = 0.0
 
     @property
     def spec(self) -> ReplicaSpec:

@@ -59,8 +59,9 @@ def engine_arguments(
         "--enable-request-id-headers",
     ]
     kv_cache_memory_bytes = shape.kv_cache_memory_bytes
-    if kv_cache_memory_bytes is None and platform == "cpu":
-        # Left to itself, vLLM on CPU asks for a share of the machine's whole memory per engine.
+    if kv_cache_memory_bytes is None:
+        # On CPU somebody sets it (see ``room``): left to itself, vLLM asks for a share of the
+        # machine's whole memory per engine.
         kv_cache_memory_bytes = settings.kv_cache_memory_bytes
     if kv_cache_memory_bytes:
         arguments += ["--kv-cache-memory-bytes", str(kv_cache_memory_bytes)]

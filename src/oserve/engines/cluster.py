@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from oserve.control.progress import Activity
 from oserve.core import (
     Action,
     AttachedBackend,
@@ -51,11 +52,12 @@ from oserve.engines.arguments import (
     runs_eagerly,
 )
 from oserve.engines.attached import AttachedReplica
-from oserve.engines.group import CACHES_FOLDER
+from oserve.engines.group import CACHES_FOLDER, group_activity
 from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
+from oserve.engines.room import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
@@ -65,6 +67,10 @@ log = logging.getLogger(__name__)
 _MAX_FOLDER_BYTES = 68
 _MAX_NAME_BYTES = 24
 _MAX_REMEMBERED = 256
+_AFTER = {
+    ReplicaPhase.DRAINING: {ReplicaPhase.HUNG, ReplicaPhase.GONE},
+    ReplicaPhase.HUNG: {ReplicaPhase.GONE},
+}
 
 
 class LocalCluster:
@@ -72,9 +78,11 @@ class LocalCluster:
 
     ``model`` is a folder or a hub name; ``served_model_name`` what clients call it. ``run_dir``
     holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
-    ``keeper``: engines are held by it and outlive this process for a while; see ``adopt``.
-    ``launcher`` and ``probe`` are for tests. ``on_change`` is called in the event loop, at once,
-    whenever a replica's phase changes.
+    ``sized``: the size of KV caches in ``settings`` was computed, so that engines of another one
+    may be taken up. ``keeper``: engines are held by it and outlive this process for a while; see
+    ``adopt``. ``launcher``, ``probe`` and ``look`` are for tests.
+    ``on_change`` is called in the event loop,
+    at once, whenever a replica's phase changes.
     """
 
     def __init__(
@@ -87,9 +95,11 @@ class LocalCluster:
         clock: Clock,
         settings: EngineSettings | None = None,
         api_keys: Mapping[str, str] | None = None,
+        sized: bool = False,
         keeper: HeldEngines | None = None,
         launcher: Launcher | None = None,
         probe: Callable[[Endpoint], Prober] | None = None,
+        look: Callable[[int, Path], Activity | None] = group_activity,
         on_change: Callable[[ReplicaState], None] | None = None,
     ) -> None:
         self.on_change = on_change
@@ -98,6 +108,7 @@ class LocalCluster:
         self._served_model_name = served_model_name
         self._clock = clock
         self._settings = settings or EngineSettings()
+        self._stamped = unsized(self._settings) if sized else self._settings
         self._api_keys = api_keys or {}
         self._platform: Platform = (
             "cpu" if all(device.kind == "cpu" for device in devices) else "cuda"
@@ -110,6 +121,8 @@ class LocalCluster:
         self._sockets = self._socket_folder()
         self._launcher = launcher or self._default_launcher()
         self._probe = probe or partial(Probe, timeout_s=self._settings.health_timeout_s)
+        self._look = look
+        self._token_s: dict[str, float] = {}
         self._states: dict[str, ReplicaState] = {}
         self._failures: dict[str, StartFailures] = {}
         self._running: dict[str, tuple[ReplicaTask, asyncio.Task[None]]] = {}
@@ -196,6 +209,7 @@ class LocalCluster:
             raise ValueError(f"{missing} do not stand by")
         for name in ready:
             self._standby.discard(name)
+            self._running[name][0].standby = False
             self._report(name, phase=ReplicaPhase.READY)
         for name in drain:
             if name in self._running and self._states[name].phase is ReplicaPhase.READY:
@@ -241,11 +255,10 @@ class LocalCluster:
         self._put(spec, endpoint)
         return VllmReplica(
             **self._common(spec, endpoint),
+            **self._watched(spec, log_path),
             start=partial(self._launch, spec, folder, log_path, standby=standby),
-            log_path=log_path,
-            model=self._served_model_name,
-            chunk_tokens=spec.shape.max_num_batched_tokens,
             standby=standby,
+            step_s=self._step_s(spec),
         )
 
     def _endpoint(self, folder: Path) -> Endpoint:
@@ -264,6 +277,21 @@ class LocalCluster:
             "report": partial(self._report, spec.id),
             "stable": partial(self._failures.pop, spec.id, None),
         }
+
+    def _watched(self, spec: ReplicaSpec, log_path: Path) -> dict[str, Any]:
+        return {
+            "log_path": log_path,
+            "model": self._served_model_name,
+            "chunk_tokens": spec.shape.max_num_batched_tokens,
+            "learned": partial(self._token_s.__setitem__, spec.shape.name),
+            "look": lambda pid: self._look(pid, log_path),
+        }
+
+    def _step_s(self, spec: ReplicaSpec) -> float:
+        """What a whole chunk takes a replica of that shape, or else the slowest that is known."""
+        slowest_s = max(self._token_s.values(), default=0.0)
+        token_s = self._token_s.get(spec.shape.name, slowest_s)
+        return token_s * spec.shape.max_num_batched_tokens
 
     def _put(self, spec: ReplicaSpec, endpoint: Endpoint) -> None:
         self._states.pop(spec.id, None)  # so that the newest come last
@@ -296,7 +324,7 @@ class LocalCluster:
     # -- taking up what runs --------------------------------------------------------------------
     def _stamp(self, spec: ReplicaSpec) -> str:
         devices = [self._devices[name] for name in spec.devices]
-        return stamp_of(self._model, self._served_model_name, self._settings, devices)
+        return stamp_of(self._model, self._served_model_name, self._stamped, devices)
 
     async def _take_up(self, note: EngineNote, process: HeldProcess) -> bool:
         """Give an engine its task again; tells whether it goes on."""
@@ -306,11 +334,10 @@ class LocalCluster:
         self._held[spec.id] = process
         replica = VllmReplica(
             **self._common(spec, endpoint),
+            **self._watched(spec, Path(process.entry.log)),
             start=process.begun,
-            log_path=Path(process.entry.log),
-            model=self._served_model_name,
-            chunk_tokens=spec.shape.max_num_batched_tokens,
             was_ready=note.ready_s is not None,
+            step_s=note.step_s,
         )
         fit = set(spec.devices) <= set(self._devices) and note.stamp == self._stamp(spec)
         fit = fit and not process.entry.ending
@@ -338,7 +365,7 @@ class LocalCluster:
             served_model_name=self._served_model_name,
             unix_socket=str(folder / "api.sock"),
             platform=self._platform,
-            settings=self._settings,
+            settings=cache_sized(self._settings, self._model, devices, spec.shape),
             standby=standby,
             moves_caches=self._moves_caches,
         )
@@ -382,20 +409,28 @@ class LocalCluster:
                 reason=reason,
             )
         self._report(
-            spec.id, phase=ReplicaPhase.GONE, detail=reason or "", running=0, waiting=0, pid=0
+            spec.id,
+            phase=ReplicaPhase.GONE,
+            detail=reason or "",
+            running=0,
+            waiting=0,
+            silent_s=0.0,
+            pid=0,
         )
 
     def _report(self, name: str, **changes: Any) -> None:
-        """Take up what a replica's task saw; from draining a replica can only go."""
+        """Take up what a replica's task saw; one that leaves does not come back."""
         state = self._states[name]
         phase = changes.pop("phase", state.phase)
-        if state.phase is ReplicaPhase.DRAINING and phase is not ReplicaPhase.GONE:
+        if phase not in _AFTER.get(state.phase, ReplicaPhase):
             phase = state.phase
         if phase is not state.phase:
             changes = {"since_s": self._clock.now(), "detail": "", **changes}
         self._states[name] = replace(state, phase=phase, **changes)
         if phase is ReplicaPhase.READY and phase is not state.phase and name in self._held:
             self._note_ready(self._states[name])
+        if phase is ReplicaPhase.HUNG and phase is not state.phase:
+            log.warning("replica %s %s; its requests go on elsewhere", name, changes["detail"])
         if phase is not state.phase and self.on_change is not None:
             self.on_change(self._states[name])
 
@@ -403,7 +438,11 @@ class LocalCluster:
         process = self._held[state.spec.id]
         note = read_note(process.entry.note)
         if note is not None and note.ready_s != state.since_s:
-            ready = {"ready_s": state.since_s, "max_model_len": state.max_model_len}
+            ready = {
+                "ready_s": state.since_s,
+                "max_model_len": state.max_model_len,
+                "step_s": self._step_s(state.spec),
+            }
             process.mark(msgspec.to_builtins(msgspec.structs.replace(note, **ready)))
 
     def _default_launcher(self) -> Launcher:
@@ -419,4 +458,8 @@ class LocalCluster:
                 shutil.rmtree(inside, ignore_errors=True)
             inside.mkdir(mode=0o700, exist_ok=True)
             return inside
+        made = Path(tempfile.mkdtemp(prefix="oserve-"))
+        if len(str(made / ("x" * _MAX_NAME_BYTES + "-999999")).encode()) <= _MAX_FOLDER_BYTES:
+            return made
+        made.rmdir()
         return Path(tempfile.mkdtemp(prefix="oserve-", dir="/tmp"))

@@ -1,13 +1,12 @@
 """What this machine has to serve with: NVIDIA GPUs, or slots of CPU cores."""
 
-import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from oserve.core import Device, OServeError
+from oserve.engines.main_memory import total_memory_bytes
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 _MIB = 1024 * 1024
@@ -36,7 +35,7 @@ def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Devi
                     remedy="check that nvidia-smi lists one, or use cpu",
                 )
             return gpus
-    return split_cores(sorted(os.sched_getaffinity(0)), cpu_slots, _memory_bytes())
+    return split_cores(sorted(os.sched_getaffinity(0)), cpu_slots, total_memory_bytes())
 
 
 def parse_gpus(listing: str) -> tuple[Device, ...]:
@@ -94,46 +93,3 @@ def _ask_nvidia_smi() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout if answer.returncode == 0 else ""
-
-
-def _memory_bytes() -> int:
-    """Main memory, or the control group's bound where that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            bound = file.read().strip()
-    except OSError:
-        return total
-    return min(total, int(bound)) if bound.isdigit() else total
-
-
-def available_memory_bytes() -> int:
-    """Main memory that new processes may fill: of the machine, or of the control group."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    free = int(found.group(1)) * 1024 if found else 0
-    with contextlib.suppress(OSError, ValueError):
-        bound = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        free = min(free, bound - used)
-    return max(0, free)
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this machine's CPU computes in bf16 rather than emulating it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2]
-    except OSError:
-        return False
-    known = set(flags.partition("\n")[0].split())
-    return bool(known & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def processor_name() -> str:
-    """Of this machine's CPU as the system calls it; ``CPU`` where it does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "CPU"
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else "CPU"

@@ -14,6 +14,8 @@ import signal
 import time
 from pathlib import Path
 
+from oserve.control.progress import Activity
+
 CACHES_FOLDER = "caches"
 """Beside the folders of engines, which have a number at the end: for KV caches on their way."""
 
@@ -21,6 +23,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 SHARED_MEMORY_PREFIX = "psm_oserve_"
 _SHARED_MEMORY = "/dev/shm"
+# States of threads: by a signal, or by a debugger; and those that no signal reaches.
+_STOPPED = {"T", "t"}
+_BLOCKED = "D"
+# What a process has read and written by system calls, and what was read for it from disks.
+_MOVED = ("rchar", "wchar", "read_bytes")
 _POLL_S = 0.02
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -157,6 +164,44 @@ def group_segments(group: int) -> set[str]:
                 if path.startswith((f"{_SHARED_MEMORY}/psm_", f"{_SHARED_MEMORY}/vllm_dist_")):
                     found.add(path)
     return found
+
+
+def group_activity(group: int, log: Path | None = None) -> Activity | None:
+    """What the processes of the group do; ``None`` if there are none. ``log``: where they write."""
+    stopped, blocked, work_ns, moved = 0, False, 0, 0
+    members = group_members(group)
+    for pid in members:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            states = [
+                _thread(f"/proc/{pid}/task/{name}") for name in os.listdir(f"/proc/{pid}/task")
+            ]
+            stopped += any(state in _STOPPED for state, _ in states)
+            blocked = blocked or any(state == _BLOCKED for state, _ in states)
+            work_ns += sum(own_ns for _, own_ns in states)
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
+            lines = dict(line.split(": ") for line in text.splitlines())
+            moved += sum(int(lines[name]) for name in _MOVED)
+    if log is not None:
+        with contextlib.suppress(OSError):
+            moved += log.stat().st_size
+    if not members:
+        return None
+    return Activity(stopped=stopped, blocked=blocked, work_s=work_ns / 1e9, moved=moved)
+
+
+def _thread(folder: str) -> tuple[str, int]:
+    """A thread's state, and nanoseconds in which it computed or waited for a processor."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        text = Path(f"{folder}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = text.rpartition(")")[2].split()
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            ran, waited, *_ = Path(f"{folder}/schedstat").read_text(encoding="ascii").split()
+            return fields[0], int(ran) + int(waited)
+        # Kernels without that count ticks only.
+        ticks = int(fields[11]) + int(fields[12])
+        return fields[0], ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return "", 0
 
 
 def _await_empty(group: int, limit_s: float) -> bool:

@@ -42,13 +42,19 @@ _PREFIXES = (
 )
 
 
+def private_name(state_dir: Path) -> str:
+    """Of the folder that ``private_folder`` makes; one for each user and state folder."""
+    owner = f"{os.getuid()} {state_dir.resolve()}".encode()
+    return f"oserve-{hashlib.blake2b(owner, digest_size=5).hexdigest()}"
+
+
 def private_folder(state_dir: Path) -> Path:
     """Where the sockets of a state folder's server are; short, since socket paths must be.
 
-    Raises ``OServeError`` where somebody else has it.
+    It is the same for whoever comes later, so the temporary directory of the environment does not
+    count. Raises ``OServeError`` where somebody else has it.
     """
-    owner = f"{os.getuid()} {state_dir.resolve()}".encode()
-    folder = Path("/tmp") / f"oserve-{hashlib.blake2b(owner, digest_size=5).hexdigest()}"
+    folder = Path("/tmp") / private_name(state_dir)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()

@@ -22,16 +22,30 @@ _GAUGES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_cache_usage",
+    "vllm:prompt_tokens_total": "tokens",
+    "vllm:generation_tokens_total": "tokens",
 }
+# A core that computes a step answers after it.
+_ANSWER_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Requests in the engine, and the filled fraction of its KV cache."""
+    """Requests in the engine, the filled fraction of its KV cache, tokens computed since its start.
+
+    vLLM counts tokens, and iterations, only of steps that yield a token: while one long prompt is
+    computed in parts nothing but its cache grows.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
+    tokens: int = 0
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """What changes only when its core has done something."""
+        return (self.running, self.waiting, self.kv_cache_usage, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +114,18 @@ class Probe:
         return served_models(body)
 
     async def load(self) -> EngineLoad | None:
-        """vLLM's own gauges from ``/metrics``; ``None`` if there is no answer."""
+        """vLLM's own figures from ``/metrics``; ``None`` if there is no answer."""
         status, body = await self._ask("GET", "/metrics")
         return parse_load(body.decode(errors="replace")) if status == 200 else None
+
+    async def alive(self) -> bool | None:
+        """Whether the engine's core answers; ``None`` if the server passes no such question on.
+
+        vLLM's control routes do. ``/health`` and ``/metrics`` are answered by its API process
+        alone, though the core hangs.
+        """
+        status, _ = await self._ask("GET", "/is_sleeping", timeout_s=_ANSWER_LIMIT_S)
+        return None if status in {404, 405} else status == 200
 
     async def complete(
         self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
@@ -199,7 +222,7 @@ def base_url(url: str) -> str:
 
 
 def parse_load(metrics: str) -> EngineLoad:
-    """The three gauges out of a Prometheus page; several engines behind one server are added up."""
+    """Gauges and counters of a Prometheus page; several engines behind one server are added up."""
     sums = dict.fromkeys(_GAUGES.values(), 0.0)
     for name, field in _GAUGES.items():
         start = 0
@@ -219,4 +242,5 @@ def parse_load(metrics: str) -> EngineLoad:
         running=int(sums["running"]),
         waiting=int(sums["waiting"]),
         kv_cache_usage=sums["kv_cache_usage"],
+        tokens=int(sums["tokens"]),
     )

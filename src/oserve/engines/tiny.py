@@ -7,24 +7,24 @@ letters about as frequent as in English, and gives the end-of-answer token a ste
 not know engines, and needs no torch, which alone would take longer than all that is done here.
 """
 
-# NumPy and tokenizers come with the engine packages, so they are imported only when called for.
-# ruff: noqa: PLC0415
-
-import json
 import math
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
 
-    _Array = NDArray[np.float32]
-    _Tensors = dict[str, NDArray[Any]]
+from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, copy_others, once, write_json
+from oserve.engines.checkpoints.int8 import make_int8_variant
+from oserve.engines.checkpoints.tensors import (
+    AnyArray,
+    Array,
+    read_tensors,
+    tensor,
+    write_tensors,
+)
+
+_Tensors = dict[str, AnyArray]
 
 HIDDEN = 256
 INTERMEDIATE = 704  # a multiple of 32 per shard up to TP=2, which 4-bit packing asks for
@@ -53,16 +53,16 @@ _CHAT_TEMPLATE = (
 def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
     """Write the model to the folder ``path`` unless it is there; a seed always gives one model.
 
-    Needs numpy and tokenizers. An existing folder with a ``config.json`` is left as it is. Raises
+    Needs tokenizers. An existing folder with a ``config.json`` is left as it is. Raises
     ``OSError`` when the folder cannot be written.
     """
 
     def write(folder: Path) -> None:
-        _save(folder / "model.safetensors", _weights(seed))
+        _save(folder, _weights(seed))
         _write_tokenizer(folder)
-        _write_json(folder / "config.json", _config())
+        write_json(folder / CONFIG, _config())
 
-    return _once(path, write)
+    return once(path, write)
 
 
 def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
@@ -72,12 +72,10 @@ def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
     """
 
     def write(folder: Path) -> None:
-        import numpy as np
-
         hidden, wide, key_rows = 1024, 4096, 512
         source = np.random.default_rng(seed)
 
-        def normal(rows: int, columns: int) -> "_Array":
+        def normal(rows: int, columns: int) -> Array:
             return source.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.03)
 
         ones = np.ones(hidden, dtype=np.float32)
@@ -100,7 +98,7 @@ def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
                 tensors[f"{prefix}{name}.weight"] = normal(rows, columns)
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{prefix}{name}.weight"] = ones
-        _save(folder / "model.safetensors", tensors)
+        _save(folder, tensors)
         _write_tokenizer(folder)
         config = _config() | {
             "hidden_size": hidden,
@@ -110,39 +108,9 @@ def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
             "num_key_value_heads": 8,
             "head_dim": 64,
         }
-        _write_json(folder / "config.json", config)
+        write_json(folder / CONFIG, config)
 
-    return _once(path, write)
-
-
-def make_int8_variant(path: Path, out: Path) -> Path:
-    """Write a W8A8 int8 copy (compressed-tensors) of the tiny model in ``path`` to ``out``.
-
-    Weights get one symmetric scale per output channel; activations are scaled per token at run
-    time. ``lm_head`` and the embedding keep their precision. Idempotent, as ``make_tiny_model``.
-    """
-
-    def write(folder: Path) -> None:
-        import numpy as np
-
-        tensors: _Tensors = {}
-        for name, weight in _load(path / "model.safetensors").items():
-            if not name.endswith("_proj.weight"):
-                tensors[name] = weight
-                continue
-            scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
-            scale[scale == 0] = 1  # all-zero rows must not divide by zero
-            tensors[name] = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-            tensors[name.removesuffix("weight") + "weight_scale"] = scale
-        _save(folder / "model.safetensors", tensors)
-        for extra in path.iterdir():
-            if extra.name not in {"model.safetensors", "config.json"}:
-                shutil.copy(extra, folder / extra.name)
-        config = json.loads((path / "config.json").read_text())
-        config["quantization_config"] = _int8_config()
-        _write_json(folder / "config.json", config)
-
-    return _once(out, write)
+    return once(path, write)
 
 
 def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
@@ -153,11 +121,10 @@ def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
     """
 
     def write(folder: Path) -> None:
-        import numpy as np
-
         source = np.random.default_rng(0)
         tensors: _Tensors = {}
-        for name, weight in _load(path / "model.safetensors").items():
+        for name, item in read_tensors(path / WEIGHTS).items():
+            weight = item.make()
             prefix, found, kind = name.partition("mlp.")
             if not found:
                 tensors[name] = weight
@@ -170,17 +137,15 @@ def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
             if own == "w1":
                 router = source.standard_normal((experts, weight.shape[1])) / 4
                 tensors[block + "gate.weight"] = router.astype(np.float32)
-        _save(folder / "model.safetensors", tensors)
-        for extra in path.iterdir():
-            if extra.name not in {"model.safetensors", "config.json"}:
-                shutil.copy(extra, folder / extra.name)
+        _save(folder, tensors)
+        copy_others(path, folder)
         config = {
             name: value
             for name, value in _config().items()
             if name not in {"attention_bias", "mlp_bias"}
         }
-        _write_json(
-            folder / "config.json",
+        write_json(
+            folder / CONFIG,
             config
             | {
                 "architectures": ["MixtralForCausalLM"],
@@ -191,31 +156,7 @@ def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
             },
         )
 
-    return _once(out, write)
-
-
-def _once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a temporary folder and rename it, so that a half-written model is never seen."""
-    if (path / "config.json").exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        write(folder)
-        folder.chmod(0o755)
-        try:
-            folder.rename(path)
-        except OSError:
-            # Another process was faster; its files are the same.
-            if not (path / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return path
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    return once(out, write)
 
 
 def _config() -> dict[str, Any]:
@@ -243,13 +184,11 @@ def _config() -> dict[str, Any]:
     }
 
 
-def _weights(seed: int) -> "_Tensors":
+def _weights(seed: int) -> _Tensors:
     """Names to float arrays. Spreads were chosen so that attention is peaked and answers vary."""
-    import numpy as np
-
     source = np.random.default_rng(seed)
 
-    def normal(rows: int, columns: int, spread: float) -> "_Array":
+    def normal(rows: int, columns: int, spread: float) -> Array:
         return (source.standard_normal((rows, columns)) * spread).astype(np.float32)
 
     embedding = normal(VOCAB, HIDDEN, 1.0)
@@ -278,45 +217,8 @@ def _weights(seed: int) -> "_Tensors":
     return tensors
 
 
-def _save(path: Path, tensors: "_Tensors") -> None:
-    """Write a safetensors file: floats as bf16 (rounded to nearest even), scales and int8 as is."""
-    import numpy as np
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    parts: list[bytes] = []
-    end = 0
-    for name, tensor in tensors.items():
-        kind = "I8"
-        data = tensor
-        if name.endswith("_scale"):
-            kind = "F32"
-        elif tensor.dtype == np.float32:
-            kind = "BF16"
-            bits = tensor.view(np.uint32)
-            data = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-        parts.append(data.tobytes())
-        start, end = end, end + len(parts[-1])
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
-
-
-def _load(path: Path) -> "_Tensors":
-    """Read a file that ``_save`` wrote, without int8 tensors."""
-    import numpy as np
-
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    del header["__metadata__"]
-    tensors: _Tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        words = np.frombuffer(content[start + first : start + last], dtype="<u2")
-        bits = words.astype(np.uint32) << 16
-        tensors[name] = bits.view(np.float32).reshape(entry["shape"])
-    return tensors
+def _save(folder: Path, tensors: _Tensors) -> None:
+    write_tensors(folder / WEIGHTS, {name: tensor(values) for name, values in tensors.items()})
 
 
 def _biases() -> list[float]:
@@ -336,7 +238,14 @@ def _biases() -> list[float]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    # It comes with the engine packages.
+    from tokenizers import (  # noqa: PLC0415
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+    )
 
     characters = _byte_characters()
     vocabulary = {character: byte for byte, character in enumerate(characters)}
@@ -346,7 +255,7 @@ def _write_tokenizer(folder: Path) -> None:
     names = [*_SPECIALS, *(f"<|reserved{i}|>" for i in range(256 + len(_SPECIALS), VOCAB))]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -358,7 +267,7 @@ def _write_tokenizer(folder: Path) -> None:
             "chat_template": _CHAT_TEMPLATE,
         },
     )
-    _write_json(
+    write_json(
         folder / "generation_config.json",
         {"bos_token_id": _BEGIN, "eos_token_id": _END, "pad_token_id": _PAD, "do_sample": True},
     )
@@ -371,34 +280,6 @@ def _byte_characters() -> list[str]:
     for offset, byte in enumerate(sorted(set(range(256)) - set(plain))):
         table[byte] = chr(256 + offset)
     return [table[byte] for byte in range(256)]
-
-
-def _int8_config() -> dict[str, Any]:
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": 8,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "channel",
-                    "dynamic": False,
-                },
-                "input_activations": {
-                    "num_bits": 8,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "token",
-                    "dynamic": True,
-                },
-            }
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Loaded by every vLLM worker (``--worker-extension-cls``): weights that move, and a mend.
+"""Loaded by every vLLM worker (``--worker-extension-cls``): weights that move, and patches.
 
 The methods are called by name over an engine's control route (``oserve.engines.control``), each on
 all workers of an engine at once; a list of arguments holds one for each. They return at once, but
 ``oserve_weights_take_up``: what takes long is done in a thread and asked after.
 
-The mend: the buffer in which a later pipeline stage receives its input is allocated by vLLM's dummy
-run only, and on CPU that run is skipped when execution is eager and the KV cache size is given. The
-first request would then end the engine. The buffer is allocated here on first use instead.
+Loading it applies the patches of workers (``oserve.engines.patches``).
 """
 
 # What exists depends on the platform, which vLLM alone knows.
@@ -15,7 +13,7 @@ first request would then end the engine. The buffer is allocated here on first u
 import os
 from typing import Any
 
-from oserve.engines.arguments import KEEP_WEIGHTS
+from oserve.engines.patches import apply
 
 
 class WorkerExtension:
@@ -94,34 +92,4 @@ class WorkerExtension:
         return raw_weights(self.model_runner.get_model())  # type: ignore[attr-defined]
 
 
-def _mend_pipeline_parallel() -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    original = CPUModelRunner.sync_and_gather_intermediate_tensors
-
-    def sync_and_gather(self: Any, *arguments: Any, **named: Any) -> Any:
-        if self.intermediate_tensors is None:
-            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
-                batch_size=self.max_num_tokens,
-                dtype=self.model_config.dtype,
-                device=self.device,
-            )
-        return original(self, *arguments, **named)
-
-    CPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather
-
-
-def _keep_weights() -> None:
-    if os.environ.get(KEEP_WEIGHTS) == "1":
-        from oserve.engines.weights.raw import keep_raw_weights, leave_blank
-
-        keep_raw_weights()
-        leave_blank()
-
-
-_mend_pipeline_parallel()
-_keep_weights()
+apply("worker")

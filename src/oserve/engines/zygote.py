@@ -22,13 +22,10 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
-from multiprocessing import shared_memory
 from typing import Any, NoReturn
 
 from oserve.engines.group import (
-    SHARED_MEMORY_PREFIX,
     adopt_orphans,
     die_with_parent,
     end_group,
@@ -37,6 +34,7 @@ from oserve.engines.group import (
     remove_if_unused,
     signal_group,
 )
+from oserve.engines.patches import PatchError, apply
 
 _MODULES = (
     "torch",
@@ -73,8 +71,6 @@ _GRACE_S = 2.0
 # Engines that compute on the cores of the gateway and the controller must not starve these: a
 # token that waits there helps nobody, and a controller that hears late decides late.
 _NICE = 5
-_NAP_S = 0.0002
-_ASK_AGAIN_MS = 100
 
 
 class Zygote:
@@ -194,10 +190,7 @@ def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
         os.sched_setaffinity(0, request["cores"])
     random.seed()
     tempfile.tempdir = None
-    # Names that tell whose they are, so that the zygote can free what is left.
-    vars(shared_memory).update(
-        _SHM_NAME_PREFIX=f"/{SHARED_MEMORY_PREFIX}{os.getpid()}_", _SHM_SAFE_NAME_LENGTH=40
-    )
+    apply("engine")
     status = 1
     try:
         import torch
@@ -224,7 +217,7 @@ def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
 
 
 def _preload() -> None:
-    """Import what an engine needs, and keep vLLM from going back to spawned workers."""
+    """Import what an engine needs, and patch it."""
     for name in _MODULES:
         try:
             importlib.import_module(name)
@@ -232,48 +225,10 @@ def _preload() -> None:
             if name in {"torch", "vllm.entrypoints.launchers.api_server.entry"}:
                 raise
             print(f"zygote: cannot import {name}, which costs time later", file=sys.stderr)
-    from vllm.model_executor.models import registry
-    from vllm.platforms.cpu import CpuPlatform
-
-    # vLLM looks at a model's class in a new process, lest it touch a GPU: 12 s for nothing here.
-    registry._run_in_subprocess = lambda inspect: inspect()
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: Any, *arguments: Any, **named: Any) -> Any:
-        answer = original(cls, *arguments, **named)
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        return answer
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-    # Looks through all of every module: a second of computing that each worker would repeat.
-    CpuPlatform.register_triton_kernel_overrides()
-    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda _cls: None)
-    _wait_without_spinning()
+    apply("zygote")
     # Objects alive now are shared by all engines: the collector must not touch their pages.
     gc.collect()
     gc.freeze()
-
-
-def _wait_without_spinning() -> None:
-    """Have vLLM's processes sleep while they wait for each other.
-
-    For a second after each message they ask for the next one without pause, holding the
-    interpreter's lock. On GPU machines nobody misses those cores; here they are what computes, and
-    an engine's core process took half of them. Later they wait for a notice, which may get lost
-    where processes have just been forked; then they ask again after five seconds.
-    """
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    original = SpinCondition.wait
-
-    def wait(self: Any, timeout_ms: int | None = None) -> None:
-        if time.monotonic() <= self.last_read + self.busy_loop_s:
-            time.sleep(_NAP_S)
-        else:
-            original(self, _ASK_AGAIN_MS if timeout_ms is None else min(timeout_ms, _ASK_AGAIN_MS))
-
-    SpinCondition.wait = wait
 
 
 def main() -> None:
@@ -288,7 +243,10 @@ def main() -> None:
     adopt_orphans()
     control = socket.socket(fileno=arguments.fd)
     os.set_inheritable(arguments.fd, False)
-    _preload()
+    try:
+        _preload()
+    except PatchError as error:
+        sys.exit(f"zygote: {error}")
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         print(f"zygote: {threads} threads after importing vLLM; forking may hang", file=sys.stderr)

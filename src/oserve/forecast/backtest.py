@@ -121,7 +121,7 @@ def backtest(
         raise OServeError(
             f"{len(series.parts)} windows of {series.interval_s:g} s, {np.nansum(counts):g} "
             "arrivals in their second half, cannot be scored",
-            place="--interval",
+            place="--interval-s",
             remedy=f"give at least {MIN_WINDOWS} windows: a longer trace or a shorter interval",
         )
     settings = settings or ModelSettings(k=len(series.names), interval_s=series.interval_s)

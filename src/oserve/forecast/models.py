@@ -31,7 +31,7 @@ def _lstm(settings: ModelSettings) -> PointModel:
             f"the LSTM is of {len(weights.names)} types in windows of {weights.interval_s:g} s, "
             f"not {settings.k} in {settings.interval_s:g} s",
             place="--lstm",
-            remedy="train one with the same --types and --interval",
+            remedy="train one with the same --types and --interval-s",
         )
     return Lstm(weights)
 

@@ -39,8 +39,8 @@ def account(
         output_tokens=output_tokens,
         now_s=unix_s,
     )
-    if relay.usage.prompt_tokens is not None and relay.prompt_bytes:
-        dispatcher.lengths.learn(relay.prompt_bytes, prompt_tokens)
+    if relay.usage.prompt_tokens is not None and relay.prompt_size is not None:
+        dispatcher.lengths.learn(relay.prompt_size, prompt_tokens)
     ttft_s = tpot_s = None
     if relay.first_byte_s and relay.stream:
         ttft_s = relay.first_byte_s - relay.arrival_s

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import msgspec
@@ -10,16 +10,25 @@ import msgspec
 from oserve.control.order import engine_priority
 from oserve.control.table import TableReplica
 from oserve.core import Endpoint
-from oserve.gateway.body import GenerateBody, with_fields
+from oserve.gateway.body import Fields, GenerateBody, with_fields
 from oserve.wire import UpstreamPool
 from oserve.wire.upstream import client_context
 
 if TYPE_CHECKING:
     from oserve.gateway.relay import Relay
 
-# Only known headers travel on.
-_FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
+# What else a client may tell an engine. Not its rank of data parallelism, since who computes is
+# decided here, nor its priority, which is part of the rank that goes in the body.
+_FORWARDED = (
+    b"traceparent",
+    b"tracestate",
+    b"x-correlation-id",
+    b"x-session-id",
+    b"user-agent",
+    b"endpoint-load-metrics-format",
+)
 _TLS_PORT, _PORT = 443, 80
+_fields = msgspec.json.Decoder(Fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +75,6 @@ def request_bytes(relay: "Relay", replica: TableReplica, *, stream_options: bool
     body, parsed = relay.body
     if parsed is not None:
         body = with_fields(
-            body,
             parsed,
             priority=engine_priority(relay.rank) if replica.accepts_priority else None,
             model=replica.model,
@@ -105,18 +113,16 @@ def request_bytes(relay: "Relay", replica: TableReplica, *, stream_options: bool
 
 def asks_plainly(parsed: GenerateBody) -> bool:
     """Whether nothing but ``include_usage`` is asked of a stream, which is what we would ask."""
-    return all(name == "include_usage" for name in parsed.stream_options or {})
+    return all(name == "include_usage" for name in parsed.options)
 
 
 def _changed(body: bytes, *, model: str = "", without: str = "") -> bytes:
     """A body with another model, or without a field; as it is where it is no JSON object."""
     try:
-        fields: Any = msgspec.json.decode(body)
-        if not isinstance(fields, dict):
-            return body
-        if model:
-            fields["model"] = model
-        fields.pop(without, None)
-        return msgspec.json.encode(fields)
-    except (ValueError, OverflowError, RecursionError):
+        fields = _fields.decode(body)
+    except (ValueError, RecursionError):
         return body
+    if model:
+        fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    fields.pop(without, None)
+    return msgspec.json.encode(fields)

@@ -54,6 +54,10 @@ class Attempt:
         self._connection = connection
         self._relay.attached(connection)
 
+    def crashed(self, error: Exception) -> None:
+        """Taking the answer in raised."""
+        self._relay.crashed(error)
+
     @property
     def _framing(self) -> Framing | None:
         return self._connection.framing if self._connection is not None else None
@@ -235,6 +239,10 @@ class Attempt:
             )
         return relay.retry(reason, died=False)
 
+    def _refuses_for_good(self, status: int) -> bool:
+        client = _CLIENT_ERROR <= status < _SERVER_ERROR
+        return client and not worth_elsewhere(status, attached=self._replica.attached)
+
     def _commit(self) -> None:
         """Send the head and what was held; from here on there is no other try."""
         relay, head = self._relay, self._head
@@ -281,11 +289,16 @@ class Attempt:
         relay = self._relay
         if relay.ended or relay.attempt is not self:
             return
+        head = self._head
+        if not relay.committed and head is not None and self._refuses_for_good(head.status):
+            # It was answered, and would be again; only the words are lost.
+            relay.refused_unheard(head.status)
+            return
         relay.dispatcher.failed_at(self._replica, reason, at_once=self._connection is None)
         if not relay.committed and relay.retry(reason, died=True):
             return
         if relay.committed and relay.moving is not None:
             # A dead replica breaks many streams at once; each is read in its turn.
-            relay.dispatcher.in_turn(lambda: relay.go_on_or_fail(reason))
+            relay.dispatcher.in_turn(lambda: relay.safely(relay.go_on_or_fail, reason))
             return
         relay.failed(reason)

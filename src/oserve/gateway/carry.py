@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from oserve.gateway.fields import carried_fields, kept_from_moving
+from oserve.gateway.body import Fields
+from oserve.gateway.fields import UnmovableError, carried_fields, kept_from_moving, values_of
 
 Event = dict[str, Any]
 
@@ -23,10 +24,6 @@ _NO_IDS = "the replica does not tell token ids"
 # What reading an event raises whose fields are not what they are in vLLM's.
 _FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 _FORM = "its events are of a form that is not known"
-
-
-class UnmovableError(Exception):
-    """Why a stream cannot go on elsewhere."""
 
 
 class DivergedError(UnmovableError):
@@ -48,12 +45,13 @@ class Mark(NamedTuple):
 class Carried:
     """One stream: follows the events of the replica that serves it, whichever that is.
 
-    ``body`` is the client's, decoded. ``prompt`` and ``tokens`` are ids; ``shown`` is the text that
-    the client has; ``finished`` and ``done``: so are the last token and ``[DONE]``. Raises
-    UnmovableError where the request's state cannot be carried.
+    ``fields`` are those of the client's body. ``prompt`` and ``tokens`` are ids; ``shown`` is the
+    text that the client has; ``finished`` and ``done``: so are the last token and ``[DONE]``.
+    Raises UnmovableError where the request's state cannot be carried.
     """
 
-    def __init__(self, body: Event, *, chat: bool) -> None:
+    def __init__(self, fields: Fields, *, chat: bool) -> None:
+        body = values_of(fields, chat=chat)
         reason = kept_from_moving(body, chat=chat)
         if reason:
             raise UnmovableError(reason)

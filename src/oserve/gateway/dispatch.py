@@ -14,9 +14,10 @@ from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_la
 from oserve.control.router import Refusal, Router, RouteReason
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase
+from oserve.core.faults import fault
 from oserve.gateway.account import account
 from oserve.gateway.asking import pool_of, request_bytes
-from oserve.gateway.errors import overloaded, unavailable
+from oserve.gateway.errors import overloaded, shown, unavailable
 from oserve.gateway.foresight import Foresight
 from oserve.gateway.handover import HandOvers
 from oserve.gateway.kept import Budget
@@ -158,7 +159,12 @@ class Dispatcher:
         """Take a request in."""
         self.active.add(relay)
         loop = asyncio.get_running_loop()
-        self._timers[relay] = loop.call_later(self._settings.request_timeout_s, relay.deadline)
+        self._timers[relay] = loop.call_later(
+            self._settings.request_timeout_s, relay.safely, relay.deadline
+        )
+        relay.safely(self._arrived, relay)
+
+    def _arrived(self, relay: Relay) -> None:
         if relay.expected is not None:
             self.foresight.tally.arrived(relay.expected.arrived_s, relay.expected.chances)
         self.dispatch(relay)
@@ -228,10 +234,17 @@ class Dispatcher:
         self._send(relay, replicas[0], None)
 
     def _send(self, relay: Relay, replica: TableReplica, entry: WorkEntry | None) -> None:
-        relay.sent_to(replica, entry)
         knows = replica.stream_options and _start(replica) not in self._without_options
-        request = request_bytes(relay, replica, stream_options=knows)
-        self._pools[replica.id, replica.endpoint].send(request, relay.sink)
+        try:
+            relay.sent_to(replica, entry)
+            message = request_bytes(relay, replica, stream_options=knows)
+        except Exception:
+            # Booked before anybody could free it.
+            if entry is not None:
+                entry.close(time.monotonic(), done=False)
+            raise
+        self._waiting.discard(relay)
+        self._pools[replica.id, replica.endpoint].send(message, relay.sink)
 
     def _excluded(self, relay: Relay, *, also_present: bool = False) -> set[str]:
         return {
@@ -322,9 +335,19 @@ class Dispatcher:
         loads = self._ledger.loads(self.serving)
         return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
 
-    def log_retry(self, relay: Relay, reason: str) -> None:
+    def send_on(self, relay: Relay, reason: str) -> None:
+        """Give a request that has left its replica to another, and say what became of it."""
         name = relay.replica.id if relay.replica is not None else "?"
-        _log.warning("request moves on from replica %s: %s", name, reason)
+        self.dispatch(relay)
+        if relay in self._waiting:
+            _log.warning("request leaves replica %s and waits for another: %s", name, reason)
+        elif not relay.ended:
+            _log.warning("request moves on from replica %s: %s", name, reason)
+
+    def log_stays(self, relay: Relay, reason: str) -> None:
+        """Say why a stream ends with its replica."""
+        name = relay.replica.id if relay.replica is not None else "?"
+        _log.warning("request cannot leave replica %s: %s", name, reason)
 
     # -- the queue ------------------------------------------------------------------------------
     def _enqueue(self, relay: Relay, *, waiting_for_replica: bool) -> None:
@@ -381,11 +404,15 @@ class Dispatcher:
         while self._queue:
             _, _, relay = self._queue[0]
             if relay in self._waiting:
-                if self._overload.ttft_s is not None and self._demoted(relay):
+                try:
+                    if self._overload.ttft_s is not None and self._demoted(relay):
+                        continue
+                    if self._try_send(relay) is not None:
+                        return
+                except Exception as error:
+                    relay.crashed(error)
+                    self._waiting.discard(relay)
                     continue
-                if self._try_send(relay) is not None:
-                    return
-                self._waiting.discard(relay)
             heapq.heappop(self._queue)
 
     def _retry_after_s(self) -> int:
@@ -406,7 +433,11 @@ class Dispatcher:
         if timer is not None:
             timer.cancel()
         if relay.expected is not None:
-            account(self, relay, relay.expected, status)
+            try:
+                account(self, relay, relay.expected, status)
+            except Exception as error:
+                id_ = shown(relay.request_id)
+                _log.error("request %s could not be accounted for: %s", id_, fault(error))
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._pump)
 

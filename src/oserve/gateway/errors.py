@@ -7,7 +7,8 @@ import msgspec
 from oserve.wire import Exchange
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Neither frozen nor slotted: whoever passes an exception on sets its traceback.
+@dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
     """What went wrong, as clients of OpenAI's API expect to read it."""
 
@@ -61,6 +62,21 @@ def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") ->
 def upstream_failed(message: str) -> ApiError:
     """A replica failed and the request could not be saved."""
     return ApiError(status=502, message=message, type="server_error", code="replica_failed")
+
+
+def internal() -> ApiError:
+    """Our own fault; the log says more."""
+    return ApiError(
+        status=500,
+        message="The gateway could not handle this request; its log says where",
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def shown(request_id: bytes) -> str:
+    """A request's id as a log may have it: a client chose it."""
+    return ascii(request_id.decode("latin-1"))
 
 
 def timed_out(message: str) -> ApiError:

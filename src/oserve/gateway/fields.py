@@ -6,6 +6,15 @@ it that nobody can carry.
 
 from typing import Any
 
+import msgspec
+
+from oserve.gateway.body import Fields, as_flag, as_integer
+
+
+class UnmovableError(Exception):
+    """Why a stream cannot go on elsewhere."""
+
+
 # Stateless, or looking at prompt and output alike (repetition_penalty).
 _CARRIED = frozenset(
     {
@@ -83,6 +92,31 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # What completions generate at most if the request does not say.
 _USUAL_LIMIT = 16
+# Read here; engines take other spellings of them too.
+_INTEGERS = ("max_tokens", "max_completion_tokens", "min_tokens", "seed", "top_logprobs")
+_FLAGS = ("include_stop_str_in_output", "return_token_ids")
+
+
+def values_of(fields: Fields, *, chat: bool) -> dict[str, Any]:
+    """What the fields of a body hold; UnmovableError where that cannot be read here."""
+    found: dict[str, Any] = {}
+    flags = (*_FLAGS, "logprobs") if chat else _FLAGS
+    integers = _INTEGERS if chat else (*_INTEGERS, "logprobs")
+    for name, raw in fields.items():
+        try:
+            value = msgspec.json.decode(raw)
+            if name in integers and value is not None:
+                value = as_integer(value)
+            elif name in flags and value is not None:
+                value = as_flag(value)
+            elif name == "temperature" and isinstance(value, str):
+                value = float(value)
+            elif name == "stream_options" and value is not None:
+                value = {key: as_flag(flag) for key, flag in value.items() if flag is not None}
+        except (msgspec.DecodeError, RecursionError, ValueError, AttributeError):
+            raise UnmovableError(f"`{name[:64]}` cannot be read here") from None
+        found[name] = value
+    return found
 
 
 def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Tally
-from oserve.gateway.body import GenerateBody, system_prefix
+from oserve.gateway.body import GenerateBody
+from oserve.gateway.prompt import system_prefix
 from oserve.workload import classify
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
@@ -68,15 +69,16 @@ class Foresight:
         assert self._table is not None
         limit = parsed.output_limit
         prefix = system_prefix(parsed)
+        session = (parsed.session or "").encode() or headers.get(b"x-session-id", b"")
         known = KnownAtArrival(
             prompt_tokens=prompt_tokens,
             max_tokens=limit,
             endpoint=path.decode("latin-1"),
             tenant=_hashed((parsed.user or "").encode() or headers.get(b"authorization", b"")),
             system=_hashed(prefix),
-            session=_hashed(headers.get(b"x-session-id", b"")[:_MOST_KEY_BYTES]),
+            session=_hashed(session[:_MOST_KEY_BYTES]),
         )
-        certain = bool(parsed.ignore_eos) and limit is not None
+        certain = parsed.ignore_eos and limit is not None
         return self.expected(
             known,
             certain=certain,

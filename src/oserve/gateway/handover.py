@@ -5,19 +5,24 @@ them, and in any case when the time is up; then they wait for a place, by their 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import ReplicaPhase
+from oserve.core.faults import fault
 from oserve.gateway.standing import context_tokens, movable, remaining_tokens, tpot_s
 from oserve.switch.kv import DrainPolicy, RunningRequest, TargetRoom, Way, decide_requests
 
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
     from oserve.gateway.relay import Relay
+
+_log = logging.getLogger("oserve.gateway")
 
 _LOOK_S = 0.5
 # Streams read and sent on between two turns of the event loop.
@@ -68,14 +73,14 @@ class HandOvers:
     def _look(self, key: Key, deadline_s: float) -> None:
         if self._deadlines.get(key) != deadline_s:
             return
-        relays = self._running(key)
         left_s = deadline_s - time.monotonic()
         due = left_s <= 0.0
-        moving = [
-            (relay, way)
-            for relay, way in self._verdicts(relays, max(0.0, left_s))
-            if way is not Way.DRAIN
-        ]
+        try:
+            verdicts = self._verdicts(self._running(key), max(0.0, left_s))
+        except Exception as error:
+            _log.error("the requests of replica %s were not judged: %s", key[0], fault(error))
+            verdicts = []
+        moving = [(relay, way) for relay, way in verdicts if way is not Way.DRAIN]
         self._move(key, moving, force=due)
         if self._at(key):
             wait_s = _LOOK_S if due else min(_LOOK_S, left_s)
@@ -148,7 +153,7 @@ class HandOvers:
             if (relay.replica.id, relay.replica.started_s) != key:
                 continue
             if force or self._dispatcher.has_place(relay):
-                relay.hand_over(cache=way is Way.MOVE)
+                relay.safely(partial(relay.hand_over, cache=way is Way.MOVE))
         if len(moving) > _AT_ONCE:
             loop = asyncio.get_running_loop()
             loop.call_soon(lambda: self._move(key, moving[_AT_ONCE:], force=force))

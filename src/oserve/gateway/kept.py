@@ -2,7 +2,8 @@
 
 import msgspec
 
-from oserve.gateway.carry import Carried, Event, UnmovableError
+from oserve.gateway.carry import Carried, Event
+from oserve.gateway.fields import UnmovableError
 
 _BLOCK_BYTES = 16 * 1024
 _decoder = msgspec.json.Decoder(Event)

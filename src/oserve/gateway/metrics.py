@@ -48,6 +48,7 @@ GAUGES: dict[str, tuple[str, Labels]] = {
     "oserve_requests_running": ("Requests an engine is computing.", ("replica",)),
     "oserve_requests_waiting": ("Requests an engine has queued.", ("replica",)),
     "oserve_kv_cache_usage_ratio": ("Part of an engine's KV cache in use.", ("replica",)),
+    "oserve_replica_silent_seconds": ("Since an engine last showed a sign of life.", ("replica",)),
 }
 
 

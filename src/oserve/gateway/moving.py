@@ -9,13 +9,11 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from oserve.control.table import TableReplica
-from oserve.gateway.body import GenerateBody
-from oserve.gateway.carry import BrokenError, Carried, DivergedError, UnmovableError
+from oserve.gateway.body import Fields
+from oserve.gateway.carry import BrokenError, Carried, DivergedError
 from oserve.gateway.errors import upstream_failed
-from oserve.gateway.fields import kept_from_moving
+from oserve.gateway.fields import UnmovableError, kept_from_moving, values_of
 from oserve.gateway.kept import Budget, Kept, read_event
 from oserve.gateway.meaning import Usage
 from oserve.gateway.passing import DONE
@@ -29,9 +27,6 @@ from oserve.wire.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
     from oserve.gateway.relay import Relay
-
-# What the body of a continuation holds, for whoever adds fields to it.
-CONTINUED = GenerateBody(stream=True, stream_options={"include_usage": True}, return_token_ids=True)
 
 
 class Moving:
@@ -95,7 +90,7 @@ class Moving:
             if not carried.prompt:
                 raise UnmovableError("nothing is known of its prompt")
         except (UnmovableError, BrokenError) as error:
-            relay.dispatcher.log_retry(relay, f"cannot go on elsewhere: {error}")
+            relay.dispatcher.log_stays(relay, str(error))
             return False
         again = reason == "diverged"
         if not carried.finished and not relay.dispatcher.may_move(
@@ -114,7 +109,6 @@ class Moving:
         self.moves += 1
         way = Way.MOVE if self._taken else Way.REPLAY
         relay.dispatcher.metrics.count("oserve_requests_moved", reason, way.value)
-        relay.dispatcher.log_retry(relay, reason)
         self._head, self._dechunker, self._reader = None, None, EventReader()
         if relay.first_request is not None:
             relay.request = replace(
@@ -122,16 +116,23 @@ class Moving:
                 prompt_tokens=carried.context_tokens,
                 output_tokens=round(remaining_tokens(relay)),
             )
-        relay.dispatcher.dispatch(relay)
+        relay.dispatcher.send_on(relay, reason)
         return True
 
     def _read(self) -> Carried:
         """The stream so far, from what was kept of it."""
-        exchange = self._relay.exchange
-        body = msgspec.json.decode(exchange.body)
-        carried = Carried(body, chat=exchange.path.startswith(b"/v1/chat/"))
+        carried = Carried(self._fields, chat=self._chat)
         self.kept.read_into(carried)
         return carried
+
+    @property
+    def _fields(self) -> Fields:
+        parsed = self._relay.parsed
+        return parsed.fields if parsed is not None else {}
+
+    @property
+    def _chat(self) -> bool:
+        return self._relay.exchange.path.startswith(b"/v1/chat/")
 
     @property
     def movable(self) -> bool:
@@ -139,9 +140,12 @@ class Moving:
         if self.moves >= self._max_moves or self.kept.full:
             return False
         if self._reason is None:
-            exchange = self._relay.exchange
-            chat = exchange.path.startswith(b"/v1/chat/")
-            self._reason = kept_from_moving(msgspec.json.decode(exchange.body), chat=chat)
+            try:
+                values = values_of(self._fields, chat=self._chat)
+            except UnmovableError as error:
+                self._reason = str(error)
+            else:
+                self._reason = kept_from_moving(values, chat=self._chat)
         return not self._reason
 
     def body(self) -> bytes:
@@ -166,6 +170,10 @@ class Moving:
 
     def attached(self, connection: UpstreamConnection) -> None:
         self._relay.attached(connection)
+
+    def crashed(self, error: Exception) -> None:
+        """Taking the answer in raised."""
+        self._relay.crashed(error)
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head

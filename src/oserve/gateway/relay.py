@@ -5,26 +5,41 @@ it says); after that, a stream goes on at another one where it can (``moving``),
 told by an SSE error object and the connection closes without ``[DONE]``.
 """
 
+import logging
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from oserve.control.ledger import WorkEntry
 from oserve.control.table import TableReplica
 from oserve.core import FinishStatus, Request
+from oserve.core.faults import fault
 from oserve.gateway.attempt import Attempt
-from oserve.gateway.body import GenerateBody
-from oserve.gateway.errors import ApiError, send_error, timed_out, upstream_failed
+from oserve.gateway.body import GenerateBody, parse_body
+from oserve.gateway.errors import (
+    ApiError,
+    internal,
+    send_error,
+    shown,
+    timed_out,
+    upstream_failed,
+    with_status,
+)
 from oserve.gateway.foresight import Expected
 from oserve.gateway.heads import Headers, own_headers
 from oserve.gateway.meaning import Usage
-from oserve.gateway.moving import CONTINUED, Moving
+from oserve.gateway.moving import Moving
 from oserve.wire import Exchange, chunk
 from oserve.wire.events import data_event
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
+from oserve.workload import PromptSize
 
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
+
+
+_log = logging.getLogger("oserve.gateway")
 
 
 class Relay:
@@ -46,7 +61,7 @@ class Relay:
         rank: float = 0.0,
         stream: bool = False,
         hide_usage: bool = False,
-        prompt_bytes: int = 0,
+        prompt_size: PromptSize | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.exchange = exchange
@@ -57,7 +72,7 @@ class Relay:
         self.parsed = parsed
         self.rank = rank
         self.stream = stream
-        self.prompt_bytes = prompt_bytes
+        self.prompt_size = prompt_size
         self.hide_usage = hide_usage
         self.arrival_s = monotonic()
         self.attempts = 0
@@ -100,7 +115,8 @@ class Relay:
     def body(self) -> tuple[bytes, GenerateBody | None]:
         """What to have a replica do now, and what is known of it."""
         if self.moves and self.moving is not None:
-            return self.moving.body(), CONTINUED
+            body = self.moving.body()
+            return body, parse_body(body)
         return self.exchange.body, self.parsed
 
     @property
@@ -131,6 +147,7 @@ class Relay:
         """A replica was chosen; its answer will come to this sink."""
         self.attempts += 1
         self.replica = replica
+        self._close_entry(done=False)
         self._entry = entry
         if self.request is not None:
             self._booked_tokens = self.request.output_tokens
@@ -148,7 +165,7 @@ class Relay:
         self.moving = None
         parsed = self.parsed
         if parsed is not None and replica.tells_token_ids and parsed.may_tell_ids:
-            self.moving = self.dispatcher.moving(self, shows_ids=bool(parsed.return_token_ids))
+            self.moving = self.dispatcher.moving(self, shows_ids=parsed.return_token_ids)
         if self.moving is not None:
             self.moving.sent_to(replica)
 
@@ -160,11 +177,30 @@ class Relay:
         self._drop_connection()
         status = FinishStatus.REJECTED if error.status in {429, 503} else FinishStatus.FAILED
         self.dispatcher.metrics.count("oserve_request_errors", error.code or "error")
-        if not self.committed:
-            send_error(self.exchange, error, own_headers(self))
-        else:
-            self._fail_stream(error)
-        self._end(status)
+        try:
+            if not self.committed:
+                send_error(self.exchange, error, own_headers(self))
+            else:
+                self._fail_stream(error)
+        finally:
+            self._end(status)
+
+    def crashed(self, error: Exception) -> None:
+        """A step of this request raised: it ends with an error, and nothing else does."""
+        _log.error("request %s failed in the gateway: %s", shown(self.request_id), fault(error))
+        try:
+            self.fail(internal())
+        except Exception as again:
+            _log.error("request %s broke off: %s", shown(self.request_id), fault(again))
+        if not self.exchange.done:
+            self.exchange.abort()
+
+    def safely(self, step: Callable[..., object], *arguments: object) -> None:
+        """Take a step of this request that nobody waits for."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.crashed(error)
 
     def deadline(self) -> None:
         """The request took longer than it may."""
@@ -175,7 +211,8 @@ class Relay:
         if self._events:
             event = data_event(error.body())
             self.exchange.write(event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK)
-            self.exchange.finish(close=True)
+            # A client that keeps connections would have its next request broken off.
+            self.exchange.finish(close=self.exchange.http_1_0)
         else:
             self.exchange.abort()
 
@@ -249,6 +286,15 @@ class Relay:
         name = self.replica.id if self.replica is not None else "?"
         self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
 
+    def refused_unheard(self, status: int) -> None:
+        """The replica refused the request, but its words were lost."""
+        self.dispatcher.metrics.count("oserve_request_errors", "engine_refused")
+        error = with_status(status, "The replica refused the request, and its reasons were lost")
+        try:
+            send_error(self.exchange, error, own_headers(self))
+        finally:
+            self._end(FinishStatus.CLIENT_ERROR)
+
     def retry(self, reason: str, *, died: bool) -> bool:
         """Give the request to another replica if one may take it; tells whether it did."""
         if self.ended or not self.dispatcher.may_retry(self, died=died):
@@ -257,8 +303,7 @@ class Relay:
         self._first_byte_s = 0.0
         assert self.replica is not None
         self.dispatcher.metrics.count("oserve_requests_retried", self.replica.id)
-        self.dispatcher.log_retry(self, reason)
-        self.dispatcher.dispatch(self)
+        self.dispatcher.send_on(self, reason)
         return True
 
     def ask_again(self) -> None:

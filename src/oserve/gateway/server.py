@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -14,10 +15,20 @@ import msgspec
 from oserve import __version__
 from oserve.control.order import OrderPolicy, rank_s
 from oserve.core import Request
-from oserve.gateway.body import parse_body, prompt_size
+from oserve.core.faults import fault
+from oserve.gateway.body import GenerateBody, parse_body
 from oserve.gateway.dispatch import Dispatcher
-from oserve.gateway.errors import ApiError, send_error, unavailable, with_status
+from oserve.gateway.errors import (
+    ApiError,
+    bad_request,
+    internal,
+    send_error,
+    shown,
+    unavailable,
+    with_status,
+)
 from oserve.gateway.metrics import exposition
+from oserve.gateway.prompt import prompt_size
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
@@ -32,7 +43,8 @@ _AUXILIARY = {b"/tokenize", b"/detokenize"}
 _SWITCHES = b"/oserve/v1/switches"
 _OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
 _REQUEST_ID_BYTES = 128
-_FORWARDED = (b"traceparent", b"tracestate", b"x-correlation-id", b"x-session-id", b"user-agent")
+_PRIORITY = b"x-vllm-priority"
+_INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
 
 
 class Gateway:
@@ -117,32 +129,54 @@ class Gateway:
 
     # -- requests -------------------------------------------------------------------------------
     def _handle(self, exchange: Exchange) -> None:
-        path = exchange.path.partition(b"?")[0]
+        """Answer a request, or see to it that it will be; never raises."""
         request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
-        route = self._routes.get(_SWITCHES if path.startswith(_SWITCHES + b"/") else path)
-        if route is None:
-            shown = path[:64].decode("latin-1")
-            error = with_status(404, f"There is no route {shown} here", code="not_found")
-            self._refuse(exchange, error, request_id)
-            return
-        method, guarded, answer = route
-        if exchange.method != method and not (method == b"GET" and exchange.method == b"HEAD"):
-            error = with_status(405, f"This route takes {method.decode()} only")
-            self._refuse(exchange, error, request_id)
-            return
-        if guarded and self._keys and not self._authorised(exchange):
-            error = with_status(401, "Missing or wrong API key", code="invalid_api_key")
-            self._refuse(exchange, error, request_id)
-            return
         exchange.headers[b"x-request-id"] = request_id
         try:
-            answer(exchange)
+            self._route(exchange)
         except ApiError as error:
-            self._refuse(exchange, error, request_id)
+            self._refuse(exchange, error)
+        except Exception as error:
+            self._failed(exchange, error)
 
-    def _refuse(self, exchange: Exchange, error: ApiError, request_id: bytes) -> None:
+    def _failed(self, exchange: Exchange, error: Exception) -> None:
+        """A fault of our own ends one request."""
+        request_id = exchange.headers[b"x-request-id"]
+        _log.error("request %s failed in the gateway: %s", shown(request_id), fault(error))
+        self._refuse(exchange, internal())
+
+    def _route(self, exchange: Exchange) -> None:
+        path = exchange.path.partition(b"?")[0]
+        route = self._routes.get(_SWITCHES if path.startswith(_SWITCHES + b"/") else path)
+        if path == b"*":
+            exchange.respond(200, b"", headers=((b"allow", b"GET, HEAD, POST, OPTIONS"),))
+            return
+        if route is None:
+            named = path[:64].decode("latin-1")
+            raise with_status(404, f"There is no route {named} here", code="not_found")
+        method, guarded, answer = route
+        methods = (b"GET", b"HEAD") if method == b"GET" else (method,)
+        if exchange.method not in methods:
+            allow = ((b"allow", b", ".join((*methods, b"OPTIONS"))),)
+            if exchange.method == b"OPTIONS":
+                exchange.respond(200, b"", headers=allow)
+                return
+            names = " and ".join(name.decode() for name in methods)
+            self._refuse(exchange, with_status(405, f"This route takes {names} only"), allow)
+            return
+        if guarded and self._keys and not self._authorised(exchange):
+            raise with_status(401, "Missing or wrong API key", code="invalid_api_key")
+        answer(exchange)
+
+    def _refuse(
+        self,
+        exchange: Exchange,
+        error: ApiError,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
         self.dispatcher.metrics.count("oserve_request_errors", error.code or error.type)
-        send_error(exchange, error, ((b"x-request-id", request_id),))
+        request_id = exchange.headers[b"x-request-id"]
+        send_error(exchange, error, (*headers, (b"x-request-id", request_id)))
 
     def _authorised(self, exchange: Exchange) -> bool:
         scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
@@ -152,10 +186,9 @@ class Gateway:
         return any([hmac.compare_digest(digest, key) for key in self._keys])  # noqa: C419
 
     def _generate(self, exchange: Exchange) -> None:
-        parsed = parse_body(exchange.body)
-        self._check_model(parsed.model)
-        size, exact = prompt_size(parsed)
-        prompt_tokens = size if exact else self.dispatcher.lengths.estimate(size)
+        parsed = self._parsed(exchange)
+        size = prompt_size(parsed)
+        prompt_tokens = self.dispatcher.lengths.estimate(size)
         if not self.dispatcher.table.workload_types:
             raise unavailable("No deployment plan is in force yet")
         expected = self.dispatcher.foresight.expect(
@@ -185,18 +218,28 @@ class Gateway:
                 self._order,
                 arrival_s=now_s,
                 prompt_tokens=prompt_tokens,
-                client_priority=parsed.priority or 0,
+                client_priority=_priority(exchange, parsed),
             )
             if self._ordered
             else now_s,
-            stream=bool(parsed.stream),
-            hide_usage=bool(parsed.stream) and not parsed.wants_usage,
-            prompt_bytes=0 if exact else size,
+            stream=parsed.stream,
+            hide_usage=parsed.stream and not parsed.wants_usage,
+            prompt_size=size,
         )
         self.dispatcher.accept(relay)
 
+    def _parsed(self, exchange: Exchange) -> GenerateBody:
+        """The body, where engines would take one of this type for this model."""
+        given = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if given != b"application/json":
+            raise bad_request("The body must be JSON: send `Content-Type: application/json`")
+        parsed = parse_body(exchange.body)
+        self._check_model(parsed.model)
+        return parsed
+
     def _check_model(self, model: str | None) -> None:
-        if model is not None and model not in self._models:
+        # To engines, too, no name is the model that is there.
+        if model and model not in self._models:
             raise ApiError(
                 status=404,
                 message=f"The model `{model[:200]}` is not served here; "
@@ -208,7 +251,9 @@ class Gateway:
 
     def _auxiliary(self, exchange: Exchange) -> None:
         request_id = exchange.headers[b"x-request-id"]
-        relay = Relay(self.dispatcher, exchange, request=None, request_id=request_id)
+        parsed = self._parsed(exchange)
+        parsed.stream = False
+        relay = Relay(self.dispatcher, exchange, request=None, request_id=request_id, parsed=parsed)
         self.dispatcher.accept(relay)
 
     # -- what is answered here ------------------------------------------------------------------
@@ -267,17 +312,23 @@ class Gateway:
         if self.refresh is None:
             self._expose(exchange)
         else:
-            self._later(self._refresh_and_expose(exchange, self.refresh))
+            self._later(exchange, self._refresh_and_expose(exchange, self.refresh))
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _later(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                self._failed(exchange, error)
+
+        task = asyncio.ensure_future(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _answer_operator(self, exchange: Exchange) -> None:
         if self.operate is None:
             raise unavailable("Nobody operates this gateway")
-        self._later(self._operated(exchange, self.operate))
+        self._later(exchange, self._operated(exchange, self.operate))
 
     async def _operated(
         self, exchange: Exchange, operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
@@ -319,6 +370,12 @@ class Gateway:
         told = {} if alone else dispatcher.picture.metrics
         text = exposition(told or dispatcher.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+
+def _priority(exchange: Exchange, parsed: GenerateBody) -> int:
+    """What a client asked for; as with vLLM its header, where it is a number, outdoes the body."""
+    given = exchange.headers.get(_PRIORITY, b"")
+    return int(given) if _INTEGER.fullmatch(given) else parsed.priority or 0
 
 
 def _new_id() -> bytes:

@@ -1,8 +1,13 @@
 """Work that may hold up the event loop, a piece a turn."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
+
+from oserve.core.faults import fault
+
+_log = logging.getLogger("oserve.gateway")
 
 
 class Turns:
@@ -20,6 +25,8 @@ class Turns:
     def _take(self) -> None:
         try:
             self._work[0]()
+        except Exception as error:
+            _log.error("a piece of work failed: %s", fault(error))
         finally:
             self._work.popleft()
             if self._work:

@@ -9,8 +9,10 @@ from oserve.perf.roofline import kv_bytes_per_value, weight_bytes
 
 # Share of a device's memory that vLLM uses by default.
 MEMORY_SHARE = 0.9
-# What an engine takes beside weights, cache and activations: runtime, graphs, communication.
-_ENGINE_BYTES = 2.0e9
+# What an engine takes beside weights, cache and activations: on a GPU its context, graphs,
+# workspace; on CPU its processes, as measured for engines that a zygote forked.
+GPU_ENGINE_BYTES = 2.0e9
+CPU_ENGINE_BYTES = 0.7e9
 _GROUP_BYTES = 0.5e9
 
 
@@ -37,22 +39,10 @@ def memory_fit(
 
     The fullest device counts: with pipeline parallel the stage with most layers and an embedding.
     """
-    precision = shape.precision
-    plain = Precision.FP32 if precision is Precision.FP32 else Precision.BF16
-    tp, pp = shape.tensor_parallel_size, shape.pipeline_parallel_size
-    layers = math.ceil(model.layers / pp)
-    embedding = model.vocab * model.hidden * weight_bytes(plain)
-    # Both ends of an untied model lie on one device only if there is one stage.
-    ends = embedding * (2 if pp == 1 and not model.tied else 1)
-    weights = (layers * model.layer_parameters * weight_bytes(precision) + ends) / tp
-    chunk, seqs = shape.max_num_batched_tokens, shape.max_num_seqs
-    wide = 4.0 if precision is Precision.FP32 else 2.0
-    up = 3 if model.gated else 2
-    activations = chunk * wide * (6 * model.hidden + up * model.intermediate / tp)
-    logits = seqs * model.vocab * 4.0 * 2 / tp
-    reserve = activations + logits + _ENGINE_BYTES + (_GROUP_BYTES if tp * pp > 1 else 0.0)
-    kv_heads = max(1.0, model.kv_heads / tp)
-    per_token = 2 * layers * kv_heads * model.head_dim * kv_bytes_per_value(precision)
+    groups = shape.device_count > 1
+    weights = weights_bytes(model, shape)
+    reserve = activation_bytes(model, shape) + GPU_ENGINE_BYTES + (_GROUP_BYTES if groups else 0.0)
+    per_token = kv_bytes_per_token(model, shape)
     usable = memory_bytes * share
     room = usable - weights - reserve
     if shape.kv_cache_memory_bytes is not None and room >= 0:
@@ -64,3 +54,33 @@ def memory_fit(
         kv_bytes_per_token=per_token,
         kv_tokens=max(0, int(room / per_token)),
     )
+
+
+def weights_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
+    """On the fullest device: with pipeline parallel the stage with most layers and an embedding."""
+    plain = Precision.FP32 if shape.precision is Precision.FP32 else Precision.BF16
+    embedding = model.vocab * model.hidden * weight_bytes(plain)
+    # Both ends of an untied model lie on one device only if there is one stage.
+    ends = embedding * (2 if shape.pipeline_parallel_size == 1 and not model.tied else 1)
+    layers = _stage_layers(model, shape) * model.layer_parameters * weight_bytes(shape.precision)
+    return (layers + ends) / shape.tensor_parallel_size
+
+
+def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
+    """What a full step holds on a device beside weights and cache."""
+    wide = 4.0 if shape.precision is Precision.FP32 else 2.0
+    up, tp = 3 if model.gated else 2, shape.tensor_parallel_size
+    each = wide * (6 * model.hidden + up * model.intermediate / tp)
+    logits = shape.max_num_seqs * model.vocab * 4.0 * 2 / tp
+    return shape.max_num_batched_tokens * each + logits
+
+
+def kv_bytes_per_token(model: ModelFacts, shape: ReplicaShape) -> float:
+    """Of KV cache on the fullest device; ranks beyond the KV heads hold copies."""
+    kv_heads = max(1.0, model.kv_heads / shape.tensor_parallel_size)
+    values = 2 * _stage_layers(model, shape) * kv_heads * model.head_dim
+    return values * kv_bytes_per_value(shape.precision)
+
+
+def _stage_layers(model: ModelFacts, shape: ReplicaShape) -> int:
+    return math.ceil(model.layers / shape.pipeline_parallel_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oserve.core import OServeError
+from oserve.core.json_keys import refuse_doubled_keys
 from oserve.perf.catalogue import catalogue, nearest
 
 # Attention of another kind keeps a cache of another size; saying nothing beats guessing.
@@ -102,13 +103,15 @@ def find_model(name: str) -> ModelFacts:
 
 def _read_config(file: Path) -> ModelFacts:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = file.read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise OServeError(
             f"cannot read the model's configuration: {error}",
             place=str(file),
             remedy="give a Hugging Face config.json",
         ) from None
+    refuse_doubled_keys(text, place=str(file))
     if not isinstance(config, dict):
         raise OServeError("it is not an object", place=str(file), remedy="give a config.json")
     return model_from_config(config, name=file.parent.resolve().name, place=str(file))

@@ -21,6 +21,7 @@ from typing import Annotated
 import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
+from oserve.core.json_keys import refuse_doubled_keys
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
@@ -110,7 +111,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
     remedy = "measure again: oserve profile MODEL"
     try:
         version = msgspec.json.decode(content, type=_Version).format
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
     if version != FORMAT:
         raise OServeError(
@@ -118,8 +119,9 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
         )
     try:
         profile = msgspec.json.decode(content, type=Profile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
+    refuse_doubled_keys(content.decode(), place=place)
     seen: set[ProfileKey] = set()
     for index, entry in enumerate(profile.entries):
         where = f"{place}: entries[{index}]"
@@ -177,11 +179,13 @@ def shape_key(shape: ReplicaShape) -> ProfileKey:
 class ProfileSource:
     """Step times, KV capacity and power of the shapes in a profile, and of no others.
 
-    ``origin`` is in words where the profile comes from: its path or name.
+    ``origin`` is in words where the profile comes from: its path or name. ``cache_bytes`` is what
+    engines get per device where a shape names no size; 0: what they were measured with.
     """
 
-    def __init__(self, profile: Profile, *, name: str) -> None:
+    def __init__(self, profile: Profile, *, name: str, cache_bytes: int = 0) -> None:
         self._profile = profile
+        self._cache_bytes = cache_bytes
         self._name = name
         self._entries = {entry.key: entry for entry in profile.entries}
         self._made: dict[ProfileKey, StepModel] = {}
@@ -193,6 +197,10 @@ class ProfileSource:
     @property
     def profile(self) -> Profile:
         return self._profile
+
+    def sized(self, cache_bytes: int) -> "ProfileSource":
+        """The same for engines that get so much KV cache a device."""
+        return ProfileSource(self._profile, name=self._name, cache_bytes=cache_bytes)
 
     @property
     def origin(self) -> str:
@@ -266,8 +274,8 @@ class ProfileSource:
         entry = self._entry(shape)
         if entry is None:
             return 0
-        wanted = shape.kv_cache_memory_bytes
-        if wanted is None or wanted == entry.kv_cache_memory_bytes:
+        wanted = shape.kv_cache_memory_bytes or self._cache_bytes
+        if not wanted or wanted == entry.kv_cache_memory_bytes:
             return entry.kv_tokens
         if entry.kv_cache_memory_bytes is None:
             device = find_device(self._profile.device_kind)
@@ -314,7 +322,7 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _bad(error: msgspec.DecodeError, place: str, remedy: str) -> OServeError:
+def _bad(error: Exception, place: str, remedy: str) -> OServeError:
     text, _, path = str(error).partition(" - at `$")
     field = path.rstrip("`").lstrip(".")
     return OServeError(text, place=f"{place}: {field}" if field else place, remedy=remedy)

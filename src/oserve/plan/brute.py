@@ -25,6 +25,9 @@ def brute_force(problem: PlanProblem, assigner: Assigner) -> Scored:
             place="plan.search",
             remedy="use the exact search, which needs no enumeration",
         )
-    best = Bounds(problem, assigner).best_of(np.array(every, dtype=np.int64))
-    assert best is not None  # The empty deployment always fits.
+    varied = [counts for counts in every if problem.is_varied(counts)]
+    # Where none has the shapes that are asked for, the empty deployment, which always fits.
+    found = varied or [(0,) * len(problem.options)]
+    best = Bounds(problem, assigner).best_of(np.array(found, dtype=np.int64))
+    assert best is not None
     return best

@@ -17,7 +17,8 @@ def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) 
 
     Options that fit nowhere or serve nothing go too. Shapes of the current plan stay, since keeping
     them may decide among equals. Of options that are equal in all this, the one with the lower
-    latency stays. Options in ``limited`` dominate none, as there may not be enough of them.
+    latency stays. Options in ``limited`` dominate none, as there may not be enough of them. Where
+    several shapes are asked for, an option is measured by those of its own name alone.
     """
     packing = problem.packing
     active = [j for j, kind in enumerate(problem.types) if kind.arrival_rate_rps > 0]
@@ -34,6 +35,7 @@ def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) 
     # The likeliest to dominate first; what is dropped need not be asked again, as dominance is
     # transitive.
     useful.sort(key=lambda i: (problem.options[i].shape.device_count, slowness(i), i))
+    names = [option.shape.name for option in problem.options]
     energy = problem.among_equals is AmongEquals.LEAST_ENERGY
     have = problem.kept_counts
     kept: list[int] = []
@@ -41,7 +43,10 @@ def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) 
         others = [
             k
             for k in useful
-            if k != i and k not in limited and packing.kinds[k] == packing.kinds[i]
+            if k != i
+            and k not in limited
+            and packing.kinds[k] == packing.kinds[i]
+            and (problem.min_shapes == 1 or names[k] == names[i])
         ]
         if have[i] or not any(
             _dominates(problem.options[k], problem.options[i], active, energy=energy)

@@ -19,7 +19,6 @@ is not enough, the first proof stands alone).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -29,7 +28,8 @@ from oserve.plan.bounds import Scored
 from oserve.plan.dominance import undominated
 from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
 from oserve.plan.programme import Column, Outcome, Programme, Vector
-from oserve.plan.score import EQUAL, Score, compare
+from oserve.plan.proof import Proved, achieved_value, judged
+from oserve.plan.score import EQUAL, compare
 
 # What a value held from an earlier stage may lose: within EQUAL, so that it still counts as equal.
 _HOLD = EQUAL / 2
@@ -38,20 +38,6 @@ _TIE_SECONDS = 2.0
 _CONFIRMATIONS = 3
 _CONFIRM_SECONDS = 1.0
 _CONFIRM_MARGIN = 1e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proved:
-    """A deployment and how far from it the optimum can be.
-
-    ``bound`` is what no deployment can exceed: a scale where ``bounds_scale``, else a rate served.
-    ``optimality_gap`` is (bound - achieved) / bound, 0 once proved (within 1e-6).
-    """
-
-    best: Scored
-    bound: float
-    bounds_scale: bool
-    optimality_gap: float
 
 
 class ExactSearch:
@@ -111,7 +97,7 @@ class ExactSearch:
         if break_ties:
             until = min(deadline, self._seconds + _TIE_SECONDS)
             found = self._broken_ties(self._model(scale=by_scale), found, until)
-        return _judged(self._problem, found, bound, by_scale=by_scale)
+        return judged(self._problem, found, bound, by_scale=by_scale)
 
     def relaxed(self) -> tuple[float, bool]:
         """The bound if replicas could be split, and whether it is a scale, not a rate served."""
@@ -124,7 +110,7 @@ class ExactSearch:
     def judge(self, found: Scored) -> Proved:
         """How far a deployment found otherwise can be from the optimum."""
         bound, by_scale = self.relaxed()
-        return _judged(self._problem, found, bound, by_scale=by_scale)
+        return judged(self._problem, found, bound, by_scale=by_scale)
 
     @property
     def _seconds(self) -> float:
@@ -136,7 +122,7 @@ class ExactSearch:
         """The best value of the model's objective; what it can be at most."""
         counts, bound = model.best(deadline - self._seconds)
         found = self._better(first, counts)
-        achieved = _achieved(self._problem, found.score, by_scale=model.scale)
+        achieved = achieved_value(self._problem, found.score, by_scale=model.scale)
         # A value above its own bound: the solver has erred, and its bound is worth nothing.
         doubted = achieved > bound * (1 + EQUAL)
         for _ in range(_CONFIRMATIONS if confirm else 0):
@@ -149,7 +135,7 @@ class ExactSearch:
                 doubted = doubted and outcome is not Outcome.INFEASIBLE
                 break
             found, doubted = better, True
-            achieved = _achieved(self._problem, found.score, by_scale=model.scale)
+            achieved = achieved_value(self._problem, found.score, by_scale=model.scale)
             bound = max(bound, achieved)
         return found, model.relaxed() if doubted else max(bound, achieved)
 
@@ -160,7 +146,7 @@ class ExactSearch:
         return other if compare(self._problem, other.score, one.score) > 0 else one
 
     def _broken_ties(self, model: "_CountModel", found: Scored, deadline: float) -> Scored:
-        model.hold(_achieved(self._problem, found.score, by_scale=model.scale) * (1 - _HOLD))
+        model.hold(achieved_value(self._problem, found.score, by_scale=model.scale) * (1 - _HOLD))
         try:
             half = (deadline - self._seconds) / 2
             found = self._better(found, model.smallest(found.counts, half))
@@ -170,38 +156,13 @@ class ExactSearch:
         return found
 
 
-def optimal(problem: PlanProblem, best: Scored) -> Proved:
-    """A deployment known to be the best, as its own bound."""
-    by_scale = problem.objective is Objective.CAPACITY and best.score.scale >= 1 - EQUAL
-    bound = _achieved(problem, best.score, by_scale=by_scale)
-    return _judged(problem, best, bound, by_scale=by_scale)
-
-
-def _achieved(problem: PlanProblem, score: Score, *, by_scale: bool) -> float:
-    if not by_scale:
-        return score.served_rps
-    enough = problem.enough_scale
-    return score.scale if enough is None else min(score.scale, enough)
-
-
-def _judged(problem: PlanProblem, best: Scored, bound: float, *, by_scale: bool) -> Proved:
-    achieved = _achieved(problem, best.score, by_scale=by_scale)
-    bound = max(bound, achieved)
-    gap = (bound - achieved) / bound if 0 < bound < inf else float(bound > 0)
-    return Proved(
-        best=best,
-        bound=bound,
-        bounds_scale=by_scale,
-        optimality_gap=0.0 if gap <= EQUAL else gap,
-    )
-
-
 class _CountModel:
     """One mixed-integer programme: the largest scale (``scale``), or the largest rate served.
 
     Columns: counts, groups per node (only for sizes that are no chain), busy replicas per option
-    and type, the scale in units of ``scale_unit``, kept replicas. Rows: packing, capacity per
-    option, demand per type, the value held, the size held, and kept <= count.
+    and type, the scale in units of ``scale_unit``, shapes used (where several are asked for), kept
+    replicas. Rows: packing, capacity per option, demand per type, the value held, the size held,
+    used <= count, shapes used, and kept <= count.
     """
 
     def __init__(
@@ -333,11 +294,15 @@ class _CountModel:
                 groups[group][number] = coefficient
         first_option, first_type = len(rows), len(rows) + len(self._options)
         self._value_row = first_type + len(self._active)
-        first_kept_row = self._value_row + 2
+        first_variety_row = self._value_row + 2
+        varieties = self._varieties(counts, first_variety_row)
+        first_kept_row = first_variety_row + (len(varieties) + 1 if varieties else 0)
         unit = 1.0 if self.scale else 1.0 / min(1.0, self._unit)
         demand = (0.0, inf) if self.scale else (-inf, unit)
         rows.extend([(-inf, 0.0)] * len(self._options) + [demand] * len(self._active))
         rows.extend([(-inf, inf)] * 2)
+        if varieties:
+            rows.extend([(-inf, 0.0)] * len(varieties) + [(float(self._problem.min_shapes), inf)])
         for place, entries in enumerate(counts):
             entries[first_option + place] = -1.0
             entries[self._value_row + 1] = float(self._sizes[place]) / self._size_unit
@@ -352,6 +317,7 @@ class _CountModel:
         columns.extend(self._busy(first_option, first_type, unit))
         if self.scale:
             columns.append(self._scale_column(first_type))
+        columns.extend(varieties)
         self._first_kept = len(columns)
         for i, have in enumerate(self._have):
             if have and i in places:
@@ -360,6 +326,25 @@ class _CountModel:
                 counts[places[i]][kept_row] = -1.0
                 columns.append(Column(entries={kept_row: 1.0}, upper=have))
         return columns, rows
+
+    def _varieties(self, counts: list[dict[int, float]], first: int) -> list[Column]:
+        """Whether each different shape is used at all: none where one shape is enough.
+
+        Rows from ``first`` on hold a shape unused whose options count 0; the last sums them.
+        """
+        if self._problem.min_shapes == 1:
+            return []
+        names: dict[str, list[int]] = {}
+        for place, i in enumerate(self._options):
+            names.setdefault(self._problem.options[i].shape.name, []).append(place)
+        for row, group in enumerate(names.values(), first):
+            for place in group:
+                counts[place][row] = -1.0
+        last = first + len(names)
+        return [
+            Column(entries={row: 1.0, last: 1.0}, upper=1.0, integer=True)
+            for row in range(first, last)
+        ]
 
     def _busy(self, first_option: int, first_type: int, unit: float) -> list[Column]:
         columns = []

@@ -43,7 +43,8 @@ class PlanProblem:
     ``options`` are the candidate replica shapes with their capacities, in the order of ``types``;
     ``shape.device_kind`` names the kind of device ("any" stands for the only kind there is).
     Headroom past ``enough_scale`` (at least 1; ``None``: no limit) times the demand is worth
-    nothing. ``current`` is the plan in force: among equals the one that keeps most of its replicas
+    nothing. Deployments of fewer than ``min_shapes`` different shapes (by name) do not count.
+    ``current`` is the plan in force: among equals the one that keeps most of its replicas
     wins.
     """
 
@@ -55,6 +56,7 @@ class PlanProblem:
     enough_scale: float | None = None
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     current: DeploymentPlan | None = None
+    min_shapes: int = 1
 
     @property
     def demand_rps(self) -> float:
@@ -83,6 +85,18 @@ class PlanProblem:
         )
         return tuple(have[option.shape] for option in self.options)
 
+    def is_varied(self, counts: Counts) -> bool:
+        """Whether a deployment has as many different shapes as asked for, of those that serve."""
+        if self.min_shapes == 1:
+            return True
+        active = [j for j, kind in enumerate(self.types) if kind.arrival_rate_rps > 0]
+        names = {
+            option.shape.name
+            for option, count in zip(self.options, counts, strict=True)
+            if count and any(option.capacity_rps[j] > 0 for j in active)
+        }
+        return len(names) >= self.min_shapes
+
 
 def check_problem(problem: PlanProblem) -> None:
     """Raise an OServeError that names the first thing that makes the problem senseless."""
@@ -102,6 +116,10 @@ def check_problem(problem: PlanProblem) -> None:
     _check_unique(names, "replica shape", "plan.options")
     for index, option in enumerate(problem.options):
         _check_option(option, len(problem.types), f"plan.options[{index}]")
+    if problem.min_shapes < 1:
+        raise OServeError(
+            f"min_shapes is {problem.min_shapes}", place="plan.min_shapes", remedy="give at least 1"
+        )
     enough = problem.enough_scale
     if enough is not None and not (math.isfinite(enough) and enough >= 1):
         raise OServeError(

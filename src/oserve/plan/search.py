@@ -12,14 +12,16 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
+from oserve.core import OServeError
 from oserve.plan.assign import Assigner, Assignment
 from oserve.plan.bounds import Scored
 from oserve.plan.brute import brute_force
 from oserve.plan.dominance import undominated
-from oserve.plan.exact import ExactSearch, Proved, optimal
+from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.proof import Proved, optimal
 from oserve.plan.score import Score, best_first
 
 # Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
@@ -81,9 +83,17 @@ def plan_deployment(
     """The best deployment that the search finds, with alternatives and baselines.
 
     ``time_limit_s`` bounds the exact search (in seconds of the solver's clock); ``seed`` varies the
-    flow-guided one. Raises an OServeError for a problem that makes no sense, see ``check_problem``.
+    flow-guided one. Where no deployment has as many shapes as the problem asks for, the best is the
+    empty one, which serves nothing. Raises an OServeError for a problem that makes no sense (see
+    ``check_problem``).
     """
     check_problem(problem)
+    if problem.min_shapes > 1 and search is Search.FLOW:
+        raise OServeError(
+            "the flow-guided search cannot be held to several shapes",
+            place="plan.search",
+            remedy="use the exact search",
+        )
     assigner = Assigner(problem)
     exact = ExactSearch(problem, assigner, time_limit_s=time_limit_s)
     baselines = homogeneous_deployments(problem, assigner)
@@ -118,7 +128,8 @@ class _Task:
 
 
 def _exact(task: _Task) -> Proved:
-    return task.exact.solve(first=task.baselines[0])
+    first = task.baselines[0]
+    return task.exact.solve(first=first if task.problem.is_varied(first.counts) else None)
 
 
 def _flow(task: _Task) -> Proved:
@@ -157,6 +168,7 @@ def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: in
         if counts not in found:
             found[counts] = Scored(counts=counts, score=assigner.score(counts))
     found.pop(best.counts, None)
+    found = {counts: scored for counts, scored in found.items() if problem.is_varied(counts)}
     return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
 
 

@@ -114,10 +114,11 @@ class SpokenAnswer:
         first = before == 0
         text, reason = self._speech.say(self._limit)
         # The first token is told at once, as by vLLM.
-        for _ in range(1, 1 if first else self._body.get("stream_interval") or 1):
-            if reason is None:
-                more, reason = self._speech.say(self._limit)
-                text += more
+        left = 0 if first else (self._body.get("stream_interval") or 1) - 1
+        while left > 0 and reason is None:
+            more, reason = self._speech.say(self._limit)
+            text += more
+            left -= 1
         if self._stream:
             if self._chat:
                 choice = self._choice({"content": text}, reason)

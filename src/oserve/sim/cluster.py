@@ -1,4 +1,4 @@
-"""A cluster on a virtual clock: replicas that load, serve, drain and crash."""
+"""A cluster on a virtual clock: replicas that load, serve, drain, hang and crash."""
 
 import math
 import random
@@ -42,6 +42,7 @@ class _Replica:
     fails: bool
     standby: bool = False
     stopped_at_s: float = math.inf
+    found_at_s: float = math.inf
 
 
 class SimulatedCluster:
@@ -73,7 +74,10 @@ class SimulatedCluster:
         self._random = random.Random(self.faults.seed)
         self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
-        self._crashes = sorted(self.faults.crashes, reverse=True)
+        strokes: list[tuple[float, str, Callable[[str], None]]] = []
+        strokes += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
+        strokes += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
+        self._strokes = sorted(strokes, key=lambda item: item[:2], reverse=True)
         self._last: Observation | None = None
 
     async def observe(self) -> Observation:
@@ -98,14 +102,23 @@ class SimulatedCluster:
         return all(item.state.phase is ReplicaPhase.READY for item in self._alive())
 
     def catch_up(self, now_s: float) -> None:
-        """Let replicas come up, fail to, and crash, each at its moment."""
-        while self._crashes and self._crashes[-1][0] <= now_s:
-            at_s, name = self._crashes.pop()
+        """Let replicas come up, fail to, hang and crash, each at its moment."""
+        while self._strokes and self._strokes[-1][0] <= now_s:
+            at_s, name, strike = self._strokes.pop()
             self._come_up(at_s)
-            self.crash(name)
+            strike(name)
         self._come_up(now_s)
 
-    def crash(self, name: str) -> None:
+    def hang(self, name: str) -> None:
+        """A replica stands still from now on, until that is noticed and it is ended."""
+        item = self._replicas.get(name)
+        if item is None or item.state.phase is ReplicaPhase.GONE or math.isfinite(item.found_at_s):
+            return
+        item.found_at_s = self._clock.now() + self.faults.hang_after_s
+        item.ready_at_s = math.inf
+        self._hangs(name)
+
+    def crash(self, name: str, reason: str = "crashed") -> None:
         """A replica ends without being asked to."""
         item = self._replicas.get(name)
         if item is None or item.state.phase is ReplicaPhase.GONE:
@@ -113,7 +126,7 @@ class SimulatedCluster:
         spec, previous = item.state.spec, self._failures.get(name)
         count = previous.count + 1 if previous is not None and previous.spec == spec else 1
         self._failures[name] = StartFailures(
-            spec=spec, count=count, last_s=self._clock.now(), reason="crashed"
+            spec=spec, count=count, last_s=self._clock.now(), reason=reason
         )
         self._end(item)
 
@@ -130,6 +143,9 @@ class SimulatedCluster:
 
     def _drains(self, name: str) -> None:
         """A replica takes no more requests."""
+
+    def _hangs(self, name: str) -> None:
+        """A replica stands still."""
 
     def _ended(self, name: str) -> None:
         """A replica is gone, asked to or not."""
@@ -148,6 +164,8 @@ class SimulatedCluster:
             state = item.state
             if now_s >= item.stopped_at_s:
                 self._end(item)
+            elif now_s >= item.found_at_s:
+                self.crash(state.spec.id, "hangs")
             elif state.phase is ReplicaPhase.LOADING and now_s >= item.ready_at_s:
                 if item.fails:
                     self.crash(state.spec.id)

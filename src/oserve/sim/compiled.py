@@ -1,7 +1,8 @@
 """One source at two speeds: kernel functions are compiled by numba where it is installed.
 
 Kernel functions are plain Python over flat sequences of integers. Without numba they run as they
-are, on lists; ``plain`` gives that slow form even where numba is there. What is compiled is kept
+are, on lists; ``plain`` gives that slow form even where numba is there, and ``NUMBA_DISABLE_JIT=1``
+gives it everywhere: short runs are over before the kernel is compiled. What is compiled is kept
 on disk beside its source. numba looks only at the file of a function and not at those of what it
 calls, so whatever is older than any of the sources is thrown away first.
 """
@@ -16,6 +17,9 @@ try:
     import numba
 except ImportError:
     numba = None
+else:
+    if numba.config.DISABLE_JIT:
+        numba = None
 
 HAS_NUMBA: Final = numba is not None
 

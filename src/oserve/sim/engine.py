@@ -3,8 +3,9 @@
 For tests of whatever stands in front of an engine, and for measuring that alone.
 """
 
+import json
 from collections import deque
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,11 +19,11 @@ from oserve.wire.server import Server
 class EmulatedEngine:
     """Serves one model name. ``seen`` keeps the bodies received, ``aborted`` counts clients gone.
 
-    ``max_model_len`` is in tokens; a prompt counts one token a word. Each answer takes the next of
-    ``mishaps``, as long as there are any. ``dialect``: the server that it speaks like. ``heads``
-    keeps the last requests' headers, ``hosts`` its own names: others get 403; none: all are. Where
-    it has an ``api_key``, requests must. ``status``, if set, answers every generation, and
-    ``extra`` are headers of that answer.
+    ``max_model_len`` is in tokens; a prompt counts one token a word. No answer has more than
+    ``most_tokens``. Each takes the next of ``mishaps``, as long as there are any. ``dialect``: the
+    server that it speaks like. ``heads`` keeps the last requests' headers, ``hosts`` its own names:
+    others get 403; none: all are. Where it has an ``api_key``, requests must. ``status``, if set,
+    answers every generation, and ``extra`` are headers of that answer.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class EmulatedEngine:
         model: str = "emulated",
         speed: EngineSpeed | None = None,
         max_model_len: int = 8192,
+        most_tokens: int = 1 << 20,
         keep_bodies: bool = True,
         tongue: Tongue | None = None,
         dialect: Dialect = VLLM,
@@ -45,6 +47,7 @@ class EmulatedEngine:
         self._model = model
         self._speed = speed or EngineSpeed()
         self._max_model_len = max_model_len
+        self._most_tokens = most_tokens
         self._keep_bodies = keep_bodies
         self._server: Server | None = None
         self.tongue = tongue or Counting()
@@ -122,11 +125,15 @@ class EmulatedEngine:
             entry = {"id": self._model, "object": "model", "max_model_len": self._max_model_len}
             self.answer(exchange, 200, dialect.text({"object": "list", "data": [entry]}))
         elif route == b"/tokenize" and dialect.tokenizes:
-            asked = msgspec.json.decode(exchange.body)
-            if asked.get("model", self._model) != self._model:
+            try:
+                asked = json.loads(exchange.body)
+                model, words = asked.get("model"), str(asked.get("prompt", "")).split()
+            except (ValueError, AttributeError, RecursionError) as error:
+                self.answer(exchange, 400, dialect.error(str(error), 400))
+                return
+            if model not in {None, self._model}:
                 self.answer(exchange, 404, dialect.error("no such model", 404))
                 return
-            words = str(asked.get("prompt", "")).split()
             body = {"count": len(words), "max_model_len": self._max_model_len}
             self.answer(exchange, 200, dialect.text({**body, "tokens": list(range(len(words)))}))
         elif route == b"/metrics" and dialect is VLLM:
@@ -136,30 +143,37 @@ class EmulatedEngine:
             self.answer(exchange, 404, dialect.error("no such route", 404))
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
-        body = msgspec.json.decode(exchange.body)
-        if self._keep_bodies:
-            self.seen.append(body)
         dialect = self.dialect
-        if self.status:
-            error = dialect.error("not now", self.status)
-            self.answer(exchange, self.status, error, self.extra)
+        try:
+            # As vLLM reads it, which takes more than JSON: numbers out of range, for one.
+            body = json.loads(exchange.body)
+            checked = msgspec.convert(body, _Checked, strict=False)
+        except (ValueError, RecursionError) as error:
+            self.answer(exchange, 400, dialect.error(str(error), 400))
             return
-        unknown = dialect.refused & body.keys()
-        if unknown:
-            message = f"Extra inputs are not permitted: {', '.join(sorted(unknown))}"
-            self.answer(exchange, 400, dialect.error(message, 400))
+        if self._keep_bodies:
+            self.seen.append(dict(body))
+        body |= {name: getattr(checked, name) for name in body.keys() & _CHECKED}
+        if self.status:
+            error_body = dialect.error("not now", self.status)
+            self.answer(exchange, self.status, error_body, self.extra)
+            return
+        wrong = _wrong(body, dialect)
+        if wrong:
+            self.answer(exchange, 400, dialect.error(wrong, 400))
             return
         if not dialect.token_ids:
             body.pop("return_token_ids", None)
         prompt = body.get("prompt")
         if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
             prompt = self.tongue.encode(_prompt_text(body))
-        limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        limit = checked.max_completion_tokens or checked.max_tokens or 16
         if limit < 1 or len(prompt) + 1 > self._max_model_len:
             status = dialect.error_status
             message = "bad max_tokens, or too long a prompt"
             self.answer(exchange, status, dialect.error(message, status))
             return
+        limit = min(limit, self._most_tokens)
         mishap = self.mishaps.popleft() if self.mishaps else None
         answer = SpokenAnswer(
             self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap
@@ -171,3 +185,38 @@ class EmulatedEngine:
 
 def _prompt_text(body: dict[str, Any]) -> str:
     return str(body.get("prompt", body.get("messages", "")))
+
+
+class _Checked(msgspec.Struct):
+    """What an engine reads must be of the type it expects."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    stream_interval: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    logprobs: int | bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    priority: int | None = None
+
+
+_CHECKED = frozenset(_Checked.__struct_fields__)
+
+
+def _wrong(body: dict[str, Any], dialect: Dialect) -> str:
+    """What keeps it from answering, or nothing."""
+    unknown = dialect.refused & body.keys()
+    if unknown:
+        return f"Extra inputs are not permitted: {', '.join(sorted(unknown))}"
+    prompt: Any = body.get("prompt")
+    by_ids = isinstance(prompt, list) and prompt and isinstance(prompt[0], int)
+    if by_ids and not all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
+        return "no token ids"
+    return ""

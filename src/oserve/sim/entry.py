@@ -66,6 +66,11 @@ def _remove(addresses: Any, index: int, again: int, now: int) -> None:
 
 
 @door
+def _hang(addresses: Any, index: int, now: int) -> None:
+    kernel.hang(state_at(addresses), index, now)
+
+
+@door
 def _migrate(addresses: Any, request: int, target: int, now: int) -> bool:
     return kernel.migrate(state_at(addresses), request, target, now)
 
@@ -87,6 +92,7 @@ _DOORS: dict[str, tuple[Any, Any]] = {
     "flush": (_flush, kernel.flush),
     "observe": (_observe, kernel.observe),
     "remove": (_remove, kernel.remove),
+    "hang": (_hang, kernel.hang),
     "migrate": (_migrate, kernel.migrate),
     "freeness": (_freeness, gate.freeness),
     "free_at": (_free_at, gate.free_at),

@@ -190,6 +190,12 @@ class Fleet:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
 
+    def hang(self, name: str) -> None:
+        """It stands still: it takes requests, and neither they nor those it has get any further."""
+        if name in self._names and self._phase(name) != layout.GONE:
+            self._kernel.do("hang", self._index(name), self._state.glob[layout.NOW])
+            self._dirty = True
+
     def remove(self, name: str, *, replay: bool = True) -> None:
         """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
         if name not in self._names or self._phase(name) == layout.GONE:

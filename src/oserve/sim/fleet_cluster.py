@@ -64,6 +64,9 @@ class FleetCluster(SimulatedCluster):
     def _drains(self, name: str) -> None:
         self._fleet.drain(name)
 
+    def _hangs(self, name: str) -> None:
+        self._fleet.hang(name)
+
     def _ended(self, name: str) -> None:
         self._fleet.remove(name, replay=self.faults.replay)
 

@@ -50,6 +50,8 @@ from oserve.sim.layout import (
     RUN_LEFT,
     RUN_STATE,
     RUNNING,
+    STAGE_FREE,
+    STAGES,
     STATUS,
     STEADY,
     WAIT,
@@ -195,6 +197,17 @@ def remove(s: State, index: int, again: int, now: int) -> None:
         base = s.moves[place] * REQUEST
         if req[base + MOVED_FROM] == index:
             req[base + MOVED_FROM] = NONE
+
+
+@compiled
+def hang(s: State, index: int, now: int) -> None:
+    """A replica stands still: no step of it ends or begins, and it does not become ready."""
+    mem, at = s.mem, s.where[index]
+    own_numbers(s, at, now)
+    for stage in range(mem[at + STAGES]):
+        mem[at + mem[at + STAGE_FREE] + stage] = NEVER
+    mem[at + END] = mem[at + BEGIN] = mem[at + READY_AT] = NEVER
+    refresh(mem, at)
 
 
 @compiled

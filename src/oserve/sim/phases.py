@@ -29,8 +29,9 @@ class Faults:
     Per action: that it is lost, or done twice. Per start: that it fails (when it should be done),
     or takes ``slow_factor`` times as long. Per observation: that the last one is given again; an
     action that follows from it and cannot be done is then ignored. ``crashes`` are moments
-    (seconds) and ids of replicas that end then, if they live. ``replay``: requests of a replica
-    that ends start over elsewhere; otherwise they are lost.
+    (seconds) and ids of replicas that end then, if they live; those of ``hangs`` stand still with
+    all that they have, and are ended ``hang_after_s`` later. ``replay``: requests of a replica that
+    ends start over elsewhere; otherwise they are lost.
     """
 
     lost_action: float = 0.0
@@ -40,5 +41,7 @@ class Faults:
     slow_factor: float = 5.0
     stale_observation: float = 0.0
     crashes: tuple[tuple[float, str], ...] = ()
+    hangs: tuple[tuple[float, str], ...] = ()
+    hang_after_s: float = 10.0
     replay: bool = True
     seed: int = 0

@@ -126,7 +126,7 @@ def make_scene(
     if given and not known:
         raise OServeError(
             f"the trace has no request in its first {choice.learn_s:g} s",
-            place="--learn",
+            place="--learn-s",
             remedy="learn on more of it",
         )
     demand = demand_from_trace(

@@ -4,13 +4,22 @@ Readers for the public formats, seeded generators, length scaling, and every lat
 and goodput formula, once. It does not know servers: who replays a trace is above.
 """
 
-from oserve.traces.metrics import Outcome, OutcomeStatus, Percentiles, Slo, Summary, summarise
+from oserve.traces.metrics import (
+    FailureKind,
+    Outcome,
+    OutcomeStatus,
+    Percentiles,
+    Slo,
+    Summary,
+    summarise,
+)
 from oserve.traces.mixes import CHANGE_PERIODS_S, MIX_CVS, MIX_TYPES, synthesise_mix
 from oserve.traces.patterns import CHANGING_TYPES, PATTERNS, synthesise_pattern
 from oserve.traces.read import BadRows, Skipped, read_trace
 from oserve.traces.request import TraceRequest
 from oserve.traces.scale import fit_lengths
 from oserve.traces.synthesise import LengthModel, synthesise
+from oserve.traces.units import TimeUnit
 
 __all__ = [
     "CHANGE_PERIODS_S",
@@ -19,6 +28,7 @@ __all__ = [
     "MIX_TYPES",
     "PATTERNS",
     "BadRows",
+    "FailureKind",
     "LengthModel",
     "Outcome",
     "OutcomeStatus",
@@ -26,6 +36,7 @@ __all__ = [
     "Skipped",
     "Slo",
     "Summary",
+    "TimeUnit",
     "TraceRequest",
     "fit_lengths",
     "read_trace",

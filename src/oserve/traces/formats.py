@@ -4,28 +4,29 @@
 - Azure's CSV of 2023 and 2024: ``TIMESTAMP,ContextTokens,GeneratedTokens``, wall-clock stamps with
   up to nine digits of a second and, since 2024, a zone (github.com/Azure/AzurePublicDataset)
 - BurstGPT's CSV: ``Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type``, in
-  later releases with ``Session ID`` and ``Elapsed time`` (github.com/HPMLL/BurstGPT)
-- Mooncake's JSONL: ``{"timestamp": ms, "input_length": n, "output_length": n}``
+  later releases with ``Session ID`` and ``Elapsed time``, in seconds (github.com/HPMLL/BurstGPT)
+- Mooncake's JSONL: ``{"timestamp": n, "input_length": n, "output_length": n}``, in milliseconds
+  (github.com/kvcache-ai/Mooncake)
+- Bailian's JSONL: those, ``chat_id`` and ``parent_chat_id``, in seconds
+  (github.com/alibaba-edu/qwen-bailian-usagetraces-anon)
+- Vidur's and SplitwiseSim's CSV, in seconds (github.com/microsoft/vidur, Mutinifni/splitwise-sim)
+- any CSV or JSONL with a time, a prompt length and an output length under a usual name
 
-Columns are found by name, in any order and case. This module opens no file and keeps no order.
+Names are found in any order and case; fields may be parted by commas, semicolons or tabs. This
+module opens no file and keeps no order.
 """
 
 import csv
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from typing import Any
 
+from oserve.traces.clocks import Clock, Ticks, WallClock, is_stamp
 from oserve.traces.request import TraceRequest
-
-# More than any context; a larger number is damage, and would overflow sums of tokens.
-_MAX_TOKENS = 10**9
-
-
-class BadRowError(ValueError):
-    """What is wrong with a row, without saying where it is."""
-
+from oserve.traces.rows import BadRowError, number, request
+from oserve.traces.units import AmbiguousUnitError, TimeUnit, conclude, unit_of_name
 
 Parse = Callable[[str], TraceRequest | None]
 """One line to one request; ``None`` for the trace of a request that failed in its day.
@@ -33,40 +34,205 @@ Parse = Callable[[str], TraceRequest | None]
 Raises BadRowError.
 """
 
+# How exporters name what we need, in snake case; the first that is there is taken.
+_TIMES = (
+    *("arrival", "arrived_at", "arrival_timestamp", "arrival_time", "timestamp"),
+    *("request_timestamp", "request_time", "start_time", "time", "ts", "datetime", "date_time"),
+)
+_PROMPTS = (
+    *("input_tokens", "prompt_tokens", "context_tokens", "contexttokens", "request_tokens"),
+    *("num_prefill_tokens", "num_input_tokens", "num_prompt_tokens", "prefill_tokens"),
+    *("input_length", "input_len", "prompt_length", "prompt_len", "prompt_size", "isl"),
+)
+_OUTPUTS = (
+    *("output_tokens", "completion_tokens", "generated_tokens", "generatedtokens"),
+    *("response_tokens", "num_decode_tokens", "num_output_tokens", "decode_tokens"),
+    *("output_length", "output_len", "completion_length", "token_size", "osl"),
+)
+_SESSIONS = ("session", "session_id", "conversation_id")
+_MODELS = ("model", "model_name")
+_FIRST = 20
+"""Rows of which one must have a date for all to be taken to."""
 
-def parser(header: str) -> tuple[Parse, bool]:
-    """How to read the lines of a file with that first line, and whether that line is a header.
+_FIRST_CHATS = 1_000_000
+"""Bailian's chats whose conversation is remembered; beyond, a follow-up begins one."""
 
-    Raises BadRowError when the format is unknown or lacks a column.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How to read the lines of one file.
+
+    ``assumed`` says what was concluded rather than read, in words; empty if nothing was.
+    """
+
+    parse: Parse
+    has_header: bool
+    assumed: str = ""
+
+
+def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
+    """How to read a file with that first line; ``sample`` are the lines that follow it, some.
+
+    Raises BadRowError when the format is unknown, lacks a column or does not tell its time unit.
     """
     header = header.removeprefix("\ufeff").strip()
     if header.startswith("{"):
-        return _mooncake, False
-    columns = [name.strip().lower() for name in _split(header)]
-    for mark, build in _BY_COLUMN.items():
-        if mark in columns:
-            return build(columns), True
-    raise BadRowError(f"unknown format, its first line is {header[:60]!r}")
+        fields = _object(header)
+        names = _Names(list(fields), kind="field")
+        lines: _Objects | _Columns = _Objects(names)
+        rows = [header, *sample]
+    else:
+        delimiter = _delimiter(header)
+        names = _Names(_split(header, delimiter), kind="column", header=header)
+        lines = _Columns(names, delimiter)
+        rows = list(sample)
+    dialects = _OBJECTS if header.startswith("{") else _TABLES
+    dialect = next((one for one in dialects if one.marks <= set(names.snake)), _OTHER)
+    clock, assumed = _clock(lines, rows, names.time, unit=unit, dialect=dialect)
+    reader = _Reader(lines, clock, zero_is_failure=dialect.zero_is_failure)
+    return Format(parse=reader, has_header=not header.startswith("{"), assumed=assumed)
+
+
+class _Names:
+    """Which of a file's names stand for what we need; positions in the list given."""
+
+    def __init__(self, given: Sequence[str], *, kind: str, header: str = "") -> None:
+        self.given = given
+        self.snake = [_snake(name) for name in given]
+        times = {unit_of_name(name)[0]: at for at, name in reversed(list(enumerate(self.snake)))}
+        found = {
+            "time": next((times[name] for name in _TIMES if name in times), None),
+            "prompt length": self._at(_PROMPTS),
+            "output length": self._at(_OUTPUTS),
+        }
+        lacking = [what for what, at in found.items() if at is None]
+        if len(lacking) == len(found):
+            raise BadRowError(f"unknown format, its first line is {header[:60]!r}")
+        if lacking:
+            told = {
+                "time": "arrival_s or timestamp",
+                "prompt length": "input_tokens",
+                "output length": "output_tokens",
+            }
+            raise BadRowError(
+                f"the {kind} with the {lacking[0]} is missing (such as {told[lacking[0]]}); "
+                f"there are {', '.join(given)[:200]}"
+            )
+        time, prompt, output = (at for at in found.values() if at is not None)
+        self.needed = (time, prompt, output)
+        self.session, self.model = self._at(_SESSIONS), self._at(_MODELS)
+        for at in self.needed:
+            if self.snake.count(self.snake[at]) > 1:
+                raise BadRowError(f"two columns are called {given[at].strip()}")
+
+    @property
+    def time(self) -> str:
+        """The name of the time, as it stands in the file."""
+        return self.given[self.needed[0]].strip()
+
+    def _at(self, wanted: Sequence[str]) -> int | None:
+        return next((self.snake.index(name) for name in wanted if name in self.snake), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dialect:
+    """What is known of a format, by the columns it is told by."""
+
+    name: str
+    marks: frozenset[str]
+    unit: TimeUnit | None
+    zero_is_failure: bool = False
+
+
+_OBJECTS = (
+    _Dialect("Bailian's", frozenset({"chat_id", "parent_chat_id"}), TimeUnit.SECONDS),
+    _Dialect(
+        "Mooncake's",
+        frozenset({"timestamp", "input_length", "output_length"}),
+        TimeUnit.MILLISECONDS,
+    ),
+)
+_TABLES = (
+    _Dialect(
+        "BurstGPT's",
+        frozenset({"timestamp", "request_tokens", "response_tokens"}),
+        TimeUnit.SECONDS,
+        zero_is_failure=True,
+    ),
+    _Dialect("Vidur's", frozenset({"arrived_at", "num_prefill_tokens"}), TimeUnit.SECONDS),
+    _Dialect("SplitwiseSim's", frozenset({"arrival_timestamp", "prompt_size"}), TimeUnit.SECONDS),
+)
+_OTHER = _Dialect("", frozenset(), None)
+
+
+def _clock(
+    lines: "_Columns | _Objects",
+    rows: Sequence[str],
+    name: str,
+    *,
+    unit: TimeUnit,
+    dialect: _Dialect,
+) -> tuple[Clock, str]:
+    """The clock of the file's timestamps, and what was concluded about it."""
+    stamps: list[object] = []
+    for line in rows:
+        try:
+            stamps.append(lines(line)[0])
+        except BadRowError:
+            continue
+    if any(isinstance(stamp, str) and is_stamp(stamp.strip()) for stamp in stamps[:_FIRST]):
+        return WallClock(name), ""
+    named = unit_of_name(_snake(name))[1]
+    if unit is not TimeUnit.AUTO:
+        if named is not None and named is not unit:
+            raise BadRowError(f"the name {name} says {named.word}, --time-unit {unit.word}")
+        return Ticks(unit, name), ""
+    if named is not None:
+        return Ticks(named, name), ""
+    values = []
+    for stamp in stamps:
+        try:
+            values.append(number(stamp, name))
+        except BadRowError:
+            continue
+    try:
+        found = conclude(values, usual=dialect.unit, whose=f"{dialect.name} timestamps")
+    except AmbiguousUnitError as error:
+        raise BadRowError(
+            str(error),
+            remedy="say the unit: --time-unit s, ms, us or ns; planning.time_unit in settings",
+        ) from None
+    return Ticks(found.unit, name), f"{name} is taken to be in {found.unit.word}, {found.why}"
+
+
+class _Reader:
+    """One line to one request."""
+
+    def __init__(
+        self, lines: "_Columns | _Objects", clock: Clock, *, zero_is_failure: bool
+    ) -> None:
+        self._lines, self._clock, self._zero_is_failure = lines, clock, zero_is_failure
+
+    def __call__(self, line: str) -> TraceRequest | None:
+        stamp, prompt, output, session, model = self._lines(line)
+        arrival_s = self._clock.arrival_s(stamp)
+        row = request(arrival_s, prompt, output, session=session, model=model)
+        self._clock.settle()
+        # Failed requests have no response tokens, says BurstGPT, and mostly no request's.
+        return None if self._zero_is_failure and float(output) == 0 else row
 
 
 class _Columns:
-    """Picks fields by name out of lines of one width."""
+    """Picks time, prompt, output, session and model out of lines of one width."""
 
-    def __init__(
-        self, columns: Sequence[str], needed: Sequence[str], wanted: Sequence[str] = ()
-    ) -> None:
-        for name in needed:
-            if name.lower() not in columns:
-                raise BadRowError(f"the column {name} is missing")
-        self._width = len(columns)
-        self._needed = [columns.index(name.lower()) for name in needed]
-        self._wanted = [
-            columns.index(name.lower()) if name.lower() in columns else None for name in wanted
-        ]
+    def __init__(self, names: _Names, delimiter: str) -> None:
+        self._width = len(names.given)
+        self._delimiter = delimiter
+        self._needed = names.needed
+        self._wanted = (names.session, names.model)
 
-    def __call__(self, line: str) -> list[str]:
-        """The needed fields, then the wanted ones, empty where the file has no such column."""
-        values = _split(line)
+    def __call__(self, line: str) -> list[Any]:
+        values = _split(line, self._delimiter)
         if len(values) != self._width:
             raise BadRowError(f"{len(values)} fields where the header has {self._width}")
         found = [values[at] for at in self._needed]
@@ -74,129 +240,67 @@ class _Columns:
         return found
 
 
-class _Canonical:
-    def __init__(self, columns: Sequence[str]) -> None:
-        needed = ("arrival_s", "input_tokens", "output_tokens")
-        self._pick = _Columns(columns, needed, ("session", "model"))
+class _Objects:
+    """The same out of JSON objects. A conversation of Bailian's is named by its first chat."""
 
-    def __call__(self, line: str) -> TraceRequest:
-        arrival, prompt, output, session, model = self._pick(line)
-        return request(seconds(arrival, "arrival_s"), prompt, output, session=session, model=model)
+    def __init__(self, names: _Names) -> None:
+        self._needed = [names.given[at] for at in names.needed]
+        self._wanted = [
+            names.given[at] if at is not None else "" for at in (names.session, names.model)
+        ]
+        self._firsts: dict[object, str] = {}
 
+    def __call__(self, line: str) -> list[Any]:
+        row = _object(line)
+        found: list[Any] = []
+        for name in self._needed:
+            if name not in row:
+                raise BadRowError(f"expected JSON with {', '.join(self._needed)}")
+            found.append(row[name])
+        for name in self._wanted:
+            value = row.get(name)
+            found.append("" if value is None else str(value))
+        found[3] = found[3] or self._conversation(row)
+        return found
 
-class _BurstGpt:
-    """Failed requests have no response tokens, says its description, and mostly no request's."""
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        needed = ("Timestamp", "Request tokens", "Response tokens")
-        self._pick = _Columns(columns, needed, ("Session ID", "Model"))
-
-    def __call__(self, line: str) -> TraceRequest | None:
-        stamp, prompt, output, session, model = self._pick(line)
-        row = request(seconds(stamp, "Timestamp"), prompt, output, session=session, model=model)
-        return None if float(output) == 0 else row
-
-
-class _Azure:
-    """Counts from the first good row. Stamps without a zone are taken as UTC."""
-
-    _STAMP = re.compile(
-        r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})"
-        r"(?:\.([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
-    )
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._pick = _Columns(columns, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))
-        self._first: tuple[datetime, float] | None = None
-
-    def __call__(self, line: str) -> TraceRequest:
-        stamp, prompt, output = self._pick(line)
-        # The fraction is kept apart: datetime holds six digits and the stamps have seven.
-        moment, part_s = self._moment(stamp.strip())
-        first, first_part_s = self._first or (moment, part_s)
-        arrival_s = (moment - first).total_seconds() + (part_s - first_part_s)
-        row = request(arrival_s, prompt, output)
-        self._first = first, first_part_s
-        return row
-
-    def _moment(self, stamp: str) -> tuple[datetime, float]:
-        found = self._STAMP.fullmatch(stamp)
-        try:
-            if found is None:
-                raise ValueError
-            date, time, digits, zone = found.groups()
-            return datetime.fromisoformat(f"{date}T{time}{zone or 'Z'}"), float(f"0.{digits or 0}")
-        except ValueError:
-            raise BadRowError(f"TIMESTAMP is {stamp[:40]!r}, not a time") from None
+    def _conversation(self, row: dict[str, Any]) -> str:
+        chat, before = row.get("chat_id"), row.get("parent_chat_id")
+        if not isinstance(chat, int | str) or not isinstance(before, int | str):
+            return ""
+        first = self._firsts.get(before, str(chat))
+        if len(self._firsts) < _FIRST_CHATS:
+            self._firsts[chat] = first
+        return first
 
 
-_BY_COLUMN: dict[str, Callable[[Sequence[str]], Parse]] = {
-    "arrival_s": _Canonical,
-    "contexttokens": _Azure,
-    "generatedtokens": _Azure,
-    "request tokens": _BurstGpt,
-    "response tokens": _BurstGpt,
-}
-
-
-def _mooncake(line: str) -> TraceRequest:
+def _object(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        stamp, prompt, output = row["timestamp"], row["input_length"], row["output_length"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadRowError("expected JSON with timestamp, input_length, output_length") from None
-    return request(seconds(stamp, "timestamp") / 1000.0, prompt, output)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise BadRowError("expected one JSON object a line")
+    return row
 
 
-def _split(line: str) -> list[str]:
+def _snake(name: str) -> str:
+    """``ContextTokens``, ``Request tokens`` and ``time (ms)`` in snake case."""
+    name = name.strip()
+    if not name.isupper():
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _delimiter(header: str) -> str:
+    if "," in header:
+        return ","
+    return max((";", "\t", "|"), key=header.count) if re.search(r"[;\t|]", header) else ","
+
+
+def _split(line: str, delimiter: str = ",") -> list[str]:
     if '"' not in line:
-        return line.split(",")
+        return line.split(delimiter)
     try:
-        return next(csv.reader([line]))
+        return next(csv.reader([line], delimiter=delimiter))
     except (csv.Error, StopIteration):
         raise BadRowError("the quotes of the line do not match") from None
-
-
-def request(
-    arrival_s: float, prompt: object, output: object, *, session: str = "", model: str = ""
-) -> TraceRequest:
-    """A request from what a file says of it. Raises BadRowError where that makes no sense."""
-    return TraceRequest(
-        arrival_s=arrival_s,
-        prompt_tokens=_tokens(prompt, "prompt"),
-        output_tokens=_tokens(output, "output"),
-        session=session,
-        model=model,
-    )
-
-
-def seconds(value: object, name: str) -> float:
-    """A time that counts from some start, so never negative. Raises BadRowError."""
-    number = _number(value, name)
-    if number < 0:
-        raise BadRowError(f"the arrival time is negative: {number:g}")
-    return number
-
-
-def _number(value: object, name: str) -> float:
-    try:
-        # Python reads 1_000 and true as numbers; no trace means them so.
-        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
-            raise ValueError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise BadRowError(f"{name} is {str(value)[:40]!r}, not a number") from None
-    if not math.isfinite(number):
-        raise BadRowError(f"{name} is {number}")
-    return number
-
-
-def _tokens(value: object, name: str) -> int:
-    # The usual case first: a trace of millions of rows spends its time here.
-    if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdigit():
-        return int(value) or 1
-    number = _number(value, f"the {name} length")
-    if number < 0 or number > _MAX_TOKENS or number != int(number):
-        raise BadRowError(f"the {name} length is {number:g}, not a count of tokens")
-    # Some traces log requests that produced nothing; an engine always makes one token.
-    return max(1, int(number))

@@ -6,6 +6,7 @@ that completed and met all their SLOs; SLO attainment is their share of all that
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,9 +20,24 @@ class OutcomeStatus(StrEnum):
     TRUNCATED = "truncated"
 
 
+class FailureKind(StrEnum):
+    """Why a request failed: what the client sent (status 4xx), the server (5xx), or the way."""
+
+    CLIENT_ERROR = "client_error"
+    SERVER_ERROR = "server_error"
+    CONNECTION = "connection"
+    TIMEOUT = "timeout"
+    ERROR_EVENT = "error_event"
+    BAD_EVENT = "bad_event"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One replayed request. ``due_s``, ``sent_s`` count from the start; ttft and e2e from due."""
+    """One replayed request. ``due_s``, ``sent_s`` count from the start; ttft and e2e from due.
+
+    ``ttft_s`` is of the first token of any kind, ``first_answer_s`` of the first that is no
+    reasoning; ``None`` where there was no reasoning, or no answer after it.
+    """
 
     due_s: float
     sent_s: float
@@ -32,6 +48,9 @@ class Outcome:
     output_tokens: int
     status: OutcomeStatus
     error: str = ""
+    failure: FailureKind | None = None
+    first_answer_s: float | None = None
+    reasoning_tokens: int = 0
 
     @property
     def tpot_s(self) -> float | None:
@@ -45,12 +64,15 @@ class Slo:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    e2e_s: float | None = None
 
     def met_by(self, outcome: Outcome) -> bool:
         """Whether a request completed within the limits."""
         if outcome.status is not OutcomeStatus.COMPLETED:
             return False
         if self.ttft_s is not None and outcome.ttft_s > self.ttft_s:
+            return False
+        if self.e2e_s is not None and outcome.e2e_s > self.e2e_s:
             return False
         tpot = outcome.tpot_s
         return self.tpot_s is None or tpot is None or tpot <= self.tpot_s
@@ -60,26 +82,36 @@ class Slo:
 class Percentiles:
     """Of a set of seconds; NaN-free: 0 for an empty set."""
 
+    mean: float
     p50: float
     p90: float
+    p95: float
     p99: float
+    max: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a replay came to. Rates are per second of ``duration_s``, first due to last end."""
+    """What a replay came to. Rates are per second of ``duration_s``, first due to last end.
+
+    ``failures`` counts the failed by kind. ``first_answer_s`` is ``None`` where nothing reasoned.
+    """
 
     sent: int
     completed: int
     failed: int
     truncated: int
+    failures: dict[str, int]
     duration_s: float
     requests_per_s: float
+    prompt_tokens_per_s: float
     output_tokens_per_s: float
     ttft_s: Percentiles
     tpot_s: Percentiles
     itl_s: Percentiles
     e2e_s: Percentiles
+    first_answer_s: Percentiles | None
+    reasoning_tokens: int
     longest_wait_s: float
     max_send_lag_s: float
     slo_attainment: float
@@ -105,10 +137,15 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def percentiles(values: Iterable[float]) -> Percentiles:
-    """The three that are reported."""
+    """Those that are reported, with the mean and the maximum."""
     ordered = sorted(values)
     return Percentiles(
-        p50=percentile(ordered, 0.50), p90=percentile(ordered, 0.90), p99=percentile(ordered, 0.99)
+        mean=math.fsum(ordered) / len(ordered) if ordered else 0.0,
+        p50=percentile(ordered, 0.50),
+        p90=percentile(ordered, 0.90),
+        p95=percentile(ordered, 0.95),
+        p99=percentile(ordered, 0.99),
+        max=ordered[-1] if ordered else 0.0,
     )
 
 
@@ -118,19 +155,25 @@ def summarise(outcomes: Sequence[Outcome], slo: Slo) -> Summary:
     start_s = min((item.due_s for item in outcomes), default=0.0)
     end_s = max((item.due_s + item.e2e_s for item in outcomes), default=0.0)
     duration_s = max(end_s - start_s, 1e-9)
+    failed = [item for item in outcomes if item.status is OutcomeStatus.FAILED]
+    answers = [item.first_answer_s for item in done if item.first_answer_s is not None]
     good = sum(slo.met_by(item) for item in outcomes)
     return Summary(
         sent=len(outcomes),
         completed=len(done),
-        failed=sum(item.status is OutcomeStatus.FAILED for item in outcomes),
+        failed=len(failed),
         truncated=sum(item.status is OutcomeStatus.TRUNCATED for item in outcomes),
+        failures=dict(Counter(item.failure.value for item in failed if item.failure)),
         duration_s=duration_s if outcomes else 0.0,
         requests_per_s=len(done) / duration_s,
+        prompt_tokens_per_s=sum(item.prompt_tokens for item in done) / duration_s,
         output_tokens_per_s=sum(item.output_tokens for item in done) / duration_s,
         ttft_s=percentiles(item.ttft_s for item in done),
         tpot_s=percentiles(item.tpot_s for item in done if item.tpot_s is not None),
         itl_s=percentiles(gap for item in done for gap in item.itl_s),
         e2e_s=percentiles(item.e2e_s for item in done),
+        first_answer_s=percentiles(answers) if answers else None,
+        reasoning_tokens=sum(item.reasoning_tokens for item in done),
         longest_wait_s=max((item.ttft_s for item in done), default=0.0),
         max_send_lag_s=max((item.sent_s - item.due_s for item in outcomes), default=0.0),
         slo_attainment=good / len(outcomes) if outcomes else 0.0,

@@ -1,26 +1,36 @@
 """Reading a request trace: streaming, gzip or plain, the format told by how the file begins.
 
-The text formats are in ``formats``, OServe's own records in ``records``. Here are the order of
-rows, where to stop, and what happens to a row that makes no sense.
+The text formats are in ``formats``, the units of their timestamps in ``units``, OServe's own
+records in ``records``. Here are the order of rows, where to stop, and what happens to a row that
+makes no sense.
 """
 
 import contextlib
 import gzip
 import io
+import itertools
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
 from oserve.core import OServeError
-from oserve.traces.formats import BadRowError, Parse, parser
+from oserve.traces.foreign import say_what_it_is
+from oserve.traces.formats import Parse, find_format
 from oserve.traces.records import MAGIC, record_rows
 from oserve.traces.request import TraceRequest
+from oserve.traces.rows import BadRowError
+from oserve.traces.units import TimeUnit
 
-_FORMATS = "canonical CSV, Azure's CSV, BurstGPT's CSV, Mooncake's JSONL, or OServe's records"
+FORMATS = (
+    "CSV or JSONL with a time, a prompt length and an output length a row (canonical, Azure, "
+    "BurstGPT, Mooncake, Bailian, Vidur), gzipped or not, or OServe's records"
+)
 _MAX_LINE = 1 << 20
 _REASONS = 5
+_SAMPLE_ROWS = 1000
 
 # What became of a row: None is a request that failed in its day.
 _Row = TraceRequest | BadRowError | None
@@ -34,17 +44,19 @@ class BadRows(StrEnum):
 
 
 class Skipped:
-    """What a reader left out, counted as it goes: give one to ``read_trace`` and look afterwards.
+    """What a reader left out or assumed: give one to ``read_trace`` and look afterwards.
 
     ``count`` is of bad rows, ``first`` says what was wrong with the first few ("line 7: ...").
     ``failures`` counts rows that are sound and hold no served request: BurstGPT's failures, and
-    records of requests that did not complete.
+    records of requests that did not complete. ``assumed`` says what unit the timestamps were
+    concluded to have, and why; it is empty where the file or the caller says it.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.first: list[str] = []
         self.failures = 0
+        self.assumed = ""
 
     def add(self, number: int, reason: object) -> None:
         """Count one bad row."""
@@ -59,98 +71,174 @@ def read_trace(
     limit: int | None = None,
     until_s: float | None = None,
     bad_rows: BadRows = BadRows.REFUSE,
+    time_unit: TimeUnit = TimeUnit.AUTO,
+    sort: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[TraceRequest]:
-    """Requests in order of arrival; Azure's and OServe's records are re-based to 0 s.
+    """Requests in order of arrival; wall-clock and Unix times and OServe's records begin at 0 s.
 
     Stops after ``limit`` requests, or at the first that arrives at ``until_s`` or later, counted
-    from the first request. Requests that failed in their day are left out.
+    from the first request. Requests that failed in their day are left out. ``time_unit`` is that of
+    timestamps that are numbers. With ``sort`` rows may be in any order, and all are held in memory.
 
     Raises OServeError, with file and line (of records: the row id), for a row that makes no sense,
     one that goes back in time included. With ``BadRows.SKIP`` such rows are left out instead, and
     it is an error only when a file read to its end has no other; a file that is damaged or of no
-    known format is one either way. ``skipped`` counts what is left out.
+    known format, or whose time unit cannot be told, is one either way. ``skipped`` counts what is
+    left out.
     """
     path = Path(path)
     skipped = Skipped() if skipped is None else skipped
     bad_before = skipped.count
-    first_s = previous_s = 0.0
     count = 0
-    with contextlib.closing(_rows(path)) as rows:
-        for number, row in rows:
-            if limit is not None and count >= limit:
-                return
+    first_s = 0.0
+    with contextlib.closing(_rows(path, time_unit, skipped)) as rows:
+        found = _sound(path, rows, bad_rows, skipped, in_order=not sort)
+        while limit is None or count < limit:
+            if sort and not count:
+                found = _sorted(found)
+            row = next(found, None)
             if row is None:
-                skipped.failures += 1
-                continue
-            if isinstance(row, BadRowError) or row.arrival_s < previous_s:
-                reason = (
-                    row
-                    if isinstance(row, BadRowError)
-                    else f"time runs backwards: {row.arrival_s:g} s"
-                )
-                if bad_rows is BadRows.REFUSE:
-                    raise _error(path, number, str(reason))
-                skipped.add(number, reason)
-                continue
+                break
             first_s = first_s if count else row.arrival_s
-            previous_s = row.arrival_s
             if until_s is not None and row.arrival_s - first_s >= until_s:
                 return
             count += 1
             yield row
+        else:
+            return
     if not count and skipped.count > bad_before:
         raise OServeError(
             f"every row is bad; {skipped.first[0] if skipped.first else 'none can be read'}",
             place=str(path),
-            remedy=f"a trace is {_FORMATS}",
+            remedy=f"a trace is {FORMATS}",
         )
 
 
-def _rows(path: Path) -> Generator[tuple[int, _Row], None, None]:
+def _sound(
+    path: Path,
+    rows: Iterable[tuple[int, _Row]],
+    bad_rows: BadRows,
+    skipped: Skipped,
+    *,
+    in_order: bool,
+) -> Iterator[TraceRequest]:
+    previous_s = 0.0
+    for number, row in rows:
+        if row is None:
+            skipped.failures += 1
+            continue
+        wrong = row if isinstance(row, BadRowError) else None
+        if isinstance(row, TraceRequest):
+            if not in_order or row.arrival_s >= previous_s:
+                previous_s = row.arrival_s
+                yield row
+                continue
+            wrong = BadRowError(
+                f"time runs backwards: {row.arrival_s:g} s", remedy="sort the rows, or give --sort"
+            )
+        if bad_rows is BadRows.REFUSE:
+            raise _error(path, number, wrong)
+        skipped.add(number, wrong)
+
+
+def _sorted(found: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+    """In order of arrival; a clock that began at a later row is set back."""
+    rows = sorted(found, key=lambda row: row.arrival_s)
+    early_s = min(0.0, rows[0].arrival_s) if rows else 0.0
+    for row in rows:
+        yield replace(row, arrival_s=row.arrival_s - early_s) if early_s else row
+
+
+def _rows(
+    path: Path, time_unit: TimeUnit, skipped: Skipped
+) -> Generator[tuple[int, _Row], None, None]:
     try:
-        with path.open("rb") as probe:
-            start = probe.read(len(MAGIC))
-    except OSError as error:
+        # Opened once: what comes through a pipe can be read once.
+        raw = path.open("rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise OServeError(
-            f"cannot read the trace: {error.strerror}", place=str(path), remedy="check the path"
+            f"cannot read the trace: {reason}", place=str(path), remedy="check the path"
         ) from None
-    if start == MAGIC:
-        yield from record_rows(path)
-        return
-    packed = start.startswith(b"\x1f\x8b")
-    with path.open("rb") as raw:
+    with raw:
+        start = _start(raw)
+        if start.startswith(MAGIC):
+            yield from record_rows(path)
+            return
+        packed = start.startswith(b"\x1f\x8b")
+        if not packed:
+            say_what_it_is(path, start)
         unpacked = gzip.GzipFile(fileobj=raw) if packed else raw
         with io.TextIOWrapper(unpacked, encoding="utf-8", newline="") as lines:
-            yield from _text_rows(path, lines)
+            yield from _text_rows(path, lines, time_unit, skipped)
 
 
-def _text_rows(path: Path, lines: IO[str]) -> Iterator[tuple[int, _Row]]:
-    number = 1
+def _start(raw: io.BufferedReader) -> bytes:
     try:
-        header = lines.readline(_MAX_LINE)
+        return raw.peek(256)[:256]
+    except OSError:
+        return b""
+
+
+def _text_rows(
+    path: Path, lines: IO[str], time_unit: TimeUnit, skipped: Skipped
+) -> Iterator[tuple[int, _Row]]:
+    numbered = _Lines(lines)
+    try:
+        header = next(numbered, "")
+        if header is None:
+            raise _error(path, 1, BadRowError(f"the line is longer than {_MAX_LINE} characters"))
         if not header.strip():
-            raise _error(path, 1, "the trace is empty")
+            reason = BadRowError("the trace is empty", remedy=f"a trace is {FORMATS}")
+            raise _error(path, 1, reason)
+        say_what_it_is(path, header[:256].encode())
+        # The unit of timestamps is concluded from the first rows.
+        sample = list(itertools.islice(numbered, _SAMPLE_ROWS))
         try:
-            parse, has_header = parser(header)
+            found = find_format(header, [line for line in sample if line], time_unit)
         except BadRowError as error:
-            raise _error(path, 1, str(error)) from None
-        if not has_header:
-            yield 1, _parsed(parse, header)
-        number = 2
-        while line := lines.readline(_MAX_LINE):
-            whole = len(line) < _MAX_LINE or line.endswith("\n")
-            while not whole:
-                rest = lines.readline(_MAX_LINE)
-                whole = len(rest) < _MAX_LINE or rest.endswith("\n")
-                line = ""
-            if not line:
+            raise _error(path, 1, error) from None
+        skipped.assumed = found.assumed
+        if not found.has_header:
+            sample.insert(0, header)
+        for number, line in enumerate(
+            itertools.chain(sample, numbered), start=2 if found.has_header else 1
+        ):
+            if line is None:
                 yield number, BadRowError(f"the line is longer than {_MAX_LINE} characters")
             elif line.strip():
-                yield number, _parsed(parse, line)
-            number += 1
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise _error(path, number, f"the file is damaged: {error}") from None
+                yield number, _parsed(found.parse, line)
+    except UnicodeDecodeError:
+        # Text is decoded in blocks of lines, so the line is not known.
+        raise OServeError(
+            "it is not text in UTF-8", place=str(path), remedy="save it as UTF-8, or name a trace"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = BadRowError(f"the file is damaged: {error}", remedy="fetch it again")
+        raise _error(path, numbered.count + 1, reason) from None
+
+
+class _Lines:
+    """Lines one by one; ``None`` in the place of one that is too long."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self._lines = lines
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str | None]:
+        return self
+
+    def __next__(self) -> str | None:
+        line = self._lines.readline(_MAX_LINE)
+        if not line:
+            raise StopIteration
+        self.count += 1
+        if len(line) < _MAX_LINE or line.endswith("\n"):
+            return line
+        while len(line) == _MAX_LINE and not line.endswith("\n"):
+            line = self._lines.readline(_MAX_LINE)
+        return None
 
 
 def _parsed(parse: Parse, line: str) -> _Row:
@@ -160,9 +248,12 @@ def _parsed(parse: Parse, line: str) -> _Row:
         return error
 
 
-def _error(path: Path, number: int, message: str) -> OServeError:
+def _error(path: Path, number: int, reason: BadRowError | None) -> OServeError:
+    usual = "correct the row, or skip such rows: --skip-bad-rows"
+    if number == 1:
+        usual = f"a trace is {FORMATS}"
     return OServeError(
-        message,
+        str(reason),
         place=f"{path}:{number}",
-        remedy=f"correct the row, or have bad rows skipped; a trace is {_FORMATS}",
+        remedy=(reason.remedy if reason else "") or usual,
     )

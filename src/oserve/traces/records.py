@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oserve.core import FinishStatus, OServeError
-from oserve.traces.formats import BadRowError, request, seconds
 from oserve.traces.request import TraceRequest
+from oserve.traces.rows import BadRowError, request, ticks
 
 MAGIC = b"SQLite format 3\x00"
 """How every such file begins."""
@@ -36,7 +36,7 @@ def record_rows(path: Path) -> Iterator[tuple[int, TraceRequest | BadRowError | 
                     yield rowid, None
                     continue
                 try:
-                    arrival_s = seconds(arrival, "arrival_s")
+                    arrival_s = ticks(arrival, "arrival_s")
                     start_s = arrival_s if first_s is None else first_s
                     row = request(arrival_s - start_s, prompt, output, model=str(kind))
                 except BadRowError as error:

@@ -4,8 +4,10 @@ A server connection that hands over whole requests, and an upstream connection t
 response as the raw bytes it came in. It does not know OpenAI's API, replicas or routing.
 """
 
+from oserve.wire.connection import ServerLimits
+from oserve.wire.exchange import Exchange
 from oserve.wire.framing import Dechunker, Framing, chunk, dechunk
-from oserve.wire.server import Exchange, ServerLimits, serve
+from oserve.wire.server import serve
 from oserve.wire.upstream import ResponseHead, Sink, UpstreamPool
 
 __all__ = [

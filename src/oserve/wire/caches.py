@@ -13,7 +13,6 @@ import re
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -39,17 +38,18 @@ def taking(name: str) -> dict[str, str]:
     return {_FROM: name}
 
 
-def own_name(fields: dict[str, Any] | None) -> str:
-    """The name of its own that a request carries, or nothing."""
-    return _name((fields or {}).get(_OWN))
+def own_name(fields: object) -> str:
+    """The name of its own that a request carries, or nothing; a client may send anything."""
+    return _name(fields, _OWN)
 
 
-def taken_name(fields: dict[str, Any] | None) -> str:
+def taken_name(fields: object) -> str:
     """The name of the cache that a request begins with, or nothing."""
-    return _name((fields or {}).get(_FROM))
+    return _name(fields, _FROM)
 
 
-def _name(value: object) -> str:
+def _name(fields: object, key: str) -> str:
+    value = fields.get(key) if isinstance(fields, dict) else None
     return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
 
 

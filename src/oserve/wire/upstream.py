@@ -4,6 +4,7 @@ import asyncio
 import re
 import ssl
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -32,6 +33,8 @@ class ResponseHead:
 class Sink(Protocol):
     """Whoever takes a response. After ``on_end`` or ``on_error`` nothing more comes.
 
+    What any of these raises goes to ``crashed``, which itself must not raise.
+
     ``cancelled`` is read before a new connection is used; ``attached`` hands the connection over,
     through which the response can be paused or the request dropped.
     """
@@ -49,6 +52,8 @@ class Sink(Protocol):
 
     def on_error(self, reason: str) -> None: ...
 
+    def crashed(self, error: Exception) -> None: ...
+
 
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a server; one request at a time."""
@@ -62,12 +67,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep_alive = True
         self._request = b""
         self._reused = False
+        self.dropped = False
         self.framing: Framing | None = None
 
     # -- used by whoever sent the request -------------------------------------------------------
     def abort(self) -> None:
         """Drop the request: the connection closes, which tells the server."""
         self._sink = None
+        # The request may be about to be sent once more, on a connection in place of this one.
+        self.dropped = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -114,9 +122,15 @@ class UpstreamConnection(asyncio.Protocol):
         sink, self._sink = self._sink, None
         if sink is None:
             return
+        try:
+            self._lost(sink)
+        except Exception as error:
+            sink.crashed(error)
+
+    def _lost(self, sink: Sink) -> None:
         if self._head is None and not self._buffer and self._reused:
             # The server closed an idle connection as we took it up: the request was not read.
-            self._pool.send_fresh(self._request, sink)
+            self._pool.send_fresh(self._request, sink, instead_of=self)
         elif self._head is not None and self.framing is None:
             sink.on_end()  # the body ended with the connection, as its head announced
         else:
@@ -126,6 +140,14 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self._sink
         if sink is None:
             return
+        try:
+            self._received(sink, data)
+        except Exception as error:
+            self._sink = None
+            self.close()
+            sink.crashed(error)
+
+    def _received(self, sink: Sink, data: bytes) -> None:
         if self._head is None:
             self._buffer += data
             data = self._parse_head(sink)
@@ -229,6 +251,18 @@ def client_context(ca_file: str = "") -> ssl.SSLContext:
     return ssl.create_default_context(cafile=ca_file or None)
 
 
+def _unwanted(sink: Sink, replaced: UpstreamConnection | None) -> bool:
+    """Whether nobody waits for a connection that has just been made."""
+    return sink.cancelled or (replaced is not None and replaced.dropped)
+
+
+def _tell(sink: Sink, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception as error:
+        sink.crashed(error)
+
+
 class UpstreamPool:
     """Connections to one server, by Unix socket or by host and port (over TLS with ``tls``)."""
 
@@ -258,13 +292,18 @@ class UpstreamPool:
                 return
         self.send_fresh(request, sink)
 
-    def send_fresh(self, request: bytes, sink: Sink) -> None:
-        """Send on a connection made for this request."""
-        task = asyncio.get_running_loop().create_task(self._connect(request, sink))
+    def send_fresh(
+        self, request: bytes, sink: Sink, *, instead_of: UpstreamConnection | None = None
+    ) -> None:
+        """Send on a connection made for this request, unless that which it replaces is dropped."""
+        work = self._connect(request, sink, instead_of)
+        task = asyncio.get_running_loop().create_task(work)
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, request: bytes, sink: Sink) -> None:
+    async def _connect(
+        self, request: bytes, sink: Sink, instead_of: UpstreamConnection | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         factory = lambda: UpstreamConnection(self)  # noqa: E731
         try:
@@ -276,15 +315,20 @@ class UpstreamPool:
                         factory, self._host, self._port, ssl=self._tls
                     )
         except (OSError, TimeoutError) as error:
-            if not sink.cancelled:
-                sink.on_error(f"cannot connect to the replica: {error or 'timed out'}")
+            if not _unwanted(sink, instead_of):
+                reason = f"cannot connect to the replica: {error or 'timed out'}"
+                _tell(sink, lambda: sink.on_error(reason))
             return
-        if sink.cancelled:
+        if _unwanted(sink, instead_of):
             connection.close()
             return
         self._all.add(connection)
-        sink.attached(connection)
-        connection.begin(request, sink, reused=False)
+
+        def begin() -> None:
+            sink.attached(connection)
+            connection.begin(request, sink, reused=False)
+
+        _tell(sink, begin)
 
     def give_back(self, connection: UpstreamConnection) -> None:
         if len(self._idle) < _MAX_IDLE:

@@ -5,6 +5,6 @@ all that is exported here. What plans need is imported by module, since it loads
 (k-means, scikit-learn), ``model``, ``rates``, ``classes`` and ``columns`` (NumPy).
 """
 
-from oserve.workload.length import PromptLengthEstimator, classify
+from oserve.workload.length import PromptLengthEstimator, PromptSize, classify
 
-__all__ = ["PromptLengthEstimator", "classify"]
+__all__ = ["PromptLengthEstimator", "PromptSize", "classify"]

@@ -10,7 +10,7 @@ from oserve.app.switching.programme import SwitchFacts, prepare_switch
 from oserve.config import Settings
 from oserve.control.appraisal import Leg
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaSpec
-from oserve.engines.devices import available_memory_bytes
+from oserve.engines.main_memory import available_memory_bytes
 from oserve.switch.learned import LearnedPhases
 
 

@@ -18,7 +18,7 @@ from oserve.core import (
 )
 from oserve.engines.settings import EngineSettings
 from oserve.perf.device import find_link
-from oserve.perf.memory import MEMORY_SHARE
+from oserve.perf.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, MEMORY_SHARE
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
 from oserve.switch.layout import Placed, shard_map
 from oserve.switch.learned import LearnedPhases
@@ -28,10 +28,6 @@ from oserve.switch.tensor import volume
 from oserve.switch.transfer import TransferPlan, fill_reason, plan_transfer
 from oserve.switch.waves import Order, OrderPolicy, Standing, Wave, order_switch
 
-# What an engine's processes take beside weights and cache: on CPU as measured for engines that a
-# zygote forked, on a GPU its context, graphs and workspace.
-_CPU_ENGINE_BYTES = 0.7e9
-_GPU_ENGINE_BYTES = 2.0e9
 # Of the memory that is free, what new engines may fill.
 _FREE_SHARE = 0.9
 # Times a transfer that is predicted for idle links.
@@ -275,8 +271,8 @@ def _room(
         weights = _weights_bytes(facts.model, placed[spec.id])
         kv = spec.shape.kv_cache_memory_bytes
         if kv is None:
-            kv = facts.settings.kv_cache_memory_bytes
-        engine = _CPU_ENGINE_BYTES if cpu else _GPU_ENGINE_BYTES
+            kv = facts.settings.kv_cache_memory_bytes or 0
+        engine = CPU_ENGINE_BYTES if cpu else GPU_ENGINE_BYTES
         if not cpu and not kv:
             # Left to itself, an engine fills its device.
             kv = int(max(0.0, own[spec.devices[0]] * MEMORY_SHARE - weights - engine))

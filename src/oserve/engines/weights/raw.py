@@ -9,10 +9,6 @@ are left out.
 # torch and vLLM are loaded by the engine, which this module must not do before it.
 # ruff: noqa: PLC0415
 
-import contextlib
-import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +18,8 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_oserve_raw_weights"
 _BLANK = "_oserve_blank"
 _MEMORY = "_oserve_memory"
-_LARGE_BYTES = 1 << 20
-_SMALL = 1e-3
+LARGE_BYTES = 1 << 20
+"""Dummy parameters of more than this are left as they are: zero, and not in memory."""
 _DONE = "_already_called_process_weights_after_loading"
 
 
@@ -44,7 +40,7 @@ class RawWeights:
     """
 
     def __init__(self, model: Any, *, copies: bool) -> None:
-        self.memory: Memory | None = getattr(model, _MEMORY, None)
+        self.memory = memory_of(model)
         raw: dict[int, Any] = {}
         left: set[int] = set()
         self._rebuilds = copies
@@ -95,7 +91,7 @@ class RawWeights:
 
 
 def raw_weights(model: Any) -> RawWeights:
-    """Of a model loaded after ``keep_raw_weights``. Raises RuntimeError for one that was not."""
+    """Of a model whose weights are kept (``kept-weights``). Raises RuntimeError for any other."""
     found = getattr(model, _ATTRIBUTE, None)
     if found is None:
         raise RuntimeError("this engine does not keep its weights as loaded")
@@ -103,83 +99,32 @@ def raw_weights(model: Any) -> RawWeights:
     return found
 
 
-def keep_raw_weights() -> None:
-    """From now on, models loaded in this process keep their raw weights."""
-    from vllm.model_executor.model_loader import base_loader
-    from vllm.platforms import current_platform
+def keep_raw(model: Any, *, copies: bool) -> None:
+    """Take hold of a model's parameters, just before kernels repack them; see ``RawWeights``."""
+    setattr(model, _ATTRIBUTE, RawWeights(model, copies=copies))
 
+
+def keep_memory(model: Any, *, kept_bytes: float) -> None:
+    """Have a new model's parameters lie where others can map them; see ``Memory``.
+
+    Raises OSError where there is no such memory.
+    """
     from oserve.engines.weights.memory import Memory
 
-    copies = current_platform.is_cpu()
-    create: Callable[..., Any] = base_loader.initialize_model
-    original: Callable[..., None] = base_loader.process_weights_after_loading
-
-    def process(model: Any, *arguments: Any, **named: Any) -> None:
-        setattr(model, _ATTRIBUTE, RawWeights(model, copies=copies))
-        original(model, *arguments, **named)
-
-    def initialize(*arguments: Any, **named: Any) -> Any:
-        model = create(*arguments, **named)
-        if copies:
-            blank = named["vllm_config"].load_config.load_format == "dummy"
-            # What a checkpoint does not have is as it was made.
-            kept_bytes = _LARGE_BYTES if blank else math.inf
-            with contextlib.suppress(OSError):
-                setattr(model, _MEMORY, Memory(model.parameters(), kept_bytes=kept_bytes))
-        return model
-
-    base_loader.initialize_model = initialize
-    base_loader.process_weights_after_loading = process
+    setattr(model, _MEMORY, Memory(model.parameters(), kept_bytes=kept_bytes))
 
 
-def leave_blank() -> None:
-    """From now on, weights whose place others will take (``--load-format dummy``) cost nothing.
-
-    On CPU the memory of large ones is not touched: layers answer zeros until the weights have come
-    and ``RawWeights.repack`` has kernels pack them.
-    """
-    from vllm.model_executor.layers import utils
-    from vllm.model_executor.model_loader import dummy_loader
-
-    memory: Memory | None = None
-    numbers = itertools.count(1)
-    load = dummy_loader.DummyModelLoader.load_weights
-    pack = utils.dispatch_cpu_unquantized_gemm
-
-    def fill(param: Any, *_bounds: Any, **_named: Any) -> None:
-        if param.device.type == "meta":
-            return
-        if (value := getattr(param, "dummy_weight_value", None)) is not None:
-            # Whoever made it knows what its layer can bear.
-            param.data.fill_(value)
-            return
-        if not param.is_floating_point():
-            return
-        # Memory that was not touched yet is zero, and takes none.
-        if memory is None or param.nbytes <= _LARGE_BYTES or not memory.holds(param):
-            param.data.fill_(_SMALL)
-        # Embeddings that are all alike would be taken for tied ones.
-        param.data[(0,) * param.ndim] = _SMALL * next(numbers)
-
-    def load_weights(self: Any, model: Any, *arguments: Any, **named: Any) -> None:
-        nonlocal memory
-        memory = getattr(model, _MEMORY, None)
-        load(self, model, *arguments, **named)
-        for module in model.modules():
-            setattr(module, _BLANK, True)
-
-    def dispatch(layer: Any, *arguments: Any, **named: Any) -> None:
-        if getattr(layer, _BLANK, False) and layer.weight.ndim == 2:
-            layer.cpu_linear = _nothing
-        else:
-            pack(layer, *arguments, **named)
-
-    dummy_loader.initialize_single_dummy_weight = fill
-    dummy_loader.DummyModelLoader.load_weights = load_weights
-    utils.dispatch_cpu_unquantized_gemm = dispatch
+def memory_of(model: Any) -> "Memory | None":
+    """What ``keep_memory`` made, if it was asked to."""
+    return getattr(model, _MEMORY, None)
 
 
-def _nothing(x: Any, weight: Any, bias: Any = None) -> Any:
-    """What a linear layer without weights answers."""
-    del bias
-    return x.new_zeros(*x.shape[:-1], weight.shape[0])
+def mark_blank(model: Any) -> None:
+    """The weights of all its modules are still to come."""
+    for module in model.modules():
+        setattr(module, _BLANK, True)
+
+
+def is_blank(module: Any) -> bool:
+    """Whether its weights are still to come; no longer once ``repack`` has taken them up."""
+    return getattr(module, _BLANK, False) is True

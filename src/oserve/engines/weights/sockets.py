@@ -21,6 +21,7 @@ _BUFFER_BYTES = 4 << 20
 _POLL_S = 0.02
 # Who calls (rank), for which transfer (bytes of its name that follow).
 _HELLO = struct.Struct("!II")
+_MAX_NAME_BYTES = 256
 # The number of an operation and its bytes.
 _HEAD = struct.Struct("!QQ")
 # Seconds and microseconds, as the kernel has them.
@@ -84,8 +85,12 @@ class Listener:
                 except OSError as error:
                     raise TransferError(f"waiting for rank {missing[0]}: {error}") from None
                 stream = Stream(caller, deadline_s)
-                rank, length = _HELLO.unpack(stream.take(_HELLO.size))
-                if length > 256 or stream.take(length).decode() != name or rank not in missing:
+                try:
+                    rank = stream.greeted(name)
+                except TransferError:
+                    stream.close()
+                    raise
+                if rank not in missing:
                     stream.close()
                     continue
                 found[rank] = stream
@@ -118,17 +123,29 @@ class Stream:
     def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "Stream":
         """To the rank that listens at ``path``, which may be about to."""
         while True:
+            left_s = _left_s(deadline_s, f"nobody listens at {path}")
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.settimeout(_left_s(deadline_s, f"nobody listens at {path}"))
+                connection.settimeout(left_s)
                 connection.connect(path)
             except OSError:
                 connection.close()
                 time.sleep(_POLL_S)
                 continue
             stream = cls(connection, deadline_s)
-            stream.give(memoryview(_HELLO.pack(rank, len(name.encode())) + name.encode()))
+            try:
+                stream.give(memoryview(_HELLO.pack(rank, len(name.encode())) + name.encode()))
+            except TransferError:
+                stream.close()
+                raise
             return stream
+
+    def greeted(self, name: str) -> int:
+        """The rank of who calls for this transfer, or -1 for whoever calls for another."""
+        rank, length = _HELLO.unpack(self.take(_HELLO.size))
+        if length > _MAX_NAME_BYTES or self.take(length) != name.encode():
+            return -1
+        return int(rank)
 
     def send(self, number: int, data: memoryview, throttle: Throttle) -> None:
         """One operation's bytes."""

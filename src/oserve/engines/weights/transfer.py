@@ -191,9 +191,12 @@ class Transfer(Job):
         def accept() -> None:
             incoming.update(self._listener.accept(order.name, callers, self._deadline_s))
 
-        self._side_by_side([call, accept])
-        with self._lock:
-            self._streams = [*found.values(), *incoming.values()]
+        try:
+            self._side_by_side([call, accept])
+        finally:
+            # Whoever was reached has to hear it if another was not.
+            with self._lock:
+                self._streams = [*found.values(), *incoming.values()]
         if self.stopped.is_set():
             raise TransferError("aborted")
         return found, incoming

@@ -1,0 +1,115 @@
+"""What ``oserve bench`` says: as data, and on the screen."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from oserve.cli.target import Target
+from oserve.traces import Outcome, OutcomeStatus, Percentiles, Summary
+from oserve.traces.metrics import percentile, percentiles
+
+_MOST_ERRORS = 8
+
+
+def document(
+    outcomes: Sequence[Outcome],
+    summary: Summary,
+    bounds: list[int] | None,
+    *,
+    trace: str,
+    target: Target,
+    rate_scale: float,
+    limit: int | None,
+) -> dict[str, Any]:
+    """The report as JSON-ready data; times are seconds. ``bounds`` of None: terciles."""
+    return {
+        "trace": trace,
+        "url": target.url,
+        "model": target.model,
+        "rate_scale": rate_scale,
+        "limit": limit,
+        "notes": list(target.dialect.notes),
+        **asdict(summary),
+        "classes": _by_class(outcomes, bounds),
+        "errors": dict(
+            Counter(item.error for item in outcomes if item.error).most_common(_MOST_ERRORS)
+        ),
+    }
+
+
+def per_request(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row for each request, in order of due times."""
+    return [asdict(item) for item in sorted(outcomes, key=lambda item: item.due_s)]
+
+
+def _by_class(outcomes: Sequence[Outcome], bounds: list[int] | None) -> list[dict[str, Any]]:
+    """TTFT apart for each class of prompt length, since a mean over all hides who waits."""
+    done = [item for item in outcomes if item.status is OutcomeStatus.COMPLETED]
+    if bounds is None:
+        lengths = [float(item.prompt_tokens) for item in done]
+        bounds = sorted({round(percentile(lengths, share)) for share in (1 / 3, 2 / 3)})
+    rows = []
+    low = 0
+    for high in [*bounds, None]:
+        members = [
+            item
+            for item in done
+            if item.prompt_tokens > low and (high is None or item.prompt_tokens <= high)
+        ]
+        rows.append(
+            {
+                "prompt_tokens_over": low,
+                "prompt_tokens_to": high,
+                "completed": len(members),
+                "ttft_s": asdict(percentiles(item.ttft_s for item in members)),
+                "longest_wait_s": max((item.ttft_s for item in members), default=0.0),
+            }
+        )
+        low = high or 0
+    return rows
+
+
+def show(report: dict[str, Any], summary: Summary) -> None:
+    """On standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    verdict = (
+        "[green]all complete[/]" if summary.completed == summary.sent else "[red]incomplete[/]"
+    )
+    kinds = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in summary.failures.items())
+    console.print(
+        f"{summary.sent} sent, {summary.completed} completed, {summary.failed} failed"
+        f"{f' ({kinds})' if kinds else ''}, {summary.truncated} truncated: {verdict}"
+    )
+    console.print(
+        f"{summary.duration_s:.1f} s, {summary.requests_per_s:.2f} requests/s, "
+        f"{summary.prompt_tokens_per_s:.0f} prompt and {summary.output_tokens_per_s:.0f} output "
+        f"tokens/s, goodput {summary.goodput_rps:.2f} requests/s, SLO attainment "
+        f"{summary.slo_attainment:.1%}"
+    )
+    table = Table("seconds", "mean", "p50", "p90", "p95", "p99", "max")
+    rows = [("TTFT", summary.ttft_s), ("TPOT", summary.tpot_s)]
+    if summary.first_answer_s is not None:
+        rows.insert(1, ("first answer token", summary.first_answer_s))
+    rows += [("ITL", summary.itl_s), ("E2E", summary.e2e_s)]
+    for name, values in rows:
+        table.add_row(name, *(f"{value:.4f}" for value in asdict(values).values()))
+    console.print(table)
+    apart = Table("prompt tokens", "requests", "TTFT p50", "p90", "p99", "longest wait")
+    for row in report["classes"]:
+        high = row["prompt_tokens_to"]
+        span = f"{row['prompt_tokens_over'] + 1} to {high}" if high else "longer"
+        values = Percentiles(**row["ttft_s"])
+        cells = (values.p50, values.p90, values.p99)
+        wait = f"{row['longest_wait_s']:.3f}"
+        apart.add_row(span, str(row["completed"]), *(f"{value:.4f}" for value in cells), wait)
+    console.print(apart)
+    if summary.reasoning_tokens:
+        console.print(f"{summary.reasoning_tokens:,} output tokens were reasoning")
+    if summary.max_send_lag_s > 0.1:
+        console.print(f"[yellow]this client lagged by up to {summary.max_send_lag_s:.2f} s[/]")
+    for error, count in report["errors"].items():
+        console.print(f"{count} x {error}", markup=False)

@@ -1,0 +1,41 @@
+"""Keys that stand twice in one JSON object: decoders take the last in silence."""
+
+import json
+import re
+
+from oserve.core.errors import OServeError
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
+
+
+def refuse_doubled_keys(text: str, *, place: str) -> None:
+    """Raises OServeError, with both lines, for the first such key of a valid JSON text."""
+    # One entry for each object or array that is open: keys and their offsets, None for an array.
+    open_: list[dict[str, int] | None] = []
+    string = ""
+    at = 0
+    for found in _TOKEN.finditer(text):
+        token = found[0]
+        if token == "{":
+            open_.append({})
+        elif token == "[":
+            open_.append(None)
+        elif token in "}]":
+            if open_:
+                open_.pop()
+        elif token == ":":
+            keys = open_[-1] if open_ else None
+            if keys is not None and string in keys:
+                raise OServeError(
+                    f"the key {string!r} stands twice, first in line {_line(text, keys[string])}",
+                    place=f"{place}:{_line(text, at)}",
+                    remedy="leave one of the two out",
+                )
+            if keys is not None:
+                keys[string] = at
+        elif token != ",":
+            string, at = json.loads(token, strict=False), found.start()
+
+
+def _line(text: str, offset: int) -> int:
+    return text.count("\n", 0, offset) + 1

@@ -1,0 +1,58 @@
+"""All patches in the order in which they are applied, and applying them."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from oserve.engines.patches.blank_weights import BLANK_WEIGHTS
+from oserve.engines.patches.forked_workers import FORKED_WORKERS
+from oserve.engines.patches.kept_weights import KEPT_WEIGHTS
+from oserve.engines.patches.kernel_overrides import KERNEL_OVERRIDES
+from oserve.engines.patches.model_inspection import MODEL_INSPECTION
+from oserve.engines.patches.patch import Patch, PatchError, Stage, misfit, put_in_place
+from oserve.engines.patches.pipeline_buffer import PIPELINE_BUFFER
+from oserve.engines.patches.segment_names import SEGMENT_NAMES
+from oserve.engines.patches.waiting import WAITING
+
+VLLM = "vLLM 0.32.0"
+"""The version whose sources the patches were written against."""
+
+PATCHES: tuple[Patch, ...] = (
+    MODEL_INSPECTION,
+    FORKED_WORKERS,
+    KERNEL_OVERRIDES,
+    WAITING,
+    SEGMENT_NAMES,
+    PIPELINE_BUFFER,
+    KEPT_WEIGHTS,
+    BLANK_WEIGHTS,
+)
+
+_applied: set[str] = set()
+
+
+def _to_log(text: str) -> None:
+    print(f"oserve: {text}", file=sys.stderr, flush=True)
+
+
+def apply(
+    stage: Stage,
+    patches: Sequence[Patch] = PATCHES,
+    *,
+    say: Callable[[str], None] = _to_log,
+) -> None:
+    """Put the patches of a stage in place, each once in a process; ``say`` hears what is left out.
+
+    Raises PatchError where one that is needed does not fit.
+    """
+    for patch in patches:
+        if patch.stage != stage or patch.name in _applied or not patch.wanted():
+            continue
+        reason = misfit(patch)
+        if reason and patch.needed:
+            raise PatchError(f"patch {patch.name}: {reason}; {patch.without}")
+        if reason:
+            say(f"patch {patch.name} is left out: {reason}; {patch.without}")
+            continue
+        for target in patch.targets:
+            put_in_place(target)
+        _applied.add(patch.name)

@@ -1,0 +1,42 @@
+"""Workers on CPU are forked, as the engine was."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from oserve.engines.patches.patch import Patch, Target
+
+
+def _forking(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_and_update_config(cls: Any, *arguments: Any, **named: Any) -> Any:
+        answer = original(cls, *arguments, **named)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        return answer
+
+    return check_and_update_config
+
+
+FORKED_WORKERS = Patch(
+    name="forked-workers",
+    stage="zygote",
+    made_for="vLLM 0.32.0",
+    needed=True,
+    targets=(
+        Target(
+            place="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+            digest="43fdc40c8fef51b1",
+            replace=_forking,
+        ),
+    ),
+    reason=(
+        "vLLM's CPU platform sets VLLM_WORKER_MULTIPROC_METHOD to spawn, whatever it was, so that "
+        "each engine core and worker imports vLLM again: three quarters of a minute. Here they "
+        "are forked from a process that has one thread and has imported it, which is safe. The "
+        "patch sets the variable back."
+    ),
+    without="engines are started from nothing instead (engines.start_method: spawn)",
+    upstream=(
+        "on purpose: OpenMP reads its variables when it is loaded, and fork is not safe in general "
+        "([#19649](https://github.com/vllm-project/vllm/pull/19649))"
+    ),
+)

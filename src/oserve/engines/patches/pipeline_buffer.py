@@ -1,0 +1,50 @@
+"""The buffer of later pipeline stages, on CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.platforms import on_cpu
+
+
+def _allocating(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sync_and_gather(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens,
+                dtype=self.model_config.dtype,
+                device=self.device,
+            )
+        return original(self, *arguments, **named)
+
+    return sync_and_gather
+
+
+PIPELINE_BUFFER = Patch(
+    name="pipeline-buffer",
+    stage="worker",
+    made_for="vLLM 0.32.0",
+    wanted=on_cpu,
+    targets=(
+        Target(
+            place=(
+                "vllm.v1.worker.cpu_model_runner:"
+                "CPUModelRunner.sync_and_gather_intermediate_tensors"
+            ),
+            source=(
+                "vllm.v1.worker.gpu_model_runner:"
+                "GPUModelRunner.sync_and_gather_intermediate_tensors"
+            ),
+            digest="01b895f381511029",
+            replace=_allocating,
+        ),
+    ),
+    reason=(
+        "The buffer in which a later pipeline stage receives its input is allocated by the dummy "
+        "run only. On CPU that run is left out when execution is eager and the KV cache size is "
+        "given, as OServe does, and the first request ends the engine with an AssertionError. "
+        "The patch allocates the buffer on first use."
+    ),
+    without="engines with pipeline stages may end at their first request",
+    upstream="no report found",
+)

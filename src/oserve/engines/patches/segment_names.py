@@ -1,0 +1,47 @@
+"""Names of shared memory that tell which engine it belongs to."""
+
+import os
+from typing import Any
+
+from oserve.engines.group import SHARED_MEMORY_PREFIX
+from oserve.engines.patches.patch import Patch, Target
+
+_SOURCE = "multiprocessing.shared_memory:_make_filename"
+_DIGEST = "a86e5d8af2d61014"
+_NAME_LENGTH = 40
+
+
+def _own(_original: Any) -> str:
+    return f"/{SHARED_MEMORY_PREFIX}{os.getpid()}_"
+
+
+def _long(_original: Any) -> int:
+    return _NAME_LENGTH
+
+
+SEGMENT_NAMES = Patch(
+    name="segment-names",
+    stage="engine",
+    made_for="Python 3.11",
+    targets=(
+        Target(
+            place="multiprocessing.shared_memory:_SHM_NAME_PREFIX",
+            source=_SOURCE,
+            digest=_DIGEST,
+            replace=_own,
+        ),
+        Target(
+            place="multiprocessing.shared_memory:_SHM_SAFE_NAME_LENGTH",
+            source=_SOURCE,
+            digest=_DIGEST,
+            replace=_long,
+        ),
+    ),
+    reason=(
+        "Python names shared memory at random, so that nobody can tell whose a segment is that a "
+        "killed engine left in /dev/shm. The patch puts the engine's process id into the names, "
+        "and what is left of an engine that has ended is freed."
+    ),
+    without="shared memory of killed engines may stay in /dev/shm until it is removed by hand",
+    upstream="names can be given only by who makes a segment, which here is vLLM",
+)

@@ -1,0 +1,48 @@
+"""vLLM's processes sleep while they wait for each other."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from oserve.engines.patches.patch import Patch, Target
+
+_NAP_S = 0.0002
+_ASK_AGAIN_MS = 100
+
+
+def _napping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() <= self.last_read + self.busy_loop_s:
+            time.sleep(_NAP_S)
+        else:
+            original(self, _ASK_AGAIN_MS if timeout_ms is None else min(timeout_ms, _ASK_AGAIN_MS))
+
+    return wait
+
+
+WAITING = Patch(
+    name="waiting",
+    stage="zygote",
+    made_for="vLLM 0.32.0",
+    targets=(
+        Target(
+            place="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+            digest="68ef15b26ab57770",
+            replace=_napping,
+        ),
+    ),
+    reason=(
+        "For a second after each message vLLM's processes ask for the next one without pause, "
+        "holding the interpreter's lock. On CPU these cores are what computes: an engine's core "
+        "process took half of them. Later they wait for a notice, which may get lost where "
+        "processes have just been forked, and ask again after five seconds. The patch has them "
+        "sleep 0.2 ms at a time, and look again after 100 ms."
+    ),
+    without="engines that wait take a core from those that compute",
+    upstream=(
+        "[#52916](https://github.com/vllm-project/vllm/issues/52916), "
+        "[#52814](https://github.com/vllm-project/vllm/pull/52814) and "
+        "[#52848](https://github.com/vllm-project/vllm/pull/52848), all open, would make both "
+        "times adjustable"
+    ),
+)

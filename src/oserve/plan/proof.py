@@ -1,0 +1,50 @@
+"""What a search has shown: a deployment, and how far from it the optimum can be."""
+
+from dataclasses import dataclass
+from math import inf
+
+from oserve.plan.bounds import Scored
+from oserve.plan.problem import Objective, PlanProblem
+from oserve.plan.score import EQUAL, Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proved:
+    """A deployment and how far from it the optimum can be.
+
+    ``bound`` is what no deployment can exceed: a scale where ``bounds_scale``, else a rate served.
+    ``optimality_gap`` is (bound - achieved) / bound, 0 once proved (within 1e-6).
+    """
+
+    best: Scored
+    bound: float
+    bounds_scale: bool
+    optimality_gap: float
+
+
+def optimal(problem: PlanProblem, best: Scored) -> Proved:
+    """A deployment known to be the best, as its own bound."""
+    by_scale = problem.objective is Objective.CAPACITY and best.score.scale >= 1 - EQUAL
+    bound = achieved_value(problem, best.score, by_scale=by_scale)
+    return judged(problem, best, bound, by_scale=by_scale)
+
+
+def achieved_value(problem: PlanProblem, score: Score, *, by_scale: bool) -> float:
+    """What was sought: the scale of the demand (up to what is enough), or the rate served."""
+    if not by_scale:
+        return score.served_rps
+    enough = problem.enough_scale
+    return score.scale if enough is None else min(score.scale, enough)
+
+
+def judged(problem: PlanProblem, best: Scored, bound: float, *, by_scale: bool) -> Proved:
+    """A deployment beside what none can exceed."""
+    achieved = achieved_value(problem, best.score, by_scale=by_scale)
+    bound = max(bound, achieved)
+    gap = (bound - achieved) / bound if 0 < bound < inf else float(bound > 0)
+    return Proved(
+        best=best,
+        bound=bound,
+        bounds_scale=by_scale,
+        optimality_gap=0.0 if gap <= EQUAL else gap,
+    )

@@ -1,0 +1,62 @@
+"""The numbers of one row of a trace: what makes sense, and what does not."""
+
+import math
+
+from oserve.traces.request import TraceRequest
+
+# More than any context; a larger number is damage, and would overflow sums of tokens.
+_MAX_TOKENS = 10**9
+
+
+class BadRowError(ValueError):
+    """What is wrong with a row, without saying where; ``remedy`` if the usual one does not help."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+def request(
+    arrival_s: float, prompt: object, output: object, *, session: str = "", model: str = ""
+) -> TraceRequest:
+    """A request from what a file says of it. Raises BadRowError where that makes no sense."""
+    return TraceRequest(
+        arrival_s=arrival_s,
+        prompt_tokens=_tokens(prompt, "prompt"),
+        output_tokens=_tokens(output, "output"),
+        session=session,
+        model=model,
+    )
+
+
+def ticks(value: object, name: str) -> float:
+    """A time that counts from some start, so never negative. Raises BadRowError."""
+    found = number(value, name)
+    if found < 0:
+        raise BadRowError(f"the arrival time is negative: {found:g}")
+    return found
+
+
+def number(value: object, name: str) -> float:
+    """A finite number. Raises BadRowError."""
+    try:
+        # Python reads 1_000 and true as numbers; no trace means them so.
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+            raise ValueError
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise BadRowError(f"{name} is {str(value)[:40]!r}, not a number") from None
+    if not math.isfinite(found):
+        raise BadRowError(f"{name} is {found}")
+    return found
+
+
+def _tokens(value: object, name: str) -> int:
+    # The usual case first: a trace of millions of rows spends its time here.
+    if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdigit():
+        return int(value) or 1
+    found = number(value, f"the {name} length")
+    if found < 0 or found > _MAX_TOKENS or found != int(found):
+        raise BadRowError(f"the {name} length is {found:g}, not a count of tokens")
+    # Some traces log requests that produced nothing; an engine always makes one token.
+    return max(1, int(found))
