@@ -234,10 +234,9 @@ class Dispatcher:
         self._send(relay, replicas[0], None)
 
     def _send(self, relay: Relay, replica: TableReplica, entry: WorkEntry | None) -> None:
-        knows = replica.stream_options and _start(replica) not in self._without_options
         try:
             relay.sent_to(replica, entry)
-            message = request_bytes(relay, replica, stream_options=knows)
+            message = self._upstream(relay, replica)
         except Exception:
             # Booked before anybody could free it.
             if entry is not None:
@@ -245,6 +244,11 @@ class Dispatcher:
             raise
         self._waiting.discard(relay)
         self._pools[replica.id, replica.endpoint].send(message, relay.sink)
+
+    def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
+        """The request as the replica gets it."""
+        knows = replica.stream_options and _start(replica) not in self._without_options
+        return request_bytes(relay, replica, stream_options=knows)
 
     def _excluded(self, relay: Relay, *, also_present: bool = False) -> set[str]:
         return {
