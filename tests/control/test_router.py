@@ -1,5 +1,8 @@
 """The router: soft pools, least expected work inside, overflow; and its view of load."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,6 +191,35 @@ def test_the_ledger_learns_which_replica_is_slow() -> None:
                 entry.close(now_s[name], done=True)
     after = ledger.loads(["fast", "slow"])
     assert after["slow"].decode_s_per_token > 3 * after["fast"].decode_s_per_token
+
+
+def test_a_corrected_price_leaves_what_is_booked() -> None:
+    """Of the same engine; another one in its place begins with an empty book."""
+    ledger = WorkLedger()
+    cheap = replica_of("a")
+    dear = replace(
+        cheap,
+        prefill_s_per_token=1.5 * cheap.prefill_s_per_token,
+        decode_s_per_token=1.5 * cheap.decode_s_per_token,
+    )
+    ledger.follow([cheap])
+    first = ledger.admit("a", request_of(), 0.0)
+    before = ledger.loads(["a"])["a"]
+    ledger.follow([dear])
+    after = ledger.loads(["a"])["a"]
+    # What was learned stays: the replica takes as long as before.
+    assert after.inflight == 1
+    assert after.prefill_s_per_token == pytest.approx(before.prefill_s_per_token)
+    second = ledger.admit("a", request_of(), 0.1)
+    first.close(0.2, done=True)
+    assert ledger.loads(["a"])["a"].inflight == 1
+    second.close(0.3, done=True)
+    assert ledger.own() == {"a": (0.0, 0)}
+    third = ledger.admit("a", request_of(), 0.4)
+    ledger.follow([replace(dear, started_s=0.5)])
+    assert ledger.own() == {"a": (0.0, 0)}
+    third.close(0.6, done=True)
+    assert ledger.own() == {"a": (0.0, 0)}
 
 
 def test_work_of_other_processes_counts() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from oserve.core import Endpoint
+from oserve.core import Endpoint, EngineWork
 from oserve.engines.probe import EngineLoad, Probe, ServedModel, base_url, parse_load
 
 METRICS = """# HELP vllm:num_requests_running Number of requests.
@@ -24,6 +24,22 @@ def test_load_is_read_from_metrics() -> None:
     assert parse_load("") == EngineLoad()
     assert parse_load("\nvllm:num_requests_running{ broken") == EngineLoad()
     assert parse_load("\nvllm:num_requests_running 2") == EngineLoad(running=2)
+
+
+def test_what_an_engine_has_done_is_read_from_metrics() -> None:
+    page = """
+vllm:iteration_tokens_total_bucket{engine="0",le="1.0"} 7.0
+vllm:iteration_tokens_total_count{engine="0"} 50.0
+vllm:iteration_tokens_total_sum{engine="0"} 1100.0
+vllm:generation_tokens_total{engine="0"} 300.0
+vllm:inter_token_latency_seconds_count{engine="0"} 290.0
+vllm:inter_token_latency_seconds_sum{engine="0"} 5.8
+"""
+    assert parse_load(page).work == EngineWork(
+        steps=50, prompt_tokens=800, prompts=10, output_tokens=300, gaps=290, gap_s=5.8
+    )
+    assert parse_load(page).tokens == 300
+    assert parse_load(page.replace("50.0", "0.0")).work is None
 
 
 def test_base_url_is_the_root() -> None:

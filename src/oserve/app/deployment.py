@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
+from oserve.control.speed import speeds_from
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,
@@ -31,6 +32,7 @@ from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
+from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 
 
@@ -41,6 +43,7 @@ class Deployment:
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
     ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
     alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
+    ``speeds``: of replicas, as an earlier server saw them.
     """
 
     settings: Settings
@@ -54,6 +57,7 @@ class Deployment:
     question: Question | None = None
     fingerprint: str = ""
     given: str = ""
+    speeds: Speeds = field(default_factory=Speeds)
     sized: bool = False
 
     @property
@@ -83,7 +87,8 @@ def prepare(settings: Settings) -> Deployment:
         room, question = fitted(room, question, given)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
-    first = _plan(settings, devices, plain, knowledge, question, resumed)
+    speeds = remembered_speeds(state_file(settings), question)
+    first = _plan(settings, devices, plain, knowledge, question, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -111,6 +116,7 @@ def prepare(settings: Settings) -> Deployment:
         question=None if mode is Mode.OFF else question,
         fingerprint=stamp,
         given=_given(settings),
+        speeds=speeds,
     )
 
 
@@ -170,6 +176,17 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
+def remembered_speeds(file: Path, question: Question | None) -> Speeds:
+    """What an earlier server saw of replicas, if it planned from the same step times."""
+    if question is None or not file.is_file():
+        return Speeds()
+    saved = StateStore(file).memory("speeds")
+    if not isinstance(saved, dict) or saved.get("source") != question.source.origin:
+        return Speeds()
+    seen = saved.get("seen")
+    return speeds_from(seen) if isinstance(seen, list) else Speeds()
+
+
 def _plan(
     settings: Settings,
     devices: tuple[Device, ...],
@@ -177,6 +194,7 @@ def _plan(
     knowledge: Knowledge,
     question: Question | None,
     resumed: FirstPlan | None,
+    speeds: Speeds,
 ) -> FirstPlan:
     """As given, else as it was, else computed, else the default.
 
@@ -193,7 +211,7 @@ def _plan(
     missing = knowledge.missing or "no model is named"
     if settings.model and question is not None:
         try:
-            return first_plan(question)
+            return first_plan(question, speeds)
         except OServeError as error:
             if settings.planning.trace or settings.planning.rates:
                 raise

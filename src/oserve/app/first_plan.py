@@ -15,6 +15,7 @@ from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import Limits
+from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource
@@ -28,6 +29,7 @@ _ASSUMED_S = 1800.0
 # The assumed mix has no rate of its own. A trickle always fits, so the plan is for the mix alone.
 _TRICKLE = 1e-3
 _TIME_LIMIT_S = 10.0
+_AS_MEASURED = Speeds()
 # Different replicas must be worth more than the model errs by.
 _MIN_GAIN = 0.03
 
@@ -152,9 +154,9 @@ def _is_known(source: PerformanceSource, precision: Precision) -> bool:
     return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
-def first_plan(question: Question) -> FirstPlan:
-    """The best plan, and why it is."""
-    found = answer(question)
+def first_plan(question: Question, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
+    """The best plan, with replicas at these speeds, and why it is."""
+    found = answer(replace(question, source=corrected(question.source, speeds)))
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
 
 

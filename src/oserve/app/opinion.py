@@ -23,11 +23,13 @@ from oserve.control.helm import Judged
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.perf import ShapePerformance
+from oserve.perf.corrected import Speeds, corrected
 from oserve.traces import Slo
 
 HOPELESS = 0.1
 """Of what comes: where no plan serves more of it in time, a backlog hides which is better."""
 
+_AS_MEASURED = Speeds()
 # What has not ended so long after the last request came is not counted on.
 _LATEST_S = 60.0
 
@@ -43,7 +45,9 @@ class Opinion:
     ) -> None:
         self._question = question
         self._aside = Aside(partial(Opinion, question, levers=levers)) if aside else None
-        self._simulator = Simulator(question.source)
+        # Tables are made for what was measured: whoever uses them scales them (control.planner).
+        self._as_measured = self._simulator = Simulator(question.source)
+        self._speeds = _AS_MEASURED
         self._levers = levers
         self._slo = common_slo(question.limits)
         self._lengths = [
@@ -62,7 +66,7 @@ class Opinion:
             return tuple(self._aside.call("table", tuple(rows)))
         question = self._question
         return simulated_table(
-            self._simulator,
+            self._as_measured,
             rows,
             self._lengths,
             devices=question.devices,
@@ -86,11 +90,16 @@ class Opinion:
         """What a switch is worth, with shares as this planner makes them."""
         return Scored(self, planner)
 
-    def good(self, plan: DeploymentPlan, traffic: Traffic) -> Mask:
-        """Which requests are served within the limits."""
+    def good(self, plan: DeploymentPlan, traffic: Traffic, speeds: Speeds = _AS_MEASURED) -> Mask:
+        """Which requests are served within the limits by replicas of these speeds."""
         if self._aside is not None:
-            found: Mask = self._aside.call("good", plan, traffic)
+            found: Mask = self._aside.call("good", plan, traffic, speeds)
             return found
+        if speeds != self._speeds:
+            self._speeds, self._simulator = (
+                speeds,
+                Simulator(corrected(self._question.source, speeds)),
+            )
         # Without limits what counts is what is done in time.
         latest_s = 0.0 if self._slo == Slo() else _LATEST_S
         serving = Serving(plan=plan, levers=self._levers)
@@ -142,7 +151,7 @@ class Scored:
             return 0.0, 0.0, 0.0
         rates = question.steps[0].expected
         kept, moved = (
-            self._opinion.good(self._shared(plan, rates), ahead.traffic)
+            self._opinion.good(self._shared(plan, rates), ahead.traffic, question.speeds)
             for plan in (question.current, found.plan)
         )
         later = int((moved & ahead.later).sum()) - int((kept & ahead.later).sum())

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from oserve.app.demand import Demand
+from oserve.app.deployment import remembered_speeds
 from oserve.app.first_plan import know, planning_question
 from oserve.app.opinion import Opinion
 from oserve.app.steering import planner_for, policy_of
@@ -58,6 +59,8 @@ def replayed_decisions(
     facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
     prices = SwitchPrices(facts)
     planner = planner_for(question, starts, prices.legs)
+    # As fast as they were last seen to be: how fast at each moment is not kept.
+    planner.correct(remembered_speeds(file, question))
     names = [kind.name for kind in planner.facts.types]
     opinion = Opinion(question) if settings.control.simulate else None
     if opinion is not None:

@@ -345,7 +345,7 @@ class Server:
             observation,
             ordered=self._ordered,
             expected=len(lost) < len(plan.replicas),
-            costs=self._deployment.costs,
+            costs=self._deployment.costs if steering is None else steering.costs,
         )
         document = status_document(
             plan,

@@ -17,6 +17,7 @@ from oserve.control.order import OrderPolicy
 from oserve.control.overload import OverloadPolicy, max_prompt_s
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
 from oserve.perf import TokenCosts
+from oserve.perf.corrected import uncorrected
 from oserve.perf.costs import measured_costs
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
@@ -309,13 +310,14 @@ class Simulator:
 
         Zero bytes where the source knows nothing of memory, which makes moves free.
         """
-        if not isinstance(self.source, RooflineSource):
+        source = uncorrected(self.source)
+        if not isinstance(source, RooflineSource):
             return Link(), 0.0
         from oserve.perf.device import find_device  # noqa: PLC0415 - rarely needed
 
         facts = find_device(shape.device_kind).link
         rate = facts.bandwidth * shape.device_count
-        per_token = self.source.memory(shape).kv_bytes_per_token * shape.device_count
+        per_token = source.memory(shape).kv_bytes_per_token * shape.device_count
         return Link(bytes_per_s=rate, latency_s=facts.latency_s), per_token
 
 

@@ -24,21 +24,25 @@ from oserve.control.helm import Helm
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import Legs, PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import (
     DeploymentPlan,
     Observation,
     OServeError,
+    ReplicaShape,
     ReplicaSpec,
 )
-from oserve.perf import ShapePerformance
+from oserve.perf import ShapePerformance, TokenCosts
+from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import performance_table
 from oserve.switch.learned import LearnedPhases
 
 _log = logging.getLogger("oserve.control")
 
 _DECISIONS_SHOWN = 10
+_AS_MEASURED = Speeds()
 
 
 def planner_for(
@@ -48,9 +52,11 @@ def planner_for(
     demand = question.demand
     kinds = {device.id: device.kind for device in question.devices}
 
-    def rows(shapes: Sequence[Any]) -> tuple[ShapePerformance, ...]:
+    def rows(
+        shapes: Sequence[ReplicaShape], speeds: Speeds = _AS_MEASURED
+    ) -> tuple[ShapePerformance, ...]:
         return performance_table(
-            question.source,
+            corrected(question.source, speeds),
             shapes,
             demand.types,
             limits=question.limits,
@@ -82,6 +88,7 @@ def planner_for(
             min_gain=question.min_gain,
             min_shapes=question.min_shapes,
             time_limit_s=question.time_limit_s,
+            rows_at=rows,
         )
     )
 
@@ -130,6 +137,9 @@ class Steering:
         self._learned = learned or LearnedPhases()
         self.planner = planner_for(deployment.question, self.starts, legs)
         self._store = StateStore(deployment.state_file)
+        self._watch = SpeedWatch(deployment.question.source)
+        self._watch.speeds = deployment.speeds
+        self.planner.correct(deployment.speeds)
         self._opinion = (
             Opinion(deployment.question, aside=True) if settings.control.simulate else None
         )
@@ -140,6 +150,7 @@ class Steering:
             starts=self.starts,
             shares_interval_s=settings.control.shares_interval_s,
             scorer=None if self._opinion is None else self._opinion.scorer(self.planner),
+            watch=self._watch,
         )
         self.controller = self._helm.controller
         self._recall()
@@ -248,6 +259,7 @@ class Steering:
             },
             "starts": self.starts.state(),
             "switches": self._learned.state(),
+            "speeds": {"source": self._source, "seen": self._watch.state()},
             "context": context_of(self._deployment),
         }
         end_s = int(now_s) - 1
@@ -277,6 +289,18 @@ class Steering:
         if self._opinion is not None:
             self._opinion.close()
 
+    @property
+    def _source(self) -> str:
+        """What speeds are multiples of."""
+        assert self._deployment.question is not None
+        return self._deployment.question.source.origin
+
+    def costs(self, shape: ReplicaShape, device_kind: str) -> TokenCosts:
+        """What a token costs the router, at the speed that was seen."""
+        return self._deployment.costs(shape, device_kind).at(
+            self.planner.speeds.of(replace(shape, device_kind=device_kind))
+        )
+
     # -- telling --------------------------------------------------------------------------------
     def document(self) -> dict[str, Any]:
         """For the status document."""
@@ -287,6 +311,7 @@ class Steering:
             "decision_interval_s": policy.interval_s,
             "forecast": msgspec.to_builtins(self.controller.watch.forecast()),
             "gauges": self.controller.watch.collector.gauges,
+            "speeds": {"source": self._source, "seen": self._watch.state()},
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
 

@@ -82,6 +82,8 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
 def _show_control(console: Console, control: dict[str, Any]) -> None:
     """What is expected, and what was decided and why."""
     console.print(f"controller: {control.get('mode', 'off')}")
+    for item in control.get("speeds", {}).get("seen", ()):
+        console.print(f"speed: {item['shape']} {item['speed']:.2f} x the profile", markup=False)
     if not control.get("forecast"):
         return
     table = Table("type", "now/s", "expected/s", "90 % between")

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from oserve.core import DeploymentPlan, ReplicaSpec
+from oserve.perf.corrected import Speeds
 
 Rates = tuple[float, ...]
 
@@ -102,6 +103,7 @@ class Question:
     ``past``: rates of late with the seconds that each held, up to now.
     ``before``: the rates before the traffic last changed, empty where it did not; they are taken to
     come back in the end, for ``back_s`` until the plan can follow.
+    ``speeds``: how fast replicas were seen to be.
     """
 
     at_s: float
@@ -120,6 +122,7 @@ class Question:
     past: tuple[tuple[Rates, float], ...] = ()
     before: Rates = ()
     back_s: float = 0.0
+    speeds: Speeds = field(default_factory=Speeds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from oserve.control.controller import Controller
 from oserve.control.decision import Mode, Trigger
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
@@ -61,6 +62,7 @@ class Helm:
     """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
 
     ``scorer`` judges what the planner proposes: its model's errors are as large as most gains.
+    ``watch`` sees how fast replicas are, which the planner then goes by.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Helm:
         starts: StartTimes,
         shares_interval_s: float,
         scorer: Scorer | None = None,
+        watch: SpeedWatch | None = None,
     ) -> None:
+        self.watch = watch
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
@@ -94,6 +98,11 @@ class Helm:
             "queued": float(queued),
         }
         self.starts.observe(observation)
+        speeds = None if self.watch is None else self.watch.observe(observation)
+        if speeds is not None:
+            self.planner.correct(speeds)
+            # Shares follow at once.
+            self._shared = None
         return self.controller.watch.observe(now_s, batches, gauges)
 
     def routed(
@@ -118,6 +127,7 @@ class Helm:
 
     def weighed(self, question: Question) -> Weighed | None:
         """The best candidate with its numbers: the slow part of a decision."""
+        question = replace(question, speeds=self.planner.speeds)
         found = appraised(question, self.planner)
         by_itself = question.given is None and not question.shrink_to
         if self._scorer is not None and by_itself:

@@ -20,6 +20,7 @@ class _Account:
     decode_s_per_token: float
     max_inflight: int
     max_model_len: int
+    engine: tuple[str, float] = ("", 0.0)
     step_tokens: int = 0
     inflight: int = 0
     prompt_s: float = 0.0
@@ -58,13 +59,22 @@ class WorkLedger:
         kept: dict[str, _Account] = {}
         for replica in replicas:
             account = self._accounts.get(replica.id)
-            if account is None or account.prefill_s_per_token != replica.prefill_s_per_token:
+            engine = (replica.shape, replica.started_s)
+            if account is None or account.engine != engine:
                 account = _Account(
+                    engine=engine,
                     prefill_s_per_token=replica.prefill_s_per_token,
                     decode_s_per_token=replica.decode_s_per_token,
                     max_inflight=replica.max_inflight,
                     max_model_len=replica.max_model_len,
                 )
+            if account.prefill_s_per_token != replica.prefill_s_per_token:
+                # What is booked stays booked at the price it was: it is paid back at that.
+                dearer = replica.prefill_s_per_token / account.prefill_s_per_token
+                low, high = _SPEED_BOUNDS
+                account.speed = min(high, max(low, account.speed * dearer))
+            account.prefill_s_per_token = replica.prefill_s_per_token
+            account.decode_s_per_token = replica.decode_s_per_token
             account.max_inflight = replica.max_inflight
             account.max_model_len = replica.max_model_len
             account.step_tokens = replica.step_tokens

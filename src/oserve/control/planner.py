@@ -22,6 +22,7 @@ from oserve.core import (
     WorkloadType,
 )
 from oserve.perf import ShapePerformance
+from oserve.perf.corrected import Speeds
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.problem import AmongEquals, PlanProblem
@@ -52,7 +53,8 @@ class PlannerFacts:
     ``start_s`` the seconds until a replica serves; ``legs`` the way from replicas to others where
     there is a quicker one than restarts (``None``: there is none). Different replicas must be worth
     ``min_gain`` over the best homogeneous deployment; with ``min_shapes`` above 1 no homogeneous
-    one is proposed unless there is no other.
+    one is proposed unless there is no other. ``rows_at``: what the table's model says of shapes at
+    other speeds than it was made for; ``None``: it is never corrected.
     """
 
     devices: tuple[Device, ...]
@@ -68,6 +70,7 @@ class PlannerFacts:
     time_limit_s: float = 5.0
     enough_scale: float | None = None
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
+    rows_at: Callable[[Sequence[ReplicaShape], Speeds], Sequence[ShapePerformance]] | None = None
     min_shapes: int = 1
 
 
@@ -77,14 +80,49 @@ class TablePlanner:
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts
         self.barred: frozenset[ReplicaShape] = frozenset()
+        self.speeds = Speeds()
+        self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
+        # Of shapes that are not in the table, by what it was made for.
+        self._chosen: dict[ReplicaShape, ShapePerformance] = {}
         self._servings: dict[tuple[tuple[ReplicaShape, int], ...], Serving] = {}
 
     def learn(self, facts: PlannerFacts) -> None:
         """Go by other facts from now on; the types must be the same."""
         self.facts = facts
-        self._rows = {row.shape: row for row in facts.table}
+        self._chosen = {}
+        self.correct(self.speeds)
+
+    def correct(self, speeds: Speeds) -> None:
+        """Go by these speeds from now on, in place of any before."""
+        self.speeds = speeds
+        self._table = self._at_speed(self.facts.table)
+        # Whoever weighs plans in another thread must find every shape that it found before.
+        chosen = {
+            shape: replace(self._at_speed([row])[0], shape=shape)
+            for shape, row in dict(self._chosen).items()
+        }
+        self._rows = chosen | {row.shape: row for row in self._table}
         self._servings = {}
+
+    def _at_speed(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
+        """Rows at the speeds that were seen.
+
+        Capacities change by what the table's model makes of it, wherever they come from: what
+        simulations say of shapes at one speed holds, by proportion, at others.
+        """
+        make, speeds = self.facts.rows_at, self.speeds
+        if make is None or not speeds.known:
+            return tuple(rows)
+        shapes = [row.shape for row in rows]
+        before = {row.shape: row for row in make(shapes, Speeds())}
+        after = {row.shape: row for row in make(shapes, speeds)}
+        return tuple(
+            _scaled(row, before[row.shape], after[row.shape])
+            if row.shape in before and row.shape in after
+            else row
+            for row in rows
+        )
 
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
@@ -93,7 +131,7 @@ class TablePlanner:
         None where nothing may serve them.
         """
         facts = self.facts
-        table = tuple(row for row in facts.table if row.shape not in self.barred)
+        table = tuple(row for row in self._table if row.shape not in self.barred)
         types = self._rated(rates_rps, table)
         if not any(kind.arrival_rate_rps > 0 for kind in types):
             return ()
@@ -264,9 +302,11 @@ class TablePlanner:
     def _row(self, spec: ReplicaSpec) -> ShapePerformance | None:
         row = self._rows.get(spec.shape)
         if row is None:
-            row = self.facts.row_of(spec)
-            if row is not None:
-                self._rows[spec.shape] = replace(row, shape=spec.shape)
+            found = self.facts.row_of(spec)
+            if found is not None:
+                self._chosen[spec.shape] = found
+                row = replace(self._at_speed([found])[0], shape=spec.shape)
+                self._rows[spec.shape] = row
         return row
 
     def _rated(
@@ -283,6 +323,19 @@ class TablePlanner:
             )
             for column, (kind, rate) in enumerate(zip(self.facts.types, rates_rps, strict=True))
         )
+
+
+def _scaled(
+    row: ShapePerformance, before: ShapePerformance, after: ShapePerformance
+) -> ShapePerformance:
+    """A row whose model says ``after`` where it said ``before``."""
+    capacity = tuple(
+        own * new / old if old > 0 else new
+        for own, old, new in zip(
+            row.capacity_rps, before.capacity_rps, after.capacity_rps, strict=True
+        )
+    )
+    return replace(after, capacity_rps=capacity)
 
 
 def _gain(best: Deployment, plain: Deployment) -> float:

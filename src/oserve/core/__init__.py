@@ -29,6 +29,7 @@ from oserve.core.shape import (
 )
 from oserve.core.state import (
     Endpoint,
+    EngineWork,
     Observation,
     ReplicaLoad,
     ReplicaPhase,
@@ -47,6 +48,7 @@ __all__ = [
     "Device",
     "DrainReplica",
     "Endpoint",
+    "EngineWork",
     "FinishStatus",
     "LengthClass",
     "OServeError",

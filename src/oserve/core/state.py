@@ -37,12 +37,30 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineWork:
+    """What an engine has done since it started, in counters that only grow.
+
+    ``steps``; ``prompt_tokens`` that they computed and ``prompts`` that they ended;
+    ``output_tokens`` that came out; ``gaps`` and ``gap_s``: how many times between one step and the
+    next were taken, and their sum in seconds.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    prompts: int = 0
+    output_tokens: int = 0
+    gaps: int = 0
+    gap_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
     """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it.
 
     ``since_s``: when this phase began; ``started_s``: when its engine was started or taken up,
-    which tells two engines of one replica apart. ``silent_s``: since its engine last showed a sign
-    of life; past ``patience_s`` it is taken to hang.
+    which tells two engines of one replica apart. ``work`` is ``None`` where the engine does not
+    tell. ``silent_s``: since its engine last showed a sign of life; past ``patience_s`` it is taken
+    to hang.
     """
 
     spec: ReplicaSpec
@@ -55,6 +73,7 @@ class ReplicaState:
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
+    work: EngineWork | None = None
     silent_s: float = 0.0
     patience_s: float = 0.0
     detail: str = ""

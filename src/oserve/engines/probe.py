@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.core import Endpoint
+from oserve.core import Endpoint, EngineWork
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
@@ -20,8 +20,16 @@ _GAUGES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_cache_usage",
-    "vllm:prompt_tokens_total": "tokens",
-    "vllm:generation_tokens_total": "tokens",
+}
+# One observation per step, of the tokens that it computed of prompts and gave out; and one per
+# token but the first of each answer, of the time since the one before.
+_COUNTERS = {
+    "vllm:prompt_tokens_total": "all_prompt_tokens",
+    "vllm:iteration_tokens_total_count": "steps",
+    "vllm:iteration_tokens_total_sum": "step_tokens",
+    "vllm:generation_tokens_total": "output_tokens",
+    "vllm:inter_token_latency_seconds_count": "gaps",
+    "vllm:inter_token_latency_seconds_sum": "gap_s",
 }
 # A core that computes a step answers after it.
 _ANSWER_LIMIT_S = 60.0
@@ -29,7 +37,7 @@ _ANSWER_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Requests in the engine, the filled fraction of its KV cache, tokens computed since its start.
+    """Requests in the engine, filled fraction of its KV cache, tokens and work since its start.
 
     vLLM counts tokens, and iterations, only of steps that yield a token: while one long prompt is
     computed in parts nothing but its cache grows.
@@ -39,6 +47,7 @@ class EngineLoad:
     waiting: int = 0
     kv_cache_usage: float = 0.0
     tokens: int = 0
+    work: EngineWork | None = None
 
     @property
     def counts(self) -> tuple[float, ...]:
@@ -179,8 +188,9 @@ def base_url(url: str) -> str:
 
 def parse_load(metrics: str) -> EngineLoad:
     """Gauges and counters of a Prometheus page; several engines behind one server are added up."""
-    sums = dict.fromkeys(_GAUGES.values(), 0.0)
-    for name, field in _GAUGES.items():
+    names = _GAUGES | _COUNTERS
+    sums = dict.fromkeys(names.values(), 0.0)
+    for name, field in names.items():
         start = 0
         # A page holds thousands of histogram lines: look for ours instead of parsing all.
         while (start := metrics.find(f"\n{name}", start)) >= 0:
@@ -198,5 +208,19 @@ def parse_load(metrics: str) -> EngineLoad:
         running=int(sums["running"]),
         waiting=int(sums["waiting"]),
         kv_cache_usage=sums["kv_cache_usage"],
-        tokens=int(sums["tokens"]),
+        tokens=int(sums["all_prompt_tokens"] + sums["output_tokens"]),
+        work=_work(sums) if sums["steps"] else None,
+    )
+
+
+def _work(sums: Mapping[str, float]) -> EngineWork:
+    output_tokens, gaps = int(sums["output_tokens"]), int(sums["gaps"])
+    return EngineWork(
+        steps=int(sums["steps"]),
+        prompt_tokens=max(0, int(sums["step_tokens"]) - output_tokens),
+        # Each answer's first token ends its prompt, and has no gap before it.
+        prompts=max(0, output_tokens - gaps),
+        output_tokens=output_tokens,
+        gaps=gaps,
+        gap_s=sums["gap_s"],
     )

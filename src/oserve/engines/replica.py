@@ -74,7 +74,10 @@ class ReplicaTask:
         load = await self.probe.load()
         if load is not None:
             self.report(
-                running=load.running, waiting=load.waiting, kv_cache_usage=load.kv_cache_usage
+                running=load.running,
+                waiting=load.waiting,
+                kv_cache_usage=load.kv_cache_usage,
+                work=load.work,
             )
         return load
 

@@ -219,7 +219,8 @@ class Relay:
             whole = event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK
             self.exchange.write(whole)
             # A client that keeps connections would have its next request broken off.
-            self.exchange.finish(close=framing is None or not framing.chunked)
+            head = self._head
+            self.exchange.finish(close=head is None or not head.chunked)
         else:
             self.exchange.abort()
 

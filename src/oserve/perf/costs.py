@@ -1,6 +1,6 @@
 """Engine seconds per token: from step times, or a guess before anything was measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.roofline import StepModel
@@ -32,6 +32,14 @@ class TokenCosts:
     prefill_s_per_token: float
     decode_s_per_token: float
     kv_bytes_per_token: float = 0.0
+
+    def at(self, speed: float) -> "TokenCosts":
+        """On the same replica, so many times as fast."""
+        return replace(
+            self,
+            prefill_s_per_token=self.prefill_s_per_token / speed,
+            decode_s_per_token=self.decode_s_per_token / speed,
+        )
 
 
 def measured_costs(step: StepModel, shape: ReplicaShape) -> TokenCosts:

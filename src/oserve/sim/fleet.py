@@ -266,8 +266,9 @@ class Fleet:
         state = self._state
         self._flush()
         self._kernel.do("observe", state.glob[layout.NOW])
+        prompts = self._prompts()
         return tuple(
-            self._replica(index, name)
+            self._replica(index, name, int(prompts[index]))
             for index, name in enumerate(self._names)
             if state.mem[state.where[index] + layout.PHASE] != layout.GONE
         )
@@ -335,7 +336,14 @@ class Fleet:
                     break
                 moved += self.migrate(request, target.name)
 
-    def _replica(self, index: int, name: str) -> ReplicaObservation:
+    def _prompts(self) -> Ints:
+        """Requests that have had their first token, by the replica that had them last."""
+        rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+        rows = rows[: self._state.glob[layout.ARRIVED]]
+        on = rows[(rows[:, layout.FIRST] < layout.NEVER) & (rows[:, layout.ON] >= 0), layout.ON]
+        return np.bincount(on, minlength=len(self._names))
+
+    def _replica(self, index: int, name: str, prompts: int) -> ReplicaObservation:
         mem, at = self._state.mem, self._state.where[index]
         now = self._state.glob[layout.NOW]
         # The step on its way has taken its blocks.
@@ -355,6 +363,8 @@ class Fleet:
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
             preemptions=totals.preemptions,
+            steps=totals.steps,
+            prompts=prompts,
         )
 
     def _totals(self, index: int) -> ReplicaTotals:

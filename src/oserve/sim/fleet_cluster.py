@@ -8,10 +8,20 @@ cluster is looked at or acted upon.
 from collections.abc import Callable
 from dataclasses import replace
 
-from oserve.core import Action, Clock, Device, Observation, ReplicaPhase, ReplicaShape, ReplicaSpec
+from oserve.core import (
+    Action,
+    Clock,
+    Device,
+    EngineWork,
+    Observation,
+    ReplicaPhase,
+    ReplicaShape,
+    ReplicaSpec,
+)
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.phases import Faults, Phases
+from oserve.sim.words import ReplicaObservation
 
 Add = Callable[[ReplicaSpec, float], None]
 """Adds a replica to the fleet, ready at a moment in seconds."""
@@ -84,8 +94,21 @@ class FleetCluster(SimulatedCluster):
                         # What is on its way between replicas still needs both.
                         waiting=max(item.waiting, item.inflight - item.running),
                         kv_cache_usage=item.kv_usage,
+                        work=_work(item, state.spec),
                     )
                 )
             else:
                 states.append(state)
         return replace(observation, replicas=tuple(states))
+
+
+def _work(item: ReplicaObservation, spec: ReplicaSpec) -> EngineWork:
+    """As an engine counts it: each step goes through every pipeline stage."""
+    return EngineWork(
+        steps=item.steps,
+        prompt_tokens=item.prompt_tokens,
+        prompts=item.prompts,
+        output_tokens=item.generated_tokens,
+        gaps=item.steps,
+        gap_s=item.busy_s * spec.shape.pipeline_parallel_size,
+    )

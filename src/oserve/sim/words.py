@@ -195,7 +195,8 @@ class ReplicaObservation:
     """One replica at a moment; counters run from its start.
 
     ``inflight`` counts what the gateway has handed over and not got back, ``owed_s`` the engine
-    seconds expected for it. ``kv_usage`` is the used share of the KV cache.
+    seconds expected for it. ``kv_usage`` is the used share of the KV cache. ``prompts``: requests
+    that had their first token there.
     """
 
     name: str
@@ -211,6 +212,8 @@ class ReplicaObservation:
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
+    steps: int
+    prompts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,19 +15,22 @@ import numpy as np
 from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.opinion import HOPELESS
 from oserve.app.prospect import Prospect, prospect
-from oserve.app.simulated import Mask, Routing, Serving, Traffic, met
+from oserve.app.simulated import Mask, Routing, Serving, Simulator, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.gateway.foresight import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
+from oserve.perf.corrected import Speeds, corrected
+from oserve.perf.table import PerformanceSource
 from oserve.sim.words import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
@@ -47,7 +50,8 @@ class Steered:
     """What ``planner`` knows and ``starts_s`` begin each run; ``control`` as on a server.
 
     ``doubts``: a simulation must confirm switches (``scorer``). ``script``: instead of following
-    decisions, go to these plans at these seconds.
+    decisions, go to these plans at these seconds. ``source``: what step times are taken to be,
+    which is corrected by those that are seen; ``None``: it is not, and ``speeds`` hold.
     """
 
     serving: Serving
@@ -58,6 +62,8 @@ class Steered:
     doubts: bool = False
     scorer: Scorer | None = None
     script: Sequence[tuple[float, DeploymentPlan]] | None = None
+    source: PerformanceSource | None = None
+    speeds: Speeds = field(default_factory=Speeds)
     decisions: list[Decision] = field(default_factory=list)
     _helm: Helm | None = None
     _counts: "Counts | None" = None
@@ -79,14 +85,17 @@ class Steered:
     def begin(self, traffic: Traffic) -> None:
         """A run begins; nothing is remembered of others."""
         starts = StartTimes(self.starts_s)
+        # A planner remembers the last basis of its programmes, which may tip a tie.
+        planner = TablePlanner(replace(self.planner.facts, start_s=starts.start_s))
+        planner.correct(self.speeds)
         self._helm = Helm(
             self.serving.plan,
             policy=self.control,
-            # A planner remembers the last basis of its programmes, which may tip a tie.
-            planner=TablePlanner(replace(self.planner.facts, start_s=starts.start_s)),
+            planner=planner,
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
             scorer=self.scorer,
+            watch=None if self.source is None else SpeedWatch(self.source),
         )
         self._counts = Counts(self._helm.controller.plan, traffic)
         self._traffic = traffic
@@ -159,6 +168,7 @@ def steered(
         control=bounds,
         conduct=Conduct(steers=True),
         doubts=simulated,
+        source=scene.source,
     )
     return started(tuner, policy, start)
 
@@ -187,6 +197,7 @@ class SwitchSimulation:
 
     def __init__(self, tuner: OServeTuner, policy: Steered) -> None:
         self._tuner, self._policy = tuner, policy
+        self._speeds, self._simulator = Speeds(), tuner.simulator
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
         self._kept: tuple[tuple[Question, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
@@ -208,6 +219,7 @@ class SwitchSimulation:
             return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
         now, new = (Serving(plan=plan, levers=levers) for plan in (question.current, found.plan))
+        self._at(question.speeds)
         # What the present plan does is the same for all candidates.
         if self._kept[0] != (question, ahead.then_s):
             self._kept = (question, ahead.then_s), self._met(Fixed(serving=now), ahead.traffic)
@@ -218,7 +230,9 @@ class SwitchSimulation:
         pays_s = math.inf
         if (moved & ahead.expected).sum() > (1.0 + self._policy.control.min_gain) * less:
             script = ((round(ahead.now_s), found.plan),)
-            moves = replace(self._policy, serving=now, script=script)
+            moves = replace(
+                self._policy, serving=now, script=script, source=None, speeds=question.speeds
+            )
             moved = self._met(moves, ahead.traffic)
             pays_s = _pays_after_s(ahead, kept, moved)
         more = float((moved & ahead.expected).sum())
@@ -237,8 +251,13 @@ class SwitchSimulation:
         return met(run.results, self._tuner.scene.slo)
 
     def _run(self, policy: Policy, traffic: Traffic) -> Run:
-        tuner = self._tuner
-        return run_policy(tuner.scene, policy, tuner.simulator, 1.0, traffic=traffic)
+        return run_policy(self._tuner.scene, policy, self._simulator, 1.0, traffic=traffic)
+
+    def _at(self, speeds: Speeds) -> None:
+        """Simulate replicas of these speeds from now on."""
+        if speeds != self._speeds:
+            source = self._tuner.simulator.source
+            self._speeds, self._simulator = speeds, Simulator(corrected(source, speeds))
 
 
 def _pays_after_s(ahead: Prospect, kept: Mask, moved: Mask) -> float:
