@@ -85,6 +85,9 @@ class Case:
 
 
 CASES = (
+    Case("PP worker, decode", "pp2", "worker", "decode"),
+    Case("PP worker, prefill", "pp2", "worker", "prefill"),
+    Case("core of the target, transfer", "tp1", "core", "transfer"),
     Case("core, decode", "tp1", "core", "decode"),
     Case("api, decode", "tp1", "api", "decode"),
     Case("all processes, decode", "tp1", "all", "decode"),
@@ -92,11 +95,8 @@ CASES = (
     Case("core, idle", "tp1", "core", "idle"),
     Case("core, goes on", "tp1", "cont", "decode"),
     Case("core, loading", "tp1", "core", "loading"),
-    Case("core of the target, transfer", "tp1", "core", "transfer"),
     Case("TP worker, decode", "tp2", "worker", "decode"),
     Case("TP worker, idle", "tp2", "worker", "idle"),
-    Case("PP worker, decode", "pp2", "worker", "decode"),
-    Case("PP worker, prefill", "pp2", "worker", "prefill"),
 )
 
 
