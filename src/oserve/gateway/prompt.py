@@ -12,8 +12,8 @@ _RENDERED = ("tools", "documents", "chat_template_kwargs", "response_format")
 # Written as an escape a character takes six bytes, else about three where it is no ASCII.
 _ESCAPE = b"\\u"
 _ESCAPE_EXCESS_BYTES = 3
-# One of these stands in every message part that is not text.
-_MEDIA = re.compile(rb'"(?:\w+_url|input_\w+|\w+_embeds|\w+_pil|file|image|video|audio)"')
+# Messages with parts that are not text are lists.
+_LIST = re.compile(rb'"content"\s*:\s*\[')
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
 _SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
 _HEAD_BYTES = 256
@@ -48,7 +48,7 @@ def prompt_size(parsed: GenerateBody) -> PromptSize:
         embeds = len(memoryview(fields.get("prompt_embeds", b"")))
         return PromptSize(text_bytes={"prompt_embeds": embeds}, most_tokens=most)
     messages = bytes(fields["messages"])
-    media_bytes, parts = _media(messages) if _MEDIA.search(messages) else (0, 0)
+    media_bytes, parts = _media(messages) if _LIST.search(messages) else (0, 0)
     sizes = {"messages": max(0, _text_bytes(messages) - media_bytes)}
     for name in _RENDERED:
         if name in fields:
