@@ -228,7 +228,7 @@ def _check_path(path: str, *, place: str) -> None:
 
 
 def _scalar(text: str, path: str, *, place: str) -> Any:
-    """A value from the environment or ``--set``: YAML, but a word that a setting knows stays one."""
+    """A value from the environment or ``--set``: YAML, but words that a setting knows stay so."""
     if setting_paths()[path].type is str or text in _words(path):
         return text
     return parse_yaml_value(text, place=place)
