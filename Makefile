@@ -11,6 +11,7 @@ help:
 	@echo "make serve   set up everything (vLLM included) and serve SmolLM2-135M on port $(PORT)"
 	@echo "             (MODEL=tiny: a tiny model of random weights; or MODEL=a model's folder)"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
+	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
 # At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in
@@ -34,6 +35,12 @@ check:
 fast:
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
 		-m "not engine and not extra and not slow"
+
+.PHONY: test-backends
+test-backends:
+	@$(PYTHON) tools/setup.py --dev
+	@$(PYTHON) tools/backends.py
+	$(BIN)/python -m pytest -m backend
 
 lint:
 	$(BIN)/ruff format --check .

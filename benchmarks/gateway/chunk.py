@@ -84,8 +84,9 @@ def begun(dispatcher: Dispatcher) -> tuple[Relay, UpstreamConnection]:
     if TELLS:
         fields["tells_token_ids"] = True
     relay.sent_to(TableReplica(**fields), None)
-    relay.attached(connection)
-    connection.begin(b"", relay, reused=False)
+    sink = relay.sink
+    sink.attached(connection)
+    connection.begin(b"", sink, reused=False)
     connection.data_received(HEAD)
     return relay, connection
 

@@ -131,7 +131,15 @@ def test_a_written_plan_reads_back_as_it_was(tmp_path: Path) -> None:
                 id="b",
                 shape=ReplicaShape(),
                 devices=(),
-                backend=AttachedBackend(url="http://127.0.0.1:9", model="m", priority=True),
+                backend=AttachedBackend(
+                    url="https://127.0.0.1:9/a",
+                    model="m",
+                    priority=True,
+                    stream_options=False,
+                    health="/ping",
+                    headers=(("X-Key", "$KEY"), ("X-B", "c")),
+                    ca_file="ca.pem",
+                ),
             ),
         ),
         workload_types=(

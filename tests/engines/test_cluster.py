@@ -26,7 +26,7 @@ from oserve.core import (
 from oserve.engines import cluster as cluster_module
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
-from oserve.engines.probe import EngineLoad, ServedModel
+from oserve.engines.probe import Answer, EngineLoad, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -93,6 +93,7 @@ class FakeProbe:
         self.completes = True
         self.completed = 0
         self.closed = False
+        self.cards = b'{"data": [{"id": "tiny", "max_model_len": 77}]}'
 
     async def healthy(self) -> bool:
         return self.well
@@ -116,6 +117,9 @@ class FakeProbe:
     ) -> bool:
         self.completed += 1
         return self.completes
+
+    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+        return Answer(status=200, body=self.cards) if self.well else Answer(status=0, why="gone")
 
     async def close(self) -> None:
         self.closed = True
@@ -328,9 +332,12 @@ async def test_attached_servers_come_and_go(stage: Stage) -> None:
     assert probe.endpoint == Endpoint(url="http://h:1/v1", api_key="secret")
     await stage.clock.advance(1000)
     assert (await stage.state("x")).phase is ReplicaPhase.LOADING
+    assert (await stage.state("x")).detail.startswith("gone; start it")
     probe.well = True
     await stage.clock.advance(1)
     assert (await stage.state("x")).phase is ReplicaPhase.READY
+    assert (await stage.state("x")).detail == ""
+    assert (await stage.state("x")).max_model_len == 77
     probe.well = False
     await stage.clock.advance(1.5)
     assert (await stage.state("x")).phase is ReplicaPhase.READY

@@ -425,8 +425,8 @@ async def test_a_fault_in_the_middle_of_a_stream_ends_it_with_an_event(make_fron
         ) as found:
             seen = await found.content.readany()
             (relay,) = front.gateway.dispatcher.active
-            assert relay.moving is not None
-            Faulty(relay.moving, "take", 1)
+            assert relay.attempt is not None
+            Faulty(relay.attempt, "_take", 1)
             seen += await found.content.read()
         assert b"internal_error" in seen.rsplit(b"data: ", 1)[1]
         assert b"[DONE]" not in seen

@@ -128,10 +128,10 @@ class Listening(EmulatedEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads: list[dict[bytes, bytes]] = []
+        self.asked: list[dict[bytes, bytes]] = []
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
-        self.heads.append(exchange.headers)
+        self.asked.append(exchange.headers)
         load = ((b"endpoint-load-metrics", b"TEXT named_metrics.x=1"),)
         exchange.respond(200, b'{"choices":[],"usage":{"prompt_tokens":1}}', headers=load)
         del chat
@@ -152,7 +152,7 @@ async def test_which_headers_reach_an_engine(make_front: Make) -> None:
     }
     _, headers, _ = await front.post("/v1/completions", TEXT, headers=given)
     assert headers["endpoint-load-metrics"] == "TEXT named_metrics.x=1"
-    (head,) = engine.heads
+    (head,) = engine.asked
     passed = {"endpoint-load-metrics-format", "traceparent", "x-session-id", "x-request-id"}
     assert passed <= {name.decode() for name in head}
     assert not given.keys() - passed & {name.decode() for name in head}

@@ -12,7 +12,7 @@ from oserve.control.decision import Mode
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.core import ReplicaShape
-from oserve.perf.corrected import CorrectedSource, Speeds
+from oserve.perf.corrected import CorrectedSource, SpeedKey, Speeds
 from oserve.sim.words import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, Start, Steer
@@ -88,6 +88,6 @@ def test_a_slower_machine_is_believed_within_a_minute(times: float) -> None:
         assert too_much == []
 
 
-def _all(speed: float) -> dict[tuple[str, int, int, object], float]:
+def _all(speed: float) -> dict[SpeedKey, float]:
     keys: Sequence[ReplicaShape] = SCENE.shapes
     return {("H100", k.tensor_parallel_size, 1, k.precision): speed for k in keys}

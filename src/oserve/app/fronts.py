@@ -160,6 +160,11 @@ class Front:
         return self._hub.batches()
 
     @property
+    def set_aside(self) -> dict[str, tuple[str, float]]:
+        """Replicas that get no requests now: why, and for how many seconds more."""
+        return self._hub.set_aside
+
+    @property
     def counted_until_s(self) -> float:
         """Unix time up to which ``batches`` are complete."""
         return self._hub.counted_until_s

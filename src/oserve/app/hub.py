@@ -39,7 +39,8 @@ _MAX_REPORT_BYTES = 4 * 1024 * 1024
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway process tells the hub. ``table`` is the version it has.
 
-    ``incarnation`` is its process id. ``port``: where it listens; 0 before.
+    ``incarnation`` is its process id. ``port``: where it listens; 0 before. ``set_aside``: replicas
+    that it gives no requests now: why, and for how many seconds more.
     """
 
     incarnation: int
@@ -49,6 +50,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     table: int
     port: int = 0
+    set_aside: dict[str, tuple[str, float]] = {}
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +119,16 @@ class Hub:
         """What all processes counted since the last call."""
         taken, self._batches = self._batches, []
         return taken
+
+    @property
+    def set_aside(self) -> dict[str, tuple[str, float]]:
+        """Replicas that a gateway process gives no requests: why, and for how many seconds more."""
+        found: dict[str, tuple[str, float]] = {}
+        for report in self._reports.values():
+            for name, told in report.set_aside.items():
+                if name not in found or told[1] > found[name][1]:
+                    found[name] = told
+        return found
 
     @property
     def counted_until_s(self) -> float:
@@ -227,6 +239,7 @@ class HubClient:
             queued=dispatcher.queued,
             table=self._version,
             port=self.port,
+            set_aside=dispatcher.breakers.told(time.monotonic()),
         )
         body: Any = msgspec.json.encode(report)
         limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)

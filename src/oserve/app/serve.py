@@ -353,6 +353,7 @@ class Server:
             self._policy,
             model=self._deployment.models[0],
             version=__version__,
+            set_aside=self._front.set_aside,
         )
         document["control"] = {"mode": "off"} if steering is None else steering.document()
         switches = self._switcher.documents(observation)

@@ -6,6 +6,7 @@ from typing import Any
 from oserve.control.reconcile import ReconcilePolicy, given_up, restart_wait_s
 from oserve.core import (
     Action,
+    AttachedBackend,
     CommitReplicas,
     DeploymentPlan,
     DrainReplica,
@@ -32,8 +33,12 @@ def status_document(
     *,
     model: str,
     version: str,
+    set_aside: Mapping[str, tuple[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Plain data for ``/oserve/v1/status`` and ``oserve status``."""
+    """Plain data for ``/oserve/v1/status`` and ``oserve status``.
+
+    ``set_aside``: replicas that get no requests now: why, and for how many seconds more.
+    """
     lost = given_up(plan, observation, policy)
     wished = {spec.id for spec in plan.replicas}
     shown = [_replica(state, observation.now_s) for state in observation.replicas]
@@ -41,6 +46,8 @@ def status_document(
     shown += [_absent(spec) for spec in plan.replicas if spec.id not in seen]
     for entry in shown:
         entry["note"] = _note(entry, plan, observation, policy)
+        if entry["id"] in (set_aside or {}) and entry["phase"] == ReplicaPhase.READY.value:
+            entry["note"] = _aside(*(set_aside or {})[entry["id"]])
     serving = any(
         state.phase is ReplicaPhase.READY and state.spec.id in wished
         for state in observation.replicas
@@ -95,7 +102,13 @@ def _replica(state: ReplicaState, now_s: float) -> dict[str, Any]:
         "silent_s": round(state.silent_s, 1),
         "patience_s": round(state.patience_s, 1),
         "detail": state.detail,
+        "url": _url(state.spec),
     }
+
+
+def _url(spec: ReplicaSpec) -> str:
+    """Where an attached server answers; empty for engines of ours."""
+    return spec.backend.url if isinstance(spec.backend, AttachedBackend) else ""
 
 
 def _absent(spec: ReplicaSpec) -> dict[str, Any]:
@@ -113,7 +126,13 @@ def _absent(spec: ReplicaSpec) -> dict[str, Any]:
         "silent_s": 0.0,
         "patience_s": 0.0,
         "detail": "not started yet",
+        "url": _url(spec),
     }
+
+
+def _aside(reason: str, left_s: float) -> str:
+    when = f"for {left_s:.0f} s" if left_s >= 1 else "until its next answer"
+    return f"set aside {when}: {reason}"
 
 
 def _note(

@@ -41,7 +41,7 @@ def _show(document: dict[str, Any]) -> None:
         table.add_row(
             entry["id"],
             f"{sizes} {shape['precision']} chunk {shape['max_num_batched_tokens']}",
-            ", ".join(entry["devices"]) or "attached",
+            ", ".join(entry["devices"]) or entry.get("url") or "attached",
             f"{entry['phase']} {entry['phase_s']:.0f} s",
             str(entry["running"]),
             str(entry["waiting"]),

@@ -1,9 +1,11 @@
 """``oserve validate``: is this configuration sound?"""
 
+import asyncio
 from typing import Annotated
 
 import typer
 
+from oserve.app.attached import ask_attached, refuse_troubled
 from oserve.app.deployment import prepare
 from oserve.cli.options import (
     ConfigOption,
@@ -14,6 +16,7 @@ from oserve.cli.options import (
     once,
 )
 from oserve.cli.serve import measure_first, settings_from
+from oserve.config import backend_keys
 
 
 def validate(
@@ -25,8 +28,14 @@ def validate(
     config: ConfigOption = None,
     cpu_slots: CpuSlotsOption = None,
     override: OverrideOption = None,
+    ask: Annotated[
+        bool, typer.Option(help="Ask attached servers whether they can serve: one token each.")
+    ] = True,
 ) -> None:
-    """Check settings and plan against this machine's devices; start nothing."""
+    """Check settings and plan against this machine's devices, and ask attached servers.
+
+    Starts nothing.
+    """
     options = {
         "plan": plan,
         "model": once(model_argument, model, name="--model"),
@@ -35,6 +44,12 @@ def validate(
     settings = settings_from(config, options, override)
     measure_first(settings, dry_run=True)
     deployment = prepare(settings)
+    if ask:
+        variables = backend_keys(deployment.plan)
+        asked = asyncio.run(ask_attached(deployment.plan, variables, model=deployment.models[0]))
+        for item in asked:
+            print(item.line)
+        refuse_troubled(asked, place=deployment.settings.plan or "plan")
     replicas = len(deployment.plan.replicas)
     print(
         f"ok: {replicas} replicas on {len(deployment.devices)} devices "

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
+from oserve.config.attach import AttachFile, attach_row, attached_backend
 from oserve.config.reading import convert, parse_yaml, read_document
 from oserve.core import (
     AttachedBackend,
@@ -21,20 +22,12 @@ from oserve.core import (
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class _AttachFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    url: Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
-    model: str = ""
-    api_key_env: str | None = None
-    priority: bool = False
-    token_ids: bool = False
-
-
 class _ReplicaFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
     shape: dict[str, Any] = {}
     devices: list[str] = []
     engine_args: list[str] = []
-    attach: _AttachFile | None = None
+    attach: AttachFile | None = None
 
 
 class _TypeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -116,14 +109,7 @@ def _replica(item: _ReplicaFile, *, place: str) -> ReplicaSpec:
     shape = convert(item.shape, ReplicaShape, place=f"{place}.shape")
     backend: VllmBackend | AttachedBackend = VllmBackend(engine_args=tuple(item.engine_args))
     if item.attach is not None:
-        attach = item.attach
-        backend = AttachedBackend(
-            url=attach.url.rstrip("/"),
-            model=attach.model,
-            api_key_env=attach.api_key_env,
-            priority=attach.priority,
-            token_ids=attach.token_ids,
-        )
+        backend = attached_backend(item.attach, place=f"{place}.attach")
         if item.engine_args:
             raise OServeError(
                 "an attached server is not started here, so it takes no engine_args",
@@ -193,15 +179,7 @@ def _replica_row(spec: ReplicaSpec) -> dict[str, Any]:
         if backend.engine_args:
             row["engine_args"] = list(backend.engine_args)
         return row
-    row["attach"] = _without_defaults(
-        {
-            "url": backend.url,
-            "model": backend.model or None,
-            "api_key_env": backend.api_key_env,
-            "priority": backend.priority or None,
-            "token_ids": backend.token_ids or None,
-        }
-    )
+    row["attach"] = attach_row(backend)
     del row["shape"]
     return row
 

@@ -170,19 +170,19 @@ def api_keys(
 def backend_keys(
     plan: DeploymentPlan, environment: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The keys of attached servers, by the variable that the plan names."""
+    """Keys and headers of attached servers, by the variables that the plan names."""
     environment = os.environ if environment is None else environment
     keys: dict[str, str] = {}
     for spec in plan.replicas:
         backend = spec.backend
-        if isinstance(backend, AttachedBackend) and backend.api_key_env:
-            if not environment.get(backend.api_key_env):
+        for name in backend.variables if isinstance(backend, AttachedBackend) else ():
+            if not environment.get(name):
                 raise OServeError(
-                    f"replica {spec.id!r} takes its key from {backend.api_key_env}: not set",
+                    f"replica {spec.id!r} takes its key from {name}: not set",
                     place="environment",
-                    remedy=f"set {backend.api_key_env}, or leave api_key_env out",
+                    remedy=f"set {name}, or take it out of the plan",
                 )
-            keys[backend.api_key_env] = environment[backend.api_key_env]
+            keys[name] = environment[name]
     return keys
 
 

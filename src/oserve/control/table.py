@@ -23,7 +23,8 @@ from oserve.perf import TokenCosts, token_costs
 class TableReplica:
     """A replica the gateway may talk to; only those in phase ready are given new requests.
 
-    ``tells_token_ids``: it takes vLLM's ``return_token_ids``. ``started_s``: of its engine.
+    ``tells_token_ids``: it takes vLLM's ``return_token_ids``; ``stream_options``: OpenAI's field of
+    that name. ``attached``: others run it. ``started_s``: of its engine.
     """
 
     id: str
@@ -39,6 +40,8 @@ class TableReplica:
     step_tokens: int = 0
     kv_bytes_per_token: float = 0.0
     model: str = ""
+    attached: bool = False
+    stream_options: bool = True
     started_s: float = 0.0
 
 
@@ -101,6 +104,8 @@ def routing_table(
                 kv_bytes_per_token=own.kv_bytes_per_token,
                 step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
                 model=attached.model if attached else "",
+                attached=attached is not None,
+                stream_options=attached is None or attached.stream_options,
                 started_s=state.started_s,
             )
         )

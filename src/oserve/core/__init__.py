@@ -6,6 +6,7 @@ print. Pure data: it does not know where replicas run, how they are measured or 
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
 from oserve.core.clock import Clock, VirtualClock
+from oserve.core.endpoint import Endpoint
 from oserve.core.errors import OServeError
 from oserve.core.plan import (
     AttachedBackend,
@@ -28,7 +29,6 @@ from oserve.core.shape import (
     Role,
 )
 from oserve.core.state import (
-    Endpoint,
     EngineWork,
     Observation,
     ReplicaLoad,

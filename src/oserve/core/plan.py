@@ -1,9 +1,13 @@
 """The deployment plan: which replicas should run where, and who gets which requests."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from oserve.core.endpoint import Endpoint
 from oserve.core.shape import ReplicaShape
+
+_VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +24,15 @@ class VllmBackend:
 class AttachedBackend:
     """Any running OpenAI-compatible server; OServe routes to it but never starts or ends it.
 
-    ``model`` is its name there, where that differs. ``priority`` says that the server takes vLLM's
-    ``priority`` field, ``token_ids`` that it takes ``return_token_ids`` and prompts of ids, so that
-    streams can move; others refuse unknown fields.
-    ``api_key_env`` names the environment variable that holds the server's key.
+    ``url`` may have a path, to which ``/v1/...`` is added. ``model`` is its name there, where that
+    differs. ``priority`` says that the server takes vLLM's ``priority`` field, ``token_ids`` that
+    it takes ``return_token_ids`` and prompts of ids, so that streams can move; others refuse
+    unknown fields. ``stream_options``: it knows that field of OpenAI's; one that refuses it is
+    asked without in any case.
+    ``api_key_env`` names the environment variable that holds the server's key. ``headers`` go with
+    every request; a value ``$NAME`` is that variable's. ``health``: path, from the server's root,
+    that tells whether it is well; empty: it is found. ``ca_file``: certificates (PEM) of the
+    authorities that vouch for it; empty: the system's.
     """
 
     url: str
@@ -31,6 +40,29 @@ class AttachedBackend:
     api_key_env: str | None = None
     priority: bool = False
     token_ids: bool = False
+    stream_options: bool = True
+    health: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    ca_file: str = ""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the environment variables that it takes values from."""
+        named = [value[1:] for _, value in self.headers if _VARIABLE.fullmatch(value)]
+        return tuple([self.api_key_env, *named] if self.api_key_env else named)
+
+    def endpoint(self, variables: Mapping[str, str]) -> Endpoint:
+        """Where it answers, given the values of its variables; one that is missing is empty."""
+        return Endpoint(
+            url=self.url,
+            api_key=variables.get(self.api_key_env or "", ""),
+            headers=tuple(
+                (name, variables.get(value[1:], "") if _VARIABLE.fullmatch(value) else value)
+                for name, value in self.headers
+            ),
+            health=self.health,
+            ca_file=self.ca_file,
+        )
 
 
 Backend = VllmBackend | AttachedBackend

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from oserve.core.endpoint import Endpoint
 from oserve.core.plan import ReplicaSpec
 from oserve.core.shape import Device
 
@@ -21,19 +22,6 @@ class ReplicaPhase(StrEnum):
     DRAINING = "draining"
     HUNG = "hung"
     GONE = "gone"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a replica answers: a Unix socket or an ``http://host:port`` base URL.
-
-    ``caches``: the folder through which it gives up and takes in KV caches, if it can.
-    """
-
-    url: str = ""
-    unix_socket: str = ""
-    api_key: str = ""
-    caches: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

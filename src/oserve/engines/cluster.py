@@ -51,11 +51,12 @@ from oserve.engines.arguments import (
     engine_environment,
     runs_eagerly,
 )
+from oserve.engines.attached import AttachedReplica
 from oserve.engines.group import CACHES_FOLDER, group_activity
 from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
-from oserve.engines.replica import AttachedReplica, Prober, ReplicaTask, VllmReplica
+from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.room import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
@@ -236,10 +237,13 @@ class LocalCluster:
 
     def _attached(self, spec: ReplicaSpec) -> ReplicaTask:
         assert isinstance(spec.backend, AttachedBackend)
-        key = self._api_keys.get(spec.backend.api_key_env or "", "")
-        endpoint = Endpoint(url=spec.backend.url, api_key=key)
+        endpoint = spec.backend.endpoint(self._api_keys)
         self._put(spec, endpoint)
-        return AttachedReplica(**self._common(spec, endpoint))
+        return AttachedReplica(
+            **self._common(spec, endpoint),
+            endpoint=endpoint,
+            wanted=spec.backend.model or self._served_model_name,
+        )
 
     def _engine(self, spec: ReplicaSpec, *, standby: bool) -> ReplicaTask:
         if standby:

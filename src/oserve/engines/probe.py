@@ -4,10 +4,12 @@ Speaks HTTP over a Unix socket or TCP. Every question has a time limit, and a se
 answer is an answer: ``None`` or ``False``, never an exception.
 """
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -63,6 +65,15 @@ class ServedModel:
     max_model_len: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a server said; ``status`` 0 where no whole answer came in time, and ``why``."""
+
+    status: int
+    body: bytes = b""
+    why: str = ""
+
+
 class _Card(msgspec.Struct):
     id: str
     max_model_len: int | None = None
@@ -109,13 +120,7 @@ class Probe:
         status, body = await self._ask("GET", "/v1/models")
         if status != 200:
             return None
-        try:
-            cards = msgspec.json.decode(body, type=_Cards)
-        except msgspec.DecodeError:
-            return ()
-        return tuple(
-            ServedModel(name=card.id, max_model_len=card.max_model_len or 0) for card in cards.data
-        )
+        return served_models(body)
 
     async def load(self) -> EngineLoad | None:
         """vLLM's own figures from ``/metrics``; ``None`` if there is no answer."""
@@ -139,6 +144,17 @@ class Probe:
         status, _ = await self._ask("POST", "/v1/completions", body, timeout_s)
         return status == 200
 
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Any question; ``path`` is from the server's root."""
+        parts = urlsplit(self._endpoint.url)
+        return await self._send(method, f"{parts.scheme}://{parts.netloc}{path}", body, timeout_s)
+
     async def _ask(
         self,
         method: str,
@@ -147,28 +163,56 @@ class Probe:
         timeout_s: float | None = None,
     ) -> tuple[int, bytes]:
         """Status and body; status 0 when there is no (whole) answer in time."""
-        if self._session is None:
-            self._session = self._connect()
         base = "http://engine" if self._endpoint.unix_socket else base_url(self._endpoint.url)
-        limit = aiohttp.ClientTimeout(total=timeout_s or self._timeout_s)
+        answer = await self._send(method, base + path, body, timeout_s)
+        return answer.status, answer.body
+
+    async def _send(
+        self, method: str, url: str, body: Mapping[str, Any] | None, timeout_s: float | None
+    ) -> Answer:
+        limit_s = timeout_s or self._timeout_s
         try:
+            if self._session is None:
+                self._session = self._connect()
             async with self._session.request(
-                method, base + path, json=body, timeout=limit, allow_redirects=False
+                method,
+                url,
+                json=body,
+                timeout=aiohttp.ClientTimeout(total=limit_s),
+                allow_redirects=False,
             ) as answer:
-                return answer.status, await _read(answer)
-        except _NO_ANSWER:
-            return 0, b""
+                return Answer(status=answer.status, body=await _read(answer))
+        except TimeoutError:
+            return Answer(status=0, why=f"it gave no answer within {limit_s:.0f} s")
+        except aiohttp.ClientConnectorError as error:
+            return Answer(status=0, why=f"cannot connect: {error.os_error or error}")
+        except _NO_ANSWER as error:
+            return Answer(status=0, why=str(error) or type(error).__name__)
 
     def _connect(self) -> aiohttp.ClientSession:
-        headers = {}
+        headers = dict(self._endpoint.headers)
         if self._endpoint.api_key:
             headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
-        connector: aiohttp.BaseConnector = (
-            aiohttp.UnixConnector(path=self._endpoint.unix_socket)
-            if self._endpoint.unix_socket
-            else aiohttp.TCPConnector(limit=2)
-        )
+        connector: aiohttp.BaseConnector
+        if self._endpoint.unix_socket:
+            connector = aiohttp.UnixConnector(path=self._endpoint.unix_socket)
+        elif self._endpoint.ca_file:
+            tls = ssl.create_default_context(cafile=self._endpoint.ca_file)
+            connector = aiohttp.TCPConnector(limit=2, ssl=tls)
+        else:
+            connector = aiohttp.TCPConnector(limit=2)
         return aiohttp.ClientSession(connector=connector, headers=headers)
+
+
+def served_models(body: bytes) -> tuple[ServedModel, ...]:
+    """The models that an answer of ``/v1/models`` lists."""
+    try:
+        cards = msgspec.json.decode(body, type=_Cards)
+    except msgspec.DecodeError:
+        return ()
+    return tuple(
+        ServedModel(name=card.id, max_model_len=card.max_model_len or 0) for card in cards.data
+    )
 
 
 async def _read(answer: aiohttp.ClientResponse) -> bytes:

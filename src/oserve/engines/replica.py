@@ -6,7 +6,7 @@ cluster's and the control loop's business.
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from oserve.control.progress import Activity, Look, Progress
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
-from oserve.engines.probe import EngineLoad, ServedModel
+from oserve.engines.probe import Answer, EngineLoad, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -27,8 +27,6 @@ _MAX_STANDBY_PROMPT = 32
 _WARM_UP_TOKENS = 2
 # Until gateways have heard that it gets no more requests, and have its streams go on elsewhere.
 _LEAVE_S = 0.3
-# An attached server is only taken out of the pool, not ended, so little is lost by doing it early.
-_ATTACHED_UNHEALTHY_AFTER = 3
 
 
 class Prober(Protocol):
@@ -45,6 +43,10 @@ class Prober(Protocol):
     async def complete(
         self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
     ) -> bool: ...
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Answer: ...
 
     async def close(self) -> None: ...
 
@@ -120,7 +122,7 @@ class VllmReplica(ReplicaTask):
         except (OServeError, OSError) as error:
             return str(error)
         finally:
-            await _cancel(starting, stopped)
+            await cancel(starting, stopped)
             await self.probe.close()
 
     async def _live(self, process: EngineProcess, stopped: "asyncio.Task[Any]") -> str | None:
@@ -142,7 +144,7 @@ class VllmReplica(ReplicaTask):
                 await self._passes(_LEAVE_S, ended)
             return verdict.reason
         finally:
-            await _cancel(watch)
+            await cancel(watch)
             await self._end(process, ended, kindly=not hangs)
 
     async def _end(
@@ -167,7 +169,7 @@ class VllmReplica(ReplicaTask):
         try:
             await asyncio.wait({ended, passed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _cancel(passed)
+            await cancel(passed)
 
     # -- while it loads -------------------------------------------------------------------------
     async def _watch(self, pid: int) -> _Verdict:
@@ -179,7 +181,7 @@ class VllmReplica(ReplicaTask):
                 await asyncio.wait({coming, guard}, return_when=asyncio.FIRST_COMPLETED)
                 verdict = coming.result() if coming.done() else guard.result()
             finally:
-                await _cancel(coming, guard)
+                await cancel(coming, guard)
             if verdict is not None:
                 return verdict
         return await self._look_after(pid)
@@ -251,7 +253,7 @@ class VllmReplica(ReplicaTask):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
         finally:
-            await _cancel(*tasks)
+            await cancel(*tasks)
 
     async def _ask_core(self, signs: "_Signs") -> _Verdict:
         while True:
@@ -287,41 +289,6 @@ class VllmReplica(ReplicaTask):
         return f"{what}: {cause}" if cause else what
 
 
-@dataclass(kw_only=True)
-class AttachedReplica(ReplicaTask):
-    """A server that others run: watched, never started or ended."""
-
-    async def run(self) -> str | None:
-        """See ``ReplicaTask.run``; it never ends by itself."""
-        stopped = asyncio.create_task(self.stop.wait())
-        watch = asyncio.create_task(self._watch())
-        try:
-            await asyncio.wait({watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return None if stopped.done() else watch.result()
-        finally:
-            await _cancel(watch, stopped)
-            await self.probe.close()
-
-    async def _watch(self) -> str:
-        failed = 0
-        ready = False
-        while True:
-            if await self.probe.healthy():
-                failed = 0
-                if not ready:
-                    models = await self.probe.models()
-                    length = models[0].max_model_len if models else 0
-                    self.report(phase=ReplicaPhase.READY, max_model_len=length)
-                    ready = True
-                await self._measure()
-            else:
-                failed += 1
-                if ready and failed >= _ATTACHED_UNHEALTHY_AFTER:
-                    self.report(phase=ReplicaPhase.LOADING, detail="does not answer")
-                    ready = False
-            await self.clock.sleep(self.settings.health_interval_s)
-
-
 @dataclass(slots=True)
 class _Signs:
     """What questions to an engine have brought. ``asks``: its core can be asked."""
@@ -353,7 +320,7 @@ def _ending(status: int) -> str:
         return f"ended by signal {-status}"
 
 
-async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+async def cancel(*tasks: "asyncio.Future[Any]") -> None:
     """Cancel and wait; how they ended is of no interest any more."""
     for task in tasks:
         task.cancel()

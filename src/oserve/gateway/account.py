@@ -1,6 +1,5 @@
 """What is counted, learned and recorded of a request when it has ended."""
 
-import re
 import time
 from typing import TYPE_CHECKING
 
@@ -11,23 +10,18 @@ if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
     from oserve.gateway.relay import Relay
 
-# In JSON a quote inside a string is escaped, so these match keys only, never generated text.
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d{1,12})(?!\d)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,12})(?!\d)')
-
 
 def token_counts(relay: "Relay") -> tuple[int, int]:
     """Prompt and output tokens: as the engine reported them, else our best count."""
-    prompt = _PROMPT_TOKENS.findall(relay.usage)
-    output = _COMPLETION_TOKENS.findall(relay.usage)
+    usage = relay.usage
     estimate = relay.first_request.prompt_tokens if relay.first_request is not None else 0
-    # Without a report, each chunk of a stream carried about one token.
-    counted = relay.chunks if relay.stream else 0
+    # Without a report, each event of a stream carried about one token.
+    counted = relay.events if relay.stream else 0
     if relay.moving is not None and relay.moves:
         counted = relay.moving.made_tokens
     return (
-        int(prompt[-1]) if prompt else estimate,
-        int(output[-1]) if output else counted,
+        estimate if usage.prompt_tokens is None else usage.prompt_tokens,
+        counted if usage.output_tokens is None else usage.output_tokens,
     )
 
 
@@ -45,7 +39,7 @@ def account(
         output_tokens=output_tokens,
         now_s=unix_s,
     )
-    if relay.usage and relay.prompt_size is not None:
+    if relay.usage.prompt_tokens is not None and relay.prompt_size is not None:
         dispatcher.lengths.learn(relay.prompt_size, prompt_tokens)
     ttft_s = tpot_s = None
     if relay.first_byte_s and relay.stream:

@@ -21,6 +21,9 @@ DONE = b"data: [DONE]\n\n"
 # One token is never so many characters; vLLM says a prompt again that ends within a character.
 _TOKEN_CHARS = 512
 _NO_IDS = "the replica does not tell token ids"
+# What reading an event raises whose fields are not what they are in vLLM's.
+_FOREIGN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+_FORM = "its events are of a form that is not known"
 
 
 class DivergedError(UnmovableError):
@@ -87,9 +90,15 @@ class Carried:
     # -- following ------------------------------------------------------------------------------
     def follow(self, event: Event) -> None:
         """Take in an event of the stream's first replica, which the client has as it is."""
+        try:
+            self._follow(event)
+        except _FOREIGN:
+            raise UnmovableError(_FORM) from None
+
+    def _follow(self, event: Event) -> None:
         choice = _choice_of(event)
         if not self._head and "id" in event:
-            self._head = {key: event[key] for key in ("id", "object", "created", "model")}
+            self._head = {key: event.get(key) for key in ("id", "object", "created", "model")}
         if choice is None:
             self._usage_told = self._usage_told or bool(event.get("usage"))
             return
@@ -167,6 +176,12 @@ class Carried:
 
         Raises BrokenError where the engine gives up, DivergedError where the seam does not fit.
         """
+        try:
+            return self._go_on(event)
+        except _FOREIGN:
+            raise UnmovableError(_FORM) from None
+
+    def _go_on(self, event: Event) -> bytes:
         choice = _choice_of(event)
         if choice is None:
             return b""
@@ -235,25 +250,8 @@ class Carried:
         return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
-def events_of(payload: bytes) -> list[Event]:
-    """The events of a run of whole ones, less ``[DONE]``; UnmovableError if it is not that."""
-    *whole, rest = payload.split(b"\n\n")
-    if rest:
-        raise UnmovableError("it was cut within an event")
-    found = []
-    for text in whole:
-        if not text.startswith(b"data: "):
-            raise UnmovableError("its events are of a form that is not known")
-        if text != DONE[:-2]:
-            try:
-                found.append(msgspec.json.decode(text[6:], type=Event))
-            except msgspec.DecodeError:
-                raise UnmovableError("its events are of a form that is not known") from None
-    return found
-
-
 def _choice_of(event: Event) -> Event | None:
-    if "error" in event:
+    if event.get("error") is not None:
         raise BrokenError("the replica told an error")
     choices: list[Event] = event.get("choices") or []
     if not choices:

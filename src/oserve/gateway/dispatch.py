@@ -4,20 +4,19 @@ import asyncio
 import heapq
 import logging
 import time
-from urllib.parse import urlsplit
 
 import msgspec
 
 from oserve.control.affinity import Affinity
-from oserve.control.ledger import WorkLedger
-from oserve.control.order import engine_priority
+from oserve.control.breaker import Breakers
+from oserve.control.ledger import WorkEntry, WorkLedger
 from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
 from oserve.control.router import Refusal, Router, RouteReason
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase
 from oserve.core.faults import fault
 from oserve.gateway.account import account
-from oserve.gateway.body import with_fields
+from oserve.gateway.asking import pool_of, request_bytes
 from oserve.gateway.errors import overloaded, shown, unavailable
 from oserve.gateway.foresight import Foresight
 from oserve.gateway.handover import HandOvers
@@ -33,17 +32,6 @@ from oserve.workload import PromptLengthEstimator
 from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
-
-# What else a client may tell an engine. Not its rank of data parallelism, since who computes is
-# decided here, nor its priority, which is part of the rank that goes in the body.
-_FORWARDED = (
-    b"traceparent",
-    b"tracestate",
-    b"x-correlation-id",
-    b"x-session-id",
-    b"user-agent",
-    b"endpoint-load-metrics-format",
-)
 
 EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
 
@@ -91,6 +79,9 @@ class Dispatcher:
             shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
         )
         self._ledger = WorkLedger(self._overload, processes=settings.processes)
+        self.breakers = Breakers()
+        # Attached servers, by start, that refused stream_options.
+        self._without_options: set[tuple[str, float]] = set()
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         self._queue: list[tuple[float, int, Relay]] = []
         self._waiting: set[Relay] = set()
@@ -109,6 +100,8 @@ class Dispatcher:
         before = {replica.id: replica.started_s for replica in self.table.replicas}
         now = {replica.id: replica.started_s for replica in table.replicas}
         self._affinity.forget(name for name in before if now.get(name) != before[name])
+        self.breakers.follow(name for name in before if now.get(name) == before[name])
+        self._without_options &= set(now.items())
         self.table = table
         self.foresight.follow(table)
         self._router = Router(
@@ -119,7 +112,7 @@ class Dispatcher:
         self._pools = {}
         for replica in table.replicas:
             key = (replica.id, replica.endpoint)
-            self._pools[key] = previous.get(key) or _pool(replica.endpoint)
+            self._pools[key] = previous.get(key) or pool_of(replica.endpoint)
         self.hand_overs.follow(table)
         self._serve_by(table)
         self._ledger.follow(table.replicas)
@@ -203,7 +196,7 @@ class Dispatcher:
         route = self._router.pick(
             request,
             self._ledger.loads(self.serving),
-            exclude=self._excluded(relay),
+            exclude=self._closed(relay),
             cached=cached,
         )
         if isinstance(route, Refusal):
@@ -228,26 +221,34 @@ class Dispatcher:
         entry = self._ledger.admit(
             replica.id, request, now_s, cached_tokens=had, streams=relay.stream
         )
+        self.breakers.sent(replica.id, now_s)
+        self._send(relay, replica, entry)
+        return None
+
+    def _dispatch_auxiliary(self, relay: Relay) -> None:
+        closed = self._closed(relay)
+        replicas = [item for name, item in self.serving.items() if name not in closed]
+        if not replicas:
+            relay.fail(unavailable("No replica can serve now"))
+            return
+        self._send(relay, replicas[0], None)
+
+    def _send(self, relay: Relay, replica: TableReplica, entry: WorkEntry | None) -> None:
         try:
             relay.sent_to(replica, entry)
             message = self._upstream(relay, replica)
         except Exception:
             # Booked before anybody could free it.
-            entry.close(now_s, done=False)
+            if entry is not None:
+                entry.close(time.monotonic(), done=False)
             raise
         self._waiting.discard(relay)
         self._pools[replica.id, replica.endpoint].send(message, relay.sink)
-        return None
 
-    def _dispatch_auxiliary(self, relay: Relay) -> None:
-        excluded = self._excluded(relay)
-        replicas = [item for name, item in self.serving.items() if name not in excluded]
-        if not replicas:
-            relay.fail(unavailable("No replica can serve now"))
-            return
-        relay.sent_to(replicas[0], None)
-        replica = replicas[0]
-        self._pools[replica.id, replica.endpoint].send(self._upstream(relay, replica), relay)
+    def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
+        """The request as the replica gets it."""
+        knows = replica.stream_options and _start(replica) not in self._without_options
+        return request_bytes(relay, replica, stream_options=knows)
 
     def _excluded(self, relay: Relay, *, also_present: bool = False) -> set[str]:
         return {
@@ -258,33 +259,47 @@ class Dispatcher:
             or (relay.moves and not replica.tells_token_ids)
         }
 
-    def _upstream(self, relay: Relay, replica: TableReplica) -> bytes:
-        """The request as the replica gets it. Only known headers travel on."""
-        body, parsed = relay.body
-        if parsed is not None:
-            priority = None
-            if replica.accepts_priority:
-                priority = engine_priority(relay.rank)
-            body = with_fields(
-                parsed,
-                priority=priority,
-                model=replica.model,
-                token_ids=relay.moving is not None,
-                cache=relay.cache_fields if replica.endpoint.caches else None,
+    def _closed(self, relay: Relay) -> set[str]:
+        """Whom not to ask now: as ``_excluded``, and those set aside if there are others."""
+        excluded = self._excluded(relay)
+        closed = excluded | self.breakers.open(time.monotonic())
+        return closed if self.serving.keys() - closed else excluded
+
+    def failed_at(
+        self,
+        replica: TableReplica,
+        reason: str,
+        *,
+        at_once: bool = False,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        """A replica did not answer a request well; see ``Breakers.failed``."""
+        if self._still_serves(replica):
+            self.breakers.failed(
+                replica.id,
+                time.monotonic(),
+                reason,
+                at_once=at_once,
+                retry_after_s=retry_after_s,
             )
-        lines = [
-            b"%b %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nx-request-id: %b\r\n"
-            % (relay.method, relay.path, len(body), relay.request_id)
-        ]
-        lines += [
-            b"%b: %b\r\n" % (name, relay.headers[name])
-            for name in _FORWARDED
-            if name in relay.headers
-        ]
-        if replica.endpoint.api_key:
-            lines.append(b"authorization: Bearer %b\r\n" % replica.endpoint.api_key.encode())
-        return b"".join((*lines, b"\r\n", body))
+
+    def served_by(self, replica: TableReplica) -> None:
+        """A replica answered a request."""
+        if self._still_serves(replica):
+            self.breakers.served(replica.id)
+
+    def _still_serves(self, replica: TableReplica) -> bool:
+        now = self.serving.get(replica.id)
+        return now is not None and now.started_s == replica.started_s
+
+    def learn_no_stream_options(self, replica: TableReplica) -> bool:
+        """A server refused that field and is not sent it any more; tells whether that is news."""
+        start = _start(replica)
+        if start in self._without_options or not replica.stream_options:
+            return False
+        self._without_options.add(start)
+        _log.info("replica %s knows no stream_options; it is asked without", replica.id)
+        return True
 
     def may_retry(self, relay: Relay, *, died: bool) -> bool:
         """Whether another try makes sense: attempts left, and someone who may take it.
@@ -440,9 +455,5 @@ class Dispatcher:
             self.records.close()
 
 
-def _pool(endpoint: Endpoint) -> UpstreamPool:
-    if endpoint.unix_socket:
-        return UpstreamPool(unix_socket=endpoint.unix_socket)
-    parts = urlsplit(endpoint.url)
-    tls = parts.scheme == "https"
-    return UpstreamPool(host=parts.hostname or "", port=parts.port or (443 if tls else 80), tls=tls)
+def _start(replica: TableReplica) -> tuple[str, float]:
+    return replica.id, replica.started_s

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from oserve.wire import ResponseHead
+from oserve.wire import Dechunker, ResponseHead
 
 if TYPE_CHECKING:
     from oserve.gateway.relay import Relay
@@ -12,20 +12,52 @@ _DROPPED = {
     b"content-length",
     b"date",
     b"keep-alive",
+    b"proxy-authenticate",
     b"server",
+    b"te",
+    b"trailer",
     b"transfer-encoding",
+    b"upgrade",
     b"x-request-id",
 }
+_EVENTS = b"text/event-stream"
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
-def told_headers(head: ResponseHead, *, plain: bool) -> tuple[Headers, bool]:
+def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
+    """Whether the answer to a request for a stream is one of events; ``None``: more must come.
+
+    ``begin``: the bytes of its body so far. Servers that say no content type, or a wrong one, are
+    told by their first character: JSON and HTML begin as no line of a stream of events does.
+    """
+    fields = dict(head.headers)
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        return False
+    if fields.get(b"content-type", b"").partition(b";")[0].strip().lower() == _EVENTS:
+        return True
+    payload = Dechunker().feed(begin) if head.chunked else begin
+    text = payload.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return text[:1] not in {b"{", b"[", b"<", b'"'} if text else None
+
+
+def told_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
     """Those of the replica, and whether the connection must close at the end of the answer.
 
-    ``plain``: the client speaks HTTP/1.0, which has no chunks.
+    ``plain``: the client speaks HTTP/1.0, which has no chunks. ``events``: what follows is a stream
+    of events, in chunks of our own.
     """
-    fields = [field for field in head.headers if field[0] not in _DROPPED]
+    dropped = _DROPPED | _named(head)
+    fields = [field for field in head.headers if field[0] not in dropped]
+    if events:
+        if not any(
+            name == b"content-type" and value.lower().startswith(_EVENTS) for name, value in fields
+        ):
+            fields = [field for field in fields if field[0] != b"content-type"]
+            fields.append((b"content-type", _EVENTS + b"; charset=utf-8"))
+        if not plain:
+            fields.append((b"transfer-encoding", b"chunked"))
+        return tuple(fields), plain
     close = False
     if head.length is not None:
         fields.append((b"content-length", b"%d" % head.length))
@@ -34,6 +66,16 @@ def told_headers(head: ResponseHead, *, plain: bool) -> tuple[Headers, bool]:
     else:
         close = True
     return tuple(fields), close
+
+
+def _named(head: ResponseHead) -> set[bytes]:
+    """Headers that concern one connection only (RFC 9110, 7.6.1)."""
+    return {
+        name.strip().lower()
+        for field, value in head.headers
+        if field == b"connection"
+        for name in value.split(b",")
+    }
 
 
 def own_headers(relay: "Relay") -> Headers:

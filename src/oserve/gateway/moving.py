@@ -1,8 +1,8 @@
 """A stream that can go on at another replica: what is kept of it, and the sink of what goes on.
 
-The first replica's bytes pass through (``take``). When it breaks off, or is to give its requests
-up, ``resume`` reads what was kept and sends a continuation; its events are turned into the client's
-one by one, and kept as they are understood, so that a stream can move again.
+The first replica's events pass through (``passing``) and are ``kept``. When it breaks off, or is to
+give its requests up, ``resume`` reads what was kept and sends a continuation; its events are turned
+into the client's one by one, and kept as they are understood, so that a stream can move again.
 """
 
 from dataclasses import replace
@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING
 
 from oserve.control.table import TableReplica
 from oserve.gateway.body import Fields
-from oserve.gateway.carry import BrokenError, Carried, DivergedError, events_of
+from oserve.gateway.carry import BrokenError, Carried, DivergedError
 from oserve.gateway.errors import upstream_failed
 from oserve.gateway.fields import UnmovableError, kept_from_moving, values_of
-from oserve.gateway.kept import USAGE, Budget, Kept, without_usage_event
+from oserve.gateway.kept import Budget, Kept, read_event
+from oserve.gateway.meaning import Usage
+from oserve.gateway.passing import DONE
 from oserve.gateway.standing import remaining_tokens
 from oserve.switch.kv import Way
-from oserve.wire import Framing, ResponseHead, chunk, dechunk
+from oserve.wire import Dechunker, ResponseHead, chunk
 from oserve.wire.caches import CacheFolder, giving, new_name, taking
-from oserve.wire.framing import LAST_CHUNK
+from oserve.wire.events import EventReader, EventsError
+from oserve.wire.framing import LAST_CHUNK, FramingError
 from oserve.wire.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
     from oserve.gateway.relay import Relay
-
-_MAX_ERROR_BYTES = 64 * 1024
 
 
 class Moving:
@@ -33,81 +34,24 @@ class Moving:
 
     def __init__(self, relay: "Relay", budget: Budget, *, shows_ids: bool, max_moves: int) -> None:
         self._relay = relay
-        self._kept = Kept(budget, shows_ids=shows_ids)
+        self.kept = Kept(budget)
+        self.shows_ids = shows_ids
         self._max_moves = max_moves
         self._plain = relay.exchange.http_1_0
-        self._write = relay.exchange.write
-        # The first bytes tell the prompt, which is not for the client.
-        self._first = True
-        self._chunks = 0
-        self._partial = b""
         self._carried: Carried | None = None
         # The KV cache at the replica that serves it, and the one that it goes on with.
         self._cache_folder = ""
         self._cache = ""
         self._taken = ""
         self._head: ResponseHead | None = None
-        self._connection: UpstreamConnection | None = None
-        self._rest = b""
+        self._dechunker: Dechunker | None = None
+        self._reader = EventReader()
         self._reason: str | None = None
         self.moves = 0
 
-    def hold(self, data: bytes) -> bool:
-        """Whether these first bytes are no whole chunk; if so they wait for the rest."""
-        framing = self._relay.framing
-        if framing is None or not framing.chunked or framing.boundary or framing.complete:
-            return False
-        self._partial += data
-        return True
-
-    # -- the first replica ----------------------------------------------------------------------
-    def take(self, data: bytes, framing: Framing) -> None:
-        """Pass on bytes of the first replica, which are understood no further than they must be."""
-        chunks = framing.chunks
-        if (
-            chunks == self._chunks + 1
-            and framing.boundary == len(data)
-            and not self._partial
-            and not self._first
-            and (passed := self._kept.pass_chunk(data))
-        ):
-            self._chunks = chunks
-            self._write(dechunk(passed) if self._plain else passed)
-            return
-        if not (framing.at_boundary or framing.complete):
-            # The client gets whole chunks only, so that another replica can go on at any moment.
-            cut = framing.boundary
-            if cut == 0:
-                self._partial += data
-                return
-            data, self._partial = self._partial + data[:cut], data[cut:]
-            chunks -= 1
-        else:
-            data, self._partial = self._partial + data, b""
-        whole, self._chunks = chunks - self._chunks, chunks
-        passed = b"" if self._first else self._kept.pass_many(data, whole)
-        self._first = False
-        if passed:
-            self._write(dechunk(passed) if self._plain else passed)
-        else:
-            self._take_special(data)
-
-    def _take_special(self, data: bytes) -> None:
-        relay = self._relay
-        payload, trouble = self._kept.pass_special(data)
-        if USAGE in payload:
-            relay.usage = payload
-        self.write(without_usage_event(payload) if relay.hide_usage else payload)
-        if trouble:
-            if self.resume("aborted" if b'"abort"' in trouble else "failed"):
-                return
-            self.write(trouble)
-        if data.endswith(LAST_CHUNK) and not self._plain:
-            relay.exchange.write(LAST_CHUNK)
-
     def write(self, payload: bytes) -> None:
         """Send events to the client."""
-        if payload.strip():
+        if payload:
             self._relay.exchange.write(payload if self._plain else chunk(payload))
 
     # -- going on -------------------------------------------------------------------------------
@@ -154,7 +98,7 @@ class Moving:
         ):
             return False
         self._carried = carried
-        self._kept.drop()
+        self.kept.drop()
         if carried.finished:
             relay.release(tried=False)
             self._finish(carried)
@@ -165,7 +109,7 @@ class Moving:
         self.moves += 1
         way = Way.MOVE if self._taken else Way.REPLAY
         relay.dispatcher.metrics.count("oserve_requests_moved", reason, way.value)
-        self._head, self._rest, self._partial = None, b"", b""
+        self._head, self._dechunker, self._reader = None, None, EventReader()
         if relay.first_request is not None:
             relay.request = replace(
                 relay.first_request,
@@ -178,7 +122,7 @@ class Moving:
     def _read(self) -> Carried:
         """The stream so far, from what was kept of it."""
         carried = Carried(self._fields, chat=self._chat)
-        self._kept.read_into(carried)
+        self.kept.read_into(carried)
         return carried
 
     @property
@@ -193,7 +137,7 @@ class Moving:
     @property
     def movable(self) -> bool:
         """Whether nothing that is known without reading the answer keeps it from moving."""
-        if self.moves >= self._max_moves or self._kept.full:
+        if self.moves >= self._max_moves or self.kept.full:
             return False
         if self._reason is None:
             try:
@@ -212,11 +156,11 @@ class Moving:
     @property
     def made_tokens(self) -> int:
         """Output tokens so far; about so many while the first replica serves it."""
-        return len(self._carried.tokens) if self._carried is not None else self._chunks
+        return len(self._carried.tokens) if self._carried is not None else self._relay.events
 
     def release(self) -> None:
         """The request has ended."""
-        self._kept.drop()
+        self.kept.drop()
 
     # -- the replica that goes on (Sink) --------------------------------------------------------
     @property
@@ -225,7 +169,6 @@ class Moving:
         return self._relay.cancelled
 
     def attached(self, connection: UpstreamConnection) -> None:
-        self._connection = connection
         self._relay.attached(connection)
 
     def crashed(self, error: Exception) -> None:
@@ -234,40 +177,34 @@ class Moving:
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
+        self._dechunker = Dechunker() if head.chunked else None
 
     def on_data(self, data: bytes) -> None:
-        head, connection = self._head, self._connection
+        head = self._head
         assert head is not None
-        if head.status != 200 or connection is None or connection.framing is None:
-            self._rest = (self._rest + data)[:_MAX_ERROR_BYTES]
+        if head.status != 200:
             return
         self._relay.progressed(monotonic())
-        framing = connection.framing
-        self._partial += data
-        if framing.chunked:
-            whole = len(self._partial)
-            if not (framing.at_boundary or framing.complete):
-                if framing.boundary == 0:
-                    return
-                whole += framing.boundary - len(data)
-            data, self._partial = self._partial[:whole], self._partial[whole:]
-            data = dechunk(data)
-        else:
-            data, self._partial = self._partial, b""
-        self._rest += data
-        end = self._rest.rfind(b"\n\n") + 2
-        if end > 1:
-            payload, self._rest = self._rest[:end], self._rest[end:]
-            self._translate(payload)
+        try:
+            payload = data if self._dechunker is None else self._dechunker.feed(data)
+            events = self._reader.feed(payload)
+        except (EventsError, FramingError) as error:
+            self._relay.release(tried=False)
+            self.on_error(str(error))
+            return
+        found = [event.data for event in events if event.data is not None]
+        if found:
+            self._translate(found)
 
-    def _translate(self, payload: bytes) -> None:
+    def _translate(self, found: list[bytes]) -> None:
         carried = self._carried
         assert carried is not None
         told = []
         reason = ""
         try:
-            for event in events_of(payload):
-                told.append(carried.go_on(event))
+            for data in found:
+                if data.strip() != DONE:
+                    told.append(carried.go_on(read_event(data)))
         except BrokenError:
             reason = "aborted"
         except DivergedError:
@@ -283,7 +220,7 @@ class Moving:
 
     def _finish(self, carried: Carried) -> None:
         relay = self._relay
-        relay.usage = carried.usage()
+        relay.usage = Usage(prompt_tokens=len(carried.prompt), output_tokens=len(carried.tokens))
         self.write(carried.ending())
         if not self._plain:
             relay.exchange.write(LAST_CHUNK)

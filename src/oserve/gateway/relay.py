@@ -1,10 +1,8 @@
-"""One request on its way: from the client to a replica and back, byte for byte.
+"""One request on its way: from the client to a replica and back.
 
-Until the first byte of the answer has gone to the client, a failed replica means another try on
-another one; after it, a stream goes on at another one where it can (``moving``), else the client is
-told by an SSE error object and the connection closes without ``[DONE]``. Chunks are not parsed:
-their framing is followed, and fixed patterns are looked for (the usage report, the final chunk that
-only we asked for, token ids).
+Until the answer begins, a failed replica means another try on another one (``attempt`` reads what
+it says); after that, a stream goes on at another one where it can (``moving``), else the client is
+told by an SSE error object and the connection closes without ``[DONE]``.
 """
 
 import logging
@@ -16,6 +14,7 @@ from oserve.control.ledger import WorkEntry
 from oserve.control.table import TableReplica
 from oserve.core import FinishStatus, Request
 from oserve.core.faults import fault
+from oserve.gateway.attempt import Attempt
 from oserve.gateway.body import GenerateBody, parse_body
 from oserve.gateway.errors import (
     ApiError,
@@ -27,10 +26,11 @@ from oserve.gateway.errors import (
     with_status,
 )
 from oserve.gateway.foresight import Expected
-from oserve.gateway.heads import own_headers, told_headers
+from oserve.gateway.heads import Headers, own_headers
+from oserve.gateway.meaning import Usage
 from oserve.gateway.moving import Moving
-from oserve.gateway.passing import Passing
-from oserve.wire import Exchange, Framing, ResponseHead, chunk
+from oserve.wire import Exchange, chunk
+from oserve.wire.events import data_event
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import UpstreamConnection
 from oserve.workload import PromptSize
@@ -38,15 +38,12 @@ from oserve.workload import PromptSize
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher
 
-_log = logging.getLogger("oserve.gateway")
 
-_STREAM_ERROR = b'data: {"error"'
-_ABORTED = b'"finish_reason":"abort"'
-_HOLD_BYTES = 1024 * 1024
+_log = logging.getLogger("oserve.gateway")
 
 
 class Relay:
-    """A request and its answer in progress; the sink of whatever replica serves it.
+    """A request and its answer in progress.
 
     ``request`` is ``None`` for auxiliary calls (tokenize), which are neither typed nor recorded.
     ``hide_usage``: we asked for the usage chunk, so the client does not get to see it.
@@ -85,20 +82,17 @@ class Relay:
         self.ended = False
         self._entry: WorkEntry | None = None
         self._connection: UpstreamConnection | None = None
-        self._head: ResponseHead | None = None
-        self._held: list[bytes] = []
-        self._held_bytes = 0
-        self._passing = Passing(self)
+        self.attempt: Attempt | None = None
+        self._events = False
         self.committed = False
-        self.usage = b""
-        self.chunks = 0
+        self.usage = Usage()
         self._paused = False
         self._answering = False
         self._first_byte_s = 0.0
         self.last_chunk_s = 0.0
         self.first_request = request
         self.moving: Moving | None = None
-        # Chunks carry about a token each; past this many the answer is longer than was booked.
+        # Events carry about a token each; past this many the answer is longer than was booked.
         self._booked_tokens = request.output_tokens if request is not None else 1 << 60
         self._observe = dispatcher.metrics.inter_token.observe
         exchange.on_disconnect = self._disconnected
@@ -126,9 +120,18 @@ class Relay:
         return self.exchange.body, self.parsed
 
     @property
-    def sink(self) -> "Relay | Moving":
+    def sink(self) -> Attempt | Moving:
         """Who takes the replica's answer."""
-        return self.moving if self.moves and self.moving is not None else self
+        if self.moves and self.moving is not None:
+            return self.moving
+        assert self.attempt is not None
+        return self.attempt
+
+    @property
+    def events(self) -> int:
+        """Events with text that the replica has sent, about a token each."""
+        passing = self.attempt.passing if self.attempt is not None else None
+        return passing.events if passing is not None else 0
 
     @property
     def cache_fields(self) -> dict[str, str]:
@@ -152,11 +155,8 @@ class Relay:
         if self.moves and self.moving is not None:
             self.moving.sent_to(replica)
             return
-        self._head = None
-        self._held = []
-        self._held_bytes = 0
-        self._passing = Passing(self)
         self._keep(replica)
+        self.attempt = Attempt(self, replica)
 
     def _keep(self, replica: TableReplica) -> None:
         """Keep what is needed to go on elsewhere, where this replica tells it."""
@@ -207,20 +207,12 @@ class Relay:
         self.fail(timed_out("The request exceeded the server's time limit"))
 
     def _fail_stream(self, error: ApiError) -> None:
-        framing = self.framing
-        event = b"data: " + error.body() + b"\n\n"
-        # Where whole chunks are passed on only, the client is always at a boundary.
-        clean = (
-            self.moving is not None
-            or self.hide_usage
-            or (framing is not None and framing.at_boundary)
-        )
-        if self.stream and clean:
-            whole = event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK
-            self.exchange.write(whole)
+        # Whole events are passed on only, so that one can be added at any moment.
+        if self._events:
+            event = data_event(error.body())
+            self.exchange.write(event if self.exchange.http_1_0 else chunk(event) + LAST_CHUNK)
             # A client that keeps connections would have its next request broken off.
-            head = self._head
-            self.exchange.finish(close=head is None or not head.chunked)
+            self.exchange.finish(close=self.exchange.http_1_0)
         else:
             self.exchange.abort()
 
@@ -239,59 +231,38 @@ class Relay:
         if self._connection is not None:
             self._connection.abort()
 
-    # -- the replica (Sink) ---------------------------------------------------------------------
+    # -- the replica ----------------------------------------------------------------------------
     def attached(self, connection: UpstreamConnection) -> None:
+        """A connection carries it."""
         self._connection = connection
         if self._paused:
             connection.pause(True)
 
-    @property
-    def framing(self) -> Framing | None:
-        """Of the replica's answer."""
-        return self._connection.framing if self._connection is not None else None
-
-    def on_head(self, head: ResponseHead) -> None:
-        self._head = head
-
-    def on_data(self, data: bytes) -> None:
-        now_s = monotonic()
-        if self.committed:
-            if self.stream:
-                self._observe(now_s - self.last_chunk_s)
-                self.last_chunk_s = now_s
-                framing = self._connection.framing if self._connection is not None else None
-                if framing is not None:
-                    if framing.chunks > self._booked_tokens:
-                        self._outgrown(framing.chunks, now_s)
-                    if self.moving is not None:
-                        self.moving.take(data, framing)
-                        return
-            self._pass_on(data)
-            return
-        head = self._head
-        assert head is not None
+    def answers(self, now_s: float) -> None:
+        """The replica has begun to answer."""
         if not self._first_byte_s:
-            if self._refused_by_replica(head, data):
-                return
             self._first_byte_s = self.last_chunk_s = now_s
-            self._answers(now_s)
-        if not self.stream or head.status != 200:
-            # Held back until whole: as long as no byte has gone out, another replica can take over.
-            self._held.append(data)
-            self._held_bytes += len(data)
-            if self._held_bytes > _HOLD_BYTES:
-                self._commit()
-            return
-        if self.moving is not None and self.moving.hold(data):
-            return
-        self._commit()
-        self._pass_on(data)
-
-    def _answers(self, now_s: float) -> None:
         if not self._answering and self._entry is not None:
             self._answering = True
             self._entry.first_byte(now_s)
             self.dispatcher.prompt_done()
+
+    def commit(self, status: int, fields: Headers, *, close: bool, events: bool) -> None:
+        """Send the head; ``events``: a stream of events follows."""
+        self.committed = True
+        self._events = events
+        self.exchange.start(status, (*fields, *own_headers(self)), close=close)
+        if self.moving is not None and not events:
+            self.moving.release()
+            self.moving = None
+
+    def passed_on(self, events: int) -> None:
+        """More of a stream has come: so many events by now."""
+        now_s = monotonic()
+        self._observe(now_s - self.last_chunk_s)
+        self.last_chunk_s = now_s
+        if events > self._booked_tokens:
+            self._outgrown(events, now_s)
 
     def _outgrown(self, made_tokens: int, now_s: float) -> None:
         """Book what is expected of an answer that is this long already."""
@@ -305,79 +276,18 @@ class Relay:
         self.dispatcher.metrics.count("oserve_requests_outgrown")
         self._booked_tokens = int(total)
 
-    def _refused_by_replica(self, head: ResponseHead, data: bytes) -> bool:
-        """Whether the replica failed rather than answered, and another try was arranged."""
-        failed = head.status >= 500 or (
-            head.status == 200
-            and self.stream
-            and (data.find(_STREAM_ERROR, 0, 64) >= 0 or _ABORTED in data)
-        )
-        return failed and self._retry(f"it answered with status {head.status}", died=False)
+    def go_on_or_fail(self, reason: str) -> None:
+        """A stream broke off: have it go on elsewhere, if it can."""
+        if not self.ended and (self.moving is None or not self.moving.resume("lost")):
+            self.failed(reason)
 
-    def _commit(self) -> None:
-        """Send the head and what was held; from here on there is no other try."""
-        head = self._head
-        assert head is not None
-        self.committed = True
-        fields, close = told_headers(head, plain=self.exchange.http_1_0)
-        self.exchange.start(head.status, (*fields, *own_headers(self)), close=close)
-        framing = self.framing
-        if self.moving is not None and (
-            head.status != 200 or not self.stream or framing is None or not framing.chunked
-        ):
-            self.moving.release()
-            self.moving = None
-        held, self._held = self._held, []
-        for data in held:
-            self._pass_on(data)
+    def failed(self, reason: str) -> None:
+        """The replica failed, and nobody can take its place."""
+        name = self.replica.id if self.replica is not None else "?"
+        self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
 
-    def _pass_on(self, data: bytes) -> None:
-        framing = self.framing
-        if self.moving is not None and framing is not None:
-            self.moving.take(data, framing)
-            return
-        self._passing(data, framing)
-
-    def on_end(self) -> None:
-        head = self._head
-        assert head is not None
-        if not self.committed:
-            if head.status >= 500 and self._retry(
-                f"it answered with status {head.status}", died=False
-            ):
-                return
-            aborted = head.status == 200 and not self.stream and _ABORTED in b"".join(self._held)
-            if aborted and self._retry("it gave the request up", died=False):
-                return
-            self._commit()
-        if self._connection is not None and self._connection.framing is not None:
-            self.chunks = self._connection.framing.chunks
-        self.exchange.finish()
-        if head.status < 400:
-            self._end(FinishStatus.COMPLETED)
-        else:
-            reason = "engine_refused" if head.status < 500 else "engine_failed"
-            self.dispatcher.metrics.count("oserve_request_errors", reason)
-            client = head.status < 500
-            self._end(FinishStatus.CLIENT_ERROR if client else FinishStatus.FAILED)
-
-    def on_error(self, reason: str) -> None:
-        if self.ended:
-            return
-        head = self._head
-        if not self.committed and head is not None and 400 <= head.status < 500:
-            # It was answered, and would be again; only the words are lost.
-            self._refused(head.status)
-            return
-        if not self.committed and self._retry(reason, died=True):
-            return
-        if self.committed and self.moving is not None:
-            # A dead replica breaks many streams at once; each is read in its turn.
-            self.dispatcher.in_turn(lambda: self.safely(self._go_on_or_fail, reason))
-            return
-        self._failed(reason)
-
-    def _refused(self, status: int) -> None:
+    def refused_unheard(self, status: int) -> None:
+        """The replica refused the request, but its words were lost."""
         self.dispatcher.metrics.count("oserve_request_errors", "engine_refused")
         error = with_status(status, "The replica refused the request, and its reasons were lost")
         try:
@@ -385,15 +295,7 @@ class Relay:
         finally:
             self._end(FinishStatus.CLIENT_ERROR)
 
-    def _go_on_or_fail(self, reason: str) -> None:
-        if not self.ended and (self.moving is None or not self.moving.resume("lost")):
-            self._failed(reason)
-
-    def _failed(self, reason: str) -> None:
-        name = self.replica.id if self.replica is not None else "?"
-        self.fail(upstream_failed(f"Replica {name} failed: {reason}"))
-
-    def _retry(self, reason: str, *, died: bool) -> bool:
+    def retry(self, reason: str, *, died: bool) -> bool:
         """Give the request to another replica if one may take it; tells whether it did."""
         if self.ended or not self.dispatcher.may_retry(self, died=died):
             return False
@@ -404,6 +306,12 @@ class Relay:
         self.dispatcher.send_on(self, reason)
         return True
 
+    def ask_again(self) -> None:
+        """Send it once more, as it is said better now; that is no failed attempt."""
+        self.release(tried=False)
+        self.attempts -= 1
+        self.dispatcher.dispatch(self)
+
     # -- going on elsewhere ---------------------------------------------------------------------
     @property
     def placed(self) -> bool:
@@ -413,7 +321,7 @@ class Relay:
     def hand_over(self, *, cache: bool = False, reason: str = "handed_over") -> bool:
         """Leave this replica for another, with its KV ``cache`` if so; tells whether it did."""
         if not self.committed:
-            return self._retry("it hands over", died=True)
+            return self.retry("it hands over", died=True)
         return self.moving is not None and self.moving.resume(reason, cache=cache)
 
     def release(self, *, tried: bool, done: bool = False) -> None:
@@ -429,24 +337,30 @@ class Relay:
         """Bytes of a continuation came."""
         self._observe(now_s - self.last_chunk_s)
         self.last_chunk_s = now_s
-        self._answers(now_s)
+        self.answers(now_s)
 
     def completed(self) -> None:
-        """A moved stream has ended well."""
+        """The answer has ended well."""
         self._end(FinishStatus.COMPLETED)
+
+    def refused(self, *, of_client: bool) -> None:
+        """The answer was an error, which the client has; of its own making or not."""
+        reason = "engine_refused" if of_client else "engine_failed"
+        self.dispatcher.metrics.count("oserve_request_errors", reason)
+        self._end(FinishStatus.CLIENT_ERROR if of_client else FinishStatus.FAILED)
 
     # -- the end --------------------------------------------------------------------------------
     def _close_entry(self, *, done: bool) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
             entry.close(monotonic(), done=done)
+            assert self.replica is not None
+            self.dispatcher.breakers.let_go(self.replica.id)
 
     def _end(self, status: FinishStatus) -> None:
         if self.ended:
             return
         self.ended = True
-        if self._connection is not None and self._connection.framing is not None:
-            self.chunks = max(self.chunks, self._connection.framing.chunks)
         if self.moving is not None:
             self.moving.release()
         self._close_entry(done=status is FinishStatus.COMPLETED)

@@ -3,11 +3,13 @@
 ``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
 ``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is ever used twice;
 those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed
-of your choice, without a model.
+of your choice, without a model, in the ways of one of several servers (``DIALECTS``).
 """
 
+from oserve.sim.answers import EngineSpeed, Mishap
 from oserve.sim.cluster import SimulatedCluster
-from oserve.sim.engine import EmulatedEngine, EngineSpeed, Mishap
+from oserve.sim.dialects import DIALECTS, Dialect
+from oserve.sim.engine import EmulatedEngine
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Faults, Phases
@@ -25,6 +27,8 @@ from oserve.sim.words import (
 )
 
 __all__ = [
+    "DIALECTS",
+    "Dialect",
     "EmulatedEngine",
     "EngineSpeed",
     "Faults",

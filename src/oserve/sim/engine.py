@@ -3,46 +3,27 @@
 For tests of whatever stands in front of an engine, and for measuring that alone.
 """
 
-import asyncio
 import json
 from collections import deque
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
 
-from oserve.sim.speech import Speech
+from oserve.sim.answers import EngineSpeed, Mishap, SpokenAnswer
+from oserve.sim.dialects import VLLM, Dialect
 from oserve.sim.tongue import Counting, Tongue
-from oserve.wire import Exchange, ServerLimits, chunk, serve
-from oserve.wire.framing import LAST_CHUNK
+from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpeed:
-    """Seconds to the first token, and between tokens; with both 0 an answer leaves at once."""
-
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mishap:
-    """What befalls an answer after so many tokens.
-
-    ``how``: ``break`` (the connection ends), ``torn`` (it ends within an event), ``abort`` (the
-    engine gives the request up), ``error`` (it says that it died).
-    """
-
-    after: int
-    how: str = "break"
 
 
 class EmulatedEngine:
     """Serves one model name. ``seen`` keeps the bodies received, ``aborted`` counts clients gone.
 
     ``max_model_len`` is in tokens; a prompt counts one token a word. No answer has more than
-    ``most_tokens``. Each answer takes the next of ``mishaps``, as long as there are any.
+    ``most_tokens``. Each takes the next of ``mishaps``, as long as there are any. ``dialect``: the
+    server that it speaks like. ``heads`` keeps the last requests' headers, ``hosts`` its own names:
+    others get 403; none: all are. Where it has an ``api_key``, requests must. ``status``, if set,
+    answers every generation, and ``extra`` are headers of that answer.
     """
 
     def __init__(
@@ -54,7 +35,15 @@ class EmulatedEngine:
         most_tokens: int = 1 << 20,
         keep_bodies: bool = True,
         tongue: Tongue | None = None,
+        dialect: Dialect = VLLM,
+        api_key: str = "",
     ) -> None:
+        self.dialect = dialect
+        self.hosts: frozenset[str] = frozenset()
+        self.status = 0
+        self.extra: tuple[tuple[bytes, bytes], ...] = ()
+        self.heads: deque[tuple[bytes, dict[bytes, bytes]]] = deque(maxlen=256)
+        self._api_key = api_key
         self._model = model
         self._speed = speed or EngineSpeed()
         self._max_model_len = max_model_len
@@ -84,56 +73,118 @@ class EmulatedEngine:
         if self._server is not None:
             await self._server.close()
 
+    @property
+    def path(self) -> str:
+        """What its URL has after the port."""
+        return self.dialect.prefix
+
+    def answer(
+        self,
+        exchange: Exchange,
+        status: int,
+        body: bytes,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        """A whole answer as its kind of server gives it."""
+        kind = b"application/json" if self.dialect.content_type else b""
+        fields = ((b"content-type", kind),) if kind else ()
+        length = ((b"content-length", b"%d" % len(body)),)
+        self.begin(exchange, status, (*fields, *length, *headers))
+        exchange.write(body)
+        exchange.finish()
+
+    def begin(
+        self, exchange: Exchange, status: int, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> None:
+        """The head of an answer; of some servers it says no reason."""
+        if self.dialect.reason:
+            exchange.start(status, headers)
+            return
+        lines = [b"HTTP/1.1 %d \r\n" % status, *(b"%b: %b\r\n" % field for field in headers)]
+        exchange.write(b"".join((*lines, b"\r\n")))
+
     def _handle(self, exchange: Exchange) -> None:
         path = exchange.path.partition(b"?")[0]
-        if path in {b"/v1/completions", b"/v1/chat/completions"}:
-            self._generate(exchange, chat=path.startswith(b"/v1/chat"))
-        elif path == b"/health":
-            exchange.respond(200, b"")
-        elif path == b"/v1/models":
+        dialect = self.dialect
+        self.heads.append((path, exchange.headers))
+        if self.hosts and exchange.headers.get(b"host", b"").decode("latin-1") not in self.hosts:
+            self.answer(exchange, 403, dialect.error("no such host", 403))
+            return
+        if path.decode("latin-1") in dialect.health:
+            self.answer(exchange, 200, b"")
+            return
+        key = exchange.headers.get(b"authorization", b"")
+        if self._api_key and key != b"Bearer " + self._api_key.encode():
+            self.answer(exchange, 401, dialect.error("missing or wrong key", 401))
+            return
+        prefix = dialect.prefix.encode()
+        route = path.removeprefix(prefix) if path.startswith(prefix) else b""
+        if route in {b"/v1/completions", b"/v1/chat/completions"}:
+            self._generate(exchange, chat=route.startswith(b"/v1/chat"))
+        elif route == b"/v1/models" and dialect.lists_models:
             entry = {"id": self._model, "object": "model", "max_model_len": self._max_model_len}
-            exchange.respond(200, msgspec.json.encode({"object": "list", "data": [entry]}))
-        elif path == b"/tokenize":
+            self.answer(exchange, 200, dialect.text({"object": "list", "data": [entry]}))
+        elif route == b"/tokenize" and dialect.tokenizes:
             try:
-                words = str(json.loads(exchange.body).get("prompt", "")).split()
+                asked = json.loads(exchange.body)
+                model, words = asked.get("model"), str(asked.get("prompt", "")).split()
             except (ValueError, AttributeError, RecursionError) as error:
-                exchange.respond(400, _error(str(error)))
+                self.answer(exchange, 400, dialect.error(str(error), 400))
+                return
+            if model not in {None, self._model}:
+                self.answer(exchange, 404, dialect.error("no such model", 404))
                 return
             body = {"count": len(words), "max_model_len": self._max_model_len}
-            exchange.respond(200, msgspec.json.encode({**body, "tokens": list(range(len(words)))}))
-        elif path == b"/metrics":
+            self.answer(exchange, 200, dialect.text({**body, "tokens": list(range(len(words)))}))
+        elif route == b"/metrics" and dialect is VLLM:
             text = b"vllm:num_requests_running %d\nvllm:num_requests_waiting 0\n" % self.running
             exchange.respond(200, text, content_type=b"text/plain")
         else:
-            exchange.respond(404, _error("no such route"))
+            self.answer(exchange, 404, dialect.error("no such route", 404))
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
+        dialect = self.dialect
         try:
             # As vLLM reads it, which takes more than JSON: numbers out of range, for one.
             body = json.loads(exchange.body)
             checked = msgspec.convert(body, _Checked, strict=False)
         except (ValueError, RecursionError) as error:
-            exchange.respond(400, _error(str(error)))
+            self.answer(exchange, 400, dialect.error(str(error), 400))
             return
         if self._keep_bodies:
             self.seen.append(dict(body))
         body |= {name: getattr(checked, name) for name in body.keys() & _CHECKED}
+        if self.status:
+            error_body = dialect.error("not now", self.status)
+            self.answer(exchange, self.status, error_body, self.extra)
+            return
+        wrong = _wrong(body, dialect)
+        if wrong:
+            self.answer(exchange, 400, dialect.error(wrong, 400))
+            return
+        if not dialect.token_ids:
+            body.pop("return_token_ids", None)
         prompt = body.get("prompt")
         if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
             prompt = self.tongue.encode(_prompt_text(body))
-        elif not all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
-            exchange.respond(400, _error("no token ids"))
-            return
         limit = checked.max_completion_tokens or checked.max_tokens or 16
         if limit < 1 or len(prompt) + 1 > self._max_model_len:
-            exchange.respond(400, _error("bad max_tokens, or too long a prompt"))
+            status = dialect.error_status
+            message = "bad max_tokens, or too long a prompt"
+            self.answer(exchange, status, dialect.error(message, status))
             return
         limit = min(limit, self._most_tokens)
         mishap = self.mishaps.popleft() if self.mishaps else None
-        answer = _Answer(self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap)
+        answer = SpokenAnswer(
+            self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap
+        )
         exchange.on_disconnect = answer.cancel
         self.running += 1
         answer.begin(self._speed)
+
+
+def _prompt_text(body: dict[str, Any]) -> str:
+    return str(body.get("prompt", body.get("messages", "")))
 
 
 class _Checked(msgspec.Struct):
@@ -159,214 +210,13 @@ class _Checked(msgspec.Struct):
 _CHECKED = frozenset(_Checked.__struct_fields__)
 
 
-class _Answer:
-    """One answer on its way out."""
-
-    def __init__(
-        self,
-        engine: EmulatedEngine,
-        exchange: Exchange,
-        body: dict[str, Any],
-        *,
-        chat: bool,
-        prompt: list[int],
-        limit: int,
-        mishap: Mishap | None,
-    ) -> None:
-        self._engine = engine
-        self._exchange = exchange
-        self._body = body
-        self._stream = bool(body.get("stream"))
-        options = body.get("stream_options") or {}
-        self._usage_wanted = bool(options.get("include_usage"))
-        self._usage_always = bool(options.get("continuous_usage_stats"))
-        self._chat = chat
-        self._limit = limit
-        self._mishap = mishap
-        self._timer: asyncio.TimerHandle | None = None
-        self._id = exchange.headers.get(b"x-request-id", b"0").decode("latin-1")
-        self._model = str(body.get("model") or "emulated")
-        self._speech = Speech(engine.tongue, body, prompt)
-        self._prompt = prompt
-        self._offset = 0
-
-    def begin(self, speed: EngineSpeed) -> None:
-        if self._stream:
-            fields = (
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"transfer-encoding", b"chunked"),
-            )
-            self._exchange.start(200, fields)
-        self._speed = speed
-        self._later(speed.ttft_s)
-
-    def cancel(self) -> None:
-        self._engine.aborted += 1
-        self._engine.running -= 1
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _later(self, seconds: float) -> None:
-        if seconds <= 0.0:
-            self._step()
-        else:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._step)
-
-    def _step(self) -> None:
-        if self._stream and self._chat and not self._speech.tokens:
-            self._event([self._choice({"role": "assistant", "content": ""}, None)], first=True)
-        paced = self._stream and self._speed.tpot_s > 0.0
-        while True:
-            if self._mishap is not None and len(self._speech.tokens) >= self._mishap.after:
-                self._fail(self._mishap.how)
-                return
-            reason = self._emit()
-            if reason is not None:
-                self._finish(reason)
-                return
-            if paced:
-                self._later(self._speed.tpot_s)
-                return
-
-    def _emit(self) -> str | None:
-        """One event's tokens; returns why they were the last, if they were."""
-        before = len(self._speech.tokens)
-        first = before == 0
-        text, reason = self._speech.say(self._limit)
-        # The first token is told at once, as by vLLM.
-        left = 0 if first else (self._body.get("stream_interval") or 1) - 1
-        while left > 0 and reason is None:
-            more, reason = self._speech.say(self._limit)
-            text += more
-            left -= 1
-        if self._stream:
-            if self._chat:
-                choice = self._choice({"content": text}, reason)
-            else:
-                choice = self._choice(text, reason)
-                if first and self._body.get("return_token_ids"):
-                    choice["prompt_token_ids"] = self._prompt
-            if self._body.get("return_token_ids"):
-                choice["token_ids"] = self._speech.tokens[before:]
-            choice["logprobs"] = self._logprobs(self._speech.tokens[before:])
-            self._event([choice])
-        return reason
-
-    def _fail(self, how: str) -> None:
-        """Go wrong as engines do: see ``Mishap``."""
-        self._engine.running -= 1
-        exchange = self._exchange
-        if how == "abort":
-            held = self._speech.flushed()
-            choice = self._choice({"content": held} if self._chat else held, "abort")
-            if self._body.get("return_token_ids"):
-                choice["token_ids"] = []
-            if self._stream:
-                self._event([choice])
-                exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
-                exchange.finish()
-            else:
-                exchange.respond(200, self._document([choice], usage=self._usage()))
-            return
-        if how == "error":
-            exchange.write(chunk(b'data: {"error":{"message":"engine died","code":500}}\n\n'))
-            exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
-            exchange.finish()
-            return
-        if how == "torn":
-            exchange.write(b'40\r\ndata: {"id":"torn in the mid')
-        exchange.finish(close=True)
-
-    def _choice(self, said: Any, reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        if reason is not None or not self._chat:
-            choice["stop_reason"] = self._speech.stop_reason
-        if self._chat:
-            choice["delta" if self._stream else "message"] = said
-        else:
-            choice["text"] = said
-            choice["prompt_token_ids"] = None
-        choice["token_ids"] = None
-        return choice
-
-    def _logprobs(self, tokens: list[int]) -> dict[str, Any] | None:
-        wanted = self._body.get("logprobs")
-        if wanted is None or wanted is False:
-            return None
-        texts = [self._engine.tongue.piece(token).decode(errors="replace") for token in tokens]
-        if self._chat:
-            most = self._body.get("top_logprobs") or 0
-            content = []
-            for text in texts:
-                top = [(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][:most]
-                content.append(_chat_logprob(text, -0.5, top))
-            return {"content": content}
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "text_offset": offsets,
-            "token_logprobs": [-0.5] * len(texts),
-            "tokens": texts,
-            "top_logprobs": [
-                dict([(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][: wanted + 1])
-                for text in texts
-            ],
-        }
-
-    def _usage(self) -> dict[str, int]:
-        made = len(self._speech.tokens)
-        return {
-            "prompt_tokens": len(self._prompt),
-            "total_tokens": len(self._prompt) + made,
-            "completion_tokens": made,
-        }
-
-    def _document(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        kind = "chat.completion" if self._chat else "text_completion"
-        if self._chat and self._stream:
-            kind += ".chunk"
-        head = {"id": self._id, "object": kind, "created": 0, "model": self._model}
-        return msgspec.json.encode({**head, "choices": choices, **more})
-
-    def _event(self, choices: list[dict[str, Any]], *, first: bool = False) -> None:
-        more: dict[str, Any] = {}
-        if first and self._body.get("return_token_ids"):
-            more["prompt_token_ids"] = self._prompt
-        if self._usage_always or not choices:
-            more["usage"] = self._usage()
-        document = self._document(choices, **more)
-        self._exchange.write(chunk(b"data: " + document + b"\n\n"))
-
-    def _finish(self, reason: str) -> None:
-        self._engine.running -= 1
-        if self._stream:
-            if self._usage_wanted:
-                self._event([])
-            self._exchange.write(chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
-            self._exchange.finish()
-        else:
-            text = self._speech.text
-            said: Any = {"role": "assistant", "content": text} if self._chat else text
-            choice = self._choice(said, reason)
-            choice["logprobs"] = self._logprobs(self._speech.tokens)
-            self._exchange.respond(200, self._document([choice], usage=self._usage()))
-
-
-def _chat_logprob(text: str, value: float, top: list[tuple[str, float]]) -> dict[str, Any]:
-    entry = {"token": text, "logprob": value, "bytes": list(text.encode())}
-    entry["top_logprobs"] = [
-        {"token": other, "logprob": its, "bytes": list(other.encode())} for other, its in top
-    ]
-    return entry
-
-
-def _prompt_text(body: dict[str, Any]) -> str:
-    return str(body.get("prompt", body.get("messages", "")))
-
-
-def _error(message: str) -> bytes:
-    return msgspec.json.encode(
-        {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
-    )
+def _wrong(body: dict[str, Any], dialect: Dialect) -> str:
+    """What keeps it from answering, or nothing."""
+    unknown = dialect.refused & body.keys()
+    if unknown:
+        return f"Extra inputs are not permitted: {', '.join(sorted(unknown))}"
+    prompt: Any = body.get("prompt")
+    by_ids = isinstance(prompt, list) and prompt and isinstance(prompt[0], int)
+    if by_ids and not all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
+        return "no token ids"
+    return ""

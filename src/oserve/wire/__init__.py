@@ -6,11 +6,12 @@ response as the raw bytes it came in. It does not know OpenAI's API, replicas or
 
 from oserve.wire.connection import ServerLimits
 from oserve.wire.exchange import Exchange
-from oserve.wire.framing import Framing, chunk, dechunk
+from oserve.wire.framing import Dechunker, Framing, chunk, dechunk
 from oserve.wire.server import serve
 from oserve.wire.upstream import ResponseHead, Sink, UpstreamPool
 
 __all__ = [
+    "Dechunker",
     "Exchange",
     "Framing",
     "ResponseHead",

@@ -29,6 +29,49 @@ def dechunk(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+class Dechunker:
+    """Takes the chunked transfer coding off, however the bytes are cut up.
+
+    ``idle``: what came so far ended with a chunk. After the last chunk nothing is payload.
+    """
+
+    __slots__ = ("_ended", "_left", "_line")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._line = b""
+        self._ended = False
+
+    @property
+    def idle(self) -> bool:
+        return self._left == 0 and not self._line and not self._ended
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in these bytes. Raises FramingError."""
+        parts = []
+        position, size = 0, len(data)
+        while position < size and not self._ended:
+            if self._left:
+                # The line end after a chunk is counted with it and is no payload.
+                step = min(self._left, size - position)
+                parts.append(data[position : position + min(step, max(0, self._left - 2))])
+                self._left -= step
+                position += step
+                continue
+            line_end = data.find(b"\n", position)
+            if line_end < 0:
+                self._line += data[position:]
+                if len(self._line) > _MAX_SIZE_LINE:
+                    raise FramingError("chunk header too long")
+                break
+            line, self._line = self._line + data[position:line_end], b""
+            position = line_end + 1
+            length = _size(line.removesuffix(b"\r"))
+            self._ended = length == 0
+            self._left = length + 2 if length else 0
+        return b"".join(parts)
+
+
 class Framing:
     """Follows one body through the bytes that carry it.
 

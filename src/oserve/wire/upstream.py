@@ -1,6 +1,8 @@
 """The client side: pooled connections to one server, responses handed on as the bytes they are."""
 
 import asyncio
+import re
+import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,11 @@ from oserve.wire.framing import Framing, FramingError
 
 _MAX_HEAD_BYTES = 64 * 1024
 _CONNECT_TIMEOUT_S = 5.0
+_VERSIONS = {b"HTTP/1.1", b"HTTP/1.0"}
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(rb"[\x00\r\n]")
+_CONTINUE, _SWITCHING, _OK = 100, 101, 200
+_BODILESS = {204, 304}
 _MAX_IDLE = 256
 
 
@@ -180,26 +187,23 @@ class UpstreamConnection(asyncio.Protocol):
             if len(self._buffer) > _MAX_HEAD_BYTES:
                 self._broken(sink, "the replica's response head is too long")
             return b""
-        lines = self._buffer[:end].split(b"\r\n")
         rest = self._buffer[end + 4 :]
         try:
-            version, status = lines[0].split(b" ", 2)[:2]
-            code = int(status)
-            headers = tuple(_field(line) for line in lines[1:])
-        except ValueError:
-            self._broken(sink, "the replica's response head is malformed")
+            version, code, headers = _head(self._buffer[:end])
+        except ValueError as error:
+            self._broken(sink, f"the replica's response head is malformed: {error}")
             return b""
-        if 100 <= code < 200:
+        if 100 <= code < _OK:
             self._buffer = rest
             return self._parse_head(sink) if rest else b""
         self._buffer = b""
         fields = dict(headers)
-        length = fields.get(b"content-length", b"")
         chunked = b"chunked" in fields.get(b"transfer-encoding", b"").lower()
         close = b"close" in fields.get(b"connection", b"").lower() or version == b"HTTP/1.0"
-        body_length = 0 if code in {204, 304} else int(length) if length.isdigit() else None
-        if chunked:
-            body_length = None
+        length = fields.get(b"content-length")
+        body_length = None if length is None or chunked else int(length)
+        if code in _BODILESS:
+            chunked, body_length = False, 0
         self._keep_alive = not close
         self._head = ResponseHead(status=code, headers=headers, length=body_length, chunked=chunked)
         if chunked or body_length is not None:
@@ -215,11 +219,36 @@ class UpstreamConnection(asyncio.Protocol):
         sink.on_error(reason)
 
 
+def _head(text: bytes) -> tuple[bytes, int, tuple[tuple[bytes, bytes], ...]]:
+    """Version, status and fields of a response (RFC 9112, 4); ValueError says what is wrong.
+
+    Servers may leave the reason phrase out, some with the space before it.
+    """
+    first, *lines = text.split(b"\r\n")
+    version, _, status = first.partition(b" ")
+    code = status[:3]
+    if version not in _VERSIONS or not code.isdigit() or status[3:4] not in {b"", b" "}:
+        raise ValueError("status line")
+    headers = tuple(map(_field, lines))
+    lengths = {value for name, value in headers if name == b"content-length"}
+    if len(lengths) > 1 or not all(value.isdigit() and len(value) < 16 for value in lengths):
+        raise ValueError("content-length")
+    if int(code) < _CONTINUE or int(code) == _SWITCHING:
+        raise ValueError("status")
+    return version, int(code), headers
+
+
 def _field(line: bytes) -> tuple[bytes, bytes]:
     name, colon, value = line.partition(b":")
-    if not colon:
-        raise ValueError("header without colon")
-    return name.strip().lower(), value.strip()
+    # A line end or NUL within would become another field where it is passed on.
+    if not colon or not _NAME.fullmatch(name) or _CONTROL.search(value):
+        raise ValueError("header")
+    return name.lower(), value.strip(b" \t")
+
+
+def client_context(ca_file: str = "") -> ssl.SSLContext:
+    """For servers whose certificate the system's authorities vouch for, or those in ``ca_file``."""
+    return ssl.create_default_context(cafile=ca_file or None)
 
 
 def _unwanted(sink: Sink, replaced: UpstreamConnection | None) -> bool:
@@ -235,10 +264,15 @@ def _tell(sink: Sink, step: Callable[[], None]) -> None:
 
 
 class UpstreamPool:
-    """Connections to one server, by Unix socket or by host and port (optionally TLS)."""
+    """Connections to one server, by Unix socket or by host and port (over TLS with ``tls``)."""
 
     def __init__(
-        self, *, unix_socket: str = "", host: str = "", port: int = 0, tls: bool = False
+        self,
+        *,
+        unix_socket: str = "",
+        host: str = "",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._unix_socket = unix_socket
         self._host = host
@@ -278,7 +312,7 @@ class UpstreamPool:
                     _, connection = await loop.create_unix_connection(factory, self._unix_socket)
                 else:
                     _, connection = await loop.create_connection(
-                        factory, self._host, self._port, ssl=self._tls or None
+                        factory, self._host, self._port, ssl=self._tls
                     )
         except (OSError, TimeoutError) as error:
             if not _unwanted(sink, instead_of):

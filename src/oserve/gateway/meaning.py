@@ -1,0 +1,232 @@
+"""What the JSON of an answer means to a gateway: usage, errors, ends; whichever server wrote it.
+
+Pure. One typed look per event tells which few are special; only those are read whole. JSON that is
+not an answer means nothing and passes.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+NOTHING = msgspec.Raw(b"")
+_ABSENT = {b"", b"null"}
+# In JSON a quote inside a string is escaped, so these match keys only, never generated text.
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+_CLIENT_TYPES = ("invalid", "badrequest", "validation", "unprocessable", "context_length")
+_BUSY_TYPES = ("overloaded", "rate_limit", "ratelimit")
+_STATUS_DIGITS = 3
+_MAX_TOKENS = 1 << 40
+
+
+class Choice(msgspec.Struct):
+    """Of an answer; lists of token ids stay as they are written."""
+
+    finish_reason: str | None = None
+    token_ids: msgspec.Raw = NOTHING
+    prompt_token_ids: msgspec.Raw = NOTHING
+
+
+class Answer(msgspec.Struct):
+    """An event of a stream, or an answer that came whole. ``object`` is "error" in an older form
+    of vLLM's, ``error_type`` goes with TGI's errors."""
+
+    choices: list[Choice] | None = None
+    usage: msgspec.Raw = NOTHING
+    error: msgspec.Raw = NOTHING
+    prompt_token_ids: msgspec.Raw = NOTHING
+    object: str | None = None
+    error_type: msgspec.Raw = NOTHING
+    code: msgspec.Raw = NOTHING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """An error that a server tells within an answer. ``status``: the HTTP status it amounts to.
+
+    ``aborted``: the engine gave the request up, which says nothing against the request.
+    """
+
+    status: int
+    message: str
+    aborted: bool = False
+
+    @property
+    def of_client(self) -> bool:
+        """Whether the request is at fault, so that no other server would answer it."""
+        return 400 <= self.status < 500 and self.status not in {408, 424, 429}
+
+
+_decoder = msgspec.json.Decoder(Answer)
+_any = msgspec.json.Decoder()
+
+
+def read_answer(data: bytes) -> Answer | None:
+    """What a piece of JSON holds of an answer; ``None`` if it is none."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        return _lenient(data)
+
+
+def _lenient(data: bytes) -> Answer | None:
+    """Of a server that writes something else where an answer has its fields, or almost JSON."""
+    fields = _decoded(data)
+    if not isinstance(fields, dict):
+        return None
+    raw = {
+        name: msgspec.Raw(_encoded(fields[name]))
+        for name in ("usage", "error", "prompt_token_ids", "error_type", "code")
+        if name in fields
+    }
+    kind = fields.get("object")
+    return Answer(
+        choices=_choices(fields.get("choices")),
+        object=kind if isinstance(kind, str) else None,
+        **raw,
+    )
+
+
+def _choices(found: Any) -> list[Choice] | None:
+    if not isinstance(found, list):
+        return None
+    choices = []
+    for item in found:
+        fields = item if isinstance(item, dict) else {}
+        reason = fields.get("finish_reason")
+        ids = {
+            name: msgspec.Raw(_encoded(fields[name]))
+            for name in ("token_ids", "prompt_token_ids")
+            if name in fields
+        }
+        choices.append(Choice(finish_reason=reason if isinstance(reason, str) else None, **ids))
+    return choices
+
+
+def _decoded(data: bytes | msgspec.Raw) -> Any:
+    """JSON as Python's own module understands it, whose NaN and lone surrogates are none."""
+    try:
+        return _any.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _encoded(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (OverflowError, ValueError):
+        # Numbers larger than it writes.
+        return json.dumps(value).encode()
+
+
+def has_usage(answer: Answer) -> bool:
+    """Whether it reports token counts."""
+    return bytes(answer.usage) not in _ABSENT
+
+
+def has_ids(answer: Answer) -> bool:
+    """Whether it tells token ids, of prompt or answer."""
+    if bytes(answer.prompt_token_ids) not in _ABSENT:
+        return True
+    return any(
+        bytes(choice.token_ids) not in _ABSENT or bytes(choice.prompt_token_ids) not in _ABSENT
+        for choice in answer.choices or ()
+    )
+
+
+def trouble_of(answer: Answer) -> Trouble | None:
+    """The error that it tells, if it does."""
+    if bytes(answer.error) not in _ABSENT:
+        error = _decoded(answer.error)
+        fields = error if isinstance(error, dict) else {"message": str(error)}
+        if answer.error_type:
+            fields = {"type": _decoded(answer.error_type), **fields}
+        return _trouble(fields)
+    if answer.object == "error":
+        return _trouble({"code": _decoded(answer.code)})
+    if any(choice.finish_reason == "abort" for choice in answer.choices or ()):
+        return Trouble(status=503, message="it gave the request up", aborted=True)
+    return None
+
+
+def _trouble(fields: dict[str, Any]) -> Trouble:
+    """Of vLLM's form (a numeric code), OpenAI's (a type) or TGI's (a message and a type)."""
+    code = fields.get("code", fields.get("http_status_code"))
+    if isinstance(code, str) and code.isdecimal() and len(code) == _STATUS_DIGITS:
+        code = int(code)
+    status = 500
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    else:
+        kinds = f"{fields.get('type')} {code}".lower().replace(" ", "")
+        if any(name in kinds for name in _CLIENT_TYPES):
+            status = 400
+        elif any(name in kinds for name in _BUSY_TYPES):
+            status = 429
+    return Trouble(status=status, message=str(fields.get("message", ""))[:200])
+
+
+def shown(data: bytes, answer: Answer, *, hide_usage: bool, hide_ids: bool) -> bytes | None:
+    """The event's data as the client gets it; ``None``: it does not get this one at all.
+
+    An event that reports usage and has no choices is there only because we asked for usage.
+    """
+    usage = hide_usage and has_usage(answer)
+    if usage and not answer.choices:
+        return None
+    ids = hide_ids and has_ids(answer)
+    if not usage and not ids:
+        return data
+    fields = _decoded(data)
+    if not isinstance(fields, dict):
+        return data
+    if usage:
+        del fields["usage"]
+    if ids:
+        choices = fields.get("choices")
+        for item in (fields, *(choices if isinstance(choices, list) else ())):
+            for name in ("token_ids", "prompt_token_ids"):
+                if isinstance(item, dict) and item.get(name) is not None:
+                    item[name] = None
+    return _encoded(fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts as a server reported them; ``None`` where it did not."""
+
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+def usage_of(raw: bytes | msgspec.Raw) -> Usage:
+    """From the value of a usage field."""
+    fields = _decoded(raw)
+    if not isinstance(fields, dict):
+        return Usage()
+    return Usage(
+        prompt_tokens=_count(fields.get("prompt_tokens")),
+        output_tokens=_count(fields.get("completion_tokens")),
+    )
+
+
+def usage_in(tail: bytes) -> Usage:
+    """From the last bytes of an answer too long to be read whole."""
+    prompt, output = _PROMPT_TOKENS.findall(tail), _COMPLETION_TOKENS.findall(tail)
+    return Usage(
+        prompt_tokens=_count(int(prompt[-1][:15])) if prompt else None,
+        output_tokens=_count(int(output[-1][:15])) if output else None,
+    )
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 0 <= value < _MAX_TOKENS else None

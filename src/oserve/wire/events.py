@@ -1,0 +1,106 @@
+"""Server-sent events, read as the WHATWG HTML standard says (section 9.2.6).
+
+Pure: bytes in, in whatever pieces; whole events out. Lines end in LF, CR or CRLF; a byte order mark
+at the start, comments and fields that nobody knows do no harm. It does not know what events mean.
+"""
+
+from typing import NamedTuple
+
+_BOM = b"\xef\xbb\xbf"
+_MAX_EVENT_BYTES = 64 * 1024 * 1024
+
+
+class EventsError(ValueError):
+    """A stream of events that cannot be read on."""
+
+
+class Event(NamedTuple):
+    """One event, or comments alone.
+
+    ``text``: its lines, each ended by LF, and the empty line at its end. ``data``: its data lines
+    joined by LF; ``None`` where it has none, so that clients see nothing of it.
+    """
+
+    text: bytes
+    data: bytes | None
+
+
+class EventReader:
+    """Follows one stream. ``idle``: nothing of an event that is not whole has been read."""
+
+    __slots__ = ("_buffer", "_scanned", "_skip_lf", "_started")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._skip_lf = False
+        self._started = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._buffer and not self._skip_lf and self._started
+
+    def feed(self, payload: bytes) -> list[Event]:
+        """Take bytes in; returns the events that are whole now. Raises EventsError."""
+        if self._skip_lf and payload:
+            # A CR at the end of what came before was a line end already.
+            payload = payload.removeprefix(b"\n")
+            self._skip_lf = False
+        if b"\r" in payload:
+            self._skip_lf = payload.endswith(b"\r")
+            payload = payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        buffer = self._buffer
+        buffer += payload
+        if not self._started:
+            if len(buffer) < len(_BOM) and _BOM.startswith(buffer):
+                return []
+            self._started = True
+            if buffer.startswith(_BOM):
+                del buffer[: len(_BOM)]
+        return self._split()
+
+    def _split(self) -> list[Event]:
+        buffer = self._buffer
+        events = []
+        start, scan = 0, self._scanned
+        while True:
+            if buffer.startswith(b"\n", start):
+                start += 1
+                continue
+            end = buffer.find(b"\n\n", max(start, scan))
+            if end < 0:
+                break
+            events.append(_event(bytes(buffer[start : end + 2])))
+            start = scan = end + 2
+        del buffer[:start]
+        if len(buffer) > _MAX_EVENT_BYTES:
+            raise EventsError("an event is longer than 64 MiB")
+        self._scanned = max(0, len(buffer) - 1)
+        return events
+
+    def end(self) -> Event | None:
+        """The stream has ended: an event whose empty line did not come any more, if there is one.
+
+        The standard drops it, and with it the last words of servers that forget that line.
+        """
+        if not self._buffer.strip(b"\n"):
+            return None
+        text = bytes(self._buffer.rstrip(b"\n")) + b"\n\n"
+        self._buffer.clear()
+        return _event(text)
+
+
+def data_event(data: bytes) -> bytes:
+    """An event of one line of data, as vLLM writes it."""
+    return b"data: %b\n\n" % data
+
+
+def _event(text: bytes) -> Event:
+    if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2:
+        return Event(text, text[6:-2])
+    lines = []
+    for line in text.split(b"\n"):
+        name, colon, value = line.partition(b":")
+        if name == b"data":
+            lines.append(value.removeprefix(b" ") if colon else b"")
+    return Event(text, b"\n".join(lines) if lines else None)
