@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from oserve.config import api_keys, backend_keys, load_plan, load_settings, parse_override
+from oserve.control.decision import Mode
 from oserve.core import AttachedBackend, OServeError, Precision, VllmBackend
 from oserve.gateway.settings import GatewaySettings
 
@@ -79,6 +80,19 @@ def test_a_missing_file_and_unknown_names_are_refused(tmp_path: Path) -> None:
         parse_override("gateway.port")
     assert parse_override("gateway.port=7") == ("gateway.port", 7)
     assert parse_override("model=7") == ("model", "7")
+
+
+def test_off_is_a_word_wherever_it_is_written(tmp_path: Path) -> None:
+    """YAML takes it for false."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("control: {mode: off, resume: off}")
+    settings = load_settings(str(file), {}, {})
+    assert settings.control.mode is Mode.OFF
+    assert settings.control.resume is False
+    path, value = parse_override("control.mode=off")
+    assert load_settings(None, {path: value}, {}).control.mode is Mode.OFF
+    assert load_settings(None, {}, {"OSERVE_CONTROL_MODE": "off"}).control.mode is Mode.OFF
+    assert parse_override("control.resume=off")[1] is False
 
 
 def test_keys_come_from_environment_and_file(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ with their path and the nearest known name. Secrets come from the environment or
 import copy
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 
@@ -142,6 +143,7 @@ def load_settings(
     merged: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file:
         merged = read_document(Path(file))
+        _spell(merged)
         convert(merged, Settings, place=file)
     for path, text in _from_environment(environment).items():
         name = _PREFIX + path.replace(".", "_").upper()
@@ -226,10 +228,29 @@ def _check_path(path: str, *, place: str) -> None:
 
 
 def _scalar(text: str, path: str, *, place: str) -> Any:
-    """A value from the environment or ``--set``: YAML, but text stays text for text settings."""
-    if setting_paths()[path].type is str:
+    """A value from the environment or ``--set``: YAML, but words that a setting knows stay so."""
+    if setting_paths()[path].type is str or text in _words(path):
         return text
     return parse_yaml_value(text, place=place)
+
+
+def _words(path: str) -> frozenset[str]:
+    """Those that a setting may have, where it is one of a few."""
+    kind = setting_paths()[path].type
+    parts = get_args(kind) or (kind,)
+    kinds = [part for part in parts if isinstance(part, type) and issubclass(part, StrEnum)]
+    return frozenset(str(word) for part in kinds for word in part)
+
+
+def _spell(settings: dict[str, Any]) -> None:
+    """YAML reads the word off as false: put the word back where it is one of a setting's."""
+    for path in setting_paths():
+        *parents, name = path.split(".")
+        inner: Any = settings
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and inner.get(name) is False and "off" in _words(path):
+            inner[name] = "off"
 
 
 def parse_override(text: str) -> tuple[str, Any]:
