@@ -41,6 +41,7 @@ def asked(model: str, tmp_path: Path) -> PlanningQuestion:
     return given.question
 
 
+@pytest.mark.slow
 def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: PlanningQuestion) -> None:
     linear = planner_for(asked, StartTimes(5.0))
     opinion = Opinion(asked)

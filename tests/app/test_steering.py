@@ -32,6 +32,8 @@ from oserve.plan import check_plan
 
 START_S = 1_000_000
 CHATS, DOCUMENTS = (40.0, 0.2), (0.2, 12.0)
+# Where decisions are beside the point, the quick ones will do.
+UNSIMULATED = {"control.simulate": False}
 
 
 def deployment(model: str, folder: Path, **more: object) -> Deployment:
@@ -127,12 +129,14 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
 
 
 async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) -> None:
-    given = deployment(model, tmp_path)
+    given = deployment(model, tmp_path, **UNSIMULATED)
     steering = Steering(given, now_s=START_S)
     await fed(steering, given, CHATS, START_S, START_S + 45)
     await steering.save_seconds(START_S + 45.0)
     before = steering.controller.watch.collector
-    after = Steering(deployment(model, tmp_path), now_s=START_S + 50).controller.watch.collector
+    after = Steering(
+        deployment(model, tmp_path, **UNSIMULATED), now_s=START_S + 50
+    ).controller.watch.collector
     assert after.newest_s == START_S + 44 == before.newest_s
     assert after.rows(START_S, START_S + 44) == before.rows(START_S, START_S + 44)
 
@@ -186,7 +190,7 @@ async def test_a_given_plan_keeps_its_shares_by_class(model: str, tmp_path: Path
         "routing_shares: {short: {a: 1.0}, long: {b: 1.0}}\n"
     )
     assert deployment(model, tmp_path, plan=str(file)).mode is Mode.OFF
-    given = deployment(model, tmp_path, plan=str(file), **{"control.mode": "advise"})
+    given = deployment(model, tmp_path, plan=str(file), **{"control.mode": "advise"}, **UNSIMULATED)
     steering = Steering(given, now_s=START_S)
     plan = steering.controller.plan
     assert [dict(kind.shares) for kind in plan.types] == [{"a": 1.0}, {"b": 1.0}]
