@@ -88,12 +88,18 @@ class SharedLauncher:
         """The fixture closes it."""
 
 
+@pytest.fixture(scope="session")
+def zygote_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the shared zygote writes."""
+    return tmp_path_factory.mktemp("zygote") / "zygote.log"
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def zygote(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedLauncher]:
+async def zygote(zygote_log: Path) -> AsyncIterator[SharedLauncher]:
     """Engines in seconds for every test that asks: vLLM is imported once for all of them."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    zygote = ZygoteLauncher(log_path=tmp_path_factory.mktemp("zygote") / "zygote.log")
+    zygote = ZygoteLauncher(log_path=zygote_log)
     await zygote.prepare()
     yield SharedLauncher(zygote)
     await zygote.close()
