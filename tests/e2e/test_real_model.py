@@ -55,7 +55,7 @@ async def test_every_replica_knows_the_capital_of_france(url: str) -> None:
     question = "What is the capital of France?"
     async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=120) as client:
         models = [model.id async for model in client.models.list()]
-        for before in ("", "The letters of the alphabet: " + "a b c d e f g h i j k. " * 40):
+        for before in ("", "The letters of the alphabet: " + "a b c d e f g h i j k. " * 80):
             answer = await client.chat.completions.with_raw_response.create(
                 model=models[0],
                 temperature=0,
