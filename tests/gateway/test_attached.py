@@ -367,6 +367,20 @@ async def test_a_stream_that_stops_short_is_told_as_such(
     assert statuses(front) == {"failed": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "flood"),
+    [(b"", b" \n" * 1_000_000), (b"content-type: text/event-stream\r\n", b": ping\n\n" * 200_000)],
+)
+async def test_what_comes_before_an_answer_has_a_bound(
+    raw_front: RawFront, kind: bytes, flood: bytes
+) -> None:
+    front = await raw_front(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + flood + EVENTS)
+    status, _, body = await front.post("/v1/completions", {**TEXT, "stream": True})
+    assert (status, body["error"]["code"]) == (502, "replica_failed")
+    assert "sends nothing but" in body["error"]["message"]
+    assert front.gateway.dispatcher.outstanding()["raw"] == (0.0, 0)
+
+
 async def test_the_last_event_may_lack_its_empty_line(raw_front: RawFront) -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     front = await raw_front(head + EVENTS.rstrip())

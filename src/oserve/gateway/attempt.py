@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HOLD_BYTES = 1024 * 1024
 _TAIL_BYTES = 4096
+# It is looked through again with each piece that comes.
+_BLANK_BYTES = 16 * 1024
 _OK, _CLIENT_ERROR, _SERVER_ERROR = 200, 400, 500
 _OPTION = b"stream_options"
 
@@ -85,6 +87,8 @@ class Attempt:
             kind = tells_events(head, b"".join(self._held))
             if kind:
                 self._begin_events()
+            elif kind is None and self._held_bytes > _BLANK_BYTES:
+                self._break_off("it sends nothing but white space")
             if kind is not False:
                 return
         if head.status < _CLIENT_ERROR:
@@ -102,17 +106,21 @@ class Attempt:
             plain=relay.exchange.http_1_0,
         )
         held, self._held = b"".join(self._held), []
+        self._held_bytes = 0
         self._take(self.passing, held)
+
+    def _break_off(self, reason: str) -> None:
+        """Read no more of an answer that makes no sense."""
+        if self._connection is not None:
+            self._connection.abort()
+        self.on_error(reason)
 
     def _take(self, passing: Passing, data: bytes) -> None:
         relay = self._relay
-        connection = self._connection
         try:
             told = passing.take(data, chunked=self._chunked)
         except (EventsError, FramingError) as error:
-            if connection is not None:
-                connection.abort()
-            self.on_error(str(error))
+            self._break_off(str(error))
             return
         if relay.committed:
             relay.passed_on(passing.events)
@@ -123,8 +131,12 @@ class Attempt:
             return
         if told:
             self._held.append(told)
+            self._held_bytes += len(told)
         # Comments keep a connection alive; they are no answer.
-        if passing.begun and not (passing.trouble is not None and self._refused(passing.trouble)):
+        if not passing.begun:
+            if self._held_bytes > _HOLD_BYTES:
+                self._break_off("it sends nothing but comments")
+        elif not (passing.trouble is not None and self._refused(passing.trouble)):
             self._begin_answer(passing)
 
     def _begin_answer(self, passing: Passing) -> None:
