@@ -22,21 +22,18 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from serving import served
 
 from oserve.engines.tiny import make_tiny_model
 
-_START_LIMIT_S = 240.0
 _REQUEST_LIMIT_S = 600.0
 _LOOK_S = 0.5
 _TELL_S = 60.0
@@ -53,37 +50,9 @@ replicas:
     devices: [cpu:1]
 routing_shares: {short: {small: 0.7, large: 0.3}, long: {small: 0.3, large: 0.7}}
 """
+_WORDS = ("--cpu-slots", "2", "--set", f"engines.max_model_len={_CONTEXT}")
 # Prompt and output tokens, and how often.
 _KINDS = (((8, 200), (20, 200), 6), ((1500, 3800), (5, 60), 3), ((50, 400), (400, 1200), 1))
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """``oserve serve`` as a process, once it is ready: its URL."""
-    plan = folder / "plan.yaml"
-    plan.write_text(_PLAN)
-    log = folder / "serve.log"
-    command = [
-        *(sys.executable, "-m", "oserve.cli", "serve", str(folder / "tiny"), "--plan", str(plan)),
-        *("--state-dir", str(folder / "state"), "--cpu-slots", "2", "--port", "0"),
-        *("--set", f"engines.max_model_len={_CONTEXT}"),
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
-    try:
-        deadline_s = time.monotonic() + _START_LIMIT_S
-        while "Ready on" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline_s:
-                raise SystemExit(log.read_text())
-            time.sleep(0.1)
-        line = next(line for line in log.read_text().splitlines() if line.startswith("Ready on"))
-        yield line.split()[2]
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 class Load:
@@ -184,10 +153,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="oserve-calm-") as name:
         folder = Path(name)
         make_tiny_model(folder / "tiny")
-        with served(folder) as url:
+        with served(folder, "calm", _PLAN, *_WORDS) as url:
             load = Load(url, time.monotonic() + 60.0 * arguments.minutes)
             asyncio.run(load.run(arguments.streams))
-        log = (folder / "serve.log").read_text()
+        log = (folder / "calm.log").read_text()
     alarms = re.findall(r"^.*replica \S+ hangs: .*$", log, re.MULTILINE)
     report = {**load.report(), "minutes": arguments.minutes, "alarms": alarms}
     print(json.dumps(report, indent=1))

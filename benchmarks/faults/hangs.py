@@ -21,25 +21,23 @@ case; about eight minutes in all.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from serving import served
 
 from oserve.engines.group import group_members
 from oserve.engines.tiny import make_tiny_model
 
-_START_LIMIT_S = 240.0
 _CASE_LIMIT_S = 150.0
 _POLL_S = 0.05
 _STREAMS = 6
@@ -72,6 +70,18 @@ _SHAPES = {
     "tp2": ("tensor_parallel_size: 2", "cpu:0, cpu:1"),
     "pp2": ("pipeline_parallel_size: 2", "cpu:0, cpu:1"),
 }
+
+
+_WORDS = (
+    *("--cpu-slots", "3", "--set", "control.max_failures=1000"),
+    *("--set", "control.max_backoff_s=1", "--set", "engines.max_model_len=4096"),
+)
+
+
+def plan_of(shape: str) -> str:
+    """The victim of this shape, and another replica."""
+    words, devices = _SHAPES[shape]
+    return _PLAN.format(shape=words, devices=devices)
 
 
 @dataclass(frozen=True)
@@ -173,38 +183,6 @@ class Server:
                     into.error = into.error or f"it broke off ({answer.status})"
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             into.error = repr(error)
-
-
-@contextlib.contextmanager
-def served(shape: str, folder: Path) -> Iterator[str]:
-    """``oserve serve`` as a process, once it is ready: its URL."""
-    words, devices = _SHAPES[shape]
-    plan = folder / f"{shape}.yaml"
-    plan.write_text(_PLAN.format(shape=words, devices=devices))
-    log = folder / f"{shape}.log"
-    command = [
-        *(sys.executable, "-m", "oserve.cli", "serve", str(folder / "tiny")),
-        *("--plan", str(plan), "--state-dir", str(folder / f"state-{shape}")),
-        *("--cpu-slots", "3", "--port", "0"),
-        *("--set", "control.max_failures=1000", "--set", "control.max_backoff_s=1"),
-        *("--set", "engines.max_model_len=4096"),
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
-    try:
-        deadline_s = time.monotonic() + _START_LIMIT_S
-        while "Ready on" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline_s:
-                raise SystemExit(log.read_text())
-            time.sleep(0.1)
-        line = next(line for line in log.read_text().splitlines() if line.startswith("Ready on"))
-        yield line.split()[2]
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def targets(pid: int, process: str) -> list[int]:
@@ -381,7 +359,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="oserve-hangs-") as name:
         make_tiny_model(Path(name) / "tiny")
         for shape in dict.fromkeys(case.shape for case in wanted):
-            with served(shape, Path(name)) as url:
+            with served(Path(name), shape, plan_of(shape), *_WORDS) as url:
                 of_shape = [case for case in wanted if case.shape == shape]
                 rows += asyncio.run(run_all(url, of_shape))
     if arguments.json:
