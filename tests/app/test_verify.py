@@ -25,7 +25,7 @@ from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.app.verify import check_for, poisson_traffic, serving_of, simulate_serving
 from oserve.cli import main
 from oserve.config import load_cluster
-from oserve.control.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices

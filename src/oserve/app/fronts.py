@@ -13,7 +13,7 @@ import msgspec
 
 from oserve.app.hub import Hub, Operate
 from oserve.app.worker import Orders
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.engines.adoption import end

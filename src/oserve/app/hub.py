@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.metrics import merged

@@ -31,7 +31,7 @@ from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
 from oserve.control.rollout import settled
-from oserve.control.table import routing_table
+from oserve.control.routing import routing_table
 from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder

@@ -22,7 +22,7 @@ from oserve.app.simulated import (
     largest_scale,
     met,
 )
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import WorkloadType
 from oserve.perf.capacity import Limits
 from oserve.plan.deploy import place_deployment

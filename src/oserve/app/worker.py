@@ -18,8 +18,8 @@ import uvloop
 
 from oserve.app.hub import SYNC_INTERVAL_S, HubClient
 from oserve.app.memory import rare_collections
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.records import RecordStore
-from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.workload.output import OutputEstimator
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from oserve.app.simulated import Routing
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.study.ours import OServeTuner
 from oserve.study.tune import Found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oserve.app.simulated import Levers, Serving
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import OServeError, Role
 from oserve.plan.packing import Packing
 from oserve.sim.words import Status

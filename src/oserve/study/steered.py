@@ -19,15 +19,15 @@ from oserve.app.simulated import Mask, Routing, Serving, Simulator, Traffic, met
 from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
-from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
-from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.estimator import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource

@@ -13,7 +13,7 @@ from functools import cached_property
 from oserve.app.planning import Answer, Question, answer
 from oserve.app.simulated import Levers, Routing, Serving, Simulator, largest_scale
 from oserve.app.verify import serving_of
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
