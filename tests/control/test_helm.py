@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from oserve.control.appraisal import Question, Rates, Step, Weighed
+from oserve.control.evaluation import Question, Rates, Step, Weighed
 from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes

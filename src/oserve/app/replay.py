@@ -14,7 +14,6 @@ import msgspec
 from oserve.app.demand import Demand
 from oserve.app.deployment import remembered_speeds
 from oserve.app.first_plan import know, planning_question
-from oserve.app.opinion import Opinion
 from oserve.app.steering import planner_for, policy_of
 from oserve.app.store import StateStore
 from oserve.app.switching.prices import SwitchPrices, switch_facts
@@ -24,6 +23,7 @@ from oserve.control.helm import Helm
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
+from oserve.evaluate.switch_simulation import Opinion
 from oserve.switch.learned import LearnedPhases
 
 

@@ -14,12 +14,11 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import Deployment
-from oserve.app.opinion import Opinion
 from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.store import Save, StateStore
 from oserve.config import Settings, plan_yaml
-from oserve.control.appraisal import Weighed
 from oserve.control.decision import Decision, Mode, Trigger, Verdict
+from oserve.control.evaluation import Weighed
 from oserve.control.helm import Helm
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import Legs, PlannerFacts, TablePlanner
@@ -34,6 +33,7 @@ from oserve.core import (
     ReplicaShape,
     ReplicaSpec,
 )
+from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf import ShapePerformance, TokenCosts
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import performance_table

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oserve.app.planning import Answer, used_shapes
-from oserve.app.verify import VerifiedAnswer
+from oserve.evaluate.verification import VerifiedAnswer
 from oserve.plan.verify import Rescored
 
 _SHOWN = 15

@@ -11,7 +11,12 @@ import pytest
 
 from oserve.app.demand import demand_from_rates
 from oserve.app.planning import Answer, Question, answer
-from oserve.app.simulated import (
+from oserve.app.sources import SourceChoice, find_source, shapes_for
+from oserve.cli import main
+from oserve.config import load_cluster
+from oserve.control.order import OrderPolicy, rank_s
+from oserve.core import WorkloadType
+from oserve.evaluate.simulator import (
     Simulator,
     Traffic,
     attainment,
@@ -21,12 +26,7 @@ from oserve.app.simulated import (
     surely_failed,
     traffic_from,
 )
-from oserve.app.sources import SourceChoice, find_source, shapes_for
-from oserve.app.verify import check_for, poisson_traffic, serving_of, simulate_serving
-from oserve.cli import main
-from oserve.config import load_cluster
-from oserve.control.order import OrderPolicy, rank_s
-from oserve.core import WorkloadType
+from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
 from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.search import Deployment

@@ -12,7 +12,9 @@ import numpy as np
 
 from oserve.app.demand import Demand
 from oserve.app.planning import Answer, deployment_plan, predict
-from oserve.app.simulated import (
+from oserve.control.order import OrderPolicy
+from oserve.core import WorkloadType
+from oserve.evaluate.simulator import (
     Ints,
     Levers,
     Serving,
@@ -22,8 +24,6 @@ from oserve.app.simulated import (
     largest_scale,
     met,
 )
-from oserve.control.order import OrderPolicy
-from oserve.core import WorkloadType
 from oserve.perf.capacity import Limits
 from oserve.plan.deploy import place_deployment
 from oserve.plan.search import Deployment
