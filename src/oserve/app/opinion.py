@@ -14,16 +14,16 @@ import numpy as np
 
 from oserve.app.aside import Aside
 from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.planning import Question as PlanningQuestion
 from oserve.app.prospect import Prospect, prospect
 from oserve.app.simulated import Levers, Mask, Serving, Simulator, Traffic, met
 from oserve.app.verify import SERVED_AS, common_slo
 from oserve.control.appraisal import Question, Rates, Weighed, pays_after_s
-from oserve.control.helm import Judged
 from oserve.control.planner import PlannerFacts, TablePlanner
+from oserve.control.runtime import Judged
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
+from oserve.plan.planning import Question as PlanningQuestion
 from oserve.traces import Slo
 
 HOPELESS = 0.1

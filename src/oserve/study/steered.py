@@ -16,12 +16,12 @@ from oserve.app.capacities import Lengths, simulated_table
 from oserve.app.opinion import HOPELESS
 from oserve.app.prospect import Prospect, prospect
 from oserve.app.simulated import Mask, Routing, Serving, Simulator, Traffic, met
-from oserve.app.steering import planner_for
 from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.planner import TablePlanner
+from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
+from oserve.control.runtime import Helm, Judged, Scorer
 from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable
