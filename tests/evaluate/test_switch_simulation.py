@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from oserve.app.deployment import prepare
-from oserve.app.planning import Question as PlanningQuestion
-from oserve.app.steering import planner_for
 from oserve.config import load_settings
 from oserve.control.evaluation import Question, Step, weigh
 from oserve.control.planner import TablePlanner
+from oserve.control.planning import planner_for
 from oserve.control.starts import StartTimes
 from oserve.core import DeploymentPlan
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf.capacity import Limits
+from oserve.plan.planning import Question as PlanningQuestion
 
 RATES = (8.0, 0.2)
 

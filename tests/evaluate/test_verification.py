@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oserve.app.demand import demand_from_rates
-from oserve.app.planning import Answer, Question, answer
-from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.cli import main
 from oserve.config import load_cluster
 from oserve.control.order import OrderPolicy, rank_s
@@ -28,7 +25,10 @@ from oserve.evaluate.simulator import (
 )
 from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
 from oserve.perf.capacity import Limits
+from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
+from oserve.plan.demand import demand_from_rates
+from oserve.plan.planning import Answer, Question, answer
 from oserve.plan.search import Deployment
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from oserve.app.steering import planner_for
 from oserve.config import load_cluster
 from oserve.control.decision import Mode
+from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.core import ReplicaShape

@@ -12,9 +12,9 @@ import pytest
 from control.toy import waits_its_price
 from oserve.config import load_cluster
 from oserve.control.decision import Decision
-from oserve.control.helm import Helm
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.runtime import Helm
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import ReplicaShape

@@ -16,9 +16,9 @@ from typing import Any
 from oserve.control.decision import Decision, Reason, Trigger, Verdict
 from oserve.control.evaluation import Appraiser, Question, Weighed, appraise, signature
 from oserve.control.lifetime import Lifetime
+from oserve.control.monitor import Watch
 from oserve.control.policy import HOUR_S, ControlPolicy, Standing, reason_for, verdict_for
 from oserve.control.switch_regret import Regret
-from oserve.control.watch import Watch
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.forecaster import Forecaster

@@ -12,10 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from oserve.app.planning import Question as PlanningQuestion
 from oserve.control.evaluation import Question, Rates, Weighed, pays_after_s
-from oserve.control.helm import Judged
 from oserve.control.planner import PlannerFacts, TablePlanner
+from oserve.control.runtime import Judged
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.evaluate.capacities import Lengths, simulated_table
 from oserve.evaluate.simulator import Levers, Mask, Serving, Simulator, Traffic, met
@@ -24,6 +23,7 @@ from oserve.evaluate.worker_process import Aside
 from oserve.evaluate.workload import Prospect, prospect
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
+from oserve.plan.planning import Question as PlanningQuestion
 from oserve.traces import Slo
 
 HOPELESS = 0.1

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.demand import Demand
-from oserve.app.planning import Answer, deployment_plan, predict
 from oserve.control.order import OrderPolicy
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
@@ -25,7 +23,9 @@ from oserve.evaluate.simulator import (
     met,
 )
 from oserve.perf.capacity import Limits
+from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment
+from oserve.plan.planning import Answer, deployment_plan, predict
 from oserve.plan.search import Deployment
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.steering import planner_for
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.evaluation import Question, Weighed
-from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.planner import TablePlanner
+from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
+from oserve.control.runtime import Helm, Judged, Scorer
 from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable

@@ -1,10 +1,10 @@
 """Which source of step times a plan goes by, and the shapes it can tell about."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oserve.app.planning import device_counts
 from oserve.core import Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.costs import measured_costs
@@ -37,6 +37,15 @@ class SourceChoice:
     own_profile: Path | None = None
     brief_profile: Path | None = None
     context: int | None = None
+
+
+def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many devices of each kind there are, and the most of it in one node."""
+    total = Counter(device.kind for device in devices)
+    nodes = Counter((device.kind, device.node) for device in devices)
+    return dict(total), {
+        kind: max(count for (own, _), count in nodes.items() if own == kind) for kind in total
+    }
 
 
 def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:

@@ -8,10 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.app.brief import Pace, brief_course, what_to_measure
-from oserve.app.first_plan import brief_file
-from oserve.app.measure import Point
-from oserve.app.profile import profile_devices
 from oserve.config import Settings, load_settings
 from oserve.core import Precision
 from oserve.engines.processor import find_processor
@@ -20,6 +16,10 @@ from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileStep, shape_key, shipped_profile, write_profile
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.roofline import Coefficients, Roofline
+from oserve.profiler.brief import Pace, brief_course, what_to_measure
+from oserve.profiler.measure import Point
+from oserve.profiler.profile import profile_devices
+from oserve.startup.first_plan import brief_file
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from oserve.app.planning import Question
 from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.room import Room, known_model, with_settings
 from oserve.perf.profile import ProfileSource
+from oserve.plan.planning import Question
 
 
 def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from oserve.app.hub import Hub, HubClient
 from oserve.control.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.dispatch import Dispatcher, Picture
+from oserve.gateway.process.hub import Hub, HubClient
 from oserve.gateway.settings import GatewaySettings
 
 TABLE = RoutingTable(

@@ -55,7 +55,7 @@ def test_free_memory_does_not_change_which_plan_is_resumed(
 ) -> None:
     assumed = {"planning.rates": ""}
     roomy = prepared(model, tmp_path, **assumed)
-    monkeypatch.setattr("oserve.app.sizing.available_memory_bytes", lambda: 2 << 30)
+    monkeypatch.setattr("oserve.startup.sizing.available_memory_bytes", lambda: 2 << 30)
     tight = prepared(model, tmp_path, **assumed)
     assert tight.fingerprint == roomy.fingerprint
     size, before = (made.settings.engines.kv_cache_memory_bytes for made in (tight, roomy))

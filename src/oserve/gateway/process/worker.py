@@ -1,4 +1,4 @@
-"""A gateway process: ``python -m oserve.app.worker``, held by the keeper.
+"""A gateway process: ``python -m oserve.gateway.process.worker``, held by the keeper.
 
 Its orders come as one JSON line on standard input; it ends when that closes, so it cannot outlive
 the keeper. What it serves it learns from the hub; while no hub answers it goes on as it is.
@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import uvloop
 
-from oserve.app.hub import SYNC_INTERVAL_S, HubClient
-from oserve.app.memory import rare_collections
+from oserve.gateway.process.collection import rare_collections
+from oserve.gateway.process.hub import SYNC_INTERVAL_S, HubClient
 from oserve.gateway.records import RecordStore
 from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings

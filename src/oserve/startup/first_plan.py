@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.app.planning import Answer, Question, answer, used_shapes
-from oserve.app.sources import SourceChoice, costs_from, find_source, shapes_for
 from oserve.config import Settings, load_rates
 from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
@@ -17,8 +14,11 @@ from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import Limits
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
+from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource
+from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.plan.planning import Answer, Question, answer, used_shapes
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 

@@ -10,20 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oserve.app.client import EngineClient, EngineFacts
-from oserve.app.first_plan import brief_file, know, wanted_precisions
-from oserve.app.lock import StateLock
-from oserve.app.measure import Point, StepMeter
-from oserve.app.profile import (
-    Report,
-    default_shapes,
-    engine_hall,
-    fitted_entry,
-    make_profile,
-    profile_devices,
-    started_engine,
-)
-from oserve.app.sizing import fitting
 from oserve.config import Settings
 from oserve.core import Device, OServeError, ReplicaShape
 from oserve.engines.holding import keeper_runs
@@ -39,6 +25,20 @@ from oserve.perf.profile import (
     shape_key,
     write_profile,
 )
+from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.measure import Point, StepMeter
+from oserve.profiler.profile import (
+    Report,
+    default_shapes,
+    engine_hall,
+    fitted_entry,
+    make_profile,
+    profile_devices,
+    started_engine,
+)
+from oserve.startup.first_plan import brief_file, know, wanted_precisions
+from oserve.startup.lock import StateLock
+from oserve.startup.sizing import fitting
 
 # A minute with what ending the engines takes.
 LIMIT_S = 55.0

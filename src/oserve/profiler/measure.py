@@ -21,10 +21,10 @@ from functools import partial
 
 from msgspec.structs import astuple
 
-from oserve.app.client import EngineClient, EngineFacts, Stream
-from oserve.app.quiet import foreign_cpu_s
 from oserve.core import OServeError
 from oserve.perf.profile import ProfileStep
+from oserve.profiler.client import EngineClient, EngineFacts, Stream
+from oserve.profiler.contention import foreign_cpu_s
 
 # Tokens of each stream that one sample of the gap spans.
 _WINDOW = 24

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from oserve.app.client import Stream
-from oserve.app.measure import plan_course
-from oserve.app.quiet import foreign_cpu_s
+from oserve.profiler.client import Stream
+from oserve.profiler.contention import foreign_cpu_s
+from oserve.profiler.measure import plan_course
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 2048, 8192])

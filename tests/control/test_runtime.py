@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from oserve.control.evaluation import Question, Rates, Step, Weighed
-from oserve.control.helm import Helm, Judged, Scorer
 from oserve.control.policy import ControlPolicy
+from oserve.control.runtime import Helm, Judged, Scorer
 from oserve.control.starts import StartTimes
 
 from .toy import plan_of, planner

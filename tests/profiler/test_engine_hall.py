@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from oserve.app.profile import engine_hall
 from oserve.config import load_settings
 from oserve.core import Device
+from oserve.profiler.profile import engine_hall
 
 SLOTS = (Device(id="cpu:0", kind="cpu"),)
 

@@ -6,11 +6,9 @@ performance table, the search, placement. It prints nothing.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oserve.app.demand import Demand
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -23,6 +21,7 @@ from oserve.perf import ShapePerformance
 from oserve.perf.capacity import Limits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource, performance_table
+from oserve.plan.demand import Demand
 from oserve.plan.deploy import Placed, place_deployment
 from oserve.plan.problem import AmongEquals, Objective, PlanProblem
 from oserve.plan.search import Deployment, Planned, Search, plan_deployment
@@ -196,15 +195,6 @@ def used_shapes(problem: PlanProblem, deployment: Deployment) -> list[tuple[Repl
 def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
     """What is varied unless said otherwise."""
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
-
-
-def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, int]]:
-    """How many devices of each kind there are, and the most of it in one node."""
-    total = Counter(device.kind for device in devices)
-    nodes = Counter((device.kind, device.node) for device in devices)
-    return dict(total), {
-        kind: max(count for (own, _), count in nodes.items() if own == kind) for kind in total
-    }
 
 
 def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:

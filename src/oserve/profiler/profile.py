@@ -8,9 +8,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oserve.app.client import EngineClient, EngineFacts
-from oserve.app.clock import LiveClock
-from oserve.app.measure import Course, StepMeter, plan_course
 from oserve.config import Settings
 from oserve.core import (
     Device,
@@ -24,6 +21,7 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import find_devices
 from oserve.engines.processor import find_processor, plain_precisions
@@ -31,6 +29,8 @@ from oserve.perf.model import ModelFacts, find_model
 from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
+from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.measure import Course, StepMeter, plan_course
 
 _POLL_S = 0.1
 _SERVED_NAME = "profiled"
