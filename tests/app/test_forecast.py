@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oserve.app.forecasting import Wanted, load_series
 from oserve.cli import main
 from oserve.core import OServeError
+from oserve.forecast.series import Wanted, load_series
 from oserve.traces import TraceRequest, synthesise_mix
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.brief import measure_briefly, what_to_measure
-from oserve.app.client import EngineClient
 from oserve.app.deployment import prepare
-from oserve.app.profile import Report, engine_hall, measure_engine, started_engine
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.devices import split_cores
 from oserve.perf.model import find_model
+from oserve.profiler.brief import measure_briefly, what_to_measure
+from oserve.profiler.client import EngineClient
+from oserve.profiler.profile import Report, engine_hall, measure_engine, started_engine
 
 pytestmark = pytest.mark.engine
 

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
-from oserve.app.planning import Question
-from oserve.app.sizing import checked, find_room, fitted
-from oserve.app.store import StateStore
 from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
@@ -34,6 +30,10 @@ from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
+from oserve.plan.planning import Question
+from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
+from oserve.startup.sizing import checked, find_room, fitted
+from oserve.startup.store import StateStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

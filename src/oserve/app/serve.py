@@ -15,12 +15,9 @@ from typing import Any
 import msgspec
 
 from oserve import __version__
-from oserve.app.clock import LiveClock
 from oserve.app.deployment import Deployment, check_engines
 from oserve.app.fronts import Front, FrontFacts
-from oserve.app.lock import StateLock
 from oserve.app.operator import RefusedError, allowed_plan
-from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
 from oserve.app.switching.drive import Report
 from oserve.app.switching.prices import SwitchPrices, switch_facts
@@ -32,11 +29,14 @@ from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
 from oserve.control.rollout import settled
 from oserve.control.routing import routing_table
+from oserve.control.status import explained, gauges, status_document, summary
 from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.startup.lock import StateLock
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
 from oserve.workload.output import KnownAtArrival, OutputEstimator

@@ -14,106 +14,33 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import Deployment
-from oserve.app.opinion import Opinion
-from oserve.app.planning import Question as PlanningQuestion
-from oserve.app.store import Save, StateStore
-from oserve.config import Settings, plan_yaml
-from oserve.control.appraisal import Weighed
-from oserve.control.decision import Decision, Mode, Trigger, Verdict
-from oserve.control.helm import Helm
+from oserve.config import plan_yaml
+from oserve.config.policies import policy_of
+from oserve.control.decision import Decision, Trigger, Verdict
+from oserve.control.evaluation import Weighed
 from oserve.control.memory import recall, remembered, same_types
-from oserve.control.planner import Legs, PlannerFacts, TablePlanner
-from oserve.control.policy import ControlPolicy
+from oserve.control.planner import Legs
+from oserve.control.planning import planner_for
+from oserve.control.runtime import Helm
 from oserve.control.speed import SpeedWatch
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import (
     DeploymentPlan,
     Observation,
-    OServeError,
     ReplicaShape,
     ReplicaSpec,
 )
-from oserve.perf import ShapePerformance, TokenCosts
-from oserve.perf.corrected import Speeds, corrected
-from oserve.perf.table import performance_table
+from oserve.evaluate.switch_simulation import Opinion
+from oserve.perf import TokenCosts
+from oserve.perf.corrected import Speeds
+from oserve.startup.store import Save, StateStore
 from oserve.switch.learned import LearnedPhases
 
 _log = logging.getLogger("oserve.control")
 
 _DECISIONS_SHOWN = 10
 _AS_MEASURED = Speeds()
-
-
-def planner_for(
-    question: PlanningQuestion, starts: StartTimes, legs: Legs | None = None
-) -> TablePlanner:
-    """The controller's planner: the performance table once, other rates each time."""
-    demand = question.demand
-    kinds = {device.id: device.kind for device in question.devices}
-
-    def rows(
-        shapes: Sequence[ReplicaShape], speeds: Speeds = _AS_MEASURED
-    ) -> tuple[ShapePerformance, ...]:
-        return performance_table(
-            corrected(question.source, speeds),
-            shapes,
-            demand.types,
-            limits=question.limits,
-            longest_tokens=demand.longest_tokens,
-        )
-
-    def row_of(spec: ReplicaSpec) -> ShapePerformance | None:
-        """Of a shape that a person chose; its kind of device is where it stands."""
-        kind = kinds.get(spec.devices[0]) if spec.devices else None
-        if kind is None:
-            return None
-        try:
-            found = rows([replace(spec.shape, device_kind=kind)])
-        except OServeError:
-            return None
-        return found[0] if found else None
-
-    return TablePlanner(
-        PlannerFacts(
-            devices=question.devices,
-            types=demand.types,
-            centres=tuple(demand.centres[kind.name] for kind in demand.types),
-            classes=demand.classes,
-            class_mix=demand.class_mix,
-            table=rows(question.shapes),
-            row_of=row_of,
-            start_s=starts.start_s,
-            legs=legs,
-            min_gain=question.min_gain,
-            min_shapes=question.min_shapes,
-            time_limit_s=question.time_limit_s,
-            rows_at=rows,
-        )
-    )
-
-
-def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
-    """The controller's policy from the settings."""
-    control, gateway = settings.control, settings.gateway
-    moves = gateway.move.drain_limit_s if gateway.move.max_moves else None
-    limit_ms = gateway.overload.ttft_ms or settings.planning.slo_ttft_ms
-    demotes = gateway.overload.demote and limit_ms is not None
-    return ControlPolicy(
-        mode=mode,
-        interval_s=control.decision_interval_s,
-        now_s=min(30, control.decision_interval_s),
-        min_dwell_s=control.min_dwell_s,
-        max_switches_per_hour=control.max_switches_per_hour,
-        min_gain=control.min_gain,
-        margin=control.margin,
-        lasts_s=control.lasts_s,
-        shrink_after_s=control.shrink_after_s,
-        floor_replicas=control.floor_replicas,
-        hold_s=control.hold_s,
-        drain_limit_s=control.drain_limit_s if moves is None else moves,
-        in_order=gateway.order.freshest_first_s == 0 and not demotes,
-    )
 
 
 class Steering:

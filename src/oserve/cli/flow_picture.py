@@ -7,8 +7,8 @@ filled as far as they are busy. A band is as wide, at its left end, as the rate 
 from pathlib import Path as FilePath
 from typing import Any
 
-from oserve.app.planning import Answer
 from oserve.core import OServeError
+from oserve.plan.planning import Answer
 
 _COLOURS = ("#2166ac", "#d9772b", "#4d9221", "#8e4b9e", "#b2182b", "#00838f", "#6d4c41", "#555555")
 _GAP = 0.03

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from oserve.app.profile import Report
+from oserve.profiler.profile import Report
 
 
 @contextlib.contextmanager

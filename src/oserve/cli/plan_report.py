@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.planning import Answer, Predicted, used_shapes
 from oserve.core import Device, Precision, ReplicaShape, ReplicaSpec
+from oserve.plan.planning import Answer, Predicted, used_shapes
 from oserve.plan.search import Deployment
 
 _QUANTISED = {Precision.FP8: ("--quantization", "fp8")}

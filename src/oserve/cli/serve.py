@@ -10,9 +10,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.brief import LIMIT_S, measure_briefly, what_to_measure
 from oserve.app.deployment import Deployment, prepare
-from oserve.app.memory import rare_collections
 from oserve.app.running import serve_until_stopped
 from oserve.app.serve import Server
 from oserve.cli.engines import notes as engine_notes
@@ -27,6 +25,8 @@ from oserve.cli.options import (
 )
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
+from oserve.gateway.process.collection import rare_collections
+from oserve.profiler.brief import LIMIT_S, measure_briefly, what_to_measure
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 

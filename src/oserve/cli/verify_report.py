@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.planning import Answer, used_shapes
-from oserve.app.verify import VerifiedAnswer
+from oserve.evaluate.verification import VerifiedAnswer
+from oserve.plan.planning import Answer, used_shapes
 from oserve.plan.verify import Rescored
 
 _SHOWN = 15
