@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from oserve.control.appraisal import Question, Rates, Step, Weighed
+from oserve.control.evaluation import Question, Rates, Step, Weighed
 from oserve.control.policy import ControlPolicy
 from oserve.control.runtime import ControllerRuntime, Scorer, SimulatedScore
 from oserve.control.starts import StartTimes

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from control.toy import waits_its_price
-from oserve.app.simulated import Levers, Routing, Serving
 from oserve.config import load_cluster
 from oserve.control.decision import Decision
 from oserve.control.planner import TablePlanner
@@ -19,6 +18,7 @@ from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.sim.phases import Phases
 from oserve.sim.words import Status
 from oserve.study.counterfactual import jittered, switch_worths

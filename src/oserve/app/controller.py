@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import ServerDeployment
-from oserve.app.opinion import Opinion
 from oserve.config import plan_yaml
 from oserve.config.policies import policy_of
-from oserve.control.appraisal import Weighed
 from oserve.control.decision import Decision, Trigger, Verdict
+from oserve.control.evaluation import Weighed
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
@@ -32,6 +31,7 @@ from oserve.core import (
     ReplicaShape,
     ReplicaSpec,
 )
+from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import Speeds
 from oserve.startup.store import StateStore, StateUpdate

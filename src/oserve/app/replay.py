@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import remembered_speeds
-from oserve.app.opinion import Opinion
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import policy_of
@@ -22,6 +21,7 @@ from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
+from oserve.evaluate.switch_simulation import Opinion
 from oserve.plan.demand import Demand
 from oserve.startup.first_plan import know, planning_question
 from oserve.startup.store import StateStore

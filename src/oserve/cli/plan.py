@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from oserve.app.simulated import traffic_from
-from oserve.app.verify import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.cli import plan_report, verify_report
 from oserve.cli.options import (
     ApiKeyOption,
@@ -37,6 +35,8 @@ from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan
 from oserve.config.rates import MAX_TYPES
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
+from oserve.evaluate.simulator import traffic_from
+from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.perf.capacity import Limits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices

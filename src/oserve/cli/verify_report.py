@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.verify import VerifiedAnswer
+from oserve.evaluate.verification import VerifiedAnswer
 from oserve.plan.planning import PlanResult, used_shapes
 from oserve.plan.verify import Rescored
 

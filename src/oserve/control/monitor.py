@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from oserve.control.appraisal import Rates, Step
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
+from oserve.control.evaluation import Rates, Step
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.control.appraisal import Question, Weighed, appraised
 from oserve.control.controller import Controller
 from oserve.control.decision import Mode, Trigger
+from oserve.control.evaluation import Question, Weighed, appraised
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.speed import SpeedEstimator

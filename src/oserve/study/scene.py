@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from oserve.app.simulated import Traffic, traffic_from
 from oserve.core import Device, OServeError, Precision, ReplicaShape
+from oserve.evaluate.simulator import Traffic, traffic_from
 from oserve.perf.capacity import Limits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices

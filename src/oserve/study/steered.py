@@ -12,12 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.opinion import HOPELESS
-from oserve.app.prospect import Prospect, prospect
-from oserve.app.simulated import Mask, Routing, Serving, Simulator, Traffic, met
-from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.evaluation import Question, Weighed
 from oserve.control.planner import TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
@@ -27,6 +23,10 @@ from oserve.control.starts import StartTimes
 from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
+from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.simulator import Mask, Routing, Serving, Simulator, Traffic, met
+from oserve.evaluate.switch_simulation import HOPELESS
+from oserve.evaluate.workload import Prospect, prospect
 from oserve.gateway.foresight import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.simulated import Serving, Traffic, met
 from oserve.core import DeploymentPlan, WorkloadType
+from oserve.evaluate.simulator import Serving, Traffic, met
 from oserve.perf.table import ShapePerformance
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from oserve.app.simulated import Levers, Routing, Serving, Simulator, largest_scale
-from oserve.app.verify import serving_of
 from oserve.control.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
+from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, largest_scale
+from oserve.evaluate.verification import serving_of
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.plan.planning import PlanRequest, PlanResult, answer

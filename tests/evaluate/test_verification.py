@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oserve.app.simulated import (
+from oserve.cli import main
+from oserve.config import load_cluster
+from oserve.control.order import OrderPolicy, rank_s
+from oserve.core import WorkloadType
+from oserve.evaluate.simulator import (
     Simulator,
     Traffic,
     attainment,
@@ -19,11 +23,7 @@ from oserve.app.simulated import (
     surely_failed,
     traffic_from,
 )
-from oserve.app.verify import check_for, poisson_traffic, serving_of, simulate_serving
-from oserve.cli import main
-from oserve.config import load_cluster
-from oserve.control.order import OrderPolicy, rank_s
-from oserve.core import WorkloadType
+from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
 from oserve.perf.capacity import Limits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices

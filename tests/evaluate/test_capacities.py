@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.simulated import Levers, Simulator
 from oserve.config import load_cluster
 from oserve.core import LengthClass, ReplicaShape, WorkloadType
+from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.simulator import Levers, Simulator
 from oserve.perf.capacity import Limits
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource

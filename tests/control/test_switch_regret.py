@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.regret import Regret
+from oserve.control.switch_regret import Regret
 
 NONE_S = -1.0
 

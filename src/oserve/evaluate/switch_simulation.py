@@ -12,15 +12,15 @@ from functools import partial
 
 import numpy as np
 
-from oserve.app.aside import Aside
-from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.prospect import Prospect, prospect
-from oserve.app.simulated import Levers, Mask, Serving, Simulator, Traffic, met
-from oserve.app.verify import SERVED_AS, common_slo
-from oserve.control.appraisal import Question, Rates, Weighed, pays_after_s
+from oserve.control.evaluation import Question, Rates, Weighed, pays_after_s
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.runtime import SimulatedScore
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
+from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.simulator import Levers, Mask, Serving, Simulator, Traffic, met
+from oserve.evaluate.verification import SERVED_AS, common_slo
+from oserve.evaluate.worker_process import Aside
+from oserve.evaluate.workload import Prospect, prospect
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
 from oserve.plan.planning import PlanRequest
@@ -111,7 +111,7 @@ class Opinion:
             self._aside.close()
 
     def prospect(self, question: Question, lasts_s: float) -> Prospect:
-        """See ``app.prospect``."""
+        """See ``evaluate.workload``."""
         return prospect(question, lasts_s, self._lengths, seed=self._question.seed)
 
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from oserve.app.aside import Aside
 from oserve.core import OServeError
+from oserve.evaluate.worker_process import Aside
 
 
 class Held:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.app.capacities import Lengths
-from oserve.app.prospect import prospect, staged
-from oserve.control.appraisal import Question, Rates, Step
+from oserve.control.evaluation import Question, Rates, Step
 from oserve.core import DeploymentPlan
+from oserve.evaluate.capacities import Lengths
+from oserve.evaluate.workload import prospect, staged
 
 LENGTHS = [
     Lengths(prompt_tokens=np.array([10, 20]), output_tokens=np.array([5, 6])),

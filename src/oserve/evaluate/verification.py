@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import (
+from oserve.control.order import OrderPolicy
+from oserve.core import WorkloadType
+from oserve.evaluate.simulator import (
     Ints,
     Levers,
     Serving,
@@ -20,8 +22,6 @@ from oserve.app.simulated import (
     largest_scale,
     met,
 )
-from oserve.control.order import OrderPolicy
-from oserve.core import WorkloadType
 from oserve.perf.capacity import Limits
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment

@@ -2,7 +2,7 @@
 
 First what came of late, so that what waits and runs at the moment of the decision does so in the
 simulation, too; then the expected rates, for as long as they are taken to last; then those of
-before the last change, until there can be a way back (see ``control.appraisal``).
+before the last change, until there can be a way back (see ``control.evaluation``).
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, merged
-from oserve.app.simulated import Mask, Traffic
-from oserve.control.appraisal import Question, Rates
+from oserve.control.evaluation import Question, Rates
+from oserve.evaluate.capacities import Lengths, merged
+from oserve.evaluate.simulator import Mask, Traffic
 
 # Where nothing is known of what came, the expected rates have gone on for so long.
 _WARM_S = 60.0

@@ -11,8 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Floats, Ints, Levers, Serving, Simulator, Traffic, largest_scale
 from oserve.core import DeploymentPlan, Device, LengthClass, ReplicaSpec
+from oserve.evaluate.simulator import (
+    Floats,
+    Ints,
+    Levers,
+    Serving,
+    Simulator,
+    Traffic,
+    largest_scale,
+)
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from oserve.app.deployment import prepare
-from oserve.app.opinion import Opinion
 from oserve.config import load_settings
-from oserve.control.appraisal import Question, Step, weigh
+from oserve.control.evaluation import Question, Step, weigh
 from oserve.control.planner import TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.starts import StartTimes
 from oserve.core import DeploymentPlan
+from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf.capacity import Limits
 from oserve.plan.planning import PlanRequest
 
