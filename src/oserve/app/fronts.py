@@ -19,7 +19,7 @@ from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.hub import Hub, Operate
-from oserve.gateway.process.worker import Orders
+from oserve.gateway.process.worker import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
 
 _log = logging.getLogger("oserve.app")
@@ -80,7 +80,7 @@ class Front:
 
     async def _start(self, index: int) -> int:
         """Take the process of this number up, or start it; returns its port."""
-        orders = Orders(
+        orders = WorkerConfig(
             process=index,
             hub=str(self._socket),
             models=self._facts.models,
