@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oserve.app.simulated import ATTAINMENT, attainment, largest_scale
+from oserve.evaluate.simulator import ATTAINMENT, attainment, largest_scale
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.app.simulated import Serving, Traffic
 from oserve.core import DeploymentPlan, Observation
+from oserve.evaluate.simulator import Serving, Traffic
 from oserve.sim.types import FleetObservation
 
 

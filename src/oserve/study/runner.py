@@ -12,11 +12,11 @@ from typing import cast
 
 import numpy as np
 
-from oserve.app.simulated import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
 from oserve.core import Action, DeploymentPlan, Observation, ReplicaSpec, VirtualClock
+from oserve.evaluate.simulator import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
