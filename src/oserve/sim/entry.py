@@ -17,7 +17,7 @@ from oserve.sim.compiled import compiled, entry_point, plain
 from oserve.sim.pointers import integers, reals
 from oserve.sim.state import Flat, KernelState, Reals
 
-Array = NDArray[np.int64] | NDArray[np.float64]
+Array = NDArray[np.int64 | np.float64]
 Addresses = NDArray[np.int64]
 """Of the state's arrays, in the order of its fields."""
 
