@@ -17,7 +17,7 @@ import msgspec
 from oserve import __version__
 from oserve.app.controller import ControllerService, advised
 from oserve.app.deployment import ServerDeployment, check_engines
-from oserve.app.fronts import Front, FrontFacts
+from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.switching.drive import Report
 from oserve.app.switching.prices import SwitchPrices, switch_facts
@@ -35,6 +35,8 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
+from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.gateway.records import read_records
 from oserve.startup.lock import StateLock
 from oserve.switch.learned import LearnedPhases
@@ -128,14 +130,13 @@ class OServeServer:
                 publish=self._publish,
             )
         )
-        self._front = Front(
-            FrontFacts(
+        self._front = GatewaySupervisor(
+            SupervisorOptions(
                 settings=settings.gateway,
                 models=deployment.models,
                 keys=api_keys(settings.gateway),
-                keeper=keeper,
+                keeper=GatewayKeeper(keeper, log_dir),
                 run_dir=run_dir,
-                log_dir=log_dir,
                 operate=self._operate,
                 estimator=_learned(settings.gateway.records_file),
             )
@@ -284,19 +285,19 @@ class OServeServer:
         await self._loop.step()
         self._woken.set()
 
-    async def _operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def _operate(self, call: OperatorCall) -> OperatorAnswer:
         """An operator's call, from whichever gateway process."""
         try:
-            given = self._given(body) if body.strip() else None
-            if path == "/oserve/v1/switch":
+            given = self._given(call.body) if call.body.strip() else None
+            if call.path == "/oserve/v1/switch":
                 document = await self._switch(given)
             else:
                 document = await self._weigh(given)
         except RefusedError as refused:
-            return 409, msgspec.json.encode({"error": {"message": str(refused)}})
+            return _answer(409, {"error": {"message": str(refused)}})
         except OServeError as error:
-            return 400, msgspec.json.encode({"error": {"message": str(error)}})
-        return 200, msgspec.json.encode(document)
+            return _answer(400, {"error": {"message": str(error)}})
+        return _answer(200, document)
 
     def _given(self, body: bytes) -> DeploymentPlan:
         devices = self._deployment.devices
@@ -377,6 +378,10 @@ class OServeServer:
         )
         if settled:
             self.ready.set()
+
+
+def _answer(status: int, document: dict[str, Any]) -> OperatorAnswer:
+    return OperatorAnswer(status=status, body=msgspec.json.encode(document))
 
 
 def _on_cpu(deployment: ServerDeployment) -> bool:
