@@ -17,7 +17,7 @@ from oserve.app.first_plan import know, planning_question
 from oserve.app.opinion import Opinion
 from oserve.app.steering import planner_for, policy_of
 from oserve.app.store import StateStore
-from oserve.app.switching.prices import SwitchPrices, switch_facts
+from oserve.app.switch_facts import switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.helm import Helm
@@ -25,6 +25,7 @@ from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
 from oserve.switch.learned import LearnedPhases
+from oserve.switching.prices import SwitchPrices
 
 
 def recorded(file: Path) -> dict[str, Any]:

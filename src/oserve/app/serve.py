@@ -9,6 +9,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,8 @@ from oserve.app.lock import StateLock
 from oserve.app.operator import RefusedError, allowed_plan
 from oserve.app.status import explained, gauges, status_document, summary
 from oserve.app.steering import Steering, advised
-from oserve.app.switching.drive import Report
-from oserve.app.switching.prices import SwitchPrices, switch_facts
-from oserve.app.switching.record import journal_folder, recover
-from oserve.app.switching.switcher import Switcher, SwitcherFacts
-from oserve.config import api_keys, backend_keys
+from oserve.app.switch_facts import recovered_switch, switch_facts
+from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
@@ -35,10 +33,15 @@ from oserve.control.table import routing_table
 from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
+from oserve.engines.mover import Mover
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
+from oserve.switching.driver import Report
+from oserve.switching.journal import journal_folder
+from oserve.switching.prices import SwitchPrices
+from oserve.switching.switcher import Switcher, SwitcherFacts
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 _log = logging.getLogger("oserve.control")
@@ -113,12 +116,12 @@ class Server:
         )
         if self._steering is not None:
             self._loop.plan = self._steering.controller.plan
-        left = recover(journal_folder(settings), time.time())
+        left = recovered_switch(settings, time.time())
         if left is not None:
             _log.warning("switch %s was not over: %s", left.id, left.reason)
         self._switcher = Switcher(
             SwitcherFacts(
-                settings=settings,
+                folder=journal_folder(settings.state_dir),
                 movable=movable,
                 model=deployment.models[0],
                 cluster=self._cluster,
@@ -126,6 +129,11 @@ class Server:
                 clock=self._clock,
                 settle=self._reached,
                 publish=self._publish,
+                mover=partial(Mover, clock=self._clock, bytes_per_s=settings.switch.bytes_per_s),
+                plan_text=plan_yaml,
+                unix_s=time.time,
+                transfer_limit_s=settings.switch.transfer_limit_s,
+                max_perplexity_rise=settings.switch.max_perplexity_rise,
             )
         )
         self._front = Front(

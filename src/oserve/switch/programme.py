@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from oserve.app.switching.model import MovableModel
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -16,13 +15,13 @@ from oserve.core import (
     ReplicaSpec,
     VllmBackend,
 )
-from oserve.engines.settings import EngineSettings
 from oserve.perf.device import find_link
 from oserve.perf.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, MEMORY_SHARE
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
 from oserve.switch.layout import Placed, shard_map
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.links import links_of
+from oserve.switch.model import MovableModel
 from oserve.switch.orders import RankOrder, rank_orders
 from oserve.switch.tensor import volume
 from oserve.switch.transfer import TransferPlan, fill_reason, plan_transfer
@@ -46,7 +45,7 @@ class SwitchFacts:
 
     model: MovableModel
     devices: tuple[Device, ...]
-    settings: EngineSettings
+    kv_cache_memory_bytes: int
     available_bytes: Callable[[], int]
     costs: SwitchCosts = field(default_factory=SwitchCosts)
     learned: LearnedPhases = field(default_factory=LearnedPhases)
@@ -271,7 +270,7 @@ def _room(
         weights = _weights_bytes(facts.model, placed[spec.id])
         kv = spec.shape.kv_cache_memory_bytes
         if kv is None:
-            kv = facts.settings.kv_cache_memory_bytes or 0
+            kv = facts.kv_cache_memory_bytes
         engine = CPU_ENGINE_BYTES if cpu else GPU_ENGINE_BYTES
         if not cpu and not kv:
             # Left to itself, an engine fills its device.

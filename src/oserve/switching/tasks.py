@@ -7,12 +7,10 @@ force does not have; here it is only waited for.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from oserve.app.switching.drive import TaskFailedError
-from oserve.app.switching.programme import Programme, Step
 from oserve.control.door import Cluster
 from oserve.core import (
     Clock,
@@ -26,10 +24,11 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
-from oserve.engines.mover import Moved, MoveError
 from oserve.switch.layout import Architecture, differences, shard_map
-from oserve.switch.orders import RankOrder
+from oserve.switch.programme import Programme, Step
 from oserve.switch.transaction import Task
+from oserve.switching.driver import TaskFailedError
+from oserve.switching.weights import MoveError, Moving
 
 _POLL_S = 0.1
 _CHECK_S = 50.0
@@ -40,29 +39,6 @@ _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
 
 
 _log = logging.getLogger("oserve.switch")
-
-
-class Moving(Protocol):
-    """See ``oserve.engines.mover.Mover``."""
-
-    async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
-
-    async def move(
-        self,
-        name: str,
-        orders: Sequence[RankOrder],
-        *,
-        limit_s: float,
-        progress: Callable[[int], None],
-    ) -> Moved: ...
-
-    async def check(self, name: str, orders: Sequence[RankOrder], *, limit_s: float) -> int: ...
-
-    async def generate(self, replica: str, model: str, *, limit_s: float) -> None: ...
-
-    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

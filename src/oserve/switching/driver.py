@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from oserve.app.switching.programme import Programme, Step
-from oserve.app.switching.record import Journal, end_record, first_record
 from oserve.core import Clock, DeploymentPlan
 from oserve.switch.journal import Record, opened, recorded
+from oserve.switch.programme import Programme, Step
 from oserve.switch.transaction import (
     DEADLINES_S,
     Cancelled,
@@ -30,6 +29,7 @@ from oserve.switch.transaction import (
     instructions,
     transactions_of,
 )
+from oserve.switching.journal import Journal, end_record, first_record
 
 _log = logging.getLogger("oserve.switch")
 
@@ -113,6 +113,7 @@ class Drive:
         *,
         clock: Clock,
         unix_s: Callable[[], float],
+        plan_text: Callable[[DeploymentPlan], str],
         transfer_limit_s: float = DEADLINES_S[Phase.TRANSFER],
     ) -> None:
         self._programme = programme
@@ -122,6 +123,7 @@ class Drive:
         self._journalling = True
         self._clock = clock
         self._unix_s = unix_s
+        self._plan_text = plan_text
         self._transfer_limit_s = transfer_limit_s
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._running: dict[tuple[Task, str], asyncio.Task[None]] = {}
@@ -140,7 +142,9 @@ class Drive:
         report.total_bytes = sum(_bytes(step) for step in programme.steps)
         try:
             plans = tuple(step.plan for step in programme.steps)
-            self._journal.write(first_record(report.id, self._unix_s(), plan, plans))
+            self._journal.write(
+                first_record(report.id, self._unix_s(), plan, plans, self._plan_text)
+            )
             before = tuple(spec.id for spec in programme.before.replicas)
             for number, target in enumerate(transactions_of(report.id, programme.order, before)):
                 if self._cancelled:
