@@ -36,7 +36,7 @@ from oserve.sim.phases import Phases
 from oserve.switch.layout import shard_map
 from oserve.switch.orders import RankOrder
 from oserve.switch.programme import between, renamed
-from oserve.switching.driver import Report
+from oserve.switching.driver import SwitchReport
 from oserve.switching.journal import FileJournal, Journal, journals
 from oserve.switching.prices import SwitchPrices
 from oserve.switching.switcher import Switcher, SwitcherFacts
@@ -212,7 +212,7 @@ class Scene:
             if s.phase is not ReplicaPhase.GONE
         }
 
-    async def finish(self, plan: DeploymentPlan = NEW, seconds: float = 400.0) -> Report:
+    async def finish(self, plan: DeploymentPlan = NEW, seconds: float = 400.0) -> SwitchReport:
         report = self.switcher.want(plan, "test")
         await self.over(seconds)
         return report
@@ -231,7 +231,7 @@ class Scene:
     async def kill(self, name: str) -> None:
         self.cluster.crash(name)
 
-    async def whole(self, report: Report) -> None:
+    async def whole(self, report: SwitchReport) -> None:
         """It is in one of the plans, all of it, and says why it is not in the other."""
         old = report.state != "done"
         assert self.loop.plan.id == ("old" if old else "new")

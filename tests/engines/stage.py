@@ -32,7 +32,7 @@ from oserve.engines.devices import split_cores
 from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
-from oserve.switching.driver import Report
+from oserve.switching.driver import SwitchReport
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
 
@@ -96,10 +96,10 @@ class Stage:
         self.loop.plan = plan
         await self.at(*(spec.id for spec in plan.replicas))
 
-    async def switch(self, plan: DeploymentPlan, **settings: float) -> Report:
+    async def switch(self, plan: DeploymentPlan, **settings: float) -> SwitchReport:
         return await self.finished(*self.begin(plan, **settings))
 
-    def begin(self, plan: DeploymentPlan, **settings: float) -> tuple[Switcher, Report]:
+    def begin(self, plan: DeploymentPlan, **settings: float) -> tuple[Switcher, SwitchReport]:
         facts = self.facts
         if settings:
             limits = SwitchSettings(**settings)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class Stage:
         switcher = Switcher(facts)
         return switcher, switcher.want(plan, "test")
 
-    async def finished(self, switcher: Switcher, report: Report) -> Report:
+    async def finished(self, switcher: Switcher, report: SwitchReport) -> SwitchReport:
         async with asyncio.timeout(LIMIT_S):
             while switcher.active:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)

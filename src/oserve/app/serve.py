@@ -38,7 +38,7 @@ from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
-from oserve.switching.driver import Report
+from oserve.switching.driver import SwitchReport
 from oserve.switching.journal import journal_folder
 from oserve.switching.prices import SwitchPrices
 from oserve.switching.switcher import Switcher, SwitcherFacts
@@ -270,7 +270,7 @@ class Server:
             return {**advised(decision, weighed), "switch": report.id}
         return advised(decision, weighed)
 
-    def _replace_plan(self, plan: DeploymentPlan, by: str) -> Report:
+    def _replace_plan(self, plan: DeploymentPlan, by: str) -> SwitchReport:
         _log.info("plan %s is to take the place of %s", plan.id, self._loop.plan.id)
         return self._switcher.want(plan, by)
 

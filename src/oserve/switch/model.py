@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.core import OServeError, Precision, ReplicaSpec, VllmBackend
-from oserve.switch.layout import Architecture, Layout, Placed
-from oserve.switch.precision import Format
+from oserve.switch.layout import Architecture, Layout, ShardPlacement
+from oserve.switch.precision import WeightFormat
 
 # Of an engine's own arguments, those after which weights are others or lie otherwise.
 _DECISIVE = (
@@ -29,9 +29,9 @@ class MovableModel:
     """``formats``: how replicas of each precision hold their weights."""
 
     architecture: Architecture
-    formats: Mapping[Precision, Format]
+    formats: Mapping[Precision, WeightFormat]
 
-    def placed(self, spec: ReplicaSpec) -> Placed:
+    def placed(self, spec: ReplicaSpec) -> ShardPlacement:
         """A replica's layout. Raises OServeError where it is not known."""
         refused = _refusal(spec)
         held = self.formats.get(spec.shape.precision)
@@ -46,7 +46,7 @@ class MovableModel:
             pipeline_parallel_size=spec.shape.pipeline_parallel_size,
             held=held,
         )
-        return Placed(replica=spec.id, layout=layout, devices=spec.devices)
+        return ShardPlacement(replica=spec.id, layout=layout, devices=spec.devices)
 
 
 def _refusal(spec: ReplicaSpec) -> str:

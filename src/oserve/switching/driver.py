@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from oserve.core import Clock, DeploymentPlan
 from oserve.switch.journal import Record, opened, recorded
-from oserve.switch.programme import Programme, Step
+from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.transaction import (
     DEADLINES_S,
     Cancelled,
@@ -22,10 +22,10 @@ from oserve.switch.transaction import (
     Finished,
     Instruction,
     Phase,
-    State,
-    Target,
+    SwitchTarget,
     Task,
     Ticked,
+    TransactionState,
     instructions,
     transactions_of,
 )
@@ -51,7 +51,7 @@ class Work(Protocol):
     ``begin`` and ``over`` come before the first and after the last of a wave.
     """
 
-    def begin(self, step: Step) -> None: ...
+    def begin(self, step: ProgrammeStep) -> None: ...
 
     async def do(self, task: Task, replica: str, *, late: bool) -> None: ...
 
@@ -59,7 +59,7 @@ class Work(Protocol):
 
 
 @dataclass(kw_only=True)
-class Report:
+class SwitchReport:
     """How a switch stands; times are Unix seconds."""
 
     id: str
@@ -106,8 +106,8 @@ class Drive:
 
     def __init__(
         self,
-        programme: Programme,
-        report: Report,
+        programme: SwitchProgramme,
+        report: SwitchReport,
         work: Work,
         journal: Journal,
         *,
@@ -169,7 +169,7 @@ class Drive:
         self._journal.close()
         return plan
 
-    async def _wave(self, number: int, target: Target) -> State:
+    async def _wave(self, number: int, target: SwitchTarget) -> TransactionState:
         step = self._programme.steps[number]
         limits = {**DEADLINES_S, Phase.TRANSFER: step.limit_s(self._transfer_limit_s)}
         target = _with_limits(target, limits)
@@ -193,7 +193,9 @@ class Drive:
             await self._work.over()
         return state
 
-    def _advance(self, number: int, state: State, event: Event, count: int) -> tuple[State, int]:
+    def _advance(
+        self, number: int, state: TransactionState, event: Event, count: int
+    ) -> tuple[TransactionState, int]:
         """The state after an event, on disk."""
         if isinstance(event, Failed):
             _log.warning(
@@ -222,7 +224,7 @@ class Drive:
             return f"the journal cannot be written: {error.strerror or error}"
         return ""
 
-    def _note(self, number: int, state: State) -> None:
+    def _note(self, number: int, state: TransactionState) -> None:
         self.report.phase = state.phase.value
         self.report.phases.append((number, state.phase.value, self._unix_s()))
         _log.info(
@@ -249,7 +251,7 @@ class Drive:
             tick.cancel()
 
     # -- tasks ----------------------------------------------------------------------------------
-    def _ask(self, state: State) -> None:
+    def _ask(self, state: TransactionState) -> None:
         """Start what is to be done and is not being done."""
         for instruction in instructions(state):
             key = instruction.task, instruction.replica
@@ -295,7 +297,7 @@ class Drive:
             del self._running[task, replica]
         self._events.put_nowait(event)
 
-    async def _stop_tasks(self, state: State | None) -> None:
+    async def _stop_tasks(self, state: TransactionState | None) -> None:
         """End those that are not asked for any more."""
         asked = () if state is None else instructions(state)
         wanted = {(instruction.task, instruction.replica) for instruction in asked}
@@ -306,8 +308,8 @@ class Drive:
             await asyncio.gather(*ended, return_exceptions=True)
 
 
-def _with_limits(target: Target, limits: Mapping[Phase, float]) -> Target:
-    return Target(
+def _with_limits(target: SwitchTarget, limits: Mapping[Phase, float]) -> SwitchTarget:
+    return SwitchTarget(
         id=target.id,
         serves=target.serves,
         start=target.start,
@@ -319,5 +321,5 @@ def _with_limits(target: Target, limits: Mapping[Phase, float]) -> Target:
     )
 
 
-def _bytes(step: Step) -> int:
+def _bytes(step: ProgrammeStep) -> int:
     return step.transfer.traffic.moved_bytes + step.transfer.traffic.local_bytes

@@ -9,7 +9,7 @@ from oserve.core import OServeError, Precision
 from oserve.perf.model import find_model
 from oserve.switch.layout import architecture_of
 from oserve.switch.model import MovableModel
-from oserve.switch.precision import Format, format_of
+from oserve.switch.precision import WeightFormat, format_of
 
 _FLOATS = {
     "float32": Precision.FP32,
@@ -61,13 +61,13 @@ def _config(model: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _format(precision: Precision, config: Mapping[str, Any]) -> Format:
+def _format(precision: Precision, config: Mapping[str, Any]) -> WeightFormat:
     """Of a quantised checkpoint, as far as its config.json tells."""
     plain = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype")), Precision.BF16)
-    held = Format(precision=precision, plain=plain)
+    held = WeightFormat(precision=precision, plain=plain)
     groups = config.get("quantization_config", {}).get("config_groups", {})
     for group in groups.values():
         size = group.get("weights", {}).get("group_size")
         if size:
-            return Format(precision=precision, plain=plain, group_size=int(size))
+            return WeightFormat(precision=precision, plain=plain, group_size=int(size))
     return held

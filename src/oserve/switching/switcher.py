@@ -18,12 +18,12 @@ from oserve.control.door import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Endpoint, Observation, OServeError
-from oserve.switch.programme import Programme, SwitchFacts, prepare_switch
+from oserve.switch.programme import SwitchFacts, SwitchProgramme, prepare_switch
 from oserve.switch.transaction import Phase
-from oserve.switching.driver import Drive, Report
+from oserve.switching.driver import Drive, SwitchReport
 from oserve.switching.journal import FileJournal, Journal, prune
 from oserve.switching.tasks import ClusterWork, WorkFacts
-from oserve.switching.weights import Moving
+from oserve.switching.weights import WeightMover
 
 _log = logging.getLogger("oserve.switch")
 
@@ -49,7 +49,7 @@ class SwitcherFacts:
     clock: Clock
     settle: Callable[[DeploymentPlan, str], None]
     publish: Callable[[], Awaitable[None]]
-    mover: Callable[[Mapping[str, Endpoint]], Moving]
+    mover: Callable[[Mapping[str, Endpoint]], WeightMover]
     plan_text: Callable[[DeploymentPlan], str]
     transfer_limit_s: float
     max_perplexity_rise: float
@@ -64,8 +64,8 @@ class Switcher:
         self._facts = facts
         self._switch_facts = facts.movable if isinstance(facts.movable, SwitchFacts) else None
         self._unmovable = "" if isinstance(facts.movable, SwitchFacts) else facts.movable
-        self._reports: deque[Report] = deque(maxlen=_MOST_REPORTS)
-        self._wished: tuple[Report, DeploymentPlan] | None = None
+        self._reports: deque[SwitchReport] = deque(maxlen=_MOST_REPORTS)
+        self._wished: tuple[SwitchReport, DeploymentPlan] | None = None
         self._drive: Drive | None = None
         self._task: asyncio.Task[None] | None = None
         self._count = 0
@@ -75,12 +75,12 @@ class Switcher:
         """Whether a switch by moving weights is wished for or under way."""
         return self._task is not None and not self._task.done()
 
-    def want(self, plan: DeploymentPlan, by: str) -> Report:
+    def want(self, plan: DeploymentPlan, by: str) -> SwitchReport:
         """Go to this plan; the report tells how it goes."""
         now_s = self._facts.unix_s()
         self._count += 1
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_s))
-        report = Report(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
+        report = SwitchReport(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
         report.state = "waiting"
         self._reports.append(report)
         if self._wished is not None:
@@ -127,7 +127,7 @@ class Switcher:
                 self._end(report, "done" if over else "superseded", report.reason)
         return [report.document() for report in self._reports]
 
-    def _end(self, report: Report, state: str, reason: str) -> None:
+    def _end(self, report: SwitchReport, state: str, reason: str) -> None:
         report.state, report.reason = state, reason
         report.ended_s = self._facts.unix_s()
 
@@ -146,7 +146,7 @@ class Switcher:
             finally:
                 self._drive = None
 
-    async def _one(self, report: Report, plan: DeploymentPlan) -> None:
+    async def _one(self, report: SwitchReport, plan: DeploymentPlan) -> None:
         facts = self._facts
         observation = await facts.cluster.observe()
         try:
@@ -184,7 +184,7 @@ class Switcher:
         _log.info("switch %s: %s %s", report.id, report.state, report.reason)
         prune(facts.folder)
 
-    def _learn(self, report: Report, programme: Programme) -> None:
+    def _learn(self, report: SwitchReport, programme: SwitchProgramme) -> None:
         """What the waves that came to their end took, for the next prediction."""
         assert self._switch_facts is not None
         moments = [*report.phases, (-1, "", report.ended_s or self._facts.unix_s())]
@@ -201,7 +201,7 @@ class Switcher:
                 del took_s[Phase.PREPARE]
             self._switch_facts.learned.observe(step.predicted, took_s)
 
-    def _work_facts(self, report: Report, programme: Programme) -> WorkFacts:
+    def _work_facts(self, report: SwitchReport, programme: SwitchProgramme) -> WorkFacts:
         facts = self._facts
         assert self._switch_facts is not None
 
@@ -230,7 +230,7 @@ class Switcher:
             max_perplexity_rise=facts.max_perplexity_rise,
         )
 
-    def _prepared(self, plan: DeploymentPlan, observation: Observation) -> Programme:
+    def _prepared(self, plan: DeploymentPlan, observation: Observation) -> SwitchProgramme:
         """Raises OServeError where it must go by restarts."""
         if self._switch_facts is None:
             raise _by_restarts(self._unmovable)

@@ -20,7 +20,7 @@ class Moved:
     take_up_s: float
 
 
-class Moving(Protocol):
+class WeightMover(Protocol):
     """See ``oserve.engines.mover.Mover``."""
 
     async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
