@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from oserve.app.controller import ControllerService
 from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.operator import allowed_plan
-from oserve.app.switching.prices import SwitchPrices, switch_facts
+from oserve.app.switch_facts import switch_facts
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
 from oserve.control.decision import Mode, Trigger, Verdict
@@ -29,6 +29,7 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.plan import check_plan
+from oserve.switching.prices import SwitchPrices
 
 START_S = 1_000_000
 CHATS, DOCUMENTS = (40.0, 0.2), (0.2, 12.0)

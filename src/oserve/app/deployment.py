@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.switching.record import journal_folder, recover
+from oserve.app.switch_facts import recovered_switch
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
@@ -164,7 +164,7 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
         return None
     if settings.plan and saved.get("given") != _given(settings):
         return None
-    left = recover(journal_folder(settings), time.time())
+    left = recovered_switch(settings, time.time())
     try:
         plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
         check_plan(plan, room.devices, place=str(file))

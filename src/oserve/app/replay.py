@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from oserve.app.deployment import remembered_speeds
-from oserve.app.switching.prices import SwitchPrices, switch_facts
+from oserve.app.switch_facts import switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Mode, Verdict
@@ -26,6 +26,7 @@ from oserve.plan.demand import Demand
 from oserve.startup.first_plan import know, planning_question
 from oserve.startup.store import StateStore
 from oserve.switch.learned import LearnedPhases
+from oserve.switching.prices import SwitchPrices
 
 
 def recorded(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ from oserve.app.controller import ControllerService, advised
 from oserve.app.deployment import ServerDeployment, check_engines
 from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.app.operator import RefusedError, allowed_plan
-from oserve.app.switching.drive import Report
-from oserve.app.switching.prices import SwitchPrices, switch_facts
-from oserve.app.switching.record import journal_folder, recover
-from oserve.app.switching.switcher import Switcher, SwitcherFacts
-from oserve.config import api_keys, backend_keys
+from oserve.app.switch_facts import recovered_switch, switch_facts
+from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
@@ -34,6 +32,7 @@ from oserve.core import Action, DeploymentPlan, Observation, OServeError, Replic
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
+from oserve.engines.mover import Mover
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
@@ -41,6 +40,10 @@ from oserve.gateway.records import read_records
 from oserve.startup.lock import StateLock
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
+from oserve.switching.driver import SwitchReport
+from oserve.switching.journal import journal_folder
+from oserve.switching.prices import SwitchPrices
+from oserve.switching.switcher import Switcher, SwitcherFacts
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 _log = logging.getLogger("oserve.control")
@@ -115,12 +118,12 @@ class OServeServer:
         )
         if self._steering is not None:
             self._loop.plan = self._steering.controller.plan
-        left = recover(journal_folder(settings), time.time())
+        left = recovered_switch(settings, time.time())
         if left is not None:
             _log.warning("switch %s was not over: %s", left.id, left.reason)
         self._switcher = Switcher(
             SwitcherFacts(
-                settings=settings,
+                folder=journal_folder(settings.state_dir),
                 movable=movable,
                 model=deployment.models[0],
                 cluster=self._cluster,
@@ -128,6 +131,11 @@ class OServeServer:
                 clock=self._clock,
                 settle=self._reached,
                 publish=self._publish,
+                mover=partial(Mover, clock=self._clock, bytes_per_s=settings.switch.bytes_per_s),
+                plan_text=plan_yaml,
+                unix_s=time.time,
+                transfer_limit_s=settings.switch.transfer_limit_s,
+                max_perplexity_rise=settings.switch.max_perplexity_rise,
             )
         )
         self._front = GatewaySupervisor(
@@ -263,7 +271,7 @@ class OServeServer:
             return {**advised(decision, weighed), "switch": report.id}
         return advised(decision, weighed)
 
-    def _replace_plan(self, plan: DeploymentPlan, by: str) -> Report:
+    def _replace_plan(self, plan: DeploymentPlan, by: str) -> SwitchReport:
         _log.info("plan %s is to take the place of %s", plan.id, self._loop.plan.id)
         return self._switcher.want(plan, by)
 

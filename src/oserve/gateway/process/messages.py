@@ -1,6 +1,6 @@
 """Messages between the hub and gateway processes.
 
-A gateway process sends a ``ProcessMessage`` and the hub answers it with a ``HubMessage``, both JSON,
+A gateway process sends a ``ProcessMessage``; the hub answers with a ``HubMessage``. Both are JSON,
 in one HTTP exchange over the hub's Unix socket.
 """
 
