@@ -12,9 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from oserve.app.controller import ControllerService
-from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.operator import allowed_plan
-from oserve.app.switch_facts import switch_facts
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
 from oserve.control.decision import Mode, Trigger, Verdict
@@ -29,6 +27,8 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.plan import check_plan
+from oserve.startup.deployment import ServerDeployment, prepare
+from oserve.startup.switch_facts import switch_facts
 from oserve.switching.prices import SwitchPrices
 
 START_S = 1_000_000

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from oserve.app.switch_facts import recovered_switch, switch_facts
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings
 from oserve.control.loop import ControlLoop
@@ -33,6 +32,7 @@ from oserve.core import (
 from oserve.engines.settings import EngineSettings
 from oserve.sim import SimulatedCluster
 from oserve.sim.phases import Phases
+from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.layout import shard_map
 from oserve.switch.orders import RankOrder
 from oserve.switch.programme import between, renamed

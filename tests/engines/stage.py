@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oserve.app.switch_facts import switch_facts
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings, SwitchSettings
 from oserve.control.loop import ControlLoop
@@ -32,6 +31,7 @@ from oserve.engines.devices import split_cores
 from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
+from oserve.startup.switch_facts import switch_facts
 from oserve.switching.driver import SwitchReport
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts

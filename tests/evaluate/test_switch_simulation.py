@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from oserve.app.deployment import prepare
 from oserve.config import load_settings
 from oserve.control.evaluation import Question, Step, weigh
 from oserve.control.planner import TablePlanner
@@ -15,6 +14,7 @@ from oserve.core import DeploymentPlan
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf.capacity import Limits
 from oserve.plan.planning import PlanRequest
+from oserve.startup.deployment import prepare
 
 RATES = (8.0, 0.2)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from oserve.app.deployment import prepare
 from oserve.config import Settings, load_settings
 from oserve.core import Device, OServeError, Precision
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import find_model
 from oserve.perf.profile import Profile, shipped_profile, write_profile
+from oserve.startup.deployment import prepare
 from oserve.startup.first_plan import FirstPlan, first_plan, know, planning_question
 
 SLOTS = tuple(Device(id=f"cpu:{index}", kind="cpu") for index in range(2))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import ServerDeployment, check_engines, prepare
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import OServeError
 from oserve.perf.profile import ProfileSource
+from oserve.startup.deployment import ServerDeployment, check_engines, prepare
 
 MiB = 1 << 20
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.deployment import ServerDeployment
 from oserve.config import plan_yaml
 from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Trigger, Verdict
@@ -34,6 +33,7 @@ from oserve.core import (
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import Speeds
+from oserve.startup.deployment import ServerDeployment
 from oserve.startup.store import StateStore, StateUpdate
 from oserve.switch.learned import LearnedPhases
 

@@ -17,10 +17,8 @@ import msgspec
 
 from oserve import __version__
 from oserve.app.controller import ControllerService, advised
-from oserve.app.deployment import ServerDeployment, check_engines
 from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.app.operator import RefusedError, allowed_plan
-from oserve.app.switch_facts import recovered_switch, switch_facts
 from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
@@ -37,7 +35,9 @@ from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.gateway.records import read_records
+from oserve.startup.deployment import ServerDeployment, check_engines
 from oserve.startup.lock import StateLock
+from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchReport

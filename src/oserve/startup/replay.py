@@ -11,8 +11,6 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.deployment import remembered_speeds
-from oserve.app.switch_facts import switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Mode, Verdict
@@ -23,8 +21,10 @@ from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.plan.demand import Demand
+from oserve.startup.deployment import remembered_speeds
 from oserve.startup.first_plan import know, planning_question
 from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import switch_facts
 from oserve.switch.learned import LearnedPhases
 from oserve.switching.prices import SwitchPrices
 

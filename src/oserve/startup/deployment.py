@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.switch_facts import recovered_switch
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
@@ -34,6 +33,7 @@ from oserve.plan.planning import PlanRequest
 from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
 from oserve.startup.sizing import checked, find_room, fitted
 from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import recovered_switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
