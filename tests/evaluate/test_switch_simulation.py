@@ -37,8 +37,8 @@ def asked(model: str, tmp_path: Path) -> PlanRequest:
             {},
         )
     )
-    assert given.question is not None
-    return given.question
+    assert given.plan_request is not None
+    return given.plan_request
 
 
 @pytest.mark.slow

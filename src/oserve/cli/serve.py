@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oserve.app.running import serve_until_stopped
-from oserve.app.serve import OServeServer
+from oserve.app.server import OServeServer
 from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
 from oserve.cli.options import (

@@ -74,9 +74,9 @@ class ControllerRuntime:
         starts: StartTimes,
         shares_interval_s: float,
         scorer: Scorer | None = None,
-        watch: SpeedEstimator | None = None,
+        speeds: SpeedEstimator | None = None,
     ) -> None:
-        self.watch = watch
+        self._speeds = speeds
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
@@ -98,7 +98,7 @@ class ControllerRuntime:
             "queued": float(queued),
         }
         self.starts.observe(observation)
-        speeds = None if self.watch is None else self.watch.observe(observation)
+        speeds = None if self._speeds is None else self._speeds.observe(observation)
         if speeds is not None:
             self.planner.correct(speeds)
             # Shares follow at once.

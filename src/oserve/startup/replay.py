@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from oserve.config import Settings, parse_plan
-from oserve.config.policies import policy_of
+from oserve.config.policies import control_policy
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
@@ -22,7 +22,7 @@ from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.plan.demand import Demand
 from oserve.startup.deployment import remembered_speeds
-from oserve.startup.first_plan import know, planning_question
+from oserve.startup.first_plan import know, plan_request_for
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import switch_facts
 from oserve.switch.learned import LearnedPhases
@@ -51,7 +51,7 @@ def replayed_decisions(
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    question = planning_question(settings, devices, knowledge, (), demand=demand, shapes=shapes)
+    question = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
@@ -69,7 +69,7 @@ def replayed_decisions(
         planner.learn(opinion.refined(planner.facts))
     helm = ControllerRuntime(
         _first_plan(file),
-        policy=policy_of(settings, mode),
+        policy=control_policy(settings, mode),
         planner=planner,
         starts=starts,
         shares_interval_s=settings.control.shares_interval_s,

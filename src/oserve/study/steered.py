@@ -95,7 +95,7 @@ class Steered:
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
             scorer=self.scorer,
-            watch=None if self.source is None else SpeedEstimator(self.source),
+            speeds=None if self.source is None else SpeedEstimator(self.source),
         )
         self._counts = Counts(self._helm.controller.plan, traffic)
         self._traffic = traffic
