@@ -11,7 +11,7 @@ import pytest
 
 from oserve.cli import main
 from oserve.config import load_cluster
-from oserve.control.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
     Simulator,

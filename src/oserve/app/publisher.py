@@ -7,9 +7,10 @@ import msgspec
 
 from oserve import __version__
 from oserve.app.controller import ControllerService
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.reconcile import ReconcilePolicy
+from oserve.control.routing import routing_table
 from oserve.control.status import gauges, status_document, summary
-from oserve.control.table import RoutingTable, routing_table
 from oserve.core import DeploymentPlan, Observation
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.supervisor import GatewaySupervisor

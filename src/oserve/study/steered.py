@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.evaluation import Question, Weighed
 from oserve.control.planner import TablePlanner
 from oserve.control.planning import planner_for
@@ -20,18 +21,17 @@ from oserve.control.policy import ControlPolicy
 from oserve.control.runtime import ControllerRuntime, Scorer, SimulatedScore
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
-from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.evaluate.capacities import Lengths, simulated_table
 from oserve.evaluate.simulator import Mask, Routing, Serving, Simulator, Traffic, met
 from oserve.evaluate.switch_simulation import HOPELESS
 from oserve.evaluate.workload import Prospect, prospect
-from oserve.gateway.foresight import Expected, Foresight
+from oserve.gateway.estimator import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer

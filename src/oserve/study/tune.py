@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
 from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, largest_scale
 from oserve.evaluate.verification import serving_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.settings import GatewaySettings

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.gateway.dispatch import Picture

@@ -16,11 +16,11 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.process.client import SYNC_INTERVAL_S, HubClient
 from oserve.gateway.process.collection import rare_collections
 from oserve.gateway.process.messages import WorkerConfig
 from oserve.gateway.records import RecordStore
-from oserve.gateway.server import Gateway
 from oserve.workload.output import OutputEstimator
 
 
