@@ -39,7 +39,7 @@ from oserve.sim import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.steps import StepTables
-from oserve.sim.words import RequestTable
+from oserve.sim.types import RequestTable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

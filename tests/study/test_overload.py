@@ -8,7 +8,7 @@ import pytest
 from oserve.control.overload import OverloadPolicy
 from oserve.core import Role
 from oserve.evaluate.simulator import Levers, Routing, Traffic, met
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.beliefs import (
     CLASS_MEAN,
     ESTIMATED,

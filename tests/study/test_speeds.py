@@ -13,7 +13,7 @@ from oserve.control.starts import StartTimes
 from oserve.core import ReplicaShape
 from oserve.evaluate.simulator import Levers, Routing, Simulator
 from oserve.perf.corrected import CorrectedSource, SpeedKey, Speeds
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, Start, Steer
 from oserve.study.runner import run_policy

@@ -20,7 +20,7 @@ from oserve.control.tally import Batch
 from oserve.core import ReplicaShape
 from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.sim.phases import Phases
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.counterfactual import jittered, switch_worths
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner

@@ -24,8 +24,8 @@ from oserve.perf.table import PerformanceSource
 from oserve.sim.fleet import Fleet
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
-from oserve.sim.words import GatewayOptions, Link, Rebalance, RequestTable, Status
-from oserve.sim.words import Policy as _Routing
+from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink, Status
+from oserve.sim.types import RoutingPolicy as _Routing
 from oserve.traces import Slo
 from oserve.workload.columns import Columns, TimedRequest, columns_of
 
@@ -224,7 +224,7 @@ class Simulator:
         """Start a replica."""
         shape, most = spec.shape, levers.inflight_per_device
         sends = levers.rebalance is not None or shape.role is Role.PREFILL
-        link, kv_bytes = self._link(shape) if sends else (Link(), 0.0)
+        link, kv_bytes = self._link(shape) if sends else (SimLink(), 0.0)
         fleet.add_replica(
             spec.id,
             shape,
@@ -305,20 +305,20 @@ class Simulator:
             prompt_s_per_token=min(costs, default=0.0),
         )
 
-    def _link(self, shape: ReplicaShape) -> tuple[Link, float]:
+    def _link(self, shape: ReplicaShape) -> tuple[SimLink, float]:
         """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
 
         Zero bytes where the source knows nothing of memory, which makes moves free.
         """
         source = uncorrected(self.source)
         if not isinstance(source, RooflineSource):
-            return Link(), 0.0
+            return SimLink(), 0.0
         from oserve.perf.device import find_device  # noqa: PLC0415 - rarely needed
 
         facts = find_device(shape.device_kind).link
         rate = facts.bandwidth * shape.device_count
         per_token = source.memory(shape).kv_bytes_per_token * shape.device_count
-        return Link(bytes_per_s=rate, latency_s=facts.latency_s), per_token
+        return SimLink(bytes_per_s=rate, latency_s=facts.latency_s), per_token
 
 
 def met(results: FleetResults, slo: Slo) -> Mask:

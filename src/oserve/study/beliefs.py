@@ -22,7 +22,7 @@ from oserve.evaluate.simulator import (
     largest_scale,
 )
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.tune import Tuner
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 

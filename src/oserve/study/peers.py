@@ -12,7 +12,7 @@ import numpy as np
 
 from oserve.core import DeploymentPlan
 from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, Serving
-from oserve.sim.words import Rebalance
+from oserve.sim.types import Rebalance
 from oserve.study.policy import Conduct, Fixed, Policy, Seen
 from oserve.study.tune import Tuner
 

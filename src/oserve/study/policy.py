@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from oserve.core import DeploymentPlan, Observation
 from oserve.evaluate.simulator import Serving, Traffic
-from oserve.sim.words import FleetObservation
+from oserve.sim.types import FleetObservation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

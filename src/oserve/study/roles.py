@@ -14,7 +14,7 @@ from oserve.control.overload import OverloadPolicy
 from oserve.core import OServeError, Role
 from oserve.evaluate.simulator import Levers, Serving
 from oserve.plan.packing import Packing
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.scene import USUAL_CHUNK
 from oserve.study.tune import Found, Tuner
 

@@ -22,7 +22,7 @@ from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.door import FreeCluster
 from oserve.study.moving import TransferCluster, TransferTimes
 from oserve.study.policy import Moment, Policy, Seen, Start, Steering

@@ -31,7 +31,7 @@ from oserve.gateway.foresight import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer

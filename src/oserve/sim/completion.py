@@ -80,7 +80,7 @@ from oserve.sim.layout import (
 from oserve.sim.lists import insert_before, insert_ordered, pop, push
 from oserve.sim.lockstep import arrived, cut, done_of, find_next_end, join, left_of, part, settle
 from oserve.sim.schedule import move_slot, refresh, touch
-from oserve.sim.state import Flat, State
+from oserve.sim.state import Flat, KernelState
 
 
 @compiled
@@ -129,7 +129,7 @@ def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
 
 
 @compiled
-def heir_of(s: State, request: int, source: int) -> int:
+def heir_of(s: KernelState, request: int, source: int) -> int:
     """The decoding replica that would be done first with a request, or none."""
     req, mem = s.req, s.mem
     base = request * REQUEST
@@ -148,14 +148,14 @@ def heir_of(s: State, request: int, source: int) -> int:
 
 
 @compiled
-def decode_ps(s: State, request: int, index: int) -> int:
+def decode_ps(s: KernelState, request: int, index: int) -> int:
     """Work that the rest of a request's output is expected to be at a replica."""
     left = max(1, s.req[request * REQUEST + EXPECTED] - s.req[request * REQUEST + MADE])
     return int(left * s.costs[2 * index + 1] * PS + 0.5)
 
 
 @compiled
-def depart(s: State, at: int, slot: int, target: int, now: int) -> None:
+def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
     """Hand a running sequence over: its KV goes by this replica's link, one after another.
 
     What a live migration has copied beforehand need not go again.
@@ -178,7 +178,7 @@ def depart(s: State, at: int, slot: int, target: int, now: int) -> None:
 
 
 @compiled
-def receive(s: State, now: int) -> int:
+def receive(s: KernelState, now: int) -> int:
     """The next request on the move arrives; it, if it finds nobody, or ``NONE``."""
     req, mem = s.req, s.mem
     request = pop(req, s.moves, MOVED_AT)
@@ -199,7 +199,7 @@ def receive(s: State, now: int) -> int:
 
 
 @compiled
-def emit_first(s: State, at: int, slot: int, now: int) -> None:
+def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
     """The first token that a sequence emits on this replica."""
     req, mem = s.req, s.mem
     base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
@@ -213,7 +213,7 @@ def emit_first(s: State, at: int, slot: int, now: int) -> None:
 
 
 @compiled
-def leaves(s: State, at: int, slot: int, now: int) -> bool:
+def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
     """Whether a sequence that just emitted a token leaves, to end or to go on elsewhere."""
     req, mem = s.req, s.mem
     request = mem[at + mem[at + RUN_ID] + slot]
@@ -243,7 +243,7 @@ def leaves(s: State, at: int, slot: int, now: int) -> bool:
 
 
 @compiled
-def sweep(s: State, at: int, batch: int, now: int) -> None:
+def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
     """Let those leave that must, of the sequences that were in this step."""
     mem = s.mem
     batches, left = at + mem[at + RUN_BATCH], at + mem[at + RUN_LEFT]
@@ -261,7 +261,7 @@ def sweep(s: State, at: int, batch: int, now: int) -> None:
 
 
 @compiled
-def end_together(s: State, at: int, now: int) -> None:
+def end_together(s: KernelState, at: int, now: int) -> None:
     """The end of steps in lockstep: some steady sequences end, prompts bring their first token."""
     mem = s.mem
     settle(mem, s.ses, at, mem[at + JUMP])
@@ -310,7 +310,7 @@ def emit(mem: Flat, at: int, batch: int) -> None:
 
 
 @compiled
-def end_step(s: State, at: int, now: int) -> None:
+def end_step(s: KernelState, at: int, now: int) -> None:
     """The oldest step on its way, or the jump, is over."""
     mem = s.mem
     if mem[at + JUMP] > 0:

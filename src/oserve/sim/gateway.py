@@ -8,7 +8,7 @@ and who is past the second is refused.
 from oserve.control.pick import pick as plain_pick
 from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
-from oserve.sim.finish import book, close, wait_at
+from oserve.sim.completion import book, close, wait_at
 from oserve.sim.layout import (
     ARRIVAL,
     BLOCKS,
@@ -59,7 +59,7 @@ from oserve.sim.layout import (
 )
 from oserve.sim.lists import pop, push
 from oserve.sim.lockstep import free_blocks
-from oserve.sim.state import State
+from oserve.sim.state import KernelState
 
 # The live router's choice, compiled.
 pick = compiled(plain_pick)
@@ -71,7 +71,7 @@ _LATE_PRIORITY = 1 << 52
 
 
 @compiled
-def look(s: State, request: int) -> int:
+def look(s: KernelState, request: int) -> int:
     """Fill in what the policies need to know of each replica; how many may take the request.
 
     ``fits`` says which may: 1, or 2 if they have no room now.
@@ -99,7 +99,7 @@ def look(s: State, request: int) -> int:
 
 
 @compiled
-def hopeless(s: State, request: int) -> bool:
+def hopeless(s: KernelState, request: int) -> bool:
     """Whether no replica, not even one still loading, could ever hold the request."""
     base = request * REQUEST
     blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
@@ -114,7 +114,7 @@ def hopeless(s: State, request: int) -> bool:
 
 
 @compiled
-def least(s: State, policy: int) -> int:
+def least(s: KernelState, policy: int) -> int:
     """The replica with least requests in flight, or least work."""
     best = NONE
     for index in range(s.glob[REPLICAS]):
@@ -129,7 +129,7 @@ def least(s: State, policy: int) -> int:
 
 
 @compiled
-def in_turn(s: State) -> int:
+def in_turn(s: KernelState) -> int:
     """The next replica after the last one chosen."""
     replicas = s.glob[REPLICAS]
     for step in range(replicas):
@@ -141,7 +141,7 @@ def in_turn(s: State) -> int:
 
 
 @compiled
-def by_share(s: State, row: int) -> int:
+def by_share(s: KernelState, row: int) -> int:
     """Smooth weighted round robin among those with a share; the others only if there are none.
 
     Each gains its share of credit in every turn, and the richest pays for all.
@@ -170,13 +170,13 @@ def by_share(s: State, row: int) -> int:
 
 
 @compiled
-def free_at(s: State, index: int, now: int) -> int:
+def free_at(s: KernelState, index: int, now: int) -> int:
     """Blocks that no request holds on a replica, before steps that begin now."""
     return free_blocks(s.mem, s.where[index], now)
 
 
 @compiled
-def freeness(s: State, index: int, now: int) -> float:
+def freeness(s: KernelState, index: int, now: int) -> float:
     """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
     at = s.where[index]
     free = free_blocks(s.mem, at, now)
@@ -189,7 +189,7 @@ def freeness(s: State, index: int, now: int) -> float:
 
 
 @compiled
-def freest(s: State, now: int) -> int:
+def freest(s: KernelState, now: int) -> int:
     """The replica with the greatest freeness."""
     best, most = NONE, 0.0
     for index in range(s.glob[REPLICAS]):
@@ -202,7 +202,7 @@ def freest(s: State, now: int) -> int:
 
 
 @compiled
-def choose(s: State, request: int, now: int) -> int:
+def choose(s: KernelState, request: int, now: int) -> int:
     """The replica that takes a request now; ``NONE`` if it must wait."""
     if look(s, request) == 0:
         return _NEVER if hopeless(s, request) else NONE
@@ -224,7 +224,7 @@ def choose(s: State, request: int, now: int) -> int:
 
 
 @compiled
-def send(s: State, request: int, index: int, now: int) -> None:
+def send(s: KernelState, request: int, index: int, now: int) -> None:
     """Hand a request over to a replica, and book the work."""
     base = request * REQUEST
     prompt = s.req[base + PROMPT] + s.req[base + MADE]
@@ -237,7 +237,7 @@ def send(s: State, request: int, index: int, now: int) -> None:
 
 
 @compiled
-def expire(s: State, now: int) -> int:
+def expire(s: KernelState, now: int) -> int:
     """The request to serve next, once those who are late were put behind or refused.
 
     What is refused counts as refused at its limit, whenever that is noticed.
@@ -264,7 +264,7 @@ def expire(s: State, now: int) -> int:
 
 
 @compiled
-def dispatch(s: State, now: int) -> None:
+def dispatch(s: KernelState, now: int) -> None:
     """Hand over what can be, in order."""
     while True:
         request = expire(s, now)
@@ -284,7 +284,7 @@ def dispatch(s: State, now: int) -> None:
 
 
 @compiled
-def enter(s: State, request: int, now: int) -> None:
+def enter(s: KernelState, request: int, now: int) -> None:
     """A request comes to the gateway; it is refused if the queue is full."""
     s.req[request * REQUEST + STATUS] = QUEUED
     push(s.req, s.queue, ORDER, request)
@@ -296,7 +296,7 @@ def enter(s: State, request: int, now: int) -> None:
 
 
 @compiled
-def withdraw(s: State, request: int) -> None:
+def withdraw(s: KernelState, request: int) -> None:
     """Take a request out of the middle of its queue."""
     base = request * REQUEST
     is_late = s.req[base + IS_LATE] == 1
@@ -315,7 +315,7 @@ def withdraw(s: State, request: int) -> None:
 
 
 @compiled
-def replay(s: State, request: int) -> None:
+def replay(s: KernelState, request: int) -> None:
     """Back into the gateway's queue, with the tokens it has; the prompt is computed anew."""
     base = request * REQUEST
     s.req[base + STATUS] = QUEUED

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oserve.sim.dialects import UsageForm
-from oserve.sim.speech import Speech
+from oserve.sim.generated_text import GeneratedText
 from oserve.wire import Exchange, chunk
 from oserve.wire.framing import LAST_CHUNK
 
@@ -34,7 +34,7 @@ class Mishap:
     how: str = "break"
 
 
-class SpokenAnswer:
+class EmulatedResponse:
     """One answer on its way out. ``engine`` begins and counts it."""
 
     def __init__(
@@ -64,7 +64,7 @@ class SpokenAnswer:
         self._timer: asyncio.TimerHandle | None = None
         self._id = exchange.headers.get(b"x-request-id", b"0").decode("latin-1")
         self._model = str(body.get("model") or "emulated")
-        self._speech = Speech(engine.tongue, body, prompt)
+        self._text = GeneratedText(engine.tokenizer, body, prompt)
         self._prompt = prompt
         self._offset = 0
 
@@ -93,11 +93,11 @@ class SpokenAnswer:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._step)
 
     def _step(self) -> None:
-        if self._stream and self._chat and not self._speech.tokens:
+        if self._stream and self._chat and not self._text.tokens:
             self._event([self._choice({"role": "assistant", "content": ""}, None)], first=True)
         paced = self._stream and self._speed.tpot_s > 0.0
         while True:
-            if self._mishap is not None and len(self._speech.tokens) >= self._mishap.after:
+            if self._mishap is not None and len(self._text.tokens) >= self._mishap.after:
                 self._fail(self._mishap.how)
                 return
             reason = self._emit()
@@ -110,13 +110,13 @@ class SpokenAnswer:
 
     def _emit(self) -> str | None:
         """One event's tokens; returns why they were the last, if they were."""
-        before = len(self._speech.tokens)
+        before = len(self._text.tokens)
         first = before == 0
-        text, reason = self._speech.say(self._limit)
+        text, reason = self._text.say(self._limit)
         # The first token is told at once, as by vLLM.
         left = 0 if first else (self._body.get("stream_interval") or 1) - 1
         while left > 0 and reason is None:
-            more, reason = self._speech.say(self._limit)
+            more, reason = self._text.say(self._limit)
             text += more
             left -= 1
         if self._stream:
@@ -127,8 +127,8 @@ class SpokenAnswer:
                 if first and self._body.get("return_token_ids"):
                     choice["prompt_token_ids"] = self._prompt
             if self._body.get("return_token_ids"):
-                choice["token_ids"] = self._speech.tokens[before:]
-            choice["logprobs"] = self._logprobs(self._speech.tokens[before:])
+                choice["token_ids"] = self._text.tokens[before:]
+            choice["logprobs"] = self._logprobs(self._text.tokens[before:])
             last = reason is not None and self._dialect.usage is UsageForm.WITH_LAST_TOKEN
             self._event([choice], usage=last and self._usage_wanted)
         return reason
@@ -138,7 +138,7 @@ class SpokenAnswer:
         self._engine.running -= 1
         exchange = self._exchange
         if how == "abort":
-            held = self._speech.flushed()
+            held = self._text.flushed()
             choice = self._choice({"content": held} if self._chat else held, "abort")
             if self._body.get("return_token_ids"):
                 choice["token_ids"] = []
@@ -162,7 +162,7 @@ class SpokenAnswer:
     def _choice(self, said: Any, reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
         if reason is not None or not self._chat:
-            choice["stop_reason"] = self._speech.stop_reason
+            choice["stop_reason"] = self._text.stop_reason
         if self._chat:
             choice["delta" if self._stream else "message"] = said
         else:
@@ -175,7 +175,7 @@ class SpokenAnswer:
         wanted = self._body.get("logprobs")
         if wanted is None or wanted is False:
             return None
-        texts = [self._engine.tongue.piece(token).decode(errors="replace") for token in tokens]
+        texts = [self._engine.tokenizer.piece(token).decode(errors="replace") for token in tokens]
         if self._chat:
             most = self._body.get("top_logprobs") or 0
             content = []
@@ -198,7 +198,7 @@ class SpokenAnswer:
         }
 
     def _usage(self) -> dict[str, int]:
-        made = len(self._speech.tokens)
+        made = len(self._text.tokens)
         return {
             "prompt_tokens": len(self._prompt),
             "total_tokens": len(self._prompt) + made,
@@ -249,10 +249,10 @@ class SpokenAnswer:
                 self._event([])
             self._done()
         else:
-            text = self._speech.text
+            text = self._text.text
             said: Any = {"role": "assistant", "content": text} if self._chat else text
             choice = self._choice(said, reason)
-            choice["logprobs"] = self._logprobs(self._speech.tokens)
+            choice["logprobs"] = self._logprobs(self._text.tokens)
             document = self._document([choice], usage=self._usage())
             self._engine.answer(self._exchange, 200, document)
 

@@ -43,7 +43,7 @@ _GOOD = (
 )
 
 
-def odd_body(draw: Random) -> bytes:
+def fuzzed_body(draw: Random) -> bytes:
     """One body; the same for the same state of ``draw``."""
     return draw.choice(_KINDS)(draw)
 

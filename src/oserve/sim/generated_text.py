@@ -8,16 +8,18 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from oserve.sim.tongue import Tongue
+from oserve.sim.tokenizer_stub import TokenizerStub
 
 _drawn = itertools.count()
 
 
-class Speech:
+class GeneratedText:
     """``text`` so far is what the client may see in the end; ``tokens`` are those generated."""
 
-    def __init__(self, tongue: Tongue, body: dict[str, Any], prompt: Sequence[int]) -> None:
-        self._tongue = tongue
+    def __init__(
+        self, tokenizer: TokenizerStub, body: dict[str, Any], prompt: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
         self._context = list(prompt)
         stop = body.get("stop") or []
         self._stop: list[str] = [stop] if isinstance(stop, str) else stop
@@ -36,25 +38,25 @@ class Speech:
         self.stop_reason: str | int | None = None
 
     def _unfinished(self) -> bytes:
-        pieces = [self._tongue.piece(token) for token in self._context[-1:]]
+        pieces = [self._tokenizer.piece(token) for token in self._context[-1:]]
         try:
             b"".join(pieces).decode()
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
-                return b"".join(self._tongue.piece(token) for token in self._context)
+                return b"".join(self._tokenizer.piece(token) for token in self._context)
         return b""
 
     def say(self, limit: int) -> tuple[str, str | None]:
         """The next token: text to show, and why it was the last, if it was."""
         draw = None if self._draw is None else self._draw + len(self.tokens)
-        token = self._tongue.following(self._context, draw)
+        token = self._tokenizer.following(self._context, draw)
         self._context.append(token)
         self.tokens.append(token)
         before = len(self.text)
         if token in self._stop_tokens and len(self.tokens) > self._least:
             self.stop_reason = token
             return self.flushed(), "stop"
-        self._bytes += self._tongue.piece(token)
+        self._bytes += self._tokenizer.piece(token)
         try:
             self.text += self._bytes.decode()
             self._bytes = b""

@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Numbers = Sequence[float] | Sequence[int] | NDArray[Any]
 
 
-class Policy(IntEnum):
+class RoutingPolicy(IntEnum):
     """How the gateway chooses a replica.
 
     POOLS is the live router's choice. LEAST_REQUESTS joins the shortest queue; FIXED_SHARES is
@@ -168,7 +168,7 @@ class GatewayOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class SimLink:
     """How KV leaves a replica; transfers follow one another."""
 
     bytes_per_s: float = math.inf

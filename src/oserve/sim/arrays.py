@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from oserve.core import ReplicaShape, Role
 from oserve.sim import layout as at
 from oserve.sim.steps import StepTables
-from oserve.sim.words import GatewayOptions, Link, RequestTable
+from oserve.sim.types import GatewayOptions, RequestTable, SimLink
 
 Ints = NDArray[np.int64]
 
@@ -80,7 +80,7 @@ def replica_rows(
     max_prompt: int,
     ready_at: int,
     kv_bytes_per_token: float,
-    link: Link,
+    link: SimLink,
 ) -> Ints:
     """One replica's part of the ``mem`` array, loading."""
     seqs, stages = shape.max_num_seqs, shape.pipeline_parallel_size

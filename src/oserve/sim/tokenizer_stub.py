@@ -14,7 +14,7 @@ _CALM = ("a", "b", "ab", " the", " end", "\n", " STOP", "x y", ".", " é", "ST",
 _SPLIT = ("ö", "日", "🙂", "本 ")
 
 
-class Tongue(Protocol):
+class TokenizerStub(Protocol):
     """``following`` draws by ``draw`` where it is not ``None``; else the context alone decides."""
 
     def encode(self, text: str) -> list[int]: ...
@@ -24,7 +24,7 @@ class Tongue(Protocol):
     def piece(self, token: int) -> bytes: ...
 
 
-class Counting:
+class CountingTokenizer:
     """The n-th token is `` tn``."""
 
     def encode(self, text: str) -> list[int]:
@@ -39,7 +39,7 @@ class Counting:
         return b" t%d" % (token - _FIRST) if token > _FIRST else b" w%d" % token
 
 
-class Babble:
+class BabblingTokenizer:
     """Pieces of text that look random; some characters take two tokens."""
 
     def __init__(self) -> None:
