@@ -22,10 +22,10 @@ from typing import Any
 
 import uvloop
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.core.faults import fault
-from oserve.gateway.server import Gateway
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
 from oserve.sim.fuzz import fuzzed_body

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from oserve.config import load_plan
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan
 from oserve.perf.costs import measured_costs
 from oserve.perf.profile import ProfileSource, read_profile

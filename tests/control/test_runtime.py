@@ -6,7 +6,7 @@ import pytest
 
 from oserve.control.evaluation import Question, Rates, Step, Weighed
 from oserve.control.policy import ControlPolicy
-from oserve.control.runtime import Helm, Judged, Scorer
+from oserve.control.runtime import ControllerRuntime, Scorer, SimulatedScore
 from oserve.control.starts import StartTimes
 
 from .toy import plan_of, planner
@@ -14,8 +14,8 @@ from .toy import plan_of, planner
 BEYOND = (2.0, 12.0)
 
 
-def helm(scorer: Scorer | None) -> Helm:
-    return Helm(
+def helm(scorer: Scorer | None) -> ControllerRuntime:
+    return ControllerRuntime(
         plan_of(0, 0, 0, 1),
         policy=ControlPolicy(interval_s=20),
         planner=planner(),
@@ -25,7 +25,7 @@ def helm(scorer: Scorer | None) -> Helm:
     )
 
 
-def question(made: Helm, rates: Rates) -> Question:
+def question(made: ControllerRuntime, rates: Rates) -> Question:
     step = Step(seconds=20.0, chances={rates: 1.0}, expected=rates)
     return replace(made.controller.ask(0.0), steps=(step,), plan_for=(rates,), now_rps=rates)
 
@@ -33,9 +33,9 @@ def question(made: Helm, rates: Rates) -> Question:
 def test_what_the_second_opinion_says_counts() -> None:
     asked: list[Weighed] = []
 
-    def doubts(_: Question, found: Weighed) -> Judged:
+    def doubts(_: Question, found: Weighed) -> SimulatedScore:
         asked.append(found)
-        return Judged(current_rps=9.0, candidate_rps=10.0, worth=-3.0)
+        return SimulatedScore(current_rps=9.0, candidate_rps=10.0, worth=-3.0)
 
     alone, doubted = helm(None), helm(doubts)
     trusted = alone.weighed(question(alone, BEYOND))
@@ -52,7 +52,7 @@ def test_what_the_second_opinion_says_counts() -> None:
 
 
 def test_it_is_not_asked_of_the_present_plan_nor_of_what_a_person_wants() -> None:
-    def never(_: Question, found: Weighed) -> Judged:
+    def never(_: Question, found: Weighed) -> SimulatedScore:
         raise AssertionError(found.plan.id)
 
     made = helm(never)

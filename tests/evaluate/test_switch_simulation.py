@@ -14,13 +14,13 @@ from oserve.control.starts import StartTimes
 from oserve.core import DeploymentPlan
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf.capacity import Limits
-from oserve.plan.planning import Question as PlanningQuestion
+from oserve.plan.planning import PlanRequest
 
 RATES = (8.0, 0.2)
 
 
 @pytest.fixture
-def asked(model: str, tmp_path: Path) -> PlanningQuestion:
+def asked(model: str, tmp_path: Path) -> PlanRequest:
     given = prepare(
         load_settings(
             None,
@@ -42,7 +42,7 @@ def asked(model: str, tmp_path: Path) -> PlanningQuestion:
 
 
 @pytest.mark.slow
-def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: PlanningQuestion) -> None:
+def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: PlanRequest) -> None:
     linear = planner_for(asked, StartTimes(5.0))
     opinion = Opinion(asked)
     planner = TablePlanner(opinion.refined(linear.facts))
@@ -79,7 +79,7 @@ def _good_rps(opinion: Opinion, plan: DeploymentPlan, question: Question) -> flo
     return float((opinion.good(plan, ahead.traffic) & ahead.expected).sum()) / ahead.lasting_s
 
 
-def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
+def test_without_limits_the_model_stands(asked: PlanRequest) -> None:
     free = replace(asked, limits={kind.name: Limits() for kind in asked.demand.types})
     linear = planner_for(free, StartTimes(5.0))
     opinion = Opinion(free)
@@ -88,7 +88,7 @@ def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
     assert 0 < _good_rps(opinion, plan, _asked(plan, RATES)) <= 1.3 * sum(RATES)
 
 
-def _empty(asked: PlanningQuestion) -> DeploymentPlan:
+def _empty(asked: PlanRequest) -> DeploymentPlan:
     return DeploymentPlan(
         id="none", replicas=(), workload_types=asked.demand.classes, routing_shares={}
     )

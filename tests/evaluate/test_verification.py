@@ -11,7 +11,7 @@ import pytest
 
 from oserve.cli import main
 from oserve.config import load_cluster
-from oserve.control.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
     Simulator,
@@ -28,7 +28,7 @@ from oserve.perf.capacity import Limits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import demand_from_rates
-from oserve.plan.planning import Answer, Question, answer
+from oserve.plan.planning import PlanRequest, PlanResult, answer
 from oserve.plan.search import Deployment
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest
@@ -41,7 +41,7 @@ TYPES = (
 
 
 @pytest.fixture(scope="module")
-def found() -> Answer:
+def found() -> PlanResult:
     devices = load_cluster("4xH100").devices
     source, context = find_source(
         SourceChoice(model="qwen3-32b", devices=devices, network="infiniband-400")
@@ -55,7 +55,7 @@ def found() -> Answer:
     )
     limits = Limits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
     return answer(
-        Question(
+        PlanRequest(
             model="qwen3-32b",
             devices=devices,
             demand=demand,
@@ -67,7 +67,7 @@ def found() -> Answer:
     )
 
 
-def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: Answer) -> None:
+def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: PlanResult) -> None:
     simulator = Simulator(found.question.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=0).between(0.0, 20.0)
@@ -81,7 +81,7 @@ def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: Answer) -> Non
     assert simulate_serving(simulator, serving, check) == got
 
 
-def test_meeting_an_slo_is_what_it_is_everywhere(found: Answer) -> None:
+def test_meeting_an_slo_is_what_it_is_everywhere(found: PlanResult) -> None:
     simulator = Simulator(found.question.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=1).between(0.0, 30.0).faster(8.0)
@@ -139,7 +139,7 @@ def test_the_largest_scale_is_found_within_bounds(limit: float) -> None:
     assert largest_scale(lambda _: False, start=1.0, evaluations=6) == 0.0
 
 
-def test_different_replicas_are_taken_only_for_a_clear_gain(found: Answer) -> None:
+def test_different_replicas_are_taken_only_for_a_clear_gain(found: PlanResult) -> None:
     planned = found.planned
     homogeneous = {item.counts for item in planned.homogeneous}
     mixed = next(item for item in planned.candidates if item.counts not in homogeneous)

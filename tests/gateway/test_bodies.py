@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.conftest import Front, Make, table_of, until
-from oserve.gateway.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
-from oserve.gateway.carry import Carried
-from oserve.gateway.errors import ApiError
-from oserve.gateway.fields import UnmovableError
-from oserve.gateway.foresight import Foresight
-from oserve.gateway.prompt import prompt_size
+from oserve.gateway.estimator import Foresight
+from oserve.gateway.http.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
+from oserve.gateway.http.errors import ApiError
+from oserve.gateway.http.prompt import prompt_size
+from oserve.gateway.stream.continuation import Carried
+from oserve.gateway.stream.continuation_fields import UnmovableError
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
 from oserve.sim.fuzz import fuzzed_body
 from oserve.sim.tokenizer_stub import BabblingTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.process.hub import Hub, HubClient

@@ -17,7 +17,7 @@ from oserve.perf.profile import ProfileStep, shape_key, shipped_profile, write_p
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.roofline import Coefficients, Roofline
 from oserve.profiler.brief import Pace, brief_course, what_to_measure
-from oserve.profiler.measure import Point
+from oserve.profiler.measure import MeasuredPoint
 from oserve.profiler.profile import profile_devices
 from oserve.startup.first_plan import brief_file
 
@@ -56,7 +56,7 @@ def test_the_course_stays_within_the_engine(
     assert course
     assert len(set(course)) == len(course)
     for wanted in course:
-        if isinstance(wanted, Point):
+        if isinstance(wanted, MeasuredPoint):
             assert 1 <= wanted.seqs <= seqs - bool(wanted.prompts)
             assert wanted.seqs * wanted.context < kv_tokens
             assert wanted.context < max_model_len
@@ -70,10 +70,10 @@ def test_steps_that_would_take_too_long_are_foreseen() -> None:
     assert pace.expected_s(1024) == 0.0
     pace.learn(64, [step(64, 0, 0.064)])
     assert pace.expected_s(1024) == pytest.approx(2 * 1.024)
-    pace.learn(Point(seqs=1, context=32), [step(0, 1, 0.05)])
-    alone = pace.expected_s(Point(seqs=4, context=32))
+    pace.learn(MeasuredPoint(seqs=1, context=32), [step(0, 1, 0.05)])
+    alone = pace.expected_s(MeasuredPoint(seqs=4, context=32))
     assert alone == pytest.approx(4 * 0.032 + 16 * 4 * 0.05)
-    assert pace.expected_s(Point(seqs=4, context=32, prompts=(64,))) > alone
+    assert pace.expected_s(MeasuredPoint(seqs=4, context=32, prompts=(64,))) > alone
 
 
 def step(prefill: float, seqs: float, seconds: float, kv_tokens: float = 0.0) -> ProfileStep:
@@ -99,7 +99,7 @@ def test_a_fit_to_a_brief_course_predicts_what_a_plan_needs(model: str) -> None:
     truth = Roofline(facts, find_device("cpu"), true, precision=Precision.FP32)
     rows: list[tuple[float, float, float]] = []
     for wanted in brief_course(chunk=2048, seqs=32, max_model_len=8192, kv_tokens=65536):
-        if isinstance(wanted, Point):
+        if isinstance(wanted, MeasuredPoint):
             held = float(wanted.seqs * wanted.context)
             rows += [(n, wanted.seqs, held) for n in (0, *wanted.prompts)]
         else:

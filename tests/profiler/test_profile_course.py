@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from oserve.profiler.client import Stream
+from oserve.profiler.client import MeasuredStream
 from oserve.profiler.contention import foreign_cpu_s
 from oserve.profiler.measure import plan_course
 
@@ -32,7 +32,7 @@ def test_about_two_dozen_steps() -> None:
 
 
 def test_an_event_that_carries_several_tokens_counts_for_each() -> None:
-    seen = Stream()
+    seen = MeasuredStream()
     seen.feed(b'data: {"usage":{"prompt_tokens":3,"completion_tokens":1}}', 1.0)
     seen.feed(
         b'data: {"usage":{"completion_tokens":2}}\n\ndata: {"usage":{"completion_tokens": 4}}', 2.0

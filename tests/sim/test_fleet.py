@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs

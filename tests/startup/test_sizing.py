@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import Deployment, check_engines, prepare
+from oserve.app.deployment import ServerDeployment, check_engines, prepare
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import OServeError
@@ -16,7 +16,7 @@ from oserve.perf.profile import ProfileSource
 MiB = 1 << 20
 
 
-def prepared(model: str, folder: Path, **more: object) -> Deployment:
+def prepared(model: str, folder: Path, **more: object) -> ServerDeployment:
     given = {
         "model": model,
         "state_dir": str(folder / "state"),

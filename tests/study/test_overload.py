@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import Role
 from oserve.evaluate.simulator import Levers, Routing, Traffic, met
 from oserve.sim.types import Status

@@ -14,7 +14,7 @@ from oserve.config import load_cluster
 from oserve.control.decision import Decision
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
-from oserve.control.runtime import Helm
+from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import ReplicaShape
@@ -162,7 +162,7 @@ def test_a_controller_fed_by_hand_decides_the_same(played: Played) -> None:
     steering = played.steering
     starts = StartTimes(steering.starts_s)
     planner = TablePlanner(replace(steering.planner.facts, start_s=starts.start_s))
-    helm = Helm(
+    helm = ControllerRuntime(
         steering.serving.plan,
         policy=steering.control,
         planner=planner,

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.engines.adoption import end
@@ -19,7 +19,7 @@ from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.hub import Hub, Operate
-from oserve.gateway.process.worker import Orders
+from oserve.gateway.process.worker import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
 
 _log = logging.getLogger("oserve.app")
@@ -80,7 +80,7 @@ class Front:
 
     async def _start(self, index: int) -> int:
         """Take the process of this number up, or start it; returns its port."""
-        orders = Orders(
+        orders = WorkerConfig(
             process=index,
             hub=str(self._socket),
             models=self._facts.models,

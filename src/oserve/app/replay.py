@@ -17,7 +17,7 @@ from oserve.config import Settings, parse_plan
 from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Mode, Verdict
 from oserve.control.planning import planner_for
-from oserve.control.runtime import Helm
+from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
@@ -66,7 +66,7 @@ def replayed_decisions(
     opinion = Opinion(question) if settings.control.simulate else None
     if opinion is not None:
         planner.learn(opinion.refined(planner.facts))
-    helm = Helm(
+    helm = ControllerRuntime(
         _first_plan(file),
         policy=policy_of(settings, mode),
         planner=planner,

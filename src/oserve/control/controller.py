@@ -16,7 +16,7 @@ from typing import Any
 from oserve.control.decision import Decision, Reason, Trigger, Verdict
 from oserve.control.evaluation import Appraiser, Question, Weighed, appraise, signature
 from oserve.control.lifetime import Lifetime
-from oserve.control.monitor import Watch
+from oserve.control.monitor import TrafficMonitor
 from oserve.control.policy import HOUR_S, ControlPolicy, Standing, reason_for, verdict_for
 from oserve.control.switch_regret import Regret
 from oserve.core import DeploymentPlan, ReplicaSpec
@@ -40,7 +40,7 @@ class Controller:
     ) -> None:
         self.policy = policy
         self.plan = plan
-        self.watch = Watch(policy, forecaster, detector)
+        self.watch = TrafficMonitor(policy, forecaster, detector)
         self.decisions: deque[Decision] = deque(maxlen=policy.decisions)
         self._lifetime = Lifetime(
             prior_s=policy.lasts_s, most_s=policy.longest_s, lag_s=policy.interval_s

@@ -32,7 +32,7 @@ _BEFORE_S = (900, 300, 60, 10)
 _LONGEST = 2.0
 
 
-class Watch:
+class TrafficMonitor:
     """``forecaster`` and ``detector`` must be of the same types."""
 
     def __init__(

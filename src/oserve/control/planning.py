@@ -9,13 +9,13 @@ from oserve.core import OServeError, ReplicaShape, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import performance_table
-from oserve.plan.planning import Question as PlanningQuestion
+from oserve.plan.planning import PlanRequest
 
 _AS_MEASURED = Speeds()
 
 
 def planner_for(
-    question: PlanningQuestion, starts: StartTimes, legs: Legs | None = None
+    question: PlanRequest, starts: StartTimes, legs: Legs | None = None
 ) -> TablePlanner:
     """The controller's planner: the performance table once, other rates each time."""
     demand = question.demand

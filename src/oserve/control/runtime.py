@@ -14,7 +14,7 @@ from oserve.control.decision import Mode, Trigger
 from oserve.control.evaluation import Question, Weighed, appraised
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
-from oserve.control.speed import SpeedWatch
+from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
@@ -26,7 +26,7 @@ from oserve.workload import classify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class SimulatedScore:
     """A switch as simulated: requests/s within limits with the plan kept and with the other.
 
     ``worth``: requests that the switch brings after its cost. ``pays_after_s``: see ``Weighed``.
@@ -41,7 +41,7 @@ class Judged:
 # Candidates of a decision on which there is a second opinion, by what the model gives them.
 _MOST_JUDGED = 5
 
-Scorer = Callable[[Question, Weighed], Judged]
+Scorer = Callable[[Question, Weighed], SimulatedScore]
 """A second opinion on a switch. What it says counts, not what the model of the planner says."""
 
 
@@ -58,7 +58,7 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
     )
 
 
-class Helm:
+class ControllerRuntime:
     """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
 
     ``scorer`` judges what the planner proposes: its model's errors are as large as most gains.
@@ -74,7 +74,7 @@ class Helm:
         starts: StartTimes,
         shares_interval_s: float,
         scorer: Scorer | None = None,
-        watch: SpeedWatch | None = None,
+        watch: SpeedEstimator | None = None,
     ) -> None:
         self.watch = watch
         self.planner = planner

@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.control.order import OrderPolicy
-from oserve.control.overload import OverloadPolicy, max_prompt_s
+from oserve.control.dispatch.order import OrderPolicy
+from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected

@@ -14,7 +14,7 @@ import numpy as np
 
 from oserve.control.evaluation import Question, Rates, Weighed, pays_after_s
 from oserve.control.planner import PlannerFacts, TablePlanner
-from oserve.control.runtime import Judged
+from oserve.control.runtime import SimulatedScore
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.evaluate.capacities import Lengths, simulated_table
 from oserve.evaluate.simulator import Levers, Mask, Serving, Simulator, Traffic, met
@@ -23,7 +23,7 @@ from oserve.evaluate.worker_process import Aside
 from oserve.evaluate.workload import Prospect, prospect
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
-from oserve.plan.planning import Question as PlanningQuestion
+from oserve.plan.planning import PlanRequest
 from oserve.traces import Slo
 
 HOPELESS = 0.1
@@ -41,7 +41,7 @@ class Opinion:
     """
 
     def __init__(
-        self, question: PlanningQuestion, *, levers: Levers = SERVED_AS, aside: bool = False
+        self, question: PlanRequest, *, levers: Levers = SERVED_AS, aside: bool = False
     ) -> None:
         self._question = question
         self._aside = Aside(partial(Opinion, question, levers=levers)) if aside else None
@@ -122,7 +122,7 @@ class Scored:
         self._opinion = opinion
         self._planner = planner
 
-    def __call__(self, question: Question, found: Weighed) -> Judged:
+    def __call__(self, question: Question, found: Weighed) -> SimulatedScore:
         """Both plans on the same prospect.
 
         Where a backlog makes all late either way, what counts is what comes after it.
@@ -133,11 +133,11 @@ class Scored:
                 kept, moved, after = self._both(replace(question, past=()), found)
         except OServeError:
             # What cannot be simulated is judged by the model alone.
-            return Judged(
+            return SimulatedScore(
                 current_rps=found.current_rps, candidate_rps=found.candidate_rps, worth=found.worth
             )
         left_s = max(0.0, found.lasts_s - found.cost.seconds)
-        return Judged(
+        return SimulatedScore(
             current_rps=kept,
             candidate_rps=moved,
             worth=(moved - kept) * left_s + after - found.cost.requests,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
     Ints,
@@ -25,7 +25,7 @@ from oserve.evaluate.simulator import (
 from oserve.perf.capacity import Limits
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment
-from oserve.plan.planning import Answer, deployment_plan, predict
+from oserve.plan.planning import PlanResult, deployment_plan, predict
 from oserve.plan.search import Deployment
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
@@ -143,7 +143,7 @@ def simulate_serving(
     )
 
 
-def serving_of(found: Answer, deployment: Deployment, levers: Levers = SERVED_AS) -> Serving:
+def serving_of(found: PlanResult, deployment: Deployment, levers: Levers = SERVED_AS) -> Serving:
     """A deployment of an answer as it would be served."""
     placed = place_deployment(found.problem, deployment)
     return Serving(plan=deployment_plan(found.question, placed), levers=levers)
@@ -153,13 +153,13 @@ def serving_of(found: Answer, deployment: Deployment, levers: Levers = SERVED_AS
 class VerifiedAnswer:
     """An answer whose plan was chosen by simulation; ``check`` says with what."""
 
-    answer: Answer
+    answer: PlanResult
     verified: Verified
     check: Check
 
 
 def verified_answer(
-    found: Answer, check: Check, *, simulator: Simulator | None = None
+    found: PlanResult, check: Check, *, simulator: Simulator | None = None
 ) -> VerifiedAnswer:
     """Score the candidates of an answer and its homogeneous deployments again, and choose."""
     known = simulator or Simulator(found.question.source)

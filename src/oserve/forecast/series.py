@@ -25,7 +25,7 @@ _MAX_CELLS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SeriesOptions:
     """``interval_s`` of None: 60 s for requests, the file's own step for counts."""
 
     interval_s: float | None = None
@@ -38,7 +38,7 @@ class Wanted:
     sort: bool = False
 
 
-def load_series(path: Path, wanted: Wanted, skipped: Skipped | None = None) -> Series:
+def load_series(path: Path, wanted: SeriesOptions, skipped: Skipped | None = None) -> Series:
     """The series of a request trace or a counts file. Raises OServeError as their readers do."""
     if path.is_file() and is_counts(path):
         return series_of_counts(read_counts(path), wanted, source=str(path))
@@ -54,7 +54,9 @@ def load_series(path: Path, wanted: Wanted, skipped: Skipped | None = None) -> S
     return series_of_requests(requests, wanted, source=str(path))
 
 
-def series_of_requests(requests: Iterable[TraceRequest], wanted: Wanted, *, source: str) -> Series:
+def series_of_requests(
+    requests: Iterable[TraceRequest], wanted: SeriesOptions, *, source: str
+) -> Series:
     """Whole windows only, beginning at the multiple of the interval before the first request.
 
     Raises OServeError for no requests or too few windows.
@@ -96,7 +98,7 @@ def series_of_requests(requests: Iterable[TraceRequest], wanted: Wanted, *, sour
     )
 
 
-def series_of_counts(table: CountTable, wanted: Wanted, *, source: str) -> Series:
+def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -> Series:
     """The series with the largest counts in the first half, as many as ``types`` says.
 
     Raises OServeError for an interval that is no multiple of the file's step, or too few windows.

@@ -31,7 +31,7 @@ _LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class PlanRequest:
     """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
 
     Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
+class PredictedRates:
     """Requests per second: served with no regard to SLOs, within all of them, and asked for."""
 
     served_rps: float
@@ -69,21 +69,21 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class PlanResult:
     """The plan, how it was found, and what it is compared with.
 
     ``usual`` is what most people run: the smallest tensor-parallel size that holds the model with
     room for its requests, everywhere. ``table_s`` and ``solve_s`` are seconds of this machine.
     """
 
-    question: Question
+    question: PlanRequest
     problem: PlanProblem
     planned: Planned
     placed: Placed
     plan: DeploymentPlan
-    predicted: Predicted
+    predicted: PredictedRates
     baseline: Deployment
-    baseline_predicted: Predicted
+    baseline_predicted: PredictedRates
     usual: Deployment | None
     table_s: float
     solve_s: float
@@ -105,7 +105,7 @@ class Answer:
         return _gain(self.planned, self.planned.best, self.baseline)
 
 
-def answer(question: Question) -> Answer:
+def answer(question: PlanRequest) -> PlanResult:
     """Plan it. Raises OServeError where nothing can serve the demand, naming what would."""
     demand = question.demand
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def answer(question: Question) -> Answer:
     placed = place_deployment(problem, planned.best)
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]
-    return Answer(
+    return PlanResult(
         question=question,
         problem=problem,
         planned=planned,
@@ -163,7 +163,7 @@ def _gain(planned: Planned, best: Deployment, base: Deployment) -> float:
     return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
 
 
-def predict(question: Question, problem: PlanProblem, deployment: Deployment) -> Predicted:
+def predict(question: PlanRequest, problem: PlanProblem, deployment: Deployment) -> PredictedRates:
     """What a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
@@ -176,7 +176,7 @@ def predict(question: Question, problem: PlanProblem, deployment: Deployment) ->
     )
     free = replace(problem, options=table, current=None)
     served = Assigner(free).score([deployment.counts[index] for index in used]).served_rps
-    return Predicted(
+    return PredictedRates(
         served_rps=max(served, deployment.score.served_rps),
         goodput_rps=deployment.score.served_rps,
         demand_rps=problem.demand_rps,
@@ -197,7 +197,7 @@ def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
-def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
+def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
     """Shares per length class: those of the types it is made of, in proportion."""
     demand = question.demand
     shares: dict[str, dict[str, float]] = {}
@@ -250,7 +250,7 @@ def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deploymen
     return min(able, key=unusual, default=None)
 
 
-def _refuse_unmet(question: Question, table: Sequence[ShapePerformance]) -> None:
+def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> None:
     """Raise where no shape serves a type that comes: too little room, or too tight an SLO."""
     unmet = [
         index

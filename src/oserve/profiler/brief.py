@@ -26,9 +26,9 @@ from oserve.perf.profile import (
     write_profile,
 )
 from oserve.profiler.client import EngineClient, EngineFacts
-from oserve.profiler.measure import Point, StepMeter
+from oserve.profiler.measure import MeasuredPoint, StepMeter
 from oserve.profiler.profile import (
-    Report,
+    ProfileReporter,
     default_shapes,
     engine_hall,
     fitted_entry,
@@ -48,16 +48,16 @@ _WINDOW = 12
 _REPEATS = 2
 _WARM = 4
 # Prompts and streams in the order of what a model can least do without; each adds something.
-_WANTED: tuple[int | Point, ...] = (
+_WANTED: tuple[int | MeasuredPoint, ...] = (
     16,
-    Point(seqs=1, context=32),
+    MeasuredPoint(seqs=1, context=32),
     64,
-    Point(seqs=4, context=32),
+    MeasuredPoint(seqs=4, context=32),
     128,
     256,
-    Point(seqs=16, context=32, prompts=(64,)),
-    Point(seqs=1, context=1024),
-    Point(seqs=8, context=256, prompts=(256,)),
+    MeasuredPoint(seqs=16, context=32, prompts=(64,)),
+    MeasuredPoint(seqs=1, context=1024),
+    MeasuredPoint(seqs=8, context=256, prompts=(256,)),
     1024,
 )
 
@@ -69,17 +69,17 @@ class Pace:
     prompt_s_per_token: float = 0.0
     gap_s_per_seq: float = 0.0
 
-    def learn(self, wanted: int | Point, steps: Sequence[ProfileStep]) -> None:
+    def learn(self, wanted: int | MeasuredPoint, steps: Sequence[ProfileStep]) -> None:
         """From what was just measured."""
         first = steps[0]
-        if isinstance(wanted, Point):
+        if isinstance(wanted, MeasuredPoint):
             self.gap_s_per_seq = first.seconds / wanted.seqs
         else:
             self.prompt_s_per_token = first.seconds / wanted
 
-    def expected_s(self, wanted: int | Point) -> float:
+    def expected_s(self, wanted: int | MeasuredPoint) -> float:
         """At most about this, as what is larger takes less per token and per sequence."""
-        if not isinstance(wanted, Point):
+        if not isinstance(wanted, MeasuredPoint):
             return _REPEATS * wanted * self.prompt_s_per_token
         gap_s = wanted.seqs * self.gap_s_per_seq
         begin_s = wanted.seqs * wanted.context * self.prompt_s_per_token
@@ -89,11 +89,11 @@ class Pace:
 
 def brief_course(
     *, chunk: int, seqs: int, max_model_len: int, kv_tokens: int
-) -> tuple[int | Point, ...]:
+) -> tuple[int | MeasuredPoint, ...]:
     """What can be measured within an engine's limits (tokens, sequences), most needed first."""
-    course: list[int | Point] = []
+    course: list[int | MeasuredPoint] = []
     for wanted in _WANTED:
-        if not isinstance(wanted, Point):
+        if not isinstance(wanted, MeasuredPoint):
             if wanted <= min(chunk, max_model_len - 8):
                 course.append(wanted)
             continue
@@ -144,7 +144,7 @@ async def measure_briefly(
     settings: Settings,
     shapes: Sequence[ReplicaShape],
     *,
-    report: Report,
+    report: ProfileReporter,
     limit_s: float = LIMIT_S,
 ) -> Path | None:
     """Measure, within ``limit_s``, as many shapes as can be; the file they are kept in, if any.
@@ -164,7 +164,7 @@ async def measure_briefly(
 
 
 async def _measured(
-    settings: Settings, shapes: Sequence[ReplicaShape], report: Report, limit_s: float
+    settings: Settings, shapes: Sequence[ReplicaShape], report: ProfileReporter, limit_s: float
 ) -> Profile | None:
     model = find_model(settings.model)
     devices = profile_devices(settings)
@@ -204,7 +204,7 @@ async def _collect(
     facts: EngineFacts,
     shape: ReplicaShape,
     steps: list[ProfileStep],
-    report: Report,
+    report: ProfileReporter,
     until_s: float,
 ) -> None:
     """Add steps while there is time; what would take too long is passed over."""
@@ -235,7 +235,7 @@ def _entry(
     shape: ReplicaShape,
     facts: EngineFacts,
     steps: Sequence[ProfileStep],
-    report: Report,
+    report: ProfileReporter,
 ) -> ProfileEntry | None:
     try:
         return fitted_entry(model, devices[0].kind, shape, facts, tuple(steps))

@@ -31,7 +31,7 @@ class EngineFacts:
 
 
 @dataclass
-class Stream:
+class MeasuredStream:
     """Times at which tokens of one answer came; an event that carries several counts for each."""
 
     times: list[float] = field(default_factory=list)
@@ -118,10 +118,10 @@ class EngineClient:
         return [(draw or self._draw).randrange(low, high) for _ in range(tokens)]
 
     async def stream(
-        self, prompt: list[int], output_tokens: int, seen: Stream | None = None
-    ) -> Stream:
+        self, prompt: list[int], output_tokens: int, seen: MeasuredStream | None = None
+    ) -> MeasuredStream:
         """One completion; raises OServeError when the engine refuses it or breaks it off."""
-        seen = seen or Stream()
+        seen = seen or MeasuredStream()
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": prompt,

@@ -23,7 +23,7 @@ from msgspec.structs import astuple
 
 from oserve.core import OServeError
 from oserve.perf.profile import ProfileStep
-from oserve.profiler.client import EngineClient, EngineFacts, Stream
+from oserve.profiler.client import EngineClient, EngineFacts, MeasuredStream
 from oserve.profiler.contention import foreign_cpu_s
 
 # Tokens of each stream that one sample of the gap spans.
@@ -44,7 +44,7 @@ _LONG_TOTAL = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class MeasuredPoint:
     """``seqs`` streams of ``context`` tokens decode, and ``prompts`` of these lengths join them."""
 
     seqs: int
@@ -53,11 +53,11 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class StepSeries:
     """What is measured, ``rounds`` times over: prompts alone, and points."""
 
     prompts: tuple[int, ...]
-    points: tuple[Point, ...]
+    points: tuple[MeasuredPoint, ...]
     rounds: int = 3
 
     @property
@@ -68,7 +68,7 @@ class Course:
 
 def plan_course(
     *, chunk: int, seqs: int, max_model_len: int, kv_tokens: int, stages: int = 1, rounds: int = 3
-) -> Course:
+) -> StepSeries:
     """About two dozen steps within an engine's limits (tokens, sequences)."""
     longest = max_model_len - 8 * _WINDOW
     prompts = [n for n in (16, 64, 256, 512, 1024, 2048, 4096, 8192) if n <= chunk]
@@ -92,8 +92,8 @@ def plan_course(
         # In a pipeline a prompt delays each micro-batch in its own way: not told apart here.
         mixed = joined.get(count, ()) if context == 32 and stages == 1 else ()
         fitting = tuple(n for n in mixed if n + count <= chunk and n <= longest)
-        points.append(Point(seqs=count, context=context, prompts=fitting))
-    return Course(
+        points.append(MeasuredPoint(seqs=count, context=context, prompts=fitting))
+    return StepSeries(
         prompts=tuple(n for n in prompts if n <= longest), points=tuple(points), rounds=rounds
     )
 
@@ -135,7 +135,7 @@ class StepMeter:
         self._repeats = repeats
         self._patience_s = _PATIENCE_S
 
-    async def run(self, course: Course) -> tuple[ProfileStep, ...]:
+    async def run(self, course: StepSeries) -> tuple[ProfileStep, ...]:
         """Medians over the rounds, step by step; rounds, so that no disturbance hits one alone."""
         samples: dict[tuple[object, int], list[_Sample]] = {}
         await self._prompts(course.prompts[0])
@@ -151,9 +151,9 @@ class StepMeter:
                 self._progress(len(found))
         return tuple(_median_step(rows) for rows in samples.values())
 
-    async def once(self, wanted: int | Point) -> tuple[ProfileStep, ...]:
+    async def once(self, wanted: int | MeasuredPoint) -> tuple[ProfileStep, ...]:
         """The steps of a prompt of so many tokens, or of a point, measured once."""
-        if isinstance(wanted, Point):
+        if isinstance(wanted, MeasuredPoint):
             return tuple(sample.step for sample in await self._point(wanted))
         return (_median_step(await self._prompts(wanted)),)
 
@@ -188,7 +188,7 @@ class StepMeter:
             found.append(_sample(seen.times[0] - begin_s, length))
         return found
 
-    async def _point(self, point: Point) -> list[_Sample]:
+    async def _point(self, point: MeasuredPoint) -> list[_Sample]:
         """The gap of the streams, then by how much each joining prompt delays them."""
         share = min(self._stages, point.seqs)
         async with self._decoding(point) as streams:
@@ -202,9 +202,9 @@ class StepMeter:
         return found
 
     @asynccontextmanager
-    async def _decoding(self, point: Point) -> AsyncIterator[list[Stream]]:
+    async def _decoding(self, point: MeasuredPoint) -> AsyncIterator[list[MeasuredStream]]:
         """Streams that all decode; they end with the context."""
-        streams = [Stream() for _ in range(point.seqs)]
+        streams = [MeasuredStream() for _ in range(point.seqs)]
         # Enough for what is measured and for the steps in which the others' prompts are computed.
         most = self._facts.max_model_len - point.context - 1
         output = min(most, 4000)
@@ -224,7 +224,7 @@ class StepMeter:
             # The engine needs a moment to take note that nobody listens any more.
             await asyncio.sleep(0.05)
 
-    async def _gap(self, streams: list[Stream], context: int) -> tuple[float, float]:
+    async def _gap(self, streams: list[MeasuredStream], context: int) -> tuple[float, float]:
         """Mean gap in seconds over a window, and the tokens in the caches of all streams."""
         begin = [len(item.times) for item in streams]
         end = [count + self._window for count in begin]
@@ -236,7 +236,7 @@ class StepMeter:
         held = sum(context + first + self._window / 2 for first in begin)
         return statistics.fmean(gaps), held
 
-    async def _delay(self, streams: list[Stream], length: int, gap_s: float) -> float:
+    async def _delay(self, streams: list[MeasuredStream], length: int, gap_s: float) -> float:
         """Seconds that a prompt which asks for one token costs each stream."""
         begin = [len(item.times) for item in streams]
         await self._client.stream(self._client.prompt(length), 1)
@@ -249,9 +249,9 @@ class StepMeter:
 
 
 async def _until(
-    streams: Sequence[Stream],
+    streams: Sequence[MeasuredStream],
     counts: Sequence[int],
-    tasks: Sequence["asyncio.Task[Stream]"] = (),
+    tasks: Sequence["asyncio.Task[MeasuredStream]"] = (),
 ) -> None:
     """Wait until each stream has so many tokens; raises what ended one before."""
     while any(len(item.times) < count for item, count in zip(streams, counts, strict=True)):

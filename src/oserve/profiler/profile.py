@@ -30,14 +30,14 @@ from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, sh
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
 from oserve.profiler.client import EngineClient, EngineFacts
-from oserve.profiler.measure import Course, StepMeter, plan_course
+from oserve.profiler.measure import StepMeter, StepSeries, plan_course
 
 _POLL_S = 0.1
 _SERVED_NAME = "profiled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class ProfileReporter:
     """Told while measuring: a line to show, and so many steps of so many done of one shape."""
 
     line: Callable[[str], None] = lambda _line: None
@@ -177,7 +177,7 @@ async def profile_started(
     shapes: Sequence[ReplicaShape],
     *,
     rounds: int,
-    report: Report,
+    report: ProfileReporter,
 ) -> Profile:
     """Start and measure each shape. One that cannot start is told of and left out.
 
@@ -213,7 +213,7 @@ async def profile_running(
     shape: ReplicaShape,
     *,
     rounds: int,
-    report: Report,
+    report: ProfileReporter,
 ) -> Profile:
     """Measure an engine that runs already; ``shape`` says what it is."""
     entry, facts = await measure_engine(
@@ -229,7 +229,7 @@ async def measure_engine(
     shape: ReplicaShape,
     *,
     rounds: int,
-    report: Report,
+    report: ProfileReporter,
     watch: bool = True,
 ) -> tuple[ProfileEntry, EngineFacts]:
     """Measure and fit; ``watch``: see ``StepMeter``."""
@@ -275,11 +275,11 @@ def fitted_entry(
 
 
 def _begin(
-    course: Course,
+    course: StepSeries,
     client: EngineClient,
     facts: EngineFacts,
     shape: ReplicaShape,
-    report: Report,
+    report: ProfileReporter,
     *,
     watch: bool,
 ) -> StepMeter:

@@ -5,7 +5,7 @@ replicas are seen. Who can no longer meet the first limit goes behind all who st
 and who is past the second is refused.
 """
 
-from oserve.control.pick import pick as plain_pick
+from oserve.control.dispatch.pick import pick as plain_pick
 from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at

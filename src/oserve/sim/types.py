@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.control.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import ReplicaPhase, Role
 from oserve.sim import layout
 from oserve.traces import TraceRequest

@@ -12,7 +12,7 @@ _ANSWER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class AttachedServer:
     """An attached server and how it was found."""
 
     spec: ReplicaSpec
@@ -33,7 +33,7 @@ class Asked:
 
 async def ask_attached(
     plan: DeploymentPlan, variables: Mapping[str, str], *, model: str
-) -> list[Asked]:
+) -> list[AttachedServer]:
     """Ask every attached server whether it is well, knows the model, and answers.
 
     ``model``: what clients call it. ``variables``: values of those that the plan names.
@@ -51,14 +51,14 @@ async def ask_attached(
 
 async def _ask(
     spec: ReplicaSpec, backend: AttachedBackend, variables: Mapping[str, str], model: str
-) -> Asked:
+) -> AttachedServer:
     endpoint = backend.endpoint(variables)
     async with Probe(endpoint, timeout_s=_ANSWER_S) as probe:
         finding = await Look(probe, endpoint, backend.model or model).try_out()
-    return Asked(spec=spec, url=backend.url, finding=finding)
+    return AttachedServer(spec=spec, url=backend.url, finding=finding)
 
 
-def refuse_troubled(asked: list[Asked], *, place: str) -> None:
+def refuse_troubled(asked: list[AttachedServer], *, place: str) -> None:
     """Raise OServeError if one cannot serve."""
     troubled = [item for item in asked if item.finding.trouble]
     if troubled:

@@ -18,7 +18,7 @@ from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.plan.planning import Answer, Question, answer, used_shapes
+from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 
@@ -90,7 +90,7 @@ def planning_question(
     *,
     demand: Demand | None = None,
     shapes: tuple[ReplicaShape, ...] = (),
-) -> Question:
+) -> PlanRequest:
     """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
 
     ``plain``: precisions that the model's own checkpoint runs in, most wanted first; they matter
@@ -111,7 +111,7 @@ def planning_question(
         max_num_seqs=(),
         kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or None,
     )
-    return Question(
+    return PlanRequest(
         model=settings.model,
         devices=devices,
         demand=demand,
@@ -154,7 +154,7 @@ def _is_known(source: PerformanceSource, precision: Precision) -> bool:
     return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
-def first_plan(question: Question, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
+def first_plan(question: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
     """The best plan, with replicas at these speeds, and why it is."""
     found = answer(replace(question, source=corrected(question.source, speeds)))
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
@@ -200,7 +200,7 @@ def _demand(settings: Settings, context: int) -> Demand:
     return scaled(assumed, _TRICKLE)
 
 
-def _why(found: Answer) -> str:
+def _why(found: PlanResult) -> str:
     score, base = found.planned.best.score, found.baseline.score
     demand = found.question.demand
     homogeneous = " + ".join(
@@ -219,7 +219,7 @@ def _why(found: Answer) -> str:
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
 
 
-def _variety(found: Answer) -> str:
+def _variety(found: PlanResult) -> str:
     """What the shapes that were asked for are worth."""
     least = found.question.min_shapes
     if least == 1:

@@ -10,7 +10,7 @@ from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.room import Room, known_model, with_settings
 from oserve.perf.profile import ProfileSource
-from oserve.plan.planning import Question
+from oserve.plan.planning import PlanRequest
 
 
 def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
@@ -41,7 +41,9 @@ def fitting(
     return found
 
 
-def fitted(room: Room, question: Question, specs: Iterable[ReplicaSpec]) -> tuple[Room, Question]:
+def fitted(
+    room: Room, question: PlanRequest, specs: Iterable[ReplicaSpec]
+) -> tuple[Room, PlanRequest]:
     """The room with caches sized for all that may run, and the question about what fits in it.
 
     ``specs`` are replicas of a plan that is given. Raises OServeError where no shape fits.

@@ -26,7 +26,7 @@ _MOST = {"decisions": 10_000, "plans": 1_000, "seconds": 7 * 86_400}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
+class StateUpdate:
     """What one save writes; empty fields leave what is there."""
 
     memory: Mapping[str, bytes]
@@ -54,7 +54,7 @@ class StateStore:
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=30.0)
 
-    def save(self, save: Save) -> None:
+    def save(self, save: StateUpdate) -> None:
         """All of it or nothing. A full disk must not end serving: then nothing is saved."""
         with (
             contextlib.suppress(sqlite3.Error),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.evaluate.simulator import Routing
 from oserve.study.ours import OServeTuner
 from oserve.study.tune import Found

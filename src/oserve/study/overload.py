@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.evaluate.simulator import Floats, Levers, Mask, Serving, class_indices, met
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status

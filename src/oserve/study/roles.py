@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import OServeError, Role
 from oserve.evaluate.simulator import Levers, Serving
 from oserve.plan.packing import Packing

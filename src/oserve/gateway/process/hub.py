@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.metrics import merged
@@ -36,7 +36,7 @@ _MOST_BATCHES = 10_000
 _MAX_REPORT_BYTES = 4 * 1024 * 1024
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway process tells the hub. ``table`` is the version it has.
 
     ``incarnation`` is its process id. ``port``: where it listens; 0 before. ``set_aside``: replicas
@@ -53,7 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     set_aside: dict[str, tuple[str, float]] = {}
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
+class HubReply(msgspec.Struct, frozen=True, kw_only=True):
     """What it hears back; ``table`` only when it is newer than the one it has.
 
     ``counted`` is the number of the batch that was taken.
@@ -85,7 +85,7 @@ class Hub:
         self._version = secrets.randbits(48)
         self._picture = Picture()
         # By incarnation, since one that ends slowly may still report beside the next.
-        self._reports: dict[int, Report] = {}
+        self._reports: dict[int, WorkerReport] = {}
         self._forgotten: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
@@ -164,7 +164,7 @@ class Hub:
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
             return
-        report = msgspec.json.decode(exchange.body, type=Report)
+        report = msgspec.json.decode(exchange.body, type=WorkerReport)
         self._count(report)
         if report.incarnation not in self._forgotten:
             self._reports[report.incarnation] = report
@@ -185,12 +185,12 @@ class Hub:
             hand_overs=self._hand_overs,
         )
         newer = self._table if report.table != self._version else None
-        reply = Reply(
+        reply = HubReply(
             version=self._version, counted=report.counts.number, picture=picture, table=newer
         )
         exchange.respond(200, msgspec.json.encode(reply))
 
-    def _count(self, report: Report) -> None:
+    def _count(self, report: WorkerReport) -> None:
         """Take a batch unless it is the one that was taken last."""
         if self._counted.get(report.incarnation) == report.counts.number:
             return
@@ -231,7 +231,7 @@ class HubClient:
 
     async def _sync(self) -> None:
         dispatcher = self._dispatcher
-        report = Report(
+        report = WorkerReport(
             incarnation=self._incarnation,
             counts=dispatcher.foresight.tally.take(time.time()),
             outstanding=dispatcher.outstanding(),
@@ -244,7 +244,7 @@ class HubClient:
         body: Any = msgspec.json.encode(report)
         limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)
         async with self._session.post("http://hub/sync", data=body, timeout=limit) as answer:
-            reply = msgspec.json.decode(await answer.read(), type=Reply)
+            reply = msgspec.json.decode(await answer.read(), type=HubReply)
         self._heard_s = time.monotonic()
         self._version = reply.version
         dispatcher.foresight.tally.acknowledge(reply.counted)

@@ -16,15 +16,15 @@ from typing import Any
 import msgspec
 import uvloop
 
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.process.collection import rare_collections
 from oserve.gateway.process.hub import SYNC_INTERVAL_S, HubClient
 from oserve.gateway.records import RecordStore
-from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.workload.output import OutputEstimator
 
 
-class Orders(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that a gateway process must know at its start."""
 
     process: int
@@ -35,7 +35,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     estimator: dict[str, Any] | None = None
 
 
-async def _run(orders: Orders) -> None:
+async def _run(orders: WorkerConfig) -> None:
     settings = orders.settings
     records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
     gateway = Gateway(
@@ -89,7 +89,7 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     rare_collections()
-    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
     uvloop.run(_run(orders))
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from oserve import __version__
-from oserve.control.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import Request
 from oserve.core.faults import fault
-from oserve.gateway.body import GenerateBody, parse_body
 from oserve.gateway.dispatch import Dispatcher
-from oserve.gateway.errors import (
+from oserve.gateway.http.body import GenerateBody, parse_body
+from oserve.gateway.http.errors import (
     ApiError,
     bad_request,
     internal,
@@ -27,8 +27,8 @@ from oserve.gateway.errors import (
     unavailable,
     with_status,
 )
+from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.metrics import exposition
-from oserve.gateway.prompt import prompt_size
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.deployment import Deployment
+from oserve.app.deployment import ServerDeployment
 from oserve.config import plan_yaml
 from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Trigger, Verdict
@@ -21,8 +21,8 @@ from oserve.control.evaluation import Weighed
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
-from oserve.control.runtime import Helm
-from oserve.control.speed import SpeedWatch
+from oserve.control.runtime import ControllerRuntime
+from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import (
@@ -34,7 +34,7 @@ from oserve.core import (
 from oserve.evaluate.switch_simulation import Opinion
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import Speeds
-from oserve.startup.store import Save, StateStore
+from oserve.startup.store import StateStore, StateUpdate
 from oserve.switch.learned import LearnedPhases
 
 _log = logging.getLogger("oserve.control")
@@ -43,7 +43,7 @@ _DECISIONS_SHOWN = 10
 _AS_MEASURED = Speeds()
 
 
-class Steering:
+class ControllerService:
     """Feeds and asks a controller; ``now_s`` is Unix time throughout.
 
     ``legs`` tells the way of switches that need no restarts, ``learned`` how long these took.
@@ -51,7 +51,7 @@ class Steering:
 
     def __init__(
         self,
-        deployment: Deployment,
+        deployment: ServerDeployment,
         *,
         now_s: float,
         legs: Legs | None = None,
@@ -64,13 +64,13 @@ class Steering:
         self._learned = learned or LearnedPhases()
         self.planner = planner_for(deployment.question, self.starts, legs)
         self._store = StateStore(deployment.state_file)
-        self._watch = SpeedWatch(deployment.question.source)
+        self._watch = SpeedEstimator(deployment.question.source)
         self._watch.speeds = deployment.speeds
         self.planner.correct(deployment.speeds)
         self._opinion = (
             Opinion(deployment.question, aside=True) if settings.control.simulate else None
         )
-        self._helm = Helm(
+        self._helm = ControllerRuntime(
             deployment.plan,
             policy=policy_of(settings, deployment.mode),
             planner=self.planner,
@@ -190,7 +190,7 @@ class Steering:
             "context": context_of(self._deployment),
         }
         end_s = int(now_s) - 1
-        save = Save(
+        save = StateUpdate(
             memory={},
             decisions=decisions,
             plan=(now_s, plan) if plan != self._plan_saved else None,
@@ -205,9 +205,9 @@ class Steering:
         end_s = int(now_s) - 1
         rows = self.controller.watch.collector.rows(self._saved_s, end_s)
         self._saved_s = end_s + 1
-        await asyncio.to_thread(self._store.save, Save(memory={}, seconds=rows))
+        await asyncio.to_thread(self._store.save, StateUpdate(memory={}, seconds=rows))
 
-    def _write(self, save: Save, memory: dict[str, Any]) -> None:
+    def _write(self, save: StateUpdate, memory: dict[str, Any]) -> None:
         encoded = {name: msgspec.json.encode(value) for name, value in memory.items()}
         self._store.save(replace(save, memory=encoded))
 
@@ -243,7 +243,7 @@ class Steering:
         }
 
 
-def context_of(deployment: Deployment) -> dict[str, Any]:
+def context_of(deployment: ServerDeployment) -> dict[str, Any]:
     """What a replay must know of the server that was observed."""
     question = deployment.question
     assert question is not None

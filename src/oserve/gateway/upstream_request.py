@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from oserve.control.order import engine_priority
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.order import engine_priority
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint
-from oserve.gateway.body import Fields, GenerateBody, with_fields
+from oserve.gateway.http.body import Fields, GenerateBody, with_fields
 from oserve.wire import UpstreamPool
 from oserve.wire.upstream import client_context
 

@@ -7,10 +7,10 @@ known at arrival (``workload.output``). Of texts and keys only hashes are kept.
 import hashlib
 from dataclasses import dataclass
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Tally
-from oserve.gateway.body import GenerateBody
-from oserve.gateway.prompt import system_prefix
+from oserve.gateway.http.body import GenerateBody
+from oserve.gateway.http.prompt import system_prefix
 from oserve.workload import classify
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation

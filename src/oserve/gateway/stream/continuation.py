@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from oserve.gateway.body import Fields
-from oserve.gateway.fields import UnmovableError, carried_fields, kept_from_moving, values_of
+from oserve.gateway.http.body import Fields
+from oserve.gateway.stream.continuation_fields import (
+    UnmovableError,
+    carried_fields,
+    kept_from_moving,
+    values_of,
+)
 
 Event = dict[str, Any]
 

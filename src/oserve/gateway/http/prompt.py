@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from oserve.gateway.body import GenerateBody
+from oserve.gateway.http.body import GenerateBody
 from oserve.workload import PromptSize
 
 # Fields of a chat that some models' templates put into the prompt.

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from oserve.control.overload import FirstTokens, OverloadPolicy, max_prompt_s
-from oserve.control.router import work_s
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s
+from oserve.control.dispatch.router import work_s
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import ReplicaLoad, Request
 
 # Speed follows what was seen with this weight per sample of a busy engine.

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.gateway.errors import ApiError, bad_request
+from oserve.gateway.http.errors import ApiError, bad_request
 from oserve.wire.caches import FIELD
 
 Fields = dict[str, msgspec.Raw]

@@ -12,8 +12,7 @@ from collections import deque
 
 import msgspec
 
-from oserve.gateway.kept import Kept
-from oserve.gateway.meaning import (
+from oserve.gateway.stream.answer import (
     Answer,
     Choice,
     Trouble,
@@ -22,6 +21,7 @@ from oserve.gateway.meaning import (
     shown,
     trouble_of,
 )
+from oserve.gateway.stream.replay_buffer import Kept
 from oserve.wire import Dechunker, chunk
 from oserve.wire.events import Event, EventReader, data_event
 

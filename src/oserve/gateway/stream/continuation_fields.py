@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from oserve.gateway.body import Fields, as_flag, as_integer
+from oserve.gateway.http.body import Fields, as_flag, as_integer
 
 
 class UnmovableError(Exception):

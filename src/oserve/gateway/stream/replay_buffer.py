@@ -2,8 +2,8 @@
 
 import msgspec
 
-from oserve.gateway.carry import Carried, Event
-from oserve.gateway.fields import UnmovableError
+from oserve.gateway.stream.continuation import Carried, Event
+from oserve.gateway.stream.continuation_fields import UnmovableError
 
 _BLOCK_BYTES = 16 * 1024
 _decoder = msgspec.json.Decoder(Event)

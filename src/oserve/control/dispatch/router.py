@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
-from oserve.control.pick import ALL_FULL, NO_REPLICA, OVERFLOW, POOL, POOL_UNAVAILABLE, pick
+from oserve.control.dispatch.pick import (
+    ALL_FULL,
+    NO_REPLICA,
+    OVERFLOW,
+    POOL,
+    POOL_UNAVAILABLE,
+    pick,
+)
 from oserve.core import ReplicaLoad, Request
 
 
