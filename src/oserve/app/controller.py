@@ -16,8 +16,8 @@ import msgspec
 from oserve.app.deployment import ServerDeployment
 from oserve.config import plan_yaml
 from oserve.config.policies import policy_of
-from oserve.control.decision import Decision, Trigger, Verdict
-from oserve.control.evaluation import Weighed
+from oserve.control.decision import Decision, DecisionVerdict, Trigger
+from oserve.control.evaluation import CandidateScore
 from oserve.control.memory import recall, remembered, same_types
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
@@ -104,7 +104,7 @@ class ControllerService:
 
     def _recall_seconds(self) -> None:
         """What was counted since the last decision."""
-        collector = self.controller.watch.collector
+        collector = self.controller.monitor.collector
         for second, row in self._store.seconds(after_s=collector.newest_s):
             collector.add(Batch(names=self.controller.names, arrivals={second: row}))
             collector.tick(second)
@@ -149,14 +149,14 @@ class ControllerService:
         given: DeploymentPlan | None = None,
         present: Sequence[ReplicaSpec] = (),
         switching: bool = False,
-    ) -> tuple[Decision, Weighed | None]:
+    ) -> tuple[Decision, CandidateScore | None]:
         """Ask, weigh in a thread, judge, write down. One at a time."""
         if given is None:
             await self.refine()
         async with self._lock:
-            question = self.controller.ask(now_s, given=given, present=present)
-            weighed = await asyncio.to_thread(self._helm.weighed, question)
-            decision = self.controller.judge(
+            question = self.controller.decision_input(now_s, given=given, present=present)
+            weighed = await asyncio.to_thread(self._helm.evaluate, question)
+            decision = self.controller.decide(
                 question, weighed, now_s=now_s, trigger=trigger, switching=switching
             )
             _log.info("%s", decision.line)
@@ -194,7 +194,7 @@ class ControllerService:
             memory={},
             decisions=decisions,
             plan=(now_s, plan) if plan != self._plan_saved else None,
-            seconds=controller.watch.collector.rows(self._saved_s, end_s),
+            seconds=controller.monitor.collector.rows(self._saved_s, end_s),
         )
         self._plan_saved = plan
         self._saved_s = end_s + 1
@@ -203,7 +203,7 @@ class ControllerService:
     async def save_seconds(self, now_s: float) -> None:
         """Write down only what was counted since the last save: a few numbers."""
         end_s = int(now_s) - 1
-        rows = self.controller.watch.collector.rows(self._saved_s, end_s)
+        rows = self.controller.monitor.collector.rows(self._saved_s, end_s)
         self._saved_s = end_s + 1
         await asyncio.to_thread(self._store.save, StateUpdate(memory={}, seconds=rows))
 
@@ -236,8 +236,8 @@ class ControllerService:
         return {
             "mode": policy.mode.value,
             "decision_interval_s": policy.interval_s,
-            "forecast": msgspec.to_builtins(self.controller.watch.forecast()),
-            "gauges": self.controller.watch.collector.gauges,
+            "forecast": msgspec.to_builtins(self.controller.monitor.forecast()),
+            "gauges": self.controller.monitor.collector.gauges,
             "speeds": {"source": self._source, "seen": self._watch.state()},
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
@@ -255,12 +255,12 @@ def context_of(deployment: ServerDeployment) -> dict[str, Any]:
     }
 
 
-def advised(decision: Decision, weighed: Weighed | None) -> dict[str, Any]:
+def advised(decision: Decision, weighed: CandidateScore | None) -> dict[str, Any]:
     """For an operator: the decision, and the plan that was weighed as a file."""
     plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
     return {
         "decision": msgspec.to_builtins(decision),
         "line": decision.line,
-        "switched": decision.verdict is Verdict.SWITCH,
+        "switched": decision.verdict is DecisionVerdict.SWITCH,
         "plan": plan,
     }

@@ -15,7 +15,7 @@ from oserve.app.deployment import remembered_speeds
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import policy_of
-from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
@@ -81,18 +81,11 @@ def replayed_decisions(
             continue
         now_s = second + 0.999
         batch = Batch(names=tuple(names), arrivals={second: counts})
-        trigger = controller.watch.observe(now_s, [batch])
+        trigger = controller.monitor.observe(now_s, [batch])
         if trigger is None:
             continue
-        asked = controller.ask(now_s)
-        decision = controller.judge(
-            asked,
-            helm.weighed(asked),
-            now_s=now_s,
-            trigger=trigger,
-            switching=now_s < busy_until_s,
-        )
-        if decision.verdict is Verdict.SWITCH:
+        decision, _ = helm.decide(now_s, trigger, switching=now_s < busy_until_s)
+        if decision.verdict is DecisionVerdict.SWITCH:
             busy_until_s = now_s + decision.switch_s
         yield decision
 

@@ -24,7 +24,7 @@ from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.app.switching.record import journal_folder, recover
 from oserve.app.switching.switcher import Switcher, SwitcherFacts
 from oserve.config import api_keys, backend_keys
-from oserve.control.decision import Trigger, Verdict
+from oserve.control.decision import DecisionVerdict, Trigger
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
 from oserve.control.rollout import settled
@@ -257,7 +257,7 @@ class OServeServer:
             present=ready if lost and not switching else (),
             switching=switching,
         )
-        if decision.verdict is Verdict.SWITCH:
+        if decision.verdict is DecisionVerdict.SWITCH:
             report = self._replace_plan(steering.controller.plan, trigger.value)
             return {**advised(decision, weighed), "switch": report.id}
         return advised(decision, weighed)
