@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from oserve.app.controller import ControllerService
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
-from oserve.control.decision import Mode, Trigger, Verdict
+from oserve.control.decision import DecisionVerdict, Mode, Trigger
 from oserve.control.tally import Batch
 from oserve.core import (
     DeploymentPlan,
@@ -79,7 +79,7 @@ async def fed(
     counts: Sequence[float],
     first: int,
     last: int,
-) -> list[Verdict]:
+) -> list[DecisionVerdict]:
     """Seconds of traffic; decisions are taken as they are due."""
     verdicts = []
     for second in range(first, last):
@@ -110,14 +110,14 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     text = plan_yaml(steering.controller.plan).replace("max_num_seqs: 32", "max_num_seqs: 16")
     chosen = replace(parse_plan(text, place="x"), id="chosen")
     told, _ = await steering.decide(START_S + 401.0, Trigger.MANUAL, given=chosen)
-    assert told.verdict is Verdict.SWITCH
+    assert told.verdict is DecisionVerdict.SWITCH
 
     # Killed and started again: plan, history and log are there.
     again_given = deployment(model, tmp_path)
     assert "in force when it last ran" in again_given.why
     assert again_given.plan == parse_plan(plan_yaml(steering.controller.plan), place="x")
     again = service(again_given, now_s=START_S + 500)
-    assert again.controller.watch.forecast() == steering.controller.watch.forecast()
+    assert again.controller.monitor.forecast() == steering.controller.monitor.forecast()
     assert list(again.controller.decisions)[-1] == told
     afresh = deployment(model, tmp_path, **{"control.resume": False})
     assert "a plan computed" in afresh.why
@@ -144,10 +144,10 @@ async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) 
     steering = service(given, now_s=START_S)
     await fed(steering, given, CHATS, START_S, START_S + 45)
     await steering.save_seconds(START_S + 45.0)
-    before = steering.controller.watch.collector
+    before = steering.controller.monitor.collector
     after = service(
         deployment(model, tmp_path, **UNSIMULATED), now_s=START_S + 50
-    ).controller.watch.collector
+    ).controller.monitor.collector
     assert after.newest_s == START_S + 44 == before.newest_s
     assert after.rows(START_S, START_S + 44) == before.rows(START_S, START_S + 44)
 
@@ -209,7 +209,7 @@ async def test_a_given_plan_keeps_its_shares_by_class(model: str, tmp_path: Path
     assert steering.routed(plan, observed(plan, given), START_S) is plan
     wanted = parse_plan(file.read_text().replace("id: b", "id: c").replace("{b:", "{c:"), place="x")
     decision, _ = await steering.decide(START_S + 60.5, Trigger.MANUAL, given=wanted)
-    assert decision.verdict is Verdict.SWITCH
+    assert decision.verdict is DecisionVerdict.SWITCH
     assert [spec.id for spec in steering.controller.plan.replicas] == ["a", "c"]
 
 

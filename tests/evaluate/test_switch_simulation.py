@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from oserve.config import load_settings
-from oserve.control.evaluation import Question, Step, weigh
+from oserve.control.evaluation import DecisionInput, ForecastStep, score_candidate
 from oserve.control.planner import TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.starts import StartTimes
@@ -54,11 +54,11 @@ def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: PlanRequ
         ahead = opinion.prospect(_asked(half, rates), 120.0)
         whole, part = (opinion.good(plan, ahead.traffic).sum() for plan in (first, half))
         assert part <= whole * 1.02
-    step = Step(seconds=60.0, chances={many: 1.0}, expected=many)
-    question = Question(
+    step = ForecastStep(seconds=60.0, chances={many: 1.0}, expected=many)
+    question = DecisionInput(
         at_s=0.0, current=half, now_rps=many, steps=(step,), lasts_s=100.0, plan_for=(many,)
     )
-    found = weigh(question, first, planner)
+    found = score_candidate(question, first, planner)
     judged = opinion.scorer(planner)(question, found)
     assert judged == opinion.scorer(planner)(question, found)
     assert judged.worth <= (judged.candidate_rps - judged.current_rps) * found.lasts_s
@@ -67,14 +67,14 @@ def test_it_tells_what_deployments_carry_and_the_model_gives_way(asked: PlanRequ
     assert _good_rps(opinion, first, crowded) < 0.5 * _good_rps(opinion, first, _asked(half, RATES))
 
 
-def _asked(plan: DeploymentPlan, rates: tuple[float, ...]) -> Question:
-    step = Step(seconds=60.0, chances={rates: 1.0}, expected=rates)
-    return Question(
+def _asked(plan: DeploymentPlan, rates: tuple[float, ...]) -> DecisionInput:
+    step = ForecastStep(seconds=60.0, chances={rates: 1.0}, expected=rates)
+    return DecisionInput(
         at_s=0.0, current=plan, now_rps=rates, steps=(step,), lasts_s=60.0, plan_for=(rates,)
     )
 
 
-def _good_rps(opinion: Opinion, plan: DeploymentPlan, question: Question) -> float:
+def _good_rps(opinion: Opinion, plan: DeploymentPlan, question: DecisionInput) -> float:
     ahead = opinion.prospect(question, 60.0)
     return float((opinion.good(plan, ahead.traffic) & ahead.expected).sum()) / ahead.lasting_s
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.evaluation import Question, Rates, Step
+from oserve.control.evaluation import DecisionInput, ForecastStep, Rates
 from oserve.core import DeploymentPlan
 from oserve.evaluate.capacities import Lengths
 from oserve.evaluate.workload import prospect, staged
@@ -17,9 +17,9 @@ LENGTHS = [
 NOW, BEFORE = (20.0, 1.0), (5.0, 4.0)
 
 
-def question(**fields: object) -> Question:
+def question(**fields: object) -> DecisionInput:
     plan = DeploymentPlan(id="x", replicas=(), workload_types=(), routing_shares={})
-    step = Step(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
+    step = ForecastStep(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
     given: dict[str, object] = {
         "at_s": 0.0,
         "current": plan,
@@ -29,7 +29,7 @@ def question(**fields: object) -> Question:
         "plan_for": (NOW,),
         **fields,
     }
-    return Question(**given)  # type: ignore[arg-type]
+    return DecisionInput(**given)  # type: ignore[arg-type]
 
 
 def test_it_has_three_parts_at_their_rates() -> None:
@@ -52,7 +52,9 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     # Nobody can simulate forever.
     assert ahead.lasting_s <= 900.0
     assert not ahead.later.any()
-    nothing = question(steps=(Step(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),))
+    nothing = question(
+        steps=(ForecastStep(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
+    )
     assert len(prospect(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
 
 

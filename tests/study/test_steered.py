@@ -173,10 +173,10 @@ def test_a_controller_fed_by_hand_decides_the_same(played: Played) -> None:
     for moment, batch in played.fed:
         trigger = helm.observe(moment.now_s, [batch], moment.observation)
         if trigger is not None:
-            question = helm.controller.ask(moment.now_s)
-            weighed = helm.weighed(question)
+            question = helm.controller.decision_input(moment.now_s)
+            weighed = helm.evaluate(question)
             decisions.append(
-                helm.controller.judge(
+                helm.controller.decide(
                     question,
                     weighed,
                     now_s=moment.now_s,

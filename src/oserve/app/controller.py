@@ -15,8 +15,8 @@ import msgspec
 
 from oserve.config import plan_yaml
 from oserve.config.policies import control_policy
-from oserve.control.decision import Decision, Trigger, Verdict
-from oserve.control.evaluation import Weighed
+from oserve.control.decision import Decision, DecisionVerdict, Trigger
+from oserve.control.evaluation import CandidateScore
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
@@ -124,14 +124,14 @@ class ControllerService:
         given: DeploymentPlan | None = None,
         present: Sequence[ReplicaSpec] = (),
         switching: bool = False,
-    ) -> tuple[Decision, Weighed | None]:
+    ) -> tuple[Decision, CandidateScore | None]:
         """Evaluate candidates in a thread, decide, and save the decision. One at a time."""
         if given is None:
             await self.refine()
         async with self._lock:
-            question = self.controller.ask(now_s, given=given, present=present)
-            weighed = await asyncio.to_thread(self._runtime.weighed, question)
-            decision = self.controller.judge(
+            question = self.controller.decision_input(now_s, given=given, present=present)
+            weighed = await asyncio.to_thread(self._runtime.evaluate, question)
+            decision = self.controller.decide(
                 question, weighed, now_s=now_s, trigger=trigger, switching=switching
             )
             _log.info("%s", decision.line)
@@ -174,19 +174,19 @@ class ControllerService:
         return {
             "mode": policy.mode.value,
             "decision_interval_s": policy.interval_s,
-            "forecast": msgspec.to_builtins(self.controller.watch.forecast()),
-            "gauges": self.controller.watch.collector.gauges,
+            "forecast": msgspec.to_builtins(self.controller.monitor.forecast()),
+            "gauges": self.controller.monitor.collector.gauges,
             "speeds": {"source": self._source, "seen": self._speeds.state()},
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
 
 
-def advised(decision: Decision, weighed: Weighed | None) -> dict[str, Any]:
+def advised(decision: Decision, weighed: CandidateScore | None) -> dict[str, Any]:
     """The answer to an operator: the decision, and the evaluated plan as a plan file."""
     plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
     return {
         "decision": msgspec.to_builtins(decision),
         "line": decision.line,
-        "switched": decision.verdict is Verdict.SWITCH,
+        "switched": decision.verdict is DecisionVerdict.SWITCH,
         "plan": plan,
     }

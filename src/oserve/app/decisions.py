@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oserve.app.controller import ControllerService, advised
-from oserve.control.decision import Trigger, Verdict
+from oserve.control.decision import DecisionVerdict, Trigger
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
@@ -113,7 +113,7 @@ class DecisionLoop:
             switching=switching,
         )
         answer = advised(decision, weighed)
-        if decision.verdict is Verdict.SWITCH:
+        if decision.verdict is DecisionVerdict.SWITCH:
             wanted = self.controller.controller.plan
             _log.info("switching from plan %s to plan %s", self._loop.plan.id, wanted.id)
             answer["switch"] = self._switcher.want(wanted, trigger.value).id

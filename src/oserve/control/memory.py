@@ -53,10 +53,10 @@ def _adopt(
     goes_to = nearest_types(np.log1p(old), np.log1p(centres))
     k = len(centres)
     history = _history(state["forecaster"])
-    controller.watch.replay_history(mapped(history, goes_to, k))
+    controller.monitor.replay_history(mapped(history, goes_to, k))
     held = state["collector"]
     counts = np.array(held["counts"], dtype=np.float64).reshape(-1, len(old))
-    controller.watch.collector.restore(
+    controller.monitor.collector.restore(
         {**held, "names": list(controller.names), "counts": mapped(counts, goes_to, k).tolist()}
     )
     controller.restore_course(state)

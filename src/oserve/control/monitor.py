@@ -12,7 +12,7 @@ import numpy as np
 
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
-from oserve.control.evaluation import Rates, Step
+from oserve.control.evaluation import ForecastStep, Rates
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector
@@ -202,7 +202,7 @@ class TrafficMonitor:
         """Rates to plan for when nobody comes: those there were."""
         return (tuple(self._usual.tolist()),)
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[ForecastStep, ...]:
         """The forecast's quantiles, each for the chances nearest to it, step after step."""
         found = self._forecaster.forecast()
         ends = [0.0, *((a + b) / 2 for a, b in pairwise(found.quantiles)), 1.0]
@@ -214,7 +214,7 @@ class TrafficMonitor:
                 key = tuple(rates[level, step].tolist())
                 chances[key] = chances.get(key, 0.0) + high - low
             expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
-            steps.append(Step(seconds=found.interval_s, chances=chances, expected=expected))
+            steps.append(ForecastStep(seconds=found.interval_s, chances=chances, expected=expected))
         return tuple(steps)
 
     # -- memory ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Plans and their values from a table of what each shape can do: the appraiser of the controller.
+"""Plans and their values from a table of what each shape can do: the planner of the controller.
 
 Pure. The table is made once, since the types' lengths stay; only rates change. Shapes that failed
 to start may be barred.
@@ -75,7 +75,7 @@ class PlannerFacts:
 
 
 class TablePlanner:
-    """Implements ``evaluation.Appraiser``."""
+    """Implements ``evaluation.SwitchPlanner``."""
 
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts

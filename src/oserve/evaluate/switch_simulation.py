@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from oserve.control.evaluation import Question, Rates, Weighed, pays_after_s
+from oserve.control.evaluation import CandidateScore, DecisionInput, Rates, pays_after_s
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.runtime import SimulatedScore
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
@@ -110,7 +110,7 @@ class Opinion:
         if self._aside is not None:
             self._aside.close()
 
-    def prospect(self, question: Question, lasts_s: float) -> Prospect:
+    def prospect(self, question: DecisionInput, lasts_s: float) -> Prospect:
         """See ``evaluate.workload``."""
         return prospect(question, lasts_s, self._lengths, seed=self._question.seed)
 
@@ -122,7 +122,7 @@ class Scored:
         self._opinion = opinion
         self._planner = planner
 
-    def __call__(self, question: Question, found: Weighed) -> SimulatedScore:
+    def __call__(self, question: DecisionInput, found: CandidateScore) -> SimulatedScore:
         """Both plans on the same prospect.
 
         Where a backlog makes all late either way, what counts is what comes after it.
@@ -144,7 +144,7 @@ class Scored:
             pays_after_s=pays_after_s(moved - kept, found.cost, max(0.0, -after)),
         )
 
-    def _both(self, question: Question, found: Weighed) -> tuple[float, float, float]:
+    def _both(self, question: DecisionInput, found: CandidateScore) -> tuple[float, float, float]:
         """Requests/s in time with the plan kept and with the other, and how many more later."""
         ahead = self._opinion.prospect(question, found.lasts_s)
         if not len(ahead.traffic):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oserve.control.evaluation import Question, Rates
+from oserve.control.evaluation import DecisionInput, Rates
 from oserve.evaluate.capacities import Lengths, merged
 from oserve.evaluate.simulator import Mask, Traffic
 
@@ -46,7 +46,7 @@ class Prospect:
 
 
 def prospect(
-    question: Question, lasts_s: float, lengths: Sequence[Lengths], *, seed: int
+    question: DecisionInput, lasts_s: float, lengths: Sequence[Lengths], *, seed: int
 ) -> Prospect:
     """For a plan that is taken to last so long; ``lengths`` by type."""
     rates = question.steps[0].expected

@@ -72,7 +72,7 @@ class ControllerMemory:
     def _recall_seconds(self) -> None:
         """Add the seconds that were counted after the last decision."""
         controller = self._parts.controller
-        collector = controller.watch.collector
+        collector = controller.monitor.collector
         for second, row in self._store.seconds(after_s=collector.newest_s):
             collector.add(Batch(names=controller.names, arrivals={second: row}))
             collector.tick(second)
@@ -98,7 +98,7 @@ class ControllerMemory:
     def _seconds(self, now_s: float) -> list[tuple[int, list[float]]]:
         """The counts since the last save; they count as saved from now on."""
         end_s = int(now_s) - 1
-        rows = self._parts.controller.watch.collector.rows(self._saved_s, end_s)
+        rows = self._parts.controller.monitor.collector.rows(self._saved_s, end_s)
         self._saved_s = end_s + 1
         return rows
 

@@ -13,7 +13,7 @@ import msgspec
 
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import control_policy
-from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
@@ -82,18 +82,11 @@ def replayed_decisions(
             continue
         now_s = second + 0.999
         batch = Batch(names=tuple(names), arrivals={second: counts})
-        trigger = controller.watch.observe(now_s, [batch])
+        trigger = controller.monitor.observe(now_s, [batch])
         if trigger is None:
             continue
-        asked = controller.ask(now_s)
-        decision = controller.judge(
-            asked,
-            helm.weighed(asked),
-            now_s=now_s,
-            trigger=trigger,
-            switching=now_s < busy_until_s,
-        )
-        if decision.verdict is Verdict.SWITCH:
+        decision, _ = helm.decide(now_s, trigger, switching=now_s < busy_until_s)
+        if decision.verdict is DecisionVerdict.SWITCH:
             busy_until_s = now_s + decision.switch_s
         yield decision
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.control.decision import Decision, Mode, Verdict
+from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.dispatch.table import RoutingTable
-from oserve.control.evaluation import Question, Weighed
+from oserve.control.evaluation import CandidateScore, DecisionInput
 from oserve.control.planner import TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
@@ -112,16 +112,16 @@ class Steered:
             trigger = helm.observe(moment.now_s, [batch], moment.observation, moment.queued)
         plan = self._scripted(moment.now_s)
         if trigger is not None and self.script is None and self.control.mode is not Mode.OFF:
-            question = helm.controller.ask(moment.now_s)
-            decision = helm.controller.judge(
+            question = helm.controller.decision_input(moment.now_s)
+            decision = helm.controller.decide(
                 question,
-                helm.weighed(question),
+                helm.evaluate(question),
                 now_s=moment.now_s,
                 trigger=trigger,
                 switching=moment.switching,
             )
             self.decisions.append(decision)
-            if decision.verdict is Verdict.SWITCH:
+            if decision.verdict is DecisionVerdict.SWITCH:
                 plan = helm.controller.plan
         target = plan or moment.plan
         if self.serving.levers.routing is not Routing.POOLS:
@@ -199,9 +199,9 @@ class SwitchSimulation:
         self._tuner, self._policy = tuner, policy
         self._speeds, self._simulator = Speeds(), tuner.simulator
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
-        self._kept: tuple[tuple[Question, float] | None, Mask] = None, np.zeros(0, dtype=bool)
+        self._kept: tuple[tuple[DecisionInput, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
-    def __call__(self, question: Question, found: Weighed) -> SimulatedScore:
+    def __call__(self, question: DecisionInput, found: CandidateScore) -> SimulatedScore:
         """Requests within the SLO, with the switch and without.
 
         Where a backlog makes all late either way, what counts is what comes after it.
@@ -212,11 +212,11 @@ class SwitchSimulation:
             return judged
         return self._judged(replace(question, past=()), found)
 
-    def _judged(self, question: Question, found: Weighed) -> SimulatedScore:
+    def _judged(self, question: DecisionInput, found: CandidateScore) -> SimulatedScore:
         scene = self._tuner.scene
         ahead = prospect(question, found.lasts_s, self._lengths, seed=scene.seed)
         if not len(ahead.traffic):
-            return SimulatedScore(current_rps=0.0, candidate_rps=0.0, worth=0.0)
+            return SimulatedScore(current_rps=0.0, candidate_rps=0.0, net_gain=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
         now, new = (Serving(plan=plan, levers=levers) for plan in (question.current, found.plan))
         self._at(question.speeds)
