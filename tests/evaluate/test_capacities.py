@@ -6,7 +6,7 @@ import numpy as np
 
 from oserve.config import load_cluster
 from oserve.core import LengthClass, ReplicaShape, WorkloadType
-from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.capacities import LengthSamples, simulated_table
 from oserve.evaluate.simulator import Levers, Simulator
 from oserve.perf.capacity import Limits
 from oserve.perf.model import find_model
@@ -36,7 +36,9 @@ def test_a_table_is_simulated_again() -> None:
     table = performance_table(source, shapes, TYPES, limits={kind.name: limits for kind in TYPES})
     hopeless = replace(table[0], capacity_rps=(0.01, 0.01))
     lengths = [
-        Lengths(prompt_tokens=np.array([int(kind.prompt_tokens)]), output_tokens=np.array([10]))
+        LengthSamples(
+            prompt_tokens=np.array([int(kind.prompt_tokens)]), output_tokens=np.array([10])
+        )
         for kind in TYPES
     ]
 

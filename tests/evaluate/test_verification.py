@@ -14,8 +14,8 @@ from oserve.config import load_cluster
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
+    SimulatedTraffic,
     Simulator,
-    Traffic,
     attainment,
     largest_scale,
     met,
@@ -115,7 +115,7 @@ def test_requests_are_cut_to_the_context_as_the_planner_counts_them() -> None:
 
 
 def test_parts_of_traffic() -> None:
-    traffic = Traffic(
+    traffic = SimulatedTraffic(
         arrival_s=np.array([0.0, 1.0, 2.0, 3.0]),
         prompt_tokens=np.arange(1, 5),
         output_tokens=np.arange(1, 5),

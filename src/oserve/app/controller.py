@@ -24,7 +24,8 @@ from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Observation, ReplicaShape, ReplicaSpec
-from oserve.evaluate.switch_simulation import Opinion
+from oserve.evaluate.switch_scorer import model_of
+from oserve.evaluate.switch_simulation import ScoringProcess, SwitchSimulation, simulated_facts
 from oserve.perf import TokenCosts
 from oserve.plan.planning import PlanRequest
 from oserve.startup.controller_memory import ControllerMemory, Remembered
@@ -60,14 +61,18 @@ class ControllerService:
         self._speeds = SpeedEstimator(request.source)
         self._speeds.speeds = deployment.speeds
         self.planner.correct(deployment.speeds)
-        self._simulation = Opinion(request, aside=True) if settings.control.simulate else None
+        self._scoring = (
+            ScoringProcess(model_of(request, min_gain=settings.control.min_gain))
+            if settings.control.simulate
+            else None
+        )
         self._runtime = ControllerRuntime(
             deployment.plan,
             policy=control_policy(settings, deployment.mode),
             planner=self.planner,
             starts=self.starts,
             shares_interval_s=settings.control.shares_interval_s,
-            scorer=None if self._simulation is None else self._simulation.scorer(self.planner),
+            scorer=None if self._scoring is None else SwitchSimulation(self._scoring, self.planner),
             speeds=self._speeds,
         )
         self.controller = self._runtime.controller
@@ -90,10 +95,10 @@ class ControllerService:
         The controller makes no decision of its own before.
         """
         async with self._refining:
-            if self._simulation is None or self._refined:
+            if self._scoring is None or self._refined:
                 return
             began_s = time.monotonic()
-            facts = await asyncio.to_thread(self._simulation.refined, self.planner.facts)
+            facts = await asyncio.to_thread(simulated_facts, self.planner.facts, self._scoring)
             self.planner.learn(facts)
             self._refined = True
         _log.info(
@@ -157,8 +162,8 @@ class ControllerService:
 
     def close(self) -> None:
         """End the worker process that simulates."""
-        if self._simulation is not None:
-            self._simulation.close()
+        if self._scoring is not None:
+            self._scoring.close()
 
     # -- reporting ------------------------------------------------------------------------------
     def costs(self, shape: ReplicaShape, device_kind: str) -> TokenCosts:

@@ -45,12 +45,20 @@ class _Replica:
     found_at_s: float = math.inf
 
 
+LoadTime = Callable[["SimulatedCluster", ReplicaSpec], float]
+"""Returns the seconds from the start of a replica in a cluster until it can serve."""
+
+
 class SimulatedCluster:
     """Behind the door. Raises ValueError if a device is ever given to two live replicas.
 
     ``weights_bytes`` says what a replica of a shape must load; see ``Phases``. Replicas started
     while ``warm`` is set serve at once, for what is there before the first second. ``lives`` holds
     every replica there ever was, in order of their starts.
+
+    ``load_s`` replaces the time that ``phases`` gives for a start. With ``instant_drains`` a
+    draining replica is not shown and its devices count as free: no real cluster can do that, it
+    bounds what quicker switches could gain.
     """
 
     def __init__(
@@ -62,8 +70,12 @@ class SimulatedCluster:
         weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
+        load_s: LoadTime | None = None,
+        instant_drains: bool = False,
     ) -> None:
         self._devices = devices
+        self._load_time = load_s
+        self._instant_drains = instant_drains
         self._clock = clock
         self._phases = phases or Phases()
         self._weights_bytes = weights_bytes
@@ -85,7 +97,7 @@ class SimulatedCluster:
         self.catch_up(self._clock.now())
         if self._last is not None and self._strikes(self.faults.stale_observation):
             return self._last
-        self._last = self._seen()
+        self._last = self._without_drains(self._seen()) if self._instant_drains else self._seen()
         return self._last
 
     async def apply(self, action: Action) -> None:
@@ -98,8 +110,13 @@ class SimulatedCluster:
 
     @property
     def settled(self) -> bool:
-        """Whether every live replica serves and nothing drains."""
-        return all(item.state.phase is ReplicaPhase.READY for item in self._alive())
+        """Whether every live replica serves, and nothing drains that would be shown."""
+        return all(state.phase is ReplicaPhase.READY for state in self.alive)
+
+    @property
+    def alive(self) -> tuple[ReplicaState, ...]:
+        """The replicas that are not gone; with instant drains without those that drain."""
+        return tuple(item.state for item in self._alive() if not self._is_hidden(item.state))
 
     def catch_up(self, now_s: float) -> None:
         """Let replicas come up, fail to, hang and crash, each at its moment."""
@@ -133,6 +150,8 @@ class SimulatedCluster:
     # -- for a cluster whose replicas really serve ---------------------------------------------
     def _load_s(self, spec: ReplicaSpec) -> float:
         """Seconds until a replica that starts now can serve."""
+        if self._load_time is not None:
+            return self._load_time(self, spec)
         return self._phases.load_s(self._weights_bytes(spec.shape))
 
     def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
@@ -258,9 +277,20 @@ class SimulatedCluster:
         return {
             device
             for item in self._alive()
-            if item.standby or not standby
+            if (item.standby or not standby) and not self._is_hidden(item.state)
             for device in item.state.spec.devices
         }
+
+    def _is_hidden(self, state: ReplicaState) -> bool:
+        return self._instant_drains and state.phase is ReplicaPhase.DRAINING
+
+    def _without_drains(self, observation: Observation) -> Observation:
+        """The observation without draining replicas; those that are empty end."""
+        for state in observation.replicas:
+            if self._is_hidden(state) and state.running + state.waiting == 0:
+                self._end(self._replicas[state.spec.id])
+        shown = tuple(state for state in observation.replicas if not self._is_hidden(state))
+        return replace(observation, replicas=shown)
 
     def _alive(self) -> list[_Replica]:
         return [i for i in self._replicas.values() if i.state.phase is not ReplicaPhase.GONE]

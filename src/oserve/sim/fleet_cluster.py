@@ -18,7 +18,7 @@ from oserve.core import (
     ReplicaShape,
     ReplicaSpec,
 )
-from oserve.sim.cluster import SimulatedCluster
+from oserve.sim.cluster import LoadTime, SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.phases import Faults, Phases
 from oserve.sim.types import ReplicaObservation
@@ -44,6 +44,8 @@ class FleetCluster(SimulatedCluster):
         weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
+        load_s: LoadTime | None = None,
+        instant_drains: bool = False,
     ) -> None:
         super().__init__(
             devices,
@@ -52,6 +54,8 @@ class FleetCluster(SimulatedCluster):
             weights_bytes=weights_bytes,
             stable_s=stable_s,
             faults=faults,
+            load_s=load_s,
+            instant_drains=instant_drains,
         )
         self._fleet = fleet
         self._add = add

@@ -19,7 +19,8 @@ from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
-from oserve.evaluate.switch_simulation import Opinion
+from oserve.evaluate.switch_scorer import SwitchScorer, model_of
+from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
 from oserve.plan.demand import Demand
 from oserve.startup.deployment import remembered_speeds
 from oserve.startup.first_plan import know, plan_request_for
@@ -51,7 +52,7 @@ def replayed_decisions(
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    question = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
+    request = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
@@ -60,22 +61,26 @@ def replayed_decisions(
     # The memory of this machine must not matter.
     facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
     prices = SwitchPrices(facts)
-    planner = planner_for(question, starts, prices.legs)
+    planner = planner_for(request, starts, prices.legs)
     # As fast as they were last seen to be: how fast at each moment is not kept.
-    planner.correct(remembered_speeds(file, question))
+    planner.correct(remembered_speeds(file, request))
     names = [kind.name for kind in planner.facts.types]
-    opinion = Opinion(question) if settings.control.simulate else None
-    if opinion is not None:
-        planner.learn(opinion.refined(planner.facts))
-    helm = ControllerRuntime(
+    scorer = (
+        SwitchScorer(model_of(request, min_gain=settings.control.min_gain))
+        if settings.control.simulate
+        else None
+    )
+    if scorer is not None:
+        planner.learn(simulated_facts(planner.facts, scorer))
+    runtime = ControllerRuntime(
         _first_plan(file),
         policy=control_policy(settings, mode),
         planner=planner,
         starts=starts,
         shares_interval_s=settings.control.shares_interval_s,
-        scorer=None if opinion is None else opinion.scorer(planner),
+        scorer=None if scorer is None else SwitchSimulation(scorer, planner),
     )
-    controller = helm.controller
+    controller = runtime.controller
     busy_until_s = 0.0
     for second, counts in StateStore(file).seconds():
         if len(counts) != len(names):
@@ -85,7 +90,7 @@ def replayed_decisions(
         trigger = controller.monitor.observe(now_s, [batch])
         if trigger is None:
             continue
-        decision, _ = helm.decide(now_s, trigger, switching=now_s < busy_until_s)
+        decision, _ = runtime.decide(now_s, trigger, switching=now_s < busy_until_s)
         if decision.verdict is DecisionVerdict.SWITCH:
             busy_until_s = now_s + decision.switch_s
         yield decision

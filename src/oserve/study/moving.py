@@ -1,4 +1,4 @@
-"""How long a start takes when the weights come from other devices, and a cluster of such starts.
+"""How long a start takes when the weights come from other devices.
 
 Replicas are rolled out in stages as on a live server; what changes is the start. Once the old
 replicas on its devices are drained they give up their KV cache. Where both weights fit, a standby
@@ -9,12 +9,11 @@ take turns. With nobody to copy from it is a cold start.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from oserve.core import OServeError, ReplicaPhase, ReplicaSpec
 from oserve.perf.device import find_device, find_link
 from oserve.perf.source import RooflineSource
-from oserve.sim.fleet_cluster import FleetCluster
+from oserve.sim.cluster import Life, SimulatedCluster
 from oserve.study.scene import Scene
 from oserve.switch.layout import architecture_of, placed_of
 from oserve.switch.links import links_of
@@ -94,24 +93,24 @@ class TransferTimes:
         return needed <= find_device(new.shape.device_kind).memory_bytes
 
 
-class TransferCluster(FleetCluster):
-    """A cluster whose replicas get their weights from each other; set ``times`` before a start."""
+class TransferStarts:
+    """A ``sim.cluster.LoadTime``: replicas get their weights from each other."""
 
-    times: TransferTimes
+    def __init__(self, times: TransferTimes) -> None:
+        self._times = times
 
-    def _load_s(self, spec: ReplicaSpec) -> float:
-        holders, beside = [], 0
-        for item in self._alive():
-            if item.state.phase is ReplicaPhase.LOADING:
-                beside += 1
-            else:
-                holders.append(item.state.spec)
-        return self.times.start_s(spec, holders=holders, left=self._left(spec), beside=beside)
+    def __call__(self, cluster: SimulatedCluster, spec: ReplicaSpec) -> float:
+        """Seconds until a replica that starts now can serve."""
+        loading = [item for item in cluster.alive if item.phase is ReplicaPhase.LOADING]
+        holders = [item.spec for item in cluster.alive if item.phase is not ReplicaPhase.LOADING]
+        left = _last_on(cluster.lives, spec)
+        return self._times.start_s(spec, holders=holders, left=left, beside=len(loading))
 
-    def _left(self, spec: ReplicaSpec) -> tuple[ReplicaSpec, ...]:
-        """The last replica on each of the devices, if it is gone."""
-        last: dict[str, Any] = {}
-        for life in self.lives:
-            last.update(dict.fromkeys(set(life.spec.devices) & set(spec.devices), life))
-        gone = {life.spec: None for life in last.values() if life.end_s is not None}
-        return tuple(sorted(gone, key=lambda item: item.id))
+
+def _last_on(lives: Sequence[Life], spec: ReplicaSpec) -> tuple[ReplicaSpec, ...]:
+    """The last replica on each device of ``spec``, if it is gone."""
+    last: dict[str, Life] = {}
+    for life in lives:
+        last.update(dict.fromkeys(set(life.spec.devices) & set(spec.devices), life))
+    gone = {life.spec: None for life in last.values() if life.end_s is not None}
+    return tuple(sorted(gone, key=lambda item: item.id))

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan
-from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, Serving
+from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, SimulatedServing
 from oserve.sim.types import Rebalance
-from oserve.study.policy import Conduct, Fixed, Policy, Seen
+from oserve.study.policy import Conduct, Fixed, Policy, PolicyView
 from oserve.study.tune import Tuner
 
 
@@ -37,18 +37,18 @@ class Dynamo:
     forecast is an exponential average of past rates; ``headroom`` is kept above it.
     """
 
-    serving: Serving
+    serving: SimulatedServing
     replica_rps: float
     interval_s: float
     headroom: float = 1.1
     weight: float = 0.5
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         forecast = 0.0
         for count in seen.counts.sum(axis=1):
             rate = float(count) / self.interval_s
@@ -81,10 +81,10 @@ class AiBrix:
     """
 
     tuner: Tuner
-    serving: Serving
+    serving: SimulatedServing
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         learned = self.tuner.scene.learned
         classes = self.serving.plan.workload_types
@@ -94,7 +94,7 @@ class AiBrix:
         plan = replace(self.serving.plan, routing_shares=self._shares(counts))
         return replace(self.serving, plan=plan)
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         shares = self._shares(seen.counts[-1])
         if shares == seen.plan.routing_shares:
             return None
