@@ -14,7 +14,7 @@ from oserve.control.appraisal import Question, Step, weigh
 from oserve.control.planner import TablePlanner
 from oserve.control.starts import StartTimes
 from oserve.core import DeploymentPlan
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 
 RATES = (8.0, 0.2)
 
@@ -80,7 +80,7 @@ def _good_rps(opinion: Opinion, plan: DeploymentPlan, question: Question) -> flo
 
 
 def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
-    free = replace(asked, limits={kind.name: Limits() for kind in asked.demand.types})
+    free = replace(asked, limits={kind.name: LatencyLimits() for kind in asked.demand.types})
     linear = planner_for(free, StartTimes(5.0))
     opinion = Opinion(free)
     assert opinion.refined(linear.facts).table == linear.facts.table
@@ -90,5 +90,5 @@ def test_without_limits_the_model_stands(asked: PlanningQuestion) -> None:
 
 def _empty(asked: PlanningQuestion) -> DeploymentPlan:
     return DeploymentPlan(
-        id="none", replicas=(), workload_types=asked.demand.classes, routing_shares={}
+        id="none", replicas=(), length_classes=asked.demand.classes, routing_shares={}
     )

@@ -27,9 +27,9 @@ from oserve.cli import main
 from oserve.config import load_cluster
 from oserve.control.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest
 
@@ -53,7 +53,7 @@ def found() -> Answer:
         max_num_batched_tokens=(512, 2048),
         max_num_seqs=(64, 128),
     )
-    limits = Limits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
+    limits = LatencyLimits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
     return answer(
         Question(
             model="qwen3-32b",
@@ -144,8 +144,8 @@ def test_different_replicas_are_taken_only_for_a_clear_gain(found: Answer) -> No
     homogeneous = {item.counts for item in planned.homogeneous}
     mixed = next(item for item in planned.candidates if item.counts not in homogeneous)
 
-    def scored(gain: float) -> Deployment:
-        def score(item: Deployment) -> float:
+    def scored(gain: float) -> DeploymentCandidate:
+        def score(item: DeploymentCandidate) -> float:
             return gain if item.counts == mixed.counts else 1.0 / (1 + len(item.counts))
 
         base = 1.0 / (1 + len(mixed.counts))

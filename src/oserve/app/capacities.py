@@ -100,7 +100,7 @@ def simulated_table(
 def _serving(
     replicas: tuple[ReplicaSpec, ...], classes: tuple[LengthClass, ...], levers: Levers
 ) -> Serving:
-    plan = DeploymentPlan(id="x", replicas=replicas, workload_types=classes, routing_shares={})
+    plan = DeploymentPlan(id="x", replicas=replicas, length_classes=classes, routing_shares={})
     return Serving(plan=plan, levers=levers)
 
 

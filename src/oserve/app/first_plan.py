@@ -14,7 +14,7 @@ from oserve.config import Settings, load_rates
 from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
 from oserve.perf.shapes import ShapeChoices
@@ -100,7 +100,7 @@ def planning_question(
     assert source is not None
     planning = settings.planning
     demand = demand or _demand(settings, knowledge.context)
-    limits = Limits(
+    limits = LatencyLimits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )

@@ -20,12 +20,12 @@ from oserve.core import (
     ReplicaShape,
 )
 from oserve.perf import ShapePerformance
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource, performance_table
-from oserve.plan.deploy import Placed, place_deployment
+from oserve.plan.deploy import PlacedReplicas, place_deployment
 from oserve.plan.problem import AmongEquals, Objective, PlanProblem
-from oserve.plan.search import Deployment, Planned, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
 # A share below this is left to overflow.
 _LEAST_SHARE = 0.005
@@ -46,7 +46,7 @@ class Question:
     demand: Demand
     source: PerformanceSource
     shapes: tuple[ReplicaShape, ...]
-    limits: Mapping[str, Limits]
+    limits: Mapping[str, LatencyLimits]
     search: Search = Search.EXACT
     objective: Objective = Objective.CAPACITY
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
@@ -80,12 +80,12 @@ class Answer:
     question: Question
     problem: PlanProblem
     planned: Planned
-    placed: Placed
+    placed: PlacedReplicas
     plan: DeploymentPlan
     predicted: Predicted
-    baseline: Deployment
+    baseline: DeploymentCandidate
     baseline_predicted: Predicted
-    usual: Deployment | None
+    usual: DeploymentCandidate | None
     table_s: float
     solve_s: float
 
@@ -157,14 +157,14 @@ def answer(question: Question) -> Answer:
     )
 
 
-def _gain(planned: Planned, best: Deployment, base: Deployment) -> float:
+def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
     """Of one deployment over another in what was sought: the scale, else the rate served."""
     if planned.bounds_scale:
         return best.score.scale / base.score.scale if base.score.scale > 0 else math.inf
     return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
 
 
-def predict(question: Question, problem: PlanProblem, deployment: Deployment) -> Predicted:
+def predict(question: Question, problem: PlanProblem, deployment: DeploymentCandidate) -> Predicted:
     """What a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
@@ -184,7 +184,9 @@ def predict(question: Question, problem: PlanProblem, deployment: Deployment) ->
     )
 
 
-def used_shapes(problem: PlanProblem, deployment: Deployment) -> list[tuple[ReplicaShape, int]]:
+def used_shapes(
+    problem: PlanProblem, deployment: DeploymentCandidate
+) -> list[tuple[ReplicaShape, int]]:
     """The shapes of a deployment and how many replicas each has."""
     return [
         (option.shape, count)
@@ -207,7 +209,7 @@ def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, 
     }
 
 
-def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
+def deployment_plan(question: Question, placed: PlacedReplicas) -> DeploymentPlan:
     """Shares per length class: those of the types it is made of, in proportion."""
     demand = question.demand
     shares: dict[str, dict[str, float]] = {}
@@ -221,9 +223,9 @@ def deployment_plan(question: Question, placed: Placed) -> DeploymentPlan:
     return DeploymentPlan(
         id="planned",
         replicas=placed.replicas,
-        workload_types=demand.classes,
+        length_classes=demand.classes,
         routing_shares=shares,
-        types=tuple(
+        planned_types=tuple(
             PlannedType(
                 name=name,
                 prompt_tokens=round(prompt, 3),
@@ -243,10 +245,12 @@ def _whole(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: value / total for name, value in kept.items()}
 
 
-def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deployment | None:
+def _usual(
+    problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
+) -> DeploymentCandidate | None:
     """The smallest tensor-parallel size that serves every type, vLLM's usual chunk budget."""
 
-    def unusual(deployment: Deployment) -> tuple[float, ...]:
+    def unusual(deployment: DeploymentCandidate) -> tuple[float, ...]:
         shapes = [shape for shape, _ in used_shapes(problem, deployment)]
         return (
             max(shape.pipeline_parallel_size for shape in shapes),
@@ -280,7 +284,7 @@ def _refuse_unmet(question: Question, table: Sequence[ShapePerformance]) -> None
                 place="--cluster",
                 remedy="use more devices a replica, fewer bits a weight, or shorter requests",
             )
-        limits = question.limits.get(kind.name, Limits())
+        limits = question.limits.get(kind.name, LatencyLimits())
         row = min(timed, key=lambda row, i=index, own=limits: _excess(row, i, own))  # type: ignore[misc]
         nearest.append((_excess(row, index, limits), index, row, limits))
     _, index, row, _ = max(nearest, key=lambda item: item[0])
@@ -302,7 +306,7 @@ def _refuse_unmet(question: Question, table: Sequence[ShapePerformance]) -> None
     )
 
 
-def _excess(row: ShapePerformance, index: int, limits: Limits) -> float:
+def _excess(row: ShapePerformance, index: int, limits: LatencyLimits) -> float:
     """By what factor an idle replica misses the limits."""
     return max(
         row.ttft_s[index] / limits.ttft_s if limits.ttft_s else 0.0,

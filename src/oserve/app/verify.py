@@ -24,9 +24,9 @@ from oserve.app.simulated import (
 )
 from oserve.control.order import OrderPolicy
 from oserve.core import WorkloadType
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.plan.deploy import place_deployment
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
 
@@ -62,7 +62,7 @@ class Check:
     margin: float = MIN_GAIN
 
 
-def common_slo(limits: Mapping[str, Limits]) -> Slo:
+def common_slo(limits: Mapping[str, LatencyLimits]) -> Slo:
     """The tightest of the limits: simulation knows one SLO for all."""
 
     def tightest(values: Sequence[float | None]) -> float | None:
@@ -143,7 +143,9 @@ def simulate_serving(
     )
 
 
-def serving_of(found: Answer, deployment: Deployment, levers: Levers = SERVED_AS) -> Serving:
+def serving_of(
+    found: Answer, deployment: DeploymentCandidate, levers: Levers = SERVED_AS
+) -> Serving:
     """A deployment of an answer as it would be served."""
     placed = place_deployment(found.problem, deployment)
     return Serving(plan=deployment_plan(found.question, placed), levers=levers)
@@ -164,7 +166,7 @@ def verified_answer(
     """Score the candidates of an answer and its homogeneous deployments again, and choose."""
     known = simulator or Simulator(found.question.source)
 
-    def score(deployment: Deployment) -> float:
+    def score(deployment: DeploymentCandidate) -> float:
         start = deployment.score.scale if math.isfinite(deployment.score.scale) else 1.0
         serving = serving_of(found, deployment)
         return simulate_serving(known, serving, check, start=max(start, 1e-3)).capacity_scale

@@ -40,7 +40,7 @@ from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan
 from oserve.config.rates import MAX_TYPES
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
@@ -297,11 +297,11 @@ def _sizes(option: str, text: str | None) -> tuple[int, ...]:
 
 def _limits(
     demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
-) -> dict[str, Limits]:
+) -> dict[str, LatencyLimits]:
     def seconds(value: float | None) -> float | None:
         return None if value is None else value / 1e3
 
-    common = Limits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
+    common = LatencyLimits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
     limits = {kind.name: common for kind in demand.types}
     for text in own:
         name, equals, values = text.rpartition("=")
@@ -313,7 +313,7 @@ def _limits(
                 place="--slo",
                 remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
             )
-        limits[name] = Limits(
+        limits[name] = LatencyLimits(
             ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
         )
     return limits

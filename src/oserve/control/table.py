@@ -49,15 +49,15 @@ class TableReplica:
 class RoutingTable:
     """``expected`` says whether a replica that cannot serve now is on its way.
 
-    ``types`` have shares of their own; where there are any, these are what requests are routed by.
+    ``planned_types`` have shares of their own; where there are any, requests are routed by these.
     """
 
     plan_id: str
-    workload_types: tuple[LengthClass, ...]
+    length_classes: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
     replicas: tuple[TableReplica, ...]
     expected: bool = True
-    types: tuple[PlannedType, ...] = ()
+    planned_types: tuple[PlannedType, ...] = ()
 
 
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
@@ -111,9 +111,9 @@ def routing_table(
         )
     return RoutingTable(
         plan_id=plan.id,
-        workload_types=plan.workload_types,
+        length_classes=plan.length_classes,
         routing_shares=plan.routing_shares,
         replicas=tuple(replicas),
         expected=expected,
-        types=plan.types,
+        planned_types=plan.planned_types,
     )

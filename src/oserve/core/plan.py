@@ -1,4 +1,4 @@
-"""The deployment plan: which replicas should run where, and who gets which requests."""
+"""The deployment plan: which replicas run where, and how requests are shared between them."""
 
 import re
 from collections.abc import Mapping
@@ -102,18 +102,18 @@ class PlannedType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """Desired state: replicas, workload types, and each type's routing shares over replicas.
+    """Desired state: replicas, length classes, and routing shares over the replicas.
 
-    ``routing_shares[type][replica]`` is a fraction; the shares of one type sum to 1. A plan that
-    was computed also has ``types``; where it has any, requests are routed by their chances of
-    being of these, and the length classes are for whoever reads it.
+    ``routing_shares[length class][replica]`` is a fraction; the shares of one class sum to 1. A
+    computed plan also has ``planned_types``. The router then sends a request by the probabilities
+    that it is of each of these types, and the length classes only describe the plan to people.
     """
 
     id: str
     replicas: tuple[ReplicaSpec, ...]
-    workload_types: tuple[LengthClass, ...]
+    length_classes: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
-    types: tuple[PlannedType, ...] = ()
+    planned_types: tuple[PlannedType, ...] = ()
 
     def replica(self, replica_id: str) -> ReplicaSpec | None:
         """The wished-for replica of that id, if the plan has one."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 _LAST = 500
@@ -18,7 +18,7 @@ _FEWEST = 8
 _GROWTH = 1.15
 
 
-class Arima(Kept):
+class Arima(Stateful):
     """One AutoARIMA per type, refitted when a seventh has come on top; first a mean.
 
     Raises OServeError where statsforecast is not installed. Its fits are not state: after a

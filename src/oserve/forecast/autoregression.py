@@ -8,9 +8,9 @@ slowly. Each observation weighs as much as its noise allows: Poisson noise of ``
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
 from oserve.forecast.simple import Levels
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 AUTOREGRESSIONS = ("lags, pooled", "scales, pooled", "lags", "scales")
@@ -28,7 +28,7 @@ _MOST_TRACE = 10.0
 _START = np.array([[0.5, 0.2, 0.1, 0.05, 0.0], [0.3, 0.3, 0.2, 0.0, 0.0]])
 
 
-class Autoregressions(Kept):
+class Autoregressions(Stateful):
     """``z(t+1) = sum of a_i x_i(t)``, in the four ways of ``AUTOREGRESSIONS``, side by side."""
 
     _kept = ("_ring", "_levels", "_pooled", "_pooled_cov", "_own", "_own_cov")

@@ -51,7 +51,7 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class BacktestScore:
     """Of one model; see the module. ``ms`` is the mean time of taking in a window and forecasting.
 
     ``coverage`` is None where nothing was scored.
@@ -65,7 +65,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regret:
+class ForecastRegret:
     """How much more the default's RRMSE is than the best one's, as a share (0.02: 2 % more).
 
     ``of_models``: of the other models that ran (None if there are none); ``of_experts``: of its
@@ -85,19 +85,19 @@ class Walk:
     ``mean`` and ``counts`` (n, k), ``quantiles`` (n, q, k).
     """
 
-    score: Score
+    score: BacktestScore
     mean: Floats
     quantiles: Floats
     counts: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Report:
+class BacktestReport:
     """All models on one series. ``next`` is the default's forecast after the last window."""
 
     floor: float
     walks: tuple[Walk, ...]
-    regret: Regret
+    regret: ForecastRegret
     next: Forecast
 
 
@@ -108,7 +108,7 @@ def backtest(
     steps: int = 5,
     timer: Callable[[], float],
     settings: ModelSettings | None = None,
-) -> Report:
+) -> BacktestReport:
     """Score ``models``, and always the default, on the second half of the series.
 
     ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained
@@ -141,7 +141,7 @@ def backtest(
             forecaster = _forecaster(model, series, steps)
             walk = _walk(name, forecaster, series, timer, lambda: None)
         walks.append(walk)
-    return Report(
+    return BacktestReport(
         floor=floor(counts),
         walks=tuple(walks),
         regret=_regret(walks, experts, labels),
@@ -221,7 +221,7 @@ def _walk(
         forecaster.forecast()
         spent_s += timer() - begin_s
     mean, bands = np.stack(means), np.stack(quantiles)
-    score = Score(
+    score = BacktestScore(
         model=name,
         rrmse=rrmse(mean, counts[series.half :]),
         pinball=pinball(bands, counts[series.half :], QUANTILES),
@@ -243,7 +243,7 @@ def _walk_default(
     return walk, np.stack(said), model.names, forecaster.forecast()
 
 
-def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> Regret:
+def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> ForecastRegret:
     own = walks[0]
     others = {walk.score.model: walk.score.rrmse for walk in walks[1:]}
     best = min(others, key=others.__getitem__) if others else None
@@ -253,7 +253,7 @@ def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> 
         if not np.isnan(experts[:, place]).any()
     }
     best_expert = min(scores, key=scores.__getitem__)
-    return Regret(
+    return ForecastRegret(
         best_model=best,
         of_models=None if best is None else _excess(own.score.rrmse, others[best]),
         best_expert=best_expert,

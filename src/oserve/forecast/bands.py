@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from oserve.forecast.kept import Kept, Plain
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 _MEMORY = 0.985
@@ -30,7 +30,7 @@ _MOST_SIGMAS, _MOST_RECORD = 2.5, 1.25
 _PRIOR_GROWTH, _PRIOR_GROWTH_WEIGHT = 0.3, 5.0
 
 
-class Bands(Kept):
+class Bands(Stateful):
     """For k types, ``levels`` (q) between 0 and 1 ascending, and up to ``steps`` windows ahead."""
 
     _kept = ("_mean", "_count", "_rows", "_levels", "_spread", "_weight", "_gap")
@@ -97,7 +97,7 @@ class Bands(Kept):
         ordered: Floats = np.maximum.accumulate(found, axis=0)
         return ordered
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         super().restore(state)
         self._rho = None
 

@@ -9,7 +9,7 @@ of an expert's loss is that which it has over all types: a short history has too
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 CAP = 9.0
@@ -20,7 +20,7 @@ LAG = 16.0
 """The most that an expert's losses can be behind the best one's: it must be able to come back."""
 
 
-class Weights(Kept):
+class Weights(Stateful):
     """Weights (m, k) of m experts for k types; each type's sum to 1."""
 
     _kept = ("_loss", "_weight", "_scale", "_count")

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 FACTORS = (1.5, 2.5, 6.0, 0.6, 0.3)
@@ -40,7 +40,7 @@ _MOST = 9.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class ChangePoint:
     """``stream`` is a type's name or "total"; rates are before and since it began, in requests/s.
 
     ``ticks`` ago, in ticks of the detector, is when the change is estimated to have begun.
@@ -52,7 +52,7 @@ class Change:
     after_rps: float
 
 
-class ChangeDetector(Kept):
+class ChangeDetector(Stateful):
     """Takes counts of one tick (a second by default) at a time and says what changed.
 
     Raises OServeError for a tick or a time between false alarms that is not over 0.
@@ -86,7 +86,7 @@ class ChangeDetector(Kept):
         self._block, self._block_ticks = np.zeros(streams), 0
         self._block_fano, self._block_weight = np.ones(streams), np.zeros(streams)
 
-    def update(self, counts: npt.ArrayLike) -> tuple[Change, ...]:
+    def update(self, counts: npt.ArrayLike) -> tuple[ChangePoint, ...]:
         """Arrivals of each type in the tick that ended, (k,): the changes that this shows.
 
         A tick with a NaN was not seen and changes nothing. A change is told once; the rate since it
@@ -102,7 +102,7 @@ class ChangeDetector(Kept):
         self._learn(y)
         return found
 
-    def _test(self, y: Floats) -> tuple[Change, ...]:
+    def _test(self, y: Floats) -> tuple[ChangePoint, ...]:
         warm = self._weight >= _WARM_TICKS * 0.9
         together = np.maximum(1.0, self._block_fano / self._fano)
         spread = self._fano * together
@@ -125,7 +125,7 @@ class ChangeDetector(Kept):
             ticks = self._ticks[test, stream]
             level = self._since[test, stream] / ticks
             changes.append(
-                Change(
+                ChangePoint(
                     stream=self.names[stream],
                     ticks=int(ticks),
                     before_rps=float(self._rate[stream] / self._tick_s),

@@ -4,16 +4,16 @@ import numpy as np
 
 from oserve.forecast.autoregression import AUTOREGRESSIONS, Autoregressions
 from oserve.forecast.combine import Weights
-from oserve.forecast.kept import Kept, Plain
 from oserve.forecast.restart import RestartLevel
 from oserve.forecast.simple import Average, FittedSmoothing, Holt, Levels, Season
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 _TAUS = (0.3, 0.7, 1.5, 3.0, 6.0, 15.0, 50.0)
 _LEVEL_NAMES = tuple(f"level {tau:g}" for tau in _TAUS)
 
 
-class Combination(Kept):
+class Combination(Stateful):
     """The experts and their weights; ``names`` (m) say which is which."""
 
     _kept = (
@@ -87,6 +87,6 @@ class Combination(Kept):
             season.shift(counts)
         self._said = None
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         super().restore(state)
         self._said = None

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from oserve.core import OServeError
 from oserve.forecast.bands import Bands
-from oserve.forecast.kept import Kept, Plain, unfit
 from oserve.forecast.model import PointModel, Ring
+from oserve.forecast.state import PlainState, Stateful, unfit
 from oserve.workload.columns import Floats
 
 QUANTILES = (0.05, 0.5, 0.9, 0.95)
@@ -61,7 +61,7 @@ class Forecast:
         return rates
 
 
-class Forecaster(Kept):
+class Forecaster(Stateful):
     """Takes windows in one by one, says what comes next.
 
     ``steps`` is how many windows ahead it can be asked for. Raises OServeError for numbers that
@@ -156,13 +156,13 @@ class Forecaster(Kept):
             quantile_counts=self._quantiles.copy(),
         )
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         """Go on where ``state`` was taken. Raises OServeError where it is of other types."""
         if not isinstance(state, dict) or list(self.names) != state.get("names"):
             raise unfit("it is of other workload types")
         super().restore(state)
 
-    def state(self) -> Plain:
+    def state(self) -> PlainState:
         return {**super().state(), "names": list(self.names)}
 
     def _say(self, again: bool = False) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 WINDOW = 50
@@ -87,7 +87,7 @@ def read_lstm(path: Path) -> LstmWeights:
     return found
 
 
-class Lstm(Kept):
+class Lstm(Stateful):
     """Forecasts with trained weights; the level until the first window of counts is full."""
 
     _kept = ("_ring",)

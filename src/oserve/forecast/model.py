@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from oserve.forecast.kept import Kept, Plain
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 
@@ -28,12 +28,12 @@ class PointModel(Protocol):
         """A change was detected: from now on about ``counts`` (k,) a window; NaN where not."""
         ...
 
-    def state(self) -> Plain: ...
+    def state(self) -> PlainState: ...
 
-    def restore(self, state: Plain) -> None: ...
+    def restore(self, state: PlainState) -> None: ...
 
 
-class Ring(Kept):
+class Ring(Stateful):
     """The last ``size`` windows of k types, in one array."""
 
     _kept = ("_rows", "_seen")

@@ -6,14 +6,14 @@ Two-sided CUSUM (Page 1954) on window counts in units of their noise: sums of
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 _SLACK, _LIMIT = 0.5, 4.0
 _MEMORY = 20.0
 
 
-class RestartLevel(Kept):
+class RestartLevel(Stateful):
     """Running mean since the last change, at most as slow as a memory of 20 windows."""
 
     _kept = ("_level", "_age", "_up", "_down", "_spread")

@@ -9,8 +9,8 @@ import math
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 MAX_PERIOD = 2016
@@ -19,7 +19,7 @@ MAX_PERIOD = 2016
 _PERIODS_S = (3600.0, 86400.0, 604800.0)
 
 
-class Average(Kept):
+class Average(Stateful):
     """The mean of the last ``size`` windows that were seen; of one, the last value."""
 
     _kept = ("_ring",)
@@ -46,7 +46,7 @@ class Average(Kept):
             self._ring.push(np.where(np.isnan(counts), self._ring.back(len(self._ring)), counts))
 
 
-class Levels(Kept):
+class Levels(Stateful):
     """Exponential smoothing at several time constants at once, of parts of windows.
 
     ``level = sum of count * exp(-age / tau)`` over the same sum of weights, so that it starts as
@@ -115,7 +115,7 @@ class Smoothing(Levels):
         return np.tile(self.level[0], (steps, 1))
 
 
-class FittedSmoothing(Kept):
+class FittedSmoothing(Stateful):
     """Exponential smoothing by the ``alpha`` of least squared error so far, of 0.1 to 0.9 and 1.
 
     Per type, one window ahead, of whole windows.
@@ -142,7 +142,7 @@ class FittedSmoothing(Kept):
         self._levels.shift(counts)
 
 
-class Holt(Kept):
+class Holt(Stateful):
     """Level and trend, both smoothed; the trend fades by ``damping`` a window (Gardner 1985).
 
     A forecast stays within 0 and twice the level, since counts that rise do not rise for ever.
@@ -180,7 +180,7 @@ class Holt(Kept):
         self._trend = np.where(changed, 0.0, self._trend)
 
 
-class Season(Kept):
+class Season(Stateful):
     """What came one period ago, and the level of now moved as the profile of the period moves.
 
     Silent (NaN) until two whole periods have been seen. The profile is the mean of each phase over
@@ -230,7 +230,7 @@ class Season(Kept):
         self._now.shift(counts)
 
 
-class Seasonal(Kept):
+class Seasonal(Stateful):
     """One of the two of ``Season``, of the longest period that has been seen; else the level."""
 
     _kept = ("_seasons", "_last")

@@ -39,7 +39,7 @@ _HALVINGS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class LatencyLimits:
     """Limits in seconds; ``None`` sets none."""
 
     ttft_s: float | None = None
@@ -52,7 +52,7 @@ class TypeLoad:
 
     prompt_tokens: float
     output_tokens: float
-    limits: Limits = Limits()
+    limits: LatencyLimits = LatencyLimits()
     longest_tokens: float = 0.0
 
 
@@ -165,7 +165,7 @@ class _Flow:
             return "computing prompts"
         return min(self._bounds, key=lambda name: float(self._bounds[name][index, 0]))
 
-    def _unmet(self, index: int, limits: Limits) -> Capacity:
+    def _unmet(self, index: int, limits: LatencyLimits) -> Capacity:
         """No rate is low enough: say which limit fails, and what would be met."""
         ttft, tpot = float(self._service[index, 0]), float(self._slow[index, 0])
         why = f"TPOT is {tpot * 1e3:,.1f} ms at best"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from oserve.core import ReplicaShape, WorkloadType
-from oserve.perf.capacity import Limits, TypeLoad, capacities
+from oserve.perf.capacity import LatencyLimits, TypeLoad, capacities
 from oserve.perf.roofline import StepModel
 
 # Of the span between idle and full power that serving takes, on average.
@@ -68,7 +68,7 @@ def performance_table(
     shapes: Sequence[ReplicaShape],
     types: Sequence[WorkloadType],
     *,
-    limits: Mapping[str, Limits] | None = None,
+    limits: Mapping[str, LatencyLimits] | None = None,
     longest_tokens: Mapping[str, float] | None = None,
 ) -> tuple[ShapePerformance, ...]:
     """A row per shape that holds the weights. ``limits``, ``longest_tokens``: by type name.
@@ -79,7 +79,7 @@ def performance_table(
         TypeLoad(
             prompt_tokens=kind.prompt_tokens,
             output_tokens=kind.output_tokens,
-            limits=(limits or {}).get(kind.name, Limits()),
+            limits=(limits or {}).get(kind.name, LatencyLimits()),
             longest_tokens=(longest_tokens or {}).get(kind.name, 0.0),
         )
         for kind in types

@@ -15,7 +15,7 @@ from oserve.app.demand import Demand, demand_from_trace
 from oserve.app.simulated import Traffic, traffic_from
 from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.core import Device, OServeError, Precision, ReplicaShape
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
@@ -65,9 +65,9 @@ class Scene:
         return self.traffic.between(0.0, self.learn_s)
 
     @property
-    def limits(self) -> dict[str, Limits]:
+    def limits(self) -> dict[str, LatencyLimits]:
         """The SLO, by workload type."""
-        common = Limits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
+        common = LatencyLimits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
         return {kind.name: common for kind in self.demand.types}
 
     def weights_bytes(self, shape: ReplicaShape) -> float:

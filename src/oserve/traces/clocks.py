@@ -20,7 +20,7 @@ _EPOCH_S = 946_684_800.0
 _MAX_S = 1e10
 
 
-class Clock(Protocol):
+class StampReader(Protocol):
     """``arrival_s`` reads one stamp; ``settle`` says that its row was sound."""
 
     def arrival_s(self, stamp: object) -> float: ...

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oserve.traces.clocks import Clock, Ticks, WallClock, is_stamp
+from oserve.traces.clocks import StampReader, Ticks, WallClock, is_stamp
 from oserve.traces.request import TraceRequest
 from oserve.traces.rows import BadRowError, number, request
 from oserve.traces.units import AmbiguousUnitError, TimeUnit, conclude, unit_of_name
@@ -59,7 +59,7 @@ _FIRST_CHATS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
+class TraceFormat:
     """How to read the lines of one file.
 
     ``assumed`` says what was concluded rather than read, in words; empty if nothing was.
@@ -70,7 +70,7 @@ class Format:
     assumed: str = ""
 
 
-def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
+def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> TraceFormat:
     """How to read a file with that first line; ``sample`` are the lines that follow it, some.
 
     Raises BadRowError when the format is unknown, lacks a column or does not tell its time unit.
@@ -90,7 +90,7 @@ def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
     dialect = next((one for one in dialects if one.marks <= set(names.snake)), _OTHER)
     clock, assumed = _clock(lines, rows, names.time, unit=unit, dialect=dialect)
     reader = _Reader(lines, clock, zero_is_failure=dialect.zero_is_failure)
-    return Format(parse=reader, has_header=not header.startswith("{"), assumed=assumed)
+    return TraceFormat(parse=reader, has_header=not header.startswith("{"), assumed=assumed)
 
 
 class _Names:
@@ -172,7 +172,7 @@ def _clock(
     *,
     unit: TimeUnit,
     dialect: _Dialect,
-) -> tuple[Clock, str]:
+) -> tuple[StampReader, str]:
     """The clock of the file's timestamps, and what was concluded about it."""
     stamps: list[object] = []
     for line in rows:
@@ -209,7 +209,7 @@ class _Reader:
     """One line to one request."""
 
     def __init__(
-        self, lines: "_Columns | _Objects", clock: Clock, *, zero_is_failure: bool
+        self, lines: "_Columns | _Objects", clock: StampReader, *, zero_is_failure: bool
     ) -> None:
         self._lines, self._clock, self._zero_is_failure = lines, clock, zero_is_failure
 

@@ -15,10 +15,10 @@ from oserve.traces.mixes import MIX_TYPES
 from oserve.traces.request import TraceRequest
 from oserve.traces.synthesise import LengthModel
 
-Part = Callable[[float], float]
+PatternShare = Callable[[float], float]
 """Of the second load, at a time from 0 to 1 of the trace."""
 
-PATTERNS: Mapping[str, Part] = {
+PATTERNS: Mapping[str, PatternShare] = {
     "step": lambda at: float(at >= 1 / 3),
     "ramp": lambda at: min(1.0, max(0.0, 2.0 * at - 0.5)),
     "flash crowd": lambda at: float(0.4 <= at < 0.55),
@@ -40,7 +40,7 @@ CHANGING_TYPES: Mapping[str, LengthModel] = {
 
 
 def synthesise_pattern(
-    part: Part,
+    part: PatternShare,
     first_rps: Mapping[str, float],
     second_rps: Mapping[str, float],
     *,
@@ -63,7 +63,7 @@ def synthesise_pattern(
 
 
 def _arrivals(
-    part: Part,
+    part: PatternShare,
     first_rps: Mapping[str, float],
     second_rps: Mapping[str, float],
     *,

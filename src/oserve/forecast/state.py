@@ -11,26 +11,26 @@ import numpy as np
 
 from oserve.core import OServeError
 
-Plain = dict[str, Any]
+PlainState = dict[str, Any]
 """Numbers, strings, null, lists and mappings of these: what msgspec and json write as they are."""
 
 
-class Kept:
+class Stateful:
     """Remembers by the attributes in ``_kept``: arrays, numbers, others of its kind, lists."""
 
     _kept: ClassVar[tuple[str, ...]] = ()
 
-    def state(self) -> Plain:
+    def state(self) -> PlainState:
         """All of it; independent of this object from here on."""
         return {name: _plain(getattr(self, name)) for name in self._kept}
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         """Take up ``state``. Raises OServeError where it is of another kind or shape of model."""
         for name in self._kept:
             if not isinstance(state, dict) or name not in state:
                 raise unfit(f"{name} is missing")
             now, saved = getattr(self, name), state[name]
-            if isinstance(now, Kept):
+            if isinstance(now, Stateful):
                 now.restore(saved)
             elif isinstance(now, list):
                 if not isinstance(saved, list) or len(saved) != len(now):
@@ -49,7 +49,7 @@ def unfit(reason: str) -> OServeError:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Kept):
+    if isinstance(value, Stateful):
         return value.state()
     if isinstance(value, list):
         return [item.state() for item in value]
