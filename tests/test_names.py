@@ -52,7 +52,7 @@ def definitions(file: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
                 if isinstance(target, ast.Name) and re.fullmatch(r"[A-Z]+[a-z]\w*", target.id):
-                    yield target.id, ast.unparse(node.value)
+                    yield target.id, ast.unparse(node.value).replace("npt.", "")
 
 
 def test_a_public_name_stands_for_one_thing() -> None:
