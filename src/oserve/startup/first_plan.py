@@ -16,6 +16,7 @@ from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
 from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
+from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
@@ -47,7 +48,7 @@ class FirstPlan:
 class Knowledge:
     """Of step times on these devices: a source and the context, or why there is none."""
 
-    source: PerformanceSource | None
+    source: ProfileSource | RooflineSource | None
     context: int
     missing: str = ""
 
