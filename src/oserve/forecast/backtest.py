@@ -1,16 +1,15 @@
-"""Backtest without look-ahead: every model walks through a series and is scored on its second half.
+"""Backtest without look-ahead: every model steps through a series, scored on its second half.
 
-At each window a model has seen what came before and nothing else; its forecast is asked for, then
-the window is shown to it. The first half warms it up (and is all that an LSTM is trained on).
-Scores:
+Before each window a model has seen only the earlier ones; it forecasts, then observes the window.
+The first half is the warm-up, and the only training data of an LSTM. Scores:
 
 - RRMSE: root mean squared error over the mean count, per type, averaged over the types;
 - pinball: the mean pinball loss of the quantiles over the mean count, averaged over the types;
 - coverage: the share of counts from the lowest quantile to the highest, both included;
-- the floor: what a forecaster that knew every rate would score on Poisson counts, the
-  square root of the mean over the mean, averaged over the types.
+- the floor: the RRMSE on Poisson counts of a forecaster that knows every rate, the square root of
+  the mean over the mean, averaged over the types.
 
-All in percent, but coverage. A type that has no arrivals in the second half has no score.
+All in percent except coverage. A type without arrivals in the second half has no score.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,12 +25,12 @@ from oserve.forecast.models import DEFAULT, ModelSettings, known, make_model
 from oserve.workload.columns import Floats
 
 MIN_WINDOWS = 8
-"""Fewer cannot be halved into anything."""
+"""The fewest windows that can be split into two halves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Series:
-    """Counts of k types in n windows of s parts each: ``parts`` (n, s, k), NaN where not seen."""
+    """Counts of k types in n windows of s parts each: ``parts`` (n, s, k), NaN where missing."""
 
     names: tuple[str, ...]
     interval_s: float
@@ -46,15 +45,15 @@ class Series:
 
     @property
     def half(self) -> int:
-        """Where the second half begins."""
+        """The index at which the second half begins."""
         return len(self.parts) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacktestScore:
-    """Of one model; see the module. ``ms`` is the mean time of taking in a window and forecasting.
+    """The scores of one model, as defined by the module.
 
-    ``coverage`` is None where nothing was scored.
+    ``ms`` is the mean time to observe a window and forecast.
     """
 
     model: str
@@ -66,10 +65,10 @@ class BacktestScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastRegret:
-    """How much more the default's RRMSE is than the best one's, as a share (0.02: 2 % more).
+    """The relative excess of the default's RRMSE over the best one's (0.02: 2 % more).
 
-    ``of_models``: of the other models that ran (None if there are none); ``of_experts``: of its
-    own experts, the best of them known only afterwards.
+    ``of_models``: over the best other model that ran (None if there is none); ``of_experts``: over
+    its own best expert in hindsight.
     """
 
     best_model: str | None
@@ -80,7 +79,7 @@ class ForecastRegret:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Walk:
-    """What a model said of each window of the second half, one ahead, beside what came.
+    """A model's one-step forecasts of the second half, with the observed counts.
 
     ``mean`` and ``counts`` (n, k), ``quantiles`` (n, q, k).
     """
@@ -111,9 +110,9 @@ def backtest(
 ) -> BacktestReport:
     """Score ``models``, and always the default, on the second half of the series.
 
-    ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained
-    on the first half. Raises OServeError for a series of fewer than 8 windows or a half without
-    arrivals, and what the models raise.
+    ``timer`` returns seconds. ``settings`` may hold a trained LSTM; otherwise "lstm" is trained on
+    the first half. Raises OServeError for fewer than 8 windows or a second half without arrivals,
+    and propagates errors of the models.
     """
     names = known(models)
     counts = series.counts[series.half :]
@@ -150,7 +149,7 @@ def backtest(
 
 
 def rrmse(mean: Floats, counts: Floats) -> float:
-    """In percent, averaged over the types that came at all; both (n, k), NaN where not seen."""
+    """RRMSE in percent, averaged over types with arrivals; both (n, k), NaN where missing."""
     level = np.nanmean(counts, axis=0)
     scored = level > 0
     error = np.sqrt(np.nanmean((mean - counts) ** 2, axis=0))
@@ -158,7 +157,7 @@ def rrmse(mean: Floats, counts: Floats) -> float:
 
 
 def pinball(quantiles: Floats, counts: Floats, levels: Sequence[float]) -> float:
-    """In percent: (n, q, k) quantiles at ``levels`` (q) against (n, k) counts."""
+    """Pinball loss in percent of (n, q, k) quantiles at ``levels`` (q) on (n, k) counts."""
     level = np.nanmean(counts, axis=0)
     scored = level > 0
     tau = np.array(levels)[None, :, None]
@@ -168,20 +167,20 @@ def pinball(quantiles: Floats, counts: Floats, levels: Sequence[float]) -> float
 
 
 def coverage(quantiles: Floats, counts: Floats) -> float:
-    """The share of counts (n, k) within the outer ones of quantiles (n, q, k), types that came."""
+    """The share of counts (n, k) within the outer quantiles (n, q, k), for types with arrivals."""
     inside = (counts >= quantiles[:, 0]) & (counts <= quantiles[:, -1])
     scored = ~np.isnan(counts) & (np.nansum(counts, axis=0) > 0)
     return float(inside[scored].mean())
 
 
 def floor(counts: Floats) -> float:
-    """The least RRMSE in percent that Poisson counts with these means (n, k) allow."""
+    """The least possible RRMSE in percent on Poisson counts with these means (n, k)."""
     level = np.nanmean(counts, axis=0)
     return float(100 * np.mean(1 / np.sqrt(level[level > 0])))
 
 
 def filled(counts: Floats) -> Floats:
-    """Counts (n, k) with those not seen replaced by the last that was, or 0."""
+    """Counts (n, k) with missing ones replaced by the previous count, or 0."""
     found = counts.copy()
     last = np.zeros(counts.shape[1])
     for row in found:
@@ -207,7 +206,7 @@ def _walk(
     timer: Callable[[], float],
     before: Callable[[], None],
 ) -> Walk:
-    """``before`` is called ahead of each window of the second half."""
+    """Step a model through the series; ``before`` runs before each window of the second half."""
     counts = series.counts
     means, quantiles, spent_s = [], [], 0.0
     for place, row in enumerate(counts):
@@ -234,7 +233,7 @@ def _walk(
 def _walk_default(
     series: Series, settings: ModelSettings, steps: int, timer: Callable[[], float]
 ) -> tuple[Walk, Floats, tuple[str, ...], Forecast]:
-    """The walk, what each expert said (n, m, k), their names, and the forecast after the end."""
+    """The walk, each expert's forecasts (n, m, k), their names, and the forecast after the end."""
     model = make_model(DEFAULT, settings)
     assert isinstance(model, Combination)
     forecaster = _forecaster(model, series, steps)
