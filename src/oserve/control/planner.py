@@ -26,7 +26,7 @@ from oserve.perf.corrected import Speeds
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.problem import AmongEquals, PlanProblem
-from oserve.plan.search import Deployment, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Search, plan_deployment
 from oserve.plan.serving import Serving
 
 # Rates below this, or below this part of all, are noise, and bad numbers for a linear programme.
@@ -168,7 +168,7 @@ class TablePlanner:
         return tuple(found.values())
 
     def _placed(
-        self, problem: PlanProblem, deployment: Deployment, current: DeploymentPlan
+        self, problem: PlanProblem, deployment: DeploymentCandidate, current: DeploymentPlan
     ) -> DeploymentPlan:
         """A deployment on devices, close to the current plan, which it may be."""
         placed = place_deployment(problem, deployment)
@@ -177,7 +177,7 @@ class TablePlanner:
         plan = DeploymentPlan(
             id=f"planned-{_stamp(placed.replicas)}",
             replicas=placed.replicas,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares={},
         )
         return self.with_shares(plan, placed.routing_shares)
@@ -210,9 +210,9 @@ class TablePlanner:
             routing[item.name] = _whole(mixed) or even
         return replace(
             plan,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares=routing,
-            types=tuple(
+            planned_types=tuple(
                 PlannedType(
                     name=kind.name,
                     prompt_tokens=prompt,
@@ -338,7 +338,7 @@ def _scaled(
     return replace(after, capacity_rps=capacity)
 
 
-def _gain(best: Deployment, plain: Deployment) -> float:
+def _gain(best: DeploymentCandidate, plain: DeploymentCandidate) -> float:
     """Of one deployment over another: in scale where all demand is served, else in rate served."""
     if best.score.scale >= 1 and plain.score.scale > 0:
         return best.score.scale / plain.score.scale - 1
