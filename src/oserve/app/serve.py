@@ -38,9 +38,11 @@ from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
-from oserve.switching.driver import SwitchReport
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.prices import SwitchPrices
+from oserve.switching.report import SwitchReport
 from oserve.switching.switcher import Switcher, SwitcherFacts
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 
@@ -123,17 +125,26 @@ class Server:
             SwitcherFacts(
                 folder=journal_folder(settings.state_dir),
                 movable=movable,
-                model=deployment.models[0],
                 cluster=self._cluster,
                 loop=self._loop,
                 clock=self._clock,
                 settle=self._reached,
                 publish=self._publish,
-                mover=partial(Mover, clock=self._clock, bytes_per_s=settings.switch.bytes_per_s),
+                weights=partial(
+                    EngineWeights,
+                    EngineWeightFacts(
+                        cluster=self._cluster,
+                        model=deployment.models[0],
+                        mover=partial(
+                            Mover, clock=self._clock, bytes_per_s=settings.switch.bytes_per_s
+                        ),
+                        transfer_limit_s=settings.switch.transfer_limit_s,
+                        max_perplexity_rise=settings.switch.max_perplexity_rise,
+                    ),
+                ),
                 plan_text=plan_yaml,
                 unix_s=time.time,
                 transfer_limit_s=settings.switch.transfer_limit_s,
-                max_perplexity_rise=settings.switch.max_perplexity_rise,
             )
         )
         self._front = Front(
@@ -274,17 +285,18 @@ class Server:
         _log.info("plan %s is to take the place of %s", plan.id, self._loop.plan.id)
         return self._switcher.want(plan, by)
 
-    def _reached(self, plan: DeploymentPlan, reason: str) -> None:
-        """A switch has ended, in this plan."""
-        if reason:
-            _log.error("plan %s stays in force: %s", plan.id, reason)
+    def _reached(self, outcome: SwitchOutcome) -> None:
+        """A switch has ended."""
+        if outcome.reason:
+            _log.error("plan %s stays in force: %s", outcome.plan.id, outcome.reason)
         if self._steering is not None:
-            # A shape that cannot be started is not tried again and again.
-            named = reason.removeprefix(f"{Task.START} ").partition(":")[0]
-            wished = self._steering.controller.plan.replica(named)
-            if reason.startswith(f"{Task.START} ") and wished is not None:
-                self._steering.bar([wished])
-            self._steering.reached(plan)
+            cause = outcome.cause
+            if cause is not None and cause.task is Task.START:
+                # A shape that cannot be started is not tried again and again.
+                wished = self._steering.controller.plan.replica(cause.replica)
+                if wished is not None:
+                    self._steering.bar([wished])
+            self._steering.reached(outcome.plan)
             self._spawn(self._steering.save(time.time()))
 
     async def _publish(self) -> None:
