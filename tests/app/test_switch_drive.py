@@ -16,7 +16,7 @@ from oserve.config import plan_yaml
 from oserve.config.settings import Settings
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
-from oserve.control.table import routing_table
+from oserve.control.routing import routing_table
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,

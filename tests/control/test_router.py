@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.ledger import WorkLedger
-from oserve.control.router import Refusal, Route, Router, RouteReason, work_s
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.router import Refusal, Route, Router, RouteReason, work_s
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaLoad, ReplicaPhase, Request
 
 loads = st.lists(

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oserve.app.clock import LiveClock
 from oserve.app.switch_facts import switch_facts
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings, SwitchSettings
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
@@ -27,6 +26,7 @@ from oserve.core import (
     ReplicaSpec,
     ReplicaState,
 )
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores

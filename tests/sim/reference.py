@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from oserve.control.router import Refusal, Router
+from oserve.control.dispatch.router import Refusal, Router
 from oserve.core import ReplicaLoad, Request
 
 PS: Final = 10**12

@@ -7,26 +7,26 @@ import time
 
 import msgspec
 
-from oserve.control.affinity import Affinity
-from oserve.control.breaker import Breakers
-from oserve.control.ledger import WorkEntry, WorkLedger
-from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
-from oserve.control.router import Refusal, Router, RouteReason
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.affinity import Affinity
+from oserve.control.dispatch.breaker import Breakers
+from oserve.control.dispatch.ledger import WorkEntry, WorkLedger
+from oserve.control.dispatch.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
+from oserve.control.dispatch.router import Refusal, Router, RouteReason
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase
 from oserve.core.faults import fault
 from oserve.gateway.account import account
-from oserve.gateway.asking import pool_of, request_bytes
-from oserve.gateway.errors import overloaded, shown, unavailable
-from oserve.gateway.foresight import Foresight
+from oserve.gateway.estimator import Foresight
 from oserve.gateway.handover import HandOvers
-from oserve.gateway.kept import Budget
+from oserve.gateway.http.errors import overloaded, shown, unavailable
 from oserve.gateway.metrics import Metrics
 from oserve.gateway.moving import Moving
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
-from oserve.gateway.turns import Turns
+from oserve.gateway.stream.replay_buffer import Budget
+from oserve.gateway.upstream_request import pool_of, request_bytes
+from oserve.gateway.yield_queue import Turns
 from oserve.wire import UpstreamPool
 from oserve.workload import PromptLengthEstimator
 from oserve.workload.output import OutputEstimator

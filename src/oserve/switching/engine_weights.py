@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.core import Endpoint, OServeError, ReplicaPhase
 from oserve.switch.layout import differences, shard_map
 from oserve.switch.orders import RankOrder, rank_orders

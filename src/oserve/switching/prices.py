@@ -5,7 +5,7 @@ The programme is the one of the switch itself, so a decision weighs what would b
 
 from collections.abc import Sequence
 
-from oserve.control.appraisal import Leg
+from oserve.control.evaluation import Leg
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.switch.programme import SwitchFacts, prepare_switch
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.core import (
     Action,
     Clock,
