@@ -31,7 +31,7 @@ def draw(found: PlanResult, path: FilePath) -> None:
     axes.set_ylim(-0.03, 1.08)
     score = found.planned.best.score
     axes.set_title(
-        f"{found.question.model}: {found.predicted.demand_rps:.2f} requests/s asked, "
+        f"{found.request.model}: {found.predicted.demand_rps:.2f} requests/s asked, "
         f"{score.served_rps:.2f} within limits, room for {score.scale:.2f} times",
         fontsize=11,
     )

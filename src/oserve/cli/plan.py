@@ -41,7 +41,7 @@ from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
@@ -198,7 +198,7 @@ def plan(
         max_num_batched_tokens=_sizes("--max-num-batched-tokens", max_num_batched_tokens),
         max_num_seqs=_sizes("--max-num-seqs", max_num_seqs),
     )
-    found = answer(
+    found = compute_plan(
         PlanRequest(
             model=model,
             devices=spec.devices,
@@ -271,11 +271,11 @@ def _verified(
 ) -> VerifiedAnswer:
     trace = traffic_from(requests, max_model_len=context) if requests else None
     check = check_for(
-        found.question.demand,
-        common_slo(found.question.limits),
+        found.request.demand,
+        common_slo(found.request.limits),
         trace=trace,
         rate_scale=rate_scale,
-        margin=found.question.min_gain or MIN_GAIN,
+        margin=found.request.min_gain or MIN_GAIN,
     )
     with _console.status(f"scoring candidates by simulation of {check.words}"):
         return verified_answer(found, check)

@@ -23,16 +23,16 @@ _SHOWN = 5
 
 def headline(found: PlanResult) -> str:
     """What the plan is, in a few lines of plain text."""
-    question = found.question
-    devices = question.devices
+    request = found.request
+    devices = request.devices
     kinds = {device.kind: 0 for device in devices}
     for device in devices:
         kinds[device.kind] += 1
     cluster = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     lines = [
-        f"Plan for {question.model} on {cluster}, by {question.source.origin}",
+        f"Plan for {request.model} on {cluster}, by {request.source.origin}",
         f"demand {found.predicted.demand_rps:.2f} requests/s of {len(found.problem.types)} types "
-        f"from {question.demand.source}",
+        f"from {request.demand.source}",
         _verdict(found),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
@@ -55,8 +55,8 @@ def document(found: PlanResult) -> dict[str, Any]:
     """The plan as JSON-ready data."""
     problem, planned = found.problem, found.planned
     return {
-        "model": found.question.model,
-        "performance": found.question.source.origin,
+        "model": found.request.model,
+        "performance": found.request.source.origin,
         "replicas": [
             {
                 "id": spec.id,
@@ -98,9 +98,9 @@ def document(found: PlanResult) -> dict[str, Any]:
 
 def vllm_commands(found: PlanResult) -> list[str]:
     """Plain ``vllm serve`` lines that run the same replicas, on ports from 8001."""
-    known = {device.id: device for device in found.question.devices}
+    known = {device.id: device for device in found.request.devices}
     return [
-        _command(spec, found.question.model, _FIRST_PORT + index, known)
+        _command(spec, found.request.model, _FIRST_PORT + index, known)
         for index, spec in enumerate(found.plan.replicas)
     ]
 

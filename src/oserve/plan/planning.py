@@ -37,7 +37,7 @@ class PlanRequest:
     Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
     deployment, or that one is taken: it is simpler, and the model errs by some per cent. But where
     ``min_shapes`` asks for several, the best deployment of so many is taken, if there is one.
-    ``notes``: what to know about the question itself.
+    ``notes``: what to know about the request itself.
     """
 
     model: str
@@ -76,7 +76,7 @@ class PlanResult:
     room for its requests, everywhere. ``table_s`` and ``solve_s`` are seconds of this machine.
     """
 
-    question: PlanRequest
+    request: PlanRequest
     problem: PlanProblem
     planned: Planned
     placed: PlacedReplicas
@@ -91,8 +91,8 @@ class PlanResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know to judge the plan."""
-        asked = self.question
-        notes = [*asked.notes, *asked.demand.notes, *asked.source.caveats(self._shapes)]
+        request = self.request
+        notes = [*request.notes, *request.demand.notes, *request.source.caveats(self._shapes)]
         return tuple(dict.fromkeys(notes))
 
     @property
@@ -105,51 +105,51 @@ class PlanResult:
         return _gain(self.planned, self.planned.best, self.baseline)
 
 
-def answer(question: PlanRequest) -> PlanResult:
+def compute_plan(request: PlanRequest) -> PlanResult:
     """Plan it. Raises OServeError where nothing can serve the demand, naming what would."""
-    demand = question.demand
+    demand = request.demand
     started = time.perf_counter()
     table = performance_table(
-        question.source,
-        question.shapes,
+        request.source,
+        request.shapes,
         demand.types,
-        limits=question.limits,
+        limits=request.limits,
         longest_tokens=demand.longest_tokens,
     )
     tabled = time.perf_counter()
-    _refuse_unmet(question, table)
+    _refuse_unmet(request, table)
     problem = PlanProblem(
-        devices=question.devices,
+        devices=request.devices,
         types=demand.types,
         options=table,
-        objective=question.objective,
-        among_equals=question.among_equals,
-        enough_scale=question.enough_scale,
-        current=question.current,
-        min_shapes=question.min_shapes,
+        objective=request.objective,
+        among_equals=request.among_equals,
+        enough_scale=request.enough_scale,
+        current=request.current,
+        min_shapes=request.min_shapes,
     )
     planned = plan_deployment(
         problem,
-        question.search,
-        time_limit_s=question.time_limit_s,
-        seed=question.seed,
-        candidates=question.candidates,
+        request.search,
+        time_limit_s=request.time_limit_s,
+        seed=request.seed,
+        candidates=request.candidates,
     )
-    asked = question.min_shapes > 1 and problem.is_varied(planned.best.counts)
-    if not asked and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + question.min_gain:
+    varied = request.min_shapes > 1 and problem.is_varied(planned.best.counts)
+    if not varied and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + request.min_gain:
         planned = replace(planned, best=planned.homogeneous[0])
     placed = place_deployment(problem, planned.best)
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]
     return PlanResult(
-        question=question,
+        request=request,
         problem=problem,
         planned=planned,
         placed=placed,
-        plan=deployment_plan(question, placed),
-        predicted=predict(question, problem, planned.best),
+        plan=deployment_plan(request, placed),
+        predicted=predict(request, problem, planned.best),
         baseline=baseline,
-        baseline_predicted=predict(question, problem, baseline),
+        baseline_predicted=predict(request, problem, baseline),
         usual=_usual(problem, planned.homogeneous),
         table_s=tabled - started,
         solve_s=solved - tabled,
@@ -164,17 +164,17 @@ def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate
 
 
 def predict(
-    question: PlanRequest, problem: PlanProblem, deployment: DeploymentCandidate
+    request: PlanRequest, problem: PlanProblem, deployment: DeploymentCandidate
 ) -> PredictedRates:
     """What a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
     used = [index for index, count in enumerate(deployment.counts) if count]
     table = performance_table(
-        question.source,
+        request.source,
         [problem.options[index].shape for index in used],
         problem.types,
-        longest_tokens=question.demand.longest_tokens,
+        longest_tokens=request.demand.longest_tokens,
     )
     free = replace(problem, options=table, current=None)
     served = Assigner(free).score([deployment.counts[index] for index in used]).served_rps
@@ -201,9 +201,9 @@ def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
-def deployment_plan(question: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:
+def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:
     """Shares per length class: those of the types it is made of, in proportion."""
-    demand = question.demand
+    demand = request.demand
     shares: dict[str, dict[str, float]] = {}
     for item in demand.classes:
         mix = demand.class_mix[item.name]
@@ -256,31 +256,31 @@ def _usual(
     return min(able, key=unusual, default=None)
 
 
-def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> None:
+def _refuse_unmet(request: PlanRequest, table: Sequence[ShapePerformance]) -> None:
     """Raise where no shape serves a type that comes: too little room, or too tight an SLO."""
     unmet = [
         index
-        for index, kind in enumerate(question.demand.types)
+        for index, kind in enumerate(request.demand.types)
         if kind.arrival_rate_rps > 0 and not any(row.capacity_rps[index] > 0 for row in table)
     ]
     if not unmet:
         return
     nearest = []
     for index in unmet:
-        kind = question.demand.types[index]
+        kind = request.demand.types[index]
         timed = [row for row in table if row.ttft_s[index] < math.inf]
         if not timed:
             raise OServeError(
                 f"no shape has KV cache for requests of type {kind.name!r} "
-                f"({question.demand.longest_tokens.get(kind.name, 0):,.0f} tokens at most)",
+                f"({request.demand.longest_tokens.get(kind.name, 0):,.0f} tokens at most)",
                 place="--cluster",
                 remedy="use more devices a replica, fewer bits a weight, or shorter requests",
             )
-        limits = question.limits.get(kind.name, LatencyLimits())
+        limits = request.limits.get(kind.name, LatencyLimits())
         row = min(timed, key=lambda row, i=index, own=limits: _excess(row, i, own))  # type: ignore[misc]
         nearest.append((_excess(row, index, limits), index, row, limits))
     _, index, row, _ = max(nearest, key=lambda item: item[0])
-    kind = question.demand.types[index]
+    kind = request.demand.types[index]
     # Limits that are given for all types must suffice for the one that is hardest to serve.
     ttft_s = [row.ttft_s[i] for _, i, row, own in nearest if own.ttft_s is not None]
     tpot_s = [row.tpot_s[i] for _, i, row, own in nearest if own.tpot_s is not None]
