@@ -11,11 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from oserve.app.switching.drive import Report
-from oserve.app.switching.prices import SwitchPrices, switch_facts
-from oserve.app.switching.programme import between, renamed
-from oserve.app.switching.record import FileJournal, Journal, journals, recover
-from oserve.app.switching.switcher import Switcher, SwitcherFacts
+from oserve.config import plan_yaml
 from oserve.config.settings import Settings
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
@@ -33,12 +29,18 @@ from oserve.core import (
     VirtualClock,
     VllmBackend,
 )
-from oserve.engines.mover import Moved, MoveError
 from oserve.engines.settings import EngineSettings
 from oserve.sim import SimulatedCluster
 from oserve.sim.phases import Phases
+from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.layout import shard_map
 from oserve.switch.orders import RankOrder
+from oserve.switch.programme import between, renamed
+from oserve.switching.driver import SwitchReport
+from oserve.switching.journal import FileJournal, Journal, journals
+from oserve.switching.prices import SwitchPrices
+from oserve.switching.switcher import Switcher, SwitcherFacts
+from oserve.switching.weights import Moved, MoveError
 
 DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", memory_bytes=2 << 30) for n in range(4))
 PLENTY = 1 << 40
@@ -157,7 +159,7 @@ class Scene:
         self.available = PLENTY
         self.switcher = Switcher(
             SwitcherFacts(
-                settings=self.settings,
+                folder=self.folder,
                 movable=switch_facts(
                     self.settings, DEVICES, available_bytes=lambda: self.available
                 ),
@@ -170,6 +172,9 @@ class Scene:
                 journal=self._journal,
                 mover=lambda _places: ToyMover(self),
                 unix_s=self.clock.now,
+                plan_text=plan_yaml,
+                transfer_limit_s=self.settings.switch.transfer_limit_s,
+                max_perplexity_rise=self.settings.switch.max_perplexity_rise,
             )
         )
 
@@ -207,7 +212,7 @@ class Scene:
             if s.phase is not ReplicaPhase.GONE
         }
 
-    async def finish(self, plan: DeploymentPlan = NEW, seconds: float = 400.0) -> Report:
+    async def finish(self, plan: DeploymentPlan = NEW, seconds: float = 400.0) -> SwitchReport:
         report = self.switcher.want(plan, "test")
         await self.over(seconds)
         return report
@@ -226,7 +231,7 @@ class Scene:
     async def kill(self, name: str) -> None:
         self.cluster.crash(name)
 
-    async def whole(self, report: Report) -> None:
+    async def whole(self, report: SwitchReport) -> None:
         """It is in one of the plans, all of it, and says why it is not in the other."""
         old = report.state != "done"
         assert self.loop.plan.id == ("old" if old else "new")
@@ -281,7 +286,7 @@ async def test_all_goes_well(scene: Scene) -> None:
     report = await scene.finish(OLD)
     assert report.state == "done"
     assert await scene.alive() == {"a", "b", "k"}
-    assert recover(scene.folder, 0.0) is None
+    assert recovered_switch(scene.settings, 0.0) is None
 
 
 @pytest.mark.parametrize("where", ["move", "check", "generate", "layout"])
@@ -356,7 +361,7 @@ async def test_a_full_disk(scene: Scene, room: int) -> None:
     await scene.whole(report)
     if report.state != "done":
         assert "No space left" in report.reason
-    left = recover(scene.folder, 0.0)
+    left = recovered_switch(scene.settings, 0.0)
     if left is not None:
         assert left.plan.id == scene.loop.plan.id
 
@@ -372,15 +377,15 @@ async def test_a_kill_at_any_moment_leaves_a_journal_that_tells(scene: Scene) ->
         committed = committed or (last.get("kind") == "finished" and last["task"] == "check")
         # The next line may have been torn off in its middle.
         path.write_bytes(b"".join(lines[:count]) + lines[count][:7])
-        left = recover(scene.folder, 5.0)
+        left = recovered_switch(scene.settings, 5.0)
         assert left is not None
         assert left.plan.id == ("new" if committed else "old")
         assert {spec.id for spec in left.plan.replicas} == (
             {"w", "k"} if committed else {"a", "b", "k"}
         )
-        assert recover(scene.folder, 6.0) is None
+        assert recovered_switch(scene.settings, 6.0) is None
     path.write_bytes(b"nonsense\n")
-    assert recover(scene.folder, 5.0) is None
+    assert recovered_switch(scene.settings, 5.0) is None
     assert journals(scene.folder) == []
 
 
@@ -475,4 +480,4 @@ async def test_the_same_replicas_need_no_wave(scene: Scene) -> None:
     assert scene.asked == []
     assert [spec.id for spec in scene.loop.plan.replicas] == ["a", "b", "k"]
     assert scene.settled == [("new", "")]
-    assert recover(scene.folder, 0.0) is None
+    assert recovered_switch(scene.settings, 0.0) is None

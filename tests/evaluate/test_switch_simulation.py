@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oserve.startup.deployment import prepare
 
 from oserve.config import load_settings
 from oserve.control.evaluation import DecisionInput, ForecastStep, score_candidate
@@ -17,6 +16,7 @@ from oserve.evaluate.switch_scorer import SwitchCase, SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import ScoringProcess, SwitchSimulation, simulated_facts
 from oserve.perf.capacity import Limits
 from oserve.plan.planning import PlanRequest
+from oserve.startup.deployment import prepare
 
 RATES = (8.0, 0.2)
 MANY = tuple(20.0 * rate for rate in RATES)
@@ -41,8 +41,8 @@ def request_(model: str, tmp_path: Path) -> PlanRequest:
             {},
         )
     )
-    assert given.question is not None  # the settings name a model and rates
-    return given.question
+    assert given.plan_request is not None  # the settings name a model and rates
+    return given.plan_request
 
 
 def asked_of(plan: DeploymentPlan, rates: tuple[float, ...], **fields: object) -> DecisionInput:
@@ -81,9 +81,7 @@ def test_it_scores_switches_with_simulated_capacities(request_: PlanRequest) -> 
     half = replace(first, id="half", replicas=first.replicas[:1])
     case = case_of(scorer, planner, half, first)
     ahead = scorer.workload(case)
-    part, whole = (
-        scorer.met(plan, ahead.traffic).sum() for plan in (case.current, case.candidate)
-    )
+    part, whole = (scorer.met(plan, ahead.traffic).sum() for plan in (case.current, case.candidate))
     assert part <= whole * 1.02
     asked = asked_of(half, MANY, lasts_s=100.0)
     found = score_candidate(asked, first, planner)

@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from oserve.app.deployment import prepare
 from oserve.config import Settings, load_settings
 from oserve.core import Device, OServeError, Precision
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import find_model
 from oserve.perf.profile import Profile, shipped_profile, write_profile
-from oserve.startup.first_plan import FirstPlan, first_plan, know, planning_question
+from oserve.startup.deployment import prepare
+from oserve.startup.first_plan import FirstPlan, first_plan, know, plan_request_for
 
 SLOTS = tuple(Device(id=f"cpu:{index}", kind="cpu") for index in range(2))
 
@@ -34,7 +34,7 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
 
 def planned(given: Settings) -> FirstPlan:
     plain = plain_precisions(SLOTS, find_processor(given.cluster.cpu_flags))
-    return first_plan(planning_question(given, SLOTS, know(given, SLOTS), plain))
+    return first_plan(plan_request_for(given, SLOTS, know(given, SLOTS), plain))
 
 
 def profile_of(model: str, *precisions: Precision) -> Profile:

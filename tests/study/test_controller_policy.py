@@ -86,7 +86,7 @@ def policy(start: PolicyStart = PolicyStart.COLD) -> ControllerPolicy:
 
 
 def records(decisions: Sequence[Decision]) -> str:
-    return repr(decisions)
+    return repr(list(decisions))
 
 
 @dataclass

@@ -17,18 +17,18 @@ from oserve.switch.transaction import (
     Finished,
     Instruction,
     Phase,
-    State,
-    Target,
+    SwitchTarget,
     Task,
     Ticked,
+    TransactionState,
     advance,
     begin,
     instructions,
     transactions_of,
 )
-from oserve.switch.waves import Order, Wave
+from oserve.switch.waves import Wave, WaveOrder
 
-TARGET = Target(
+TARGET = SwitchTarget(
     id="s1.0",
     serves=("keep", "new0", "new1"),
     start=("new0", "new1"),
@@ -37,14 +37,14 @@ TARGET = Target(
     stop=("room1",),
 )
 OLD = {"keep", "old0", "room0", "room1"}
-BARE = Target(id="s2.0", serves=("a", "b"), start=("b",))
+BARE = SwitchTarget(id="s2.0", serves=("a", "b"), start=("b",))
 
 
 @dataclass
 class World:
     """What runs. Its assertions are the promises: nothing routed to is ever ended unasked."""
 
-    target: Target
+    target: SwitchTarget
     routed: set[str]
     alive: set[str]
     filled: set[str] = field(default_factory=set)
@@ -96,7 +96,7 @@ class World:
         assert not self.released & self.alive
 
 
-def step(state: State, journal: list[Record], event: Event) -> State:
+def step(state: TransactionState, journal: list[Record], event: Event) -> TransactionState:
     after, record = recorded(state, event, len(journal))
     if record is not None:
         journal.append(json.loads(json.dumps(record)))
@@ -107,7 +107,7 @@ def step(state: State, journal: list[Record], event: Event) -> State:
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), target=st.sampled_from([TARGET, BARE]))
-def test_ends_whole_under_any_fate(seed: int, target: Target) -> None:
+def test_ends_whole_under_any_fate(seed: int, target: SwitchTarget) -> None:
     """Answers fail, get lost, come twice or late; the controller crashes; time passes."""
     rng = random.Random(seed)
     old = OLD if target is TARGET else {"a"}
@@ -172,7 +172,7 @@ def finished(instruction: Instruction, now: float) -> Finished:
     )
 
 
-def run_to(phase: Phase, target: Target = TARGET) -> State:
+def run_to(phase: Phase, target: SwitchTarget = TARGET) -> TransactionState:
     state = begin(target, 0.0)
     while state.phase is not phase:
         state = advance(state, finished(instructions(state)[0], 1.0))
@@ -274,7 +274,7 @@ def test_an_unreadable_journal_is_refused(spoilt: str) -> None:
 
 
 def test_waves_become_a_chain_of_whole_deployments() -> None:
-    order = Order(
+    order = WaveOrder(
         waves=(
             Wave(release=("a",), start=("x",), retire=("b",)),
             Wave(stop=("c",), start=("y",)),

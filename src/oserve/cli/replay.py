@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from oserve.app.replay import recorded, replayed_decisions
 from oserve.cli.options import OverrideOption
 from oserve.config import Settings, load_settings, parse_override
 from oserve.control.decision import Mode
+from oserve.startup.replay import recorded, replayed_decisions
 
 
 def replay(

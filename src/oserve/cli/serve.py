@@ -10,9 +10,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.running import serve_until_stopped
-from oserve.app.serve import OServeServer
+from oserve.app.server import OServeServer
 from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
 from oserve.cli.options import (
@@ -27,6 +26,7 @@ from oserve.config import Settings, environment_value, load_settings, parse_over
 from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
 from oserve.profiler.brief import LIMIT_S, measure_briefly, what_to_measure
+from oserve.startup.deployment import ServerDeployment, prepare
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -1,7 +1,7 @@
-"""A controller with all that it steers by: planner, start times, and the routing shares in between.
+"""The controller runtime: a controller with its planner, start times and routing shares.
 
-What the live server and the simulated one have in common; both feed it once a second and carry out
-what it decides. Pure: time comes in with each call.
+The live server and the simulated one share it: both feed it once a second and carry out what it
+decides. Time is passed in with each call.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ Scorer = Callable[[DecisionInput, CandidateScore], SimulatedScore]
 
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
-    """A controller that has seen nothing yet."""
+    """A controller without any history."""
     interval_s = float(policy.interval_s)
     return Controller(
         plan,
@@ -50,10 +50,11 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 
 
 class ControllerRuntime:
-    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
+    """Runs one controller. ``plan`` is the plan in force at the start.
 
-    ``scorer`` simulates what the planner proposes: its model errs by as much as most gains.
-    ``watch`` sees how fast replicas are, which the planner then goes by.
+    Routing shares stay for ``shares_interval_s``. ``scorer`` simulates the planner's candidates,
+    since the error of its model is as large as most gains. ``speeds`` estimates the real speed of
+    replicas, by which the planner is corrected.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class ControllerRuntime:
         starts: StartTimes,
         shares_interval_s: float,
         scorer: Scorer | None = None,
-        watch: SpeedEstimator | None = None,
+        speeds: SpeedEstimator | None = None,
     ) -> None:
-        self.watch = watch
+        self._speeds = speeds
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
@@ -80,7 +81,7 @@ class ControllerRuntime:
     def observe(
         self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
     ) -> Trigger | None:
-        """Once a second: what was counted and is seen; tells whether a decision is due."""
+        """Once a second: add counts and an observation; returns why a decision is due."""
         states = observation.replicas
         gauges = {
             "running": float(sum(state.running for state in states)),
@@ -89,17 +90,17 @@ class ControllerRuntime:
             "queued": float(queued),
         }
         self.starts.observe(observation)
-        speeds = None if self.watch is None else self.watch.observe(observation)
+        speeds = None if self._speeds is None else self._speeds.observe(observation)
         if speeds is not None:
             self.planner.correct(speeds)
-            # Shares follow at once.
+            # Solve the shares again at once.
             self._shared = None
         return self.controller.monitor.observe(now_s, batches, gauges)
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
     ) -> DeploymentPlan:
-        """The plan with the routing shares for what serves now and what comes now."""
+        """The plan with routing shares for the replicas that serve and the requests that come."""
         ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
         rates = self.controller.monitor.now_rps()
         if self.controller.policy.mode is not Mode.AUTO or not ready:
@@ -156,7 +157,7 @@ class ControllerRuntime:
         return scores
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
-        """The plan with the types that are counted here; each has the shares of its class."""
+        """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
         names = [kind.name for kind in facts.types]
         centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]

@@ -7,6 +7,9 @@ every window. A new type that nothing maps to starts from zeros; an old type tha
 in its nearest.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +39,17 @@ def mapped(history: Floats, goes_to: npt.ArrayLike, k: int) -> Floats:
     for old, new in enumerate(target):
         found[:, new] += history[:, old]
     return found
+
+
+def saved_history(state: Mapping[str, Any]) -> Floats:
+    """The windows in the ``state`` of a forecaster of any types, (n, k), oldest first."""
+    ring = state["_history"]
+    rows = ring["_rows"]
+    values = [np.nan if value is None else value for value in rows["values"]]
+    table = np.array(values, dtype=np.float64).reshape(rows["shape"])
+    seen = int(ring["_seen"])
+    history: Floats = table[np.arange(max(0, seen - len(table)), seen) % len(table)]
+    return history
 
 
 def replayed(forecaster: Forecaster, history: Floats) -> Forecaster:

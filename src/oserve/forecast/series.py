@@ -1,7 +1,7 @@
-"""From a file of requests or counts to the series that forecasts are made of.
+"""The series that forecasts are made from, out of a trace or a file of counts.
 
-Types are learned on the first half of the trace only, as a backtest without look-ahead demands; of
-a counts file the series that were largest in the first half are taken.
+A backtest must not look ahead, so workload types are fitted on the first half of the trace; of a
+counts file, the series with the largest counts in its first half are used.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ from oserve.workload.rates import arrival_rates
 from oserve.workload.types import fit_types
 
 PARTS = 6
-"""A window of requests is counted in so many parts, so that a forecast sees how it ended."""
+"""Each window is counted in this many parts, so that a forecast sees how it ended."""
 
 _MAX_CELLS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesOptions:
-    """``interval_s`` of None: 60 s for requests, the file's own step for counts."""
+    """How to read a series. ``interval_s`` of None: 60 s for traces, a counts file's own step."""
 
     interval_s: float | None = None
     types: int = 4
@@ -57,7 +57,7 @@ def load_series(path: Path, wanted: SeriesOptions, skipped: Skipped | None = Non
 def series_of_requests(
     requests: Iterable[TraceRequest], wanted: SeriesOptions, *, source: str
 ) -> Series:
-    """Whole windows only, beginning at the multiple of the interval before the first request.
+    """Whole windows only, from the multiple of the interval before the first request.
 
     Raises OServeError for no requests or too few windows.
     """
@@ -99,7 +99,7 @@ def series_of_requests(
 
 
 def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -> Series:
-    """The series with the largest counts in the first half, as many as ``types`` says.
+    """The ``types`` series with the largest counts in the first half.
 
     Raises OServeError for an interval that is no multiple of the file's step, or too few windows.
     """

@@ -1,4 +1,4 @@
-"""Which source of step times a plan goes by, and the shapes it can tell about."""
+"""The choice of a source of step times for a plan, and of the shapes it covers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from oserve.perf.table import PerformanceSource
 
 _CHUNKS = (512, 1024, 2048, 4096, 8192)
 _SEQS = (128, 256)
-# A slot of a CPU computes a hundredth of what a GPU does, so its steps must be smaller.
+# A CPU slot has about a hundredth of the throughput of a GPU, so its steps must be smaller.
 _CPU_CHUNKS = (256, 512, 1024, 2048)
 _CPU_SEQS = (16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChoice:
-    """What is known when a source is chosen.
+    """What the choice of a source depends on.
 
-    ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
-    file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
+    ``perf``: the source asked for, if any: ``roofline``, ``aiconfigurator`` or a profile file. Else
+    ``own_profile`` is used, or the coarser ``brief_profile``, if the file exists and fits.
     """
 
     model: str
@@ -40,7 +40,7 @@ class SourceChoice:
 
 
 def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, int]]:
-    """How many devices of each kind there are, and the most of it in one node."""
+    """The number of devices of each kind, in total and in the largest node."""
     total = Counter(device.kind for device in devices)
     nodes = Counter((device.kind, device.node) for device in devices)
     return dict(total), {
@@ -49,7 +49,10 @@ def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, 
 
 
 def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
-    """The source, and the context in tokens that requests must fit."""
+    """The source, and the context length in tokens.
+
+    Raises OServeError if nothing was measured of the model on this CPU, or a profile does not fit.
+    """
     model = find_model(choice.model)
     context = choice.context or model.max_model_len
     profiled = _profile(choice, model)
@@ -69,7 +72,7 @@ def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
 
 
 def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
-    """A profile that was asked for, the machine's own, a brief one, or a shipped one."""
+    """The profile asked for, else the machine's own, a brief one, or a shipped one."""
     if choice.perf in {"roofline", "aiconfigurator"}:
         return None
     kinds = {device.kind for device in choice.devices}
@@ -95,14 +98,17 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
 
 
 def _same(one: ModelFacts, other: ModelFacts) -> bool:
-    """Whether two models are of one size, whatever they are called."""
+    """Whether two models have the same dimensions, whatever their names."""
     return replace(one, name="", max_model_len=0) == replace(other, name="", max_model_len=0)
 
 
 def shapes_for(
     source: PerformanceSource, devices: Sequence[Device], choices: ShapeChoices
 ) -> tuple[ReplicaShape, ...]:
-    """The shapes to consider; choices left empty take the defaults. Refuses what fits nowhere."""
+    """The shapes to consider; empty choices take the defaults.
+
+    Raises OServeError if no shape fits the devices.
+    """
     counts, nodes = device_counts(devices)
     if isinstance(source, ProfileSource):
         return _profiled(source, counts, choices)
@@ -121,7 +127,7 @@ def shapes_for(
 def _profiled(
     source: ProfileSource, counts: dict[str, int], choices: ShapeChoices
 ) -> tuple[ReplicaShape, ...]:
-    """What was measured, of the sizes and precisions that are wanted."""
+    """The measured shapes of the wanted sizes and precisions."""
     cpu = source.profile.device_kind == "cpu"
     shapes = source.shapes(
         max_num_batched_tokens=choices.max_num_batched_tokens or (_CPU_CHUNKS if cpu else _CHUNKS),
@@ -147,7 +153,7 @@ def _profiled(
 
 
 def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
-    """Of one token, on all devices of a replica."""
+    """KV cache bytes of one token, over all devices of a replica."""
     if model is None:
         return 0.0
     values = 2 * model.layers * model.kv_heads * model.head_dim
@@ -155,7 +161,7 @@ def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
 
 
 def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:
-    """What tokens cost on a shape, by the source where it knows the shape, else by the prior."""
+    """The token costs of a shape: from the source if it covers the shape, else the prior."""
     known: dict[ReplicaShape, TokenCosts] = {}
 
     def costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:

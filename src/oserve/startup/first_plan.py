@@ -82,7 +82,7 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     return Knowledge(source=source, context=context)
 
 
-def planning_question(
+def plan_request_for(
     settings: Settings,
     devices: tuple[Device, ...],
     knowledge: Knowledge,

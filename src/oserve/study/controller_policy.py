@@ -99,7 +99,7 @@ class ControllerPolicy:
             starts=starts,
             shares_interval_s=self.shares_interval_s,
             scorer=scorer,
-            watch=speed,
+            speeds=speed,
         )
 
 

@@ -1,6 +1,6 @@
 """What a gateway would have counted of simulated requests, second by second."""
 
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan
 from oserve.evaluate.simulator import SimulatedTraffic

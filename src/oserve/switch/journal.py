@@ -16,10 +16,10 @@ from oserve.switch.transaction import (
     Failed,
     Finished,
     Phase,
-    State,
-    Target,
+    SwitchTarget,
     Task,
     Ticked,
+    TransactionState,
     advance,
     begin,
 )
@@ -36,7 +36,7 @@ _EVENTS: dict[str, type[Event]] = {
 _NAMES = {kind: name for name, kind in _EVENTS.items()}
 
 
-def opened(target: Target, at_s: float) -> tuple[State, Record]:
+def opened(target: SwitchTarget, at_s: float) -> tuple[TransactionState, Record]:
     """A new transaction and its first record."""
     fields = asdict(target)
     fields["deadlines_s"] = {phase.value: limit for phase, limit in target.deadlines_s.items()}
@@ -44,7 +44,9 @@ def opened(target: Target, at_s: float) -> tuple[State, Record]:
     return begin(target, at_s), record
 
 
-def recorded(state: State, event: Event, sequence: int) -> tuple[State, Record | None]:
+def recorded(
+    state: TransactionState, event: Event, sequence: int
+) -> tuple[TransactionState, Record | None]:
     """The state after an event and the record to write first; None if nothing changed.
 
     ``sequence`` is the number of records written so far.
@@ -55,7 +57,7 @@ def recorded(state: State, event: Event, sequence: int) -> tuple[State, Record |
     return after, {"sequence": sequence, "kind": _NAMES[type(event)], **asdict(event)}
 
 
-def restored(records: Sequence[Record]) -> State:
+def restored(records: Sequence[Record]) -> TransactionState:
     """The state that the records lead to. Raises OServeError where they make no sense."""
     if not records or records[0].get("kind") != "begin":
         raise _torn("it does not start with a target")
@@ -78,12 +80,12 @@ def _event(record: Record) -> Event:
     return kind(**fields)
 
 
-def _target(fields: Record) -> Target:
+def _target(fields: Record) -> SwitchTarget:
     named: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
     named["deadlines_s"] = {Phase(name): limit for name, limit in fields["deadlines_s"].items()}
-    return Target(**named)
+    return SwitchTarget(**named)
 
 
 def _torn(reason: str) -> OServeError:

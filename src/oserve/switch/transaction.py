@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from oserve.switch.waves import Order
+from oserve.switch.waves import WaveOrder
 
 
 class Phase(StrEnum):
@@ -73,7 +73,7 @@ DEADLINES_S: Mapping[Phase, float] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class SwitchTarget:
     """What a transaction is to reach, in absolute words: replica ids, see ``Wave``.
 
     ``serves``: all replicas in the routing table after the commit. A task that fails is asked for
@@ -144,14 +144,14 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class TransactionState:
     """All of a transaction. ``step`` counts within the phase; ``done`` are replicas of that step.
 
     ``failures`` counts those of the step by replica; ``reason`` says why it was aborted, or what
     failed last.
     """
 
-    target: Target
+    target: SwitchTarget
     phase: Phase
     entered_s: float
     step: int = 0
@@ -161,12 +161,12 @@ class State:
     reason: str = ""
 
 
-def begin(target: Target, at_s: float) -> State:
+def begin(target: SwitchTarget, at_s: float) -> TransactionState:
     """A transaction at its start, at ``at_s`` Unix seconds."""
-    return _settled(State(target=target, phase=Phase.PREPARE, entered_s=at_s), at_s)
+    return _settled(TransactionState(target=target, phase=Phase.PREPARE, entered_s=at_s), at_s)
 
 
-def instructions(state: State) -> tuple[Instruction, ...]:
+def instructions(state: TransactionState) -> tuple[Instruction, ...]:
     """What must be done now: all of it at once, in any order."""
     work = _work(state)
     if work is None:
@@ -186,7 +186,7 @@ def instructions(state: State) -> tuple[Instruction, ...]:
     )
 
 
-def advance(state: State, event: Event) -> State:
+def advance(state: TransactionState, event: Event) -> TransactionState:
     """The state after an event; the very same state if the event says nothing new.
 
     Events of other transactions, of steps that are over and of replicas not asked about are such.
@@ -204,7 +204,9 @@ def advance(state: State, event: Event) -> State:
             return _ticked(state, event)
 
 
-def transactions_of(switch: str, order: Order, old: tuple[str, ...]) -> tuple[Target, ...]:
+def transactions_of(
+    switch: str, order: WaveOrder, old: tuple[str, ...]
+) -> tuple[SwitchTarget, ...]:
     """One transaction per wave, each from a whole deployment to a whole one.
 
     ``old``: ids of all replicas that serve before. If one is rolled back, the switch ends in the
@@ -216,7 +218,7 @@ def transactions_of(switch: str, order: Order, old: tuple[str, ...]) -> tuple[Ta
         leaving = {*wave.retire, *wave.release, *wave.stop}
         serving = [name for name in serving if name not in leaving] + list(wave.start)
         targets.append(
-            Target(
+            SwitchTarget(
                 id=f"{switch}.{number}",
                 serves=tuple(serving),
                 start=wave.start,
@@ -228,7 +230,7 @@ def transactions_of(switch: str, order: Order, old: tuple[str, ...]) -> tuple[Ta
     return tuple(targets)
 
 
-def _steps(target: Target, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], ...]:
+def _steps(target: SwitchTarget, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], ...]:
     """The steps of a phase, each a task and the replicas it is for."""
     steps: dict[Phase, tuple[tuple[Task, tuple[str, ...]], ...]] = {
         Phase.PREPARE: (
@@ -259,12 +261,12 @@ _NEXT = {
 }
 
 
-def _work(state: State) -> tuple[Task, tuple[str, ...]] | None:
+def _work(state: TransactionState) -> tuple[Task, tuple[str, ...]] | None:
     steps = _steps(state.target, state.phase)
     return steps[state.step] if state.step < len(steps) else None
 
 
-def _settled(state: State, at_s: float) -> State:
+def _settled(state: TransactionState, at_s: float) -> TransactionState:
     """Past all steps and phases that have nothing left to do."""
     while not state.phase.ended:
         work = _work(state)
@@ -277,7 +279,7 @@ def _settled(state: State, at_s: float) -> State:
     return state
 
 
-def _entered(state: State, phase: Phase, at_s: float) -> State:
+def _entered(state: TransactionState, phase: Phase, at_s: float) -> TransactionState:
     return replace(
         state,
         phase=phase,
@@ -289,20 +291,20 @@ def _entered(state: State, phase: Phase, at_s: float) -> State:
     )
 
 
-def _asked(state: State, task: Task, replica: str) -> bool:
+def _asked(state: TransactionState, task: Task, replica: str) -> bool:
     work = _work(state)
     if work is None or work[0] is not task:
         return False
     return replica in work[1] and replica not in state.done
 
 
-def _finished(state: State, event: Finished) -> State:
+def _finished(state: TransactionState, event: Finished) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     return _settled(replace(state, done=state.done | {event.replica}), event.at_s)
 
 
-def _failed(state: State, event: Failed) -> State:
+def _failed(state: TransactionState, event: Failed) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     failures = dict(state.failures)
@@ -317,13 +319,13 @@ def _failed(state: State, event: Failed) -> State:
     return replace(state, failures=tuple(sorted(failures.items())), reason=told)
 
 
-def _aborted(state: State, reason: str, at_s: float) -> State:
+def _aborted(state: TransactionState, reason: str, at_s: float) -> TransactionState:
     if not state.phase.may_abort:
         return state
     return _settled(replace(_entered(state, Phase.ABORT, at_s), reason=reason), at_s)
 
 
-def _ticked(state: State, event: Ticked) -> State:
+def _ticked(state: TransactionState, event: Ticked) -> TransactionState:
     spent_s = event.at_s - state.entered_s
     limit_s = state.target.deadlines_s[state.phase]
     if spent_s <= limit_s or state.late:

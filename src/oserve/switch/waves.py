@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from math import inf
 
 from oserve.core import OServeError
-from oserve.switch.layout import Placed
+from oserve.switch.layout import ShardPlacement
 from oserve.switch.sequence import Sequenced, best_sequence
 from oserve.switch.transfer import fill_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class WaveReplica:
     """A replica as the order sees it: bytes are per device, capacity is by type of request.
 
     ``engine_bytes``: what an engine takes beside weights and KV cache. ``settings``: what else
     of an engine cannot change while it runs, as any text.
     """
 
-    placed: Placed
+    placed: ShardPlacement
     weights_bytes: float
     kv_bytes: float
     engine_bytes: float
@@ -45,7 +45,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OrderPolicy:
+class WavePolicy:
     """What must hold: the floor by type (requests/s), and each device's memory (bytes).
 
     ``releases_cache``: engines can give up the KV cache and keep the weights, to be copied from.
@@ -76,7 +76,7 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class WaveOrder:
     """Waves, and how much of the floor is kept at the worst moment (1 or more: all of it).
 
     ``reason`` is empty if the floor is kept. ``proved``: no order keeps more of the floor (or it is
@@ -90,7 +90,9 @@ class Order:
     reason: str = ""
 
 
-def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: OrderPolicy) -> Order:
+def order_switch(
+    old: Sequence[WaveReplica], new: Sequence[WaveReplica], policy: WavePolicy
+) -> WaveOrder:
     """Waves that lead from the old replicas to the new ones.
 
     A replica of both with the same layout, settings and devices stays as it is, whatever its id. If
@@ -126,13 +128,13 @@ def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: Order
 
 
 def _order(
-    waves: tuple[Wave, ...], kept: Sequence[Standing], share: float, *, proved: bool
-) -> Order:
+    waves: tuple[Wave, ...], kept: Sequence[WaveReplica], share: float, *, proved: bool
+) -> WaveOrder:
     reason = ""
     if share < 1.0:
         best = "the most that any order keeps" if proved else "the most that was found"
         reason = f"capacity falls to {share:.2f} of the floor, {best}"
-    return Order(
+    return WaveOrder(
         waves=waves,
         kept=tuple(one.id for one in kept),
         floor_share=share,
@@ -146,10 +148,10 @@ class _Board:
 
     def __init__(
         self,
-        kept: Sequence[Standing],
-        old: Sequence[Standing],
-        new: Sequence[Standing],
-        policy: OrderPolicy,
+        kept: Sequence[WaveReplica],
+        old: Sequence[WaveReplica],
+        new: Sequence[WaveReplica],
+        policy: WavePolicy,
     ) -> None:
         self.kept, self.old, self.new, self.policy = kept, old, new, policy
         self.count = len(new)
@@ -256,7 +258,7 @@ class _Board:
         held |= started << len(self.old)
         return held | ((1 << len(self.kept)) - 1) << (len(self.old) + self.count)
 
-    def _fillers(self, target: Standing) -> int:
+    def _fillers(self, target: WaveReplica) -> int:
         everyone = (*self.old, *self.new, *self.kept)
         return _mask(
             index
@@ -264,7 +266,7 @@ class _Board:
             if not fill_reason(target.placed, [one.placed], quantise=self.policy.quantise)
         )
 
-    def _fits(self, one: Standing, other: Standing, *, whole: bool) -> bool:
+    def _fits(self, one: WaveReplica, other: WaveReplica, *, whole: bool) -> bool:
         beside = other.total_bytes if whole else other.weights_bytes + other.engine_bytes
         shared = set(one.placed.devices) & set(other.placed.devices)
         room = min(self.policy.memory_bytes[device] for device in shared)

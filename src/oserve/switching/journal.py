@@ -6,14 +6,13 @@ a file without an end says tells which plan holds when the server starts again.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from oserve.config import Settings, parse_plan, plan_yaml
 from oserve.core import DeploymentPlan, OServeError
 from oserve.switch.journal import restored
 from oserve.switch.transaction import Phase
@@ -60,21 +59,25 @@ class Recovered:
     reason: str
 
 
-def journal_folder(settings: Settings) -> Path:
+def journal_folder(state_dir: str) -> Path:
     """Where switches are recorded."""
-    return Path(settings.state_dir) / "switches"
+    return Path(state_dir) / "switches"
 
 
 def first_record(
-    switch: str, at_s: float, before: DeploymentPlan, plans: tuple[DeploymentPlan, ...]
+    switch: str,
+    at_s: float,
+    before: DeploymentPlan,
+    plans: tuple[DeploymentPlan, ...],
+    plan_text: Callable[[DeploymentPlan], str],
 ) -> dict[str, Any]:
-    """``plans``: in force after each wave."""
+    """``plans``: in force after each wave; ``plan_text`` writes one as a plan file."""
     return {
         "kind": "switch",
         "id": switch,
         "at_s": at_s,
-        "before": plan_yaml(before),
-        "plans": [plan_yaml(plan) for plan in plans],
+        "before": plan_text(before),
+        "plans": [plan_text(plan) for plan in plans],
     }
 
 
@@ -83,7 +86,9 @@ def end_record(at_s: float, state: str, reason: str) -> dict[str, Any]:
     return {"kind": "end", "at_s": at_s, "state": state, "reason": reason}
 
 
-def recover(folder: Path, at_s: float) -> Recovered | None:
+def recover(
+    folder: Path, at_s: float, read_plan: Callable[[str], DeploymentPlan]
+) -> Recovered | None:
     """The switch that was under way when a server last ended, which is ended by this.
 
     Its engines are gone or will be looked at anew; what remains to be told is which plan holds: of
@@ -94,7 +99,7 @@ def recover(folder: Path, at_s: float) -> Recovered | None:
         if records and records[-1].get("kind") == "end":
             return None
         try:
-            found = _recovered(records)
+            found = _recovered(records, read_plan)
         except (OServeError, KeyError, IndexError, TypeError):
             with contextlib.suppress(OSError):
                 path.rename(path.with_suffix(".unreadable"))
@@ -119,7 +124,9 @@ def prune(folder: Path) -> None:
             path.unlink()
 
 
-def _recovered(records: list[dict[str, Any]]) -> Recovered:
+def _recovered(
+    records: list[dict[str, Any]], read_plan: Callable[[str], DeploymentPlan]
+) -> Recovered:
     head = records[0]
     if head.get("kind") != "switch":
         raise KeyError("switch")
@@ -135,7 +142,7 @@ def _recovered(records: list[dict[str, Any]]) -> Recovered:
             reason = f"the server ended after wave {wave} was committed"
         else:
             reason = f"the server ended in phase {state.phase} of wave {wave}"
-    return Recovered(id=str(head["id"]), plan=parse_plan(plan, place="journal"), reason=reason)
+    return Recovered(id=str(head["id"]), plan=read_plan(plan), reason=reason)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -10,22 +10,20 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from oserve.app.switching.drive import Drive, Report
-from oserve.app.switching.programme import Programme, SwitchFacts, prepare_switch
-from oserve.app.switching.record import FileJournal, Journal, journal_folder, prune
-from oserve.app.switching.work import ClusterWork, Moving, WorkFacts
-from oserve.config import Settings
 from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Endpoint, Observation, OServeError
-from oserve.engines.mover import Mover
+from oserve.switch.programme import SwitchFacts, SwitchProgramme, prepare_switch
 from oserve.switch.transaction import Phase
+from oserve.switching.driver import Drive, SwitchReport
+from oserve.switching.journal import FileJournal, Journal, prune
+from oserve.switching.tasks import ClusterWork, WorkFacts
+from oserve.switching.weights import WeightMover
 
 _log = logging.getLogger("oserve.switch")
 
@@ -34,15 +32,16 @@ _MOST_REPORTS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitcherFacts:
-    """What a switcher works on. ``model``: the name that engines serve under.
+    """What a switcher works on. ``folder``: of journals. ``model``: the name engines serve under.
 
     ``movable``: what switches are made from, or why weights cannot be moved (see ``prices``).
     ``settle``: called in the event loop with the plan that is in force after a switch and the
     reason it is not the one wished for (empty if it is). ``published``: the control loop's next
-    round, at once. ``journal``, ``mover`` and ``unix_s`` are for tests.
+    round, at once. ``mover``: see ``tasks.WorkFacts``. ``plan_text`` writes a plan for the
+    journal. ``journal`` opens a journal file.
     """
 
-    settings: Settings
+    folder: Path
     movable: SwitchFacts | str
     model: str
     cluster: Cluster
@@ -50,9 +49,12 @@ class SwitcherFacts:
     clock: Clock
     settle: Callable[[DeploymentPlan, str], None]
     publish: Callable[[], Awaitable[None]]
+    mover: Callable[[Mapping[str, Endpoint]], WeightMover]
+    plan_text: Callable[[DeploymentPlan], str]
+    transfer_limit_s: float
+    max_perplexity_rise: float
+    unix_s: Callable[[], float]
     journal: Callable[[Path], Journal] = FileJournal
-    mover: Callable[[Mapping[str, Endpoint]], Moving] | None = None
-    unix_s: Callable[[], float] = time.time
 
 
 class Switcher:
@@ -62,8 +64,8 @@ class Switcher:
         self._facts = facts
         self._switch_facts = facts.movable if isinstance(facts.movable, SwitchFacts) else None
         self._unmovable = "" if isinstance(facts.movable, SwitchFacts) else facts.movable
-        self._reports: deque[Report] = deque(maxlen=_MOST_REPORTS)
-        self._wished: tuple[Report, DeploymentPlan] | None = None
+        self._reports: deque[SwitchReport] = deque(maxlen=_MOST_REPORTS)
+        self._wished: tuple[SwitchReport, DeploymentPlan] | None = None
         self._drive: Drive | None = None
         self._task: asyncio.Task[None] | None = None
         self._count = 0
@@ -73,12 +75,12 @@ class Switcher:
         """Whether a switch by moving weights is wished for or under way."""
         return self._task is not None and not self._task.done()
 
-    def want(self, plan: DeploymentPlan, by: str) -> Report:
+    def want(self, plan: DeploymentPlan, by: str) -> SwitchReport:
         """Go to this plan; the report tells how it goes."""
         now_s = self._facts.unix_s()
         self._count += 1
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_s))
-        report = Report(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
+        report = SwitchReport(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
         report.state = "waiting"
         self._reports.append(report)
         if self._wished is not None:
@@ -125,7 +127,7 @@ class Switcher:
                 self._end(report, "done" if over else "superseded", report.reason)
         return [report.document() for report in self._reports]
 
-    def _end(self, report: Report, state: str, reason: str) -> None:
+    def _end(self, report: SwitchReport, state: str, reason: str) -> None:
         report.state, report.reason = state, reason
         report.ended_s = self._facts.unix_s()
 
@@ -144,7 +146,7 @@ class Switcher:
             finally:
                 self._drive = None
 
-    async def _one(self, report: Report, plan: DeploymentPlan) -> None:
+    async def _one(self, report: SwitchReport, plan: DeploymentPlan) -> None:
         facts = self._facts
         observation = await facts.cluster.observe()
         try:
@@ -168,7 +170,8 @@ class Switcher:
             journal,
             clock=facts.clock,
             unix_s=facts.unix_s,
-            transfer_limit_s=facts.settings.switch.transfer_limit_s,
+            plan_text=facts.plan_text,
+            transfer_limit_s=facts.transfer_limit_s,
         )
         _log.info("switch %s: weights move from engine to engine", report.id)
         reached = await self._drive.run()
@@ -179,9 +182,9 @@ class Switcher:
             facts.settle(reached, report.reason)
         await facts.publish()
         _log.info("switch %s: %s %s", report.id, report.state, report.reason)
-        prune(journal_folder(facts.settings))
+        prune(facts.folder)
 
-    def _learn(self, report: Report, programme: Programme) -> None:
+    def _learn(self, report: SwitchReport, programme: SwitchProgramme) -> None:
         """What the waves that came to their end took, for the next prediction."""
         assert self._switch_facts is not None
         moments = [*report.phases, (-1, "", report.ended_s or self._facts.unix_s())]
@@ -198,7 +201,7 @@ class Switcher:
                 del took_s[Phase.PREPARE]
             self._switch_facts.learned.observe(step.predicted, took_s)
 
-    def _work_facts(self, report: Report, programme: Programme) -> WorkFacts:
+    def _work_facts(self, report: SwitchReport, programme: SwitchProgramme) -> WorkFacts:
         facts = self._facts
         assert self._switch_facts is not None
 
@@ -222,12 +225,12 @@ class Switcher:
             hold=hold,
             route=route,
             progress=progress,
-            mover=facts.mover or partial(_mover, facts.clock, facts.settings.switch.bytes_per_s),
-            transfer_limit_s=facts.settings.switch.transfer_limit_s,
-            max_perplexity_rise=facts.settings.switch.max_perplexity_rise,
+            mover=facts.mover,
+            transfer_limit_s=facts.transfer_limit_s,
+            max_perplexity_rise=facts.max_perplexity_rise,
         )
 
-    def _prepared(self, plan: DeploymentPlan, observation: Observation) -> Programme:
+    def _prepared(self, plan: DeploymentPlan, observation: Observation) -> SwitchProgramme:
         """Raises OServeError where it must go by restarts."""
         if self._switch_facts is None:
             raise _by_restarts(self._unmovable)
@@ -241,15 +244,11 @@ class Switcher:
         return programme
 
     def _journal(self, switch: str) -> Journal:
-        path = journal_folder(self._facts.settings) / f"{switch}.jsonl"
+        path = self._facts.folder / f"{switch}.jsonl"
         try:
             return self._facts.journal(path)
         except OSError as error:
             raise _by_restarts(f"its journal cannot be kept: {error.strerror}") from None
-
-
-def _mover(clock: Clock, bytes_per_s: float, places: Mapping[str, Endpoint]) -> Mover:
-    return Mover(places, clock, bytes_per_s=bytes_per_s)
 
 
 def _by_restarts(reason: str) -> OServeError:

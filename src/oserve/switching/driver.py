@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from oserve.app.switching.programme import Programme, Step
-from oserve.app.switching.record import Journal, end_record, first_record
 from oserve.core import Clock, DeploymentPlan
 from oserve.switch.journal import Record, opened, recorded
+from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.transaction import (
     DEADLINES_S,
     Cancelled,
@@ -23,13 +22,14 @@ from oserve.switch.transaction import (
     Finished,
     Instruction,
     Phase,
-    State,
-    Target,
+    SwitchTarget,
     Task,
     Ticked,
+    TransactionState,
     instructions,
     transactions_of,
 )
+from oserve.switching.journal import Journal, end_record, first_record
 
 _log = logging.getLogger("oserve.switch")
 
@@ -51,7 +51,7 @@ class Work(Protocol):
     ``begin`` and ``over`` come before the first and after the last of a wave.
     """
 
-    def begin(self, step: Step) -> None: ...
+    def begin(self, step: ProgrammeStep) -> None: ...
 
     async def do(self, task: Task, replica: str, *, late: bool) -> None: ...
 
@@ -59,7 +59,7 @@ class Work(Protocol):
 
 
 @dataclass(kw_only=True)
-class Report:
+class SwitchReport:
     """How a switch stands; times are Unix seconds."""
 
     id: str
@@ -106,13 +106,14 @@ class Drive:
 
     def __init__(
         self,
-        programme: Programme,
-        report: Report,
+        programme: SwitchProgramme,
+        report: SwitchReport,
         work: Work,
         journal: Journal,
         *,
         clock: Clock,
         unix_s: Callable[[], float],
+        plan_text: Callable[[DeploymentPlan], str],
         transfer_limit_s: float = DEADLINES_S[Phase.TRANSFER],
     ) -> None:
         self._programme = programme
@@ -122,6 +123,7 @@ class Drive:
         self._journalling = True
         self._clock = clock
         self._unix_s = unix_s
+        self._plan_text = plan_text
         self._transfer_limit_s = transfer_limit_s
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._running: dict[tuple[Task, str], asyncio.Task[None]] = {}
@@ -140,7 +142,9 @@ class Drive:
         report.total_bytes = sum(_bytes(step) for step in programme.steps)
         try:
             plans = tuple(step.plan for step in programme.steps)
-            self._journal.write(first_record(report.id, self._unix_s(), plan, plans))
+            self._journal.write(
+                first_record(report.id, self._unix_s(), plan, plans, self._plan_text)
+            )
             before = tuple(spec.id for spec in programme.before.replicas)
             for number, target in enumerate(transactions_of(report.id, programme.order, before)):
                 if self._cancelled:
@@ -165,7 +169,7 @@ class Drive:
         self._journal.close()
         return plan
 
-    async def _wave(self, number: int, target: Target) -> State:
+    async def _wave(self, number: int, target: SwitchTarget) -> TransactionState:
         step = self._programme.steps[number]
         limits = {**DEADLINES_S, Phase.TRANSFER: step.limit_s(self._transfer_limit_s)}
         target = _with_limits(target, limits)
@@ -189,7 +193,9 @@ class Drive:
             await self._work.over()
         return state
 
-    def _advance(self, number: int, state: State, event: Event, count: int) -> tuple[State, int]:
+    def _advance(
+        self, number: int, state: TransactionState, event: Event, count: int
+    ) -> tuple[TransactionState, int]:
         """The state after an event, on disk."""
         if isinstance(event, Failed):
             _log.warning(
@@ -218,7 +224,7 @@ class Drive:
             return f"the journal cannot be written: {error.strerror or error}"
         return ""
 
-    def _note(self, number: int, state: State) -> None:
+    def _note(self, number: int, state: TransactionState) -> None:
         self.report.phase = state.phase.value
         self.report.phases.append((number, state.phase.value, self._unix_s()))
         _log.info(
@@ -245,7 +251,7 @@ class Drive:
             tick.cancel()
 
     # -- tasks ----------------------------------------------------------------------------------
-    def _ask(self, state: State) -> None:
+    def _ask(self, state: TransactionState) -> None:
         """Start what is to be done and is not being done."""
         for instruction in instructions(state):
             key = instruction.task, instruction.replica
@@ -291,7 +297,7 @@ class Drive:
             del self._running[task, replica]
         self._events.put_nowait(event)
 
-    async def _stop_tasks(self, state: State | None) -> None:
+    async def _stop_tasks(self, state: TransactionState | None) -> None:
         """End those that are not asked for any more."""
         asked = () if state is None else instructions(state)
         wanted = {(instruction.task, instruction.replica) for instruction in asked}
@@ -302,8 +308,8 @@ class Drive:
             await asyncio.gather(*ended, return_exceptions=True)
 
 
-def _with_limits(target: Target, limits: Mapping[Phase, float]) -> Target:
-    return Target(
+def _with_limits(target: SwitchTarget, limits: Mapping[Phase, float]) -> SwitchTarget:
+    return SwitchTarget(
         id=target.id,
         serves=target.serves,
         start=target.start,
@@ -315,5 +321,5 @@ def _with_limits(target: Target, limits: Mapping[Phase, float]) -> Target:
     )
 
 
-def _bytes(step: Step) -> int:
+def _bytes(step: ProgrammeStep) -> int:
     return step.transfer.traffic.moved_bytes + step.transfer.traffic.local_bytes

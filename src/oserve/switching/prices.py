@@ -3,39 +3,11 @@
 The same programme is made as for the switch itself, so that a decision weighs what would be done.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from oserve.app.switching.model import movable_model
-from oserve.app.switching.programme import SwitchFacts, prepare_switch
-from oserve.config import Settings
 from oserve.control.evaluation import Leg
-from oserve.core import DeploymentPlan, Device, OServeError, ReplicaSpec
-from oserve.engines.main_memory import available_memory_bytes
-from oserve.switch.learned import LearnedPhases
-
-
-def switch_facts(
-    settings: Settings,
-    devices: tuple[Device, ...],
-    *,
-    learned: LearnedPhases | None = None,
-    available_bytes: Callable[[], int] = available_memory_bytes,
-) -> SwitchFacts | str:
-    """What switches that move weights are made from, or why weights cannot be moved here."""
-    if settings.switch.method == "restart":
-        return "switch.method says so"
-    try:
-        on_cpu = all(device.kind == "cpu" for device in devices)
-        model = movable_model(settings, on_cpu=on_cpu)
-    except OServeError as error:
-        return error.message
-    return SwitchFacts(
-        model=model,
-        devices=devices,
-        settings=settings.engines,
-        available_bytes=available_bytes,
-        learned=learned or LearnedPhases(),
-    )
+from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
+from oserve.switch.programme import SwitchFacts, prepare_switch
 
 
 class SwitchPrices:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
@@ -20,27 +19,27 @@ from oserve.core import (
     OServeError,
     Precision,
     ReplicaShape,
-    VllmBackend,
 )
-from oserve.engines.arguments import engine_arguments
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.engines.room import Room, known_model
+from oserve.engines.room import Room
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 from oserve.plan.planning import PlanRequest
-from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
+from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, plan_request_for
+from oserve.startup.plan_check import check_engines
 from oserve.startup.sizing import checked, find_room, fitted
 from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import recovered_switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerDeployment:
     """All that is settled before anything starts.
 
-    ``question`` is what the controller plans from; ``None`` where there is none (mode off).
+    ``plan_request`` is what the controller plans from, ``None`` without a controller (mode off).
     ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
     alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
     ``speeds``: of replicas, as an earlier server saw them.
@@ -54,7 +53,7 @@ class ServerDeployment:
     notes: tuple[str, ...] = ()
     costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
     mode: Mode = Mode.OFF
-    question: PlanRequest | None = None
+    plan_request: PlanRequest | None = None
     fingerprint: str = ""
     given: str = ""
     speeds: Speeds = field(default_factory=Speeds)
@@ -78,17 +77,17 @@ def prepare(settings: Settings) -> ServerDeployment:
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
     knowledge = know(settings, devices)
     mode = _mode(settings, knowledge)
-    question = None
+    request = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        question = planning_question(settings, devices, knowledge, plain)
+        request = plan_request_for(settings, devices, knowledge, plain)
     room = find_room(settings, devices)
-    if question is not None:
+    if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
-        room, question = fitted(room, question, given)
+        room, request = fitted(room, request, given)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
-    speeds = remembered_speeds(state_file(settings), question)
-    first = _plan(settings, devices, plain, knowledge, question, resumed, speeds)
+    speeds = remembered_speeds(state_file(settings), request)
+    first = _plan(settings, devices, plain, knowledge, request, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -113,7 +112,7 @@ def prepare(settings: Settings) -> ServerDeployment:
         notes=(*first.notes, *room.words(plan.replicas)),
         costs=knowledge.costs,
         mode=mode,
-        question=None if mode is Mode.OFF else question,
+        plan_request=None if mode is Mode.OFF else request,
         fingerprint=stamp,
         given=_given(settings),
         speeds=speeds,
@@ -164,7 +163,7 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
         return None
     if settings.plan and saved.get("given") != _given(settings):
         return None
-    left = recover(journal_folder(settings), time.time())
+    left = recovered_switch(settings, time.time())
     try:
         plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
         check_plan(plan, room.devices, place=str(file))
@@ -176,12 +175,12 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
-def remembered_speeds(file: Path, question: PlanRequest | None) -> Speeds:
+def remembered_speeds(file: Path, request: PlanRequest | None) -> Speeds:
     """What an earlier server saw of replicas, if it planned from the same step times."""
-    if question is None or not file.is_file():
+    if request is None or not file.is_file():
         return Speeds()
     saved = StateStore(file).memory("speeds")
-    if not isinstance(saved, dict) or saved.get("source") != question.source.origin:
+    if not isinstance(saved, dict) or saved.get("source") != request.source.origin:
         return Speeds()
     seen = saved.get("seen")
     return speeds_from(seen) if isinstance(seen, list) else Speeds()
@@ -192,7 +191,7 @@ def _plan(
     devices: tuple[Device, ...],
     plain: tuple[Precision, ...],
     knowledge: Knowledge,
-    question: PlanRequest | None,
+    request: PlanRequest | None,
     resumed: FirstPlan | None,
     speeds: Speeds,
 ) -> FirstPlan:
@@ -209,13 +208,13 @@ def _plan(
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
     missing = knowledge.missing or "no model is named"
-    if settings.model and question is not None:
+    if settings.model and request is not None:
         try:
-            return first_plan(question, speeds)
+            return first_plan(request, speeds)
         except OServeError as error:
             if settings.planning.trace or settings.planning.rates:
                 raise
-            missing = f"for {question.demand.source}, {error.message}; {error.remedy}"
+            missing = f"for {request.demand.source}, {error.message}; {error.remedy}"
     return FirstPlan(
         plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
         why=f"the default plan, since none can be computed: {missing}",
@@ -225,25 +224,6 @@ def _plan(
 def _model_name(model: str) -> str:
     """A folder serves under its own name, a hub model under its full id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
-    """Refuse now what no engine could be started with."""
-    cpu = all(device.kind == "cpu" for device in devices)
-    for spec in plan.replicas:
-        if isinstance(spec.backend, VllmBackend):
-            engine_arguments(
-                spec,
-                model=settings.model,
-                served_model_name="",
-                unix_socket="",
-                platform="cpu" if cpu else "cuda",
-                settings=settings.engines,
-            )
-    # How much memory is free does not matter here: engines that run take part of it.
-    model = known_model(settings.model)
-    room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
-    room.check_contexts(plan.replicas)
 
 
 def _default_shapes(

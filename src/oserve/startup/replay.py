@@ -11,21 +11,23 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.deployment import remembered_speeds
-from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
-from oserve.config.policies import policy_of
+from oserve.config.policies import control_policy
 from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
-from oserve.evaluate.switch_simulation import Opinion
+from oserve.evaluate.switch_scorer import SwitchScorer, model_of
+from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
 from oserve.plan.demand import Demand
-from oserve.startup.first_plan import know, planning_question
+from oserve.startup.deployment import remembered_speeds
+from oserve.startup.first_plan import know, plan_request_for
 from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import switch_facts
 from oserve.switch.learned import LearnedPhases
+from oserve.switching.prices import SwitchPrices
 
 
 def recorded(file: Path) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def replayed_decisions(
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    question = planning_question(settings, devices, knowledge, (), demand=demand, shapes=shapes)
+    question = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
@@ -63,18 +65,20 @@ def replayed_decisions(
     # As fast as they were last seen to be: how fast at each moment is not kept.
     planner.correct(remembered_speeds(file, question))
     names = [kind.name for kind in planner.facts.types]
-    opinion = Opinion(question) if settings.control.simulate else None
-    if opinion is not None:
-        planner.learn(opinion.refined(planner.facts))
-    helm = ControllerRuntime(
+    scorer = None
+    if settings.control.simulate:
+        scoring = SwitchScorer(model_of(question, min_gain=settings.control.min_gain))
+        planner.learn(simulated_facts(planner.facts, scoring))
+        scorer = SwitchSimulation(scoring, planner)
+    runtime = ControllerRuntime(
         _first_plan(file),
-        policy=policy_of(settings, mode),
+        policy=control_policy(settings, mode),
         planner=planner,
         starts=starts,
         shares_interval_s=settings.control.shares_interval_s,
-        scorer=None if opinion is None else opinion.scorer(planner),
+        scorer=scorer,
     )
-    controller = helm.controller
+    controller = runtime.controller
     busy_until_s = 0.0
     for second, counts in StateStore(file).seconds():
         if len(counts) != len(names):
@@ -84,7 +88,7 @@ def replayed_decisions(
         trigger = controller.monitor.observe(now_s, [batch])
         if trigger is None:
             continue
-        decision, _ = helm.decide(now_s, trigger, switching=now_s < busy_until_s)
+        decision, _ = runtime.decide(now_s, trigger, switching=now_s < busy_until_s)
         if decision.verdict is DecisionVerdict.SWITCH:
             busy_until_s = now_s + decision.switch_s
         yield decision

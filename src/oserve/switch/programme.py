@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from oserve.app.switching.model import MovableModel
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -16,17 +15,17 @@ from oserve.core import (
     ReplicaSpec,
     VllmBackend,
 )
-from oserve.engines.settings import EngineSettings
 from oserve.perf.device import find_link
 from oserve.perf.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, MEMORY_SHARE
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
-from oserve.switch.layout import Placed, shard_map
+from oserve.switch.layout import ShardPlacement, shard_map
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.links import links_of
+from oserve.switch.model import MovableModel
 from oserve.switch.orders import RankOrder, rank_orders
 from oserve.switch.tensor import volume
 from oserve.switch.transfer import TransferPlan, fill_reason, plan_transfer
-from oserve.switch.waves import Order, OrderPolicy, Standing, Wave, order_switch
+from oserve.switch.waves import Wave, WaveOrder, WavePolicy, WaveReplica, order_switch
 
 # Of the memory that is free, what new engines may fill.
 _FREE_SHARE = 0.9
@@ -46,14 +45,14 @@ class SwitchFacts:
 
     model: MovableModel
     devices: tuple[Device, ...]
-    settings: EngineSettings
+    kv_cache_memory_bytes: int
     available_bytes: Callable[[], int]
     costs: SwitchCosts = field(default_factory=SwitchCosts)
     learned: LearnedPhases = field(default_factory=LearnedPhases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class ProgrammeStep:
     """A wave with all it needs; ``plan`` is in force once it is committed."""
 
     wave: Wave
@@ -68,14 +67,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Programme:
+class SwitchProgramme:
     """A switch, prepared. ``before`` is the plan in force, with the replicas that serve."""
 
     before: DeploymentPlan
     target: DeploymentPlan
-    placed: Mapping[str, Placed]
-    order: Order
-    steps: tuple[Step, ...]
+    placed: Mapping[str, ShardPlacement]
+    order: WaveOrder
+    steps: tuple[ProgrammeStep, ...]
     cost: SwitchCost
 
     def spec(self, replica: str) -> ReplicaSpec:
@@ -100,7 +99,7 @@ class Programme:
 
 def prepare_switch(
     facts: SwitchFacts, current: DeploymentPlan, target: DeploymentPlan
-) -> Programme:
+) -> SwitchProgramme:
     """From a plan whose replicas all serve to another.
 
     Raises OServeError, with the reason, if the new replicas cannot be filled from the old ones.
@@ -139,14 +138,14 @@ def prepare_switch(
         capacity_rps=_capacity(current.replicas),
         scaled=facts.learned.scaled,
     )
-    return Programme(
+    return SwitchProgramme(
         before=current,
         target=target,
         placed=placed,
         order=order,
         cost=cost,
         steps=tuple(
-            Step(
+            ProgrammeStep(
                 wave=wave,
                 transfer=transfer,
                 orders=rank_orders(facts.model.architecture, transfer, sources, new),
@@ -230,7 +229,9 @@ def _leaving(wave: Wave) -> set[str]:
     return {*wave.retire, *wave.release, *wave.stop}
 
 
-def _sources(wave: Wave, new: Sequence[Placed], placed: Mapping[str, Placed]) -> tuple[Placed, ...]:
+def _sources(
+    wave: Wave, new: Sequence[ShardPlacement], placed: Mapping[str, ShardPlacement]
+) -> tuple[ShardPlacement, ...]:
     """Those that some new replica can be filled from; one for each device.
 
     Where a replica of the right format is there, others are not needed.
@@ -244,7 +245,7 @@ def _sources(wave: Wave, new: Sequence[Placed], placed: Mapping[str, Placed]) ->
         for one in everyone
         if one not in exact and any(not fill_reason(t, [one], quantise=True) for t in rest)
     ]
-    found: dict[str, Placed] = {}
+    found: dict[str, ShardPlacement] = {}
     for one in (*exact, *more):
         if not any(device in found for device in one.devices):
             found.update(dict.fromkeys(one.devices, one))
@@ -260,23 +261,23 @@ def _room(
     facts: SwitchFacts,
     old: Sequence[ReplicaSpec],
     fresh: Sequence[ReplicaSpec],
-    placed: Mapping[str, Placed],
+    placed: Mapping[str, ShardPlacement],
     floor: tuple[float, ...],
-) -> tuple[OrderPolicy, Callable[[ReplicaSpec], Standing]]:
+) -> tuple[WavePolicy, Callable[[ReplicaSpec], WaveReplica]]:
     """Each device's memory, and what a replica takes of it."""
     cpu = all(device.kind == "cpu" for device in facts.devices)
     own = {device.id: float(device.memory_bytes) for device in facts.devices}
 
-    def measure(spec: ReplicaSpec) -> Standing:
+    def measure(spec: ReplicaSpec) -> WaveReplica:
         weights = _weights_bytes(facts.model, placed[spec.id])
         kv = spec.shape.kv_cache_memory_bytes
         if kv is None:
-            kv = facts.settings.kv_cache_memory_bytes or 0
+            kv = facts.kv_cache_memory_bytes
         engine = CPU_ENGINE_BYTES if cpu else GPU_ENGINE_BYTES
         if not cpu and not kv:
             # Left to itself, an engine fills its device.
             kv = int(max(0.0, own[spec.devices[0]] * MEMORY_SHARE - weights - engine))
-        return Standing(
+        return WaveReplica(
             placed=placed[spec.id],
             # On CPU beside the packed weights there are those that can be moved.
             weights_bytes=2 * weights if cpu else weights,
@@ -288,11 +289,11 @@ def _room(
 
     if cpu:
         own = _shared_memory(facts, [measure(spec) for spec in old], [measure(s) for s in fresh])
-    return OrderPolicy(floor_rps=floor, memory_bytes=own, quantise=True), measure
+    return WavePolicy(floor_rps=floor, memory_bytes=own, quantise=True), measure
 
 
 def _shared_memory(
-    facts: SwitchFacts, old: Sequence[Standing], fresh: Sequence[Standing]
+    facts: SwitchFacts, old: Sequence[WaveReplica], fresh: Sequence[WaveReplica]
 ) -> dict[str, float]:
     """Slots of CPU cores share main memory: what is free is for all, or for each a part."""
     free = facts.available_bytes() * _FREE_SHARE
@@ -310,7 +311,7 @@ def _arguments(spec: ReplicaSpec) -> tuple[str, ...]:
     return spec.backend.engine_args if isinstance(spec.backend, VllmBackend) else ()
 
 
-def _weights_bytes(model: MovableModel, placed: Placed) -> float:
+def _weights_bytes(model: MovableModel, placed: ShardPlacement) -> float:
     """On the fullest of its devices."""
     return max(
         sum(
@@ -322,7 +323,7 @@ def _weights_bytes(model: MovableModel, placed: Placed) -> float:
     )
 
 
-def _told(step: Step) -> dict[str, Any]:
+def _told(step: ProgrammeStep) -> dict[str, Any]:
     traffic = step.transfer.traffic
     predicted = step.predicted
     return {

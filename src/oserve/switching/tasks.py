@@ -7,12 +7,10 @@ force does not have; here it is only waited for.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from oserve.app.switching.drive import TaskFailedError
-from oserve.app.switching.programme import Programme, Step
 from oserve.control.cluster import Cluster
 from oserve.core import (
     Clock,
@@ -26,10 +24,11 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
-from oserve.engines.mover import Moved, MoveError
 from oserve.switch.layout import Architecture, differences, shard_map
-from oserve.switch.orders import RankOrder
+from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.transaction import Task
+from oserve.switching.driver import TaskFailedError
+from oserve.switching.weights import MoveError, WeightMover
 
 _POLL_S = 0.1
 _CHECK_S = 50.0
@@ -42,29 +41,6 @@ _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
 _log = logging.getLogger("oserve.switch")
 
 
-class Moving(Protocol):
-    """See ``oserve.engines.mover.Mover``."""
-
-    async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
-
-    async def move(
-        self,
-        name: str,
-        orders: Sequence[RankOrder],
-        *,
-        limit_s: float,
-        progress: Callable[[int], None],
-    ) -> Moved: ...
-
-    async def check(self, name: str, orders: Sequence[RankOrder], *, limit_s: float) -> int: ...
-
-    async def generate(self, replica: str, model: str, *, limit_s: float) -> None: ...
-
-    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float: ...
-
-    async def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkFacts:
     """``name``: of the switch. ``hold``: what the control loop is to leave alone from now on.
@@ -75,7 +51,7 @@ class WorkFacts:
     """
 
     name: str
-    programme: Programme
+    programme: SwitchProgramme
     architecture: Architecture
     cluster: Cluster
     clock: Clock
@@ -83,7 +59,7 @@ class WorkFacts:
     hold: Callable[[frozenset[str]], None]
     route: Callable[[DeploymentPlan], Awaitable[None]]
     progress: Callable[[int], None]
-    mover: Callable[[Mapping[str, Endpoint]], Moving]
+    mover: Callable[[Mapping[str, Endpoint]], WeightMover]
     transfer_limit_s: float
     max_perplexity_rise: float
 
@@ -93,13 +69,13 @@ class ClusterWork:
 
     def __init__(self, facts: WorkFacts) -> None:
         self._facts = facts
-        self._step: Step | None = None
+        self._step: ProgrammeStep | None = None
         self._moving: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
         self._moved_before = 0
         self._held: set[str] = set()
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: ProgrammeStep) -> None:
         """The next wave."""
         self._step = step
         self._moving = self._checking = None
@@ -236,7 +212,7 @@ class ClusterWork:
                 return True
         return False
 
-    async def _mover(self) -> Moving:
+    async def _mover(self) -> WeightMover:
         assert self._step is not None
         places = {}
         for replica in _replicas(self._step):
@@ -268,7 +244,7 @@ class ClusterWork:
         finally:
             await mover.close()
 
-    async def _compare_layouts(self, mover: Moving, step: Step) -> None:
+    async def _compare_layouts(self, mover: WeightMover, step: ProgrammeStep) -> None:
         for replica in _replicas(step):
             layout = self._facts.programme.placed[replica].layout
             for rank, live in enumerate(await mover.layouts(replica)):
@@ -300,7 +276,7 @@ class ClusterWork:
         finally:
             await mover.close()
 
-    async def _compare_quality(self, mover: Moving, step: Step, made: str) -> None:
+    async def _compare_quality(self, mover: WeightMover, step: ProgrammeStep, made: str) -> None:
         """Whether quantising on the way cost more than it may."""
         facts = self._facts
         numbers = {
@@ -336,7 +312,7 @@ class ClusterWork:
             )
 
 
-def _replicas(step: Step) -> list[str]:
+def _replicas(step: ProgrammeStep) -> list[str]:
     """All that take part in a wave's transfer."""
     found: dict[str, Any] = dict.fromkeys(order.replica for order in step.orders)
     return list(found)
