@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from oserve.control.decision import Decision, DecisionVerdict, Mode
+from oserve.control.evaluation import CandidateScore
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
@@ -109,13 +110,14 @@ class ControllerSession:
     def __init__(self, policy: ControllerPolicy, traffic: SimulatedTraffic) -> None:
         self.runtime = policy.runtime()
         self.counter = TrafficCounter(self.runtime.controller.plan, traffic)
+        self.outcomes: list[tuple[Decision, CandidateScore | None]] = []
+        """The decisions so far, each with the score that it was based on."""
         self._policy = policy
-        self._decisions: list[Decision] = []
 
     @property
     def decisions(self) -> Sequence[Decision]:
-        """All decisions of the run."""
-        return self._decisions
+        """See ``PolicySession``."""
+        return [decision for decision, _ in self.outcomes]
 
     def second(self, moment: Moment) -> PolicyUpdate:
         """Count what arrived and ended; decide if a decision is due."""
@@ -153,8 +155,8 @@ class ControllerSession:
         found = decide_second(runtime, second)
         if found is None:
             return None
+        self.outcomes.append(found)
         decision, _ = found
-        self._decisions.append(decision)
         return runtime.controller.plan if decision.verdict is DecisionVerdict.SWITCH else None
 
     def _scripted(self, now_s: float) -> DeploymentPlan | None:
