@@ -11,7 +11,7 @@ from oserve.control.dispatch.affinity import Affinity
 from oserve.control.dispatch.breaker import Breakers
 from oserve.control.dispatch.ledger import WorkEntry, WorkLedger
 from oserve.control.dispatch.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
-from oserve.control.dispatch.router import Refusal, Router, RouteReason
+from oserve.control.dispatch.router import NoRoute, Router, RouteReason
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase
 from oserve.core.faults import fault
@@ -177,16 +177,16 @@ class Dispatcher:
         picked = self._try_send(relay)
         if picked is None:
             return
-        if picked is Refusal.NO_REPLICA and not self.table.expected:
+        if picked is NoRoute.NO_REPLICA and not self.table.expected:
             relay.fail(unavailable("No replica can serve now, and none is starting"))
         elif len(self._waiting) >= self._max_queued and not relay.moves:
             relay.fail(
                 overloaded("Too many requests are waiting", retry_after_s=self._retry_after_s())
             )
         else:
-            self._enqueue(relay, waiting_for_replica=picked is Refusal.NO_REPLICA)
+            self._enqueue(relay, waiting_for_replica=picked is NoRoute.NO_REPLICA)
 
-    def _try_send(self, relay: Relay) -> Refusal | None:
+    def _try_send(self, relay: Relay) -> NoRoute | None:
         """Route and send; returns why it could not be, if so."""
         request, expected = relay.request, relay.expected
         assert request is not None
@@ -199,7 +199,7 @@ class Dispatcher:
             exclude=self._closed(relay),
             cached=cached,
         )
-        if isinstance(route, Refusal):
+        if isinstance(route, NoRoute):
             return route
         replica = self.serving[route.replica]
         kind = request.workload_type
@@ -337,7 +337,7 @@ class Dispatcher:
         assert relay.request is not None
         excluded = self._excluded(relay, also_present=True)
         loads = self._ledger.loads(self.serving)
-        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
+        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), NoRoute)
 
     def send_on(self, relay: Relay, reason: str) -> None:
         """Give a request that has left its replica to another, and say what became of it."""

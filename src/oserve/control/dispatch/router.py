@@ -32,7 +32,7 @@ class RouteReason(StrEnum):
     POOL_UNAVAILABLE = "pool_unavailable"
 
 
-class Refusal(StrEnum):
+class NoRoute(StrEnum):
     """Why no replica can take a request now."""
 
     NO_REPLICA = "no_replica"
@@ -49,7 +49,7 @@ _REASONS = {
     OVERFLOW: RouteReason.OVERFLOW,
     POOL_UNAVAILABLE: RouteReason.POOL_UNAVAILABLE,
 }
-_REFUSALS = {NO_REPLICA: Refusal.NO_REPLICA, ALL_FULL: Refusal.ALL_FULL}
+_NO_ROUTES = {NO_REPLICA: NoRoute.NO_REPLICA, ALL_FULL: NoRoute.ALL_FULL}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Router:
         *,
         exclude: Set[str] = frozenset(),
         cached: Mapping[str, int] = _NOTHING_CACHED,
-    ) -> Route | Refusal:
+    ) -> Route | NoRoute:
         """Choose among ``loads`` (replicas that may take requests), leaving out ``exclude``.
 
         ``cached``: tokens of the prompt that replicas have already, by name.
@@ -93,7 +93,7 @@ class Router:
         # By name, which so decides between equals.
         allowed = sorted(name for name in loads if name not in exclude)
         if not allowed:
-            return Refusal.NO_REPLICA
+            return NoRoute.NO_REPLICA
         given = [loads[name] for name in allowed]
         shares = self.shares(request)
         own_s = [work_s(request, load, cached.get(load.replica, 0)) for load in given]
@@ -109,7 +109,7 @@ class Router:
             row=0,
         )
         if index < 0:
-            return _REFUSALS[code]
+            return _NO_ROUTES[code]
         return Route(replica=allowed[index], reason=_REASONS[code], work_s=own_s[index])
 
     def shares(self, request: Request) -> Mapping[str, float]:
