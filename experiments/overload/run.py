@@ -39,7 +39,7 @@ def tell_all(tuner: Tuner, found: MeasuredServing, title: str) -> None:
             ],
         )
         if words == "capacity":
-            kinds = [item.name for item in found.serving.plan.workload_types]
+            kinds = [item.name for item in found.serving.plan.length_classes]
             tell(
                 f"Who is in time at {LOADS[-1]:g}x (shed), by prompt length",
                 ("defence", *kinds),

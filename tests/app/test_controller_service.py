@@ -185,8 +185,8 @@ async def test_shares_follow_what_is_ready_and_what_comes(model: str, tmp_path: 
     gone = replace(everyone, replicas=everyone.replicas[1:])
     fewer = steering.routed(plan, gone, START_S + 15.1)
     lost = everyone.replicas[0].spec.id
-    assert all(lost not in kind.shares for kind in fewer.types)
-    for kind in fewer.types:
+    assert all(lost not in kind.shares for kind in fewer.planned_types)
+    for kind in fewer.planned_types:
         assert sum(kind.shares.values()) == pytest.approx(1.0)
     assert steering.routed(plan, observed(plan, given, ReplicaPhase.LOADING), START_S) == plan
 
@@ -204,7 +204,7 @@ async def test_a_given_plan_keeps_its_shares_by_class(model: str, tmp_path: Path
     given = deployment(model, tmp_path, plan=str(file), **{"control.mode": "advise"}, **UNSIMULATED)
     steering = service(given, now_s=START_S)
     plan = steering.controller.plan
-    assert [dict(kind.shares) for kind in plan.types] == [{"a": 1.0}, {"b": 1.0}]
+    assert [dict(kind.shares) for kind in plan.planned_types] == [{"a": 1.0}, {"b": 1.0}]
     await fed(steering, given, CHATS, START_S, START_S + 60)
     assert steering.routed(plan, observed(plan, given), START_S) is plan
     wanted = parse_plan(file.read_text().replace("id: b", "id: c").replace("{b:", "{c:"), place="x")

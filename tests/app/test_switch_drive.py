@@ -61,9 +61,9 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": shares},
-        types=(PlannedType(name="t", prompt_tokens=9, output_tokens=9, shares=shares),),
+        planned_types=(PlannedType(name="t", prompt_tokens=9, output_tokens=9, shares=shares),),
     )
 
 
@@ -464,9 +464,9 @@ def test_names_and_shares_on_the_way() -> None:
     names = [spec.id for spec in found.replicas]
     assert names[0] == "k"
     assert len({*names, "a", "b"}) == 5
-    assert set(found.routing_shares["all"]) == set(found.types[0].shares) == set(names)
+    assert set(found.routing_shares["all"]) == set(found.planned_types[0].shares) == set(names)
     step = between(found, OLD, [*OLD.replicas[1:], found.replicas[1]])
-    for shares in (step.routing_shares["all"], step.types[0].shares):
+    for shares in (step.routing_shares["all"], step.planned_types[0].shares):
         assert sum(shares.values()) == pytest.approx(1.0)
         assert set(shares) <= {"b", "k", names[1]}
     assert between(found, OLD, found.replicas) == found

@@ -75,7 +75,7 @@ def plan_of(*rows: int) -> DeploymentPlan:
         ReplicaSpec(id=f"first{n}", shape=TABLE[row].shape, devices=(f"d{n}",))
         for n, row in enumerate(rows)
     )
-    plan = DeploymentPlan(id="first", replicas=replicas, workload_types=CLASSES, routing_shares={})
+    plan = DeploymentPlan(id="first", replicas=replicas, length_classes=CLASSES, routing_shares={})
     return made.with_shares(plan, made.shares(replicas, (1.0, 1.0)))
 
 

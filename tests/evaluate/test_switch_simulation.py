@@ -14,7 +14,7 @@ from oserve.control.starts import StartTimes
 from oserve.core import DeploymentPlan
 from oserve.evaluate.switch_scorer import SwitchCase, SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import ScoringProcess, SwitchSimulation, simulated_facts
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.plan.planning import PlanRequest
 from oserve.startup.deployment import prepare
 
@@ -67,7 +67,7 @@ def good_rps(scorer: SwitchScorer, case: SwitchCase) -> float:
 
 def empty(request_: PlanRequest) -> DeploymentPlan:
     return DeploymentPlan(
-        id="none", replicas=(), workload_types=request_.demand.classes, routing_shares={}
+        id="none", replicas=(), length_classes=request_.demand.classes, routing_shares={}
     )
 
 
@@ -101,7 +101,7 @@ def test_it_scores_switches_with_simulated_capacities(request_: PlanRequest) -> 
 
 
 def test_without_limits_capacities_stay_those_of_the_model(request_: PlanRequest) -> None:
-    free = replace(request_, limits={kind.name: Limits() for kind in request_.demand.types})
+    free = replace(request_, limits={kind.name: LatencyLimits() for kind in request_.demand.types})
     linear = planner_for(free, StartTimes(5.0))
     scorer = SwitchScorer(model_of(free, min_gain=MIN_GAIN))
     assert simulated_facts(linear.facts, scorer).table == linear.facts.table

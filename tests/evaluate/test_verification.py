@@ -24,12 +24,12 @@ from oserve.evaluate.simulator import (
     traffic_from,
 )
 from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import demand_from_rates
 from oserve.plan.planning import PlanRequest, PlanResult, answer
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest
 
@@ -53,7 +53,7 @@ def found() -> PlanResult:
         max_num_batched_tokens=(512, 2048),
         max_num_seqs=(64, 128),
     )
-    limits = Limits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
+    limits = LatencyLimits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
     return answer(
         PlanRequest(
             model="qwen3-32b",
@@ -144,8 +144,8 @@ def test_different_replicas_are_taken_only_for_a_clear_gain(found: PlanResult) -
     homogeneous = {item.counts for item in planned.homogeneous}
     mixed = next(item for item in planned.candidates if item.counts not in homogeneous)
 
-    def scored(gain: float) -> Deployment:
-        def score(item: Deployment) -> float:
+    def scored(gain: float) -> DeploymentCandidate:
+        def score(item: DeploymentCandidate) -> float:
             return gain if item.counts == mixed.counts else 1.0 / (1 + len(item.counts))
 
         base = 1.0 / (1 + len(mixed.counts))

@@ -18,7 +18,7 @@ NOW, BEFORE = (20.0, 1.0), (5.0, 4.0)
 
 
 def question(**fields: object) -> DecisionInput:
-    plan = DeploymentPlan(id="x", replicas=(), workload_types=(), routing_shares={})
+    plan = DeploymentPlan(id="x", replicas=(), length_classes=(), routing_shares={})
     step = ForecastStep(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
     given: dict[str, object] = {
         "at_s": 0.0,

@@ -18,7 +18,7 @@ from oserve.gateway.settings import GatewaySettings
 
 TABLE = RoutingTable(
     plan_id="p",
-    workload_types=(LengthClass(name="all"),),
+    length_classes=(LengthClass(name="all"),),
     routing_shares={"all": {}},
     replicas=(),
 )

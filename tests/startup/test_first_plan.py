@@ -138,7 +138,7 @@ def test_the_traffic_may_be_given(model: str, tmp_path: Path) -> None:
     given = settings(model, tmp_path, **{"planning.rates": "100x50=2,2000x20=0.1"})
     found = planned(given)
     assert "planning.rates" in found.why
-    names = [kind.name for kind in found.plan.workload_types]
+    names = [kind.name for kind in found.plan.length_classes]
     assert len(names) == 2
     for shares in found.plan.routing_shares.values():
         assert sum(shares.values()) == pytest.approx(1.0)

@@ -19,7 +19,7 @@ from oserve.control.decision import Decision, DecisionVerdict, Trigger
 from oserve.control.evaluation import CandidateScore
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
-from oserve.control.runtime import ControllerRuntime, Scorer
+from oserve.control.runtime import ControllerRuntime
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
@@ -61,19 +61,18 @@ class ControllerService:
         self._speeds = SpeedEstimator(request.source)
         self._speeds.speeds = deployment.speeds
         self.planner.correct(deployment.speeds)
-        self._scoring: ScoringProcess | None = None
-        scorer: Scorer | None = None
-        if settings.control.simulate:
-            model = model_of(request, min_gain=settings.control.min_gain)
-            self._scoring = ScoringProcess(model)
-            scorer = SwitchSimulation(self._scoring, self.planner)
+        self._scoring = (
+            ScoringProcess(model_of(request, min_gain=settings.control.min_gain))
+            if settings.control.simulate
+            else None
+        )
         self._runtime = ControllerRuntime(
             deployment.plan,
             policy=control_policy(settings, deployment.mode),
             planner=self.planner,
             starts=self.starts,
             shares_interval_s=settings.control.shares_interval_s,
-            scorer=scorer,
+            scorer=None if self._scoring is None else SwitchSimulation(self._scoring, self.planner),
             speeds=self._speeds,
         )
         self.controller = self._runtime.controller

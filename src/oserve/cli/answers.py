@@ -2,7 +2,7 @@
 
 Pure: bytes and times in, a verdict out. Any delta that carries output counts as tokens: text,
 reasoning (``reasoning`` of vLLM, ``reasoning_content`` of SGLang and DeepSeek), tool calls,
-refusals, audio. What servers of other makes leave out of a stream is told by a ``Dialect``.
+refusals, audio. What servers of other makes leave out of a stream is told by a ``ApiDialect``.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _MAX_EVENT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
+class ApiDialect:
     """What a server was seen to do, and is held to.
 
     ``done``: ``[DONE]`` ends a stream. ``usage``: a stream ends with its token counts.
@@ -45,11 +45,11 @@ class Dialect:
         return tuple(note for usual, note in told if not usual)
 
 
-USUAL = Dialect()
+USUAL = ApiDialect()
 """vLLM's, and OServe's."""
 
 
-class Usage(msgspec.Struct):
+class ReportedUsage(msgspec.Struct):
     """The token counts of a response."""
 
     prompt_tokens: int | None = None
@@ -71,7 +71,7 @@ class _Choice(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
+    usage: ReportedUsage | None = None
     error: Any = None
     object: Any = None
     message: Any = None
@@ -80,7 +80,7 @@ class _Event(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Event)
 
 
-class Answer:
+class BenchAnswer:
     """What has been seen of one stream. Times are those given to ``feed``; 0 is not yet."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Answer:
         self.first_answer_s = 0.0
         self.last_s = 0.0
         self.gaps: list[float] = []
-        self.usage: Usage | None = None
+        self.usage: ReportedUsage | None = None
         self.finish_reason = ""
         self.done = False
         self.reasoned = False
@@ -151,7 +151,7 @@ class Answer:
             self.first_answer_s = now_s
         self.last_s = now_s
 
-    def verdict(self, wanted: int, dialect: Dialect) -> tuple[OutcomeStatus, str]:
+    def verdict(self, wanted: int, dialect: ApiDialect) -> tuple[OutcomeStatus, str]:
         """Complete, truncated or failed, and why."""
         # A connection that breaks after the first token is a truncation, not a refusal.
         broke = self.failure is FailureKind.CONNECTION and self.first_s > 0.0
@@ -168,7 +168,7 @@ class Answer:
         reason = next((words for lacking, words in lacks if lacking), "")
         return (OutcomeStatus.TRUNCATED if reason else OutcomeStatus.COMPLETED), reason
 
-    def _short(self, wanted: int, dialect: Dialect) -> bool:
+    def _short(self, wanted: int, dialect: ApiDialect) -> bool:
         counted = self.usage.completion_tokens if self.usage else None
         if counted is None or counted == wanted:
             return False

@@ -39,7 +39,7 @@ from oserve.cli.options import (
 )
 from oserve.cli.picture import draw
 from oserve.cli.prompts import PromptWriter
-from oserve.cli.target import Target, calibrated_writer, find_target, warmed_up
+from oserve.cli.target import BenchTarget, calibrated_writer, find_target, warmed_up
 from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 from oserve.traces import (
@@ -249,7 +249,9 @@ def _bounds(classes: str | None) -> list[int] | None:
     return bounds
 
 
-async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[Target, list[Outcome]]:
+async def _replay(
+    requests: list[TraceRequest], wanted: _Wanted
+) -> tuple[BenchTarget, list[Outcome]]:
     async with new_session() as session:
         target = await find_target(
             session,

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.cli.target import Target
+from oserve.cli.target import BenchTarget
 from oserve.traces import Outcome, OutcomeStatus, Percentiles, Summary
 from oserve.traces.metrics import percentile, percentiles
 
@@ -21,7 +21,7 @@ def document(
     bounds: list[int] | None,
     *,
     trace: str,
-    target: Target,
+    target: BenchTarget,
     rate_scale: float,
     limit: int | None,
 ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from oserve.cli.options import (
     say_how_read,
 )
 from oserve.core import OServeError
-from oserve.forecast.backtest import Report, Series, backtest, filled
+from oserve.forecast.backtest import BacktestReport, Series, backtest, filled
 from oserve.forecast.forecaster import MAX_STEPS
 from oserve.forecast.forecaster import MAX_TYPES as MOST_TYPES
 from oserve.forecast.lstm import read_lstm, write_lstm
@@ -163,7 +163,7 @@ def train(
     )
 
 
-def document(series: Series, report: Report) -> dict[str, Any]:
+def document(series: Series, report: BacktestReport) -> dict[str, Any]:
     """The report as JSON-ready data."""
     following, regret = report.next, report.regret
     return {
@@ -231,7 +231,7 @@ def _series(
     return series
 
 
-def _show(series: Series, report: Report) -> None:
+def _show(series: Series, report: BacktestReport) -> None:
     plain = Console(highlight=False, soft_wrap=True)
     screen = plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
     n, half = len(series.parts), series.half
@@ -265,7 +265,7 @@ def _show(series: Series, report: Report) -> None:
     _show_next(screen, report)
 
 
-def _show_next(screen: Console, report: Report) -> None:
+def _show_next(screen: Console, report: BacktestReport) -> None:
     following = report.next
     steps = len(following.mean_counts)
     table = Table(title=f"requests/s in the next window, and {steps} ahead (5 to 95 %)")

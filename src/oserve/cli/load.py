@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import Answer, said
+from oserve.cli.answers import BenchAnswer, said
 from oserve.cli.prompts import PromptWriter
 from oserve.cli.remote import reason_of
-from oserve.cli.target import Target
+from oserve.cli.target import BenchTarget
 from oserve.traces import FailureKind, Outcome, TraceRequest
 
 
@@ -25,7 +25,7 @@ class Replay:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        target: Target,
+        target: BenchTarget,
         writer: PromptWriter,
         *,
         max_concurrency: int,
@@ -57,7 +57,7 @@ class Replay:
         async with self._slots:
             self.sent += 1
             sent_s = time.perf_counter() - self._start_s
-            answer = Answer()
+            answer = BenchAnswer()
             try:
                 async with asyncio.timeout(self._target.timeout_s):
                     await self._talk(item, prompt, answer)
@@ -71,7 +71,7 @@ class Replay:
         self._progress()
 
     def _outcome(
-        self, item: TraceRequest, answer: Answer, *, due_s: float, sent_s: float
+        self, item: TraceRequest, answer: BenchAnswer, *, due_s: float, sent_s: float
     ) -> Outcome:
         status, error = answer.verdict(item.output_tokens, self._target.dialect)
         now_s = time.perf_counter()
@@ -96,7 +96,7 @@ class Replay:
             reasoning_tokens=usage.reasoning_tokens if usage else 0,
         )
 
-    async def _talk(self, item: TraceRequest, prompt: str, answer: Answer) -> None:
+    async def _talk(self, item: TraceRequest, prompt: str, answer: BenchAnswer) -> None:
         target = self._target
         body = msgspec.json.encode(target.body(prompt, item.output_tokens))
         async with self._session.post(

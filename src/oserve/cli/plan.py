@@ -37,7 +37,7 @@ from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
 from oserve.evaluate.simulator import traffic_from
 from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
@@ -297,11 +297,11 @@ def _sizes(option: str, text: str | None) -> tuple[int, ...]:
 
 def _limits(
     demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
-) -> dict[str, Limits]:
+) -> dict[str, LatencyLimits]:
     def seconds(value: float | None) -> float | None:
         return None if value is None else value / 1e3
 
-    common = Limits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
+    common = LatencyLimits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
     limits = {kind.name: common for kind in demand.types}
     for text in own:
         name, equals, values = text.rpartition("=")
@@ -313,7 +313,7 @@ def _limits(
                 place="--slo",
                 remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
             )
-        limits[name] = Limits(
+        limits[name] = LatencyLimits(
             ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
         )
     return limits

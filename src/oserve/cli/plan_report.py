@@ -9,7 +9,7 @@ from rich.table import Table
 
 from oserve.core import Device, Precision, ReplicaShape, ReplicaSpec
 from oserve.plan.planning import PlanResult, PredictedRates, used_shapes
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 
 _QUANTISED = {Precision.FP8: ("--quantization", "fp8")}
 _DTYPES = {
@@ -188,7 +188,7 @@ def _span(names: Sequence[str]) -> str:
 def _comparison(found: PlanResult) -> Table:
     table = Table("deployment", "replicas", "x demand", "within SLO rps", "served rps", "devices")
 
-    def add(name: str, item: Deployment, predicted: PredictedRates | None) -> None:
+    def add(name: str, item: DeploymentCandidate, predicted: PredictedRates | None) -> None:
         shapes = used_shapes(found.problem, item)
         table.add_row(
             name,
@@ -289,7 +289,7 @@ def _predicted(predicted: PredictedRates) -> dict[str, float]:
     }
 
 
-def _other(found: PlanResult, item: Deployment) -> dict[str, Any]:
+def _other(found: PlanResult, item: DeploymentCandidate) -> dict[str, Any]:
     return {
         "replicas": [
             {"shape": _shape(shape), "count": count}

@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import USUAL, Answer, Dialect, said
+from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, said
 from oserve.cli.prompts import PromptWriter, sample_text
 from oserve.cli.remote import unreachable
 from oserve.core import OServeError
@@ -21,7 +21,7 @@ _REFUSED = ((True, True), (False, True), (True, False), (False, False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class BenchTarget:
     """The server under load. ``max_model_len`` is 0 where the server does not tell it."""
 
     url: str
@@ -30,7 +30,7 @@ class Target:
     api_key: str = ""
     chat: bool = False
     timeout_s: float = 600.0
-    dialect: Dialect = USUAL
+    dialect: ApiDialect = USUAL
 
     @property
     def headers(self) -> dict[str, str]:
@@ -77,9 +77,9 @@ async def find_target(
     api_key: str,
     chat: bool,
     timeout_s: float,
-) -> Target:
+) -> BenchTarget:
     """Ask the server for its models; the first one if ``model`` is empty. Raises OServeError."""
-    target = Target(
+    target = BenchTarget(
         url=server_url(url),
         model=model,
         max_model_len=0,
@@ -113,7 +113,7 @@ async def find_target(
 
 
 async def calibrated_writer(
-    session: aiohttp.ClientSession, target: Target, *, seed: int
+    session: aiohttp.ClientSession, target: BenchTarget, *, seed: int
 ) -> PromptWriter:
     """Measure the tokenizer on two samples; a guess where there is no ``/tokenize``."""
     samples = []
@@ -128,8 +128,8 @@ async def calibrated_writer(
 
 
 async def warmed_up(
-    session: aiohttp.ClientSession, target: Target, *, seed: int
-) -> tuple[Target, tuple[int, int] | None]:
+    session: aiohttp.ClientSession, target: BenchTarget, *, seed: int
+) -> tuple[BenchTarget, tuple[int, int] | None]:
     """The target with its dialect, from one short request; and the tokens its words made.
 
     Fields it refuses are left out from then on. A server that has no room just now is held to what
@@ -139,7 +139,7 @@ async def warmed_up(
     first: tuple[int, bytes] | None = None
     for stream_options, ignore_eos in _REFUSED:
         asked = replace(
-            target, dialect=Dialect(stream_options=stream_options, ignore_eos=ignore_eos)
+            target, dialect=ApiDialect(stream_options=stream_options, ignore_eos=ignore_eos)
         )
         status, body, answer = await _probe(session, asked, prompt)
         if status == 200:
@@ -163,8 +163,8 @@ async def warmed_up(
     )
 
 
-def _learned(target: Target, answer: Answer) -> Dialect:
-    status, error = answer.verdict(_PROBE_TOKENS, Dialect(done=False, usage=False, exact=False))
+def _learned(target: BenchTarget, answer: BenchAnswer) -> ApiDialect:
+    status, error = answer.verdict(_PROBE_TOKENS, ApiDialect(done=False, usage=False, exact=False))
     if status is OutcomeStatus.FAILED:
         raise OServeError(
             f"the first request failed: {error}", place=target.url, remedy="see what it says"
@@ -179,15 +179,15 @@ def _learned(target: Target, answer: Answer) -> Dialect:
     )
 
 
-def _length(answer: Answer) -> tuple[int, int] | None:
+def _length(answer: BenchAnswer) -> tuple[int, int] | None:
     counted = answer.usage.prompt_tokens if answer.usage else None
     return (_PROBE_WORDS, counted) if counted else None
 
 
 async def _probe(
-    session: aiohttp.ClientSession, target: Target, prompt: str
-) -> tuple[int, bytes, Answer]:
-    answer = Answer()
+    session: aiohttp.ClientSession, target: BenchTarget, prompt: str
+) -> tuple[int, bytes, BenchAnswer]:
+    answer = BenchAnswer()
     body = msgspec.json.encode(target.body(prompt, _PROBE_TOKENS))
     headers = {"content-type": "application/json", **target.headers}
     try:
@@ -207,7 +207,7 @@ async def _probe(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, target: Target, path: str, body: Any = None
+    session: aiohttp.ClientSession, target: BenchTarget, path: str, body: Any = None
 ) -> tuple[int, bytes]:
     method = "GET" if body is None else "POST"
     try:

@@ -90,9 +90,9 @@ def _plan(document: dict[str, Any], file: str) -> DeploymentPlan:
     return DeploymentPlan(
         id=parsed.id,
         replicas=replicas,
-        workload_types=kinds,
+        length_classes=kinds,
         routing_shares={kind.name: dict(equal) for kind in kinds} if shares is None else shares,
-        types=tuple(
+        planned_types=tuple(
             PlannedType(
                 name=kind.name,
                 prompt_tokens=kind.prompt_tokens,
@@ -123,14 +123,14 @@ def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
     """The plan as a file that ``load_plan`` reads; ``head`` becomes comments at its top."""
     document: dict[str, Any] = {
         "id": plan.id,
-        "workload_types": [_without_defaults(_type_row(kind)) for kind in plan.workload_types],
+        "workload_types": [_without_defaults(_type_row(kind)) for kind in plan.length_classes],
         "replicas": [_replica_row(spec) for spec in plan.replicas],
         "routing_shares": {
             kind: {name: _share(value) for name, value in shares.items() if value > 0}
             for kind, shares in plan.routing_shares.items()
         },
     }
-    if plan.types:
+    if plan.planned_types:
         document["types"] = [
             {
                 "name": kind.name,
@@ -138,7 +138,7 @@ def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
                 "output_tokens": kind.output_tokens,
                 "shares": {n: _share(value) for n, value in kind.shares.items() if value > 0},
             }
-            for kind in plan.types
+            for kind in plan.planned_types
         ]
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
     return comments + yaml.safe_dump(document, sort_keys=False, width=100)

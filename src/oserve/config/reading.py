@@ -1,6 +1,6 @@
 """Reading files into typed values, with errors that name the place and the nearest word.
 
-YAML, and JSON by its ending. Both are read strictly: a key that stands twice in one mapping, a
+YAML, and JSON by its ending. Both are read strictly: a key that appears twice in one mapping, a
 number that is not finite, an alias that holds itself or swells, are refused where they stand.
 """
 
@@ -150,7 +150,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key in seen:
                 raise _StrictError(
-                    f"the key {key!r} stands twice, first in line {seen[key].line + 1}",
+                    f"the key {key!r} appears twice, first in line {seen[key].line + 1}",
                     key_node.start_mark,
                     "leave one of the two out",
                 )

@@ -26,7 +26,7 @@ from oserve.perf.corrected import Speeds
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.problem import AmongEquals, PlanProblem
-from oserve.plan.search import Deployment, Planned, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 from oserve.plan.serving import Serving
 
 # Rates below these are noise, and bad coefficients for a linear programme.
@@ -157,7 +157,7 @@ class TablePlanner:
             found.setdefault(frozenset(plan.replicas), plan)
         return tuple(found.values())
 
-    def _worth_a_look(self, problem: PlanProblem, planned: Planned) -> list[Deployment]:
+    def _worth_a_look(self, problem: PlanProblem, planned: Planned) -> list[DeploymentCandidate]:
         """The best deployment, and the homogeneous ones that come near it."""
         best, plain = planned.best, planned.homogeneous[0]
         if self.facts.min_shapes > 1 and problem.is_varied(best.counts):
@@ -173,7 +173,7 @@ class TablePlanner:
         return [best, *near]
 
     def _placed(
-        self, problem: PlanProblem, deployment: Deployment, current: DeploymentPlan
+        self, problem: PlanProblem, deployment: DeploymentCandidate, current: DeploymentPlan
     ) -> DeploymentPlan:
         """Place a deployment on devices, as close to the current plan as possible."""
         placed = place_deployment(problem, deployment)
@@ -349,7 +349,7 @@ def _scaled(
     return replace(after, capacity_rps=capacity)
 
 
-def _gain(best: Deployment, plain: Deployment) -> float:
+def _gain(best: DeploymentCandidate, plain: DeploymentCandidate) -> float:
     """The gain of one deployment: in scale where it serves all demand, else in served rate."""
     if best.score.scale >= 1 and plain.score.scale > 0:
         return best.score.scale / plain.score.scale - 1

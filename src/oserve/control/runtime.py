@@ -105,7 +105,7 @@ class ControllerRuntime:
         rates = self.controller.monitor.now_rps()
         if self.controller.policy.mode is not Mode.AUTO or not ready:
             return plan
-        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:
+        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.planned_types:
             return plan
         fresh = now_s - self._shares_s < self._shares_interval_s
         if self._shared is not None and self._shared[0] == ready and fresh:
@@ -160,19 +160,19 @@ class ControllerRuntime:
         """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
         names = [kind.name for kind in facts.types]
-        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]
-        same = [kind.name for kind in plan.types] == names
+        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
+        same = [kind.name for kind in plan.planned_types] == names
         if same and np.allclose(centres, facts.centres, rtol=1e-3):
             return plan
         return replace(
             plan,
-            types=tuple(
+            planned_types=tuple(
                 PlannedType(
                     name=name,
                     prompt_tokens=prompt,
                     output_tokens=output,
                     shares=plan.routing_shares.get(
-                        classify(round(prompt), plan.workload_types).name, {}
+                        classify(round(prompt), plan.length_classes).name, {}
                     ),
                 )
                 for name, (prompt, output) in zip(names, facts.centres, strict=True)

@@ -65,7 +65,7 @@ def status_document(
                 "max_prompt_tokens": kind.max_prompt_tokens,
                 "output_tokens": kind.output_tokens,
             }
-            for kind in plan.workload_types
+            for kind in plan.length_classes
         ],
         "routing_shares": plan.routing_shares,
         "devices": [

@@ -128,7 +128,7 @@ def lengths_by_type(
 def _serving(
     replicas: tuple[ReplicaSpec, ...], classes: tuple[LengthClass, ...], levers: Levers
 ) -> SimulatedServing:
-    plan = DeploymentPlan(id="x", replicas=replicas, workload_types=classes, routing_shares={})
+    plan = DeploymentPlan(id="x", replicas=replicas, length_classes=classes, routing_shares={})
     return SimulatedServing(plan=plan, levers=levers)
 
 

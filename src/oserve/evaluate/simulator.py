@@ -193,7 +193,7 @@ class Simulator:
 
         ``kinds``: the class of each, where it is not told by the prompt's length.
         """
-        classes = serving.plan.workload_types
+        classes = serving.plan.length_classes
         index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
         if expected is None:
             outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
@@ -215,7 +215,7 @@ class Simulator:
         """A fleet without replicas."""
         return Fleet(
             requests,
-            classes=len(serving.plan.workload_types),
+            classes=len(serving.plan.length_classes),
             gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
@@ -247,7 +247,7 @@ class Simulator:
         """Give a fleet the shares of a plan."""
         shares = {
             index: dict(plan.routing_shares.get(item.name, {}))
-            for index, item in enumerate(plan.workload_types)
+            for index, item in enumerate(plan.length_classes)
         }
         fleet.set_routing(policy=levers.routing, shares=shares)
 

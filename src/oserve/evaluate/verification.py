@@ -22,11 +22,11 @@ from oserve.evaluate.simulator import (
     largest_scale,
     met,
 )
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment
 from oserve.plan.planning import PlanResult, deployment_plan, predict
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
 
@@ -62,7 +62,7 @@ class PlanCheck:
     margin: float = MIN_GAIN
 
 
-def common_slo(limits: Mapping[str, Limits]) -> Slo:
+def common_slo(limits: Mapping[str, LatencyLimits]) -> Slo:
     """The tightest of the limits: simulation knows one SLO for all."""
 
     def tightest(values: Sequence[float | None]) -> float | None:
@@ -144,7 +144,7 @@ def simulate_serving(
 
 
 def serving_of(
-    found: PlanResult, deployment: Deployment, levers: Levers = SERVED_AS
+    found: PlanResult, deployment: DeploymentCandidate, levers: Levers = SERVED_AS
 ) -> SimulatedServing:
     """A deployment of an answer as it would be served."""
     placed = place_deployment(found.problem, deployment)
@@ -166,7 +166,7 @@ def verified_answer(
     """Score the candidates of an answer and its homogeneous deployments again, and choose."""
     known = simulator or Simulator(found.question.source)
 
-    def score(deployment: Deployment) -> float:
+    def score(deployment: DeploymentCandidate) -> float:
         start = deployment.score.scale if math.isfinite(deployment.score.scale) else 1.0
         serving = serving_of(found, deployment)
         return simulate_serving(known, serving, check, start=max(start, 1e-3)).capacity_scale

@@ -1,7 +1,7 @@
-"""The series that forecasts are made from, out of a trace or a file of counts.
+"""Series for forecasting from a file of requests or counts.
 
-A backtest must not look ahead, so workload types are fitted on the first half of the trace; of a
-counts file, the series with the largest counts in its first half are used.
+Types are fitted on the first half of the trace only, so that a backtest has no look-ahead; from a
+counts file it takes the series that are largest in the first half.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ from oserve.workload.rates import arrival_rates
 from oserve.workload.types import fit_types
 
 PARTS = 6
-"""Each window is counted in this many parts, so that a forecast sees how it ended."""
+"""The parts in which a window of requests is counted, so that a model sees how it ended."""
 
 _MAX_CELLS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesOptions:
-    """How to read a series. ``interval_s`` of None: 60 s for traces, a counts file's own step."""
+    """Options of a series; ``interval_s`` None: 60 s for requests, the file's step for counts."""
 
     interval_s: float | None = None
     types: int = 4
@@ -57,7 +57,7 @@ def load_series(path: Path, wanted: SeriesOptions, skipped: Skipped | None = Non
 def series_of_requests(
     requests: Iterable[TraceRequest], wanted: SeriesOptions, *, source: str
 ) -> Series:
-    """Whole windows only, from the multiple of the interval before the first request.
+    """The series of a stream of requests, in whole windows aligned to multiples of the interval.
 
     Raises OServeError for no requests or too few windows.
     """

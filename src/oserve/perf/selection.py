@@ -1,4 +1,4 @@
-"""The choice of a source of step times for a plan, and of the shapes it covers."""
+"""Selection of the source of step times for a plan, and of the shapes that it covers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from oserve.perf.table import PerformanceSource
 
 _CHUNKS = (512, 1024, 2048, 4096, 8192)
 _SEQS = (128, 256)
-# A CPU slot has about a hundredth of the throughput of a GPU, so its steps must be smaller.
+# A CPU slot computes a hundredth of a GPU's work, so its steps must be smaller.
 _CPU_CHUNKS = (256, 512, 1024, 2048)
 _CPU_SEQS = (16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChoice:
-    """What the choice of a source depends on.
+    """The inputs to the choice of a source.
 
-    ``perf``: the source asked for, if any: ``roofline``, ``aiconfigurator`` or a profile file. Else
-    ``own_profile`` is used, or the coarser ``brief_profile``, if the file exists and fits.
+    ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
+    file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
     """
 
     model: str
@@ -40,7 +40,7 @@ class SourceChoice:
 
 
 def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, int]]:
-    """The number of devices of each kind, in total and in the largest node."""
+    """How many devices of each kind there are, and the most of it in one node."""
     total = Counter(device.kind for device in devices)
     nodes = Counter((device.kind, device.node) for device in devices)
     return dict(total), {
@@ -48,11 +48,8 @@ def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, 
     }
 
 
-def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
-    """The source, and the context length in tokens.
-
-    Raises OServeError if nothing was measured of the model on this CPU, or a profile does not fit.
-    """
+def find_source(choice: SourceChoice) -> tuple[ProfileSource | RooflineSource, int]:
+    """The source, and the context length (tokens) that requests must fit."""
     model = find_model(choice.model)
     context = choice.context or model.max_model_len
     profiled = _profile(choice, model)
@@ -72,7 +69,7 @@ def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
 
 
 def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
-    """The profile asked for, else the machine's own, a brief one, or a shipped one."""
+    """The requested profile, the machine's own, a brief one, or a shipped one."""
     if choice.perf in {"roofline", "aiconfigurator"}:
         return None
     kinds = {device.kind for device in choice.devices}
@@ -98,17 +95,14 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
 
 
 def _same(one: ModelFacts, other: ModelFacts) -> bool:
-    """Whether two models have the same dimensions, whatever their names."""
+    """Whether two models have the same sizes, whatever their names."""
     return replace(one, name="", max_model_len=0) == replace(other, name="", max_model_len=0)
 
 
 def shapes_for(
-    source: PerformanceSource, devices: Sequence[Device], choices: ShapeChoices
+    source: ProfileSource | RooflineSource, devices: Sequence[Device], choices: ShapeChoices
 ) -> tuple[ReplicaShape, ...]:
-    """The shapes to consider; empty choices take the defaults.
-
-    Raises OServeError if no shape fits the devices.
-    """
+    """The shapes to consider; empty choices take the defaults. Raises OServeError if none fits."""
     counts, nodes = device_counts(devices)
     if isinstance(source, ProfileSource):
         return _profiled(source, counts, choices)
@@ -118,7 +112,6 @@ def shapes_for(
         max_num_batched_tokens=choices.max_num_batched_tokens or _CHUNKS,
         max_num_seqs=choices.max_num_seqs or _SEQS,
     )
-    assert isinstance(source, RooflineSource)
     shapes = candidate_shapes(source.model, counts, filled, node_devices=nodes)
     refuse_no_fit(source, shapes, counts)
     return shapes
@@ -153,7 +146,7 @@ def _profiled(
 
 
 def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
-    """KV cache bytes of one token, over all devices of a replica."""
+    """KV cache of one token over all devices of a replica, in bytes."""
     if model is None:
         return 0.0
     values = 2 * model.layers * model.kv_heads * model.head_dim
@@ -161,7 +154,7 @@ def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
 
 
 def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:
-    """The token costs of a shape: from the source if it covers the shape, else the prior."""
+    """Token costs of a shape: from the source if it covers the shape, else from the prior."""
     known: dict[ReplicaShape, TokenCosts] = {}
 
     def costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.plan.problem import Counts, PlanProblem
-from oserve.plan.programme import Column, Outcome, Programme, Vector
-from oserve.plan.score import Score
+from oserve.plan.problem import PlanProblem, ReplicaCounts
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus, Vector
+from oserve.plan.score import PlanScore
 
 # Slack given to values fixed from an earlier solve, and the size below which a rate is noise.
 _SLACK = 1e-7
@@ -45,7 +45,7 @@ class Assignment:
     served: exact for a small change, an upper bound for any.
     """
 
-    counts: Counts
+    counts: ReplicaCounts
     served_rps: tuple[tuple[float, ...], ...]
     shares: tuple[tuple[float, ...], ...]
     utilisation: tuple[float, ...]
@@ -89,11 +89,11 @@ class Assigner:
         self._served_lp = self._served_programme(latency=False)
         self._latency_lp = self._served_programme(latency=True)
 
-    def score(self, counts: Sequence[int]) -> Score:
+    def score(self, counts: Sequence[int]) -> PlanScore:
         """What these counts are worth: one or two small linear programmes."""
         return self._scored(np.asarray(counts, dtype=np.float64))[0]
 
-    def score_and_bound(self, counts: Sequence[int]) -> tuple[Score, LinearBound, bool]:
+    def score_and_bound(self, counts: Sequence[int]) -> tuple[PlanScore, LinearBound, bool]:
         """The score, and from its duals a bound that holds for every deployment.
 
         The last value tells what is bounded: the scale (True) or the rate served (False).
@@ -178,19 +178,19 @@ class Assigner:
             shares[best, j] = 1.0
         return shares
 
-    def _scored(self, amounts: Vector) -> tuple[Score, bool]:
+    def _scored(self, amounts: Vector) -> tuple[PlanScore, bool]:
         """The score, and whether the demand does not fit."""
         self._set_room(self._scale_lp, amounts)
         outcome = self._scale_lp.solve()
-        scale = self._scale_lp.value * self.scale_unit if outcome is Outcome.OPTIMAL else 0.0
+        scale = self._scale_lp.value * self.scale_unit if outcome is SolveStatus.OPTIMAL else 0.0
         overloaded = scale < _FITS
         served = self.demand_rps
         if overloaded:
             self._set_room(self._served_lp, amounts)
             outcome = self._served_lp.solve()
-            share = self._served_lp.value if outcome is Outcome.OPTIMAL else 0.0
+            share = self._served_lp.value if outcome is SolveStatus.OPTIMAL else 0.0
             served = min(share, 1.0) * self.demand_rps
-        score = Score(
+        score = PlanScore(
             served_rps=max(served, 0.0),
             scale=max(scale, 0.0),
             device_count=int(amounts @ self._sizes),
@@ -248,11 +248,11 @@ class Assigner:
         self._latency_lp.set_rows(0, lower, room * (1 + _SLACK))
         wished = targets * self._row_unit
         self._latency_lp.set_rows(len(room), wished * (1 - _SLACK), wished)
-        if self._latency_lp.solve() is not Outcome.OPTIMAL:
+        if self._latency_lp.solve() is not SolveStatus.OPTIMAL:
             return None
         return self._matrix(self._latency_lp.values)
 
-    def _set_room(self, programme: Programme, amounts: Vector) -> None:
+    def _set_room(self, programme: LinearProgramme, amounts: Vector) -> None:
         programme.set_rows(0, np.full(len(amounts), -math.inf), amounts)
 
     def _matrix(self, values: Vector) -> Matrix:
@@ -265,7 +265,7 @@ class Assigner:
         """Keeps the coefficients near 1 when the demand is far beyond the cluster."""
         return 1.0 / min(1.0, self.scale_unit)
 
-    def _scale_programme(self) -> Programme:
+    def _scale_programme(self) -> LinearProgramme:
         options, active = self._reach.shape
         columns = [
             Column(entries={i: 1.0, options + a: self._reach[i, a] / self.scale_unit})
@@ -273,9 +273,9 @@ class Assigner:
         ]
         columns.append(Column(entries={options + a: -1.0 for a in range(active)}, cost=1.0))
         rows = [(-math.inf, 0.0)] * options + [(0.0, math.inf)] * active
-        return Programme(columns=columns, rows=rows)
+        return LinearProgramme(columns=columns, rows=rows)
 
-    def _served_programme(self, *, latency: bool) -> Programme:
+    def _served_programme(self, *, latency: bool) -> LinearProgramme:
         options, active = self._reach.shape
         unit = self._row_unit
         slowest = max(float(self._latency.max(initial=0.0)), 1e-300)
@@ -288,7 +288,7 @@ class Assigner:
                 Column(entries={i: 1.0, options + a: self._reach[i, a] * unit}, cost=cost)
             )
         rows = [(-math.inf, 0.0)] * options + [(-math.inf, unit)] * active
-        return Programme(columns=columns, rows=rows)
+        return LinearProgramme(columns=columns, rows=rows)
 
 
 def scale_unit(problem: PlanProblem) -> float:

@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.plan.assign import Assigner
-from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
+from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
 from oserve.plan.programme import Vector
-from oserve.plan.score import EQUAL, Score, compare, criteria
+from oserve.plan.score import EQUAL, PlanScore, compare, criteria
 
 CountMatrix = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredCounts:
     """A deployment with its score."""
 
-    counts: Counts
-    score: Score
+    counts: ReplicaCounts
+    score: PlanScore
 
 
 class Bounds:
@@ -42,14 +42,16 @@ class Bounds:
         self._power = np.array([option.power_w for option in problem.options])
         self._have = np.array(problem.kept_counts)
 
-    def solve(self, counts: Counts) -> Scored:
+    def solve(self, counts: ReplicaCounts) -> ScoredCounts:
         """The true score of one deployment; remembers what its duals say about all others."""
         score, bound, scale = self._assigner.score_and_bound(counts)
         self._worth[scale] = np.vstack([self._worth[scale], bound.worth])
         self._constant[scale] = np.append(self._constant[scale], bound.constant)
-        return Scored(counts=counts, score=score)
+        return ScoredCounts(counts=counts, score=score)
 
-    def best_of(self, deployments: CountMatrix, incumbent: Scored | None = None) -> Scored | None:
+    def best_of(
+        self, deployments: CountMatrix, incumbent: ScoredCounts | None = None
+    ) -> ScoredCounts | None:
         """The best of the rows of ``deployments`` and the incumbent; ``None`` if there is none.
 
         An incumbent that nothing beats comes back as the same object.
@@ -98,7 +100,7 @@ class Bounds:
             columns.append(np.minimum(scale, self._problem.enough_scale or math.inf))
         return [*columns, limits[:, 2], limits[:, 3]]
 
-    def _may_beat(self, limits: Vector, best: Scored) -> NDArray[np.bool_]:
+    def _may_beat(self, limits: Vector, best: ScoredCounts) -> NDArray[np.bool_]:
         beats = np.zeros(len(limits), dtype=bool)
         level = np.ones(len(limits), dtype=bool)
         wanted = criteria(self._problem, best.score)

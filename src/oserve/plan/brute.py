@@ -6,13 +6,13 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Bounds, Scored
+from oserve.plan.bounds import Bounds, ScoredCounts
 from oserve.plan.problem import PlanProblem
 
 MOST_DEPLOYMENTS = 2_000_000
 
 
-def brute_force(problem: PlanProblem, assigner: Assigner) -> Scored:
+def brute_force(problem: PlanProblem, assigner: Assigner) -> ScoredCounts:
     """The best deployment by enumeration.
 
     Raises an OServeError where more than ``MOST_DEPLOYMENTS`` fit.

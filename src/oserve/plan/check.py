@@ -88,12 +88,12 @@ def _check_node(spec: ReplicaSpec, known: dict[str, Device], place: str) -> None
 
 def _check_types(plan: DeploymentPlan, place: str) -> None:
     here = f"{place}.workload_types"
-    if not plan.workload_types:
+    if not plan.length_classes:
         raise OServeError(
             "there are no workload types", place=here, remedy="list at least one type"
         )
-    _check_unique([kind.name for kind in plan.workload_types], "type name", here)
-    bounds = [kind.max_prompt_tokens for kind in plan.workload_types]
+    _check_unique([kind.name for kind in plan.length_classes], "type name", here)
+    bounds = [kind.max_prompt_tokens for kind in plan.length_classes]
     if bounds[-1] is not None:
         raise OServeError(
             f"prompts over {bounds[-1]} tokens have no type",
@@ -113,7 +113,7 @@ def _check_types(plan: DeploymentPlan, place: str) -> None:
 
 def _check_shares(plan: DeploymentPlan, place: str) -> None:
     replicas = {spec.id for spec in plan.replicas}
-    names = {kind.name for kind in plan.workload_types}
+    names = {kind.name for kind in plan.length_classes}
     for name, shares in plan.routing_shares.items():
         here = f"{place}.routing_shares.{name}"
         if name not in names:
@@ -130,9 +130,9 @@ def _check_shares(plan: DeploymentPlan, place: str) -> None:
             place=f"{place}.routing_shares",
             remedy="give each type shares over the replicas that should serve it",
         )
-    if plan.types:
-        _check_unique([kind.name for kind in plan.types], "type name", f"{place}.types")
-    for index, kind in enumerate(plan.types):
+    if plan.planned_types:
+        _check_unique([kind.name for kind in plan.planned_types], "type name", f"{place}.types")
+    for index, kind in enumerate(plan.planned_types):
         _check_row(kind.shares, replicas, f"{place}.types[{index}].shares")
 
 
@@ -195,7 +195,7 @@ def default_plan(devices: Sequence[Device], shapes: Sequence[ReplicaShape]) -> D
     return DeploymentPlan(
         id="default",
         replicas=tuple(replicas),
-        workload_types=(
+        length_classes=(
             LengthClass(name="short", max_prompt_tokens=512),
             LengthClass(name="long"),
         ),

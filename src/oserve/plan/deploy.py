@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from oserve.core import Backend, ReplicaShape, ReplicaSpec
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 
 # Shares below this are rounding of the solver, not a decision.
 _SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class PlacedReplicas:
     """A deployment on concrete devices.
 
     ``routing_shares[type name][replica id]`` sums to 1 per type; ``utilisation`` is by replica id;
@@ -27,8 +27,8 @@ class Placed:
 
 
 def place_deployment(
-    problem: PlanProblem, deployment: Deployment, *, backend: Backend | None = None
-) -> Placed:
+    problem: PlanProblem, deployment: DeploymentCandidate, *, backend: Backend | None = None
+) -> PlacedReplicas:
     """Place a deployment of the problem, close to the problem's current plan.
 
     The share of an option is split evenly over its replicas, which are alike. New replicas run on
@@ -53,7 +53,7 @@ def place_deployment(
         kind.name: _split([row[column] for row in assignment.shares], ids)
         for column, kind in enumerate(problem.types)
     }
-    return Placed(
+    return PlacedReplicas(
         replicas=placement.replicas,
         routing_shares=shares,
         utilisation={

@@ -24,10 +24,10 @@ from math import inf
 import numpy as np
 
 from oserve.plan.assign import Assigner, scale_unit
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.dominance import undominated
-from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
-from oserve.plan.programme import Column, Outcome, Programme, Vector
+from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus, Vector
 from oserve.plan.proof import Proved, achieved_value, judged
 from oserve.plan.score import EQUAL, compare
 
@@ -74,7 +74,7 @@ class ExactSearch:
             )
         return self._models[scale]
 
-    def solve(self, *, first: Scored | None = None, break_ties: bool = True) -> Proved:
+    def solve(self, *, first: ScoredCounts | None = None, break_ties: bool = True) -> Proved:
         """The best deployment.
 
         ``first`` is a known deployment within the limits, to fall back on when time runs out (the
@@ -82,7 +82,7 @@ class ExactSearch:
         """
         if first is None:
             nothing = (0,) * len(self._problem.options)
-            first = Scored(counts=nothing, score=self._assigner.score(nothing))
+            first = ScoredCounts(counts=nothing, score=self._assigner.score(nothing))
         deadline = self._seconds + self._time_limit_s
         _, by_scale = self.relaxed()
         found, bound = self._stage(self._model(scale=by_scale), first, deadline, confirm=break_ties)
@@ -107,7 +107,7 @@ class ExactSearch:
                 return scale, True
         return self._model(scale=False).relaxed(), False
 
-    def judge(self, found: Scored) -> Proved:
+    def judge(self, found: ScoredCounts) -> Proved:
         """How far a deployment found otherwise can be from the optimum."""
         bound, by_scale = self.relaxed()
         return judged(self._problem, found, bound, by_scale=by_scale)
@@ -117,8 +117,8 @@ class ExactSearch:
         return sum(model.programme.seconds for model in self._models.values())
 
     def _stage(
-        self, model: "_CountModel", first: Scored, deadline: float, *, confirm: bool
-    ) -> tuple[Scored, float]:
+        self, model: "_CountModel", first: ScoredCounts, deadline: float, *, confirm: bool
+    ) -> tuple[ScoredCounts, float]:
         """The best value of the model's objective; what it can be at most."""
         counts, bound = model.best(deadline - self._seconds)
         found = self._better(first, counts)
@@ -132,20 +132,22 @@ class ExactSearch:
             outcome, counts = model.above(achieved * (1 + _CONFIRM_MARGIN), left_s)
             better = self._better(found, counts)
             if better is found:
-                doubted = doubted and outcome is not Outcome.INFEASIBLE
+                doubted = doubted and outcome is not SolveStatus.INFEASIBLE
                 break
             found, doubted = better, True
             achieved = achieved_value(self._problem, found.score, by_scale=model.scale)
             bound = max(bound, achieved)
         return found, model.relaxed() if doubted else max(bound, achieved)
 
-    def _better(self, one: Scored, counts: Counts | None) -> Scored:
+    def _better(self, one: ScoredCounts, counts: ReplicaCounts | None) -> ScoredCounts:
         if counts is None or counts == one.counts:
             return one
-        other = Scored(counts=counts, score=self._assigner.score(counts))
+        other = ScoredCounts(counts=counts, score=self._assigner.score(counts))
         return other if compare(self._problem, other.score, one.score) > 0 else one
 
-    def _broken_ties(self, model: "_CountModel", found: Scored, deadline: float) -> Scored:
+    def _broken_ties(
+        self, model: "_CountModel", found: ScoredCounts, deadline: float
+    ) -> ScoredCounts:
         model.hold(achieved_value(self._problem, found.score, by_scale=model.scale) * (1 - _HOLD))
         try:
             half = (deadline - self._seconds) / 2
@@ -194,26 +196,26 @@ class _CountModel:
         columns, rows = self._build()
         self._width = len(columns)
         self._value_costs = np.array([column.cost for column in columns])
-        self.programme = Programme(columns=columns, rows=rows, relative_gap=gap)
+        self.programme = LinearProgramme(columns=columns, rows=rows, relative_gap=gap)
 
     def relaxed(self) -> float:
         """The objective if replicas could be split: a bound."""
         return self.programme.relaxed_value() * self._objective_unit
 
-    def best(self, left_s: float) -> tuple[Counts | None, float]:
+    def best(self, left_s: float) -> tuple[ReplicaCounts | None, float]:
         """Counts of the best value found in time, if any, and the bound on the value."""
         counts = self._solved(left_s)
         if counts is None:
             return None, self.relaxed()
         return counts, self.programme.bound * self._objective_unit
 
-    def above(self, value: float, left_s: float) -> tuple[Outcome, Counts | None]:
+    def above(self, value: float, left_s: float) -> tuple[SolveStatus, ReplicaCounts | None]:
         """Counts of a value of at least this, sought without presolve; usually there are none."""
         if value >= self.relaxed() or left_s <= 0:
-            return Outcome.INFEASIBLE, None
+            return SolveStatus.INFEASIBLE, None
         self.hold(value)
         outcome = self.programme.solve(time_limit_s=left_s, presolve=False)
-        counts = self._counts() if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE} else None
+        counts = self._counts() if outcome in {SolveStatus.OPTIMAL, SolveStatus.FEASIBLE} else None
         self.release()
         return outcome, counts
 
@@ -222,7 +224,7 @@ class _CountModel:
         held = np.array([value / self._objective_unit])
         self.programme.set_rows(self._value_row, held, np.array([inf]))
 
-    def smallest(self, first: Counts, left_s: float) -> Counts | None:
+    def smallest(self, first: ReplicaCounts, left_s: float) -> ReplicaCounts | None:
         """Counts with the least size at the value held; ``None`` if ``first`` is as small."""
         size = self._size(first)
         self._set_costs(-self._sizes / self._size_unit, 0.0)
@@ -234,7 +236,7 @@ class _CountModel:
             return None
         return self._solved(left_s)
 
-    def closest(self, first: Counts, left_s: float) -> Counts | None:
+    def closest(self, first: ReplicaCounts, left_s: float) -> ReplicaCounts | None:
         """Counts that keep most of the current plan at the value held and no more size.
 
         ``None`` where there is no current plan or nothing more to keep.
@@ -255,13 +257,13 @@ class _CountModel:
         self.programme.set_rows(self._value_row, *free)
         self.programme.set_costs(self._value_costs)
 
-    def _solved(self, left_s: float) -> Counts | None:
+    def _solved(self, left_s: float) -> ReplicaCounts | None:
         outcome = self.programme.solve(time_limit_s=left_s)
-        if outcome not in {Outcome.OPTIMAL, Outcome.FEASIBLE}:
+        if outcome not in {SolveStatus.OPTIMAL, SolveStatus.FEASIBLE}:
             return None
         return self._counts()
 
-    def _counts(self) -> Counts:
+    def _counts(self) -> ReplicaCounts:
         counts = [0] * len(self._problem.options)
         for i, value in zip(self._options, self.programme.values, strict=False):
             counts[i] = round(value)
@@ -273,7 +275,7 @@ class _CountModel:
         costs[self._first_kept :] = kept
         self.programme.set_costs(costs)
 
-    def _size(self, counts: Counts) -> float:
+    def _size(self, counts: ReplicaCounts) -> float:
         return sum(count * size for count, size in zip(counts, self._all_sizes, strict=True))
 
     @property

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from oserve.plan.assign import Assigner, Assignment
-from oserve.plan.bounds import Bounds, CountMatrix, Scored
+from oserve.plan.bounds import Bounds, CountMatrix, ScoredCounts
 from oserve.plan.dominance import undominated
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.packing import Packing
-from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.problem import PlanProblem, ReplicaCounts
 
 IDLE_ROUNDS = 20
 MOST_ROUNDS = 1000
@@ -31,8 +31,8 @@ def guided_search(
     *,
     seed: int = 0,
     idle_rounds: int = IDLE_ROUNDS,
-    start: Scored | None = None,
-) -> Scored:
+    start: ScoredCounts | None = None,
+) -> ScoredCounts:
     """A good deployment, found by exchanging devices between slack and saturated replicas.
 
     Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies what is pooled once the
@@ -61,9 +61,9 @@ class _Exchange:
         self._options = undominated(problem)
         self._bounds = Bounds(problem, assigner)
         self._devices = Counter(device.kind for device in problem.devices)
-        self._tried: set[tuple[Counts, tuple[int, ...]]] = set()
+        self._tried: set[tuple[ReplicaCounts, tuple[int, ...]]] = set()
 
-    def improved(self, best: Scored, idle: int) -> Scored:
+    def improved(self, best: ScoredCounts, idle: int) -> ScoredCounts:
         """One round: the better of ``best`` and what re-configuring one pool of it gives."""
         assignment = self._assigner.assign(best.counts)
         pool = self._pool(best.counts, assignment, idle)
@@ -73,7 +73,7 @@ class _Exchange:
         configurations = self._configurations(best.counts, pool, assignment)
         return self._bounds.best_of(configurations, best) or best
 
-    def _pool(self, counts: Counts, assignment: Assignment, idle: int) -> tuple[int, ...]:
+    def _pool(self, counts: ReplicaCounts, assignment: Assignment, idle: int) -> tuple[int, ...]:
         """Options of which one replica each is pooled: the least worth and a saturated one."""
         replicas = [i for i, count in enumerate(counts) for _ in range(count)]
         worth = assignment.worth
@@ -100,7 +100,7 @@ class _Exchange:
         return tuple(sorted(by_worth[place] for place in chosen))
 
     def _configurations(
-        self, counts: Counts, pool: Sequence[int], assignment: Assignment
+        self, counts: ReplicaCounts, pool: Sequence[int], assignment: Assignment
     ) -> CountMatrix:
         """What can be made of the pooled and the unused devices, most promising options first."""
         base = list(counts)
@@ -110,12 +110,16 @@ class _Exchange:
         for i, count in enumerate(base):
             free[self._packing.kinds[i]] -= count * self._problem.options[i].shape.device_count
         order = sorted(self._options, key=lambda i: -assignment.worth[i] / self._size(i))
-        found: list[Counts] = []
+        found: list[ReplicaCounts] = []
         self._extend(base, order, free, found)
         return np.array(found, dtype=np.int64).reshape(-1, len(counts))
 
     def _extend(
-        self, counts: list[int], order: Sequence[int], free: Counter[str], found: list[Counts]
+        self,
+        counts: list[int],
+        order: Sequence[int],
+        free: Counter[str],
+        found: list[ReplicaCounts],
     ) -> None:
         """Depth first over the options; ends once there are MOST_CONFIGURATIONS."""
         if len(found) >= MOST_CONFIGURATIONS:

@@ -10,26 +10,26 @@ from collections.abc import Sequence
 from itertools import product
 
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Scored
-from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.bounds import ScoredCounts
+from oserve.plan.problem import PlanProblem, ReplicaCounts
 from oserve.plan.score import best_first
 
 MOST_COMBINATIONS = 64
 
 
-def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[Scored]:
+def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[ScoredCounts]:
     """As many replicas as fit of one option (per kind of device), best first.
 
     Every option of a cluster of one kind is there; the docstring of the module says which
     combinations are for several kinds. Options of which not even one fits are left out.
     """
     packing = problem.packing
-    alone: dict[str, list[Scored]] = {}
+    alone: dict[str, list[ScoredCounts]] = {}
     for index, kind in enumerate(packing.kinds):
         most = packing.largest(index)
         if most:
             counts = _counts(problem, {index: most})
-            scored = Scored(counts=counts, score=assigner.score(counts))
+            scored = ScoredCounts(counts=counts, score=assigner.score(counts))
             alone.setdefault(kind, []).append(scored)
     if len(alone) == 1:
         return _sorted(problem, next(iter(alone.values())))
@@ -39,13 +39,13 @@ def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[Sc
     together = []
     for parts in product(*per_kind):
         counts = tuple(sum(column) for column in zip(*(part.counts for part in parts), strict=True))
-        together.append(Scored(counts=counts, score=assigner.score(counts)))
+        together.append(ScoredCounts(counts=counts, score=assigner.score(counts)))
     return _sorted(problem, together)
 
 
-def _of_each_form(problem: PlanProblem, deployments: Sequence[Scored]) -> list[Scored]:
+def _of_each_form(problem: PlanProblem, deployments: Sequence[ScoredCounts]) -> list[ScoredCounts]:
     """The first deployment of each (tensor parallel, pipeline parallel, precision)."""
-    first: dict[tuple[int, int, str], Scored] = {}
+    first: dict[tuple[int, int, str], ScoredCounts] = {}
     for scored in deployments:
         index = next(i for i, count in enumerate(scored.counts) if count)
         shape = problem.options[index].shape
@@ -54,16 +54,16 @@ def _of_each_form(problem: PlanProblem, deployments: Sequence[Scored]) -> list[S
     return list(first.values())
 
 
-def _combinations(per_kind: Sequence[Sequence[Scored]]) -> int:
+def _combinations(per_kind: Sequence[Sequence[ScoredCounts]]) -> int:
     number = 1
     for found in per_kind:
         number *= len(found)
     return number
 
 
-def _counts(problem: PlanProblem, some: dict[int, int]) -> Counts:
+def _counts(problem: PlanProblem, some: dict[int, int]) -> ReplicaCounts:
     return tuple(some.get(index, 0) for index in range(len(problem.options)))
 
 
-def _sorted(problem: PlanProblem, deployments: Sequence[Scored]) -> list[Scored]:
+def _sorted(problem: PlanProblem, deployments: Sequence[ScoredCounts]) -> list[ScoredCounts]:
     return best_first(problem, deployments, lambda scored: scored.score)

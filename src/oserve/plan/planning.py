@@ -1,7 +1,7 @@
-"""From a model, devices and a demand to a plan with its reasons.
+"""From a model, a cluster and a demand to a plan with its reasons: what ``oserve plan`` asks.
 
-``oserve plan`` uses it, and ``oserve serve`` without a plan file. It combines the performance
-table, the search and the placement.
+Also what ``oserve serve`` asks when it is given no plan. Everything is wired here: facts, the
+performance table, the search, placement. It prints nothing.
 """
 
 import math
@@ -18,26 +18,26 @@ from oserve.core import (
     ReplicaShape,
 )
 from oserve.perf import ShapePerformance
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource, performance_table
 from oserve.plan.demand import Demand
-from oserve.plan.deploy import Placed, place_deployment
+from oserve.plan.deploy import PlacedReplicas, place_deployment
 from oserve.plan.problem import AmongEquals, Objective, PlanProblem
-from oserve.plan.search import Deployment, Planned, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
-# Smaller shares are dropped; overflow serves their requests.
+# A share below this is left to overflow.
 _LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """A request for a plan. ``limits``: SLOs by type name; ``shapes``: what replicas may be.
+    """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
 
-    A heterogeneous deployment must gain at least ``min_gain`` (0.02: two per cent) over the best
-    homogeneous one, which is simpler; the model errs by some per cent. If ``min_shapes`` is above
-    1, the best deployment with that many shapes is taken, if there is one. ``notes``: what a reader
-    must know about the request.
+    Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
+    deployment, or that one is taken: it is simpler, and the model errs by some per cent. But where
+    ``min_shapes`` asks for several, the best deployment of so many is taken, if there is one.
+    ``notes``: what to know about the question itself.
     """
 
     model: str
@@ -45,7 +45,7 @@ class PlanRequest:
     demand: Demand
     source: PerformanceSource
     shapes: tuple[ReplicaShape, ...]
-    limits: Mapping[str, Limits]
+    limits: Mapping[str, LatencyLimits]
     search: Search = Search.EXACT
     objective: Objective = Objective.CAPACITY
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
@@ -61,7 +61,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedRates:
-    """Requests per second: served regardless of SLOs, served within all SLOs, and demanded."""
+    """Requests per second: served with no regard to SLOs, within all of them, and asked for."""
 
     served_rps: float
     goodput_rps: float
@@ -70,22 +70,21 @@ class PredictedRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanResult:
-    """The plan, how it was found, and its baselines.
+    """The plan, how it was found, and what it is compared with.
 
-    ``baseline`` is the best homogeneous deployment. ``usual`` is the common choice: replicas of the
-    smallest tensor-parallel size that holds the model and its requests. ``table_s``, ``solve_s``:
-    seconds that computing the table and the search took.
+    ``usual`` is what most people run: the smallest tensor-parallel size that holds the model with
+    room for its requests, everywhere. ``table_s`` and ``solve_s`` are seconds of this machine.
     """
 
     question: PlanRequest
     problem: PlanProblem
     planned: Planned
-    placed: Placed
+    placed: PlacedReplicas
     plan: DeploymentPlan
     predicted: PredictedRates
-    baseline: Deployment
+    baseline: DeploymentCandidate
     baseline_predicted: PredictedRates
-    usual: Deployment | None
+    usual: DeploymentCandidate | None
     table_s: float
     solve_s: float
 
@@ -102,12 +101,12 @@ class PlanResult:
 
     @property
     def gain(self) -> float:
-        """The objective of the plan over that of the best homogeneous deployment, as a ratio."""
+        """Of the plan over the best homogeneous deployment, as a ratio of what was sought."""
         return _gain(self.planned, self.planned.best, self.baseline)
 
 
 def answer(question: PlanRequest) -> PlanResult:
-    """Compute a plan. Raises OServeError if nothing can serve the demand, naming what would."""
+    """Plan it. Raises OServeError where nothing can serve the demand, naming what would."""
     demand = question.demand
     started = time.perf_counter()
     table = performance_table(
@@ -157,15 +156,17 @@ def answer(question: PlanRequest) -> PlanResult:
     )
 
 
-def _gain(planned: Planned, best: Deployment, base: Deployment) -> float:
-    """Ratio of the objectives of two deployments: the scale, else the rate served."""
+def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
+    """Of one deployment over another in what was sought: the scale, else the rate served."""
     if planned.bounds_scale:
         return best.score.scale / base.score.scale if base.score.scale > 0 else math.inf
     return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
 
 
-def predict(question: PlanRequest, problem: PlanProblem, deployment: Deployment) -> PredictedRates:
-    """The rates that a deployment serves, with and without SLOs."""
+def predict(
+    question: PlanRequest, problem: PlanProblem, deployment: DeploymentCandidate
+) -> PredictedRates:
+    """What a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
     used = [index for index, count in enumerate(deployment.counts) if count]
@@ -184,7 +185,9 @@ def predict(question: PlanRequest, problem: PlanProblem, deployment: Deployment)
     )
 
 
-def used_shapes(problem: PlanProblem, deployment: Deployment) -> list[tuple[ReplicaShape, int]]:
+def used_shapes(
+    problem: PlanProblem, deployment: DeploymentCandidate
+) -> list[tuple[ReplicaShape, int]]:
     """The shapes of a deployment and how many replicas each has."""
     return [
         (option.shape, count)
@@ -198,8 +201,8 @@ def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
-def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
-    """The plan file; shares of a length class are the weighted mean of its types' shares."""
+def deployment_plan(question: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:
+    """Shares per length class: those of the types it is made of, in proportion."""
     demand = question.demand
     shares: dict[str, dict[str, float]] = {}
     for item in demand.classes:
@@ -212,9 +215,9 @@ def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
     return DeploymentPlan(
         id="planned",
         replicas=placed.replicas,
-        workload_types=demand.classes,
+        length_classes=demand.classes,
         routing_shares=shares,
-        types=tuple(
+        planned_types=tuple(
             PlannedType(
                 name=name,
                 prompt_tokens=round(prompt, 3),
@@ -227,17 +230,19 @@ def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
 
 
 def _whole(shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares scaled to sum to 1, without negligible ones."""
+    """Scaled to sum to 1, without what is too small to matter."""
     total = sum(shares.values())
     kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
     total = sum(kept.values())
     return {name: value / total for name, value in kept.items()}
 
 
-def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deployment | None:
-    """The smallest tensor-parallel size that serves every type, with vLLM's default budget."""
+def _usual(
+    problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
+) -> DeploymentCandidate | None:
+    """The smallest tensor-parallel size that serves every type, vLLM's usual chunk budget."""
 
-    def unusual(deployment: Deployment) -> tuple[float, ...]:
+    def unusual(deployment: DeploymentCandidate) -> tuple[float, ...]:
         shapes = [shape for shape, _ in used_shapes(problem, deployment)]
         return (
             max(shape.pipeline_parallel_size for shape in shapes),
@@ -252,7 +257,7 @@ def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deploymen
 
 
 def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> None:
-    """Raise if no shape serves some type: too little KV cache, or too tight an SLO."""
+    """Raise where no shape serves a type that comes: too little room, or too tight an SLO."""
     unmet = [
         index
         for index, kind in enumerate(question.demand.types)
@@ -271,12 +276,12 @@ def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> N
                 place="--cluster",
                 remedy="use more devices a replica, fewer bits a weight, or shorter requests",
             )
-        limits = question.limits.get(kind.name, Limits())
+        limits = question.limits.get(kind.name, LatencyLimits())
         row = min(timed, key=lambda row, i=index, own=limits: _excess(row, i, own))  # type: ignore[misc]
         nearest.append((_excess(row, index, limits), index, row, limits))
     _, index, row, _ = max(nearest, key=lambda item: item[0])
     kind = question.demand.types[index]
-    # Limits apply to all types, so they must suffice for the one that is hardest to serve.
+    # Limits that are given for all types must suffice for the one that is hardest to serve.
     ttft_s = [row.ttft_s[i] for _, i, row, own in nearest if own.ttft_s is not None]
     tpot_s = [row.tpot_s[i] for _, i, row, own in nearest if own.tpot_s is not None]
     closest = " ".join(
@@ -293,8 +298,8 @@ def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> N
     )
 
 
-def _excess(row: ShapePerformance, index: int, limits: Limits) -> float:
-    """The factor by which an idle replica misses the limits."""
+def _excess(row: ShapePerformance, index: int, limits: LatencyLimits) -> float:
+    """By what factor an idle replica misses the limits."""
     return max(
         row.ttft_s[index] / limits.ttft_s if limits.ttft_s else 0.0,
         row.tpot_s[index] / limits.tpot_s if limits.tpot_s else 0.0,
@@ -302,5 +307,5 @@ def _excess(row: ShapePerformance, index: int, limits: Limits) -> float:
 
 
 def _above(seconds: float) -> int:
-    """Milliseconds, rounded up by 5 per cent, so that some load fits as well."""
+    """Milliseconds, a little above, so that a small load fits as well."""
     return int(seconds * 1.05 * 1e3) + 1

@@ -14,7 +14,7 @@ from oserve.core import DeploymentPlan, Device, OServeError, WorkloadType
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 
-Counts = tuple[int, ...]
+ReplicaCounts = tuple[int, ...]
 
 
 class Objective(StrEnum):
@@ -73,7 +73,7 @@ class PlanProblem:
         )
 
     @property
-    def kept_counts(self) -> Counts:
+    def kept_counts(self) -> ReplicaCounts:
         """How many replicas of each option the current plan has on devices of this cluster."""
         if self.current is None:
             return (0,) * len(self.options)
@@ -85,7 +85,7 @@ class PlanProblem:
         )
         return tuple(have[option.shape] for option in self.options)
 
-    def is_varied(self, counts: Counts) -> bool:
+    def is_varied(self, counts: ReplicaCounts) -> bool:
         """Whether a deployment has as many different shapes as asked for, of those that serve."""
         if self.min_shapes == 1:
             return True

@@ -28,7 +28,7 @@ class Column:
     integer: bool = False
 
 
-class Outcome(StrEnum):
+class SolveStatus(StrEnum):
     """How a solve ended."""
 
     OPTIMAL = "optimal"
@@ -37,7 +37,7 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Programme:
+class LinearProgramme:
     """Maximise cost @ x over columns x with ``lower <= rows @ x <= upper``.
 
     ``rows`` are (lower, upper) pairs. A programme without integer columns is solved by the dual
@@ -93,7 +93,7 @@ class Programme:
         indices = np.arange(self._width, dtype=np.int32)
         self._highs.changeColsCost(self._width, indices, costs)
 
-    def solve(self, *, time_limit_s: float = math.inf, presolve: bool = True) -> Outcome:
+    def solve(self, *, time_limit_s: float = math.inf, presolve: bool = True) -> SolveStatus:
         """Solve within about ``time_limit_s`` seconds (HiGHS's own clock).
 
         ``presolve`` concerns mixed-integer programmes only; without it HiGHS takes another way to
@@ -105,17 +105,17 @@ class Programme:
         self._highs.run()
         status = self._highs.getModelStatus()
         if status == highspy.HighsModelStatus.kOptimal:
-            return Outcome.OPTIMAL
+            return SolveStatus.OPTIMAL
         if status == highspy.HighsModelStatus.kInfeasible:
-            return Outcome.INFEASIBLE
+            return SolveStatus.INFEASIBLE
         if self._integer:
             feasible = self._highs.getInfo().primal_solution_status == 2
-            return Outcome.FEASIBLE if feasible else Outcome.UNKNOWN
+            return SolveStatus.FEASIBLE if feasible else SolveStatus.UNKNOWN
         # A basis gone bad: once more from nothing.
         self._highs.clearSolver()
         self._highs.run()
         solved = self._highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        return Outcome.OPTIMAL if solved else Outcome.UNKNOWN
+        return SolveStatus.OPTIMAL if solved else SolveStatus.UNKNOWN
 
     def relaxed_value(self) -> float:
         """The optimum if integer columns might be fractional: a bound; infinite if unsolved."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import inf
 
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.problem import Objective, PlanProblem
-from oserve.plan.score import EQUAL, Score
+from oserve.plan.score import EQUAL, PlanScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,20 +16,20 @@ class Proved:
     ``optimality_gap`` is (bound - achieved) / bound, 0 once proved (within 1e-6).
     """
 
-    best: Scored
+    best: ScoredCounts
     bound: float
     bounds_scale: bool
     optimality_gap: float
 
 
-def optimal(problem: PlanProblem, best: Scored) -> Proved:
+def optimal(problem: PlanProblem, best: ScoredCounts) -> Proved:
     """A deployment known to be the best, as its own bound."""
     by_scale = problem.objective is Objective.CAPACITY and best.score.scale >= 1 - EQUAL
     bound = achieved_value(problem, best.score, by_scale=by_scale)
     return judged(problem, best, bound, by_scale=by_scale)
 
 
-def achieved_value(problem: PlanProblem, score: Score, *, by_scale: bool) -> float:
+def achieved_value(problem: PlanProblem, score: PlanScore, *, by_scale: bool) -> float:
     """What was sought: the scale of the demand (up to what is enough), or the rate served."""
     if not by_scale:
         return score.served_rps
@@ -37,7 +37,7 @@ def achieved_value(problem: PlanProblem, score: Score, *, by_scale: bool) -> flo
     return score.scale if enough is None else min(score.scale, enough)
 
 
-def judged(problem: PlanProblem, best: Scored, bound: float, *, by_scale: bool) -> Proved:
+def judged(problem: PlanProblem, best: ScoredCounts, bound: float, *, by_scale: bool) -> Proved:
     """A deployment beside what none can exceed."""
     achieved = achieved_value(problem, best.score, by_scale=by_scale)
     bound = max(bound, achieved)

@@ -13,11 +13,11 @@ from oserve.plan.problem import AmongEquals, Objective, PlanProblem
 
 EQUAL = 1e-6
 
-Item = TypeVar("Item")
+Ranked = TypeVar("Ranked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class PlanScore:
     """What one deployment achieves.
 
     ``served_rps`` is the most requests per second it serves within the demand; ``scale`` the
@@ -33,7 +33,7 @@ class Score:
     kept: int
 
 
-def criteria(problem: PlanProblem, score: Score) -> tuple[float, ...]:
+def criteria(problem: PlanProblem, score: PlanScore) -> tuple[float, ...]:
     """The score as numbers to compare one after the other, each the larger the better.
 
     CAPACITY: the share of the demand served; then the scale, which counts only once all is served
@@ -52,7 +52,7 @@ def criteria(problem: PlanProblem, score: Score) -> tuple[float, ...]:
     return tuple(values)
 
 
-def compare(problem: PlanProblem, one: Score, other: Score) -> int:
+def compare(problem: PlanProblem, one: PlanScore, other: PlanScore) -> int:
     """1 if ``one`` is better, -1 if ``other`` is, 0 if they are worth the same."""
     for a, b in zip(criteria(problem, one), criteria(problem, other), strict=True):
         if abs(a - b) > EQUAL * max(abs(a), abs(b)):
@@ -61,11 +61,11 @@ def compare(problem: PlanProblem, one: Score, other: Score) -> int:
 
 
 def best_first(
-    problem: PlanProblem, items: Sequence[Item], score_of: Callable[[Item], Score]
-) -> list[Item]:
+    problem: PlanProblem, items: Sequence[Ranked], score_of: Callable[[Ranked], PlanScore]
+) -> list[Ranked]:
     """The items, best score first; equals keep their order."""
 
-    def order(one: Item, other: Item) -> int:
+    def order(one: Ranked, other: Ranked) -> int:
         return compare(problem, score_of(other), score_of(one))
 
     return sorted(items, key=cmp_to_key(order))

@@ -14,15 +14,15 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.plan.assign import Assigner, Assignment
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.brute import brute_force
 from oserve.plan.dominance import undominated
 from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.homogeneous import homogeneous_deployments
-from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.problem import PlanProblem, ReplicaCounts, check_problem
 from oserve.plan.proof import Proved, optimal
-from oserve.plan.score import Score, best_first
+from oserve.plan.score import PlanScore, best_first
 
 # Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
 # each and the gap it ends at, and neighbours that are scored.
@@ -41,11 +41,11 @@ class Search(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
+class DeploymentCandidate:
     """Counts of the problem's options, what they are worth, and who serves what."""
 
-    counts: Counts
-    score: Score
+    counts: ReplicaCounts
+    score: PlanScore
     assignment: Assignment
 
 
@@ -64,12 +64,12 @@ class Planned:
     """
 
     search: Search
-    best: Deployment
+    best: DeploymentCandidate
     bound: float
     bounds_scale: bool
     optimality_gap: float
-    candidates: tuple[Deployment, ...]
-    homogeneous: tuple[Deployment, ...]
+    candidates: tuple[DeploymentCandidate, ...]
+    homogeneous: tuple[DeploymentCandidate, ...]
 
 
 def plan_deployment(
@@ -102,8 +102,8 @@ def plan_deployment(
     )
     others = _candidates(problem, assigner, found.best, candidates) if candidates else []
 
-    def whole(scored: Scored) -> Deployment:
-        return Deployment(
+    def whole(scored: ScoredCounts) -> DeploymentCandidate:
+        return DeploymentCandidate(
             counts=scored.counts, score=scored.score, assignment=assigner.assign(scored.counts)
         )
 
@@ -123,7 +123,7 @@ class _Task:
     problem: PlanProblem
     assigner: Assigner
     exact: ExactSearch
-    baselines: Sequence[Scored]
+    baselines: Sequence[ScoredCounts]
     seed: int
 
 
@@ -148,9 +148,11 @@ _SEARCHES: Mapping[Search, Callable[[_Task], Proved]] = {
 }
 
 
-def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: int) -> list[Scored]:
+def _candidates(
+    problem: PlanProblem, assigner: Assigner, best: ScoredCounts, most: int
+) -> list[ScoredCounts]:
     """The next-best deployments found around the best one, best first, at most ``most``."""
-    found: dict[Counts, Scored] = {}
+    found: dict[ReplicaCounts, ScoredCounts] = {}
     used = [i for i, count in enumerate(best.counts) if count]
     limits = [{i: 0} for i in used]
     limits += [{i: best.counts[i] - 1} for i in used if best.counts[i] > 1]
@@ -166,13 +168,15 @@ def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: in
         found[proved.best.counts] = proved.best
     for counts in _neighbours(problem, assigner, best.counts):
         if counts not in found:
-            found[counts] = Scored(counts=counts, score=assigner.score(counts))
+            found[counts] = ScoredCounts(counts=counts, score=assigner.score(counts))
     found.pop(best.counts, None)
     found = {counts: scored for counts, scored in found.items() if problem.is_varied(counts)}
     return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
 
 
-def _neighbours(problem: PlanProblem, assigner: Assigner, counts: Counts) -> list[Counts]:
+def _neighbours(
+    problem: PlanProblem, assigner: Assigner, counts: ReplicaCounts
+) -> list[ReplicaCounts]:
     """One or two replicas exchanged for as many of another option as fit; the likeliest ones.
 
     Likely means: by what the options are worth at the margin of ``counts``.
@@ -182,7 +186,7 @@ def _neighbours(problem: PlanProblem, assigner: Assigner, counts: Counts) -> lis
     removals: list[tuple[int, ...]] = [(), *[(i,) for i in used]]
     removals += list(combinations_with_replacement(used, 2))
     options = undominated(problem)
-    found: set[Counts] = set()
+    found: set[ReplicaCounts] = set()
     for removed in removals:
         base = list(counts)
         for i in removed:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oserve.plan.programme import Column, Outcome, Programme
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus
 
 
 class Serving:
@@ -25,7 +25,7 @@ class Serving:
         self._able = self._unit > 0
         self._first = groups
         self._scale = float(self._unit.max(initial=0.0))
-        self._programme: Programme | None = None
+        self._programme: LinearProgramme | None = None
         if self._scale <= 0.0:
             return
         columns = [
@@ -38,7 +38,7 @@ class Serving:
             if capacity[i, j] > 0
         ]
         rows = [(-math.inf, float(count)) for count in counts] + [(-math.inf, 0.0)] * types
-        self._programme = Programme(columns=columns, rows=rows)
+        self._programme = LinearProgramme(columns=columns, rows=rows)
 
     def served_rps(self, rates_rps: Sequence[float]) -> float:
         """The most requests/s of all types together that are served within limits."""
@@ -47,7 +47,7 @@ class Serving:
         rates = np.asarray(rates_rps, dtype=np.float64)
         upper = np.where(self._able, rates / np.where(self._able, self._unit, 1.0), 0.0)
         self._programme.set_rows(self._first, np.full(len(rates), -math.inf), upper)
-        if self._programme.solve() is not Outcome.OPTIMAL:
+        if self._programme.solve() is not SolveStatus.OPTIMAL:
             return 0.0
         served = self._programme.value * self._scale
         return float(min(max(served, 0.0), rates[self._able].sum()))

@@ -9,20 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from oserve.core import ReplicaShape
-from oserve.plan.problem import Counts, PlanProblem
-from oserve.plan.search import Deployment, Planned
+from oserve.plan.problem import PlanProblem, ReplicaCounts
+from oserve.plan.search import DeploymentCandidate, Planned
 
 MIN_GAIN = 0.03
 """What different replicas must gain over the best homogeneous deployment to be preferred."""
 
-Score = Callable[[Deployment], float]
+DeploymentScorer = Callable[[DeploymentCandidate], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescored:
     """A deployment with its score, a scale of the demand; ``predicted`` is the linear model's."""
 
-    deployment: Deployment
+    deployment: DeploymentCandidate
     scale: float
     homogeneous: bool
 
@@ -57,7 +57,7 @@ class Verified:
 def verify(
     problem: PlanProblem,
     planned: Planned,
-    score: Score,
+    score: DeploymentScorer,
     *,
     min_gain: float = MIN_GAIN,
 ) -> Verified:
@@ -68,7 +68,7 @@ def verify(
     """
     homogeneous = _of_each_form(problem, planned.homogeneous)
     baselines = {item.counts for item in planned.homogeneous}
-    scored: dict[Counts, Rescored] = {}
+    scored: dict[ReplicaCounts, Rescored] = {}
     for item in (*homogeneous, planned.best, *planned.candidates):
         if item.counts not in scored:
             scored[item.counts] = Rescored(
@@ -87,9 +87,11 @@ def verify(
     )
 
 
-def _of_each_form(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> list[Deployment]:
+def _of_each_form(
+    problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
+) -> list[DeploymentCandidate]:
     """The first of those alike in all but sequences, in the order given (best first)."""
-    kept: dict[tuple[ReplicaShape, ...], Deployment] = {}
+    kept: dict[tuple[ReplicaShape, ...], DeploymentCandidate] = {}
     for item in homogeneous:
         form = tuple(
             replace(option.shape, max_num_seqs=0)

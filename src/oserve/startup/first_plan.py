@@ -11,11 +11,12 @@ from oserve.config import Settings, load_rates
 from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
 from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
+from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
@@ -47,7 +48,7 @@ class FirstPlan:
 class Knowledge:
     """Of step times on these devices: a source and the context, or why there is none."""
 
-    source: PerformanceSource | None
+    source: ProfileSource | RooflineSource | None
     context: int
     missing: str = ""
 
@@ -100,7 +101,7 @@ def plan_request_for(
     assert source is not None
     planning = settings.planning
     demand = demand or _demand(settings, knowledge.context)
-    limits = Limits(
+    limits = LatencyLimits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )

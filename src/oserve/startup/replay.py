@@ -52,7 +52,7 @@ def replayed_decisions(
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    question = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
+    request = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
@@ -61,22 +61,24 @@ def replayed_decisions(
     # The memory of this machine must not matter.
     facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
     prices = SwitchPrices(facts)
-    planner = planner_for(question, starts, prices.legs)
+    planner = planner_for(request, starts, prices.legs)
     # As fast as they were last seen to be: how fast at each moment is not kept.
-    planner.correct(remembered_speeds(file, question))
+    planner.correct(remembered_speeds(file, request))
     names = [kind.name for kind in planner.facts.types]
-    scorer = None
-    if settings.control.simulate:
-        scoring = SwitchScorer(model_of(question, min_gain=settings.control.min_gain))
-        planner.learn(simulated_facts(planner.facts, scoring))
-        scorer = SwitchSimulation(scoring, planner)
+    scorer = (
+        SwitchScorer(model_of(request, min_gain=settings.control.min_gain))
+        if settings.control.simulate
+        else None
+    )
+    if scorer is not None:
+        planner.learn(simulated_facts(planner.facts, scorer))
     runtime = ControllerRuntime(
         _first_plan(file),
         policy=control_policy(settings, mode),
         planner=planner,
         starts=starts,
         shares_interval_s=settings.control.shares_interval_s,
-        scorer=scorer,
+        scorer=None if scorer is None else SwitchSimulation(scorer, planner),
     )
     controller = runtime.controller
     busy_until_s = 0.0

@@ -105,7 +105,7 @@ class Beliefs:
         self._learned = scene.traffic.between(0.0, start_s)
         self._traffic = scene.traffic.between(start_s, float("inf"))
         self._learned_tenants, self._tenants = tenants[:first], tenants[first:]
-        self._classes = serving.plan.workload_types
+        self._classes = serving.plan.length_classes
         self._pools = pools
         self._serving = _pooled(serving) if pools else serving
         self._ends: dict[float, Floats] = {}
@@ -243,7 +243,7 @@ def _pooled(serving: SimulatedServing) -> SimulatedServing:
     names = ("short answers", "long answers", "any")
     plan = replace(
         serving.plan,
-        workload_types=tuple(
+        length_classes=tuple(
             LengthClass(name=name, max_prompt_tokens=bound)
             for name, bound in zip(names, (1, 2, None), strict=True)
         ),

@@ -73,8 +73,8 @@ def loaded(tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float
     results = tuner.simulator.run(replace(serving, levers=levers), traffic)
     good = met(results, tuner.scene.slo)
     refused = results.status == Status.SHED
-    classes = class_indices(serving.plan.workload_types, traffic.prompt_tokens)
-    members = [classes == index for index in range(len(serving.plan.workload_types))]
+    classes = class_indices(serving.plan.length_classes, traffic.prompt_tokens)
+    members = [classes == index for index in range(len(serving.plan.length_classes))]
     waited = results.first_token_s - results.arrival_s
     return Loaded(
         goodput_rps=float(good.sum()) / max(traffic.duration_s, 1.0),

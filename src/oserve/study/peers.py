@@ -87,7 +87,7 @@ class AiBrix:
     def initial(self, scale: float) -> SimulatedServing:
         del scale
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         counts = np.bincount(index, minlength=len(classes))
@@ -104,7 +104,7 @@ class AiBrix:
         """Consecutive replicas for each class: one at least, the rest by largest remainder."""
         plan = self.serving.plan
         names = [spec.id for spec in plan.replicas]
-        classes = plan.workload_types
+        classes = plan.length_classes
         if len(names) < len(classes) or not counts.sum():
             return {}
         work = counts * self._work()
@@ -125,7 +125,7 @@ class AiBrix:
         shape = self.serving.plan.replicas[0].shape
         costs = self.tuner.simulator.costs(shape)
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         tokens = np.bincount(index, learned.prompt_tokens, len(classes))

@@ -298,7 +298,7 @@ class _PolicyRunner:
     def _counts(self, now_s: float) -> Ints:
         """Arrivals so far by interval and length class."""
         interval_s = self._scene.interval_s
-        classes = len(self._target.workload_types)
+        classes = len(self._target.length_classes)
         high = int(np.searchsorted(self._traffic.arrival_s, now_s))
         window = (self._traffic.arrival_s[:high] // interval_s).astype(np.int64)
         windows = max(1, round(now_s / interval_s))

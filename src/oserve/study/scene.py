@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.core import Device, OServeError, Precision, ReplicaShape
 from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
@@ -65,9 +65,9 @@ class Scene:
         return self.traffic.between(0.0, self.learn_s)
 
     @property
-    def limits(self) -> dict[str, Limits]:
+    def limits(self) -> dict[str, LatencyLimits]:
         """The SLO, by workload type."""
-        common = Limits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
+        common = LatencyLimits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
         return {kind.name: common for kind in self.demand.types}
 
     def weights_bytes(self, shape: ReplicaShape) -> float:

@@ -19,10 +19,10 @@ class TrafficCounter:
         self._foresight.follow(
             RoutingTable(
                 plan_id=plan.id,
-                workload_types=plan.workload_types,
+                length_classes=plan.length_classes,
                 routing_shares=plan.routing_shares,
                 replicas=(),
-                types=plan.types,
+                planned_types=plan.planned_types,
             )
         )
         self._open: dict[int, Expected] = {}

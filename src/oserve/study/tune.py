@@ -138,7 +138,7 @@ class Tuner:
         plan = DeploymentPlan(
             id=_in_words(wanted),
             replicas=placed.replicas,
-            workload_types=scene.demand.classes,
+            length_classes=scene.demand.classes,
             routing_shares={},
         )
         return SimulatedServing(plan=plan, levers=levers)

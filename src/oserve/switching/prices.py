@@ -49,5 +49,5 @@ class SwitchPrices:
 def _bare(replicas: Sequence[ReplicaSpec]) -> DeploymentPlan:
     """Replicas as a plan; nobody is routed by it."""
     return DeploymentPlan(
-        id="", replicas=tuple(replicas), workload_types=(), routing_shares={}, types=()
+        id="", replicas=tuple(replicas), length_classes=(), routing_shares={}, planned_types=()
     )
