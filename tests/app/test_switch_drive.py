@@ -2,9 +2,9 @@
 
 import asyncio
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ from oserve.engines.settings import EngineSettings
 from oserve.sim import SimulatedCluster
 from oserve.sim.phases import Phases
 from oserve.startup.switch_facts import recovered_switch, switch_facts
+from oserve.switch.interim import between, renamed
+from oserve.switch.journal import JournalLine
 from oserve.switch.layout import shard_map
 from oserve.switch.orders import RankOrder
-from oserve.switch.programme import between, renamed
-from oserve.switching.driver import SwitchReport
+from oserve.switch.transaction import Phase
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import FileJournal, Journal, journals
 from oserve.switching.prices import SwitchPrices
+from oserve.switching.report import SwitchReport
 from oserve.switching.switcher import Switcher, SwitcherFacts
 from oserve.switching.weights import Moved, MoveError
 
@@ -78,12 +81,10 @@ class ToyMover:
         self._scene = scene
 
     async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]:
-        programme = self._scene.switcher._drive
+        programme = self._scene.switcher.programme
         assert programme is not None
-        layout = programme._programme.placed[replica].layout
-        model = self._scene.switcher._switch_facts
-        assert model is not None
-        maps = [shard_map(model.model.architecture, layout, rank) for rank in range(layout.ranks)]
+        layout = programme.placed[replica].layout
+        maps = [shard_map(programme.architecture, layout, rank) for rank in range(layout.ranks)]
         found = [{name: local.shape for name, local in one.items()} for one in maps]
         if "layout" in self._scene.fates:
             found[0]["model.norm.weight"] = (1,)
@@ -128,11 +129,11 @@ class FullDisk:
         self._inner = FileJournal(path)
         self._room = room
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, line: JournalLine) -> None:
         if self._room == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         self._room -= 1
-        self._inner.write(record)
+        self._inner.write(line)
 
     def close(self) -> None:
         self._inner.close()
@@ -157,24 +158,30 @@ class Scene:
         self.tables: list[frozenset[str]] = []
         self.room = -1
         self.available = PLENTY
+        self.movable = switch_facts(self.settings, DEVICES, available_bytes=lambda: self.available)
         self.switcher = Switcher(
             SwitcherFacts(
                 folder=self.folder,
-                movable=switch_facts(
-                    self.settings, DEVICES, available_bytes=lambda: self.available
-                ),
-                model="tiny",
+                movable=self.movable,
                 cluster=self.cluster,
                 loop=self.loop,
                 clock=self.clock,
-                settle=lambda plan, reason: self.settled.append((plan.id, reason)),
+                settle=lambda outcome: self.settled.append((outcome.plan.id, outcome.reason)),
                 publish=self.round,
                 journal=self._journal,
-                mover=lambda _places: ToyMover(self),
+                weights=partial(
+                    EngineWeights,
+                    EngineWeightFacts(
+                        cluster=self.cluster,
+                        model="tiny",
+                        mover=lambda _places: ToyMover(self),
+                        transfer_limit_s=self.settings.switch.transfer_limit_s,
+                        max_perplexity_rise=self.settings.switch.max_perplexity_rise,
+                    ),
+                ),
                 unix_s=self.clock.now,
                 plan_text=plan_yaml,
                 transfer_limit_s=self.settings.switch.transfer_limit_s,
-                max_perplexity_rise=self.settings.switch.max_perplexity_rise,
             )
         )
 
@@ -269,17 +276,17 @@ async def test_all_goes_well(scene: Scene) -> None:
     assert document["programme"]["kept"] == ["k"]
     assert document["programme"]["waves"][0]["local_bytes"] > 0
     # What it took is expected of the next, and the controller is told of it.
-    facts = scene.switcher._switch_facts
-    assert facts is not None
-    took = {name: b - a for (_, name, a), (_, _, b) in pairwise(report.phases)}
-    factor = took["transfer"] / document["programme"]["waves"][0]["phases_s"]["transfer"]
+    facts = scene.movable
+    assert not isinstance(facts, str)
+    took = report.durations_s(0)
+    factor = took[Phase.TRANSFER] / document["programme"]["waves"][0]["phases_s"]["transfer"]
     assert facts.learned.factor("transfer") == pytest.approx(factor, rel=0.05)
     prices = SwitchPrices(facts)
     (leg,) = prices.legs(NEW.replicas, OLD.replicas) or ()
     assert {spec.id for spec in leg.started} == {"a", "b"}
     assert [spec.id for spec in leg.retired] == ["w"]
     assert not leg.leaving
-    assert leg.seconds >= took["transfer"] / 2
+    assert leg.seconds >= took[Phase.TRANSFER] / 2
     odd = replace(OLD.replicas[0], backend=VllmBackend(engine_args=("--dtype", "half")))
     assert prices.legs(NEW.replicas, [odd]) is None
     # And back, with the name that is free again.
@@ -447,7 +454,8 @@ async def test_what_cannot_be_moved_is_rolled_out(
     await scene.spend(200)
     assert (report.method, scene.loop.plan) == ("restart", plan)
     assert reason in report.reason
-    (document,) = scene.switcher.documents(await scene.cluster.observe())
+    scene.switcher.observe(await scene.cluster.observe())
+    (document,) = scene.switcher.documents()
     assert document["state"] == "done"
     foreseen = scene.switcher.foresee(NEW, await scene.cluster.observe())
     assert foreseen["method"] == "restart"

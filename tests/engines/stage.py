@@ -12,6 +12,7 @@ from typing import Any
 
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings, SwitchSettings
+from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
@@ -32,8 +33,9 @@ from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
 from oserve.startup.switch_facts import switch_facts
-from oserve.switching.driver import SwitchReport
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
+from oserve.switching.report import SwitchReport
 from oserve.switching.switcher import Switcher, SwitcherFacts
 
 LIMIT_S = 150.0
@@ -103,7 +105,7 @@ class Stage:
         facts = self.facts
         if settings:
             limits = SwitchSettings(**settings)  # type: ignore[arg-type]
-            facts = replace(facts, **_limits(limits, facts.clock))
+            facts = replace(facts, **_limits(limits, facts.cluster, facts.clock))
         switcher = Switcher(facts)
         return switcher, switcher.want(plan, "test")
 
@@ -119,11 +121,17 @@ class Stage:
             return [await engine.complete("tiny", prompt, 24, 60) for prompt in PROMPTS]
 
 
-def _limits(settings: SwitchSettings, clock: Clock) -> dict[str, Any]:
+def _limits(settings: SwitchSettings, cluster: Cluster, clock: Clock) -> dict[str, Any]:
+    facts = EngineWeightFacts(
+        cluster=cluster,
+        model="tiny",
+        mover=partial(Mover, clock=clock, bytes_per_s=settings.bytes_per_s),
+        transfer_limit_s=settings.transfer_limit_s,
+        max_perplexity_rise=settings.max_perplexity_rise,
+    )
     return {
-        "mover": partial(Mover, clock=clock, bytes_per_s=settings.bytes_per_s),
+        "weights": partial(EngineWeights, facts),
         "transfer_limit_s": settings.transfer_limit_s,
-        "max_perplexity_rise": settings.max_perplexity_rise,
     }
 
 
@@ -165,15 +173,14 @@ async def staged(
     facts = SwitcherFacts(
         folder=journal_folder(settings.state_dir),
         movable=switch_facts(settings, devices),
-        model="tiny",
         cluster=cluster,
         loop=loop,
         clock=clock,
-        settle=lambda plan, reason: settled.append((plan.id, reason)),
+        settle=lambda outcome: settled.append((outcome.plan.id, outcome.reason)),
         publish=publish,
         plan_text=plan_yaml,
         unix_s=time.time,
-        **_limits(settings.switch, clock),
+        **_limits(settings.switch, cluster, clock),
     )
     running = asyncio.create_task(loop.run())
     stage = Stage(cluster, loop, facts, settled)

@@ -12,7 +12,7 @@ from typing import Any
 from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.config import Settings, api_keys, backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
-from oserve.core import Clock, DeploymentPlan, ReplicaState
+from oserve.core import Clock, ReplicaState
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.engines.mover import Mover
@@ -21,6 +21,8 @@ from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptio
 from oserve.gateway.records import read_records
 from oserve.startup.deployment import ServerDeployment
 from oserve.switch.programme import SwitchFacts
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
 from oserve.workload.output import KnownAtArrival, OutputEstimator
@@ -110,26 +112,31 @@ def plan_switcher(
     loop: ControlLoop,
     clock: Clock,
     *,
-    settle: Callable[[DeploymentPlan, str], None],
+    settle: Callable[[SwitchOutcome], None],
     publish: Callable[[], Awaitable[None]],
 ) -> Switcher:
     """Carries switches out on the cluster; see ``SwitcherFacts`` for the arguments."""
     settings = deployment.settings
+    weights = EngineWeightFacts(
+        cluster=cluster,
+        model=deployment.models[0],
+        mover=partial(Mover, clock=clock, bytes_per_s=settings.switch.bytes_per_s),
+        transfer_limit_s=settings.switch.transfer_limit_s,
+        max_perplexity_rise=settings.switch.max_perplexity_rise,
+    )
     return Switcher(
         SwitcherFacts(
             folder=journal_folder(settings.state_dir),
             movable=movable,
-            model=deployment.models[0],
             cluster=cluster,
             loop=loop,
             clock=clock,
             settle=settle,
             publish=publish,
-            mover=partial(Mover, clock=clock, bytes_per_s=settings.switch.bytes_per_s),
+            weights=partial(EngineWeights, weights),
             plan_text=plan_yaml,
             unix_s=time.time,
             transfer_limit_s=settings.switch.transfer_limit_s,
-            max_perplexity_rise=settings.switch.max_perplexity_rise,
         )
     )
 

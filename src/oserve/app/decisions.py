@@ -13,6 +13,8 @@ from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.switch.transaction import Task
+from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher
 
 _log = logging.getLogger("oserve.control")
@@ -85,12 +87,13 @@ class DecisionLoop:
             self.controller.observe(now_s, self._gateway.batches(), observation)
             await self.controller.save(now_s)
 
-    def switch_ended(self, plan: DeploymentPlan, failed_start: str) -> None:
-        """A switch ended in ``plan``; ``failed_start``: the replica that could not be started."""
-        wished = self.controller.controller.plan.replica(failed_start)
-        if wished is not None:
-            self.controller.bar([wished])
-        self.controller.reached(plan)
+    def switch_ended(self, outcome: SwitchOutcome) -> None:
+        """Continue from the plan in force. A shape that could not be started is not tried again."""
+        cause = outcome.cause
+        if cause is not None and cause.task is Task.START:
+            failed = self.controller.controller.plan.replica(cause.replica)
+            self.controller.bar([] if failed is None else [failed])
+        self.controller.reached(outcome.plan)
         self._spawn(self.controller.save(time.time()))
 
     async def decide(

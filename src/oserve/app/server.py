@@ -24,7 +24,7 @@ from oserve.config.policies import reconcile_policy
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import given_up
 from oserve.control.status import explained
-from oserve.core import Action, DeploymentPlan, Observation, ReplicaPhase
+from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
@@ -32,7 +32,7 @@ from oserve.startup.lock import StateLock
 from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.programme import SwitchFacts
-from oserve.switch.transaction import Task
+from oserve.switching.driver import SwitchOutcome
 from oserve.switching.prices import SwitchPrices
 
 _log = logging.getLogger("oserve.control")
@@ -155,14 +155,11 @@ class OServeServer:
         await self._loop.step()
         self._woken.set()
 
-    def _switch_ended(self, plan: DeploymentPlan, reason: str) -> None:
-        if reason:
-            _log.error("plan %s stays in force: %s", plan.id, reason)
-        failed = ""
-        if reason.startswith(f"{Task.START} "):
-            failed = reason.removeprefix(f"{Task.START} ").partition(":")[0]
+    def _switch_ended(self, outcome: SwitchOutcome) -> None:
+        if outcome.reason:
+            _log.error("plan %s stays in force: %s", outcome.plan.id, outcome.reason)
         if self._decisions is not None:
-            self._decisions.switch_ended(plan, failed)
+            self._decisions.switch_ended(outcome)
 
     def _observed(self, observation: Observation, actions: tuple[Action, ...]) -> None:
         plan = self._loop.plan
@@ -175,7 +172,8 @@ class OServeServer:
         for name in lost.keys() - self._view.lost.keys():
             _log.error("replica %s given up: %s", name, lost[name])
         self._view.observation, self._view.lost = observation, lost
-        switches = self._switcher.documents(observation)
+        self._switcher.observe(observation)
+        switches = self._switcher.documents()
         self._publisher.publish(plan, observation, lost, switches, time.time())
         phases = {state.spec.id: state.phase for state in observation.replicas}
         if all(

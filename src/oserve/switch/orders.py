@@ -98,7 +98,7 @@ class _Making:
             order = self.orders[number]
             scheme = "cast"
             if not conversion.cast:
-                scheme = _scheme(self._precision[conversion.replica])
+                scheme = conversion_scheme(self._precision[conversion.replica])
             peers = tuple(self._takers[device][0] for device in conversion.peers) or (number,)
             held = shard_map(self._architecture, target.layout, rank)
             for layer in range(*conversion.layers):
@@ -115,7 +115,8 @@ def _named(name: str, layer: int) -> str:
     return name.replace("{}", str(layer))
 
 
-def _scheme(precision: Precision) -> str:
+def conversion_scheme(precision: Precision) -> str:
+    """Return how engines make weights of a precision. Raises OServeError if they cannot."""
     if precision is not Precision.INT8:
         raise OServeError(
             f"engines cannot make {precision} weights on the way",

@@ -62,9 +62,9 @@ class WavePolicy:
 class Wave:
     """Replica ids. ``release`` and ``stop`` happen before ``start``, ``retire`` after the commit.
 
-    Released ones serve no more and give up their cache, but their weights are copied from; they are
-    stopped with those to retire. ``sources`` hold weights while the wave's transfer runs.
-    ``capacity_rps`` is what is ready until the commit.
+    A released replica takes no requests and gives up its cache, but others copy its weights; it
+    stops with those to retire. ``sources`` hold weights while the wave's transfer runs.
+    ``capacity_rps`` is ready until the commit, by type.
     """
 
     release: tuple[str, ...] = ()
@@ -73,6 +73,11 @@ class Wave:
     retire: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     capacity_rps: tuple[float, ...] = ()
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Old replicas that do not serve after the wave."""
+        return frozenset((*self.retire, *self.release, *self.stop))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,20 +1,25 @@
-"""The journal of a switch: one file, a JSON object a line, each on disk before it is acted on.
+"""Journal files: one for each switch, a JSON object a line, each on disk before it is acted on.
 
-The first line holds both plans; then come the records of each wave's transaction, and the end. What
-a file without an end says tells which plan holds when the server starts again.
+A file without an end tells which plan holds when the server starts again.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import msgspec
+from typing import Protocol
 
 from oserve.core import DeploymentPlan, OServeError
-from oserve.switch.journal import restored
+from oserve.switch.journal import (
+    EndLine,
+    JournalLine,
+    SwitchLine,
+    TransactionLine,
+    decode_line,
+    encode_line,
+    restored,
+)
 from oserve.switch.transaction import Phase
 
 # Files kept; the oldest go first.
@@ -22,30 +27,30 @@ _MOST_FILES = 100
 
 
 class Journal(Protocol):
-    """Takes records; raises OSError where one cannot be kept."""
+    """Takes lines; raises OSError where one cannot be kept."""
 
-    def write(self, record: Mapping[str, Any]) -> None: ...
+    def write(self, line: JournalLine) -> None: ...
 
     def close(self) -> None: ...
 
 
 class FileJournal:
-    """A new file; it must not be there yet."""
+    """A new file, which must not exist yet."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         _sync_folder(path.parent)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns."""
-        line = msgspec.json.encode(record) + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
+    def write(self, line: JournalLine) -> None:
+        """Write a line; it is on disk when this returns."""
+        data = encode_line(line) + b"\n"
+        while data:
+            data = data[os.write(self._file, data) :]
         os.fsync(self._file)
 
     def close(self) -> None:
-        """No more records."""
+        """Close the file."""
         with contextlib.suppress(OSError):
             os.close(self._file)
 
@@ -60,101 +65,89 @@ class Recovered:
 
 
 def journal_folder(state_dir: str) -> Path:
-    """Where switches are recorded."""
+    """Return the folder of journals."""
     return Path(state_dir) / "switches"
-
-
-def first_record(
-    switch: str,
-    at_s: float,
-    before: DeploymentPlan,
-    plans: tuple[DeploymentPlan, ...],
-    plan_text: Callable[[DeploymentPlan], str],
-) -> dict[str, Any]:
-    """``plans``: in force after each wave; ``plan_text`` writes one as a plan file."""
-    return {
-        "kind": "switch",
-        "id": switch,
-        "at_s": at_s,
-        "before": plan_text(before),
-        "plans": [plan_text(plan) for plan in plans],
-    }
-
-
-def end_record(at_s: float, state: str, reason: str) -> dict[str, Any]:
-    """The last line."""
-    return {"kind": "end", "at_s": at_s, "state": state, "reason": reason}
 
 
 def recover(
     folder: Path, at_s: float, read_plan: Callable[[str], DeploymentPlan]
 ) -> Recovered | None:
-    """The switch that was under way when a server last ended, which is ended by this.
+    """Return the switch that was under way when a server last ended, and end its journal.
 
-    Its engines are gone or will be looked at anew; what remains to be told is which plan holds: of
-    the last wave whose commit was decided. A journal that cannot be read is set aside.
+    Its engines are gone, or are observed anew. The plan that holds is that of the last wave whose
+    commit was decided. A journal that cannot be read is renamed. ``read_plan`` reads the text of a
+    plan file.
     """
     for path in reversed(journals(folder)):
-        records = _records(path)
-        if records and records[-1].get("kind") == "end":
-            return None
         try:
-            found = _recovered(records, read_plan)
-        except (OServeError, KeyError, IndexError, TypeError):
+            lines = _lines(path)
+            if lines and isinstance(lines[-1], EndLine):
+                return None
+            found = _recovered(lines, read_plan)
+        except OServeError:
             with contextlib.suppress(OSError):
                 path.rename(path.with_suffix(".unreadable"))
             continue
-        line = msgspec.json.encode(end_record(at_s, "recovered", found.reason)) + b"\n"
+        end = EndLine(at_s=at_s, state="recovered", reason=found.reason)
         with contextlib.suppress(OSError), path.open("ab") as file:
             torn = path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-            file.write((b"\n" if torn else b"") + line)
+            file.write((b"\n" if torn else b"") + encode_line(end) + b"\n")
         return found
     return None
 
 
 def journals(folder: Path) -> list[Path]:
-    """Of all switches, oldest first."""
+    """Return the files of all switches, oldest first."""
     return sorted(folder.glob("*.jsonl"))
 
 
 def prune(folder: Path) -> None:
-    """Let the oldest journals go."""
+    """Delete the oldest journals."""
     for path in journals(folder)[:-_MOST_FILES]:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def _recovered(
-    records: list[dict[str, Any]], read_plan: Callable[[str], DeploymentPlan]
-) -> Recovered:
-    head = records[0]
-    if head.get("kind") != "switch":
-        raise KeyError("switch")
-    waves: dict[int, list[dict[str, Any]]] = {}
-    for record in records[1:]:
-        wave = int(record.pop("wave"))
-        waves.setdefault(wave, []).append(record)
-    plan, reason = head["before"], "the server ended before anything was decided"
+def _recovered(lines: list[JournalLine], read_plan: Callable[[str], DeploymentPlan]) -> Recovered:
+    """Raises OServeError for lines that make no sense."""
+    head = lines[0] if lines else None
+    if not isinstance(head, SwitchLine):
+        raise _torn("its first line holds no plans")
+    waves: dict[int, list[TransactionLine]] = {}
+    for line in lines[1:]:
+        if isinstance(line, SwitchLine | EndLine):
+            raise _torn("it goes on after its end")
+        waves.setdefault(line.wave, []).append(line)
+    plan, reason = head.before, "the server ended before anything was decided"
     for wave in sorted(waves):
+        if not 0 <= wave < len(head.plans):
+            raise _torn(f"wave {wave} has no plan")
         state = restored(waves[wave])
         if state.phase in {Phase.COMMIT, Phase.DRAIN, Phase.DONE}:
-            plan = head["plans"][wave]
+            plan = head.plans[wave]
             reason = f"the server ended after wave {wave} was committed"
         else:
             reason = f"the server ended in phase {state.phase} of wave {wave}"
-    return Recovered(id=str(head["id"]), plan=read_plan(plan), reason=reason)
+    return Recovered(id=head.id, plan=read_plan(plan), reason=reason)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last one that was torn off was never acted on."""
+def _lines(path: Path) -> list[JournalLine]:
+    """Return all whole lines; the driver never acted on a last line that is torn."""
     found = []
     with contextlib.suppress(OSError):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                found.append(msgspec.json.decode(line, type=dict[str, Any]))
-            except msgspec.DecodeError:
-                continue
+        for data in path.read_bytes().split(b"\n"):
+            line = decode_line(data)
+            if line is not None:
+                found.append(line)
     return found
+
+
+def _torn(reason: str) -> OServeError:
+    return OServeError(
+        f"the journal of a switch is unreadable: {reason}",
+        place="journal",
+        remedy="move the file away; the server then keeps the plan of its settings",
+    )
 
 
 def _sync_folder(folder: Path) -> None:

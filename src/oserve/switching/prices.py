@@ -1,6 +1,6 @@
-"""What the controller is told of switches: the way from replicas to others, leg by leg.
+"""Prices of switches for the controller: the way from replicas to others, leg by leg.
 
-The same programme is made as for the switch itself, so that a decision weighs what would be done.
+The programme is the one of the switch itself, so a decision weighs what would be done.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from oserve.switch.programme import SwitchFacts, prepare_switch
 
 
 class SwitchPrices:
-    """``facts`` as ``switch_facts`` makes them."""
+    """``facts``: what switches are prepared from, or why weights cannot be moved."""
 
     def __init__(self, facts: SwitchFacts | str) -> None:
         self._facts = facts
@@ -19,7 +19,7 @@ class SwitchPrices:
     def legs(
         self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]
     ) -> tuple[Leg, ...] | None:
-        """Wave by wave; ``None`` where these replicas must be restarted."""
+        """Return a leg for each wave; ``None`` where these replicas must restart."""
         if isinstance(self._facts, str):
             return None
         try:
@@ -29,8 +29,6 @@ class SwitchPrices:
         legs = []
         for step in programme.steps:
             wave, phases = step.wave, step.predicted
-            if wave.start and phases.transfer_s > 0 and not step.orders:
-                return None
 
             def specs(names: Sequence[str]) -> tuple[ReplicaSpec, ...]:
                 return tuple(programme.spec(name) for name in names)
@@ -47,7 +45,7 @@ class SwitchPrices:
 
 
 def _bare(replicas: Sequence[ReplicaSpec]) -> DeploymentPlan:
-    """Replicas as a plan; nobody is routed by it."""
+    """Return replicas as a plan that routes no requests."""
     return DeploymentPlan(
         id="", replicas=tuple(replicas), length_classes=(), routing_shares={}, planned_types=()
     )

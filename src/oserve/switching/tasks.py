@@ -1,107 +1,91 @@
-"""The tasks of a wave on a cluster: standby engines, weights, routing, ends.
+"""The tasks of a wave on a cluster: standby replicas, weights, routing, ends.
 
-What ends a replica for good after the commit is the control loop, which drains whatever the plan in
-force does not have; here it is only waited for.
+The same on engines and on simulated replicas: replicas come and go through the cluster API, and
+``WaveWeights`` moves the weights. After the commit the control loop drains and stops whatever the
+plan in force does not have; the tasks here only wait for it.
 """
 
 import asyncio
-import logging
-import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from oserve.control.cluster import Cluster
 from oserve.core import (
+    Action,
     Clock,
     CommitReplicas,
     DeploymentPlan,
     DrainReplica,
-    Endpoint,
-    OServeError,
     ReplicaPhase,
     ReplicaState,
     StartReplica,
     StopReplica,
 )
-from oserve.switch.layout import Architecture, differences, shard_map
 from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.transaction import Task
-from oserve.switching.driver import TaskFailedError
-from oserve.switching.weights import MoveError, WeightMover
+from oserve.switching.weights import MoveError, WaveWeights
 
-_POLL_S = 0.1
-_CHECK_S = 50.0
 # Requests sent just before a drain may not be counted yet.
 _SETTLE_S = 3.0
 _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
 
 
-_log = logging.getLogger("oserve.switch")
+class TaskFailedError(Exception):
+    """A task failed; ``final``: a retry would not help."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkFacts:
-    """``name``: of the switch. ``hold``: what the control loop is to leave alone from now on.
+class WaveTaskFacts:
+    """``hold``: tells the control loop which replicas to leave alone from now on.
 
-    ``route``: the plan is in force from now on, in all that routes and reconciles. ``progress``
-    hears bytes. ``mover`` makes one for endpoints. ``max_perplexity_rise``: by what share a
-    replica whose weights were made on the way may find a text less likely than its source does.
+    ``route``: puts a plan in force, in all that routes and reconciles. ``progress`` hears the bytes
+    that have arrived since the switch began. The cluster is looked at each ``poll_s``.
     """
 
-    name: str
     programme: SwitchProgramme
-    architecture: Architecture
     cluster: Cluster
     clock: Clock
-    model: str
+    weights: WaveWeights
     hold: Callable[[frozenset[str]], None]
     route: Callable[[DeploymentPlan], Awaitable[None]]
     progress: Callable[[int], None]
-    mover: Callable[[Mapping[str, Endpoint]], WeightMover]
-    transfer_limit_s: float
-    max_perplexity_rise: float
+    poll_s: float = 0.1
 
 
-class ClusterWork:
-    """See ``drive.Work``."""
+class WaveTasks:
+    """The tasks of one wave, which may each be asked for again. See ``transaction.Task``."""
 
-    def __init__(self, facts: WorkFacts) -> None:
+    def __init__(self, facts: WaveTaskFacts, step: ProgrammeStep, moved_before: int) -> None:
         self._facts = facts
-        self._step: ProgrammeStep | None = None
-        self._moving: asyncio.Task[None] | None = None
-        self._checking: asyncio.Task[None] | None = None
-        self._moved_before = 0
-        self._held: set[str] = set()
-
-    def begin(self, step: ProgrammeStep) -> None:
-        """The next wave."""
         self._step = step
-        self._moving = self._checking = None
-        self._hold({*step.wave.start, *step.wave.stop, *step.wave.release})
+        self._moved_before = moved_before
+        self._filling = _Shared(self._fill)
+        self._checking = _Shared(self._check)
+        wave = step.wave
+        self._hold(frozenset((*wave.start, *wave.stop, *wave.release)))
 
-    async def over(self) -> None:
-        """The wave has ended; the control loop has everything again."""
-        for task in (self._moving, self._checking):
-            if task is not None and not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        self._moved_before += 0 if self._step is None else self._step.transfer.traffic.moved_bytes
-        self._step = None
-        self._hold(set())
+    async def close(self) -> None:
+        """End what still runs; the control loop has all replicas again."""
+        await self._filling.cancel()
+        await self._checking.cancel()
+        self._hold(frozenset())
 
-    async def do(self, task: Task, replica: str, *, late: bool) -> None:
-        """One task; see ``drive.Work``."""
+    async def run(self, task: Task, replica: str, *, late: bool) -> None:
+        """Run a task to its end. Raises TaskFailedError."""
         match task:
             case Task.START:
                 await self._start(replica)
             case Task.STOP:
                 await self._stop(replica, late=late)
             case Task.FILL:
-                await self._shared("_moving", self._move)
+                await self._shared(self._filling)
             case Task.CHECK:
-                await self._shared("_checking", self._check)
+                await self._shared(self._checking)
             case Task.ROUTE:
                 await self._route()
             case Task.RETIRE:
@@ -113,65 +97,70 @@ class ClusterWork:
             case Task.RELEASE:
                 raise TaskFailedError("engines cannot give up their cache alone", final=True)
 
-    def _hold(self, names: set[str]) -> None:
+    def _hold(self, names: frozenset[str]) -> None:
         self._held = names
-        self._facts.hold(frozenset(names))
+        self._facts.hold(names)
 
     async def _state(self, replica: str) -> ReplicaState | None:
         return (await self._facts.cluster.observe()).replica(replica)
 
-    # -- engines --------------------------------------------------------------------------------
+    async def _apply(self, action: Action) -> None:
+        try:
+            await self._facts.cluster.apply(action)
+        except (ValueError, OSError) as error:
+            raise TaskFailedError(str(error)) from None
+
+    async def _poll(self) -> None:
+        await self._facts.clock.sleep(self._facts.poll_s)
+
+    # -- replicas -------------------------------------------------------------------------------
     async def _start(self, replica: str) -> None:
         spec = self._facts.programme.spec(replica)
-        state = await self._state(replica)
-        if state is None:
-            try:
-                await self._facts.cluster.apply(StartReplica(spec=spec, standby=True))
-            except ValueError as error:
-                raise TaskFailedError(str(error)) from None
+        if await self._state(replica) is None:
+            await self._apply(StartReplica(spec=spec, standby=True))
         while True:
-            state = await self._state(replica)
+            observation = await self._facts.cluster.observe()
+            state = observation.replica(replica)
             if state is None:
-                failures = (await self._facts.cluster.observe()).failures.get(replica)
+                failures = observation.failures.get(replica)
                 raise TaskFailedError(failures.reason if failures else "it ended")
             if state.phase is ReplicaPhase.STANDBY:
                 return
-            await self._facts.clock.sleep(_POLL_S)
+            await self._poll()
 
     async def _stop(self, replica: str, *, late: bool) -> None:
-        """Drain, end, and wait until its devices are free."""
-        cluster = self._facts.cluster
+        """Drain, stop, and wait until the devices are free."""
         began_s = self._facts.clock.now()
-        await cluster.apply(DrainReplica(replica=replica))
         while (state := await self._state(replica)) is not None:
+            if state.phase is ReplicaPhase.READY:
+                await self._apply(DrainReplica(replica=replica))
             idle = state.running + state.waiting == 0
             settled = self._facts.clock.now() - began_s >= _SETTLE_S
-            if late or (idle and settled):
-                await cluster.apply(StopReplica(replica=replica))
-            await self._facts.clock.sleep(_POLL_S)
+            if late or (idle and settled) or state.phase not in _ALIVE:
+                await self._apply(StopReplica(replica=replica))
+            await self._poll()
 
     async def _retire(self, replica: str, *, late: bool) -> None:
         while await self._state(replica) is not None:
             if late:
-                await self._facts.cluster.apply(StopReplica(replica=replica))
-            await self._facts.clock.sleep(_POLL_S)
+                await self._apply(StopReplica(replica=replica))
+            await self._poll()
 
     async def _undo(self, replica: str) -> None:
-        await self._facts.cluster.apply(StopReplica(replica=replica))
         while await self._state(replica) is not None:
-            await self._facts.clock.sleep(_POLL_S)
+            await self._apply(StopReplica(replica=replica))
+            await self._poll()
 
     async def _restore(self, replica: str, *, late: bool) -> None:
-        """The control loop starts it: it is in the plan in force."""
+        """The control loop starts it, since the plan in force has it."""
         self._hold(self._held - {replica})
         while not late:
             state = await self._state(replica)
             if state is not None and state.phase is ReplicaPhase.READY:
                 return
-            await self._facts.clock.sleep(_POLL_S)
+            await self._poll()
 
     async def _route(self) -> None:
-        assert self._step is not None
         step = self._step
         observation = await self._facts.cluster.observe()
         able = tuple(
@@ -179,140 +168,60 @@ class ClusterWork:
             for name in step.wave.start
             if (state := observation.replica(name)) is not None and state.phase in _ABLE
         )
-        # One that ended after its check is started from disk; then the old ones go as it comes.
+        # A replica that ended after its check is started from disk. Then the control loop retires
+        # the old replicas as the new one comes up.
         whole = len(able) == len(step.wave.start)
-        await self._facts.cluster.apply(
-            CommitReplicas(ready=able, drain=step.wave.retire if whole else ())
-        )
-        self._hold(set())
+        await self._apply(CommitReplicas(ready=able, drain=step.wave.retire if whole else ()))
+        observation = await self._facts.cluster.observe()
+        for name in able:
+            state = observation.replica(name)
+            if state is not None and state.phase is ReplicaPhase.STANDBY:
+                # The control loop would stop a replica on standby that no switch holds.
+                raise TaskFailedError(f"{name} still stands by")
+        self._hold(frozenset())
         await self._facts.route(step.plan)
 
     # -- weights --------------------------------------------------------------------------------
-    async def _shared(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """All replicas of a wave are filled, and checked, by one task; asked again, by another."""
-        task: asyncio.Task[None] | None = getattr(self, name)
-        if task is None or task.done():
-            task = asyncio.ensure_future(work())
-            setattr(self, name, task)
+    async def _fill(self) -> None:
+        await self._facts.weights.fill(
+            self._step, progress=lambda size: self._facts.progress(self._moved_before + size)
+        )
+
+    async def _check(self) -> None:
+        await self._facts.weights.check(self._step)
+
+    async def _shared(self, work: "_Shared") -> None:
         try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            raise
+            await work.wait()
         except MoveError as error:
             raise TaskFailedError(str(error), final=await self._hopeless()) from None
 
     async def _hopeless(self) -> bool:
-        """Whether an engine that takes part has ended."""
-        assert self._step is not None
-        for replica in _replicas(self._step):
-            state = await self._state(replica)
-            if state is None or state.phase not in _ALIVE:
-                return True
-        return False
+        """Whether a replica that takes part has ended."""
+        observation = await self._facts.cluster.observe()
+        states = [observation.replica(name) for name in self._step.participants]
+        return any(state is None or state.phase not in _ALIVE for state in states)
 
-    async def _mover(self) -> WeightMover:
-        assert self._step is not None
-        places = {}
-        for replica in _replicas(self._step):
-            state = await self._state(replica)
-            if state is None or state.phase not in _ALIVE:
-                raise MoveError(f"{replica} has ended")
-            places[replica] = state.endpoint
-        return self._facts.mover(places)
 
-    async def _move(self) -> None:
-        assert self._step is not None
-        step, facts = self._step, self._facts
-        mover = await self._mover()
+class _Shared:
+    """Work that all replicas of a wave wait for. After its end a new wait starts it again."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+        self._task: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Wait for the work; a waiter that is cancelled ends it for all."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._work())
         try:
-            await self._compare_layouts(mover, step)
-            moved = await mover.move(
-                f"{facts.name}.{facts.programme.steps.index(step)}",
-                step.orders,
-                limit_s=step.limit_s(facts.transfer_limit_s),
-                progress=lambda size: facts.progress(self._moved_before + size),
-            )
-            _log.info(
-                "switch %s: %.0f MB moved in %.2f s, taken up in %.2f s",
-                facts.name,
-                moved.size_bytes / 1e6,
-                moved.seconds,
-                moved.take_up_s,
-            )
-        finally:
-            await mover.close()
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            await self.cancel()
+            raise
 
-    async def _compare_layouts(self, mover: WeightMover, step: ProgrammeStep) -> None:
-        for replica in _replicas(step):
-            layout = self._facts.programme.placed[replica].layout
-            for rank, live in enumerate(await mover.layouts(replica)):
-                try:
-                    expected = shard_map(self._facts.architecture, layout, rank)
-                except OServeError as error:
-                    raise TaskFailedError(str(error), final=True) from None
-                found = differences(expected, live)
-                if found:
-                    raise TaskFailedError(
-                        f"{replica} rank {rank} holds its weights otherwise than expected: "
-                        + "; ".join(found[:3]),
-                        final=True,
-                    )
-
-    async def _check(self) -> None:
-        """Checksums at both ends, and one generation by each new replica."""
-        assert self._step is not None
-        step = self._step
-        mover = await self._mover()
-        try:
-            await mover.check(self._facts.name, step.orders, limit_s=_CHECK_S)
-            model = self._facts.model
-            await asyncio.gather(
-                *(mover.generate(name, model, limit_s=_CHECK_S) for name in step.wave.start)
-            )
-            for name in dict.fromkeys(one.replica for one in step.transfer.conversions):
-                await self._compare_quality(mover, step, name)
-        finally:
-            await mover.close()
-
-    async def _compare_quality(self, mover: WeightMover, step: ProgrammeStep, made: str) -> None:
-        """Whether quantising on the way cost more than it may."""
-        facts = self._facts
-        numbers = {
-            peer for order in step.orders if order.replica == made for peer in order.receives
-        }
-        source = next(
-            (
-                step.orders[number].replica
-                for number in sorted(numbers)
-                if step.orders[number].replica != made
-            ),
-            None,
-        )
-        if source is None:
-            return
-        before, after = await asyncio.gather(
-            mover.surprise(source, facts.model, limit_s=_CHECK_S),
-            mover.surprise(made, facts.model, limit_s=_CHECK_S),
-        )
-        rise = math.expm1(after - before)
-        _log.info(
-            "switch %s: perplexity of %s is %+.2f %% of that of %s",
-            facts.name,
-            made,
-            100 * rise,
-            source,
-        )
-        if not rise <= facts.max_perplexity_rise:
-            raise TaskFailedError(
-                f"the weights of {made}, made on the way, raise perplexity by {100 * rise:.1f} %; "
-                f"switch.max_perplexity_rise allows {100 * facts.max_perplexity_rise:.1f} %",
-                final=True,
-            )
-
-
-def _replicas(step: ProgrammeStep) -> list[str]:
-    """All that take part in a wave's transfer."""
-    found: dict[str, Any] = dict.fromkeys(order.replica for order in step.orders)
-    return list(found)
+    async def cancel(self) -> None:
+        """End the work if it runs."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)

@@ -1,14 +1,31 @@
-"""What a switch asks of whatever moves weights between replicas."""
+"""What moves the weights of a switch: for a whole wave, and between engines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from oserve.switch.orders import RankOrder
+from oserve.switch.programme import ProgrammeStep
 
 
 class MoveError(Exception):
     """A transfer or a check that failed; the text says why."""
+
+
+class WaveWeights(Protocol):
+    """Fills and checks the new replicas of a wave: by engines, or modelled on a virtual clock.
+
+    Both raise MoveError where a retry may help, and TaskFailedError (``final``) where it does not.
+    Both may be cancelled, and then leave nothing running.
+    """
+
+    async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
+        """Move the weights of the wave; ``progress`` hears the bytes that have arrived."""
+        ...
+
+    async def check(self, step: ProgrammeStep) -> None:
+        """Compare the weights at both ends, and let each new replica generate."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +38,7 @@ class Moved:
 
 
 class WeightMover(Protocol):
-    """See ``oserve.engines.mover.Mover``."""
+    """Moves weights between engines. See ``oserve.engines.mover.Mover``."""
 
     async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
 
