@@ -36,8 +36,8 @@ class Seen:
 class Start(StrEnum):
     """How replicas come up.
 
-    ``cold``: from disk. ``transfer``: weights come from other devices (``moving``). ``free``: they
-    are there at once and the devices of draining ones count as free, which no real system can do.
+    ``cold``: from disk. ``transfer``: weights come from other devices, see ``transfers``. ``free``:
+    at once, and the devices of draining replicas count as free, which no real system can do.
     """
 
     COLD = "cold"
@@ -118,6 +118,10 @@ class Steering(Policy, Protocol):
 
     def second(self, moment: Moment) -> Steer:
         """A second has passed."""
+        ...
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch by moving weights has ended in this plan."""
         ...
 
 

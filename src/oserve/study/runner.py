@@ -6,7 +6,8 @@ decision at once.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,10 +24,11 @@ from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
-from oserve.study.door import FreeCluster
-from oserve.study.moving import TransferCluster, TransferTimes
 from oserve.study.policy import Moment, Policy, Seen, Start, Steering
 from oserve.study.scene import Scene
+from oserve.study.transfers import SceneSwitching, scene_switcher, transfer_phases
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.switcher import Switcher
 
 _ROUND_S = 1.0
 # Intervals that a policy may look back on when it re-scores plans.
@@ -106,16 +108,17 @@ class _Course:
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
         self._fleet: Fleet = simulator.fleet(self._serving, self._requests)
         self._clock = VirtualClock()
-        self._door = _DOORS[conduct.start](
+        moves = conduct.start is Start.TRANSFER
+        self._door = FleetCluster(
             self._fleet,
             self._add,
             scene.devices,
             self._clock,
-            phases=FREE if conduct.free else scene.phases,
+            phases=FREE if conduct.free else transfer_phases(scene) if moves else scene.phases,
             weights_bytes=scene.weights_bytes,
+            overlapping=conduct.free,
+            moves_after_s=conduct.drain_limit_s if moves else math.inf,
         )
-        if isinstance(self._door, TransferCluster):
-            self._door.times = TransferTimes(scene)
         self._target = self._serving.plan
         self._observation: Observation | None = None
         self._loop = ControlLoop(
@@ -127,6 +130,18 @@ class _Course:
             observed=self._saw,
             rollout=staged if conduct.staged and not conduct.free else _at_once,
         )
+        self._switcher: Switcher | None = None
+        if moves:
+            self._switcher = scene_switcher(
+                SceneSwitching(
+                    scene=scene,
+                    cluster=self._door,
+                    loop=self._loop,
+                    clock=self._clock,
+                    settle=self._reached,
+                    publish=self._publish,
+                )
+            )
         self._steersman = cast("Steering", policy) if conduct.steers else None
         self._arrived = 0
         self._open: Ints = np.zeros(0, dtype=np.int64)
@@ -173,12 +188,16 @@ class _Course:
                     next_decision = np.inf
                 elif self._steady():
                     await self._decide()
+        if self._switcher is not None:
+            await self._switcher.close()
         return self._finish(failed)
 
     def _add(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)
 
     def _steady(self) -> bool:
+        if self._switcher is not None and self._switcher.active:
+            return False
         wanted = set(self._target.replicas)
         alive = {life.spec for life in self._door.lives if life.end_s is None}
         held = alive if not self._policy.conduct.free else alive & wanted
@@ -230,6 +249,10 @@ class _Course:
     async def _go(self, target: DeploymentPlan) -> None:
         moved = set(target.replicas) != set(self._target.replicas)
         self._switches += moved
+        if self._switcher is not None:
+            self._note(target)
+            self._switcher.want(target, "policy")
+            return
         self._target = target
         self._aim(target)
         if moved:
@@ -238,9 +261,23 @@ class _Course:
     def _aim(self, plan: DeploymentPlan) -> None:
         self._simulator.route(self._fleet, plan, self._serving.levers)
         self._loop.plan = plan
+        self._note(plan)
+
+    def _note(self, plan: DeploymentPlan) -> None:
         self._changes.append(
             Change(at_s=self._clock.now(), deployment=deployment_of(plan), plan=plan)
         )
+
+    async def _publish(self) -> None:
+        """The switcher has put a plan in force: route by it, and let the loop act on it."""
+        if self._loop.plan is not self._target:
+            self._target = self._loop.plan
+            self._simulator.route(self._fleet, self._target, self._serving.levers)
+        await self._loop.step()
+
+    def _reached(self, outcome: SwitchOutcome) -> None:
+        if self._steersman is not None:
+            self._steersman.reached(outcome.plan)
 
     def _seen(self) -> Seen:
         now_s, interval_s = self._clock.now(), self._scene.interval_s
@@ -298,13 +335,6 @@ def _at_once(
 ) -> DeploymentPlan:
     del observation, lost, held
     return target
-
-
-_DOORS: Mapping[Start, type[FleetCluster]] = {
-    Start.COLD: FleetCluster,
-    Start.TRANSFER: TransferCluster,
-    Start.FREE: FreeCluster,
-}
 
 
 def _resources(

@@ -32,11 +32,11 @@ from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
 from oserve.sim.types import Status
-from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer
 from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene
+from oserve.study.transfers import usual_start_s
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
@@ -128,6 +128,11 @@ class Steered:
             return Steer(plan=plan)
         return Steer(plan=plan, routed=helm.routed(target, moment.observation, moment.now_s))
 
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch by moving weights has ended in this plan."""
+        if self._helm is not None:
+            self._helm.controller.reached(self._helm.typed(plan))
+
     @property
     def _counting(self) -> bool:
         """A script needs the rates for routing shares only."""
@@ -177,7 +182,7 @@ def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
     """The same controller where replicas start in another way."""
     scene = tuner.scene
     cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in policy.shapes)
-    usual_s = TransferTimes(scene).usual_s if start is Start.TRANSFER else cold_s
+    usual_s = usual_start_s(scene.switch_costs) if start is Start.TRANSFER else cold_s
     # Streams go on elsewhere as by the gateway's default; who restarts replicas waits for them.
     limit_s = _DRAIN_LIMIT_S if start is Start.TRANSFER else policy.conduct.drain_limit_s
     made = replace(
