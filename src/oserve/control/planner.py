@@ -182,7 +182,7 @@ class TablePlanner:
         plan = DeploymentPlan(
             id=f"planned-{_stamp(placed.replicas)}",
             replicas=placed.replicas,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares={},
         )
         return self.with_shares(plan, placed.routing_shares)
@@ -215,9 +215,9 @@ class TablePlanner:
             routing[item.name] = _whole(mixed) or even
         return replace(
             plan,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares=routing,
-            types=tuple(
+            planned_types=tuple(
                 PlannedType(
                     name=kind.name,
                     prompt_tokens=prompt,
