@@ -36,6 +36,7 @@ from oserve.study.scene import Scene
 CHATS, DOCUMENTS = (20.0, 0.1), (0.5, 12.0)
 STAGES = ((CHATS, 40.0), (DOCUMENTS, 40.0))
 START_S = 3.0
+SLOTS = 4
 
 
 def deployment(model: str, folder: Path) -> ServerDeployment:
@@ -46,7 +47,7 @@ def deployment(model: str, folder: Path) -> ServerDeployment:
                 "model": model,
                 "state_dir": str(folder / "state"),
                 "cluster.devices": "cpu",
-                "cluster.cpu_slots": 4,
+                "cluster.cpu_slots": SLOTS,
                 "cluster.cpu_flags": "avx2",
                 "planning.rates": "chats:60x120=6,documents:1500x20=0.2",
                 "planning.slo_ttft_ms": 2000,
