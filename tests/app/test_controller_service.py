@@ -218,7 +218,7 @@ def test_a_controller_needs_something_to_plan_from(tmp_path: Path) -> None:
     plan.write_text("replicas: [{id: one, attach: {url: 'http://127.0.0.1:1'}}]")
     given = {"plan": str(plan), "served_model_name": "x", "state_dir": str(tmp_path / "s")}
     assert prepare(load_settings(None, given, {})).mode is Mode.OFF
-    with pytest.raises(OServeError, match="no plans can be made"):
+    with pytest.raises(OServeError, match="the controller cannot plan"):
         prepare(load_settings(None, {**given, "control.mode": "auto"}, {}))
 
 

@@ -34,7 +34,9 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
 
 def planned(given: Settings) -> FirstPlan:
     plain = plain_precisions(SLOTS, find_processor(given.cluster.cpu_flags))
-    return first_plan(plan_request_for(given, SLOTS, know(given, SLOTS), plain))
+    knowledge = know(given, SLOTS)
+    assert knowledge.source is not None
+    return first_plan(plan_request_for(given, SLOTS, knowledge.source, knowledge.context, plain))
 
 
 def profile_of(model: str, *precisions: Precision) -> Profile:

@@ -1,13 +1,10 @@
 """The parts of a server, made from what it is to run."""
 
-import contextlib
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.config import Settings, api_keys, backend_keys, plan_yaml
@@ -18,17 +15,13 @@ from oserve.engines.holding import HeldEngines, private_folder
 from oserve.engines.mover import Mover
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
-from oserve.gateway.records import read_records
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.learned_lengths import learned_estimator
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
-from oserve.workload.output import KnownAtArrival, OutputEstimator
-
-# Requests of earlier servers from which output lengths are learned.
-_LEARNED = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +93,7 @@ def gateway_supervisor(
             keeper=GatewayKeeper(keeper, folders.log),
             run_dir=folders.run,
             operate=operate,
-            estimator=_learned_estimator(settings.records_file),
+            estimator=learned_estimator(settings.records_file),
         )
     )
 
@@ -139,13 +132,3 @@ def plan_switcher(
             transfer_limit_s=settings.switch.transfer_limit_s,
         )
     )
-
-
-def _learned_estimator(records_file: str) -> dict[str, Any] | None:
-    """State of an estimator that knows the last requests; ``None`` if there are none."""
-    estimator = OutputEstimator()
-    with contextlib.suppress(sqlite3.Error):
-        for record in read_records(Path(records_file), last=_LEARNED):
-            known = KnownAtArrival(prompt_tokens=record.prompt_tokens)
-            estimator.learn(known, record.output_tokens)
-    return estimator.state() if estimator.seen else None

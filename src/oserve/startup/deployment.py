@@ -1,4 +1,4 @@
-"""What a server is to run: devices, plan and controller, settled before anything starts."""
+"""What a server is to run: devices, plan and controller, decided before anything starts."""
 
 import hashlib
 import time
@@ -37,12 +37,12 @@ from oserve.startup.switch_facts import recovered_switch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerDeployment:
-    """All that is settled before anything starts.
+    """All that is decided before anything starts.
 
     ``plan_request`` is what the controller plans from, ``None`` without a controller (mode off).
-    ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
-    alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
-    ``speeds``: of replicas, as an earlier server saw them.
+    ``fingerprint`` tells whether a saved plan still fits; ``given`` is the fingerprint of the plan
+    file, empty without one. ``sized``: the size of KV caches was computed, not set. ``speeds``: of
+    replicas, as an earlier server observed them. ``why``: one line on where the plan comes from.
     """
 
     settings: Settings
@@ -61,17 +61,20 @@ class ServerDeployment:
 
     @property
     def state_file(self) -> Path:
-        """Where the controller keeps its memory."""
+        """The file of the controller's state."""
         return state_file(self.settings)
 
 
 def state_file(settings: Settings) -> Path:
-    """The controller's memory, under the state directory."""
+    """The file of the controller's state, in the state folder."""
     return Path(settings.state_dir) / "state.sqlite"
 
 
 def prepare(settings: Settings) -> ServerDeployment:
-    """Find the devices, read or compute the plan, check it. Starts nothing."""
+    """Find the devices; read or compute the plan, and check it. Starts nothing.
+
+    Raises OServeError if anything in the settings, the plan or the machine does not fit.
+    """
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
@@ -79,7 +82,7 @@ def prepare(settings: Settings) -> ServerDeployment:
     mode = _mode(settings, knowledge)
     request = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        request = plan_request_for(settings, devices, knowledge, plain)
+        request = plan_request_for(settings, devices, knowledge.source, knowledge.context, plain)
     room = find_room(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
@@ -120,7 +123,7 @@ def prepare(settings: Settings) -> ServerDeployment:
 
 
 def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
-    """As set; else auto where the plan is computed."""
+    """The mode that is set; by default auto if the plan is computed, else off."""
     if knowledge.source is None or not settings.model:
         return _without_controller(settings, knowledge.missing or "no model is named")
     return settings.control.mode or (Mode.OFF if settings.plan else Mode.AUTO)
@@ -129,7 +132,7 @@ def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
 def _without_controller(settings: Settings, why: str) -> Mode:
     if settings.control.mode in {Mode.ADVISE, Mode.AUTO}:
         raise OServeError(
-            f"no plans can be made, so that none can be decided on: {why}",
+            f"the controller cannot plan: {why}",
             place="control.mode",
             remedy="leave it out, or see docs/control.md for what is needed",
         )
@@ -139,7 +142,7 @@ def _without_controller(settings: Settings, why: str) -> Mode:
 def _fingerprint(
     settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
 ) -> str:
-    """Of all that a plan depends on but the traffic."""
+    """A fingerprint of all that a plan depends on, except the traffic."""
     engines = msgspec.structs.replace(settings.engines, log_dir="")
     cores = [(d.id, d.kind, d.cores) for d in devices]
     facts = (settings.model, engines, settings.planning, cores, plain)
@@ -147,14 +150,14 @@ def _fingerprint(
 
 
 def _given(settings: Settings) -> str:
-    """Of the plan file's text."""
+    """A fingerprint of the plan file's text; empty without one."""
     if not settings.plan:
         return ""
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
 def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
-    """The plan that was in force when a server last ran on the same, if one did."""
+    """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
         return None
@@ -176,7 +179,7 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
 
 
 def remembered_speeds(file: Path, request: PlanRequest | None) -> Speeds:
-    """What an earlier server saw of replicas, if it planned from the same step times."""
+    """The speeds that an earlier server observed, if it planned from the same step times."""
     if request is None or not file.is_file():
         return Speeds()
     saved = StateStore(file).memory("speeds")
@@ -195,13 +198,12 @@ def _plan(
     resumed: FirstPlan | None,
     speeds: Speeds,
 ) -> FirstPlan:
-    """As given, else as it was, else computed, else the default.
+    """The given plan, else the saved one, else a computed one, else the default.
 
-    A default also where traffic that was merely assumed, or once came, can be served by no shape:
-    that is no reason not to serve.
+    Also the default if no shape can serve assumed or recorded traffic: the server must start.
     """
-    # Who stops a server and starts it with a plan file means that plan; one that was killed means
-    # to go on.
+    # A server that is stopped and started with a plan file gets that plan; after a kill, the next
+    # server continues with the saved plan.
     if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
         return resumed
     if settings.plan:
@@ -222,14 +224,14 @@ def _plan(
 
 
 def _model_name(model: str) -> str:
-    """A folder serves under its own name, a hub model under its full id."""
+    """The served name: of a folder its name, of a hub model its full id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _default_shapes(
     devices: tuple[Device, ...], plain: Precision, settings: Settings
 ) -> tuple[ReplicaShape, ...]:
-    """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
+    """Two different shapes: a small chunk budget keeps the latency of short requests low."""
     if devices and devices[0].kind != "cpu":
         return (
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
@@ -243,13 +245,13 @@ def _default_shapes(
 
 
 def _located(settings: Settings) -> Settings:
-    """Put what has no place of its own under the state directory."""
+    """Settings with default places of records and logs, in the state folder."""
     state = Path(settings.state_dir)
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OServeError(
-            f"cannot make it: {error.strerror}", place=str(state), remedy="set --state-dir"
+            f"cannot create it: {error.strerror}", place=str(state), remedy="set --state-dir"
         ) from None
     records = settings.gateway.records_file or str(state / "records.sqlite")
     logs = settings.engines.log_dir or str(state / "logs")

@@ -12,7 +12,7 @@ _PLACE = "plan"
 
 
 def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
-    """Refuse now what no engine could be started with."""
+    """Raise OServeError if an engine of the plan could not be started."""
     cpu = all(device.kind == "cpu" for device in devices)
     for spec in plan.replicas:
         if isinstance(spec.backend, VllmBackend):
@@ -24,7 +24,7 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
                 platform="cpu" if cpu else "cuda",
                 settings=settings.engines,
             )
-    # How much memory is free does not matter here: engines that run take part of it.
+    # Free memory is not checked here: running engines hold part of it.
     model = known_model(settings.model)
     room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
     room.check_contexts(plan.replicas)

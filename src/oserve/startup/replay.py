@@ -1,7 +1,7 @@
-"""Decisions over again: what a controller makes of seconds that a server observed.
+"""Replay: the decisions of a controller on the seconds that a server recorded.
 
-The same code as on the server, on recorded time; starts and drains take what they were assumed to,
-since nothing runs. Other settings may be given, to see what they would have decided.
+It runs the server's own code on recorded time. Starts and drains take as long as predicted, since
+nothing runs. Other settings show what they would have decided.
 """
 
 import sys
@@ -31,11 +31,11 @@ from oserve.switching.prices import SwitchPrices
 
 
 def recorded(file: Path) -> dict[str, Any]:
-    """What the file says of the server; raises OServeError where it is no such file."""
+    """The context that the server saved; raises OServeError if the file has none."""
     context = StateStore(file).memory("context") if file.is_file() else None
     if not isinstance(context, dict):
         raise OServeError(
-            "it holds nothing that a server observed",
+            "it contains no observations of a server",
             place=str(file),
             remedy="give the state.sqlite in a server's state directory",
         )
@@ -45,24 +45,26 @@ def recorded(file: Path) -> dict[str, Any]:
 def replayed_decisions(
     file: Path, settings: Settings, context: dict[str, Any], *, mode: Mode = Mode.AUTO
 ) -> Iterator[Decision]:
-    """Decisions in their order, as ``settings`` would have them."""
+    """Yield the decisions under ``settings``, in order of time."""
     devices = tuple(msgspec.convert(item, Device) for item in context["devices"])
     demand = msgspec.convert(context["demand"], Demand)
     knowledge = know(settings, devices)
     if knowledge.source is None:
         raise OServeError(knowledge.missing, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    request = plan_request_for(settings, devices, knowledge, (), demand=demand, shapes=shapes)
+    request = plan_request_for(
+        settings, devices, knowledge.source, knowledge.context, (), demand=demand, shapes=shapes
+    )
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
     if isinstance(memory, dict):
         learned.restore(memory)
-    # The memory of this machine must not matter.
+    # The memory of the machine that replays must not matter.
     facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
     prices = SwitchPrices(facts)
     planner = planner_for(request, starts, prices.legs)
-    # As fast as they were last seen to be: how fast at each moment is not kept.
+    # The last speeds that were observed; earlier ones are not saved.
     planner.correct(remembered_speeds(file, request))
     names = [kind.name for kind in planner.facts.types]
     scorer = (
@@ -99,5 +101,5 @@ def replayed_decisions(
 def _first_plan(file: Path) -> DeploymentPlan:
     plans = StateStore(file).plans()
     if not plans:
-        raise OServeError("it holds no plan", place=str(file), remedy="give another file")
+        raise OServeError("it contains no plan", place=str(file), remedy="give another file")
     return parse_plan(plans[0][1], place=str(file))
