@@ -78,7 +78,8 @@ class SimulatedCluster:
         self._random = random.Random(self.faults.seed)
         self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
-        scheduled = [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
+        scheduled: list[tuple[float, str, Callable[[str], None]]] = []
+        scheduled += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
         scheduled += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
         self._scheduled = sorted(scheduled, key=lambda item: item[:2], reverse=True)
         self._last: Observation | None = None
