@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from oserve.control.loop import ControlLoop
 from oserve.core import DeploymentPlan, OServeError, Precision, VirtualClock
@@ -27,12 +26,11 @@ from oserve.switch.model import MovableModel
 from oserve.switch.precision import format_of
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
-from oserve.switching.switcher import Switcher, SwitcherFacts
+from oserve.switching.switcher import Switcher, SwitcherFacts, at_once
 
 # A wave looks at the cluster so often; a server does each 0.1 s.
 _POLL_S = 0.25
 _TRANSFER_LIMIT_S = 60.0
-_T = TypeVar("_T")
 
 
 class ForgetfulJournal:
@@ -81,7 +79,7 @@ def scene_switcher(switching: SceneSwitching) -> Switcher:
             unix_s=clock.now,
             transfer_limit_s=_TRANSFER_LIMIT_S,
             journal=_journal,
-            compute=_at_once,
+            compute=at_once,
             poll_s=_POLL_S,
         )
     )
@@ -131,8 +129,3 @@ def _plan_id(plan: DeploymentPlan) -> str:
 def _journal(path: Path) -> ForgetfulJournal:
     del path
     return ForgetfulJournal()
-
-
-async def _at_once(work: Callable[[], _T], /) -> _T:
-    """Run a computation; it takes no virtual time."""
-    return work()
