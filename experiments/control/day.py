@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from oserve.control.decision import Decision
-from oserve.core import ReplicaShape
+from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, attainment
 from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.experiment import Setup, scene
@@ -87,6 +87,9 @@ class HourlySession:
                 flush=True,
             )
         return update
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        self._session.reached(plan)
 
 
 def main() -> None:

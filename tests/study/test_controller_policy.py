@@ -21,13 +21,14 @@ from oserve.sim.phases import Phases
 from oserve.sim.types import Status
 from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.counterfactual import jittered, switch_worths
-from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, PolicyStart
 from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
+from oserve.study.transfers import scene_switch_facts
 from oserve.study.tune import by_length
 from oserve.study.ways import ways
+from oserve.switching.prices import SwitchPrices
 from oserve.traces import PATTERNS, Slo, synthesise_pattern
 
 EAGER = ControlPolicy(
@@ -86,7 +87,7 @@ def policy(start: PolicyStart = PolicyStart.COLD) -> ControllerPolicy:
 
 
 def records(decisions: Sequence[Decision]) -> str:
-    return repr(decisions)
+    return repr(list(decisions))
 
 
 @dataclass
@@ -232,16 +233,19 @@ def test_weights_come_quicker_from_devices_than_from_disk() -> None:
     scene = wave(cluster="4xH100")
     tuner = OServeTuner(scene)
     cold_s = replace(scene, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
-    times = TransferTimes(cold_s)
-    old, new = serving(2, tuner).plan.replicas, serving(4, tuner).plan.replicas[0]
-    disk_s = cold_s.phases.load_s(scene.weights_bytes(new.shape))
-    nobody = times.start_s(new, holders=(), left=(), beside=0)
-    assert nobody == disk_s
-    # Both fit beside each other: the standby engine is there when the old one has drained.
-    hidden = times.start_s(new, holders=(), left=old, beside=0)
-    fresh = times.start_s(new, holders=old[:1], left=(), beside=0)
-    assert hidden < fresh < disk_s / 2
-    assert times.start_s(new, holders=(), left=old, beside=1) > hidden
+    prices = SwitchPrices(scene_switch_facts(cold_s))
+    old, new = serving(2, tuner).plan.replicas, serving(4, tuner).plan.replicas
+    disk_s = cold_s.phases.load_s(scene.weights_bytes(new[0].shape))
+    assert prices.legs((), new) is None
+    # Both fit beside each other once the old ones have given up their caches.
+    (leg,) = prices.legs(old, new) or ()
+    assert leg.leaving == old
+    assert [spec.shape for spec in leg.started] == [spec.shape for spec in new]
+    assert leg.seconds < disk_s / 2
+    # Starts at the same time take longer than one alone.
+    (both,) = prices.legs(new, old) or ()
+    (alone,) = prices.legs(old[:1], old) or ()
+    assert alone.seconds < both.seconds < disk_s / 2
 
 
 def test_a_transfer_is_over_sooner_than_a_reload() -> None:

@@ -10,7 +10,7 @@ from oserve.control.decision import Decision, Mode
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
-from oserve.core import ReplicaShape
+from oserve.core import DeploymentPlan, ReplicaShape
 from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, Simulator
 from oserve.perf.corrected import CorrectedSource, SpeedKey, Speeds
 from oserve.sim.types import Status
@@ -69,6 +69,9 @@ class Promising:
         served = self._session.runtime.planner.served_rps(replicas, MANY)
         self.promised.append((moment.now_s, served))
         return update
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        raise AssertionError(plan.id)  # nothing switches in mode off
 
 
 @pytest.mark.parametrize("times", [1.0, 1.5])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from oserve.control.decision import Decision, DecisionVerdict, Mode
+from oserve.control.evaluation import CandidateScore
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
@@ -25,11 +26,12 @@ from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds
 from oserve.perf.table import PerformanceSource
-from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Moment, PolicyStart, PolicyUpdate, PolicyView
 from oserve.study.scene import Scene
 from oserve.study.traffic_counter import TrafficCounter
+from oserve.study.transfers import scene_switch_facts, usual_start_s
+from oserve.switching.prices import SwitchPrices
 
 _SHARES_INTERVAL_S = 5.0
 _DRAIN_LIMIT_S = MoveSettings().drain_limit_s or math.inf
@@ -109,13 +111,14 @@ class ControllerSession:
     def __init__(self, policy: ControllerPolicy, traffic: SimulatedTraffic) -> None:
         self.runtime = policy.runtime()
         self.counter = TrafficCounter(self.runtime.controller.plan, traffic)
+        self.outcomes: list[tuple[Decision, CandidateScore | None]] = []
+        """The decisions so far, each with the score that it was based on."""
         self._policy = policy
-        self._decisions: list[Decision] = []
 
     @property
     def decisions(self) -> Sequence[Decision]:
-        """All decisions of the run."""
-        return self._decisions
+        """See ``PolicySession``."""
+        return [decision for decision, _ in self.outcomes]
 
     def second(self, moment: Moment) -> PolicyUpdate:
         """Count what arrived and ended; decide if a decision is due."""
@@ -129,6 +132,10 @@ class ControllerSession:
             return PolicyUpdate(plan=plan)
         routed = runtime.routed(target, moment.observation, moment.now_s)
         return PolicyUpdate(plan=plan, routed=routed)
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        """See ``PolicySession``."""
+        self.runtime.controller.reached(self.runtime.typed(plan))
 
     @property
     def _shares_count(self) -> bool:
@@ -153,8 +160,8 @@ class ControllerSession:
         found = decide_second(runtime, second)
         if found is None:
             return None
+        self.outcomes.append(found)
         decision, _ = found
-        self._decisions.append(decision)
         return runtime.controller.plan if decision.verdict is DecisionVerdict.SWITCH else None
 
     def _scripted(self, now_s: float) -> DeploymentPlan | None:
@@ -210,11 +217,14 @@ def controller_policy(
 def with_start(scene: Scene, policy: ControllerPolicy, start: PolicyStart) -> ControllerPolicy:
     """The same controller on a cluster whose replicas start in another way."""
     cold_s = max(scene.phases.load_s(scene.weights_bytes(item)) for item, _ in policy.shapes)
-    usual_s = TransferTimes(scene).usual_s if start is PolicyStart.TRANSFER else cold_s
+    moves = start is PolicyStart.TRANSFER
+    usual_s = usual_start_s(scene.switch_costs) if moves else cold_s
     # Streams move as by the gateway's default. Restarts wait for the running requests.
-    limit_s = _DRAIN_LIMIT_S if start is PolicyStart.TRANSFER else policy.conduct.drain_limit_s
+    limit_s = _DRAIN_LIMIT_S if moves else policy.conduct.drain_limit_s
+    legs = SwitchPrices(scene_switch_facts(scene)).legs if moves else None
     return replace(
         policy,
+        facts=replace(policy.facts, legs=legs),
         starts_s=usual_s,
         conduct=replace(policy.conduct, start=start, drain_limit_s=limit_s),
         control=replace(policy.control, drain_limit_s=limit_s),

@@ -38,9 +38,9 @@ class PolicyView:
 class PolicyStart(StrEnum):
     """How replicas start.
 
-    ``cold``: they read their weights from disk. ``transfer``: weights come from other devices
-    (``moving``). ``free``: replicas serve at once, and devices of draining ones count as free; no
-    real system can do that.
+    ``cold``: they read their weights from disk. ``transfer``: weights come from other devices, see
+    ``transfers``. ``free``: replicas serve at once, and devices of draining ones count as free,
+    which no real system can do.
     """
 
     COLD = "cold"
@@ -123,6 +123,10 @@ class PolicySession(Protocol):
 
     def second(self, moment: Moment) -> PolicyUpdate:
         """A second has passed."""
+        ...
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        """A switch by moving weights has ended in this plan."""
         ...
 
 

@@ -5,6 +5,7 @@ would do nothing (reconcile is level-triggered), so time advances to the next de
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,13 +23,12 @@ from oserve.evaluate.simulator import (
     Simulator,
     surely_failed,
 )
-from oserve.sim.cluster import Life, LoadTime
+from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
-from oserve.study.moving import TransferStarts, TransferTimes
 from oserve.study.policy import (
     ControlledPolicy,
     Moment,
@@ -38,6 +38,9 @@ from oserve.study.policy import (
     PolicyView,
 )
 from oserve.study.scene import Scene
+from oserve.study.transfers import SceneSwitching, scene_switcher, transfer_phases
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.switcher import Switcher
 from oserve.traces import Slo
 
 _ROUND_S = 1.0
@@ -139,15 +142,16 @@ class _PolicyRunner:
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
         self._fleet = simulator.fleet(self._serving, self._requests)
         self._clock = VirtualClock()
+        moves = conduct.start is PolicyStart.TRANSFER
         self._cluster = FleetCluster(
             self._fleet,
             self._add,
             scene.devices,
             self._clock,
-            phases=FREE if conduct.free else scene.phases,
+            phases=_phases(scene, conduct.start),
             weights_bytes=scene.weights_bytes,
-            load_s=_load_time(scene, conduct.start),
-            instant_drains=conduct.free,
+            overlapping=conduct.free,
+            moves_after_s=conduct.drain_limit_s if moves else math.inf,
         )
         self._target = self._serving.plan
         self._loop = ControlLoop(
@@ -158,6 +162,8 @@ class _PolicyRunner:
             interval_s=_ROUND_S,
             rollout=staged if conduct.staged and not conduct.free else _at_once,
         )
+        self._switcher = self._made_switcher() if moves else None
+        self._session: PolicySession | None = None
         self._arrived = 0
         self._open: Ints = np.zeros(0, dtype=np.int64)
         self._was_switching = True
@@ -169,21 +175,20 @@ class _PolicyRunner:
     async def run(self, checks: _Checks | None = None) -> Run:
         """From the first request to the end of the last; failed ``checks`` end it before."""
         await self._start()
-        session = None
         if isinstance(self._policy, ControlledPolicy):
-            session = self._policy.begin(self._traffic)
+            self._session = self._policy.begin(self._traffic)
         interval_s = self._scene.interval_s
         decide_s = interval_s if self._policy.conduct.decides else np.inf
         failed = False
         while self._fleet.ended < len(self._traffic) and self._clock.now() < self._end_s:
-            moment = self._next_moment(decide_s, session, checks)
+            moment = self._next_moment(decide_s, checks)
             if moment >= self._end_s:
                 self._fleet.run(limit_s=self._end_s)
                 break
             await self._clock.advance(max(0.0, moment - self._clock.now()))
             await self._round()
-            if session is not None and moment <= self._traffic.duration_s:
-                await self._tell(session)
+            if self._session is not None and moment <= self._traffic.duration_s:
+                await self._tell(self._session)
             failed = checks is not None and checks.fails(moment, self._fleet)
             if failed:
                 break
@@ -192,7 +197,9 @@ class _PolicyRunner:
                 decide_s = decide_s + interval_s if arriving else np.inf
                 if arriving and self._is_settled():
                     await self._decide()
-        return self._outcome(failed, () if session is None else tuple(session.decisions))
+        if self._switcher is not None:
+            await self._switcher.close()
+        return self._outcome(failed)
 
     async def _start(self) -> None:
         """Start the first plan, warm."""
@@ -201,11 +208,22 @@ class _PolicyRunner:
         await self._loop.step()
         self._cluster.warm = False
 
-    def _next_moment(
-        self, decide_s: float, session: PolicySession | None, checks: _Checks | None
-    ) -> float:
+    def _made_switcher(self) -> Switcher:
+        """The switcher of a server, over modelled transfers."""
+        return scene_switcher(
+            SceneSwitching(
+                scene=self._scene,
+                cluster=self._cluster,
+                loop=self._loop,
+                clock=self._clock,
+                settle=self._reached,
+                publish=self._publish,
+            )
+        )
+
+    def _next_moment(self, decide_s: float, checks: _Checks | None) -> float:
         moment = min(decide_s, self._end_s)
-        if session is not None or not self._is_settled():
+        if self._session is not None or not self._is_settled():
             moment = min(moment, self._clock.now() + _ROUND_S)
         return moment if checks is None else min(moment, checks.next_s)
 
@@ -213,6 +231,8 @@ class _PolicyRunner:
         self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)
 
     def _is_settled(self) -> bool:
+        if self._switcher is not None and self._switcher.active:
+            return False
         wanted = set(self._target.replicas)
         alive = {life.spec for life in self._cluster.lives if life.end_s is None}
         held = alive if not self._policy.conduct.free else alive & wanted
@@ -261,6 +281,10 @@ class _PolicyRunner:
         """Make a plan the target."""
         moved = set(target.replicas) != set(self._target.replicas)
         self._switches += moved
+        if self._switcher is not None:
+            self._record(target)
+            self._switcher.want(target, "policy")
+            return
         self._target = target
         self._aim(target)
         if moved:
@@ -269,9 +293,23 @@ class _PolicyRunner:
     def _aim(self, plan: DeploymentPlan) -> None:
         self._simulator.route(self._fleet, plan, self._serving.levers)
         self._loop.plan = plan
+        self._record(plan)
+
+    def _record(self, plan: DeploymentPlan) -> None:
         self._changes.append(
             Change(at_s=self._clock.now(), deployment=deployment_of(plan), plan=plan)
         )
+
+    async def _publish(self) -> None:
+        """The switcher put a plan in force: route by it, and let the loop act on it."""
+        if self._loop.plan is not self._target:
+            self._target = self._loop.plan
+            self._simulator.route(self._fleet, self._target, self._serving.levers)
+        await self._loop.step()
+
+    def _reached(self, outcome: SwitchOutcome) -> None:
+        if self._session is not None:
+            self._session.reached(outcome.plan)
 
     def _seen(self) -> PolicyView:
         now_s, interval_s = self._clock.now(), self._scene.interval_s
@@ -305,7 +343,7 @@ class _PolicyRunner:
         cell = np.minimum(window, windows - 1) * classes + self._requests.class_index[:high]
         return np.bincount(cell, minlength=windows * classes).reshape(windows, classes)
 
-    def _outcome(self, failed: bool, decisions: tuple[Decision, ...]) -> Run:
+    def _outcome(self, failed: bool) -> Run:
         results = self._fleet.results()
         finished = results.finish_s[np.isfinite(results.finish_s)]
         end_s = float(finished.max()) if len(finished) else results.now_s
@@ -318,7 +356,7 @@ class _PolicyRunner:
             device_s=device_s,
             energy_j=energy_j,
             failed_early=failed,
-            decisions=decisions,
+            decisions=() if self._session is None else tuple(self._session.decisions),
         )
 
 
@@ -332,9 +370,11 @@ def _at_once(
     return target
 
 
-def _load_time(scene: Scene, start: PolicyStart) -> LoadTime | None:
-    """How long replicas take to start; ``None``: as the phases of the scene say."""
-    return TransferStarts(TransferTimes(scene)) if start is PolicyStart.TRANSFER else None
+def _phases(scene: Scene, start: PolicyStart) -> Phases:
+    """The phases of a replica's start."""
+    if start is PolicyStart.FREE:
+        return FREE
+    return transfer_phases(scene) if start is PolicyStart.TRANSFER else scene.phases
 
 
 def _resources(

@@ -31,14 +31,16 @@ class SwitchFacts:
     """What does not change while a server runs, and what it learns.
 
     ``kv_cache_memory_bytes``: per device, where a shape names none; 0 leaves it to engines.
-    ``available_bytes`` returns the free main memory. ``network`` names the link between nodes.
-    Switches that are carried out teach ``learned``.
+    ``available_bytes`` returns the free main memory. ``releases_cache``: engines can free their KV
+    cache and keep their weights, and stand by without a cache, which those of a server cannot.
+    ``network`` names the link between nodes. Switches that are carried out teach ``learned``.
     """
 
     model: MovableModel
     devices: tuple[Device, ...]
     kv_cache_memory_bytes: int
     available_bytes: Callable[[], int]
+    releases_cache: bool = False
     network: str = DEFAULT_NETWORK
     costs: SwitchCosts = field(default_factory=SwitchCosts)
     learned: LearnedPhases = field(default_factory=LearnedPhases)
@@ -170,6 +172,8 @@ def _order(
     policy = WavePolicy(
         floor_rps=min(capacity_of(current.replicas), capacity_of(target.replicas)),
         memory_bytes=footprints.room_bytes(old, fresh, facts.available_bytes),
+        releases_cache=facts.releases_cache,
+        standby_without_cache=facts.releases_cache,
         quantise=True,
     )
     return order_switch(old, new, policy)

@@ -48,13 +48,15 @@ class WaveReplica:
 class WavePolicy:
     """What must hold: the floor by type (requests/s), and each device's memory (bytes).
 
-    ``releases_cache``: engines can give up the KV cache and keep the weights, to be copied from.
-    ``quantise``: see ``plan_transfer``.
+    ``releases_cache``: engines can free the KV cache and keep the weights, to be copied from.
+    ``standby_without_cache``: a new engine allocates its cache when the released replicas on its
+    devices have ended. ``quantise``: see ``plan_transfer``.
     """
 
     floor_rps: tuple[float, ...]
     memory_bytes: Mapping[str, float]
     releases_cache: bool = False
+    standby_without_cache: bool = False
     quantise: bool = False
 
 
@@ -272,10 +274,14 @@ class _Board:
         )
 
     def _fits(self, one: WaveReplica, other: WaveReplica, *, whole: bool) -> bool:
+        """Whether a new replica fits beside an old one, which serves or has freed its cache."""
+        own = one.total_bytes
+        if not whole and self.policy.standby_without_cache:
+            own -= one.kv_bytes
         beside = other.total_bytes if whole else other.weights_bytes + other.engine_bytes
         shared = set(one.placed.devices) & set(other.placed.devices)
         room = min(self.policy.memory_bytes[device] for device in shared)
-        return one.total_bytes + beside <= room
+        return own + beside <= room
 
     def _check_fit(self) -> None:
         for one in (*self.kept, *self.old, *self.new):

@@ -83,6 +83,10 @@ class EngineWeights:
         finally:
             await mover.close()
 
+    async def release(self, replica: str) -> None:
+        """Raises TaskFailedError: no engine can."""
+        raise TaskFailedError(f"{replica} cannot give up its cache alone", final=True)
+
     async def _connected(self, step: ProgrammeStep) -> WeightMover:
         observation = await self._facts.cluster.observe()
         places = {}

@@ -95,7 +95,7 @@ class WaveTasks:
             case Task.RESTORE:
                 await self._restore(replica, late=late)
             case Task.RELEASE:
-                raise TaskFailedError("engines cannot give up their cache alone", final=True)
+                await self._release(replica, late=late)
 
     def _hold(self, names: frozenset[str]) -> None:
         self._held = names
@@ -128,17 +128,32 @@ class WaveTasks:
                 return
             await self._poll()
 
-    async def _stop(self, replica: str, *, late: bool) -> None:
-        """Drain, stop, and wait until the devices are free."""
+    async def _drain(self, replica: str, *, late: bool) -> None:
+        """Wait until a replica takes no requests and has none; at once if it is gone or late."""
         began_s = self._facts.clock.now()
-        while (state := await self._state(replica)) is not None:
+        while not late and (state := await self._state(replica)) is not None:
             if state.phase is ReplicaPhase.READY:
                 await self._apply(DrainReplica(replica=replica))
+            elif state.phase is not ReplicaPhase.DRAINING:
+                return
             idle = state.running + state.waiting == 0
-            settled = self._facts.clock.now() - began_s >= _SETTLE_S
-            if late or (idle and settled) or state.phase not in _ALIVE:
-                await self._apply(StopReplica(replica=replica))
+            if idle and self._facts.clock.now() - began_s >= _SETTLE_S:
+                return
             await self._poll()
+
+    async def _stop(self, replica: str, *, late: bool) -> None:
+        """Drain, stop, and wait until the devices are free."""
+        await self._drain(replica, late=late)
+        await self._undo(replica)
+
+    async def _release(self, replica: str, *, late: bool) -> None:
+        await self._drain(replica, late=late)
+        if await self._state(replica) is None:
+            raise TaskFailedError(f"{replica} has ended", final=True)
+        try:
+            await self._facts.weights.release(replica)
+        except MoveError as error:
+            raise TaskFailedError(str(error)) from None
 
     async def _retire(self, replica: str, *, late: bool) -> None:
         while await self._state(replica) is not None:

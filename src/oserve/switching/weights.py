@@ -15,8 +15,8 @@ class MoveError(Exception):
 class WaveWeights(Protocol):
     """Fills and checks the new replicas of a wave: by engines, or modelled on a virtual clock.
 
-    Both raise MoveError where a retry may help, and TaskFailedError (``final``) where it does not.
-    Both may be cancelled, and then leave nothing running.
+    All raise MoveError where a retry may help, and TaskFailedError (``final``) where it does not.
+    All may be cancelled, and then leave nothing running.
     """
 
     async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
@@ -25,6 +25,10 @@ class WaveWeights(Protocol):
 
     async def check(self, step: ProgrammeStep) -> None:
         """Compare the weights at both ends, and let each new replica generate."""
+        ...
+
+    async def release(self, replica: str) -> None:
+        """Free the KV cache of a drained replica, which keeps its weights."""
         ...
 
 
