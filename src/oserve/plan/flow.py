@@ -1,8 +1,8 @@
 """The lower level as the paper's flow network, solved by preflow-push in exact arithmetic.
 
 The network (paper, section 3): source -> type j with capacity rate[j]; type j -> replica k; replica
-k -> sink with capacity M_k = lcm over j of capacity[k, j], in units in which mixed work adds up: one
-request of type j takes M_k / capacity[k, j] units of replica k.
+k -> sink with capacity M_k = lcm over j of capacity[k, j], in units in which mixed work adds up:
+one request of type j takes M_k / capacity[k, j] units of replica k.
 
 Flow therefore changes its amount between a type and a replica: these arcs have *gains*, and the
 network is a generalised one. Normalising by M_k makes the numbers whole but does not remove the
