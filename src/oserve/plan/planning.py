@@ -1,7 +1,7 @@
-"""From a model, a cluster and a demand to a plan with its reasons: what ``oserve plan`` asks.
+"""Planning: from a model, a cluster and a demand to a plan with its reasons.
 
-Also what ``oserve serve`` asks when it is given no plan. Everything is wired here: facts, the
-performance table, the search, placement. It prints nothing.
+``oserve plan`` calls it, and ``oserve serve`` without a plan. It combines the performance table,
+the search and the placement, and prints nothing.
 """
 
 import math
@@ -26,18 +26,18 @@ from oserve.plan.deploy import PlacedReplicas, place_deployment
 from oserve.plan.problem import AmongEquals, Objective, PlanProblem
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
-# A share below this is left to overflow.
+# Overflow covers smaller shares.
 _LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
+    """A planning problem. ``limits`` are the SLOs by type name; ``shapes`` the allowed shapes.
 
-    Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
-    deployment, or that one is taken: it is simpler, and the model errs by some per cent. But where
-    ``min_shapes`` asks for several, the best deployment of so many is taken, if there is one.
-    ``notes``: what to know about the request itself.
+    A heterogeneous deployment must gain ``min_gain`` (0.02: two per cent) over the best homogeneous
+    one, which is simpler; the model errs by some per cent. If ``min_shapes`` asks for several
+    shapes, the best deployment with so many wins, if there is one. ``notes``: remarks on the
+    request itself.
     """
 
     model: str
@@ -61,7 +61,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedRates:
-    """Requests per second: served with no regard to SLOs, within all of them, and asked for."""
+    """Requests per second: served regardless of SLOs, served within all SLOs, and demanded."""
 
     served_rps: float
     goodput_rps: float
@@ -70,10 +70,10 @@ class PredictedRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanResult:
-    """The plan, how it was found, and what it is compared with.
+    """The plan, how it was found, and the deployments it is compared with.
 
-    ``usual`` is what most people run: the smallest tensor-parallel size that holds the model with
-    room for its requests, everywhere. ``table_s`` and ``solve_s`` are seconds of this machine.
+    ``usual`` is the common practice: the smallest tensor-parallel size that holds the model and its
+    requests, on all devices. ``table_s`` and ``solve_s`` are seconds on this machine.
     """
 
     request: PlanRequest
@@ -90,7 +90,7 @@ class PlanResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know to judge the plan."""
+        """The caveats of the plan."""
         request = self.request
         notes = [*request.notes, *request.demand.notes, *request.source.caveats(self._shapes)]
         return tuple(dict.fromkeys(notes))
@@ -101,12 +101,12 @@ class PlanResult:
 
     @property
     def gain(self) -> float:
-        """Of the plan over the best homogeneous deployment, as a ratio of what was sought."""
+        """The gain of the plan over the best homogeneous deployment: a ratio of objectives."""
         return _gain(self.planned, self.planned.best, self.baseline)
 
 
 def compute_plan(request: PlanRequest) -> PlanResult:
-    """Plan it. Raises OServeError where nothing can serve the demand, naming what would."""
+    """Compute the plan. Raises OServeError, with a remedy, if nothing can serve the demand."""
     demand = request.demand
     started = time.perf_counter()
     table = performance_table(
@@ -157,7 +157,7 @@ def compute_plan(request: PlanRequest) -> PlanResult:
 
 
 def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
-    """Of one deployment over another in what was sought: the scale, else the rate served."""
+    """The gain of one deployment over another, in scale or else in rate served."""
     if planned.bounds_scale:
         return best.score.scale / base.score.scale if base.score.scale > 0 else math.inf
     return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
@@ -166,7 +166,7 @@ def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate
 def predict(
     request: PlanRequest, problem: PlanProblem, deployment: DeploymentCandidate
 ) -> PredictedRates:
-    """What a deployment serves, with and without regard to SLOs."""
+    """The rates that a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
     used = [index for index, count in enumerate(deployment.counts) if count]
@@ -188,7 +188,7 @@ def predict(
 def used_shapes(
     problem: PlanProblem, deployment: DeploymentCandidate
 ) -> list[tuple[ReplicaShape, int]]:
-    """The shapes of a deployment and how many replicas each has."""
+    """The shapes of a deployment with their numbers of replicas."""
     return [
         (option.shape, count)
         for option, count in zip(problem.options, deployment.counts, strict=True)
@@ -197,12 +197,12 @@ def used_shapes(
 
 
 def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
-    """What is varied unless said otherwise."""
+    """The default dimensions of the shapes."""
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
 def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:
-    """Shares per length class: those of the types it is made of, in proportion."""
+    """The deployment plan; a length class has the weighted mean of its types' shares."""
     demand = request.demand
     shares: dict[str, dict[str, float]] = {}
     for item in demand.classes:
@@ -230,7 +230,7 @@ def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentP
 
 
 def _whole(shares: Mapping[str, float]) -> dict[str, float]:
-    """Scaled to sum to 1, without what is too small to matter."""
+    """Shares without negligible ones, scaled to sum to 1."""
     total = sum(shares.values())
     kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
     total = sum(kept.values())
@@ -240,7 +240,7 @@ def _whole(shares: Mapping[str, float]) -> dict[str, float]:
 def _usual(
     problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
 ) -> DeploymentCandidate | None:
-    """The smallest tensor-parallel size that serves every type, vLLM's usual chunk budget."""
+    """The deployment of the smallest TP size that serves every type, at vLLM's chunk budget."""
 
     def unusual(deployment: DeploymentCandidate) -> tuple[float, ...]:
         shapes = [shape for shape, _ in used_shapes(problem, deployment)]
@@ -257,7 +257,7 @@ def _usual(
 
 
 def _refuse_unmet(request: PlanRequest, table: Sequence[ShapePerformance]) -> None:
-    """Raise where no shape serves a type that comes: too little room, or too tight an SLO."""
+    """Raise OServeError if no shape serves a type with traffic: too little memory or tight SLO."""
     unmet = [
         index
         for index, kind in enumerate(request.demand.types)
@@ -281,7 +281,7 @@ def _refuse_unmet(request: PlanRequest, table: Sequence[ShapePerformance]) -> No
         nearest.append((_excess(row, index, limits), index, row, limits))
     _, index, row, _ = max(nearest, key=lambda item: item[0])
     kind = request.demand.types[index]
-    # Limits that are given for all types must suffice for the one that is hardest to serve.
+    # Common limits must suffice for the type that is hardest to serve.
     ttft_s = [row.ttft_s[i] for _, i, row, own in nearest if own.ttft_s is not None]
     tpot_s = [row.tpot_s[i] for _, i, row, own in nearest if own.tpot_s is not None]
     closest = " ".join(
@@ -299,7 +299,7 @@ def _refuse_unmet(request: PlanRequest, table: Sequence[ShapePerformance]) -> No
 
 
 def _excess(row: ShapePerformance, index: int, limits: LatencyLimits) -> float:
-    """By what factor an idle replica misses the limits."""
+    """The factor by which an idle replica misses the limits."""
     return max(
         row.ttft_s[index] / limits.ttft_s if limits.ttft_s else 0.0,
         row.tpot_s[index] / limits.tpot_s if limits.tpot_s else 0.0,
@@ -307,5 +307,5 @@ def _excess(row: ShapePerformance, index: int, limits: LatencyLimits) -> float:
 
 
 def _above(seconds: float) -> int:
-    """Milliseconds, a little above, so that a small load fits as well."""
+    """Milliseconds, rounded up so that a small load fits as well."""
     return int(seconds * 1.05 * 1e3) + 1
