@@ -5,6 +5,7 @@ waiting ones are handed over, and new steps begin; replicas in order of number, 
 arrival. What a caller does between two calls comes after all that.
 """
 
+from oserve.sim.access import column, entry, set_entry
 from oserve.sim.blocks import blocks_of, forget
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import close, end_step, receive, unbook
@@ -134,7 +135,7 @@ def observe(s: KernelState, now: int) -> None:
         at = s.where[index]
         catch_up(mem, s.ses, at, now)
         for slot in range(mem[at + RUN]):
-            base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
+            base = entry(mem, at, RUN_ID, slot) * REQUEST
             req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
             req[base + COMPUTED] = done_of(mem, at, slot)
 
@@ -177,9 +178,9 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
     mem[at + BATCHES] = 0
     refresh(mem, at)
     for slot in range(mem[at + RUN]):
-        request = mem[at + mem[at + RUN_ID] + slot]
+        request = entry(mem, at, RUN_ID, slot)
         base = request * REQUEST
-        req[base + MADE] = req[base + OUTPUT] - mem[at + mem[at + RUN_LEFT] + slot]
+        req[base + MADE] = req[base + OUTPUT] - entry(mem, at, RUN_LEFT, slot)
         req[base + COPIED] = 0
         unbook(req, mem, at, request)
         lose(s, request, again, now)
@@ -205,7 +206,7 @@ def hang(s: KernelState, index: int, now: int) -> None:
     mem, at = s.mem, s.where[index]
     own_numbers(s, at, now)
     for stage in range(mem[at + STAGES]):
-        mem[at + mem[at + STAGE_FREE] + stage] = NEVER
+        set_entry(mem, at, STAGE_FREE, stage, NEVER)
     mem[at + END] = mem[at + BEGIN] = mem[at + READY_AT] = NEVER
     refresh(mem, at)
 
@@ -223,14 +224,14 @@ def migrate(s: KernelState, request: int, target: int, now: int) -> bool:
     if mem[other + PHASE] != READY or whole > mem[other + BLOCKS]:
         return False
     own_numbers(s, at, now)
-    ids, states = at + mem[at + RUN_ID], at + mem[at + RUN_STATE]
+    ids, states = column(mem, at, RUN_ID), column(mem, at, RUN_STATE)
     slot = 0
     while mem[ids + slot] != request:
         slot += 1
     if mem[states + slot] != STEADY:
         return False
     mem[states + slot] = LEAVING
-    req[base + COPIED] = mem[at + mem[at + RUN_DONE] + slot]
+    req[base + COPIED] = entry(mem, at, RUN_DONE, slot)
     begin = max(now, mem[at + LINK_FREE])
     mem[at + LINK_FREE] = begin + req[base + COPIED] * mem[at + LINK_PS_PER_TOKEN]
     req[base + MOVED_AT] = mem[at + LINK_FREE]
