@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from oserve.core import Clock, Endpoint
 from oserve.engines.control import EngineControl, EngineControlError
 from oserve.switch.orders import RankOrder
+from oserve.switching.weights import Moved, MoveError
 
 _POLL_S = 0.05
 _ROUNDS = 20
@@ -34,19 +35,6 @@ PROBE = (
     "about 90. Question: why does rice take longer to cook up there? Answer: because"
 )
 """What replicas are compared by whose weights were made on the way: prose, code, a question."""
-
-
-class MoveError(Exception):
-    """A transfer or a check that failed; the text says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """Bytes over links and inside devices; seconds of the slowest rank, and of taking it up."""
-
-    size_bytes: int
-    seconds: float
-    take_up_s: float
 
 
 class Mover:

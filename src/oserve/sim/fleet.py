@@ -158,6 +158,14 @@ class Fleet:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
 
+    def serve(self, name: str) -> None:
+        """A replica that loads is ready now. Nothing happens to any other."""
+        if name in self._names and self._phase(name) == layout.LOADING:
+            place = self._place(name)
+            self._state.mem[place + layout.PHASE] = layout.READY
+            self._state.mem[place + layout.DUE] = layout.NEVER
+            self._dirty = True
+
     def hang(self, name: str) -> None:
         """It stands still: it takes requests, and neither they nor those it has get any further."""
         if name in self._names and self._phase(name) != layout.GONE:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from oserve.core import OServeError, Precision
 from oserve.switch.choice import Copy
-from oserve.switch.layout import Architecture, Placed, pieces_by_key, place_of, shard_map
+from oserve.switch.layout import Architecture, ShardPlacement, pieces_by_key, place_of, shard_map
 from oserve.switch.transfer import TransferPlan
 
 # A parameter's name, and start and stop in each dimension of the rank's own.
@@ -36,8 +36,8 @@ class RankOrder:
 def rank_orders(
     architecture: Architecture,
     plan: TransferPlan,
-    sources: Sequence[Placed],
-    targets: Sequence[Placed],
+    sources: Sequence[ShardPlacement],
+    targets: Sequence[ShardPlacement],
 ) -> tuple[RankOrder, ...]:
     """One for each rank of all sources and targets, each at its number.
 
@@ -55,8 +55,8 @@ class _Making:
         self,
         architecture: Architecture,
         plan: TransferPlan,
-        sources: Sequence[Placed],
-        targets: Sequence[Placed],
+        sources: Sequence[ShardPlacement],
+        targets: Sequence[ShardPlacement],
     ) -> None:
         self._architecture = architecture
         self._plan = plan
@@ -65,7 +65,9 @@ class _Making:
         self._givers = self._numbered(sources)
         self._takers = self._numbered(plan.received)
 
-    def _numbered(self, placed: Sequence[Placed]) -> dict[str, tuple[int, Placed, int]]:
+    def _numbered(
+        self, placed: Sequence[ShardPlacement]
+    ) -> dict[str, tuple[int, ShardPlacement, int]]:
         """Each device's rank: its number, its replica and its rank there."""
         found = {}
         for one in placed:
@@ -83,7 +85,7 @@ class _Making:
         self.orders[giver].sends.setdefault(taker, []).extend(sent)
         self.orders[taker].receives.setdefault(giver, []).extend(got)
 
-    def _parts(self, placed: Placed, rank: int, copy: Copy) -> list[Part]:
+    def _parts(self, placed: ShardPlacement, rank: int, copy: Copy) -> list[Part]:
         pieces = pieces_of(self._architecture, placed.layout, rank)
         parameter, piece = pieces[copy.item.tensor.key]
         box = tuple((edge.start, edge.stop) for edge in place_of(piece, copy.item.box))
@@ -96,7 +98,7 @@ class _Making:
             order = self.orders[number]
             scheme = "cast"
             if not conversion.cast:
-                scheme = _scheme(self._precision[conversion.replica])
+                scheme = conversion_scheme(self._precision[conversion.replica])
             peers = tuple(self._takers[device][0] for device in conversion.peers) or (number,)
             held = shard_map(self._architecture, target.layout, rank)
             for layer in range(*conversion.layers):
@@ -113,7 +115,8 @@ def _named(name: str, layer: int) -> str:
     return name.replace("{}", str(layer))
 
 
-def _scheme(precision: Precision) -> str:
+def conversion_scheme(precision: Precision) -> str:
+    """Return how engines make weights of a precision. Raises OServeError if they cannot."""
     if precision is not Precision.INT8:
         raise OServeError(
             f"engines cannot make {precision} weights on the way",
