@@ -186,11 +186,8 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
 
 @compiled
 def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
-    """Refuse a request that has just entered if too many wait; streams that resume may wait."""
-    base = request * REQUEST
-    if queued(s) <= s.glob[MAX_QUEUED] or s.req[base + MADE] > 0:
-        return
-    if s.req[base + STATUS] == QUEUED:
+    """Refuse a request that has just entered if too many wait."""
+    if queued(s) > s.glob[MAX_QUEUED] and s.req[request * REQUEST + STATUS] == QUEUED:
         withdraw(s, request)
         close(s.req, s.glob, request, REFUSED, now)
 
@@ -199,7 +196,8 @@ def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
 def settle(s: KernelState, first: int, now: int) -> None:
     """Dispatch by rank what waits, then refuse what has just entered and may not wait.
 
-    Requests from number ``first`` on have just arrived; others have entered again.
+    Requests from number ``first`` on have just arrived. Others have entered again in this round;
+    streams that resume are not among those, since they may wait beyond the bound.
     """
     entered = s.glob[ARRIVED] - first + s.glob[REENTERED]
     waiting = queued(s)
