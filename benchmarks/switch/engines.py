@@ -44,8 +44,9 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from mid_model import make_mid_model
 
-from oserve.engines.tiny import make_mid_model, make_tiny_model
+from oserve.engines.tiny import make_tiny_model
 
 LIMIT_S = 900.0
 _SEEN_S = 1.0

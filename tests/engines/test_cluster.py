@@ -26,7 +26,7 @@ from oserve.core import (
 from oserve.engines import cluster as cluster_module
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
-from oserve.engines.probe import Answer, EngineLoad, ServedModel
+from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -118,8 +118,14 @@ class FakeProbe:
         self.completed += 1
         return self.completes
 
-    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        return Answer(status=200, body=self.cards) if self.well else Answer(status=0, why="gone")
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> ProbeReply:
+        return (
+            ProbeReply(status=200, body=self.cards)
+            if self.well
+            else ProbeReply(status=0, why="gone")
+        )
 
     async def close(self) -> None:
         self.closed = True

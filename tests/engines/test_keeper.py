@@ -15,7 +15,13 @@ from oserve.app.lock import StateLock
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
 from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
-from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
+from oserve.engines.registry import (
+    Registry,
+    RegistryEntry,
+    end_leftovers,
+    read_registry,
+    write_registry,
+)
 
 # A leader that says it is up, and a child that ignores TERM.
 SERVER = """
@@ -121,8 +127,8 @@ def group(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> Entry:
-    return Entry(
+def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> RegistryEntry:
+    return RegistryEntry(
         name="a-1",
         engine=True,
         log="",

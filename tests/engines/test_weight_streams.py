@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
 
 FREE = threading.Event()
 
@@ -23,7 +23,7 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
     listener.close()
 
 
-Pair = Callable[..., tuple[Stream, Stream]]
+Pair = Callable[..., tuple[ShardStream, ShardStream]]
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def pair(listener: Listener) -> Iterator[Pair]:
     """Makes both ends of a stream; all of them are closed afterwards."""
     with contextlib.ExitStack() as opened:
 
-        def made(limit_s: float = 20.0) -> tuple[Stream, Stream]:
+        def made(limit_s: float = 20.0) -> tuple[ShardStream, ShardStream]:
             deadline_s = time.monotonic() + limit_s
-            caller = Stream.call(listener.path, "t", 3, deadline_s)
+            caller = ShardStream.call(listener.path, "t", 3, deadline_s)
             opened.callback(caller.close)
             called = listener.accept("t", [3], deadline_s)[3]
             opened.callback(called.close)
@@ -58,7 +58,7 @@ def test_bytes_go_through_whatever_the_pace(pair: Pair) -> None:
 
 def test_strangers_and_disorder_are_refused(listener: Listener, pair: Pair) -> None:
     deadline_s = time.monotonic() + 20
-    with contextlib.closing(Stream.call(listener.path, "other", 3, deadline_s)) as stranger:
+    with contextlib.closing(ShardStream.call(listener.path, "other", 3, deadline_s)) as stranger:
         caller, called = pair()
         with pytest.raises(TransferError):
             stranger.take(1)
@@ -90,7 +90,7 @@ def test_a_peer_that_ends_or_is_silent(listener: Listener, pair: Pair) -> None:
     with pytest.raises(TransferError, match="rank 5 did not call"):
         listener.accept("t", [5], time.monotonic() + 0.05)
     with pytest.raises(TransferError, match="nobody listens"):
-        Stream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
+        ShardStream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
 
 
 def test_closing_wakes_who_waits(pair: Pair) -> None:

@@ -1,6 +1,6 @@
 """A server that others run: asked how it is, and watched; never started or ended.
 
-What each answer means is decided in pure functions; ``Look`` asks the questions in turn.
+What each answer means is decided in pure functions; ``AttachedProbe`` asks the questions in turn.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from oserve.core import Endpoint, ReplicaPhase
-from oserve.engines.probe import Answer, ServedModel, base_url, served_models
+from oserve.engines.probe import ProbeReply, ServedModel, base_url, served_models
 from oserve.engines.replica import Prober, ReplicaTask, cancel
 
 # One that does not answer is only taken out of the pool, not ended, so little is lost by doing it
@@ -53,7 +53,7 @@ def answers_questions(url: str) -> bool:
     return not urlsplit(base_url(url)).path.startswith(_PREDICTIONS)
 
 
-def of_health(path: str, answer: Answer, *, has_key: bool) -> Finding:
+def of_health(path: str, answer: ProbeReply, *, has_key: bool) -> Finding:
     """What the answer of a health path says."""
     if answer.status == 0:
         return Finding(
@@ -74,7 +74,7 @@ def of_health(path: str, answer: Answer, *, has_key: bool) -> Finding:
     )
 
 
-def of_models(found: Finding, answer: Answer, *, wanted: str, has_key: bool) -> Finding:
+def of_models(found: Finding, answer: ProbeReply, *, wanted: str, has_key: bool) -> Finding:
     """The same, with what its list of models says. Servers without such a list are well."""
     if answer.status in _NO_KEY:
         return Finding(trouble=f"/v1/models answers {answer.status}", remedy=_key_remedy(has_key))
@@ -86,7 +86,7 @@ def of_models(found: Finding, answer: Answer, *, wanted: str, has_key: bool) -> 
     return Finding(health=found.health, models=models, doubt=doubt)
 
 
-def of_completion(answer: Answer, *, model: str, has_key: bool) -> Finding:
+def of_completion(answer: ProbeReply, *, model: str, has_key: bool) -> Finding:
     """What a request for one token says: the last word on path, key and model."""
     status = answer.status
     said = answer.body[:200].decode(errors="replace").strip()
@@ -112,7 +112,7 @@ def _key_remedy(has_key: bool) -> str:
     return "set attach.api_key_env (or attach.headers) to what it asks for"
 
 
-class Look:
+class AttachedProbe:
     """Asks one server; remembers which path told of its health. ``wanted``: the model's name."""
 
     def __init__(self, probe: Prober, endpoint: Endpoint, wanted: str) -> None:
@@ -194,7 +194,7 @@ class AttachedReplica(ReplicaTask):
     async def _watch(self) -> str:
         failed = 0
         ready = measures = False
-        look = Look(self.probe, self.endpoint, self.wanted)
+        look = AttachedProbe(self.probe, self.endpoint, self.wanted)
         while True:
             found = await (look.health() if ready else look.whole())
             if not found.trouble:

@@ -37,7 +37,7 @@ _FORGOTTEN_S = 120.0
 
 
 @dataclass(frozen=True)
-class Copy:
+class CacheCopy:
     """Blocks of a request, ``first`` being the place of the first one among them."""
 
     request: str
@@ -48,11 +48,11 @@ class Copy:
 
 
 @dataclass
-class Orders(KVConnectorMetadata):  # type: ignore[misc]
+class CacheCommands(KVConnectorMetadata):  # type: ignore[misc]
     """What the scheduler has the workers do."""
 
-    gives: list[Copy] = field(default_factory=list)
-    takes: list[Copy] = field(default_factory=list)
+    gives: list[CacheCopy] = field(default_factory=list)
+    takes: list[CacheCopy] = field(default_factory=list)
 
 
 class Connector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -79,7 +79,7 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         if role == KVConnectorRole.WORKER:
             self._worker = _Worker(self._folder, parallel, self._all_heads)
         # Of the scheduler: what requests wait for and since when, and what goes on.
-        self._orders = Orders()
+        self._orders = CacheCommands()
         self._since_s: dict[str, float] = {}
         self._ready: dict[str, tuple[str, Note, int]] = {}
         self._taking: dict[str, str] = {}
@@ -126,7 +126,7 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         last = -(-(computed + num_external_tokens) // self._block_tokens)
         numbers = blocks.get_block_ids()[0][first:last]
         self._orders.takes.append(
-            Copy(request.request_id, name, list(numbers), first=first, parts=note.parts)
+            CacheCopy(request.request_id, name, list(numbers), first=first, parts=note.parts)
         )
         self._taking[request.request_id] = name
 
@@ -148,7 +148,7 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
             self._folder.put_note(name, Note())
             return False, None
         self._folder.put_note(name, Note(tokens=tokens, parts=self._parts, form=self._form))
-        self._orders.gives.append(Copy(request.request_id, name, block_ids[:count]))
+        self._orders.gives.append(CacheCopy(request.request_id, name, block_ids[:count]))
         self._giving.add(request.request_id)
         return True, None
 
@@ -156,11 +156,11 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         """Whether steps are needed though no request runs."""
         return bool(self._giving)
 
-    def build_connector_meta(self, scheduler_output: Any) -> Orders:
+    def build_connector_meta(self, scheduler_output: Any) -> CacheCommands:
         """What was found since the last step."""
         if not scheduler_output.total_num_scheduled_tokens and (self._since_s or self._giving):
             time.sleep(_PAUSE_S)
-        orders, self._orders = self._orders, Orders()
+        orders, self._orders = self._orders, CacheCommands()
         return orders
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -221,9 +221,9 @@ class _Worker:
         self._first_head = (self._rank % ranks) * all_heads // ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="caches")
         self._writing: dict[str, Future[None]] = {}
-        self._reading: dict[str, tuple[Future[None], Copy]] = {}
+        self._reading: dict[str, tuple[Future[None], CacheCopy]] = {}
 
-    def begin(self, orders: Orders) -> None:
+    def begin(self, orders: CacheCommands) -> None:
         for copy in orders.gives:
             self._writing[copy.request] = self._thread.submit(self._write, copy)
         for copy in orders.takes:
@@ -240,7 +240,7 @@ class _Worker:
                 self.failed |= set(copy.blocks)
         return written, read
 
-    def _write(self, copy: Copy) -> None:
+    def _write(self, copy: CacheCopy) -> None:
         try:
             index = torch.tensor(copy.blocks)
             held = {name: layer.index_select(0, index) for name, layer in self.layers.items()}
@@ -251,7 +251,7 @@ class _Worker:
         except (OSError, RuntimeError):
             self._folder.lose(copy.name)
 
-    def _read(self, copy: Copy) -> None:
+    def _read(self, copy: CacheCopy) -> None:
         index = torch.tensor(copy.blocks)
         missing = {
             (name, self._first_head + head)
@@ -267,7 +267,7 @@ class _Worker:
             raise LookupError(f"nobody had {sorted(missing)[:3]}")
 
     def _take(
-        self, held: Any, name: str, first_head: int, copy: Copy, index: torch.Tensor
+        self, held: Any, name: str, first_head: int, copy: CacheCopy, index: torch.Tensor
     ) -> set[tuple[str, int]]:
         """Copy the heads that both have; tells which those are."""
         layer = self.layers[name]

@@ -26,7 +26,7 @@ from oserve.core import OServeError
 from oserve.engines import registry as lines
 from oserve.engines.group import end_group
 from oserve.engines.keeper import HELD_ELSEWHERE
-from oserve.engines.registry import Entry
+from oserve.engines.registry import RegistryEntry
 from oserve.engines.spawner import surroundings
 
 _log = logging.getLogger("oserve.engines")
@@ -94,7 +94,7 @@ def identity_of(method: str, log_dir: Path) -> str:
 class HeldProcess:
     """One process that the keeper holds; an ``EngineProcess`` where it is an engine."""
 
-    def __init__(self, line: "_Line", entry: Entry) -> None:
+    def __init__(self, line: "_Line", entry: RegistryEntry) -> None:
         loop = asyncio.get_running_loop()
         self._line = line
         self.entry = entry
@@ -195,7 +195,7 @@ class _Line:
 
     def hold(self, ask: lines.Start | lines.Hold) -> HeldProcess:
         engine = isinstance(ask, lines.Start)
-        entry = Entry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
+        entry = RegistryEntry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
         process = self.held[ask.name] = HeldProcess(self, entry)
         self.send(ask)
         return process

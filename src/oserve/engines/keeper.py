@@ -25,7 +25,7 @@ import msgspec
 from oserve.core import OServeError
 from oserve.engines import registry as lines
 from oserve.engines.group import adopt_orphans, start_ticks
-from oserve.engines.registry import Entry, end_leftovers, write_registry
+from oserve.engines.registry import RegistryEntry, end_leftovers, write_registry
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 _log = logging.getLogger("oserve.keeper")
@@ -37,7 +37,7 @@ _POLL_S = 0.02
 
 @dataclass(eq=False, slots=True)
 class _Child:
-    entry: Entry
+    entry: RegistryEntry
     grace_s: float = 0.0
     engine: EngineProcess | None = None
     process: asyncio.subprocess.Process | None = None
@@ -156,7 +156,7 @@ class Keeper:
             self._tell(lines.Refused(name=ask.name, reason="it is held already, or all is ending"))
             return
         engine = isinstance(ask, lines.Start)
-        entry = Entry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
+        entry = RegistryEntry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
         child = self._children[ask.name] = _Child(entry)
         if isinstance(ask, lines.Start):
             entry.folder = ask.env.get("TMPDIR", "")

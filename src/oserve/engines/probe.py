@@ -66,7 +66,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ProbeReply:
     """What a server said; ``status`` 0 where no whole answer came in time, and ``why``."""
 
     status: int
@@ -150,7 +150,7 @@ class Probe:
         path: str,
         body: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
-    ) -> Answer:
+    ) -> ProbeReply:
         """Any question; ``path`` is from the server's root."""
         parts = urlsplit(self._endpoint.url)
         return await self._send(method, f"{parts.scheme}://{parts.netloc}{path}", body, timeout_s)
@@ -169,7 +169,7 @@ class Probe:
 
     async def _send(
         self, method: str, url: str, body: Mapping[str, Any] | None, timeout_s: float | None
-    ) -> Answer:
+    ) -> ProbeReply:
         limit_s = timeout_s or self._timeout_s
         try:
             if self._session is None:
@@ -181,13 +181,13 @@ class Probe:
                 timeout=aiohttp.ClientTimeout(total=limit_s),
                 allow_redirects=False,
             ) as answer:
-                return Answer(status=answer.status, body=await _read(answer))
+                return ProbeReply(status=answer.status, body=await _read(answer))
         except TimeoutError:
-            return Answer(status=0, why=f"it gave no answer within {limit_s:.0f} s")
+            return ProbeReply(status=0, why=f"it gave no answer within {limit_s:.0f} s")
         except aiohttp.ClientConnectorError as error:
-            return Answer(status=0, why=f"cannot connect: {error.os_error or error}")
+            return ProbeReply(status=0, why=f"cannot connect: {error.os_error or error}")
         except _NO_ANSWER as error:
-            return Answer(status=0, why=str(error) or type(error).__name__)
+            return ProbeReply(status=0, why=str(error) or type(error).__name__)
 
     def _connect(self) -> aiohttp.ClientSession:
         headers = dict(self._endpoint.headers)

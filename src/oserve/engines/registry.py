@@ -23,7 +23,7 @@ from oserve.engines.group import (
 _GRACE_S = 2.0
 
 
-class Entry(msgspec.Struct, kw_only=True):
+class RegistryEntry(msgspec.Struct, kw_only=True):
     """One engine, or one other process. ``pid`` is 0 until it is there.
 
     ``started_ticks``: see ``group.start_ticks``. ``folder``: its temporary folder.
@@ -45,7 +45,7 @@ class Registry(msgspec.Struct, kw_only=True):
 
     boot: str
     pid: int
-    held: list[Entry]
+    held: list[RegistryEntry]
 
 
 class Start(msgspec.Struct, kw_only=True, tag=True):
@@ -102,7 +102,7 @@ class Hello(msgspec.Struct, kw_only=True, tag=True):
 
     identity: str
     pid: int
-    held: list[Entry]
+    held: list[RegistryEntry]
 
 
 class Started(msgspec.Struct, kw_only=True, tag=True):
@@ -132,7 +132,7 @@ Tell = Hello | Started | Refused | Ended
 MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
-def write_registry(path: Path, held: list[Entry]) -> None:
+def write_registry(path: Path, held: list[RegistryEntry]) -> None:
     """Replace the file in one step. A full disk must not end serving: then it stays as it was."""
     registry = Registry(boot=boot_id(), pid=os.getpid(), held=held)
     fresh = path.with_suffix(".new")
@@ -178,7 +178,7 @@ def end_leftovers(path: Path) -> list[str]:
     return ended
 
 
-def _has_members(entry: Entry) -> bool:
+def _has_members(entry: RegistryEntry) -> bool:
     """Whether helpers of an engine outlived its leader."""
     if not entry.folder or start_ticks(entry.pid):
         return False

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from oserve.control.progress import Activity, Look, Progress
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
-from oserve.engines.probe import Answer, EngineLoad, ServedModel
+from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -46,7 +46,7 @@ class Prober(Protocol):
 
     async def ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> Answer: ...
+    ) -> ProbeReply: ...
 
     async def close(self) -> None: ...
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, write_json
-from oserve.engines.checkpoints.tensors import Array, Tensor, write_tensors
+from oserve.engines.checkpoints.tensors import Array, CheckpointTensor, write_tensors
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -91,7 +91,7 @@ class GgufModel:
             **self._special_ids(),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, CheckpointTensor]:
         """By their Hugging Face names; values are unpacked when they are asked for."""
         layers = self._count("block_count")
         wanted = dict(_OUTSIDE)
@@ -105,7 +105,7 @@ class GgufModel:
             raise self._refused(f"the tensor {odd[0]!r} is of no Llama model that is known here")
         return {name: self._unpacked(own) for own, name in wanted.items()}
 
-    def _unpacked(self, name: str) -> Tensor:
+    def _unpacked(self, name: str) -> CheckpointTensor:
         item = self._tensor(name)
         # GGUF names the fastest dimension first.
         shape = tuple(int(size) for size in reversed(item.shape))
@@ -118,7 +118,7 @@ class GgufModel:
             found = values if heads is None else unpaired(values, heads)
             return found.astype(np.float32, copy=False)
 
-        return Tensor(kind="BF16", shape=shape, make=make)
+        return CheckpointTensor(kind="BF16", shape=shape, make=make)
 
     def _write_tokenizer(self, folder: Path) -> None:
         from tokenizers import AddedToken, Tokenizer, decoders, models  # noqa: PLC0415

@@ -15,7 +15,7 @@ from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, copy_others, once
 from oserve.engines.checkpoints.tensors import (
     AnyArray,
     Array,
-    Tensor,
+    CheckpointTensor,
     read_tensors,
     write_tensors,
 )
@@ -31,13 +31,15 @@ def make_int8_variant(path: Path, out: Path) -> Path:
     """
 
     def write(folder: Path) -> None:
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, CheckpointTensor] = {}
         for name, item in read_tensors(path / WEIGHTS).items():
             if not name.endswith(_LINEAR):
                 tensors[name] = item
                 continue
-            tensors[name] = Tensor(kind="I8", shape=item.shape, make=partial(_rounded, item))
-            tensors[name.removesuffix("weight") + "weight_scale"] = Tensor(
+            tensors[name] = CheckpointTensor(
+                kind="I8", shape=item.shape, make=partial(_rounded, item)
+            )
+            tensors[name.removesuffix("weight") + "weight_scale"] = CheckpointTensor(
                 kind="F32", shape=(item.shape[0], 1), make=partial(_scales, item)
             )
         write_tensors(folder / WEIGHTS, tensors)
@@ -56,11 +58,11 @@ def scales(weight: Array) -> Array:
     return scale
 
 
-def _scales(item: Tensor) -> Array:
+def _scales(item: CheckpointTensor) -> Array:
     return scales(item.make())
 
 
-def _rounded(item: Tensor) -> AnyArray:
+def _rounded(item: CheckpointTensor) -> AnyArray:
     weight = item.make()
     return np.clip(np.rint(weight / scales(weight)), -127, 127).astype(np.int8)
 

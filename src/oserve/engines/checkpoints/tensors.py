@@ -23,7 +23,7 @@ _MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
+class CheckpointTensor:
     """One tensor of a file: ``make`` gives its values when they are wanted, fp32 or int8.
 
     ``kind`` is its type in the file: ``BF16``, ``F32`` or ``I8``.
@@ -42,13 +42,13 @@ class Tensor:
         return count
 
 
-def tensor(values: AnyArray, *, kind: str = "") -> Tensor:
+def tensor(values: AnyArray, *, kind: str = "") -> CheckpointTensor:
     """Of values at hand; without a ``kind`` floats are stored as bf16."""
     kind = kind or ("I8" if values.dtype == np.int8 else "BF16")
-    return Tensor(kind=kind, shape=values.shape, make=lambda: values)
+    return CheckpointTensor(kind=kind, shape=values.shape, make=lambda: values)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, CheckpointTensor]) -> None:
     """Write them in this order, making one after another.
 
     Raises ``OServeError`` where a tensor is not of the shape that was said, ``OSError`` where the
@@ -74,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(_stored(values, item.kind).tobytes())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, CheckpointTensor]:
     """The tensors of a file; raises ``OServeError`` for one that this cannot read, or cut short."""
     try:
         size = path.stat().st_size
@@ -93,15 +93,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def parameter_count(tensors: Iterable[Tensor]) -> int:
+def parameter_count(tensors: Iterable[CheckpointTensor]) -> int:
     """Values in all of them."""
     return sum(item.byte_count // _SIZES[item.kind] for item in tensors)
 
 
-def _read(path: Path, data: int, entry: Mapping[str, Any], size: int) -> Tensor:
+def _read(path: Path, data: int, entry: Mapping[str, Any], size: int) -> CheckpointTensor:
     kind, shape = entry["dtype"], tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    made = Tensor(kind=kind, shape=shape, make=lambda: _values(path, data + first, kind, shape))
+    made = CheckpointTensor(
+        kind=kind, shape=shape, make=lambda: _values(path, data + first, kind, shape)
+    )
     if made.byte_count != last - first or data + last > size:
         raise ValueError("it is cut short")
     return made

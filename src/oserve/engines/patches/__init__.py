@@ -10,15 +10,15 @@ No other module of OServe assigns to a foreign one. It does not import vLLM by b
 
 from oserve.engines.patches.applying import PATCHES, VLLM, apply
 from oserve.engines.patches.installed import engine_package, left_out
-from oserve.engines.patches.patch import Patch, PatchError, Stage, Target
+from oserve.engines.patches.patch import Patch, PatchError, PatchTarget, Stage
 
 __all__ = [
     "PATCHES",
     "VLLM",
     "Patch",
     "PatchError",
+    "PatchTarget",
     "Stage",
-    "Target",
     "apply",
     "engine_package",
     "left_out",

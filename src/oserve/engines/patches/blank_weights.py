@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from oserve.engines.patches.kept_weights import weights_are_kept
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 from oserve.engines.weights.raw import LARGE_BYTES, is_blank, mark_blank, memory_of
 
 _SMALL = 1e-3
@@ -74,18 +74,18 @@ BLANK_WEIGHTS = Patch(
     made_for="vLLM 0.32.0",
     wanted=weights_are_kept,
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.model_executor.model_loader.dummy_loader:initialize_single_dummy_weight",
             source="vllm.model_executor.model_loader.weight_utils:initialize_single_dummy_weight",
             digest="4dc114b67f8f0bbe",
             replace=_blank.filling,
         ),
-        Target(
+        PatchTarget(
             place="vllm.model_executor.model_loader.dummy_loader:DummyModelLoader.load_weights",
             digest="bb8cc815ab9e20dd",
             replace=_blank.loading,
         ),
-        Target(
+        PatchTarget(
             place="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
             digest="dcdb7fa721cfafe1",
             replace=_blank.packing,

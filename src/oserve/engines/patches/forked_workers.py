@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 
 def _forking(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +22,7 @@ FORKED_WORKERS = Patch(
     made_for="vLLM 0.32.0",
     needed=True,
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
             digest="43fdc40c8fef51b1",
             replace=_forking,

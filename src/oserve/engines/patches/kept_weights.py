@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from oserve.engines.arguments import KEEP_WEIGHTS
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 from oserve.engines.patches.platforms import on_cpu
 from oserve.engines.weights.raw import LARGE_BYTES, keep_memory, keep_raw
 
@@ -49,13 +49,13 @@ KEPT_WEIGHTS = Patch(
     made_for="vLLM 0.32.0",
     wanted=weights_are_kept,
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.model_executor.model_loader.base_loader:initialize_model",
             source="vllm.model_executor.model_loader.utils:initialize_model",
             digest="a9d3f8a8220d5ac5",
             replace=_in_memory_files,
         ),
-        Target(
+        PatchTarget(
             place="vllm.model_executor.model_loader.base_loader:process_weights_after_loading",
             source="vllm.model_executor.model_loader.utils:process_weights_after_loading",
             digest="758e83038852a4ec",

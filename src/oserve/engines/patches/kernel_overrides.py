@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 
 def _done_already(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +22,7 @@ KERNEL_OVERRIDES = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
             digest="33b2b92b16ba15eb",
             replace=_done_already,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 
 def _here(_original: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,7 +18,7 @@ MODEL_INSPECTION = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.model_executor.models.registry:_run_in_subprocess",
             digest="e5c2127202ded41a",
             replace=_here,

@@ -48,7 +48,7 @@ def _always() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class PatchTarget:
     """One attribute that is replaced.
 
     ``place``: ``module:qualified.name`` of the attribute. ``source``: of the function that is read
@@ -81,7 +81,7 @@ class Patch:
     name: str
     stage: Stage
     made_for: str
-    targets: tuple[Target, ...]
+    targets: tuple[PatchTarget, ...]
     reason: str
     without: str
     upstream: str
@@ -113,7 +113,7 @@ def installed_misfit(patch: Patch) -> str:
     return ""
 
 
-def put_in_place(target: Target) -> None:
+def put_in_place(target: PatchTarget) -> None:
     """Replace it, whatever stands there."""
     module, _, name = target.place.partition(":")
     holder, _, last = name.rpartition(".")
@@ -160,7 +160,7 @@ def installed_source(place: str) -> str:
     return "".join(lines[first - 1 : node.end_lineno])
 
 
-def _compare(target: Target, source: str, made_for: str) -> None:
+def _compare(target: PatchTarget, source: str, made_for: str) -> None:
     if digest_of(source) != target.digest:
         raise _MisfitError(f"{target.read} is not what it was in {made_for}")
 

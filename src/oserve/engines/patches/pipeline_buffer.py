@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 from oserve.engines.patches.platforms import on_cpu
 
 
@@ -26,7 +26,7 @@ PIPELINE_BUFFER = Patch(
     made_for="vLLM 0.32.0",
     wanted=on_cpu,
     targets=(
-        Target(
+        PatchTarget(
             place=(
                 "vllm.v1.worker.cpu_model_runner:"
                 "CPUModelRunner.sync_and_gather_intermediate_tensors"

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 _NAP_S = 0.0002
 _ASK_AGAIN_MS = 100
@@ -25,7 +25,7 @@ WAITING = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
             digest="68ef15b26ab57770",
             replace=_napping,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from oserve.engines.weights.memory import Memory
-from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
 from oserve.engines.weights.transfer import Order, Part, Transfer, part_of
 
 
@@ -39,7 +39,7 @@ def transfer_for(
 class CudaTransfer(Transfer):
     """Sockets carry device ids and, inside a device, handles; values stay on GPUs."""
 
-    def _send(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+    def _send(self, stream: ShardStream, parts: Sequence[Part], throttle: Throttle) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
 
         stream.send(0, memoryview(_device_name()), throttle)
@@ -55,7 +55,7 @@ class CudaTransfer(Transfer):
             group.send([part.reshape(-1).view(torch.uint8)], 1, 0).wait()
         torch.cuda.current_stream().synchronize()
 
-    def _receive(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+    def _receive(self, stream: ShardStream, parts: Sequence[Part], throttle: Throttle) -> None:
         del throttle
         own = _device_name()
         other = bytearray(len(own))

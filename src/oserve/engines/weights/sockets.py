@@ -71,9 +71,11 @@ class Listener:
         self._socket.bind(path)
         self._socket.listen(128)
 
-    def accept(self, name: str, callers: Sequence[int], deadline_s: float) -> dict[int, "Stream"]:
+    def accept(
+        self, name: str, callers: Sequence[int], deadline_s: float
+    ) -> dict[int, "ShardStream"]:
         """A stream from each caller. Raises TransferError if one does not call in time."""
-        found: dict[int, Stream] = {}
+        found: dict[int, ShardStream] = {}
         try:
             while len(found) < len(callers):
                 missing = sorted(set(callers) - set(found))
@@ -84,7 +86,7 @@ class Listener:
                     continue
                 except OSError as error:
                     raise TransferError(f"waiting for rank {missing[0]}: {error}") from None
-                stream = Stream(caller, deadline_s)
+                stream = ShardStream(caller, deadline_s)
                 try:
                     rank = stream.greeted(name)
                 except TransferError:
@@ -109,7 +111,7 @@ class Listener:
             os.unlink(self.path)
 
 
-class Stream:
+class ShardStream:
     """One direction between two ranks. Errors and deadlines are ``TransferError``."""
 
     def __init__(self, connection: socket.socket, deadline_s: float) -> None:
@@ -120,7 +122,7 @@ class Stream:
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
     @classmethod
-    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "Stream":
+    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "ShardStream":
         """To the rank that listens at ``path``, which may be about to."""
         while True:
             left_s = _left_s(deadline_s, f"nobody listens at {path}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from oserve.engines.weights.memory import Memory, mapped
-from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
 from oserve.engines.weights.sums import bytes_of, checksum, pieces
 
 # A parameter's name, and start and stop in each dimension.
@@ -116,7 +116,7 @@ class Transfer(Job):
             for name, (shape, dtype) in order.staged.items()
         }
         self._largest: dict[tuple[str, int], Any] = {}
-        self._streams: list[Stream] = []
+        self._streams: list[ShardStream] = []
         self._lock = threading.Lock()
         self._moved = [0, 0]
         self._deadline_s = time.monotonic() + order.limit_s
@@ -176,17 +176,17 @@ class Transfer(Job):
 
     def _connected(
         self, callers: Sequence[int], called: Sequence[int]
-    ) -> tuple[dict[int, Stream], dict[int, Stream]]:
+    ) -> tuple[dict[int, ShardStream], dict[int, ShardStream]]:
         order = self._order
-        found: dict[int, Stream] = {}
+        found: dict[int, ShardStream] = {}
 
         def call() -> None:
             for peer in called:
-                found[peer] = Stream.call(
+                found[peer] = ShardStream.call(
                     order.addresses[peer], order.name, order.rank, self._deadline_s
                 )
 
-        incoming: dict[int, Stream] = {}
+        incoming: dict[int, ShardStream] = {}
 
         def accept() -> None:
             incoming.update(self._listener.accept(order.name, callers, self._deadline_s))
@@ -221,7 +221,7 @@ class Transfer(Job):
         if failed:
             raise failed[0]
 
-    def _send(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+    def _send(self, stream: ShardStream, parts: Sequence[Part], throttle: Throttle) -> None:
         shown = self._show(stream, parts)
         for number, (name, box) in enumerate(parts):
             part = part_of(self._tensors[name], box)
@@ -229,7 +229,7 @@ class Transfer(Job):
                 stream.send(number, bytes_of(part.contiguous()), throttle)
             self._count(0, part.nbytes)
 
-    def _receive(self, stream: Stream, parts: Sequence[Part], throttle: Throttle) -> None:
+    def _receive(self, stream: ShardStream, parts: Sequence[Part], throttle: Throttle) -> None:
         seen = self._see(stream)
         for number, (name, box) in enumerate(parts):
             place = part_of(self._staged.get(name, self._tensors.get(name)), box)
@@ -244,7 +244,7 @@ class Transfer(Job):
                 self.staged_sums[part_key(name, box)] = checksum(place)
             self._count(1, place.nbytes)
 
-    def _show(self, stream: Stream, parts: Sequence[Part]) -> Set[str]:
+    def _show(self, stream: ShardStream, parts: Sequence[Part]) -> Set[str]:
         """Tell the other side what of it it can map, and hand that over; the names."""
         own = {name: self._tensors[name] for name, _ in parts if name in self._tensors}
         places = self._memory.places(own) if self._memory is not None else {}
@@ -255,7 +255,7 @@ class Transfer(Job):
             stream.give_descriptor(self._memory.descriptor)
         return places.keys()
 
-    def _see(self, stream: Stream) -> Mapping[int, Any]:
+    def _see(self, stream: ShardStream) -> Mapping[int, Any]:
         """What the other side shows of it, by number."""
         places, boxes = json.loads(stream.take(int.from_bytes(stream.take(8), "big")))
         if not places:
@@ -280,7 +280,9 @@ class Transfer(Job):
             self._moved[way] += size
 
     # -- quantising on the way ------------------------------------------------------------------
-    def _convert(self, outgoing: Mapping[int, Stream], incoming: Mapping[int, Stream]) -> None:
+    def _convert(
+        self, outgoing: Mapping[int, ShardStream], incoming: Mapping[int, ShardStream]
+    ) -> None:
         order = self._order
         shared = [(name, peers) for name, scheme, peers in order.convert if len(peers) > 1]
         for name, _ in shared:
