@@ -191,7 +191,7 @@ def test_the_folder_for_sockets_is_ours_alone(tmp_path: Path) -> None:
     assert len(str(folder)) < 30
     assert private_folder(tmp_path) == folder
     folder.chmod(0o755)
-    with pytest.raises(OServeError, match="not ours alone"):
+    with pytest.raises(OServeError, match="other users"):
         private_folder(tmp_path)
     folder.rmdir()
 

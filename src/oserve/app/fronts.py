@@ -17,7 +17,8 @@ from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.engines.adoption import end
-from oserve.engines.holding import HeldEngines, HeldProcess
+from oserve.engines.holding import HeldEngines
+from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.settings import GatewaySettings

@@ -10,7 +10,7 @@ import msgspec
 
 from oserve import __version__
 from oserve.core import Device, ReplicaShape, ReplicaSpec, VllmBackend
-from oserve.engines.holding import HeldProcess
+from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.settings import EngineSettings
 
 # Settings of whoever looks after an engine: the engine is the same whatever they are.

@@ -53,7 +53,8 @@ from oserve.engines.arguments import (
 )
 from oserve.engines.attached import AttachedReplica
 from oserve.engines.group import CACHES_FOLDER, group_activity
-from oserve.engines.holding import HeldEngines, HeldProcess
+from oserve.engines.holding import HeldEngines
+from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.logs import open_log
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
