@@ -38,7 +38,7 @@ from oserve.engines.settings import EngineSettings
 from oserve.sim import SimulatedCluster
 from oserve.sim.phases import Phases
 from oserve.switch.layout import shard_map
-from oserve.switch.orders import RankOrder
+from oserve.switch.rank_order import RankOrder
 
 DEVICES = tuple(Device(id=f"cpu:{n}", kind="cpu", memory_bytes=2 << 30) for n in range(4))
 PLENTY = 1 << 40

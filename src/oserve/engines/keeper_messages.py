@@ -128,8 +128,8 @@ class MessageRejected(msgspec.Struct, frozen=True, kw_only=True, tag="Rejected")
 ProcessEvent = ProcessStarted | StartRefused | ProcessExited
 KeeperEvent = KeeperHello | ProcessEvent | MessageRejected
 
-_COMMANDS: Final = msgspec.json.Decoder(KeeperCommand)
-_EVENTS: Final = msgspec.json.Decoder(KeeperEvent)
+_COMMANDS: Final[msgspec.json.Decoder[KeeperCommand]] = msgspec.json.Decoder(KeeperCommand)
+_EVENTS: Final[msgspec.json.Decoder[KeeperEvent]] = msgspec.json.Decoder(KeeperEvent)
 _IDENTITY: Final = msgspec.json.Decoder(KeeperIdentity)
 
 

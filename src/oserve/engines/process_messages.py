@@ -53,7 +53,7 @@ class SupervisorReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 ZygoteEvent = ZygoteReady | EngineForked | EngineExited | ForkRefused
 
 _FORKS: Final = msgspec.json.Decoder(EngineFork)
-_EVENTS: Final = msgspec.json.Decoder(ZygoteEvent)
+_EVENTS: Final[msgspec.json.Decoder[ZygoteEvent]] = msgspec.json.Decoder(ZygoteEvent)
 _READY: Final = msgspec.json.Decoder(SupervisorReady)
 
 

@@ -23,7 +23,8 @@ from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_co
 from oserve.switch.layout import Placed, shard_map
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.links import links_of
-from oserve.switch.orders import RankOrder, rank_orders
+from oserve.switch.orders import rank_orders
+from oserve.switch.rank_order import RankOrder
 from oserve.switch.tensor import volume
 from oserve.switch.transfer import TransferPlan, fill_reason, plan_transfer
 from oserve.switch.waves import Order, OrderPolicy, Standing, Wave, order_switch

@@ -28,7 +28,7 @@ from oserve.core import (
 )
 from oserve.engines.mover import Moved, MoveError
 from oserve.switch.layout import Architecture, differences, shard_map
-from oserve.switch.orders import RankOrder
+from oserve.switch.rank_order import RankOrder
 from oserve.switch.transaction import Task
 
 _POLL_S = 0.1

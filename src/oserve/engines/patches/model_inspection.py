@@ -1,13 +1,15 @@
 """A model's class is looked at in the process that asks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from oserve.engines.patches.patch import Patch, PatchTarget
 
+Found = TypeVar("Found")
 
-def _here(_original: Callable[..., Any]) -> Callable[..., Any]:
-    def run(inspect: Callable[[], Any]) -> Any:
+
+def _here(_original: object) -> Callable[[Callable[[], Found]], Found]:
+    def run(inspect: Callable[[], Found]) -> Found:
         return inspect()
 
     return run

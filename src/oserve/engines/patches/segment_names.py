@@ -1,7 +1,6 @@
-"""Names of shared memory that tell which engine it belongs to."""
+"""Names of shared memory that tell which engine owns it."""
 
 import os
-from typing import Any
 
 from oserve.engines.group import SHARED_MEMORY_PREFIX
 from oserve.engines.patches.patch import Patch, PatchTarget
@@ -11,11 +10,11 @@ _DIGEST = "a86e5d8af2d61014"
 _NAME_LENGTH = 40
 
 
-def _own(_original: Any) -> str:
+def _own(_original: object) -> str:
     return f"/{SHARED_MEMORY_PREFIX}{os.getpid()}_"
 
 
-def _long(_original: Any) -> int:
+def _long(_original: object) -> int:
     return _NAME_LENGTH
 
 
