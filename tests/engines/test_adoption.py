@@ -21,6 +21,7 @@ from oserve.core import (
     StopReplica,
     VirtualClock,
 )
+from oserve.engines.adoption import read_note
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.holding import HeldEngines, identity_of
@@ -150,7 +151,8 @@ class World:
         """Devices in the registry on disk."""
         registry = read_registry(self.folder / "keeper.json")
         assert registry is not None
-        return [device for entry in registry.held for device in entry.note["devices"]]
+        notes = [read_note(entry.note) for entry in registry.held]
+        return [device for note in notes if note is not None for device in note.devices]
 
     def alive(self) -> list[FakeProcess]:
         return [process for process in self.launcher.processes if not process.ended.done()]

@@ -70,16 +70,16 @@ async def test_a_path_that_was_found_is_asked_alone_until_it_is_gone() -> None:
     probe.answers = {"/health": ProbeReply(status=200)}
     assert (await watch.health()).health == "/health"
     probe.answers = {"/health": ProbeReply(status=503)}
-    assert "not well" in (await watch.health()).trouble
+    assert "not healthy" in (await watch.health()).trouble
 
 
 @pytest.mark.parametrize(
     ("answers", "trouble", "remedy"),
     [
         ({"health": ProbeReply(status=0, why="cannot connect")}, "cannot connect", "start it"),
-        ({}, "no path says", "attach.health"),
+        ({}, "no path tells its health", "attach.health"),
         ({"health": 401}, "/health answers 401", "api_key_env"),
-        ({"health": 503}, "not well", "its own log"),
+        ({"health": 503}, "not healthy", "its own log"),
         ({"health": 200, "v1__models": 403}, "/v1/models answers 403", "api_key_env"),
         ({"health": 200, "v1__completions": 401}, "answers 401", "api_key_env"),
         ({"health": 200}, "answers 404 for the model 'm'", "attach.model"),
