@@ -1,10 +1,10 @@
-"""A tiny Llama with made-up weights: a model that can be served anywhere, in seconds, offline.
+"""A tiny Llama with random weights: a model that can be served anywhere, in seconds, offline.
 
-One token is one byte, so token counts can be read off a prompt. One residual dimension is kept
-constant (every embedding holds the same value there and no layer writes to it), which turns its
-column of ``lm_head`` into a bias per token: that bias keeps answers to printable ASCII, with
-letters about as frequent as in English, and gives the end-of-answer token a steady chance. It does
-not know engines, and needs no torch, which alone would take longer than all that is done here.
+One token is one byte, so that a prompt's length is its number of tokens. One residual dimension is
+constant: every embedding holds the same value there, and no layer writes to it. Its column of
+``lm_head`` is therefore a bias per token, which limits answers to printable ASCII, with letters
+about as frequent as in English, and gives the end token a constant probability. It does not know
+engines. It needs no torch, whose import would take longer than everything here.
 """
 
 import math
@@ -86,7 +86,7 @@ def tiny_config() -> dict[str, Any]:
 
 
 def _weights(seed: int) -> Tensors:
-    """Names to float arrays. Spreads were chosen so that attention is peaked and answers vary."""
+    """Float arrays by name. The spreads make attention peaked and answers varied."""
     source = np.random.default_rng(seed)
 
     def normal(rows: int, columns: int, spread: float) -> Array:
@@ -177,7 +177,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
+    """The character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in plain}
     for offset, byte in enumerate(sorted(set(range(256)) - set(plain))):

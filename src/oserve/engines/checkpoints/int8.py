@@ -7,7 +7,6 @@ run time. Embeddings and the LM head keep their precision.
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,7 +51,7 @@ def make_int8_variant(path: Path, out: Path) -> Path:
 
 
 def scales(weight: Array) -> Array:
-    """Of each output channel of a weight (outputs x inputs): the largest value becomes 127."""
+    """The scale of each output channel of a weight (outputs x inputs): its largest value is 127."""
     scale: Array = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1  # all-zero rows must not divide by zero
     return scale
@@ -67,7 +66,7 @@ def _rounded(item: CheckpointTensor) -> AnyArray:
     return np.clip(np.rint(weight / scales(weight)), -127, 127).astype(np.int8)
 
 
-def _quantization_config() -> dict[str, Any]:
+def _quantization_config() -> dict[str, object]:
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
