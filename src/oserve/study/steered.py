@@ -36,7 +36,8 @@ from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer
 from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene
-from oserve.study.transfers import usual_start_s
+from oserve.study.transfers import scene_switch_facts, usual_start_s
+from oserve.switching.prices import SwitchPrices
 from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival
 
@@ -185,8 +186,11 @@ def started(tuner: OServeTuner, policy: Steered, start: Start) -> Steered:
     usual_s = usual_start_s(scene.switch_costs) if start is Start.TRANSFER else cold_s
     # Streams go on elsewhere as by the gateway's default; who restarts replicas waits for them.
     limit_s = _DRAIN_LIMIT_S if start is Start.TRANSFER else policy.conduct.drain_limit_s
+    prices = SwitchPrices(scene_switch_facts(scene)) if start is Start.TRANSFER else None
+    facts = replace(policy.planner.facts, legs=None if prices is None else prices.legs)
     made = replace(
         policy,
+        planner=TablePlanner(facts),
         starts_s=usual_s,
         conduct=replace(policy.conduct, start=start, drain_limit_s=limit_s),
         control=replace(policy.control, drain_limit_s=limit_s),
