@@ -138,7 +138,7 @@ def _verdict(
             request=request.id,
             way=Way.REPLAY,
             gap_s=replay_s,
-            reason=f"no room for its cache of {wanted:.0f} tokens beside the headroom",
+            reason=f"its cache of {wanted:.0f} tokens finds no room beside the headroom",
         )
     if move_s > replay_s:
         return MoveVerdict(
