@@ -85,7 +85,7 @@ def test_an_answer_that_never_stops_reasoning_has_no_first_answer_token() -> Non
         ([event({"content": "x"}, "length")], LOOSE, "completed", ""),
         ([event({"content": "x"}, "stop"), usage(2)], LOOSE, "completed", ""),
         ([event({"content": "x"}, "length"), usage(2)], LOOSE, "truncated", "tokens"),
-        ([event({"content": "x"}, "abort"), usage(4)], LOOSE, "truncated", "gave it up"),
+        ([event({"content": "x"}, "abort"), usage(4)], LOOSE, "truncated", "aborted it"),
         ([b'data: {"error": {"message": "boom"}}'], LOOSE, "failed", "boom"),
         ([b'data: {"object": "error", "message": "boom", "code": 400}'], LOOSE, "failed", "boom"),
         ([b'event: error\ndata: {"message": "boom"}'], LOOSE, "failed", "boom"),

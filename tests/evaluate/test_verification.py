@@ -28,7 +28,7 @@ from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import demand_from_rates
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest
@@ -54,7 +54,7 @@ def found() -> PlanResult:
         max_num_seqs=(64, 128),
     )
     limits = LatencyLimits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
-    return answer(
+    return compute_plan(
         PlanRequest(
             model="qwen3-32b",
             devices=devices,
@@ -68,10 +68,10 @@ def found() -> PlanResult:
 
 
 def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: PlanResult) -> None:
-    simulator = Simulator(found.question.source)
+    simulator = Simulator(found.request.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=0).between(0.0, 20.0)
-    check = replace(check_for(found.question.demand, SLO), traffics=(traffic,))
+    check = replace(check_for(found.request.demand, SLO), traffics=(traffic,))
     got = simulate_serving(simulator, serving, check)
     assert simulator.holds(serving, traffic.faster(got.capacity_scale), SLO)
     assert not simulator.holds(serving, traffic.faster(got.capacity_scale * 1.1), SLO)
@@ -82,7 +82,7 @@ def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: PlanResult) ->
 
 
 def test_meeting_an_slo_is_what_it_is_everywhere(found: PlanResult) -> None:
-    simulator = Simulator(found.question.source)
+    simulator = Simulator(found.request.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=1).between(0.0, 30.0).faster(8.0)
     results = simulator.run(serving, traffic)

@@ -84,24 +84,24 @@ def serve(
 
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:
-    """Measure briefly where nothing is known that a plan could go by; or say that it would be."""
+    """Measure briefly if no performance data exists; with ``dry_run`` only announce it."""
     shapes = what_to_measure(settings)
     if not shapes:
         return
     names = ", ".join(shape.name for shape in shapes)
     if dry_run:
-        _console.print(f"note: serving would first measure, for a minute at most: {names}")
+        _console.print(f"note: serving would first measure for at most a minute: {names}")
         return
     _console.print(
-        f"Nothing is known yet of the speed of {settings.model} on this CPU. "
-        f"Measuring for {LIMIT_S:.0f} s at most, this once (planning.measure=never leaves it out)"
+        f"The speed of {settings.model} on this CPU is unknown. "
+        f"Measuring once, for at most {LIMIT_S:.0f} s (disable it with planning.measure=never)"
     )
     with reporting(_console) as report:
         file = uvloop.run(measure_briefly(settings, shapes, report=report))
     if file is None:
-        _console.print("nothing could be measured in that time")
+        _console.print("no measurement finished in that time")
     else:
-        _console.print(f"kept in {file}; oserve profile {settings.model} measures more exactly")
+        _console.print(f"written: {file}; oserve profile {settings.model} measures more precisely")
 
 
 async def _serve(deployment: ServerDeployment) -> int:
@@ -111,7 +111,7 @@ async def _serve(deployment: ServerDeployment) -> int:
         _announce(deployment, port, server.failed)
 
     status = await serve_until_stopped(server, announce=announce)
-    _console.print("ended: every replica's processes are gone")
+    _console.print("stopped: all replica processes have exited")
     await asyncio.sleep(0)
     return status
 

@@ -1,4 +1,4 @@
-"""``oserve validate``: is this configuration sound?"""
+"""``oserve validate``: check a configuration."""
 
 import asyncio
 from typing import Annotated
@@ -29,10 +29,10 @@ def validate(
     cpu_slots: CpuSlotsOption = None,
     override: OverrideOption = None,
     ask: Annotated[
-        bool, typer.Option(help="Ask attached servers whether they can serve: one token each.")
+        bool, typer.Option(help="Probe attached servers with a request for one token.")
     ] = True,
 ) -> None:
-    """Check settings and plan against this machine's devices, and ask attached servers.
+    """Check settings and plan against this machine's devices, and probe attached servers.
 
     Starts nothing.
     """

@@ -148,7 +148,7 @@ def serving_of(
 ) -> SimulatedServing:
     """A deployment of a plan result as it would be served."""
     placed = place_deployment(found.problem, deployment)
-    return SimulatedServing(plan=deployment_plan(found.question, placed), levers=levers)
+    return SimulatedServing(plan=deployment_plan(found.request, placed), levers=levers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +164,7 @@ def verified_answer(
     found: PlanResult, check: PlanCheck, *, simulator: Simulator | None = None
 ) -> VerifiedAnswer:
     """Score the candidates and homogeneous deployments of a plan result again, and choose."""
-    known = simulator or Simulator(found.question.source)
+    known = simulator or Simulator(found.request.source)
 
     def score(deployment: DeploymentCandidate) -> float:
         start = deployment.score.scale if math.isfinite(deployment.score.scale) else 1.0
@@ -179,10 +179,10 @@ def verified_answer(
         found,
         planned=replace(found.planned, best=best),
         placed=placed,
-        plan=deployment_plan(found.question, placed),
-        predicted=predict(found.question, found.problem, best),
+        plan=deployment_plan(found.request, placed),
+        predicted=predict(found.request, found.problem, best),
         baseline=base,
-        baseline_predicted=predict(found.question, found.problem, base),
+        baseline_predicted=predict(found.request, found.problem, base),
     )
     return VerifiedAnswer(answer=changed, verified=verified, check=check)
 

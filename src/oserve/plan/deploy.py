@@ -1,4 +1,4 @@
-"""From a deployment, which counts, to replicas on devices and routing shares by their ids."""
+"""From the counts of a deployment to replicas on devices, and routing shares by replica id."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
 from oserve.plan.search import DeploymentCandidate
 
-# Shares below this are rounding of the solver, not a decision.
+# Smaller shares are rounding errors of the solver.
 _SMALLEST_SHARE = 1e-6
 
 
@@ -17,7 +17,7 @@ class PlacedReplicas:
     """A deployment on concrete devices.
 
     ``routing_shares[type name][replica id]`` sums to 1 per type; ``utilisation`` is by replica id;
-    ``moved_fraction`` counts whole copies of the model's weights that must move (see ``place``).
+    ``moved_fraction`` is the amount of weights to move, in copies of the model (see ``place``).
     """
 
     replicas: tuple[ReplicaSpec, ...]
@@ -31,8 +31,7 @@ def place_deployment(
 ) -> PlacedReplicas:
     """Place a deployment of the problem, close to the problem's current plan.
 
-    The share of an option is split evenly over its replicas, which are alike. New replicas run on
-    ``backend``.
+    The share of an option is split evenly over its replicas. New replicas run on ``backend``.
     """
     placement = place_replicas(
         [

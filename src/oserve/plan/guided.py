@@ -1,10 +1,10 @@
-"""The paper's upper level: a search that the flow guides (paper, section 3).
+"""The paper's upper level: a search guided by the flow (paper, section 3).
 
-Start from the best homogeneous deployment. Each round, the lower level tells what every replica is
-worth; the devices of a replica of little worth per device are pooled with those of a saturated one
-and with devices that are unused, the configurations of the pooled devices are enumerated, and the
-best one stays. The search ends after a number of rounds without improvement. It is a heuristic: it
-can end in a local optimum.
+It starts from the best homogeneous deployment. In each round the lower level gives the worth of
+every replica. The search pools the devices of a replica of little worth per device with those of a
+saturated replica and with unused devices, enumerates the configurations of the pool, and keeps the
+best. It ends after a number of rounds without improvement. As a heuristic it can end in a local
+optimum.
 """
 
 import random
@@ -33,10 +33,10 @@ def guided_search(
     idle_rounds: int = IDLE_ROUNDS,
     start: ScoredCounts | None = None,
 ) -> ScoredCounts:
-    """A good deployment, found by exchanging devices between slack and saturated replicas.
+    """Search a good deployment by exchanging devices between slack and saturated replicas.
 
-    Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies what is pooled once the
-    obvious pool has brought nothing; ``start`` is the best homogeneous deployment unless given.
+    Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies the pools after the
+    greedy one; ``start`` defaults to the best homogeneous deployment.
     """
     best = start or homogeneous_deployments(problem, assigner)[0]
     search = _Exchange(problem, assigner, random.Random(seed))
@@ -64,7 +64,7 @@ class _Exchange:
         self._tried: set[tuple[ReplicaCounts, tuple[int, ...]]] = set()
 
     def improved(self, best: ScoredCounts, idle: int) -> ScoredCounts:
-        """One round: the better of ``best`` and what re-configuring one pool of it gives."""
+        """One round: the better of ``best`` and the best reconfiguration of one of its pools."""
         assignment = self._assigner.assign(best.counts)
         pool = self._pool(best.counts, assignment, idle)
         if (best.counts, pool) in self._tried:
@@ -74,14 +74,14 @@ class _Exchange:
         return self._bounds.best_of(configurations, best) or best
 
     def _pool(self, counts: ReplicaCounts, assignment: Assignment, idle: int) -> tuple[int, ...]:
-        """Options of which one replica each is pooled: the least worth and a saturated one."""
+        """The options of the pooled replicas: the one of least worth and a saturated one."""
         replicas = [i for i, count in enumerate(counts) for _ in range(count)]
         worth = assignment.worth
 
         def density(i: int) -> float:
             return worth[i] / self._problem.options[i].shape.device_count
 
-        # Slack ones first: what they are worth at the margin is less than at the peak.
+        # Slack replicas first: their marginal worth is below that of saturated ones.
         slack = set(assignment.slack)
         by_worth = sorted(replicas, key=lambda i: (i not in slack, density(i)))
         if not by_worth:
@@ -92,7 +92,7 @@ class _Exchange:
             rest = list(by_worth)
             rest.remove(poor)
             return (poor, rich) if rich in rest else (poor,)
-        # Variation: the longer nothing improves, the more replicas are pooled.
+        # Diversification: the longer without improvement, the larger the pool.
         size = min(len(by_worth), self._rng.choice([2, 2, 3] if idle < 8 else [2, 3, 3, 4]))
         poor = self._rng.randrange(max(1, (len(by_worth) + 1) // 2))
         others = [place for place in range(len(by_worth)) if place != poor]
@@ -102,7 +102,7 @@ class _Exchange:
     def _configurations(
         self, counts: ReplicaCounts, pool: Sequence[int], assignment: Assignment
     ) -> CountMatrix:
-        """What can be made of the pooled and the unused devices, most promising options first."""
+        """Configurations of the pooled and unused devices, most promising options first."""
         base = list(counts)
         for i in pool:
             base[i] -= 1
@@ -121,7 +121,7 @@ class _Exchange:
         free: Counter[str],
         found: list[ReplicaCounts],
     ) -> None:
-        """Depth first over the options; ends once there are MOST_CONFIGURATIONS."""
+        """Enumerate depth first over the options, up to MOST_CONFIGURATIONS."""
         if len(found) >= MOST_CONFIGURATIONS:
             return
         if not order:
@@ -136,7 +136,7 @@ class _Exchange:
                 counts[option] -= 1
                 break
             fitting += 1
-        # The most of a worthy option first.
+        # The largest count of an option first.
         free[kind] -= fitting * size
         for number in range(fitting, -1, -1):
             self._extend(counts, rest, free, found)

@@ -1,9 +1,9 @@
-"""Homogeneous deployments: N replicas of one shape, the usual way to serve, and the baseline.
+"""Homogeneous deployments: N replicas of one shape, the common practice and the baseline.
 
-In a cluster of several device kinds no shape runs everywhere, so there is one shape per kind; all
-combinations would be too many, so of the shapes alike in tensor and pipeline parallel size and
-precision only the best on its kind takes part, and of these at most as many per kind as keep the
-combinations under ``MOST_COMBINATIONS``.
+In a cluster of several device kinds no shape runs everywhere, so a deployment has one shape per
+kind. To bound the combinations, only the best shape per kind of each (tensor parallel size,
+pipeline parallel size, precision) takes part, and at most as many per kind as keep the combinations
+under ``MOST_COMBINATIONS``.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ MOST_COMBINATIONS = 64
 
 
 def homogeneous_deployments(problem: PlanProblem, assigner: Assigner) -> list[ScoredCounts]:
-    """As many replicas as fit of one option (per kind of device), best first.
+    """Deployments of as many replicas as fit of one option (per device kind), best first.
 
-    Every option of a cluster of one kind is there; the docstring of the module says which
-    combinations are for several kinds. Options of which not even one fits are left out.
+    Covers every option of a cluster of one kind; for several kinds see the module. Leaves out
+    options of which none fits.
     """
     packing = problem.packing
     alone: dict[str, list[ScoredCounts]] = {}

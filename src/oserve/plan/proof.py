@@ -1,4 +1,4 @@
-"""What a search has shown: a deployment, and how far from it the optimum can be."""
+"""The result of a search: a deployment and its optimality gap."""
 
 from dataclasses import dataclass
 from math import inf
@@ -10,10 +10,10 @@ from oserve.plan.score import EQUAL, PlanScore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proved:
-    """A deployment and how far from it the optimum can be.
+    """A deployment with its optimality gap.
 
-    ``bound`` is what no deployment can exceed: a scale where ``bounds_scale``, else a rate served.
-    ``optimality_gap`` is (bound - achieved) / bound, 0 once proved (within 1e-6).
+    ``bound`` is an upper bound for every deployment: a scale if ``bounds_scale``, else a rate
+    served. ``optimality_gap`` is (bound - achieved) / bound, 0 once proved (within 1e-6).
     """
 
     best: ScoredCounts
@@ -30,7 +30,7 @@ def optimal(problem: PlanProblem, best: ScoredCounts) -> Proved:
 
 
 def achieved_value(problem: PlanProblem, score: PlanScore, *, by_scale: bool) -> float:
-    """What was sought: the scale of the demand (up to what is enough), or the rate served."""
+    """The objective: the scale of the demand (up to ``enough_scale``) or the rate served."""
     if not by_scale:
         return score.served_rps
     enough = problem.enough_scale
@@ -38,7 +38,7 @@ def achieved_value(problem: PlanProblem, score: PlanScore, *, by_scale: bool) ->
 
 
 def judged(problem: PlanProblem, best: ScoredCounts, bound: float, *, by_scale: bool) -> Proved:
-    """A deployment beside what none can exceed."""
+    """A deployment with its gap to the bound."""
     achieved = achieved_value(problem, best.score, by_scale=by_scale)
     bound = max(bound, achieved)
     gap = (bound - achieved) / bound if 0 < bound < inf else float(bound > 0)

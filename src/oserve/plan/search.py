@@ -1,8 +1,8 @@
-"""Planning: the best deployment for a problem, what else comes near, and the baselines.
+"""The search for the best deployment of a problem, with runners-up and baselines.
 
-Three searches behind one function: exact (a mixed-integer programme), flow (the paper's search) and
-brute (enumeration). The optimum is that of a linear model, so it is a bound for what a real or
-simulated cluster does; candidates and homogeneous deployments are there to be scored again.
+One function offers three searches: exact (a mixed-integer programme), flow (the paper's search) and
+brute (enumeration). The optimum is that of a linear model, so it bounds a real or simulated
+cluster; candidates and homogeneous deployments serve to be scored again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ from oserve.plan.problem import PlanProblem, ReplicaCounts, check_problem
 from oserve.plan.proof import Proved, optimal
 from oserve.plan.score import PlanScore, best_first
 
-# Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
-# each and the gap it ends at, and neighbours that are scored.
+# Limits of the search for alternatives: solves with an option forbidden or reduced, the seconds and
+# the final gap of each, and the neighbours that are scored.
 _RESOLVES = 8
 _RESOLVE_SECONDS = 1.0
 _RESOLVE_GAP = 1e-3
@@ -33,7 +33,7 @@ _NEIGHBOURS = 100
 
 
 class Search(StrEnum):
-    """How the deployment is sought."""
+    """The search algorithm."""
 
     EXACT = "exact"
     FLOW = "flow"
@@ -42,7 +42,7 @@ class Search(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentCandidate:
-    """Counts of the problem's options, what they are worth, and who serves what."""
+    """Counts of the problem's options with their score and assignment."""
 
     counts: ReplicaCounts
     score: PlanScore
@@ -51,16 +51,16 @@ class DeploymentCandidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """What a search found.
+    """The result of a search.
 
-    ``bound`` is what no deployment can exceed in the linear model: a scale of the demand where
-    ``bounds_scale``, else a served rate in requests per second. ``optimality_gap`` is
-    (bound - achieved) / bound, 0 where the optimum is proved.
+    ``bound`` is the upper bound in the linear model: a scale of the demand if ``bounds_scale``,
+    else a served rate in requests per second. ``optimality_gap`` is (bound - achieved) / bound, 0
+    if the optimum is proved.
 
-    ``candidates`` are the next-best distinct deployments that were found, best first: optima with
-    one used option forbidden or used once less, and the deployments one exchange of replicas away
-    from the best. They are good alternatives to score again, not proved to be the k best.
-    ``homogeneous`` are the baselines, best first (see ``homogeneous``).
+    ``candidates`` are the next-best distinct deployments found, best first: optima with one used
+    option forbidden or reduced by one, and the neighbours of the best at one exchange of replicas.
+    They are good alternatives to score again, but not proved to be the k best. ``homogeneous`` are
+    the baselines, best first (see the module ``homogeneous``).
     """
 
     search: Search
@@ -83,9 +83,8 @@ def plan_deployment(
     """The best deployment that the search finds, with alternatives and baselines.
 
     ``time_limit_s`` bounds the exact search (in seconds of the solver's clock); ``seed`` varies the
-    flow-guided one. Where no deployment has as many shapes as the problem asks for, the best is the
-    empty one, which serves nothing. Raises an OServeError for a problem that makes no sense (see
-    ``check_problem``).
+    flow-guided one. If no deployment has ``min_shapes`` shapes, the best is the empty one, which
+    serves nothing. Raises OServeError for an inconsistent problem (see ``check_problem``).
     """
     check_problem(problem)
     if problem.min_shapes > 1 and search is Search.FLOW:
@@ -177,9 +176,9 @@ def _candidates(
 def _neighbours(
     problem: PlanProblem, assigner: Assigner, counts: ReplicaCounts
 ) -> list[ReplicaCounts]:
-    """One or two replicas exchanged for as many of another option as fit; the likeliest ones.
+    """Neighbours of ``counts``: one or two replicas exchanged for another option, to capacity.
 
-    Likely means: by what the options are worth at the margin of ``counts``.
+    Returns the most promising by the marginal worth of the options.
     """
     packing = problem.packing
     used = [i for i, count in enumerate(counts) if count]

@@ -1,6 +1,6 @@
-"""What given replicas serve of changing rates: one small linear programme, solved again and again.
+"""The rate that given replicas serve under changing demand: one small, re-solved linear programme.
 
-The lower level of ``assign`` with the rates on the right-hand side, so that only bounds change
+The lower level of ``assign`` with the demand on the right-hand side, so that only bounds change
 between solves and each starts from the last basis:
 
     maximise sum of capacity[i, j] * busy[i, j]
@@ -16,7 +16,7 @@ from oserve.plan.programme import Column, LinearProgramme, SolveStatus
 
 
 class Serving:
-    """For replicas in groups that are alike: ``capacity_rps[i][j]`` of one, ``counts[i]`` of it."""
+    """Groups of identical replicas: ``counts[i]`` of them, each with ``capacity_rps[i][j]``."""
 
     def __init__(self, capacity_rps: Sequence[Sequence[float]], counts: Sequence[int]) -> None:
         capacity = np.array(capacity_rps, dtype=np.float64)
@@ -41,7 +41,7 @@ class Serving:
         self._programme = LinearProgramme(columns=columns, rows=rows)
 
     def served_rps(self, rates_rps: Sequence[float]) -> float:
-        """The most requests/s of all types together that are served within limits."""
+        """The largest total rate served within the limits, in requests/s."""
         if self._programme is None:
             return 0.0
         rates = np.asarray(rates_rps, dtype=np.float64)

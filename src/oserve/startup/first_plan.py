@@ -18,7 +18,7 @@ from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan, used_shapes
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 
@@ -156,9 +156,9 @@ def _is_known(source: PerformanceSource, precision: Precision) -> bool:
     return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
-def first_plan(question: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
+def first_plan(request: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
     """The best plan for replicas at these speeds, and why."""
-    found = answer(replace(question, source=corrected(question.source, speeds)))
+    found = compute_plan(replace(request, source=corrected(request.source, speeds)))
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
 
 
@@ -204,7 +204,7 @@ def _demand(settings: Settings, context: int) -> Demand:
 
 def _why(found: PlanResult) -> str:
     score, base = found.planned.best.score, found.baseline.score
-    demand = found.question.demand
+    demand = found.request.demand
     homogeneous = " + ".join(
         f"{count} x {shape.name}" for shape, count in used_shapes(found.problem, found.baseline)
     )
@@ -217,13 +217,13 @@ def _why(found: PlanResult) -> str:
             f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
             f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
         )
-    origin = found.question.source.origin
+    origin = found.request.source.origin
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
 
 
 def _variety(found: PlanResult) -> str:
     """The gain or loss by ``planning.min_shapes``."""
-    least = found.question.min_shapes
+    least = found.request.min_shapes
     if least == 1:
         return ""
     if not found.problem.is_varied(found.planned.best.counts):

@@ -15,7 +15,7 @@ from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulat
 from oserve.evaluate.verification import serving_of
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
 
 # Smaller gains are noise of one trace.
@@ -262,7 +262,7 @@ class Tuner:
     @cached_property
     def planned(self) -> PlanResult:
         """The linear programme's plans for the request."""
-        return answer(self.question)
+        return compute_plan(self.question)
 
     def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[SimulatedServing]:
         """The programme's best plan and candidates, as far as they have several shapes."""
