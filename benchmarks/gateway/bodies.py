@@ -109,7 +109,7 @@ async def table_of(engines: list[EmulatedEngine]) -> RoutingTable:
     share = {replica.id: 1 / 3 for replica in replicas}
     return RoutingTable(
         plan_id="p",
-        workload_types=(LengthClass(name="short", max_prompt_tokens=512), LengthClass(name="long")),
+        length_classes=(LengthClass(name="short", max_prompt_tokens=512), LengthClass(name="long")),
         routing_shares={"short": share, "long": share},
         replicas=replicas,
         expected=True,

@@ -91,7 +91,7 @@ async def behind(backend: Backend, **fields: Any) -> AsyncIterator[Behind]:
     gateway.dispatcher.update(
         RoutingTable(
             plan_id="p",
-            workload_types=(LengthClass(name="all"),),
+            length_classes=(LengthClass(name="all"),),
             routing_shares={"all": {"far": 1.0}},
             replicas=(replica,),
             expected=False,

@@ -235,7 +235,7 @@ async def test_the_loop_moves_it_from_plan_to_plan(subject: Subject) -> None:
         return DeploymentPlan(
             id=name,
             replicas=replicas,
-            workload_types=(LengthClass(name="all"),),
+            length_classes=(LengthClass(name="all"),),
             routing_shares={"all": {replicas[0].id: 1.0}},
         )
 

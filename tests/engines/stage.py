@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oserve.app.switch_facts import switch_facts
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings, SwitchSettings
 from oserve.control.cluster import Cluster
@@ -33,6 +32,7 @@ from oserve.engines.devices import split_cores
 from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
+from oserve.startup.switch_facts import switch_facts
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.report import SwitchReport
@@ -59,7 +59,7 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": {spec.id: 1.0 / len(replicas) for spec in replicas}},
     )
 

@@ -58,7 +58,7 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": {spec.id: 1.0 / len(replicas) for spec in replicas}},
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from oserve.app.switch_facts import recovered_switch, switch_facts
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings
 from oserve.control.loop import ControlLoop
@@ -33,6 +32,7 @@ from oserve.core import (
 from oserve.engines.settings import EngineSettings
 from oserve.sim import SimulatedCluster
 from oserve.sim.phases import Phases
+from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.interim import between, renamed
 from oserve.switch.journal import JournalLine
 from oserve.switch.layout import shard_map
@@ -64,9 +64,9 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": shares},
-        types=(PlannedType(name="t", prompt_tokens=9, output_tokens=9, shares=shares),),
+        planned_types=(PlannedType(name="t", prompt_tokens=9, output_tokens=9, shares=shares),),
     )
 
 
@@ -454,7 +454,8 @@ async def test_what_cannot_be_moved_is_rolled_out(
     await scene.spend(200)
     assert (report.method, scene.loop.plan) == ("restart", plan)
     assert reason in report.reason
-    (document,) = scene.switcher.documents(await scene.cluster.observe())
+    scene.switcher.observe(await scene.cluster.observe())
+    (document,) = scene.switcher.documents()
     assert document["state"] == "done"
     foreseen = scene.switcher.foresee(NEW, await scene.cluster.observe())
     assert foreseen["method"] == "restart"
@@ -471,9 +472,9 @@ def test_names_and_shares_on_the_way() -> None:
     names = [spec.id for spec in found.replicas]
     assert names[0] == "k"
     assert len({*names, "a", "b"}) == 5
-    assert set(found.routing_shares["all"]) == set(found.types[0].shares) == set(names)
+    assert set(found.routing_shares["all"]) == set(found.planned_types[0].shares) == set(names)
     step = between(found, OLD, [*OLD.replicas[1:], found.replicas[1]])
-    for shares in (step.routing_shares["all"], step.types[0].shares):
+    for shares in (step.routing_shares["all"], step.planned_types[0].shares):
         assert sum(shares.values()) == pytest.approx(1.0)
         assert set(shares) <= {"b", "k", names[1]}
     assert between(found, OLD, found.replicas) == found

@@ -57,9 +57,9 @@ def routing_table(
         )
     return RoutingTable(
         plan_id=plan.id,
-        workload_types=plan.workload_types,
+        length_classes=plan.length_classes,
         routing_shares=plan.routing_shares,
         replicas=tuple(replicas),
         expected=expected,
-        types=plan.types,
+        planned_types=plan.planned_types,
     )

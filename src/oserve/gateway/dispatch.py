@@ -33,7 +33,7 @@ from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
-EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
+EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +107,7 @@ class Dispatcher:
         self._router = Router(
             table.routing_shares,
             overflow_s=self._settings.overflow_s,
-            type_shares=[kind.shares for kind in table.types],
+            type_shares=[kind.shares for kind in table.planned_types],
         )
         self._pools = {}
         for replica in table.replicas:

@@ -19,7 +19,9 @@ def renamed(target: DeploymentPlan, serving: Sequence[ReplicaSpec]) -> Deploymen
         routing_shares={
             kind: _named(shares, names) for kind, shares in target.routing_shares.items()
         },
-        types=tuple(replace(kind, shares=_named(kind.shares, names)) for kind in target.types),
+        planned_types=tuple(
+            replace(kind, shares=_named(kind.shares, names)) for kind in target.planned_types
+        ),
     )
 
 
@@ -34,7 +36,7 @@ def between(
     if set(serving) == set(target.replicas):
         return target
     ids = [spec.id for spec in serving]
-    before = {kind.name: kind.shares for kind in current.types}
+    before = {kind.name: kind.shares for kind in current.planned_types}
 
     def shared(wished: Mapping[str, float], old: Mapping[str, float]) -> dict[str, float]:
         for shares in (wished, old):
@@ -54,7 +56,7 @@ def between(
             kind: shared(shares, current.routing_shares.get(kind, {}))
             for kind, shares in target.routing_shares.items()
         },
-        types=tuple(map(typed, target.types)),
+        planned_types=tuple(map(typed, target.planned_types)),
     )
 
 

@@ -47,5 +47,5 @@ class SwitchPrices:
 def _bare(replicas: Sequence[ReplicaSpec]) -> DeploymentPlan:
     """Return replicas as a plan that routes no requests."""
     return DeploymentPlan(
-        id="", replicas=tuple(replicas), workload_types=(), routing_shares={}, types=()
+        id="", replicas=tuple(replicas), length_classes=(), routing_shares={}, planned_types=()
     )

@@ -153,16 +153,19 @@ class Switcher:
         document = programme_document(programme, _running(observation))
         return {"method": SwitchMethod.TRANSFER.value, **document}
 
-    def documents(self, observation: Observation | None) -> list[dict[str, Any]]:
-        """Return JSON values of all switches that are remembered, oldest first."""
+    def observe(self, observation: Observation) -> None:
+        """End the switches that the control loop has rolled out, or that another one superseded."""
         plan = self._facts.loop.plan
         for report in self._reports:
             if report.state is not SwitchStatus.ROLLING_OUT:
                 continue
             if report.plan != plan.id:
                 report.ended(SwitchStatus.SUPERSEDED, report.reason, self._facts.unix_s())
-            elif observation is not None and settled(plan, observation, frozenset()):
+            elif settled(plan, observation, frozenset()):
                 report.ended(SwitchStatus.DONE, report.reason, self._facts.unix_s())
+
+    def documents(self) -> list[dict[str, Any]]:
+        """JSON values of all switches that are remembered, oldest first."""
         return [report.document() for report in self._reports]
 
     # -- carrying out ---------------------------------------------------------------------------

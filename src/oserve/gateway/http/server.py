@@ -189,7 +189,7 @@ class Gateway:
         parsed = self._parsed(exchange)
         size = prompt_size(parsed)
         prompt_tokens = self.dispatcher.lengths.estimate(size)
-        if not self.dispatcher.table.workload_types:
+        if not self.dispatcher.table.length_classes:
             raise unavailable("No deployment plan is in force yet")
         expected = self.dispatcher.foresight.expect(
             parsed,
@@ -210,7 +210,7 @@ class Gateway:
                 workload_type=expected.kind,
                 prompt_tokens=prompt_tokens,
                 output_tokens=expected.output_tokens,
-                chances=expected.chances if self.dispatcher.table.types else (),
+                chances=expected.chances if self.dispatcher.table.planned_types else (),
             ),
             expected=expected,
             request_id=request_id,

@@ -1,4 +1,4 @@
-"""What a server is to run: devices, plan and controller, settled before anything starts."""
+"""What a server is to run: devices, plan and controller, decided before anything starts."""
 
 import hashlib
 import time
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.switch_facts import recovered_switch
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
@@ -20,30 +19,30 @@ from oserve.core import (
     OServeError,
     Precision,
     ReplicaShape,
-    VllmBackend,
 )
-from oserve.engines.arguments import engine_arguments
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.engines.room import Room, known_model
+from oserve.engines.room import Room
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 from oserve.plan.planning import PlanRequest
-from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
+from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, plan_request_for
+from oserve.startup.plan_check import check_engines
 from oserve.startup.sizing import checked, find_room, fitted
 from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import recovered_switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerDeployment:
-    """All that is settled before anything starts.
+    """All that is decided before anything starts.
 
-    ``question`` is what the controller plans from; ``None`` where there is none (mode off).
-    ``fingerprint`` tells whether a plan of an earlier run still fits; ``given`` is of the plan file
-    alone, empty without one. ``sized``: the settings' size of KV caches was computed here.
-    ``speeds``: of replicas, as an earlier server saw them.
+    ``plan_request`` is what the controller plans from, ``None`` without a controller (mode off).
+    ``fingerprint`` tells whether a saved plan still fits; ``given`` is the fingerprint of the plan
+    file, empty without one. ``sized``: the size of KV caches was computed, not set. ``speeds``: of
+    replicas, as an earlier server observed them. ``why``: one line on where the plan comes from.
     """
 
     settings: Settings
@@ -54,7 +53,7 @@ class ServerDeployment:
     notes: tuple[str, ...] = ()
     costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
     mode: Mode = Mode.OFF
-    question: PlanRequest | None = None
+    plan_request: PlanRequest | None = None
     fingerprint: str = ""
     given: str = ""
     speeds: Speeds = field(default_factory=Speeds)
@@ -62,33 +61,36 @@ class ServerDeployment:
 
     @property
     def state_file(self) -> Path:
-        """Where the controller keeps its memory."""
+        """The file of the controller's state."""
         return state_file(self.settings)
 
 
 def state_file(settings: Settings) -> Path:
-    """The controller's memory, under the state directory."""
+    """The file of the controller's state, in the state folder."""
     return Path(settings.state_dir) / "state.sqlite"
 
 
 def prepare(settings: Settings) -> ServerDeployment:
-    """Find the devices, read or compute the plan, check it. Starts nothing."""
+    """Find the devices; read or compute the plan, and check it. Starts nothing.
+
+    Raises OServeError if anything in the settings, the plan or the machine does not fit.
+    """
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
     knowledge = know(settings, devices)
     mode = _mode(settings, knowledge)
-    question = None
+    request = None
     if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        question = planning_question(settings, devices, knowledge, plain)
+        request = plan_request_for(settings, devices, knowledge.source, knowledge.context, plain)
     room = find_room(settings, devices)
-    if question is not None:
+    if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
-        room, question = fitted(room, question, given)
+        room, request = fitted(room, request, given)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
-    speeds = remembered_speeds(state_file(settings), question)
-    first = _plan(settings, devices, plain, knowledge, question, resumed, speeds)
+    speeds = remembered_speeds(state_file(settings), request)
+    first = _plan(settings, devices, plain, knowledge, request, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -113,7 +115,7 @@ def prepare(settings: Settings) -> ServerDeployment:
         notes=(*first.notes, *room.words(plan.replicas)),
         costs=knowledge.costs,
         mode=mode,
-        question=None if mode is Mode.OFF else question,
+        plan_request=None if mode is Mode.OFF else request,
         fingerprint=stamp,
         given=_given(settings),
         speeds=speeds,
@@ -121,7 +123,7 @@ def prepare(settings: Settings) -> ServerDeployment:
 
 
 def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
-    """As set; else auto where the plan is computed."""
+    """The mode that is set; by default auto if the plan is computed, else off."""
     if knowledge.source is None or not settings.model:
         return _without_controller(settings, knowledge.missing or "no model is named")
     return settings.control.mode or (Mode.OFF if settings.plan else Mode.AUTO)
@@ -130,7 +132,7 @@ def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
 def _without_controller(settings: Settings, why: str) -> Mode:
     if settings.control.mode in {Mode.ADVISE, Mode.AUTO}:
         raise OServeError(
-            f"no plans can be made, so that none can be decided on: {why}",
+            f"the controller cannot plan: {why}",
             place="control.mode",
             remedy="leave it out, or see docs/control.md for what is needed",
         )
@@ -140,7 +142,7 @@ def _without_controller(settings: Settings, why: str) -> Mode:
 def _fingerprint(
     settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
 ) -> str:
-    """Of all that a plan depends on but the traffic."""
+    """A fingerprint of all that a plan depends on, except the traffic."""
     engines = msgspec.structs.replace(settings.engines, log_dir="")
     cores = [(d.id, d.kind, d.cores) for d in devices]
     facts = (settings.model, engines, settings.planning, cores, plain)
@@ -148,14 +150,14 @@ def _fingerprint(
 
 
 def _given(settings: Settings) -> str:
-    """Of the plan file's text."""
+    """A fingerprint of the plan file's text; empty without one."""
     if not settings.plan:
         return ""
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
 def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
-    """The plan that was in force when a server last ran on the same, if one did."""
+    """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
         return None
@@ -176,12 +178,12 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
-def remembered_speeds(file: Path, question: PlanRequest | None) -> Speeds:
-    """What an earlier server saw of replicas, if it planned from the same step times."""
-    if question is None or not file.is_file():
+def remembered_speeds(file: Path, request: PlanRequest | None) -> Speeds:
+    """The speeds that an earlier server observed, if it planned from the same step times."""
+    if request is None or not file.is_file():
         return Speeds()
     saved = StateStore(file).memory("speeds")
-    if not isinstance(saved, dict) or saved.get("source") != question.source.origin:
+    if not isinstance(saved, dict) or saved.get("source") != request.source.origin:
         return Speeds()
     seen = saved.get("seen")
     return speeds_from(seen) if isinstance(seen, list) else Speeds()
@@ -192,30 +194,29 @@ def _plan(
     devices: tuple[Device, ...],
     plain: tuple[Precision, ...],
     knowledge: Knowledge,
-    question: PlanRequest | None,
+    request: PlanRequest | None,
     resumed: FirstPlan | None,
     speeds: Speeds,
 ) -> FirstPlan:
-    """As given, else as it was, else computed, else the default.
+    """The given plan, else the saved one, else a computed one, else the default.
 
-    A default also where traffic that was merely assumed, or once came, can be served by no shape:
-    that is no reason not to serve.
+    Also the default if no shape can serve assumed or recorded traffic: the server must start.
     """
-    # Who stops a server and starts it with a plan file means that plan; one that was killed means
-    # to go on.
+    # A server that is stopped and started with a plan file gets that plan; after a kill, the next
+    # server continues with the saved plan.
     if resumed is not None and (not settings.plan or keeper_runs(Path(settings.state_dir))):
         return resumed
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
     missing = knowledge.missing or "no model is named"
-    if settings.model and question is not None:
+    if settings.model and request is not None:
         try:
-            return first_plan(question, speeds)
+            return first_plan(request, speeds)
         except OServeError as error:
             if settings.planning.trace or settings.planning.rates:
                 raise
-            missing = f"for {question.demand.source}, {error.message}; {error.remedy}"
+            missing = f"for {request.demand.source}, {error.message}; {error.remedy}"
     return FirstPlan(
         plan=default_plan(devices, _default_shapes(devices, plain[0], settings)),
         why=f"the default plan, since none can be computed: {missing}",
@@ -223,33 +224,14 @@ def _plan(
 
 
 def _model_name(model: str) -> str:
-    """A folder serves under its own name, a hub model under its full id."""
+    """The served name: of a folder its name, of a hub model its full id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: Settings) -> None:
-    """Refuse now what no engine could be started with."""
-    cpu = all(device.kind == "cpu" for device in devices)
-    for spec in plan.replicas:
-        if isinstance(spec.backend, VllmBackend):
-            engine_arguments(
-                spec,
-                model=settings.model,
-                served_model_name="",
-                unix_socket="",
-                platform="cpu" if cpu else "cuda",
-                settings=settings.engines,
-            )
-    # How much memory is free does not matter here: engines that run take part of it.
-    model = known_model(settings.model)
-    room = Room(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
-    room.check_contexts(plan.replicas)
 
 
 def _default_shapes(
     devices: tuple[Device, ...], plain: Precision, settings: Settings
 ) -> tuple[ReplicaShape, ...]:
-    """Two shapes that differ where it helps: a small chunk budget keeps short requests moving."""
+    """Two different shapes: a small chunk budget keeps the latency of short requests low."""
     if devices and devices[0].kind != "cpu":
         return (
             ReplicaShape(precision=Precision.BF16, max_num_batched_tokens=1024, max_num_seqs=256),
@@ -263,13 +245,13 @@ def _default_shapes(
 
 
 def _located(settings: Settings) -> Settings:
-    """Put what has no place of its own under the state directory."""
+    """Settings with default places of records and logs, in the state folder."""
     state = Path(settings.state_dir)
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OServeError(
-            f"cannot make it: {error.strerror}", place=str(state), remedy="set --state-dir"
+            f"cannot create it: {error.strerror}", place=str(state), remedy="set --state-dir"
         ) from None
     records = settings.gateway.records_file or str(state / "records.sqlite")
     logs = settings.engines.log_dir or str(state / "logs")

@@ -6,18 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from oserve.app.controller import ControllerService
-from oserve.app.deployment import ServerDeployment, prepare
-from oserve.app.operator import allowed_plan
-from oserve.app.switch_facts import switch_facts
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
-from oserve.control.decision import Mode, Trigger, Verdict
+from oserve.control.decision import DecisionVerdict, Mode, Trigger
 from oserve.control.tally import Batch
 from oserve.core import (
     DeploymentPlan,
@@ -29,6 +27,9 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.plan import check_plan
+from oserve.startup.deployment import ServerDeployment, prepare
+from oserve.startup.plan_check import allowed_plan
+from oserve.startup.switch_facts import switch_facts
 from oserve.switching.prices import SwitchPrices
 
 START_S = 1_000_000
@@ -67,13 +68,18 @@ def observed(
     )
 
 
+def service(given: ServerDeployment, **more: Any) -> ControllerService:
+    assert given.plan_request is not None
+    return ControllerService(given, given.plan_request, **more)
+
+
 async def fed(
     steering: ControllerService,
     given: ServerDeployment,
     counts: Sequence[float],
     first: int,
     last: int,
-) -> list[Verdict]:
+) -> list[DecisionVerdict]:
     """Seconds of traffic; decisions are taken as they are due."""
     verdicts = []
     for second in range(first, last):
@@ -91,7 +97,7 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     given = deployment(model, tmp_path)
     assert given.mode is Mode.AUTO
     facts = switch_facts(given.settings, given.devices, available_bytes=lambda: sys.maxsize)
-    steering = ControllerService(given, now_s=START_S, legs=SwitchPrices(facts).legs)
+    steering = service(given, now_s=START_S, legs=SwitchPrices(facts).legs)
     await fed(steering, given, CHATS, START_S, START_S + 130)
     await fed(steering, given, DOCUMENTS, START_S + 130, START_S + 400)
     decisions = list(steering.controller.decisions)
@@ -104,14 +110,14 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     text = plan_yaml(steering.controller.plan).replace("max_num_seqs: 32", "max_num_seqs: 16")
     chosen = replace(parse_plan(text, place="x"), id="chosen")
     told, _ = await steering.decide(START_S + 401.0, Trigger.MANUAL, given=chosen)
-    assert told.verdict is Verdict.SWITCH
+    assert told.verdict is DecisionVerdict.SWITCH
 
     # Killed and started again: plan, history and log are there.
     again_given = deployment(model, tmp_path)
     assert "in force when it last ran" in again_given.why
     assert again_given.plan == parse_plan(plan_yaml(steering.controller.plan), place="x")
-    again = ControllerService(again_given, now_s=START_S + 500)
-    assert again.controller.watch.forecast() == steering.controller.watch.forecast()
+    again = service(again_given, now_s=START_S + 500)
+    assert again.controller.monitor.forecast() == steering.controller.monitor.forecast()
     assert list(again.controller.decisions)[-1] == told
     afresh = deployment(model, tmp_path, **{"control.resume": False})
     assert "a plan computed" in afresh.why
@@ -135,13 +141,13 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
 
 async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path, **UNSIMULATED)
-    steering = ControllerService(given, now_s=START_S)
+    steering = service(given, now_s=START_S)
     await fed(steering, given, CHATS, START_S, START_S + 45)
     await steering.save_seconds(START_S + 45.0)
-    before = steering.controller.watch.collector
-    after = ControllerService(
+    before = steering.controller.monitor.collector
+    after = service(
         deployment(model, tmp_path, **UNSIMULATED), now_s=START_S + 50
-    ).controller.watch.collector
+    ).controller.monitor.collector
     assert after.newest_s == START_S + 44 == before.newest_s
     assert after.rows(START_S, START_S + 44) == before.rows(START_S, START_S + 44)
 
@@ -153,7 +159,7 @@ async def test_a_plan_file_counts_again_unless_a_cluster_is_taken_up(
     words = "workload_types: [{name: all}]\nreplicas: [{id: a, devices: ['cpu:0'], %s}]\n"
     file.write_text("id: given\n" + words % "shape: {precision: fp32}")
     more = {"plan": str(file), "control.mode": "advise"}
-    steering = ControllerService(deployment(model, tmp_path, **more), now_s=START_S)
+    steering = service(deployment(model, tmp_path, **more), now_s=START_S)
     chosen = parse_plan("id: chosen\n" + words % "shape: {precision: fp32}", place="x")
     await steering.decide(START_S + 1.0, Trigger.MANUAL, given=chosen)
     assert deployment(model, tmp_path, **more).plan.id == "given"
@@ -169,7 +175,7 @@ async def test_a_plan_file_counts_again_unless_a_cluster_is_taken_up(
 
 async def test_shares_follow_what_is_ready_and_what_comes(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path)
-    steering = ControllerService(given, now_s=START_S)
+    steering = service(given, now_s=START_S)
     plan = steering.controller.plan
     everyone = observed(plan, given)
     assert steering.routed(plan, everyone, START_S) == plan
@@ -179,8 +185,8 @@ async def test_shares_follow_what_is_ready_and_what_comes(model: str, tmp_path: 
     gone = replace(everyone, replicas=everyone.replicas[1:])
     fewer = steering.routed(plan, gone, START_S + 15.1)
     lost = everyone.replicas[0].spec.id
-    assert all(lost not in kind.shares for kind in fewer.types)
-    for kind in fewer.types:
+    assert all(lost not in kind.shares for kind in fewer.planned_types)
+    for kind in fewer.planned_types:
         assert sum(kind.shares.values()) == pytest.approx(1.0)
     assert steering.routed(plan, observed(plan, given, ReplicaPhase.LOADING), START_S) == plan
 
@@ -196,14 +202,14 @@ async def test_a_given_plan_keeps_its_shares_by_class(model: str, tmp_path: Path
     )
     assert deployment(model, tmp_path, plan=str(file)).mode is Mode.OFF
     given = deployment(model, tmp_path, plan=str(file), **{"control.mode": "advise"}, **UNSIMULATED)
-    steering = ControllerService(given, now_s=START_S)
+    steering = service(given, now_s=START_S)
     plan = steering.controller.plan
-    assert [dict(kind.shares) for kind in plan.types] == [{"a": 1.0}, {"b": 1.0}]
+    assert [dict(kind.shares) for kind in plan.planned_types] == [{"a": 1.0}, {"b": 1.0}]
     await fed(steering, given, CHATS, START_S, START_S + 60)
     assert steering.routed(plan, observed(plan, given), START_S) is plan
     wanted = parse_plan(file.read_text().replace("id: b", "id: c").replace("{b:", "{c:"), place="x")
     decision, _ = await steering.decide(START_S + 60.5, Trigger.MANUAL, given=wanted)
-    assert decision.verdict is Verdict.SWITCH
+    assert decision.verdict is DecisionVerdict.SWITCH
     assert [spec.id for spec in steering.controller.plan.replicas] == ["a", "c"]
 
 
@@ -212,7 +218,7 @@ def test_a_controller_needs_something_to_plan_from(tmp_path: Path) -> None:
     plan.write_text("replicas: [{id: one, attach: {url: 'http://127.0.0.1:1'}}]")
     given = {"plan": str(plan), "served_model_name": "x", "state_dir": str(tmp_path / "s")}
     assert prepare(load_settings(None, given, {})).mode is Mode.OFF
-    with pytest.raises(OServeError, match="no plans can be made"):
+    with pytest.raises(OServeError, match="the controller cannot plan"):
         prepare(load_settings(None, {**given, "control.mode": "auto"}, {}))
 
 

@@ -1,10 +1,11 @@
-"""The gateway processes of a server: held by the keeper, so that they serve on without it."""
+"""The gateway processes of a server. A keeper holds them, so they serve on if the server dies."""
 
 import asyncio
 import contextlib
 import hashlib
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,106 +15,105 @@ import msgspec
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
-from oserve.engines.adoption import end
-from oserve.engines.holding import HeldEngines, HeldProcess
-from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
-from oserve.gateway.process.hub import Hub, Operate
-from oserve.gateway.process.worker import WorkerConfig
+from oserve.gateway.process.hub import Hub, OperatorCallHandler
+from oserve.gateway.process.keeper import KeptProcess, ProcessKeeper
+from oserve.gateway.process.messages import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
 
 _log = logging.getLogger("oserve.app")
 
-# Importing takes a second or two, on a busy machine more.
+# Importing takes a second or two, more on a busy machine.
 _LISTEN_LIMIT_S = 60.0
 _REJOIN_LIMIT_S = 10.0
-_AGAIN_S = 1.0
+_RESTART_DELAY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrontFacts:
-    """What gateway processes must know, and who holds them. ``operate`` answers operators' calls.
+class SupervisorOptions:
+    """What gateway processes serve, and who holds them.
 
-    ``estimator`` is the state of one that has learned from earlier requests. ``run_dir`` is for
-    the hub's socket, ``log_dir`` for a log of each.
+    ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
+    state of an ``OutputEstimator`` that has learned from earlier requests.
     """
 
     settings: GatewaySettings
     models: tuple[str, ...]
     keys: frozenset[str]
-    keeper: HeldEngines
+    keeper: ProcessKeeper
     run_dir: Path
-    log_dir: Path
-    operate: Operate
+    operate: OperatorCallHandler
     estimator: dict[str, Any] | None = None
 
 
-class Front:
-    """Takes tables, serves clients, counts what comes. A process that dies is started again."""
+class GatewaySupervisor:
+    """Starts gateway processes and restarts those that end; exchanges state through the hub."""
 
-    def __init__(self, facts: FrontFacts) -> None:
-        if facts.settings.processes > 1 and facts.settings.port == 0:
+    def __init__(self, options: SupervisorOptions) -> None:
+        if options.settings.processes > 1 and options.settings.port == 0:
             raise OServeError(
                 "several gateway processes need a fixed port",
                 place="gateway.port",
                 remedy="name a port, or use one process",
             )
-        self._settings = facts.settings
-        self._facts = facts
-        self._socket = facts.run_dir / "hub.sock"
-        self._hub = Hub(facts.operate)
-        self._processes: dict[int, HeldProcess] = {}
+        self._settings = options.settings
+        self._options = options
+        self._keeper = options.keeper
+        self._socket = options.run_dir / "hub.sock"
+        self._hub = Hub(options.operate)
+        self._processes: dict[int, KeptProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._closing = False
 
     async def listen(self) -> int:
-        """Open the port, or find it open: a process of a server before goes on if it fits."""
+        """Start the processes, or take over those of an earlier server; returns the port.
+
+        Raises OServeError if a process cannot listen.
+        """
         self._socket.unlink(missing_ok=True)
         await self._hub.listen(str(self._socket))
         count = self._settings.processes
         names = {_name(index) for index in range(count)}
-        held = self._facts.keeper.processes()
+        held = self._keeper.processes()
         await self._end(process for name, process in held.items() if name not in names)
         ports = [await self._start(index) for index in range(count)]
         self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(count)]
         return ports[0]
 
     async def _start(self, index: int) -> int:
-        """Take the process of this number up, or start it; returns its port."""
-        orders = WorkerConfig(
+        """Take over the process with this index, or start one; returns its port."""
+        config = WorkerConfig(
             process=index,
             hub=str(self._socket),
-            models=self._facts.models,
-            api_keys=sorted(self._facts.keys),
+            models=self._options.models,
+            api_keys=sorted(self._options.keys),
             settings=self._settings,
         )
-        stamp = hashlib.blake2b(msgspec.json.encode(orders), digest_size=8).hexdigest()
-        held = self._facts.keeper.processes().get(_name(index))
+        stamp = hashlib.blake2b(msgspec.json.encode(config), digest_size=8).hexdigest()
+        name = _name(index)
+        held = self._keeper.processes().get(name)
         if held is not None:
             port = await self._rejoined(index, held, stamp)
             if port:
                 return port
-        orders = msgspec.structs.replace(orders, estimator=self._facts.estimator)
-        log_path = open_log(self._facts.log_dir, f"gateway-{index}")
-        process = await self._facts.keeper.hold(
-            _name(index),
+        config = msgspec.structs.replace(config, estimator=self._options.estimator)
+        process = await self._keeper.start(
+            name,
             [sys.executable, "-m", "oserve.gateway.process.worker"],
-            msgspec.json.encode(orders).decode(),
-            log_path,
-            self._settings.shutdown_grace_s,
-            stamp,
+            msgspec.json.encode(config).decode(),
+            grace_s=self._settings.shutdown_grace_s,
+            stamp=stamp,
         )
         self._processes[index] = process
         found = await self._port_of(process, _LISTEN_LIMIT_S)
         if not found:
             await self._end([process])
-            reason = telling_line(log_path) or "its process ended"
-            raise _cannot_listen(self._settings, f"{reason}; see {log_path}")
+            raise _cannot_listen(self._settings, self._keeper.failure(name))
         return found
 
-    async def _rejoined(self, index: int, process: HeldProcess, stamp: str) -> int:
-        """Its port; 0 where it is of other orders, or does not come: then it is ended."""
-        if process.entry.note == stamp and not process.entry.ending:
+    async def _rejoined(self, index: int, process: KeptProcess, stamp: str) -> int:
+        """Its port; 0 if its configuration differs or it does not report: then it is ended."""
+        if process.stamp == stamp and not process.ending:
             port = await self._port_of(process, _REJOIN_LIMIT_S)
             if port:
                 self._processes[index] = process
@@ -121,7 +121,7 @@ class Front:
         await self._end([process])
         return 0
 
-    async def _port_of(self, process: HeldProcess, limit_s: float) -> int:
+    async def _port_of(self, process: KeptProcess, limit_s: float) -> int:
         listening = self._hub.expect(process.pid)
         ended = asyncio.ensure_future(process.wait())
         try:
@@ -132,9 +132,9 @@ class Front:
         finally:
             ended.cancel()
 
-    async def _end(self, processes: Any) -> None:
-        grace_s = self._settings.shutdown_grace_s + _AGAIN_S
-        await asyncio.gather(*(end(process, grace_s=grace_s) for process in processes))
+    async def _end(self, processes: Iterable[KeptProcess]) -> None:
+        grace_s = self._settings.shutdown_grace_s + _RESTART_DELAY_S
+        await asyncio.gather(*(process.end(grace_s) for process in processes))
 
     async def _watch(self, index: int) -> None:
         while True:
@@ -143,25 +143,25 @@ class Front:
             if self._closing:
                 return
             _log.error("gateway process %d ended; starting it again", index)
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RESTART_DELAY_S)
             with contextlib.suppress(OServeError):
                 await self._start(index)
 
     def publish(self, table: RoutingTable, picture: Picture) -> None:
-        """Make a table and a picture current."""
+        """Send this table and picture to all processes."""
         self._hub.publish(table, picture)
 
     def hand_over(self, replica: str, within_s: float) -> None:
-        """Have a replica's running requests go on elsewhere within so many seconds."""
+        """Have all processes migrate the running requests of a replica within ``within_s``."""
         self._hub.hand_over(replica, within_s)
 
     def batches(self) -> list[Batch]:
-        """What was counted since the last call."""
+        """Take what was counted since the last call."""
         return self._hub.batches()
 
     @property
     def set_aside(self) -> dict[str, tuple[str, float]]:
-        """Replicas that get no requests now: why, and for how many seconds more."""
+        """Replicas that get no requests now: the reason, and the seconds left."""
         return self._hub.set_aside
 
     @property
@@ -170,7 +170,7 @@ class Front:
         return self._hub.counted_until_s
 
     async def close(self) -> None:
-        """No new requests; running ones get their grace."""
+        """End all processes: they accept no new requests and get their grace for running ones."""
         self._closing = True
         for watcher in self._watchers:
             watcher.cancel()
@@ -180,7 +180,7 @@ class Front:
 
 
 def _name(index: int) -> str:
-    # No engine is held under a name with a colon.
+    # Engines are held by the same keeper; the colon keeps their names apart.
     return f"gateway:{index}"
 
 

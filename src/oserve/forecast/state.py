@@ -1,7 +1,7 @@
-"""State as plain data: what a model remembers, saved and put back.
+"""Saving and restoring the state of models as plain data.
 
-Every array of a model has one shape for life, so a state is bounded and its shape can be checked.
-Numbers that are none (NaN) are written as null, which is how JSON and msgpack can hold them.
+The shape of each array of a model is fixed, so a state is bounded and its shape can be checked. NaN
+is written as null, which JSON and msgpack can represent.
 """
 
 import math
@@ -11,26 +11,26 @@ import numpy as np
 
 from oserve.core import OServeError
 
-Plain = dict[str, Any]
-"""Numbers, strings, null, lists and mappings of these: what msgspec and json write as they are."""
+PlainState = dict[str, Any]
+"""Numbers, strings, null, lists and mappings of these, which msgspec and json encode directly."""
 
 
-class Kept:
-    """Remembers by the attributes in ``_kept``: arrays, numbers, others of its kind, lists."""
+class Stateful:
+    """Saves the attributes in ``_saved``: arrays, numbers, Stateful objects and lists of these."""
 
-    _kept: ClassVar[tuple[str, ...]] = ()
+    _saved: ClassVar[tuple[str, ...]] = ()
 
-    def state(self) -> Plain:
-        """All of it; independent of this object from here on."""
-        return {name: _plain(getattr(self, name)) for name in self._kept}
+    def state(self) -> PlainState:
+        """A copy of the state."""
+        return {name: _plain(getattr(self, name)) for name in self._saved}
 
-    def restore(self, state: Plain) -> None:
-        """Take up ``state``. Raises OServeError where it is of another kind or shape of model."""
-        for name in self._kept:
+    def restore(self, state: PlainState) -> None:
+        """Restore ``state``. Raises OServeError if it is of another kind or shape of model."""
+        for name in self._saved:
             if not isinstance(state, dict) or name not in state:
                 raise unfit(f"{name} is missing")
             now, saved = getattr(self, name), state[name]
-            if isinstance(now, Kept):
+            if isinstance(now, Stateful):
                 now.restore(saved)
             elif isinstance(now, list):
                 if not isinstance(saved, list) or len(saved) != len(now):
@@ -42,14 +42,14 @@ class Kept:
 
 
 def unfit(reason: str) -> OServeError:
-    """What to raise for a state that does not belong to this forecaster."""
+    """The error for a state that does not fit this forecaster."""
     return OServeError(
         reason, place="forecast state", remedy="use the state of a forecaster made alike, or none"
     )
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Kept):
+    if isinstance(value, Stateful):
         return value.state()
     if isinstance(value, list):
         return [item.state() for item in value]

@@ -1,4 +1,4 @@
-"""What the settings say of switches, in the words of the rooms that prepare and carry them out."""
+"""The facts that switches are prepared from, taken from the settings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ def switch_facts(
     learned: LearnedPhases | None = None,
     available_bytes: Callable[[], int] = available_memory_bytes,
 ) -> SwitchFacts | str:
-    """What switches that move weights are made from, or why weights cannot be moved here."""
+    """The facts for switches that move weights, or the reason why weights cannot be moved."""
     if settings.switch.method == "restart":
         return "switch.method says so"
     try:
@@ -42,5 +42,5 @@ def switch_facts(
 
 
 def recovered_switch(settings: Settings, at_s: float) -> Recovered | None:
-    """The switch that was under way when a server last ended, see ``switching.journal``."""
+    """The unfinished switch of the last server; see ``switching.journal``."""
     return recover(journal_folder(settings.state_dir), at_s, partial(parse_plan, place="journal"))

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,21 +13,18 @@ import pytest
 from control.toy import waits_its_price
 from oserve.config import load_cluster
 from oserve.control.decision import Decision
-from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
-from oserve.control.runtime import ControllerRuntime
-from oserve.control.starts import StartTimes
-from oserve.control.tally import Batch
-from oserve.core import ReplicaShape
-from oserve.evaluate.simulator import Levers, Routing, Serving
+from oserve.control.recording import ObservationRecorder, decide_second, observed_seconds
+from oserve.core import Observation, ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.sim.phases import Phases
 from oserve.sim.types import Status
+from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.counterfactual import jittered, switch_worths
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Moment, Start
+from oserve.study.policy import Moment, PolicyStart
 from oserve.study.runner import Run, run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
-from oserve.study.steered import Counts, Steered, steered
 from oserve.study.transfers import scene_switch_facts
 from oserve.study.tune import by_length
 from oserve.study.ways import ways
@@ -79,41 +77,33 @@ def shape(tp: int) -> ReplicaShape:
     )
 
 
-def serving(tp: int = 2, tuner: OServeTuner = TUNER) -> Serving:
+def serving(tp: int = 2, tuner: OServeTuner = TUNER) -> SimulatedServing:
     order = by_length(2.0, freshest_first_s=60.0)
     return tuner.homogeneous(shape(tp), Levers(routing=Routing.POOLS, order=order))
 
 
-def policy(start: Start = Start.COLD) -> Steered:
-    return steered(TUNER, start=start, serving=serving(), simulated=False, control=EAGER)
+def policy(start: PolicyStart = PolicyStart.COLD) -> ControllerPolicy:
+    return controller_policy(TUNER, start=start, serving=serving(), simulated=False, control=EAGER)
 
 
-def records(decisions: list[Decision]) -> str:
-    return repr(decisions)
+def records(decisions: Sequence[Decision]) -> str:
+    return repr(list(decisions))
 
 
 @dataclass
 class Played:
-    """A run under the live controller, and what it was fed."""
+    """A run under the live controller, with a recording of what the controller observed."""
 
-    steering: Steered
+    policy: ControllerPolicy
     run: Run
-    fed: list[tuple[Moment, Batch]] = field(default_factory=list)
+    recording: bytes
 
 
 def play(scene: Scene) -> Played:
-    fed: list[tuple[Moment, Batch]] = []
-    count = Counts.batch
-
-    def noted(self: Counts, moment: Moment) -> Batch:
-        batch = count(self, moment)
-        fed.append((moment, batch))
-        return batch
-
-    steering = policy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Counts, "batch", noted)
-        return Played(steering, run_policy(scene, steering, TUNER.simulator, 1.0), fed)
+    recorder = ObservationRecorder()
+    recorded = replace(policy(), recorder=recorder)
+    run = run_policy(scene, recorded, TUNER.simulator, 1.0)
+    return Played(policy(), run, recorder.encoded())
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +112,7 @@ def played() -> Played:
 
 
 def keeps_its_limits(found: Played) -> None:
-    run, decisions = found.run, found.steering.decisions
+    run, decisions = found.run, found.run.decisions
     moments = [change.at_s for change in run.changes[1:]]
     assert run.switches <= EAGER.max_switches_per_hour
     assert all(later - sooner >= EAGER.min_dwell_s for sooner, later in pairwise(moments))
@@ -137,7 +127,7 @@ def follows_the_step(found: Played) -> None:
     Judgements near capacity differ, so it may take as long as the most careful of them says.
     """
     keeps_its_limits(found)
-    after = [d for d in found.steering.decisions if d.at_s >= STEP_S]
+    after = [d for d in found.run.decisions if d.at_s >= STEP_S]
     (switch,) = (d for d in after if d.verdict == "switch")
     pays_s = [d.pays_after_s or 0.0 for d in after if d.at_s <= switch.at_s]
     assert switch.at_s - STEP_S <= max(pays_s) + SCENE.interval_s
@@ -159,66 +149,39 @@ def test_a_wave_that_flips_faster_than_switches_pay_is_left_alone() -> None:
     assert found.run.switches <= 1
 
 
-def test_a_controller_fed_by_hand_decides_the_same(played: Played) -> None:
-    steering = played.steering
-    starts = StartTimes(steering.starts_s)
-    planner = TablePlanner(replace(steering.planner.facts, start_s=starts.start_s))
-    helm = ControllerRuntime(
-        steering.serving.plan,
-        policy=steering.control,
-        planner=planner,
-        starts=starts,
-        shares_interval_s=5.0,
-    )
-    decisions = []
-    for moment, batch in played.fed:
-        trigger = helm.observe(moment.now_s, [batch], moment.observation)
-        if trigger is not None:
-            question = helm.controller.ask(moment.now_s)
-            weighed = helm.weighed(question)
-            decisions.append(
-                helm.controller.judge(
-                    question,
-                    weighed,
-                    now_s=moment.now_s,
-                    trigger=trigger,
-                    switching=moment.switching,
-                )
-            )
+def test_a_replayed_recording_gives_the_same_decisions(played: Played) -> None:
+    runtime = played.policy.runtime()
+    found = [decide_second(runtime, second) for second in observed_seconds(played.recording)]
+    decisions = [item[0] for item in found if item is not None]
     assert decisions
-    assert records(decisions) == records(steering.decisions)
+    assert records(decisions) == records(played.run.decisions)
 
 
 def test_answers_are_not_known_before_they_end() -> None:
-    steering = policy()
+    made = policy()
     traffic = SCENE.traffic
     longer = replace(traffic, output_tokens=traffic.output_tokens + 500)
     batches = []
     for played in (traffic, longer):
-        steering.begin(played)
-        counts = steering._counts
-        assert counts is not None
-        observation = None
         moment = Moment(
             now_s=10.0,
-            observation=observation,  # type: ignore[arg-type]
+            observation=Observation(now_s=10.0, devices=SCENE.devices, replicas=()),
             came=(0, 30),
             ended=(),
-            plan=steering.serving.plan,
+            plan=made.serving.plan,
             switching=False,
         )
-        batches.append(counts.batch(moment).arrivals)
+        batches.append(made.begin(played).counter.batch(moment).arrivals)
     assert batches[0] == batches[1]
     total = sum(sum(row) for row in batches[0].values())
     assert total == pytest.approx(30)
 
 
 _PROGRAM = """
-from study.test_steered import SCENE, TUNER, policy, records
-from oserve.study.runner import Run, run_policy
-steering = policy()
-run_policy(SCENE, steering, TUNER.simulator, 1.0)
-print(records(steering.decisions))
+from study.test_controller_policy import SCENE, TUNER, policy, records
+from oserve.study.runner import run_policy
+run = run_policy(SCENE, policy(), TUNER.simulator, 1.0)
+print(records(run.decisions))
 """
 
 
@@ -240,17 +203,17 @@ def test_two_processes_decide_the_same() -> None:
 
 @pytest.mark.slow
 def test_a_script_repeats_a_run_and_switches_are_judged_by_it() -> None:
-    steering = replace(policy(), serving=serving())
-    steering.serving = replace(serving(), levers=Levers(routing=Routing.LEAST_WORK))
-    run = run_policy(SCENE, steering, TUNER.simulator, 1.0)
+    steady = replace(serving(), levers=Levers(routing=Routing.LEAST_WORK))
+    made = replace(policy(), serving=steady)
+    run = run_policy(SCENE, made, TUNER.simulator, 1.0)
     script = [(change.at_s, change.plan) for change in run.changes[1:]]
-    again = run_policy(SCENE, replace(steering, script=script), TUNER.simulator, 1.0)
+    again = run_policy(SCENE, replace(made, script=script), TUNER.simulator, 1.0)
     assert np.array_equal(run.results.finish_s, again.results.finish_s, equal_nan=True)
     drawings = [jittered(SCENE.traffic, seed=seed) for seed in (1, 2)]
-    worths = switch_worths(TUNER, steering, run, 1.0, drawings)
+    worths = switch_worths(TUNER, made, run, 1.0, drawings)
     assert len(worths) == run.switches
     assert all(len(item.gains) == 3 for item in worths)
-    assert switch_worths(TUNER, steering, run, 1.0, drawings) == worths
+    assert switch_worths(TUNER, made, run, 1.0, drawings) == worths
 
 
 @pytest.mark.slow
@@ -289,13 +252,13 @@ def test_a_transfer_is_over_sooner_than_a_reload() -> None:
     cold = replace(SCENE, phases=Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0))
     tuner = OServeTuner(cold)
     moved = {}
-    for start in (Start.COLD, Start.TRANSFER):
-        steering = replace(policy(start), script=[(10.0, TUNER_PLAN)])
-        run = run_policy(cold, steering, tuner.simulator, 1.0)
+    for start in (PolicyStart.COLD, PolicyStart.TRANSFER):
+        scripted = replace(policy(start), script=[(10.0, TUNER_PLAN)])
+        run = run_policy(cold, scripted, tuner.simulator, 1.0)
         later = run.results.replica >= len(serving().plan.replicas)
         moved[start] = float(np.nanmin(run.results.first_token_s[later]))
         assert (run.results.status == Status.COMPLETED).all()
-    assert moved[Start.TRANSFER] < moved[Start.COLD] - 10.0
+    assert moved[PolicyStart.TRANSFER] < moved[PolicyStart.COLD] - 10.0
 
 
 TUNER_PLAN = serving(1).plan
