@@ -261,13 +261,11 @@ class Attempt:
         assert head is not None
         events = self.passing is not None
         fields, close = told_headers(head, plain=relay.exchange.http_1_0, events=events)
-        relay.commit(head.status, fields, close=close, events=events)
         held, self._held = b"".join(self._held), []
         if not events:
             self._tail = held[-_TAIL_BYTES:]
             held = self._framed(held)
-        if held:
-            relay.exchange.write(held)
+        relay.commit(head.status, fields, held, close=close, events=events)
 
     def on_end(self) -> None:
         head = self._head

@@ -247,11 +247,13 @@ class Relay:
             self._entry.first_byte(now_s)
             self.dispatcher.prompt_done()
 
-    def commit(self, status: int, fields: Headers, *, close: bool, events: bool) -> None:
-        """Send the head; ``events``: a stream of events follows."""
+    def commit(
+        self, status: int, fields: Headers, body: bytes, *, close: bool, events: bool
+    ) -> None:
+        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
         self.committed = True
         self._events = events
-        self.exchange.start(status, (*fields, *own_headers(self)), close=close)
+        self.exchange.start(status, (*fields, *own_headers(self)), body, close=close)
         if self.moving is not None and not events:
             self.moving.release()
             self.moving = None
