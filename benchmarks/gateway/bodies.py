@@ -4,7 +4,7 @@
 
 A process serves a gateway in front of three emulated engines that break off, abort and fail now and
 then, while routing tables change and replicas hand over. This one sends bodies at random (see
-``oserve.sim.oddities``), and counts what it gets back. In the end the gateway says what is left.
+``oserve.sim.fuzz``), and counts what it gets back. In the end the gateway says what is left.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from typing import Any
 
 import uvloop
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.core.faults import fault
-from oserve.gateway.server import Gateway
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
-from oserve.sim.oddities import odd_body
+from oserve.sim.fuzz import fuzzed_body
 
 PATHS = ("/v1/completions", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 LIMIT_S = 60.0
@@ -137,7 +137,7 @@ class Clients:
         writer = None
         while self._left > 0:
             self._left -= 1
-            body = odd_body(draw)
+            body = fuzzed_body(draw)
             head = (
                 f"POST {draw.choice(PATHS)} HTTP/1.1\r\nhost: x\r\n"
                 f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -20,10 +20,10 @@ from typing import Any, cast
 
 import msgspec
 
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaPhase, Request
-from oserve.gateway.body import parse_body
 from oserve.gateway.dispatch import Dispatcher
+from oserve.gateway.http.body import parse_body
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire import Exchange, dechunk

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import uvloop
 
-from oserve.app.client import EngineClient, Stream
-from oserve.app.profile import engine_hall, profile_devices, started_engine
-from oserve.app.quiet import foreign_cpu_s
 from oserve.cli.serve import settings_from
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.capacity import ClosedLoop, closed_loop
 from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
+from oserve.profiler.client import EngineClient, MeasuredStream
+from oserve.profiler.contention import foreign_cpu_s
+from oserve.profiler.profile import engine_hall, profile_devices, started_engine
 
 LIMITS = ((256, 8), (1024, 32))
 # Prompt tokens, output tokens, requests in flight.
@@ -49,7 +49,7 @@ async def measure(
     """A closed loop, long enough for each place to see a few requests."""
     cycle_s = inflight / expected.rate_rps
     warm_s, run_s = max(2.0, WARM * cycle_s), max(8.0, RUN * cycle_s)
-    ended: list[tuple[float, Stream]] = []
+    ended: list[tuple[float, MeasuredStream]] = []
     stop_s = time.perf_counter() + warm_s + run_s
 
     async def place() -> None:

@@ -12,10 +12,10 @@ import asyncio
 import math
 from pathlib import Path
 
-from oserve.app.profile import engine_hall, limited, profile_devices, started_engine
 from oserve.cli.serve import settings_from
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.control import EngineControl
+from oserve.profiler.profile import engine_hall, limited, profile_devices, started_engine
 
 PAGE = Path(__file__).with_name("page.txt")
 NAME = "profiled"

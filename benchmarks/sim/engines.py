@@ -30,13 +30,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from oserve.config import load_plan
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan
 from oserve.perf.costs import measured_costs
 from oserve.perf.profile import ProfileSource, read_profile
 from oserve.sim.fleet import Fleet
 from oserve.sim.steps import step_tables
-from oserve.sim.words import GatewayOptions, Policy, RequestTable
+from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy
 from oserve.traces import TraceRequest
 from oserve.workload import classify
 
@@ -138,7 +138,7 @@ def simulated(seen: Sequence[Seen], plan: DeploymentPlan, source: ProfileSource)
             ordered=True,
         )
     shares = {kinds.index(name): row for name, row in plan.routing_shares.items()}
-    fleet.set_routing(Policy.POOLS, shares)
+    fleet.set_routing(RoutingPolicy.POOLS, shares)
     fleet.run()
     found = fleet.results().outcomes()
     return [

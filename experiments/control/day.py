@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from oserve.app.simulated import Levers, Routing, Traffic, attainment
 from oserve.core import ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, Traffic, attainment
 from oserve.study.experiment import Setup, scene
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, Start, Steer

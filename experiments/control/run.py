@@ -21,8 +21,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from oserve.app.simulated import Traffic, traffic_from
 from oserve.config import load_switch_costs
+from oserve.evaluate.simulator import Traffic, traffic_from
 from oserve.study.control import Course, courses
 from oserve.study.counterfactual import jittered
 from oserve.study.experiment import SLO, Setup, scene, tell

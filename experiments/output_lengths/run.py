@@ -8,7 +8,7 @@ The published account of llm-d: output-length buckets cut P95 E2E by 9 %.
 
 from dataclasses import fields
 
-from oserve.app.simulated import Levers, Routing, Serving
+from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.study.beliefs import (
     BELIEFS,
     ESTIMATED,

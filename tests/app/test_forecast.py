@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oserve.app.forecasting import Wanted, load_series
 from oserve.cli import main
 from oserve.core import OServeError
+from oserve.forecast.series import SeriesOptions, load_series
 from oserve.traces import TraceRequest, synthesise_mix
 
 
@@ -66,15 +66,15 @@ def test_counts_are_read_and_grouped(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     rows = [f"{600 * place},{place},{100 + place},2" for place in range(21)]
     path.write_text("\n".join(["window_s,small,large,late", *rows]), encoding="utf-8")
-    series = load_series(path, Wanted(interval_s=1200.0, types=2))
+    series = load_series(path, SeriesOptions(interval_s=1200.0, types=2))
     # Ten windows of two rows; the last row is half a window. The largest of the first half.
     assert series.names == ("large", "small")
     assert series.parts.shape == (10, 2, 2)
     assert series.counts[0].tolist() == [201, 1]
     with pytest.raises(OServeError, match="multiple"):
-        load_series(path, Wanted(interval_s=700.0))
+        load_series(path, SeriesOptions(interval_s=700.0))
     with pytest.raises(OServeError, match="whole windows"):
-        load_series(path, Wanted(interval_s=6000.0))
+        load_series(path, SeriesOptions(interval_s=6000.0))
 
 
 def test_types_and_windows_do_not_look_ahead(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_types_and_windows_do_not_look_ahead(tmp_path: Path) -> None:
         TraceRequest(arrival_s=row.arrival_s, prompt_tokens=4000, output_tokens=3)
         for row in rows[cut:]
     ]
-    one = load_series(saved(tmp_path / "one.csv", rows), Wanted())
-    other = load_series(saved(tmp_path / "other.csv", rows[:cut] + later), Wanted())
+    one = load_series(saved(tmp_path / "one.csv", rows), SeriesOptions())
+    other = load_series(saved(tmp_path / "other.csv", rows[:cut] + later), SeriesOptions())
     assert one.names == other.names
     assert np.array_equal(one.parts[:12], other.parts[:12])
     assert not np.array_equal(one.parts[12:], other.parts[12:])

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import Deployment, prepare
+from oserve.app.controller import ControllerService
+from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.operator import allowed_plan
-from oserve.app.steering import Steering
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.cli import app
 from oserve.config import load_settings, parse_plan, plan_yaml
@@ -36,7 +36,7 @@ CHATS, DOCUMENTS = (40.0, 0.2), (0.2, 12.0)
 UNSIMULATED = {"control.simulate": False}
 
 
-def deployment(model: str, folder: Path, **more: object) -> Deployment:
+def deployment(model: str, folder: Path, **more: object) -> ServerDeployment:
     given: dict[str, object] = {
         "model": model,
         "state_dir": str(folder / "state"),
@@ -54,7 +54,7 @@ def deployment(model: str, folder: Path, **more: object) -> Deployment:
 
 
 def observed(
-    plan: DeploymentPlan, given: Deployment, phase: ReplicaPhase = ReplicaPhase.READY
+    plan: DeploymentPlan, given: ServerDeployment, phase: ReplicaPhase = ReplicaPhase.READY
 ) -> Observation:
     return Observation(
         now_s=0.0,
@@ -67,7 +67,11 @@ def observed(
 
 
 async def fed(
-    steering: Steering, given: Deployment, counts: Sequence[float], first: int, last: int
+    steering: ControllerService,
+    given: ServerDeployment,
+    counts: Sequence[float],
+    first: int,
+    last: int,
 ) -> list[Verdict]:
     """Seconds of traffic; decisions are taken as they are due."""
     verdicts = []
@@ -86,7 +90,7 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     given = deployment(model, tmp_path)
     assert given.mode is Mode.AUTO
     facts = switch_facts(given.settings, given.devices, available_bytes=lambda: sys.maxsize)
-    steering = Steering(given, now_s=START_S, legs=SwitchPrices(facts).legs)
+    steering = ControllerService(given, now_s=START_S, legs=SwitchPrices(facts).legs)
     await fed(steering, given, CHATS, START_S, START_S + 130)
     await fed(steering, given, DOCUMENTS, START_S + 130, START_S + 400)
     decisions = list(steering.controller.decisions)
@@ -105,7 +109,7 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     again_given = deployment(model, tmp_path)
     assert "in force when it last ran" in again_given.why
     assert again_given.plan == parse_plan(plan_yaml(steering.controller.plan), place="x")
-    again = Steering(again_given, now_s=START_S + 500)
+    again = ControllerService(again_given, now_s=START_S + 500)
     assert again.controller.watch.forecast() == steering.controller.watch.forecast()
     assert list(again.controller.decisions)[-1] == told
     afresh = deployment(model, tmp_path, **{"control.resume": False})
@@ -130,11 +134,11 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
 
 async def test_a_kill_costs_no_count_that_was_saved(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path, **UNSIMULATED)
-    steering = Steering(given, now_s=START_S)
+    steering = ControllerService(given, now_s=START_S)
     await fed(steering, given, CHATS, START_S, START_S + 45)
     await steering.save_seconds(START_S + 45.0)
     before = steering.controller.watch.collector
-    after = Steering(
+    after = ControllerService(
         deployment(model, tmp_path, **UNSIMULATED), now_s=START_S + 50
     ).controller.watch.collector
     assert after.newest_s == START_S + 44 == before.newest_s
@@ -148,7 +152,7 @@ async def test_a_plan_file_counts_again_unless_a_cluster_is_taken_up(
     words = "workload_types: [{name: all}]\nreplicas: [{id: a, devices: ['cpu:0'], %s}]\n"
     file.write_text("id: given\n" + words % "shape: {precision: fp32}")
     more = {"plan": str(file), "control.mode": "advise"}
-    steering = Steering(deployment(model, tmp_path, **more), now_s=START_S)
+    steering = ControllerService(deployment(model, tmp_path, **more), now_s=START_S)
     chosen = parse_plan("id: chosen\n" + words % "shape: {precision: fp32}", place="x")
     await steering.decide(START_S + 1.0, Trigger.MANUAL, given=chosen)
     assert deployment(model, tmp_path, **more).plan.id == "given"
@@ -164,7 +168,7 @@ async def test_a_plan_file_counts_again_unless_a_cluster_is_taken_up(
 
 async def test_shares_follow_what_is_ready_and_what_comes(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path)
-    steering = Steering(given, now_s=START_S)
+    steering = ControllerService(given, now_s=START_S)
     plan = steering.controller.plan
     everyone = observed(plan, given)
     assert steering.routed(plan, everyone, START_S) == plan
@@ -191,7 +195,7 @@ async def test_a_given_plan_keeps_its_shares_by_class(model: str, tmp_path: Path
     )
     assert deployment(model, tmp_path, plan=str(file)).mode is Mode.OFF
     given = deployment(model, tmp_path, plan=str(file), **{"control.mode": "advise"}, **UNSIMULATED)
-    steering = Steering(given, now_s=START_S)
+    steering = ControllerService(given, now_s=START_S)
     plan = steering.controller.plan
     assert [dict(kind.shares) for kind in plan.types] == [{"a": 1.0}, {"b": 1.0}]
     await fed(steering, given, CHATS, START_S, START_S + 60)

@@ -19,7 +19,7 @@ from oserve.app.switching.switcher import Switcher, SwitcherFacts
 from oserve.config.settings import Settings
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
-from oserve.control.table import routing_table
+from oserve.control.routing import routing_table
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,

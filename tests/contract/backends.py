@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import openai
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.engines.attached import Look
 from oserve.engines.probe import Probe
-from oserve.gateway.server import Gateway
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire.events import EventReader
 

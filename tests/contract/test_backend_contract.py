@@ -8,13 +8,13 @@ import pytest
 from contract.backends import CONTRACT, Backend, Behind, behind
 from oserve.sim import DIALECTS, Dialect, EmulatedEngine
 from oserve.sim.dialects import UsageForm
-from oserve.sim.tongue import Babble
+from oserve.sim.tokenizer_stub import BabblingTokenizer
 
 
 @pytest.fixture(params=DIALECTS, ids=lambda dialect: dialect.name)
 async def front(request: pytest.FixtureRequest) -> AsyncIterator[Behind]:
     dialect: Dialect = request.param
-    engine = EmulatedEngine(model="theirs", dialect=dialect, tongue=Babble())
+    engine = EmulatedEngine(model="theirs", dialect=dialect, tokenizer=BabblingTokenizer())
     port = await engine.start()
     refuses = "stream_options" in dialect.refused
     health = (dialect.health or ("/v1/models",))[0]

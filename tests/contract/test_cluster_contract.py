@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from oserve.app.clock import LiveClock
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
@@ -31,6 +30,7 @@ from oserve.core import (
     StopReplica,
     VirtualClock,
 )
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
@@ -39,7 +39,7 @@ from oserve.sim import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.steps import StepTables
-from oserve.sim.words import RequestTable
+from oserve.sim.types import RequestTable
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.affinity import Affinity
-from oserve.control.ledger import WorkLedger
-from oserve.control.overload import OverloadPolicy, shed_in_s, too_late
-from oserve.control.router import Route, Router
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.affinity import Affinity
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.overload import OverloadPolicy, shed_in_s, too_late
+from oserve.control.dispatch.router import Route, Router
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaLoad, ReplicaPhase, Request
 
 from .test_router import load_of, request_of

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.breaker import (
+from oserve.control.dispatch.breaker import (
     BreakerPolicy,
     Breakers,
     concerns_us,
@@ -11,9 +11,9 @@ from oserve.control.breaker import (
     retry_after_s,
     worth_elsewhere,
 )
-from oserve.control.ledger import WorkLedger
-from oserve.control.router import Route, Router
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.router import Route, Router
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaPhase, Request
 
 POLICY = BreakerPolicy()

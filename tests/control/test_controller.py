@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.appraisal import Leg, Question, Step, appraise, switch_cost, weigh
 from oserve.control.decision import Decision, Mode, Reason, Trigger, Verdict
+from oserve.control.evaluation import Leg, Question, Step, appraise, switch_cost, weigh
 from oserve.control.lifetime import Lifetime
 from oserve.control.memory import recall, remembered
 from oserve.control.planner import TablePlanner

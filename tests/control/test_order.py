@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.order import OrderPolicy, engine_priority, rank_s
+from oserve.control.dispatch.order import OrderPolicy, engine_priority, rank_s
 
 policies = st.builds(
     OrderPolicy,

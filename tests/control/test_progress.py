@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.progress import Activity, Look, Progress
+from oserve.control.progress import Activity, Progress, ProgressSample
 
 AFTER_S = 10.0
 STEPS = 4.0
@@ -30,17 +30,17 @@ class Stretch:
 def played(progress: Progress, stretches: Iterable[Stretch]) -> tuple[str, float]:
     """The first reason to end it, and how long it had been silent by then."""
     now_s = work_s = 0.0
-    progress.observe(Look(now_s=now_s, answered=True))
+    progress.observe(ProgressSample(now_s=now_s, answered=True))
     for stretch in stretches:
         for second in range(stretch.seconds):
             now_s += 1.0
             work_s += stretch.share
             activity = Activity(stopped=int(stretch.stopped), work_s=work_s)
-            look = Look(now_s=now_s, activity=activity if stretch.seen else None)
+            look = ProgressSample(now_s=now_s, activity=activity if stretch.seen else None)
             if reason := progress.observe(look):
                 return reason, second + 1.0
         now_s += 1.0
-        progress.observe(Look(now_s=now_s, answered=True))
+        progress.observe(ProgressSample(now_s=now_s, answered=True))
     return "", 0.0
 
 
@@ -108,10 +108,10 @@ def test_steps_that_grow_are_learned(factors: list[float]) -> None:
 def test_an_observer_that_was_away_has_not_seen_a_silence(gaps: list[float]) -> None:
     progress = fresh()
     now_s = 0.0
-    progress.observe(Look(now_s=now_s, answered=True))
+    progress.observe(ProgressSample(now_s=now_s, answered=True))
     for gap_s in gaps:
         now_s += gap_s
-        assert progress.observe(Look(now_s=now_s, activity=Activity(stopped=1))) == ""
+        assert progress.observe(ProgressSample(now_s=now_s, activity=Activity(stopped=1))) == ""
 
 
 def test_a_step_that_computes_has_longer_than_one_that_does_not() -> None:
@@ -125,15 +125,15 @@ def test_a_step_that_computes_has_longer_than_one_that_does_not() -> None:
 def test_blocked_is_not_idle() -> None:
     progress = fresh()
     for second in range(30):
-        look = Look(now_s=float(second), activity=Activity(blocked=True))
+        look = ProgressSample(now_s=float(second), activity=Activity(blocked=True))
         assert progress.observe(look) == ""
-    assert progress.observe(Look(now_s=30.0, activity=Activity(blocked=True)))
+    assert progress.observe(ProgressSample(now_s=30.0, activity=Activity(blocked=True)))
 
 
 def test_counts_that_change_are_signs_though_no_answer_comes() -> None:
     progress = fresh()
     for second in range(100):
-        look = Look(now_s=float(second), running=1, counts=(float(second),))
+        look = ProgressSample(now_s=float(second), running=1, counts=(float(second),))
         assert progress.observe(look) == ""
     assert progress.nearest == 0.0
 
@@ -142,7 +142,9 @@ def test_counts_that_change_are_signs_though_no_answer_comes() -> None:
 def test_a_core_that_answers_must_advance_what_runs(running: int, *, hangs: bool) -> None:
     progress = fresh()
     reasons = [
-        progress.observe(Look(now_s=float(second), answered=True, running=running, counts=(1.0,)))
+        progress.observe(
+            ProgressSample(now_s=float(second), answered=True, running=running, counts=(1.0,))
+        )
         for second in range(100)
     ]
     assert any(reasons) is hangs
@@ -152,7 +154,9 @@ def test_a_core_that_answers_must_advance_what_runs(running: int, *, hangs: bool
 def test_nothing_due_is_no_silence() -> None:
     progress = fresh()
     for second in range(100):
-        assert progress.observe(Look(now_s=float(second), owes=False, counts=(1.0,))) == ""
+        assert (
+            progress.observe(ProgressSample(now_s=float(second), owes=False, counts=(1.0,))) == ""
+        )
 
 
 @given(st.lists(st.floats(0.0, 4.0), min_size=15, max_size=15), st.integers(0, 1000))
@@ -163,7 +167,9 @@ def test_a_start_stands_if_one_of_its_processes_does(shares: list[float], moved:
     for second, share in enumerate(shares):
         work_s += share
         activity = Activity(stopped=1, work_s=work_s, moved=moved * second)
-        look = Look(now_s=float(second), counts=(float(activity.moved),), activity=activity)
+        look = ProgressSample(
+            now_s=float(second), counts=(float(activity.moved),), activity=activity
+        )
         reasons.append(progress.observe(look, loading=True))
     assert [bool(reason) for reason in reasons] == [second >= AFTER_S for second in range(15)]
 
@@ -174,17 +180,17 @@ def test_a_start_that_does_something_each_minute_goes_on(works: list[bool]) -> N
     work_s = 0.0
     for second, work in enumerate(works):
         work_s += 0.1 * (work or second % 59 == 0)
-        look = Look(now_s=float(second), counts=(0.0,), activity=Activity(work_s=work_s))
+        look = ProgressSample(now_s=float(second), counts=(0.0,), activity=Activity(work_s=work_s))
         assert progress.observe(look, loading=True) == ""
 
 
 def test_one_on_standby_may_compute_for_as_long_as_it_takes() -> None:
     progress = fresh()
     for second in range(1000):
-        look = Look(now_s=float(second), activity=Activity(work_s=0.5 * second))
+        look = ProgressSample(now_s=float(second), activity=Activity(work_s=0.5 * second))
         assert progress.observe(look, standby=True) == ""
     # What the weights took is not a step.
-    progress.observe(Look(now_s=1000.0, answered=True), standby=True)
+    progress.observe(ProgressSample(now_s=1000.0, answered=True), standby=True)
     assert progress.longest_step_s == 0.0
 
 
@@ -193,5 +199,5 @@ def test_a_learned_step_fades() -> None:
     played(progress, [Stretch(seconds=9, share=1.0)])
     assert progress.longest_step_s == pytest.approx(10.0, rel=0.01)
     for second in range(1, 6001):
-        progress.observe(Look(now_s=20.0 + second, answered=True))
+        progress.observe(ProgressSample(now_s=20.0 + second, answered=True))
     assert progress.longest_step_s < 0.1

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.ledger import WorkLedger
-from oserve.control.overload import FirstTokens, OverloadPolicy, max_prompt_s, too_late
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s, too_late
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaPhase, Request
 
 REPLICA = TableReplica(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.ledger import WorkLedger
-from oserve.control.router import Refusal, Route, Router, RouteReason, work_s
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.router import NoRoute, Route, Router, RouteReason, work_s
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaLoad, ReplicaPhase, Request
 
 loads = st.lists(
@@ -49,7 +49,7 @@ def load_of(name: str, work: float = 0.0, **fields: int) -> ReplicaLoad:
     )
 
 
-def pick(pool: dict[str, float], *given_loads: ReplicaLoad, **fields: int) -> Route | Refusal:
+def pick(pool: dict[str, float], *given_loads: ReplicaLoad, **fields: int) -> Route | NoRoute:
     router = Router({"t": pool}, overflow_s=2.0)
     return router.pick(request_of(**fields), {load.replica: load for load in given_loads})
 
@@ -74,7 +74,7 @@ def test_picks_only_what_may_take_it_and_only_refuses_when_none_may(
         assert route.work_s == work_s(request, load)
         if route.reason is RouteReason.POOL:
             assert share[route.replica] > 0
-    elif route is Refusal.ALL_FULL:
+    elif route is NoRoute.ALL_FULL:
         assert fits
         assert all(load.inflight >= load.max_inflight for load in fits.values())
     else:
@@ -133,7 +133,7 @@ def test_too_long_for_all_goes_to_the_longest_context_to_be_refused_there() -> N
     route = pick({"a": 1.0}, short, long, prompt_tokens=5000)
     assert isinstance(route, Route)
     assert route.replica == "b"
-    assert pick({"a": 1.0}) is Refusal.NO_REPLICA
+    assert pick({"a": 1.0}) is NoRoute.NO_REPLICA
 
 
 def replica_of(name: str) -> TableReplica:

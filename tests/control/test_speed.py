@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.speed import SpeedWatch, speeds_from
+from oserve.control.speed import SpeedEstimator, speeds_from
 from oserve.core import (
     Device,
     Endpoint,
@@ -92,7 +92,7 @@ class Engine:
 
 
 def watched(
-    watch: SpeedWatch,
+    watch: SpeedEstimator,
     engines: list[Engine],
     seconds: int,
     *,
@@ -126,7 +126,7 @@ def test_a_speed_is_found_within_seconds_of_load(
     # A prompt longer than the budget would take several steps; the engine here makes one of it.
     fits = min(prompt, own.max_num_batched_tokens - seqs)
     engine = Engine("a", own, speed, seqs=seqs, prompt=fits, prompt_every=prompt_every)
-    watch = SpeedWatch(SOURCE)
+    watch = SpeedEstimator(SOURCE)
     changes = watched(watch, [engine], 30)
     assert changes
     assert watch.speeds.of(own) == pytest.approx(speed, rel=0.1)
@@ -135,12 +135,12 @@ def test_a_speed_is_found_within_seconds_of_load(
 def test_what_is_as_the_source_says_is_left_alone() -> None:
     for seqs in (1, 8, 32):
         engine = Engine("a", shape(), 1.0, seqs=seqs)
-        assert watched(SpeedWatch(SOURCE), [engine], 30) == []
+        assert watched(SpeedEstimator(SOURCE), [engine], 30) == []
 
 
 def test_it_is_bounded_and_steady() -> None:
     for speed, bound in ((0.01, BOUNDS[0]), (8.0, BOUNDS[1])):
-        watch = SpeedWatch(SOURCE)
+        watch = SpeedEstimator(SOURCE)
         changes = watched(
             watch,
             [Engine("a", shape(), speed)],
@@ -149,7 +149,7 @@ def test_it_is_bounded_and_steady() -> None:
         assert watch.speeds.of(shape()) == bound
         assert len(changes) == 1
     # A hiccup now and then is no new speed.
-    engine, watch = Engine("a", shape(), 1.0), SpeedWatch(SOURCE)
+    engine, watch = Engine("a", shape(), 1.0), SpeedEstimator(SOURCE)
 
     def hiccup(second: int) -> None:
         engine.speed = 0.2 if second % 20 == 0 else 1.0
@@ -159,7 +159,7 @@ def test_it_is_bounded_and_steady() -> None:
 
 def test_shapes_that_were_not_seen_are_taken_to_be_as_slow() -> None:
     engine, other = Engine("a", shape(), 0.5), Engine("b", shape(tp=2), 0.9)
-    watch = SpeedWatch(SOURCE)
+    watch = SpeedEstimator(SOURCE)
     watched(watch, [engine], 20)
     for seen in (shape(chunk=256), shape(tp=2), shape(precision=Precision.INT8)):
         assert watch.speeds.of(seen) == pytest.approx(0.5, rel=0.1)
@@ -174,7 +174,7 @@ def test_shapes_that_were_not_seen_are_taken_to_be_as_slow() -> None:
 
 
 def test_engines_that_tell_nothing_or_start_again_are_no_trouble() -> None:
-    watch, engine = SpeedWatch(SOURCE), Engine("a", shape(), 0.5)
+    watch, engine = SpeedEstimator(SOURCE), Engine("a", shape(), 0.5)
     state = engine.state("cpu:0")
     for second in range(30):
         unknown = replace(state, spec=replace(state.spec, shape=shape(precision=Precision.FP8)))
@@ -188,7 +188,7 @@ def test_engines_that_tell_nothing_or_start_again_are_no_trouble() -> None:
 
 
 def test_a_restart_goes_on_with_what_was_seen() -> None:
-    watch = SpeedWatch(SOURCE)
+    watch = SpeedEstimator(SOURCE)
     watched(watch, [Engine("a", shape(), 0.5), Engine("b", shape(tp=2), 0.7)], 20)
     kept = json.loads(json.dumps(watch.state()))
     again = speeds_from(kept)

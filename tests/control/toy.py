@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from oserve.control.appraisal import appraise
 from oserve.control.controller import Controller
 from oserve.control.decision import Decision, Mode, Reason, Trigger, Verdict
+from oserve.control.evaluation import appraise
 from oserve.control.loop import ControlLoop
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy

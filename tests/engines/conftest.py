@@ -2,7 +2,7 @@
 
 import pytest
 
-from oserve.app.clock import LiveClock
+from oserve.engines.clock import LiveClock
 
 
 @pytest.fixture

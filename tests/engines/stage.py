@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oserve.app.clock import LiveClock
 from oserve.app.switching.drive import Report
 from oserve.app.switching.prices import switch_facts
 from oserve.app.switching.switcher import Switcher, SwitcherFacts
@@ -24,6 +23,7 @@ from oserve.core import (
     ReplicaSpec,
     ReplicaState,
 )
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from oserve.app.lock import StateLock
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
 from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
 from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
+from oserve.startup.lock import StateLock
 
 # A leader that says it is up, and a child that ignores TERM.
 SERVER = """
@@ -192,7 +192,7 @@ def test_the_folder_for_sockets_is_ours_alone(tmp_path: Path) -> None:
 
 async def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from oserve.app.lock import StateLock; "
+        "import sys; from pathlib import Path; from oserve.startup.lock import StateLock; "
         "lock = StateLock(Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()"
     )
     process = await asyncio.create_subprocess_exec(

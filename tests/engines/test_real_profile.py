@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.brief import measure_briefly, what_to_measure
-from oserve.app.client import EngineClient
 from oserve.app.deployment import prepare
-from oserve.app.profile import Report, engine_hall, measure_engine, started_engine
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.devices import split_cores
 from oserve.perf.model import find_model
+from oserve.profiler.brief import measure_briefly, what_to_measure
+from oserve.profiler.client import EngineClient
+from oserve.profiler.profile import ProfileReporter, engine_hall, measure_engine, started_engine
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +35,7 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
     model = find_model(str(tiny_model))
     begun: list[int] = []
     done: list[int] = []
-    report = Report(begin=lambda _name, steps: begun.append(steps), advance=done.append)
+    report = ProfileReporter(begin=lambda _name, steps: begun.append(steps), advance=done.append)
     async with (
         engine_hall(settings, devices) as cluster,
         started_engine(cluster, devices, shape) as state,
@@ -70,7 +70,9 @@ async def test_a_brief_measurement_is_kept_and_planned_with(
     shapes = what_to_measure(settings)
     lines: list[str] = []
     # Long, since this must not fail on a slow machine: with time enough nothing is left out.
-    await measure_briefly(settings, shapes, report=Report(line=lines.append), limit_s=300.0)
+    await measure_briefly(
+        settings, shapes, report=ProfileReporter(line=lines.append), limit_s=300.0
+    )
     assert not [line for line in lines if "left out" in line], lines
     assert what_to_measure(settings) == ()
     deployment = prepare(settings)

@@ -8,10 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
+from oserve.gateway.http.server import Gateway
 from oserve.gateway.records import RecordStore
-from oserve.gateway.server import Gateway
 from oserve.gateway.settings import GatewaySettings
 from oserve.sim import EmulatedEngine
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from gateway.conftest import Front, Make, table_of, table_replica
-from oserve.control.breaker import BreakerPolicy, Breakers
+from oserve.control.dispatch.breaker import BreakerPolicy, Breakers
 from oserve.core import Endpoint
 from oserve.engines.attached import Look
 from oserve.engines.probe import Probe
-from oserve.gateway.asking import address_of
+from oserve.gateway.upstream_request import address_of
 from oserve.sim import DIALECTS, EmulatedEngine, Mishap
 
 TEXT: dict[str, Any] = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.conftest import Front, Make, table_of, until
-from oserve.gateway.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
-from oserve.gateway.carry import Carried
-from oserve.gateway.errors import ApiError
-from oserve.gateway.fields import UnmovableError
-from oserve.gateway.foresight import Foresight
-from oserve.gateway.prompt import prompt_size
+from oserve.gateway.estimator import Foresight
+from oserve.gateway.http.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
+from oserve.gateway.http.errors import ApiError
+from oserve.gateway.http.prompt import prompt_size
+from oserve.gateway.stream.continuation import Carried
+from oserve.gateway.stream.continuation_fields import UnmovableError
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
-from oserve.sim.oddities import odd_body
-from oserve.sim.tongue import Babble
+from oserve.sim.fuzz import fuzzed_body
+from oserve.sim.tokenizer_stub import BabblingTokenizer
 from oserve.wire.caches import FIELD, giving, new_name, taking
 from oserve.workload import PromptLengthEstimator
 
@@ -40,7 +40,9 @@ def parsed(body: bytes) -> GenerateBody | ApiError:
 
 
 # -- pure -----------------------------------------------------------------------------------------
-@given(st.one_of(st.binary(max_size=200), st.integers().map(lambda seed: odd_body(Random(seed)))))
+@given(
+    st.one_of(st.binary(max_size=200), st.integers().map(lambda seed: fuzzed_body(Random(seed))))
+)
 def test_what_is_not_refused_can_be_written_judged_and_perhaps_moved(body: bytes) -> None:
     found = parsed(body)
     if isinstance(found, ApiError):
@@ -273,7 +275,10 @@ async def test_every_body_is_answered_and_every_slot_freed(
     make_front: Make, options: dict[str, Any]
 ) -> None:
     draw = Random(str(options))
-    engines = [EmulatedEngine(most_tokens=8, keep_bodies=False, tongue=Babble()) for _ in "ab"]
+    engines = [
+        EmulatedEngine(most_tokens=8, keep_bodies=False, tokenizer=BabblingTokenizer())
+        for _ in "ab"
+    ]
     front = await make_front(*engines, **options)
     table = front.gateway.dispatcher.table
     statuses: Counter[int] = Counter()
@@ -286,7 +291,7 @@ async def test_every_body_is_answered_and_every_slot_freed(
                     engine.mishaps.append(Mishap(after=draw.randint(0, 6), how=how))
             if draw.random() < 0.2:
                 front.gateway.dispatcher.update(table)
-            status, _ = await answer(front, odd_body(draw), draw.choice(PATHS))
+            status, _ = await answer(front, fuzzed_body(draw), draw.choice(PATHS))
             statuses[status] += 1
 
     async with faultless(front):
@@ -315,7 +320,7 @@ async def test_hand_overs_while_odd_bodies_run(make_front: Make) -> None:
 
     async def client() -> None:
         for _ in range(15):
-            odd = odd_body(draw)
+            odd = fuzzed_body(draw)
             more = b',"x":' + odd if draw.random() < 0.1 else b',"seed":"5","min_tokens":"3"'
             body = b"{" + TEXT.replace(b":3", b':"30"') + b',"stream":true' + more + b"}"
             status, _ = await answer(front, body if draw.random() < 0.7 else odd)

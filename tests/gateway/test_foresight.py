@@ -4,8 +4,8 @@ import asyncio
 from typing import Any
 
 from oserve.core import PlannedType
-from oserve.gateway.body import parse_body
-from oserve.gateway.prompt import system_prefix
+from oserve.gateway.http.body import parse_body
+from oserve.gateway.http.prompt import system_prefix
 from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, OverloadSettings
 from oserve.sim import EmulatedEngine, EngineSpeed

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.gateway.kept import Budget, Kept
-from oserve.gateway.meaning import read_answer, shown, trouble_of, usage_in, usage_of
-from oserve.gateway.passing import Passing
+from oserve.gateway.stream.answer import read_answer, shown, trouble_of, usage_in, usage_of
+from oserve.gateway.stream.pass_through import Passing
+from oserve.gateway.stream.replay_buffer import Budget, Kept
 from oserve.wire import Dechunker, chunk
 from oserve.wire.events import EventReader
 from oserve.wire.framing import LAST_CHUNK

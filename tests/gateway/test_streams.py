@@ -16,7 +16,7 @@ from oserve.core import ReplicaPhase
 from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, MoveSettings
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
-from oserve.sim.tongue import Babble
+from oserve.sim.tokenizer_stub import BabblingTokenizer
 from oserve.wire.caches import FIELD, CacheFolder, own_name, taken_name, taking
 
 TEXT: dict[str, Any] = {"model": "emulated", "prompt": "once upon a time", "temperature": 0}
@@ -29,7 +29,7 @@ PATHS = {"/v1/completions": TEXT, "/v1/chat/completions": CHAT}
 
 
 def engines(count: int = 3, **options: Any) -> list[EmulatedEngine]:
-    return [EmulatedEngine(tongue=Babble(), **options) for _ in range(count)]
+    return [EmulatedEngine(tokenizer=BabblingTokenizer(), **options) for _ in range(count)]
 
 
 async def stream(front: Front, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -376,7 +376,7 @@ async def test_a_replica_that_tells_no_ids_is_left_alone(make_front: Make) -> No
 
 async def test_a_replica_on_its_way_is_waited_for(make_front: Make) -> None:
     front = await make_front(*engines(1), expected=True)
-    late = EmulatedEngine(tongue=Babble())
+    late = EmulatedEngine(tokenizer=BabblingTokenizer())
     front.engines.append(late)
     port = await late.start()
     front.engines[0].mishaps.append(Mishap(after=6))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from oserve.control.router import Refusal, Router
+from oserve.control.dispatch.router import NoRoute, Router
 from oserve.core import ReplicaLoad, Request
 
 PS: Final = 10**12
@@ -290,7 +290,7 @@ class Reference:
         )
         if self.policy == "pools":
             route = self.router.pick(request, loads)
-            return None if isinstance(route, Refusal) else by_name[route.replica]
+            return None if isinstance(route, NoRoute) else by_name[route.replica]
         free = [by_name[n] for n, load in loads.items() if load.inflight < load.max_inflight]
         if not free:
             return None

@@ -14,15 +14,15 @@ from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.sim.fleet import Fleet
 from oserve.sim.steps import StepTables
-from oserve.sim.words import GatewayOptions, Link, Policy, RequestTable, Status
+from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy, SimLink, Status
 from sim.reference import PS, Engine, Job, Reference
 
 POLICIES = {
-    "pools": Policy.POOLS,
-    "work": Policy.LEAST_WORK,
-    "requests": Policy.LEAST_REQUESTS,
-    "turn": Policy.ROUND_ROBIN,
-    "freeness": Policy.FREENESS,
+    "pools": RoutingPolicy.POOLS,
+    "work": RoutingPolicy.LEAST_WORK,
+    "requests": RoutingPolicy.LEAST_REQUESTS,
+    "turn": RoutingPolicy.ROUND_ROBIN,
+    "freeness": RoutingPolicy.FREENESS,
 }
 
 
@@ -103,7 +103,7 @@ class Spec:
             max_inflight=self.max_inflight,
             max_prompt_s=float("inf") if self.max_prompt is None else self.max_prompt / PS,
             kv_bytes_per_token=1.0,
-            link=Link(
+            link=SimLink(
                 bytes_per_s=PS / self.link if self.link else float("inf"),
                 latency_s=self.latency / PS,
             ),

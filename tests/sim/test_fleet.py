@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
@@ -16,10 +16,10 @@ from oserve.perf.source import RooflineSource
 from oserve.sim import (
     Fleet,
     GatewayOptions,
-    Link,
-    Policy,
     Rebalance,
     RequestTable,
+    RoutingPolicy,
+    SimLink,
     Status,
     step_tables,
 )
@@ -70,7 +70,7 @@ def fleet_of(
             kv_tokens=kv_tokens,
             costs=COSTS,
             kv_bytes_per_token=327_680.0,
-            link=Link(bytes_per_s=25e9, latency_s=0.001),
+            link=SimLink(bytes_per_s=25e9, latency_s=0.001),
         )
     return fleet
 
@@ -127,7 +127,7 @@ def test_stopping_to_look_changes_nothing(stops: list[float]) -> None:
 
 def test_fixed_shares_are_followed_and_blind() -> None:
     fleet = fleet_of(table_of(400, 6.0), "abc", kv_tokens=400_000)
-    fleet.set_routing(Policy.FIXED_SHARES, {0: {"a": 0.5, "b": 0.3, "c": 0.2}})
+    fleet.set_routing(RoutingPolicy.FIXED_SHARES, {0: {"a": 0.5, "b": 0.3, "c": 0.2}})
     fleet.run()
     counts = Counter(fleet.results().replica.tolist())
     assert [counts[index] for index in range(3)] == [200, 120, 80]

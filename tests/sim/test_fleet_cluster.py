@@ -25,7 +25,7 @@ from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables
-from oserve.sim.words import RequestTable, Status
+from oserve.sim.types import RequestTable, Status
 
 DEVICES = tuple(Device(id=f"d{n}", kind="any") for n in range(3))
 SHAPE = ReplicaShape(max_num_batched_tokens=64, max_num_seqs=4)

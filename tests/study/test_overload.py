@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from oserve.app.simulated import Levers, Routing, Traffic, met
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import Role
-from oserve.sim.words import Status
+from oserve.evaluate.simulator import Levers, Routing, Traffic, met
+from oserve.sim.types import Status
 from oserve.study.beliefs import (
     CLASS_MEAN,
     ESTIMATED,

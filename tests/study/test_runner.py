@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from oserve.app.simulated import Levers, Routing, Serving, Simulator, attainment
 from oserve.core import (
     DeploymentPlan,
     ReplicaShape,
 )
+from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, attainment
 from oserve.sim.phases import Phases
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Conduct, Fixed, Policy, Seen, Start

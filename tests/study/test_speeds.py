@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from oserve.app.simulated import Levers, Routing, Simulator
-from oserve.app.steering import planner_for
 from oserve.config import load_cluster
 from oserve.control.decision import Mode
+from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
 from oserve.core import ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, Simulator
 from oserve.perf.corrected import CorrectedSource, SpeedKey, Speeds
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, Start, Steer
 from oserve.study.runner import run_policy

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from control.toy import waits_its_price
-from oserve.app.simulated import Levers, Routing, Serving
 from oserve.config import load_cluster
 from oserve.control.decision import Decision
-from oserve.control.helm import Helm
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.sim.phases import Phases
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.counterfactual import jittered, switch_worths
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
@@ -162,7 +162,7 @@ def test_a_controller_fed_by_hand_decides_the_same(played: Played) -> None:
     steering = played.steering
     starts = StartTimes(steering.starts_s)
     planner = TablePlanner(replace(steering.planner.facts, start_s=starts.start_s))
-    helm = Helm(
+    helm = ControllerRuntime(
         steering.serving.plan,
         policy=steering.control,
         planner=planner,

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.app.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
-from oserve.app.planning import Question
-from oserve.app.sizing import checked, find_room, fitted
-from oserve.app.store import StateStore
 from oserve.app.switching.record import journal_folder, recover
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.reading import read_text
@@ -34,10 +30,14 @@ from oserve.engines.room import Room, known_model
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
+from oserve.plan.planning import PlanRequest
+from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, planning_question
+from oserve.startup.sizing import checked, find_room, fitted
+from oserve.startup.store import StateStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
+class ServerDeployment:
     """All that is settled before anything starts.
 
     ``question`` is what the controller plans from; ``None`` where there is none (mode off).
@@ -54,7 +54,7 @@ class Deployment:
     notes: tuple[str, ...] = ()
     costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs
     mode: Mode = Mode.OFF
-    question: Question | None = None
+    question: PlanRequest | None = None
     fingerprint: str = ""
     given: str = ""
     speeds: Speeds = field(default_factory=Speeds)
@@ -71,7 +71,7 @@ def state_file(settings: Settings) -> Path:
     return Path(settings.state_dir) / "state.sqlite"
 
 
-def prepare(settings: Settings) -> Deployment:
+def prepare(settings: Settings) -> ServerDeployment:
     """Find the devices, read or compute the plan, check it. Starts nothing."""
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
@@ -103,7 +103,7 @@ def prepare(settings: Settings) -> Deployment:
         )
     name = settings.served_model_name or _model_name(settings.model)
     room = checked(room, plan, settings.plan or "plan")
-    return Deployment(
+    return ServerDeployment(
         settings=msgspec.structs.replace(settings, engines=room.settings),
         sized=room.settings != settings.engines,
         devices=devices,
@@ -176,7 +176,7 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
 
 
-def remembered_speeds(file: Path, question: Question | None) -> Speeds:
+def remembered_speeds(file: Path, question: PlanRequest | None) -> Speeds:
     """What an earlier server saw of replicas, if it planned from the same step times."""
     if question is None or not file.is_file():
         return Speeds()
@@ -192,7 +192,7 @@ def _plan(
     devices: tuple[Device, ...],
     plain: tuple[Precision, ...],
     knowledge: Knowledge,
-    question: Question | None,
+    question: PlanRequest | None,
     resumed: FirstPlan | None,
     speeds: Speeds,
 ) -> FirstPlan:

@@ -11,15 +11,15 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.hub import Hub, Operate
-from oserve.app.worker import Orders
-from oserve.control.table import RoutingTable
+from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.engines.adoption import end
 from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log, telling_line
 from oserve.gateway.dispatch import Picture
+from oserve.gateway.process.hub import Hub, Operate
+from oserve.gateway.process.worker import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
 
 _log = logging.getLogger("oserve.app")
@@ -80,7 +80,7 @@ class Front:
 
     async def _start(self, index: int) -> int:
         """Take the process of this number up, or start it; returns its port."""
-        orders = Orders(
+        orders = WorkerConfig(
             process=index,
             hub=str(self._socket),
             models=self._facts.models,
@@ -97,7 +97,7 @@ class Front:
         log_path = open_log(self._facts.log_dir, f"gateway-{index}")
         process = await self._facts.keeper.hold(
             _name(index),
-            [sys.executable, "-m", "oserve.app.worker"],
+            [sys.executable, "-m", "oserve.gateway.process.worker"],
             msgspec.json.encode(orders).decode(),
             log_path,
             self._settings.shutdown_grace_s,

@@ -11,19 +11,20 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.demand import Demand
 from oserve.app.deployment import remembered_speeds
-from oserve.app.first_plan import know, planning_question
-from oserve.app.opinion import Opinion
-from oserve.app.steering import planner_for, policy_of
-from oserve.app.store import StateStore
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.config import Settings, parse_plan
+from oserve.config.policies import policy_of
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm
+from oserve.control.planning import planner_for
+from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
+from oserve.evaluate.switch_simulation import Opinion
+from oserve.plan.demand import Demand
+from oserve.startup.first_plan import know, planning_question
+from oserve.startup.store import StateStore
 from oserve.switch.learned import LearnedPhases
 
 
@@ -65,7 +66,7 @@ def replayed_decisions(
     opinion = Opinion(question) if settings.control.simulate else None
     if opinion is not None:
         planner.learn(opinion.refined(planner.facts))
-    helm = Helm(
+    helm = ControllerRuntime(
         _first_plan(file),
         policy=policy_of(settings, mode),
         planner=planner,

@@ -5,10 +5,10 @@ import contextlib
 import signal
 from collections.abc import Callable
 
-from oserve.app.serve import Server
+from oserve.app.serve import OServeServer
 
 
-async def serve_until_stopped(server: Server, *, announce: Callable[[int], None]) -> int:
+async def serve_until_stopped(server: OServeServer, *, announce: Callable[[int], None]) -> int:
     """Run until Ctrl-C or SIGTERM; returns the exit status.
 
     A second Ctrl-C ends without waiting for running requests.

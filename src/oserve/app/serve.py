@@ -15,13 +15,10 @@ from typing import Any
 import msgspec
 
 from oserve import __version__
-from oserve.app.clock import LiveClock
-from oserve.app.deployment import Deployment, check_engines
+from oserve.app.controller import ControllerService, advised
+from oserve.app.deployment import ServerDeployment, check_engines
 from oserve.app.fronts import Front, FrontFacts
-from oserve.app.lock import StateLock
 from oserve.app.operator import RefusedError, allowed_plan
-from oserve.app.status import explained, gauges, status_document, summary
-from oserve.app.steering import Steering, advised
 from oserve.app.switching.drive import Report
 from oserve.app.switching.prices import SwitchPrices, switch_facts
 from oserve.app.switching.record import journal_folder, recover
@@ -31,12 +28,15 @@ from oserve.control.decision import Trigger, Verdict
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy, given_up
 from oserve.control.rollout import settled
-from oserve.control.table import routing_table
+from oserve.control.routing import routing_table
+from oserve.control.status import explained, gauges, status_document, summary
 from oserve.core import Action, DeploymentPlan, Observation, OServeError, ReplicaPhase, ReplicaState
+from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
 from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.startup.lock import StateLock
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
 from oserve.workload.output import KnownAtArrival, OutputEstimator
@@ -52,11 +52,11 @@ _WAIT_S = 60.0
 _LEARNED = 5000
 
 
-class Server:
+class OServeServer:
     """A deployment in operation; ``changed`` gets a line whenever a replica's phase changes."""
 
     def __init__(
-        self, deployment: Deployment, *, changed: Callable[[str], None] = lambda _line: None
+        self, deployment: ServerDeployment, *, changed: Callable[[str], None] = lambda _line: None
     ) -> None:
         settings = deployment.settings
         self._deployment = deployment
@@ -105,7 +105,7 @@ class Server:
         learned = LearnedPhases()
         movable = switch_facts(settings, deployment.devices, learned=learned)
         self._steering = (
-            Steering(
+            ControllerService(
                 deployment, now_s=time.time(), legs=SwitchPrices(movable).legs, learned=learned
             )
             if deployment.question is not None
@@ -195,7 +195,7 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _steer(self, steering: Steering) -> None:
+    async def _steer(self, steering: ControllerService) -> None:
         """Once a second: count, and decide where a decision is due and none is being made."""
         deciding: asyncio.Task[None] | None = None
         self._spawn(self._refine(steering))
@@ -213,13 +213,13 @@ class Server:
                 self._tasks.add(deciding)
                 deciding.add_done_callback(self._tasks.discard)
 
-    async def _refine(self, steering: Steering) -> None:
+    async def _refine(self, steering: ControllerService) -> None:
         try:
             await steering.refine()
         except Exception:
             _log.exception("capacities could not be simulated; the linear model's stay")
 
-    def _counted(self, steering: Steering) -> Trigger | None:
+    def _counted(self, steering: ControllerService) -> Trigger | None:
         if self._seen is None:
             return None
         now_s = time.time()
@@ -233,7 +233,7 @@ class Server:
             _log.exception("a second could not be counted")
             return None
 
-    async def _decide(self, steering: Steering, trigger: Trigger) -> None:
+    async def _decide(self, steering: ControllerService, trigger: Trigger) -> None:
         try:
             await self._decided(steering, trigger)
         except Exception:
@@ -241,7 +241,7 @@ class Server:
             _log.exception("a decision could not be made")
 
     async def _decided(
-        self, steering: Steering, trigger: Trigger, given: DeploymentPlan | None = None
+        self, steering: ControllerService, trigger: Trigger, given: DeploymentPlan | None = None
     ) -> dict[str, Any]:
         """Decide, and do it."""
         assert self._seen is not None
@@ -379,7 +379,7 @@ class Server:
             self.ready.set()
 
 
-def _on_cpu(deployment: Deployment) -> bool:
+def _on_cpu(deployment: ServerDeployment) -> bool:
     return all(device.kind == "cpu" for device in deployment.devices)
 
 

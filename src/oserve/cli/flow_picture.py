@@ -7,14 +7,14 @@ filled as far as they are busy. A band is as wide, at its left end, as the rate 
 from pathlib import Path as FilePath
 from typing import Any
 
-from oserve.app.planning import Answer
 from oserve.core import OServeError
+from oserve.plan.planning import PlanResult
 
 _COLOURS = ("#2166ac", "#d9772b", "#4d9221", "#8e4b9e", "#b2182b", "#00838f", "#6d4c41", "#555555")
 _GAP = 0.03
 
 
-def draw(found: Answer, path: FilePath) -> None:
+def draw(found: PlanResult, path: FilePath) -> None:
     """Write the picture. Raises OServeError without matplotlib or where it cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
@@ -44,7 +44,7 @@ def draw(found: Answer, path: FilePath) -> None:
         ) from None
 
 
-def _bands(axes: Any, found: Answer) -> None:
+def _bands(axes: Any, found: PlanResult) -> None:
     problem, best = found.problem, found.planned.best
     assignment = best.assignment
     used = sorted(

@@ -11,7 +11,6 @@ from rich.progress import Progress
 from rich.table import Table
 from typer.core import TyperGroup
 
-from oserve.app.forecasting import Wanted, load_series
 from oserve.cli.options import (
     DurationOption,
     JsonOption,
@@ -32,6 +31,7 @@ from oserve.forecast.forecaster import MAX_TYPES as MOST_TYPES
 from oserve.forecast.lstm import read_lstm, write_lstm
 from oserve.forecast.lstm_train import train_lstm
 from oserve.forecast.models import SIMPLE, ModelSettings
+from oserve.forecast.series import SeriesOptions, load_series
 from oserve.traces import Skipped, TimeUnit
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -216,7 +216,7 @@ def _series(
     if not 1 <= types <= MOST_TYPES:
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MOST_TYPES}")
     skipped = Skipped()
-    wanted = Wanted(
+    wanted = SeriesOptions(
         interval_s=interval_s,
         types=types,
         seed=seed,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from oserve.app.profile import Report
+from oserve.profiler.profile import ProfileReporter
 
 
 @contextlib.contextmanager
-def reporting(console: Console) -> Iterator[Report]:
+def reporting(console: Console) -> Iterator[ProfileReporter]:
     """A bar per shape, and lines between them."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -21,4 +21,4 @@ def reporting(console: Console) -> Iterator[Report]:
         def advance(steps: int) -> None:
             progress.advance(progress.task_ids[-1], steps)
 
-        yield Report(line=console.print, begin=begin, advance=advance)
+        yield ProfileReporter(line=console.print, begin=begin, advance=advance)

@@ -9,11 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from oserve.app.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.app.planning import Answer, Question, answer
-from oserve.app.simulated import traffic_from
-from oserve.app.sources import SourceChoice, find_source, shapes_for
-from oserve.app.verify import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.cli import plan_report, verify_report
 from oserve.cli.options import (
     ApiKeyOption,
@@ -40,8 +35,13 @@ from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan
 from oserve.config.rates import MAX_TYPES
 from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
+from oserve.evaluate.simulator import traffic_from
+from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
 from oserve.perf.capacity import Limits
+from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
+from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.plan.planning import PlanRequest, PlanResult, answer
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
@@ -199,7 +199,7 @@ def plan(
         max_num_seqs=_sizes("--max-num-seqs", max_num_seqs),
     )
     found = answer(
-        Question(
+        PlanRequest(
             model=model,
             devices=spec.devices,
             demand=demand,
@@ -228,7 +228,7 @@ def plan(
 
 
 def _give(
-    found: Answer,
+    found: PlanResult,
     checked: VerifiedAnswer | None,
     *,
     explain: bool,
@@ -267,7 +267,7 @@ def _cluster(text: str | None) -> ClusterSpec:
 
 
 def _verified(
-    found: Answer, requests: list[TraceRequest], context: int, rate_scale: float
+    found: PlanResult, requests: list[TraceRequest], context: int, rate_scale: float
 ) -> VerifiedAnswer:
     trace = traffic_from(requests, max_model_len=context) if requests else None
     check = check_for(

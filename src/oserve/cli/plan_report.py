@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.planning import Answer, Predicted, used_shapes
 from oserve.core import Device, Precision, ReplicaShape, ReplicaSpec
+from oserve.plan.planning import PlanResult, PredictedRates, used_shapes
 from oserve.plan.search import Deployment
 
 _QUANTISED = {Precision.FP8: ("--quantization", "fp8")}
@@ -21,7 +21,7 @@ _FIRST_PORT = 8001
 _SHOWN = 5
 
 
-def headline(found: Answer) -> str:
+def headline(found: PlanResult) -> str:
     """What the plan is, in a few lines of plain text."""
     question = found.question
     devices = question.devices
@@ -38,7 +38,7 @@ def headline(found: Answer) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 
-def show(found: Answer, console: Console, *, explain: bool) -> None:
+def show(found: PlanResult, console: Console, *, explain: bool) -> None:
     """Print the plan for people."""
     for line in headline(found).splitlines():
         console.print(line, markup=False)
@@ -51,7 +51,7 @@ def show(found: Answer, console: Console, *, explain: bool) -> None:
         console.print("  " + line, markup=False)
 
 
-def document(found: Answer) -> dict[str, Any]:
+def document(found: PlanResult) -> dict[str, Any]:
     """The plan as JSON-ready data."""
     problem, planned = found.problem, found.planned
     return {
@@ -96,7 +96,7 @@ def document(found: Answer) -> dict[str, Any]:
     }
 
 
-def vllm_commands(found: Answer) -> list[str]:
+def vllm_commands(found: PlanResult) -> list[str]:
     """Plain ``vllm serve`` lines that run the same replicas, on ports from 8001."""
     known = {device.id: device for device in found.question.devices}
     return [
@@ -132,7 +132,7 @@ def _command(spec: ReplicaSpec, model: str, port: int, known: dict[str, Device])
     return shlex.join(words) + where
 
 
-def _verdict(found: Answer) -> str:
+def _verdict(found: PlanResult) -> str:
     score, base = found.planned.best.score, found.baseline.score
     gap = found.planned.optimality_gap
     proof = "proved optimal" if gap <= 1e-4 else f"within {gap:.2%} of the bound"
@@ -154,7 +154,7 @@ def _worth(gain: float) -> str:
     return f"different replicas are worth {gain - 1:+.1%}"
 
 
-def _replicas(found: Answer) -> Table:
+def _replicas(found: PlanResult) -> Table:
     """Replicas alike in shape and work, on one line each."""
     table = Table("replicas", "shape", "seqs", "KV tokens", "devices", "busy", "serves")
     rows: dict[tuple[Any, ...], list[ReplicaSpec]] = {}
@@ -185,10 +185,10 @@ def _span(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
 
 
-def _comparison(found: Answer) -> Table:
+def _comparison(found: PlanResult) -> Table:
     table = Table("deployment", "replicas", "x demand", "within SLO rps", "served rps", "devices")
 
-    def add(name: str, item: Deployment, predicted: Predicted | None) -> None:
+    def add(name: str, item: Deployment, predicted: PredictedRates | None) -> None:
         shapes = used_shapes(found.problem, item)
         table.add_row(
             name,
@@ -210,7 +210,7 @@ def _label(shape: ReplicaShape) -> str:
     return f"{shape.name}/{shape.max_num_seqs}"
 
 
-def _explain(found: Answer, console: Console) -> None:
+def _explain(found: PlanResult, console: Console) -> None:
     problem, best = found.problem, found.planned.best
     table = Table(
         "type", "in", "out", "rps", "price", "best shapes for it alone (rps a device, bound by)"
@@ -253,7 +253,7 @@ def _explain(found: Answer, console: Console) -> None:
     )
 
 
-def _alternatives(found: Answer, console: Console) -> None:
+def _alternatives(found: PlanResult, console: Console) -> None:
     table = Table("also considered", "replicas", "x demand", "within SLO rps")
     for name, items in (
         ("next best", found.planned.candidates),
@@ -281,7 +281,7 @@ def _shape(shape: ReplicaShape) -> dict[str, Any]:
     }
 
 
-def _predicted(predicted: Predicted) -> dict[str, float]:
+def _predicted(predicted: PredictedRates) -> dict[str, float]:
     return {
         "served_rps": predicted.served_rps,
         "demand_rps": predicted.demand_rps,
@@ -289,7 +289,7 @@ def _predicted(predicted: Predicted) -> dict[str, float]:
     }
 
 
-def _other(found: Answer, item: Deployment) -> dict[str, Any]:
+def _other(found: PlanResult, item: Deployment) -> dict[str, Any]:
     return {
         "replicas": [
             {"shape": _shape(shape), "count": count}

@@ -9,13 +9,6 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.profile import (
-    default_shapes,
-    limited,
-    profile_devices,
-    profile_running,
-    profile_started,
-)
 from oserve.cli.measuring import reporting
 from oserve.cli.options import (
     ConfigOption,
@@ -37,6 +30,13 @@ from oserve.perf.profile import (
     merged,
     read_profile,
     write_profile,
+)
+from oserve.profiler.profile import (
+    default_shapes,
+    limited,
+    profile_devices,
+    profile_running,
+    profile_started,
 )
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -10,11 +10,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.brief import LIMIT_S, measure_briefly, what_to_measure
-from oserve.app.deployment import Deployment, prepare
-from oserve.app.memory import rare_collections
+from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.running import serve_until_stopped
-from oserve.app.serve import Server
+from oserve.app.serve import OServeServer
 from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
 from oserve.cli.options import (
@@ -27,6 +25,8 @@ from oserve.cli.options import (
 )
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
+from oserve.gateway.process.collection import rare_collections
+from oserve.profiler.brief import LIMIT_S, measure_briefly, what_to_measure
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -104,8 +104,8 @@ def measure_first(settings: Settings, *, dry_run: bool) -> None:
         _console.print(f"kept in {file}; oserve profile {settings.model} measures more exactly")
 
 
-async def _serve(deployment: Deployment) -> int:
-    server = Server(deployment, changed=lambda line: _console.print(f"replicas: {line}"))
+async def _serve(deployment: ServerDeployment) -> int:
+    server = OServeServer(deployment, changed=lambda line: _console.print(f"replicas: {line}"))
 
     def announce(port: int) -> None:
         _announce(deployment, port, server.failed)
@@ -116,7 +116,7 @@ async def _serve(deployment: Deployment) -> int:
     return status
 
 
-def _show(deployment: Deployment) -> None:
+def _show(deployment: ServerDeployment) -> None:
     plan = deployment.plan
     _console.print(f"Serving [bold]{deployment.models[0]}[/] with {deployment.why}")
     for note in (*deployment.notes, *engine_notes()):
@@ -141,7 +141,7 @@ def _show(deployment: Deployment) -> None:
     _console.print(table)
 
 
-def _announce(deployment: Deployment, port: int, failed: dict[str, str]) -> None:
+def _announce(deployment: ServerDeployment, port: int, failed: dict[str, str]) -> None:
     settings = deployment.settings
     host = settings.gateway.host
     shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host

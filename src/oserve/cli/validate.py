@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from oserve.app.attached import ask_attached, refuse_troubled
 from oserve.app.deployment import prepare
 from oserve.cli.options import (
     ConfigOption,
@@ -17,6 +16,7 @@ from oserve.cli.options import (
 )
 from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
+from oserve.startup.attached import ask_attached, refuse_troubled
 
 
 def validate(

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.planning import Answer, used_shapes
-from oserve.app.verify import VerifiedAnswer
+from oserve.evaluate.verification import VerifiedAnswer
+from oserve.plan.planning import PlanResult, used_shapes
 from oserve.plan.verify import Rescored
 
 _SHOWN = 15
@@ -77,7 +77,7 @@ def _lines(checked: VerifiedAnswer) -> list[str]:
     return lines
 
 
-def _words(found: Answer, item: Rescored) -> str:
+def _words(found: PlanResult, item: Rescored) -> str:
     return ", ".join(
         f"{count} x {shape.name}/{shape.max_num_seqs}"
         for shape, count in used_shapes(found.problem, item.deployment)

@@ -1,7 +1,7 @@
 """The controller: watch, foresee, weigh, decide; once per interval, at once when traffic breaks.
 
 Pure: time and counts come in, decisions go out; the planner and the values of plans are passed in
-(see ``appraisal``). A decision takes three steps, so that the slow one may run elsewhere: ``ask``
+(see ``evaluation``). A decision takes three steps, so that the slow one may run elsewhere: ``ask``
 makes the question, ``appraise`` answers it, ``judge`` decides. Guards hold in every mode: no switch
 within the minimum dwell of the last, no more of them an hour than allowed, none while one is under
 way, none to a plan that serves less of what comes now. A person's own wish is bound by none.
@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oserve.control.appraisal import Appraiser, Question, Weighed, appraise, signature
 from oserve.control.decision import Decision, Reason, Trigger, Verdict
+from oserve.control.evaluation import Appraiser, Question, Weighed, appraise, signature
 from oserve.control.lifetime import Lifetime
+from oserve.control.monitor import TrafficMonitor
 from oserve.control.policy import HOUR_S, ControlPolicy, Standing, reason_for, verdict_for
-from oserve.control.regret import Regret
-from oserve.control.watch import Watch
+from oserve.control.switch_regret import Regret
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.forecaster import Forecaster
@@ -40,7 +40,7 @@ class Controller:
     ) -> None:
         self.policy = policy
         self.plan = plan
-        self.watch = Watch(policy, forecaster, detector)
+        self.watch = TrafficMonitor(policy, forecaster, detector)
         self.decisions: deque[Decision] = deque(maxlen=policy.decisions)
         self._lifetime = Lifetime(
             prior_s=policy.lasts_s, most_s=policy.longest_s, lag_s=policy.interval_s

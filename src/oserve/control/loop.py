@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.control.reconcile import ReconcilePolicy, given_up, reconcile
 from oserve.control.rollout import staged
 from oserve.core import Action, Clock, DeploymentPlan, Observation

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oserve.control.appraisal import Leg, Rates
+from oserve.control.evaluation import Leg, Rates
 from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
@@ -75,7 +75,7 @@ class PlannerFacts:
 
 
 class TablePlanner:
-    """Implements ``appraisal.Appraiser``."""
+    """Implements ``evaluation.Appraiser``."""
 
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from oserve.control.appraisal import Question, Weighed, signature
 from oserve.control.decision import Mode, Reason, Trigger, Verdict
+from oserve.control.evaluation import Question, Weighed, signature
 
 HOUR_S = 3600.0
 
@@ -25,7 +25,7 @@ class ControlPolicy:
     ``shrink_after_s`` without a request all replicas but ``floor_replicas`` are given up; 0: never.
     A person's plan is held for ``hold_s``. ``now_s`` is what counts as now. ``settle_s``: after a
     change of the traffic, how long its new rates are watched before anything is decided.
-    ``drain_limit_s``, ``in_order``: see ``appraisal.Question``.
+    ``drain_limit_s``, ``in_order``: see ``evaluation.Question``.
     """
 
     mode: Mode = Mode.AUTO

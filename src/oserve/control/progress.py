@@ -52,7 +52,7 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class ProgressSample:
     """One look at an engine. ``answered``: its core has, since the last look.
 
     ``counts``: what changes only when it computes; ``None`` if it could not be asked. ``running``:
@@ -68,7 +68,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ProgressLimits:
     """How long, in seconds, an engine may be silent while its processes are stopped, idle, working.
 
     ``stalled_s``: how long running requests may stand though its core answers.
@@ -80,10 +80,10 @@ class Limits:
     stalled_s: float
 
 
-def serving_limits(after_s: float, steps: float, longest_step_s: float) -> Limits:
+def serving_limits(after_s: float, steps: float, longest_step_s: float) -> ProgressLimits:
     """Of an engine that serves."""
     idle_s = max(after_s, steps * longest_step_s)
-    return Limits(
+    return ProgressLimits(
         stopped_s=after_s,
         idle_s=idle_s,
         working_s=_WORKING * idle_s,
@@ -91,19 +91,19 @@ def serving_limits(after_s: float, steps: float, longest_step_s: float) -> Limit
     )
 
 
-def waiting_limits(after_s: float, steps: float, longest_step_s: float) -> Limits:
+def waiting_limits(after_s: float, steps: float, longest_step_s: float) -> ProgressLimits:
     """Of one on standby, which is held up by the weights that it takes up.
 
     However long it computes, the switch that it waits for has limits of its own.
     """
     idle_s = max(after_s, steps * longest_step_s)
-    return Limits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
+    return ProgressLimits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
 
 
-def loading_limits(after_s: float) -> Limits:
+def loading_limits(after_s: float) -> ProgressLimits:
     """Of one that loads: there is a limit for the whole start, too."""
     idle_s = max(after_s, _LOADING_S)
-    return Limits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
+    return ProgressLimits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
 
 
 class Progress:
@@ -133,14 +133,14 @@ class Progress:
         """What a step is known to take."""
         return max(self._step_s, min(self._learned_s, _MOST_LEARNED_S))
 
-    def limits(self, *, loading: bool = False, standby: bool = False) -> Limits:
+    def limits(self, *, loading: bool = False, standby: bool = False) -> ProgressLimits:
         """What holds for it now."""
         if loading:
             return loading_limits(self._after_s)
         limits_of = waiting_limits if standby else serving_limits
         return limits_of(self._after_s, self._steps, self.longest_step_s)
 
-    def observe(self, look: Look, *, loading: bool = False, standby: bool = False) -> str:
+    def observe(self, look: ProgressSample, *, loading: bool = False, standby: bool = False) -> str:
         """Take in a look; why the engine is taken to hang, or nothing while it is not.
 
         ``nearest`` is the largest part of a limit that was reached so far.
@@ -206,7 +206,7 @@ class Progress:
         worked_s = activity.work_s - before_s
         return worked_s >= _WORKING_SHARE * max(self._interval_s, self.silent_s - since_s)
 
-    def _verdict(self, look: Look, limits: Limits) -> str:
+    def _verdict(self, look: ProgressSample, limits: ProgressLimits) -> str:
         silent_s = self.silent_s
         works = silent_s > 0.0 and self._works(look.activity)
         self.limit_s = limits.working_s if works else limits.idle_s

@@ -40,7 +40,7 @@ _PAUSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class WorkInterval:
     """What an engine did between two looks: sums, the mean time of a step, tokens in its cache."""
 
     steps: float
@@ -56,7 +56,7 @@ class Stretch:
         return max(0.0, self.output_tokens - self.prompts) / self.steps
 
 
-def expected_s(source: PerformanceSource, shape: ReplicaShape, seen: Stretch) -> float:
+def expected_s(source: PerformanceSource, shape: ReplicaShape, seen: WorkInterval) -> float:
     """What the source says that a step of this stretch takes, on average."""
     step = source.step_model(shape)
     seqs, steps = seen.decode_seqs, seen.steps
@@ -92,7 +92,7 @@ class _Samples:
         return rows[-1][0]
 
 
-class SpeedWatch:
+class SpeedEstimator:
     """Follows replicas, asked once a second; ``source`` is what they are compared with."""
 
     def __init__(self, source: PerformanceSource) -> None:
@@ -123,7 +123,7 @@ class SpeedWatch:
         self._past = {name: past for name, past in self._past.items() if name in there}
         return self._settled(now_s)
 
-    def _sample(self, shape: ReplicaShape, seen: Stretch, now_s: float) -> None:
+    def _sample(self, shape: ReplicaShape, seen: WorkInterval, now_s: float) -> None:
         try:
             expected = expected_s(self._source, shape, seen)
         except OServeError:
@@ -184,7 +184,7 @@ class SpeedWatch:
 
 
 def speeds_from(state: Sequence[Mapping[str, Any]]) -> Speeds:
-    """As ``SpeedWatch.state`` tells them; what does not fit is passed over."""
+    """As ``SpeedEstimator.state`` tells them; what does not fit is passed over."""
     known: dict[SpeedKey, float] = {}
     low, high = BOUNDS
     for item in state:
@@ -205,7 +205,7 @@ def speeds_from(state: Sequence[Mapping[str, Any]]) -> Speeds:
 
 def _stretch(
     past: Sequence[tuple[float, EngineWork]], now_s: float, work: EngineWork, kv_tokens: float
-) -> Stretch | None:
+) -> WorkInterval | None:
     """The shortest that is long enough, up to now; ``None`` where there is none."""
     for then_s, before in reversed(past):
         steps, gaps = work.steps - before.steps, work.gaps - before.gaps
@@ -216,7 +216,7 @@ def _stretch(
         step_s = (work.gap_s - before.gap_s) / gaps
         if step_s <= 0:
             return None
-        return Stretch(
+        return WorkInterval(
             steps=float(steps),
             prompt_tokens=float(max(0, work.prompt_tokens - before.prompt_tokens)),
             prompts=float(max(0, work.prompts - before.prompts)),

@@ -140,7 +140,7 @@ class LocalCluster:
         )
 
     async def apply(self, action: Action) -> None:
-        """See ``oserve.control.door.Cluster``.
+        """See ``oserve.control.cluster.Cluster``.
 
         Raises ``ValueError`` for a start on devices that are unknown or taken, and for a commit of
         replicas that do not stand by.

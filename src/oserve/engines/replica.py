@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from oserve.control.progress import Activity, Look, Progress
+from oserve.control.progress import Activity, Progress, ProgressSample
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
 from oserve.engines.probe import Answer, EngineLoad, ServedModel
@@ -221,7 +221,7 @@ class VllmReplica(ReplicaTask):
         progress = self._progress()
         while True:
             activity = self.look(pid)
-            look = Look(
+            look = ProgressSample(
                 now_s=self.clock.now(),
                 counts=(float(activity.moved),) if activity is not None else None,
                 activity=activity,
@@ -297,10 +297,10 @@ class _Signs:
     answered: bool = False
     load: EngineLoad | None = None
 
-    def taken(self, now_s: float) -> Look:
+    def taken(self, now_s: float) -> ProgressSample:
         """As one look; the next has what comes from now on."""
         load = self.load
-        look = Look(
+        look = ProgressSample(
             now_s=now_s,
             answered=self.answered,
             owes=self.asks or load is None or load.running > 0,

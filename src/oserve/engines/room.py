@@ -239,7 +239,7 @@ class Room:
                 break
         if memory.copies > 1:
             once = msgspec.structs.replace(self.settings, keep_weights=False)
-            lean = with_settings(self, once)._of(shape)
+            lean = with_settings(self, once)._of(shape)  # noqa: SLF001 (same class)
             if lean is not None and need <= lean.room_bytes(shape):
                 found.append("set engines.keep_weights to false, without which weights do not move")
         if not found:

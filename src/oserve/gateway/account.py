@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 from oserve.core import FinishStatus, RequestRecord
-from oserve.gateway.foresight import Expected
+from oserve.gateway.estimator import Expected
 
 if TYPE_CHECKING:
     from oserve.gateway.dispatch import Dispatcher

@@ -8,12 +8,12 @@ that come whole are held until they are, and pass as they are.
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from oserve.control.breaker import concerns_us, refuses, retry_after_s, worth_elsewhere
-from oserve.control.table import TableReplica
-from oserve.gateway.asking import asks_plainly
-from oserve.gateway.heads import tells_events, told_headers
-from oserve.gateway.meaning import Trouble, read_answer, trouble_of, usage_in, usage_of
-from oserve.gateway.passing import Passing
+from oserve.control.dispatch.breaker import concerns_us, refuses, retry_after_s, worth_elsewhere
+from oserve.control.dispatch.table import TableReplica
+from oserve.gateway.http.headers import tells_events, told_headers
+from oserve.gateway.stream.answer import Trouble, read_answer, trouble_of, usage_in, usage_of
+from oserve.gateway.stream.pass_through import Passing
+from oserve.gateway.upstream_request import asks_plainly
 from oserve.wire import Dechunker, Framing, ResponseHead
 from oserve.wire.events import EventsError
 from oserve.wire.framing import LAST_CHUNK, FramingError

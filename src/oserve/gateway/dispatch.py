@@ -7,26 +7,26 @@ import time
 
 import msgspec
 
-from oserve.control.affinity import Affinity
-from oserve.control.breaker import Breakers
-from oserve.control.ledger import WorkEntry, WorkLedger
-from oserve.control.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
-from oserve.control.router import Refusal, Router, RouteReason
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.affinity import Affinity
+from oserve.control.dispatch.breaker import Breakers
+from oserve.control.dispatch.ledger import WorkEntry, WorkLedger
+from oserve.control.dispatch.overload import DEMOTED_S, OverloadPolicy, shed_in_s, too_late
+from oserve.control.dispatch.router import NoRoute, Router, RouteReason
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase
 from oserve.core.faults import fault
 from oserve.gateway.account import account
-from oserve.gateway.asking import pool_of, request_bytes
-from oserve.gateway.errors import overloaded, shown, unavailable
-from oserve.gateway.foresight import Foresight
+from oserve.gateway.estimator import Foresight
 from oserve.gateway.handover import HandOvers
-from oserve.gateway.kept import Budget
+from oserve.gateway.http.errors import overloaded, shown, unavailable
 from oserve.gateway.metrics import Metrics
 from oserve.gateway.moving import Moving
 from oserve.gateway.records import RecordStore
 from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
-from oserve.gateway.turns import Turns
+from oserve.gateway.stream.replay_buffer import Budget
+from oserve.gateway.upstream_request import pool_of, request_bytes
+from oserve.gateway.yield_queue import Turns
 from oserve.wire import UpstreamPool
 from oserve.workload import PromptLengthEstimator
 from oserve.workload.output import OutputEstimator
@@ -177,16 +177,16 @@ class Dispatcher:
         picked = self._try_send(relay)
         if picked is None:
             return
-        if picked is Refusal.NO_REPLICA and not self.table.expected:
+        if picked is NoRoute.NO_REPLICA and not self.table.expected:
             relay.fail(unavailable("No replica can serve now, and none is starting"))
         elif len(self._waiting) >= self._max_queued and not relay.moves:
             relay.fail(
                 overloaded("Too many requests are waiting", retry_after_s=self._retry_after_s())
             )
         else:
-            self._enqueue(relay, waiting_for_replica=picked is Refusal.NO_REPLICA)
+            self._enqueue(relay, waiting_for_replica=picked is NoRoute.NO_REPLICA)
 
-    def _try_send(self, relay: Relay) -> Refusal | None:
+    def _try_send(self, relay: Relay) -> NoRoute | None:
         """Route and send; returns why it could not be, if so."""
         request, expected = relay.request, relay.expected
         assert request is not None
@@ -199,7 +199,7 @@ class Dispatcher:
             exclude=self._closed(relay),
             cached=cached,
         )
-        if isinstance(route, Refusal):
+        if isinstance(route, NoRoute):
             return route
         replica = self.serving[route.replica]
         kind = request.workload_type
@@ -337,7 +337,7 @@ class Dispatcher:
         assert relay.request is not None
         excluded = self._excluded(relay, also_present=True)
         loads = self._ledger.loads(self.serving)
-        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), Refusal)
+        return not isinstance(self._router.pick(relay.request, loads, exclude=excluded), NoRoute)
 
     def send_on(self, relay: Relay, reason: str) -> None:
         """Give a request that has left its replica to another, and say what became of it."""

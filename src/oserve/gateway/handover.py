@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
-from oserve.control.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import ReplicaPhase
 from oserve.core.faults import fault
 from oserve.gateway.standing import context_tokens, movable, remaining_tokens, tpot_s

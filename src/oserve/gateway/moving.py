@@ -9,15 +9,15 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from oserve.control.table import TableReplica
-from oserve.gateway.body import Fields
-from oserve.gateway.carry import BrokenError, Carried, DivergedError
-from oserve.gateway.errors import upstream_failed
-from oserve.gateway.fields import UnmovableError, kept_from_moving, values_of
-from oserve.gateway.kept import Budget, Kept, read_event
-from oserve.gateway.meaning import Usage
-from oserve.gateway.passing import DONE
+from oserve.control.dispatch.table import TableReplica
+from oserve.gateway.http.body import Fields
+from oserve.gateway.http.errors import upstream_failed
 from oserve.gateway.standing import remaining_tokens
+from oserve.gateway.stream.answer import Usage
+from oserve.gateway.stream.continuation import BrokenError, Carried, DivergedError
+from oserve.gateway.stream.continuation_fields import UnmovableError, kept_from_moving, values_of
+from oserve.gateway.stream.pass_through import DONE
+from oserve.gateway.stream.replay_buffer import Budget, Kept, read_event
 from oserve.switch.kv import Way
 from oserve.wire import Dechunker, ResponseHead, chunk
 from oserve.wire.caches import CacheFolder, giving, new_name, taking

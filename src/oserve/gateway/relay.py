@@ -10,13 +10,14 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from oserve.control.ledger import WorkEntry
-from oserve.control.table import TableReplica
+from oserve.control.dispatch.ledger import WorkEntry
+from oserve.control.dispatch.table import TableReplica
 from oserve.core import FinishStatus, Request
 from oserve.core.faults import fault
 from oserve.gateway.attempt import Attempt
-from oserve.gateway.body import GenerateBody, parse_body
-from oserve.gateway.errors import (
+from oserve.gateway.estimator import Expected
+from oserve.gateway.http.body import GenerateBody, parse_body
+from oserve.gateway.http.errors import (
     ApiError,
     internal,
     send_error,
@@ -25,10 +26,9 @@ from oserve.gateway.errors import (
     upstream_failed,
     with_status,
 )
-from oserve.gateway.foresight import Expected
-from oserve.gateway.heads import Headers, own_headers
-from oserve.gateway.meaning import Usage
+from oserve.gateway.http.headers import Headers, own_headers
 from oserve.gateway.moving import Moving
+from oserve.gateway.stream.answer import Usage
 from oserve.wire import Exchange, chunk
 from oserve.wire.events import data_event
 from oserve.wire.framing import LAST_CHUNK

@@ -6,23 +6,23 @@ those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks Ope
 of your choice, without a model, in the ways of one of several servers (``DIALECTS``).
 """
 
-from oserve.sim.answers import EngineSpeed, Mishap
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.dialects import DIALECTS, Dialect
 from oserve.sim.engine import EmulatedEngine
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Faults, Phases
+from oserve.sim.responses import EngineSpeed, Mishap
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
-from oserve.sim.words import (
+from oserve.sim.types import (
     FleetObservation,
     GatewayOptions,
-    Link,
-    Policy,
     Rebalance,
     ReplicaObservation,
     RequestTable,
+    RoutingPolicy,
+    SimLink,
     Status,
 )
 
@@ -37,13 +37,13 @@ __all__ = [
     "FleetObservation",
     "FleetResults",
     "GatewayOptions",
-    "Link",
     "Mishap",
     "Phases",
-    "Policy",
     "Rebalance",
     "ReplicaObservation",
     "RequestTable",
+    "RoutingPolicy",
+    "SimLink",
     "SimulatedCluster",
     "Status",
     "StepTables",

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from oserve.sim.answers import EngineSpeed, Mishap, SpokenAnswer
 from oserve.sim.dialects import VLLM, Dialect
-from oserve.sim.tongue import Counting, Tongue
+from oserve.sim.responses import EmulatedResponse, EngineSpeed, Mishap
+from oserve.sim.tokenizer_stub import CountingTokenizer, TokenizerStub
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
@@ -34,7 +34,7 @@ class EmulatedEngine:
         max_model_len: int = 8192,
         most_tokens: int = 1 << 20,
         keep_bodies: bool = True,
-        tongue: Tongue | None = None,
+        tokenizer: TokenizerStub | None = None,
         dialect: Dialect = VLLM,
         api_key: str = "",
     ) -> None:
@@ -50,7 +50,7 @@ class EmulatedEngine:
         self._most_tokens = most_tokens
         self._keep_bodies = keep_bodies
         self._server: Server | None = None
-        self.tongue = tongue or Counting()
+        self.tokenizer = tokenizer or CountingTokenizer()
         self.mishaps: deque[Mishap | None] = deque()
         self.seen: list[dict[str, Any]] = []
         self.aborted = 0
@@ -166,7 +166,7 @@ class EmulatedEngine:
             body.pop("return_token_ids", None)
         prompt = body.get("prompt")
         if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
-            prompt = self.tongue.encode(_prompt_text(body))
+            prompt = self.tokenizer.encode(_prompt_text(body))
         limit = checked.max_completion_tokens or checked.max_tokens or 16
         if limit < 1 or len(prompt) + 1 > self._max_model_len:
             status = dialect.error_status
@@ -175,7 +175,7 @@ class EmulatedEngine:
             return
         limit = min(limit, self._most_tokens)
         mishap = self.mishaps.popleft() if self.mishaps else None
-        answer = SpokenAnswer(
+        answer = EmulatedResponse(
             self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap
         )
         exchange.on_disconnect = answer.cancel

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.sim import gate, kernel
+from oserve.sim import gateway, kernel
 from oserve.sim.compiled import compiled, door, plain
 from oserve.sim.pointers import integers, reals
-from oserve.sim.state import State
+from oserve.sim.state import KernelState
 
 
 @compiled
-def state_at(addresses: Any) -> State:
+def state_at(addresses: Any) -> KernelState:
     """A state of pointers."""
-    return State(
+    return KernelState(
         integers(addresses[0]),
         integers(addresses[1]),
         integers(addresses[2]),
@@ -77,12 +77,12 @@ def _migrate(addresses: Any, request: int, target: int, now: int) -> bool:
 
 @door
 def _freeness(addresses: Any, index: int, now: int) -> float:
-    return gate.freeness(state_at(addresses), index, now)
+    return gateway.freeness(state_at(addresses), index, now)
 
 
 @door
 def _free_at(addresses: Any, index: int, now: int) -> int:
-    return gate.free_at(state_at(addresses), index, now)
+    return gateway.free_at(state_at(addresses), index, now)
 
 
 # By name: for addresses, compiled, and for lists.
@@ -94,8 +94,8 @@ _DOORS: dict[str, tuple[Any, Any]] = {
     "remove": (_remove, kernel.remove),
     "hang": (_hang, kernel.hang),
     "migrate": (_migrate, kernel.migrate),
-    "freeness": (_freeness, gate.freeness),
-    "free_at": (_free_at, gate.free_at),
+    "freeness": (_freeness, gateway.freeness),
+    "free_at": (_free_at, gateway.free_at),
 }
 
 
@@ -118,9 +118,11 @@ class Kernel:
         for name, values in arrays.items():
             own = np.ascontiguousarray(values).copy()
             self._values[name] = own if self._compiled else own.tolist()
-        self.state = State(**self._values)
+        self.state = KernelState(**self._values)
         if self._compiled:
-            self._addresses = np.array([self._values[name].ctypes.data for name in State._fields])
+            self._addresses = np.array(
+                [self._values[name].ctypes.data for name in KernelState._fields]
+            )
 
     def do(self, name: str, *arguments: int) -> Any:
         """Run one of the kernel's functions."""

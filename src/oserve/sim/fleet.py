@@ -14,27 +14,27 @@ import numpy as np
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.sim import layout
-from oserve.sim.compiled import HAS_NUMBA
-from oserve.sim.entry import Kernel
-from oserve.sim.memory import (
+from oserve.sim.arrays import (
     picoseconds,
     replica_rows,
     request_rows,
     session_numbers,
     session_rows,
 )
+from oserve.sim.compiled import HAS_NUMBA
+from oserve.sim.entry import Kernel
 from oserve.sim.results import FleetResults, ReplicaTotals
-from oserve.sim.state import State
+from oserve.sim.state import KernelState
 from oserve.sim.steps import StepTables
-from oserve.sim.words import (
+from oserve.sim.types import (
     FleetObservation,
     GatewayOptions,
     Ints,
-    Link,
-    Policy,
     Rebalance,
     ReplicaObservation,
     RequestTable,
+    RoutingPolicy,
+    SimLink,
 )
 
 _PHASES = {
@@ -84,7 +84,7 @@ class Fleet:
         self._shares: Mapping[int, Mapping[str, float]] = {}
         glob = np.zeros(layout.GLOBALS, dtype=np.int64)
         glob[layout.REQUESTS] = count
-        glob[layout.POLICY] = Policy.POOLS
+        glob[layout.POLICY] = RoutingPolicy.POOLS
         glob[layout.OVERFLOW_PS] = picoseconds(options.overflow_s)
         glob[layout.CLASSES] = classes
         glob[layout.MAX_QUEUED] = options.max_queued
@@ -103,7 +103,7 @@ class Fleet:
         self._kernel = Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
 
     @property
-    def _state(self) -> State:
+    def _state(self) -> KernelState:
         return self._kernel.state
 
     @property
@@ -134,7 +134,7 @@ class Fleet:
         max_inflight: int | None = None,
         max_prompt_s: float = math.inf,
         kv_bytes_per_token: float = 0.0,
-        link: Link | None = None,
+        link: SimLink | None = None,
     ) -> None:
         """A replica that loads until ``ready_at_s``; ``shape.role`` is its role.
 
@@ -157,7 +157,7 @@ class Fleet:
             max_prompt=picoseconds(max_prompt_s),
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,
-            link=link or Link(),
+            link=link or SimLink(),
         )
         if ready_at == state.glob[layout.NOW]:
             rows[layout.PHASE], rows[layout.DUE] = layout.READY, layout.NEVER
@@ -205,7 +205,9 @@ class Fleet:
         self._dirty = True
 
     def set_routing(
-        self, policy: Policy = Policy.POOLS, shares: Mapping[int, Mapping[str, float]] | None = None
+        self,
+        policy: RoutingPolicy = RoutingPolicy.POOLS,
+        shares: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         """``shares[class][replica]`` are fractions; replicas yet to come may be named."""
         self._state.glob[layout.POLICY] = int(policy)

@@ -21,7 +21,7 @@ from oserve.core import (
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.fleet import Fleet
 from oserve.sim.phases import Faults, Phases
-from oserve.sim.words import ReplicaObservation
+from oserve.sim.types import ReplicaObservation
 
 Add = Callable[[ReplicaSpec, float], None]
 """Adds a replica to the fleet, ready at a moment in seconds."""

@@ -7,8 +7,8 @@ arrival. What a caller does between two calls comes after all that.
 
 from oserve.sim.blocks import blocks_of, forget
 from oserve.sim.compiled import compiled
-from oserve.sim.finish import close, end_step, receive, unbook
-from oserve.sim.gate import dispatch, enter, replay
+from oserve.sim.completion import close, end_step, receive, unbook
+from oserve.sim.gateway import dispatch, enter, replay
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
@@ -60,11 +60,11 @@ from oserve.sim.layout import (
 from oserve.sim.lists import unlink
 from oserve.sim.lockstep import begin, catch_up, cut, done_of, left_of, unlock
 from oserve.sim.schedule import refresh
-from oserve.sim.state import State
+from oserve.sim.state import KernelState
 
 
 @compiled
-def next_moment(s: State) -> int:
+def next_moment(s: KernelState) -> int:
     """When something next happens of its own accord."""
     moment = NEVER
     for index in range(s.glob[REPLICAS]):
@@ -77,7 +77,7 @@ def next_moment(s: State) -> int:
 
 
 @compiled
-def begin_steps(s: State, now: int, skip: int) -> None:
+def begin_steps(s: KernelState, now: int, skip: int) -> None:
     """Engines that wait for it begin their next step, or many at once if ``skip``."""
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
@@ -87,7 +87,7 @@ def begin_steps(s: State, now: int, skip: int) -> None:
 
 
 @compiled
-def end_steps(s: State, now: int) -> None:
+def end_steps(s: KernelState, now: int) -> None:
     """Replicas become ready, steps end."""
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
@@ -104,7 +104,7 @@ def end_steps(s: State, now: int) -> None:
 
 
 @compiled
-def advance(s: State, until: int, skip: int) -> None:
+def advance(s: KernelState, until: int, skip: int) -> None:
     """Everything up to and at a time happens, unless nothing more can."""
     while True:
         now = next_moment(s)
@@ -127,7 +127,7 @@ def advance(s: State, until: int, skip: int) -> None:
 
 
 @compiled
-def observe(s: State, now: int) -> None:
+def observe(s: KernelState, now: int) -> None:
     """Bring the numbers of replicas and their requests up to a time that has been reached."""
     req, mem = s.req, s.mem
     for index in range(s.glob[REPLICAS]):
@@ -140,7 +140,7 @@ def observe(s: State, now: int) -> None:
 
 
 @compiled
-def flush(s: State, skip: int) -> None:
+def flush(s: KernelState, skip: int) -> None:
     """What a caller's change makes possible at this very moment."""
     now = s.glob[NOW]
     # Steps that follow on one that ends right now have begun: what comes now is too late for them.
@@ -151,7 +151,7 @@ def flush(s: State, skip: int) -> None:
 
 
 @compiled
-def own_numbers(s: State, at: int, now: int) -> None:
+def own_numbers(s: KernelState, at: int, now: int) -> None:
     """Let only the step on its way go on, and give every sequence its own numbers."""
     catch_up(s.mem, s.ses, at, now)
     cut(s.mem, at, now + 1)
@@ -159,7 +159,7 @@ def own_numbers(s: State, at: int, now: int) -> None:
 
 
 @compiled
-def lose(s: State, request: int, again: int, now: int) -> None:
+def lose(s: KernelState, request: int, again: int, now: int) -> None:
     """A request's replica is gone: it starts over elsewhere, or is lost."""
     if again == 1:
         replay(s, request)
@@ -168,7 +168,7 @@ def lose(s: State, request: int, again: int, now: int) -> None:
 
 
 @compiled
-def remove(s: State, index: int, again: int, now: int) -> None:
+def remove(s: KernelState, index: int, again: int, now: int) -> None:
     """A replica ends at once. Its requests are replayed if ``again``, else lost."""
     req, mem, at = s.req, s.mem, s.where[index]
     own_numbers(s, at, now)
@@ -200,7 +200,7 @@ def remove(s: State, index: int, again: int, now: int) -> None:
 
 
 @compiled
-def hang(s: State, index: int, now: int) -> None:
+def hang(s: KernelState, index: int, now: int) -> None:
     """A replica stands still: no step of it ends or begins, and it does not become ready."""
     mem, at = s.mem, s.where[index]
     own_numbers(s, at, now)
@@ -211,7 +211,7 @@ def hang(s: State, index: int, now: int) -> None:
 
 
 @compiled
-def migrate(s: State, request: int, target: int, now: int) -> bool:
+def migrate(s: KernelState, request: int, target: int, now: int) -> bool:
     """Begin to copy a running request's KV to another replica, while it goes on decoding."""
     req, mem = s.req, s.mem
     base = request * REQUEST

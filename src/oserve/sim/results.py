@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.sim.words import Floats, Ints, Status
+from oserve.sim.types import Floats, Ints, Status
 from oserve.traces import Outcome, OutcomeStatus, Slo, Summary, summarise
 
 Mask = NDArray[np.bool_]

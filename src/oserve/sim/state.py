@@ -8,7 +8,7 @@ Flat = MutableSequence[int]
 Reals = MutableSequence[float]
 
 
-class State(NamedTuple):
+class KernelState(NamedTuple):
     """All that a fleet is; see ``layout``.
 
     ``shares`` and ``credit`` are [classes * replicas], ``costs`` [2 * replicas]: seconds per prompt

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import (
+from oserve.core import LengthClass
+from oserve.evaluate.simulator import (
     Floats,
     Ints,
     Routing,
@@ -20,9 +21,8 @@ from oserve.app.simulated import (
     class_indices,
     largest_scale,
 )
-from oserve.core import LengthClass
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.tune import Tuner
 from oserve.workload.output import KnownAtArrival, OutputEstimator
 

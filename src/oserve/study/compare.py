@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from oserve.app.simulated import ATTAINMENT, attainment, largest_scale
+from oserve.evaluate.simulator import ATTAINMENT, attainment, largest_scale
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Policy

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from oserve.app.simulated import Routing, Serving, Traffic
 from oserve.control.decision import Decision
 from oserve.control.policy import ControlPolicy
+from oserve.evaluate.simulator import Routing, Serving, Traffic
 from oserve.study.counterfactual import SwitchWorth, switch_worths
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Fixed, Policy, Start

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Traffic, met
+from oserve.evaluate.simulator import Traffic, met
 from oserve.study.runner import Run, run_policy
 from oserve.study.steered import Steered
 from oserve.study.tune import Tuner

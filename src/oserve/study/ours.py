@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
-from oserve.app.simulated import Levers, Routing, Serving
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
+from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.study.scene import CHUNKS, SEQS
 from oserve.study.tune import JSQ, PENALTIES_S, Found, Tuner, by_length
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Floats, Levers, Mask, Serving, class_indices, met
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
+from oserve.evaluate.simulator import Floats, Levers, Mask, Serving, class_indices, met
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.tune import Found, Tuner, by_length
 
 PLAIN = "first come, first served"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.simulated import Floats, Ints, Levers, Routing, Serving
 from oserve.core import DeploymentPlan
-from oserve.sim.words import Rebalance
+from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, Serving
+from oserve.sim.types import Rebalance
 from oserve.study.policy import Conduct, Fixed, Policy, Seen
 from oserve.study.tune import Tuner
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from oserve.app.simulated import Levers, Routing, Serving
 from oserve.core import OServeError
+from oserve.evaluate.simulator import Levers, Routing, Serving
 from oserve.study import peers
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Policy, Start

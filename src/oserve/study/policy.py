@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.app.simulated import Serving, Traffic
 from oserve.core import DeploymentPlan, Observation
-from oserve.sim.words import FleetObservation
+from oserve.evaluate.simulator import Serving, Traffic
+from oserve.sim.types import FleetObservation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from oserve.app.simulated import class_indices
+from oserve.evaluate.simulator import class_indices
 from oserve.study.charts import COLOURS, Axes, Line, area_chart, legend, line_chart
 from oserve.study.compare import QUANTILES, Row
 from oserve.study.policies import POLICIES

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.app.simulated import Levers, Serving
-from oserve.control.overload import OverloadPolicy
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import OServeError, Role
+from oserve.evaluate.simulator import Levers, Serving
 from oserve.plan.packing import Packing
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.scene import USUAL_CHUNK
 from oserve.study.tune import Found, Tuner
 

@@ -12,17 +12,17 @@ from typing import cast
 
 import numpy as np
 
-from oserve.app.simulated import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
 from oserve.core import Action, DeploymentPlan, Observation, ReplicaSpec, VirtualClock
+from oserve.evaluate.simulator import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
 from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.door import FreeCluster
 from oserve.study.moving import TransferCluster, TransferTimes
 from oserve.study.policy import Moment, Policy, Seen, Start, Steering

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from oserve.app.demand import Demand, demand_from_trace
-from oserve.app.simulated import Traffic, traffic_from
-from oserve.app.sources import SourceChoice, find_source, shapes_for
 from oserve.core import Device, OServeError, Precision, ReplicaShape
+from oserve.evaluate.simulator import Traffic, traffic_from
 from oserve.perf.capacity import Limits
+from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
+from oserve.plan.demand import Demand, demand_from_trace
 from oserve.sim.phases import Phases
 from oserve.switch.costs import SwitchCosts
 from oserve.traces import Slo, TraceRequest

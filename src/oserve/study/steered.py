@@ -12,26 +12,26 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.capacities import Lengths, simulated_table
-from oserve.app.opinion import HOPELESS
-from oserve.app.prospect import Prospect, prospect
-from oserve.app.simulated import Mask, Routing, Serving, Simulator, Traffic, met
-from oserve.app.steering import planner_for
-from oserve.control.appraisal import Question, Weighed
 from oserve.control.decision import Decision, Mode, Verdict
-from oserve.control.helm import Helm, Judged, Scorer
+from oserve.control.dispatch.table import RoutingTable
+from oserve.control.evaluation import Question, Weighed
 from oserve.control.planner import TablePlanner
+from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
-from oserve.control.speed import SpeedWatch
+from oserve.control.runtime import ControllerRuntime, Scorer, SimulatedScore
+from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
-from oserve.control.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, ReplicaShape
-from oserve.gateway.foresight import Expected, Foresight
+from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.simulator import Mask, Routing, Serving, Simulator, Traffic, met
+from oserve.evaluate.switch_simulation import HOPELESS
+from oserve.evaluate.workload import Prospect, prospect
+from oserve.gateway.estimator import Expected, Foresight
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
-from oserve.sim.words import Status
+from oserve.sim.types import Status
 from oserve.study.moving import TransferTimes
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, Fixed, Moment, Policy, Start, Steer
@@ -65,7 +65,7 @@ class Steered:
     source: PerformanceSource | None = None
     speeds: Speeds = field(default_factory=Speeds)
     decisions: list[Decision] = field(default_factory=list)
-    _helm: Helm | None = None
+    _helm: ControllerRuntime | None = None
     _counts: "Counts | None" = None
     _traffic: Traffic | None = None
 
@@ -88,14 +88,14 @@ class Steered:
         # A planner remembers the last basis of its programmes, which may tip a tie.
         planner = TablePlanner(replace(self.planner.facts, start_s=starts.start_s))
         planner.correct(self.speeds)
-        self._helm = Helm(
+        self._helm = ControllerRuntime(
             self.serving.plan,
             policy=self.control,
             planner=planner,
             starts=starts,
             shares_interval_s=_SHARES_INTERVAL_S,
             scorer=self.scorer,
-            watch=None if self.source is None else SpeedWatch(self.source),
+            watch=None if self.source is None else SpeedEstimator(self.source),
         )
         self._counts = Counts(self._helm.controller.plan, traffic)
         self._traffic = traffic
@@ -201,7 +201,7 @@ class SwitchSimulation:
         self._lengths = lengths_by_type(tuner.scene, policy.planner.facts.centres)
         self._kept: tuple[tuple[Question, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
-    def __call__(self, question: Question, found: Weighed) -> Judged:
+    def __call__(self, question: Question, found: Weighed) -> SimulatedScore:
         """Requests within the SLO, with the switch and without.
 
         Where a backlog makes all late either way, what counts is what comes after it.
@@ -212,11 +212,11 @@ class SwitchSimulation:
             return judged
         return self._judged(replace(question, past=()), found)
 
-    def _judged(self, question: Question, found: Weighed) -> Judged:
+    def _judged(self, question: Question, found: Weighed) -> SimulatedScore:
         scene = self._tuner.scene
         ahead = prospect(question, found.lasts_s, self._lengths, seed=scene.seed)
         if not len(ahead.traffic):
-            return Judged(current_rps=0.0, candidate_rps=0.0, worth=0.0)
+            return SimulatedScore(current_rps=0.0, candidate_rps=0.0, worth=0.0)
         levers = replace(self._policy.serving.levers, routing=Routing.LEAST_WORK)
         now, new = (Serving(plan=plan, levers=levers) for plan in (question.current, found.plan))
         self._at(question.speeds)
@@ -237,7 +237,7 @@ class SwitchSimulation:
             pays_s = _pays_after_s(ahead, kept, moved)
         more = float((moved & ahead.expected).sum())
         later = float((moved & ahead.later).sum()) - float((kept & ahead.later).sum())
-        return Judged(
+        return SimulatedScore(
             current_rps=less / ahead.lasting_s,
             candidate_rps=more / ahead.lasting_s,
             worth=(more - less) * found.lasts_s / ahead.lasting_s + later,

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.app.planning import deployment_plan
-from oserve.app.simulated import Serving, Traffic, met
 from oserve.core import DeploymentPlan, WorkloadType
+from oserve.evaluate.simulator import Serving, Traffic, met
 from oserve.perf.table import ShapePerformance
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas
+from oserve.plan.planning import deployment_plan
 from oserve.plan.problem import PlanProblem
 from oserve.plan.search import Planned, plan_deployment
 from oserve.study.ours import OServeTuner

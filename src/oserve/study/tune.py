@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from oserve.app.planning import Answer, Question, answer
-from oserve.app.simulated import Levers, Routing, Serving, Simulator, largest_scale
-from oserve.app.verify import serving_of
-from oserve.control.order import OrderPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
+from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, largest_scale
+from oserve.evaluate.verification import serving_of
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
+from oserve.plan.planning import PlanRequest, PlanResult, answer
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
 
 # A gain below this is noise of one trace.
@@ -238,10 +238,10 @@ class Tuner:
 
     # -- the programme's plans ------------------------------------------------------------------
     @property
-    def question(self) -> Question:
+    def question(self) -> PlanRequest:
         """What is to be planned: the learned demand, within the SLO."""
         scene = self.scene
-        return Question(
+        return PlanRequest(
             model=scene.model,
             devices=scene.devices,
             demand=scene.demand,
@@ -253,7 +253,7 @@ class Tuner:
         )
 
     @cached_property
-    def planned(self) -> Answer:
+    def planned(self) -> PlanResult:
         """The linear programme's plans for it."""
         return answer(self.question)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from oserve.app.switching.model import movable_model
 from oserve.app.switching.programme import SwitchFacts, prepare_switch
 from oserve.config import Settings
-from oserve.control.appraisal import Leg
+from oserve.control.evaluation import Leg
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaSpec
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.switch.learned import LearnedPhases

@@ -20,7 +20,7 @@ from oserve.app.switching.programme import Programme, SwitchFacts, prepare_switc
 from oserve.app.switching.record import FileJournal, Journal, journal_folder, prune
 from oserve.app.switching.work import ClusterWork, Moving, WorkFacts
 from oserve.config import Settings
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Endpoint, Observation, OServeError

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from oserve.app.switching.drive import TaskFailedError
 from oserve.app.switching.programme import Programme, Step
-from oserve.control.door import Cluster
+from oserve.control.cluster import Cluster
 from oserve.core import (
     Clock,
     CommitReplicas,

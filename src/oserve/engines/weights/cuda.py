@@ -86,7 +86,8 @@ class CudaTransfer(Transfer):
         from torch.distributed import FileStore, ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
-        options._timeout = datetime.timedelta(seconds=self._order.limit_s)
+        # The binding has no public name for it.
+        options._timeout = datetime.timedelta(seconds=self._order.limit_s)  # noqa: SLF001
         return ProcessGroupNCCL(FileStore(path, 2), rank, 2, options)
 
 

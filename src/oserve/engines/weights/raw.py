@@ -80,7 +80,7 @@ class RawWeights:
                 module = processed.module
                 for name, (parameter, tensor) in processed.parameters.items():
                     parameter.data = tensor.clone() if processed.quantised else tensor
-                    module._parameters[name] = parameter
+                    module._parameters[name] = parameter  # noqa: SLF001
                 for mark in (_DONE, _BLANK):
                     if hasattr(module, mark):
                         delattr(module, mark)

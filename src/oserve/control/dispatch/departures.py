@@ -1,0 +1,99 @@
+"""Requests that leave a replica which is vacated, a few at a time."""
+
+from oserve.control.dispatch import commands as do
+from oserve.control.dispatch import events as on
+from oserve.control.dispatch.lifecycle import Lifecycle
+from oserve.control.dispatch.policy import DrainCandidate, DrainDecision, Exit
+from oserve.control.dispatch.state import (
+    Booking,
+    Held,
+    Placed,
+    ReplicaStart,
+    RequestState,
+    Sent,
+    Streaming,
+)
+
+# Each is read whole before it leaves, and other streams are not to be held up by that.
+_LEAVE_AT_ONCE = 4
+
+
+class Departures:
+    """Handlers of replicas that are vacated. ``drain`` decides which requests leave, and how."""
+
+    def __init__(self, life: Lifecycle, drain: DrainDecision) -> None:
+        self._life = life
+        self._drain = drain
+
+    def look(self, start: ReplicaStart) -> None:
+        """Ask how far the requests at a replica have come."""
+        numbers = tuple(
+            number for number, (_, booking) in self._at(start).items() if booking.entry is not None
+        )
+        if numbers:
+            self._life.fleet.vacating.look_later(start, self._life.now_s)
+            self._life.emit(do.Survey(*start, numbers))
+        else:
+            self._life.fleet.vacating.look_no_more(start)
+
+    def _at(self, start: ReplicaStart) -> dict[int, tuple[RequestState, Booking]]:
+        return {
+            number: (state, state.phase.booking)
+            for number, state in self._life.requests.items()
+            if isinstance(state.phase, Placed) and state.phase.booking.start == start
+        }
+
+    def surveyed(self, event: on.Surveyed) -> None:
+        """Have those leave that should, a few at a time, so that other streams are not held up."""
+        start = (event.replica, event.started_s)
+        left_s = self._life.fleet.vacating.left_s(start, self._life.now_s)
+        running = [
+            (state, self._candidate(state, booking, event.progress[number]))
+            for number, (state, booking) in self._at(start).items()
+            if number in event.progress
+        ]
+        if not running:
+            return
+        exits = self._drain(
+            [candidate for _, candidate in running], list(self._life.fleet.serving.values()), left_s
+        )
+        leaving = 0
+        for (state, _), leaves in zip(running, exits, strict=True):
+            if leaves is Exit.STAY or (left_s > 0.0 and not self._has_room(state, start[0])):
+                continue
+            if leaving == _LEAVE_AT_ONCE:
+                self._life.fleet.vacating.look_at_once(start, self._life.now_s)
+                break
+            leaving += self._depart(state, with_cache=leaves is Exit.WITH_CACHE)
+        self._life.due_s = min(self._life.due_s, self._life.fleet.vacating.next_s)
+
+    def _candidate(
+        self, state: RequestState, booking: Booking, progress: on.Progress
+    ) -> DrainCandidate:
+        made = progress.made_tokens
+        movable = progress.movable and state.moves < self._life.policy.max_moves
+        if not isinstance(state.phase, Streaming):
+            movable = state.attempts < self._life.policy.max_attempts
+        prompt = state.original.prompt_tokens if state.original is not None else 0
+        return DrainCandidate(
+            replica=booking.replica,
+            context_tokens=prompt + made,
+            remaining_tokens=state.remaining_tokens(made),
+            movable=movable,
+            tpot_s=progress.tpot_s or booking.replica.decode_s_per_token,
+        )
+
+    def _has_room(self, state: RequestState, present: str) -> bool:
+        request = state.request
+        return request is not None and self._life.fleet.has_room(state, request, present)
+
+    def _depart(self, state: RequestState, *, with_cache: bool) -> bool:
+        """Have a request leave its replica; whether it was asked to."""
+        match state.phase:
+            case Streaming():
+                self._life.emit(do.Depart(state.number, with_cache))
+                return True
+            case (Sent() | Held()) as phase:
+                return self._life.retry(state, phase, "it hands over", died=True)
+            case _:
+                return False

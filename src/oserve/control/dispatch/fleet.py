@@ -1,0 +1,202 @@
+"""The replicas as the request machine sees them: which serve, how loaded, which are set aside."""
+
+from collections.abc import Set
+
+import msgspec
+
+from oserve.control.dispatch.affinity import Affinity
+from oserve.control.dispatch.breaker import Breakers
+from oserve.control.dispatch.ledger import WorkLedger
+from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.router import NoRoute, Route, Router
+from oserve.control.dispatch.state import Booking, RequestState
+from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.dispatch.vacating import Vacating
+from oserve.core import ReplicaPhase, Request
+
+EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
+_NONE: Set[str] = frozenset()
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A route, its replica, and the tokens of the prompt that it has cached."""
+
+    route: Route
+    replica: TableReplica
+    cached_tokens: int
+
+
+class Fleet:
+    """Routing table, outstanding work, caches and circuit breakers of all replicas."""
+
+    def __init__(self, policy: DispatchPolicy) -> None:
+        self.table = EMPTY_TABLE
+        self.serving: dict[str, TableReplica] = {}
+        self.ledger = WorkLedger(
+            policy.overload, processes=policy.processes, learns=policy.learns_speed
+        )
+        self.breakers = Breakers()
+        self.vacating = Vacating(policy.drain_limit_s)
+        self._overflow_s = policy.overflow_s
+        self._router = Router({})
+        self._affinity = Affinity()
+
+    def follow(self, table: RoutingTable, now_s: float) -> None:
+        """Take another routing table."""
+        before = {replica.id: replica.started_s for replica in self.table.replicas}
+        now = {replica.id: replica.started_s for replica in table.replicas}
+        self._affinity.forget(name for name in before if now.get(name) != before[name])
+        self.breakers.follow(name for name in before if now.get(name) == before[name])
+        self.table = table
+        self._router = Router(
+            table.routing_shares,
+            overflow_s=self._overflow_s,
+            type_shares=[kind.shares for kind in table.types],
+        )
+        self.vacating.follow(table, now_s)
+        self.ledger.follow(table.replicas)
+        self._serve()
+
+    def _serve(self) -> None:
+        self.serving = {
+            replica.id: replica
+            for replica in self.table.replicas
+            if replica.phase is ReplicaPhase.READY and replica not in self.vacating
+        }
+
+    def vacate(self, name: str, within_s: float, started_s: float | None, now_s: float) -> None:
+        """Send nothing new to a replica, whose running requests are to leave."""
+        for replica in self.table.replicas:
+            if replica.id == name and started_s in {None, replica.started_s}:
+                self.vacating.begin((name, replica.started_s), within_s, now_s)
+        self._serve()
+
+    # -- routing --------------------------------------------------------------------------------
+    def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
+        """The replica for a request, or why there is none."""
+        cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
+        route = self._router.pick(
+            request,
+            self.ledger.loads(self.serving),
+            exclude=self.closed(state, now_s),
+            cached=cached,
+        )
+        if isinstance(route, NoRoute):
+            return route
+        return Choice(route, self.serving[route.replica], cached.get(route.replica, 0))
+
+    def book(self, state: RequestState, request: Request, choice: Choice, now_s: float) -> Booking:
+        """Book a request where it was chosen to go."""
+        name = choice.replica.id
+        self._affinity.sent(
+            state.session,
+            state.prefix,
+            name,
+            prompt_tokens=request.prompt_tokens,
+            prefix_tokens=state.prefix_tokens,
+        )
+        entry = self.ledger.admit(
+            name, request, now_s, cached_tokens=choice.cached_tokens, streams=state.streams
+        )
+        self.breakers.sent(name, now_s)
+        return Booking(choice.replica, entry)
+
+    def any_open(self, state: RequestState, now_s: float) -> TableReplica | None:
+        """A replica for an auxiliary call."""
+        closed = self.closed(state, now_s)
+        return next((item for name, item in self.serving.items() if name not in closed), None)
+
+    def excluded(self, state: RequestState, *, present: str = "") -> Set[str]:
+        """Replicas that cannot serve a request: tried, unable to continue it, or ``present``."""
+        if not (state.tried or state.moves or present):
+            return _NONE
+        return {
+            name
+            for name, replica in self.serving.items()
+            if name == present
+            or (name, replica.started_s) in state.tried
+            or (state.moves and not replica.tells_token_ids)
+        }
+
+    def closed(self, state: RequestState, now_s: float) -> Set[str]:
+        """As ``excluded``, with those whose breaker is open if there are others."""
+        excluded = self.excluded(state)
+        open_ = self.breakers.open(now_s)
+        if not open_:
+            return excluded
+        closed = excluded | open_
+        return closed if self.serving.keys() - closed else excluded
+
+    def may_serve(self, state: RequestState, now_s: float) -> bool:
+        """Whether some replica could take a request once it has room."""
+        return bool(self.serving.keys() - self.closed(state, now_s))
+
+    def has_room(self, state: RequestState, request: Request, present: str) -> bool:
+        """Whether a replica other than the present one would take a running request at once."""
+        route = self._router.pick(
+            request,
+            self.ledger.loads(self.serving),
+            exclude=self.excluded(state, present=present),
+        )
+        return not isinstance(route, NoRoute)
+
+    def may_retry(self, state: RequestState, present: str, *, died: bool) -> bool:
+        """Whether another replica may try a request.
+
+        If its replica ``died``, one that is starting is worth waiting for; if that answered with an
+        error, only others are.
+        """
+        others = self.serving.keys() - self.excluded(state) - {present}
+        return bool(others) or (died and self.table.expected)
+
+    def may_continue(
+        self, state: RequestState, present: str, context_tokens: int, *, again: bool
+    ) -> bool:
+        """Whether a replica may go on with a stream of that context.
+
+        ``again``: the present one may, too. One that is starting is waited for if there is none.
+        """
+        excluded = self.excluded(state, present="" if again else present)
+        fits = [
+            item.max_model_len == 0 or item.max_model_len > context_tokens
+            for name, item in self.serving.items()
+            if name not in excluded and item.tells_token_ids
+        ]
+        return any(fits) if fits else self.table.expected
+
+    # -- what replicas did ----------------------------------------------------------------------
+    def failed(
+        self,
+        replica: TableReplica,
+        now_s: float,
+        reason: str,
+        *,
+        at_once: bool = False,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        """A replica did not answer a request well; see ``Breakers.failed``."""
+        if self._still_serves(replica):
+            self.breakers.failed(
+                replica.id, now_s, reason, at_once=at_once, retry_after_s=retry_after_s
+            )
+
+    def served(self, replica: TableReplica) -> None:
+        """A replica answered a request."""
+        if self._still_serves(replica):
+            self.breakers.served(replica.id)
+
+    def _still_serves(self, replica: TableReplica) -> bool:
+        now = self.serving.get(replica.id)
+        return now is not None and now.started_s == replica.started_s
+
+    @property
+    def least_work_s(self) -> float:
+        """Work that the least loaded replica owes, in seconds; 5 where there is none."""
+        loads = self.ledger.loads(self.serving).values()
+        return min((load.work_s for load in loads), default=5.0)
+
+    @property
+    def least_prefill_s_per_token(self) -> float:
+        """Prompt costs at the quickest replica."""
+        loads = self.ledger.loads(self.serving).values()
+        return min((load.prefill_s_per_token for load in loads), default=0.0)

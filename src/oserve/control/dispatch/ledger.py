@@ -1,0 +1,277 @@
+"""The work each replica still owes, as one gateway process sees it.
+
+Booked work is kept in whole picoseconds, so that what is booked and what is paid back balance to
+the last digit, and the simulator's books can be compared with these.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s
+from oserve.control.dispatch.table import TableReplica
+from oserve.core import ReplicaLoad, Request
+
+_PS = 10**12
+# The learned speed moves by this part of the difference per sample of a busy engine.
+_LEARNING_RATE = 0.2
+_SAMPLE_S = 0.5
+_SPEED_BOUNDS = (0.02, 50.0)
+
+
+@dataclass(slots=True)
+class _Account:
+    name: str
+    prefill_s_per_token: float
+    decode_s_per_token: float
+    max_inflight: int
+    max_model_len: int
+    engine: tuple[str, float] = ("", 0.0)
+    step_tokens: int = 0
+    inflight: int = 0
+    prompt_ps: int = 0
+    owed_ps: int = 0
+    elsewhere_s: float = 0.0
+    elsewhere_inflight: int = 0
+    speed: float = 1.0
+    done_ps: int = 0
+    busy_s: float = 0.0
+    inflight_s: float = 0.0
+    seen_s: float = 0.0
+    # The load as told last; dropped by whatever changes it.
+    load: ReplicaLoad | None = None
+
+
+class WorkLedger:
+    """Outstanding work per replica; corrects the prior costs by the speed it observes.
+
+    Work is booked in prior seconds (from perf) and divided by the replica's learned ``speed``:
+    prior seconds it completes per second of being busy. Time is passed in by the caller.
+    A replica that owes more prompts than ``overload`` allows, by this one of the gateway's
+    ``processes``, shows as full. ``learns``: without it the prior costs are taken as right.
+    """
+
+    def __init__(
+        self,
+        overload: OverloadPolicy | None = None,
+        *,
+        processes: int = 1,
+        learns: bool = True,
+    ) -> None:
+        self._accounts: dict[str, _Account] = {}
+        self._overload = overload or OverloadPolicy()
+        self._processes = processes
+        self._learns = learns
+        self._first_tokens = FirstTokens(self._overload)
+
+    @property
+    def first_token_s(self) -> float:
+        """Upper quantile of the seconds from dispatch to first token."""
+        return self._first_tokens.seconds
+
+    def follow(self, replicas: Iterable[TableReplica]) -> None:
+        """Keep accounts for exactly these replicas."""
+        accounts: dict[str, _Account] = {}
+        for replica in replicas:
+            account = self._accounts.get(replica.id)
+            engine = (replica.shape, replica.started_s)
+            if account is None or account.engine != engine:
+                account = _Account(
+                    name=replica.id,
+                    engine=engine,
+                    prefill_s_per_token=replica.prefill_s_per_token,
+                    decode_s_per_token=replica.decode_s_per_token,
+                    max_inflight=replica.max_inflight,
+                    max_model_len=replica.max_model_len,
+                )
+            if account.prefill_s_per_token != replica.prefill_s_per_token:
+                # Booked work keeps its price, which is the price it is paid back at.
+                dearer = replica.prefill_s_per_token / account.prefill_s_per_token
+                low, high = _SPEED_BOUNDS
+                account.speed = min(high, max(low, account.speed * dearer))
+            account.prefill_s_per_token = replica.prefill_s_per_token
+            account.decode_s_per_token = replica.decode_s_per_token
+            account.max_inflight = replica.max_inflight
+            account.max_model_len = replica.max_model_len
+            account.step_tokens = replica.step_tokens
+            account.load = None
+            accounts[replica.id] = account
+        self._accounts = accounts
+
+    def set_elsewhere(self, elsewhere: Mapping[str, tuple[float, int]]) -> None:
+        """Work (prior seconds) and requests that other gateway processes have there."""
+        for replica, account in self._accounts.items():
+            account.elsewhere_s, account.elsewhere_inflight = elsewhere.get(replica, (0.0, 0))
+            account.load = None
+
+    def own(self) -> dict[str, tuple[float, int]]:
+        """What this process has outstanding: prior seconds and requests, per replica."""
+        return {name: (acc.owed_ps / _PS, acc.inflight) for name, acc in self._accounts.items()}
+
+    def holds(self, entry: "WorkEntry") -> bool:
+        """Whether an entry is with an engine that is followed, and not with one before it."""
+        return self._accounts.get(entry.account.name) is entry.account
+
+    def loads(self, replicas: Iterable[str]) -> dict[str, ReplicaLoad]:
+        """The router's view of these replicas."""
+        accounts = self._accounts
+        return {name: accounts[name].load or self._load(accounts[name]) for name in replicas}
+
+    def _load(self, account: _Account) -> ReplicaLoad:
+        inflight = account.inflight + account.elsewhere_inflight
+        most_s = max_prompt_s(
+            self._overload,
+            step_tokens=account.step_tokens,
+            prefill_s_per_token=account.prefill_s_per_token / account.speed,
+        )
+        full = account.prompt_ps >= most_s * account.speed / self._processes * _PS
+        account.load = ReplicaLoad(
+            replica=account.name,
+            work_s=(account.owed_ps / _PS + account.elsewhere_s) / account.speed,
+            inflight=inflight,
+            max_inflight=min(account.max_inflight, inflight) if full else account.max_inflight,
+            prefill_s_per_token=account.prefill_s_per_token / account.speed,
+            decode_s_per_token=account.decode_s_per_token / account.speed,
+            max_model_len=account.max_model_len,
+        )
+        return account.load
+
+    def admit(
+        self,
+        replica: str,
+        request: Request,
+        now_s: float,
+        *,
+        cached_tokens: int = 0,
+        streams: bool = True,
+    ) -> "WorkEntry":
+        """Book a request that is dispatched to a replica, which has some of it cached.
+
+        The end of the prompt of a request that does not stream cannot be seen: it counts as work
+        only, not among the prompts owed.
+        """
+        account = self._accounts[replica]
+        self._tick(account, now_s)
+        account.load = None
+        prefill_s = (request.prompt_tokens - cached_tokens) * account.prefill_s_per_token
+        total_ps = _ps(prefill_s + request.output_tokens * account.decode_s_per_token)
+        # The parts of a sum may round up where the sum does not.
+        prefill_ps = min(total_ps, _ps(prefill_s))
+        account.inflight += 1
+        account.owed_ps += total_ps
+        entry = WorkEntry(self, account, total_ps, prefill_ps, now_s if streams else None)
+        account.prompt_ps += entry.prompt_ps
+        return entry
+
+    def _tick(self, account: _Account, now_s: float) -> None:
+        if account.inflight > 0:
+            passed_s = max(0.0, now_s - account.seen_s)
+            account.busy_s += passed_s
+            account.inflight_s += passed_s * account.inflight
+        account.seen_s = now_s
+        if account.busy_s < _SAMPLE_S or account.done_ps <= 0:
+            return
+        if self._learns:
+            low, high = _SPEED_BOUNDS
+            sample = min(high, max(low, account.done_ps / _PS / account.busy_s))
+            # A single stream leaves the batch empty and says little of what the engine can do.
+            fullness = min(1.0, account.inflight_s / account.busy_s / 4.0)
+            account.speed += _LEARNING_RATE * fullness * (sample - account.speed)
+            account.load = None
+        account.busy_s = account.inflight_s = 0.0
+        account.done_ps = 0
+
+    # -- called by entries ----------------------------------------------------------------------
+    def pay(self, account: _Account, paid_ps: int, now_s: float) -> None:
+        """Work has been done."""
+        account.owed_ps -= paid_ps
+        account.done_ps += paid_ps
+        account.load = None
+        self._tick(account, now_s)
+
+    def owe(self, account: _Account, more_ps: int, now_s: float) -> None:
+        """There is more work than was booked."""
+        self._tick(account, now_s)
+        account.owed_ps += more_ps
+        account.load = None
+
+    def close(self, account: _Account, left_ps: int, now_s: float, *, done: bool) -> None:
+        """A request left its replica; unfinished work is written off, not counted as speed."""
+        self._tick(account, now_s)
+        account.owed_ps -= left_ps
+        account.inflight -= 1
+        account.load = None
+        if done:
+            account.done_ps += left_ps
+
+    def prompt_done(self, account: _Account, prompt_ps: int) -> None:
+        """A prompt is no longer owed."""
+        account.prompt_ps -= prompt_ps
+        account.load = None
+
+    def first_token(self, took_s: float) -> None:
+        """A stream had its first token so long after its dispatch."""
+        if self._learns:
+            self._first_tokens.observe(took_s)
+
+
+class WorkEntry:
+    """What one request owes at its replica. ``given_s``: when it was dispatched, if it streams."""
+
+    __slots__ = ("_given_s", "_ledger", "_left_ps", "_open", "_prefill_ps", "account", "prompt_ps")
+
+    def __init__(
+        self,
+        ledger: WorkLedger,
+        account: _Account,
+        total_ps: int,
+        prefill_ps: int,
+        given_s: float | None,
+    ) -> None:
+        self.prompt_ps = prefill_ps if given_s is not None else 0
+        self._given_s = given_s
+        self._ledger = ledger
+        self.account = account
+        self._left_ps = total_ps
+        self._prefill_ps = prefill_ps
+        self._open = True
+
+    @property
+    def open(self) -> bool:
+        """Whether the slot is still booked."""
+        return self._open
+
+    @property
+    def left_s(self) -> float:
+        """Work that is still owed for it (prior seconds)."""
+        return self._left_ps / _PS
+
+    def first_byte(self, now_s: float) -> None:
+        """The prompt has been computed."""
+        self._left_ps -= self._prefill_ps
+        self._prompt_done()
+        self._ledger.pay(self.account, self._prefill_ps, now_s)
+        if self._given_s is not None:
+            self._ledger.first_token(now_s - self._given_s)
+
+    def outgrown(self, more_tokens: float, now_s: float) -> None:
+        """The answer is longer than was booked: so many tokens more are expected now."""
+        if self._open:
+            more_ps = _ps(more_tokens * self.account.decode_s_per_token)
+            self._left_ps += more_ps
+            self._ledger.owe(self.account, more_ps, now_s)
+
+    def close(self, now_s: float, *, done: bool) -> None:
+        """The request left the replica; harmless when repeated."""
+        if self._open:
+            self._open = False
+            self._prompt_done()
+            self._ledger.close(self.account, self._left_ps, now_s, done=done)
+
+    def _prompt_done(self) -> None:
+        if self.prompt_ps:
+            self._ledger.prompt_done(self.account, self.prompt_ps)
+            self.prompt_ps = 0
+
+
+def _ps(seconds: float) -> int:
+    return int(seconds * _PS + 0.5)

@@ -1,0 +1,258 @@
+"""What may happen to a request: dispatched, held, forwarded, tried again, refused, ended.
+
+The steps that handlers of events are made of. Each keeps phase, queue and bookings in agreement.
+"""
+
+from oserve.control.dispatch import commands as do
+from oserve.control.dispatch.commands import Command, Refusal
+from oserve.control.dispatch.fleet import Fleet
+from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.router import NoRoute
+from oserve.control.dispatch.state import (
+    QUEUED,
+    UNLIMITED_TOKENS,
+    Booking,
+    Ended,
+    Placed,
+    RequestState,
+    Resuming,
+    Sent,
+    Streaming,
+)
+from oserve.control.dispatch.vacating import NEVER_S
+from oserve.control.dispatch.waiting import WaitingRoom
+from oserve.core import FinishStatus
+
+_REJECTIONS = {
+    Refusal.NO_REPLICA,
+    Refusal.NONE_READY_IN_TIME,
+    Refusal.QUEUE_FULL,
+    Refusal.SHED,
+    Refusal.SHUTTING_DOWN,
+}
+
+
+class Lifecycle:
+    """Requests, queue and replicas of one gateway process, with the commands of one event.
+
+    ``requests``: those that have not ended, by number, in order of arrival. ``now_s`` is the time
+    of the event at hand, ``due_s`` when a ``Tick`` is wanted.
+    """
+
+    def __init__(self, policy: DispatchPolicy) -> None:
+        self.policy = policy
+        self.requests: dict[int, RequestState] = {}
+        self.fleet = Fleet(policy)
+        self.waiting = WaitingRoom(policy.overload, -(-policy.max_queued // policy.processes))
+        self.now_s = 0.0
+        self.due_s = NEVER_S
+        self.commands: list[Command] = []
+        # Requests of this moment that have no replica yet; whether a slot came free.
+        self._entered: list[RequestState] = []
+        self._freed = False
+
+    def emit(self, command: Command) -> None:
+        """Ask for something, after what was asked for before."""
+        self.commands.append(command)
+
+    # -- dispatch -------------------------------------------------------------------------------
+    def enter(self, state: RequestState) -> None:
+        """Have a request wait, until ``settle``; an auxiliary call is sent or refused at once."""
+        if state.request is None:
+            self._send_auxiliary(state)
+        else:
+            self._entered.append(state)
+
+    def settle(self) -> None:
+        """Send what can be sent, by rank; hold or refuse what has just entered and cannot.
+
+        Once for each event, or for all events of a moment: so it is rank that decides among those
+        which enter together, and not the order of the events.
+        """
+        entered = self._entered
+        if len(entered) == 1 and not self.waiting:
+            # As below, without a queue of one.
+            state = entered.pop()
+            refused = self._try_send(state) if state.number in self.requests else None
+            if refused is not None:
+                self.waiting.push(state)
+                self._wait(state, no_replica=refused is NoRoute.NO_REPLICA)
+            return
+        if entered:
+            self._entered = []
+            for state in entered:
+                if state.number in self.requests:
+                    self.waiting.push(state)
+        elif not self._freed:
+            return
+        self._freed = False
+        self._pump()
+        for state in entered:
+            if state in self.waiting:
+                self._wait(state, no_replica=not self.fleet.may_serve(state, self.now_s))
+
+    def may_settle(self) -> None:
+        """A replica may have room for a waiting request."""
+        if self.waiting:
+            self._freed = True
+
+    def _wait(self, state: RequestState, *, no_replica: bool) -> None:
+        """A request stays in the queue, if it may. ``no_replica``: there is none, full or not."""
+        if no_replica and not self.fleet.table.expected:
+            self.refuse(state, Refusal.NO_REPLICA)
+        elif self.waiting.full and not isinstance(state.phase, Resuming):
+            self.refuse(state, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
+        else:
+            give_up_s = self.now_s + self.policy.no_replica_wait_s
+            state.give_up_s = give_up_s if no_replica else None
+            self.waiting.watch(state, self.now_s)
+            self.due_s = min(self.due_s, self.waiting.next_s)
+            self.emit(do.Hold(state.number))
+
+    def _try_send(self, state: RequestState) -> NoRoute | None:
+        """Send a request to the replica that the router picks; returns why not, if so."""
+        request = state.request
+        if request is None:
+            return NoRoute.NO_REPLICA
+        choice = self.fleet.choose(state, request, self.now_s)
+        if isinstance(choice, NoRoute):
+            return choice
+        self._place(
+            state,
+            self.fleet.book(state, request, choice, self.now_s),
+            do.Send(
+                number=state.number,
+                replica=choice.replica,
+                reason=choice.route.reason,
+                cached_tokens=choice.cached_tokens,
+                resumes=isinstance(state.phase, Resuming),
+            ),
+        )
+        return None
+
+    def _send_auxiliary(self, state: RequestState) -> None:
+        found = self.fleet.any_open(state, self.now_s)
+        if found is None:
+            self.refuse(state, Refusal.NO_REPLICA)
+        else:
+            self._place(state, Booking(found, None), do.Send(number=state.number, replica=found))
+
+    def _place(self, state: RequestState, booking: Booking, send: do.Send) -> None:
+        state.attempts += 1
+        state.replica = booking.replica.id
+        state.phase = Streaming(booking, False) if send.resumes else Sent(booking)
+        if state.request is not None:
+            state.booked_tokens = state.request.output_tokens
+        self.waiting.discard(state)
+        self.emit(send)
+
+    def _pump(self) -> None:
+        """Send waiting requests, best rank first, until there is no room for one."""
+        fleet = self.fleet
+        while (state := self.waiting.head()) is not None:
+            if self.waiting.demotes and state.request is not None:
+                prefill_s = state.request.prompt_tokens * fleet.least_prefill_s_per_token
+                late = self.waiting.demote_if_late(
+                    state, self.now_s, prefill_s, fleet.ledger.first_token_s
+                )
+                if late:
+                    self.emit(do.Demote(state.number))
+                    continue
+            if self._try_send(state) is not None:
+                return
+
+    def retry_after_s(self) -> int:
+        """When a refused client may try again."""
+        return max(1, min(60, round(self.fleet.least_work_s)))
+
+    def at_replica(self, number: int) -> tuple[RequestState, Placed] | None:
+        """A request with its phase, if it is at a replica."""
+        state = self.requests.get(number)
+        if state is None or not isinstance(state.phase, Placed):
+            return None
+        return state, state.phase
+
+    def forward(self, state: RequestState, phase: Placed) -> None:
+        """The client gets what came, and what follows as far as it was booked."""
+        if isinstance(phase, Sent):
+            self.first_byte(phase.booking)
+        state.phase = Streaming(phase.booking)
+        credit = UNLIMITED_TOKENS
+        if state.request is not None and state.forecast is not None:
+            credit = state.request.output_tokens
+        self.emit(do.Forward(state.number, credit))
+
+    def first_byte(self, booking: Booking) -> None:
+        """Its replica has computed the prompt, and may have room for another."""
+        if booking.entry is not None:
+            booking.entry.first_byte(self.now_s)
+            if self.waiting.demotes:
+                self.may_settle()
+
+    def retry(self, state: RequestState, phase: Placed, reason: str, *, died: bool) -> bool:
+        """Give a request, of whose answer nothing was shown, to another replica if one may try."""
+        name = phase.booking.replica.id
+        if state.attempts >= self.policy.max_attempts:
+            return False
+        if not self.fleet.may_retry(state, name, died=died):
+            return False
+        self.emit(do.Retry(state.number, name, reason))
+        self.release(state, phase, tried=True)
+        state.phase = QUEUED
+        self.enter(state)
+        return True
+
+    def refuse(
+        self,
+        state: RequestState,
+        refusal: Refusal,
+        *,
+        reason: str = "",
+        status: int = 0,
+        retry_after_s: int = 0,
+    ) -> None:
+        """End a request with an error."""
+        self.leave(state)
+        self.emit(
+            do.Refuse(
+                number=state.number,
+                refusal=refusal,
+                replica=state.replica,
+                reason=reason,
+                status=status,
+                retry_after_s=retry_after_s,
+            )
+        )
+        finish = FinishStatus.FAILED
+        if refusal in _REJECTIONS:
+            finish = FinishStatus.REJECTED
+        elif refusal is Refusal.REFUSED_UNHEARD:
+            finish = FinishStatus.CLIENT_ERROR
+        self.end(state, finish)
+
+    def leave(self, state: RequestState) -> None:
+        """Let go of the replica, if there is one."""
+        if isinstance(state.phase, Placed):
+            self.emit(do.LetGo(state.number))
+            self.release(state, state.phase, tried=False)
+
+    def release(
+        self, state: RequestState, phase: Placed, *, tried: bool, done: bool = False
+    ) -> None:
+        """Free the slot at a replica; ``tried``: it is not asked again."""
+        booking = phase.booking
+        if booking.entry is not None:
+            booking.entry.close(self.now_s, done=done)
+            self.fleet.breakers.let_go(booking.replica.id)
+            self.may_settle()
+        if tried:
+            state.tried.add(booking.start)
+
+    def end(self, state: RequestState, status: FinishStatus) -> None:
+        """Forget a request that has let go of its replica."""
+        state.phase = Ended(status)
+        self.waiting.discard(state)
+        del self.requests[state.number]
+        self.emit(
+            do.Record(number=state.number, status=status, replica=state.replica, moves=state.moves)
+        )

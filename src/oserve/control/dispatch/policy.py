@@ -1,0 +1,68 @@
+"""What the request machine is told to do, and the one decision that it leaves to others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from oserve.control.dispatch.overload import OverloadPolicy
+from oserve.control.dispatch.table import TableReplica
+
+_NO_OVERLOAD = OverloadPolicy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchPolicy:
+    """Limits and policies of one gateway process, of ``processes``.
+
+    ``max_queued`` bounds waiting requests, ``max_attempts`` the replicas tried for one, and
+    ``max_moves`` how often one stream goes on elsewhere. ``no_replica_wait_s``: how long a request
+    waits for a replica that is starting. ``overflow_s``: work past which a request may leave its
+    type's pool. ``drain_limit_s``: how long a draining replica keeps requests that could move;
+    ``None``: to the end. ``learns_speed``: without it the costs of the table are taken as right.
+    """
+
+    max_queued: int = 4096
+    max_attempts: int = 3
+    max_moves: int = 3
+    request_timeout_s: float = 600.0
+    no_replica_wait_s: float = 30.0
+    overflow_s: float = 2.0
+    drain_limit_s: float | None = None
+    overload: OverloadPolicy = _NO_OVERLOAD
+    processes: int = 1
+    learns_speed: bool = True
+
+
+class Exit(StrEnum):
+    """How a running request leaves a replica that is vacated."""
+
+    STAY = "stay"
+    REPLAY = "replay"
+    WITH_CACHE = "with_cache"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainCandidate:
+    """A request at a replica that is vacated. Counts are in tokens, ``tpot_s`` in seconds."""
+
+    replica: TableReplica
+    context_tokens: int
+    remaining_tokens: float
+    movable: bool
+    tpot_s: float
+
+
+class DrainDecision(Protocol):
+    """Decides for each running request, given the replicas that serve on and the seconds left."""
+
+    def __call__(
+        self, running: Sequence[DrainCandidate], others: Sequence[TableReplica], left_s: float
+    ) -> Sequence[Exit]: ...
+
+
+def all_leave(
+    running: Sequence[DrainCandidate], others: Sequence[TableReplica], left_s: float
+) -> Sequence[Exit]:
+    """Whatever can move goes on elsewhere."""
+    return [Exit.REPLAY if item.movable else Exit.STAY for item in running]

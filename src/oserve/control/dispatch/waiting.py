@@ -1,0 +1,118 @@
+"""Requests that wait: in order, demoted or refused when late, never more than the bound."""
+
+import heapq
+from collections.abc import Iterator
+
+from oserve.control.dispatch.overload import (
+    DEMOTED_S,
+    OverloadPolicy,
+    shed_in_s,
+    too_late,
+)
+from oserve.control.dispatch.queue import RankQueue
+from oserve.control.dispatch.state import Queued, RequestState
+from oserve.control.dispatch.vacating import NEVER_S
+
+# Timers of requests that left, beyond which the list is made anew.
+_MOST_STALE = 64
+
+
+class WaitingRoom:
+    """The queue and its timers. Streams that resume are neither demoted nor refused for waiting."""
+
+    def __init__(self, overload: OverloadPolicy, max_queued: int) -> None:
+        self._overload = overload
+        self._max_queued = max_queued
+        self._queue = RankQueue()
+        self._timers: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __contains__(self, state: RequestState) -> bool:
+        return state in self._queue
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._queue)
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Entries held in heap and timers, of requests that left as well."""
+        return self._queue.entries, len(self._timers)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further request may wait."""
+        return len(self._queue) > self._max_queued
+
+    def push(self, state: RequestState) -> None:
+        """Let a request wait."""
+        self._queue.push(state)
+
+    def discard(self, state: RequestState) -> None:
+        """Let a request go, if it waits."""
+        self._queue.discard(state)
+
+    def head(self) -> RequestState | None:
+        """The request to be served next."""
+        return self._queue.head()
+
+    # -- time -----------------------------------------------------------------------------------
+    def watch(self, state: RequestState, now_s: float) -> None:
+        """Have ``due`` tell of a request when it may have waited long enough."""
+        if state.give_up_s is not None:
+            self._remind(state, state.give_up_s)
+        if isinstance(state.phase, Queued):
+            shed_s = shed_in_s(self._overload, arrival_s=state.arrival_s, now_s=now_s)
+            if shed_s is not None:
+                self._remind(state, now_s + shed_s)
+
+    def _remind(self, state: RequestState, at_s: float) -> None:
+        if len(self._timers) > 4 * len(self._queue) + _MOST_STALE:
+            alive = {item.number for item in self._queue}
+            self._timers = [item for item in self._timers if item[1] in alive]
+            heapq.heapify(self._timers)
+        heapq.heappush(self._timers, (at_s, state.number))
+
+    @property
+    def next_s(self) -> float:
+        """When ``due`` may tell of a request next."""
+        return self._timers[0][0] if self._timers else NEVER_S
+
+    def due(self, now_s: float) -> list[int]:
+        """Numbers of requests whose time may be up; some have left."""
+        found = []
+        while self._timers and self._timers[0][0] <= now_s:
+            found.append(heapq.heappop(self._timers)[1])
+        return found
+
+    def sheds(self, state: RequestState, now_s: float) -> bool:
+        """Whether a waiting request has waited too long."""
+        if not isinstance(state.phase, Queued):
+            return False
+        left_s = shed_in_s(self._overload, arrival_s=state.arrival_s, now_s=now_s)
+        return left_s is not None and left_s <= 0.0
+
+    @property
+    def demotes(self) -> bool:
+        """Whether late requests are put last."""
+        return self._overload.ttft_s is not None
+
+    def demote_if_late(
+        self, state: RequestState, now_s: float, prefill_s: float, first_token_s: float
+    ) -> bool:
+        """Put a request last that cannot have its first token in time any more; once."""
+        if state.demoted or not isinstance(state.phase, Queued):
+            return False
+        late = too_late(
+            self._overload,
+            arrival_s=state.arrival_s,
+            now_s=now_s,
+            prefill_s=prefill_s,
+            first_token_s=first_token_s,
+        )
+        if late:
+            state.demoted = True
+            state.rank_s = state.arrival_s + DEMOTED_S
+            self._queue.push(state)
+        return late

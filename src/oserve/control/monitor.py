@@ -1,0 +1,253 @@
+"""What the controller knows of the traffic: counts, the forecast, and since when it is as it is.
+
+Pure: fed once a second; tells when a decision is due, at the end of each interval and a little
+after the traffic has changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from oserve.control.collector import Collector
+from oserve.control.decision import Trigger, TypeForecast
+from oserve.control.evaluation import Rates, Step
+from oserve.control.policy import ControlPolicy
+from oserve.control.tally import Batch
+from oserve.forecast.detect import ChangeDetector
+from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.retype import replayed
+from oserve.workload.columns import Floats
+
+# Counts of other processes come a little late, so the last second is left for later.
+_LAG_S = 1
+_PARTS = 6
+_FEWEST_S = 3
+# What came of late is told in pieces of so long, and for up to two periods.
+_PIECE_S, _PERIOD_S = 15, 300
+# Rates before a change are those of so long, or of less where that is all there is.
+_BEFORE_S = (900, 300, 60, 10)
+# Of requests on one replica, the stay of the longest over the mean.
+_LONGEST = 2.0
+
+
+class TrafficMonitor:
+    """``forecaster`` and ``detector`` must be of the same types."""
+
+    def __init__(
+        self, policy: ControlPolicy, forecaster: Forecaster, detector: ChangeDetector
+    ) -> None:
+        self.collector = Collector(forecaster.names, size_s=max(3600, 4 * policy.interval_s))
+        self.began_s = -1
+        """When the traffic last changed; negative if it did not."""
+        self.last_arrival_s = -1.0
+        """When the last request came; negative if none did."""
+        self.shrunk = False
+        """Whether replicas were given up for want of requests."""
+        self._policy = policy
+        self._forecaster = forecaster
+        self._detector = detector
+        self._window_end_s = -1
+        self._detected_s = -1
+        self._change_s: float | None = None
+        self._again_s: float | None = None
+        self._usual: Floats = np.zeros(len(forecaster.names))
+
+    def observe(
+        self,
+        now_s: float,
+        batches: Sequence[Batch] = (),
+        gauges: Mapping[str, float] | None = None,
+    ) -> Trigger | None:
+        """Once a second: what was counted since; tells whether a decision is due."""
+        for batch in batches:
+            self.collector.add(batch)
+        self.collector.tick(now_s, gauges)
+        end_s = int(now_s) - _LAG_S
+        if self._detected_s < 0 or end_s - self._detected_s > self.collector.size_s // 2:
+            self._detected_s = end_s
+        while self._detected_s < end_s:
+            self._detected_s += 1
+            self._detect(now_s, self._detected_s)
+        if self._window_end_s < 0:
+            self._window_end_s = end_s
+        due = self._close_windows(end_s)
+        # Nobody needs to be sure of rates to bring back replicas that were given up.
+        settle_s = min(self._policy.settle_s, self._policy.interval_s / 2)
+        if self.shrunk:
+            settle_s = min(_FEWEST_S, settle_s)
+        if self._change_s is not None and now_s >= self._change_s + settle_s:
+            self._change_s = None
+            self._shift()
+            self._look_again(now_s)
+            return Trigger.CHANGE
+        if self._again_s is not None and now_s >= self._again_s:
+            self._look_again(now_s)
+            return Trigger.CHANGE
+        # While it is watched what the traffic has changed to, the forecast is of what it was.
+        return Trigger.INTERVAL if due and self._change_s is None else None
+
+    def _detect(self, now_s: float, end_s: int) -> None:
+        """Look at one second for a change of the traffic."""
+        counts = self.collector.window(end_s, 1).counts
+        arrived = float(np.nansum(counts)) > 0
+        if arrived:
+            self.last_arrival_s = float(end_s)
+        changes = self._detector.update(counts)
+        if changes or (arrived and self.shrunk):
+            if self._change_s is None:
+                self._change_s = now_s
+                self._again_s = None
+            self.began_s = end_s - min((change.ticks for change in changes), default=1)
+
+    def _look_again(self, now_s: float) -> None:
+        """When what has changed is half as old again, unless the interval comes first.
+
+        By then another plan may have been the better one for long enough.
+        """
+        age_s = now_s - self.began_s
+        self._again_s = now_s + age_s / 2 if age_s < self._policy.interval_s else None
+
+    def _shift(self) -> None:
+        """Tell the forecaster the rates since the change began."""
+        self._forecaster.shift(np.array(self.now_rps()) * self._forecaster.interval_s)
+
+    def _close_windows(self, end_s: int) -> bool:
+        width_s = self._policy.interval_s
+        due = False
+        missed = (end_s - self._window_end_s) // width_s
+        if missed * width_s > self.collector.size_s - width_s:
+            self._forecaster.skip(missed - 1)
+            self._window_end_s += (missed - 1) * width_s
+        while end_s - self._window_end_s >= width_s:
+            self._window_end_s += width_s
+            parts = next(p for p in (_PARTS, 5, 4, 3, 2, 1) if width_s % p == 0)
+            window = self.collector.window(self._window_end_s, width_s, parts=parts)
+            self._forecaster.update(window.counts, window.parts)
+            if np.nansum(window.counts) > 0:
+                self._usual = 0.8 * self._usual + 0.2 * np.nan_to_num(window.counts) / width_s
+            due = True
+        return due
+
+    def now_rps(self) -> Rates:
+        """Requests/s of each type of late, and of nothing before the last change."""
+        end_s = max(1, self.collector.newest_s)
+        width_s = min(self._policy.now_s, max(_FEWEST_S, end_s - self.began_s))
+        rates = self.collector.rates_rps(end_s, width_s)
+        return tuple(np.nan_to_num(rates).tolist())
+
+    def drain_s(self) -> float:
+        """Seconds that a replica of late needs to end what it has; 0 where nothing tells.
+
+        What replicas hold over what ends per second is how long a request stays there (Little's
+        law), queues and all; the last of them stays longer.
+        """
+        gauges = self.collector.gauges
+        held = gauges.get("running", 0.0) + gauges.get("waiting", 0.0)
+        ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self._policy.now_s)
+        return _LONGEST * held / ended_rps if ended_rps > 0 else 0.0
+
+    def forecast(self) -> tuple[TypeForecast, ...]:
+        """Of the next interval, by type."""
+        found = self._forecaster.forecast()
+        now = self.now_rps()
+        low, high = found.quantile_rps(found.quantiles[0]), found.quantile_rps(found.quantiles[-1])
+        return tuple(
+            TypeForecast(
+                name=name,
+                now_rps=now[index],
+                expected_rps=_number(found.rates_rps[0, index]),
+                low_rps=_number(low[0, index]),
+                high_rps=_number(high[0, index]),
+            )
+            for index, name in enumerate(found.names)
+        )
+
+    def past(self) -> tuple[tuple[Rates, float], ...]:
+        """Rates of late, with the seconds that each held.
+
+        They begin where the periods do within which requests are ordered by how fresh they are.
+        """
+        end_s = self.collector.newest_s
+        first_s = end_s - end_s % _PERIOD_S - _PERIOD_S
+        found: list[tuple[Rates, float]] = []
+        for start_s in range(max(0, first_s), end_s, _PIECE_S):
+            width_s = min(_PIECE_S, end_s - start_s)
+            rates = self.collector.rates_rps(start_s + width_s, width_s)
+            if found or not np.isnan(rates).any():
+                found.append((tuple(np.nan_to_num(rates).tolist()), float(width_s)))
+        return tuple(found)
+
+    def before_rps(self) -> Rates:
+        """Requests/s of each type before the last change; empty where none is known of."""
+        held = range(1, self.collector.size_s - (self.collector.newest_s - self.began_s))
+        for width_s in _BEFORE_S if self.began_s > 0 else ():
+            if width_s in held:
+                rates = self.collector.rates_rps(self.began_s, width_s)
+                if not np.isnan(rates).any():
+                    return tuple(rates.tolist())
+        return ()
+
+    def likely(self) -> tuple[Rates, ...]:
+        """Rates to plan for: those expected, and those that few will exceed."""
+        found = self._forecaster.forecast()
+        high_rps = found.quantile_counts[-2].mean(axis=0) / found.interval_s
+        return tuple(
+            tuple(np.nan_to_num(rates).tolist())
+            for rates in (found.rates_rps.mean(axis=0), high_rps)
+        )
+
+    def usual(self) -> tuple[Rates, ...]:
+        """Rates to plan for when nobody comes: those there were."""
+        return (tuple(self._usual.tolist()),)
+
+    def steps(self) -> tuple[Step, ...]:
+        """The forecast's quantiles, each for the chances nearest to it, step after step."""
+        found = self._forecaster.forecast()
+        ends = [0.0, *((a + b) / 2 for a, b in pairwise(found.quantiles)), 1.0]
+        rates = np.nan_to_num(found.quantile_counts / found.interval_s)
+        steps = []
+        for step in range(rates.shape[1]):
+            chances: dict[Rates, float] = {}
+            for level, (low, high) in enumerate(pairwise(ends)):
+                key = tuple(rates[level, step].tolist())
+                chances[key] = chances.get(key, 0.0) + high - low
+            expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
+            steps.append(Step(seconds=found.interval_s, chances=chances, expected=expected))
+        return tuple(steps)
+
+    # -- memory ---------------------------------------------------------------------------------
+    def state(self) -> dict[str, Any]:
+        """Plain data that ``restore`` takes."""
+        return {
+            "collector": self.collector.state(),
+            "forecaster": self._forecaster.state(),
+            "detector": self._detector.state(),
+            "began_s": self.began_s,
+            "window_end_s": self._window_end_s,
+            "last_arrival_s": self.last_arrival_s,
+            "usual": self._usual.tolist(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; of the same types. Raises OServeError if it is not."""
+        self._forecaster.restore(state["forecaster"])
+        self._detector.restore(state["detector"])
+        self.collector.restore(state["collector"])
+        self._usual = np.array(state["usual"], dtype=np.float64)
+        self.restore_course(state)
+
+    def restore_course(self, state: Mapping[str, Any]) -> None:
+        """Of ``state`` only what does not depend on types."""
+        self.began_s = int(state["began_s"])
+        self._window_end_s = int(state["window_end_s"])
+        self.last_arrival_s = float(state["last_arrival_s"])
+
+    def replay_history(self, history: Floats) -> None:
+        """Windows of counts, (n, k), oldest first, for a forecaster that has seen none."""
+        replayed(self._forecaster, history)
+
+
+def _number(value: Any) -> float:
+    return float(np.nan_to_num(value))

@@ -1,0 +1,65 @@
+"""The routing table of a plan on a cluster as observed."""
+
+from collections.abc import Callable
+
+from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.core import AttachedBackend, DeploymentPlan, Observation, ReplicaPhase, ReplicaShape
+from oserve.perf import TokenCosts, token_costs
+
+# What an engine holds beyond its running batch stays short, so that the gateway, which sees all
+# replicas, decides for most of the queue.
+_INFLIGHT_PER_SEQ = 2
+# Its next step begins before the gateway has heard of the last one's first tokens.
+_STEPS_AHEAD = 2
+
+
+def routing_table(
+    plan: DeploymentPlan,
+    observation: Observation,
+    *,
+    ordered: bool,
+    expected: bool,
+    costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs,
+) -> RoutingTable:
+    """The table for a plan on a cluster as observed.
+
+    ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
+    ``costs``: of a shape on a kind of device.
+    """
+    kinds = {device.id: device.kind for device in observation.devices}
+    replicas = []
+    for state in observation.replicas:
+        if state.phase not in {ReplicaPhase.READY, ReplicaPhase.DRAINING}:
+            continue
+        spec = state.spec
+        kind = kinds.get(spec.devices[0], "any") if spec.devices else "any"
+        own = costs(spec.shape, kind)
+        attached = spec.backend if isinstance(spec.backend, AttachedBackend) else None
+        replicas.append(
+            TableReplica(
+                id=spec.id,
+                shape=spec.shape.name,
+                phase=state.phase,
+                endpoint=state.endpoint,
+                max_inflight=_INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
+                max_model_len=state.max_model_len,
+                accepts_priority=ordered and (attached is None or attached.priority),
+                tells_token_ids=attached is None or attached.token_ids,
+                prefill_s_per_token=own.prefill_s_per_token,
+                decode_s_per_token=own.decode_s_per_token,
+                kv_bytes_per_token=own.kv_bytes_per_token,
+                step_tokens=_STEPS_AHEAD * spec.shape.step_tokens,
+                model=attached.model if attached else "",
+                attached=attached is not None,
+                stream_options=attached is None or attached.stream_options,
+                started_s=state.started_s,
+            )
+        )
+    return RoutingTable(
+        plan_id=plan.id,
+        workload_types=plan.workload_types,
+        routing_shares=plan.routing_shares,
+        replicas=tuple(replicas),
+        expected=expected,
+        types=plan.types,
+    )

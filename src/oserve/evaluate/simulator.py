@@ -1,0 +1,378 @@
+"""Simulated serving: a deployment with its levers, traffic as arrays, and what comes of both.
+
+This is the one place where performance facts, plans and the fleet simulator meet. A *serving* is
+everything that stays the same in a run: replicas, length classes, routing shares and levers.
+Traffic is replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does, so a mix that
+changes also changes that much faster.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oserve.control.dispatch.order import OrderPolicy
+from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
+from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
+from oserve.perf import TokenCosts
+from oserve.perf.corrected import uncorrected
+from oserve.perf.costs import measured_costs
+from oserve.perf.source import RooflineSource
+from oserve.perf.table import PerformanceSource
+from oserve.sim.fleet import Fleet
+from oserve.sim.results import FleetResults
+from oserve.sim.steps import StepTables, step_tables
+from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink, Status
+from oserve.sim.types import RoutingPolicy as _Routing
+from oserve.traces import Slo
+from oserve.workload.columns import Columns, TimedRequest, columns_of
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+Routing = _Routing
+"""How the gateway chooses a replica (policies are something else above this room)."""
+
+ATTAINMENT = 0.95
+"""Share of all requests that must meet their SLOs for a rate to count as served."""
+
+# What is still on its way so long after the last arrival has missed its SLO in any case.
+LATEST_S = 300.0
+# How often a run looks whether its attainment is out of reach already.
+_CHECKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traffic:
+    """Requests in order of arrival, an entry each; lengths in tokens, at least 1."""
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def duration_s(self) -> float:
+        """From 0 to the last arrival."""
+        return float(self.arrival_s[-1]) if len(self) else 0.0
+
+    @property
+    def rate_rps(self) -> float:
+        """Mean requests per second."""
+        return len(self) / max(self.duration_s, 1.0)
+
+    def faster(self, scale: float) -> Self:
+        """The same requests, ``scale`` times as fast."""
+        return replace(self, arrival_s=self.arrival_s / scale)
+
+    def between(self, start_s: float, end_s: float) -> Self:
+        """Those that arrive from ``start_s`` on and before ``end_s``, counted from ``start_s``."""
+        low, high = np.searchsorted(self.arrival_s, [start_s, end_s], side="left")
+        return replace(
+            self,
+            arrival_s=self.arrival_s[low:high] - start_s,
+            prompt_tokens=self.prompt_tokens[low:high],
+            output_tokens=self.output_tokens[low:high],
+        )
+
+    def columns(self) -> Columns:
+        """As clustering takes them."""
+        return Columns(
+            arrival_s=self.arrival_s,
+            prompt_tokens=self.prompt_tokens.astype(np.float64),
+            output_tokens=self.output_tokens.astype(np.float64),
+        )
+
+
+def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Traffic:
+    """Requests cut to the context as ``demand_from_trace`` counts them: the prompt gives way."""
+    columns = columns_of(requests)
+    output = np.clip(columns.output_tokens, 1, max(1, max_model_len - 1))
+    prompt = np.maximum(1, np.minimum(columns.prompt_tokens, max_model_len - output))
+    arrival = columns.arrival_s
+    return Traffic(
+        arrival_s=arrival - (arrival[0] if len(arrival) else 0.0),
+        prompt_tokens=np.rint(prompt).astype(np.int64),
+        output_tokens=np.rint(output).astype(np.int64),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levers:
+    """How replicas serve, beside what they are.
+
+    ``order``: by prompt length with ageing, in gateway and engines; ``None``: first come, first
+    served. ``inflight_per_device`` bounds what the gateway hands to a replica at once, per device
+    of it; the rest waits in the gateway, where it can still go anywhere and be demoted. ``None``:
+    twice ``max_num_seqs``, as the live gateway has it. ``overload``: the live gateway's policy,
+    in place of what ``gateway`` says of demotion and shedding.
+    """
+
+    routing: Routing = Routing.POOLS
+    order: OrderPolicy | None = None
+    gateway: GatewayOptions = field(default_factory=GatewayOptions)
+    inflight_per_device: float | None = None
+    overload: OverloadPolicy = field(default_factory=OverloadPolicy)
+    rebalance: Rebalance | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A plan and its levers: all that a simulation needs beside traffic and facts."""
+
+    plan: DeploymentPlan
+    levers: Levers = field(default_factory=Levers)
+
+    @property
+    def shapes(self) -> tuple[tuple[ReplicaShape, int], ...]:
+        """Distinct shapes with their counts, in order of first appearance."""
+        counts: dict[ReplicaShape, int] = {}
+        for spec in self.plan.replicas:
+            counts[spec.shape] = counts.get(spec.shape, 0) + 1
+        return tuple(counts.items())
+
+
+def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints:
+    """The length class of each prompt, by its place among ``classes``."""
+    bounds = [item.max_prompt_tokens for item in classes[:-1]]
+    return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
+
+
+def ranks_s(order: OrderPolicy, traffic: Traffic) -> Floats:
+    """``control.order.rank_s`` of all requests at once."""
+    arrival, window_s = traffic.arrival_s, order.freshest_first_s
+    if window_s > 0.0:
+        arrival = (2.0 * np.floor(arrival / window_s) + 1.0) * window_s - arrival
+    penalty = order.penalty_s_per_token * traffic.prompt_tokens
+    ranks: Floats = arrival + np.minimum(order.max_penalty_s, penalty)
+    return ranks
+
+
+class Simulator:
+    """Fleets of one model's replicas; step tables and costs are made once per shape."""
+
+    def __init__(self, source: PerformanceSource) -> None:
+        self.source = source
+        self._tables: dict[ReplicaShape, StepTables] = {}
+        self._costs: dict[ReplicaShape, TokenCosts] = {}
+        self._kv: dict[ReplicaShape, int] = {}
+        self.simulated_requests = 0
+
+    def tables(self, shape: ReplicaShape) -> StepTables:
+        """Step times of a shape."""
+        if shape not in self._tables:
+            self._tables[shape] = step_tables(self.source.step_model(shape), shape)
+        return self._tables[shape]
+
+    def costs(self, shape: ReplicaShape) -> TokenCosts:
+        """What the router believes a token costs there."""
+        if shape not in self._costs:
+            self._costs[shape] = measured_costs(self.source.step_model(shape), shape)
+        return self._costs[shape]
+
+    def kv_tokens(self, shape: ReplicaShape) -> int:
+        """Tokens of KV cache; 0 where the weights do not fit."""
+        if shape not in self._kv:
+            self._kv[shape] = self.source.kv_tokens(shape)
+        return self._kv[shape]
+
+    def requests(
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+    ) -> RequestTable:
+        """As the gateway sees them; ``expected`` outputs are the class's, unless given.
+
+        ``kinds``: the class of each, where it is not told by the prompt's length.
+        """
+        classes = serving.plan.workload_types
+        index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
+        if expected is None:
+            outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
+            expected = outputs[index]
+        order = serving.levers.order
+        ranks = None
+        if order is not None:
+            ranks = ranks_s(order, traffic)
+        return RequestTable.of(
+            traffic.arrival_s,
+            traffic.prompt_tokens,
+            traffic.output_tokens,
+            expected_output_tokens=expected,
+            class_index=index,
+            rank_s=ranks,
+        )
+
+    def fleet(self, serving: Serving, requests: RequestTable) -> Fleet:
+        """A fleet without replicas."""
+        return Fleet(
+            requests,
+            classes=len(serving.plan.workload_types),
+            gateway=self._gateway(serving),
+            rebalance=serving.levers.rebalance,
+        )
+
+    def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
+        """Start a replica."""
+        shape, most = spec.shape, levers.inflight_per_device
+        sends = levers.rebalance is not None or shape.role is Role.PREFILL
+        link, kv_bytes = self._link(shape) if sends else (SimLink(), 0.0)
+        fleet.add_replica(
+            spec.id,
+            shape,
+            self.tables(shape),
+            kv_tokens=self.kv_tokens(shape),
+            costs=self.costs(shape),
+            ready_at_s=ready_at_s,
+            ordered=levers.order is not None,
+            max_inflight=None if most is None else max(1, round(most * shape.device_count)),
+            max_prompt_s=max_prompt_s(
+                levers.overload,
+                step_tokens=shape.step_tokens,
+                prefill_s_per_token=self.costs(shape).prefill_s_per_token,
+            ),
+            kv_bytes_per_token=kv_bytes,
+            link=link,
+        )
+
+    def route(self, fleet: Fleet, plan: DeploymentPlan, levers: Levers) -> None:
+        """Give a fleet the shares of a plan."""
+        shares = {
+            index: dict(plan.routing_shares.get(item.name, {}))
+            for index, item in enumerate(plan.workload_types)
+        }
+        fleet.set_routing(policy=levers.routing, shares=shares)
+
+    def run(
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+        latest_s: float = LATEST_S,
+    ) -> FleetResults:
+        """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
+        for spec in serving.plan.replicas:
+            self.add(fleet, spec, serving.levers, ready_at_s=0.0)
+        self.route(fleet, serving.plan, serving.levers)
+        fleet.run(limit_s=traffic.duration_s + latest_s)
+        self.simulated_requests += len(traffic)
+        return fleet.results()
+
+    def holds(
+        self,
+        serving: Serving,
+        traffic: Traffic,
+        slo: Slo,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+    ) -> bool:
+        """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
+        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
+        fleet = self.fleet(serving, requests)
+        for spec in serving.plan.replicas:
+            self.add(fleet, spec, serving.levers, ready_at_s=0.0)
+        self.route(fleet, serving.plan, serving.levers)
+        self.simulated_requests += len(traffic)
+        for check in range(1, _CHECKS + 1):
+            fleet.advance(traffic.duration_s * check / _CHECKS)
+            if surely_failed(fleet.results(), slo):
+                return False
+        fleet.run(limit_s=traffic.duration_s + LATEST_S)
+        return attainment(fleet.results(), slo) >= ATTAINMENT
+
+    def _gateway(self, serving: Serving) -> GatewayOptions:
+        options, overload = serving.levers.gateway, serving.levers.overload
+        if overload == OverloadPolicy():
+            return options
+        costs = [self.costs(shape).prefill_s_per_token for shape, _ in serving.shapes]
+        return replace(
+            options,
+            demote_after_s=overload.late_after_s,
+            shed_after_s=overload.shed_after_s,
+            prompt_s_per_token=min(costs, default=0.0),
+        )
+
+    def _link(self, shape: ReplicaShape) -> tuple[SimLink, float]:
+        """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
+
+        Zero bytes where the source knows nothing of memory, which makes moves free.
+        """
+        source = uncorrected(self.source)
+        if not isinstance(source, RooflineSource):
+            return SimLink(), 0.0
+        from oserve.perf.device import find_device  # noqa: PLC0415 - rarely needed
+
+        facts = find_device(shape.device_kind).link
+        rate = facts.bandwidth * shape.device_count
+        per_token = source.memory(shape).kv_bytes_per_token * shape.device_count
+        return SimLink(bytes_per_s=rate, latency_s=facts.latency_s), per_token
+
+
+def met(results: FleetResults, slo: Slo) -> Mask:
+    """Which requests completed within the SLO; what ``Slo.met_by`` says, for all at once."""
+    good: Mask = results.status == Status.COMPLETED
+    with np.errstate(invalid="ignore"):
+        if slo.ttft_s is not None:
+            good &= results.first_token_s - results.arrival_s <= slo.ttft_s
+        if slo.tpot_s is not None:
+            gaps = np.maximum(1, results.made_tokens - 1)
+            tpot = (results.finish_s - results.first_token_s) / gaps
+            good &= (results.made_tokens <= 1) | (tpot <= slo.tpot_s)
+    return good
+
+
+def attainment(results: FleetResults, slo: Slo) -> float:
+    """Share of all requests that met the SLO; 1 where there are none."""
+    return float(met(results, slo).mean()) if len(results.arrival_s) else 1.0
+
+
+def surely_failed(results: FleetResults, slo: Slo) -> bool:
+    """Whether too many requests have missed their SLO already, whatever comes."""
+    ended = np.isfinite(results.finish_s)
+    bad = int(np.sum(ended & ~met(results, slo)))
+    if slo.ttft_s is not None:
+        late = results.now_s - results.arrival_s > slo.ttft_s
+        bad += int(np.sum(~ended & ~np.isfinite(results.first_token_s) & late))
+    return bad > (1.0 - ATTAINMENT) * len(results.arrival_s)
+
+
+def largest_scale(
+    holds: Callable[[float], bool],
+    *,
+    start: float,
+    tolerance: float = 0.01,
+    evaluations: int = 20,
+    step: float = 1.25,
+) -> float:
+    """The largest scale that holds, to a relative ``tolerance``; 0 if none was found.
+
+    Doubling steps from ``start`` find a bracket, bisection (geometric) narrows it; at most
+    ``evaluations`` scales are tried.
+    """
+    low, high, at, factor = 0.0, 0.0, start, step
+    for _ in range(evaluations):
+        if holds(at):
+            low = at
+        else:
+            high = at
+        if low and high:
+            if high / low <= 1 + tolerance:
+                break
+            at = float(np.sqrt(low * high))
+        else:
+            at = at * factor if low else at / factor
+            factor = min(4.0, factor * factor)
+    return low

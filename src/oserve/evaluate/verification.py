@@ -1,0 +1,189 @@
+"""Plans scored by simulation: what a deployment carries while the SLO holds, and the choice by it.
+
+The planner and the controller get the scorer as a function, so neither knows the simulator. A
+trace is simulated as it is; rates become Poisson arrivals of those types, drawn anew for each seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from oserve.control.dispatch.order import OrderPolicy
+from oserve.core import WorkloadType
+from oserve.evaluate.simulator import (
+    Ints,
+    Levers,
+    Serving,
+    Simulator,
+    Traffic,
+    attainment,
+    largest_scale,
+    met,
+)
+from oserve.perf.capacity import Limits
+from oserve.plan.demand import Demand
+from oserve.plan.deploy import place_deployment
+from oserve.plan.planning import PlanResult, deployment_plan, predict
+from oserve.plan.search import Deployment
+from oserve.plan.verify import MIN_GAIN, Verified, verify
+from oserve.traces import Slo
+
+SEEDS = (0, 1)
+# Requests of a synthesised trace: enough for a 95 % attainment to be known to about 1 %.
+_REQUESTS = 2000
+_TOLERANCE = 0.02
+_EVALUATIONS = 12
+
+SERVED_AS = Levers(order=OrderPolicy())
+"""How ``oserve serve`` serves a plan: soft pools with overflow, order by prompt length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """``capacity_scale``: the largest multiple of the demand at which the SLO still holds.
+
+    ``attainment`` and ``goodput_rps`` are at the demand itself; all are means over the traces.
+    """
+
+    capacity_scale: float
+    attainment: float
+    goodput_rps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What a plan is simulated with: one trace, or one for each seed; ``words`` say which."""
+
+    traffics: tuple[Traffic, ...]
+    slo: Slo
+    words: str
+    margin: float = MIN_GAIN
+
+
+def common_slo(limits: Mapping[str, Limits]) -> Slo:
+    """The tightest of the limits: simulation knows one SLO for all."""
+
+    def tightest(values: Sequence[float | None]) -> float | None:
+        given = [value for value in values if value is not None]
+        return min(given) if given else None
+
+    return Slo(
+        ttft_s=tightest([item.ttft_s for item in limits.values()]),
+        tpot_s=tightest([item.tpot_s for item in limits.values()]),
+    )
+
+
+def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> Traffic:
+    """Poisson arrivals of types with fixed lengths, 2,000 of them; rates in requests/s."""
+    draw = np.random.default_rng(seed)
+    rates = np.array([kind.arrival_rate_rps for kind in types])
+    gaps = draw.exponential(1.0 / rates.sum(), _REQUESTS)
+    kinds = draw.choice(len(types), _REQUESTS, p=rates / rates.sum())
+
+    def lengths(values: Sequence[float]) -> Ints:
+        whole: Ints = np.maximum(1, np.rint(np.array(values))).astype(np.int64)
+        return whole[kinds]
+
+    return Traffic(
+        arrival_s=np.cumsum(gaps),
+        prompt_tokens=lengths([kind.prompt_tokens for kind in types]),
+        output_tokens=lengths([kind.output_tokens for kind in types]),
+    )
+
+
+def check_for(
+    demand: Demand,
+    slo: Slo,
+    *,
+    trace: Traffic | None = None,
+    rate_scale: float = 1.0,
+    seeds: Sequence[int] = SEEDS,
+    margin: float = MIN_GAIN,
+) -> Check:
+    """The demand's own trace, ``rate_scale`` times as fast, or Poisson traces of its types."""
+    if trace is not None:
+        return Check(
+            traffics=(trace.faster(rate_scale),),
+            slo=slo,
+            words=f"the trace, {len(trace):,} requests",
+            margin=margin,
+        )
+    traffics = tuple(poisson_traffic(demand.types, seed=seed) for seed in seeds)
+    return Check(
+        traffics=traffics,
+        slo=slo,
+        words=f"{len(traffics)} Poisson traces of {_REQUESTS:,} requests",
+        margin=margin,
+    )
+
+
+def simulate_serving(
+    simulator: Simulator, serving: Serving, check: Check, *, start: float = 1.0
+) -> Simulated:
+    """Capacity, attainment and goodput of a deployment; ``start``: where its capacity may lie."""
+    scales, shares, goods = [], [], []
+    for traffic in check.traffics:
+        scales.append(
+            largest_scale(
+                lambda scale, played=traffic: simulator.holds(  # type: ignore[misc]
+                    serving, played.faster(scale), check.slo
+                ),
+                start=start,
+                tolerance=_TOLERANCE,
+                evaluations=_EVALUATIONS,
+            )
+        )
+        results = simulator.run(serving, traffic)
+        shares.append(attainment(results, check.slo))
+        goods.append(float(met(results, check.slo).sum()) / max(traffic.duration_s, 1e-9))
+    return Simulated(
+        capacity_scale=_mean(scales), attainment=_mean(shares), goodput_rps=_mean(goods)
+    )
+
+
+def serving_of(found: PlanResult, deployment: Deployment, levers: Levers = SERVED_AS) -> Serving:
+    """A deployment of an answer as it would be served."""
+    placed = place_deployment(found.problem, deployment)
+    return Serving(plan=deployment_plan(found.question, placed), levers=levers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedAnswer:
+    """An answer whose plan was chosen by simulation; ``check`` says with what."""
+
+    answer: PlanResult
+    verified: Verified
+    check: Check
+
+
+def verified_answer(
+    found: PlanResult, check: Check, *, simulator: Simulator | None = None
+) -> VerifiedAnswer:
+    """Score the candidates of an answer and its homogeneous deployments again, and choose."""
+    known = simulator or Simulator(found.question.source)
+
+    def score(deployment: Deployment) -> float:
+        start = deployment.score.scale if math.isfinite(deployment.score.scale) else 1.0
+        serving = serving_of(found, deployment)
+        return simulate_serving(known, serving, check, start=max(start, 1e-3)).capacity_scale
+
+    verified = verify(found.problem, found.planned, score, min_gain=check.margin)
+    best = verified.chosen.deployment
+    placed = place_deployment(found.problem, best)
+    base = verified.best_homogeneous.deployment
+    changed = replace(
+        found,
+        planned=replace(found.planned, best=best),
+        placed=placed,
+        plan=deployment_plan(found.question, placed),
+        predicted=predict(found.question, found.problem, best),
+        baseline=base,
+        baseline_predicted=predict(found.question, found.problem, base),
+    )
+    return VerifiedAnswer(answer=changed, verified=verified, check=check)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

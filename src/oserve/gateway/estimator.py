@@ -1,0 +1,171 @@
+"""What a gateway process expects of a request when it comes, learns when it ends, and counts.
+
+The answer decides how much work a request is and of which type; both are estimated from what is
+known at arrival (``workload.output``). Of texts and keys only hashes are kept.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from oserve.control.dispatch.table import RoutingTable
+from oserve.control.tally import Tally
+from oserve.gateway.http.body import GenerateBody
+from oserve.gateway.http.prompt import system_prefix
+from oserve.workload import classify
+from oserve.workload.chances import TypeChances
+from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
+
+# Until so many answers were seen, what the plan says is usual is the better guess.
+_ENOUGH_ANSWERS = 20
+_MOST_KEY_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
+
+    ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
+    about how long the system prompt is, as far as it was looked at. ``arrived_s`` is Unix time.
+    """
+
+    known: KnownAtArrival
+    output: OutputExpectation | None
+    names: tuple[str, ...]
+    chances: tuple[float, ...]
+    kind: str
+    output_tokens: int
+    prefix_tokens: int
+    arrived_s: float
+
+
+class Foresight:
+    """One per gateway process. ``estimator`` may have learned before."""
+
+    def __init__(self, estimator: OutputEstimator | None = None) -> None:
+        self.estimator = estimator or OutputEstimator()
+        self.tally = Tally()
+        self._table: RoutingTable | None = None
+        self._kinds: TypeChances | None = None
+
+    def follow(self, table: RoutingTable) -> None:
+        """Another plan may have other types."""
+        before, self._table = self._table, table
+        names = tuple(kind.name for kind in table.types or table.workload_types)
+        centres = _centres(table)
+        if before is None or centres != _centres(before):
+            self._kinds = TypeChances(centres) if centres else None
+        self.tally.follow(names)
+
+    def expect(
+        self,
+        parsed: GenerateBody,
+        *,
+        path: bytes,
+        headers: dict[bytes, bytes],
+        prompt_tokens: int,
+        arrived_s: float,
+    ) -> Expected:
+        """Of a request that has just come; the table must have types."""
+        assert self._table is not None
+        limit = parsed.output_limit
+        prefix = system_prefix(parsed)
+        session = (parsed.session or "").encode() or headers.get(b"x-session-id", b"")
+        known = KnownAtArrival(
+            prompt_tokens=prompt_tokens,
+            max_tokens=limit,
+            endpoint=path.decode("latin-1"),
+            tenant=_hashed((parsed.user or "").encode() or headers.get(b"authorization", b"")),
+            system=_hashed(prefix),
+            session=_hashed(session[:_MOST_KEY_BYTES]),
+        )
+        certain = parsed.ignore_eos and limit is not None
+        return self.expected(
+            known,
+            certain=certain,
+            prefix_tokens=min(prompt_tokens, len(prefix) // 4),
+            arrived_s=arrived_s,
+        )
+
+    def expected(
+        self,
+        known: KnownAtArrival,
+        *,
+        certain: bool = False,
+        prefix_tokens: int = 0,
+        arrived_s: float,
+    ) -> Expected:
+        """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
+        prompt_tokens, limit = known.prompt_tokens, known.max_tokens
+        output = None if certain else self.estimator.expect(known)
+        chances = self._chances(prompt_tokens, output, limit)
+        names = self.tally.names
+        return Expected(
+            known=known,
+            output=output,
+            names=names,
+            chances=chances,
+            kind=names[chances.index(max(chances))],
+            output_tokens=self._output_tokens(prompt_tokens, output, limit),
+            prefix_tokens=prefix_tokens,
+            arrived_s=arrived_s,
+        )
+
+    def _chances(
+        self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
+    ) -> tuple[float, ...]:
+        """Of the plan's types; of its length classes one is certain."""
+        assert self._table is not None
+        if self._kinds is None:
+            classes = self._table.workload_types
+            held = classify(prompt_tokens, classes)
+            return tuple(float(item is held) for item in classes)
+        if output is not None:
+            return self._kinds.of(prompt_tokens, output, limit)
+        kind = self._kinds.kind(prompt_tokens, max(1, limit or 1))
+        return tuple(float(index == kind) for index in range(len(self.tally.names)))
+
+    def _output_tokens(
+        self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
+    ) -> int:
+        assert self._table is not None
+        most = max(1, limit) if limit is not None else 1 << 30
+        if output is None:
+            return most
+        if self.estimator.seen < _ENOUGH_ANSWERS:
+            return min(most, classify(prompt_tokens, self._table.workload_types).output_tokens)
+        return max(1, min(most, round(output.mean_tokens)))
+
+    def ended(
+        self,
+        expected: Expected,
+        *,
+        completed: bool,
+        prompt_tokens: int,
+        output_tokens: int,
+        now_s: float,
+    ) -> str:
+        """A request ended (``now_s``: Unix time); returns the name of the type that it was."""
+        kind = None
+        current = expected.names is self.tally.names
+        if completed and output_tokens > 0:
+            if expected.output is not None:
+                self.estimator.learn(expected.known, output_tokens)
+            if self._kinds is not None and current:
+                kind = self._kinds.kind(prompt_tokens, output_tokens)
+        self.tally.ended(
+            now_s,
+            arrival_s=expected.arrived_s,
+            chances=expected.chances if current else (),
+            kind=kind,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+        )
+        return expected.kind if kind is None else expected.names[kind]
+
+
+def _centres(table: RoutingTable) -> list[tuple[float, float]]:
+    return [(kind.prompt_tokens, kind.output_tokens) for kind in table.types]
+
+
+def _hashed(value: bytes) -> str:
+    return hashlib.blake2b(value, digest_size=8).hexdigest() if value else ""

@@ -1,0 +1,1 @@
+"""HTTP: endpoints, bodies, headers and errors of the OpenAI-compatible API."""

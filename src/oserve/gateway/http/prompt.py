@@ -1,0 +1,95 @@
+"""How large the prompt of a request is, without tokenizing it, and how its system prompt begins."""
+
+import re
+
+import msgspec
+
+from oserve.gateway.http.body import GenerateBody
+from oserve.workload import PromptSize
+
+# Fields of a chat that some models' templates put into the prompt.
+_RENDERED = ("tools", "documents", "chat_template_kwargs", "response_format")
+# Written as an escape a character takes six bytes, else about three where it is no ASCII.
+_ESCAPE = b"\\u"
+_ESCAPE_EXCESS_BYTES = 3
+# Messages with parts that are not text are lists.
+_LIST = re.compile(rb'"content"\s*:\s*\[')
+_TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
+_SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
+_HEAD_BYTES = 256
+_PREFIX_BYTES = 2048
+_BACKSLASH = ord("\\")
+
+
+class _Message(msgspec.Struct):
+    content: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Part(msgspec.Struct):
+    type: str | None = None
+    text: msgspec.Raw = msgspec.Raw(b"")
+
+
+_messages = msgspec.json.Decoder(list[_Message])
+_parts = msgspec.json.Decoder(list[msgspec.Raw])
+_part = msgspec.json.Decoder(_Part)
+
+
+def prompt_size(parsed: GenerateBody) -> PromptSize:
+    """What the prompt is made from: texts, media, token ids."""
+    fields, most = parsed.fields, parsed.truncated_tokens
+    prompt = bytes(fields.get("prompt", b"null"))
+    if prompt != b"null":
+        if prompt.startswith(b"[") and prompt.lstrip(b"[ \t\r\n")[:1].isdigit():
+            # Ids, of one prompt or of several; each but the last is followed by a comma.
+            return PromptSize(tokens=prompt.count(b",") + 1, most_tokens=most)
+        return PromptSize(text_bytes={"prompt": _text_bytes(prompt)}, most_tokens=most)
+    if "messages" not in fields:
+        embeds = len(memoryview(fields.get("prompt_embeds", b"")))
+        return PromptSize(text_bytes={"prompt_embeds": embeds}, most_tokens=most)
+    messages = bytes(fields["messages"])
+    media_bytes, parts = _media(messages) if _LIST.search(messages) else (0, 0)
+    sizes = {"messages": max(0, _text_bytes(messages) - media_bytes)}
+    for name in _RENDERED:
+        if name in fields:
+            sizes[name] = _text_bytes(bytes(fields[name]))
+    return PromptSize(text_bytes=sizes, parts=parts, most_tokens=most)
+
+
+def _text_bytes(raw: bytes) -> int:
+    return len(raw) - _ESCAPE_EXCESS_BYTES * raw.count(_ESCAPE)
+
+
+def _media(messages: bytes) -> tuple[int, int]:
+    """Bytes and number of message parts that are no text; what cannot be read counts as text."""
+    size = count = 0
+    try:
+        for message in _messages.decode(messages):
+            content = bytes(message.content)
+            if not content.startswith(b"["):
+                continue
+            for raw in _parts.decode(content):
+                part = _part.decode(raw)
+                if part.type not in _TEXT_PARTS and not part.text:
+                    size += len(memoryview(raw))
+                    count += 1
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return 0, 0
+    return size, count
+
+
+def system_prefix(parsed: GenerateBody) -> bytes:
+    """The beginning of the system prompt as it stands in the JSON, at most 2 KiB; empty: none.
+
+    Requests that share it share what engines have cached of it, and often how long answers are.
+    """
+    raw = memoryview(parsed.fields.get("messages", b""))
+    found = _SYSTEM.match(raw[:_HEAD_BYTES])
+    if found is None:
+        return b""
+    start = found.end()
+    text = bytes(raw[start : start + _PREFIX_BYTES])
+    end = text.find(b'"')
+    while end > 0 and text[end - 1] == _BACKSLASH:
+        end = text.find(b'"', end + 1)
+    return text if end < 0 else text[:end]

@@ -1,0 +1,382 @@
+"""The gateway's endpoints: who may ask, what is answered here, what is admitted."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from oserve import __version__
+from oserve.control.dispatch.order import OrderPolicy, rank_s
+from oserve.core import Request
+from oserve.core.faults import fault
+from oserve.gateway.dispatch import Dispatcher
+from oserve.gateway.http.body import GenerateBody, parse_body
+from oserve.gateway.http.errors import (
+    ApiError,
+    bad_request,
+    internal,
+    send_error,
+    shown,
+    unavailable,
+    with_status,
+)
+from oserve.gateway.http.prompt import prompt_size
+from oserve.gateway.metrics import exposition
+from oserve.gateway.records import RecordStore
+from oserve.gateway.relay import Relay
+from oserve.gateway.settings import GatewaySettings
+from oserve.wire import Exchange, ServerLimits, serve
+from oserve.wire.server import Server
+from oserve.workload.output import OutputEstimator
+
+_log = logging.getLogger("oserve.gateway")
+
+_GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
+_AUXILIARY = {b"/tokenize", b"/detokenize"}
+_SWITCHES = b"/oserve/v1/switches"
+_OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
+_REQUEST_ID_BYTES = 128
+_PRIORITY = b"x-vllm-priority"
+_INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
+
+
+class Gateway:
+    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape.
+
+    ``operate``, if set, answers operators' calls: a path and a body, by a status and a body.
+    ``away_s``, if set, tells for how long the control loop has been out of reach; 0 if it is not.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        models: tuple[str, ...],
+        api_keys: frozenset[str] = frozenset(),
+        records: RecordStore | None = None,
+        estimator: OutputEstimator | None = None,
+    ) -> None:
+        self.dispatcher = Dispatcher(settings, records, estimator)
+        self._settings = settings
+        self._models = models
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
+        self._started_s = int(time.time())
+        self._server: Server | None = None
+        self.refresh: Callable[[], Awaitable[None]] | None = None
+        self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
+        self.away_s: Callable[[], float] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        order = settings.order
+        self._order = OrderPolicy(
+            penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
+            max_penalty_s=order.max_penalty_s,
+            freshest_first_s=order.freshest_first_s,
+            client_step_s=order.client_step_s,
+            max_client_steps=order.max_client_steps,
+        )
+        self._ordered = order.policy == "priority"
+        self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange], None]]] = {
+            b"/v1/models": (b"GET", True, self._answer_models),
+            b"/health": (b"GET", False, self._answer_health),
+            b"/live": (b"GET", False, lambda exchange: exchange.respond(200, b"{}")),
+            b"/version": (b"GET", False, self._answer_version),
+            b"/metrics": (b"GET", False, self._answer_metrics),
+            b"/oserve/v1/status": (b"GET", True, self._answer_status),
+            _SWITCHES: (b"GET", True, self._answer_switches),
+            **dict.fromkeys(_OPERATED, (b"POST", True, self._answer_operator)),
+            **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
+            **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
+        }
+
+    # -- life -----------------------------------------------------------------------------------
+    async def listen(self) -> int:
+        """Open the port; returns its number."""
+        settings = self._settings
+        self._server = await serve(
+            self._handle,
+            refuse=lambda exchange, status, message: send_error(
+                exchange, with_status(status, message), close=True
+            ),
+            limits=ServerLimits(
+                max_body_bytes=settings.max_body_bytes,
+                max_connections=settings.max_connections,
+                read_timeout_s=settings.read_timeout_s,
+                stall_s=settings.stall_timeout_s,
+            ),
+            host=settings.host,
+            port=settings.port,
+            reuse_port=settings.processes > 1,
+        )
+        return self._server.port
+
+    async def close(self) -> None:
+        """Take no new connections, let running requests end within the grace, then break off."""
+        if self._server is not None:
+            self._server.stop_listening()
+        deadline_s = time.monotonic() + self._settings.shutdown_grace_s
+        while self.dispatcher.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        self.dispatcher.close()
+        if self._server is not None:
+            await self._server.close()
+
+    # -- requests -------------------------------------------------------------------------------
+    def _handle(self, exchange: Exchange) -> None:
+        """Answer a request, or see to it that it will be; never raises."""
+        request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
+        exchange.headers[b"x-request-id"] = request_id
+        try:
+            self._route(exchange)
+        except ApiError as error:
+            self._refuse(exchange, error)
+        except Exception as error:
+            self._failed(exchange, error)
+
+    def _failed(self, exchange: Exchange, error: Exception) -> None:
+        """A fault of our own ends one request."""
+        request_id = exchange.headers[b"x-request-id"]
+        _log.error("request %s failed in the gateway: %s", shown(request_id), fault(error))
+        self._refuse(exchange, internal())
+
+    def _route(self, exchange: Exchange) -> None:
+        path = exchange.path.partition(b"?")[0]
+        route = self._routes.get(_SWITCHES if path.startswith(_SWITCHES + b"/") else path)
+        if path == b"*":
+            exchange.respond(200, b"", headers=((b"allow", b"GET, HEAD, POST, OPTIONS"),))
+            return
+        if route is None:
+            named = path[:64].decode("latin-1")
+            raise with_status(404, f"There is no route {named} here", code="not_found")
+        method, guarded, answer = route
+        methods = (b"GET", b"HEAD") if method == b"GET" else (method,)
+        if exchange.method not in methods:
+            allow = ((b"allow", b", ".join((*methods, b"OPTIONS"))),)
+            if exchange.method == b"OPTIONS":
+                exchange.respond(200, b"", headers=allow)
+                return
+            names = " and ".join(name.decode() for name in methods)
+            self._refuse(exchange, with_status(405, f"This route takes {names} only"), allow)
+            return
+        if guarded and self._keys and not self._authorised(exchange):
+            raise with_status(401, "Missing or wrong API key", code="invalid_api_key")
+        answer(exchange)
+
+    def _refuse(
+        self,
+        exchange: Exchange,
+        error: ApiError,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        self.dispatcher.metrics.count("oserve_request_errors", error.code or error.type)
+        request_id = exchange.headers[b"x-request-id"]
+        send_error(exchange, error, (*headers, (b"x-request-id", request_id)))
+
+    def _authorised(self, exchange: Exchange) -> bool:
+        scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        digest = hashlib.sha256(token.strip()).digest()
+        return any([hmac.compare_digest(digest, key) for key in self._keys])  # noqa: C419
+
+    def _generate(self, exchange: Exchange) -> None:
+        parsed = self._parsed(exchange)
+        size = prompt_size(parsed)
+        prompt_tokens = self.dispatcher.lengths.estimate(size)
+        if not self.dispatcher.table.workload_types:
+            raise unavailable("No deployment plan is in force yet")
+        expected = self.dispatcher.foresight.expect(
+            parsed,
+            path=exchange.path.partition(b"?")[0],
+            headers=exchange.headers,
+            prompt_tokens=prompt_tokens,
+            arrived_s=time.time(),
+        )
+        now_s = time.monotonic()
+        request_id = exchange.headers[b"x-request-id"]
+        relay = Relay(
+            self.dispatcher,
+            exchange,
+            parsed=parsed,
+            request=Request(
+                id=request_id.decode("latin-1"),
+                arrival_s=now_s,
+                workload_type=expected.kind,
+                prompt_tokens=prompt_tokens,
+                output_tokens=expected.output_tokens,
+                chances=expected.chances if self.dispatcher.table.types else (),
+            ),
+            expected=expected,
+            request_id=request_id,
+            rank=rank_s(
+                self._order,
+                arrival_s=now_s,
+                prompt_tokens=prompt_tokens,
+                client_priority=_priority(exchange, parsed),
+            )
+            if self._ordered
+            else now_s,
+            stream=parsed.stream,
+            hide_usage=parsed.stream and not parsed.wants_usage,
+            prompt_size=size,
+        )
+        self.dispatcher.accept(relay)
+
+    def _parsed(self, exchange: Exchange) -> GenerateBody:
+        """The body, where engines would take one of this type for this model."""
+        given = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if given != b"application/json":
+            raise bad_request("The body must be JSON: send `Content-Type: application/json`")
+        parsed = parse_body(exchange.body)
+        self._check_model(parsed.model)
+        return parsed
+
+    def _check_model(self, model: str | None) -> None:
+        # To engines, too, no name is the model that is there.
+        if model and model not in self._models:
+            raise ApiError(
+                status=404,
+                message=f"The model `{model[:200]}` is not served here; "
+                f"there is {', '.join(f'`{name}`' for name in self._models)}",
+                type="not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _auxiliary(self, exchange: Exchange) -> None:
+        request_id = exchange.headers[b"x-request-id"]
+        parsed = self._parsed(exchange)
+        parsed.stream = False
+        relay = Relay(self.dispatcher, exchange, request=None, request_id=request_id, parsed=parsed)
+        self.dispatcher.accept(relay)
+
+    # -- what is answered here ------------------------------------------------------------------
+    def _answer_models(self, exchange: Exchange) -> None:
+        lengths = [
+            item.max_model_len for item in self.dispatcher.serving.values() if item.max_model_len
+        ]
+        entries = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "oserve",
+                "root": self._models[0],
+                "parent": None,
+                "max_model_len": max(lengths, default=None),
+            }
+            for name in self._models
+        ]
+        exchange.respond(200, msgspec.json.encode({"object": "list", "data": entries}))
+
+    def _answer_health(self, exchange: Exchange) -> None:
+        if self.dispatcher.serving:
+            exchange.respond(200, b"{}")
+        else:
+            send_error(exchange, unavailable("No replica can serve now"))
+
+    def _answer_version(self, exchange: Exchange) -> None:
+        exchange.respond(200, msgspec.json.encode({"version": __version__}))
+
+    def _answer_status(self, exchange: Exchange) -> None:
+        """What the control loop told last; how long ago, where it is out of reach."""
+        status = bytes(self.dispatcher.picture.status)
+        away_s = self.away_s() if self.away_s is not None else 0.0
+        if away_s:
+            status = msgspec.json.encode(
+                {**msgspec.json.decode(status), "controller_away_s": round(away_s, 1)}
+            )
+        exchange.respond(200, status)
+
+    def _answer_switches(self, exchange: Exchange) -> None:
+        """All of them, or the one whose id follows."""
+        known = bytes(self.dispatcher.picture.switches)
+        path = exchange.path.partition(b"?")[0]
+        if path == _SWITCHES:
+            exchange.respond(200, b'{"switches":' + known + b"}")
+            return
+        wanted = path.removeprefix(_SWITCHES + b"/").decode("latin-1")
+        for document in msgspec.json.decode(known):
+            if document["id"] == wanted:
+                exchange.respond(200, msgspec.json.encode(document))
+                return
+        raise with_status(404, f"There is no switch {wanted[:64]}", code="not_found")
+
+    def _answer_metrics(self, exchange: Exchange) -> None:
+        if self.refresh is None:
+            self._expose(exchange)
+        else:
+            self._later(exchange, self._refresh_and_expose(exchange, self.refresh))
+
+    def _later(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                self._failed(exchange, error)
+
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _answer_operator(self, exchange: Exchange) -> None:
+        if self.operate is None:
+            raise unavailable("Nobody operates this gateway")
+        self._later(exchange, self._operated(exchange, self.operate))
+
+    async def _operated(
+        self, exchange: Exchange, operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+    ) -> None:
+        try:
+            path = exchange.path.partition(b"?")[0].decode("latin-1")
+            status, body = await operate(path, exchange.body)
+        except OSError:
+            send_error(exchange, unavailable("The control loop is out of reach"))
+        else:
+            exchange.respond(status, body)
+
+    async def _refresh_and_expose(
+        self, exchange: Exchange, refresh: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Of several processes any may be asked: only fresh sums never go backwards."""
+        try:
+            await refresh()
+        except OSError:
+            if self._settings.processes == 1:
+                self._expose(exchange)
+                return
+            send_error(exchange, unavailable("The counters of all processes are out of reach"))
+        else:
+            self._expose(exchange)
+
+    def _expose(self, exchange: Exchange) -> None:
+        dispatcher = self.dispatcher
+        gauges: dict[str, dict[tuple[str, ...], float]] = {}
+        for name, labels, value in dispatcher.picture.gauges:
+            gauges.setdefault(name, {})[tuple(labels)] = value
+        inflight = {name: float(count) for name, (_, count) in dispatcher.outstanding().items()}
+        for name, (_, count) in dispatcher.picture.elsewhere.items():
+            inflight[name] = inflight.get(name, 0.0) + count
+        gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
+        queued = dispatcher.queued + dispatcher.picture.queued
+        gauges["oserve_requests_queued"] = {(): float(queued)}
+        alone = self.away_s is not None and self.away_s() > 0.0
+        told = {} if alone else dispatcher.picture.metrics
+        text = exposition(told or dispatcher.metrics.snapshot(), gauges)
+        exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+
+def _priority(exchange: Exchange, parsed: GenerateBody) -> int:
+    """What a client asked for; as with vLLM its header, where it is a number, outdoes the body."""
+    given = exchange.headers.get(_PRIORITY, b"")
+    return int(given) if _INTEGER.fullmatch(given) else parsed.priority or 0
+
+
+def _new_id() -> bytes:
+    return secrets.token_hex(16).encode()

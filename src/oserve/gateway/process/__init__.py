@@ -1,0 +1,1 @@
+"""Gateway processes and the hub through which the server reaches them."""

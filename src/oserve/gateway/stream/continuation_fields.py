@@ -1,0 +1,167 @@
+"""Which fields of a request a continuation takes over, and which keep a stream from moving.
+
+Everything not listed here, given and not null, keeps it from moving: an engine may hold state for
+it that nobody can carry.
+"""
+
+from typing import Any
+
+import msgspec
+
+from oserve.gateway.http.body import Fields, as_flag, as_integer
+
+
+class UnmovableError(Exception):
+    """Why a stream cannot go on elsewhere."""
+
+
+# Stateless, or looking at prompt and output alike (repetition_penalty).
+_CARRIED = frozenset(
+    {
+        "model",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "min_tokens",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "logit_bias",
+        "allowed_token_ids",
+        "logprobs",
+        "return_tokens_as_token_ids",
+        "user",
+        "session_id",
+        "cache_salt",
+        "stream_interval",
+    }
+)
+# Of use in making the prompt, or told anew.
+_DROPPED = frozenset(
+    {
+        "messages",
+        "prompt",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "top_logprobs",
+        "return_token_ids",
+        "priority",
+        "request_id",
+        "add_generation_prompt",
+        "continue_final_message",
+        "add_special_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "documents",
+        "reasoning_effort",
+        "include_reasoning",
+        "parallel_tool_calls",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "length_penalty",
+        "metadata",
+        "store",
+        "service_tier",
+    }
+)
+# Harmless at this value only.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "response_format": ({"type": "text"},),
+    "bad_words": ([],),
+    "logit_processors": ([],),
+    "return_prompt_text": (False,),
+    "watermarking": (False,),
+    "mm_processor_kwargs": ({},),
+}
+# What completions generate at most if the request does not say.
+_USUAL_LIMIT = 16
+# Read here; engines take other spellings of them too.
+_INTEGERS = ("max_tokens", "max_completion_tokens", "min_tokens", "seed", "top_logprobs")
+_FLAGS = ("include_stop_str_in_output", "return_token_ids")
+
+
+def values_of(fields: Fields, *, chat: bool) -> dict[str, Any]:
+    """What the fields of a body hold; UnmovableError where that cannot be read here."""
+    found: dict[str, Any] = {}
+    flags = (*_FLAGS, "logprobs") if chat else _FLAGS
+    integers = _INTEGERS if chat else (*_INTEGERS, "logprobs")
+    for name, raw in fields.items():
+        try:
+            value = msgspec.json.decode(raw)
+            if name in integers and value is not None:
+                value = as_integer(value)
+            elif name in flags and value is not None:
+                value = as_flag(value)
+            elif name == "temperature" and isinstance(value, str):
+                value = float(value)
+            elif name == "stream_options" and value is not None:
+                value = {key: as_flag(flag) for key, flag in value.items() if flag is not None}
+        except (msgspec.DecodeError, RecursionError, ValueError, AttributeError):
+            raise UnmovableError(f"`{name[:64]}` cannot be read here") from None
+        found[name] = value
+    return found
+
+
+def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:
+    """Why a request cannot go on elsewhere, or nothing."""
+    for key, value in body.items():
+        if value is None or key in _CARRIED or key in _DROPPED or value in _NEUTRAL.get(key, ()):
+            continue
+        return f"the state of `{key[:64]}` cannot be carried"
+    if chat:
+        for message in body.get("messages") or ():
+            parts = message.get("content") if isinstance(message, dict) else None
+            if isinstance(parts, list) and any(
+                isinstance(part, dict) and part.get("type", "text") != "text" for part in parts
+            ):
+                return "its prompt has more than text"
+        return ""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        return "it has several prompts"
+    return ""
+
+
+def carried_fields(body: dict[str, Any], *, chat: bool, made: int, sampled: bool) -> dict[str, Any]:
+    """The fields of a text completion that goes on after ``made`` tokens.
+
+    Seeded sampling starts anew, from a seed that differs with the place: an engine's generator
+    cannot be carried.
+    """
+    fields = {key: body[key] for key in _CARRIED if body.get(key) is not None}
+    limit = output_limit(body, chat=chat)
+    fields["max_tokens"] = None if limit is None else limit - made
+    if fields.get("min_tokens"):
+        fields["min_tokens"] = max(0, fields["min_tokens"] - made)
+    if sampled and "seed" in fields:
+        fields["seed"] += made
+    if chat:
+        wanted = fields.pop("logprobs", False)
+        if wanted:
+            fields["logprobs"] = body.get("top_logprobs") or 0
+    return fields
+
+
+def output_limit(body: dict[str, Any], *, chat: bool) -> int | None:
+    """Most tokens of the answer; ``None``: what the context leaves."""
+    limit: int | None = body.get("max_tokens", None if chat else _USUAL_LIMIT)
+    if chat and body.get("max_completion_tokens") is not None:
+        limit = body["max_completion_tokens"]
+    return limit

@@ -1,0 +1,128 @@
+"""The request as a replica gets it: its path, host and headers, and the fields that it knows."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import msgspec
+
+from oserve.control.dispatch.order import engine_priority
+from oserve.control.dispatch.table import TableReplica
+from oserve.core import Endpoint
+from oserve.gateway.http.body import Fields, GenerateBody, with_fields
+from oserve.wire import UpstreamPool
+from oserve.wire.upstream import client_context
+
+if TYPE_CHECKING:
+    from oserve.gateway.relay import Relay
+
+# What else a client may tell an engine. Not its rank of data parallelism, since who computes is
+# decided here, nor its priority, which is part of the rank that goes in the body.
+_FORWARDED = (
+    b"traceparent",
+    b"tracestate",
+    b"x-correlation-id",
+    b"x-session-id",
+    b"user-agent",
+    b"endpoint-load-metrics-format",
+)
+_TLS_PORT, _PORT = 443, 80
+_fields = msgspec.json.Decoder(Fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where requests for an endpoint go. ``authority``: what its Host header says."""
+
+    host: str = ""
+    port: int = 0
+    tls: bool = False
+    authority: bytes = b"replica"
+    prefix: bytes = b""
+
+
+@lru_cache(maxsize=4096)
+def address_of(endpoint: Endpoint) -> Address:
+    """Of a URL: ``http[s]://host[:port][/path]``, where the path may end in ``/v1``."""
+    if endpoint.unix_socket:
+        return Address()
+    parts = urlsplit(endpoint.url)
+    tls = parts.scheme == "https"
+    return Address(
+        host=parts.hostname or "",
+        port=parts.port or (_TLS_PORT if tls else _PORT),
+        tls=tls,
+        authority=parts.netloc.rpartition("@")[2].encode(),
+        prefix=parts.path.rstrip("/").removesuffix("/v1").rstrip("/").encode(),
+    )
+
+
+def pool_of(endpoint: Endpoint) -> UpstreamPool:
+    """Connections to it."""
+    if endpoint.unix_socket:
+        return UpstreamPool(unix_socket=endpoint.unix_socket)
+    address = address_of(endpoint)
+    tls = client_context(endpoint.ca_file) if address.tls else None
+    return UpstreamPool(host=address.host, port=address.port, tls=tls)
+
+
+def request_bytes(relay: "Relay", replica: TableReplica, *, stream_options: bool) -> bytes:
+    """The request of a relay as this replica gets it.
+
+    ``stream_options``: whether it knows that option.
+    """
+    body, parsed = relay.body
+    if parsed is not None:
+        body = with_fields(
+            parsed,
+            priority=engine_priority(relay.rank) if replica.accepts_priority else None,
+            model=replica.model,
+            token_ids=relay.moving is not None,
+            cache=relay.cache_fields if replica.endpoint.caches else None,
+        )
+        if parsed.stream and not stream_options:
+            body = _changed(body, without="stream_options")
+    elif replica.model:
+        body = _changed(body, model=replica.model)
+    endpoint = replica.endpoint
+    address = address_of(endpoint)
+    lines = [
+        b"%b %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\nx-request-id: %b\r\n"
+        % (
+            relay.method,
+            address.prefix,
+            relay.path,
+            address.authority,
+            len(body),
+            relay.request_id,
+        )
+    ]
+    own = {name.lower().encode() for name, _ in endpoint.headers}
+    lines += [
+        b"%b: %b\r\n" % (name, relay.headers[name])
+        for name in _FORWARDED
+        if name in relay.headers and name not in own
+    ]
+    lines += [b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in endpoint.headers]
+    if endpoint.api_key:
+        lines.append(b"authorization: Bearer %b\r\n" % endpoint.api_key.encode())
+    return b"".join((*lines, b"\r\n", body))
+
+
+def asks_plainly(parsed: GenerateBody) -> bool:
+    """Whether nothing but ``include_usage`` is asked of a stream, which is what we would ask."""
+    return all(name == "include_usage" for name in parsed.options)
+
+
+def _changed(body: bytes, *, model: str = "", without: str = "") -> bytes:
+    """A body with another model, or without a field; as it is where it is no JSON object."""
+    try:
+        fields = _fields.decode(body)
+    except (ValueError, RecursionError):
+        return body
+    if model:
+        fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    fields.pop(without, None)
+    return msgspec.json.encode(fields)

@@ -1,0 +1,172 @@
+"""Which source of step times a plan goes by, and the shapes it can tell about."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from oserve.core import Device, OServeError, Precision, ReplicaShape
+from oserve.perf import TokenCosts, token_costs
+from oserve.perf.costs import measured_costs
+from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
+from oserve.perf.roofline import kv_bytes_per_value
+from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit
+from oserve.perf.source import AiConfiguratorSource, RooflineSource
+from oserve.perf.table import PerformanceSource
+
+_CHUNKS = (512, 1024, 2048, 4096, 8192)
+_SEQS = (128, 256)
+# A slot of a CPU computes a hundredth of what a GPU does, so its steps must be smaller.
+_CPU_CHUNKS = (256, 512, 1024, 2048)
+_CPU_SEQS = (16, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceChoice:
+    """What is known when a source is chosen.
+
+    ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
+    file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
+    """
+
+    model: str
+    devices: tuple[Device, ...]
+    network: str
+    perf: str | None = None
+    own_profile: Path | None = None
+    brief_profile: Path | None = None
+    context: int | None = None
+
+
+def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many devices of each kind there are, and the most of it in one node."""
+    total = Counter(device.kind for device in devices)
+    nodes = Counter((device.kind, device.node) for device in devices)
+    return dict(total), {
+        kind: max(count for (own, _), count in nodes.items() if own == kind) for kind in total
+    }
+
+
+def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
+    """The source, and the context in tokens that requests must fit."""
+    model = find_model(choice.model)
+    context = choice.context or model.max_model_len
+    profiled = _profile(choice, model)
+    if profiled is not None:
+        return profiled, context
+    _, nodes = device_counts(choice.devices)
+    if "cpu" in nodes and choice.perf is None:
+        raise OServeError(
+            f"nothing was measured of {choice.model} on this CPU",
+            place="--perf",
+            remedy=f"measure it: oserve profile {choice.model}",
+        )
+    memory = {device.kind: device.memory_bytes for device in choice.devices if device.memory_bytes}
+    make = AiConfiguratorSource if choice.perf == "aiconfigurator" else RooflineSource
+    source = make(model, node_devices=nodes, network=choice.network, memory_bytes=memory)
+    return source, context
+
+
+def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
+    """A profile that was asked for, the machine's own, a brief one, or a shipped one."""
+    if choice.perf in {"roofline", "aiconfigurator"}:
+        return None
+    kinds = {device.kind for device in choice.devices}
+    if choice.perf is not None:
+        source = ProfileSource(read_profile(Path(choice.perf)), name=choice.perf)
+        kind = source.profile.device_kind
+        if kinds != {kind}:
+            raise OServeError(
+                f"it was measured on {kind}, the cluster has {', '.join(sorted(kinds))}",
+                place=choice.perf,
+                remedy="plan for the devices it was measured on",
+            )
+        return source
+    if len(kinds) != 1:
+        return None
+    for file, words in ((choice.own_profile, ""), (choice.brief_profile, " (measured briefly)")):
+        if file is not None and file.is_file():
+            profile = read_profile(file)
+            if profile.device_kind in kinds and _same(profile.model, model):
+                return ProfileSource(profile, name=f"{file}{words}")
+    shipped = shipped_profile(model, next(iter(kinds)))
+    return None if shipped is None else ProfileSource(shipped[1], name=shipped[0])
+
+
+def _same(one: ModelFacts, other: ModelFacts) -> bool:
+    """Whether two models are of one size, whatever they are called."""
+    return replace(one, name="", max_model_len=0) == replace(other, name="", max_model_len=0)
+
+
+def shapes_for(
+    source: PerformanceSource, devices: Sequence[Device], choices: ShapeChoices
+) -> tuple[ReplicaShape, ...]:
+    """The shapes to consider; choices left empty take the defaults. Refuses what fits nowhere."""
+    counts, nodes = device_counts(devices)
+    if isinstance(source, ProfileSource):
+        return _profiled(source, counts, choices)
+    filled = replace(
+        choices,
+        precisions=choices.precisions or (Precision.BF16,),
+        max_num_batched_tokens=choices.max_num_batched_tokens or _CHUNKS,
+        max_num_seqs=choices.max_num_seqs or _SEQS,
+    )
+    assert isinstance(source, RooflineSource)
+    shapes = candidate_shapes(source.model, counts, filled, node_devices=nodes)
+    refuse_no_fit(source, shapes, counts)
+    return shapes
+
+
+def _profiled(
+    source: ProfileSource, counts: dict[str, int], choices: ShapeChoices
+) -> tuple[ReplicaShape, ...]:
+    """What was measured, of the sizes and precisions that are wanted."""
+    cpu = source.profile.device_kind == "cpu"
+    shapes = source.shapes(
+        max_num_batched_tokens=choices.max_num_batched_tokens or (_CPU_CHUNKS if cpu else _CHUNKS),
+        max_num_seqs=choices.max_num_seqs or (_CPU_SEQS if cpu else _SEQS),
+        kv_cache_memory_bytes=choices.kv_cache_memory_bytes,
+    )
+    wanted = tuple(
+        shape
+        for shape in shapes
+        if shape.device_count <= sum(counts.values())
+        and shape.tensor_parallel_size in choices.tensor_parallel_sizes
+        and shape.pipeline_parallel_size in choices.pipeline_parallel_sizes
+        and (not choices.precisions or shape.precision in choices.precisions)
+    )
+    if not wanted:
+        known = ", ".join(sorted({shape.name.rpartition("-")[0] for shape in shapes}))
+        raise OServeError(
+            f"none of the shapes that may be used was measured; {known} were",
+            place=source.origin,
+            remedy="measure more (oserve profile --shape ...), or allow other shapes",
+        )
+    return wanted
+
+
+def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
+    """Of one token, on all devices of a replica."""
+    if model is None:
+        return 0.0
+    values = 2 * model.layers * model.kv_heads * model.head_dim
+    return values * kv_bytes_per_value(shape.precision)
+
+
+def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:
+    """What tokens cost on a shape, by the source where it knows the shape, else by the prior."""
+    known: dict[ReplicaShape, TokenCosts] = {}
+
+    def costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:
+        if shape not in known:
+            placed = replace(shape, device_kind=device_kind)
+            try:
+                own = measured_costs(source.step_model(placed), placed)
+            except OServeError:
+                own = token_costs(shape, device_kind)
+            model = getattr(source, "model", None)
+            known[shape] = replace(own, kv_bytes_per_token=_kv_bytes(model, shape))
+        return known[shape]
+
+    return costs

@@ -1,0 +1,244 @@
+"""A brief measurement before the first plan, where nothing is known of a model on this CPU.
+
+It takes a minute at most, engines' starts included, and measures what a plan needs most first:
+every precision on one device, then on two. What follows from so few steps is rough; serving
+corrects it, and ``oserve profile`` does it well.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from oserve.config import Settings
+from oserve.core import Device, OServeError, ReplicaShape
+from oserve.engines.holding import keeper_runs
+from oserve.engines.processor import find_processor, plain_precisions
+from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.profile import (
+    Profile,
+    ProfileEntry,
+    ProfileSource,
+    ProfileStep,
+    key_name,
+    read_profile,
+    shape_key,
+    write_profile,
+)
+from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.measure import MeasuredPoint, StepMeter
+from oserve.profiler.profile import (
+    ProfileReporter,
+    default_shapes,
+    engine_hall,
+    fitted_entry,
+    make_profile,
+    profile_devices,
+    started_engine,
+)
+from oserve.startup.first_plan import brief_file, know, wanted_precisions
+from oserve.startup.lock import StateLock
+from oserve.startup.sizing import fitting
+
+# A minute with what ending the engines takes.
+LIMIT_S = 55.0
+# What a shape may use in any case once its engine is up; with less left none is started.
+_LEAST_S = 10.0
+_WINDOW = 12
+_REPEATS = 2
+_WARM = 4
+# Prompts and streams in the order of what a model can least do without; each adds something.
+_WANTED: tuple[int | MeasuredPoint, ...] = (
+    16,
+    MeasuredPoint(seqs=1, context=32),
+    64,
+    MeasuredPoint(seqs=4, context=32),
+    128,
+    256,
+    MeasuredPoint(seqs=16, context=32, prompts=(64,)),
+    MeasuredPoint(seqs=1, context=1024),
+    MeasuredPoint(seqs=8, context=256, prompts=(256,)),
+    1024,
+)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast an engine was so far, to tell whether the next step still fits the time."""
+
+    prompt_s_per_token: float = 0.0
+    gap_s_per_seq: float = 0.0
+
+    def learn(self, wanted: int | MeasuredPoint, steps: Sequence[ProfileStep]) -> None:
+        """From what was just measured."""
+        first = steps[0]
+        if isinstance(wanted, MeasuredPoint):
+            self.gap_s_per_seq = first.seconds / wanted.seqs
+        else:
+            self.prompt_s_per_token = first.seconds / wanted
+
+    def expected_s(self, wanted: int | MeasuredPoint) -> float:
+        """At most about this, as what is larger takes less per token and per sequence."""
+        if not isinstance(wanted, MeasuredPoint):
+            return _REPEATS * wanted * self.prompt_s_per_token
+        gap_s = wanted.seqs * self.gap_s_per_seq
+        begin_s = wanted.seqs * wanted.context * self.prompt_s_per_token
+        joined = sum(wanted.prompts) * self.prompt_s_per_token + len(wanted.prompts) * _WARM * gap_s
+        return begin_s + (_WARM + _WINDOW) * gap_s + _REPEATS * joined
+
+
+def brief_course(
+    *, chunk: int, seqs: int, max_model_len: int, kv_tokens: int
+) -> tuple[int | MeasuredPoint, ...]:
+    """What can be measured within an engine's limits (tokens, sequences), most needed first."""
+    course: list[int | MeasuredPoint] = []
+    for wanted in _WANTED:
+        if not isinstance(wanted, MeasuredPoint):
+            if wanted <= min(chunk, max_model_len - 8):
+                course.append(wanted)
+            continue
+        count = min(wanted.seqs, seqs - bool(wanted.prompts))
+        own = replace(wanted, seqs=max(1, count))
+        longest = own.context + 8 * _WINDOW
+        if longest <= max_model_len and own.seqs * longest <= kv_tokens // 2:
+            fitting = tuple(n for n in own.prompts if n + own.seqs <= chunk and count >= 1)
+            course.append(replace(own, prompts=fitting))
+    return tuple(dict.fromkeys(course))
+
+
+def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
+    """Shapes to measure before a plan can be computed; none where enough is known, or it is off.
+
+    Raises OServeError for a profile that was asked for and is bad, and where no shape fits.
+    """
+    if settings.planning.measure == "never" or settings.plan or not settings.model:
+        return ()
+    devices = profile_devices(settings)
+    # Engines of a server that was killed may still run: the next one takes them up as they are.
+    if devices[0].kind != "cpu" or keeper_runs(Path(settings.state_dir)):
+        return ()
+    try:
+        model = find_model(settings.model)
+    except OServeError:
+        return ()
+    source = know(settings, devices).source
+    if source is not None:
+        plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
+        usable = {key[2] for key in source.keys()} if isinstance(source, ProfileSource) else set()  # noqa: SIM118
+        stale = isinstance(source, ProfileSource) and _stale(settings, source.profile, devices)
+        if usable & set(wanted_precisions(settings, source, plain)[0]) and not stale:
+            return ()
+    return fitting(settings, devices, default_shapes(settings, devices, model))
+
+
+def _stale(settings: Settings, used: Profile, devices: Sequence[Device]) -> bool:
+    """Whether it is a brief one of another machine, or of other slots."""
+    file = brief_file(settings)
+    if not file.is_file() or read_profile(file) != used:
+        return False
+    here = (find_processor().name, len(devices[0].cores))
+    return (used.machine, used.cores_per_device) != here
+
+
+async def measure_briefly(
+    settings: Settings,
+    shapes: Sequence[ReplicaShape],
+    *,
+    report: ProfileReporter,
+    limit_s: float = LIMIT_S,
+) -> Path | None:
+    """Measure, within ``limit_s``, as many shapes as can be; the file they are kept in, if any.
+
+    Raises OServeError where another server works in the state folder.
+    """
+    lock = StateLock(Path(settings.state_dir))
+    try:
+        made = await _measured(settings, shapes, report, limit_s)
+        if made is None:
+            return None
+        file = brief_file(settings)
+        write_profile(file, made)
+        return file
+    finally:
+        lock.release()
+
+
+async def _measured(
+    settings: Settings, shapes: Sequence[ReplicaShape], report: ProfileReporter, limit_s: float
+) -> Profile | None:
+    model = find_model(settings.model)
+    devices = profile_devices(settings)
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + limit_s
+    entries: list[ProfileEntry] = []
+    version = ""
+    async with engine_hall(settings, devices) as cluster:
+        for index, shape in enumerate(shapes):
+            if end_s - loop.time() < _LEAST_S:
+                report.line(f"{shape.name} is left out: the time for it is over")
+                continue
+            steps: list[ProfileStep] = []
+            facts: EngineFacts | None = None
+            report.line(f"starting {shape.name}")
+            try:
+                async with (
+                    asyncio.timeout_at(end_s),
+                    started_engine(cluster, devices, shape) as state,
+                    EngineClient(state.endpoint, vocab=model.vocab) as client,
+                ):
+                    facts = await client.facts()
+                    # What the one leaves the next may use.
+                    share_s = (end_s - loop.time()) / (len(shapes) - index)
+                    until_s = min(end_s, loop.time() + max(_LEAST_S, share_s))
+                    await _collect(client, facts, shape, steps, report, until_s)
+            except (OServeError, TimeoutError) as error:
+                report.line(f"{shape.name} was not measured to the end: {error or 'no time left'}")
+            if facts is not None and (entry := _entry(model, devices, shape, facts, steps, report)):
+                entries.append(entry)
+                version = facts.version
+    return make_profile(model, devices, entries, version) if entries else None
+
+
+async def _collect(
+    client: EngineClient,
+    facts: EngineFacts,
+    shape: ReplicaShape,
+    steps: list[ProfileStep],
+    report: ProfileReporter,
+    until_s: float,
+) -> None:
+    """Add steps while there is time; what would take too long is passed over."""
+    course = brief_course(
+        chunk=shape.max_num_batched_tokens,
+        seqs=shape.max_num_seqs,
+        max_model_len=facts.max_model_len,
+        kv_tokens=facts.kv_tokens,
+    )
+    stages = shape.pipeline_parallel_size
+    meter = StepMeter(client, facts, stages=stages, watch=False, window=_WINDOW, repeats=_REPEATS)
+    pace = Pace()
+    report.begin(key_name(shape_key(shape)), len(course))
+    loop = asyncio.get_running_loop()
+    # The first request of an engine's life takes longer than any other.
+    await meter.once(course[0])
+    for wanted in course:
+        if loop.time() + pace.expected_s(wanted) <= until_s:
+            found = await meter.once(wanted)
+            pace.learn(wanted, found)
+            steps.extend(found)
+        report.advance(1)
+
+
+def _entry(
+    model: ModelFacts,
+    devices: Sequence[Device],
+    shape: ReplicaShape,
+    facts: EngineFacts,
+    steps: Sequence[ProfileStep],
+    report: ProfileReporter,
+) -> ProfileEntry | None:
+    try:
+        return fitted_entry(model, devices[0].kind, shape, facts, tuple(steps))
+    except OServeError as error:
+        report.line(f"{shape.name} is left out: {error.message}")
+        return None

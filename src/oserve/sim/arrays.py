@@ -1,0 +1,145 @@
+"""The kernel's arrays, made and grown: requests, and one replica after another."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oserve.core import ReplicaShape, Role
+from oserve.sim import layout as at
+from oserve.sim.steps import StepTables
+from oserve.sim.types import GatewayOptions, RequestTable, SimLink
+
+Ints = NDArray[np.int64]
+
+ROLES = {Role.BOTH: at.BOTH, Role.PREFILL: at.PREFILL, Role.DECODE: at.DECODE}
+
+_ALL_TIME_S = 4e6
+# A jump's closed form stays well below 2**63.
+_LARGEST = 1 << 60
+_LONGEST = 1 << 20
+# vLLM's integer priorities are milliseconds; arrivals tell equals apart.
+_PRIORITY_PER_S = 1000
+
+
+def picoseconds(seconds: float) -> int:
+    """Nearest whole picosecond, and never for what lies beyond all time."""
+    return round(seconds * at.PS) if seconds < _ALL_TIME_S else at.NEVER
+
+
+def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: int) -> Ints:
+    """The ``req`` array."""
+    count = len(requests)
+    rows = np.zeros((count, at.REQUEST), dtype=np.int64)
+    arrival = _ps(requests.arrival_s)
+    if closed_loop > 0:
+        arrival = np.zeros(count, dtype=np.int64)
+    rows[:, at.ARRIVAL] = arrival
+    rows[:, at.PROMPT] = requests.prompt_tokens
+    rows[:, at.OUTPUT] = requests.output_tokens
+    rows[:, at.EXPECTED] = requests.expected_output_tokens
+    rows[:, at.CLASS] = requests.class_index
+    rows[:, at.OF_SESSION] = session_numbers(requests.session)
+    rows[:, at.ORDER] = _ps(requests.rank_s)
+    rows[:, at.PRIORITY] = np.trunc(requests.rank_s * _PRIORITY_PER_S)
+    for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH):
+        rows[:, column] = at.NEVER
+    if gateway.demote_after_s is not None:
+        own = _ps(requests.prompt_tokens * gateway.prompt_s_per_token)
+        rows[:, at.DEMOTE_AT] = arrival + picoseconds(gateway.demote_after_s) - own
+    if gateway.shed_after_s is not None:
+        rows[:, at.SHED_AT] = arrival + picoseconds(gateway.shed_after_s)
+    for column in (at.ON, at.NEXT, at.PREVIOUS, at.MOVED_FROM, at.MOVED_TO):
+        rows[:, column] = at.NONE
+    return rows.reshape(-1)
+
+
+def session_numbers(sessions: Ints) -> Ints:
+    """Sessions counted from 0; -1 stays."""
+    own = sessions >= 0
+    numbers = np.full(len(sessions), at.NONE, dtype=np.int64)
+    numbers[own] = np.unique(sessions[own], return_inverse=True)[1]
+    return numbers
+
+
+def session_rows(count: int) -> Ints:
+    """The ``ses`` array."""
+    rows = np.full((max(1, count), at.SESSION), at.NONE, dtype=np.int64)
+    rows[:, at.HELD_BLOCKS] = 0
+    return rows.reshape(-1)
+
+
+def replica_rows(
+    index: int,
+    shape: ReplicaShape,
+    steps: StepTables,
+    *,
+    kv_tokens: int,
+    ordered: bool,
+    max_inflight: int,
+    max_prompt: int,
+    ready_at: int,
+    kv_bytes_per_token: float,
+    link: SimLink,
+) -> Ints:
+    """One replica's part of the ``mem`` array, loading."""
+    seqs, stages = shape.max_num_seqs, shape.pipeline_parallel_size
+    budget = shape.max_num_batched_tokens
+    if budget < seqs:
+        raise ValueError("max_num_batched_tokens must not be below max_num_seqs")
+    if len(steps.prompts) <= budget or min(len(steps.joint), len(steps.decodes)) <= seqs:
+        raise ValueError("the step tables are shorter than the shape's limits")
+    blocks = kv_tokens // at.BLOCK
+    if blocks < 1:
+        raise ValueError("a replica needs at least one block of KV cache")
+    sizes = {
+        at.TABLE_PROMPTS: budget + 1,
+        at.TABLE_JOINT: seqs + 1,
+        at.TABLE_DECODES: seqs + 1,
+        **dict.fromkeys(range(at.RUN_ID, at.RUN_CHUNK + 1), seqs),
+        at.STAGE_FREE: stages,
+        at.BATCH_END: stages,
+        at.PHASES: at.BLOCK,
+    }
+    rows = np.zeros(at.REPLICA + sum(sizes.values()), dtype=np.int64)
+    position = at.REPLICA
+    for field, size in sizes.items():
+        rows[field] = position
+        position += size
+    for field, table in (
+        (at.TABLE_PROMPTS, steps.prompts),
+        (at.TABLE_JOINT, steps.joint),
+        (at.TABLE_DECODES, steps.decodes),
+    ):
+        rows[rows[field] : rows[field] + sizes[field]] = table[: sizes[field]]
+    heaviest = int(steps.decodes[: seqs + 1].max()) + 2 * steps.kv_rate * (kv_tokens + seqs)
+    values = {
+        at.INDEX: index,
+        at.PHASE: at.LOADING,
+        at.ROLE: ROLES[shape.role],
+        at.ORDERED: int(ordered),
+        at.SEQS: seqs,
+        at.BUDGET: budget,
+        at.BLOCKS: blocks,
+        at.FREE: blocks,
+        at.STAGES: stages,
+        at.MAX_INFLIGHT: max_inflight,
+        at.MAX_PROMPT: max_prompt,
+        at.KV_RATE: steps.kv_rate,
+        at.PAIR_RATE: steps.pair_rate,
+        at.LONGEST_JUMP: max(1, min(_LONGEST, _LARGEST // max(1, heaviest))),
+        at.LINK_PS: picoseconds(link.latency_s),
+        at.LINK_PS_PER_TOKEN: round(kv_bytes_per_token / link.bytes_per_s * at.PS),
+        at.READY_AT: ready_at,
+        at.DUE: ready_at,
+        **dict.fromkeys((at.END, at.BEGIN), at.NEVER),
+        **dict.fromkeys((at.WAIT, at.WAIT_TAIL, at.RECENT, at.RECENT_TAIL), at.NONE),
+    }
+    for field, value in values.items():
+        rows[field] = value
+    return rows
+
+
+def _ps(seconds: NDArray[Any]) -> Ints:
+    whole: Ints = np.round(np.minimum(seconds, _ALL_TIME_S) * at.PS).astype(np.int64)
+    return whole

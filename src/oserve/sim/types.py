@@ -1,0 +1,226 @@
+"""What a fleet is told and what it tells: requests, options, observations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oserve.control.dispatch.order import OrderPolicy, rank_s
+from oserve.core import ReplicaPhase, Role
+from oserve.sim import layout
+from oserve.traces import TraceRequest
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+# Anything numpy makes an array of.
+Numbers = Sequence[float] | Sequence[int] | NDArray[Any]
+
+
+class RoutingPolicy(IntEnum):
+    """How the gateway chooses a replica.
+
+    POOLS is the live router's choice. LEAST_REQUESTS joins the shortest queue; FIXED_SHARES is
+    weighted round robin, blind to load; FREENESS is Llumnix's dispatch.
+    """
+
+    POOLS = layout.POOLS
+    LEAST_WORK = layout.LEAST_WORK
+    LEAST_REQUESTS = layout.LEAST_REQUESTS
+    ROUND_ROBIN = layout.ROUND_ROBIN
+    FIXED_SHARES = layout.FIXED_SHARES
+    FREENESS = layout.FREENESS
+
+
+class Status(IntEnum):
+    """What became of a request.
+
+    REFUSED: the gateway's queue was full, or no replica could ever hold it. SHED: it was late by
+    more than was allowed. LOST: its replica broke down.
+    """
+
+    PENDING = layout.PENDING
+    QUEUED = layout.QUEUED
+    WAITING = layout.WAITING
+    RUNNING = layout.RUNNING
+    MOVING = layout.MOVING
+    COMPLETED = layout.COMPLETED
+    REFUSED = layout.REFUSED
+    SHED = layout.SHED
+    LOST = layout.LOST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RequestTable:
+    """Requests in order of arrival, an entry each; lengths are in tokens, at least 1.
+
+    ``output_tokens`` are the true ones, which only engines learn; the router believes
+    ``expected_output_tokens``. ``class_index`` names the routing class. Lower ``rank_s`` goes
+    first where requests are ordered. ``session`` is -1 for requests on their own; the prompt of a
+    session's request begins with all tokens of the one before it.
+    """
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    expected_output_tokens: Ints
+    class_index: Ints
+    rank_s: Floats
+    session: Ints
+
+    def __post_init__(self) -> None:
+        count = len(self.arrival_s)
+        for values in (self.prompt_tokens, self.output_tokens, self.expected_output_tokens):
+            if len(values) != count or (count and int(values.min()) < 1):
+                raise ValueError("every request needs lengths of at least 1 token")
+        if any(len(v) != count for v in (self.class_index, self.rank_s, self.session)):
+            raise ValueError("all columns need an entry for each request")
+        if count and (float(self.arrival_s[0]) < 0 or bool((np.diff(self.arrival_s) < 0).any())):
+            raise ValueError("arrivals must ascend from 0 s")
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @classmethod
+    def of(
+        cls,
+        arrival_s: Numbers,
+        prompt_tokens: Numbers,
+        output_tokens: Numbers,
+        *,
+        expected_output_tokens: Numbers | None = None,
+        class_index: Numbers | None = None,
+        rank_s: Numbers | None = None,
+        session: Numbers | None = None,
+    ) -> Self:
+        """Left out: outputs are expected to be their mean, one class, first come, no sessions."""
+        arrival = np.asarray(arrival_s, dtype=np.float64)
+        output = np.asarray(output_tokens, dtype=np.int64)
+        mean = max(1, round(float(output.mean()))) if len(output) else 1
+
+        def whole(values: Numbers | None, other: int) -> Ints:
+            if values is None:
+                return np.full(len(arrival), other, dtype=np.int64)
+            return np.asarray(values, dtype=np.int64)
+
+        return cls(
+            arrival_s=arrival,
+            prompt_tokens=np.asarray(prompt_tokens, dtype=np.int64),
+            output_tokens=output,
+            expected_output_tokens=whole(expected_output_tokens, mean),
+            class_index=whole(class_index, 0),
+            rank_s=arrival if rank_s is None else np.asarray(rank_s, dtype=np.float64),
+            session=whole(session, -1),
+        )
+
+    @classmethod
+    def from_trace(
+        cls,
+        requests: Sequence[TraceRequest],
+        *,
+        order: OrderPolicy | None = None,
+        expected_output_tokens: Numbers | None = None,
+        class_index: Numbers | None = None,
+    ) -> Self:
+        """Requests of a trace; ``order`` ranks them as the live gateway does."""
+        names: dict[str, int] = {}
+        sessions = [names.setdefault(r.session, len(names)) if r.session else -1 for r in requests]
+        ranks = None
+        if order is not None:
+            ranks = [
+                rank_s(order, arrival_s=r.arrival_s, prompt_tokens=r.prompt_tokens)
+                for r in requests
+            ]
+        return cls.of(
+            [r.arrival_s for r in requests],
+            [r.prompt_tokens for r in requests],
+            [r.output_tokens for r in requests],
+            expected_output_tokens=expected_output_tokens,
+            class_index=class_index,
+            rank_s=ranks,
+            session=sessions,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """The gateway before the replicas.
+
+    At most ``max_queued`` requests wait there. ``overflow_s``: see the router. A request that
+    waits after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token`` is late for its
+    first token and served after all others, first come; one that would be handed over later than
+    ``shed_after_s`` after its arrival is refused. ``None`` turns either off.
+    """
+
+    max_queued: int = 1_000_000
+    overflow_s: float = 2.0
+    demote_after_s: float | None = None
+    shed_after_s: float | None = None
+    prompt_s_per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        late, lost = self.demote_after_s, self.shed_after_s
+        if late is not None and lost is not None and lost < late:
+            raise ValueError("shed_after_s must not come before demote_after_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimLink:
+    """How KV leaves a replica; transfers follow one another."""
+
+    bytes_per_s: float = math.inf
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalance:
+    """Llumnix's rebalancing: every ``interval_s`` running requests move to freer replicas.
+
+    From a replica with fewer than ``source_below`` free blocks per running sequence (queued demand
+    counts against it) to one with more than ``target_above``, the poorest to the richest, at most
+    ``moves`` a pair, those with the least KV first.
+    """
+
+    interval_s: float = 1.0
+    source_below: float = 4.0
+    target_above: float = 16.0
+    moves: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaObservation:
+    """One replica at a moment; counters run from its start.
+
+    ``inflight`` counts what the gateway has handed over and not got back, ``owed_s`` the engine
+    seconds expected for it. ``kv_usage`` is the used share of the KV cache. ``prompts``: requests
+    that had their first token there.
+    """
+
+    name: str
+    phase: ReplicaPhase
+    role: Role
+    running: int
+    waiting: int
+    inflight: int
+    owed_s: float
+    kv_usage: float
+    freeness: float
+    busy_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FleetObservation:
+    """A fleet at a moment. ``arrivals`` counts by class since the last observation."""
+
+    now_s: float
+    queued: int
+    arrivals: Ints
+    replicas: tuple[ReplicaObservation, ...]

@@ -1,0 +1,230 @@
+"""The plan that serving starts with when it is given none: computed, from what is known.
+
+Also what a controller plans from later: the same question, asked again with other rates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from oserve.config import Settings, load_rates
+from oserve.config.cluster import DEFAULT_NETWORK
+from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.perf import TokenCosts, token_costs
+from oserve.perf.capacity import Limits
+from oserve.perf.corrected import Speeds, corrected
+from oserve.perf.profile import ProfileSource
+from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
+from oserve.perf.shapes import ShapeChoices
+from oserve.perf.table import PerformanceSource
+from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
+from oserve.traces import Skipped, read_trace, synthesise
+from oserve.traces.read import BadRows
+
+# Fewer records than this say more about whoever tried it out than about the traffic.
+_ENOUGH_RECORDS = 500
+_MOST_RECORDS = 100_000
+_ASSUMED_S = 1800.0
+# The assumed mix has no rate of its own. A trickle always fits, so the plan is for the mix alone.
+_TRICKLE = 1e-3
+_TIME_LIMIT_S = 10.0
+_AS_MEASURED = Speeds()
+# Different replicas must be worth more than the model errs by.
+_MIN_GAIN = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstPlan:
+    """``why`` says in a line where the plan comes from; ``notes`` say what to know about it."""
+
+    plan: DeploymentPlan
+    why: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """Of step times on these devices: a source and the context, or why there is none."""
+
+    source: PerformanceSource | None
+    context: int
+    missing: str = ""
+
+    @property
+    def costs(self) -> Callable[[ReplicaShape, str], TokenCosts]:
+        """What tokens cost the router, from the source where there is one."""
+        return token_costs if self.source is None else costs_from(self.source)
+
+
+def brief_file(settings: Settings) -> Path:
+    """Where a brief measurement of an earlier start is kept."""
+    return Path(settings.state_dir) / "profile-brief.json"
+
+
+def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
+    """What can be told of the model's speed here; raises OServeError for a bad profile file."""
+    choice = SourceChoice(
+        model=settings.model,
+        devices=devices,
+        network=DEFAULT_NETWORK,
+        perf=settings.planning.profile or None,
+        own_profile=Path(settings.state_dir) / "profile.json",
+        brief_profile=brief_file(settings),
+        context=settings.engines.max_model_len,
+    )
+    try:
+        source, context = find_source(choice)
+    except OServeError as error:
+        if settings.planning.profile:
+            raise
+        return Knowledge(source=None, context=0, missing=f"{error.message}; {error.remedy}")
+    return Knowledge(source=source, context=context)
+
+
+def planning_question(
+    settings: Settings,
+    devices: tuple[Device, ...],
+    knowledge: Knowledge,
+    plain: Sequence[Precision],
+    *,
+    demand: Demand | None = None,
+    shapes: tuple[ReplicaShape, ...] = (),
+) -> PlanRequest:
+    """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
+
+    ``plain``: precisions that the model's own checkpoint runs in, most wanted first; they matter
+    where no ``shapes`` are given.
+    """
+    source = knowledge.source
+    assert source is not None
+    planning = settings.planning
+    demand = demand or _demand(settings, knowledge.context)
+    limits = Limits(
+        ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
+        tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
+    )
+    precisions, notes = wanted_precisions(settings, source, plain)
+    choices = ShapeChoices(
+        precisions=precisions,
+        max_num_batched_tokens=(),
+        max_num_seqs=(),
+        kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or None,
+    )
+    return PlanRequest(
+        model=settings.model,
+        devices=devices,
+        demand=demand,
+        source=source,
+        shapes=shapes or shapes_for(source, devices, choices),
+        limits={kind.name: limits for kind in demand.types},
+        time_limit_s=_TIME_LIMIT_S,
+        candidates=0,
+        min_gain=_MIN_GAIN,
+        min_shapes=planning.min_shapes,
+        notes=() if shapes else notes,
+    )
+
+
+def wanted_precisions(
+    settings: Settings, source: PerformanceSource, plain: Sequence[Precision]
+) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
+    """Those a replica may have, and what to know about them.
+
+    Those that are set; else every variant and the first plain one whose speed is known.
+    """
+    if settings.planning.precisions:
+        return settings.planning.precisions, ()
+    variants = [Precision(name) for name in settings.engines.variants if name in set(Precision)]
+    known = [item for item in plain if _is_known(source, item)]
+    notes = []
+    if plain and plain[0] not in known:
+        instead = ", ".join(dict.fromkeys([*known[:1], *variants])) or "nothing else"
+        notes.append(
+            f"{plain[0]}, the fastest plain precision of this processor, was not measured: planned "
+            f"with {instead} (oserve profile {settings.model})"
+        )
+    return tuple(dict.fromkeys([*(known or plain)[:1], *variants])), tuple(notes)
+
+
+def _is_known(source: PerformanceSource, precision: Precision) -> bool:
+    """Whether the source can tell the speed of replicas in ``precision``."""
+    if not isinstance(source, ProfileSource):
+        return True
+    return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
+
+
+def first_plan(question: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
+    """The best plan, with replicas at these speeds, and why it is."""
+    found = answer(replace(question, source=corrected(question.source, speeds)))
+    return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
+
+
+def _demand(settings: Settings, context: int) -> Demand:
+    planning = settings.planning
+    if planning.trace:
+        skipped = Skipped()
+        # A plan does not depend on the order of requests, nor on single ones.
+        rows = read_trace(
+            planning.trace,
+            bad_rows=BadRows.SKIP,
+            time_unit=planning.time_unit,
+            sort=True,
+            skipped=skipped,
+        )
+        found = demand_from_trace(rows, source=planning.trace, max_model_len=context)
+        notes = [skipped.assumed] if skipped.assumed else []
+        if skipped.count:
+            notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
+        return replace(found, notes=(*found.notes, *notes))
+    if planning.rates:
+        return demand_from_rates(
+            load_rates(planning.rates), source="planning.rates", max_model_len=context
+        )
+    records = settings.gateway.records_file
+    if records and Path(records).is_file():
+        try:
+            requests = list(
+                read_trace(records, limit=_MOST_RECORDS, bad_rows=BadRows.SKIP, skipped=Skipped())
+            )
+        except OServeError:
+            requests = []
+        if len(requests) >= _ENOUGH_RECORDS:
+            name = f"{len(requests):,} recorded requests"
+            return demand_from_trace(requests, source=name, max_model_len=context)
+    assumed = demand_from_trace(
+        synthesise(rate_rps=2.0, duration_s=_ASSUMED_S, seed=0),
+        source="an assumed mix of conversations and code",
+        max_model_len=context,
+    )
+    return scaled(assumed, _TRICKLE)
+
+
+def _why(found: PlanResult) -> str:
+    score, base = found.planned.best.score, found.baseline.score
+    demand = found.question.demand
+    homogeneous = " + ".join(
+        f"{count} x {shape.name}" for shape, count in used_shapes(found.problem, found.baseline)
+    )
+    carried = (
+        f"carries {score.scale * demand.rate_rps:.2f} requests/s of it "
+        f"(best homogeneous, {homogeneous}: {base.scale * demand.rate_rps:.2f})"
+    )
+    if score.scale < 1:
+        carried = (
+            f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
+            f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
+        )
+    origin = found.question.source.origin
+    return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def _variety(found: PlanResult) -> str:
+    """What the shapes that were asked for are worth."""
+    least = found.question.min_shapes
+    if least == 1:
+        return ""
+    if not found.problem.is_varied(found.planned.best.counts):
+        return f"; {least} different shapes (planning.min_shapes) cannot be had here"
+    change = 100 * (found.gain - 1)
+    return f"; {least} different shapes were asked for (planning.min_shapes): {change:+.1f} %"

@@ -1,0 +1,108 @@
+"""What the controller remembers, on disk: one SQLite file, each save one transaction.
+
+Kill the server at any moment: what the last save wrote is there, whole. Besides the memory it holds
+what was observed second by second, and the plans that were in force, for ``oserve replay``.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from oserve.control.decision import Decision
+from oserve.core import OServeError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS decisions (at_s REAL NOT NULL, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS plans (at_s REAL NOT NULL, plan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS seconds (second INTEGER PRIMARY KEY, counts BLOB NOT NULL);
+"""
+_MOST = {"decisions": 10_000, "plans": 1_000, "seconds": 7 * 86_400}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateUpdate:
+    """What one save writes; empty fields leave what is there."""
+
+    memory: Mapping[str, bytes]
+    decisions: Sequence[Decision] = ()
+    plan: tuple[float, str] | None = None
+    seconds: Sequence[tuple[int, list[float]]] = ()
+
+
+class StateStore:
+    """One file. Raises OServeError where it cannot be kept there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise OServeError(
+                f"cannot keep the controller's memory there: {error}",
+                place=str(path),
+                remedy="move the file away, or choose another --state-dir",
+            ) from None
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=30.0)
+
+    def save(self, save: StateUpdate) -> None:
+        """All of it or nothing. A full disk must not end serving: then nothing is saved."""
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(self._connect()) as connection,
+            connection,
+        ):
+            connection.executemany("REPLACE INTO memory VALUES (?, ?)", list(save.memory.items()))
+            connection.executemany(
+                "INSERT INTO decisions VALUES (?, ?)",
+                [(item.at_s, msgspec.json.encode(item)) for item in save.decisions],
+            )
+            if save.plan is not None:
+                connection.execute("INSERT INTO plans VALUES (?, ?)", save.plan)
+            connection.executemany(
+                "REPLACE INTO seconds VALUES (?, ?)",
+                [(second, msgspec.json.encode(counts)) for second, counts in save.seconds],
+            )
+            for table, most in _MOST.items():
+                connection.execute(
+                    f"DELETE FROM {table} WHERE rowid <= (SELECT max(rowid) FROM {table}) - ?",
+                    (most,),
+                )
+
+    def memory(self, name: str) -> Any:
+        """What was saved under a name, decoded; ``None`` if nothing was, or nothing readable."""
+        with contextlib.suppress(sqlite3.Error, msgspec.DecodeError):
+            with contextlib.closing(self._connect()) as connection:
+                row = connection.execute(
+                    "SELECT value FROM memory WHERE name = ?", (name,)
+                ).fetchone()
+            return None if row is None else msgspec.json.decode(row[0])
+        return None
+
+    def decisions(self, most: int) -> list[Decision]:
+        """The last ones, oldest first."""
+        rows = self._rows("SELECT record FROM decisions ORDER BY rowid DESC LIMIT ?", most)
+        return [msgspec.json.decode(row[0], type=Decision) for row in reversed(list(rows))]
+
+    def plans(self) -> list[tuple[float, str]]:
+        """When each plan came into force (Unix time), and its file, oldest first."""
+        return [(row[0], row[1]) for row in self._rows("SELECT * FROM plans ORDER BY rowid")]
+
+    def seconds(self, *, after_s: int = -1) -> Iterator[tuple[int, list[float]]]:
+        """Arrivals per type in each second that was seen, oldest first."""
+        query = "SELECT second, counts FROM seconds WHERE second > ? ORDER BY second"
+        for row in self._rows(query, after_s):
+            yield row[0], msgspec.json.decode(row[1], type=list[float])
+
+    def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        with contextlib.closing(self._connect()) as connection:
+            yield from connection.execute(query, values)

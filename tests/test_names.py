@@ -1,0 +1,133 @@
+"""What the import contracts leave open: unique names, no import circles, short files."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import grimp
+
+SOURCES = Path(__file__).resolve().parents[1] / "src" / "oserve"
+MOST_LINES = 400
+
+# The lists below name what still breaks a rule. They only ever get shorter.
+# fmt: off
+SHARED_NAMES = frozenset({
+    "Answer", "Array", "Change", "Clock", "Copy", "Count", "Counts", "Course", "Demand",
+    "Deployment", "Dialect", "Entry", "Event", "Floats", "Format", "Item", "Kept", "Limits",
+    "Link", "Look", "Mark", "Mask", "Moving", "Order", "OrderPolicy", "Orders", "Outcome", "Part",
+    "Placed", "Plain", "Point", "Policy", "Programme", "Progress", "Question", "Rates", "Refusal",
+    "Regret", "Report", "Score", "Scored", "Server", "Serving", "Stage", "Standing", "Start",
+    "State", "Steering", "Step", "Stream", "SwitchCost", "Target", "Tensor", "Traffic", "Usage",
+    "Verdict", "Way",
+})
+# fmt: on
+ROOMS_WITH_CIRCLES = frozenset({"oserve.gateway", "oserve.sim"})
+LONG_FILES = frozenset({"gateway/dispatch.py", "engines/cluster.py", "sim/fleet.py"})
+HIDDEN_IMPORTS = 10
+NARROWING_ASSERTS = 56
+BROAD_EXCEPTS = 26
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The syntax tree of each source file, by its path below the package."""
+    return {
+        str(path.relative_to(SOURCES)): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(SOURCES.rglob("*.py"))
+    }
+
+
+def definitions(file: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield each public class or type alias: its name, and what it stands for.
+
+    A class stands for itself. Aliases of one text are one thing, wherever they are written.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, f"class in {file}"
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                if isinstance(target, ast.Name) and re.fullmatch(r"[A-Z]+[a-z]\w*", target.id):
+                    yield target.id, ast.unparse(node.value)
+
+
+def test_a_public_name_stands_for_one_thing() -> None:
+    meanings: dict[str, set[str]] = defaultdict(set)
+    for file, tree in trees().items():
+        for name, meaning in definitions(file, tree):
+            meanings[name].add(meaning)
+    shared = {name: sorted(found) for name, found in meanings.items() if len(found) > 1}
+    assert {name: found for name, found in shared.items() if name not in SHARED_NAMES} == {}
+
+
+def circles() -> Iterator[list[str]]:
+    """Yield import circles until none is left. The graph has the imports inside functions too."""
+    graph = grimp.build_graph("oserve", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while True:
+        try:
+            TopologicalSorter(imports).prepare()
+        except CycleError as error:
+            circle = list(reversed(error.args[1]))
+            yield circle
+            imports[circle[0]] = imports[circle[0]] - {circle[1]}
+        else:
+            return
+
+
+def test_imports_run_in_no_circle() -> None:
+    found = [
+        " -> ".join(circle)
+        for circle in circles()
+        if len({".".join(module.split(".")[:2]) for module in circle} - ROOMS_WITH_CIRCLES) > 0
+    ]
+    assert found == []
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {
+        str(path.relative_to(SOURCES)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCES.rglob("*.py")
+    }
+    long = {file: lines for file, lines in lengths.items() if lines > MOST_LINES}
+    assert {file: lines for file, lines in long.items() if file not in LONG_FILES} == {}
+
+
+def test_no_import_is_hidden_behind_type_checking() -> None:
+    found = [
+        file
+        for file, tree in trees().items()
+        if any(isinstance(node, ast.Name) and node.id == "TYPE_CHECKING" for node in ast.walk(tree))
+    ]
+    assert len(found) <= HIDDEN_IMPORTS, found
+
+
+def without_reason(kind: type[ast.AST], pattern: str) -> list[str]:
+    """Return the places of statements that match, and have no comment on or just above them."""
+    found = []
+    for file, tree in trees().items():
+        lines = (SOURCES / file).read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, kind):
+                continue
+            line: int = node.lineno  # type: ignore[attr-defined]
+            near = lines[line - 2 : line + 1]
+            if re.search(pattern, lines[line - 1]) and not any("#" in text for text in near):
+                found.append(f"{file}:{line}")
+    return found
+
+
+def test_each_assert_that_narrows_tells_its_reason() -> None:
+    found = without_reason(ast.Assert, r"assert .*\b(is not None|isinstance)\b")
+    assert len(found) <= NARROWING_ASSERTS, found
+
+
+def test_each_broad_except_tells_its_reason() -> None:
+    found = without_reason(ast.ExceptHandler, r"except(:| \(?(Base)?Exception\b)")
+    assert len(found) <= BROAD_EXCEPTS, found
