@@ -38,6 +38,10 @@ class ServerLimits:
     stall_s: float = 60.0
 
 
+def _drop(_data: bytes) -> None:
+    """What is written before a connection is made or after it is lost."""
+
+
 Handler = Callable[[Exchange], None]
 Refusal = Callable[[Exchange, int, str], None]
 
@@ -63,6 +67,7 @@ class ServerConnection(asyncio.Protocol):
         self._timers = server.timers
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self.send: Callable[[bytes], None] = _drop
         self._reader = RequestReader(self, server.known, server.limits.max_body_bytes)
         self._current: Exchange | None = None
         self._pending: deque[Exchange] = deque()
@@ -77,6 +82,7 @@ class ServerConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
         self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        self.send = self._transport.write
         self._server.open.add(self)
         self._timers.set(self, self._limits.read_timeout_s)
         if len(self._server.open) > self._limits.max_connections:
@@ -87,6 +93,7 @@ class ServerConnection(asyncio.Protocol):
         self._timers.cancel(self)
         self._disarm_stall()
         self._transport = None
+        self.send = _drop
         self._pending.clear()
         current, self._current = self._current, None
         if current is not None and not current.done:
@@ -174,11 +181,6 @@ class ServerConnection(asyncio.Protocol):
         except Exception as error:
             _log.error("a request could not be refused: %s", fault(error))
             self.abort()
-
-    def send(self, data: bytes) -> None:
-        """Bytes of the answer that is being given."""
-        if self._transport is not None:
-            self._transport.write(data)
 
     def finished(self, *, close: bool) -> None:
         """The answer is complete."""

@@ -13,7 +13,7 @@ _STATUS_LINES = {
 class Answering(Protocol):
     """The connection that an answer is written to."""
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, /) -> None:
         """Write bytes of the answer."""
 
     def finished(self, *, close: bool) -> None:

@@ -122,33 +122,38 @@ class UpstreamConnection(asyncio.Protocol):
             sink.on_error("the connection to the replica broke")
 
     def data_received(self, data: bytes) -> None:
-        sink = self._sink
+        sink, framing = self._sink, self.framing
         if sink is None:
             return
         try:
-            self._received(sink, data)
+            if framing is None:
+                self._received_unframed(sink, data)
+            else:
+                self._received(sink, framing, data)
         except Exception as error:
+            # A fault of the sink ends its own request.
             self._sink = None
             self.close()
             sink.crashed(error)
 
-    def _received(self, sink: Sink, data: bytes) -> None:
+    def _received_unframed(self, sink: Sink, data: bytes) -> None:
+        """Bytes of the head, or of a body that ends with the connection."""
         if self._head is None:
             self._buffer = self._buffer + data if self._buffer else data
             data = self._parse_head(sink)
-            if self._head is None or self._sink is None:
+            if self._sink is None:
                 return
         framing = self.framing
-        if framing is None:
-            if data:
-                sink.on_data(data)
-            return
+        if framing is not None:
+            self._received(sink, framing, data)
+        elif data and self._head is not None:
+            sink.on_data(data)
+
+    def _received(self, sink: Sink, framing: Framing, data: bytes) -> None:
         try:
             used = framing.feed(data)
         except FramingError as error:
-            self._sink = None
-            self.close()
-            sink.on_error(str(error))
+            self._broken(sink, str(error))
             return
         if used:
             sink.on_data(data if used == len(data) else data[:used])
