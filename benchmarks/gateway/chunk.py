@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+from oserve.gateway.dispatch import Dispatcher
+from oserve.gateway.relay import Relay
 
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaPhase, Request
-from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.http.body import parse_body
-from oserve.gateway.relay import Relay
 from oserve.gateway.settings import GatewaySettings
 from oserve.wire import Exchange, dechunk
 from oserve.wire.upstream import UpstreamConnection

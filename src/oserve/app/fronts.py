@@ -17,10 +17,10 @@ from oserve.core import OServeError
 from oserve.engines.adoption import end
 from oserve.engines.holding import HeldEngines, HeldProcess
 from oserve.engines.logs import open_log, telling_line
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.hub import Hub, Operate
 from oserve.gateway.process.worker import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
 
 _log = logging.getLogger("oserve.app")
 
@@ -147,9 +147,9 @@ class Front:
             with contextlib.suppress(OServeError):
                 await self._start(index)
 
-    def publish(self, table: RoutingTable, picture: Picture) -> None:
-        """Make a table and a picture current."""
-        self._hub.publish(table, picture)
+    def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
+        """Make a table and a snapshot current."""
+        self._hub.publish(table, snapshot)
 
     def hand_over(self, replica: str, within_s: float) -> None:
         """Have a replica's running requests go on elsewhere within so many seconds."""

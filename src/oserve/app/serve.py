@@ -34,8 +34,8 @@ from oserve.core import Action, DeploymentPlan, Observation, OServeError, Replic
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.holding import HeldEngines, private_folder
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.records import read_records
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.lock import StateLock
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.transaction import Task
@@ -361,7 +361,7 @@ class OServeServer:
         status = msgspec.Raw(msgspec.json.encode(document))
         self._front.publish(
             table,
-            Picture(
+            ClusterSnapshot(
                 status=status,
                 switches=msgspec.Raw(msgspec.json.encode(switches)),
                 gauges=gauges(observation),

@@ -1,6 +1,6 @@
 """The live controller in the simulator: counted, asked and followed as on a server.
 
-Each (virtual) second it is fed what ``gateway.foresight`` makes of the requests that came and
+Each (virtual) second it is fed what ``gateway.estimator`` makes of the requests that came and
 ended; it never sees the length of an answer before that ends. What a decision takes to compute
 takes no virtual time.
 """
@@ -27,7 +27,7 @@ from oserve.evaluate.capacities import Lengths, simulated_table
 from oserve.evaluate.simulator import Mask, Routing, Serving, Simulator, Traffic, met
 from oserve.evaluate.switch_simulation import HOPELESS
 from oserve.evaluate.workload import Prospect, prospect
-from oserve.gateway.estimator import Expected, Foresight
+from oserve.gateway.estimator import RequestEstimate, RequestEstimator
 from oserve.gateway.settings import MoveSettings
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
@@ -314,7 +314,7 @@ class Counts:
 
     def __init__(self, plan: DeploymentPlan, traffic: Traffic) -> None:
         self._traffic = traffic
-        self._foresight = Foresight()
+        self._foresight = RequestEstimator()
         self._foresight.follow(
             RoutingTable(
                 plan_id=plan.id,
@@ -324,14 +324,14 @@ class Counts:
                 types=plan.types,
             )
         )
-        self._open: dict[int, Expected] = {}
+        self._open: dict[int, RequestEstimate] = {}
 
     def batch(self, moment: Moment) -> Batch:
         """Of the requests that came and ended since the last."""
         foresight, traffic = self._foresight, self._traffic
         for number in range(*moment.came):
             known = KnownAtArrival(prompt_tokens=int(traffic.prompt_tokens[number]))
-            expected = foresight.expected(known, arrived_s=float(traffic.arrival_s[number]))
+            expected = foresight.estimate_known(known, arrived_s=float(traffic.arrival_s[number]))
             foresight.tally.arrived(expected.arrived_s, expected.chances)
             self._open[number] = expected
         for number, status in moment.ended:

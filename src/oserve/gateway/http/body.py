@@ -6,6 +6,7 @@ can keep it from being written.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -290,7 +291,7 @@ def with_fields(
     priority: int | None,
     model: str,
     token_ids: bool = False,
-    cache: dict[str, str] | None = None,
+    cache: Mapping[str, str] | None = None,
 ) -> bytes:
     """The body for a replica: its priority, usage reported, the model's name there (if not "").
 

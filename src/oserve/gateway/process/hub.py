@@ -20,8 +20,9 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.metrics import merged
+from oserve.gateway.runner import RequestRunner
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
@@ -61,7 +62,7 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     counted: int
-    picture: Picture
+    snapshot: ClusterSnapshot
     table: RoutingTable | None = None
 
 
@@ -70,7 +71,7 @@ Operate = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
 
 
 class Hub:
-    """Holds the current table and picture, and the latest report of each process.
+    """Holds the current table and snapshot, and the latest report of each process.
 
     ``operate`` answers operators' calls that gateway processes pass on.
     """
@@ -83,7 +84,7 @@ class Hub:
         self._table: RoutingTable | None = None
         # A process that comes from another hub must not take its old table for the one here.
         self._version = secrets.randbits(48)
-        self._picture = Picture()
+        self._snapshot = ClusterSnapshot()
         # By incarnation, since one that ends slowly may still report beside the next.
         self._reports: dict[int, WorkerReport] = {}
         self._forgotten: set[int] = set()
@@ -101,15 +102,15 @@ class Hub:
             unix_socket=unix_socket,
         )
 
-    def publish(self, table: RoutingTable, picture: Picture) -> None:
-        """Make a table and a picture current."""
+    def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
+        """Make a table and a snapshot current."""
         if table != self._table:
             self._table = table
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             orders = self._hand_overs.items()
             self._hand_overs = {name: told for name, told in orders if (name, told[0]) in present}
-        self._picture = picture
+        self._snapshot = snapshot
 
     def expect(self, incarnation: int) -> "asyncio.Future[int]":
         """The port of the gateway process of that id, once it listens there and has told."""
@@ -177,8 +178,8 @@ class Hub:
             for name, (owed_s, count) in other.outstanding.items():
                 sum_s, total = elsewhere.get(name, (0.0, 0))
                 elsewhere[name] = (sum_s + owed_s, total + count)
-        picture = msgspec.structs.replace(
-            self._picture,
+        snapshot = msgspec.structs.replace(
+            self._snapshot,
             elsewhere=elsewhere,
             metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
@@ -186,7 +187,7 @@ class Hub:
         )
         newer = self._table if report.table != self._version else None
         reply = HubReply(
-            version=self._version, counted=report.counts.number, picture=picture, table=newer
+            version=self._version, counted=report.counts.number, snapshot=snapshot, table=newer
         )
         exchange.respond(200, msgspec.json.encode(reply))
 
@@ -210,13 +211,13 @@ class HubClient:
     """A gateway process' side. Set ``port`` once it listens."""
 
     def __init__(
-        self, unix_socket: str, dispatcher: Dispatcher, incarnation: int | None = None
+        self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
     ) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
         self._heard_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
-        self._dispatcher = dispatcher
+        self._runner = runner
         self._version = 0
         # Replies are taken in the order they were given, so that nothing goes back in time.
         self._lock = asyncio.Lock()
@@ -230,16 +231,16 @@ class HubClient:
                 raise ConnectionError(f"the hub does not answer: {error}") from None
 
     async def _sync(self) -> None:
-        dispatcher = self._dispatcher
+        runner = self._runner
         report = WorkerReport(
             incarnation=self._incarnation,
-            counts=dispatcher.foresight.tally.take(time.time()),
-            outstanding=dispatcher.outstanding(),
-            metrics=dispatcher.metrics.snapshot(),
-            queued=dispatcher.queued,
+            counts=runner.estimator.tally.take(time.time()),
+            outstanding=runner.outstanding(),
+            metrics=runner.metrics.snapshot(),
+            queued=runner.queued,
             table=self._version,
             port=self.port,
-            set_aside=dispatcher.breakers.told(time.monotonic()),
+            set_aside=runner.set_aside(),
         )
         body: Any = msgspec.json.encode(report)
         limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)
@@ -247,10 +248,10 @@ class HubClient:
             reply = msgspec.json.decode(await answer.read(), type=HubReply)
         self._heard_s = time.monotonic()
         self._version = reply.version
-        dispatcher.foresight.tally.acknowledge(reply.counted)
-        dispatcher.tell(reply.picture)
+        runner.estimator.tally.acknowledge(reply.counted)
+        runner.tell(reply.snapshot)
         if reply.table is not None:
-            dispatcher.update(reply.table)
+            runner.update(reply.table)
 
     def away_s(self) -> float:
         """For how long the hub has not answered, seconds; 0 while it does."""

@@ -45,7 +45,7 @@ async def _run(orders: WorkerConfig) -> None:
         records=records,
         estimator=None if orders.estimator is None else OutputEstimator.restored(orders.estimator),
     )
-    client = HubClient(orders.hub, gateway.dispatcher)
+    client = HubClient(orders.hub, gateway.runner)
     gateway.refresh = client.sync
     gateway.away_s = client.away_s
     gateway.operate = client.operate
