@@ -90,6 +90,11 @@ def too_late(
     return now_s + needed_s > arrival_s + policy.ttft_s
 
 
+def shed_at_s(policy: OverloadPolicy, *, arrival_s: float) -> float | None:
+    """When a request that still waits is refused; ``None``: never."""
+    return None if policy.shed_after_s is None else arrival_s + policy.shed_after_s
+
+
 def shed_in_s(policy: OverloadPolicy, *, arrival_s: float, now_s: float) -> float | None:
     """Seconds from now after which a request that still waits is refused; ``None``: never."""
     if policy.shed_after_s is None:
