@@ -9,52 +9,55 @@ from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.core import FinishStatus
 
-from .dispatch_world import ANSWERS, FAULTS, Ask, Change, Fake, Scenario, World
+from .dispatch_scenario import ANSWERS, BREAKS, FAULTS, Ask, Change, Fake, Scenario
+from .dispatch_world import World
 
 ASKS = st.builds(
     Ask,
-    at=st.integers(0, 24),
+    at=st.integers(0, 8),
     prompt=st.sampled_from([1, 10, 40, 200]),
-    output=st.integers(1, 6),
+    output=st.sampled_from([1, 3, 6, 12]),
     guess=st.none() | st.integers(1, 8),
-    kind=st.sampled_from(["stream", "stream", "stream", "whole", "long", "auxiliary"]),
-    movable=st.booleans(),
+    kind=st.sampled_from(["stream"] * 7 + ["whole", "long", "auxiliary"]),
+    movable=st.sampled_from([True, True, True, False]),
     hidden=st.sampled_from([False, False, False, True]),
-    leaves=st.none() | st.integers(0, 12),
+    leaves=st.sampled_from([None] * 7 + [0, 3, 12]),
     session=st.sampled_from(["", "", "s"]),
 )
 FAKES = st.builds(
     Fake,
-    most=st.integers(1, 3),
+    most=st.sampled_from([1, 2, 6]),
     context=st.sampled_from([0, 0, 50]),
     first=st.integers(0, 4),
     each=st.integers(0, 3),
-    resumes=st.sampled_from([True, True, False]),
-    attached=st.booleans(),
-    script=st.lists(st.sampled_from(ANSWERS * 6 + FAULTS), min_size=1, max_size=5).map(tuple),
+    resumes=st.sampled_from([True] * 5 + [False]),
+    attached=st.sampled_from([False, False, True]),
+    script=st.lists(st.sampled_from(ANSWERS * 8 + BREAKS * 3 + FAULTS), min_size=1, max_size=5).map(
+        tuple
+    ),
 )
 CHANGES = st.builds(
     Change,
-    at=st.integers(0, 32),
+    at=st.integers(0, 24),
     what=st.sampled_from(
-        ["gone", "again", "again", "drain", "vacate", "elsewhere", "expected", "unexpected"]
+        ["gone", "again", "drain", "elsewhere", "expected", "unexpected"] + ["vacate"] * 4
     ),
-    replica=st.integers(0, 2),
+    replica=st.integers(0, 3),
     steps=st.integers(0, 6),
 )
 POLICIES = st.builds(
     DispatchPolicy,
-    max_queued=st.sampled_from([0, 1, 3, 100]),
-    max_attempts=st.integers(1, 3),
-    max_moves=st.integers(0, 3),
-    request_timeout_s=st.sampled_from([1.3, 10.0, 600.0]),
+    max_queued=st.sampled_from([100, 100, 3, 1, 0]),
+    max_attempts=st.sampled_from([3, 3, 2, 1]),
+    max_moves=st.sampled_from([3, 3, 1, 0]),
+    request_timeout_s=st.sampled_from([600.0, 600.0, 10.0, 1.3]),
     no_replica_wait_s=st.sampled_from([0.7, 30.0]),
     overflow_s=st.sampled_from([0.1, 2.0]),
     drain_limit_s=st.none() | st.just(0.6),
     overload=st.builds(
         OverloadPolicy,
-        ttft_s=st.none() | st.sampled_from([0.5, 2.0]),
-        shed_after_s=st.none() | st.sampled_from([0.3, 1.7]),
+        ttft_s=st.sampled_from([None, None, 2.0, 0.5]),
+        shed_after_s=st.sampled_from([None, None, None, 1.7, 0.3]),
     ),
     processes=st.integers(1, 2),
     learns_speed=st.booleans(),
@@ -64,8 +67,8 @@ POLICIES = st.builds(
 @given(
     st.builds(
         Scenario,
-        fakes=st.lists(FAKES, min_size=1, max_size=3).map(tuple),
-        asks=st.lists(ASKS, min_size=1, max_size=12).map(tuple),
+        fakes=st.lists(FAKES, min_size=1, max_size=4).map(tuple),
+        asks=st.lists(ASKS, min_size=1, max_size=16).map(tuple),
         changes=st.lists(CHANGES, max_size=5).map(tuple),
         policy=POLICIES,
         together=st.booleans(),

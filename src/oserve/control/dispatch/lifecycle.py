@@ -180,7 +180,8 @@ class Lifecycle:
             self.waiting.skip()
             passed.append(state)
         for state in passed:
-            self.waiting.push(state)
+            if state in self.waiting:
+                self.waiting.push(state)
 
     def _demoted(self, state: RequestState, prompt_tokens: int) -> bool:
         """Put a request last that is late; whether it has just become so."""
