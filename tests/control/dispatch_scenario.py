@@ -127,7 +127,7 @@ def table_of(replicas: Sequence[TableReplica], *, expected: bool = True) -> Rout
     """Most requests are for the first replica, some for the second, none for the others."""
     return RoutingTable(
         plan_id="p",
-        workload_types=(),
+        length_classes=(),
         routing_shares={"t": {"r0": 0.7, "r1": 0.3}},
         replicas=tuple(replicas),
         expected=expected,

@@ -53,6 +53,7 @@ class World:
             do.Send: self._send,
             do.Hold: self._hold,
             do.Forward: self._forward,
+            do.ShowError: self._show_error,
             do.LetGo: self._let_go,
             do.Retry: self._retry,
             do.Depart: self._depart,
@@ -240,13 +241,16 @@ class World:
         client, connection = self._placed(command.number)
         if client.ask.kind != "stream" or not connection.answers:
             self._ends(client, connection, FinishStatus.CLIENT_ERROR)
-        elif client.shown and connection.does == "trouble" and connection.made == len(client.shown):
-            self._ends(client, connection, FinishStatus.FAILED)
         else:
             client.forwarded = True
             assert command.credit_tokens >= connection.made, self.story(command.number)
             client.credit = command.credit_tokens
             client.see(connection)
+
+    def _show_error(self, command: do.ShowError) -> None:
+        client, connection = self._placed(command.number)
+        assert client.forwarded
+        self._ends(client, connection, FinishStatus.FAILED)
 
     def _ends(self, client: Client, connection: Connection, status: FinishStatus) -> None:
         """The client is shown an error, with which the answer ends."""

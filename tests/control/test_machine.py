@@ -2,14 +2,29 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oserve.control.dispatch import events as on
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.state import Ended, Placed
+from oserve.control.dispatch.witness import InvariantError, faults
 from oserve.core import FinishStatus
 
-from .dispatch_scenario import ANSWERS, BREAKS, FAULTS, Ask, Change, Fake, Scenario
+from .dispatch_driver import Driver
+from .dispatch_scenario import (
+    ANSWERS,
+    BREAKS,
+    FAULTS,
+    Ask,
+    Change,
+    Fake,
+    Scenario,
+    arrival,
+    replica_of,
+)
 from .dispatch_world import World
 
 ASKS = st.builds(
@@ -102,3 +117,67 @@ def test_a_fleet_that_works_answers_every_request(scenario: Scenario) -> None:
     for client in world.clients.values():
         assert client.records[0].status is FinishStatus.COMPLETED
         assert client.sends == 1
+
+
+# -- stories ----------------------------------------------------------------------------------
+
+
+def test_a_failure_tells_the_story_of_its_request() -> None:
+    driver = Driver(replica_of("r0"), replica_of("r1"))
+    driver.ask(0.0, 1, 2)
+    driver.at(1.0, on.Refused(number=1, status=500, reason="an error"))
+    # Break the machine: the request's slot is freed behind its back.
+    phase = driver.machine.requests[1].phase
+    assert isinstance(phase, Placed)
+    assert phase.booking.entry is not None
+    phase.booking.entry.close(1.0, done=False)
+    with pytest.raises(InvariantError) as caught:
+        driver.at(2.0, on.Streams(1))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "a request is at a replica and its slot is free"
+    assert lines[1].startswith("after (Streams(number=1")
+    assert lines[2].startswith("request 1: Streaming(")
+    story = [" ".join(line.partition("(")[0].split()) for line in lines[3:]]
+    assert story == [
+        "event Arrived",
+        "command Send",
+        "event Refused",
+        "command Retry",
+        "command Send",
+        "event Streams",
+        "command Forward",
+    ]
+    assert "an error" in lines[5]
+
+
+def test_each_fault_of_the_books_and_of_the_queue_is_found() -> None:
+    driver = Driver(replica_of("r0", Fake(most=1)))
+    driver.ask(0.0, 1, 2)
+    machine = driver.machine
+    assert faults(machine, 100) == []
+    # More may not wait.
+    assert [fault for _, fault in faults(machine, 0)] == ["1 requests wait, more than 0"]
+    # A slot that no request has.
+    other = arrival(3).request
+    assert other is not None  # it is no auxiliary call
+    entry = machine.fleet.ledger.admit("r0", other, 0.0)
+    found = [fault for _, fault in faults(machine)]
+    assert found == [
+        "2 slots of r0 are booked, 1 used",
+        "the work owed by r0 is not that of its requests",
+    ]
+    entry.close(0.0, done=False)
+    # A request that waits though it is not in the queue; one that is at a replica and in the queue.
+    machine.waiting.discard(machine.requests[2])
+    machine.waiting.push(machine.requests[1])
+    assert [number for number, _ in faults(machine)] == [1, 2]
+    machine.waiting.discard(machine.requests[1])
+    machine.waiting.push(machine.requests[2])
+    # One that has ended is kept.
+    machine.requests[2].phase = Ended(FinishStatus.FAILED)
+    assert (2, "a request has ended and is still kept") in faults(machine)
+    # One that is not known waits.
+    state = machine.requests.pop(2)
+    assert (2, "a request waits that is not known") in faults(machine)
+    assert driver.witness.story(2).startswith("request 2: it is not known\nevent   Arrived(")
+    machine.requests[2] = state

@@ -10,7 +10,7 @@ from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.core import FinishStatus
 
 from .dispatch_driver import Driver, names, only
-from .dispatch_scenario import Ask, Fake, arrival, replica_of
+from .dispatch_scenario import Ask, Fake, arrival, replica_of, table_of
 
 ONE = Fake(most=1)
 SHORT, LONG = Ask(prompt=10), Ask(prompt=100)
@@ -77,10 +77,9 @@ def test_a_late_request_is_demoted_once_and_served_last() -> None:
     policy = DispatchPolicy(overload=OverloadPolicy(ttft_s=2.0))
     driver = Driver(replica_of("r0", ONE), policy=policy)
     driver.ask(0.0, 1, 2)
-    driver.ask(1.9, 3)
-    commands = driver.at(2.0, on.Finished(1))
     # The second cannot have its first token in time any more, the third can.
-    assert names(commands) == ["Record", "Demote", "Send"]
+    assert names(driver.ask(1.9, 3)) == ["Demote", "Hold"]
+    driver.at(2.0, on.Finished(1))
     assert driver.place(3) == "r0"
     commands = driver.at(3.0, on.Finished(3))
     assert names(commands) == ["Record", "Send"]
@@ -125,13 +124,15 @@ def test_one_that_waits_for_room_gives_up_when_no_replica_is_left() -> None:
     driver.ask(0.0, 1, 2)
     driver.table(10.0)
     assert driver.machine.due_s == 15.0
-    # One comes back: it waits for room again.
-    driver.table(14.0, replica_of("r0", ONE))
-    assert driver.place(2) == ""
-    driver.at(15.0, on.Tick())
+    # One comes back, full: the request waits for room again.
+    back = on.TableChanged(table_of([replica_of("r0", ONE)]))
+    driver.at(14.0, back, on.LoadElsewhere({"r0": (1.0, 1)}))
+    assert driver.at(15.0, on.Tick()) == []
     assert driver.waiting == {2}
-    driver.at(16.0, on.ClientGone(1))
-    assert driver.place(2) == "r0"
+    # It goes for good.
+    driver.table(16.0)
+    assert driver.machine.due_s == 21.0
+    assert refusals(driver.at(21.0, on.Tick())) == {2: Refusal.NONE_READY_IN_TIME}
 
 
 def test_a_request_ends_at_its_deadline_wherever_it_is() -> None:

@@ -93,10 +93,3 @@ def too_late(
 def shed_at_s(policy: OverloadPolicy, *, arrival_s: float) -> float | None:
     """When a request that still waits is refused; ``None``: never."""
     return None if policy.shed_after_s is None else arrival_s + policy.shed_after_s
-
-
-def shed_in_s(policy: OverloadPolicy, *, arrival_s: float, now_s: float) -> float | None:
-    """Seconds from now after which a request that still waits is refused; ``None``: never."""
-    if policy.shed_after_s is None:
-        return None
-    return max(0.0, arrival_s + policy.shed_after_s - now_s)
