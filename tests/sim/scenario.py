@@ -317,7 +317,7 @@ def told_by_fleet(fleet: Fleet) -> list[Any]:
         )
         for n in range(len(results.status))
     ]
-    rows += [(name, *fleet.books(name)) for name in results.replica_names]
+    rows += [(name, *fleet.outstanding(name)) for name in results.replica_names]
     if fleet.ended == len(results.status):
         rows += [round(totals.busy_s * PS) for totals in results.totals]
     return rows
