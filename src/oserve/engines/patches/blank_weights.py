@@ -14,7 +14,7 @@ from oserve.engines.weights.model_types import (
     LinearInput,
     LinearLayer,
     LinearWeight,
-    Parameter,
+    ModelParameter,
     SharedWeights,
     WeightModule,
 )
@@ -33,7 +33,7 @@ class _Blank:
         self._numbers = itertools.count(1)
 
     def filling(self, _original: object) -> Callable[..., None]:
-        def fill(param: Parameter, *_bounds: object, **_named: object) -> None:
+        def fill(param: ModelParameter, *_bounds: object, **_named: object) -> None:
             if param.device.type == "meta":
                 return
             if (value := getattr(param, "dummy_weight_value", None)) is not None:

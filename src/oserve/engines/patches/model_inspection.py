@@ -5,11 +5,11 @@ from typing import TypeVar
 
 from oserve.engines.patches.patch import Patch, PatchTarget
 
-Found = TypeVar("Found")
+Inspected = TypeVar("Inspected")
 
 
-def _here(_original: object) -> Callable[[Callable[[], Found]], Found]:
-    def run(inspect: Callable[[], Found]) -> Found:
+def _here(_original: object) -> Callable[[Callable[[], Inspected]], Inspected]:
+    def run(inspect: Callable[[], Inspected]) -> Inspected:
         return inspect()
 
     return run
