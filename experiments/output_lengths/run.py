@@ -8,7 +8,7 @@ The published account of llm-d: output-length buckets cut P95 E2E by 9 %.
 
 from dataclasses import fields
 
-from oserve.evaluate.simulator import Levers, Routing, Serving
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.study.beliefs import (
     BELIEFS,
     ESTIMATED,
@@ -28,7 +28,7 @@ _NAMES = [item.name for item in fields(Believed)]
 _SHARE = "share of the gap that the estimator closes"
 
 
-def deployments(tuner: Tuner) -> dict[str, tuple[Serving, bool]]:
+def deployments(tuner: Tuner) -> dict[str, tuple[SimulatedServing, bool]]:
     """Of the smallest form; half of the devices with the next larger one; the same with pools."""
     shapes = [s for s in tuner.forms([USUAL_CHUNK]) if s.pipeline_parallel_size == 1]
     small, large = sorted(shapes, key=lambda shape: shape.device_count)[:2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oserve.core import Endpoint, VirtualClock
 from oserve.engines.control import EngineControl, EngineControlError
-from oserve.engines.mover import MoveError, Mover
+from oserve.engines.mover import Mover
 from oserve.engines.rank_commands import (
     COMMANDS,
     METHOD,
@@ -36,6 +36,7 @@ from oserve.engines.rank_commands import (
     TakeUpWeights,
 )
 from oserve.switch.rank_order import RankOrder, ShardConversion, ShardPart, StagedTensor
+from oserve.switching.weights import MoveError
 
 names = st.text(min_size=1, max_size=8)
 counts = st.integers(0, 1 << 40)

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from oserve.core import Clock, Endpoint
@@ -28,6 +27,7 @@ from oserve.engines.rank_commands import (
     TakeUpWeights,
 )
 from oserve.switch.rank_order import RankOrder, ShardPart
+from oserve.switching.weights import Moved, MoveError
 
 Value = TypeVar("Value")
 
@@ -50,19 +50,6 @@ PROBE = (
     "about 90. Question: why does rice take longer to cook up there? Answer: because"
 )
 """Prose, code and a question: the text by whose perplexity converted weights are checked."""
-
-
-class MoveError(Exception):
-    """A transfer or a check that failed; the text says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """Bytes moved, seconds until the slowest rank was done, and seconds of repacking."""
-
-    size_bytes: int
-    seconds: float
-    take_up_s: float
 
 
 class Mover:

@@ -1,9 +1,9 @@
-"""Simulated serving: a deployment with its levers, traffic as arrays, and what comes of both.
+"""Simulated serving: a plan with its levers serves traffic, both given as data.
 
-This is the one place where performance facts, plans and the fleet simulator meet. A *serving* is
-everything that stays the same in a run: replicas, length classes, routing shares and levers.
-Traffic is replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does, so a mix that
-changes also changes that much faster.
+Performance facts, plans and the fleet simulator meet here and nowhere else. ``SimulatedServing``
+is all that stays the same in a run: replicas, length classes, routing shares and levers. Traffic is
+replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does. Its mix changes that much
+faster, too.
 """
 
 from collections.abc import Callable, Iterable
@@ -46,7 +46,7 @@ _CHECKS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Traffic:
+class SimulatedTraffic:
     """Requests in order of arrival, an entry each; lengths in tokens, at least 1."""
 
     arrival_s: Floats
@@ -89,13 +89,13 @@ class Traffic:
         )
 
 
-def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Traffic:
+def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> SimulatedTraffic:
     """Requests cut to the context as ``demand_from_trace`` counts them: the prompt gives way."""
     columns = columns_of(requests)
     output = np.clip(columns.output_tokens, 1, max(1, max_model_len - 1))
     prompt = np.maximum(1, np.minimum(columns.prompt_tokens, max_model_len - output))
     arrival = columns.arrival_s
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=arrival - (arrival[0] if len(arrival) else 0.0),
         prompt_tokens=np.rint(prompt).astype(np.int64),
         output_tokens=np.rint(output).astype(np.int64),
@@ -122,7 +122,7 @@ class Levers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
+class SimulatedServing:
     """A plan and its levers: all that a simulation needs beside traffic and facts."""
 
     plan: DeploymentPlan
@@ -143,7 +143,7 @@ def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
 
 
-def ranks_s(order: OrderPolicy, traffic: Traffic) -> Floats:
+def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
     """``control.order.rank_s`` of all requests at once."""
     arrival, window_s = traffic.arrival_s, order.freshest_first_s
     if window_s > 0.0:
@@ -183,8 +183,8 @@ class Simulator:
 
     def requests(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
@@ -193,7 +193,7 @@ class Simulator:
 
         ``kinds``: the class of each, where it is not told by the prompt's length.
         """
-        classes = serving.plan.workload_types
+        classes = serving.plan.length_classes
         index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
         if expected is None:
             outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
@@ -211,11 +211,11 @@ class Simulator:
             rank_s=ranks,
         )
 
-    def fleet(self, serving: Serving, requests: RequestTable) -> Fleet:
+    def fleet(self, serving: SimulatedServing, requests: RequestTable) -> Fleet:
         """A fleet without replicas."""
         return Fleet(
             requests,
-            classes=len(serving.plan.workload_types),
+            classes=len(serving.plan.length_classes),
             gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
@@ -247,44 +247,52 @@ class Simulator:
         """Give a fleet the shares of a plan."""
         shares = {
             index: dict(plan.routing_shares.get(item.name, {}))
-            for index, item in enumerate(plan.workload_types)
+            for index, item in enumerate(plan.length_classes)
         }
         fleet.set_routing(policy=levers.routing, shares=shares)
 
-    def run(
+    def started(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
-        latest_s: float = LATEST_S,
-    ) -> FleetResults:
-        """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
+    ) -> Fleet:
+        """A fleet at 0 s, whose replicas serve; for ``expected`` and ``kinds`` see ``requests``."""
         requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
         fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
+        return fleet
+
+    def run(
+        self,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+        latest_s: float = LATEST_S,
+    ) -> FleetResults:
+        """Serve all of the traffic with a fixed plan, until ``latest_s`` after the last arrival."""
+        fleet = self.started(serving, traffic, expected=expected, kinds=kinds)
         fleet.run(limit_s=traffic.duration_s + latest_s)
         self.simulated_requests += len(traffic)
         return fleet.results()
 
     def holds(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         slo: Slo,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
     ) -> bool:
         """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
-        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
-        fleet = self.fleet(serving, requests)
-        for spec in serving.plan.replicas:
-            self.add(fleet, spec, serving.levers, ready_at_s=0.0)
-        self.route(fleet, serving.plan, serving.levers)
+        fleet = self.started(serving, traffic, expected=expected, kinds=kinds)
         self.simulated_requests += len(traffic)
         for check in range(1, _CHECKS + 1):
             fleet.advance(traffic.duration_s * check / _CHECKS)
@@ -293,7 +301,7 @@ class Simulator:
         fleet.run(limit_s=traffic.duration_s + LATEST_S)
         return attainment(fleet.results(), slo) >= ATTAINMENT
 
-    def _gateway(self, serving: Serving) -> GatewayOptions:
+    def _gateway(self, serving: SimulatedServing) -> GatewayOptions:
         options, overload = serving.levers.gateway, serving.levers.overload
         if overload == OverloadPolicy():
             return options

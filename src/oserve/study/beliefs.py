@@ -16,8 +16,8 @@ from oserve.evaluate.simulator import (
     Floats,
     Ints,
     Routing,
-    Serving,
-    Traffic,
+    SimulatedServing,
+    SimulatedTraffic,
     class_indices,
     largest_scale,
 )
@@ -52,11 +52,11 @@ class Believed:
 
 
 def estimated_outputs(
-    traffic: Traffic,
+    traffic: SimulatedTraffic,
     finish_s: Floats,
     *,
     tenants: Sequence[str],
-    learned: Traffic | None = None,
+    learned: SimulatedTraffic | None = None,
     learned_tenants: Sequence[str] = (),
 ) -> Ints:
     """What the live estimator expects of each request when it comes; ``finish_s``: when each ends.
@@ -91,7 +91,12 @@ class Beliefs:
     """
 
     def __init__(
-        self, tuner: Tuner, serving: Serving, tenants: Sequence[str], *, pools: bool = False
+        self,
+        tuner: Tuner,
+        serving: SimulatedServing,
+        tenants: Sequence[str],
+        *,
+        pools: bool = False,
     ) -> None:
         scene = tuner.scene
         start_s = scene.learn_s or 0.0
@@ -100,7 +105,7 @@ class Beliefs:
         self._learned = scene.traffic.between(0.0, start_s)
         self._traffic = scene.traffic.between(start_s, float("inf"))
         self._learned_tenants, self._tenants = tenants[:first], tenants[first:]
-        self._classes = serving.plan.workload_types
+        self._classes = serving.plan.length_classes
         self._pools = pools
         self._serving = _pooled(serving) if pools else serving
         self._ends: dict[float, Floats] = {}
@@ -166,7 +171,7 @@ class Beliefs:
 
         return largest_scale(holds, start=start)
 
-    def _run(self, expected: Ints, traffic: Traffic) -> FleetResults:
+    def _run(self, expected: Ints, traffic: SimulatedTraffic) -> FleetResults:
         return self._tuner.simulator.run(
             self._serving, traffic, expected=expected, kinds=self._kinds(expected)
         )
@@ -194,7 +199,7 @@ class Beliefs:
         kinds[order[: int(np.searchsorted(total, total[-1] * share))]] = 0
         return kinds
 
-    def _imbalance(self, results: FleetResults, traffic: Traffic) -> float:
+    def _imbalance(self, results: FleetResults, traffic: SimulatedTraffic) -> float:
         shapes = [spec.shape for spec in self._serving.plan.replicas]
         costs = [self._tuner.simulator.costs(shape) for shape in shapes]
         on, served = results.replica, results.replica >= 0
@@ -222,14 +227,14 @@ def recovered(unknown: float, estimated: float, known: float, *, least: float = 
     return f"{(unknown - estimated) / gap:.0%}"
 
 
-def _known(traffic: Traffic, tenants: Sequence[str]) -> list[KnownAtArrival]:
+def _known(traffic: SimulatedTraffic, tenants: Sequence[str]) -> list[KnownAtArrival]:
     return [
         KnownAtArrival(prompt_tokens=prompt, tenant=tenant)
         for prompt, tenant in zip(traffic.prompt_tokens.tolist(), tenants, strict=True)
     ]
 
 
-def _pooled(serving: Serving) -> Serving:
+def _pooled(serving: SimulatedServing) -> SimulatedServing:
     """Classes of short and long answers for the first shape and the larger, and one for all."""
     replicas = serving.plan.replicas
     least = replicas[0].shape.device_count
@@ -238,7 +243,7 @@ def _pooled(serving: Serving) -> Serving:
     names = ("short answers", "long answers", "any")
     plan = replace(
         serving.plan,
-        workload_types=tuple(
+        length_classes=tuple(
             LengthClass(name=name, max_prompt_tokens=bound)
             for name, bound in zip(names, (1, 2, None), strict=True)
         ),

@@ -43,7 +43,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class CurvePoint:
     """A policy at one rate."""
 
     rate_scale: float
@@ -82,7 +82,7 @@ class Row:
     changes: tuple[tuple[float, tuple[tuple[str, int], ...]], ...]
     quantiles: dict[str, tuple[float, ...]]
     queue: tuple[tuple[float, int], ...]
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
 
 
 def evaluate(tuner: OServeTuner, name: str, wish: Wish) -> Row:
@@ -109,9 +109,9 @@ def _capacity(tuner: OServeTuner, policy: Policy, start: float) -> float:
     return largest_scale(holds, start=start, tolerance=_TOLERANCE, evaluations=_EVALUATIONS)
 
 
-def _point(scene: Scene, run: Run, scale: float) -> Point:
+def _point(scene: Scene, run: Run, scale: float) -> CurvePoint:
     summary = run.results.summary(scene.slo)
-    return Point(
+    return CurvePoint(
         rate_scale=scale,
         slo_attainment=summary.slo_attainment,
         p99_e2e_s=summary.e2e_s.p99,
@@ -125,7 +125,7 @@ def _row(
     name: str,
     run: Run,
     most: float | None,
-    points: Sequence[Point],
+    points: Sequence[CurvePoint],
 ) -> Row:
     results = run.results
     summary = results.summary(scene.slo)

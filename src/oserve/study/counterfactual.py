@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.evaluate.simulator import Traffic, met
+from oserve.evaluate.simulator import SimulatedTraffic, met
+from oserve.study.controller_policy import ControllerPolicy
 from oserve.study.runner import Run, run_policy
-from oserve.study.steered import Steered
 from oserve.study.tune import Tuner
 
 _BEFORE_S = 60.0
@@ -49,14 +49,18 @@ class SwitchWorth:
 
 
 def switch_worths(
-    tuner: Tuner, policy: Steered, run: Run, scale: float, drawings: Sequence[Traffic] = ()
+    tuner: Tuner,
+    policy: ControllerPolicy,
+    run: Run,
+    scale: float,
+    drawings: Sequence[SimulatedTraffic] = (),
 ) -> tuple[SwitchWorth, ...]:
     """Of every switch of a run; ``drawings`` as the scene's traffic, before scaling."""
     moves = list(run.changes[1:])
     script = [(change.at_s, change.plan) for change in moves]
     expected = [
         item.gain_requests - item.cost_requests
-        for item in policy.decisions
+        for item in run.decisions
         if item.verdict == "switch"
     ]
     ends = [change.at_s for change in moves[1:]] + [float("inf")]
@@ -79,18 +83,20 @@ def switch_worths(
     )
 
 
-def jittered(traffic: Traffic, *, seed: int, by_s: float = 2.0) -> Traffic:
+def jittered(traffic: SimulatedTraffic, *, seed: int, by_s: float = 2.0) -> SimulatedTraffic:
     """Another drawing of a trace of which there is only one: arrivals moved by up to ``by_s``."""
     draw = np.random.default_rng(seed)
     moved = np.maximum(0.0, traffic.arrival_s + draw.uniform(-by_s, by_s, len(traffic)))
     order = np.argsort(moved, kind="stable")
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=moved[order],
         prompt_tokens=traffic.prompt_tokens[order],
         output_tokens=traffic.output_tokens[order],
     )
 
 
-def _good(tuner: Tuner, policy: Steered, scale: float, traffic: Traffic) -> np.ndarray:
+def _good(
+    tuner: Tuner, policy: ControllerPolicy, scale: float, traffic: SimulatedTraffic
+) -> np.ndarray:
     run = run_policy(tuner.scene, policy, tuner.simulator, scale, traffic=traffic)
     return met(run.results, tuner.scene.slo)

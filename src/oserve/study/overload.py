@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oserve.control.dispatch.overload import OverloadPolicy
-from oserve.evaluate.simulator import Floats, Levers, Mask, Serving, class_indices, met
+from oserve.evaluate.simulator import Floats, Levers, Mask, SimulatedServing, class_indices, met
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
-from oserve.study.tune import Found, Tuner, by_length
+from oserve.study.tune import MeasuredServing, Tuner, by_length
 
 PLAIN = "first come, first served"
 OWN = "its own order"
@@ -43,7 +43,7 @@ class Loaded:
     shed_by_class: tuple[float, ...]
 
 
-def defences(tuner: Tuner, serving: Serving) -> dict[str, Levers]:
+def defences(tuner: Tuner, serving: SimulatedServing) -> dict[str, Levers]:
     """Levers by name; shedding refuses who has waited for the whole TTFT limit."""
     own = serving.levers
     ttft_s = tuner.scene.slo.ttft_s
@@ -67,14 +67,14 @@ def defences(tuner: Tuner, serving: Serving) -> dict[str, Levers]:
     return found
 
 
-def loaded(tuner: Tuner, serving: Serving, levers: Levers, scale: float) -> Loaded:
+def loaded(tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float) -> Loaded:
     """The learned traffic so many times as fast."""
     traffic = tuner.scene.learned.faster(scale)
     results = tuner.simulator.run(replace(serving, levers=levers), traffic)
     good = met(results, tuner.scene.slo)
     refused = results.status == Status.SHED
-    classes = class_indices(serving.plan.workload_types, traffic.prompt_tokens)
-    members = [classes == index for index in range(len(serving.plan.workload_types))]
+    classes = class_indices(serving.plan.length_classes, traffic.prompt_tokens)
+    members = [classes == index for index in range(len(serving.plan.length_classes))]
     waited = results.first_token_s - results.arrival_s
     return Loaded(
         goodput_rps=float(good.sum()) / max(traffic.duration_s, 1.0),
@@ -85,12 +85,12 @@ def loaded(tuner: Tuner, serving: Serving, levers: Levers, scale: float) -> Load
     )
 
 
-def goodput_at_capacity(tuner: Tuner, found: Found) -> float:
+def goodput_at_capacity(tuner: Tuner, found: MeasuredServing) -> float:
     """Requests per second within the SLO at the SLO capacity."""
     return loaded(tuner, found.serving, found.serving.levers, found.scale).goodput_rps
 
 
-def steady_scale(tuner: Tuner, serving: Serving) -> float:
+def steady_scale(tuner: Tuner, serving: SimulatedServing) -> float:
     """The steady throughput, as a rate scale of the learned traffic."""
     traffic = tuner.scene.learned
     flood = replace(traffic, arrival_s=traffic.arrival_s / (_FLOOD * tuner.best.scale))
@@ -100,7 +100,9 @@ def steady_scale(tuner: Tuner, serving: Serving) -> float:
     return (last - first) / float(done[last] - done[first]) / traffic.rate_rps
 
 
-def table(tuner: Tuner, found: Found, scales: Sequence[float]) -> Mapping[str, Sequence[Loaded]]:
+def table(
+    tuner: Tuner, found: MeasuredServing, scales: Sequence[float]
+) -> Mapping[str, Sequence[Loaded]]:
     """Each defence at each rate scale."""
     return {
         name: [loaded(tuner, found.serving, levers, scale) for scale in scales]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan
-from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, Serving
+from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, SimulatedServing
 from oserve.sim.types import Rebalance
-from oserve.study.policy import Conduct, Fixed, Policy, Seen
+from oserve.study.policy import Conduct, Fixed, Policy, PolicyView
 from oserve.study.tune import Tuner
 
 
@@ -37,18 +37,18 @@ class Dynamo:
     forecast is an exponential average of past rates; ``headroom`` is kept above it.
     """
 
-    serving: Serving
+    serving: SimulatedServing
     replica_rps: float
     interval_s: float
     headroom: float = 1.1
     weight: float = 0.5
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         forecast = 0.0
         for count in seen.counts.sum(axis=1):
             rate = float(count) / self.interval_s
@@ -81,20 +81,20 @@ class AiBrix:
     """
 
     tuner: Tuner
-    serving: Serving
+    serving: SimulatedServing
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         counts = np.bincount(index, minlength=len(classes))
         plan = replace(self.serving.plan, routing_shares=self._shares(counts))
         return replace(self.serving, plan=plan)
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         shares = self._shares(seen.counts[-1])
         if shares == seen.plan.routing_shares:
             return None
@@ -104,7 +104,7 @@ class AiBrix:
         """Consecutive replicas for each class: one at least, the rest by largest remainder."""
         plan = self.serving.plan
         names = [spec.id for spec in plan.replicas]
-        classes = plan.workload_types
+        classes = plan.length_classes
         if len(names) < len(classes) or not counts.sum():
             return {}
         work = counts * self._work()
@@ -125,7 +125,7 @@ class AiBrix:
         shape = self.serving.plan.replicas[0].shape
         costs = self.tuner.simulator.costs(shape)
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         tokens = np.bincount(index, learned.prompt_tokens, len(classes))

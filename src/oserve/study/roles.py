@@ -12,11 +12,11 @@ import numpy as np
 
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import OServeError, Role
-from oserve.evaluate.simulator import Levers, Serving
+from oserve.evaluate.simulator import Levers, SimulatedServing
 from oserve.plan.packing import Packing
 from oserve.sim.types import Status
 from oserve.study.scene import USUAL_CHUNK
-from oserve.study.tune import Found, Tuner
+from oserve.study.tune import MeasuredServing, Tuner
 
 PREFILL_SHARES = (0.25, 0.5, 0.75)
 """Shares of the replicas that only compute prompts."""
@@ -24,7 +24,7 @@ PREFILL_SHARES = (0.25, 0.5, 0.75)
 PREFILL_CHUNKS = (USUAL_CHUNK, 8192)
 
 
-def split(tuner: Tuner, levers: Levers) -> Iterable[Serving]:
+def split(tuner: Tuner, levers: Levers) -> Iterable[SimulatedServing]:
     """Every form, split in each way, with usual and large chunks for prompts."""
     for form in tuner.forms([USUAL_CHUNK]):
         count = Packing(tuner.scene.devices, [form]).largest(0)
@@ -68,16 +68,16 @@ def apart(tuner: Tuner, *, scale: float) -> dict[str, Apart]:
     return {name: _told(tuner, item, scale) for name, item in found.items()}
 
 
-def _best(tuner: Tuner, candidates: Iterable[Serving]) -> Found:
+def _best(tuner: Tuner, candidates: Iterable[SimulatedServing]) -> MeasuredServing:
     """Of these; capacity 0 where none meets the SLO at any rate."""
     tried = list(candidates)
     try:
         return tuner.race(tried)
     except OServeError:
-        return Found(serving=tried[0], scale=0.0)
+        return MeasuredServing(serving=tried[0], scale=0.0)
 
 
-def _told(tuner: Tuner, found: Found, scale: float) -> Apart:
+def _told(tuner: Tuner, found: MeasuredServing, scale: float) -> Apart:
     results = tuner.simulator.run(found.serving, tuner.scene.learned.faster(scale))
     done = results.status == Status.COMPLETED
     ttft = (results.first_token_s - results.arrival_s)[done]

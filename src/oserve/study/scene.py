@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from oserve.core import Device, OServeError, Precision, ReplicaShape
-from oserve.evaluate.simulator import Traffic, traffic_from
-from oserve.perf.capacity import Limits
+from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
@@ -44,7 +44,7 @@ class Scene:
     name: str
     model: str
     devices: tuple[Device, ...]
-    traffic: Traffic
+    traffic: SimulatedTraffic
     demand: Demand
     source: PerformanceSource
     context: int
@@ -58,16 +58,16 @@ class Scene:
     switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
 
     @property
-    def learned(self) -> Traffic:
+    def learned(self) -> SimulatedTraffic:
         """The traffic that policies may be tuned on."""
         if self.learn_s is None:
             return self.traffic
         return self.traffic.between(0.0, self.learn_s)
 
     @property
-    def limits(self) -> dict[str, Limits]:
+    def limits(self) -> dict[str, LatencyLimits]:
         """The SLO, by workload type."""
-        common = Limits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
+        common = LatencyLimits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
         return {kind.name: common for kind in self.demand.types}
 
     def weights_bytes(self, shape: ReplicaShape) -> float:
@@ -169,5 +169,5 @@ def make_scene(
     )
 
 
-def _longest(traffic: Traffic) -> int:
+def _longest(traffic: SimulatedTraffic) -> int:
     return int(np.max(traffic.prompt_tokens + traffic.output_tokens))

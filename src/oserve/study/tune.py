@@ -12,11 +12,11 @@ from functools import cached_property
 
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
-from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, largest_scale
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, largest_scale
 from oserve.evaluate.verification import serving_of
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
 
 # A gain below this is noise of one trace.
@@ -31,10 +31,10 @@ PENALTIES_S = (5.0, 10.0, 20.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class MeasuredServing:
     """A serving with its capacity: the largest scale of the learned traffic at which it holds."""
 
-    serving: Serving
+    serving: SimulatedServing
     scale: float
 
 
@@ -56,30 +56,32 @@ class Tuner:
         self._said = said
 
     # -- measuring ------------------------------------------------------------------------------
-    def holds(self, serving: Serving, scale: float, *, knows_outputs: bool = False) -> bool:
+    def holds(
+        self, serving: SimulatedServing, scale: float, *, knows_outputs: bool = False
+    ) -> bool:
         """Whether the SLO holds on the learned traffic, so many times as fast."""
         traffic = self.scene.learned.faster(scale)
         expected = traffic.output_tokens if knows_outputs else None
         return self.simulator.holds(serving, traffic, self.scene.slo, expected=expected)
 
     def measure(
-        self, serving: Serving, *, start: float = 1.0, knows_outputs: bool = False
-    ) -> Found:
+        self, serving: SimulatedServing, *, start: float = 1.0, knows_outputs: bool = False
+    ) -> MeasuredServing:
         """The capacity of one serving; ``start`` is where it may lie."""
         scale = largest_scale(
             lambda at: self.holds(serving, at, knows_outputs=knows_outputs),
             start=start,
             tolerance=_TOLERANCE,
         )
-        return Found(serving=serving, scale=scale)
+        return MeasuredServing(serving=serving, scale=scale)
 
     def race(
         self,
-        candidates: Iterable[Serving],
-        best: Found | None = None,
+        candidates: Iterable[SimulatedServing],
+        best: MeasuredServing | None = None,
         *,
         knows_outputs: bool = False,
-    ) -> Found:
+    ) -> MeasuredServing:
         """The best of the candidates and ``best``; raises OServeError where nothing holds."""
         tried: set[str] = set()
         for serving in candidates:
@@ -101,7 +103,9 @@ class Tuner:
             )
         return best
 
-    def _improved(self, serving: Serving, bar: float, knows_outputs: bool) -> Found:
+    def _improved(
+        self, serving: SimulatedServing, bar: float, knows_outputs: bool
+    ) -> MeasuredServing:
         """Capacity of what is known to hold at ``bar``."""
         known = {bar: True}
 
@@ -111,10 +115,10 @@ class Tuner:
             return known[at]
 
         scale = largest_scale(holds, start=bar, tolerance=_TOLERANCE, step=1.06)
-        return Found(serving=serving, scale=scale)
+        return MeasuredServing(serving=serving, scale=scale)
 
     # -- servings -------------------------------------------------------------------------------
-    def homogeneous(self, shape: ReplicaShape, levers: Levers) -> Serving:
+    def homogeneous(self, shape: ReplicaShape, levers: Levers) -> SimulatedServing:
         """As many replicas of a shape as fit, of the same form on every kind of device."""
         scene = self.scene
         wanted = []
@@ -125,17 +129,19 @@ class Tuner:
                 wanted.append((own, count))
         return self.deployed(wanted, levers)
 
-    def deployed(self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers) -> Serving:
+    def deployed(
+        self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers
+    ) -> SimulatedServing:
         """So many replicas of each shape, without routing shares."""
         scene = self.scene
         placed = place_replicas(wanted, scene.devices)
         plan = DeploymentPlan(
             id=_in_words(wanted),
             replicas=placed.replicas,
-            workload_types=scene.demand.classes,
+            length_classes=scene.demand.classes,
             routing_shares={},
         )
-        return Serving(plan=plan, levers=levers)
+        return SimulatedServing(plan=plan, levers=levers)
 
     def forms(self, chunks: Sequence[int], seqs: int = USUAL_SEQS) -> list[ReplicaShape]:
         """Shapes for homogeneous deployments: every form with each of these chunk budgets.
@@ -158,7 +164,9 @@ class Tuner:
             ),
         )
 
-    def varied(self, serving: Serving, **fields: Sequence[int]) -> Iterable[Serving]:
+    def varied(
+        self, serving: SimulatedServing, **fields: Sequence[int]
+    ) -> Iterable[SimulatedServing]:
         """A homogeneous serving with other limits of its shape, such as ``max_num_seqs``."""
         shape = serving.plan.replicas[0].shape
         for field, values in fields.items():
@@ -195,12 +203,12 @@ class Tuner:
 
     # -- static baselines -----------------------------------------------------------------------
     @cached_property
-    def default(self) -> Serving:
+    def default(self) -> SimulatedServing:
         """See ``static-default``."""
         return self.homogeneous(self.default_shape, JSQ)
 
     @cached_property
-    def best(self) -> Found:
+    def best(self) -> MeasuredServing:
         """See ``static-best``."""
         self._said("best homogeneous deployment")
         found = self.race(
@@ -210,7 +218,7 @@ class Tuner:
         return self.race(self.varied(found.serving, max_num_seqs=SEQS), found)
 
     @cached_property
-    def best_chunk(self) -> Found:
+    def best_chunk(self) -> MeasuredServing:
         """See ``static-best-chunk``: every form with every chunk budget."""
         self._said("best chunk budget")
         found = self.race(
@@ -220,7 +228,7 @@ class Tuner:
         return self.race(self.varied(found.serving, max_num_seqs=SEQS), found)
 
     @cached_property
-    def best_tuned(self) -> Found:
+    def best_tuned(self) -> MeasuredServing:
         """See ``static-best-tuned``: form, chunk budget and order, the last two together."""
         self._said("best chunk budget and order")
         found = self.race(self.reordered(self.best_chunk), self.best_chunk)
@@ -231,7 +239,7 @@ class Tuner:
         )
         return self.race(self.reordered(found), found)
 
-    def reordered(self, found: Found) -> Iterable[Serving]:
+    def reordered(self, found: MeasuredServing) -> Iterable[SimulatedServing]:
         for penalty_s in PENALTIES_S:
             levers = replace(found.serving.levers, order=by_length(penalty_s))
             yield replace(found.serving, levers=levers)
@@ -255,9 +263,9 @@ class Tuner:
     @cached_property
     def planned(self) -> PlanResult:
         """The linear programme's plans for it."""
-        return answer(self.question)
+        return compute_plan(self.question)
 
-    def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[Serving]:
+    def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[SimulatedServing]:
         """The programme's best plan and its ten best candidates, those of several shapes."""
         planned = self.planned.planned
         servings = []

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from oserve.core import OServeError
 from oserve.switch.choice import Copy, split_item
-from oserve.switch.demand import Demand, Item
+from oserve.switch.demand import Item, ShardDemand
 from oserve.switch.links import Links
 
 # Demands smaller than this share of all bytes are left out of the programme: norms and scales.
@@ -41,7 +41,7 @@ class Balanced:
     bound_s: float
 
 
-def balanced_copies(demands: Sequence[Demand], links: Links) -> Balanced:
+def balanced_copies(demands: Sequence[ShardDemand], links: Links) -> Balanced:
     """Sources for all demands, by the programme and rounding."""
     total = sum(demand.size_bytes for demand in demands)
     if not total:
@@ -62,21 +62,21 @@ def balanced_copies(demands: Sequence[Demand], links: Links) -> Balanced:
     return Balanced(copies=tuple(copies), bound_s=bound_s)
 
 
-def lower_bound_s(demands: Sequence[Demand], links: Links) -> float:
+def lower_bound_s(demands: Sequence[ShardDemand], links: Links) -> float:
     """Seconds below which no choice of sources can come (relays are not considered)."""
     total = sum(demand.size_bytes for demand in demands)
     large = [demand for demand in demands if demand.size_bytes > total * _SMALL]
     return _solve(large, links)[1] if large else 0.0
 
 
-def _nearest(demand: Demand, links: Links, sent: dict[str, float]) -> str:
+def _nearest(demand: ShardDemand, links: Links, sent: dict[str, float]) -> str:
     home = links.port(demand.target).node
     return min(
         demand.holders, key=lambda name: (links.port(name).node != home, sent.get(name, 0.0))
     )
 
 
-def _solve(demands: Sequence[Demand], links: Links) -> tuple[list[dict[str, float]], float]:
+def _solve(demands: Sequence[ShardDemand], links: Links) -> tuple[list[dict[str, float]], float]:
     """Each demand's fractions by source, and the bound."""
     model = _Model(demands, links)
     values, objective = model.solve()
@@ -98,7 +98,7 @@ def _solve(demands: Sequence[Demand], links: Links) -> tuple[list[dict[str, floa
 class _Model:
     """The programme as arrays. One column per demand and holder, the last one is the time."""
 
-    def __init__(self, demands: Sequence[Demand], links: Links) -> None:
+    def __init__(self, demands: Sequence[ShardDemand], links: Links) -> None:
         devices = {name: index for index, name in enumerate(links.ports)}
         nodes = {name: index for index, name in enumerate(links.node_bandwidth)}
         node_of = np.array([nodes[port.node] for port in links.ports.values()])
@@ -172,7 +172,7 @@ class _Model:
         return lp
 
 
-def _rounded(demand: Demand, shares: dict[str, float]) -> list[Copy]:
+def _rounded(demand: ShardDemand, shares: dict[str, float]) -> list[Copy]:
     """The demand's items dealt to its sources in order, cut where a share ends."""
     copies: list[Copy] = []
     items: list[Item] = list(reversed(demand.items))

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from oserve.switch.demand import Demand, Demands, Item, item_of
-from oserve.switch.links import Links, Traffic
+from oserve.switch.demand import Demands, Item, ShardDemand, item_of
+from oserve.switch.links import Links, LinkTraffic
 from oserve.switch.tensor import Box
 
 
@@ -27,7 +27,7 @@ def local_copies(demands: Demands) -> tuple[Copy, ...]:
     )
 
 
-def traffic_of(copies: Iterable[Copy]) -> Traffic:
+def traffic_of(copies: Iterable[Copy]) -> LinkTraffic:
     """Bytes by pair of devices, and inside devices."""
     pairs: dict[tuple[str, str], int] = {}
     local: dict[str, int] = {}
@@ -38,10 +38,10 @@ def traffic_of(copies: Iterable[Copy]) -> Traffic:
         else:
             pair = copy.source, copy.target
             pairs[pair] = pairs.get(pair, 0) + size
-    return Traffic(pairs=pairs, local=local)
+    return LinkTraffic(pairs=pairs, local=local)
 
 
-def greedy_copies(demands: Sequence[Demand], links: Links) -> tuple[Copy, ...]:
+def greedy_copies(demands: Sequence[ShardDemand], links: Links) -> tuple[Copy, ...]:
     """The paper's choice, section 4 of the method: shard by shard, device by device.
 
     A shard is a tensor's cell in one layer. A holder on the target's node comes before others;

@@ -101,6 +101,22 @@ def switch_cost(
     )
 
 
+def transfer_s(transfer: TransferPlan, costs: SwitchCosts) -> float:
+    """Return the seconds of a transfer on links that carry nothing else."""
+    if not (transfer.copies or transfer.kept):
+        return 0.0
+    given = transfer.given_bytes
+    converted = {conversion.target for conversion in transfer.conversions}
+    quantised = max((given.get(target, 0) for target in converted), default=0)
+    links_s = transfer.busy_s / costs.link_share + transfer.latency_s
+    return costs.join_s + links_s + quantised * costs.quantise_s_per_byte
+
+
+def verify_s(transfer: TransferPlan, costs: SwitchCosts) -> float:
+    """Return the seconds that checking the replicas of a transfer takes."""
+    return costs.verify_s + max(transfer.given_bytes.values(), default=0) * costs.check_s_per_byte
+
+
 def _phase(
     wave: Wave, transfer: TransferPlan, costs: SwitchCosts, hosts: Mapping[str, str]
 ) -> PhaseSeconds:
@@ -109,18 +125,11 @@ def _phase(
     for replica in wave.start:
         by_host[hosts[replica]] = by_host.get(hosts[replica], 0) + 1
     crowd = max(by_host.values(), default=0)
-    given = transfer.given_bytes
-    converted = {conversion.target for conversion in transfer.conversions}
-    quantised = max((given.get(target, 0) for target in converted), default=0)
-    extra_s = quantised * costs.quantise_s_per_byte
-    checks_s = costs.verify_s + max(given.values(), default=0) * costs.check_s_per_byte
-    moves = bool(transfer.copies or transfer.kept)
-    busy_s = transfer.busy_s / costs.link_share + transfer.latency_s + extra_s
     return PhaseSeconds(
         room_s=costs.drain_s + costs.room_s if room else 0.0,
         prepare_s=costs.engine_start_s + (crowd - 1) * costs.further_start_s if crowd else 0.0,
-        transfer_s=costs.join_s + busy_s if moves else 0.0,
-        verify_s=checks_s if crowd else 0.0,
+        transfer_s=transfer_s(transfer, costs),
+        verify_s=verify_s(transfer, costs) if crowd else 0.0,
         commit_s=costs.commit_s,
         drain_s=costs.drain_s if wave.retire else 0.0,
     )

@@ -12,11 +12,11 @@ from enum import StrEnum
 
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import kv_bytes_per_value
-from oserve.switch.demand import Demand, Demands, demands_of
-from oserve.switch.layout import Contents, Placed
+from oserve.switch.demand import Demands, ShardDemand, demands_of
+from oserve.switch.layout import Contents, ShardPlacement
 from oserve.switch.links import Links
-from oserve.switch.precision import Format
-from oserve.switch.tensor import Cut, CutKind, Parameter, Tensor
+from oserve.switch.precision import WeightFormat
+from oserve.switch.tensor import Cut, CutKind, Parameter, TensorSpec
 from oserve.switch.transfer import TransferPlan, plan_demands
 
 
@@ -73,7 +73,7 @@ class DrainPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class MoveVerdict:
     """What becomes of a request, why, and for how long its stream stands still (seconds)."""
 
     request: str
@@ -89,12 +89,12 @@ def decide_requests(
     policy: DrainPolicy,
     *,
     kv_bytes_per_token: float,
-) -> tuple[Verdict, ...]:
+) -> tuple[MoveVerdict, ...]:
     """A verdict for each request, in the order given."""
     free = {
         name: room.free_tokens - policy.headroom * room.kv_tokens for name, room in rooms.items()
     }
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, MoveVerdict] = {}
     for request in sorted(requests, key=lambda one: (-one.context_tokens, one.id)):
         verdict = _verdict(request, rooms.get(request.target), free, policy, kv_bytes_per_token)
         verdicts[request.id] = verdict
@@ -109,22 +109,22 @@ def _verdict(
     free: Mapping[str, float],
     policy: DrainPolicy,
     kv_bytes_per_token: float,
-) -> Verdict:
+) -> MoveVerdict:
     drain_s = request.remaining_tokens * policy.decode_s_per_token
     if drain_s <= policy.limit_s:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"ends in about {drain_s:.1f} s, within the limit of {policy.limit_s:.1f} s",
         )
     if not request.carries:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"its state cannot be carried over, though it needs about {drain_s:.1f} s",
         )
     if room is None:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"no replica can take it, though it needs about {drain_s:.1f} s",
@@ -134,20 +134,20 @@ def _verdict(
     replay_s = room.replay_s + request.context_tokens * room.prefill_s_per_token
     wanted = request.context_tokens + request.remaining_tokens
     if wanted > free[request.target]:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.REPLAY,
             gap_s=replay_s,
             reason=f"its cache of {wanted:.0f} tokens finds no room beside the headroom",
         )
     if move_s > replay_s:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.REPLAY,
             gap_s=replay_s,
             reason=f"computing it again takes {replay_s:.2f} s, moving it {move_s:.2f} s",
         )
-    return Verdict(
+    return MoveVerdict(
         request=request.id,
         way=Way.MOVE,
         gap_s=move_s,
@@ -160,8 +160,8 @@ def _verdict(
 class CacheMove:
     """The caches of some requests, ``tokens`` tokens in all, from one replica to another."""
 
-    source: Placed
-    target: Placed
+    source: ShardPlacement
+    target: ShardPlacement
     tokens: int
 
 
@@ -181,10 +181,10 @@ class CacheContents(Contents):
         """Of the model."""
         return self.model.layers
 
-    def parameters(self, held: Format) -> tuple[Parameter, ...]:
+    def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
         """One parameter; its values are as wide as the plain weights'."""
         size = int(kv_bytes_per_value(held.plain))
-        tensor = Tensor(
+        tensor = TensorSpec(
             name=f"model.layers.{{}}.self_attn.attn.kv{self.tag}",
             shape=(self.model.kv_heads, self.tokens, 2 * self.model.head_dim),
             dtype=held.plain.value,
@@ -201,8 +201,8 @@ def plan_caches(model: ModelFacts, moves: Sequence[CacheMove], links: Links) -> 
     dimension counts the tokens of the move's requests one after another. Raises OServeError where
     the two hold caches of different types.
     """
-    remote: tuple[Demand, ...] = ()
-    local: tuple[Demand, ...] = ()
+    remote: tuple[ShardDemand, ...] = ()
+    local: tuple[ShardDemand, ...] = ()
     for move in moves:
         tag = f"@{move.source.replica}>{move.target.replica}"
         contents = CacheContents(model=model, tokens=move.tokens, tag=tag)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from oserve.core import OServeError, Precision, ReplicaSpec
 from oserve.perf.model import ModelFacts
 from oserve.switch.family import Family, family_of
-from oserve.switch.precision import Format, format_of, parameters_of
-from oserve.switch.tensor import Box, Parameter, Range, Tensor, Where, volume
+from oserve.switch.precision import WeightFormat, format_of, parameters_of
+from oserve.switch.tensor import Box, Parameter, Range, TensorSpec, Where, volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Layout:
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    held: Format = field(default_factory=Format)
+    held: WeightFormat = field(default_factory=WeightFormat)
     expert_parallel: bool = False
 
     @property
@@ -32,7 +32,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class ShardPlacement:
     """A replica's layout on devices, in rank order."""
 
     replica: str
@@ -60,7 +60,7 @@ class Contents(ABC):
         """How many layers there are."""
 
     @abstractmethod
-    def parameters(self, held: Format) -> tuple[Parameter, ...]:
+    def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
         """All parameters in a format."""
 
     def stages(self, where: Where, stages: int) -> tuple[tuple[int, Range], ...]:
@@ -88,7 +88,7 @@ class Architecture(Contents):
         """Of the model."""
         return self.model.layers
 
-    def parameters(self, held: Format) -> tuple[Parameter, ...]:
+    def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
         """Its parameters in a format."""
         return parameters_of(self.model, self.family, held)
 
@@ -97,7 +97,7 @@ class Architecture(Contents):
 class Piece:
     """A box of a tensor (of one layer) and where it starts in the rank's local parameter."""
 
-    tensor: Tensor
+    tensor: TensorSpec
     box: Box
     start: tuple[int, ...]
 
@@ -122,14 +122,14 @@ def architecture_of(model: ModelFacts, architecture: str = "") -> Architecture:
     return Architecture(model=model, family=family_of(model, architecture))
 
 
-def placed_of(spec: ReplicaSpec, *, plain: Precision = Precision.BF16) -> Placed:
+def placed_of(spec: ReplicaSpec, *, plain: Precision = Precision.BF16) -> ShardPlacement:
     """The layout of a plan's replica on its devices."""
     layout = Layout(
         tensor_parallel_size=spec.shape.tensor_parallel_size,
         pipeline_parallel_size=spec.shape.pipeline_parallel_size,
         held=format_of(spec.shape.precision, plain=plain),
     )
-    return Placed(replica=spec.id, layout=layout, devices=spec.devices)
+    return ShardPlacement(replica=spec.id, layout=layout, devices=spec.devices)
 
 
 @functools.lru_cache(maxsize=256)

@@ -75,7 +75,7 @@ class Links:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class LinkTraffic:
     """Bytes by way: from device to device, inside devices; ``pairs`` are (source, target)."""
 
     pairs: Mapping[tuple[str, str], int]
@@ -115,7 +115,7 @@ def links_of(
     return Links(ports=ports, node_bandwidth=outside, node_latency_s=network.latency_s)
 
 
-def link_bytes(traffic: Traffic, links: Links) -> dict[Way, float]:
+def link_bytes(traffic: LinkTraffic, links: Links) -> dict[Way, float]:
     """Bytes on each link and direction that is used."""
     loads: dict[Way, float] = {}
     for (source, target), size in traffic.pairs.items():
@@ -124,7 +124,7 @@ def link_bytes(traffic: Traffic, links: Links) -> dict[Way, float]:
     return loads
 
 
-def busy_s(traffic: Traffic, links: Links) -> float:
+def busy_s(traffic: LinkTraffic, links: Links) -> float:
     """Seconds until the busiest link is done; nothing for latency."""
     loads = link_bytes(traffic, links)
     longest = max((size / links.rate(way) for way, size in loads.items()), default=0.0)

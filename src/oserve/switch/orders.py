@@ -10,7 +10,7 @@ from typing import Literal
 
 from oserve.core import OServeError, Precision
 from oserve.switch.choice import Copy
-from oserve.switch.layout import Architecture, Placed, pieces_by_key, place_of, shard_map
+from oserve.switch.layout import Architecture, ShardPlacement, pieces_by_key, place_of, shard_map
 from oserve.switch.rank_order import RankOrder, ShardConversion, ShardPart, StagedTensor
 from oserve.switch.transfer import TransferPlan
 
@@ -18,8 +18,8 @@ from oserve.switch.transfer import TransferPlan
 def rank_orders(
     architecture: Architecture,
     plan: TransferPlan,
-    sources: Sequence[Placed],
-    targets: Sequence[Placed],
+    sources: Sequence[ShardPlacement],
+    targets: Sequence[ShardPlacement],
 ) -> tuple[RankOrder, ...]:
     """One order for each rank of all sources and targets; a rank's number is its place here.
 
@@ -37,8 +37,8 @@ class _OrderBuilder:
         self,
         architecture: Architecture,
         plan: TransferPlan,
-        sources: Sequence[Placed],
-        targets: Sequence[Placed],
+        sources: Sequence[ShardPlacement],
+        targets: Sequence[ShardPlacement],
     ) -> None:
         self._architecture = architecture
         self._plan = plan
@@ -47,7 +47,9 @@ class _OrderBuilder:
         self._sources = self._numbered(sources)
         self._targets = self._numbered(plan.received)
 
-    def _numbered(self, placed: Sequence[Placed]) -> dict[str, tuple[int, Placed, int]]:
+    def _numbered(
+        self, placed: Sequence[ShardPlacement]
+    ) -> dict[str, tuple[int, ShardPlacement, int]]:
         """By device: its rank's number, the replica, and its rank in the replica."""
         found = {}
         for one in placed:
@@ -65,7 +67,7 @@ class _OrderBuilder:
         self.orders[sender].sends.setdefault(receiver, []).extend(sent)
         self.orders[receiver].receives.setdefault(sender, []).extend(received)
 
-    def _parts(self, placed: Placed, rank: int, copy: Copy) -> list[ShardPart]:
+    def _parts(self, placed: ShardPlacement, rank: int, copy: Copy) -> list[ShardPart]:
         pieces = pieces_of(self._architecture, placed.layout, rank)
         parameter, piece = pieces[copy.item.tensor.key]
         box = tuple((edge.start, edge.stop) for edge in place_of(piece, copy.item.box))
@@ -78,7 +80,7 @@ class _OrderBuilder:
             order = self.orders[number]
             scheme: Literal["int8", "cast"] = "cast"
             if not conversion.cast:
-                scheme = _scheme(self._precision[conversion.replica])
+                scheme = conversion_scheme(self._precision[conversion.replica])
             peers = tuple(self._targets[device][0] for device in conversion.peers) or (number,)
             held = shard_map(self._architecture, target.layout, rank)
             for layer in range(*conversion.layers):
@@ -95,7 +97,8 @@ def _named(name: str, layer: int) -> str:
     return name.replace("{}", str(layer))
 
 
-def _scheme(precision: Precision) -> Literal["int8"]:
+def conversion_scheme(precision: Precision) -> Literal["int8"]:
+    """Return how engines make weights of a precision. Raises OServeError if they cannot."""
     if precision is not Precision.INT8:
         raise OServeError(
             f"engines cannot convert weights to {precision} during a transfer",

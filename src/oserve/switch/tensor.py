@@ -94,7 +94,7 @@ WHOLE = Cut()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
+class TensorSpec:
     """One logical tensor; if ``where`` is LAYER, one like it in each layer.
 
     ``shape`` is of one layer. ``dtype`` names the type of its values, each ``value_bytes`` long
@@ -134,7 +134,7 @@ class Parameter:
     """A parameter by the engine's name (``{}`` stands for the layer): parts joined along a dim."""
 
     name: str
-    parts: tuple[Tensor, ...]
+    parts: tuple[TensorSpec, ...]
     fuse_dim: int = 0
 
     @property

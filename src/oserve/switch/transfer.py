@@ -14,9 +14,9 @@ from oserve.core import OServeError, Precision
 from oserve.switch.balance import balanced_copies, lower_bound_s
 from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
 from oserve.switch.demand import Demands, demands_of
-from oserve.switch.layout import Architecture, Placed, local_parameter
-from oserve.switch.links import Links, Traffic, busy_s, latency_s, local_s
-from oserve.switch.precision import Format, format_of
+from oserve.switch.layout import Architecture, ShardPlacement, local_parameter
+from oserve.switch.links import Links, LinkTraffic, busy_s, latency_s, local_s
+from oserve.switch.precision import WeightFormat, format_of
 from oserve.switch.tensor import CutKind, Parameter, Range
 
 
@@ -56,11 +56,11 @@ class TransferPlan:
     copies: tuple[Copy, ...]
     kept: tuple[Copy, ...]
     conversions: tuple[Conversion, ...]
-    traffic: Traffic
+    traffic: LinkTraffic
     busy_s: float
     latency_s: float
     bound_s: float
-    received: tuple[Placed, ...] = ()
+    received: tuple[ShardPlacement, ...] = ()
 
     @property
     def given_bytes(self) -> dict[str, int]:
@@ -78,8 +78,8 @@ class TransferPlan:
 
 def plan_transfer(
     architecture: Architecture,
-    sources: Sequence[Placed],
-    targets: Sequence[Placed],
+    sources: Sequence[ShardPlacement],
+    targets: Sequence[ShardPlacement],
     links: Links,
     *,
     method: Method = Method.BALANCED,
@@ -132,7 +132,9 @@ def plan_demands(
     )
 
 
-def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> str:
+def fill_reason(
+    target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
+) -> str:
     """Why the target cannot be filled from these sources; empty if it can."""
     held = target.layout.held
     formats = {source.layout.held for source in sources}
@@ -155,13 +157,15 @@ def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) ->
     return ""
 
 
-def _origin(held: Format, formats: Collection[Format]) -> Format | None:
+def _origin(held: WeightFormat, formats: Collection[WeightFormat]) -> WeightFormat | None:
     """The plain format among these that it can be made from: its own, else fp32, cast."""
     choices = (held.unquantised, format_of(Precision.FP32))
     return next((one for one in choices if one in formats and one != held), None)
 
 
-def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> Placed:
+def _received(
+    target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
+) -> ShardPlacement:
     """The target as it receives its weights: itself, or in the plain format it is made from."""
     reason = fill_reason(target, sources, quantise=quantise)
     if reason:
@@ -179,7 +183,9 @@ def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> P
     return replace(target, layout=replace(target.layout, held=origin))
 
 
-def _conversions(architecture: Architecture, target: Placed, got: Placed) -> list[Conversion]:
+def _conversions(
+    architecture: Architecture, target: ShardPlacement, got: ShardPlacement
+) -> list[Conversion]:
     layout = target.layout
     width = layout.tensor_parallel_size
     own = {
@@ -215,7 +221,7 @@ def _conversions(architecture: Architecture, target: Placed, got: Placed) -> lis
     return found
 
 
-def _check_cuts(architecture: Architecture, target: Placed) -> None:
+def _check_cuts(architecture: Architecture, target: ShardPlacement) -> None:
     """Raises OServeError if ranks would cut through a group of weights that share a scale."""
     layout = target.layout
     for parameter in architecture.parameters(layout.held):
@@ -224,7 +230,7 @@ def _check_cuts(architecture: Architecture, target: Placed) -> None:
         )
 
 
-def _scale_spans_ranks(parameter: Parameter, precision: Precision, got: Placed) -> bool:
+def _scale_spans_ranks(parameter: Parameter, precision: Precision, got: ShardPlacement) -> bool:
     """Whether one scale covers values on several ranks."""
     part = parameter.parts[0]
     if part.experts and got.layout.expert_parallel:

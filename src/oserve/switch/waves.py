@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from math import inf
 
 from oserve.core import OServeError
-from oserve.switch.layout import Placed
+from oserve.switch.layout import ShardPlacement
 from oserve.switch.sequence import Sequenced, best_sequence
 from oserve.switch.transfer import fill_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class WaveReplica:
     """A replica as the order sees it: bytes are per device, capacity is by type of request.
 
     ``engine_bytes``: what an engine takes beside weights and KV cache. ``settings``: what else
     of an engine cannot change while it runs, as any text.
     """
 
-    placed: Placed
+    placed: ShardPlacement
     weights_bytes: float
     kv_bytes: float
     engine_bytes: float
@@ -45,16 +45,18 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OrderPolicy:
+class WavePolicy:
     """What must hold: the floor by type (requests/s), and each device's memory (bytes).
 
-    ``releases_cache``: engines can give up the KV cache and keep the weights, to be copied from.
-    ``quantise``: see ``plan_transfer``.
+    ``releases_cache``: engines can free the KV cache and keep the weights, to be copied from.
+    ``standby_without_cache``: a new engine allocates its cache when the released replicas on its
+    devices have ended. ``quantise``: see ``plan_transfer``.
     """
 
     floor_rps: tuple[float, ...]
     memory_bytes: Mapping[str, float]
     releases_cache: bool = False
+    standby_without_cache: bool = False
     quantise: bool = False
 
 
@@ -62,9 +64,9 @@ class OrderPolicy:
 class Wave:
     """Replica ids. ``release`` and ``stop`` happen before ``start``, ``retire`` after the commit.
 
-    Released ones serve no more and give up their cache, but their weights are copied from; they are
-    stopped with those to retire. ``sources`` hold weights while the wave's transfer runs.
-    ``capacity_rps`` is what is ready until the commit.
+    A released replica takes no requests and gives up its cache, but others copy its weights; it
+    stops with those to retire. ``sources`` hold weights while the wave's transfer runs.
+    ``capacity_rps`` is ready until the commit, by type.
     """
 
     release: tuple[str, ...] = ()
@@ -74,9 +76,14 @@ class Wave:
     sources: tuple[str, ...] = ()
     capacity_rps: tuple[float, ...] = ()
 
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Old replicas that do not serve after the wave."""
+        return frozenset((*self.retire, *self.release, *self.stop))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class WaveOrder:
     """Waves, and how much of the floor is kept at the worst moment (1 or more: all of it).
 
     ``reason`` is empty if the floor is kept. ``proved``: no order keeps more of the floor (or it is
@@ -90,7 +97,9 @@ class Order:
     reason: str = ""
 
 
-def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: OrderPolicy) -> Order:
+def order_switch(
+    old: Sequence[WaveReplica], new: Sequence[WaveReplica], policy: WavePolicy
+) -> WaveOrder:
     """Waves that lead from the old replicas to the new ones.
 
     A replica of both with the same layout, settings and devices stays as it is, whatever its id. If
@@ -126,13 +135,13 @@ def order_switch(old: Sequence[Standing], new: Sequence[Standing], policy: Order
 
 
 def _order(
-    waves: tuple[Wave, ...], kept: Sequence[Standing], share: float, *, proved: bool
-) -> Order:
+    waves: tuple[Wave, ...], kept: Sequence[WaveReplica], share: float, *, proved: bool
+) -> WaveOrder:
     reason = ""
     if share < 1.0:
         best = "the most that any order keeps" if proved else "the most that was found"
         reason = f"capacity falls to {share:.2f} of the floor, {best}"
-    return Order(
+    return WaveOrder(
         waves=waves,
         kept=tuple(one.id for one in kept),
         floor_share=share,
@@ -146,10 +155,10 @@ class _Board:
 
     def __init__(
         self,
-        kept: Sequence[Standing],
-        old: Sequence[Standing],
-        new: Sequence[Standing],
-        policy: OrderPolicy,
+        kept: Sequence[WaveReplica],
+        old: Sequence[WaveReplica],
+        new: Sequence[WaveReplica],
+        policy: WavePolicy,
     ) -> None:
         self.kept, self.old, self.new, self.policy = kept, old, new, policy
         self.count = len(new)
@@ -256,7 +265,7 @@ class _Board:
         held |= started << len(self.old)
         return held | ((1 << len(self.kept)) - 1) << (len(self.old) + self.count)
 
-    def _fillers(self, target: Standing) -> int:
+    def _fillers(self, target: WaveReplica) -> int:
         everyone = (*self.old, *self.new, *self.kept)
         return _mask(
             index
@@ -264,11 +273,15 @@ class _Board:
             if not fill_reason(target.placed, [one.placed], quantise=self.policy.quantise)
         )
 
-    def _fits(self, one: Standing, other: Standing, *, whole: bool) -> bool:
+    def _fits(self, one: WaveReplica, other: WaveReplica, *, whole: bool) -> bool:
+        """Whether a new replica fits beside an old one, which serves or has freed its cache."""
+        own = one.total_bytes
+        if not whole and self.policy.standby_without_cache:
+            own -= one.kv_bytes
         beside = other.total_bytes if whole else other.weights_bytes + other.engine_bytes
         shared = set(one.placed.devices) & set(other.placed.devices)
         room = min(self.policy.memory_bytes[device] for device in shared)
-        return one.total_bytes + beside <= room
+        return own + beside <= room
 
     def _check_fit(self) -> None:
         for one in (*self.kept, *self.old, *self.new):

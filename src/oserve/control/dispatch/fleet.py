@@ -14,7 +14,7 @@ from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.control.dispatch.vacating import Vacating
 from oserve.core import ReplicaPhase, Request
 
-EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
+EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
 _NONE: Set[str] = frozenset()
 
 
@@ -51,7 +51,7 @@ class Fleet:
         self._router = Router(
             table.routing_shares,
             overflow_s=self._overflow_s,
-            type_shares=[kind.shares for kind in table.types],
+            type_shares=[kind.shares for kind in table.planned_types],
         )
         self.vacating.follow(table, now_s)
         self.ledger.follow(table.replicas)
@@ -95,10 +95,10 @@ class Fleet:
             prompt_tokens=request.prompt_tokens,
             prefix_tokens=state.prefix_tokens,
         )
+        self.breakers.sent(name, now_s)
         entry = self.ledger.admit(
             name, request, now_s, cached_tokens=choice.cached_tokens, streams=state.streams
         )
-        self.breakers.sent(name, now_s)
         return Booking(choice.replica, entry)
 
     def any_open(self, state: RequestState, now_s: float) -> TableReplica | None:
