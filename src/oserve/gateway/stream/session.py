@@ -148,11 +148,13 @@ class Session:
         if self._connection is not None:
             self._connection.pause(paused)
 
-    def commit(self, status: int, headers: Headers, *, close: bool, events: bool) -> None:
-        """Send the head; ``events``: a stream of events follows."""
+    def commit(
+        self, status: int, headers: Headers, body: bytes, *, close: bool, events: bool
+    ) -> None:
+        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
         self.committed = True
         self._events = events
-        self.exchange.start(status, (*headers, *self._own_headers()), close=close)
+        self.exchange.start(status, (*headers, *self._own_headers()), body, close=close)
         if self.migration is not None and not events:
             self.migration.release()
             self.migration = None
