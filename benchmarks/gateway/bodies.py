@@ -69,16 +69,16 @@ async def serve(seed: int) -> None:
             # Its next start: what ran on it is broken off, and it serves again.
             later = [replace(item, started_s=item.started_s + 1) for item in table.replicas]
             table = replace(table, replicas=tuple(later))
-    dispatcher = gateway.runner
+    runner = gateway.runner
     left = {
         "faults": faults,
-        "booked": sum(count for _, count in dispatcher.outstanding().values()),
-        "active": len(dispatcher.active),
-        "queued": dispatcher.queued,
-        "timers": len(dispatcher._timers),
-        "ended": dict(dispatcher.metrics.snapshot()["oserve_requests"]),
+        "booked": sum(count for _, count in runner.outstanding().values()),
+        "active": len(runner.active),
+        "queued": runner.queued,
+        "waiting": len(runner.machine.waiting),
+        "ended": dict(runner.metrics.snapshot()["oserve_requests"]),
         "moved": sum(
-            value[0] for value in dispatcher.metrics.snapshot()["oserve_requests_moved"].values()
+            value[0] for value in runner.metrics.snapshot()["oserve_requests_moved"].values()
         ),
     }
     print(json.dumps(left), flush=True)
@@ -109,7 +109,7 @@ async def table_of(engines: list[EmulatedEngine]) -> RoutingTable:
     share = {replica.id: 1 / 3 for replica in replicas}
     return RoutingTable(
         plan_id="p",
-        workload_types=(LengthClass(name="short", max_prompt_tokens=512), LengthClass(name="long")),
+        length_classes=(LengthClass(name="short", max_prompt_tokens=512), LengthClass(name="long")),
         routing_shares={"short": share, "long": share},
         replicas=replicas,
         expected=True,

@@ -27,7 +27,7 @@ from typing import TypeVar
 from oserve.core import Device, OServeError, Precision, ReplicaShape, WorkloadType
 from oserve.perf import ShapePerformance
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.brute import brute_force
 from oserve.plan.deploy import place_deployment
 from oserve.plan.dominance import undominated
@@ -178,7 +178,7 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float]:
     return result, time.perf_counter() - begun
 
 
-def value(problem: PlanProblem, scored: Scored) -> float:
+def value(problem: PlanProblem, scored: ScoredCounts) -> float:
     scale = scored.score.scale
     return scored.score.served_rps if scale < 1 else problem.demand_rps * scale
 
@@ -215,7 +215,7 @@ def measured(problem: PlanProblem) -> Instance:
         brute_agrees=agrees,
         whole_plan_s=whole_plan_s,
         placement_s=placement_s,
-        gain=best / value(problem, Scored(counts=baseline.counts, score=baseline.score)),
+        gain=best / value(problem, ScoredCounts(counts=baseline.counts, score=baseline.score)),
     )
 
 

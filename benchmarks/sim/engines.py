@@ -117,8 +117,8 @@ def simulated(seen: Sequence[Seen], plan: DeploymentPlan, source: ProfileSource)
         )
         for item in seen
     ]
-    kinds = [kind.name for kind in plan.workload_types]
-    classes = [kinds.index(classify(item.prompt_tokens, plan.workload_types).name) for item in seen]
+    kinds = [kind.name for kind in plan.length_classes]
+    classes = [kinds.index(classify(item.prompt_tokens, plan.length_classes).name) for item in seen]
     table = RequestTable.from_trace(
         requests,
         order=OrderPolicy(),

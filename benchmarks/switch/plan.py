@@ -31,7 +31,7 @@ from oserve.perf.model import find_model
 from oserve.switch.balance import balanced_copies, lower_bound_s
 from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
 from oserve.switch.demand import demands_of
-from oserve.switch.layout import Architecture, Layout, Placed, architecture_of
+from oserve.switch.layout import Architecture, Layout, ShardPlacement, architecture_of
 from oserve.switch.links import Links, busy_s, latency_s, links_of
 
 Result = TypeVar("Result")
@@ -62,9 +62,9 @@ class Row:
     greedy_plan_s: float
 
 
-def deployment(rng: random.Random, *, straddle: bool) -> list[Placed]:
+def deployment(rng: random.Random, *, straddle: bool) -> list[ShardPlacement]:
     """Tensor-parallel groups are inside nodes, stages of a replica too unless they straddle."""
-    found: list[Placed] = []
+    found: list[ShardPlacement] = []
     free = [
         rng.sample([f"n{node}/gpu:{index}" for index in range(NODE_SIZE)], NODE_SIZE)
         for node in range(NODES)
@@ -86,11 +86,11 @@ def deployment(rng: random.Random, *, straddle: bool) -> list[Placed]:
             continue
         layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth)
         name = f"r{len(found)}"
-        found.append(Placed(replica=name, layout=layout, devices=tuple(devices)))
+        found.append(ShardPlacement(replica=name, layout=layout, devices=tuple(devices)))
     return found
 
 
-def deployments(seed: int, setting: str) -> tuple[list[Placed], list[Placed]]:
+def deployments(seed: int, setting: str) -> tuple[list[ShardPlacement], list[ShardPlacement]]:
     rng = random.Random(seed)
     straddle = setting == STRADDLE
     old, new = deployment(rng, straddle=straddle), deployment(rng, straddle=straddle)
@@ -129,8 +129,8 @@ def seconds(copies: Sequence[Copy], kept: Sequence[Copy], links: Links) -> float
 
 def measure(
     architecture: Architecture,
-    old: Sequence[Placed],
-    new: Sequence[Placed],
+    old: Sequence[ShardPlacement],
+    new: Sequence[ShardPlacement],
     links: Links,
     *,
     setting: str,

@@ -25,7 +25,7 @@ def main() -> None:
     requests = asked.requests()
     scenes = [scene(asked, model, "2x8xH100", requests) for model in asked.models]
     found = measured(asked, scenes, list(STEPS))
-    print(f"Traffic: {asked.words}.")
+    print(f"SimulatedTraffic: {asked.words}.")
     for item, rows in zip(scenes, found, strict=True):
         tell(
             f"{item.name}: over reload and over static-best (capacity / P99 E2E at the knee)",

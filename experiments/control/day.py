@@ -10,17 +10,19 @@ import math
 import resource
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from oserve.core import ReplicaShape
-from oserve.evaluate.simulator import Levers, Routing, Traffic, attainment
+from oserve.control.decision import Decision
+from oserve.core import DeploymentPlan, ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, attainment
+from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.experiment import Setup, scene
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Moment, Start, Steer
+from oserve.study.policy import Moment, PolicySession, PolicyStart, PolicyUpdate
 from oserve.study.runner import run_policy
-from oserve.study.steered import Steered, steered
 from oserve.study.tune import by_length
 from oserve.traces import TraceRequest, synthesise_pattern
 
@@ -48,32 +50,46 @@ def requests(hours: float, load: float, seed: int) -> list[TraceRequest]:
 
 
 class Hourly:
-    """A steered policy that says how it goes, each hour."""
+    """A controller policy that reports its progress, each hour."""
 
-    def __init__(self, policy: Steered) -> None:
-        self.policy = policy
+    def __init__(self, policy: ControllerPolicy) -> None:
+        self._policy = policy
         self.conduct = policy.conduct
         self.initial = policy.initial
         self.decide = policy.decide
+
+    def begin(self, traffic: SimulatedTraffic) -> PolicySession:
+        return HourlySession(self._policy.begin(traffic))
+
+
+class HourlySession:
+    """One run that reports its progress."""
+
+    def __init__(self, session: PolicySession) -> None:
+        self._session = session
         self._hour = 0
-        self._started_s = time.perf_counter()
+        self._began_s = time.perf_counter()
 
-    def begin(self, traffic: Traffic) -> None:
-        self.policy.begin(traffic)
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        return self._session.decisions
 
-    def second(self, moment: Moment) -> Steer:
-        steer = self.policy.second(moment)
+    def second(self, moment: Moment) -> PolicyUpdate:
+        update = self._session.second(moment)
         if moment.now_s >= (self._hour + 1) * 3600.0:
             self._hour += 1
             mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            switches = sum(item.verdict == "switch" for item in self.policy.decisions)
+            switches = sum(item.verdict == "switch" for item in self.decisions)
             print(
                 f"hour {self._hour}: {moment.came[1]:,} requests, "
-                f"{len(self.policy.decisions)} decisions, {switches} switches, "
-                f"{time.perf_counter() - self._started_s:.0f} s, at most {mib:,.0f} MiB",
+                f"{len(self.decisions)} decisions, {switches} switches, "
+                f"{time.perf_counter() - self._began_s:.0f} s, at most {mib:,.0f} MiB",
                 flush=True,
             )
-        return steer
+        return update
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        self._session.reached(plan)
 
 
 def main() -> None:
@@ -107,10 +123,12 @@ def main() -> None:
         tensor_parallel_size=4, max_num_batched_tokens=1024, max_num_seqs=256, device_kind="H100"
     )
     levers = Levers(routing=Routing.LEAST_WORK, order=by_length(5.0, freshest_first_s=60.0))
-    policy = steered(tuner, start=Start.TRANSFER, serving=tuner.homogeneous(shape, levers))
+    policy = controller_policy(
+        tuner, start=PolicyStart.TRANSFER, serving=tuner.homogeneous(shape, levers)
+    )
     run = run_policy(made, Hourly(policy), tuner.simulator, 1.0)
     print(f"{len(run.traffic):,} requests, {attainment(run.results, made.slo):.3f} within the SLO")
-    reasons = Counter(str(item.reason) for item in policy.decisions)
+    reasons = Counter(str(item.reason) for item in run.decisions)
     print("decisions: " + ", ".join(f"{count} {name}" for name, count in reasons.items()))
     for change in run.changes[1:]:
         words = " + ".join(f"{count} x {name}" for name, count in change.deployment)

@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from oserve.config import load_switch_costs
-from oserve.evaluate.simulator import Traffic, traffic_from
-from oserve.study.control import Course, courses
+from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
+from oserve.study.control import LoadCourse, courses
 from oserve.study.counterfactual import jittered
 from oserve.study.experiment import SLO, Setup, scene, tell
 from oserve.study.ours import OServeTuner
@@ -67,7 +67,7 @@ def main() -> None:
         switch_costs=load_switch_costs(given.switch_costs) if given.switch_costs else SwitchCosts(),
     )
     titles = [Path(given.trace).name] if given.trace else given.patterns.split(",")
-    found: dict[str, list[Course]] = {}
+    found: dict[str, list[LoadCourse]] = {}
     for model in asked.models:
         for title in titles:
             found[f"{model}, {title}"] = measured(asked, model, title, given)
@@ -85,7 +85,7 @@ def requests(asked: Setup, title: str, seed: int, duration_s: float) -> list[Tra
     )
 
 
-def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) -> list[Course]:
+def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) -> list[LoadCourse]:
     made = scene(
         asked,
         model,
@@ -96,7 +96,7 @@ def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) ->
         seqs=SEQS,
     )
 
-    def drawing(seed: int) -> Traffic:
+    def drawing(seed: int) -> SimulatedTraffic:
         if asked.trace is not None:
             return jittered(made.traffic, seed=seed)
         return traffic_from(
@@ -119,7 +119,7 @@ def measured(asked: Setup, model: str, title: str, given: argparse.Namespace) ->
     )
 
 
-def told(title: str, rows: list[Course]) -> None:
+def told(title: str, rows: list[LoadCourse]) -> None:
     tell(
         f"{title}: SLO {SLO.ttft_s:g} s TTFT, {SLO.tpot_s:g} s TPOT",
         (

@@ -15,7 +15,7 @@ CLUSTERS = ("2x8xH100", "1x8xH100+1x8xA100-80", "1x8xH200+1x8xA100-80")
 def main() -> None:
     asked = setup(__doc__ or "", duration_s=600.0, models=("llama-2-70b",))
     requests = asked.requests()
-    print(f"Traffic: {asked.words}.")
+    print(f"SimulatedTraffic: {asked.words}.")
     for model in asked.models:
         scenes = [scene(asked, model, cluster, requests, name=cluster) for cluster in CLUSTERS]
         found = measured(asked, scenes, POLICIES)

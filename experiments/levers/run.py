@@ -12,7 +12,7 @@ from oserve.study.roles import apart
 def main() -> None:
     asked = setup(__doc__ or "", duration_s=900.0, models=("opt-66b", "llama-2-70b"))
     requests = asked.requests()
-    print(f"Traffic: {asked.words}. 16 H100, capacity and gain over static-best.")
+    print(f"SimulatedTraffic: {asked.words}. 16 H100, capacity and gain over static-best.")
     tuners = {
         model: OServeTuner(scene(asked, model, "2x8xH100", requests)) for model in asked.models
     }

@@ -28,7 +28,7 @@ def main() -> None:
     ]
     names = [name for name in POLICIES if name not in LEFT_OUT]
     found = measured(asked, scenes, names)
-    print(f"Traffic: {asked.words}. Capacity: largest rate scale within the SLO.")
+    print(f"SimulatedTraffic: {asked.words}. Capacity: largest rate scale within the SLO.")
     heads = ["policy", *(item.name for item in scenes)]
     tell(
         "Capacity",

@@ -8,14 +8,14 @@ The published account of llm-d: output-length buckets cut P95 E2E by 9 %.
 
 from dataclasses import fields
 
-from oserve.evaluate.simulator import Levers, Routing, Serving
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.study.beliefs import (
     BELIEFS,
     ESTIMATED,
     KNOWN,
     UNKNOWN,
+    BeliefOutcome,
     Beliefs,
-    Believed,
     recovered,
 )
 from oserve.study.experiment import scene, setup, tell
@@ -24,11 +24,11 @@ from oserve.study.tune import Tuner
 
 _LEAST_WORK = Levers(routing=Routing.LEAST_WORK)
 _HEADS = ("capacity", "P95 E2E, s", "P99 E2E, s", "P99 TTFT, s", "imbalance")
-_NAMES = [item.name for item in fields(Believed)]
+_NAMES = [item.name for item in fields(BeliefOutcome)]
 _SHARE = "share of the gap that the estimator closes"
 
 
-def deployments(tuner: Tuner) -> dict[str, tuple[Serving, bool]]:
+def deployments(tuner: Tuner) -> dict[str, tuple[SimulatedServing, bool]]:
     """Of the smallest form; half of the devices with the next larger one; the same with pools."""
     shapes = [s for s in tuner.forms([USUAL_CHUNK]) if s.pipeline_parallel_size == 1]
     small, large = sorted(shapes, key=lambda shape: shape.device_count)[:2]
@@ -43,7 +43,7 @@ def deployments(tuner: Tuner) -> dict[str, tuple[Serving, bool]]:
     }
 
 
-def cells(row: Believed) -> list[str]:
+def cells(row: BeliefOutcome) -> list[str]:
     return [
         f"{row.capacity_scale:.2f}",
         f"{row.p95_e2e_s:.1f}",
@@ -53,7 +53,7 @@ def cells(row: Believed) -> list[str]:
     ]
 
 
-def shares(rows: dict[str, Believed]) -> list[str]:
+def shares(rows: dict[str, BeliefOutcome]) -> list[str]:
     """The share closed of each figure; of the capacity, more is better."""
     told = []
     for name in _NAMES:

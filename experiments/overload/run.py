@@ -5,13 +5,13 @@ python experiments/overload/run.py --trace azure2023-mix-dev.csv.gz
 
 from oserve.study.experiment import Setup, scene, setup, tell
 from oserve.study.overload import goodput_at_capacity, steady_scale, table
-from oserve.study.tune import Found, Tuner
+from oserve.study.tune import MeasuredServing, Tuner
 from oserve.traces import TraceRequest
 
 LOADS = (1.0, 1.25, 1.5, 2.0)
 
 
-def tell_all(tuner: Tuner, found: Found, title: str) -> None:
+def tell_all(tuner: Tuner, found: MeasuredServing, title: str) -> None:
     base = goodput_at_capacity(tuner, found)
     steady = steady_scale(tuner, found.serving)
     title += f", {found.serving.plan.id}: SLO capacity {found.scale:.2f} ({base:.1f} requests/s in "
@@ -39,7 +39,7 @@ def tell_all(tuner: Tuner, found: Found, title: str) -> None:
             ],
         )
         if words == "capacity":
-            kinds = [item.name for item in found.serving.plan.workload_types]
+            kinds = [item.name for item in found.serving.plan.length_classes]
             tell(
                 f"Who is in time at {LOADS[-1]:g}x (shed), by prompt length",
                 ("defence", *kinds),
@@ -69,7 +69,7 @@ def one(asked: Setup, model: str, requests: list[TraceRequest]) -> None:
 def main() -> None:
     asked = setup(__doc__ or "", duration_s=900.0, models=("opt-66b", "llama-2-70b"))
     requests = asked.requests()
-    print(f"Traffic: {asked.words}. 16 H100.")
+    print(f"SimulatedTraffic: {asked.words}. 16 H100.")
     for model in asked.models:
         one(asked, model, requests)
 

@@ -17,7 +17,7 @@ CHOICES = {
 def main() -> None:
     asked = setup(__doc__ or "", duration_s=600.0, models=("opt-66b", "llama-2-70b"))
     requests = asked.requests()
-    print(f"Traffic: {asked.words}. Baselines of 'mixed' are in fp8.")
+    print(f"SimulatedTraffic: {asked.words}. Baselines of 'mixed' are in fp8.")
     for model in asked.models:
         scenes = [
             scene(asked, model, "2x8xH100", requests, name=name, precisions=precisions)

@@ -68,7 +68,7 @@ def test_a_trace_is_an_argument_or_an_option_and_bad_ones_are_told(
             run(*words, *trace)
         assert caught.value.place == f"{path}:3"
         assert "--sort" in caught.value.remedy
-    with pytest.raises(OServeError, match="said twice") as caught:
+    with pytest.raises(OServeError, match="given twice") as caught:
         run(*words, str(path), "--trace", str(path))
     assert caught.value.place == "--trace"
     for option, value in (("--limit", "0"), ("--duration-s", "nan")):
@@ -107,8 +107,8 @@ def test_urls_are_read_alike(
 
 def test_models_and_plans_are_an_argument_or_an_option() -> None:
     for words in (("serve", "m", "--model", "n"), ("validate", "m", "--model", "n")):
-        with pytest.raises(OServeError, match="said twice") as caught:
+        with pytest.raises(OServeError, match="given twice") as caught:
             run(*words)
         assert caught.value.place == "--model"
-    with pytest.raises(OServeError, match="said twice"):
+    with pytest.raises(OServeError, match="given twice"):
         run("switch", "a", "--to", "b")

@@ -207,7 +207,7 @@ async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serv
     )
     _, told = await third.communicate()
     assert third.returncode == 2
-    assert f"another server works in it (process {again.process.pid})".encode() in told
+    assert f"another server uses it (process {again.process.pid})".encode() in told
 
 
 @pytest.mark.slow

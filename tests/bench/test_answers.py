@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.cli.answers import USUAL, Answer, Dialect, said
+from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, said
 from oserve.traces import FailureKind, OutcomeStatus
 
-LOOSE = Dialect(done=False, usage=False, exact=False)
+LOOSE = ApiDialect(done=False, usage=False, exact=False)
 
 
 def event(delta: object, reason: str | None = None, **more: object) -> bytes:
@@ -25,9 +25,9 @@ def usage(tokens: int, **details: int) -> bytes:
     return b"data: " + json.dumps({"choices": [], "usage": told}).encode()
 
 
-def heard(*events: bytes, line: bytes = b"\n", last: bytes = b"\n\n") -> Answer:
+def heard(*events: bytes, line: bytes = b"\n", last: bytes = b"\n\n") -> BenchAnswer:
     """Events come a second apart, the first at 1 s."""
-    answer = Answer()
+    answer = BenchAnswer()
     for at, one in enumerate(events, start=1):
         ending = last if at == len(events) else b"\n\n"
         answer.feed((one + ending).replace(b"\n", line), float(at))
@@ -85,7 +85,7 @@ def test_an_answer_that_never_stops_reasoning_has_no_first_answer_token() -> Non
         ([event({"content": "x"}, "length")], LOOSE, "completed", ""),
         ([event({"content": "x"}, "stop"), usage(2)], LOOSE, "completed", ""),
         ([event({"content": "x"}, "length"), usage(2)], LOOSE, "truncated", "tokens"),
-        ([event({"content": "x"}, "abort"), usage(4)], LOOSE, "truncated", "gave it up"),
+        ([event({"content": "x"}, "abort"), usage(4)], LOOSE, "truncated", "aborted it"),
         ([b'data: {"error": {"message": "boom"}}'], LOOSE, "failed", "boom"),
         ([b'data: {"object": "error", "message": "boom", "code": 400}'], LOOSE, "failed", "boom"),
         ([b'event: error\ndata: {"message": "boom"}'], LOOSE, "failed", "boom"),
@@ -95,7 +95,7 @@ def test_an_answer_that_never_stops_reasoning_has_no_first_answer_token() -> Non
         ([b'data: {"choices": null, "usage": {"completion_tokens": 4}}'], LOOSE, "truncated", ""),
     ],
 )
-def test_verdicts(events: list[bytes], dialect: Dialect, status: str, words: str) -> None:
+def test_verdicts(events: list[bytes], dialect: ApiDialect, status: str, words: str) -> None:
     found, reason = heard(*events).verdict(4, dialect)
     assert found == OutcomeStatus(status)
     assert words in reason
@@ -129,7 +129,7 @@ def test_line_ends_and_cuts_change_nothing(
     stream = b"\xef\xbb\xbf" * mark + b"\n\n".join(EVENTS) + b"\n\n" * last
     stream = stream.replace(b"\n", line)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
-    answer = Answer()
+    answer = BenchAnswer()
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         answer.feed(stream[start:end], 1.0)
     answer.end(1.0)
@@ -139,7 +139,7 @@ def test_line_ends_and_cuts_change_nothing(
 
 @given(st.lists(st.binary(max_size=40), max_size=5))
 def test_any_bytes_are_a_stream_or_a_failure(parts: list[bytes]) -> None:
-    answer = Answer()
+    answer = BenchAnswer()
     for part in parts:
         answer.feed(b"data: " + part + b"\n\n", 1.0)
     answer.end(1.0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from oserve.cli import app
 from oserve.cli.load import Replay, new_session
-from oserve.cli.target import Target, calibrated_writer, find_target
+from oserve.cli.target import BenchTarget, calibrated_writer, find_target
 from oserve.core import OServeError
 from oserve.sim import EmulatedEngine
 from oserve.traces import OutcomeStatus, TraceRequest, synthesise
@@ -128,7 +128,7 @@ async def test_only_complete_streams_count(
 async def test_status_errors_are_failures(serve: Serve) -> None:
     url = await serve(whole)
     async with new_session() as session:
-        target = Target(url=url + "/nowhere", model="m", max_model_len=0)
+        target = BenchTarget(url=url + "/nowhere", model="m", max_model_len=0)
         writer = await calibrated_writer(session, target, seed=0)
         run = Replay(session, target, writer, max_concurrency=2, progress=lambda: None)
         await run.run([TraceRequest(arrival_s=0, prompt_tokens=1, output_tokens=1)], speed=1.0)

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from oserve.cli.load import Replay, new_session
 from oserve.cli.prompts import PromptWriter
-from oserve.cli.target import Target, calibrated_writer, find_target, warmed_up
+from oserve.cli.target import BenchTarget, calibrated_writer, find_target, warmed_up
 from oserve.core import OServeError
 from oserve.traces import FailureKind, OutcomeStatus, Slo, TraceRequest, summarise
 
@@ -98,7 +98,7 @@ async def start() -> AsyncIterator[Start]:
 
 async def run(
     url: str, *, model: str = "", chat: bool = False, key: str = "", count: int = 2
-) -> tuple[Target, Replay]:
+) -> tuple[BenchTarget, Replay]:
     trace = [TraceRequest(arrival_s=0.0, prompt_tokens=5, output_tokens=6)] * count
     async with new_session() as session:
         target = await find_target(

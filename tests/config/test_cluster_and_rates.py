@@ -142,7 +142,7 @@ def test_a_written_plan_reads_back_as_it_was(tmp_path: Path) -> None:
                 ),
             ),
         ),
-        workload_types=(
+        length_classes=(
             LengthClass(name="short prompt", max_prompt_tokens=512, output_tokens=90),
             LengthClass(name="long prompt", output_tokens=30),
         ),
@@ -152,7 +152,7 @@ def test_a_written_plan_reads_back_as_it_was(tmp_path: Path) -> None:
     file.write_text(plan_yaml(plan, head="Two lines\nof explanation"))
     found = load_plan(str(file))
     assert found.replicas == plan.replicas
-    assert found.workload_types == plan.workload_types
+    assert found.length_classes == plan.length_classes
     for kind, shares in plan.routing_shares.items():
         assert found.routing_shares[kind] == pytest.approx(shares)
     assert file.read_text().startswith("# Two lines\n# of explanation\n")

@@ -57,7 +57,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(
 ) -> None:
     path = tmp_path / "file.yaml"
     path.write_text(text)
-    with pytest.raises(OServeError, match="stands twice") as caught:
+    with pytest.raises(OServeError, match="appears twice") as caught:
         read(str(path))
     assert caught.value.place.startswith(f"{path}:{line}:")
     assert caught.value.message.endswith(f"first in line {first}")
@@ -67,26 +67,26 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(
 def test_json_files_are_read_as_strictly(tmp_path: Path, read: Callable[[str], object]) -> None:
     path = tmp_path / "file.json"
     path.write_text('{\n\t"nodes": [],\n\t"nodes": []\n}')
-    with pytest.raises(OServeError, match="'nodes' stands twice, first in line 2") as caught:
+    with pytest.raises(OServeError, match="'nodes' appears twice, first in line 2") as caught:
         read(str(path))
     assert caught.value.place == f"{path}:3"
 
 
 def test_values_of_the_command_line_and_the_environment_are_too() -> None:
-    with pytest.raises(OServeError, match="'int8' stands twice"):
+    with pytest.raises(OServeError, match="'int8' appears twice"):
         parse_override("engines.variants={int8: a, int8: b}")
-    with pytest.raises(OServeError, match="'int8' stands twice") as caught:
+    with pytest.raises(OServeError, match="'int8' appears twice") as caught:
         load_settings(None, {}, {"OSERVE_ENGINES_VARIANTS": "{int8: a, int8: b}"})
     assert caught.value.place.startswith("OSERVE_ENGINES_VARIANTS")
     with pytest.raises(OServeError):
         parse_override("gateway.port=[1")
-    with pytest.raises(OServeError, match="stands twice"):
+    with pytest.raises(OServeError, match="appears twice"):
         parse_plan("id: a\nid: b", place="body")
 
 
 def test_models_and_profiles_are_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 1,\n "hidden_size": 2}')
-    with pytest.raises(OServeError, match="stands twice"):
+    with pytest.raises(OServeError, match="appears twice"):
         find_model(str(tmp_path))
     folder = resources.files("oserve.perf").joinpath("data")
     shipped = [item for item in folder.iterdir() if item.name.endswith(".json")]
@@ -95,7 +95,7 @@ def test_models_and_profiles_are_too(tmp_path: Path) -> None:
         text = item.read_text("utf-8")
         decode_profile(text.encode(), place=item.name)
         doubled = text.replace('"device_kind":', '"device_kind": "x", "device_kind":', 1)
-        with pytest.raises(OServeError, match="stands twice"):
+        with pytest.raises(OServeError, match="appears twice"):
             decode_profile(doubled.encode(), place=item.name)
 
 
@@ -161,7 +161,7 @@ def test_json_without_doubled_keys_reads_as_it_is(document: dict[str, object]) -
     assert parse_json(json.dumps(document), place="file") == document
     again = json.dumps(document)[1:]
     for name in document:
-        with pytest.raises(OServeError, match="stands twice"):
+        with pytest.raises(OServeError, match="appears twice"):
             parse_json(f"{{{json.dumps(name)}: 0,\n{again}", place="file")
 
 

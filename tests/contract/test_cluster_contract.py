@@ -204,8 +204,6 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
 
 async def test_standby_beside_others_until_it_is_committed(subject: Subject) -> None:
     cluster = subject.cluster
-    if isinstance(cluster, FleetCluster):
-        pytest.skip("the fleet has no standby")
     await cluster.apply(StartReplica(spec=spec("a", "cpu:0")))
     await subject.phase("a", ReplicaPhase.READY)
     wide = StartReplica(spec=spec("wide", "cpu:0", "cpu:1"), standby=True)
@@ -237,7 +235,7 @@ async def test_the_loop_moves_it_from_plan_to_plan(subject: Subject) -> None:
         return DeploymentPlan(
             id=name,
             replicas=replicas,
-            workload_types=(LengthClass(name="all"),),
+            length_classes=(LengthClass(name="all"),),
             routing_shares={"all": {replicas[0].id: 1.0}},
         )
 

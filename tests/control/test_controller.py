@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.decision import Decision, Mode, Reason, Trigger, Verdict
-from oserve.control.evaluation import Leg, Question, Step, appraise, switch_cost, weigh
+from oserve.control.decision import Decision, DecisionVerdict, Mode, Reason, Trigger
+from oserve.control.evaluation import (
+    DecisionInput,
+    ForecastStep,
+    Leg,
+    best_candidate,
+    score_candidate,
+    switch_price,
+)
 from oserve.control.lifetime import Lifetime
 from oserve.control.memory import recall, remembered
 from oserve.control.planner import TablePlanner
@@ -98,7 +105,7 @@ async def test_a_sudden_change_is_decided_on_within_seconds(seed: int | None) ->
     assert {item.trigger for item in sudden} == {Trigger.CHANGE}
     assert sudden[0].at_s < 650 + 24
     waits_its_price(world.decisions)
-    (switch,) = (item for item in sudden if item.verdict is Verdict.SWITCH)
+    (switch,) = (item for item in sudden if item.verdict is DecisionVerdict.SWITCH)
     # It is looked at again when it has lasted half as long again, before the interval ends.
     assert switch.pays_after_s is not None
     waits_until_it_pays(switch, 650, look_s=switch.pays_after_s / 2)
@@ -157,7 +164,7 @@ async def test_advice_changes_nothing_and_off_decides_nothing() -> None:
     world = make_world(0, 0, 0, 1, mode=Mode.ADVISE)
     await world.run(turned(100, CHATS, DOCS), 230)
     assert world.controller.plan.id == "first"
-    advice = next(item for item in world.decisions if item.verdict is Verdict.ADVISE)
+    advice = next(item for item in world.decisions if item.verdict is DecisionVerdict.ADVISE)
     waits_until_it_pays(advice, 100, look_s=20)
     assert not world.switches
 
@@ -167,15 +174,15 @@ async def test_a_person_decides_alone() -> None:
     await world.run(lambda _s: CHATS, 60)
     controller = world.controller
     wanted = plan_of(1, 1, 1, 1)
-    question = controller.ask(61.0, given=wanted)
-    weighed = appraise(question, world.planner)
-    asked = controller.judge(question, weighed, now_s=61.0, trigger=Trigger.QUESTION)
-    assert asked.verdict is not Verdict.SWITCH
-    told = controller.judge(question, weighed, now_s=61.0, trigger=Trigger.MANUAL)
-    assert (told.verdict, told.reason) == (Verdict.SWITCH, Reason.MANUAL)
+    question = controller.decision_input(61.0, given=wanted)
+    weighed = best_candidate(question, world.planner)
+    asked = controller.decide(question, weighed, now_s=61.0, trigger=Trigger.QUESTION)
+    assert asked.verdict is not DecisionVerdict.SWITCH
+    told = controller.decide(question, weighed, now_s=61.0, trigger=Trigger.MANUAL)
+    assert (told.verdict, told.reason) == (DecisionVerdict.SWITCH, Reason.MANUAL)
     assert controller.plan is wanted
-    late = controller.judge(question, weighed, now_s=62.0, trigger=Trigger.INTERVAL)
-    assert late.verdict is Verdict.KEEP
+    late = controller.decide(question, weighed, now_s=62.0, trigger=Trigger.INTERVAL)
+    assert late.verdict is DecisionVerdict.KEEP
     # What a person wanted is held for a while.
     await world.run(lambda _s: CHATS, 60)
     assert world.decisions[-1].reason in {Reason.HELD, Reason.SWITCH_UNDER_WAY}
@@ -208,24 +215,24 @@ async def test_a_restarted_controller_goes_on_where_it_was() -> None:
     state = json.loads(json.dumps(controller.state()))
     again = make_controller(controller.plan, interval_s=20, min_dwell_s=60.0, lasts_s=600.0)
     again.restore(state)
-    assert again.watch.forecast() == controller.watch.forecast()
-    assert again.watch.now_rps() == controller.watch.now_rps()
-    assert again.ask(131.0).steps == controller.ask(131.0).steps
+    assert again.monitor.forecast() == controller.monitor.forecast()
+    assert again.monitor.now_rps() == controller.monitor.now_rps()
+    assert again.decision_input(131.0).steps == controller.decision_input(131.0).steps
     # Ten minutes nobody looked: gaps, which are no zeros.
-    again.watch.observe(730.0)
-    assert again.watch.forecast()[0].expected_rps == pytest.approx(16.0, rel=0.2)
+    again.monitor.observe(730.0)
+    assert again.monitor.forecast()[0].expected_rps == pytest.approx(16.0, rel=0.2)
 
 
 def test_the_cost_of_a_switch_is_what_is_missing_meanwhile() -> None:
     made = planner(start_s=30.0)
     old, new = plan_of(0, 0, 0, 0), plan_of(0, 0, 0, 1)
     rates: dict[tuple[float, ...], float] = {(30.0, 0.0): 1.0}
-    cost = switch_cost(old.replicas, new.replicas, rates, made)
+    cost = switch_price(old.replicas, new.replicas, rates, made)
     # One of four leaves for 30 s and a mean latency of 1 s: 30 of 32 were served, 24 still are.
     assert cost.changed == 1
     assert cost.seconds == pytest.approx(31.0)
     assert cost.lost == pytest.approx(6.0 * 31.0)
-    assert switch_cost(old.replicas, old.replicas, rates, made).requests == 0.0
+    assert switch_price(old.replicas, old.replicas, rates, made).requests == 0.0
 
 
 @given(st.floats(0, 100), st.floats(0, 100))
@@ -284,19 +291,19 @@ async def test_other_types_inherit_the_history() -> None:
     # The types stand the other way round now, and a little elsewhere.
     again = make_controller(world.controller.plan, interval_s=20)
     assert recall(again, memory, ((3500.0, 90.0), (120.0, 210.0)))
-    expected = [item.expected_rps for item in again.watch.forecast()]
+    expected = [item.expected_rps for item in again.monitor.forecast()]
     assert expected[1] == pytest.approx(16.0, rel=0.2)
     assert expected[0] < 3.0
-    assert again.watch.now_rps() == tuple(reversed(world.controller.watch.now_rps()))
+    assert again.monitor.now_rps() == tuple(reversed(world.controller.monitor.now_rps()))
     same = make_controller(world.controller.plan, interval_s=20)
     assert recall(same, memory, old)
-    assert same.watch.forecast() == world.controller.watch.forecast()
+    assert same.monitor.forecast() == world.controller.monitor.forecast()
     assert not recall(same, {"names": []}, old)
 
 
-def question(current: DeploymentPlan, rates: tuple[float, float], **more: float) -> Question:
-    asked = make_controller(current).ask(0.0)
-    step = Step(seconds=60.0, chances={rates: 1.0}, expected=rates)
+def question(current: DeploymentPlan, rates: tuple[float, float], **more: float) -> DecisionInput:
+    asked = make_controller(current).decision_input(0.0)
+    step = ForecastStep(seconds=60.0, chances={rates: 1.0}, expected=rates)
     return replace(asked, steps=(step,), now_rps=rates, **more)  # type: ignore[arg-type]
 
 
@@ -305,19 +312,21 @@ def test_long_drains_and_backlogs_count_as_costs() -> None:
     # Nearly all that the old plan can serve, which is more than is left while replicas change.
     rates = (14.0, 5.0)
     made = planner()
-    plain = weigh(question(old, rates), new, made).cost
-    drained = weigh(question(old, rates, drain_s=100.0), new, made).cost
+    plain = score_candidate(question(old, rates), new, made).cost
+    drained = score_candidate(question(old, rates, drain_s=100.0), new, made).cost
     assert drained.seconds > plain.seconds
     assert drained.lost > plain.lost > 0
     # No longer than until those that still run go on elsewhere.
-    bounded = weigh(question(old, rates, drain_s=100.0, drain_limit_s=30.0), new, made).cost
+    bounded = score_candidate(
+        question(old, rates, drain_s=100.0, drain_limit_s=30.0), new, made
+    ).cost
     assert drained.seconds - bounded.seconds == pytest.approx(70.0)
     # In order of arrival all that comes until the backlog is gone is late as well.
-    late = weigh(question(old, rates, in_order=True), new, made).cost
+    late = score_candidate(question(old, rates, in_order=True), new, made).cost
     assert late.lost > 2 * plain.lost
     # Past the capacity of the new plan all are late whatever is done.
     beyond = (60.0, 20.0)
-    past = weigh(question(old, beyond, in_order=True), new, made)
+    past = score_candidate(question(old, beyond, in_order=True), new, made)
     assert past.cost.lost >= sum(beyond) * past.lasts_s
 
 
@@ -325,23 +334,23 @@ def test_a_gain_at_rare_rates_alone_is_none() -> None:
     old, new = plan_of(0, 0, 0, 1), plan_of(1, 1, 0, 1)
     usual, rare = (4.0, 2.0), (4.0, 40.0)
     asked = question(old, usual)
-    wide = Step(seconds=60.0, chances={usual: 0.8, rare: 0.2}, expected=usual)
+    wide = ForecastStep(seconds=60.0, chances={usual: 0.8, rare: 0.2}, expected=usual)
     made = planner()
-    found = weigh(replace(asked, steps=(wide,)), new, made)
+    found = score_candidate(replace(asked, steps=(wide,)), new, made)
     assert found.candidate_rps > found.current_rps
     assert found.gain == pytest.approx(0.0, abs=1e-6)
     certain = replace(wide, chances={rare: 1.0}, expected=rare)
-    assert weigh(replace(asked, steps=(certain,)), new, made).gain > 0
+    assert score_candidate(replace(asked, steps=(certain,)), new, made).gain > 0
 
 
 async def test_a_drain_is_foreseen_by_what_replicas_hold() -> None:
     controller = make_controller(plan_of(0, 0, 0, 1))
     for second in range(60):
         batch = Batch(names=NAMES, arrivals={second: [2.0, 0.0]}, tokens={second: [2.0, 0.0, 0.0]})
-        controller.watch.observe(second + 0.999, [batch], {"running": 30.0, "waiting": 10.0})
+        controller.monitor.observe(second + 0.999, [batch], {"running": 30.0, "waiting": 10.0})
     # 40 requests, 2 of which end a second, stay 20 s, the longest about twice that.
-    assert controller.watch.drain_s() == pytest.approx(40.0, rel=0.1)
-    assert controller.ask(60.0).drain_s == controller.watch.drain_s()
+    assert controller.monitor.drain_s() == pytest.approx(40.0, rel=0.1)
+    assert controller.decision_input(60.0).drain_s == controller.monitor.drain_s()
 
 
 def test_a_way_without_restarts_costs_only_what_is_missing_on_it() -> None:
@@ -351,17 +360,17 @@ def test_a_way_without_restarts_costs_only_what_is_missing_on_it() -> None:
     gone = tuple(spec for spec in old if spec not in new)
     fresh = tuple(spec for spec in new if spec not in old)
     rates: dict[tuple[float, ...], float] = {(20.0, 4.0): 1.0}
-    restarts = switch_cost(old, new, rates, made)
+    restarts = switch_price(old, new, rates, made)
     beside = TablePlanner(
         replace(made.facts, legs=lambda _a, _b: [Leg(started=fresh, retired=gone, seconds=7.0)])
     )
-    found = switch_cost(old, new, rates, beside)
+    found = switch_price(old, new, rates, beside)
     assert (found.lost, found.seconds, found.changed) == (0.0, 7.0, 1)
     assert found.touched > 0
     assert restarts.lost > 0
     assert restarts.seconds > START_S
     unknown = TablePlanner(replace(made.facts, legs=lambda _a, _b: None))
-    assert switch_cost(old, new, rates, unknown) == restarts
+    assert switch_price(old, new, rates, unknown) == restarts
 
 
 async def test_nothing_is_decided_while_it_is_watched_what_has_changed() -> None:

@@ -40,7 +40,7 @@ def plan_of(*groups: tuple[str, ...], name: str = "p") -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": {spec.id: 1 / len(replicas) for spec in replicas}},
     )
 

@@ -74,7 +74,7 @@ async def test_a_shape_that_cannot_start_is_not_rolled_out_further() -> None:
     new = DeploymentPlan(
         id="b",
         replicas=tuple(ReplicaSpec(id=f"b{n}", shape=shape, devices=(f"d{n}",)) for n in range(3)),
-        workload_types=old.workload_types,
+        length_classes=old.length_classes,
         routing_shares={"all": {"b0": 1.0}},
     )
     loop.plan = new

@@ -4,9 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from oserve.control.evaluation import Question, Rates, Step, Weighed
+from oserve.control.evaluation import (
+    CandidateScore,
+    DecisionInput,
+    ForecastStep,
+    Rates,
+    SimulatedScore,
+)
 from oserve.control.policy import ControlPolicy
-from oserve.control.runtime import ControllerRuntime, Scorer, SimulatedScore
+from oserve.control.runtime import ControllerRuntime, Scorer
 from oserve.control.starts import StartTimes
 
 from .toy import plan_of, planner
@@ -25,39 +31,41 @@ def helm(scorer: Scorer | None) -> ControllerRuntime:
     )
 
 
-def question(made: ControllerRuntime, rates: Rates) -> Question:
-    step = Step(seconds=20.0, chances={rates: 1.0}, expected=rates)
-    return replace(made.controller.ask(0.0), steps=(step,), plan_for=(rates,), now_rps=rates)
+def question(made: ControllerRuntime, rates: Rates) -> DecisionInput:
+    step = ForecastStep(seconds=20.0, chances={rates: 1.0}, expected=rates)
+    return replace(
+        made.controller.decision_input(0.0), steps=(step,), plan_for=(rates,), now_rps=rates
+    )
 
 
 def test_what_the_second_opinion_says_counts() -> None:
-    asked: list[Weighed] = []
+    asked: list[CandidateScore] = []
 
-    def doubts(_: Question, found: Weighed) -> SimulatedScore:
+    def doubts(_: DecisionInput, found: CandidateScore) -> SimulatedScore:
         asked.append(found)
-        return SimulatedScore(current_rps=9.0, candidate_rps=10.0, worth=-3.0)
+        return SimulatedScore(current_rps=9.0, candidate_rps=10.0, net_gain=-3.0)
 
     alone, doubted = helm(None), helm(doubts)
-    trusted = alone.weighed(question(alone, BEYOND))
-    found = doubted.weighed(question(doubted, BEYOND))
+    trusted = alone.evaluate(question(alone, BEYOND))
+    found = doubted.evaluate(question(doubted, BEYOND))
     assert trusted is not None
     assert found is not None
     assert trusted.gain > 0
     # Others that come near it by the table are asked about, too.
     assert asked[0] == trusted
     assert 1 <= len({frozenset(item.plan.replicas) for item in asked}) == len(asked) <= 5
-    assert found.worth == pytest.approx(-3.0)
+    assert found.net_gain == pytest.approx(-3.0)
     assert (found.current_rps, found.candidate_rps) == (9.0, 10.0)
     assert (found.plan, found.cost) == (trusted.plan, trusted.cost)
 
 
 def test_it_is_not_asked_of_the_present_plan_nor_of_what_a_person_wants() -> None:
-    def never(_: Question, found: Weighed) -> SimulatedScore:
+    def never(_: DecisionInput, found: CandidateScore) -> SimulatedScore:
         raise AssertionError(found.plan.id)
 
     made = helm(never)
     present = question(made, (20.0, 3.0))
     present = replace(present, current=made.planner.candidates((20.0, 3.0), present.current)[0])
-    assert made.weighed(present) is not None
+    assert made.evaluate(present) is not None
     given = replace(question(made, BEYOND), given=plan_of(1, 1, 1, 1))
-    assert made.weighed(given) is not None
+    assert made.evaluate(given) is not None

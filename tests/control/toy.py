@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from oserve.control.controller import Controller
-from oserve.control.decision import Decision, Mode, Reason, Trigger, Verdict
-from oserve.control.evaluation import appraise
+from oserve.control.decision import Decision, DecisionVerdict, Mode, Reason, Trigger
+from oserve.control.evaluation import best_candidate
 from oserve.control.loop import ControlLoop
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
@@ -75,7 +75,7 @@ def plan_of(*rows: int) -> DeploymentPlan:
         ReplicaSpec(id=f"first{n}", shape=TABLE[row].shape, devices=(f"d{n}",))
         for n, row in enumerate(rows)
     )
-    plan = DeploymentPlan(id="first", replicas=replicas, workload_types=CLASSES, routing_shares={})
+    plan = DeploymentPlan(id="first", replicas=replicas, length_classes=CLASSES, routing_shares={})
     return made.with_shares(plan, made.shares(replicas, (1.0, 1.0)))
 
 
@@ -118,7 +118,7 @@ class World:
             switching = not settled(self.loop.plan, self.seen, frozenset())
             counts = list(traffic(self.second))
             batch = Batch(names=NAMES, arrivals={self.second: counts})
-            trigger = self.controller.watch.observe(self.second + 0.999, [batch])
+            trigger = self.controller.monitor.observe(self.second + 0.999, [batch])
             if trigger is not None and self.controller.policy.mode is not Mode.OFF:
                 self.decide(trigger, switching)
             self.second += 1
@@ -126,19 +126,19 @@ class World:
 
     def decide(self, trigger: Trigger, switching: bool) -> None:
         now_s = self.second + 0.999
-        question = self.controller.ask(now_s)
-        weighed = appraise(question, self.planner)
-        decision = self.controller.judge(
+        question = self.controller.decision_input(now_s)
+        weighed = best_candidate(question, self.planner)
+        decision = self.controller.decide(
             question, weighed, now_s=now_s, trigger=trigger, switching=switching
         )
         self.decisions.append(decision)
-        if decision.verdict is Verdict.SWITCH:
+        if decision.verdict is DecisionVerdict.SWITCH:
             check_plan(self.controller.plan, self.devices)
             self.loop.plan = self.controller.plan
 
     @property
     def switches(self) -> list[Decision]:
-        return [item for item in self.decisions if item.verdict is Verdict.SWITCH]
+        return [item for item in self.decisions if item.verdict is DecisionVerdict.SWITCH]
 
 
 def make_world(*rows: int, start_s: float = START_S, **policy: Any) -> World:

@@ -3,18 +3,20 @@
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oserve.app.switching.drive import Report
-from oserve.app.switching.prices import switch_facts
-from oserve.app.switching.switcher import Switcher, SwitcherFacts
+from oserve.config import plan_yaml
 from oserve.config.settings import Settings, SwitchSettings
+from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
+    Clock,
     DeploymentPlan,
     LengthClass,
     Precision,
@@ -27,8 +29,14 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores
+from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
+from oserve.startup.switch_facts import switch_facts
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
+from oserve.switching.journal import journal_folder
+from oserve.switching.report import SwitchReport
+from oserve.switching.switcher import Switcher, SwitcherFacts
 
 LIMIT_S = 150.0
 PROMPTS = [[5] * 20, [72, 101, 108] * 9, list(range(60, 120)), [90] * 100]
@@ -51,7 +59,7 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id=name,
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": {spec.id: 1.0 / len(replicas) for spec in replicas}},
     )
 
@@ -90,25 +98,18 @@ class Stage:
         self.loop.plan = plan
         await self.at(*(spec.id for spec in plan.replicas))
 
-    async def switch(self, plan: DeploymentPlan, **settings: float) -> Report:
+    async def switch(self, plan: DeploymentPlan, **settings: float) -> SwitchReport:
         return await self.finished(*self.begin(plan, **settings))
 
-    def begin(self, plan: DeploymentPlan, **settings: float) -> tuple[Switcher, Report]:
+    def begin(self, plan: DeploymentPlan, **settings: float) -> tuple[Switcher, SwitchReport]:
         facts = self.facts
         if settings:
             limits = SwitchSettings(**settings)  # type: ignore[arg-type]
-            facts = SwitcherFacts(
-                **{
-                    name: getattr(facts, name)
-                    for name in facts.__dataclass_fields__
-                    if name != "settings"
-                },
-                settings=Settings(**{**_fields(facts.settings), "switch": limits}),
-            )
+            facts = replace(facts, **_limits(limits, facts.cluster, facts.clock))
         switcher = Switcher(facts)
         return switcher, switcher.want(plan, "test")
 
-    async def finished(self, switcher: Switcher, report: Report) -> Report:
+    async def finished(self, switcher: Switcher, report: SwitchReport) -> SwitchReport:
         async with asyncio.timeout(LIMIT_S):
             while switcher.active:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -120,8 +121,18 @@ class Stage:
             return [await engine.complete("tiny", prompt, 24, 60) for prompt in PROMPTS]
 
 
-def _fields(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__struct_fields__}
+def _limits(settings: SwitchSettings, cluster: Cluster, clock: Clock) -> dict[str, Any]:
+    facts = EngineWeightFacts(
+        cluster=cluster,
+        model="tiny",
+        mover=partial(Mover, clock=clock, bytes_per_s=settings.bytes_per_s),
+        transfer_limit_s=settings.transfer_limit_s,
+        max_perplexity_rise=settings.max_perplexity_rise,
+    )
+    return {
+        "weights": partial(EngineWeights, facts),
+        "transfer_limit_s": settings.transfer_limit_s,
+    }
 
 
 @contextlib.asynccontextmanager
@@ -160,14 +171,16 @@ async def staged(
         await loop.step()
 
     facts = SwitcherFacts(
-        settings=settings,
+        folder=journal_folder(settings.state_dir),
         movable=switch_facts(settings, devices),
-        model="tiny",
         cluster=cluster,
         loop=loop,
         clock=clock,
-        settle=lambda plan, reason: settled.append((plan.id, reason)),
+        settle=lambda outcome: settled.append((outcome.plan.id, outcome.reason)),
         publish=publish,
+        plan_text=plan_yaml,
+        unix_s=time.time,
+        **_limits(settings.switch, cluster, clock),
     )
     running = asyncio.create_task(loop.run())
     stage = Stage(cluster, loop, facts, settled)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import prepare
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import Precision, ReplicaShape
@@ -15,6 +14,7 @@ from oserve.perf.model import find_model
 from oserve.profiler.brief import measure_briefly, what_to_measure
 from oserve.profiler.client import EngineClient
 from oserve.profiler.profile import ProfileReporter, engine_hall, measure_engine, started_engine
+from oserve.startup.deployment import prepare
 
 pytestmark = pytest.mark.engine
 

@@ -57,7 +57,7 @@ async def test_layouts_of_one_precision(stage: Stage) -> None:
     assert report.moved_bytes > 0
     await stage.at("p")
     assert await stage.answers("p") == stage.reference
-    assert [phase for _, phase, _ in report.phases] == [
+    assert [entry.phase for entry in report.phases] == [
         *("prepare", "transfer", "verify", "commit", "drain", "done")
     ]
 

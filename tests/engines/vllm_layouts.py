@@ -31,7 +31,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from oserve.core import Precision
 from oserve.perf.model import ModelFacts, model_from_config
 from oserve.switch.layout import Layout, architecture_of, differences, shard_map
-from oserve.switch.precision import Format
+from oserve.switch.precision import WeightFormat
 
 # vLLM looks at each model's class in a new process, which imports everything anew.
 registry._run_in_subprocess = lambda inspect: inspect()
@@ -150,7 +150,7 @@ def main(asked: list[str]) -> None:
 
 def compare(architecture: str, precision: str, folder: Path) -> None:
     folder.mkdir()
-    held = Format(precision=Precision(precision), group_size=GROUP)
+    held = WeightFormat(precision=Precision(precision), group_size=GROUP)
     for width, depth in SIZES:
         layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth, held=held)
         for rank in sorted({0, width * depth // 2, width * depth - 1}):

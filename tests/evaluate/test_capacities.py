@@ -6,9 +6,9 @@ import numpy as np
 
 from oserve.config import load_cluster
 from oserve.core import LengthClass, ReplicaShape, WorkloadType
-from oserve.evaluate.capacities import Lengths, simulated_table
+from oserve.evaluate.capacities import LengthSamples, simulated_table
 from oserve.evaluate.simulator import Levers, Simulator
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import performance_table
@@ -32,11 +32,13 @@ def test_a_table_is_simulated_again() -> None:
         )
         for tp in (1, 4)
     ]
-    limits = Limits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
+    limits = LatencyLimits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
     table = performance_table(source, shapes, TYPES, limits={kind.name: limits for kind in TYPES})
     hopeless = replace(table[0], capacity_rps=(0.01, 0.01))
     lengths = [
-        Lengths(prompt_tokens=np.array([int(kind.prompt_tokens)]), output_tokens=np.array([10]))
+        LengthSamples(
+            prompt_tokens=np.array([int(kind.prompt_tokens)]), output_tokens=np.array([10])
+        )
         for kind in TYPES
     ]
 

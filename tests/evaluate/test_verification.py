@@ -14,8 +14,8 @@ from oserve.config import load_cluster
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
+    SimulatedTraffic,
     Simulator,
-    Traffic,
     attainment,
     largest_scale,
     met,
@@ -24,12 +24,12 @@ from oserve.evaluate.simulator import (
     traffic_from,
 )
 from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import demand_from_rates
-from oserve.plan.planning import PlanRequest, PlanResult, answer
-from oserve.plan.search import Deployment
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import verify
 from oserve.traces import Slo, TraceRequest
 
@@ -53,8 +53,8 @@ def found() -> PlanResult:
         max_num_batched_tokens=(512, 2048),
         max_num_seqs=(64, 128),
     )
-    limits = Limits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
-    return answer(
+    limits = LatencyLimits(ttft_s=SLO.ttft_s, tpot_s=SLO.tpot_s)
+    return compute_plan(
         PlanRequest(
             model="qwen3-32b",
             devices=devices,
@@ -68,10 +68,10 @@ def found() -> PlanResult:
 
 
 def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: PlanResult) -> None:
-    simulator = Simulator(found.question.source)
+    simulator = Simulator(found.request.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=0).between(0.0, 20.0)
-    check = replace(check_for(found.question.demand, SLO), traffics=(traffic,))
+    check = replace(check_for(found.request.demand, SLO), traffics=(traffic,))
     got = simulate_serving(simulator, serving, check)
     assert simulator.holds(serving, traffic.faster(got.capacity_scale), SLO)
     assert not simulator.holds(serving, traffic.faster(got.capacity_scale * 1.1), SLO)
@@ -82,7 +82,7 @@ def test_the_score_is_the_rate_at_which_the_slo_just_holds(found: PlanResult) ->
 
 
 def test_meeting_an_slo_is_what_it_is_everywhere(found: PlanResult) -> None:
-    simulator = Simulator(found.question.source)
+    simulator = Simulator(found.request.source)
     serving = serving_of(found, found.planned.homogeneous[0])
     traffic = poisson_traffic(TYPES, seed=1).between(0.0, 30.0).faster(8.0)
     results = simulator.run(serving, traffic)
@@ -115,7 +115,7 @@ def test_requests_are_cut_to_the_context_as_the_planner_counts_them() -> None:
 
 
 def test_parts_of_traffic() -> None:
-    traffic = Traffic(
+    traffic = SimulatedTraffic(
         arrival_s=np.array([0.0, 1.0, 2.0, 3.0]),
         prompt_tokens=np.arange(1, 5),
         output_tokens=np.arange(1, 5),
@@ -144,8 +144,8 @@ def test_different_replicas_are_taken_only_for_a_clear_gain(found: PlanResult) -
     homogeneous = {item.counts for item in planned.homogeneous}
     mixed = next(item for item in planned.candidates if item.counts not in homogeneous)
 
-    def scored(gain: float) -> Deployment:
-        def score(item: Deployment) -> float:
+    def scored(gain: float) -> DeploymentCandidate:
+        def score(item: DeploymentCandidate) -> float:
             return gain if item.counts == mixed.counts else 1.0 / (1 + len(item.counts))
 
         base = 1.0 / (1 + len(mixed.counts))

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from oserve.core import OServeError
-from oserve.evaluate.worker_process import Aside
+from oserve.evaluate.worker_process import WorkerProcess
 
 
 class Held:
@@ -32,37 +32,37 @@ class Held:
 
 
 def test_it_answers_fails_and_begins_again_when_it_was_killed() -> None:
-    aside = Aside(partial(Held, 5))
-    assert aside.call("add", 2) == 7
-    assert aside.call("add", 2) == 9
+    worker = WorkerProcess(partial(Held, 5))
+    assert worker.call(Held.add, 2) == 7
+    assert worker.call(Held.add, 2) == 9
     with pytest.raises(OServeError) as error:
-        aside.call("fail")
+        worker.call(Held.fail)
     assert (error.value.place, error.value.remedy) == ("here", "another way")
-    pid = aside.call("pid")
+    pid = worker.call(Held.pid)
     assert pid != os.getpid()
     assert os.getpgid(pid) == pid
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(OServeError, match="ended"):
-        aside.call("add", 1)
-    assert aside.call("add", 1) == 6
-    aside.close()
+        worker.call(Held.add, 1)
+    assert worker.call(Held.add, 1) == 6
+    worker.close()
     with pytest.raises(OServeError, match="ended"):
-        aside.call("add", 1)
+        worker.call(Held.add, 1)
 
 
 def test_its_end_does_not_wait_for_what_it_computes() -> None:
-    aside = Aside(partial(Held, 0))
-    pid = aside.call("pid")
+    worker = WorkerProcess(partial(Held, 0))
+    pid = worker.call(Held.pid)
     failed = threading.Event()
 
     def ask() -> None:
         with pytest.raises(OServeError):
-            aside.call("wait")
+            worker.call(Held.wait)
         failed.set()
 
     asking = threading.Thread(target=ask)
     asking.start()
-    aside.close()
+    worker.close()
     asking.join(30.0)
     assert failed.is_set()
     with pytest.raises(ProcessLookupError):

@@ -5,21 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.evaluation import Question, Rates, Step
+from oserve.control.evaluation import DecisionInput, ForecastStep, Rates
 from oserve.core import DeploymentPlan
-from oserve.evaluate.capacities import Lengths
-from oserve.evaluate.workload import prospect, staged
+from oserve.evaluate.capacities import LengthSamples
+from oserve.evaluate.workload import evaluation_workload, poisson_stages
 
 LENGTHS = [
-    Lengths(prompt_tokens=np.array([10, 20]), output_tokens=np.array([5, 6])),
-    Lengths(prompt_tokens=np.array([1000]), output_tokens=np.array([1])),
+    LengthSamples(prompt_tokens=np.array([10, 20]), output_tokens=np.array([5, 6])),
+    LengthSamples(prompt_tokens=np.array([1000]), output_tokens=np.array([1])),
 ]
 NOW, BEFORE = (20.0, 1.0), (5.0, 4.0)
 
 
-def question(**fields: object) -> Question:
-    plan = DeploymentPlan(id="x", replicas=(), workload_types=(), routing_shares={})
-    step = Step(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
+def question(**fields: object) -> DecisionInput:
+    plan = DeploymentPlan(id="x", replicas=(), length_classes=(), routing_shares={})
+    step = ForecastStep(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
     given: dict[str, object] = {
         "at_s": 0.0,
         "current": plan,
@@ -29,12 +29,12 @@ def question(**fields: object) -> Question:
         "plan_for": (NOW,),
         **fields,
     }
-    return Question(**given)  # type: ignore[arg-type]
+    return DecisionInput(**given)  # type: ignore[arg-type]
 
 
 def test_it_has_three_parts_at_their_rates() -> None:
     asked = question(past=((BEFORE, 15.0), (NOW, 85.0)), before=BEFORE, back_s=120.0)
-    ahead = prospect(asked, 400.0, LENGTHS, seed=1)
+    ahead = evaluation_workload(asked, 400.0, LENGTHS, seed=1)
     assert (ahead.now_s, ahead.then_s, ahead.lasting_s) == (100.0, 500.0, 400.0)
     arrival_s = ahead.traffic.arrival_s
     assert (np.diff(arrival_s) >= 0).all()
@@ -47,13 +47,15 @@ def test_it_has_three_parts_at_their_rates() -> None:
 
 
 def test_without_history_it_begins_warm_and_never_goes_back() -> None:
-    ahead = prospect(question(), 1e6, LENGTHS, seed=1)
+    ahead = evaluation_workload(question(), 1e6, LENGTHS, seed=1)
     assert ahead.now_s > 0
     # Nobody can simulate forever.
     assert ahead.lasting_s <= 900.0
     assert not ahead.later.any()
-    nothing = question(steps=(Step(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),))
-    assert len(prospect(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
+    nothing = question(
+        steps=(ForecastStep(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
+    )
+    assert len(evaluation_workload(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
 
 
 @given(
@@ -62,7 +64,7 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
 )
 def test_arrivals_stay_in_their_stage(parts: list[tuple[float, float, float]], seed: int) -> None:
     stages: list[tuple[Rates, float]] = [((a, b), seconds) for a, b, seconds in parts]
-    traffic = staged(LENGTHS, stages, seed=seed)
+    traffic = poisson_stages(LENGTHS, stages, seed=seed)
     assert len(traffic) == 0 or traffic.arrival_s[-1] <= sum(item[1] for item in stages)
     start_s = 0.0
     for rates, seconds in stages:
@@ -70,5 +72,5 @@ def test_arrivals_stay_in_their_stage(parts: list[tuple[float, float, float]], s
         inside = (traffic.arrival_s >= start_s) & (traffic.arrival_s < end_s)
         assert sum(rates) > 0 or not inside.any()
         start_s = end_s
-    again = staged(LENGTHS, stages, seed=seed)
+    again = poisson_stages(LENGTHS, stages, seed=seed)
     assert np.array_equal(traffic.arrival_s, again.arrival_s)

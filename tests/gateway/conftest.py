@@ -44,7 +44,7 @@ def table_of(*replicas: TableReplica, **fields: Any) -> RoutingTable:
     share = {replica.id: 1.0 / len(replicas) for replica in replicas}
     defaults: dict[str, Any] = {
         "plan_id": "p1",
-        "workload_types": (
+        "length_classes": (
             LengthClass(name="short", max_prompt_tokens=512),
             LengthClass(name="long"),
         ),

@@ -43,7 +43,7 @@ async def test_types_are_told_by_answers_counted_and_recorded(
     front = await make_front(EmulatedEngine(), EmulatedEngine(), records=store)
     runner = front.gateway.runner
     table = runner.table
-    runner.update(table_of(*table.replicas, types=TYPES))
+    runner.update(table_of(*table.replicas, planned_types=TYPES))
     for _ in range(6):
         status, headers, _ = await front.post("/v1/completions", body(6))
         assert status == 200

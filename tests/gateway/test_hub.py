@@ -10,22 +10,24 @@ import pytest
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
-from oserve.gateway.process.hub import Hub, HubClient
+from oserve.gateway.process.client import HubClient
+from oserve.gateway.process.hub import Hub
+from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
 TABLE = RoutingTable(
     plan_id="p",
-    workload_types=(LengthClass(name="all"),),
+    length_classes=(LengthClass(name="all"),),
     routing_shares={"all": {}},
     replicas=(),
 )
 
 
 async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
-    async def operate(path: str, body: bytes) -> tuple[int, bytes]:
-        return 409, path.encode() + body
+    async def operate(call: OperatorCall) -> OperatorAnswer:
+        return OperatorAnswer(status=409, body=call.path.encode() + call.body)
 
     hub = Hub(operate)
     await hub.listen(str(tmp_path / "hub.sock"))

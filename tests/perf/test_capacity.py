@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oserve.core import OServeError, Precision, ReplicaShape, WorkloadType
-from oserve.perf.capacity import Capacity, Limits, TypeLoad, capacities, closed_loop
+from oserve.perf.capacity import Capacity, LatencyLimits, TypeLoad, capacities, closed_loop
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import find_model
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit, splits
@@ -28,8 +28,10 @@ def shape(tp: int = 4, pp: int = 1, chunk: int = 2048, seqs: int = 256) -> Repli
     )
 
 
-def one(of: ReplicaShape, prompt: float, output: float, limits: Limits | None = None) -> Capacity:
-    load = TypeLoad(prompt_tokens=prompt, output_tokens=output, limits=limits or Limits())
+def one(
+    of: ReplicaShape, prompt: float, output: float, limits: LatencyLimits | None = None
+) -> Capacity:
+    load = TypeLoad(prompt_tokens=prompt, output_tokens=output, limits=limits or LatencyLimits())
     return capacities(SOURCE.step_model(of), of, SOURCE.kv_tokens(of), [load])[0]
 
 
@@ -44,8 +46,8 @@ def test_tighter_limits_and_longer_requests_never_raise_capacity(
     prompt, output = length
     of = shape(*size, chunk=chunk)
     free = one(of, prompt, output).capacity_rps
-    loose = one(of, prompt, output, Limits(ttft_s=4, tpot_s=0.2)).capacity_rps
-    tight = one(of, prompt, output, Limits(ttft_s=1, tpot_s=0.05)).capacity_rps
+    loose = one(of, prompt, output, LatencyLimits(ttft_s=4, tpot_s=0.2)).capacity_rps
+    tight = one(of, prompt, output, LatencyLimits(ttft_s=1, tpot_s=0.05)).capacity_rps
     assert math.isfinite(free)
     assert free > 0
     assert free >= loose >= tight >= 0
@@ -85,16 +87,16 @@ def test_what_is_served_in_time_alone_is_served_if_it_is_rare(
         output_tokens=output,
     )
     # A prompt that comes meanwhile would be seen in TPOT: of a few tokens each counts.
-    limits = Limits(ttft_s=1.2 * alone.ttft_s, tpot_s=1.5 * alone.tpot_s)
+    limits = LatencyLimits(ttft_s=1.2 * alone.ttft_s, tpot_s=1.5 * alone.tpot_s)
     assert one(of, prompt, output, limits).capacity_rps > 0
 
 
 def test_what_meets_no_limit_says_what_would_be_met() -> None:
-    found = one(shape(), 4000, 100, Limits(ttft_s=0.05))
+    found = one(shape(), 4000, 100, LatencyLimits(ttft_s=0.05))
     assert found.capacity_rps == 0
     assert "TTFT" in found.why
-    assert one(shape(), 4000, 100, Limits(ttft_s=found.ttft_s * 1.01)).capacity_rps > 0
-    slow = one(shape(), 4000, 100, Limits(tpot_s=0.001))
+    assert one(shape(), 4000, 100, LatencyLimits(ttft_s=found.ttft_s * 1.01)).capacity_rps > 0
+    slow = one(shape(), 4000, 100, LatencyLimits(tpot_s=0.001))
     assert "TPOT" in slow.why
     assert slow.tpot_s > 0.001
 

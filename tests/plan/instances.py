@@ -129,6 +129,6 @@ def plan_of(*replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id="current",
         replicas=replicas,
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={"all": {spec.id: 1 / len(replicas) for spec in replicas}},
     )

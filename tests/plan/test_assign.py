@@ -10,16 +10,16 @@ from scipy.optimize import linprog
 
 from oserve.core import ReplicaShape
 from oserve.plan.assign import Assigner
-from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.problem import PlanProblem, ReplicaCounts
 from oserve.plan.score import EQUAL
 from plan.instances import random_problem
 
 
-def some_counts(problem: PlanProblem, rng: random.Random) -> Counts:
+def some_counts(problem: PlanProblem, rng: random.Random) -> ReplicaCounts:
     return tuple(rng.randint(0, 2) for _ in problem.options)
 
 
-def reference(problem: PlanProblem, counts: Counts, scale: float | None) -> float:
+def reference(problem: PlanProblem, counts: ReplicaCounts, scale: float | None) -> float:
     """By scipy: the most served within the demand, or (scale None) the largest scale."""
     pairs = [(i, j) for i in range(len(counts)) for j in range(len(problem.types))]
     width = len(pairs) + 1

@@ -27,7 +27,7 @@ def plan(*replicas: ReplicaSpec) -> DeploymentPlan:
     return DeploymentPlan(
         id="p",
         replicas=replicas,
-        workload_types=(LengthClass(name="short", max_prompt_tokens=9), LengthClass(name="long")),
+        length_classes=(LengthClass(name="short", max_prompt_tokens=9), LengthClass(name="long")),
         routing_shares={"short": {replicas[0].id: 1.0}, "long": {replicas[0].id: 1.0}},
     )
 
@@ -52,11 +52,11 @@ def test_a_sound_plan_passes() -> None:
         (replace(GOOD, routing_shares={"short": {"z": 1.0}}), "routing_shares.short.z", "'z'"),
         (replace(GOOD, routing_shares={"short": {"a": 0.5}}), "routing_shares.short", "0.5"),
         (replace(GOOD, routing_shares={"short": {"a": float("nan")}}), "short", "numbers"),
-        (replace(GOOD, workload_types=(LengthClass(name="s", max_prompt_tokens=5),)), "[0]", "5"),
+        (replace(GOOD, length_classes=(LengthClass(name="s", max_prompt_tokens=5),)), "[0]", "5"),
         (
             replace(
                 GOOD,
-                workload_types=(
+                length_classes=(
                     LengthClass(name="s", max_prompt_tokens=5),
                     LengthClass(name="m", max_prompt_tokens=5),
                     LengthClass(name="l"),

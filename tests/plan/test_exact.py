@@ -8,13 +8,13 @@ import pytest
 
 from oserve.core import ReplicaSpec
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Bounds, Scored
+from oserve.plan.bounds import Bounds, ScoredCounts
 from oserve.plan.brute import brute_force
 from oserve.plan.dominance import undominated
 from oserve.plan.exact import ExactSearch
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.place import place_replicas
-from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.problem import PlanProblem, ReplicaCounts, check_problem
 from oserve.plan.proof import Proved
 from oserve.plan.score import best_first, compare, criteria
 from plan.instances import plan_of, random_problem
@@ -74,7 +74,7 @@ def test_brute_force_is_the_best_of_all_solved_one_by_one(seed: int) -> None:
     problem = random_problem(seed, device_count=4, option_count=3)
     assigner = Assigner(problem)
     every = [
-        Scored(counts=counts, score=assigner.score(counts))
+        ScoredCounts(counts=counts, score=assigner.score(counts))
         for counts in problem.packing.all_counts()
     ]
     best = best_first(problem, every, lambda scored: scored.score)[0]
@@ -97,7 +97,7 @@ def test_limits_on_single_counts_hold(seed: int) -> None:
     best = brute_force(problem, assigner)
     option = next(i for i, count in enumerate(best.counts) if count)
     empty = (0,) * len(best.counts)
-    nothing = Scored(counts=empty, score=assigner.score(empty))
+    nothing = ScoredCounts(counts=empty, score=assigner.score(empty))
     limit = best.counts[option] - 1
     found = ExactSearch(problem, assigner, at_most={option: limit}).solve(first=nothing)
     left = np.array([c for c in problem.packing.all_counts() if c[option] <= limit])
@@ -111,7 +111,7 @@ def test_limits_on_single_counts_hold(seed: int) -> None:
 def test_an_optimum_that_is_none_does_not_pass(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver's first answer replaced by a poor deployment, said to be the best there is."""
 
-    def wrong(model: object, left_s: float) -> tuple[Counts, float]:
+    def wrong(model: object, left_s: float) -> tuple[ReplicaCounts, float]:
         del model, left_s
         return poor.counts, poor.score.scale if by_scale else poor.score.served_rps
 

@@ -3,7 +3,7 @@
 import pytest
 
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.homogeneous import homogeneous_deployments
@@ -12,7 +12,7 @@ from oserve.plan.score import compare
 from plan.instances import random_problem
 
 
-def value(problem: PlanProblem, scored: Scored) -> float:
+def value(problem: PlanProblem, scored: ScoredCounts) -> float:
     """The rate served of a demand scaled as far as it counts."""
     score = scored.score
     if problem.objective is Objective.THROUGHPUT or score.scale < 1:

@@ -9,7 +9,7 @@ import pytest
 
 from oserve.core import ReplicaShape
 from oserve.plan.packing import Packing, node_groups
-from oserve.plan.programme import Column, Outcome, Programme
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus
 from plan.instances import Kind, devices_of
 
 
@@ -81,7 +81,7 @@ def rows_allow(packing: Packing, counts: tuple[int, ...]) -> bool:
         taken = sum(coefficient * counts[i] for i, coefficient in row.counts.items())
         rows.append((-np.inf, row.upper - taken))
     columns.append(Column(entries={}, upper=1.0))
-    return Programme(columns=columns, rows=rows).solve() is Outcome.OPTIMAL
+    return LinearProgramme(columns=columns, rows=rows).solve() is SolveStatus.OPTIMAL
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -86,7 +86,7 @@ def test_a_placed_deployment_is_a_valid_plan(seed: int) -> None:
     bounds = [*range(100, 100 * len(problem.types), 100), None]
     plan = replace(
         plan_of(*placed.replicas),
-        workload_types=tuple(
+        length_classes=tuple(
             LengthClass(name=kind.name, max_prompt_tokens=bound)
             for kind, bound in zip(problem.types, bounds, strict=True)
         ),

@@ -16,9 +16,9 @@ from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileStep, shape_key, shipped_profile, write_profile
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.roofline import Coefficients, Roofline
-from oserve.profiler.brief import Pace, brief_course, what_to_measure
-from oserve.profiler.measure import MeasuredPoint
+from oserve.profiler.brief import Pace, brief_series, what_to_measure
 from oserve.profiler.profile import profile_devices
+from oserve.profiler.series import EngineBounds, MeasuredPoint
 from oserve.startup.first_plan import brief_file
 
 
@@ -52,10 +52,12 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
 def test_the_course_stays_within_the_engine(
     chunk: int, seqs: int, max_model_len: int, kv_tokens: int
 ) -> None:
-    course = brief_course(chunk=chunk, seqs=seqs, max_model_len=max_model_len, kv_tokens=kv_tokens)
-    assert course
-    assert len(set(course)) == len(course)
-    for wanted in course:
+    series = brief_series(
+        EngineBounds(chunk=chunk, seqs=seqs, max_model_len=max_model_len, kv_tokens=kv_tokens)
+    )
+    assert series
+    assert len(set(series)) == len(series)
+    for wanted in series:
         if isinstance(wanted, MeasuredPoint):
             assert 1 <= wanted.seqs <= seqs - bool(wanted.prompts)
             assert wanted.seqs * wanted.context < kv_tokens
@@ -86,7 +88,7 @@ def step(prefill: float, seqs: float, seconds: float, kv_tokens: float = 0.0) ->
     )
 
 
-def test_a_fit_to_a_brief_course_predicts_what_a_plan_needs(model: str) -> None:
+def test_a_fit_to_a_brief_series_predicts_what_a_plan_needs(model: str) -> None:
     """Within a fifth, of steps as large as those of a busy replica."""
     facts = find_model(model)
     true = Coefficients(
@@ -98,7 +100,9 @@ def test_a_fit_to_a_brief_course_predicts_what_a_plan_needs(model: str) -> None:
     )
     truth = Roofline(facts, find_device("cpu"), true, precision=Precision.FP32)
     rows: list[tuple[float, float, float]] = []
-    for wanted in brief_course(chunk=2048, seqs=32, max_model_len=8192, kv_tokens=65536):
+    for wanted in brief_series(
+        EngineBounds(chunk=2048, seqs=32, max_model_len=8192, kv_tokens=65536)
+    ):
         if isinstance(wanted, MeasuredPoint):
             held = float(wanted.seqs * wanted.context)
             rows += [(n, wanted.seqs, held) for n in (0, *wanted.prompts)]

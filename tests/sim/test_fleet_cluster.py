@@ -78,7 +78,7 @@ def plan(*replicas: tuple[str, str]) -> DeploymentPlan:
     return DeploymentPlan(
         id="p",
         replicas=tuple(ReplicaSpec(id=n, shape=SHAPE, devices=(d,)) for n, d in replicas),
-        workload_types=(LengthClass(name="all"),),
+        length_classes=(LengthClass(name="all"),),
         routing_shares={},
     )
 

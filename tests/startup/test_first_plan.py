@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from oserve.app.deployment import prepare
 from oserve.config import Settings, load_settings
 from oserve.core import Device, OServeError, Precision
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import find_model
 from oserve.perf.profile import Profile, shipped_profile, write_profile
-from oserve.startup.first_plan import FirstPlan, first_plan, know, planning_question
+from oserve.startup.deployment import prepare
+from oserve.startup.first_plan import FirstPlan, first_plan, know, plan_request_for
 
 SLOTS = tuple(Device(id=f"cpu:{index}", kind="cpu") for index in range(2))
 
@@ -34,7 +34,9 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
 
 def planned(given: Settings) -> FirstPlan:
     plain = plain_precisions(SLOTS, find_processor(given.cluster.cpu_flags))
-    return first_plan(planning_question(given, SLOTS, know(given, SLOTS), plain))
+    knowledge = know(given, SLOTS)
+    assert knowledge.source is not None
+    return first_plan(plan_request_for(given, SLOTS, knowledge.source, knowledge.context, plain))
 
 
 def profile_of(model: str, *precisions: Precision) -> Profile:
@@ -138,7 +140,7 @@ def test_the_traffic_may_be_given(model: str, tmp_path: Path) -> None:
     given = settings(model, tmp_path, **{"planning.rates": "100x50=2,2000x20=0.1"})
     found = planned(given)
     assert "planning.rates" in found.why
-    names = [kind.name for kind in found.plan.workload_types]
+    names = [kind.name for kind in found.plan.length_classes]
     assert len(names) == 2
     for shares in found.plan.routing_shares.values():
         assert sum(shares.values()) == pytest.approx(1.0)

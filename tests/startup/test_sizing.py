@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.deployment import ServerDeployment, check_engines, prepare
 from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import OServeError
 from oserve.perf.profile import ProfileSource
+from oserve.startup.deployment import ServerDeployment, prepare
+from oserve.startup.plan_check import check_engines
 
 MiB = 1 << 20
 
@@ -36,11 +37,11 @@ def test_planner_and_engines_go_by_one_size(model: str, tmp_path: Path) -> None:
     # Eight requests of 8,192 tokens and a block, 4 KiB of fp32 each.
     assert size == 8 * 8320 * 4096
     assert made.sized
-    assert made.question is not None
-    assert isinstance(made.question.source, ProfileSource)
+    assert made.plan_request is not None
+    assert isinstance(made.plan_request.source, ProfileSource)
     shape = made.plan.replicas[0].shape
     assert shape.kv_cache_memory_bytes is None
-    assert made.question.source.kv_tokens(shape) == pytest.approx(8 * 8320, abs=128)
+    assert made.plan_request.source.kv_tokens(shape) == pytest.approx(8 * 8320, abs=128)
     assert any("8.0 requests" in note for note in made.notes)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import Role
-from oserve.evaluate.simulator import Levers, Routing, Traffic, met
+from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, met
 from oserve.sim.types import Status
 from oserve.study.beliefs import (
     CLASS_MEAN,
@@ -21,7 +21,7 @@ from oserve.study.beliefs import (
 from oserve.study.overload import PLAIN, defences, loaded, steady_scale
 from oserve.study.roles import split
 from oserve.study.scene import Scene
-from oserve.study.tune import JSQ, Found, Tuner
+from oserve.study.tune import JSQ, MeasuredServing, Tuner
 from study.scenes import small_scene
 
 
@@ -31,12 +31,14 @@ def scene() -> Scene:
 
 
 @pytest.fixture(scope="module")
-def plain(scene: Scene) -> Found:
+def plain(scene: Scene) -> MeasuredServing:
     tuner = Tuner(scene)
     return tuner.measure(tuner.homogeneous(tuner.forms([512])[-1], JSQ))
 
 
-def test_demotion_keeps_goodput_where_first_come_loses_it(scene: Scene, plain: Found) -> None:
+def test_demotion_keeps_goodput_where_first_come_loses_it(
+    scene: Scene, plain: MeasuredServing
+) -> None:
     tuner = Tuner(scene)
     serving = plain.serving
     scale = 1.5 * steady_scale(tuner, serving)
@@ -52,7 +54,7 @@ def test_demotion_keeps_goodput_where_first_come_loses_it(scene: Scene, plain: F
     assert all(0.0 <= share <= 1.0 for row in rows.values() for share in row.met_by_class)
 
 
-def test_within_capacity_demotion_costs_nothing(scene: Scene, plain: Found) -> None:
+def test_within_capacity_demotion_costs_nothing(scene: Scene, plain: MeasuredServing) -> None:
     tuner = Tuner(scene)
     levers = replace(plain.serving.levers, overload=OverloadPolicy(ttft_s=scene.slo.ttft_s))
     demoting = tuner.measure(replace(plain.serving, levers=levers), start=plain.scale)
@@ -82,7 +84,7 @@ def test_the_estimator_is_told_nothing_of_what_has_not_ended() -> None:
     count = 200
     rng = np.random.default_rng(1)
     outputs = rng.integers(1, 2000, count)
-    traffic = Traffic(
+    traffic = SimulatedTraffic(
         arrival_s=np.arange(count, dtype=np.float64),
         prompt_tokens=rng.integers(1, 3000, count),
         output_tokens=outputs,

@@ -9,12 +9,12 @@ from oserve.core import (
     DeploymentPlan,
     ReplicaShape,
 )
-from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, attainment
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, attainment
 from oserve.sim.phases import Phases
 from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
-from oserve.study.policy import Conduct, Fixed, Policy, Seen, Start
+from oserve.study.policy import Conduct, Fixed, Policy, PolicyStart, PolicyView
 from oserve.study.runner import Run, run_policy
 from oserve.study.switching import replaced
 from study.scenes import small_scene
@@ -28,16 +28,16 @@ class Once:
     """Changes to another plan at the first decision."""
 
     tuner: OServeTuner
-    serving: Serving
-    other: Serving
+    serving: SimulatedServing
+    other: SimulatedServing
     conduct: Conduct
-    seen: list[Seen]
+    seen: list[PolicyView]
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         self.seen.append(seen)
         return None if len(self.seen) > 1 else replaced(self.tuner, self.other, seen.plan)
 
@@ -108,7 +108,7 @@ def test_requests_go_on_elsewhere_when_a_drain_has_lasted_too_long() -> None:
 
 
 def test_free_switching_takes_no_time() -> None:
-    tuner, policy = switching(Conduct(decides=True, start=Start.FREE))
+    tuner, policy = switching(Conduct(decides=True, start=PolicyStart.FREE))
     run = run_policy(QUICK, policy, tuner.simulator, 1.0)
     later = run.results.replica == 2
     assert 10.0 <= float(run.results.arrival_s[later].min()) < 11.0

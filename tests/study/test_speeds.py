@@ -1,24 +1,24 @@
 """A profile of yesterday on a machine that is slower today does not promise too much for long."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from oserve.config import load_cluster
-from oserve.control.decision import Mode
+from oserve.control.decision import Decision, Mode
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
 from oserve.control.starts import StartTimes
-from oserve.core import ReplicaShape
-from oserve.evaluate.simulator import Levers, Routing, Simulator
+from oserve.core import DeploymentPlan, ReplicaShape
+from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, Simulator
 from oserve.perf.corrected import CorrectedSource, SpeedKey, Speeds
 from oserve.sim.types import Status
+from oserve.study.controller_policy import ControllerPolicy, ControllerSession, controller_policy
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Moment, Start, Steer
+from oserve.study.policy import Moment, PolicyStart, PolicyUpdate
 from oserve.study.runner import run_policy
 from oserve.study.scene import SceneChoice, make_scene
-from oserve.study.steered import Steered, steered
 from oserve.traces import PATTERNS, Slo, synthesise_pattern
 
 SCENE = make_scene(
@@ -46,33 +46,46 @@ TUNER = OServeTuner(SCENE)
 MANY = (1000.0, 1000.0)
 
 
-@dataclass(slots=True, kw_only=True)
-class Promising(Steered):
-    """Notes each second what the planner takes the replicas to serve."""
+class Promising:
+    """A controller policy; notes each second what the planner takes the replicas to serve."""
 
-    promised: list[tuple[float, float]]
+    def __init__(self, policy: ControllerPolicy) -> None:
+        self.conduct = policy.conduct
+        self.initial = policy.initial
+        self.decide = policy.decide
+        self.promised: list[tuple[float, float]] = []
+        self._policy = policy
+        self._session: ControllerSession | None = None
+        self.decisions: Sequence[Decision] = ()
 
-    def second(self, moment: Moment) -> Steer:
-        steer = Steered.second(self, moment)
-        assert self._helm is not None
-        served = self._helm.planner.served_rps(self.serving.plan.replicas, MANY)
+    def begin(self, traffic: SimulatedTraffic) -> "Promising":
+        self._session = self._policy.begin(traffic)
+        return self
+
+    def second(self, moment: Moment) -> PolicyUpdate:
+        assert self._session is not None  # the runner begins before the first second
+        update = self._session.second(moment)
+        replicas = self._policy.serving.plan.replicas
+        served = self._session.runtime.planner.served_rps(replicas, MANY)
         self.promised.append((moment.now_s, served))
-        return steer
+        return update
+
+    def reached(self, plan: DeploymentPlan) -> None:
+        raise AssertionError(plan.id)  # nothing switches in mode off
 
 
 @pytest.mark.parametrize("times", [1.0, 1.5])
 def test_a_slower_machine_is_believed_within_a_minute(times: float) -> None:
     shape = ReplicaShape(max_num_batched_tokens=512, max_num_seqs=64, device_kind="H100")
     serving = TUNER.homogeneous(shape, Levers(routing=Routing.POOLS))
-    plain = steered(
+    plain = controller_policy(
         TUNER,
-        start=Start.COLD,
+        start=PolicyStart.COLD,
         serving=serving,
         simulated=False,
         control=ControlPolicy(mode=Mode.OFF),
     )
-    fields = {name: getattr(plain, name) for name in Steered.__dataclass_fields__ if name[0] != "_"}
-    policy = Promising(**fields, promised=[])
+    policy = Promising(plain)
     # The truth: every step takes so many times as long as the profile says.
     truth = CorrectedSource(SCENE.source, Speeds(known=_all(1.0 / times)))
     run = run_policy(SCENE, policy, Simulator(truth), 1.0)

@@ -12,14 +12,14 @@ from oserve.switch.layout import (
     Architecture,
     Layout,
     Piece,
-    Placed,
+    ShardPlacement,
     architecture_of,
     pieces_by_key,
     place_of,
     shard_map,
 )
-from oserve.switch.precision import Format
-from oserve.switch.tensor import Parameter, Tensor, Where
+from oserve.switch.precision import WeightFormat
+from oserve.switch.tensor import Parameter, TensorSpec, Where
 from oserve.switch.transfer import TransferPlan
 
 Array = NDArray[np.float64]
@@ -49,7 +49,7 @@ def tiny(name: str, **changes: object) -> Architecture:
     return architecture_of(ModelFacts(name=name, **(sizes | changes)))  # type: ignore[arg-type]
 
 
-def wholes(architecture: Architecture, held: Format) -> Wholes:
+def wholes(architecture: Architecture, held: WeightFormat) -> Wholes:
     """Each tensor of each layer, every value another number."""
     made: Wholes = {}
     start = 0
@@ -63,21 +63,21 @@ def wholes(architecture: Architecture, held: Format) -> Wholes:
     return made
 
 
-def layer_count(architecture: Architecture, tensor: Tensor) -> int:
+def layer_count(architecture: Architecture, tensor: TensorSpec) -> int:
     return architecture.model.layers if tensor.where is Where.LAYER else 1
 
 
-def empty(architecture: Architecture, placed: Placed) -> Memory:
+def empty(architecture: Architecture, placed: ShardPlacement) -> Memory:
     """The replica's parameters as they are before anything came."""
     return {key: array.copy() for key, array in _unset(architecture, placed).items()}
 
 
 @functools.lru_cache(maxsize=512)
-def _unset(architecture: Architecture, placed: Placed) -> Memory:
+def _unset(architecture: Architecture, placed: ShardPlacement) -> Memory:
     return loaded(architecture, placed, None)
 
 
-def loaded(architecture: Architecture, placed: Placed, whole: Wholes | None) -> Memory:
+def loaded(architecture: Architecture, placed: ShardPlacement, whole: Wholes | None) -> Memory:
     """The replica's parameters, filled from whole tensors; unset with None, padding zero."""
     memory: Memory = {}
     for rank, device in enumerate(placed.devices):
@@ -98,8 +98,8 @@ def loaded(architecture: Architecture, placed: Placed, whole: Wholes | None) -> 
 def carried_out(
     architecture: Architecture,
     plan: TransferPlan,
-    sources: Sequence[Placed],
-    targets: Sequence[Placed],
+    sources: Sequence[ShardPlacement],
+    targets: Sequence[ShardPlacement],
     held: Memory,
 ) -> Memory:
     """The targets' parameters after all copies; a byte written twice is an error."""
@@ -120,7 +120,7 @@ def carried_out(
 Home = dict[tuple[str, str, str], tuple[Parameter, Piece]]
 
 
-def _homes(architecture: Architecture, placed: Sequence[Placed]) -> dict[str, Home]:
+def _homes(architecture: Architecture, placed: Sequence[ShardPlacement]) -> dict[str, Home]:
     return {
         device: home(architecture, one.layout, rank)
         for one in placed

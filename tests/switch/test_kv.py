@@ -20,9 +20,9 @@ from oserve.switch.kv import (
     decide_requests,
     plan_caches,
 )
-from oserve.switch.layout import Layout, Placed, pieces_by_key, place_of
+from oserve.switch.layout import Layout, ShardPlacement, pieces_by_key, place_of
 from oserve.switch.links import links_of
-from oserve.switch.precision import Format, format_of
+from oserve.switch.precision import WeightFormat, format_of
 from switch.arrays import tiny
 
 POLICY = DrainPolicy(limit_s=10.0, decode_s_per_token=0.02, headroom=0.1)
@@ -80,7 +80,7 @@ def test_caches_move_between_layouts(old: tuple[int, int], new: tuple[int, int])
     devices = [Device(id=f"d{index}", kind="H100", node=f"n{index // 8}") for index in range(32)]
     links = links_of(devices, find_link("infiniband-400"))
     source, target = (
-        Placed(
+        ShardPlacement(
             replica=name,
             layout=Layout(tensor_parallel_size=size[0], pipeline_parallel_size=size[1]),
             devices=tuple(f"d{first + index}" for index in range(size[0] * size[1])),
@@ -89,7 +89,7 @@ def test_caches_move_between_layouts(old: tuple[int, int], new: tuple[int, int])
     )
     plan = plan_caches(model, [CacheMove(source=source, target=target, tokens=7)], links)
     contents = CacheContents(model=model, tokens=7, tag="@o>n")
-    (parameter,) = contents.parameters(Format())
+    (parameter,) = contents.parameters(WeightFormat())
     (tensor,) = parameter.parts
     for rank, device in enumerate(target.devices):
         _, piece = pieces_by_key(contents, target.layout, rank)[tensor.key]
@@ -110,9 +110,9 @@ def test_caches_of_other_types_are_refused() -> None:
     links = links_of(
         [Device(id=f"d{index}", kind="H100") for index in (0, 1)], find_link("roce-100")
     )
-    source = Placed(replica="o", layout=Layout(), devices=("d0",))
+    source = ShardPlacement(replica="o", layout=Layout(), devices=("d0",))
     held = format_of(Precision.FP32)
-    target = Placed(replica="n", layout=Layout(held=held), devices=("d1",))
+    target = ShardPlacement(replica="n", layout=Layout(held=held), devices=("d1",))
     move = CacheMove(source=source, target=target, tokens=3)
     with pytest.raises(OServeError, match="holds model"):
         plan_caches(tiny("llama").model, [move], links)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from oserve.core import OServeError, Precision
-from oserve.switch.layout import Layout, Placed
-from oserve.switch.orders import RankOrder, rank_orders
-from oserve.switch.precision import Format, format_of
+from oserve.switch.layout import Layout, ShardPlacement
+from oserve.switch.orders import rank_orders
+from oserve.switch.precision import WeightFormat, format_of
+from oserve.switch.rank_order import RankOrder
 from oserve.switch.transfer import fill_reason, plan_transfer
 from switch.arrays import UNSET, Memory, empty, loaded, tiny, wholes
 from switch.test_reassembly import cluster, placed, same
@@ -51,7 +52,7 @@ def test_parts_are_those_of_the_plan(family: str) -> None:
 
 def test_conversions_name_what_is_staged_and_who_shares_rows() -> None:
     architecture = tiny("llama")
-    held = Format(precision=Precision.INT8, plain=Precision.BF16)
+    held = WeightFormat(precision=Precision.INT8, plain=Precision.BF16)
     for origin in (Precision.BF16, Precision.FP32):
         source = placed((1, 1), format_of(origin), 0)
         target = placed((2, 1), held, 1)
@@ -76,7 +77,7 @@ def test_what_engines_cannot_make_is_refused() -> None:
     architecture = tiny("llama")
     source = placed((1, 1), format_of(Precision.BF16), 0)
     layout = Layout(held=format_of(Precision.FP8))
-    target = Placed(replica="t", layout=layout, devices=("d1",))
+    target = ShardPlacement(replica="t", layout=layout, devices=("d1",))
     plan = plan_transfer(architecture, [source], [target], cluster(8), quantise=True)
     with pytest.raises(OServeError, match="fp8"):
         rank_orders(architecture, plan, [source], [target])

@@ -9,9 +9,9 @@ import pytest
 
 from oserve.core import Device, Precision
 from oserve.perf.device import find_link
-from oserve.switch.layout import Layout, Placed
+from oserve.switch.layout import Layout, ShardPlacement
 from oserve.switch.links import Links, links_of
-from oserve.switch.precision import Format, format_of
+from oserve.switch.precision import WeightFormat, format_of
 from oserve.switch.transfer import Method, plan_transfer
 from switch.arrays import Memory, carried_out, loaded, tiny, wholes
 
@@ -26,7 +26,9 @@ def cluster(count: int, node_size: int = 8) -> Links:
     return links_of(devices, find_link("infiniband-400"))
 
 
-def placed(size: tuple[int, int], held: Format, first: int, *, experts: bool = False) -> Placed:
+def placed(
+    size: tuple[int, int], held: WeightFormat, first: int, *, experts: bool = False
+) -> ShardPlacement:
     layout = Layout(
         tensor_parallel_size=size[0],
         pipeline_parallel_size=size[1],
@@ -34,7 +36,7 @@ def placed(size: tuple[int, int], held: Format, first: int, *, experts: bool = F
         expert_parallel=experts,
     )
     devices = tuple(f"d{first + index}" for index in range(layout.ranks))
-    return Placed(replica=f"r{first}-{size}", layout=layout, devices=devices)
+    return ShardPlacement(replica=f"r{first}-{size}", layout=layout, devices=devices)
 
 
 def same(one: Memory, other: Memory) -> None:
@@ -54,7 +56,7 @@ def test_every_pair_of_sizes(precision: Precision) -> None:
     models = [tiny(name) for name in FAMILIES]
 
     @functools.cache
-    def full(turn: int, one: Placed) -> Memory:
+    def full(turn: int, one: ShardPlacement) -> Memory:
         return loaded(models[turn], one, whole[turn])
 
     whole = [wholes(architecture, held) for architecture in models]

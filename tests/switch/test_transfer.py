@@ -17,7 +17,7 @@ from oserve.switch.demand import Item, demands_of, item_of
 from oserve.switch.layout import (
     Architecture,
     Layout,
-    Placed,
+    ShardPlacement,
     architecture_of,
     differences,
     place_of,
@@ -26,12 +26,12 @@ from oserve.switch.layout import (
     stage_layers,
 )
 from oserve.switch.links import Links, busy_s, links_of
-from oserve.switch.precision import Format, format_of
-from oserve.switch.tensor import Cut, CutKind, Tensor, Where, intersect
+from oserve.switch.precision import WeightFormat, format_of
+from oserve.switch.tensor import Cut, CutKind, TensorSpec, Where, intersect
 from oserve.switch.transfer import Method, plan_transfer
 from switch.arrays import Array, Wholes, carried_out, home, loaded, tiny, wholes
 
-BF16 = Format()
+BF16 = WeightFormat()
 FAMILIES = ("llama", "opt", "qwen2", "qwen3", "mixtral", "qwen3-moe")
 
 
@@ -45,10 +45,10 @@ def cluster(nodes: int, size: int) -> Links:
 
 
 def deployment(
-    rng: random.Random, prefix: str, names: list[str], held: Format, *, experts: bool
-) -> list[Placed]:
+    rng: random.Random, prefix: str, names: list[str], held: WeightFormat, *, experts: bool
+) -> list[ShardPlacement]:
     left = rng.sample(names, len(names))
-    found: list[Placed] = []
+    found: list[ShardPlacement] = []
     while left:
         width, depth = rng.choice(
             [(w, d) for w in (1, 2, 4, 8) for d in (1, 2, 3, 4) if w * d <= len(left)]
@@ -60,7 +60,9 @@ def deployment(
             held=held,
             expert_parallel=experts and rng.random() < 0.5,
         )
-        found.append(Placed(replica=f"{prefix}{len(found)}", layout=layout, devices=tuple(own)))
+        found.append(
+            ShardPlacement(replica=f"{prefix}{len(found)}", layout=layout, devices=tuple(own))
+        )
         if rng.random() < 0.2:
             break
     return found
@@ -80,7 +82,7 @@ def test_any_two_deployments(seed: int) -> None:
         intermediate=rng.choice([16, 24, 64]),
         vocab=rng.choice([50, 100, 130]),
     )
-    held = Format(precision=rng.choice([Precision.BF16, Precision.INT8, Precision.FP8]))
+    held = WeightFormat(precision=rng.choice([Precision.BF16, Precision.INT8, Precision.FP8]))
     names = [f"n{node}/{index}" for node in range(3) for index in range(4)]
     links = cluster(3, 4)
     old = deployment(rng, "o", names, held, experts=True)
@@ -105,7 +107,9 @@ def test_any_two_deployments(seed: int) -> None:
     assert plan.traffic.moved_bytes == sum(copy.item.size_bytes for copy in plan.copies)
 
 
-def holds(architecture: Architecture, placed: list[Placed], device: str, item: Item) -> bool:
+def holds(
+    architecture: Architecture, placed: list[ShardPlacement], device: str, item: Item
+) -> bool:
     """Whether the device holds all of an item."""
     for one in placed:
         if device not in one.devices:
@@ -120,9 +124,9 @@ def holds(architecture: Architecture, placed: list[Placed], device: str, item: I
     return False
 
 
-def random_deployment(rng: random.Random) -> list[Placed]:
+def random_deployment(rng: random.Random) -> list[ShardPlacement]:
     """Llama-2-70B on 4 nodes of 8, replicas of 4 to 8 devices inside nodes."""
-    found: list[Placed] = []
+    found: list[ShardPlacement] = []
     for node in range(4):
         left = [f"n{node}/{index}" for index in range(8)]
         rng.shuffle(left)
@@ -132,7 +136,7 @@ def random_deployment(rng: random.Random) -> list[Placed]:
             )
             own, left = tuple(left[: width * depth]), left[width * depth :]
             layout = Layout(tensor_parallel_size=width, pipeline_parallel_size=depth)
-            found.append(Placed(replica=f"r{len(found)}", layout=layout, devices=own))
+            found.append(ShardPlacement(replica=f"r{len(found)}", layout=layout, devices=own))
     return found
 
 
@@ -159,7 +163,7 @@ def test_llama_70b_is_near_the_bound(seed: int) -> None:
 def test_a_device_keeps_what_it_has() -> None:
     links = cluster(1, 4)
     layout = Layout(tensor_parallel_size=2)
-    old = Placed(replica="a", layout=layout, devices=("n0/0", "n0/1"))
+    old = ShardPlacement(replica="a", layout=layout, devices=("n0/0", "n0/1"))
     plan = plan_transfer(tiny("llama"), [old], [replace(old, replica="b")], links)
     assert plan.copies == ()
     assert plan.busy_s == plan.bound_s > 0
@@ -169,9 +173,9 @@ def test_a_device_keeps_what_it_has() -> None:
 def test_the_near_node_comes_first() -> None:
     links = cluster(2, 4)
     one = Layout(tensor_parallel_size=1)
-    far = Placed(replica="far", layout=one, devices=("n1/0",))
-    near = Placed(replica="near", layout=one, devices=("n0/0",))
-    target = Placed(replica="new", layout=one, devices=("n0/1",))
+    far = ShardPlacement(replica="far", layout=one, devices=("n1/0",))
+    near = ShardPlacement(replica="near", layout=one, devices=("n0/0",))
+    target = ShardPlacement(replica="new", layout=one, devices=("n0/1",))
     for method in Method:
         plan = plan_transfer(tiny("llama"), [far, near], [target], links, method=method)
         assert {copy.source for copy in plan.copies} == {"n0/0"}
@@ -194,7 +198,7 @@ def test_precisions(
 ) -> None:
     links = cluster(2, 4)
     old = [
-        Placed(
+        ShardPlacement(
             replica=f"o{index}",
             layout=Layout(held=format_of(precision)),
             devices=(f"n0/{index}",),
@@ -202,7 +206,7 @@ def test_precisions(
         for index, precision in enumerate(sources)
     ]
     layout = Layout(tensor_parallel_size=2, held=format_of(target))
-    new = Placed(replica="new", layout=layout, devices=("n1/0", "n1/1"))
+    new = ShardPlacement(replica="new", layout=layout, devices=("n1/0", "n1/1"))
     if reason:
         with pytest.raises(OServeError, match=reason):
             plan_transfer(tiny("llama"), old, [new], links, quantise=allowed)
@@ -222,10 +226,12 @@ def test_quantised_on_the_way(name: str, precision: Precision) -> None:
     """Scales from each device's part, or all peers' parts, equal those of the whole tensor."""
     architecture = tiny(name)
     held = replace(format_of(precision), group_size=8)
-    plain = Placed(replica="o", layout=Layout(tensor_parallel_size=2), devices=("n0/0", "n0/1"))
+    plain = ShardPlacement(
+        replica="o", layout=Layout(tensor_parallel_size=2), devices=("n0/0", "n0/1")
+    )
     layout = Layout(tensor_parallel_size=4, pipeline_parallel_size=2, held=held)
     devices = tuple(f"n1/{index}" for index in range(8))
-    target = Placed(replica="n", layout=layout, devices=devices)
+    target = ShardPlacement(replica="n", layout=layout, devices=devices)
     plan = plan_transfer(architecture, [plain], [target], cluster(2, 8), quantise=True)
     rng = np.random.default_rng(0)
     whole = {key: rng.normal(size=one.shape) for key, one in wholes(architecture, BF16).items()}
@@ -314,7 +320,7 @@ def test_an_engine_that_differs_is_told() -> None:
 def test_plans_of_the_core_become_layouts() -> None:
     shape = ReplicaShape(tensor_parallel_size=2, precision=Precision.INT8)
     placed = placed_of(ReplicaSpec(id="r0", shape=shape, devices=("a", "b")))
-    assert placed.layout.held == Format(precision=Precision.INT8)
+    assert placed.layout.held == WeightFormat(precision=Precision.INT8)
     with pytest.raises(OServeError, match="1 devices for 2 ranks"):
         placed_of(ReplicaSpec(id="r0", shape=shape, devices=("a", "a")))
 
@@ -324,7 +330,7 @@ def test_unknown_things_are_refused() -> None:
         architecture_of(find_model("llama-2-70b"), "GPT2LMHeadModel")
     with pytest.raises(OServeError, match="not known"):
         architecture_of(replace(find_model("opt-30b"), name="falcon"))
-    one = Placed(replica="a", layout=Layout(), devices=("n0/0",))
+    one = ShardPlacement(replica="a", layout=Layout(), devices=("n0/0",))
     with pytest.raises(OServeError, match="not in the cluster"):
         plan_transfer(tiny("llama"), [one], [replace(one, devices=("mars",))], cluster(1, 1))
     with pytest.raises(OServeError, match="two replicas want"):
@@ -344,7 +350,9 @@ def test_unknown_things_are_refused() -> None:
 def test_a_split_loses_and_repeats_nothing(
     shape: list[int], layers: int, share: float, least: int
 ) -> None:
-    tensor = Tensor(name="t", shape=tuple(shape), dtype="bf16", value_bytes=2, where=Where.LAYER)
+    tensor = TensorSpec(
+        name="t", shape=tuple(shape), dtype="bf16", value_bytes=2, where=Where.LAYER
+    )
     item = item_of(tensor, (3, 3 + layers), tuple((0, size) for size in shape))
     taken, rest = split_item(item, share * item.size_bytes, least)
     seen = np.zeros((layers, *shape))

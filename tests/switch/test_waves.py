@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from oserve.core import Device, OServeError, Precision
 from oserve.perf.device import find_link
 from oserve.switch.costs import SwitchCosts, switch_cost
-from oserve.switch.layout import Layout, Placed
+from oserve.switch.layout import Layout, ShardPlacement
 from oserve.switch.links import links_of
 from oserve.switch.precision import format_of
 from oserve.switch.transfer import plan_transfer
-from oserve.switch.waves import Order, OrderPolicy, Standing, Wave, order_switch
+from oserve.switch.waves import Wave, WaveOrder, WavePolicy, WaveReplica, order_switch
 from switch.arrays import tiny
 
 MEMORY = 80.0
@@ -29,12 +29,12 @@ def standing(
     *,
     kv: float | None = None,
     precision: Precision = Precision.BF16,
-) -> Standing:
+) -> WaveReplica:
     """Weights are shared by the devices; the cache fills what 90 % of the memory leaves."""
     layout = Layout(tensor_parallel_size=len(devices), held=format_of(precision))
     weights = WEIGHTS / len(devices) / (1 if precision is Precision.BF16 else 2)
-    return Standing(
-        placed=Placed(replica=name, layout=layout, devices=devices),
+    return WaveReplica(
+        placed=ShardPlacement(replica=name, layout=layout, devices=devices),
         weights_bytes=weights,
         kv_bytes=MEMORY * 0.9 - weights - 2.0 if kv is None else kv,
         engine_bytes=2.0,
@@ -42,8 +42,10 @@ def standing(
     )
 
 
-def deployment(rng: random.Random, prefix: str, devices: int, kv: float | None) -> list[Standing]:
-    found: list[Standing] = []
+def deployment(
+    rng: random.Random, prefix: str, devices: int, kv: float | None
+) -> list[WaveReplica]:
+    found: list[WaveReplica] = []
     left = [f"d{index}" for index in range(devices)]
     if rng.random() < 0.5:
         rng.shuffle(left)
@@ -58,7 +60,9 @@ def deployment(rng: random.Random, prefix: str, devices: int, kv: float | None) 
     return found
 
 
-def walk(order: Order, old: list[Standing], new: list[Standing], policy: OrderPolicy) -> float:
+def walk(
+    order: WaveOrder, old: list[WaveReplica], new: list[WaveReplica], policy: WavePolicy
+) -> float:
     """Plays the order and checks each moment; the least share of the floor that was ready."""
     every = {one.id: one for one in (*old, *new)}
     kept = set(order.kept)
@@ -100,7 +104,7 @@ def walk(order: Order, old: list[Standing], new: list[Standing], policy: OrderPo
     return worst
 
 
-def ordered(old: list[Standing], new: list[Standing], policy: OrderPolicy) -> Order | None:
+def ordered(old: list[WaveReplica], new: list[WaveReplica], policy: WavePolicy) -> WaveOrder | None:
     """An order, or None where there is nothing to copy from."""
     try:
         return order_switch(old, new, policy)
@@ -120,7 +124,7 @@ def test_any_two_deployments(seed: int) -> None:
     old = deployment(rng, "o", devices, kv)
     new = deployment(rng, "n", devices, kv)
     total = [sum(one.capacity_rps[kind] for one in old) for kind in (0, 1)]
-    policy = OrderPolicy(
+    policy = WavePolicy(
         floor_rps=tuple(rng.choice([0.3, 0.6, 0.9]) * each for each in total),
         memory_bytes={f"d{index}": MEMORY for index in range(devices)},
         releases_cache=rng.random() < 0.5,
@@ -141,7 +145,7 @@ def test_no_order_keeps_more_than_a_proved_one(seed: int) -> None:
     kv = rng.choice([5.0, 15.0])
     old, new = deployment(rng, "o", 4, kv), deployment(rng, "n", 4, kv)
     memory = {f"d{index}": MEMORY for index in range(4)}
-    policy = OrderPolicy(floor_rps=(50.0, 50.0), memory_bytes=memory, quantise=True)
+    policy = WavePolicy(floor_rps=(50.0, 50.0), memory_bytes=memory, quantise=True)
     order = ordered(old, new, policy)
     if order is None:
         return
@@ -159,7 +163,7 @@ def test_no_order_keeps_more_than_a_proved_one(seed: int) -> None:
 
 
 def played(
-    old: list[Standing], new: list[Standing], policy: OrderPolicy, steps: list[list[str]]
+    old: list[WaveReplica], new: list[WaveReplica], policy: WavePolicy, steps: list[list[str]]
 ) -> float | None:
     """The share that a given sequence keeps; None if nothing is left to copy from."""
     every = {one.id: one for one in new}
@@ -172,7 +176,7 @@ def played(
     ready = list(old)
     worst = float("inf")
 
-    def least(replicas: list[Standing]) -> float:
+    def least(replicas: list[WaveReplica]) -> float:
         return min(
             sum(one.capacity_rps[kind] for one in replicas) / policy.floor_rps[kind]
             for kind in (0, 1)
@@ -216,7 +220,7 @@ def test_room_for_both_needs_one_wave() -> None:
         for index in (0, 1)
     ]
     memory = {"d0": 140.0, "d1": 140.0}
-    policy = OrderPolicy(floor_rps=(2.0,), memory_bytes=memory, quantise=True)
+    policy = WavePolicy(floor_rps=(2.0,), memory_bytes=memory, quantise=True)
     order = order_switch(old, new, policy)
     assert order.waves == (
         Wave(start=("n0", "n1"), retire=("o0",), sources=("o0",), capacity_rps=(2.0,)),
@@ -231,7 +235,7 @@ def test_a_floor_that_cannot_be_kept_is_told() -> None:
     old = [standing("o0", ("d0", "d1"), (1.0,)), standing("o1", ("d2", "d3"), (1.0,))]
     new = [standing("n0", ("d1", "d0"), (1.0,)), standing("n1", ("d3", "d2"), (1.0,))]
     memory = {f"d{index}": MEMORY for index in range(4)}
-    policy = OrderPolicy(floor_rps=(2.0,), memory_bytes=memory)
+    policy = WavePolicy(floor_rps=(2.0,), memory_bytes=memory)
     order = order_switch(old, new, policy)
     assert (order.floor_share, order.proved) == (0.5, True)
     assert order.reason == "capacity falls to 0.50 of the floor, the most that any order keeps"
@@ -242,7 +246,7 @@ def test_a_floor_that_cannot_be_kept_is_told() -> None:
 def test_the_last_source_is_not_stopped() -> None:
     old = [standing("o0", ("d0", "d1"), (1.0,))]
     new = [standing("n0", ("d1", "d0"), (1.0,))]
-    policy = OrderPolicy(floor_rps=(0.0,), memory_bytes={"d0": MEMORY, "d1": MEMORY})
+    policy = WavePolicy(floor_rps=(0.0,), memory_bytes={"d0": MEMORY, "d1": MEMORY})
     with pytest.raises(OServeError, match="would have to stop"):
         order_switch(old, new, policy)
     # Weights, two engines and one cache do not fit either; with a smaller cache they do.
@@ -255,7 +259,7 @@ def test_released_caches_make_room() -> None:
     old = [replace(standing("o0", ("d0", "d1", "d2", "d3"), (1.0,)), kv_bytes=45.0)]
     new = [replace(standing("n0", ("d0", "d1", "d3", "d2"), (1.0,)), kv_bytes=20.0)]
     memory = {f"d{index}": MEMORY for index in range(4)}
-    policy = OrderPolicy(floor_rps=(0.0,), memory_bytes=memory, releases_cache=True)
+    policy = WavePolicy(floor_rps=(0.0,), memory_bytes=memory, releases_cache=True)
     (wave,) = order_switch(old, new, policy).waves
     assert (wave.release, wave.stop, wave.start, wave.sources) == (("o0",), (), ("n0",), ("o0",))
 
@@ -264,16 +268,16 @@ def test_what_is_in_both_stays() -> None:
     old = [standing("o0", ("d0", "d1"), (1.0,)), standing("o1", ("d2", "d3"), (1.0,))]
     new = [standing("other-name", ("d0", "d1"), (1.0,))]
     memory = {f"d{index}": MEMORY for index in range(4)}
-    order = order_switch(old, new, OrderPolicy(floor_rps=(1.0,), memory_bytes=memory))
+    order = order_switch(old, new, WavePolicy(floor_rps=(1.0,), memory_bytes=memory))
     assert order.kept == ("o0",)
     assert [wave.retire for wave in order.waves] == [("o1",)]
-    assert order_switch(old, old, OrderPolicy(floor_rps=(1.0,), memory_bytes=memory)).waves == ()
+    assert order_switch(old, old, WavePolicy(floor_rps=(1.0,), memory_bytes=memory)).waves == ()
 
 
 def test_a_replica_that_fits_nowhere_is_refused() -> None:
     old = [standing("o0", ("d0", "d1"), (1.0,))]
     new = [standing("n0", ("d0",), (1.0,), kv=0.0)]
-    policy = OrderPolicy(floor_rps=(0.0,), memory_bytes={"d0": MEMORY, "d1": MEMORY})
+    policy = WavePolicy(floor_rps=(0.0,), memory_bytes={"d0": MEMORY, "d1": MEMORY})
     with pytest.raises(OServeError, match="of a device's"):
         order_switch(old, new, policy)
 
@@ -283,7 +287,7 @@ def test_a_replica_that_fits_nowhere_is_refused() -> None:
 def test_large_clusters_are_ordered_in_time(seed: int) -> None:
     rng = random.Random(seed)
     old, new = deployment(rng, "o", 64, 15.0), deployment(rng, "n", 64, 15.0)
-    policy = OrderPolicy(
+    policy = WavePolicy(
         floor_rps=(30.0, 15.0),
         memory_bytes={f"d{index}": MEMORY for index in range(64)},
         quantise=True,
@@ -296,8 +300,8 @@ def test_seconds_of_each_phase() -> None:
     devices = [Device(id=f"d{index}", kind="H100") for index in range(4)]
     links = links_of(devices, find_link("infiniband-400"))
     layout = Layout(tensor_parallel_size=2)
-    source = Placed(replica="o0", layout=layout, devices=("d0", "d1"))
-    target = Placed(replica="n0", layout=layout, devices=("d2", "d3"))
+    source = ShardPlacement(replica="o0", layout=layout, devices=("d0", "d1"))
+    target = ShardPlacement(replica="n0", layout=layout, devices=("d2", "d3"))
     transfer = plan_transfer(tiny("llama"), [source], [target], links)
     wave = Wave(stop=("o1",), start=("n0",), retire=("o0",), capacity_rps=(1.0,))
     costs = SwitchCosts(link_share=0.5)

@@ -1,34 +1,89 @@
-"""What an operator may ask for over HTTP: plans that give nobody powers that they had not before.
+"""Operators' calls over HTTP: switch to a plan, or evaluate one."""
 
-Whoever may send requests may send plans, so a plan from there may not name what reaches beyond the
-replicas: an engine's own arguments, other servers and the variables that hold their keys must be
-in the plan in force already. Plans with more are given at the start.
-"""
+import asyncio
+from typing import Any
 
-from collections.abc import Sequence
+import msgspec
 
-from oserve.config import parse_plan
-from oserve.core import AttachedBackend, DeploymentPlan, Device, OServeError, VllmBackend
-from oserve.plan import check_plan
+from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.control.decision import Trigger
+from oserve.control.loop import ControlLoop
+from oserve.core import DeploymentPlan, OServeError
+from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.deployment import ServerDeployment
+from oserve.startup.plan_check import allowed_plan, check_engines
+from oserve.switching.switcher import Switcher
 
-_PLACE = "plan"
+_SWITCH_PATH = "/oserve/v1/switch"
 
 
 class RefusedError(Exception):
-    """It cannot be done here; the text says why."""
+    """This server cannot do it; the text says why."""
 
 
-def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]) -> DeploymentPlan:
-    """The plan in the body of a call. Raises OServeError for one that is wrong or goes too far."""
-    plan = parse_plan(body.decode("utf-8", errors="replace"), place=_PLACE)
-    check_plan(plan, devices, place=_PLACE)
-    known = {spec.backend for spec in current.replicas} | {VllmBackend()}
-    for index, spec in enumerate(plan.replicas):
-        if spec.backend not in known:
-            field = "attach" if isinstance(spec.backend, AttachedBackend) else "engine_args"
-            raise OServeError(
-                "a plan from outside may not bring one that is not in force already",
-                place=f"{_PLACE}.replicas[{index}].{field}",
-                remedy="start the server with this plan",
-            )
-    return plan
+class OperatorApi:
+    """Answers operators' calls, whichever gateway process received them."""
+
+    def __init__(
+        self,
+        deployment: ServerDeployment,
+        *,
+        loop: ControlLoop,
+        switcher: Switcher,
+        decisions: DecisionLoop | None,
+        view: ClusterView,
+    ) -> None:
+        self._deployment = deployment
+        self._loop = loop
+        self._switcher = switcher
+        self._decisions = decisions
+        self._view = view
+
+    async def answer(self, call: OperatorCall) -> OperatorAnswer:
+        """Carry a call out; errors become the answer."""
+        try:
+            given = self._given(call.body) if call.body.strip() else None
+            if call.path == _SWITCH_PATH:
+                document = await self._switch(given)
+            else:
+                document = await self._evaluate(given)
+        except RefusedError as refused:
+            return _answer(409, {"error": {"message": str(refused)}})
+        except OServeError as error:
+            return _answer(400, {"error": {"message": str(error)}})
+        return _answer(200, document)
+
+    def _given(self, body: bytes) -> DeploymentPlan:
+        devices = self._deployment.devices
+        plan = allowed_plan(body, self._loop.plan, devices)
+        check_engines(plan, devices, self._deployment.settings)
+        return plan
+
+    async def _switch(self, given: DeploymentPlan | None) -> dict[str, Any]:
+        if given is None:
+            raise RefusedError("a switch needs a plan")
+        observation = self._view.observation
+        if self._decisions is not None and observation is not None:
+            return await self._decisions.decide(observation, Trigger.MANUAL, given)
+        report = self._switcher.want(given, Trigger.MANUAL.value)
+        line = f"switching to plan {given.id}"
+        return {"switched": True, "line": line, "plan": "", "switch": report.id}
+
+    async def _evaluate(self, given: DeploymentPlan | None) -> dict[str, Any]:
+        observation = self._view.observation
+        if observation is None or (self._decisions is None and given is None):
+            raise RefusedError("there is no controller here (control.mode is off)")
+        found: dict[str, Any] = {
+            "switched": False,
+            "line": "there is no controller to evaluate it",
+            "plan": "",
+        }
+        if self._decisions is not None:
+            found = await self._decisions.decide(observation, Trigger.QUESTION, given)
+        if given is not None:
+            found["foreseen"] = await asyncio.to_thread(self._switcher.foresee, given, observation)
+        return found
+
+
+def _answer(status: int, document: dict[str, Any]) -> OperatorAnswer:
+    return OperatorAnswer(status=status, body=msgspec.json.encode(document))

@@ -5,38 +5,43 @@ import contextlib
 import signal
 from collections.abc import Callable
 
-from oserve.app.serve import OServeServer
+from oserve.app.server import OServeServer
+
+
+class _StopSignals:
+    """``stop`` is set by the first signal; the second also cancels ``closing``."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.closing: asyncio.Task[None] | None = None
+
+    def install(self) -> None:
+        """Handle SIGINT, SIGTERM, and SIGHUP unless the process was started to survive it."""
+        closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+        for number in (signal.SIGINT, signal.SIGTERM, *closed):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self.stop.is_set() and self.closing is not None:
+            self.closing.cancel()
+        self.stop.set()
 
 
 async def serve_until_stopped(server: OServeServer, *, announce: Callable[[int], None]) -> int:
     """Run until Ctrl-C or SIGTERM; returns the exit status.
 
-    A second Ctrl-C ends without waiting for running requests.
+    ``announce`` gets the port once the server is ready. A second Ctrl-C ends the server without
+    waiting for running requests.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    presses = 0
-
-    def _on_signal() -> None:
-        nonlocal presses
-        presses += 1
-        stop.set()
-        if presses > 1:
-            for task in asyncio.all_tasks(loop):
-                if task.get_name() == "grace":
-                    task.cancel()
-
-    # A terminal that closes ends the server, unless it was started to survive that.
-    closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-    for number in (signal.SIGINT, signal.SIGTERM, *closed):
-        loop.add_signal_handler(number, _on_signal)
+    signals = _StopSignals()
+    signals.install()
     running: asyncio.Task[None] | None = None
     status = 0
     try:
         port = await server.start()
         running = asyncio.create_task(server.run())
         ready = asyncio.create_task(server.ready.wait())
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(signals.stop.wait())
         await asyncio.wait({running, ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             announce(port)
@@ -49,7 +54,7 @@ async def serve_until_stopped(server: OServeServer, *, announce: Callable[[int],
         if running is not None:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-        closing = asyncio.create_task(server.close(), name="grace")
+        signals.closing = asyncio.create_task(server.close())
         with contextlib.suppress(asyncio.CancelledError):
-            await closing
+            await signals.closing
     return status

@@ -1,4 +1,4 @@
-"""Cli: words typed by people. It parses, calls, prints; everything else is below."""
+"""Cli: the command line. It parses, calls and prints; all else is in the packages below."""
 
 import sys
 
@@ -21,7 +21,7 @@ from oserve.core import OServeError
 
 app = typer.Typer(
     name="oserve",
-    help="Serve one large language model with different replicas side by side.",
+    help="Serve one large language model on heterogeneous replicas.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,7 +55,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: expected failures are two readable lines and exit code 2."""
+    """Entry point: an OServeError prints as two lines and exits with code 2."""
     try:
         app()
     except OServeError as error:

@@ -1,8 +1,8 @@
-"""One streamed answer as a client sees it: when its tokens came, and whether it is whole.
+"""One streamed answer as a client sees it: the times of its tokens, and whether it is complete.
 
-Pure: bytes and times in, a verdict out. Any delta that carries output counts as tokens: text,
-reasoning (``reasoning`` of vLLM, ``reasoning_content`` of SGLang and DeepSeek), tool calls,
-refusals, audio. What servers of other makes leave out of a stream is told by a ``Dialect``.
+Pure: bytes and times in, a status out. Any delta with output counts as tokens: text, reasoning
+(``reasoning`` of vLLM, ``reasoning_content`` of SGLang and DeepSeek), tool calls, refusals, audio.
+An ``ApiDialect`` describes what other servers leave out of a stream.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from typing import Any
 import msgspec
 
 from oserve.traces import FailureKind, OutcomeStatus
+from oserve.wire.events import Event, EventReader
 
 _REASONING = ("reasoning", "reasoning_content")
 _ANSWER = ("content", "tool_calls", "function_call", "refusal", "audio")
-# Finish reasons by which engines say that they gave a request up.
-_GIVEN_UP = {"abort", "error"}
-_MAX_EVENT_BYTES = 64 << 20
+# Finish reasons of requests that the engine aborted.
+_ABORTED = {"abort", "error"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
-    """What a server was seen to do, and is held to.
+class ApiDialect:
+    """The observed behaviour of a server, which its answers are checked against.
 
-    ``done``: ``[DONE]`` ends a stream. ``usage``: a stream ends with its token counts.
-    ``stream_options``, ``ignore_eos``: it takes these fields. ``exact``: it makes as many tokens
-    as are asked for, so that an answer that stops earlier is cut off.
+    ``done``: streams end with ``[DONE]``. ``usage``: streams report their token counts.
+    ``stream_options``, ``ignore_eos``: it accepts these fields. ``exact``: it generates as many
+    tokens as requested, so a shorter answer is truncated.
     """
 
     done: bool = True
@@ -36,20 +36,20 @@ class Dialect:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was not checked or measured as usual, for people."""
+        """The checks and measurements that differ from the usual, for people."""
         told = (
-            (self.done, "it sends no [DONE]: streams are held whole by their finish reason"),
-            (self.usage, "it reports no usage: tokens are counted by events"),
-            (self.exact, "it may stop early: lengths of answers are not held against it"),
+            (self.done, "it sends no [DONE]: a finish reason counts as the end of a stream"),
+            (self.usage, "it reports no usage: each event counts as one token"),
+            (self.exact, "it may stop early: the lengths of its answers are not checked"),
         )
         return tuple(note for usual, note in told if not usual)
 
 
-USUAL = Dialect()
-"""vLLM's, and OServe's."""
+USUAL = ApiDialect()
+"""The dialect of vLLM and OServe."""
 
 
-class Usage(msgspec.Struct):
+class ReportedUsage(msgspec.Struct):
     """The token counts of a response."""
 
     prompt_tokens: int | None = None
@@ -58,7 +58,7 @@ class Usage(msgspec.Struct):
 
     @property
     def reasoning_tokens(self) -> int:
-        """Of the completion's, where the server tells."""
+        """The reasoning tokens of the completion; 0 if not reported."""
         count = (self.completion_tokens_details or {}).get("reasoning_tokens")
         return count if isinstance(count, int) else 0
 
@@ -71,7 +71,7 @@ class _Choice(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
+    usage: ReportedUsage | None = None
     error: Any = None
     object: Any = None
     message: Any = None
@@ -80,48 +80,52 @@ class _Event(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Event)
 
 
-class Answer:
-    """What has been seen of one stream. Times are those given to ``feed``; 0 is not yet."""
+class BenchAnswer:
+    """The state of one stream. Times are those passed to ``feed``; 0 means not yet."""
 
     def __init__(self) -> None:
         self.first_s = 0.0
         self.first_answer_s = 0.0
         self.last_s = 0.0
         self.gaps: list[float] = []
-        self.usage: Usage | None = None
+        self.usage: ReportedUsage | None = None
         self.finish_reason = ""
         self.done = False
         self.reasoned = False
         self.error = ""
         self.failure: FailureKind | None = None
-        self._events = _Events()
+        self._events = EventReader()
 
     @property
     def output_tokens(self) -> int:
-        """As the server counted them, else the events that carried any."""
+        """The token count that the server reported, else the number of events with output."""
         counted = self.usage.completion_tokens if self.usage else None
         return (len(self.gaps) + (self.first_s > 0.0)) if counted is None else counted
 
     def feed(self, data: bytes, now_s: float) -> None:
-        """Take in what came."""
-        for kind, payload in self._events.feed(data):
-            self._take(kind, payload, now_s)
+        """Read received bytes. Raises EventsError."""
+        for event in self._events.feed(data):
+            self._take(event, now_s)
 
     def end(self, now_s: float) -> None:
-        """The response ended well; an event that lacks its empty line still counts."""
-        for kind, payload in self._events.feed(b"\n\n"):
-            self._take(kind, payload, now_s)
+        """Mark the end of a complete response; a last event without its empty line counts."""
+        last = self._events.end()
+        if last is not None:
+            self._take(last, now_s)
 
     def fail(self, kind: FailureKind, error: str) -> None:
-        """The first failure stays."""
+        """Record a failure; the first one stays."""
         if self.failure is None:
             self.failure, self.error = kind, error
 
-    def _take(self, kind: bytes, payload: bytes, now_s: float) -> None:
+    def _take(self, received: Event, now_s: float) -> None:
+        payload = received.data
+        if payload is None:
+            return
         if payload.strip() == b"[DONE]":
             self.done = True
             return
-        if kind == b"error":
+        if received.kind == b"error":
             self.fail(FailureKind.ERROR_EVENT, f"error event: {said(payload)}")
             return
         try:
@@ -151,8 +155,8 @@ class Answer:
             self.first_answer_s = now_s
         self.last_s = now_s
 
-    def verdict(self, wanted: int, dialect: Dialect) -> tuple[OutcomeStatus, str]:
-        """Complete, truncated or failed, and why."""
+    def verdict(self, wanted: int, dialect: ApiDialect) -> tuple[OutcomeStatus, str]:
+        """Completed, truncated or failed, and the reason."""
         # A connection that breaks after the first token is a truncation, not a refusal.
         broke = self.failure is FailureKind.CONNECTION and self.first_s > 0.0
         if self.failure is not None and not broke:
@@ -161,14 +165,14 @@ class Answer:
             (broke and not self.done, self.error),
             (dialect.done and not self.done, "the stream ended without [DONE]"),
             (not self.finish_reason, "no finish reason"),
-            (self.finish_reason in _GIVEN_UP, f"the engine gave it up ({self.finish_reason})"),
+            (self.finish_reason in _ABORTED, f"the engine aborted it ({self.finish_reason})"),
             (dialect.usage and self.usage is None, "no usage report"),
-            (self._short(wanted, dialect), "fewer or more tokens than asked for"),
+            (self._short(wanted, dialect), "fewer or more tokens than requested"),
         )
         reason = next((words for lacking, words in lacks if lacking), "")
         return (OutcomeStatus.TRUNCATED if reason else OutcomeStatus.COMPLETED), reason
 
-    def _short(self, wanted: int, dialect: Dialect) -> bool:
+    def _short(self, wanted: int, dialect: ApiDialect) -> bool:
         counted = self.usage.completion_tokens if self.usage else None
         if counted is None or counted == wanted:
             return False
@@ -176,7 +180,7 @@ class Answer:
 
 
 def said(body: bytes) -> str:
-    """The message of an error, in the forms of OpenAI, FastAPI and others; else the text itself."""
+    """The message of an error body of OpenAI, FastAPI and others; else the text itself."""
     text = body.decode(errors="replace").strip()
     try:
         found = msgspec.json.decode(body)
@@ -188,33 +192,3 @@ def said(body: bytes) -> str:
         if isinstance(found, dict) and found.get(name):
             found = found[name]
     return (found if isinstance(found, str) else text)[:200]
-
-
-class _Events:
-    """Server-sent events: name and data of each, whatever ends the lines."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._after_cr = False
-
-    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        if self._after_cr:
-            data = data.removeprefix(b"\n")
-        self._after_cr = data.endswith(b"\r")
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, self._rest = (self._rest + data).split(b"\n\n")
-        if len(self._rest) > _MAX_EVENT_BYTES:
-            raise ValueError("an event is longer than 64 MiB")
-        found = []
-        for block in blocks:
-            kind, lines = b"", []
-            for line in block.split(b"\n"):
-                name, _, value = line.removeprefix(b"\xef\xbb\xbf").partition(b":")
-                if name == b"data":
-                    lines.append(value.removeprefix(b" "))
-                elif name == b"event":
-                    kind = value.strip()
-            if lines:
-                found.append((kind, b"\n".join(lines)))
-        return found

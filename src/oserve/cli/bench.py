@@ -1,10 +1,11 @@
-"""``oserve bench``: replay a trace against any OpenAI-compatible server and say how it went."""
+"""``oserve bench``: replay a trace against any OpenAI-compatible server and report the results."""
 
 import asyncio
 import contextlib
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,14 @@ import msgspec
 import typer
 import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from oserve.cli.bench_report import document, per_request, show
 from oserve.cli.load import Replay, new_session
@@ -39,7 +47,7 @@ from oserve.cli.options import (
 )
 from oserve.cli.picture import draw
 from oserve.cli.prompts import PromptWriter
-from oserve.cli.target import Target, calibrated_writer, find_target, warmed_up
+from oserve.cli.target import BenchTarget, calibrated_writer, find_target, warmed_up
 from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 from oserve.traces import (
@@ -78,7 +86,7 @@ def bench(
     trace: TraceOption = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(help="Instead of a trace: RATE:SECONDS of made-up mixed traffic."),
+        typer.Option(help="Synthetic mixed traffic instead of a trace: RATE:SECONDS."),
     ] = None,
     url: UrlOption = None,
     model: Annotated[str, typer.Option(help="Model; the server's first by default.")] = "",
@@ -91,7 +99,7 @@ def bench(
     sort: SortOption = False,
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=2, help="Context to fit lengths to; the server's by default."),
+        typer.Option(min=2, help="Context to scale lengths to; the server's by default."),
     ] = None,
     prompt_scale: Annotated[
         float | None, typer.Option(help="Factor on prompt lengths; fitted by default.")
@@ -102,31 +110,33 @@ def bench(
     warmup: Annotated[
         int,
         typer.Option(
-            min=0, help="Requests before the first that counts; they tell what the server speaks."
+            min=0, help="Uncounted requests before the run; they detect the server's API dialect."
         ),
     ] = 1,
-    max_concurrency: Annotated[int, typer.Option(min=1, help="Most requests in flight.")] = 4096,
-    timeout_s: Annotated[float, typer.Option(help="Give a request up after this long.")] = 600.0,
+    max_concurrency: Annotated[
+        int, typer.Option(min=1, help="Limit of requests in flight.")
+    ] = 4096,
+    timeout_s: Annotated[float, typer.Option(help="Timeout of a request in seconds.")] = 600.0,
     slo_ttft_ms: TtftOption = None,
     slo_tpot_ms: TpotOption = None,
-    slo_e2e_ms: Annotated[float | None, typer.Option(help="SLO: end to end, at most.")] = None,
+    slo_e2e_ms: Annotated[float | None, typer.Option(help="SLO: limit of E2E latency.")] = None,
     classes: Annotated[
-        str | None, typer.Option(help="Prompt-length bounds to report apart, such as 512,2048.")
+        str | None, typer.Option(help="Bounds of prompt lengths to report by, such as 512,2048.")
     ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(help=f"API key; OPENAI_API_KEY or the first of {API_KEYS} by default."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and synthetic traffic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and synthetic traffic.")] = 0,
     as_json: JsonOption = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write the report, with a row for each request (JSON).")
+        Path | None, typer.Option(help="Write the report with a row per request (JSON).")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the run (PNG, SVG or PDF).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the run (PNG, SVG or PDF).")] = None,
 ) -> None:
-    """Replay a trace against a server, open loop, and check every answer.
+    """Replay a trace against a server in open loop, and check every answer.
 
-    Exit code 0: all complete; 1: a request failed or was truncated; 2: bad input, or no server.
+    Exit code 0: all completed; 1: a request failed or was truncated; 2: bad input, or no server.
     """
     check_over_zero(
         rate_scale=rate_scale,
@@ -202,15 +212,14 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 def _requests(
     trace: str | None, synthetic: str | None, wish: TraceWish, *, seed: int
 ) -> list[TraceRequest]:
-    if (trace is None) == (synthetic is None):
+    if trace is not None and synthetic is None:
+        return read_requests(trace, wish)
+    if synthetic is None or trace is not None:
         raise OServeError(
-            "name a trace or --synthetic, one of the two",
+            "the traffic is a trace or --synthetic, and exactly one of them",
             place="bench",
             remedy="for example oserve bench --synthetic 2:60",
         )
-    if trace is not None:
-        return read_requests(trace, wish)
-    assert synthetic is not None
     rate, _, seconds = synthetic.partition(":")
     try:
         if float(rate) * float(seconds) > _MOST_SYNTHETIC and wish.limit is None:
@@ -235,7 +244,7 @@ def _requests(
 
 
 def _bounds(classes: str | None) -> list[int] | None:
-    """Bounds as given; None for the terciles of what was replayed."""
+    """The given bounds; None for the terciles of the replayed prompts."""
     if classes is None:
         return None
     try:
@@ -249,7 +258,9 @@ def _bounds(classes: str | None) -> list[int] | None:
     return bounds
 
 
-async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[Target, list[Outcome]]:
+async def _replay(
+    requests: list[TraceRequest], wanted: _Wanted
+) -> tuple[BenchTarget, list[Outcome]]:
     async with new_session() as session:
         target = await find_target(
             session,
@@ -266,7 +277,7 @@ async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[Target
                 max_model_len=context,
                 prompt_scale=wanted.prompt_scale,
                 output_scale=wanted.output_scale,
-                # Prompts are written by words, so their token count is only nearly exact.
+                # Prompts are made of words, so their token counts are approximate.
                 reserve_tokens=max(32, context // 50),
             )
         writer = await calibrated_writer(session, target, seed=wanted.seed)
@@ -286,14 +297,14 @@ async def _replay(requests: list[TraceRequest], wanted: _Wanted) -> tuple[Target
             replay = Replay(
                 session, target, writer, max_concurrency=wanted.max_concurrency, progress=advance
             )
-            # Ctrl-C: report what was done so far.
+            # On Ctrl-C, report the finished requests.
             with contextlib.suppress(asyncio.CancelledError):
                 await replay.run(requests, speed=wanted.rate_scale)
     return target, replay.outcomes
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Any:
+def _progress(total: int) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
         TextColumn("replaying"),
         BarColumn(),

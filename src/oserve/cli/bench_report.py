@@ -1,4 +1,4 @@
-"""What ``oserve bench`` says: as data, and on the screen."""
+"""The report of ``oserve bench``, as data and on the screen."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oserve.cli.target import Target
+from oserve.cli.target import BenchTarget
 from oserve.traces import Outcome, OutcomeStatus, Percentiles, Summary
 from oserve.traces.metrics import percentile, percentiles
 
@@ -21,7 +21,7 @@ def document(
     bounds: list[int] | None,
     *,
     trace: str,
-    target: Target,
+    target: BenchTarget,
     rate_scale: float,
     limit: int | None,
 ) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def document(
 
 
 def per_request(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each request, in order of due times."""
+    """One row per request, in order of due times."""
     return [asdict(item) for item in sorted(outcomes, key=lambda item: item.due_s)]
 
 
 def _by_class(outcomes: Sequence[Outcome], bounds: list[int] | None) -> list[dict[str, Any]]:
-    """TTFT apart for each class of prompt length, since a mean over all hides who waits."""
+    """TTFT by class of prompt length, since a mean over all hides which requests wait."""
     done = [item for item in outcomes if item.status is OutcomeStatus.COMPLETED]
     if bounds is None:
         lengths = [float(item.prompt_tokens) for item in done]
@@ -74,7 +74,7 @@ def _by_class(outcomes: Sequence[Outcome], bounds: list[int] | None) -> list[dic
 
 
 def show(report: dict[str, Any], summary: Summary) -> None:
-    """On standard output."""
+    """Print the report on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     verdict = (
         "[green]all complete[/]" if summary.completed == summary.sent else "[red]incomplete[/]"

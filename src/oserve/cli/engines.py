@@ -1,4 +1,4 @@
-"""``oserve engines``: the engine that is installed here, and what is replaced in it."""
+"""``oserve engines``: the installed engine and the patches that OServe applies to it."""
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,7 @@ def engines() -> None:
 
 
 def notes() -> list[str]:
-    """What to tell who starts engines of another version than the patches were made for."""
+    """Warnings for engines of another version than the patches were written for."""
     return [
         f"vLLM is not the version that OServe was written for: patch {name} does not fit; "
         "see oserve engines"

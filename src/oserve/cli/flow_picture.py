@@ -1,7 +1,7 @@
-"""The picture of a plan: which workload type flows to which replicas, drawn as bands.
+"""The plot of a plan: a Sankey diagram of workload types and replicas.
 
-Left: the types, as high as their rate. Right: replicas alike, as high as the devices they take,
-filled as far as they are busy. A band is as wide, at its left end, as the rate that it carries.
+Left: the types, with heights by their rates. Right: groups of identical replicas, with heights by
+their devices, filled by their utilisation. The width of a band at its left end is its rate.
 """
 
 from pathlib import Path as FilePath
@@ -15,7 +15,7 @@ _GAP = 0.03
 
 
 def draw(found: PlanResult, path: FilePath) -> None:
-    """Write the picture. Raises OServeError without matplotlib or where it cannot be written."""
+    """Write the plot. Raises OServeError without matplotlib or if it cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -31,7 +31,7 @@ def draw(found: PlanResult, path: FilePath) -> None:
     axes.set_ylim(-0.03, 1.08)
     score = found.planned.best.score
     axes.set_title(
-        f"{found.question.model}: {found.predicted.demand_rps:.2f} requests/s asked, "
+        f"{found.request.model}: {found.predicted.demand_rps:.2f} requests/s asked, "
         f"{score.served_rps:.2f} within limits, room for {score.scale:.2f} times",
         fontsize=11,
     )
@@ -80,7 +80,7 @@ def _bands(axes: Any, found: PlanResult) -> None:
                 continue
             wide = rate / kind.arrival_rate_rps * (top - bottom)
             low, high = rights[column]
-            # On the right a band takes the part of the replicas' time that its type does.
+            # At its right end the width of a band is its type's share of the replicas' time.
             share = rate / problem.options[option].capacity_rps[index] / best.counts[option]
             tall = min(1.0, share) * (high - low)
             _band(axes, (start, start + wide), (fill[column], fill[column] + tall), colour)
@@ -104,12 +104,12 @@ def _bands(axes: Any, found: PlanResult) -> None:
 
 
 def _middle(rates: tuple[float, ...]) -> float:
-    """Where the bands into a replica come from, on average: in this order the fewest cross."""
+    """The mean position of a replica's types; in this order few bands cross."""
     return sum(index * rate for index, rate in enumerate(rates)) / max(sum(rates), 1e-9)
 
 
 def _stack(sizes: list[float]) -> list[tuple[float, float]]:
-    """Bottom and top of each, from 0 to 1 with gaps, in proportion but never too thin to see."""
+    """The bottom and top of each box from 0 to 1, with gaps and a minimum height."""
     total = sum(sizes) or 1.0
     heights = [max(0.02, size / total) for size in sizes]
     unit = (1.0 - _GAP * (len(sizes) - 1)) / sum(heights)

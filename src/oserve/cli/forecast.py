@@ -1,4 +1,4 @@
-"""``oserve forecast``: what comes next, and how far each model can be believed."""
+"""``oserve forecast``: forecasts, and a backtest of every model."""
 
 import json
 import time
@@ -25,7 +25,7 @@ from oserve.cli.options import (
     say_how_read,
 )
 from oserve.core import OServeError
-from oserve.forecast.backtest import Report, Series, backtest, filled
+from oserve.forecast.backtest import BacktestReport, Series, backtest, filled
 from oserve.forecast.forecaster import MAX_STEPS
 from oserve.forecast.forecaster import MAX_TYPES as MOST_TYPES
 from oserve.forecast.lstm import read_lstm, write_lstm
@@ -38,10 +38,10 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Group(TyperGroup):
-    """``oserve forecast TRACE`` and ``oserve forecast train TRACE``: ``run`` need not be said."""
+    """``oserve forecast TRACE`` and ``oserve forecast train TRACE``, with an implicit ``run``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts in the command that is meant."""
+        """Insert the implicit command."""
         named = args[0] if args else ""
         return super().parse_args(ctx, args if named in self.commands else ["run", *args])
 
@@ -54,11 +54,11 @@ _Interval = Annotated[
     typer.Option(
         "--interval-s",
         "--interval",
-        help="Seconds a window: 60 for requests, the file's own for counts.",
+        help="Seconds per window: 60 for requests, the file's step for counts.",
     ),
 ]
-_Types = Annotated[int, typer.Option(help="Workload types; of counts, the largest series.")]
-_Seed = Annotated[int, typer.Option(help="For clustering and training.")]
+_Types = Annotated[int, typer.Option(help="Workload types; for counts, the largest series.")]
+_Seed = Annotated[int, typer.Option(help="Seed of clustering and training.")]
 
 
 @app.command("run")
@@ -69,13 +69,11 @@ def forecast(
     types: _Types = 4,
     models: Annotated[
         str,
-        typer.Option(help="Beside the default; also arima and lstm. 'none' for no others."),
+        typer.Option(help="Models beside the default; also arima and lstm. 'none': no others."),
     ] = ",".join(SIMPLE),
-    steps: Annotated[
-        int, typer.Option(help="How many windows ahead to forecast after the end.")
-    ] = 5,
+    steps: Annotated[int, typer.Option(help="Windows to forecast after the end.")] = 5,
     lstm: Annotated[
-        Path | None, typer.Option(help="A trained LSTM; without, lstm trains on the first half.")
+        Path | None, typer.Option(help="A trained LSTM; by default it trains on the first half.")
     ] = None,
     seed: _Seed = 0,
     limit: LimitOption = None,
@@ -85,7 +83,7 @@ def forecast(
     sort: SortOption = False,
     as_json: JsonOption = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw counts, forecasts and 90 % band (PNG, SVG or PDF).")
+        Path | None, typer.Option(help="Plot counts, forecasts and 90 % band (PNG, SVG or PDF).")
     ] = None,
 ) -> None:
     """Forecast the next windows, and score models on the second half without look-ahead.
@@ -163,7 +161,7 @@ def train(
     )
 
 
-def document(series: Series, report: Report) -> dict[str, Any]:
+def document(series: Series, report: BacktestReport) -> dict[str, Any]:
     """The report as JSON-ready data."""
     following, regret = report.next, report.regret
     return {
@@ -231,7 +229,7 @@ def _series(
     return series
 
 
-def _show(series: Series, report: Report) -> None:
+def _show(series: Series, report: BacktestReport) -> None:
     plain = Console(highlight=False, soft_wrap=True)
     screen = plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
     n, half = len(series.parts), series.half
@@ -265,7 +263,7 @@ def _show(series: Series, report: Report) -> None:
     _show_next(screen, report)
 
 
-def _show_next(screen: Console, report: Report) -> None:
+def _show_next(screen: Console, report: BacktestReport) -> None:
     following = report.next
     steps = len(following.mean_counts)
     table = Table(title=f"requests/s in the next window, and {steps} ahead (5 to 95 %)")

@@ -1,4 +1,4 @@
-"""The picture of a backtest: counts, the default's forecast and its 90 % band, a row per type."""
+"""The plot of a backtest: counts, the default's forecast and its 90 % band, a row per type."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _MOST_ROWS = 12
 
 
 def draw(series: Series, walk: Walk, path: Path) -> None:
-    """Write the picture. Raises OServeError without matplotlib or where it cannot be written."""
+    """Write the plot. Raises OServeError without matplotlib or if it cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415

@@ -1,8 +1,8 @@
-"""Replays requests against an OpenAI-compatible server, open loop, and checks every answer.
+"""Open-loop replay of requests against an OpenAI-compatible server, with a check of every answer.
 
-A stream counts as complete only if each event parses, a finish reason came, the engine reported
-the number of tokens that was asked for, and ``[DONE]`` closed it; less is asked of a server that
-was seen to speak otherwise (``Dialect``).
+A stream is complete only if each event parses, it has a finish reason, the engine reports the
+requested number of tokens, and ``[DONE]`` closes it. An ``ApiDialect`` relaxes this for servers
+that behave otherwise.
 """
 
 import asyncio
@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import Answer, said
+from oserve.cli.answers import BenchAnswer, said
 from oserve.cli.prompts import PromptWriter
 from oserve.cli.remote import reason_of
-from oserve.cli.target import Target
+from oserve.cli.target import BenchTarget
 from oserve.traces import FailureKind, Outcome, TraceRequest
 
 
 class Replay:
-    """One run. ``outcomes`` grows as requests end; ``progress`` is called after each."""
+    """One run. Appends to ``outcomes`` and calls ``progress`` as each request ends."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        target: Target,
+        target: BenchTarget,
         writer: PromptWriter,
         *,
         max_concurrency: int,
@@ -41,7 +41,7 @@ class Replay:
         self._start_s = 0.0
 
     async def run(self, requests: Sequence[TraceRequest], *, speed: float) -> None:
-        """Send each request when it is due, whether or not earlier ones have ended."""
+        """Send each request at its due time, whether or not earlier ones have ended."""
         base_s = requests[0].arrival_s
         prompts = [self._writer.write(item.prompt_tokens) for item in requests]
         self._start_s = time.perf_counter()
@@ -57,7 +57,7 @@ class Replay:
         async with self._slots:
             self.sent += 1
             sent_s = time.perf_counter() - self._start_s
-            answer = Answer()
+            answer = BenchAnswer()
             try:
                 async with asyncio.timeout(self._target.timeout_s):
                     await self._talk(item, prompt, answer)
@@ -71,7 +71,7 @@ class Replay:
         self._progress()
 
     def _outcome(
-        self, item: TraceRequest, answer: Answer, *, due_s: float, sent_s: float
+        self, item: TraceRequest, answer: BenchAnswer, *, due_s: float, sent_s: float
     ) -> Outcome:
         status, error = answer.verdict(item.output_tokens, self._target.dialect)
         now_s = time.perf_counter()
@@ -96,7 +96,7 @@ class Replay:
             reasoning_tokens=usage.reasoning_tokens if usage else 0,
         )
 
-    async def _talk(self, item: TraceRequest, prompt: str, answer: Answer) -> None:
+    async def _talk(self, item: TraceRequest, prompt: str, answer: BenchAnswer) -> None:
         target = self._target
         body = msgspec.json.encode(target.body(prompt, item.output_tokens))
         async with self._session.post(
@@ -116,7 +116,7 @@ class Replay:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A session without limits of its own."""
+    """A client session without connection limits or timeouts."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),

@@ -1,4 +1,4 @@
-"""Progress of measurements, on standard error."""
+"""The progress of measurements on standard error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from oserve.profiler.profile import ProfileReporter
 
 @contextlib.contextmanager
 def reporting(console: Console) -> Iterator[ProfileReporter]:
-    """A bar per shape, and lines between them."""
+    """A reporter that shows a progress bar per shape, and lines between them."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
 

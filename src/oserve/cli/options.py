@@ -1,4 +1,4 @@
-"""Options that several commands have: one name, one meaning, one default for each."""
+"""Options that several commands share, each with one name, one meaning and one default."""
 
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ TraceArgument = Annotated[
         "and two lengths under usual names), gzipped or not, or OServe's request records.",
     ),
 ]
-TraceOption = Annotated[str | None, typer.Option("--trace", help="The trace, said another way.")]
+TraceOption = Annotated[str | None, typer.Option("--trace", help="The trace, as an option.")]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -33,37 +33,33 @@ ModelArgument = Annotated[
         help="Model folder or Hugging Face id, as for vllm serve.",
     ),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", help="The model, said another way.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The model, as an option.")]
 TimeUnitOption = Annotated[
     TimeUnit,
     typer.Option(
-        "--time-unit", help="Unit of the trace's timestamps; by default what the file tells."
+        "--time-unit", help="Unit of the trace's timestamps; inferred from the file by default."
     ),
 ]
 SkipBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the trace.")
 ]
-SortOption = Annotated[
-    bool, typer.Option("--sort", help="The trace's rows are in any order: sort them by arrival.")
-]
+SortOption = Annotated[bool, typer.Option("--sort", help="Sort the trace's rows by arrival.")]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", help="Use only the trace's first so many requests.")
+    int | None, typer.Option("--limit", help="Use only this many requests of the trace.")
 ]
 DurationOption = Annotated[
     float | None,
-    typer.Option("--duration-s", "--duration", help="Use only the trace's first seconds."),
+    typer.Option("--duration-s", "--duration", help="Use only this many seconds of the trace."),
 ]
 RateScaleOption = Annotated[
     float,
-    typer.Option(
-        "--rate-scale", "--speed", help="The traffic this many times as fast: rates times this."
-    ),
+    typer.Option("--rate-scale", "--speed", help="Factor on the arrival rates."),
 ]
 TtftOption = Annotated[
-    float | None, typer.Option("--slo-ttft-ms", help="SLO: time to first token, at most.")
+    float | None, typer.Option("--slo-ttft-ms", help="SLO: limit of the time to first token.")
 ]
 TpotOption = Annotated[
-    float | None, typer.Option("--slo-tpot-ms", help="SLO: time per output token, at most.")
+    float | None, typer.Option("--slo-tpot-ms", help="SLO: limit of the time per output token.")
 ]
 MaxModelLenOption = Annotated[
     int | None,
@@ -80,7 +76,7 @@ OverrideOption = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Any setting; may be repeated."),
 ]
 CpuSlotsOption = Annotated[
-    int | None, typer.Option("--cpu-slots", help="Cut the CPU cores into this many devices.")
+    int | None, typer.Option("--cpu-slots", help="Split the CPU cores into this many devices.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UrlOption = Annotated[
@@ -95,7 +91,7 @@ ApiKeyOption = Annotated[
 
 
 def url_from(text: str | None) -> str:
-    """The server's root: of the option, else ``OSERVE_URL``, else the default."""
+    """The server's base URL: the option, else ``OSERVE_URL``, else the default."""
     if text is not None:
         return server_url(text)
     own = environment_value("OSERVE_URL")
@@ -103,10 +99,10 @@ def url_from(text: str | None) -> str:
 
 
 def once(argument: str | None, option: str | None, *, name: str) -> str | None:
-    """What was said as an argument or as the option ``name``. Raises OServeError for both."""
+    """The value of an argument or of the option ``name``. Raises OServeError if both are given."""
     if argument is not None and option is not None:
         raise OServeError(
-            f"it is said twice: {argument!r} and {option!r}",
+            f"it is given twice: {argument!r} and {option!r}",
             place=name,
             remedy=f"give it once, as an argument or as {name}",
         )
@@ -114,7 +110,7 @@ def once(argument: str | None, option: str | None, *, name: str) -> str | None:
 
 
 def check_over_zero(**values: float | None) -> None:
-    """Raises OServeError for an option that is not a finite number over 0."""
+    """Raise OServeError for an option that is not a finite number over 0."""
     for name, value in values.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OServeError(
@@ -125,7 +121,7 @@ def check_over_zero(**values: float | None) -> None:
 
 
 def slo_from(ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None = None) -> Slo:
-    """Limits of the options, which stand in milliseconds. Raises OServeError."""
+    """The SLO of the options, which are in milliseconds. Raises OServeError."""
     check_over_zero(slo_ttft_ms=ttft_ms, slo_tpot_ms=tpot_ms, slo_e2e_ms=e2e_ms)
     return Slo(
         ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
@@ -136,7 +132,7 @@ def slo_from(ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceWish:
-    """Which part of a trace is read, and how."""
+    """The part of a trace to read, and how to read it."""
 
     limit: int | None = None
     duration_s: float | None = None
@@ -149,12 +145,12 @@ class TraceWish:
 
     @property
     def bad_rows(self) -> BadRows:
-        """As readers take it."""
+        """How the reader handles bad rows."""
         return BadRows.SKIP if self.skip_bad_rows else BadRows.REFUSE
 
 
 def read_requests(path: str, wish: TraceWish) -> list[TraceRequest]:
-    """The requests of a trace, at least one; says on standard error what was assumed or skipped."""
+    """The requests of a trace, at least one; reports assumptions and skips on standard error."""
     skipped = Skipped()
     found = list(
         read_trace(
@@ -176,9 +172,9 @@ def read_requests(path: str, wish: TraceWish) -> list[TraceRequest]:
 
 
 def say_how_read(path: str, skipped: Skipped) -> None:
-    """What the reader assumed or left out."""
+    """Report what the reader assumed or skipped."""
     if skipped.assumed:
-        _console.print(f"note: {path}: {skipped.assumed}; --time-unit says otherwise", markup=False)
+        _console.print(f"note: {path}: {skipped.assumed}; override with --time-unit", markup=False)
     if skipped.count:
         _console.print(
             f"note: skipped {skipped.count} bad rows of {path}; {'; '.join(skipped.first)}",

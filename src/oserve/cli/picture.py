@@ -1,4 +1,4 @@
-"""The picture of a replay: distributions of the latencies, and what happened when."""
+"""The plot of a replay: latency distributions and a timeline."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ _BLUE, _ORANGE, _RED = "#2166ac", "#d9772b", "#b2182b"
 
 
 def draw(outcomes: Sequence[Outcome], slo: Slo, path: Path, *, title: str) -> None:
-    """Write a PNG, SVG or PDF. Raises OServeError without matplotlib, or where it cannot write."""
+    """Write a PNG, SVG or PDF. Raises OServeError without matplotlib or if it cannot write."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -54,7 +54,7 @@ def _cdf(axes: Any, values: list[float], label: str, limit: float | None) -> Non
 
 
 def _timeline(axes: Any, outcomes: Sequence[Outcome]) -> None:
-    """In flight over time; each request's TTFT as a dot, failures marked."""
+    """Requests in flight over time, the TTFT of each as a dot, and failures."""
     changes = sorted(
         [(item.due_s, 1) for item in outcomes]
         + [(item.due_s + item.e2e_s, -1) for item in outcomes]

@@ -1,4 +1,4 @@
-"""``oserve plan``: what to run for this traffic on these devices, and why."""
+"""``oserve plan``: plan replicas for given traffic and devices, with reasons."""
 
 import json
 import math
@@ -37,11 +37,11 @@ from oserve.core import OServeError, Precision
 from oserve.engines.devices import find_devices
 from oserve.evaluate.simulator import traffic_from
 from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.plan.problem import AmongEquals, Objective
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
@@ -58,7 +58,7 @@ def plan(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Such as 8xH100, 4x8xH100, or a YAML file; else this machine's devices."),
+        typer.Option(help="8xH100, 4x8xH100 or a YAML file; this machine's devices by default."),
     ] = None,
     trace: TraceOption = None,
     rates: Annotated[
@@ -67,7 +67,7 @@ def plan(
     ] = None,
     rate_scale: RateScaleOption = 1.0,
     types: Annotated[
-        int | None, typer.Option(help="Number of workload types; chosen if not given.")
+        int | None, typer.Option(help="Number of workload types; automatic by default.")
     ] = None,
     limit: LimitOption = None,
     duration_s: DurationOption = None,
@@ -78,11 +78,11 @@ def plan(
     slo_tpot_ms: TpotOption = None,
     slo: Annotated[
         list[str] | None,
-        typer.Option(help="For one type: NAME=TTFT_MS/TPOT_MS ('-' sets none); may be repeated."),
+        typer.Option(help="SLO of a type: NAME=TTFT_MS/TPOT_MS ('-': no limit); may be repeated."),
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Weights a replica may have; may be repeated. Default: bf16."),
+        typer.Option(help="Allowed precision of weights; may be repeated. Default: bf16."),
     ] = None,
     tensor_parallel_size: Annotated[str, typer.Option(help="Sizes to consider.")] = "1,2,4,8",
     pipeline_parallel_size: Annotated[str, typer.Option(help="Sizes to consider.")] = "1,2,4",
@@ -98,34 +98,34 @@ def plan(
     search: Annotated[Search, typer.Option(help="How to search.")] = Search.EXACT,
     objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.CAPACITY,
     among_equals: Annotated[
-        AmongEquals, typer.Option(help="What decides between equals.")
+        AmongEquals, typer.Option(help="Tie-break between equal plans.")
     ] = AmongEquals.FEWEST_DEVICES,
     headroom: Annotated[
         float | None,
-        typer.Option(help="Capacity past this multiple of the demand is worth nothing."),
+        typer.Option(help="Multiple of the demand beyond which capacity has no value."),
     ] = None,
     min_gain: Annotated[
         float,
         typer.Option(
-            help="What different replicas must gain over the best homogeneous: 0.03 is 3 %."
+            help="Least gain of a heterogeneous plan over the best homogeneous: 0.03 is 3 %."
         ),
     ] = 0.0,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Score the candidates again by simulation; choose by that."),
+        typer.Option("--verify", help="Score the candidates by simulation and choose by that."),
     ] = False,
     current: Annotated[
-        str | None, typer.Option(help="The plan that runs now (YAML): stay close to it.")
+        str | None, typer.Option(help="The present plan (YAML), to stay close to.")
     ] = None,
-    time_limit_s: Annotated[float, typer.Option(help="For the exact search.")] = 60.0,
-    seed: Annotated[int, typer.Option(help="For clustering and the flow search.")] = 0,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why, in detail.")] = False,
+    time_limit_s: Annotated[float, typer.Option(help="Time limit of the exact search.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of clustering and the flow search.")] = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Print detailed reasons.")] = False,
     as_json: JsonOption = False,
     plot: Annotated[
-        str | None, typer.Option(help="Draw who serves what (PNG, SVG or PDF).")
+        str | None, typer.Option(help="Plot which replicas serve which types (PNG, SVG or PDF).")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Write the plan (YAML) that oserve serve takes.")
+        str | None, typer.Option(help="Write the plan (YAML) for oserve serve.")
     ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Ask a running server what it would switch to now.")
@@ -162,35 +162,15 @@ def plan(
         context=max_model_len,
     )
     source, context = find_source(choice)
-    if (trace is None) == (rates is None):
-        raise OServeError(
-            "the traffic must come from a trace or from --rates, and from one of them",
-            place="--trace",
-            remedy="name a trace file, or give --rates 512x128=3.5",
-        )
     if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
         raise OServeError(
             "without an SLO there is nothing to verify a plan against",
             place="--verify",
             remedy="give --slo-ttft-ms and --slo-tpot-ms",
         )
-    requests: list[TraceRequest] = []
-    if trace is not None:
-        requests = read_requests(trace, wish)
-        demand = demand_from_trace(
-            requests,
-            source=trace,
-            max_model_len=context,
-            k=types,
-            rate_scale=rate_scale,
-            seed=seed,
-        )
-    else:
-        assert rates is not None
-        demand = scaled(
-            demand_from_rates(load_rates(rates), source="--rates", max_model_len=context),
-            rate_scale,
-        )
+    demand, requests = _demand(
+        trace, rates, wish, max_model_len=context, k=types, rate_scale=rate_scale, seed=seed
+    )
     choices = ShapeChoices(
         tensor_parallel_sizes=_sizes("--tensor-parallel-size", tensor_parallel_size),
         pipeline_parallel_sizes=_sizes("--pipeline-parallel-size", pipeline_parallel_size),
@@ -198,7 +178,7 @@ def plan(
         max_num_batched_tokens=_sizes("--max-num-batched-tokens", max_num_batched_tokens),
         max_num_seqs=_sizes("--max-num-seqs", max_num_seqs),
     )
-    found = answer(
+    found = compute_plan(
         PlanRequest(
             model=model,
             devices=spec.devices,
@@ -257,7 +237,7 @@ def _give(
 
 
 def _screen() -> Console:
-    """Tables need room; a file or a pipe has as much as it is given."""
+    """A console with room for tables; files and pipes have no width of their own."""
     plain = Console(highlight=False, soft_wrap=True)
     return plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=150)
 
@@ -266,16 +246,48 @@ def _cluster(text: str | None) -> ClusterSpec:
     return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
 
 
+def _demand(
+    trace: str | None,
+    rates: str | None,
+    wish: TraceWish,
+    *,
+    max_model_len: int,
+    k: int | None,
+    rate_scale: float,
+    seed: int,
+) -> tuple[Demand, list[TraceRequest]]:
+    """The demand, and the requests of its trace if there is one. Raises OServeError."""
+    if trace is not None and rates is None:
+        requests = read_requests(trace, wish)
+        demand = demand_from_trace(
+            requests,
+            source=trace,
+            max_model_len=max_model_len,
+            k=k,
+            rate_scale=rate_scale,
+            seed=seed,
+        )
+        return demand, requests
+    if rates is not None and trace is None:
+        demand = demand_from_rates(load_rates(rates), source="--rates", max_model_len=max_model_len)
+        return scaled(demand, rate_scale), []
+    raise OServeError(
+        "the traffic must come from a trace or from --rates, and from exactly one of them",
+        place="--trace",
+        remedy="name a trace file, or give --rates 512x128=3.5",
+    )
+
+
 def _verified(
     found: PlanResult, requests: list[TraceRequest], context: int, rate_scale: float
 ) -> VerifiedAnswer:
     trace = traffic_from(requests, max_model_len=context) if requests else None
     check = check_for(
-        found.question.demand,
-        common_slo(found.question.limits),
+        found.request.demand,
+        common_slo(found.request.limits),
         trace=trace,
         rate_scale=rate_scale,
-        margin=found.question.min_gain or MIN_GAIN,
+        margin=found.request.min_gain or MIN_GAIN,
     )
     with _console.status(f"scoring candidates by simulation of {check.words}"):
         return verified_answer(found, check)
@@ -297,11 +309,11 @@ def _sizes(option: str, text: str | None) -> tuple[int, ...]:
 
 def _limits(
     demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
-) -> dict[str, Limits]:
+) -> dict[str, LatencyLimits]:
     def seconds(value: float | None) -> float | None:
         return None if value is None else value / 1e3
 
-    common = Limits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
+    common = LatencyLimits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
     limits = {kind.name: common for kind in demand.types}
     for text in own:
         name, equals, values = text.rpartition("=")
@@ -313,7 +325,7 @@ def _limits(
                 place="--slo",
                 remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
             )
-        limits[name] = Limits(
+        limits[name] = LatencyLimits(
             ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
         )
     return limits

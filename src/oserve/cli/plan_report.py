@@ -1,4 +1,4 @@
-"""How a plan is told: a table, its reasons, JSON, and plain vLLM command lines."""
+"""The report of a plan: tables, reasons, JSON, and plain vLLM command lines."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from oserve.core import Device, Precision, ReplicaShape, ReplicaSpec
 from oserve.plan.planning import PlanResult, PredictedRates, used_shapes
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 
 _QUANTISED = {Precision.FP8: ("--quantization", "fp8")}
 _DTYPES = {
@@ -22,17 +22,17 @@ _SHOWN = 5
 
 
 def headline(found: PlanResult) -> str:
-    """What the plan is, in a few lines of plain text."""
-    question = found.question
-    devices = question.devices
+    """A summary of the plan in a few lines of plain text."""
+    request = found.request
+    devices = request.devices
     kinds = {device.kind: 0 for device in devices}
     for device in devices:
         kinds[device.kind] += 1
     cluster = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     lines = [
-        f"Plan for {question.model} on {cluster}, by {question.source.origin}",
+        f"Plan for {request.model} on {cluster}, by {request.source.origin}",
         f"demand {found.predicted.demand_rps:.2f} requests/s of {len(found.problem.types)} types "
-        f"from {question.demand.source}",
+        f"from {request.demand.source}",
         _verdict(found),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
@@ -46,7 +46,7 @@ def show(found: PlanResult, console: Console, *, explain: bool) -> None:
     console.print(_comparison(found))
     if explain:
         _explain(found, console)
-    console.print("The same replicas without OServe (each on a port of its own):")
+    console.print("The same replicas without OServe (each on its own port):")
     for line in vllm_commands(found):
         console.print("  " + line, markup=False)
 
@@ -55,8 +55,8 @@ def document(found: PlanResult) -> dict[str, Any]:
     """The plan as JSON-ready data."""
     problem, planned = found.problem, found.planned
     return {
-        "model": found.question.model,
-        "performance": found.question.source.origin,
+        "model": found.request.model,
+        "performance": found.request.source.origin,
         "replicas": [
             {
                 "id": spec.id,
@@ -98,9 +98,9 @@ def document(found: PlanResult) -> dict[str, Any]:
 
 def vllm_commands(found: PlanResult) -> list[str]:
     """Plain ``vllm serve`` lines that run the same replicas, on ports from 8001."""
-    known = {device.id: device for device in found.question.devices}
+    known = {device.id: device for device in found.request.devices}
     return [
-        _command(spec, found.question.model, _FIRST_PORT + index, known)
+        _command(spec, found.request.model, _FIRST_PORT + index, known)
         for index, spec in enumerate(found.plan.replicas)
     ]
 
@@ -150,12 +150,12 @@ def _verdict(found: PlanResult) -> str:
 
 def _worth(gain: float) -> str:
     if gain < 1.005:
-        return "different replicas gain nothing here"
-    return f"different replicas are worth {gain - 1:+.1%}"
+        return "heterogeneous replicas gain nothing here"
+    return f"heterogeneous replicas gain {gain - 1:+.1%}"
 
 
 def _replicas(found: PlanResult) -> Table:
-    """Replicas alike in shape and work, on one line each."""
+    """The replicas, one line per group of the same shape and work."""
     table = Table("replicas", "shape", "seqs", "KV tokens", "devices", "busy", "serves")
     rows: dict[tuple[Any, ...], list[ReplicaSpec]] = {}
     for spec in found.plan.replicas:
@@ -188,7 +188,7 @@ def _span(names: Sequence[str]) -> str:
 def _comparison(found: PlanResult) -> Table:
     table = Table("deployment", "replicas", "x demand", "within SLO rps", "served rps", "devices")
 
-    def add(name: str, item: Deployment, predicted: PredictedRates | None) -> None:
+    def add(name: str, item: DeploymentCandidate, predicted: PredictedRates | None) -> None:
         shapes = used_shapes(found.problem, item)
         table.add_row(
             name,
@@ -236,7 +236,7 @@ def _explain(found: PlanResult, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "Price: by how much one more request/s of the type raises the peak utilisation.",
+        "Price: the increase of the peak utilisation per further request/s of the type.",
         markup=False,
     )
     _alternatives(found, console)
@@ -289,7 +289,7 @@ def _predicted(predicted: PredictedRates) -> dict[str, float]:
     }
 
 
-def _other(found: PlanResult, item: Deployment) -> dict[str, Any]:
+def _other(found: PlanResult, item: DeploymentCandidate) -> dict[str, Any]:
     return {
         "replicas": [
             {"shape": _shape(shape), "count": count}

@@ -1,4 +1,4 @@
-"""``oserve profile``: measure what engines can do, for plans that go by it."""
+"""``oserve profile``: measure engines for planning."""
 
 import re
 from pathlib import Path
@@ -56,13 +56,13 @@ def profile(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Measure this running vLLM engine, of one --shape, start nothing."),
+        typer.Option(help="Measure this running vLLM engine of one --shape; start nothing."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Profile file; profile.json in the state folder by default.")
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, max=100, help="Measure each step so often; medians count.")
+        int, typer.Option(min=1, max=100, help="Measurements of each step, for the median.")
     ] = 3,
     cpu_slots: CpuSlotsOption = None,
     config: ConfigOption = None,
@@ -73,8 +73,8 @@ def profile(
 ) -> None:
     """Measure engine steps, fit a performance model to them, and write both to a file.
 
-    Without --shape: every precision at hand (fp32 or bf16, and engines.variants) on one device and
-    on two. Limits of an engine under --url must be those it was started with.
+    Without --shape it measures every available precision (fp32 or bf16, and engines.variants) on
+    one device and on two. With --url the shape's limits must be those of the running engine.
     """
     model = once(model_argument, model, name="--model")
     if model is None:
@@ -96,9 +96,9 @@ def profile(
         else:
             if not shape or len(shape) != 1:
                 raise OServeError(
-                    "what runs there is not known",
+                    "the shape of the running engine is unknown",
                     place="--url",
-                    remedy="say it with one --shape, such as tp1pp1-bf16-2048-128",
+                    remedy="give it as one --shape, such as tp1pp1-bf16-2048-128",
                 )
             key = api_key or environment_value("OPENAI_API_KEY")
             endpoint = Endpoint(url=server, api_key=key)
@@ -111,11 +111,11 @@ def profile(
 
 
 def _shape(text: str, devices: tuple[Device, ...]) -> ReplicaShape:
-    """Raises OServeError for what is no shape."""
+    """Parse a shape. Raises OServeError."""
     found = _SHAPE.match(text)
     if found is None or found["precision"] not in set(Precision):
         raise OServeError(
-            f"no shape is written {text!r}",
+            f"{text!r} is not a shape",
             place="--shape",
             remedy="write it as tp2pp1-fp32, or tp1-int8-512-16 with chunk budget and sequences",
         )
@@ -151,14 +151,14 @@ def _show(made: Profile) -> None:
 
 
 def _prefill_rate(entry: ProfileEntry) -> float:
-    """Of the longest prompt that was measured alone."""
+    """The prefill rate of the longest prompt measured alone."""
     alone = [step for step in entry.steps if step.prefill_tokens and not step.decode_seqs]
     longest = max(alone, key=lambda step: step.prefill_tokens)
     return longest.prefill_tokens / longest.seconds
 
 
 def _decode_rate(entry: ProfileEntry, seqs: int) -> str:
-    """With short contexts; all micro-batches of a pipeline together."""
+    """The decode rate with short contexts, over all micro-batches of a pipeline."""
     stages = min(entry.pipeline_parallel_size, seqs)
     found = [
         step

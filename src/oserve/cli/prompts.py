@@ -1,4 +1,4 @@
-"""Prompts of a wanted length, written in words."""
+"""Generated prompts of a given length."""
 
 import random
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _WORDS = tuple(
 
 
 def sample_text(words: int, seed: int) -> str:
-    """So many words, drawn by the seed."""
+    """``words`` random words by a seed."""
     return " ".join(random.Random(seed).choices(_WORDS, k=words))
 
 
 class PromptWriter:
-    """Prompts of about so many tokens, each different, so that no prefix cache can help.
+    """Writes prompts of given token counts, all different, so that no prefix cache can help.
 
-    ``tokens`` = ``base`` + ``per_word`` * words; ``calibrated`` where that was measured.
+    ``tokens`` = ``base`` + ``per_word`` * words; ``calibrated`` if these were measured.
     """
 
     def __init__(self, *, base: float, per_word: float, seed: int, calibrated: bool = True) -> None:
@@ -35,13 +35,13 @@ class PromptWriter:
         self._draw = random.Random(seed)
 
     def write(self, tokens: int) -> str:
-        """A prompt of about ``tokens`` tokens, rather a little fewer than more."""
+        """A prompt of about ``tokens`` tokens, if anything fewer."""
         count = max(1, int((tokens - self._base) / self._per_word))
         return " ".join(self._draw.choices(_WORDS, k=count))
 
     @classmethod
     def measured(cls, samples: Sequence[tuple[int, int]], *, seed: int) -> "PromptWriter":
-        """From samples of words and the tokens they made: two, one, or none, which is a guess."""
+        """Calibrate from samples (words, tokens): two, one, or none, which is a guess."""
         if not samples:
             return cls(base=0.0, per_word=1.3, seed=seed, calibrated=False)
         few, few_tokens = samples[0]

@@ -1,4 +1,4 @@
-"""Asking a running server, for the commands that do."""
+"""Calls to a running server."""
 
 import asyncio
 import os
@@ -22,9 +22,9 @@ def call(
     body: bytes | None = None,
     timeout_s: float = _TIMEOUT_S,
 ) -> bytes:
-    """The answer's body; with a body it is a POST. ``url`` is a root as ``server_url`` gives it.
+    """The body of a GET, or of a POST if there is a body. ``url`` is a base URL.
 
-    Raises OServeError with what the server said.
+    Raises OServeError with the server's message.
     """
     key = api_key or environment_value(API_KEYS).partition(",")[0]
     return asyncio.run(_call(url + path, key, body, timeout_s))
@@ -42,7 +42,7 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
             answered = await answer.read()
             if answer.status == 401:
                 raise OServeError(
-                    "it wants an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
+                    "it requires an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
                 )
             if answer.status in {400, 409}:
                 raise OServeError(said(answered), place=url, remedy="see docs/control.md")
@@ -60,7 +60,7 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
 
 
 def unreachable(error: Exception, url: str) -> OServeError:
-    """The error for a server that gave no (whole) answer."""
+    """The error for a server without a complete answer."""
     remedy = "is the server running? Start it with oserve serve, or give another --url"
     if isinstance(error, aiohttp.ClientSSLError):
         remedy = "is it http rather than https, or has it a certificate of its own?"
@@ -68,10 +68,10 @@ def unreachable(error: Exception, url: str) -> OServeError:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection failed, without what everybody knows already."""
+    """Why a connection failed, without redundant details."""
     if isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
-        # asyncio puts the address in the place of what errno means.
+        # asyncio replaces the meaning of errno by the address.
         number = cause.errno or 0
         return (os.strerror(number) if number > 0 else cause.strerror or str(cause)).lower()
     if isinstance(error, TimeoutError):
@@ -91,6 +91,6 @@ def decode(raw: bytes, url: str, *, needed: str) -> dict[str, Any]:
         document = {}
     if needed not in document:
         raise OServeError(
-            "its answer is not one of OServe's", place=url, remedy="is this an OServe server?"
+            "the answer is not from OServe", place=url, remedy="is this an OServe server?"
         )
     return document

@@ -1,4 +1,4 @@
-"""``oserve replay``: what a controller would have decided on what a server observed."""
+"""``oserve replay``: the controller's decisions on the recorded observations of a server."""
 
 import json
 import time
@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from oserve.app.replay import recorded, replayed_decisions
 from oserve.cli.options import OverrideOption
 from oserve.config import Settings, load_settings, parse_override
 from oserve.control.decision import Mode
+from oserve.startup.replay import recorded, replayed_decisions
 
 
 def replay(
@@ -20,7 +20,7 @@ def replay(
     override: OverrideOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Feed recorded observations to the controller, print its decisions with their numbers."""
+    """Feed recorded observations to the controller and print its decisions with their numbers."""
     context = recorded(Path(file))
     overrides = dict(parse_override(item) for item in override or [])
     settings: Settings = load_settings(None, overrides, {}, base=context["settings"])

@@ -10,9 +10,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from oserve.app.deployment import ServerDeployment, prepare
 from oserve.app.running import serve_until_stopped
-from oserve.app.serve import OServeServer
+from oserve.app.server import OServeServer
 from oserve.cli.engines import notes as engine_notes
 from oserve.cli.measuring import reporting
 from oserve.cli.options import (
@@ -27,6 +26,7 @@ from oserve.config import Settings, environment_value, load_settings, parse_over
 from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
 from oserve.profiler.brief import LIMIT_S, measure_briefly, what_to_measure
+from oserve.startup.deployment import ServerDeployment, prepare
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -84,24 +84,24 @@ def serve(
 
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:
-    """Measure briefly where nothing is known that a plan could go by; or say that it would be."""
+    """Measure briefly if no performance data exists; with ``dry_run`` only announce it."""
     shapes = what_to_measure(settings)
     if not shapes:
         return
     names = ", ".join(shape.name for shape in shapes)
     if dry_run:
-        _console.print(f"note: serving would first measure, for a minute at most: {names}")
+        _console.print(f"note: serving would first measure for at most a minute: {names}")
         return
     _console.print(
-        f"Nothing is known yet of the speed of {settings.model} on this CPU. "
-        f"Measuring for {LIMIT_S:.0f} s at most, this once (planning.measure=never leaves it out)"
+        f"The speed of {settings.model} on this CPU is unknown. "
+        f"Measuring once, for at most {LIMIT_S:.0f} s (disable it with planning.measure=never)"
     )
     with reporting(_console) as report:
         file = uvloop.run(measure_briefly(settings, shapes, report=report))
     if file is None:
-        _console.print("nothing could be measured in that time")
+        _console.print("no measurement finished in that time")
     else:
-        _console.print(f"kept in {file}; oserve profile {settings.model} measures more exactly")
+        _console.print(f"written: {file}; oserve profile {settings.model} measures more precisely")
 
 
 async def _serve(deployment: ServerDeployment) -> int:
@@ -111,7 +111,7 @@ async def _serve(deployment: ServerDeployment) -> int:
         _announce(deployment, port, server.failed)
 
     status = await serve_until_stopped(server, announce=announce)
-    _console.print("ended: every replica's processes are gone")
+    _console.print("stopped: all replica processes have exited")
     await asyncio.sleep(0)
     return status
 

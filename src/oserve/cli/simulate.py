@@ -1,4 +1,4 @@
-"""``oserve simulate``: policies side by side on a simulated cluster."""
+"""``oserve simulate``: compare policies on a simulated cluster."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ from oserve.cli.options import (
 )
 from oserve.config import load_cluster, load_switch_costs
 from oserve.core import OServeError, Precision
-from oserve.study.compare import Row, Wish, compare, usable_cores
+from oserve.study.compare import CompareOptions, Row, compare, usable_cores
 from oserve.study.policies import policy_names
 from oserve.study.report import document, page
 from oserve.study.scene import SceneChoice, make_scene
@@ -60,7 +60,7 @@ def simulate(
     slo_tpot_ms: TpotOption = 100.0,
     rate_scale: RateScaleOption = 1.0,
     precisions: Annotated[
-        str, typer.Option(help="Weights replicas may have; baselines take the first.")
+        str, typer.Option(help="Allowed precisions of weights; baselines take the first.")
     ] = "bf16",
     interval_s: Annotated[
         float, typer.Option("--interval-s", "--interval", help="Seconds between decisions.")
@@ -73,7 +73,7 @@ def simulate(
     learn_s: Annotated[
         float | None,
         typer.Option(
-            "--learn-s", "--learn", help="Search settings on the first seconds, not in hindsight."
+            "--learn-s", "--learn", help="Tune settings on the first seconds, not in hindsight."
         ),
     ] = None,
     max_model_len: MaxModelLenOption = None,
@@ -82,17 +82,17 @@ def simulate(
     ] = None,
     switch_costs: Annotated[
         str | None,
-        typer.Option(help="File of what switches cost, such as benchmarks/switch/fit.py writes."),
+        typer.Option(help="File of switch costs, such as benchmarks/switch/fit.py writes."),
     ] = None,
     capacity: Annotated[
-        bool, typer.Option(help="Also find the highest rate scale at which the SLO holds.")
+        bool, typer.Option(help="Also find the highest rate scale that meets the SLO.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of clustering and synthetic traffic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of clustering and synthetic traffic.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
     as_json: JsonOption = False,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page with pictures.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
 ) -> None:
-    """Compare policies in the simulator; the live control loop drives every one of them."""
+    """Compare policies in the simulator; the live control loop drives each of them."""
     check_over_zero(
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,
@@ -129,7 +129,7 @@ def simulate(
         requests,
         source_name=source,
     )
-    wish = Wish(scale=rate_scale, capacity=capacity, sweep=_SWEEP if report else ())
+    wish = CompareOptions(scale=rate_scale, capacity=capacity, sweep=_SWEEP if report else ())
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""``oserve status``: what a running server does."""
+"""``oserve status``: the state of a running server."""
 
 import time
 from typing import Any
@@ -32,7 +32,7 @@ def _show(document: dict[str, Any]) -> None:
     if "controller_away_s" in document:
         away_s = document["controller_away_s"]
         console.print(
-            f"[red]the controller is away[/] for {away_s:.0f} s: this is what it saw last"
+            f"[red]the controller has been down[/] for {away_s:.0f} s; this is its last state"
         )
     table = Table("replica", "shape", "devices", "phase", "running", "waiting", "KV", "note")
     for entry in document["replicas"]:
@@ -65,7 +65,7 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
-    """How the last one stands."""
+    """Show the state of the last switch."""
     if switch is None:
         return
     words = f"switch {switch['id']} to plan {switch['plan_id']} by {switch['method']}: "
@@ -80,7 +80,7 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
 
 
 def _show_control(console: Console, control: dict[str, Any]) -> None:
-    """What is expected, and what was decided and why."""
+    """Show the controller's forecast and its last decisions."""
     console.print(f"controller: {control.get('mode', 'off')}")
     for item in control.get("speeds", {}).get("seen", ()):
         console.print(f"speed: {item['shape']} {item['speed']:.2f} x the profile", markup=False)

@@ -1,4 +1,4 @@
-"""``oserve switch`` and ``oserve plan --live``: a running server's plan, by a person."""
+"""``oserve switch`` and ``oserve plan --live``: manual control of a running server's plan."""
 
 import json
 from pathlib import Path
@@ -20,22 +20,23 @@ _TIMEOUT_S = 120.0
 def switch(
     plan: Annotated[str | None, typer.Argument(help="Deployment plan (YAML) to switch to.")] = None,
     to: Annotated[
-        str | None, typer.Option("--to", "--plan", help="The plan, said another way.")
+        str | None, typer.Option("--to", "--plan", help="The plan, as an option.")
     ] = None,
     url: UrlOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would bring and cost.")
+        bool, typer.Option("--dry-run", help="Only show the benefit and the cost.")
     ] = False,
     as_json: JsonOption = False,
     api_key: ApiKeyOption = None,
 ) -> None:
-    """Have a running server switch to a plan: weights move from engine to engine where they can.
+    """Switch a running server to a plan; where possible, weights move between engines.
 
-    Running requests end where they are. With --dry-run: bytes per link, phases and their seconds.
+    Running requests complete on their replicas. --dry-run shows bytes per link and the duration of
+    each phase.
     """
     plan = once(plan, to, name="--to")
     if plan is None:
-        raise OServeError("one plan is needed", place="--to", remedy="name a plan file")
+        raise OServeError("there is no plan", place="--to", remedy="name a plan file")
     url = url_from(url)
     path = "/oserve/v1/plan" if dry_run else "/oserve/v1/switch"
     text = read_text(Path(plan)).encode()
@@ -55,11 +56,11 @@ def switch(
 
 
 def foreseen(document: dict[str, Any]) -> list[str]:
-    """What a switch would do, for people."""
+    """Lines that describe the planned switch."""
     if document["method"] == "restart":
         return [f"by restarts: {document['reason']}"]
     lines = [
-        f"weights move from engine to engine: serves after {document['ready_s']:g} s, over after "
+        f"weights move between engines: ready after {document['ready_s']:g} s, done after "
         f"{document['total_s']:g} s; {document['requests_running_on_leaving']} requests run on "
         "replicas that leave",
     ]
@@ -83,7 +84,7 @@ def foreseen(document: dict[str, Any]) -> list[str]:
 
 
 def live_plan(url: str, *, api_key: str | None, as_json: bool, output: str | None) -> None:
-    """Ask a running server what it would switch to now, and why."""
+    """Show the plan that a running server would switch to now, and why."""
     raw = call(url, "/oserve/v1/plan", api_key=api_key, body=b"", timeout_s=_TIMEOUT_S)
     document = decode(raw, url, needed="line")
     if output:

@@ -1,4 +1,4 @@
-"""The server under load: what it serves, how long its tokens are, and what it is held to."""
+"""The server under load: its model, its tokenizer's ratio, and its API dialect."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import USUAL, Answer, Dialect, said
+from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, said
 from oserve.cli.prompts import PromptWriter, sample_text
 from oserve.cli.remote import unreachable
 from oserve.core import OServeError
@@ -16,13 +16,13 @@ from oserve.traces import OutcomeStatus
 _SAMPLE_WORDS = (50, 550)
 _PROBE_WORDS = 60
 _PROBE_TOKENS = 4
-# Fields of vLLM and newer ones of OpenAI that a server may refuse; each is left out in turn.
+# Fields of vLLM and newer fields of OpenAI that a server may reject; tried with and without each.
 _REFUSED = ((True, True), (False, True), (True, False), (False, False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """The server under load. ``max_model_len`` is 0 where the server does not tell it."""
+class BenchTarget:
+    """The server under load. ``max_model_len`` is 0 if the server does not report it."""
 
     url: str
     model: str
@@ -30,20 +30,20 @@ class Target:
     api_key: str = ""
     chat: bool = False
     timeout_s: float = 600.0
-    dialect: Dialect = USUAL
+    dialect: ApiDialect = USUAL
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """The headers of every request."""
         return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     @property
     def path(self) -> str:
-        """Where completions are."""
+        """The path of completions."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, prompt: str, output_tokens: int) -> dict[str, Any]:
-        """A streamed request for so many tokens."""
+        """The body of a streamed request for ``output_tokens`` tokens."""
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": output_tokens,
@@ -77,9 +77,9 @@ async def find_target(
     api_key: str,
     chat: bool,
     timeout_s: float,
-) -> Target:
+) -> BenchTarget:
     """Ask the server for its models; the first one if ``model`` is empty. Raises OServeError."""
-    target = Target(
+    target = BenchTarget(
         url=server_url(url),
         model=model,
         max_model_len=0,
@@ -90,14 +90,14 @@ async def find_target(
     status, body = await _ask(session, target, "/v1/models")
     if status in {401, 403}:
         raise OServeError(
-            f"it refuses the API key, or the lack of one: {said(body)}",
+            f"it rejects the API key, or requires one: {said(body)}",
             place=target.url,
             remedy="give --api-key, or set OPENAI_API_KEY",
         )
     cards = _cards(body) if status == 200 else None
     if not cards:
         if model:
-            # It lists none, and may serve it all the same.
+            # A server that lists no models may still serve this one.
             return target
         what = "has no model" if cards == [] else f"is not in OpenAI's form (status {status})"
         raise OServeError(
@@ -113,9 +113,9 @@ async def find_target(
 
 
 async def calibrated_writer(
-    session: aiohttp.ClientSession, target: Target, *, seed: int
+    session: aiohttp.ClientSession, target: BenchTarget, *, seed: int
 ) -> PromptWriter:
-    """Measure the tokenizer on two samples; a guess where there is no ``/tokenize``."""
+    """Calibrate a writer on two samples of the tokenizer; a guess if ``/tokenize`` is missing."""
     samples = []
     for words in _SAMPLE_WORDS:
         body = {"model": target.model, "prompt": sample_text(words, seed)}
@@ -128,27 +128,26 @@ async def calibrated_writer(
 
 
 async def warmed_up(
-    session: aiohttp.ClientSession, target: Target, *, seed: int
-) -> tuple[Target, tuple[int, int] | None]:
-    """The target with its dialect, from one short request; and the tokens its words made.
+    session: aiohttp.ClientSession, target: BenchTarget, *, seed: int
+) -> tuple[BenchTarget, tuple[int, int] | None]:
+    """Detect the target's dialect with one short request; also return its words and tokens.
 
-    Fields it refuses are left out from then on. A server that has no room just now is held to what
-    is usual. Raises OServeError, with what the server said, for one that refuses the request.
+    Later requests omit fields that the server rejects. A server that is overloaded now gets the
+    usual dialect. Raises OServeError, with the server's message, if it rejects the request.
     """
     prompt = sample_text(_PROBE_WORDS, seed + 1)
-    first: tuple[int, bytes] | None = None
+    rejections: list[tuple[int, bytes]] = []
     for stream_options, ignore_eos in _REFUSED:
         asked = replace(
-            target, dialect=Dialect(stream_options=stream_options, ignore_eos=ignore_eos)
+            target, dialect=ApiDialect(stream_options=stream_options, ignore_eos=ignore_eos)
         )
         status, body, answer = await _probe(session, asked, prompt)
         if status == 200:
             return replace(asked, dialect=_learned(asked, answer)), _length(answer)
-        first = first or (status, body)
+        rejections.append((status, body))
         if status not in {400, 422}:
             break
-    assert first is not None
-    status, body = first
+    status, body = rejections[0]
     if status == 429 or status >= 500:
         return target, None
     remedy = "see what it says"
@@ -157,19 +156,19 @@ async def warmed_up(
     elif status in {401, 403}:
         remedy = "give --api-key, or set OPENAI_API_KEY"
     raise OServeError(
-        f"it refuses requests: status {status} to {target.path}: {said(body)}",
+        f"it rejects requests: status {status} to {target.path}: {said(body)}",
         place=target.url,
         remedy=remedy,
     )
 
 
-def _learned(target: Target, answer: Answer) -> Dialect:
-    status, error = answer.verdict(_PROBE_TOKENS, Dialect(done=False, usage=False, exact=False))
+def _learned(target: BenchTarget, answer: BenchAnswer) -> ApiDialect:
+    status, error = answer.verdict(_PROBE_TOKENS, ApiDialect(done=False, usage=False, exact=False))
     if status is OutcomeStatus.FAILED:
         raise OServeError(
             f"the first request failed: {error}", place=target.url, remedy="see what it says"
         )
-    # vLLM, SGLang and OServe tell the context, and keep to ignore_eos.
+    # vLLM, SGLang and OServe report the context and honour ignore_eos.
     exact = target.dialect.ignore_eos and target.max_model_len > 0
     return replace(
         target.dialect,
@@ -179,15 +178,15 @@ def _learned(target: Target, answer: Answer) -> Dialect:
     )
 
 
-def _length(answer: Answer) -> tuple[int, int] | None:
+def _length(answer: BenchAnswer) -> tuple[int, int] | None:
     counted = answer.usage.prompt_tokens if answer.usage else None
     return (_PROBE_WORDS, counted) if counted else None
 
 
 async def _probe(
-    session: aiohttp.ClientSession, target: Target, prompt: str
-) -> tuple[int, bytes, Answer]:
-    answer = Answer()
+    session: aiohttp.ClientSession, target: BenchTarget, prompt: str
+) -> tuple[int, bytes, BenchAnswer]:
+    answer = BenchAnswer()
     body = msgspec.json.encode(target.body(prompt, _PROBE_TOKENS))
     headers = {"content-type": "application/json", **target.headers}
     try:
@@ -207,7 +206,7 @@ async def _probe(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, target: Target, path: str, body: Any = None
+    session: aiohttp.ClientSession, target: BenchTarget, path: str, body: Any = None
 ) -> tuple[int, bytes]:
     method = "GET" if body is None else "POST"
     try:

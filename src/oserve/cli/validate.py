@@ -1,11 +1,10 @@
-"""``oserve validate``: is this configuration sound?"""
+"""``oserve validate``: check a configuration."""
 
 import asyncio
 from typing import Annotated
 
 import typer
 
-from oserve.app.deployment import prepare
 from oserve.cli.options import (
     ConfigOption,
     CpuSlotsOption,
@@ -17,6 +16,7 @@ from oserve.cli.options import (
 from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
 from oserve.startup.attached import ask_attached, refuse_troubled
+from oserve.startup.deployment import prepare
 
 
 def validate(
@@ -29,10 +29,10 @@ def validate(
     cpu_slots: CpuSlotsOption = None,
     override: OverrideOption = None,
     ask: Annotated[
-        bool, typer.Option(help="Ask attached servers whether they can serve: one token each.")
+        bool, typer.Option(help="Probe attached servers with a request for one token.")
     ] = True,
 ) -> None:
-    """Check settings and plan against this machine's devices, and ask attached servers.
+    """Check settings and plan against this machine's devices, and probe attached servers.
 
     Starts nothing.
     """

@@ -1,4 +1,4 @@
-"""How a verified plan is told: what simulation made of each candidate, and of the linear model."""
+"""The report of a verified plan: the simulated score of each candidate."""
 
 from typing import Any
 
@@ -61,16 +61,16 @@ def _lines(checked: VerifiedAnswer) -> list[str]:
         if value is not None
     )
     lines = [
-        f"Simulated with {checked.check.words}, at rates up to where 95 % of requests just meet "
-        f"{limits}; served as oserve serve does (soft pools, order by prompt length).",
-        f"The best carries {verified.gain - 1:+.1%} against the best homogeneous deployment; "
-        f"different replicas are taken from {verified.min_gain:.0%} on.",
-        "The linear model knows no bursts, no mixing and no queue: that is its error.",
+        f"Simulated with {checked.check.words}, up to the rate at which 95 % of requests just meet "
+        f"{limits}, served like oserve serve (soft pools, order by prompt length).",
+        f"The best deployment gains {verified.gain - 1:+.1%} over the best homogeneous one; "
+        f"heterogeneous replicas need at least {verified.min_gain:.0%}.",
+        "The linear model ignores bursts, mixing and queueing, which is its error.",
     ]
     if verified.left_out:
         lines.append(
-            f"{verified.left_out} homogeneous deployments were not simulated: of those alike in "
-            "all but max_num_seqs only the linear model's best was."
+            f"{verified.left_out} homogeneous deployments were not simulated: of those that "
+            "differ only in max_num_seqs, only the linear model's best was."
         )
     if len(verified.scored) > _SHOWN:
         lines.append(f"{len(verified.scored) - _SHOWN} worse ones are not shown; --json has all.")

@@ -1,7 +1,6 @@
-"""Config: what people write in files, and the environment; the only room that reads either.
+"""Config: settings, plan files, clusters and rates; the only room that reads the environment.
 
-It knows the words of settings, plans, clusters and rates, and turns them into values of the rooms
-below. It does not know what is done with them.
+It parses files and command-line values into types of the rooms below, and does not use them.
 """
 
 from oserve.config.cluster import ClusterSpec, load_cluster

@@ -1,4 +1,4 @@
-"""Attached servers in plan files: what a plan says of a server that others run."""
+"""Attached servers in plan files: the ``attach`` section of a replica."""
 
 import re
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from oserve.core import AttachedBackend, OServeError
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
-# Said by whoever writes the request; two of one would be two requests to some.
+# The gateway sets these itself; a duplicate would enable request smuggling.
 _OURS = {"connection", "content-length", "content-type", "host", "te", "transfer-encoding"}
 _OURS |= {"upgrade", "x-request-id", "expect", "keep-alive", "trailer"}
 
@@ -30,7 +30,7 @@ class AttachFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def attached_backend(attach: AttachFile, *, place: str) -> AttachedBackend:
-    """Check what a pattern cannot; raises OServeError."""
+    """The backend of an ``attach`` section; raises OServeError if a value is invalid."""
     _check_url(attach.url, place=f"{place}.url")
     for name, value in attach.headers.items():
         where = f"{place}.headers.{name}"
@@ -84,7 +84,7 @@ def _check_url(url: str, *, place: str) -> None:
 
 
 def attach_row(backend: AttachedBackend) -> dict[str, Any]:
-    """The keys under ``attach`` that say this; defaults are left out."""
+    """The ``attach`` section of a backend, without defaults."""
     row: dict[str, Any] = {
         "url": backend.url,
         "model": backend.model,
@@ -95,5 +95,5 @@ def attach_row(backend: AttachedBackend) -> dict[str, Any]:
         "headers": dict(backend.headers),
         "ca_file": backend.ca_file,
     }
-    said = {key: value for key, value in row.items() if value}
-    return said if backend.stream_options else {**said, "stream_options": False}
+    given = {key: value for key, value in row.items() if value}
+    return given if backend.stream_options else {**given, "stream_options": False}

@@ -1,4 +1,4 @@
-"""A cluster in words: ``4x8xH100``, parts joined by ``+``, or a YAML file."""
+"""Clusters as text: ``4x8xH100``, parts joined by ``+``, or a YAML file."""
 
 import re
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import msgspec
 from oserve.config.reading import convert, read_document
 from oserve.core import Device, OServeError
 from oserve.perf.device import find_device, find_link
+from oserve.perf.source import DEFAULT_NETWORK
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+_DeviceCount = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 _PART = re.compile(r"^(?:(\d+)\s*x\s*)?(\d+)\s*x\s*([A-Za-z][\w.\- ]*)$")
 MAX_DEVICES = 65536
-DEFAULT_NETWORK = "infiniband-400"
 _SHAPE = "for example 8xH100, 4x8xH100 (nodes x devices x kind), 2x8xH100+4x4xL40S, or a YAML file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """Devices in nodes, and the link between nodes (a name of perf's link catalogue)."""
+    """Devices in nodes, and the link between nodes: a name in the link catalogue of ``perf``."""
 
     devices: tuple[Device, ...]
     network: str = DEFAULT_NETWORK
@@ -28,8 +28,8 @@ class ClusterSpec:
 
 class _NodesFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     kind: str
-    devices: Count
-    count: Count = 1
+    devices: _DeviceCount
+    count: _DeviceCount = 1
     memory_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
@@ -39,10 +39,10 @@ class _ClusterFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def load_cluster(text: str) -> ClusterSpec:
-    """A cluster from its short form or from a YAML file; raises OServeError naming the part.
+    """A cluster from its short form or a YAML file; raises OServeError naming the invalid part.
 
-    Devices of the only node are called ``gpu:0`` and on, as ``oserve serve`` calls those of its
-    machine; otherwise the node's name stands before, as in ``n0/gpu:0``.
+    Device ids of a single node are ``gpu:0``, ``gpu:1``, ..., as ``oserve serve`` names those of
+    its machine; with several nodes the node comes first, as in ``n0/gpu:0``.
     """
     if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
         parsed = convert(read_document(Path(text)), _ClusterFile, place=text)

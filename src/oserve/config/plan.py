@@ -1,4 +1,4 @@
-"""Plan files: a deployment plan as YAML, read and written."""
+"""Plan files: deployment plans as YAML."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,12 +62,12 @@ class _PlanFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def load_plan(file: str) -> DeploymentPlan:
-    """Read a plan; what it means is checked against devices elsewhere (plan.check_plan)."""
+    """The plan in a file. ``plan.check_plan`` checks it against devices."""
     return _plan(read_document(Path(file)), file)
 
 
 def parse_plan(text: str, *, place: str) -> DeploymentPlan:
-    """A plan from the text of a plan file; ``place`` names it in errors."""
+    """The plan in the text of a plan file; errors name ``place``."""
     return _plan(parse_yaml(text, place=place), place)
 
 
@@ -90,9 +90,9 @@ def _plan(document: dict[str, Any], file: str) -> DeploymentPlan:
     return DeploymentPlan(
         id=parsed.id,
         replicas=replicas,
-        workload_types=kinds,
+        length_classes=kinds,
         routing_shares={kind.name: dict(equal) for kind in kinds} if shares is None else shares,
-        types=tuple(
+        planned_types=tuple(
             PlannedType(
                 name=kind.name,
                 prompt_tokens=kind.prompt_tokens,
@@ -120,17 +120,17 @@ def _replica(item: _ReplicaFile, *, place: str) -> ReplicaSpec:
 
 
 def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
-    """The plan as a file that ``load_plan`` reads; ``head`` becomes comments at its top."""
+    """The text of a plan file that ``load_plan`` reads, with the lines of ``head`` as comments."""
     document: dict[str, Any] = {
         "id": plan.id,
-        "workload_types": [_without_defaults(_type_row(kind)) for kind in plan.workload_types],
+        "workload_types": [_without_defaults(_type_row(kind)) for kind in plan.length_classes],
         "replicas": [_replica_row(spec) for spec in plan.replicas],
         "routing_shares": {
             kind: {name: _share(value) for name, value in shares.items() if value > 0}
             for kind, shares in plan.routing_shares.items()
         },
     }
-    if plan.types:
+    if plan.planned_types:
         document["types"] = [
             {
                 "name": kind.name,
@@ -138,14 +138,14 @@ def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
                 "output_tokens": kind.output_tokens,
                 "shares": {n: _share(value) for n, value in kind.shares.items() if value > 0},
             }
-            for kind in plan.types
+            for kind in plan.planned_types
         ]
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
     return comments + yaml.safe_dump(document, sort_keys=False, width=100)
 
 
 def _share(value: float) -> float:
-    # Enough digits for the shares of a type to sum to 1 within what a plan is checked for.
+    # Enough digits that the shares of a type sum to 1 within the tolerance of ``check_plan``.
     return float(f"{value:.9f}")
 
 

@@ -1,12 +1,13 @@
-"""Policies of the controller as the settings say."""
+"""The policies of the control room, from the settings."""
 
 from oserve.config.settings import Settings
 from oserve.control.decision import Mode
 from oserve.control.policy import ControlPolicy
+from oserve.control.reconcile import ReconcilePolicy
 
 
-def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
-    """The controller's policy from the settings."""
+def control_policy(settings: Settings, mode: Mode) -> ControlPolicy:
+    """When the controller decides, and what a switch must be worth."""
     control, gateway = settings.control, settings.gateway
     moves = gateway.move.drain_limit_s if gateway.move.max_moves else None
     limit_ms = gateway.overload.ttft_ms or settings.planning.slo_ttft_ms
@@ -25,4 +26,15 @@ def policy_of(settings: Settings, mode: Mode) -> ControlPolicy:
         hold_s=control.hold_s,
         drain_limit_s=control.drain_limit_s if moves is None else moves,
         in_order=gateway.order.freshest_first_s == 0 and not demotes,
+    )
+
+
+def reconcile_policy(settings: Settings) -> ReconcilePolicy:
+    """How replicas are restarted and drained."""
+    control = settings.control
+    return ReconcilePolicy(
+        backoff_s=control.backoff_s,
+        max_backoff_s=control.max_backoff_s,
+        max_failures=control.max_failures,
+        drain_limit_s=control.drain_limit_s,
     )

@@ -1,4 +1,4 @@
-"""Demand in words: ``512x128=3.5,chat:200x300=8``, or a YAML file."""
+"""Demand as text: ``512x128=3.5,chat:200x300=8``, or a YAML file."""
 
 import math
 import re
@@ -26,7 +26,7 @@ class _RatesFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def load_rates(text: str) -> tuple[WorkloadType, ...]:
-    """Workload types with their rates; raises OServeError naming the part that is wrong."""
+    """Workload types with their rates; raises OServeError naming the invalid part."""
     place = "--rates"
     if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
         place = text

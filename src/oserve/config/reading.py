@@ -1,7 +1,7 @@
-"""Reading files into typed values, with errors that name the place and the nearest word.
+"""Files as typed values, with errors that name the place and the nearest known name.
 
-YAML, and JSON by its ending. Both are read strictly: a key that stands twice in one mapping, a
-number that is not finite, an alias that holds itself or swells, are refused where they stand.
+Files are YAML, or JSON by their suffix. Both are parsed strictly: a duplicate key, a number that is
+not finite, and an alias that is recursive or expands too far are errors with line and column.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from oserve.core import OServeError
 from oserve.core.json_keys import refuse_doubled_keys
 
 _MAX_NODES = 200_000
-"""What a document may come to once its aliases are written out: a plan of thousands of replicas."""
+"""Most values of a document with its aliases expanded; enough for thousands of replicas."""
 
 
 def read_text(path: Path) -> str:
@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Keys and values of a file, JSON if its name says so, else YAML.
+    """Keys and values of a file: JSON if its suffix is ``.json``, else YAML.
 
     Raises OServeError with file, line and column.
     """
@@ -50,7 +50,7 @@ def parse_yaml(text: str, *, place: str) -> dict[str, Any]:
 
 
 def parse_yaml_value(text: str, *, place: str) -> Any:
-    """Any YAML value, such as one of the command line; raises OServeError."""
+    """Any YAML value, for instance from the command line; raises OServeError if invalid."""
     try:
         return _load(text)
     except _StrictError as error:
@@ -68,7 +68,7 @@ def parse_yaml_value(text: str, *, place: str) -> Any:
     except RecursionError:
         raise OServeError("it is nested too deeply", place=place, remedy="correct it") from None
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # What PyYAML lets out of its constructors for 2024-13-01, or a tag like !!bool x.
+        # The constructors of PyYAML raise these for 2024-13-01, or for a tag such as !!bool x.
         raise OServeError(
             f"it holds a value that makes no sense: {error}",
             place=place,
@@ -96,7 +96,7 @@ def parse_json(text: str, *, place: str) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: Any, *, place: str) -> Any:
-    """``value`` as a strict ``kind``; raises OServeError naming the path inside ``place``."""
+    """``value`` as the type ``kind``, strictly; raises OServeError naming the path in ``place``."""
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
@@ -115,13 +115,13 @@ def convert(value: Any, kind: Any, *, place: str) -> Any:
 
 
 def suggest(name: str, known: Sequence[str], otherwise: str) -> str:
-    """A remedy: the nearest known name, or ``otherwise``."""
+    """A remedy that suggests the nearest known name, or ``otherwise``."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
 class _StrictError(Exception):
-    """Something that YAML allows and we do not, and where it stands."""
+    """Valid YAML that is refused here, and its position."""
 
     def __init__(self, message: str, mark: yaml.Mark, remedy: str) -> None:
         super().__init__(message)
@@ -129,15 +129,15 @@ class _StrictError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but for what it lets pass in silence."""
+    """PyYAML's safe loader, which also refuses duplicate keys and numbers that are not finite."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._flattened: set[int] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Before keys of a merge (<<) are put in, which may well stand in the mapping too; so only
-        # once, though a mapping that is merged into several comes here for each.
+        # Check before the keys of a merge (<<) are added, since the mapping may override them.
+        # PyYAML comes here again for each mapping that this one is merged into.
         if id(node) in self._flattened:
             return
         self._flattened.add(id(node))
@@ -150,7 +150,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key in seen:
                 raise _StrictError(
-                    f"the key {key!r} stands twice, first in line {seen[key].line + 1}",
+                    f"the key {key!r} appears twice, first in line {seen[key].line + 1}",
                     key_node.start_mark,
                     "leave one of the two out",
                 )
@@ -180,7 +180,7 @@ def _load(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Nodes of the tree under this one, aliases written out. Raises _StrictError past the bound."""
+    """Nodes of this subtree with aliases expanded; raises _StrictError beyond the limit."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:
@@ -235,7 +235,7 @@ def _correction(text: str) -> str:
 
 
 def _fields_at(kind: Any, path: str) -> list[str]:
-    """Names allowed where ``path`` (msgspec's, such as ``.replicas[0].shape``) leads."""
+    """Field names allowed at ``path``, in msgspec's form such as ``.replicas[0].shape``."""
     for step in re.findall(r"\.(\w+)|(\[[^\]]*\])", path):
         kind = _element(kind) if step[1] else _field_types(kind).get(step[0])
     return list(_field_types(_struct(kind)))

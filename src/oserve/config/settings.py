@@ -1,7 +1,8 @@
-"""Settings: one YAML file, the environment, the command line - read here and nowhere else.
+"""Settings from one YAML file, the environment and the command line.
 
-Precedence: command line over ``OSERVE_*`` over the file over defaults. Unknown keys are refused,
-with their path and the nearest known name. Secrets come from the environment or a file only.
+The command line takes precedence over ``OSERVE_*`` variables, these over the file, the file over
+defaults. An unknown key is an error with its path and the nearest known name. Secrets come only
+from the environment or a file.
 """
 
 import copy
@@ -22,7 +23,7 @@ from oserve.traces import TimeUnit
 
 _PREFIX = "OSERVE_"
 API_KEYS = "OSERVE_API_KEYS"
-# Read by the CLI alone, not settings of the server.
+# The CLI reads these; they are no settings of the server.
 _OTHER_VARIABLES = {API_KEYS, "OSERVE_CONFIG", "OSERVE_URL"}
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -30,10 +31,10 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Which devices there are. ``devices``: ``auto``, ``cpu`` or ``gpu``.
+    """The devices of the machine. ``devices``: ``auto``, ``cpu`` or ``gpu``.
 
-    ``cpu_slots`` cuts the CPU cores into that many devices; slots beyond the cores share them.
-    ``cpu_flags``: ``auto``, or the flags to go by as /proc/cpuinfo spells them.
+    ``cpu_slots`` divides the CPU cores into that many devices; with more slots than cores, slots
+    share cores. ``cpu_flags``: ``auto``, or CPU flags to assume, as in /proc/cpuinfo.
     """
 
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
@@ -42,15 +43,14 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The control loop, and the controller that decides what it is to reach.
+    """The control loop, and the controller that decides on its plan.
 
-    See control.reconcile for what the limits of restarts mean, control.policy for decisions.
-    ``mode``: ``off``, ``advise`` or ``auto``; unset: auto where the plan is computed, off where it
-    is given. ``interval_s`` is between rounds of the loop, ``decision_interval_s`` between
-    decisions, ``shares_interval_s`` between new routing shares. ``start_s``: what a replica is
-    taken to need to start before one was seen to. ``simulate``: decisions rest on simulations of
-    the deployments, not on the linear model alone. ``resume``: go on with the plan that was in
-    force when the server last ran.
+    See ``control.reconcile`` for the limits of restarts and ``control.policy`` for decisions.
+    ``mode``: ``off``, ``advise`` or ``auto``; unset means auto for a computed plan and off for a
+    given one. ``interval_s`` is the time between rounds of the loop, ``decision_interval_s``
+    between decisions, ``shares_interval_s`` between new routing shares. ``start_s``: assumed start
+    time of a replica until one is observed. ``simulate``: simulate deployments before a decision,
+    beyond the linear model. ``resume``: continue with the plan in force when the last server ended.
     """
 
     mode: Mode | None = None
@@ -75,13 +75,13 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class SwitchSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How the server goes from plan to plan: see docs/switching.md.
+    """How the server switches between plans; see docs/switching.md.
 
-    ``method``: ``auto`` moves weights between engines where it can and restarts engines otherwise,
-    ``restart`` always does the latter. ``transfer_limit_s``: a transfer may take this long, or
-    twenty times what was predicted if that is more. ``bytes_per_s``: what a rank sends or takes;
-    0 for no bound. ``max_perplexity_rise``: a replica whose weights were quantised on the way may
-    find a text that much less likely than the one they came from, as a share.
+    ``method``: ``auto`` moves weights between engines where possible and restarts engines
+    otherwise; ``restart`` always restarts them. ``transfer_limit_s``: the deadline of a transfer,
+    or twenty times its predicted duration if that is longer. ``bytes_per_s``: the rate at which a
+    rank sends or receives; 0 for no limit. ``max_perplexity_rise``: how much the perplexity may
+    rise, as a fraction, when weights are quantised during the transfer.
     """
 
     method: Annotated[str, msgspec.Meta(pattern="^(auto|restart)$")] = "auto"
@@ -91,15 +91,14 @@ class SwitchSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
 
 
 class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What a plan is made from when none is given: see docs/planning.md.
+    """What a plan is computed from if none is given; see docs/planning.md.
 
     The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
-    ``time_unit`` is that of the trace's timestamps, ``auto`` what the file tells.
-    ``profile``: step times as ``oserve profile`` wrote them. ``precisions``: those a replica may
-    have; unset means the plain one and every one of ``engines.variants``. ``measure``: ``auto``
-    measures briefly before the first plan where nothing is known of the model on this CPU.
-    ``min_shapes``: the best deployment of at least so many different shapes is planned, whatever it
-    is worth against one shape everywhere.
+    ``time_unit``: of the timestamps in the trace; ``auto`` infers it from the file. ``profile``: a
+    file of step times by ``oserve profile``. ``precisions``: what replicas may have; by default the
+    plain one and all of ``engines.variants``. ``measure``: ``auto`` measures briefly before the
+    first plan if nothing was measured of the model on this CPU. ``min_shapes``: plan at least this
+    many different shapes, even if a homogeneous deployment is better.
     """
 
     trace: str = ""
@@ -114,7 +113,7 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Everything. ``state_dir`` holds logs and request records."""
+    """All settings. ``state_dir``: the folder of logs, request records and the server's state."""
 
     model: str = ""
     served_model_name: str = ""
@@ -135,9 +134,9 @@ def load_settings(
     *,
     base: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Compose the settings; ``overrides`` maps dotted paths (``gateway.port``) to values.
+    """The settings; ``overrides`` maps dotted paths (``gateway.port``) to values.
 
-    ``base`` takes the place of the defaults.
+    ``base`` replaces the defaults. Raises OServeError for an unknown key or an invalid value.
     """
     environment = os.environ if environment is None else environment
     merged: dict[str, Any] = copy.deepcopy(dict(base or {}))
@@ -159,7 +158,7 @@ def load_settings(
 def api_keys(
     settings: GatewaySettings, environment: Mapping[str, str] | None = None
 ) -> frozenset[str]:
-    """The keys clients may use; empty means that none is asked for."""
+    """The API keys that clients may use; empty means that no key is required."""
     environment = os.environ if environment is None else environment
     keys = {key.strip() for key in environment.get(API_KEYS, "").split(",")}
     if settings.api_keys_file:
@@ -170,7 +169,10 @@ def api_keys(
 def backend_keys(
     plan: DeploymentPlan, environment: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Keys and headers of attached servers, by the variables that the plan names."""
+    """Values of the environment variables that a plan names for attached servers.
+
+    Raises OServeError if one is not set.
+    """
     environment = os.environ if environment is None else environment
     keys: dict[str, str] = {}
     for spec in plan.replicas:
@@ -187,7 +189,7 @@ def backend_keys(
 
 
 def environment_value(name: str) -> str:
-    """A variable the CLI reads for a default; empty when unset."""
+    """An environment variable with a default of the CLI; empty if unset."""
     return os.environ.get(name, "")
 
 
@@ -228,14 +230,14 @@ def _check_path(path: str, *, place: str) -> None:
 
 
 def _scalar(text: str, path: str, *, place: str) -> Any:
-    """A value from the environment or ``--set``: YAML, but words that a setting knows stay so."""
+    """A value from the environment or ``--set``: YAML, except for the words of a setting."""
     if setting_paths()[path].type is str or text in _words(path):
         return text
     return parse_yaml_value(text, place=place)
 
 
 def _words(path: str) -> frozenset[str]:
-    """Those that a setting may have, where it is one of a few."""
+    """The words that a setting may have, if it is an enumeration."""
     kind = setting_paths()[path].type
     parts = get_args(kind) or (kind,)
     kinds = [part for part in parts if isinstance(part, type) and issubclass(part, StrEnum)]
@@ -243,7 +245,7 @@ def _words(path: str) -> frozenset[str]:
 
 
 def _spell(settings: dict[str, Any]) -> None:
-    """YAML reads the word off as false: put the word back where it is one of a setting's."""
+    """YAML parses the word off as false; restore it where a setting has that word."""
     for path in setting_paths():
         *parents, name = path.split(".")
         inner: Any = settings

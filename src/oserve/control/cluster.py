@@ -1,4 +1,4 @@
-"""The door: all that the control loop may ask of a cluster, live or simulated."""
+"""The cluster API: what the control loop uses of a cluster, live or simulated."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from oserve.core import Action, Observation
 
 
 class Cluster(Protocol):
-    """``apply`` only asks; the outcome shows in a later ``observe``."""
+    """``apply`` requests an action and returns; its outcome shows in a later ``observe``."""
 
     async def observe(self) -> Observation: ...
 

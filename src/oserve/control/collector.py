@@ -1,8 +1,7 @@
-"""The collector: arrivals per type and second in a bounded ring, and windows of it.
+"""The collector: arrivals per type and second in a ring buffer, and windows over it.
 
-Pure: time is passed in, as Unix seconds, so that what was collected means the same after a restart.
-A second counts as seen when the collector was told that it passed while somebody was counting;
-windows with too few of those are gaps, marked NaN.
+Times are Unix seconds, so that counts keep their meaning across a restart. A second is *seen* if
+the gateway counted throughout it; a window with too few seen seconds is a gap, marked NaN.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,17 @@ import numpy as np
 from oserve.control.tally import Batch
 from oserve.workload.columns import Floats
 
-# A longer silence between two ticks is a time in which nobody looked.
+# After a longer pause between two ticks, the seconds between them count as not seen.
 _LONGEST_TICK_S = 5
-# A window of which less was seen is a gap.
+# A window with a smaller fraction of seen seconds is a gap.
 _LEAST_SEEN = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Window:
-    """Arrivals per type, (k,), from ``start_s`` on for ``width_s``; NaN where nobody counted.
+    """Arrivals per type, (k,), from ``start_s`` for ``width_s`` seconds; NaN in a gap.
 
-    ``parts`` (p, k) are the counts of equal parts of it, in order.
+    ``parts``: counts of p equal parts, (p, k), in order of time.
     """
 
     start_s: int
@@ -34,7 +33,7 @@ class Window:
 
 
 class Collector:
-    """Remembers ``size_s`` seconds of k types. What comes later than that is only counted."""
+    """Holds the last ``size_s`` seconds of k types; ``too_late`` counts seconds older than that."""
 
     def __init__(self, names: Sequence[str], *, size_s: int = 3600) -> None:
         self.names = tuple(names)
@@ -49,7 +48,7 @@ class Collector:
         self._newest = -1
 
     def add(self, batch: Batch) -> None:
-        """Take in counts. Types are matched by name; those not known here are left out."""
+        """Add counts. Types are matched by name; unknown ones are ignored."""
         places = [self.names.index(name) if name in self.names else -1 for name in batch.names]
         for second, row in batch.arrivals.items():
             place = self._place(second)
@@ -66,7 +65,7 @@ class Collector:
     def tick(self, now_s: float, gauges: Mapping[str, float] | None = None) -> None:
         """It is ``now_s``, and all whole seconds since the last tick were counted.
 
-        ``gauges``: the last value of whatever has one (queue, KV cache use, running, waiting).
+        ``gauges``: current values, such as queue length, KV cache usage, running and waiting.
         """
         second = int(now_s)
         first = self._newest + 1
@@ -81,10 +80,9 @@ class Collector:
             self.gauges = dict(gauges)
 
     def window(self, end_s: int, width_s: int, *, parts: int = 1) -> Window:
-        """The ``width_s`` whole seconds before ``end_s``; ``parts`` must divide them.
+        """The ``width_s`` whole seconds before ``end_s``; ``parts`` must divide ``width_s``.
 
-        What was seen of a window stands for all of it; of a window less than half of which was
-        seen every count is NaN.
+        Counts are scaled up by the fraction of seen seconds; below one half they are NaN.
         """
         if width_s % parts:
             raise ValueError(f"{width_s} s cannot be cut into {parts} equal parts")
@@ -96,7 +94,7 @@ class Collector:
             whole = counts.sum(axis=0) / seen.mean()
         if seen.mean() < _LEAST_SEEN:
             whole = np.full(len(self.names), np.nan)
-        # A correction may come before what it corrects.
+        # A correction may arrive before the count that it corrects.
         return Window(
             start_s=end_s - width_s,
             width_s=width_s,
@@ -105,7 +103,7 @@ class Collector:
         )
 
     def rates_rps(self, end_s: int, width_s: int) -> Floats:
-        """Arrivals per second of each type, (k,), over that window; NaN where it is a gap."""
+        """Arrivals per second of each type, (k,), over that window; NaN in a gap."""
         rates: Floats = self.window(end_s, width_s).counts / width_s
         return rates
 
@@ -124,11 +122,11 @@ class Collector:
 
     @property
     def newest_s(self) -> int:
-        """The last second that passed, -1 before any."""
+        """The last second that passed; -1 before the first."""
         return self._newest
 
     def rows(self, first_s: int, last_s: int) -> list[tuple[int, list[float]]]:
-        """The seconds from first to last that were seen and are held, each with its counts."""
+        """The seen seconds from first to last that are still held, each with its counts."""
         first_s = max(first_s, last_s - self.size_s + 1, 0)
         if last_s < first_s:
             return []
@@ -137,7 +135,7 @@ class Collector:
         return [(first_s + n, row) for n, row in enumerate(table) if seen[n]]
 
     def state(self) -> dict[str, Any]:
-        """Plain data that ``restore`` takes: the seconds that are held, oldest first."""
+        """State for ``restore``: the seconds that are held, oldest first."""
         held = np.flatnonzero((self._second >= 0) & self._seen)
         order = held[np.argsort(self._second[held])]
         return {
@@ -149,7 +147,7 @@ class Collector:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what an earlier collector held; types that are gone are left out."""
+        """Take over what an earlier collector held; types that no longer exist are ignored."""
         names = tuple(str(name) for name in state["names"])
         pairs = [(index, names.index(n)) for index, n in enumerate(self.names) if n in names]
         rows = zip(state["second"], state["counts"], state["tokens"], strict=True)
@@ -165,7 +163,7 @@ class Collector:
         self.too_late = int(state["too_late"])
 
     def _place(self, second: int) -> int | None:
-        """Where a second is kept, made free for it; ``None`` where it is older than the ring."""
+        """The row of a second, cleared if it held an older one; ``None`` if it is too old."""
         place = second % self.size_s
         if self._second[place] != second:
             if second < self._second[place] or 0 <= second <= self._newest - self.size_s:

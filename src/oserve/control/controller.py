@@ -1,10 +1,11 @@
-"""The controller: watch, foresee, weigh, decide; once per interval, at once when traffic breaks.
+"""The controller: monitor, forecast, score, decide; once an interval, and when traffic changes.
 
-Pure: time and counts come in, decisions go out; the planner and the values of plans are passed in
-(see ``evaluation``). A decision takes three steps, so that the slow one may run elsewhere: ``ask``
-makes the question, ``appraise`` answers it, ``judge`` decides. Guards hold in every mode: no switch
-within the minimum dwell of the last, no more of them an hour than allowed, none while one is under
-way, none to a plan that serves less of what comes now. A person's own wish is bound by none.
+Pure: times and counts come in, decisions go out. The planner and the values of plans are passed in
+(see ``evaluation``). A decision takes three steps, so that the slow one may run in another thread:
+``decision_input`` collects the facts, ``evaluation`` scores candidates, ``decide`` decides. Guards
+hold in every mode: no switch within the minimum dwell of the last, no more switches an hour than
+allowed, none during another switch, none to a plan that serves less of the current traffic. An
+operator's plan is bound by none of them.
 """
 
 import math
@@ -13,22 +14,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oserve.control.decision import Decision, Reason, Trigger, Verdict
-from oserve.control.evaluation import Appraiser, Question, Weighed, appraise, signature
+from oserve.control.decision import Decision, DecisionVerdict, Reason, Trigger
+from oserve.control.evaluation import CandidateScore, DecisionInput, signature
 from oserve.control.lifetime import Lifetime
 from oserve.control.monitor import TrafficMonitor
-from oserve.control.policy import HOUR_S, ControlPolicy, Standing, reason_for, verdict_for
-from oserve.control.switch_regret import Regret
+from oserve.control.policy import HOUR_S, ControlPolicy, DecisionContext, reason_for, verdict_for
+from oserve.control.switch_regret import SwitchRegret
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.forecaster import Forecaster
 
-# More than any plan is taken to last.
+# Longer than any plan lasts.
 _NEVER_S = 1e9
 
 
 class Controller:
-    """Decides for one plan; ``forecaster`` and ``detector`` must be of the same types."""
+    """Decides for one plan; ``forecaster`` and ``detector`` must be of the same workload types."""
 
     def __init__(
         self,
@@ -40,12 +41,12 @@ class Controller:
     ) -> None:
         self.policy = policy
         self.plan = plan
-        self.watch = TrafficMonitor(policy, forecaster, detector)
+        self.monitor = TrafficMonitor(policy, forecaster, detector)
         self.decisions: deque[Decision] = deque(maxlen=policy.decisions)
         self._lifetime = Lifetime(
             prior_s=policy.lasts_s, most_s=policy.longest_s, lag_s=policy.interval_s
         )
-        self._regret = Regret()
+        self._regret = SwitchRegret()
         self._switches: list[float] = []
         self._number = 0
         self._version = 0
@@ -53,154 +54,139 @@ class Controller:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the workload types."""
-        return self.watch.collector.names
+        """The names of the workload types."""
+        return self.monitor.collector.names
 
     def reached(self, plan: DeploymentPlan) -> None:
-        """A switch ended in this plan, which may not be the one that was decided on."""
+        """A switch ended in this plan, which may differ from the one that was decided on."""
         if plan != self.plan:
             self.plan = plan
             self._version += 1
 
-    def ask(
+    # -- the input of a decision ----------------------------------------------------------------
+    def decision_input(
         self,
         now_s: float,
         *,
         given: DeploymentPlan | None = None,
         present: Sequence[ReplicaSpec] = (),
-    ) -> Question:
-        """What is to be weighed now; ``given`` is a plan that a person proposes.
+    ) -> DecisionInput:
+        """The facts to decide on now; ``given`` is a plan that an operator proposes.
 
-        ``present``: the replicas there are, where the plan's could not all be started.
+        ``present``: the replicas that exist, where not all of the plan could be started.
         """
         policy = self.policy
-        watch = self.watch
-        idle_s = now_s - max(watch.last_arrival_s, 0.0)
-        idle = policy.shrink_after_s > 0 and idle_s >= policy.shrink_after_s
-        shrink = idle and watch.last_arrival_s >= 0 and not watch.shrunk and given is None
-        return Question(
+        monitor = self.monitor
+        shrink = given is None and self._is_idle(now_s)
+        return DecisionInput(
             at_s=now_s,
             version=self._version,
             current=replace(self.plan, replicas=tuple(present)) if present else self.plan,
-            now_rps=watch.now_rps(),
-            steps=watch.steps(),
+            now_rps=monitor.now_rps(),
+            steps=monitor.steps(),
             lasts_s=self._lasts_s("", now_s),
             lasting={name: self._lasts_s(name, now_s) for name in self._lifetime.known},
-            plan_for=watch.usual() if shrink else watch.likely(),
+            plan_for=monitor.usual() if shrink else monitor.likely(),
             given=given,
             shrink_to=policy.floor_replicas if shrink else 0,
-            drain_s=watch.drain_s(),
+            drain_s=monitor.drain_s(),
             drain_limit_s=policy.drain_limit_s,
             in_order=policy.in_order,
-            past=watch.past(),
-            before=watch.before_rps(),
+            past=monitor.past(),
+            before=monitor.before_rps(),
             back_s=policy.min_dwell_s,
         )
 
+    def _is_idle(self, now_s: float) -> bool:
+        """Whether no request arrived for so long that replicas should stop."""
+        policy, monitor = self.policy, self.monitor
+        if policy.shrink_after_s <= 0 or monitor.last_arrival_s < 0 or monitor.shrunk:
+            return False
+        return now_s - monitor.last_arrival_s >= policy.shrink_after_s
+
     def _lasts_s(self, signature: str, now_s: float) -> float:
-        """For how long this deployment is expected to be the best."""
+        """How long this deployment is expected to stay the best."""
         return max(1.0, self._lifetime.expected_s(signature, now_s))
 
-    def judge(
+    # -- the decision ---------------------------------------------------------------------------
+    def decide(
         self,
-        question: Question,
-        weighed: Weighed | None,
+        asked: DecisionInput,
+        score: CandidateScore | None,
         *,
         now_s: float,
         trigger: Trigger,
         switching: bool = False,
     ) -> Decision:
-        """Decide, and if it is for a switch, make its plan the current one.
+        """Decide, and for a switch make its plan the current one.
 
-        ``switching``: the last switch is not over. A question that was asked of another plan than
-        the one in force now is answered with keeping that.
+        ``switching``: the last switch has not ended. If the input is of another plan than the one
+        in force, the verdict is to keep the latter.
         """
-        switching = switching or question.version != self._version
-        if weighed is not None and question.given is None and not question.shrink_to:
-            self._compare(weighed, now_s, switching=switching)
-        watch = self.watch
-        standing = Standing(
+        switching = switching or asked.version != self._version
+        if score is not None and asked.given is None and not asked.shrink_to:
+            self._compare(score, now_s, switching=switching)
+        context = self._context(now_s, trigger, switching=switching)
+        reason = reason_for(self.policy, context, asked, score)
+        verdict = verdict_for(self.policy, trigger, reason)
+        decision = self._record(asked, score, now_s, trigger, verdict, reason)
+        if verdict is DecisionVerdict.SWITCH and score is not None:
+            self._switch(score, now_s, reason)
+        return decision
+
+    def _context(self, now_s: float, trigger: Trigger, *, switching: bool) -> DecisionContext:
+        monitor = self.monitor
+        return DecisionContext(
             now_s=now_s,
             trigger=trigger,
             switches=tuple(self._switches),
             switching=switching,
-            shrunk=watch.shrunk,
-            watched=watch.last_arrival_s >= 0,
+            shrunk=monitor.shrunk,
+            watched=monitor.last_arrival_s >= 0,
             held=now_s < self._held_until_s,
-            missed=math.inf if watch.shrunk else self._regret.requests,
+            missed=math.inf if monitor.shrunk else self._regret.requests,
             known=self._lifetime.knows,
         )
-        reason = reason_for(self.policy, standing, question, weighed)
-        verdict = verdict_for(self.policy, trigger, reason)
-        decision = self._record(question, weighed, now_s, trigger, verdict, reason)
-        if verdict is Verdict.SWITCH and weighed is not None:
-            watch.shrunk = reason is Reason.ZERO_TRAFFIC
-            self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
-            self._regret.reset(now_s)
-            self.plan = weighed.plan
-            self._lifetime.takes_over(signature(self.plan))
-            self._version += 1
-            # A person's switches count as well: it is the replicas that need their rest.
-            if weighed.cost.changed or reason is not Reason.MANUAL:
-                self._switches = [s for s in self._switches if now_s - s < HOUR_S] + [now_s]
-        return decision
 
-    def _compare(self, weighed: Weighed, now_s: float, *, switching: bool) -> None:
-        """Note which plan is the best now, and what keeping the present one costs.
+    def _switch(self, score: CandidateScore, now_s: float, reason: Reason) -> None:
+        """Make the candidate the current plan."""
+        self.monitor.shrunk = reason is Reason.ZERO_TRAFFIC
+        self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
+        self._regret.reset(now_s)
+        self.plan = score.plan
+        self._lifetime.takes_over(signature(self.plan))
+        self._version += 1
+        # An operator's switches count for the guards, too: replicas need time to settle.
+        if score.cost.changed or reason is not Reason.MANUAL:
+            self._switches = [s for s in self._switches if now_s - s < HOUR_S] + [now_s]
 
-        Of several that are better in turns the first stands for all.
+    def _compare(self, score: CandidateScore, now_s: float, *, switching: bool) -> None:
+        """Record which plan is the best now, and update the regret of keeping the current one.
+
+        If several plans take turns as the best one, the first of them stands for all.
         """
-        more_rps = weighed.candidate_rps - weighed.current_rps
-        slack_rps = self.policy.min_gain * weighed.current_rps
+        more_rps = score.candidate_rps - score.current_rps
+        slack_rps = self.policy.min_gain * score.current_rps
         current = signature(self.plan)
-        best = signature(weighed.plan) if more_rps > slack_rps else current
+        best = signature(score.plan) if more_rps > slack_rps else current
         if best != current and self._lifetime.preferred not in {"", current}:
             best = self._lifetime.preferred
         self._lifetime.prefers(best, now_s)
         if switching:
             self._regret.skip(now_s)
         else:
-            began_s = self.watch.began_s
-            self._regret.judged(now_s, more_rps, slack_rps=slack_rps, began_s=began_s)
-
-    def decide(
-        self, now_s: float, trigger: Trigger, appraiser: Appraiser, *, switching: bool = False
-    ) -> Decision:
-        """All three steps at once."""
-        question = self.ask(now_s)
-        return self.judge(
-            question,
-            appraise(question, appraiser),
-            now_s=now_s,
-            trigger=trigger,
-            switching=switching,
-        )
+            began_s = self.monitor.began_s
+            self._regret.update(now_s, more_rps, slack_rps=slack_rps, began_s=began_s)
 
     def _record(
         self,
-        question: Question,
-        weighed: Weighed | None,
+        asked: DecisionInput,
+        score: CandidateScore | None,
         now_s: float,
         trigger: Trigger,
-        verdict: Verdict,
+        verdict: DecisionVerdict,
         reason: Reason,
     ) -> Decision:
-        numbers: dict[str, Any] = {}
-        if weighed is not None:
-            numbers = {
-                "candidate_plan": weighed.plan.id,
-                "lasts_s": weighed.lasts_s,
-                "current_rps": weighed.current_rps,
-                "candidate_rps": weighed.candidate_rps,
-                "gain_requests": weighed.gain,
-                "cost_requests": weighed.cost.requests,
-                "switch_s": weighed.cost.seconds,
-                "lost_requests": weighed.cost.lost,
-                "touched_requests": weighed.cost.touched,
-                "changed_replicas": weighed.cost.changed,
-                "pays_after_s": weighed.pays_after_s if weighed.pays_after_s < _NEVER_S else None,
-                "missed_requests": self._regret.requests,
-            }
         self._number += 1
         decision = Decision(
             number=self._number,
@@ -208,19 +194,34 @@ class Controller:
             trigger=trigger,
             verdict=verdict,
             reason=reason,
-            current_plan=question.current.id,
-            forecast=self.watch.forecast(),
-            **numbers,
+            current_plan=asked.current.id,
+            forecast=self.monitor.forecast(),
         )
+        if score is not None:
+            decision = replace(
+                decision,
+                candidate_plan=score.plan.id,
+                lasts_s=score.lasts_s,
+                current_rps=score.current_rps,
+                candidate_rps=score.candidate_rps,
+                gain_requests=score.gain,
+                cost_requests=score.cost.requests,
+                switch_s=score.cost.seconds,
+                lost_requests=score.cost.lost,
+                touched_requests=score.cost.touched,
+                changed_replicas=score.cost.changed,
+                pays_after_s=score.pays_after_s if score.pays_after_s < _NEVER_S else None,
+                missed_requests=self._regret.requests,
+            )
         self.decisions.append(decision)
         return decision
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Plain data that ``restore`` takes: all but the plan and the records of decisions."""
+        """Plain data for ``restore``: all but the plan and the records of decisions."""
         return {
-            **self.watch.state(),
-            "shrunk": self.watch.shrunk,
+            **self.monitor.state(),
+            "shrunk": self.monitor.shrunk,
             "lifetime": self._lifetime.state(),
             "regret": self._regret.state(),
             "switches": list(self._switches),
@@ -229,20 +230,20 @@ class Controller:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; of the same types. Raises OServeError if it is not."""
-        self.watch.restore(state)
+        """Continue from ``state``, of the same types. Raises OServeError if they differ."""
+        self.monitor.restore(state)
         self._restore_own(state)
 
     def restore_course(self, state: Mapping[str, Any]) -> None:
-        """Of ``state`` only what does not depend on types."""
-        self.watch.restore_course(state)
+        """Continue from the part of ``state`` that does not depend on workload types."""
+        self.monitor.restore_course(state)
         self._restore_own(state)
 
     def _restore_own(self, state: Mapping[str, Any]) -> None:
-        self.watch.shrunk = bool(state["shrunk"])
+        self.monitor.shrunk = bool(state["shrunk"])
         self._lifetime.restore(state["lifetime"])
-        # What was remembered by a version without it is taken up all the same.
-        self._regret.restore(state.get("regret", Regret().state()))
+        # Older versions stored no regret.
+        self._regret.restore(state.get("regret", {}))
         self._switches = [float(at_s) for at_s in state["switches"]]
         self._number = int(state["number"])
         self._held_until_s = float(state["held_until_s"])

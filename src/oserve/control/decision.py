@@ -1,4 +1,4 @@
-"""Decisions of the controller as records: what was expected, weighed and decided, and why.
+"""Records of the controller's decisions: the forecast, the scores, the verdict and its reason.
 
 Dashboard, log, tests and replay read the same record. Rates are requests/s, amounts requests.
 """
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """``off``: count only. ``advise``: decide and tell. ``auto``: decide and switch."""
+    """``off``: only count. ``advise``: decide and report. ``auto``: decide and switch."""
 
     OFF = "off"
     ADVISE = "advise"
@@ -16,7 +16,7 @@ class Mode(StrEnum):
 
 
 class Trigger(StrEnum):
-    """What a decision was made on."""
+    """What caused a decision."""
 
     INTERVAL = "interval"
     CHANGE = "change"
@@ -24,8 +24,8 @@ class Trigger(StrEnum):
     QUESTION = "question"
 
 
-class Verdict(StrEnum):
-    """What comes of it. ``advise``: would switch, but was not asked to."""
+class DecisionVerdict(StrEnum):
+    """The outcome of a decision. ``advise``: a switch would pay, but the mode forbids it."""
 
     KEEP = "keep"
     ADVISE = "advise"
@@ -33,7 +33,7 @@ class Verdict(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why. Up to ``held`` (by a person) they keep the plan, whatever another would bring."""
+    """Why. The reasons up to ``held`` (by an operator) keep the plan, whatever others gain."""
 
     NO_DATA = "no_data"
     NO_PLAN = "no_plan"
@@ -53,9 +53,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeForecast:
-    """Of the next interval: requests/s of one type, now, expected, and between low and high.
+    """The forecast of one type for the next interval, in requests/s.
 
-    Low and high are the 0.05 and 0.95 quantiles.
+    ``low_rps`` and ``high_rps`` are the 0.05 and 0.95 quantiles.
     """
 
     name: str
@@ -69,18 +69,18 @@ class TypeForecast:
 class Decision:
     """One decision. ``at_s`` is Unix time.
 
-    ``current_rps`` and ``candidate_rps``: served within limits, averaged over the forecast while
-    the candidate is expected to last (``lasts_s``). ``gain_requests`` is what the candidate serves
-    more in that time less the switch; ``lost_requests`` what is served less during the switch;
-    ``touched_requests`` run on replicas that change. The cost is lost plus part of the touched.
-    ``pays_after_s``: from when on the switch has brought more than it cost, if ever;
-    ``missed_requests``: what the best other plans would have served more so far.
+    ``current_rps`` and ``candidate_rps``: served within limits, averaged over the ``lasts_s``
+    seconds for which the candidate is expected to stay the best. ``gain_requests``: what the
+    candidate serves more in that time, without the time of the switch. ``lost_requests``: what is
+    served less during the switch. ``touched_requests`` run on replicas that change. The cost is all
+    lost and part of the touched requests. ``pays_after_s``: when the gain has made up for the cost,
+    if ever. ``missed_requests``: the switch regret so far.
     """
 
     number: int
     at_s: float
     trigger: Trigger
-    verdict: Verdict
+    verdict: DecisionVerdict
     reason: Reason
     current_plan: str
     candidate_plan: str = ""
@@ -100,7 +100,7 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """For the log."""
+        """One line for the log."""
         rates = ", ".join(
             f"{item.name} {item.expected_rps:.2f} ({item.low_rps:.2f}-{item.high_rps:.2f})"
             for item in self.forecast

@@ -1,26 +1,26 @@
-"""How long a deployment stays the best one: the time over which a switch must pay.
+"""How long a deployment stays the preferred one: the time in which a switch must pay off.
 
-Every time that another deployment becomes the preferred one, how long the last was is kept. What is
-expected of the present one is the mean of what was left of those, of the same deployment if a few
-of them are known, at the age it has now:
+Whenever another deployment becomes the preferred one, the duration d of the last is recorded. The
+expected remaining time of a deployment of some age is
 
-    mean of (d - age) over past d > age, beside an assumed one of ``prior_s`` that fades
+    mean of (d - age) over recorded d > age, with a prior of ``prior_s`` whose weight decays
 
-and where it has outlived them all, its age again. A change is noticed ``lag_s`` late, after which
-that much less is left.
+over its own durations if there are enough, else over those of all deployments. A deployment that
+has outlived all of them is expected to last as long again. ``lag_s``: how late a change is noticed;
+the remaining time is shorter by that.
 """
 
 from collections import deque
 from typing import Any
 
-# What is assumed counts for, per change since.
+# The weight of the prior decays by this factor with each change.
 _FADING = 0.7
 _REMEMBERED = 32
 _FEW = 3
 
 
 class Lifetime:
-    """Watches which deployment is preferred; all times in seconds."""
+    """Records which deployment is preferred; all times in seconds."""
 
     def __init__(self, *, prior_s: float, most_s: float, lag_s: float = 0.0) -> None:
         self._prior_s = prior_s
@@ -32,7 +32,7 @@ class Lifetime:
         self._since_s = 0.0
 
     def prefers(self, signature: str, now_s: float) -> None:
-        """The best deployment now, by any name that tells deployments apart."""
+        """Record the best deployment now. A signature is any name that tells deployments apart."""
         if not self._preferred:
             self._preferred, self._since_s = signature, now_s
         elif signature != self._preferred:
@@ -41,17 +41,17 @@ class Lifetime:
             self._preferred, self._since_s = signature, now_s
 
     def takes_over(self, signature: str) -> None:
-        """What was preferred goes by this name from now on: plans that are nearly equal are one."""
+        """Rename the preferred deployment: plans that are nearly equal count as one."""
         if self._preferred:
             self._preferred = signature
 
     @property
     def preferred(self) -> str:
-        """The name of what is preferred now."""
+        """The signature of the preferred deployment."""
         return self._preferred
 
     def expected_s(self, signature: str, now_s: float) -> float:
-        """Seconds for which this deployment is expected to be the best from now on."""
+        """Seconds for which this deployment is expected to stay the best."""
         age_s = self._age_s(now_s) if signature == self._preferred else 0.0
         own = [duration_s for name, duration_s in self._past if name == signature]
         past = own if len(own) >= _FEW else [duration_s for _, duration_s in self._past]
@@ -63,19 +63,19 @@ class Lifetime:
         return min(self._most_s, mean_s)
 
     def knows(self, signature: str) -> bool:
-        """Whether this deployment was the best one a few times."""
+        """Whether enough durations of this deployment are recorded to predict from them alone."""
         return sum(name == signature for name, _ in self._past) >= _FEW
 
     @property
     def known(self) -> frozenset[str]:
-        """Deployments that were preferred, or are."""
+        """Signatures of deployments that are or were preferred."""
         return frozenset(name for name, _ in self._past) | {self._preferred}
 
     def _age_s(self, now_s: float) -> float:
         return min(max(0.0, now_s - self._since_s), self._most_s) if self._preferred else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Plain data that ``restore`` takes."""
+        """State for ``restore``, as plain data."""
         return {
             "prior": self._prior,
             "past": [list(item) for item in self._past],
@@ -84,7 +84,7 @@ class Lifetime:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue from ``state``."""
         self._prior = float(state["prior"])
         self._past = deque(
             ((str(name), float(duration_s)) for name, duration_s in state["past"]),

@@ -1,4 +1,4 @@
-"""The control loop: observe, decide, apply, once per interval, on any cluster and any clock."""
+"""The control loop: observe, reconcile and apply once per interval, on any cluster and clock."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from oserve.control.rollout import staged
 from oserve.core import Action, Clock, DeploymentPlan, Observation
 
 Rollout = Callable[[DeploymentPlan, Observation, frozenset[str], frozenset[str]], DeploymentPlan]
-"""What to hold the cluster at now, on the way to a plan; given replicas are lost, others held."""
+"""The plan to reconcile to now: target, observation, replicas given up, replicas held."""
 
 
 class ControlLoop:
-    """Keeps a cluster at a plan, which may be replaced at any time; then it is rolled out.
+    """Keeps a cluster at ``plan``. Assign another plan at any time: it is rolled out.
 
-    ``held`` names replicas that a switch is at work on, which the loop leaves alone.
-    ``observed`` is called with each round's observation. ``rollout`` says how plans are reached.
+    ``held``: replicas that a switch controls; the loop does not touch them. ``observed`` is called
+    with the observation and the actions of each round. ``rollout``: the stages towards a plan.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ControlLoop:
         self._rollout = rollout
 
     async def step(self) -> tuple[Action, ...]:
-        """One round; returns what was asked."""
+        """One round; returns its actions."""
         observation = await self._cluster.observe()
         lost = frozenset(given_up(self.plan, observation, self._policy))
         wished = self._rollout(self.plan, observation, lost, self.held)
@@ -50,7 +50,7 @@ class ControlLoop:
         return actions
 
     async def run(self) -> None:
-        """Rounds until cancelled."""
+        """Run rounds until cancelled."""
         while True:
             await self.step()
             await self._clock.sleep(self._interval_s)

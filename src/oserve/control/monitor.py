@@ -1,7 +1,7 @@
-"""What the controller knows of the traffic: counts, the forecast, and since when it is as it is.
+"""The traffic monitor: arrival counts, their forecast, and the last change of the traffic.
 
-Pure: fed once a second; tells when a decision is due, at the end of each interval and a little
-after the traffic has changed.
+Fed once a second, without I/O. A decision is due at the end of each interval, and shortly after a
+change of the traffic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
-from oserve.control.evaluation import Rates, Step
+from oserve.control.evaluation import ForecastStep, Rates
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector
@@ -20,31 +20,31 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.retype import replayed
 from oserve.workload.columns import Floats
 
-# Counts of other processes come a little late, so the last second is left for later.
+# Counts of other processes arrive a little late, so the last second is not used yet.
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
-# What came of late is told in pieces of so long, and for up to two periods.
+# Recent rates are given in pieces of this length, over up to two periods.
 _PIECE_S, _PERIOD_S = 15, 300
-# Rates before a change are those of so long, or of less where that is all there is.
+# Windows for the rates before a change; the longest that is available counts.
 _BEFORE_S = (900, 300, 60, 10)
-# Of requests on one replica, the stay of the longest over the mean.
+# How long the longest request stays on a replica, in multiples of the mean.
 _LONGEST = 2.0
 
 
 class TrafficMonitor:
-    """``forecaster`` and ``detector`` must be of the same types."""
+    """``forecaster`` and ``detector`` must have the same workload types."""
 
     def __init__(
         self, policy: ControlPolicy, forecaster: Forecaster, detector: ChangeDetector
     ) -> None:
         self.collector = Collector(forecaster.names, size_s=max(3600, 4 * policy.interval_s))
         self.began_s = -1
-        """When the traffic last changed; negative if it did not."""
+        """The second when the traffic last changed; negative if it has not."""
         self.last_arrival_s = -1.0
-        """When the last request came; negative if none did."""
+        """The second of the last arrival; negative without any."""
         self.shrunk = False
-        """Whether replicas were given up for want of requests."""
+        """Whether the cluster was scaled down because no requests came."""
         self._policy = policy
         self._forecaster = forecaster
         self._detector = detector
@@ -60,7 +60,7 @@ class TrafficMonitor:
         batches: Sequence[Batch] = (),
         gauges: Mapping[str, float] | None = None,
     ) -> Trigger | None:
-        """Once a second: what was counted since; tells whether a decision is due."""
+        """Once a second: add what was counted; returns why a decision is due, if one is."""
         for batch in batches:
             self.collector.add(batch)
         self.collector.tick(now_s, gauges)
@@ -73,7 +73,7 @@ class TrafficMonitor:
         if self._window_end_s < 0:
             self._window_end_s = end_s
         due = self._close_windows(end_s)
-        # Nobody needs to be sure of rates to bring back replicas that were given up.
+        # After a scale-down, any arrival brings the replicas back; its rate hardly matters.
         settle_s = min(self._policy.settle_s, self._policy.interval_s / 2)
         if self.shrunk:
             settle_s = min(_FEWEST_S, settle_s)
@@ -85,11 +85,11 @@ class TrafficMonitor:
         if self._again_s is not None and now_s >= self._again_s:
             self._look_again(now_s)
             return Trigger.CHANGE
-        # While it is watched what the traffic has changed to, the forecast is of what it was.
+        # While a change settles, the forecast is still that of the traffic before it.
         return Trigger.INTERVAL if due and self._change_s is None else None
 
     def _detect(self, now_s: float, end_s: int) -> None:
-        """Look at one second for a change of the traffic."""
+        """Test one second for a change of the traffic."""
         counts = self.collector.window(end_s, 1).counts
         arrived = float(np.nansum(counts)) > 0
         if arrived:
@@ -102,15 +102,15 @@ class TrafficMonitor:
             self.began_s = end_s - min((change.ticks for change in changes), default=1)
 
     def _look_again(self, now_s: float) -> None:
-        """When what has changed is half as old again, unless the interval comes first.
+        """Schedule another decision when the change is half as old again.
 
-        By then another plan may have been the better one for long enough.
+        By then another plan may have been better for long enough. The interval may come first.
         """
         age_s = now_s - self.began_s
         self._again_s = now_s + age_s / 2 if age_s < self._policy.interval_s else None
 
     def _shift(self) -> None:
-        """Tell the forecaster the rates since the change began."""
+        """Set the forecaster to the rates since the change."""
         self._forecaster.shift(np.array(self.now_rps()) * self._forecaster.interval_s)
 
     def _close_windows(self, end_s: int) -> bool:
@@ -131,17 +131,17 @@ class TrafficMonitor:
         return due
 
     def now_rps(self) -> Rates:
-        """Requests/s of each type of late, and of nothing before the last change."""
+        """Current requests/s of each type, over seconds after the last change only."""
         end_s = max(1, self.collector.newest_s)
         width_s = min(self._policy.now_s, max(_FEWEST_S, end_s - self.began_s))
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
 
     def drain_s(self) -> float:
-        """Seconds that a replica of late needs to end what it has; 0 where nothing tells.
+        """Seconds that a replica needs to drain now; 0 if unknown.
 
-        What replicas hold over what ends per second is how long a request stays there (Little's
-        law), queues and all; the last of them stays longer.
+        By Little's law a request stays for (requests held) / (requests completed per second),
+        queueing included; the last one stays longer.
         """
         gauges = self.collector.gauges
         held = gauges.get("running", 0.0) + gauges.get("waiting", 0.0)
@@ -149,7 +149,7 @@ class TrafficMonitor:
         return _LONGEST * held / ended_rps if ended_rps > 0 else 0.0
 
     def forecast(self) -> tuple[TypeForecast, ...]:
-        """Of the next interval, by type."""
+        """The forecast of the next interval, by type."""
         found = self._forecaster.forecast()
         now = self.now_rps()
         low, high = found.quantile_rps(found.quantiles[0]), found.quantile_rps(found.quantiles[-1])
@@ -165,9 +165,9 @@ class TrafficMonitor:
         )
 
     def past(self) -> tuple[tuple[Rates, float], ...]:
-        """Rates of late, with the seconds that each held.
+        """Recent rates, each with the seconds it held.
 
-        They begin where the periods do within which requests are ordered by how fresh they are.
+        They start where a period of the queue's freshest-first order starts.
         """
         end_s = self.collector.newest_s
         first_s = end_s - end_s % _PERIOD_S - _PERIOD_S
@@ -180,7 +180,7 @@ class TrafficMonitor:
         return tuple(found)
 
     def before_rps(self) -> Rates:
-        """Requests/s of each type before the last change; empty where none is known of."""
+        """Requests/s of each type before the last change; empty if unknown."""
         held = range(1, self.collector.size_s - (self.collector.newest_s - self.began_s))
         for width_s in _BEFORE_S if self.began_s > 0 else ():
             if width_s in held:
@@ -190,7 +190,7 @@ class TrafficMonitor:
         return ()
 
     def likely(self) -> tuple[Rates, ...]:
-        """Rates to plan for: those expected, and those that few will exceed."""
+        """Rates to plan for: the expected ones, and a high quantile."""
         found = self._forecaster.forecast()
         high_rps = found.quantile_counts[-2].mean(axis=0) / found.interval_s
         return tuple(
@@ -199,11 +199,11 @@ class TrafficMonitor:
         )
 
     def usual(self) -> tuple[Rates, ...]:
-        """Rates to plan for when nobody comes: those there were."""
+        """Rates to plan for while no requests come: the usual ones."""
         return (tuple(self._usual.tolist()),)
 
-    def steps(self) -> tuple[Step, ...]:
-        """The forecast's quantiles, each for the chances nearest to it, step after step."""
+    def steps(self) -> tuple[ForecastStep, ...]:
+        """The forecast as scenarios, step by step: each quantile with its probability."""
         found = self._forecaster.forecast()
         ends = [0.0, *((a + b) / 2 for a, b in pairwise(found.quantiles)), 1.0]
         rates = np.nan_to_num(found.quantile_counts / found.interval_s)
@@ -214,12 +214,12 @@ class TrafficMonitor:
                 key = tuple(rates[level, step].tolist())
                 chances[key] = chances.get(key, 0.0) + high - low
             expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
-            steps.append(Step(seconds=found.interval_s, chances=chances, expected=expected))
+            steps.append(ForecastStep(seconds=found.interval_s, chances=chances, expected=expected))
         return tuple(steps)
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Plain data that ``restore`` takes."""
+        """State for ``restore``, as plain data."""
         return {
             "collector": self.collector.state(),
             "forecaster": self._forecaster.state(),
@@ -231,7 +231,7 @@ class TrafficMonitor:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; of the same types. Raises OServeError if it is not."""
+        """Continue from ``state`` of the same types. Raises OServeError if they differ."""
         self._forecaster.restore(state["forecaster"])
         self._detector.restore(state["detector"])
         self.collector.restore(state["collector"])
@@ -239,13 +239,13 @@ class TrafficMonitor:
         self.restore_course(state)
 
     def restore_course(self, state: Mapping[str, Any]) -> None:
-        """Of ``state`` only what does not depend on types."""
+        """Restore only the parts of ``state`` that do not depend on types."""
         self.began_s = int(state["began_s"])
         self._window_end_s = int(state["window_end_s"])
         self.last_arrival_s = float(state["last_arrival_s"])
 
     def replay_history(self, history: Floats) -> None:
-        """Windows of counts, (n, k), oldest first, for a forecaster that has seen none."""
+        """Feed windows of counts, (n, k), oldest first, to a forecaster that has seen none."""
         replayed(self._forecaster, history)
 
 

@@ -1,7 +1,7 @@
-"""Plans and their values from a table of what each shape can do: the appraiser of the controller.
+"""Plans and their values from a table of capacities: the planner of the controller.
 
-Pure. The table is made once, since the types' lengths stay; only rates change. Shapes that failed
-to start may be barred.
+Pure. The table is made once, since the lengths of the workload types stay; only rates change.
+Shapes that failed to start may be barred.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from oserve.perf.corrected import Speeds
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.problem import AmongEquals, PlanProblem
-from oserve.plan.search import Deployment, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 from oserve.plan.serving import Serving
 
-# Rates below this, or below this part of all, are noise, and bad numbers for a linear programme.
+# Rates below these are noise, and bad coefficients for a linear programme.
 _LEAST_PART = 1e-6
 _LEAST_RPS = 1e-9
 _MOST_SERVINGS = 512
-# Homogeneous deployments that are proposed beside the best one, where they have this part of what
-# it has by the table, whose errors are about as large.
+# Homogeneous deployments are candidates, too, if they serve this part of what the best one serves.
+# The table errs by about as much.
 _MOST_NEAR = 6
 _NEAR = 0.85
-# A share below this is left to overflow.
+# Smaller shares are dropped; overflow routing covers them.
 _LEAST_SHARE = 0.005
 
 
@@ -46,15 +46,16 @@ Legs = Callable[[Sequence[ReplicaSpec], Sequence[ReplicaSpec]], Sequence[Leg] | 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerFacts:
-    """What plans are made from. ``types``: their rates do not matter. ``table``: candidates.
+    """What plans are made from.
 
-    ``centres`` are those of the types, (prompt, output) in tokens. ``classes`` with ``class_mix``:
-    as in a demand. ``row_of`` tells of a shape that is not in the table (``None``: nothing known);
-    ``start_s`` the seconds until a replica serves; ``legs`` the way from replicas to others where
-    there is a quicker one than restarts (``None``: there is none). Different replicas must be worth
-    ``min_gain`` over the best homogeneous deployment; with ``min_shapes`` above 1 no homogeneous
-    one is proposed unless there is no other. ``rows_at``: what the table's model says of shapes at
-    other speeds than it was made for; ``None``: it is never corrected.
+    ``types``: the workload types; their rates do not matter. ``centres`` of the types are (prompt,
+    output) in tokens. ``classes`` and ``class_mix``: see ``plan.demand``. ``table``: the shapes to
+    plan with. ``row_of`` returns the row of a shape that is not in the table, or ``None`` if
+    nothing is known. ``start_s``: seconds until a replica serves. ``legs`` returns a switch without
+    restarts, or ``None`` where there is none. A plan of different shapes must gain ``min_gain``
+    over the best homogeneous one; with ``min_shapes`` above 1, a homogeneous plan is used only if
+    there is no other. ``rows_at``: the rows of shapes by the table's model at other speeds;
+    ``None``: the table is never corrected.
     """
 
     devices: tuple[Device, ...]
@@ -75,7 +76,7 @@ class PlannerFacts:
 
 
 class TablePlanner:
-    """Implements ``evaluation.Appraiser``."""
+    """Implements ``evaluation.SwitchPlanner`` with linear programmes over a table."""
 
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts
@@ -83,21 +84,21 @@ class TablePlanner:
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
-        # Of shapes that are not in the table, by what it was made for.
+        # Rows of shapes that are not in the table, at the speeds that the table was made for.
         self._chosen: dict[ReplicaShape, ShapePerformance] = {}
         self._servings: dict[tuple[tuple[ReplicaShape, int], ...], Serving] = {}
 
     def learn(self, facts: PlannerFacts) -> None:
-        """Go by other facts from now on; the types must be the same."""
+        """Use other facts from now on; the workload types must be the same."""
         self.facts = facts
         self._chosen = {}
         self.correct(self.speeds)
 
     def correct(self, speeds: Speeds) -> None:
-        """Go by these speeds from now on, in place of any before."""
+        """Use these speeds from now on, in place of any before."""
         self.speeds = speeds
         self._table = self._at_speed(self.facts.table)
-        # Whoever weighs plans in another thread must find every shape that it found before.
+        # Another thread may be scoring plans: it must still find every shape.
         chosen = {
             shape: replace(self._at_speed([row])[0], shape=shape)
             for shape, row in dict(self._chosen).items()
@@ -106,10 +107,10 @@ class TablePlanner:
         self._servings = {}
 
     def _at_speed(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
-        """Rows at the speeds that were seen.
+        """The rows at the observed speeds.
 
-        Capacities change by what the table's model makes of it, wherever they come from: what
-        simulations say of shapes at one speed holds, by proportion, at others.
+        Capacities change by the same factor as those of the table's model, even if they come from
+        simulations.
         """
         make, speeds = self.facts.rows_at, self.speeds
         if make is None or not speeds.known:
@@ -128,7 +129,7 @@ class TablePlanner:
     def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """The best plan for these rates, then homogeneous ones that come near it.
 
-        None where nothing may serve them.
+        Empty where no shape serves these rates.
         """
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
@@ -150,40 +151,44 @@ class TablePlanner:
             )
         except OServeError:
             return ()
-        best, plain = planned.best, planned.homogeneous[0]
-        asked = facts.min_shapes > 1 and problem.is_varied(best.counts)
-        if not asked and _gain(best, plain) < facts.min_gain:
-            best = plain
-        near = [
-            item
-            for item in planned.homogeneous[:_MOST_NEAR]
-            if not asked
-            and item.score.served_rps >= _NEAR * best.score.served_rps
-            and item.score.scale >= _NEAR * best.score.scale
-        ]
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
-        for deployment in (best, *near):
+        for deployment in self._worth_a_look(problem, planned):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
         return tuple(found.values())
 
+    def _worth_a_look(self, problem: PlanProblem, planned: Planned) -> list[DeploymentCandidate]:
+        """The best deployment, and the homogeneous ones that come near it."""
+        best, plain = planned.best, planned.homogeneous[0]
+        if self.facts.min_shapes > 1 and problem.is_varied(best.counts):
+            return [best]
+        if _gain(best, plain) < self.facts.min_gain:
+            best = plain
+        near = [
+            item
+            for item in planned.homogeneous[:_MOST_NEAR]
+            if item.score.served_rps >= _NEAR * best.score.served_rps
+            and item.score.scale >= _NEAR * best.score.scale
+        ]
+        return [best, *near]
+
     def _placed(
-        self, problem: PlanProblem, deployment: Deployment, current: DeploymentPlan
+        self, problem: PlanProblem, deployment: DeploymentCandidate, current: DeploymentPlan
     ) -> DeploymentPlan:
-        """A deployment on devices, close to the current plan, which it may be."""
+        """Place a deployment on devices, as close to the current plan as possible."""
         placed = place_deployment(problem, deployment)
         if set(placed.replicas) == set(current.replicas):
             return current
         plan = DeploymentPlan(
             id=f"planned-{_stamp(placed.replicas)}",
             replicas=placed.replicas,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares={},
         )
         return self.with_shares(plan, placed.routing_shares)
 
     def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
-        """Those ``replicas`` of the current plan that serve most of these rates, one by one."""
+        """Cut the current plan to the replicas that serve most of these rates, chosen greedily."""
         rates = rates_rps if sum(rates_rps) > 0 else tuple(1.0 for _ in rates_rps)
         kept: list[ReplicaSpec] = []
         left = list(current.replicas)
@@ -197,7 +202,7 @@ class TablePlanner:
     def with_shares(
         self, plan: DeploymentPlan, shares: Mapping[str, Mapping[str, float]]
     ) -> DeploymentPlan:
-        """The plan with these shares of types, and those of length classes that follow."""
+        """The plan with these shares by type, and the shares by length class that follow."""
         names = {spec.id for spec in plan.replicas}
         even = {name: 1.0 / len(names) for name in sorted(names)}
         own = {kind: _whole(given) or even for kind, given in shares.items()}
@@ -210,9 +215,9 @@ class TablePlanner:
             routing[item.name] = _whole(mixed) or even
         return replace(
             plan,
-            workload_types=self.facts.classes,
+            length_classes=self.facts.classes,
             routing_shares=routing,
-            types=tuple(
+            planned_types=tuple(
                 PlannedType(
                     name=kind.name,
                     prompt_tokens=prompt,
@@ -225,7 +230,7 @@ class TablePlanner:
 
     # -- values ---------------------------------------------------------------------------------
     def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
-        """By the linear programme; replicas of which nothing is known serve nothing."""
+        """See ``SwitchPlanner``. Replicas of unknown shapes serve nothing."""
         counts = Counter(spec.shape for spec in replicas if self._row(spec) is not None)
         key = tuple(sorted(counts.items(), key=lambda item: repr(item[0])))
         serving = self._servings.get(key)
@@ -242,39 +247,45 @@ class TablePlanner:
     ) -> dict[str, dict[str, float]]:
         """Routing shares of each type over replicas that serve now, for these rates.
 
-        A type that comes at no rate goes where it is cheapest.
+        A type without requests goes where it is cheapest.
         """
         known = [spec for spec in replicas if self._row(spec) is not None]
-        everyone = {spec.id: 1.0 / len(replicas) for spec in replicas}
-        names = [kind.name for kind in self.facts.types]
-        if not known:
-            return {name: dict(everyone) for name in names}
         ids: dict[ReplicaShape, list[str]] = {}
         for spec in known:
             ids.setdefault(spec.shape, []).append(spec.id)
-        if len(ids) == 1:
-            even = {spec.id: 1.0 / len(known) for spec in known}
-            return {name: dict(even) for name in names}
+        if len(ids) > 1:
+            found = self._solved_shares(ids, rates_rps)
+            if found is not None:
+                even = _even([spec.id for spec in replicas])
+                return {name: _whole(own) or dict(even) for name, own in found.items()}
+        # With one shape all replicas are equal; without any, nothing tells them apart.
+        even = _even([spec.id for spec in (known if len(ids) == 1 else replicas)])
+        return {kind.name: dict(even) for kind in self.facts.types}
+
+    def _solved_shares(
+        self, ids: Mapping[ReplicaShape, Sequence[str]], rates_rps: Rates
+    ) -> dict[str, dict[str, float]] | None:
+        """Shares by the linear programme; ``None`` where no shape serves any type."""
         table = tuple(self._rows[shape] for shape in ids)
-        types = self._rated(rates_rps, table)
-        if not any(kind.arrival_rate_rps > 0 for kind in types):
-            types = self._rated(tuple(1.0 for _ in rates_rps), table)
-        if not any(kind.arrival_rate_rps > 0 for kind in types):
-            return {name: dict(everyone) for name in names}
+        for rates in (rates_rps, tuple(1.0 for _ in rates_rps)):
+            types = self._rated(rates, table)
+            if any(kind.arrival_rate_rps > 0 for kind in types):
+                break
+        else:
+            return None
         problem = PlanProblem(devices=self.facts.devices, types=types, options=table)
         found = Assigner(problem).assign([len(names) for names in ids.values()])
-        shares: dict[str, dict[str, float]] = {}
-        for column, name in enumerate(names):
-            own = {
+        return {
+            kind.name: {
                 replica: row[column] / len(group)
                 for row, group in zip(found.shares, ids.values(), strict=True)
                 for replica in group
             }
-            shares[name] = _whole(own) or dict(everyone)
-        return shares
+            for column, kind in enumerate(self.facts.types)
+        }
 
     def legs(self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]) -> Sequence[Leg]:
-        """Without restarts where that can be done, else the stages of a roll-out."""
+        """A switch without restarts where possible, else the stages of a roll-out."""
         found = None if self.facts.legs is None else self.facts.legs(old, new)
         if found is not None:
             return found
@@ -312,7 +323,7 @@ class TablePlanner:
     def _rated(
         self, rates_rps: Rates, table: Sequence[ShapePerformance]
     ) -> tuple[WorkloadType, ...]:
-        """The types at these rates, less what is noise or what no shape can serve."""
+        """The types at these rates; 0 for noise and for types that no shape serves."""
         least = max(_LEAST_RPS, _LEAST_PART * sum(rates_rps))
         return tuple(
             replace(
@@ -328,7 +339,7 @@ class TablePlanner:
 def _scaled(
     row: ShapePerformance, before: ShapePerformance, after: ShapePerformance
 ) -> ShapePerformance:
-    """A row whose model says ``after`` where it said ``before``."""
+    """Scale a row by the change of its model from ``before`` to ``after``."""
     capacity = tuple(
         own * new / old if old > 0 else new
         for own, old, new in zip(
@@ -338,15 +349,20 @@ def _scaled(
     return replace(after, capacity_rps=capacity)
 
 
-def _gain(best: Deployment, plain: Deployment) -> float:
-    """Of one deployment over another: in scale where all demand is served, else in rate served."""
+def _gain(best: DeploymentCandidate, plain: DeploymentCandidate) -> float:
+    """The gain of one deployment: in scale where it serves all demand, else in served rate."""
     if best.score.scale >= 1 and plain.score.scale > 0:
         return best.score.scale / plain.score.scale - 1
     return best.score.served_rps / max(plain.score.served_rps, 1e-12) - 1
 
 
+def _even(names: Sequence[str]) -> dict[str, float]:
+    """The same share for each replica."""
+    return {name: 1.0 / len(names) for name in names}
+
+
 def _whole(shares: Mapping[str, float]) -> dict[str, float]:
-    """Scaled to sum to 1, without what is too small to matter; empty where there is nothing."""
+    """Scale shares to sum to 1, and drop the smallest; empty if there are none."""
     total = sum(shares.values())
     kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
     total = sum(kept.values())
@@ -354,6 +370,6 @@ def _whole(shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def _stamp(replicas: Sequence[ReplicaSpec]) -> str:
-    """A short name that differs between deployments and is the same for the same one."""
+    """A short hash of a deployment."""
     text = repr(sorted((spec.id, repr(spec.shape), spec.devices) for spec in replicas))
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()

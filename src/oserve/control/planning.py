@@ -17,7 +17,7 @@ _AS_MEASURED = Speeds()
 def planner_for(
     question: PlanRequest, starts: StartTimes, legs: Legs | None = None
 ) -> TablePlanner:
-    """The controller's planner: the performance table once, other rates each time."""
+    """The controller's planner: it computes the performance table once, for any rates."""
     demand = question.demand
     kinds = {device.id: device.kind for device in question.devices}
 
@@ -33,7 +33,7 @@ def planner_for(
         )
 
     def row_of(spec: ReplicaSpec) -> ShapePerformance | None:
-        """Of a shape that a person chose; its kind of device is where it stands."""
+        """Performance of a shape outside the table; its devices tell their kind."""
         kind = kinds.get(spec.devices[0]) if spec.devices else None
         if kind is None:
             return None

@@ -1,31 +1,31 @@
-"""What decisions are bound by: modes, guards, margins; and the reason that follows from them."""
+"""The limits of decisions: modes, guards and margins, and the reason that follows from them."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from oserve.control.decision import Mode, Reason, Trigger, Verdict
-from oserve.control.evaluation import Question, Weighed, signature
+from oserve.control.decision import DecisionVerdict, Mode, Reason, Trigger
+from oserve.control.evaluation import CandidateScore, DecisionInput, signature
 
 HOUR_S = 3600.0
 
 
-def _nothing(signature: str) -> bool:
+def _knows_none(signature: str) -> bool:
     del signature
     return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlPolicy:
-    """Times in seconds. ``min_gain`` and ``margin`` are ratios.
+    """Settings of the controller. Times are seconds, ``min_gain`` and ``margin`` ratios.
 
-    A switch must bring ``min_gain`` of what the current plan serves in that time, also after its
-    cost (simulations err by that much), and more than ``margin`` times its cost. ``lasts_s`` is how
-    long a plan is taken to last before that was seen, ``longest_s`` the most. After
-    ``shrink_after_s`` without a request all replicas but ``floor_replicas`` are given up; 0: never.
-    A person's plan is held for ``hold_s``. ``now_s`` is what counts as now. ``settle_s``: after a
-    change of the traffic, how long its new rates are watched before anything is decided.
-    ``drain_limit_s``, ``in_order``: see ``evaluation.Question``.
+    A switch must gain ``min_gain`` of what the current plan serves in that time, also after its
+    cost (simulations err by that much), and more than ``margin`` times its cost. ``lasts_s``: how
+    long a plan without history is taken to stay the best, ``longest_s`` the most. After
+    ``shrink_after_s`` without a request the controller stops all replicas but ``floor_replicas``;
+    0: never. An operator's plan stays for ``hold_s``. ``now_s``: the window of current rates.
+    ``settle_s``: how long the controller watches new rates after a change before it decides.
+    ``drain_limit_s``, ``in_order``: see ``evaluation.DecisionInput``.
     """
 
     mode: Mode = Mode.AUTO
@@ -47,14 +47,14 @@ class ControlPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """What else a decision depends on.
+class DecisionContext:
+    """The state of the controller that a decision depends on.
 
-    ``switches``: when there were any, in the last hour. ``switching``: the last one is not over, or
-    the plan is another than the one that was asked about. ``shrunk``: replicas were given up for
-    want of requests. ``watched``: a request was seen. ``held``: a person wants this plan.
-    ``missed``: requests that another plan would have served more so far; ``known``: plans of
-    which it is known for how long they are the best.
+    ``switches``: the times of switches in the last hour. ``switching``: the last switch has not
+    ended, or the plan is no longer the one of the input. ``shrunk``: replicas were stopped for lack
+    of requests. ``watched``: at least one request arrived. ``held``: an operator's plan is in
+    force. ``missed``: the switch regret, in requests; ``known``: whether the history tells how long
+    a plan stays the best.
     """
 
     now_s: float
@@ -65,68 +65,73 @@ class Standing:
     watched: bool
     held: bool
     missed: float = math.inf
-    known: Callable[[str], bool] = _nothing
+    known: Callable[[str], bool] = _knows_none
 
 
 def reason_for(
-    policy: ControlPolicy, standing: Standing, question: Question, weighed: Weighed | None
+    policy: ControlPolicy,
+    context: DecisionContext,
+    asked: DecisionInput,
+    score: CandidateScore | None,
 ) -> Reason:
-    """The first that applies of all reasons, in the order of their strength."""
-    if standing.trigger is Trigger.MANUAL and weighed is not None:
+    """The first reason that applies, the strongest first."""
+    if context.trigger is Trigger.MANUAL and score is not None:
         return Reason.MANUAL
-    if weighed is None:
-        return Reason.NO_PLAN if standing.watched else Reason.NO_DATA
+    if score is None:
+        return Reason.NO_PLAN if context.watched else Reason.NO_DATA
     checks = (
-        *_guards(policy, standing, question, weighed),
-        *_weights(policy, question, weighed),
-        (_too_fresh(standing, weighed), Reason.NOT_LONG_ENOUGH),
+        *_guards(policy, context, asked, score),
+        *_margins(policy, asked, score),
+        (_too_early(context, score), Reason.NOT_LONG_ENOUGH),
         (True, Reason.GAIN_EXCEEDS_COST),
     )
     return next(reason for holds, reason in checks if holds)
 
 
 def _guards(
-    policy: ControlPolicy, standing: Standing, question: Question, weighed: Weighed
+    policy: ControlPolicy, context: DecisionContext, asked: DecisionInput, score: CandidateScore
 ) -> Iterator[tuple[bool, Reason]]:
-    recent = [at_s for at_s in standing.switches if standing.now_s - at_s < HOUR_S]
-    # Who comes back after nobody came must not wait for replicas that were given up.
+    recent = [at_s for at_s in context.switches if context.now_s - at_s < HOUR_S]
+    # The first requests after an idle time must not wait for the replicas that were stopped.
     dwelling = (
-        bool(recent) and standing.now_s - recent[-1] < policy.min_dwell_s and not standing.shrunk
+        bool(recent) and context.now_s - recent[-1] < policy.min_dwell_s and not context.shrunk
     )
-    yield not standing.watched, Reason.NO_DATA
-    yield standing.switching, Reason.SWITCH_UNDER_WAY
-    same = set(weighed.plan.replicas) == set(question.current.replicas)
+    yield not context.watched, Reason.NO_DATA
+    yield context.switching, Reason.SWITCH_UNDER_WAY
+    same = set(score.plan.replicas) == set(asked.current.replicas)
     yield same, Reason.SAME_PLAN
-    yield standing.held, Reason.HELD
+    yield context.held, Reason.HELD
     yield dwelling, Reason.MINIMUM_DWELL
     yield len(recent) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT
 
 
-def _weights(
-    policy: ControlPolicy, question: Question, weighed: Weighed
+def _margins(
+    policy: ControlPolicy, asked: DecisionInput, score: CandidateScore
 ) -> Iterator[tuple[bool, Reason]]:
-    yield question.shrink_to > 0, Reason.ZERO_TRAFFIC
-    need = weighed.current_now_rps * (1 - 1e-6) - 1e-9
-    yield weighed.candidate_now_rps < need, Reason.BELOW_PRESENT_NEED
-    least = policy.min_gain * weighed.current_rps * weighed.lasts_s
-    yield weighed.gain <= max(least, 1e-9), Reason.GAIN_TOO_SMALL
-    cost = weighed.cost.requests
-    yield weighed.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
+    yield asked.shrink_to > 0, Reason.ZERO_TRAFFIC
+    need = score.current_now_rps * (1 - 1e-6) - 1e-9
+    yield score.candidate_now_rps < need, Reason.BELOW_PRESENT_NEED
+    least = policy.min_gain * score.current_rps * score.lasts_s
+    yield score.gain <= max(least, 1e-9), Reason.GAIN_TOO_SMALL
+    cost = score.cost.requests
+    yield score.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
 
 
-def _too_fresh(standing: Standing, weighed: Weighed) -> bool:
-    """Whether less was missed by now than the switch and the way back cost.
+def _too_early(context: DecisionContext, score: CandidateScore) -> bool:
+    """Whether the regret is still below the cost of the switch and the way back.
 
-    What has begun just now may be over as soon. Who switches when as much was missed as that costs
-    pays at most twice what somebody would who knows the future (ski rental).
+    A change may end as suddenly as it began. A controller that switches once the regret equals the
+    cost pays at most twice the cost of one that knows the future (ski rental).
     """
-    known = standing.known(signature(weighed.plan))
-    return not known and standing.missed < weighed.price
+    known = context.known(signature(score.plan))
+    return not known and context.missed < score.break_even_requests
 
 
-def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> Verdict:
-    """What comes of a reason in this mode."""
+def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> DecisionVerdict:
+    """The verdict for a reason in this mode."""
     if reason not in {Reason.GAIN_EXCEEDS_COST, Reason.ZERO_TRAFFIC, Reason.MANUAL}:
-        return Verdict.KEEP
-    by_itself = policy.mode is Mode.AUTO and trigger is not Trigger.QUESTION
-    return Verdict.SWITCH if by_itself or trigger is Trigger.MANUAL else Verdict.ADVISE
+        return DecisionVerdict.KEEP
+    automatic = policy.mode is Mode.AUTO and trigger is not Trigger.QUESTION
+    if automatic or trigger is Trigger.MANUAL:
+        return DecisionVerdict.SWITCH
+    return DecisionVerdict.ADVISE

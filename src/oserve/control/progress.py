@@ -1,38 +1,38 @@
-"""Whether an engine gets on: from what is seen of it, once a second or so, to a verdict. Pure.
+"""Hang detection: whether an engine makes progress, judged from a sample every second or so.
 
-An engine shows that it lives by *signs*: its core answers a question that only the core can answer,
-or what it counts has changed. Between two signs it is *silent*. A step may take long, so how long a
-silence may last follows from what its processes do meanwhile:
+A *sign of life* is an answer of the engine core or a change of its counters. Between two signs the
+engine is *silent*. One step may take long, so the limit of a silence depends on what the engine's
+processes do meanwhile:
 
-    a process is stopped               ``after_s``, counted while it is
-    nothing of it computes             ``after_s``, or ``steps`` times the longest step, if longer
-    something computes, or cannot      ``_WORKING`` times that: a long step, a machine that is
-    be looked at                       shared with too many others, or a loop that never ends
+    a process is stopped             ``after_s``, of the time it is stopped
+    no process computes              ``after_s``, or ``steps`` times the longest step, if longer
+    some process computes, or its    ``_WORKING`` times that: a long step, an overloaded machine,
+    activity is unknown              or an infinite loop
 
-The longest step is what a whole chunk took when the engine warmed up, or the longest silence that
-ended by itself. An engine whose core answers while running requests do not advance has *stalled*.
+The longest step is the time of a whole chunk at warm-up, or the longest silence that ended by
+itself. An engine has *stalled* if its core answers but its running requests do not advance.
 
-Time is what the observer has had of it: whoever looks late has not seen a silence, since answers
-may have waited as long for the same processor as the observer did.
+A sample that comes late counts little: answers may have waited for the same processor as the
+observer did.
 """
 
 from dataclasses import dataclass
 from math import inf
 
-# A long step computes; so does a lock that is waited for in a loop, which is found all the same.
+# A long step computes; so does a spin lock, which this longer limit still finds.
 _WORKING = 3.0
 _STALLED = 6.0
-# Of one processor: below this, processes only wait for each other.
+# Share of one processor; below it, processes only wait for each other.
 _WORKING_SHARE = 0.25
-# One that loads has no core to ask; it lives if it does anything.
+# An engine that loads has no core to ask; any activity is a sign of life.
 _LOADING_SHARE = 0.05
-# What is learned from silences, which a busy machine makes longer, must not make it blind.
+# A busy machine makes silences longer; what is learned from them has this limit.
 _MOST_LEARNED_S = 15.0
-# One that loads may wait for a disk or for a hub.
+# An engine that loads may wait for a disk or a download.
 _LOADING_S = 60.0
-# The longest silence counts half after so many seconds.
+# Half-life of the longest silence.
 _HALF_LIFE_S = 600.0
-# A look that comes later than so many intervals counts as so many.
+# A sample that comes later than this many intervals counts as this many.
 _LATE = 1.5
 
 
@@ -40,9 +40,9 @@ _LATE = 1.5
 class Activity:
     """What the processes of an engine do. ``work_s`` and ``moved`` only grow.
 
-    ``stopped``: how many are (SIGSTOP, a debugger). ``blocked``: one waits for a disk or a device.
-    ``work_s``: seconds in which their threads computed, or could have if the machine had let them.
-    ``moved``: bytes read, written and logged.
+    ``stopped``: processes that are stopped (SIGSTOP, a debugger). ``blocked``: a process waits for
+    a disk or a device. ``work_s``: seconds in which threads computed or were ready to. ``moved``:
+    bytes read, written and logged.
     """
 
     stopped: int = 0
@@ -53,10 +53,10 @@ class Activity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressSample:
-    """One look at an engine. ``answered``: its core has, since the last look.
+    """One sample of an engine. ``answered``: its core answered since the last sample.
 
-    ``counts``: what changes only when it computes; ``None`` if it could not be asked. ``running``:
-    requests in its batch. ``owes``: an answer of its core, or an advance of its requests, is due.
+    ``counts``: counters that change only when it computes; ``None`` if they could not be read.
+    ``running``: requests in its batch. ``owes``: it owes an answer or progress of a request.
     """
 
     now_s: float
@@ -69,9 +69,9 @@ class ProgressSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressLimits:
-    """How long, in seconds, an engine may be silent while its processes are stopped, idle, working.
+    """Longest silence in seconds while processes are stopped, idle or working.
 
-    ``stalled_s``: how long running requests may stand though its core answers.
+    ``stalled_s``: how long running requests may make no progress though the core answers.
     """
 
     stopped_s: float
@@ -81,7 +81,7 @@ class ProgressLimits:
 
 
 def serving_limits(after_s: float, steps: float, longest_step_s: float) -> ProgressLimits:
-    """Of an engine that serves."""
+    """Limits of an engine that serves."""
     idle_s = max(after_s, steps * longest_step_s)
     return ProgressLimits(
         stopped_s=after_s,
@@ -92,22 +92,22 @@ def serving_limits(after_s: float, steps: float, longest_step_s: float) -> Progr
 
 
 def waiting_limits(after_s: float, steps: float, longest_step_s: float) -> ProgressLimits:
-    """Of one on standby, which is held up by the weights that it takes up.
+    """Limits of an engine on standby, which waits for its weights.
 
-    However long it computes, the switch that it waits for has limits of its own.
+    The switch that fills it has deadlines of its own, so it may compute without limit.
     """
     idle_s = max(after_s, steps * longest_step_s)
     return ProgressLimits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
 
 
 def loading_limits(after_s: float) -> ProgressLimits:
-    """Of one that loads: there is a limit for the whole start, too."""
+    """Limits of an engine that loads; the whole start has a deadline of its own."""
     idle_s = max(after_s, _LOADING_S)
     return ProgressLimits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
 
 
 class Progress:
-    """Follows one engine; ``interval_s`` is between looks, ``step_s`` what a whole chunk took."""
+    """Follows one engine, sampled every ``interval_s``; ``step_s``: time of a whole chunk."""
 
     def __init__(
         self, *, after_s: float, steps: float, interval_s: float, step_s: float = 0.0
@@ -130,56 +130,60 @@ class Progress:
 
     @property
     def longest_step_s(self) -> float:
-        """What a step is known to take."""
+        """The longest step known of."""
         return max(self._step_s, min(self._learned_s, _MOST_LEARNED_S))
 
     def limits(self, *, loading: bool = False, standby: bool = False) -> ProgressLimits:
-        """What holds for it now."""
+        """The limits that apply now."""
         if loading:
             return loading_limits(self._after_s)
         limits_of = waiting_limits if standby else serving_limits
         return limits_of(self._after_s, self._steps, self.longest_step_s)
 
-    def observe(self, look: ProgressSample, *, loading: bool = False, standby: bool = False) -> str:
-        """Take in a look; why the engine is taken to hang, or nothing while it is not.
+    def observe(
+        self, sample: ProgressSample, *, loading: bool = False, standby: bool = False
+    ) -> str:
+        """Take in a sample; returns why the engine hangs, or an empty string.
 
-        ``nearest`` is the largest part of a limit that was reached so far.
+        ``nearest`` becomes the largest fraction of a limit that was reached so far.
         """
-        passed_s = self._passed_s(look.now_s)
-        moved = look.counts is not None and look.counts != self._counts
-        if look.counts is not None:
-            self._counts = look.counts
-        self._stalled_s = 0.0 if moved or look.running == 0 else self._stalled_s + passed_s
+        passed_s = self._passed_s(sample.now_s)
+        moved = sample.counts is not None and sample.counts != self._counts
+        if sample.counts is not None:
+            self._counts = sample.counts
+        self._stalled_s = 0.0 if moved or sample.running == 0 else self._stalled_s + passed_s
         limits = self.limits(loading=loading, standby=standby)
-        worked = self._worked(look.activity, passed_s)
-        alive = look.answered or moved or not look.owes
+        worked = self._worked(sample.activity, passed_s)
+        alive = sample.answered or moved or not sample.owes
         if loading:
-            # Those that wait for a stopped one look for it now and then, and may tell of it.
-            alive = (moved or worked) and not (look.activity is not None and look.activity.stopped)
+            # Processes that wait for a stopped one wake now and then, and may log it.
+            alive = (moved or worked) and not (
+                sample.activity is not None and sample.activity.stopped
+            )
         if alive:
-            self._speaks(serves=not (loading or standby))
+            self._end_silence(serves=not (loading or standby))
         else:
             self.silent_s += passed_s
-            self._follow(look.activity, passed_s)
+            self._follow(sample.activity, passed_s)
         self._learned_s *= 0.5 ** (passed_s / _HALF_LIFE_S)
-        return self._verdict(look, limits)
+        return self._verdict(sample, limits)
 
     def _passed_s(self, now_s: float) -> float:
-        """Since the last look, as far as it counts."""
+        """Seconds since the last sample, as far as they count."""
         last_s, self._last_s = self._last_s, now_s
         if last_s is None:
             return 0.0
         return min(max(0.0, now_s - last_s), _LATE * self._interval_s)
 
     def _worked(self, activity: Activity | None, passed_s: float) -> bool:
-        """Whether any of its processes has computed since the last look."""
+        """Whether any of its processes computed since the last sample."""
         before_s, self._work_s = self._work_s, activity.work_s if activity is not None else None
         if before_s is None or self._work_s is None:
             return False
         return self._work_s - before_s > _LOADING_SHARE * passed_s
 
-    def _speaks(self, *, serves: bool) -> None:
-        """The end of a silence, which was a step if it ``serves`` and nobody had stopped it."""
+    def _end_silence(self, *, serves: bool) -> None:
+        """End a silence: it was one step if the engine ``serves`` and was not stopped."""
         if self.silent_s > 0.0 and serves and not self._was_stopped:
             self._learned_s = max(self._learned_s, self.silent_s + self._interval_s)
         self.silent_s = self._stopped_s = 0.0
@@ -199,16 +203,16 @@ class Progress:
             self._stopped_s = 0.0
 
     def _works(self, activity: Activity | None) -> bool:
-        """Whether a silence may be a long step; also where it cannot be told."""
+        """Whether a silence may be a long step; true if that is unknown."""
         if activity is None or self._first is None or activity.blocked:
             return True
         since_s, before_s = self._first
         worked_s = activity.work_s - before_s
         return worked_s >= _WORKING_SHARE * max(self._interval_s, self.silent_s - since_s)
 
-    def _verdict(self, look: ProgressSample, limits: ProgressLimits) -> str:
+    def _verdict(self, sample: ProgressSample, limits: ProgressLimits) -> str:
         silent_s = self.silent_s
-        works = silent_s > 0.0 and self._works(look.activity)
+        works = silent_s > 0.0 and self._works(sample.activity)
         self.limit_s = limits.working_s if works else limits.idle_s
         reached = {
             "stopped": self._stopped_s / limits.stopped_s,
@@ -222,5 +226,5 @@ class Progress:
             doing = "though it computes" if works else "and computes nothing"
             return f"hangs: it has shown no sign of life for {silent_s:.0f} s {doing}"
         if reached["stalled"] >= 1.0:
-            return f"hangs: {look.running} running requests stand for {self._stalled_s:.0f} s"
+            return f"hangs: {sample.running} running requests stand for {self._stalled_s:.0f} s"
         return ""

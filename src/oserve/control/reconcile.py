@@ -1,7 +1,7 @@
-"""From the desired plan and the observed cluster to actions: level-triggered, pure.
+"""From the desired plan and the observed cluster to actions: level-triggered, without I/O.
 
-Actions follow from what is wished and what is seen, never from what was asked before; so a lost,
-repeated or late action does no harm, and a restarted controller picks up where the cluster is.
+Actions follow from the desired and the observed state, never from earlier actions. So a lost,
+repeated or late action does no harm, and a restarted controller continues from what it observes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from oserve.core import (
     StopReplica,
 )
 
-# A standby replica that no switch holds has nobody to give it its weights.
+# A standby replica gets its weights from a switch; one that no switch holds never will.
 _LEAVING = {ReplicaPhase.DRAINING, ReplicaPhase.STANDBY}
 
 
@@ -27,9 +27,9 @@ _LEAVING = {ReplicaPhase.DRAINING, ReplicaPhase.STANDBY}
 class ReconcilePolicy:
     """Limits on restarting and draining; all in seconds but ``max_failures``.
 
-    A replica that failed k times in a row waits ``backoff_s * 2**(k-1)``, at most
-    ``max_backoff_s``, and is given up after ``max_failures``. ``drain_settle_s`` is how long an
-    idle draining replica is kept, since requests sent just before may not be counted yet.
+    After k failures in a row a replica restarts after a back-off of ``backoff_s * 2**(k-1)``, at
+    most ``max_backoff_s``; after ``max_failures`` it is given up. An idle draining replica is kept
+    for ``drain_settle_s``, since requests sent just before may not be counted yet.
     """
 
     backoff_s: float = 1.0
@@ -45,9 +45,9 @@ def reconcile(
     policy: ReconcilePolicy,
     held: frozenset[str] = frozenset(),
 ) -> tuple[Action, ...]:
-    """Actions that bring the cluster nearer to the plan; empty when it is there (or must wait).
+    """Actions that bring the cluster nearer to the plan; empty if it is there or must wait.
 
-    ``held`` names replicas that a switch is at work on: they are left to it.
+    ``held``: replicas that a switch controls; they get no actions.
     """
     alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
     actions: list[Action] = []
@@ -82,7 +82,7 @@ def _retire(state: ReplicaState, now_s: float, policy: ReconcilePolicy) -> list[
 
 
 def restart_wait_s(spec: ReplicaSpec, observation: Observation, policy: ReconcilePolicy) -> float:
-    """Seconds until this replica may be started; infinite once it is given up."""
+    """Seconds until this replica may be started; infinite if it was given up."""
     failures = _failures(spec, observation)
     if failures is None:
         return 0.0
@@ -95,7 +95,7 @@ def restart_wait_s(spec: ReplicaSpec, observation: Observation, policy: Reconcil
 def given_up(
     plan: DeploymentPlan, observation: Observation, policy: ReconcilePolicy
 ) -> dict[str, StartFailures]:
-    """Replicas of the plan that will not be tried again, with why."""
+    """Replicas of the plan that are not restarted any more, with their failures."""
     return {
         spec.id: failures
         for spec in plan.replicas

@@ -1,30 +1,33 @@
-"""From one deployment to another a few replicas at a time: the plan to hold the cluster at now.
+"""Rolling update from one deployment to another: the plan to reconcile to at each stage.
 
-Level-triggered, like reconcile: what is kept follows from the target and what is seen. A replica
-that the target does not have keeps serving until its devices (or its name) are needed for one that
-it has, and what replaces a group must be ready before the next group goes. So no device is wished
-for twice, and never do all replicas leave at once unless one new replica needs all their devices.
+Level-triggered, like reconcile: the stage follows from the target and the observation. A replica
+outside the target serves until a replica of the target needs its devices or its name, and the
+replacements of one group must be ready before the next group retires. So no device is planned for
+twice, and all replicas retire at once only if one new replica needs all their devices.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec
+from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec, ReplicaState
 
-# The part of the replicas that may be changing at a time (at least one group).
+# At most this fraction of the replicas changes at a time (1 / 4), but at least one group.
 _AT_ONCE = 4
+_NOT_ROLLED = {ReplicaPhase.GONE, ReplicaPhase.STANDBY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Replicas that leave together, and those that start when they are gone."""
+class RolloutStage:
+    """Replicas that retire together, and those that start on the devices they free."""
 
     retired: tuple[ReplicaSpec, ...]
     started: tuple[ReplicaSpec, ...]
 
 
-def stages(current: Sequence[ReplicaSpec], target: Sequence[ReplicaSpec]) -> tuple[Stage, ...]:
-    """All stages from one set of replicas to another, if every start succeeds."""
+def stages(
+    current: Sequence[ReplicaSpec], target: Sequence[ReplicaSpec]
+) -> tuple[RolloutStage, ...]:
+    """All stages from one set of replicas to another, if every replica starts."""
     old = [spec for spec in current if spec not in target]
     missing = [spec for spec in target if spec not in current]
     found = []
@@ -38,11 +41,13 @@ def stages(current: Sequence[ReplicaSpec], target: Sequence[ReplicaSpec]) -> tup
     return tuple(found)
 
 
-def next_stage(old: Sequence[ReplicaSpec], missing: Sequence[ReplicaSpec], count: int) -> Stage:
-    """What goes and comes next: ``old`` must go in the end, ``missing`` must come; of ``count``."""
+def next_stage(
+    old: Sequence[ReplicaSpec], missing: Sequence[ReplicaSpec], count: int
+) -> RolloutStage:
+    """The next stage of ``count`` replicas; in the end ``old`` retire and ``missing`` start."""
     free = tuple(spec for spec in missing if not _blockers(spec, old))
     if free or not missing:
-        return Stage(retired=() if missing else tuple(old), started=free)
+        return RolloutStage(retired=() if missing else tuple(old), started=free)
     order = sorted(missing, key=lambda spec: len(_blockers(spec, old)))
     budget = max(1, count // _AT_ONCE)
     retired: list[ReplicaSpec] = []
@@ -53,7 +58,7 @@ def next_stage(old: Sequence[ReplicaSpec], missing: Sequence[ReplicaSpec], count
         retired += more
     left = [spec for spec in old if spec not in retired]
     started = tuple(spec for spec in missing if not _blockers(spec, left))
-    return Stage(retired=tuple(retired), started=started)
+    return RolloutStage(retired=tuple(retired), started=started)
 
 
 def staged(
@@ -62,43 +67,65 @@ def staged(
     lost: frozenset[str] = frozenset(),
     held: frozenset[str] = frozenset(),
 ) -> DeploymentPlan:
-    """The plan to reconcile to now. ``lost`` names replicas of the target that were given up.
+    """The plan to reconcile to now, on the way to ``target``.
 
-    ``held`` ones are another's business.
-
-    Shapes of which one was given up are not rolled out further: what serves now is kept.
+    ``lost``: replicas of the target that were given up; other replicas of their shapes are not
+    rolled out, and what serves now stays. ``held``: replicas that a switch controls.
     """
     alive = [
         state
         for state in observation.replicas
-        if state.phase not in {ReplicaPhase.GONE, ReplicaPhase.STANDBY}
-        and state.spec.id not in held
+        if state.phase not in _NOT_ROLLED and state.spec.id not in held
     ]
-    old = [
-        s for s in alive if s.spec not in target.replicas and s.phase is not ReplicaPhase.LOADING
-    ]
-    if not old:
+    retiring = _retiring(target, alive)
+    if not retiring:
         return target
-    bad = {spec.shape for spec in target.replicas if spec.id in lost}
-    there = [state.spec for state in alive if state.phase is not ReplicaPhase.DRAINING]
-    missing = [spec for spec in target.replicas if spec not in there and spec.shape not in bad]
-    specs = [state.spec for state in old]
-    waiting = any(
-        state.phase is ReplicaPhase.LOADING and state.spec in target.replicas for state in alive
-    ) or any(not _blockers(spec, specs) for spec in missing)
-    kept = specs
-    if not waiting and (missing or not bad):
-        retired = next_stage(specs, missing, len(alive)).retired
-        kept = [spec for spec in specs if spec not in retired]
-    # Whoever drains already has left.
-    draining = {s.spec.id for s in old if s.phase is ReplicaPhase.DRAINING}
-    kept = [spec for spec in kept if spec.id not in draining]
+    kept = _kept(retiring, _next_retired(target, alive, retiring, lost))
     wished = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
     return replace(target, replicas=(*wished, *kept))
 
 
+def _retiring(target: DeploymentPlan, alive: Sequence[ReplicaState]) -> list[ReplicaState]:
+    """Replicas that serve or drain and are not in the target."""
+    return [
+        state
+        for state in alive
+        if state.spec not in target.replicas and state.phase is not ReplicaPhase.LOADING
+    ]
+
+
+def _next_retired(
+    target: DeploymentPlan,
+    alive: Sequence[ReplicaState],
+    retiring: Sequence[ReplicaState],
+    lost: frozenset[str],
+) -> tuple[ReplicaSpec, ...]:
+    """Replicas to retire now: none while a replica of the target starts or can start."""
+    failed_shapes = {spec.shape for spec in target.replicas if spec.id in lost}
+    present = [state.spec for state in alive if state.phase is not ReplicaPhase.DRAINING]
+    missing = [
+        spec for spec in target.replicas if spec not in present and spec.shape not in failed_shapes
+    ]
+    specs = [state.spec for state in retiring]
+    starting = any(
+        state.phase is ReplicaPhase.LOADING and state.spec in target.replicas for state in alive
+    )
+    if starting or any(not _blockers(spec, specs) for spec in missing):
+        return ()
+    if failed_shapes and not missing:
+        return ()
+    return next_stage(specs, missing, len(alive)).retired
+
+
+def _kept(retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]) -> list[ReplicaSpec]:
+    """Replicas outside the target that go on serving; a draining one does not."""
+    draining = {state.spec.id for state in retiring if state.phase is ReplicaPhase.DRAINING}
+    specs = [state.spec for state in retiring if state.spec not in retired]
+    return [spec for spec in specs if spec.id not in draining]
+
+
 def settled(target: DeploymentPlan, observation: Observation, lost: frozenset[str]) -> bool:
-    """Whether the cluster is at the target, as far as it can get there."""
+    """Whether the cluster is at the target, apart from replicas that were given up (``lost``)."""
     alive = {s.spec.id: s for s in observation.replicas if s.phase is not ReplicaPhase.GONE}
     for spec in target.replicas:
         state = alive.pop(spec.id, None)
@@ -109,7 +136,7 @@ def settled(target: DeploymentPlan, observation: Observation, lost: frozenset[st
 
 
 def _blockers(spec: ReplicaSpec, others: Sequence[ReplicaSpec]) -> list[ReplicaSpec]:
-    """Those that have a device, or the name, of a replica that is to start."""
+    """Replicas on a device of ``spec``, or with its id: they must end before it can start."""
     devices = set(spec.devices)
     return [
         other for other in others if other.id == spec.id or not devices.isdisjoint(other.devices)

@@ -8,7 +8,7 @@ from oserve.perf import TokenCosts, token_costs
 
 # What an engine holds beyond its running batch stays short, so that the gateway, which sees all
 # replicas, decides for most of the queue.
-_INFLIGHT_PER_SEQ = 2
+INFLIGHT_PER_SEQ = 2
 # Its next step begins before the gateway has heard of the last one's first tokens.
 _STEPS_AHEAD = 2
 
@@ -41,7 +41,7 @@ def routing_table(
                 shape=spec.shape.name,
                 phase=state.phase,
                 endpoint=state.endpoint,
-                max_inflight=_INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
+                max_inflight=INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
                 tells_token_ids=attached is None or attached.token_ids,
@@ -57,9 +57,9 @@ def routing_table(
         )
     return RoutingTable(
         plan_id=plan.id,
-        workload_types=plan.workload_types,
+        length_classes=plan.length_classes,
         routing_shares=plan.routing_shares,
         replicas=tuple(replicas),
         expected=expected,
-        types=plan.types,
+        planned_types=plan.planned_types,
     )

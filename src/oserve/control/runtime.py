@@ -1,17 +1,22 @@
-"""A controller with all that it steers by: planner, start times, and the routing shares in between.
+"""The controller runtime: a controller with its planner, start times and routing shares.
 
-What the live server and the simulated one have in common; both feed it once a second and carry out
-what it decides. Pure: time comes in with each call.
+The live server and the simulated one share it: both feed it once a second and carry out what it
+decides. Time is passed in with each call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from oserve.control.controller import Controller
-from oserve.control.decision import Mode, Trigger
-from oserve.control.evaluation import Question, Weighed, appraised
+from oserve.control.decision import Decision, Mode, Trigger
+from oserve.control.evaluation import (
+    CandidateScore,
+    DecisionInput,
+    SimulatedScore,
+    score_candidates,
+)
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.speed import SpeedEstimator
@@ -24,29 +29,15 @@ from oserve.forecast.forecaster import Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
+# The candidates that are simulated, the best by the linear model first.
+_MOST_SIMULATED = 5
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedScore:
-    """A switch as simulated: requests/s within limits with the plan kept and with the other.
-
-    ``worth``: requests that the switch brings after its cost. ``pays_after_s``: see ``Weighed``.
-    """
-
-    current_rps: float
-    candidate_rps: float
-    worth: float
-    pays_after_s: float = 0.0
-
-
-# Candidates of a decision on which there is a second opinion, by what the model gives them.
-_MOST_JUDGED = 5
-
-Scorer = Callable[[Question, Weighed], SimulatedScore]
-"""A second opinion on a switch. What it says counts, not what the model of the planner says."""
+Scorer = Callable[[DecisionInput, CandidateScore], SimulatedScore]
+"""Scores a switch by simulation; its score replaces the one of the planner's linear model."""
 
 
 def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPolicy) -> Controller:
-    """A controller that has seen nothing yet."""
+    """A controller without any history."""
     interval_s = float(policy.interval_s)
     return Controller(
         plan,
@@ -59,10 +50,11 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
 
 
 class ControllerRuntime:
-    """``shares_interval_s``: how long routing shares stay; ``plan`` is what serves at first.
+    """Runs one controller. ``plan`` is the plan in force at the start.
 
-    ``scorer`` judges what the planner proposes: its model's errors are as large as most gains.
-    ``watch`` sees how fast replicas are, which the planner then goes by.
+    Routing shares stay for ``shares_interval_s``. ``scorer`` simulates the planner's candidates,
+    since the error of its model is as large as most gains. ``speeds`` estimates the real speed of
+    replicas, by which the planner is corrected.
     """
 
     def __init__(
@@ -74,9 +66,9 @@ class ControllerRuntime:
         starts: StartTimes,
         shares_interval_s: float,
         scorer: Scorer | None = None,
-        watch: SpeedEstimator | None = None,
+        speeds: SpeedEstimator | None = None,
     ) -> None:
-        self.watch = watch
+        self._speeds = speeds
         self.planner = planner
         self.starts = starts
         names = [kind.name for kind in planner.facts.types]
@@ -89,7 +81,7 @@ class ControllerRuntime:
     def observe(
         self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
     ) -> Trigger | None:
-        """Once a second: what was counted and is seen; tells whether a decision is due."""
+        """Once a second: add counts and an observation; returns why a decision is due."""
         states = observation.replicas
         gauges = {
             "running": float(sum(state.running for state in states)),
@@ -98,22 +90,22 @@ class ControllerRuntime:
             "queued": float(queued),
         }
         self.starts.observe(observation)
-        speeds = None if self.watch is None else self.watch.observe(observation)
+        speeds = None if self._speeds is None else self._speeds.observe(observation)
         if speeds is not None:
             self.planner.correct(speeds)
-            # Shares follow at once.
+            # Solve the shares again at once.
             self._shared = None
-        return self.controller.watch.observe(now_s, batches, gauges)
+        return self.controller.monitor.observe(now_s, batches, gauges)
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
     ) -> DeploymentPlan:
-        """The plan with the routing shares for what serves now and what comes now."""
+        """The plan with routing shares for the replicas that serve and the requests that come."""
         ready = frozenset(s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY)
-        rates = self.controller.watch.now_rps()
+        rates = self.controller.monitor.now_rps()
         if self.controller.policy.mode is not Mode.AUTO or not ready:
             return plan
-        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.types:
+        if sum(rates) <= 0 and ready == set(plan.replicas) and plan.planned_types:
             return plan
         fresh = now_s - self._shares_s < self._shares_interval_s
         if self._shared is not None and self._shared[0] == ready and fresh:
@@ -125,58 +117,62 @@ class ControllerRuntime:
         self._shared = (ready, routed)
         return routed
 
-    def weighed(self, question: Question) -> Weighed | None:
-        """The best candidate with its numbers: the slow part of a decision."""
-        question = replace(question, speeds=self.planner.speeds)
-        found = appraised(question, self.planner)
-        by_itself = question.given is None and not question.shrink_to
-        if self._scorer is not None and by_itself:
-            found = self._all_judged(question, found[:_MOST_JUDGED])
-        best = max(found, key=lambda item: item.worth, default=None)
+    # -- decisions ------------------------------------------------------------------------------
+    def decide(
+        self, now_s: float, trigger: Trigger, *, switching: bool = False
+    ) -> tuple[Decision, CandidateScore | None]:
+        """Make a whole decision at once; the score tells what it was based on."""
+        asked = self.controller.decision_input(now_s)
+        score = self.evaluate(asked)
+        decision = self.controller.decide(
+            asked, score, now_s=now_s, trigger=trigger, switching=switching
+        )
+        return decision, score
+
+    def evaluate(self, asked: DecisionInput) -> CandidateScore | None:
+        """Return the best candidate with its score. This is the slow part of a decision."""
+        asked = replace(asked, speeds=self.planner.speeds)
+        found = score_candidates(asked, self.planner)
+        automatic = asked.given is None and not asked.shrink_to
+        if self._scorer is not None and automatic:
+            found = self._simulated(asked, found[:_MOST_SIMULATED], self._scorer)
+        best = max(found, key=lambda item: item.net_gain, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
 
-    def _all_judged(self, question: Question, found: Sequence[Weighed]) -> list[Weighed]:
-        """All of them, or the first few where the current plan serves what no other can better."""
-        enough_rps = sum(question.steps[0].expected) / (1.0 + self.controller.policy.min_gain)
-        judged = []
+    def _simulated(
+        self, asked: DecisionInput, found: Sequence[CandidateScore], scorer: Scorer
+    ) -> list[CandidateScore]:
+        """Simulate the candidates; stop once the current plan serves what no other can exceed."""
+        enough_rps = sum(asked.expected_rps) / (1.0 + self.controller.policy.min_gain)
+        current = set(asked.current.replicas)
+        scores = []
         for item in found:
-            judged.append(self._judged(question, item))
-            if judged[-1] is not item and judged[-1].current_rps >= enough_rps:
+            if set(item.plan.replicas) == current:
+                scores.append(item)
+                continue
+            score = scorer(asked, replace(item, plan=self.typed(item.plan)))
+            scores.append(item.as_simulated(score))
+            if score.current_rps >= enough_rps:
                 break
-        return judged
-
-    def _judged(self, question: Question, found: Weighed) -> Weighed:
-        """With the second opinion in the place of the model's numbers."""
-        if self._scorer is None or set(found.plan.replicas) == set(question.current.replicas):
-            return found
-        judged = self._scorer(question, replace(found, plan=self.typed(found.plan)))
-        return replace(
-            found,
-            current_rps=judged.current_rps,
-            candidate_rps=judged.candidate_rps,
-            current_now_rps=judged.current_rps,
-            candidate_now_rps=judged.candidate_rps,
-            gain=judged.worth + found.cost.requests,
-            pays_after_s=judged.pays_after_s,
-        )
+        return scores
 
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
-        """The plan with the types that are counted here; each has the shares of its class."""
+        """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
         names = [kind.name for kind in facts.types]
-        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.types]
-        same = [kind.name for kind in plan.types] == names
+        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
+        same = [kind.name for kind in plan.planned_types] == names
         if same and np.allclose(centres, facts.centres, rtol=1e-3):
             return plan
         return replace(
             plan,
-            types=tuple(
+            planned_types=tuple(
                 PlannedType(
                     name=name,
                     prompt_tokens=prompt,
                     output_tokens=output,
                     shares=plan.routing_shares.get(
-                        classify(round(prompt), plan.workload_types).name, {}
+                        classify(round(prompt), plan.length_classes).name, {}
                     ),
                 )
                 for name, (prompt, output) in zip(names, facts.centres, strict=True)

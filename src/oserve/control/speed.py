@@ -1,13 +1,13 @@
-"""How fast replicas really are, from what their engines have done: a factor for each shape.
+"""The real speed of replicas, estimated from the work of their engines: a factor for each shape.
 
-The mean time of a step in some seconds of work is held against what the source of step times says
-of such steps. Steps with a prompt and without are told apart by counts alone: P prompt tokens of F
-prompts in n steps beside d decoding sequences are taken for F even prompts, each in as few steps as
-the chunk budget allows. What an engine idles between steps does not count, so any load will do; but
-fuller batches count more, since what a lone stream waits for is mostly not the model.
+The mean step time over some seconds of work is compared with what the source of step times predicts
+for such steps. Only counts are known: P prompt tokens of F prompts in n steps beside d decoding
+sequences are taken for F equal prompts, each in as few steps as the chunk budget allows. Idle time
+between steps does not count, so any load will do. Fuller batches weigh more, since a single stream
+waits mostly for overheads outside the model.
 
-A shape that is not seen any more keeps its factor, but moves with the others: a machine that has
-become slower has for all of them. Pure: time comes with the observation.
+A shape that is no longer observed keeps its factor relative to the others: if the machine becomes
+slower, all shapes do.
 """
 
 import math
@@ -21,27 +21,27 @@ from oserve.core import EngineWork, Observation, OServeError, Precision, Replica
 from oserve.perf.corrected import BOUNDS, SpeedKey, Speeds, key_words, speed_key
 from oserve.perf.table import PerformanceSource
 
-# A sample is of at least so many steps in at least so many seconds; of slower engines it takes
-# longer, within what is kept.
+# A sample spans at least this many steps and seconds; slow engines take longer, up to the number of
+# observations kept.
 _STEPS = 16
 _SPAN_S = 4.0
 _KEPT = 60
-# The median of so many samples counts, once there are enough.
+# The estimate is the median of the last samples, once there are enough.
 _MOST_SAMPLES = 20
 _FEWEST_SAMPLES = 5
-# What was not seen for so long is not seen any more, and after a while its samples are of old.
+# Without a sample for this long, a shape is not observed any more; later its samples are stale.
 _SEEN_S = 8.0
 _OLD_S = 30.0
-# Batches of this many count in full.
+# Batches of this many sequences have full weight.
 _FULL_SEQS = 8.0
-# Less of a change is not worth new tables: the estimate itself is off by some per cent.
+# A smaller change is not worth new tables: the estimate itself errs by some per cent.
 _SLACK = 1.08
 _PAUSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkInterval:
-    """What an engine did between two looks: sums, the mean time of a step, tokens in its cache."""
+    """The work of an engine between two observations: sums, mean step time, tokens in its cache."""
 
     steps: float
     prompt_tokens: float
@@ -52,12 +52,12 @@ class WorkInterval:
 
     @property
     def decode_seqs(self) -> float:
-        """Sequences that decode in a step, on average."""
+        """Mean number of decoding sequences per step."""
         return max(0.0, self.output_tokens - self.prompts) / self.steps
 
 
 def expected_s(source: PerformanceSource, shape: ReplicaShape, seen: WorkInterval) -> float:
-    """What the source says that a step of this stretch takes, on average."""
+    """The mean step time in seconds that the source predicts for this interval."""
     step = source.step_model(shape)
     seqs, steps = seen.decode_seqs, seen.steps
     kv_tokens = seen.kv_tokens / shape.pipeline_parallel_size if seqs else 0.0
@@ -76,13 +76,13 @@ def expected_s(source: PerformanceSource, shape: ReplicaShape, seen: WorkInterva
 
 @dataclass(slots=True)
 class _Samples:
-    """Of one shape: (speed, weight) of the last stretches, and when the last one ended."""
+    """(speed, weight) of the last intervals of one shape, and when the last one ended."""
 
     rows: deque[tuple[float, float]]
     last_s: float = -math.inf
 
     def median(self) -> float:
-        """Half of the weight is below it."""
+        """The weighted median."""
         rows = sorted(self.rows)
         half = sum(weight for _, weight in rows) / 2
         for speed, weight in rows:
@@ -93,7 +93,7 @@ class _Samples:
 
 
 class SpeedEstimator:
-    """Follows replicas, asked once a second; ``source`` is what they are compared with."""
+    """Compares the replicas of each observation with ``source``."""
 
     def __init__(self, source: PerformanceSource) -> None:
         self.speeds = Speeds()
@@ -103,7 +103,7 @@ class SpeedEstimator:
         self._changed_s = -math.inf
 
     def observe(self, observation: Observation) -> Speeds | None:
-        """Take in what was done; tells the speeds when they are others than before."""
+        """Add an observation; returns the speeds if they have changed."""
         kinds = {device.id: device.kind for device in observation.devices}
         now_s = observation.now_s
         there = set()
@@ -116,7 +116,7 @@ class SpeedEstimator:
             shape = replace(spec.shape, device_kind=kinds.get(spec.devices[0], "any"))
             past = self._past.setdefault(name, deque(maxlen=_KEPT))
             kv_tokens = state.kv_cache_usage * self._source.kv_tokens(shape)
-            seen = _stretch(past, now_s, work, kv_tokens)
+            seen = _interval(past, now_s, work, kv_tokens)
             past.append((now_s, work))
             if seen is not None:
                 self._sample(shape, seen, now_s)
@@ -127,7 +127,7 @@ class SpeedEstimator:
         try:
             expected = expected_s(self._source, shape, seen)
         except OServeError:
-            return  # nothing is known of this shape that could be corrected
+            return  # The source does not know this shape, so there is nothing to correct.
         low, high = BOUNDS
         speed = min(high, max(low, expected / seen.step_s))
         key = speed_key(shape)
@@ -155,7 +155,7 @@ class SpeedEstimator:
             if key not in fresh
         }
         found = Speeds(known=others | fresh)
-        # Where nothing is known of a shape yet, what it is taken for counts.
+        # A shape that is new is compared with the speed assumed for it.
         before = [(self.speeds.of_key(key), speed) for key, speed in fresh.items()]
         if all(1 / _SLACK <= new / old <= _SLACK for old, new in before):
             return None
@@ -165,7 +165,7 @@ class SpeedEstimator:
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> list[dict[str, Any]]:
-        """Plain data that ``restore`` takes, and that a status shows."""
+        """State for ``restore``, also shown in the status document."""
         return [
             {
                 "shape": key_words(key),
@@ -179,12 +179,12 @@ class SpeedEstimator:
         ]
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Go on where ``state`` was taken; what does not fit is passed over."""
+        """Continue from ``state``; entries that do not fit are ignored."""
         self.speeds = speeds_from(state)
 
 
 def speeds_from(state: Sequence[Mapping[str, Any]]) -> Speeds:
-    """As ``SpeedEstimator.state`` tells them; what does not fit is passed over."""
+    """The speeds in a ``SpeedEstimator.state``; entries that do not fit are ignored."""
     known: dict[SpeedKey, float] = {}
     low, high = BOUNDS
     for item in state:
@@ -203,10 +203,10 @@ def speeds_from(state: Sequence[Mapping[str, Any]]) -> Speeds:
     return Speeds(known=known)
 
 
-def _stretch(
+def _interval(
     past: Sequence[tuple[float, EngineWork]], now_s: float, work: EngineWork, kv_tokens: float
 ) -> WorkInterval | None:
-    """The shortest that is long enough, up to now; ``None`` where there is none."""
+    """The shortest interval up to now that is long enough; ``None`` if there is none."""
     for then_s, before in reversed(past):
         steps, gaps = work.steps - before.steps, work.gaps - before.gaps
         if steps < 0 or gaps < 0:

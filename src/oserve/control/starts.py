@@ -1,13 +1,13 @@
-"""How long replicas took to start, by shape: what the next start is taken to need. Pure."""
+"""Start times of replicas by shape, which predict how long the next start takes."""
 
 from oserve.core import Observation, ReplicaPhase, ReplicaSpec
 
-# How much the last start of a replica counts for the time that the next is taken to need.
+# Weight of the last start in the moving average of a shape.
 _LEARNING_RATE = 0.5
 
 
 class StartTimes:
-    """Seconds from start to ready, by shape, as seen; ``usual_s`` before any was."""
+    """Observed seconds from start to ready, by shape; ``usual_s`` until one is observed."""
 
     def __init__(self, usual_s: float) -> None:
         self._usual_s = usual_s
@@ -15,7 +15,7 @@ class StartTimes:
         self._loading: dict[str, tuple[ReplicaSpec, float]] = {}
 
     def observe(self, observation: Observation) -> None:
-        """Take in replicas that became ready."""
+        """Learn from replicas that became ready."""
         for state in observation.replicas:
             name = state.spec.id
             if state.phase is ReplicaPhase.LOADING:
@@ -29,14 +29,14 @@ class StartTimes:
                 self._by_shape[key] = before_s + _LEARNING_RATE * (took_s - before_s)
 
     def start_s(self, spec: ReplicaSpec) -> float:
-        """Of this replica: as its shape took, else as the slowest took."""
+        """Expected start time of this replica: of its shape if known, else of the slowest shape."""
         known = self._by_shape.get(spec.shape.name)
         return known if known is not None else max(self._by_shape.values(), default=self._usual_s)
 
     def state(self) -> dict[str, float]:
-        """Plain data that ``restore`` takes."""
+        """State for ``restore``, as plain data."""
         return dict(self._by_shape)
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue from ``state``."""
         self._by_shape = {str(name): float(took_s) for name, took_s in state.items()}

@@ -1,4 +1,4 @@
-"""The status document: what runs, where, how loaded, and what is being done about the rest."""
+"""The status document: replicas, their devices and load, and what happens to failed ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,11 +18,11 @@ from oserve.core import (
     StopReplica,
 )
 
-# Shorter silences are steps.
+# Shorter silences are ordinary steps.
 _SILENT_S = 3.0
 _NOTES = {
     ReplicaPhase.STANDBY.value: "gets its weights from others",
-    ReplicaPhase.HUNG.value: "is being ended",
+    ReplicaPhase.HUNG.value: "is being stopped",
 }
 
 
@@ -37,7 +37,7 @@ def status_document(
 ) -> dict[str, Any]:
     """Plain data for ``/oserve/v1/status`` and ``oserve status``.
 
-    ``set_aside``: replicas that get no requests now: why, and for how many seconds more.
+    ``set_aside``: replicas that get no requests now: the reason, and the seconds left.
     """
     lost = given_up(plan, observation, policy)
     wished = {spec.id for spec in plan.replicas}
@@ -65,7 +65,7 @@ def status_document(
                 "max_prompt_tokens": kind.max_prompt_tokens,
                 "output_tokens": kind.output_tokens,
             }
-            for kind in plan.workload_types
+            for kind in plan.length_classes
         ],
         "routing_shares": plan.routing_shares,
         "devices": [
@@ -107,7 +107,7 @@ def _replica(state: ReplicaState, now_s: float) -> dict[str, Any]:
 
 
 def _url(spec: ReplicaSpec) -> str:
-    """Where an attached server answers; empty for engines of ours."""
+    """The URL of an attached server; empty for OServe's own engines."""
     return spec.backend.url if isinstance(spec.backend, AttachedBackend) else ""
 
 
@@ -141,7 +141,7 @@ def _note(
     observation: Observation,
     policy: ReconcilePolicy,
 ) -> str:
-    """What happens next to a replica that is not as it should be."""
+    """What happens next to a replica that does not serve as planned."""
     if entry["phase"] in _NOTES:
         return _NOTES[entry["phase"]]
     spec = plan.replica(str(entry["id"]))
@@ -186,12 +186,12 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
 
 
 def summary(states: Sequence[ReplicaState]) -> str:
-    """One line a person can follow while replicas come up."""
+    """One line about the phases of all replicas."""
     return ", ".join(f"{state.spec.id} {state.phase.value}" for state in states) or "no replicas"
 
 
 def explained(action: Action, observation: Observation) -> str:
-    """What is being done, and why."""
+    """An action and its reason, for the log."""
     match action:
         case StartReplica(spec=spec):
             failures = observation.failures.get(spec.id)
@@ -201,8 +201,8 @@ def explained(action: Action, observation: Observation) -> str:
             where = ",".join(spec.devices) or "its own server"
             return f"start replica {spec.id} ({spec.shape.name} on {where}): {why}"
         case DrainReplica(replica=name):
-            return f"drain replica {name}: the plan no longer has it as it is"
+            return f"drain replica {name}: it is not in the plan in this form"
         case CommitReplicas(ready=ready, drain=drain):
             return f"commit {', '.join(ready)}; drain {', '.join(drain)}: the switch decided it"
         case StopReplica(replica=name):
-            return f"stop replica {name}: it is drained, or not wanted any more"
+            return f"stop replica {name}: it is drained, or not in the plan any more"

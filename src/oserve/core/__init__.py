@@ -1,7 +1,7 @@
-"""Core: the words every other room speaks.
+"""Core: the types that every other package shares.
 
-Shapes, plans, requests, observations, actions, the clock and the error every shell knows how to
-print. Pure data: it does not know where replicas run, how they are measured or who asks.
+Shapes, plans, requests, observations, actions, the clock and the one error that every command can
+print. Pure data: this package knows neither engines nor measurements nor servers.
 """
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica

@@ -1,4 +1,4 @@
-"""What may be asked of a cluster. Asking twice is harmless."""
+"""The actions of a cluster. Each is idempotent."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from oserve.core.plan import ReplicaSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReplica:
-    """Bring this replica up on its devices.
+    """Start the replica on its devices.
 
-    ``standby``: without weights, which others will give it, beside what holds its devices now; it
-    serves when it is committed.
+    A ``standby`` replica starts without weights, next to the replica that holds the devices now. It
+    receives its weights from other replicas and serves once it is committed.
     """
 
     spec: ReplicaSpec
@@ -19,23 +19,24 @@ class StartReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainReplica:
-    """Send it no new requests; let running ones end."""
+    """Send the replica no new requests; its running requests complete."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopReplica:
-    """End its processes now and free its devices."""
+    """Terminate the replica's processes now and free its devices."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitReplicas:
-    """In one step: standby replicas serve, and others take no new requests.
+    """Atomically make the replicas in ``ready`` serve and those in ``drain`` drain.
 
-    Raises ValueError, with nothing changed, unless all of ``ready`` stand by (or serve already).
+    Raises ValueError, and changes nothing, unless each replica in ``ready`` is on standby or serves
+    already.
     """
 
     ready: tuple[str, ...]

@@ -1,4 +1,7 @@
-"""Time, passed in. The live clock lives in the shells; the virtual one serves tests and sim."""
+"""The clock protocol, and the virtual clock of tests and simulations.
+
+The shells implement the live clock.
+"""
 
 import asyncio
 import heapq
@@ -6,7 +9,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds, monotonic; the origin means nothing."""
+    """A monotonic clock in seconds with an arbitrary origin."""
 
     def now(self) -> float: ...
 
@@ -14,7 +17,7 @@ class Clock(Protocol):
 
 
 class VirtualClock:
-    """A clock that moves only when told to; sleepers wake in time order."""
+    """A clock that only ``advance`` moves; sleepers wake in time order."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s
@@ -31,7 +34,7 @@ class VirtualClock:
         await future
 
     async def advance(self, seconds: float) -> None:
-        """Move time on, waking each sleeper at its own moment."""
+        """Advance the time and wake each sleeper at its deadline."""
         end_s = self._now_s + seconds
         await _settle()
         while self._sleepers and self._sleepers[0][0] <= end_s:
@@ -44,7 +47,7 @@ class VirtualClock:
 
 
 async def _settle() -> None:
-    """Let woken tasks run until they wait again."""
+    """Yield to the event loop until the woken tasks wait again."""
     loop = asyncio.get_running_loop()
     for _ in range(10):
         turn: asyncio.Future[None] = loop.create_future()

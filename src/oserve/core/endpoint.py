@@ -1,15 +1,15 @@
-"""Where a replica answers."""
+"""The endpoint of a replica."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a replica answers: a Unix socket or an ``http[s]://host:port[/path]`` base URL.
+    """The address of a replica: a Unix socket or an ``http[s]://host:port[/path]`` base URL.
 
-    ``caches``: the folder through which it gives up and takes in KV caches, if it can. ``headers``
-    go with every request. ``health``: the path, from the server's root, that tells whether it is
-    well; empty: to be found. ``ca_file``: certificates of the authorities that vouch for it.
+    ``caches``: the folder through which the replica exports and imports KV caches; empty if it
+    cannot. ``headers`` go with every request. ``health``: the path of the health check from the
+    server's root; empty: OServe probes for it. ``ca_file``: trusted CA certificates (PEM).
     """
 
     url: str = ""

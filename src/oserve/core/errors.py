@@ -1,13 +1,13 @@
-"""The one error a person is meant to read."""
+"""The one error that is written for people."""
 
 from functools import partial
 from typing import Any
 
 
 class OServeError(Exception):
-    """Bad input or an impossible wish: says where it is and what to do about it.
+    """Bad input or a request that cannot be met: what is wrong, in what place, and the remedy.
 
-    The CLI prints it and exits with code 2; no traceback is shown.
+    The CLI prints it without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str, *, place: str, remedy: str) -> None:
@@ -17,7 +17,7 @@ class OServeError(Exception):
         self.remedy = remedy
 
     def __reduce__(self) -> Any:
-        """As pickle takes it, for one that is raised in another process."""
+        """Pickle support, for errors that cross a process boundary."""
         return partial(type(self), self.message, place=self.place, remedy=self.remedy), ()
 
     def __str__(self) -> str:

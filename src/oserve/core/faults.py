@@ -1,4 +1,4 @@
-"""Faults of our own, told so that a log shows where and nothing of what was being handled."""
+"""Descriptions of unexpected errors that hold no user data."""
 
 import traceback
 
@@ -6,9 +6,9 @@ _FRAMES = 8
 
 
 def fault(error: BaseException) -> str:
-    """The type of an unexpected error and the innermost lines it passed, without its message.
+    """The type and innermost frames of an unexpected error, without its message.
 
-    Messages of decoding and lookup errors quote what they choked on, which may be a user's text.
+    The messages of decoding and lookup errors quote their input, which may be a user's text.
     """
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     passed = " < ".join(

@@ -1,4 +1,4 @@
-"""Keys that stand twice in one JSON object: decoders take the last in silence."""
+"""Duplicate keys in JSON objects, of which decoders silently keep the last."""
 
 import json
 import re
@@ -9,8 +9,8 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
 
 
 def refuse_doubled_keys(text: str, *, place: str) -> None:
-    """Raises OServeError, with both lines, for the first such key of a valid JSON text."""
-    # One entry for each object or array that is open: keys and their offsets, None for an array.
+    """Raise OServeError for the first duplicate key of a valid JSON text; it names both lines."""
+    # One entry per open object (its keys and their offsets) or array (None).
     open_: list[dict[str, int] | None] = []
     string = ""
     at = 0
@@ -27,9 +27,9 @@ def refuse_doubled_keys(text: str, *, place: str) -> None:
             keys = open_[-1] if open_ else None
             if keys is not None and string in keys:
                 raise OServeError(
-                    f"the key {string!r} stands twice, first in line {_line(text, keys[string])}",
+                    f"the key {string!r} appears twice, first in line {_line(text, keys[string])}",
                     place=f"{place}:{_line(text, at)}",
-                    remedy="leave one of the two out",
+                    remedy="remove one of the two",
                 )
             if keys is not None:
                 keys[string] = at

@@ -1,4 +1,4 @@
-"""The deployment plan: which replicas should run where, and who gets which requests."""
+"""The deployment plan: which replicas run where, and how requests are shared between them."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ _VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmBackend:
-    """A vLLM engine that OServe starts, watches and ends.
+    """A vLLM engine that OServe starts, monitors and stops.
 
-    ``engine_args`` go to vLLM verbatim, after OServe's own, so that they win.
+    vLLM receives ``engine_args`` verbatim after OServe's own arguments, so they take precedence.
     """
 
     engine_args: tuple[str, ...] = ()
@@ -22,17 +22,17 @@ class VllmBackend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachedBackend:
-    """Any running OpenAI-compatible server; OServe routes to it but never starts or ends it.
+    """A running OpenAI-compatible server; OServe routes to it but never starts or stops it.
 
-    ``url`` may have a path, to which ``/v1/...`` is added. ``model`` is its name there, where that
-    differs. ``priority`` says that the server takes vLLM's ``priority`` field, ``token_ids`` that
-    it takes ``return_token_ids`` and prompts of ids, so that streams can move; others refuse
-    unknown fields. ``stream_options``: it knows that field of OpenAI's; one that refuses it is
-    asked without in any case.
+    OServe appends ``/v1/...`` to ``url``, which may have a path. ``model`` is the model's name on
+    that server, where it differs. ``priority``: the server accepts vLLM's ``priority`` field.
+    ``token_ids``: it accepts ``return_token_ids`` and prompts of token ids, so streams can migrate.
+    ``stream_options``: it accepts that OpenAI field; OServe omits the field for a server that
+    rejects it.
     ``api_key_env`` names the environment variable that holds the server's key. ``headers`` go with
-    every request; a value ``$NAME`` is that variable's. ``health``: path, from the server's root,
-    that tells whether it is well; empty: it is found. ``ca_file``: certificates (PEM) of the
-    authorities that vouch for it; empty: the system's.
+    every request; a value ``$NAME`` is read from that variable. ``health``: the path of the health
+    check from the server's root; empty: OServe probes for it. ``ca_file``: trusted CA certificates
+    (PEM); empty: the system's.
     """
 
     url: str
@@ -47,12 +47,12 @@ class AttachedBackend:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Names of the environment variables that it takes values from."""
+        """Names of the environment variables that the backend reads."""
         named = [value[1:] for _, value in self.headers if _VARIABLE.fullmatch(value)]
         return tuple([self.api_key_env, *named] if self.api_key_env else named)
 
     def endpoint(self, variables: Mapping[str, str]) -> Endpoint:
-        """Where it answers, given the values of its variables; one that is missing is empty."""
+        """The server's endpoint with these values of its variables; missing ones are empty."""
         return Endpoint(
             url=self.url,
             api_key=variables.get(self.api_key_env or "", ""),
@@ -70,7 +70,11 @@ Backend = VllmBackend | AttachedBackend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """One replica as wished for. ``devices`` holds device ids, tensor-parallel ranks first."""
+    """The desired state of one replica.
+
+    ``devices`` lists device ids stage by stage; within a stage, in the order of tensor-parallel
+    ranks.
+    """
 
     id: str
     shape: ReplicaShape
@@ -80,7 +84,7 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthClass:
-    """A workload type told by prompt length: up to ``max_prompt_tokens`` (``None``: no bound)."""
+    """The requests whose prompt has up to ``max_prompt_tokens`` (``None``: no bound)."""
 
     name: str
     max_prompt_tokens: int | None = None
@@ -89,9 +93,9 @@ class LengthClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedType:
-    """A workload type told by both lengths, in tokens: requests belong to the nearest centre.
+    """A workload type that a plan routes: the requests nearest to its centre, in tokens.
 
-    Nearest in the plane of log1p of both. ``shares`` by replica sum to 1.
+    The distance is Euclidean between log1p of both lengths. ``shares`` by replica sum to 1.
     """
 
     name: str
@@ -102,19 +106,19 @@ class PlannedType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """Desired state: replicas, workload types, and each type's routing shares over replicas.
+    """Desired state: replicas, length classes, and routing shares over the replicas.
 
-    ``routing_shares[type][replica]`` is a fraction; the shares of one type sum to 1. A plan that
-    was computed also has ``types``; where it has any, requests are routed by their chances of
-    being of these, and the length classes are for whoever reads it.
+    ``routing_shares[length class][replica]`` is a fraction; the shares of one class sum to 1. A
+    computed plan also has ``planned_types``. The router then sends a request by the probabilities
+    that it is of each of these types, and the length classes only describe the plan to people.
     """
 
     id: str
     replicas: tuple[ReplicaSpec, ...]
-    workload_types: tuple[LengthClass, ...]
+    length_classes: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
-    types: tuple[PlannedType, ...] = ()
+    planned_types: tuple[PlannedType, ...] = ()
 
     def replica(self, replica_id: str) -> ReplicaSpec | None:
-        """The wished-for replica of that id, if the plan has one."""
+        """The planned replica of that id; ``None`` if the plan has none."""
         return next((spec for spec in self.replicas if spec.id == replica_id), None)

@@ -1,4 +1,4 @@
-"""A request as the router sees it, and the row it leaves behind."""
+"""A request as the router sees it, and the record of a finished request."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,10 +6,10 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is known of a request when it must be routed. Lengths are estimates, in tokens.
+    """A request at the time of routing. Lengths are estimates, in tokens.
 
-    ``chances`` are those of the plan's types, in their order, where it has any: the answer decides
-    which one it is. ``workload_type`` is then the likeliest.
+    ``chances``: the probabilities that the request is of each of the plan's types, in their order;
+    empty where the plan has none. ``workload_type`` is then the most likely one.
     """
 
     id: str
@@ -32,11 +32,11 @@ class FinishStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """One finished request. Nothing of its prompt or answer is kept.
+    """One finished request. The record holds nothing of its prompt or answer.
 
     ``arrival_s`` is Unix time. ``ttft_s`` includes queueing; ``tpot_s`` is
-    (e2e - ttft)/(output tokens - 1); both are ``None`` where they have no meaning. ``moves``: how
-    often it went on at another replica.
+    (e2e - ttft)/(output tokens - 1); both are ``None`` where undefined. ``moves``: how often the
+    request migrated to another replica.
     """
 
     arrival_s: float

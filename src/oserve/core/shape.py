@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Precision(StrEnum):
-    """How a replica holds its weights."""
+    """The number format of a replica's weights."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -16,7 +16,7 @@ class Precision(StrEnum):
 
 
 class Role(StrEnum):
-    """What part of a request a replica computes."""
+    """The part of a request that a replica computes."""
 
     BOTH = "both"
     PREFILL = "prefill"
@@ -27,8 +27,8 @@ class Role(StrEnum):
 class Device:
     """One accelerator, or one slot of CPU cores.
 
-    ``cores`` lists the CPU cores of a slot (empty for an accelerator); ``memory_bytes`` is what
-    weights and KV cache may fill, 0 when unknown.
+    ``cores`` lists the CPU cores of a slot (empty for an accelerator); ``memory_bytes`` is the
+    memory available to weights and KV cache, 0 when unknown.
     """
 
     id: str
@@ -40,10 +40,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaShape:
-    """Everything that decides what one replica can do; two replicas of one shape are alike.
+    """Everything that determines a replica's performance; replicas of one shape are equivalent.
 
-    ``max_num_batched_tokens`` is the chunk budget: the tokens one engine step may compute.
-    ``kv_cache_memory_bytes`` is per device; ``None`` leaves the engine to size it.
+    ``max_num_batched_tokens`` is the chunk budget: the tokens that one engine step may compute.
+    ``kv_cache_memory_bytes`` is per device; with ``None`` the engine sizes the cache.
     """
 
     tensor_parallel_size: int = 1
@@ -57,17 +57,17 @@ class ReplicaShape:
 
     @property
     def device_count(self) -> int:
-        """Devices one replica of this shape takes."""
+        """The number of devices of one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that the steps under way hold at most: a chunk budget in each stage."""
+        """The most tokens in concurrent steps: one chunk budget per pipeline stage."""
         return self.max_num_batched_tokens * self.pipeline_parallel_size
 
     @property
     def name(self) -> str:
-        """Short label for tables and metrics, such as ``tp2-bf16-2048``."""
+        """A short label for tables and metrics, such as ``tp2-bf16-2048``."""
         parts = []
         if self.tensor_parallel_size > 1 or self.pipeline_parallel_size == 1:
             parts.append(f"tp{self.tensor_parallel_size}")

@@ -1,4 +1,4 @@
-"""What a cluster looks like when observed."""
+"""The observed state of a cluster."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from oserve.core.shape import Device
 
 
 class ReplicaPhase(StrEnum):
-    """Life of a replica: it starts loading, serves when ready, drains, and is gone.
+    """The lifecycle of a replica: loading, ready, draining, gone.
 
-    One that is to get its weights from others is on standby before it is ready. One that hangs is
-    being ended, and has no requests any more.
+    A replica that receives its weights from other replicas is on standby before it is ready. A hung
+    replica is being terminated and no longer holds requests.
     """
 
     LOADING = "loading"
@@ -26,11 +26,11 @@ class ReplicaPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineWork:
-    """What an engine has done since it started, in counters that only grow.
+    """Monotonic counters of an engine since its start.
 
-    ``steps``; ``prompt_tokens`` that they computed and ``prompts`` that they ended;
-    ``output_tokens`` that came out; ``gaps`` and ``gap_s``: how many times between one step and the
-    next were taken, and their sum in seconds.
+    ``steps``; the ``prompt_tokens`` they computed and the ``prompts`` they completed; the
+    ``output_tokens`` they generated; ``gaps`` and ``gap_s``: the number of intervals between
+    consecutive steps and their sum in seconds.
     """
 
     steps: int = 0
@@ -43,12 +43,12 @@ class EngineWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """One replica as it is. ``max_model_len`` (tokens) is 0 until the engine has told it.
+    """The observed state of one replica.
 
-    ``since_s``: when this phase began; ``started_s``: when its engine was started or taken up,
-    which tells two engines of one replica apart. ``work`` is ``None`` where the engine does not
-    tell. ``silent_s``: since its engine last showed a sign of life; past ``patience_s`` it is taken
-    to hang.
+    ``max_model_len`` (tokens) is 0 until the engine reports it. ``since_s``: start of this phase;
+    ``started_s``: when the engine was started or adopted, which distinguishes successive engines
+    of one replica. ``work`` is ``None`` if the engine reports no counters. ``silent_s``: time since
+    the engine's last sign of life; beyond ``patience_s`` the engine counts as hung.
     """
 
     spec: ReplicaSpec
@@ -69,9 +69,9 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartFailures:
-    """Ends of a replica that nobody asked for, since it last served for a good while.
+    """The unexpected exits of a replica since it last served for a sufficient time.
 
-    ``spec`` is what failed: a changed spec starts with a clean sheet.
+    ``spec`` is the spec that failed: a changed spec resets the count.
     """
 
     spec: ReplicaSpec
@@ -82,7 +82,7 @@ class StartFailures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """The cluster at one moment (``now_s``, the clock's seconds)."""
+    """A snapshot of the cluster at ``now_s`` (seconds of the clock)."""
 
     now_s: float
     devices: tuple[Device, ...]
@@ -90,7 +90,7 @@ class Observation:
     failures: Mapping[str, StartFailures] = field(default_factory=dict)
 
     def replica(self, replica_id: str) -> ReplicaState | None:
-        """The observed replica of that id, if there is one that is not gone."""
+        """The observed replica of that id; ``None`` if there is none or it is gone."""
         for state in self.replicas:
             if state.spec.id == replica_id and state.phase is not ReplicaPhase.GONE:
                 return state
@@ -99,11 +99,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
-    """What the router knows of one replica that may take requests.
+    """The router's view of one replica that accepts requests.
 
-    ``work_s``: seconds of engine time promised and not yet done. ``prefill_s_per_token`` and
-    ``decode_s_per_token``: engine time one more token costs there. ``max_inflight`` bounds what
-    the gateway hands over at once; ``max_model_len`` is 0 when unknown.
+    ``work_s``: outstanding engine time in seconds. ``prefill_s_per_token`` and
+    ``decode_s_per_token``: engine time per further token. ``max_inflight`` bounds the requests that
+    the gateway dispatches to the replica concurrently; ``max_model_len`` is 0 when unknown.
     """
 
     replica: str

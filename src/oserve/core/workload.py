@@ -1,14 +1,13 @@
-"""Workload types: classes of requests told apart by both lengths."""
+"""Workload types: classes of requests by prompt and output length."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadType:
-    """A class of requests and how often it comes.
+    """A class of requests and its arrival rate in requests per second.
 
-    ``prompt_tokens`` and ``output_tokens`` are what a typical request of it has (means, so that
-    rates of tokens come out right); ``arrival_rate_rps`` is in requests per second.
+    ``prompt_tokens`` and ``output_tokens`` are means, so that token rates are exact.
     """
 
     name: str

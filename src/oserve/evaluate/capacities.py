@@ -1,9 +1,9 @@
-"""Capacities by simulation: what the table of the linear model says, measured instead.
+"""Capacities by simulation, in place of those of the linear model.
 
-The linear model knows steady flow; on a simulated replica bursts, mixing of steps and pipeline
-bubbles count as well, and its ranking of chunk budgets and pipelines is often another. As many
-replicas as the devices hold serve Poisson arrivals of one type; what they serve within the SLO,
-by replica, takes the place of the table's capacity.
+The linear model knows steady flow only. A simulated replica also has bursts, mixed steps and
+pipeline bubbles, and often ranks chunk budgets and pipelines otherwise. For each shape and type,
+as many replicas as the devices hold serve Poisson arrivals of that type. The rate that they serve
+within the SLO, divided by their number, is the capacity.
 """
 
 from collections.abc import Sequence
@@ -16,50 +16,51 @@ from oserve.evaluate.simulator import (
     Floats,
     Ints,
     Levers,
-    Serving,
+    SimulatedServing,
+    SimulatedTraffic,
     Simulator,
-    Traffic,
     largest_scale,
 )
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.traces import Slo
+from oserve.workload.chances import TypeChances
 
-# A run lasts so many times as long as a request stays, for the flow to be steady in most of it.
+# A run lasts so many times as long as a request stays, so that most of it is steady.
 _STAYS = 5.0
 _FEWEST, _MOST = 1000, 10_000
-# A shape that the model gives less than this part of the best, by device and for every type, is
-# left out: its errors are not that large.
+# Shapes are left out that the model gives less than this part of the best, by device, for every
+# type: the model does not err by that much.
 _WORTH = 0.75
 _TOLERANCE = 0.03
 _EVALUATIONS = 10
-# Nothing below this part of what the model says is looked for.
+# The search stops below this part of the modelled capacity.
 _LEAST = 1 / 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Lengths:
-    """Lengths seen of one type, in tokens; they are drawn from."""
+class LengthSamples:
+    """Observed request lengths of one workload type, in tokens; simulations draw from them."""
 
     prompt_tokens: Ints
     output_tokens: Ints
 
-    def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> Traffic:
-        """Requests of these lengths for about so long, a thousand at the least."""
+    def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> SimulatedTraffic:
+        """Poisson arrivals for about ``seconds``, but at least a thousand."""
         draw = np.random.default_rng(seed)
         count = round(min(_MOST, max(_FEWEST, rate_rps * seconds)))
         chosen = draw.integers(0, len(self.prompt_tokens), count)
-        return Traffic(
+        return SimulatedTraffic(
             arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
         )
 
-    def drawn(self, arrival_s: Floats, draw: np.random.Generator) -> Traffic:
-        """Requests that come at these moments."""
+    def drawn(self, arrival_s: Floats, draw: np.random.Generator) -> SimulatedTraffic:
+        """Requests that arrive at these seconds."""
         chosen = draw.integers(0, len(self.prompt_tokens), len(arrival_s))
-        return Traffic(
+        return SimulatedTraffic(
             arrival_s=arrival_s,
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
@@ -69,7 +70,7 @@ class Lengths:
 def simulated_table(
     simulator: Simulator,
     table: Sequence[ShapePerformance],
-    lengths: Sequence[Lengths],
+    lengths: Sequence[LengthSamples],
     *,
     devices: Sequence[Device],
     classes: tuple[LengthClass, ...],
@@ -77,9 +78,9 @@ def simulated_table(
     slo: Slo,
     seed: int = 0,
 ) -> tuple[ShapePerformance, ...]:
-    """Its promising rows with simulated capacities; ``lengths`` by type, in the table's order.
+    """The promising rows with simulated capacities; ``lengths`` by type, in the table's order.
 
-    What the model says cannot serve a type stays so, as does a type of which nothing was seen.
+    Capacities of 0 stay, and so do those of types without lengths.
     """
     rows = []
     for row in _promising(table):
@@ -105,19 +106,38 @@ def simulated_table(
     return tuple(rows)
 
 
+def lengths_by_type(
+    traffic: SimulatedTraffic, centres: Sequence[tuple[float, float]]
+) -> list[LengthSamples]:
+    """The lengths of traffic by the workload type of each request.
+
+    ``centres`` of the types are (prompt, output) in tokens.
+    """
+    chances = TypeChances(centres)
+    lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
+    kinds = np.array([chances.kind(prompt, output) for prompt, output in lengths])
+    return [
+        LengthSamples(
+            prompt_tokens=traffic.prompt_tokens[kinds == kind],
+            output_tokens=traffic.output_tokens[kinds == kind],
+        )
+        for kind in range(len(centres))
+    ]
+
+
 def _serving(
     replicas: tuple[ReplicaSpec, ...], classes: tuple[LengthClass, ...], levers: Levers
-) -> Serving:
-    plan = DeploymentPlan(id="x", replicas=replicas, workload_types=classes, routing_shares={})
-    return Serving(plan=plan, levers=levers)
+) -> SimulatedServing:
+    plan = DeploymentPlan(id="x", replicas=replicas, length_classes=classes, routing_shares={})
+    return SimulatedServing(plan=plan, levers=levers)
 
 
-def merged(parts: Sequence[Traffic]) -> Traffic:
+def merged(parts: Sequence[SimulatedTraffic]) -> SimulatedTraffic:
     """All requests, in order of arrival."""
     none = np.zeros(0, dtype=np.int64)
     arrival_s = np.concatenate([none.astype(np.float64), *(item.arrival_s for item in parts)])
     order = np.argsort(arrival_s, kind="stable")
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=arrival_s[order],
         prompt_tokens=np.concatenate([none, *(item.prompt_tokens for item in parts)])[order],
         output_tokens=np.concatenate([none, *(item.output_tokens for item in parts)])[order],
@@ -125,7 +145,7 @@ def merged(parts: Sequence[Traffic]) -> Traffic:
 
 
 def _promising(table: Sequence[ShapePerformance]) -> list[ShapePerformance]:
-    """Rows that the model gives nearly the most, by device, for some type."""
+    """The rows that the model gives nearly the most, by device, for some type."""
     each = np.array([row.capacity_rps for row in table])
     each = each / np.array([[row.shape.device_count] for row in table])
     near = (each >= _WORTH * each.max(axis=0)) & (each > 0)
@@ -133,7 +153,11 @@ def _promising(table: Sequence[ShapePerformance]) -> list[ShapePerformance]:
 
 
 def _capacity(
-    simulator: Simulator, serving: Serving, traffic: Traffic, start_rps: float, slo: Slo
+    simulator: Simulator,
+    serving: SimulatedServing,
+    traffic: SimulatedTraffic,
+    start_rps: float,
+    slo: Slo,
 ) -> float:
     def holds(scale: float) -> bool:
         return scale > _LEAST and simulator.holds(serving, traffic.faster(scale), slo)

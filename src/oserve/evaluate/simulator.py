@@ -1,9 +1,9 @@
-"""Simulated serving: a deployment with its levers, traffic as arrays, and what comes of both.
+"""Simulated serving: a plan with its levers serves traffic, both given as data.
 
-This is the one place where performance facts, plans and the fleet simulator meet. A *serving* is
-everything that stays the same in a run: replicas, length classes, routing shares and levers.
-Traffic is replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does, so a mix that
-changes also changes that much faster.
+Performance facts, plans and the fleet simulator meet here and nowhere else. ``SimulatedServing``
+is all that stays the same in a run: replicas, length classes, routing shares and levers. Traffic is
+replayed ``scale`` times as fast, as ``oserve bench --rate-scale`` does. Its mix changes that much
+faster, too.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,19 +34,19 @@ Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 Routing = _Routing
-"""How the gateway chooses a replica (policies are something else above this room)."""
+"""How the gateway chooses a replica."""
 
 ATTAINMENT = 0.95
 """Share of all requests that must meet their SLOs for a rate to count as served."""
 
-# What is still on its way so long after the last arrival has missed its SLO in any case.
+# Requests that still run so long after the last arrival count as late.
 LATEST_S = 300.0
-# How often a run looks whether its attainment is out of reach already.
+# How often a run checks whether it can still reach the attainment.
 _CHECKS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Traffic:
+class SimulatedTraffic:
     """Requests in order of arrival, an entry each; lengths in tokens, at least 1."""
 
     arrival_s: Floats
@@ -71,7 +71,7 @@ class Traffic:
         return replace(self, arrival_s=self.arrival_s / scale)
 
     def between(self, start_s: float, end_s: float) -> Self:
-        """Those that arrive from ``start_s`` on and before ``end_s``, counted from ``start_s``."""
+        """The requests from ``start_s`` up to ``end_s``, on a clock that starts at ``start_s``."""
         low, high = np.searchsorted(self.arrival_s, [start_s, end_s], side="left")
         return replace(
             self,
@@ -81,7 +81,7 @@ class Traffic:
         )
 
     def columns(self) -> Columns:
-        """As clustering takes them."""
+        """The columns that clustering takes."""
         return Columns(
             arrival_s=self.arrival_s,
             prompt_tokens=self.prompt_tokens.astype(np.float64),
@@ -89,13 +89,13 @@ class Traffic:
         )
 
 
-def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Traffic:
+def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> SimulatedTraffic:
     """Requests cut to the context as ``demand_from_trace`` counts them: the prompt gives way."""
     columns = columns_of(requests)
     output = np.clip(columns.output_tokens, 1, max(1, max_model_len - 1))
     prompt = np.maximum(1, np.minimum(columns.prompt_tokens, max_model_len - output))
     arrival = columns.arrival_s
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=arrival - (arrival[0] if len(arrival) else 0.0),
         prompt_tokens=np.rint(prompt).astype(np.int64),
         output_tokens=np.rint(output).astype(np.int64),
@@ -104,13 +104,13 @@ def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Tra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levers:
-    """How replicas serve, beside what they are.
+    """How gateway and replicas serve: all settings beside the plan.
 
-    ``order``: by prompt length with ageing, in gateway and engines; ``None``: first come, first
-    served. ``inflight_per_device`` bounds what the gateway hands to a replica at once, per device
-    of it; the rest waits in the gateway, where it can still go anywhere and be demoted. ``None``:
-    twice ``max_num_seqs``, as the live gateway has it. ``overload``: the live gateway's policy,
-    in place of what ``gateway`` says of demotion and shedding.
+    ``order``: by prompt length with ageing, in gateway and engines; ``None``: in order of arrival.
+    ``inflight_per_device``: the most requests in flight on a replica, per device. Others wait in
+    the gateway, where they can still go to any replica and be demoted. ``None``: twice
+    ``max_num_seqs``, as in the live gateway. ``overload``: the policy of the live gateway, in place
+    of demotion and shedding by ``gateway``.
     """
 
     routing: Routing = Routing.POOLS
@@ -122,8 +122,8 @@ class Levers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """A plan and its levers: all that a simulation needs beside traffic and facts."""
+class SimulatedServing:
+    """A plan and its levers."""
 
     plan: DeploymentPlan
     levers: Levers = field(default_factory=Levers)
@@ -138,12 +138,12 @@ class Serving:
 
 
 def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints:
-    """The length class of each prompt, by its place among ``classes``."""
+    """The length class of each prompt, as an index into ``classes``."""
     bounds = [item.max_prompt_tokens for item in classes[:-1]]
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
 
 
-def ranks_s(order: OrderPolicy, traffic: Traffic) -> Floats:
+def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
     """``control.order.rank_s`` of all requests at once."""
     arrival, window_s = traffic.arrival_s, order.freshest_first_s
     if window_s > 0.0:
@@ -154,7 +154,7 @@ def ranks_s(order: OrderPolicy, traffic: Traffic) -> Floats:
 
 
 class Simulator:
-    """Fleets of one model's replicas; step tables and costs are made once per shape."""
+    """Makes fleets of one model's replicas; step tables and costs once per shape."""
 
     def __init__(self, source: PerformanceSource) -> None:
         self.source = source
@@ -164,36 +164,37 @@ class Simulator:
         self.simulated_requests = 0
 
     def tables(self, shape: ReplicaShape) -> StepTables:
-        """Step times of a shape."""
+        """The step times of a shape."""
         if shape not in self._tables:
             self._tables[shape] = step_tables(self.source.step_model(shape), shape)
         return self._tables[shape]
 
     def costs(self, shape: ReplicaShape) -> TokenCosts:
-        """What the router believes a token costs there."""
+        """The cost of a token on a shape, as the router assumes it."""
         if shape not in self._costs:
             self._costs[shape] = measured_costs(self.source.step_model(shape), shape)
         return self._costs[shape]
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
-        """Tokens of KV cache; 0 where the weights do not fit."""
+        """The KV cache in tokens; 0 where the weights do not fit."""
         if shape not in self._kv:
             self._kv[shape] = self.source.kv_tokens(shape)
         return self._kv[shape]
 
     def requests(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
     ) -> RequestTable:
-        """As the gateway sees them; ``expected`` outputs are the class's, unless given.
+        """The requests as the gateway sees them.
 
-        ``kinds``: the class of each, where it is not told by the prompt's length.
+        ``expected``: the expected output tokens; by default those of the length class. ``kinds``:
+        the class of each request; by default that of the prompt's length.
         """
-        classes = serving.plan.workload_types
+        classes = serving.plan.length_classes
         index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
         if expected is None:
             outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
@@ -211,17 +212,17 @@ class Simulator:
             rank_s=ranks,
         )
 
-    def fleet(self, serving: Serving, requests: RequestTable) -> Fleet:
+    def fleet(self, serving: SimulatedServing, requests: RequestTable) -> Fleet:
         """A fleet without replicas."""
         return Fleet(
             requests,
-            classes=len(serving.plan.workload_types),
+            classes=len(serving.plan.length_classes),
             gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
 
     def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
-        """Start a replica."""
+        """Add a replica to a fleet; it serves from ``ready_at_s`` on."""
         shape, most = spec.shape, levers.inflight_per_device
         sends = levers.rebalance is not None or shape.role is Role.PREFILL
         link, kv_bytes = self._link(shape) if sends else (SimLink(), 0.0)
@@ -244,47 +245,55 @@ class Simulator:
         )
 
     def route(self, fleet: Fleet, plan: DeploymentPlan, levers: Levers) -> None:
-        """Give a fleet the shares of a plan."""
+        """Route by the shares of a plan from now on."""
         shares = {
             index: dict(plan.routing_shares.get(item.name, {}))
-            for index, item in enumerate(plan.workload_types)
+            for index, item in enumerate(plan.length_classes)
         }
         fleet.set_routing(policy=levers.routing, shares=shares)
 
-    def run(
+    def started(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
-        latest_s: float = LATEST_S,
-    ) -> FleetResults:
-        """Serve all of it with a deployment that stays, until ``latest_s`` after the last came."""
+    ) -> Fleet:
+        """A fleet at 0 s, whose replicas serve; for ``expected`` and ``kinds`` see ``requests``."""
         requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
         fleet = self.fleet(serving, requests)
         for spec in serving.plan.replicas:
             self.add(fleet, spec, serving.levers, ready_at_s=0.0)
         self.route(fleet, serving.plan, serving.levers)
+        return fleet
+
+    def run(
+        self,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
+        *,
+        expected: Ints | None = None,
+        kinds: Ints | None = None,
+        latest_s: float = LATEST_S,
+    ) -> FleetResults:
+        """Serve all of the traffic with a fixed plan, until ``latest_s`` after the last arrival."""
+        fleet = self.started(serving, traffic, expected=expected, kinds=kinds)
         fleet.run(limit_s=traffic.duration_s + latest_s)
         self.simulated_requests += len(traffic)
         return fleet.results()
 
     def holds(
         self,
-        serving: Serving,
-        traffic: Traffic,
+        serving: SimulatedServing,
+        traffic: SimulatedTraffic,
         slo: Slo,
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
     ) -> bool:
         """Whether enough requests meet the SLO; stops as soon as that is out of reach."""
-        requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
-        fleet = self.fleet(serving, requests)
-        for spec in serving.plan.replicas:
-            self.add(fleet, spec, serving.levers, ready_at_s=0.0)
-        self.route(fleet, serving.plan, serving.levers)
+        fleet = self.started(serving, traffic, expected=expected, kinds=kinds)
         self.simulated_requests += len(traffic)
         for check in range(1, _CHECKS + 1):
             fleet.advance(traffic.duration_s * check / _CHECKS)
@@ -293,7 +302,7 @@ class Simulator:
         fleet.run(limit_s=traffic.duration_s + LATEST_S)
         return attainment(fleet.results(), slo) >= ATTAINMENT
 
-    def _gateway(self, serving: Serving) -> GatewayOptions:
+    def _gateway(self, serving: SimulatedServing) -> GatewayOptions:
         options, overload = serving.levers.gateway, serving.levers.overload
         if overload == OverloadPolicy():
             return options
@@ -306,9 +315,9 @@ class Simulator:
         )
 
     def _link(self, shape: ReplicaShape) -> tuple[SimLink, float]:
-        """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
+        """The link by which KV leaves a replica, and the bytes of a token over all devices.
 
-        Zero bytes where the source knows nothing of memory, which makes moves free.
+        0 bytes, which makes moves free, where the source knows nothing of memory.
         """
         source = uncorrected(self.source)
         if not isinstance(source, RooflineSource):
@@ -322,7 +331,7 @@ class Simulator:
 
 
 def met(results: FleetResults, slo: Slo) -> Mask:
-    """Which requests completed within the SLO; what ``Slo.met_by`` says, for all at once."""
+    """Which requests completed within the SLO; ``Slo.met_by`` for all at once."""
     good: Mask = results.status == Status.COMPLETED
     with np.errstate(invalid="ignore"):
         if slo.ttft_s is not None:
@@ -335,12 +344,12 @@ def met(results: FleetResults, slo: Slo) -> Mask:
 
 
 def attainment(results: FleetResults, slo: Slo) -> float:
-    """Share of all requests that met the SLO; 1 where there are none."""
+    """The share of all requests that met the SLO; 1 without requests."""
     return float(met(results, slo).mean()) if len(results.arrival_s) else 1.0
 
 
 def surely_failed(results: FleetResults, slo: Slo) -> bool:
-    """Whether too many requests have missed their SLO already, whatever comes."""
+    """Whether so many requests have missed the SLO that the attainment is out of reach."""
     ended = np.isfinite(results.finish_s)
     bad = int(np.sum(ended & ~met(results, slo)))
     if slo.ttft_s is not None:
@@ -359,7 +368,7 @@ def largest_scale(
 ) -> float:
     """The largest scale that holds, to a relative ``tolerance``; 0 if none was found.
 
-    Doubling steps from ``start`` find a bracket, bisection (geometric) narrows it; at most
+    Growing steps from ``start`` find a bracket; geometric bisection narrows it. At most
     ``evaluations`` scales are tried.
     """
     low, high, at, factor = 0.0, 0.0, start, step

@@ -1,7 +1,7 @@
-"""Plans scored by simulation: what a deployment carries while the SLO holds, and the choice by it.
+"""Plans verified by simulation: the load that a deployment carries while the SLO holds.
 
-The planner and the controller get the scorer as a function, so neither knows the simulator. A
-trace is simulated as it is; rates become Poisson arrivals of those types, drawn anew for each seed.
+``oserve plan --verify`` chooses by it. The planner gets the scorer as a function and does not know
+the simulator. A trace is simulated as it is; rates become Poisson arrivals, anew for each seed.
 """
 
 import math
@@ -15,36 +15,36 @@ from oserve.core import WorkloadType
 from oserve.evaluate.simulator import (
     Ints,
     Levers,
-    Serving,
+    SimulatedServing,
+    SimulatedTraffic,
     Simulator,
-    Traffic,
     attainment,
     largest_scale,
     met,
 )
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment
 from oserve.plan.planning import PlanResult, deployment_plan, predict
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
 
 SEEDS = (0, 1)
-# Requests of a synthesised trace: enough for a 95 % attainment to be known to about 1 %.
+# Requests of a synthetic trace; they tell an attainment of 95 % to about 1 %.
 _REQUESTS = 2000
 _TOLERANCE = 0.02
 _EVALUATIONS = 12
 
 SERVED_AS = Levers(order=OrderPolicy())
-"""How ``oserve serve`` serves a plan: soft pools with overflow, order by prompt length."""
+"""How ``oserve serve`` serves a plan: soft pools with overflow, ordered by prompt length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
+class SimulatedCapacity:
     """``capacity_scale``: the largest multiple of the demand at which the SLO still holds.
 
-    ``attainment`` and ``goodput_rps`` are at the demand itself; all are means over the traces.
+    ``attainment`` and ``goodput_rps`` are those at the demand itself. All are means over traces.
     """
 
     capacity_scale: float
@@ -53,17 +53,17 @@ class Simulated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """What a plan is simulated with: one trace, or one for each seed; ``words`` say which."""
+class PlanCheck:
+    """The traffic of a verification: one trace, or one for each seed; ``words`` describe it."""
 
-    traffics: tuple[Traffic, ...]
+    traffics: tuple[SimulatedTraffic, ...]
     slo: Slo
     words: str
     margin: float = MIN_GAIN
 
 
-def common_slo(limits: Mapping[str, Limits]) -> Slo:
-    """The tightest of the limits: simulation knows one SLO for all."""
+def common_slo(limits: Mapping[str, LatencyLimits]) -> Slo:
+    """The tightest of the limits: a simulation has one SLO for all types."""
 
     def tightest(values: Sequence[float | None]) -> float | None:
         given = [value for value in values if value is not None]
@@ -75,7 +75,7 @@ def common_slo(limits: Mapping[str, Limits]) -> Slo:
     )
 
 
-def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> Traffic:
+def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> SimulatedTraffic:
     """Poisson arrivals of types with fixed lengths, 2,000 of them; rates in requests/s."""
     draw = np.random.default_rng(seed)
     rates = np.array([kind.arrival_rate_rps for kind in types])
@@ -86,7 +86,7 @@ def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> Traffic:
         whole: Ints = np.maximum(1, np.rint(np.array(values))).astype(np.int64)
         return whole[kinds]
 
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=np.cumsum(gaps),
         prompt_tokens=lengths([kind.prompt_tokens for kind in types]),
         output_tokens=lengths([kind.output_tokens for kind in types]),
@@ -97,21 +97,21 @@ def check_for(
     demand: Demand,
     slo: Slo,
     *,
-    trace: Traffic | None = None,
+    trace: SimulatedTraffic | None = None,
     rate_scale: float = 1.0,
     seeds: Sequence[int] = SEEDS,
     margin: float = MIN_GAIN,
-) -> Check:
+) -> PlanCheck:
     """The demand's own trace, ``rate_scale`` times as fast, or Poisson traces of its types."""
     if trace is not None:
-        return Check(
+        return PlanCheck(
             traffics=(trace.faster(rate_scale),),
             slo=slo,
             words=f"the trace, {len(trace):,} requests",
             margin=margin,
         )
     traffics = tuple(poisson_traffic(demand.types, seed=seed) for seed in seeds)
-    return Check(
+    return PlanCheck(
         traffics=traffics,
         slo=slo,
         words=f"{len(traffics)} Poisson traces of {_REQUESTS:,} requests",
@@ -120,9 +120,9 @@ def check_for(
 
 
 def simulate_serving(
-    simulator: Simulator, serving: Serving, check: Check, *, start: float = 1.0
-) -> Simulated:
-    """Capacity, attainment and goodput of a deployment; ``start``: where its capacity may lie."""
+    simulator: Simulator, serving: SimulatedServing, check: PlanCheck, *, start: float = 1.0
+) -> SimulatedCapacity:
+    """Capacity, attainment and goodput; the search for the capacity begins at ``start``."""
     scales, shares, goods = [], [], []
     for traffic in check.traffics:
         scales.append(
@@ -138,33 +138,35 @@ def simulate_serving(
         results = simulator.run(serving, traffic)
         shares.append(attainment(results, check.slo))
         goods.append(float(met(results, check.slo).sum()) / max(traffic.duration_s, 1e-9))
-    return Simulated(
+    return SimulatedCapacity(
         capacity_scale=_mean(scales), attainment=_mean(shares), goodput_rps=_mean(goods)
     )
 
 
-def serving_of(found: PlanResult, deployment: Deployment, levers: Levers = SERVED_AS) -> Serving:
-    """A deployment of an answer as it would be served."""
+def serving_of(
+    found: PlanResult, deployment: DeploymentCandidate, levers: Levers = SERVED_AS
+) -> SimulatedServing:
+    """A deployment of a plan result as it would be served."""
     placed = place_deployment(found.problem, deployment)
-    return Serving(plan=deployment_plan(found.question, placed), levers=levers)
+    return SimulatedServing(plan=deployment_plan(found.request, placed), levers=levers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedAnswer:
-    """An answer whose plan was chosen by simulation; ``check`` says with what."""
+    """A plan result whose plan was chosen by simulation, on the traffic of ``check``."""
 
     answer: PlanResult
     verified: Verified
-    check: Check
+    check: PlanCheck
 
 
 def verified_answer(
-    found: PlanResult, check: Check, *, simulator: Simulator | None = None
+    found: PlanResult, check: PlanCheck, *, simulator: Simulator | None = None
 ) -> VerifiedAnswer:
-    """Score the candidates of an answer and its homogeneous deployments again, and choose."""
-    known = simulator or Simulator(found.question.source)
+    """Score the candidates and homogeneous deployments of a plan result again, and choose."""
+    known = simulator or Simulator(found.request.source)
 
-    def score(deployment: Deployment) -> float:
+    def score(deployment: DeploymentCandidate) -> float:
         start = deployment.score.scale if math.isfinite(deployment.score.scale) else 1.0
         serving = serving_of(found, deployment)
         return simulate_serving(known, serving, check, start=max(start, 1e-3)).capacity_scale
@@ -177,10 +179,10 @@ def verified_answer(
         found,
         planned=replace(found.planned, best=best),
         placed=placed,
-        plan=deployment_plan(found.question, placed),
-        predicted=predict(found.question, found.problem, best),
+        plan=deployment_plan(found.request, placed),
+        predicted=predict(found.request, found.problem, best),
         baseline=base,
-        baseline_predicted=predict(found.question, found.problem, base),
+        baseline_predicted=predict(found.request, found.problem, base),
     )
     return VerifiedAnswer(answer=changed, verified=verified, check=check)
 

@@ -1,8 +1,8 @@
-"""An object in a process of its own: what computes for seconds there disturbs nobody.
+"""An object in a worker process of its own, where long computations disturb no one else.
 
-In a thread it would hold the interpreter that the gateway runs in, and take the cores of engines
-that run on CPUs. The process has the lowest claim to processors, and ends with the one that it was
-made by, however that ends.
+In a thread they would hold the interpreter lock that the gateway needs, and take cores from engines
+that run on CPUs. The worker process has the lowest priority. It ends with its parent, however that
+ends.
 """
 
 import contextlib
@@ -13,54 +13,65 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from oserve.core import OServeError
 
 _NICE = 15
 _END_S = 5.0
 
+Held = TypeVar("Held")
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
 
-class Aside:
-    """``make`` makes the object there; it must be such as can be sent to a process.
 
-    So must arguments and results of its methods. The process starts with the first call.
+class WorkerProcess(Generic[Held]):
+    """The first call starts the process, in which ``make`` makes the object.
+
+    ``make``, the called functions, their arguments and results must be picklable.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], Held]) -> None:
         self._make = make
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
         self._closed = False
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Wait for what a method of it returns; raises what that raises.
+    def call(
+        self,
+        function: Callable[Concatenate[Held, Given], Returned],
+        *arguments: Given.args,
+        **named: Given.kwargs,
+    ) -> Returned:
+        """Call a function of the object in the process, and wait for what it returns.
 
-        Raises OServeError if the process ended meanwhile; the next call starts another.
+        Raises what the function raises, and OServeError if the process ended meanwhile; the next
+        call starts another process.
         """
-        with self._one:
+        with self._lock:
             try:
                 pipe = self._pipe or self._start()
-                pipe.send((method, arguments))
-                found, error = pipe.recv()
+                pipe.send((function, arguments, named))
+                returned, error = pipe.recv()
             except (EOFError, OSError) as ended:
                 self._end()
                 raise OServeError(
-                    place=f"the process that was asked for {method}",
+                    place=f"the worker process that ran {function.__qualname__}",
                     message="it has ended",
-                    remedy="nothing: the next question starts another",
+                    remedy="nothing: the next call starts another",
                 ) from ended
         if error is not None:
             raise error
-        return found
+        result: Returned = returned
+        return result
 
     def close(self) -> None:
-        """End the process, whatever it does; a call that waits for it fails."""
+        """End the process whatever it does; a call that waits for it fails."""
         self._closed = True
         if self._process is not None:
             self._process.terminate()
-        with self._one:
+        with self._lock:
             self._end()
 
     def _start(self) -> Connection:
@@ -83,24 +94,24 @@ class Aside:
             self._process = None
 
 
-def _work(make: Callable[[], Any], pipe: Connection) -> None:
-    """All that the new process does."""
+def _work(make: Callable[[], object], pipe: Connection) -> None:
+    """Run in the worker process: answer calls until the parent closes the pipe."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-    # A key pressed in the terminal is not for this process.
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+    # Ctrl-C in the terminal is for the parent only.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
     held = make()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            method, arguments = pipe.recv()
+            function, arguments, named = pipe.recv()
             try:
-                found, error = getattr(held, method)(*arguments), None
-            except Exception as raised:
-                found, error = None, raised
-            pipe.send((found, error))
+                result, error = function(held, *arguments, **named), None
+            except Exception as raised:  # the caller in the parent gets whatever was raised
+                result, error = None, raised
+            pipe.send((result, error))
 
 
 def _end_after(sentinel: int) -> None:

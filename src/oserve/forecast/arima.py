@@ -1,7 +1,7 @@
-"""ARIMA as a baseline: statsforecast's AutoARIMA, fitted per type and refitted now and then.
+"""ARIMA as a baseline: statsforecast's AutoARIMA per type, refitted as the history grows.
 
-Optional (``pip install 'oserve[forecast]'``) and loaded when first used. Between fits the orders
-and coefficients stay, the data go on. Nothing but the last 500 windows is looked at.
+Optional (``pip install 'oserve[forecast]'``) and loaded on first use. Between fits the orders and
+coefficients are fixed and only the data advance. It uses the last 500 windows.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 _LAST = 500
@@ -18,14 +18,14 @@ _FEWEST = 8
 _GROWTH = 1.15
 
 
-class Arima(Kept):
-    """One AutoARIMA per type, refitted when a seventh has come on top; first a mean.
+class Arima(Stateful):
+    """One AutoARIMA per type, refitted when the history has grown by 15 %; at first a mean.
 
-    Raises OServeError where statsforecast is not installed. Its fits are not state: after a
+    Raises OServeError if statsforecast is not installed. The state excludes the fits: after a
     restore it fits again.
     """
 
-    _kept = ("_ring",)
+    _saved = ("_ring",)
 
     def __init__(self, k: int) -> None:
         try:

@@ -1,16 +1,15 @@
-"""Backtest without look-ahead: every model walks through a series and is scored on its second half.
+"""Backtest without look-ahead: every model steps through a series, scored on its second half.
 
-At each window a model has seen what came before and nothing else; its forecast is asked for, then
-the window is shown to it. The first half warms it up (and is all that an LSTM is trained on).
-Scores:
+Before each window a model has seen only the earlier ones; it forecasts, then observes the window.
+The first half is the warm-up, and the only training data of an LSTM. Scores:
 
 - RRMSE: root mean squared error over the mean count, per type, averaged over the types;
 - pinball: the mean pinball loss of the quantiles over the mean count, averaged over the types;
 - coverage: the share of counts from the lowest quantile to the highest, both included;
-- the floor: what a forecaster that knew every rate would score on Poisson counts, the
-  square root of the mean over the mean, averaged over the types.
+- the floor: the RRMSE on Poisson counts of a forecaster that knows every rate, the square root of
+  the mean over the mean, averaged over the types.
 
-All in percent, but coverage. A type that has no arrivals in the second half has no score.
+All in percent except coverage. A type without arrivals in the second half has no score.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,12 +25,12 @@ from oserve.forecast.models import DEFAULT, ModelSettings, known, make_model
 from oserve.workload.columns import Floats
 
 MIN_WINDOWS = 8
-"""Fewer cannot be halved into anything."""
+"""The fewest windows that can be split into two halves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Series:
-    """Counts of k types in n windows of s parts each: ``parts`` (n, s, k), NaN where not seen."""
+    """Counts of k types in n windows of s parts each: ``parts`` (n, s, k), NaN where missing."""
 
     names: tuple[str, ...]
     interval_s: float
@@ -46,15 +45,15 @@ class Series:
 
     @property
     def half(self) -> int:
-        """Where the second half begins."""
+        """The index at which the second half begins."""
         return len(self.parts) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """Of one model; see the module. ``ms`` is the mean time of taking in a window and forecasting.
+class BacktestScore:
+    """The scores of one model, as defined by the module.
 
-    ``coverage`` is None where nothing was scored.
+    ``ms`` is the mean time to observe a window and forecast.
     """
 
     model: str
@@ -65,11 +64,11 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regret:
-    """How much more the default's RRMSE is than the best one's, as a share (0.02: 2 % more).
+class ForecastRegret:
+    """The relative excess of the default's RRMSE over the best one's (0.02: 2 % more).
 
-    ``of_models``: of the other models that ran (None if there are none); ``of_experts``: of its
-    own experts, the best of them known only afterwards.
+    ``of_models``: over the best other model that ran (None if there is none); ``of_experts``: over
+    its own best expert in hindsight.
     """
 
     best_model: str | None
@@ -80,24 +79,24 @@ class Regret:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Walk:
-    """What a model said of each window of the second half, one ahead, beside what came.
+    """A model's one-step forecasts of the second half, with the observed counts.
 
     ``mean`` and ``counts`` (n, k), ``quantiles`` (n, q, k).
     """
 
-    score: Score
+    score: BacktestScore
     mean: Floats
     quantiles: Floats
     counts: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Report:
+class BacktestReport:
     """All models on one series. ``next`` is the default's forecast after the last window."""
 
     floor: float
     walks: tuple[Walk, ...]
-    regret: Regret
+    regret: ForecastRegret
     next: Forecast
 
 
@@ -108,12 +107,12 @@ def backtest(
     steps: int = 5,
     timer: Callable[[], float],
     settings: ModelSettings | None = None,
-) -> Report:
+) -> BacktestReport:
     """Score ``models``, and always the default, on the second half of the series.
 
-    ``timer`` gives seconds. ``settings`` may bring a trained LSTM; without one, "lstm" is trained
-    on the first half. Raises OServeError for a series of fewer than 8 windows or a half without
-    arrivals, and what the models raise.
+    ``timer`` returns seconds. ``settings`` may hold a trained LSTM; otherwise "lstm" is trained on
+    the first half. Raises OServeError for fewer than 8 windows or a second half without arrivals,
+    and propagates errors of the models.
     """
     names = known(models)
     counts = series.counts[series.half :]
@@ -141,7 +140,7 @@ def backtest(
             forecaster = _forecaster(model, series, steps)
             walk = _walk(name, forecaster, series, timer, lambda: None)
         walks.append(walk)
-    return Report(
+    return BacktestReport(
         floor=floor(counts),
         walks=tuple(walks),
         regret=_regret(walks, experts, labels),
@@ -150,7 +149,7 @@ def backtest(
 
 
 def rrmse(mean: Floats, counts: Floats) -> float:
-    """In percent, averaged over the types that came at all; both (n, k), NaN where not seen."""
+    """RRMSE in percent, averaged over types with arrivals; both (n, k), NaN where missing."""
     level = np.nanmean(counts, axis=0)
     scored = level > 0
     error = np.sqrt(np.nanmean((mean - counts) ** 2, axis=0))
@@ -158,7 +157,7 @@ def rrmse(mean: Floats, counts: Floats) -> float:
 
 
 def pinball(quantiles: Floats, counts: Floats, levels: Sequence[float]) -> float:
-    """In percent: (n, q, k) quantiles at ``levels`` (q) against (n, k) counts."""
+    """Pinball loss in percent of (n, q, k) quantiles at ``levels`` (q) on (n, k) counts."""
     level = np.nanmean(counts, axis=0)
     scored = level > 0
     tau = np.array(levels)[None, :, None]
@@ -168,20 +167,20 @@ def pinball(quantiles: Floats, counts: Floats, levels: Sequence[float]) -> float
 
 
 def coverage(quantiles: Floats, counts: Floats) -> float:
-    """The share of counts (n, k) within the outer ones of quantiles (n, q, k), types that came."""
+    """The share of counts (n, k) within the outer quantiles (n, q, k), for types with arrivals."""
     inside = (counts >= quantiles[:, 0]) & (counts <= quantiles[:, -1])
     scored = ~np.isnan(counts) & (np.nansum(counts, axis=0) > 0)
     return float(inside[scored].mean())
 
 
 def floor(counts: Floats) -> float:
-    """The least RRMSE in percent that Poisson counts with these means (n, k) allow."""
+    """The least possible RRMSE in percent on Poisson counts with these means (n, k)."""
     level = np.nanmean(counts, axis=0)
     return float(100 * np.mean(1 / np.sqrt(level[level > 0])))
 
 
 def filled(counts: Floats) -> Floats:
-    """Counts (n, k) with those not seen replaced by the last that was, or 0."""
+    """Counts (n, k) with missing ones replaced by the previous count, or 0."""
     found = counts.copy()
     last = np.zeros(counts.shape[1])
     for row in found:
@@ -207,7 +206,7 @@ def _walk(
     timer: Callable[[], float],
     before: Callable[[], None],
 ) -> Walk:
-    """``before`` is called ahead of each window of the second half."""
+    """Step a model through the series; ``before`` runs before each window of the second half."""
     counts = series.counts
     means, quantiles, spent_s = [], [], 0.0
     for place, row in enumerate(counts):
@@ -221,7 +220,7 @@ def _walk(
         forecaster.forecast()
         spent_s += timer() - begin_s
     mean, bands = np.stack(means), np.stack(quantiles)
-    score = Score(
+    score = BacktestScore(
         model=name,
         rrmse=rrmse(mean, counts[series.half :]),
         pinball=pinball(bands, counts[series.half :], QUANTILES),
@@ -234,7 +233,7 @@ def _walk(
 def _walk_default(
     series: Series, settings: ModelSettings, steps: int, timer: Callable[[], float]
 ) -> tuple[Walk, Floats, tuple[str, ...], Forecast]:
-    """The walk, what each expert said (n, m, k), their names, and the forecast after the end."""
+    """The walk, each expert's forecasts (n, m, k), their names, and the forecast after the end."""
     model = make_model(DEFAULT, settings)
     assert isinstance(model, Combination)
     forecaster = _forecaster(model, series, steps)
@@ -243,7 +242,7 @@ def _walk_default(
     return walk, np.stack(said), model.names, forecaster.forecast()
 
 
-def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> Regret:
+def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> ForecastRegret:
     own = walks[0]
     others = {walk.score.model: walk.score.rrmse for walk in walks[1:]}
     best = min(others, key=others.__getitem__) if others else None
@@ -253,7 +252,7 @@ def _regret(walks: Sequence[Walk], experts: Floats, labels: tuple[str, ...]) -> 
         if not np.isnan(experts[:, place]).any()
     }
     best_expert = min(scores, key=scores.__getitem__)
-    return Regret(
+    return ForecastRegret(
         best_model=best,
         of_models=None if best is None else _excess(own.score.rrmse, others[best]),
         best_expert=best_expert,

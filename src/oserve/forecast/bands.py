@@ -1,21 +1,20 @@
-"""Quantiles around a forecast: count noise, its dispersion learned, calibrated by what came.
+"""Quantiles of a forecast: count noise with learned dispersion, calibrated by observations.
 
-Counts of mean m are taken as negative binomial, variance ``m + rho m^2`` (Poisson at ``rho`` 0),
-with ``rho`` by moments from the last residuals. On the scale ``g(y) = 2 / sqrt(rho) *
-asinh(sqrt(rho (y + 3/8)))`` (Anscombe 1948) they have variance 1 whatever their mean, so residuals
-of busy and quiet hours can be laid side by side: quantiles are those of the residuals on that
-scale, the type's own before the other types', beside some of a normal distribution, which is all
-there is at first. The levels asked for are then moved by how often they were kept (adaptive
-conformal inference, Gibbs and Candes 2021). Further ahead residuals are stretched by how much
-larger they turned out that far ahead. Below a mean of 20 the quantile is the negative binomial's
-own, a whole number.
+Counts of mean m are modelled as negative binomial with variance ``m + rho m^2`` (Poisson at ``rho``
+0); ``rho`` is estimated by moments from the last residuals. On the scale ``g(y) = 2 / sqrt(rho) *
+asinh(sqrt(rho (y + 3/8)))`` (Anscombe 1948) counts have variance 1 at any mean, so residuals of
+busy and quiet hours are comparable. The quantiles are those of the residuals on that scale: the
+type's own, then the other types', and some of a normal distribution as the prior. Their levels are
+then adapted to the observed coverage (adaptive conformal inference, Gibbs and Candes 2021). Further
+ahead the residuals are scaled by their observed growth with the horizon. Below a mean of 20 the
+quantile is the negative binomial's own, a whole number.
 """
 
 import math
 
 import numpy as np
 
-from oserve.forecast.kept import Kept, Plain
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 _MEMORY = 0.985
@@ -30,10 +29,10 @@ _MOST_SIGMAS, _MOST_RECORD = 2.5, 1.25
 _PRIOR_GROWTH, _PRIOR_GROWTH_WEIGHT = 0.3, 5.0
 
 
-class Bands(Kept):
-    """For k types, ``levels`` (q) between 0 and 1 ascending, and up to ``steps`` windows ahead."""
+class Bands(Stateful):
+    """Quantiles of k types at ascending ``levels`` (q), up to ``steps`` windows ahead."""
 
-    _kept = ("_mean", "_count", "_rows", "_levels", "_spread", "_weight", "_gap")
+    _saved = ("_mean", "_count", "_rows", "_levels", "_spread", "_weight", "_gap")
 
     def __init__(self, k: int, levels: tuple[float, ...], steps: int) -> None:
         size = max(40, 480 // k)
@@ -45,14 +44,14 @@ class Bands(Kept):
         self._spread = np.zeros((steps, k))
         self._weight = np.zeros((steps, k))
         self._gap = np.zeros(k)
-        # Of what was learned last; not state.
+        # Derived from the last observation; not part of the state.
         self._rho: Floats | None = None
 
     def learn(self, ahead: Floats, quantiles: Floats, counts: Floats) -> None:
-        """What was said of the window that ended, and what came in it.
+        """Learn from a completed window: its forecasts and its counts.
 
-        ``ahead`` (steps, k) are the means said 1, 2, ... windows before, ``quantiles`` (q, k)
-        those said one before, ``counts`` (k,); NaN where nothing was said or seen.
+        ``ahead`` (steps, k) are the means forecast 1, 2, ... windows before, ``quantiles`` (q, k)
+        those forecast one window before, ``counts`` (k,); NaN where there is no forecast or count.
         """
         seen = ~np.isnan(counts)
         self._gap = np.where(seen, 0.0, self._gap + 1)
@@ -90,14 +89,14 @@ class Bands(Kept):
         if small.any():
             exact = _exact(mean, rho, reach)
             found = np.where(small, exact, found)
-        # A residual of an idle hour, laid on a busy one, must not promise what was never near.
+        # A residual from an idle hour, applied to a busy one, must not give an extreme quantile.
         largest = np.nanmax(self._count, axis=0, initial=0.0)
         usual = mean + _MOST_SIGMAS * np.sqrt(mean + rho * mean**2) * growth + 3.0
         found = np.minimum(found, np.maximum(usual, _MOST_RECORD * largest))
         ordered: Floats = np.maximum.accumulate(found, axis=0)
         return ordered
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         super().restore(state)
         self._rho = None
 
@@ -113,9 +112,9 @@ class Bands(Kept):
         weight = np.where(known, self._ages(), 0.0)
         mean = np.where(known, np.maximum(self._mean, 0.5), 1.0)
         count = np.where(known, self._count, 1.0)
-        # One burst must not make a heavy tail of everything.
+        # One burst must not dominate the dispersion.
         each = np.clip(((count - mean) ** 2 - mean) / mean**2, -1.0, _MAX_RHO)
-        # A noisy ratio of a small count says less.
+        # Ratios of small counts are noisy and weigh less.
         weight *= mean / (mean + 10.0)
         total = (weight * each).sum(axis=0) + _PRIOR_RHO_WEIGHT * _PRIOR_RHO
         rho: Floats = np.clip(total / (weight.sum(axis=0) + _PRIOR_RHO_WEIGHT), 1e-3, _MAX_RHO)
@@ -127,7 +126,7 @@ class Bands(Kept):
         z = _scale(self._count, rho) - _scale(self._mean, rho)
         known = ~np.isnan(z)
         age = np.broadcast_to(self._ages(), z.shape)
-        # What is not normal on this scale is at least as wide.
+        # At least as wide as the normal distribution on this scale.
         weight = np.where(known, self._ages(), 0.0)
         size = ((weight * np.where(known, z, 0.0) ** 2).sum() + 5.0) / (weight.sum() + 5.0)
         normal = _NORMAL_ROWS * math.sqrt(size)
@@ -144,7 +143,7 @@ class Bands(Kept):
         return found
 
     def _growth(self, steps: int) -> Floats:
-        """Residuals so many windows ahead over those one ahead, shape (steps, k)."""
+        """The growth of the residuals with the horizon over that of one window, (steps, k)."""
         reach = np.arange(len(self._spread))[:, None]
         first = np.maximum(self._spread[0], 0.25)
         seen = np.where(self._weight > 0, self._spread / first, 1.0)
@@ -153,8 +152,8 @@ class Bands(Kept):
         mixed = weight * seen + _PRIOR_GROWTH_WEIGHT * prior
         growth = np.maximum.accumulate(mixed / (weight + _PRIOR_GROWTH_WEIGHT), axis=0)
         growth = growth / growth[0]
-        # Windows that nobody saw are so many more ahead; past what is known the variance goes on
-        # as it would for a level that moves at random.
+        # Missing windows extend the horizon; beyond the known horizon the variance grows as for a
+        # random walk.
         ahead = np.arange(steps)[:, None] + self._gap
         last = len(growth) - 1
         inside = np.minimum(ahead, last).astype(np.intp)
@@ -176,7 +175,7 @@ def _counted(scaled: Floats, rho: Floats) -> Floats:
 
 
 def _exact(mean: Floats, rho: Floats, z: Floats) -> Floats:
-    """The least whole number whose probability of not being passed is that of normal ``z``."""
+    """The negative binomial quantile at the probability of the normal quantile ``z``."""
     steps, k = mean.shape
     small = np.minimum(mean, _EXACT_BELOW)[..., None]
     spread = rho[None, :, None]
@@ -192,8 +191,8 @@ def _exact(mean: Floats, rho: Floats, z: Floats) -> Floats:
 
 
 def _normal_rows(count: int) -> Floats:
-    """So many numbers at even steps of the normal distribution (Acklam's approximation)."""
-    # Solved by bisection: called once, needs no precision beyond that.
+    """``count`` quantiles of the normal distribution at even probabilities."""
+    # Bisection suffices: it runs once.
     found = []
     for place in range(count):
         wanted = (place + 0.5) / count

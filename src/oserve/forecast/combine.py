@@ -1,29 +1,29 @@
 """Weights of experts, learned online: exponential weights with discounted losses and fixed share.
 
-Each window, per type, an expert's loss is its squared error over the mean squared error of the
-combination so far. Losses fade, so that the experts of now count; a share of the weight is always
-spread over all, and no loss is further behind the best one's than ``LAG``, so that one that becomes
-good is found (after Herbster and Warmuth 1998). An expert that was silent begins at the back. Part
-of an expert's loss is that which it has over all types: a short history has too little in one.
+Per window and type, an expert's loss is its squared error over the combination's mean squared error
+so far. Losses are discounted, so that recent performance counts. A fixed share of the weight is
+spread over all experts, and no loss trails the best by more than ``LAG``, so that an expert can
+recover (after Herbster and Warmuth 1998). An expert without forecasts so far starts at that lag.
+Part of an expert's loss is its loss over all types, since a short history has little data per type.
 """
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 CAP = 9.0
-"""The most that one window can cost, in mean squared errors."""
+"""The largest loss per window, in mean squared errors."""
 
 
 LAG = 16.0
-"""The most that an expert's losses can be behind the best one's: it must be able to come back."""
+"""The most by which an expert's loss can trail the best one's, so that it can recover."""
 
 
-class Weights(Kept):
+class Weights(Stateful):
     """Weights (m, k) of m experts for k types; each type's sum to 1."""
 
-    _kept = ("_loss", "_weight", "_scale", "_count")
+    _saved = ("_loss", "_weight", "_scale", "_count")
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Weights(Kept):
         self._count = np.zeros(k)
 
     def learn(self, experts: Floats, combined: Floats, counts: Floats) -> None:
-        """What each said, (m, k), NaN if silent; what was forecast, (k,); what came, (k,)."""
+        """Learn from each expert's forecast (m, k; NaN: none), the combined one and the counts."""
         seen = ~(np.isnan(counts) | np.isnan(combined))
         if not seen.any():
             return
@@ -51,7 +51,7 @@ class Weights(Kept):
         said = np.where(np.isnan(experts), combined, experts)
         error = np.where(seen, (said - truth) ** 2, 0.0)
         mine = np.where(seen, (np.where(seen, combined, 0.0) - truth) ** 2, 0.0)
-        # Never finer than Poisson noise, which a lucky start would have it be.
+        # Poisson noise is the lower bound: a lucky start must not shrink the scale.
         self._count = self._count + seen
         gain = np.maximum(1 / np.maximum(self._count, 1.0), 0.03)
         typical = np.median(error, axis=0)
@@ -70,7 +70,7 @@ class Weights(Kept):
         self._weight = (1 - self._share) * raw / raw.sum(axis=0) + self._share * self._prior
 
     def combine(self, experts: Floats) -> Floats:
-        """Expected counts (steps, k) from what each says, (m, steps, k), silent ones left out."""
+        """Combine the experts' forecasts (m, steps, k) to (steps, k); ignores NaN."""
         speaks = ~np.isnan(experts)
         weight = np.where(speaks, self._weight[:, None, :], 0.0)
         total = weight.sum(axis=0)

@@ -1,19 +1,20 @@
-"""Flash crowds: a change of the arrival rate, noticed within seconds from counts of each second.
+"""Change detection: flash crowds found within seconds from per-second counts.
 
-For every stream (each type, and the total) and every factor c the CUSUM of the log likelihood
-ratio of counts whose mean is c times the rate against counts at the rate (Page 1954),
-``S = max(0, S + l)``. Counts y are negative binomial of mean m and shape r, which are Poisson for
-large r: ``l = y ln(c (m + r) / (c m + r)) - r ln((c m + r) / (m + r))``. The rate m is that of the
-last minutes; r comes from the variance over the mean of single ticks, and ``l`` is divided by how
-much larger that is in blocks of ten, where neighbours go together. An alarm is ``S > h``.
+For every stream (each type, and the total) and every factor c it runs the CUSUM of the log
+likelihood ratio of counts at c times the rate against counts at the rate (Page 1954),
+``S = max(0, S + l)``. Counts y are negative binomial with mean m and shape r, Poisson for large r:
+``l = y ln(c (m + r) / (c m + r)) - r ln((c m + r) / (m + r))``. The rate m is that of the last
+minutes. r follows from the variance over the mean of single ticks; ``l`` is divided by the ratio of
+that in blocks of ten ticks to that of single ticks, which corrects for autocorrelation. The
+detector raises an alarm if ``S > h``.
 
-False alarms: while the rate is what it was, the mean time to a false alarm of one CUSUM is at
-least ``exp(h)`` ticks (Lorden 1971), so of n of them at least ``exp(h) / n``; ``h`` is set so that
-this is ``false_alarm_s``. It holds for Poisson and negative binomial counts whose rate and
-variance are known; bursts so rare that the variance has not seen one are told, each of them a
-change indeed.
+False alarms: at an unchanged rate the mean time to a false alarm of one CUSUM is at least
+``exp(h)`` ticks (Lorden 1971), so that of n CUSUMs is at least ``exp(h) / n``; ``h`` is set such
+that this is ``false_alarm_s``. The bound holds for Poisson and negative binomial counts with known
+rate and variance. A burst too rare to be part of the estimated variance raises an alarm, and
+rightly: it is a change.
 
-Time to detect, of Poisson counts: about ``h / (m (c ln c - c + 1))`` ticks for a rise by c.
+Detection delay for Poisson counts: about ``h / (m (c ln c - c + 1))`` ticks for a rise by c.
 """
 
 import math
@@ -24,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 FACTORS = (1.5, 2.5, 6.0, 0.6, 0.3)
-"""The changes looked for; others are found by the nearest of them."""
+"""The tested changes; the nearest one finds others."""
 
 TOTAL = "total"
 
@@ -40,10 +41,11 @@ _MOST = 9.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """``stream`` is a type's name or "total"; rates are before and since it began, in requests/s.
+class ChangePoint:
+    """A detected change of a stream's rate.
 
-    ``ticks`` ago, in ticks of the detector, is when the change is estimated to have begun.
+    ``stream`` is a type's name or "total". ``ticks``: the estimated age of the change in ticks of
+    the detector. The rates before and since the change are in requests/s.
     """
 
     stream: str
@@ -52,13 +54,13 @@ class Change:
     after_rps: float
 
 
-class ChangeDetector(Kept):
-    """Takes counts of one tick (a second by default) at a time and says what changed.
+class ChangeDetector(Stateful):
+    """Observes counts tick by tick (a second by default) and reports changes.
 
-    Raises OServeError for a tick or a time between false alarms that is not over 0.
+    Raises OServeError if ``tick_s`` or ``false_alarm_s`` is not over 0.
     """
 
-    _kept = (
+    _saved = (
         *("_sum", "_start", "_ticks", "_since", "_rate", "_weight", "_fano", "_fano_weight"),
         *("_block", "_block_ticks", "_block_fano", "_block_weight"),
     )
@@ -76,7 +78,7 @@ class ChangeDetector(Kept):
         self._keep = math.exp(-tick_s / _MEMORY_S)
         self._factor = np.array(FACTORS)[:, None]
         self._sum = np.zeros((len(FACTORS), streams))
-        # Since a CUSUM was last at 0: how many ticks, how many arrivals.
+        # Ticks and arrivals since a CUSUM was last at 0.
         self._ticks = np.zeros((len(FACTORS), streams))
         self._since = np.zeros((len(FACTORS), streams))
         self._start = np.zeros(streams)
@@ -86,11 +88,11 @@ class ChangeDetector(Kept):
         self._block, self._block_ticks = np.zeros(streams), 0
         self._block_fano, self._block_weight = np.ones(streams), np.zeros(streams)
 
-    def update(self, counts: npt.ArrayLike) -> tuple[Change, ...]:
-        """Arrivals of each type in the tick that ended, (k,): the changes that this shows.
+    def update(self, counts: npt.ArrayLike) -> tuple[ChangePoint, ...]:
+        """Observe the arrivals of each type in a completed tick, (k,), and return new changes.
 
-        A tick with a NaN was not seen and changes nothing. A change is told once; the rate since it
-        began is then what later ticks are compared with.
+        A tick with a NaN is missing and changes nothing. Each change is reported once; the
+        reference for later ticks is then the rate since the change.
         """
         y = np.asarray(counts, dtype=np.float64)
         if y.shape != (len(self.names) - 1,):
@@ -102,11 +104,11 @@ class ChangeDetector(Kept):
         self._learn(y)
         return found
 
-    def _test(self, y: Floats) -> tuple[Change, ...]:
+    def _test(self, y: Floats) -> tuple[ChangePoint, ...]:
         warm = self._weight >= _WARM_TICKS * 0.9
         together = np.maximum(1.0, self._block_fano / self._fano)
         spread = self._fano * together
-        # A rate that is not known well is taken as far towards the change as it may be.
+        # An uncertain rate is taken at the end of its range that favours no change.
         error = _DOUBT * np.sqrt((self._rate + 1 / 60) * spread / np.maximum(self._weight, 1.0))
         up = self._factor > 1
         rate = np.where(up, self._rate + error, np.maximum(self._rate - error, 0.0))
@@ -125,7 +127,7 @@ class ChangeDetector(Kept):
             ticks = self._ticks[test, stream]
             level = self._since[test, stream] / ticks
             changes.append(
-                Change(
+                ChangePoint(
                     stream=self.names[stream],
                     ticks=int(ticks),
                     before_rps=float(self._rate[stream] / self._tick_s),
@@ -134,7 +136,7 @@ class ChangeDetector(Kept):
             )
             self._rate[stream], self._weight[stream] = level, ticks
             self._sum[:, stream] = self._ticks[:, stream] = self._since[:, stream] = 0.0
-            # The block in which it changed would count as noise.
+            # The block with the change would count as noise.
             self._block_ticks, self._block = 0, np.zeros(len(self.names))
         return tuple(changes)
 
@@ -166,9 +168,9 @@ def _mean_square(
     ready: npt.NDArray[np.bool_],
     keep: float,
 ) -> tuple[Floats, Floats]:
-    """Variance over mean so far and its weight: at least 1, and 1 counts as ten observations."""
+    """The running variance over mean, at least 1, and its weight; the prior of 1 weighs ten."""
     value, weight = before
-    # One tick of a change must not count as noise.
+    # A single tick of a change must not count as noise.
     size = np.minimum((y - mean) ** 2 / np.maximum(mean, 0.2), _MOST * value)
     more = np.where(ready, keep * weight + 1, weight)
     moved = np.maximum(1.0, value + (size - value) / (more + 10.0))

@@ -1,22 +1,22 @@
-"""The default: many simple experts, combined online."""
+"""The default model: many simple experts, combined online."""
 
 import numpy as np
 
 from oserve.forecast.autoregression import AUTOREGRESSIONS, Autoregressions
 from oserve.forecast.combine import Weights
-from oserve.forecast.kept import Kept, Plain
 from oserve.forecast.restart import RestartLevel
 from oserve.forecast.simple import Average, FittedSmoothing, Holt, Levels, Season
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 _TAUS = (0.3, 0.7, 1.5, 3.0, 6.0, 15.0, 50.0)
 _LEVEL_NAMES = tuple(f"level {tau:g}" for tau in _TAUS)
 
 
-class Combination(Kept):
-    """The experts and their weights; ``names`` (m) say which is which."""
+class Combination(Stateful):
+    """The experts and their weights; ``names`` (m) are the experts'."""
 
-    _kept = (
+    _saved = (
         *("_levels", "_shape", "_total", "_single", "_autoregressions", "_seasons", "_weights"),
     )
 
@@ -43,7 +43,7 @@ class Combination(Kept):
             *AUTOREGRESSIONS,
             *(f"season {p} {n}" for p in periods for n in ("naive", "smoothed")),
         )
-        # What was said last, so that it need not be said again to learn from; not state.
+        # The last forecasts, cached for learning; not part of the state.
         self._said: Floats | None = None
         self._weights = Weights(k, np.ones(len(self.names)), **options)
 
@@ -58,7 +58,7 @@ class Combination(Kept):
             model.update(counts, parts)
 
     def experts(self, steps: int) -> Floats:
-        """What each says of the next windows, shape (m, steps, k); NaN where it is silent."""
+        """Each expert's forecasts of the next windows, shape (m, steps, k); NaN if it has none."""
         shape = self._shape.level[0]
         total = np.nansum(shape)
         shares = shape / total if total > 0 else shape
@@ -87,6 +87,6 @@ class Combination(Kept):
             season.shift(counts)
         self._said = None
 
-    def restore(self, state: Plain) -> None:
+    def restore(self, state: PlainState) -> None:
         super().restore(state)
         self._said = None

@@ -1,16 +1,16 @@
 """The forecaster: one model of the arrivals of k types, its quantiles, and its rules.
 
-The rules, for every model alike:
+The rules for every model:
 
-- Cold start. A type nobody has seen is expected at ``prior_counts`` (0 if not given), its quantiles
-  are those of counts with that mean and an unknown dispersion. From the first window on, what
-  came counts.
-- A gap. A count that is NaN was not seen: nothing is learned from it, the forecast stands, and
-  its quantiles widen with each such window. ``skip`` passes over several.
+- Cold start: a type without observations is forecast at ``prior_counts`` (default 0), with the
+  quantiles of counts of that mean and unknown dispersion. From the first window on, observations
+  replace the prior.
+- Gaps: a NaN is a missing count. The forecaster learns nothing from it, its forecast stands, and
+  the quantiles widen with each such window. ``skip`` passes over several windows.
 - Zero traffic is a count like any other: the forecast goes to 0, and its 0.95 quantile with it.
-- A type that vanishes is zero traffic; one that appears starts from zeros, and the first windows
-  carry it up, at once if ``shift`` says so.
-- New types: ``retyped`` carries the history over.
+- A type that vanishes has zero traffic. One that appears starts from zeros and rises within the
+  first windows, or at once after ``shift``.
+- New types: ``retype`` maps the history to them.
 
 Pure: no clock, no randomness. Memory is bounded and does not grow with time.
 """
@@ -23,13 +23,13 @@ import numpy.typing as npt
 
 from oserve.core import OServeError
 from oserve.forecast.bands import Bands
-from oserve.forecast.kept import Kept, Plain, unfit
 from oserve.forecast.model import PointModel, Ring
+from oserve.forecast.state import PlainState, Stateful, unfit
 from oserve.workload.columns import Floats
 
 QUANTILES = (0.05, 0.5, 0.9, 0.95)
 HISTORY = 1024
-"""Windows of counts that are remembered, to be counted anew when types change."""
+"""The windows of counts in the history, which are mapped to new types when types change."""
 
 MAX_STEPS = 48
 MAX_TYPES = 64
@@ -37,9 +37,10 @@ MAX_TYPES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Forecast:
-    """Of the next windows: ``mean_counts`` (steps, k), ``quantile_counts`` (q, steps, k).
+    """A forecast of the next windows.
 
-    ``quantiles`` (q) are the levels. Counts are per window of ``interval_s`` seconds.
+    ``mean_counts`` (steps, k) and ``quantile_counts`` (q, steps, k), at the levels ``quantiles``
+    (q). Counts are per window of ``interval_s`` seconds.
     """
 
     names: tuple[str, ...]
@@ -54,21 +55,20 @@ class Forecast:
         return self.mean_counts / self.interval_s
 
     def quantile_rps(self, level: float) -> Floats:
-        """That quantile of the rates, shape (steps, k). Raises KeyError for a level not held."""
+        """That quantile of the rates, shape (steps, k). Raises KeyError for another level."""
         if level not in self.quantiles:
             raise KeyError(level)
         rates: Floats = self.quantile_counts[self.quantiles.index(level)] / self.interval_s
         return rates
 
 
-class Forecaster(Kept):
-    """Takes windows in one by one, says what comes next.
+class Forecaster(Stateful):
+    """Observes windows one by one and forecasts the next ``steps``.
 
-    ``steps`` is how many windows ahead it can be asked for. Raises OServeError for numbers that
-    make none.
+    Raises OServeError for invalid parameters.
     """
 
-    _kept = ("_model", "_bands", "_history", "_said", "_quantiles", "_prior")
+    _saved = ("_model", "_bands", "_history", "_said", "_quantiles", "_prior")
 
     def __init__(
         self,
@@ -94,23 +94,23 @@ class Forecaster(Kept):
                 place="prior_counts",
                 remedy="give one number for each type, 0 or more",
             )
-        # _said[a, s]: the mean said a + 1 windows ago for s + 1 windows ahead.
+        # _said[a, s]: the mean forecast a + 1 windows ago for s + 1 windows ahead.
         self._said = np.full((steps, steps, k), np.nan)
         self._quantiles = np.full((len(self.levels), steps, k), np.nan)
         self._say()
 
     @property
     def model(self) -> PointModel:
-        """What makes the means."""
+        """The model of the means."""
         return self._model
 
     @property
     def history(self) -> Floats:
-        """Counts of the last windows, oldest first, shape (up to 1024, k); NaN was not seen."""
+        """Counts of the last windows, oldest first, shape (up to 1024, k); NaN where missing."""
         return self._history.last(HISTORY)
 
     def update(self, counts: npt.ArrayLike, parts: Floats | None = None) -> None:
-        """A window ended: ``counts`` (k,), NaN where not seen; ``parts`` (s, k) add up to them.
+        """Observe a completed window: ``counts`` (k,), NaN where missing, in ``parts`` (s, k).
 
         Raises ValueError for other shapes and OServeError for counts below 0 or infinite.
         """
@@ -134,20 +134,20 @@ class Forecaster(Kept):
         self._say()
 
     def skip(self, windows: int) -> None:
-        """So many windows passed unseen."""
+        """Pass over ``windows`` missing windows."""
         for _ in range(min(windows, HISTORY)):
             self.update(np.full(len(self.names), np.nan))
 
     def shift(self, counts: npt.ArrayLike) -> None:
-        """Something detected a change: expect about ``counts`` (k,) from now on, NaN for as before.
+        """Move the forecast to about ``counts`` (k,) after a detected change; NaN leaves a type.
 
-        The levels move there at once; experts that remember longer follow as windows come.
+        The levels move at once; experts with a longer memory follow as windows arrive.
         """
         self._model.shift(np.array(counts, dtype=np.float64))
         self._say(again=True)
 
     def forecast(self) -> Forecast:
-        """Of the next ``steps`` windows; costs nothing, it was made when the last one ended."""
+        """The forecast of the next ``steps`` windows, computed at the end of the last one."""
         return Forecast(
             names=self.names,
             interval_s=self.interval_s,
@@ -156,20 +156,20 @@ class Forecaster(Kept):
             quantile_counts=self._quantiles.copy(),
         )
 
-    def restore(self, state: Plain) -> None:
-        """Go on where ``state`` was taken. Raises OServeError where it is of other types."""
+    def restore(self, state: PlainState) -> None:
+        """Restore ``state``. Raises OServeError if it is of other types."""
         if not isinstance(state, dict) or list(self.names) != state.get("names"):
             raise unfit("it is of other workload types")
         super().restore(state)
 
-    def state(self) -> Plain:
+    def state(self) -> PlainState:
         return {**super().state(), "names": list(self.names)}
 
     def _say(self, again: bool = False) -> None:
         mean = np.maximum(self._model.predict(self.steps), 0.0)
         if not again:
             self._said = np.concatenate([mean[None], self._said[:-1]])
-        # Where nothing was seen yet it stays NaN: a prior is not held against the model.
+        # Without observations it stays NaN: errors of the prior do not count against the model.
         self._said[0] = mean
         self._quantiles = self._bands.quantiles(self._mean())
 

@@ -1,7 +1,7 @@
-"""The paper's model: one small LSTM per type, the next window from the last fifty.
+"""The paper's model: one small LSTM per type, which predicts a window from the last fifty.
 
-Trained in ``lstm_train``; what it learned is a file of arrays with its normalisation (log1p counts,
-less their mean, over their deviation), and forecasting is NumPy: torch is not needed here.
+``lstm_train`` trains it to a file of arrays with their normalisation (log1p counts, less their
+mean, over their deviation). Inference uses NumPy and does not need torch.
 """
 
 import zipfile
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 WINDOW = 50
@@ -23,7 +23,7 @@ _ARRAYS = ("input", "hidden", "bias", "output", "output_bias", "mean", "deviatio
 class LstmWeights:
     """k networks of h cells: ``input`` (k, 4h), ``hidden`` (k, 4h, h), ``bias`` (k, 4h) in torch's
     order of gates (input, forget, cell, output), ``output`` (k, h), ``output_bias`` (k,), and the
-    normalisation ``mean`` and ``deviation`` (k,). ``window`` is how many counts they look at.
+    normalisation ``mean`` and ``deviation`` (k,). ``window`` is the length of their input.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class LstmWeights:
 
 
 def write_lstm(weights: LstmWeights, path: Path) -> None:
-    """Write a .npz file. Raises OServeError where it cannot be written."""
+    """Write a .npz file. Raises OServeError if it cannot be written."""
     arrays = {name: getattr(weights, name) for name in _ARRAYS}
     try:
         with path.open("wb") as file:
@@ -87,10 +87,10 @@ def read_lstm(path: Path) -> LstmWeights:
     return found
 
 
-class Lstm(Kept):
-    """Forecasts with trained weights; the level until the first window of counts is full."""
+class Lstm(Stateful):
+    """Forecasts with trained weights; forecasts the level until its input is full."""
 
-    _kept = ("_ring",)
+    _saved = ("_ring",)
 
     def __init__(self, weights: LstmWeights) -> None:
         self._weights = weights
@@ -120,7 +120,7 @@ class Lstm(Kept):
             found[step] = y
             if step + 1 < steps:
                 hidden, cell = self._step(y, hidden, cell)
-        # Nothing ever seen is worth more than a hundred times what it learned from.
+        # Forecasts are bounded to a hundred times the level of the training data.
         scaled = np.clip(found * own.deviation + own.mean, 0.0, own.mean + 5.0)
         return np.expm1(scaled)
 

@@ -1,4 +1,4 @@
-"""Training of the per-type LSTMs (torch, loaded when called): mean squared error on log counts."""
+"""Training of the per-type LSTMs by mean squared error on log counts; loads torch when called."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from oserve.forecast.lstm import WINDOW, LstmWeights
 from oserve.workload.columns import Floats
 
 FEWEST = 8
-"""Windows of counts that there must be."""
+"""The fewest windows of counts to train on."""
 
 _SAMPLES = 2000
 
@@ -26,11 +26,11 @@ def train_lstm(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LstmWeights:
-    """One network per type from counts (n, k), oldest first, none missing; the same seed, the same.
+    """Train one network per type on counts (n, k), oldest first, none missing; seeded.
 
-    Each looks at the last 50 windows, or at a third of the history where that is shorter; of a
-    longer history the last 2,000 windows are learned from, a twentieth of it is held back and the
-    round that did best there is kept. Raises OServeError without torch or with too little history.
+    The input is the last 50 windows, or a third of a shorter history. Training uses at most the
+    last 2,000 windows, holds back a twentieth for validation and keeps the best round. Raises
+    OServeError without torch or with too little history.
     """
     n, k = counts.shape
     if n < FEWEST:
@@ -85,7 +85,7 @@ def train_lstm(
 
 
 def _fit(torch: Any, x: Floats, y: Floats, cells: int, rounds: int) -> dict[str, Any]:
-    """The best parameters seen, by name."""
+    """The parameters of the best round, by name."""
     inputs = torch.tensor(x, dtype=torch.float32)[:, :, None]
     wanted = torch.tensor(y, dtype=torch.float32)[:, None]
     held = max(1, len(x) // 20)
@@ -93,7 +93,8 @@ def _fit(torch: Any, x: Floats, y: Floats, cells: int, rounds: int) -> dict[str,
         [torch.nn.LSTM(1, cells, batch_first=True), torch.nn.Linear(cells, 1)]
     )
     tuner = torch.optim.Adam(net.parameters(), lr=0.01)
-    best, least = None, math.inf
+    best = {name: item.detach().clone() for name, item in net.state_dict().items()}
+    least = math.inf
     for _ in range(rounds):
         tuner.zero_grad()
         error = (net[1](net[0](inputs)[0][:, -1]) - wanted) ** 2
@@ -105,5 +106,4 @@ def _fit(torch: Any, x: Floats, y: Floats, cells: int, rounds: int) -> dict[str,
         learned.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         tuner.step()
-    assert best is not None
     return best

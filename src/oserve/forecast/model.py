@@ -1,54 +1,54 @@
-"""What a model of arrivals is: counts in, expected counts of the windows to come out.
+"""The interface of models of arrivals: counts in, expected counts of the next windows out.
 
 A window is one interval of the control loop; ``k`` is the number of workload types. Counts are per
-window. ``parts`` are the counts of the same window in s equal parts, in order, which tell how the
-window ended; without them the whole window is its only part. NaN stands for a count nobody saw.
+window. ``parts`` are the counts of a window's s equal parts, in order, so that a model sees how the
+window ended; without them the window is its only part. NaN is a missing count.
 """
 
 from typing import Protocol
 
 import numpy as np
 
-from oserve.forecast.kept import Kept, Plain
+from oserve.forecast.state import PlainState, Stateful
 from oserve.workload.columns import Floats
 
 
 class PointModel(Protocol):
-    """One way to forecast all types at once."""
+    """A model that forecasts the means of all types."""
 
     def update(self, counts: Floats, parts: Floats) -> None:
-        """Take in the window that ended: ``counts`` (k,), ``parts`` (s, k), NaN where unseen."""
+        """Observe a completed window: ``counts`` (k,), ``parts`` (s, k), NaN where missing."""
         ...
 
     def predict(self, steps: int) -> Floats:
-        """Expected counts of the next windows, shape (steps, k), 0 or more; NaN before any."""
+        """Expected counts of the next windows, shape (steps, k), 0 or more; NaN without data."""
         ...
 
     def shift(self, counts: Floats) -> None:
-        """A change was detected: from now on about ``counts`` (k,) a window; NaN where not."""
+        """Move the level to about ``counts`` (k,) per window after a change; NaN leaves a type."""
         ...
 
-    def state(self) -> Plain: ...
+    def state(self) -> PlainState: ...
 
-    def restore(self, state: Plain) -> None: ...
+    def restore(self, state: PlainState) -> None: ...
 
 
-class Ring(Kept):
+class Ring(Stateful):
     """The last ``size`` windows of k types, in one array."""
 
-    _kept = ("_rows", "_seen")
+    _saved = ("_rows", "_seen")
 
     def __init__(self, size: int, k: int) -> None:
         self._rows: Floats = np.full((size, k), np.nan)
         self._seen = 0
 
     def __len__(self) -> int:
-        """How many are held."""
+        """The number of rows held."""
         return min(self._seen, len(self._rows))
 
     @property
     def seen(self) -> int:
-        """How many ever came."""
+        """The number of rows pushed so far."""
         return self._seen
 
     def push(self, row: Floats) -> None:
@@ -56,12 +56,12 @@ class Ring(Kept):
         self._seen += 1
 
     def back(self, age: int) -> Floats:
-        """The row of ``age`` windows ago, shape (k,): 1 is the last one."""
+        """The row ``age`` windows back, shape (k,): 1 is the newest."""
         row: Floats = self._rows[(self._seen - age) % len(self._rows)]
         return row
 
     def last(self, count: int) -> Floats:
-        """The last ``count`` of those held, oldest first, shape (up to count, k)."""
+        """The last ``count`` rows, oldest first, shape (up to count, k)."""
         count = min(count, len(self))
         places = np.arange(self._seen - count, self._seen) % len(self._rows)
         rows: Floats = self._rows[places]

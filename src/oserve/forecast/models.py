@@ -1,4 +1,4 @@
-"""The models by name, and how to make one."""
+"""The models by name, and their construction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """What a model must know: how many types, seconds a window, and the LSTM if there is one."""
+    """Parameters of a model: number of types, seconds per window, and the trained LSTM if any."""
 
     k: int
     interval_s: float
@@ -47,14 +47,14 @@ MODELS: dict[str, Callable[[ModelSettings], PointModel]] = {
     "arima": lambda s: Arima(s.k),
     "lstm": _lstm,
 }
-"""Every model, the shipped one first."""
+"""Every model, the default first."""
 
 SIMPLE = ("last-value", "moving-average", "smoothing", "holt", "seasonal-naive", "seasonal")
-"""Those that need nothing installed, besides the default."""
+"""The models besides the default that need no optional package."""
 
 
 def make_model(name: str, settings: ModelSettings) -> PointModel:
-    """Raises OServeError for a name that is none, or what the model itself lacks."""
+    """Make a model. Raises OServeError for an unknown name or a missing dependency."""
     if name not in MODELS:
         raise OServeError(
             f"no model is called {name!r}",
@@ -65,7 +65,7 @@ def make_model(name: str, settings: ModelSettings) -> PointModel:
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, default first, each once. Raises OServeError for one that is none."""
+    """The names without duplicates, default first. Raises OServeError for an unknown one."""
     for name in names:
         if name not in MODELS:
             raise OServeError(

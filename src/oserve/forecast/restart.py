@@ -1,22 +1,23 @@
-"""A level that starts anew when the counts leave it: short memory after a change, long otherwise.
+"""A level that restarts at a change: short memory after a change, long memory otherwise.
 
-Two-sided CUSUM (Page 1954) on window counts in units of their noise: sums of
-``|count - level| / deviation - 0.5`` over 4 mean a change; the level then starts at the last count.
+A two-sided CUSUM (Page 1954) on window counts in units of their noise: a sum of
+``|count - level| / deviation - 0.5`` over 4 indicates a change; the level then restarts at the last
+count.
 """
 
 import numpy as np
 
-from oserve.forecast.kept import Kept
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 _SLACK, _LIMIT = 0.5, 4.0
 _MEMORY = 20.0
 
 
-class RestartLevel(Kept):
-    """Running mean since the last change, at most as slow as a memory of 20 windows."""
+class RestartLevel(Stateful):
+    """The running mean since the last change, with a memory of at most 20 windows."""
 
-    _kept = ("_level", "_age", "_up", "_down", "_spread")
+    _saved = ("_level", "_age", "_up", "_down", "_spread")
 
     def __init__(self, k: int) -> None:
         self._level = np.full(k, np.nan)
@@ -41,7 +42,7 @@ class RestartLevel(Kept):
         gain = np.maximum(1 / (age + 1), 1 / _MEMORY)
         self._level = np.where(seen, level + gain * error, self._level)
         self._age = np.where(seen, age + 1, self._age)
-        # The square of one window says little, and less when a change is what made it.
+        # One squared error says little, and less if a change caused it, so it is bounded.
         size = np.minimum(error**2 / np.maximum(level, 1.0), 9 * self._spread)
         self._spread = np.where(
             seen, np.maximum(1.0, 0.95 * self._spread + 0.05 * size), self._spread

@@ -1,11 +1,13 @@
-"""New workload types, the same past: what a forecaster keeps when types are made anew.
+"""The history of a forecaster under new workload types.
 
-Where the requests are still at hand their history is counted again, exactly: assign them to the
-new types, ``arrival_rates``, and ``replayed``. Where only counts are left, each old type's go to
-the new type with the nearest centre (``nearest_types`` and ``mapped``), which keeps the total in
-every window. A new type that nothing maps to starts from zeros; an old type that is gone lives on
-in its nearest.
+If the requests are available, count them again: assign them to the new types, ``arrival_rates``,
+and ``replayed``. From counts alone, ``mapped`` adds those of each old type to the new type with the
+nearest centre (``nearest_types``), which preserves the total of every window. A new type without an
+old one starts from zeros.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +18,18 @@ from oserve.workload.model import nearest
 
 
 def nearest_types(old_centres: npt.ArrayLike, new_centres: npt.ArrayLike) -> Indices:
-    """For each old type the new one whose centre (log1p prompt, log1p output) is nearest.
+    """For each old type, the new type with the nearest centre (log1p prompt, log1p output).
 
-    Centres are (k, 2); the answer is (k of the old,).
+    Centres are (k, 2); the result is (old k,).
     """
     old = np.asarray(old_centres, dtype=np.float64)
     return nearest(old, np.asarray(new_centres, dtype=np.float64))
 
 
 def mapped(history: Floats, goes_to: npt.ArrayLike, k: int) -> Floats:
-    """Counts (n, old k) as counts of ``k`` new types, (n, k), old type i to ``goes_to[i]``.
+    """Map counts (n, old k) to ``k`` new types, (n, k): old type i to ``goes_to[i]``.
 
-    A count that was not seen (NaN) leaves its new type unseen in that window.
+    A missing count (NaN) makes that of its new type missing.
     """
     target = np.asarray(goes_to, dtype=np.intp)
     if target.shape != history.shape[1:] or (target < 0).any() or (target >= k).any():
@@ -38,10 +40,21 @@ def mapped(history: Floats, goes_to: npt.ArrayLike, k: int) -> Floats:
     return found
 
 
-def replayed(forecaster: Forecaster, history: Floats) -> Forecaster:
-    """The same forecaster, fresh, having seen the counts (n, k), oldest first.
+def saved_history(state: Mapping[str, Any]) -> Floats:
+    """The windows in the ``state`` of a forecaster of any types, (n, k), oldest first."""
+    ring = state["_history"]
+    rows = ring["_rows"]
+    values = [np.nan if value is None else value for value in rows["values"]]
+    table = np.array(values, dtype=np.float64).reshape(rows["shape"])
+    seen = int(ring["_seen"])
+    history: Floats = table[np.arange(max(0, seen - len(table)), seen) % len(table)]
+    return history
 
-    It takes about as long as n updates: seconds for a thousand windows.
+
+def replayed(forecaster: Forecaster, history: Floats) -> Forecaster:
+    """Feed a fresh forecaster the counts (n, k), oldest first, and return it.
+
+    Takes n updates: seconds for a thousand windows.
     """
     for row in history:
         forecaster.update(row)

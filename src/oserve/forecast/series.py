@@ -1,7 +1,7 @@
-"""From a file of requests or counts to the series that forecasts are made of.
+"""Series for forecasting from a file of requests or counts.
 
-Types are learned on the first half of the trace only, as a backtest without look-ahead demands; of
-a counts file the series that were largest in the first half are taken.
+Types are fitted on the first half of the trace only, so that a backtest has no look-ahead; from a
+counts file it takes the series that are largest in the first half.
 """
 
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ from oserve.workload.rates import arrival_rates
 from oserve.workload.types import fit_types
 
 PARTS = 6
-"""A window of requests is counted in so many parts, so that a forecast sees how it ended."""
+"""The parts in which a window of requests is counted, so that a model sees how it ended."""
 
 _MAX_CELLS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesOptions:
-    """``interval_s`` of None: 60 s for requests, the file's own step for counts."""
+    """Options of a series; ``interval_s`` None: 60 s for requests, the file's step for counts."""
 
     interval_s: float | None = None
     types: int = 4
@@ -57,7 +57,7 @@ def load_series(path: Path, wanted: SeriesOptions, skipped: Skipped | None = Non
 def series_of_requests(
     requests: Iterable[TraceRequest], wanted: SeriesOptions, *, source: str
 ) -> Series:
-    """Whole windows only, beginning at the multiple of the interval before the first request.
+    """The series of a stream of requests, in whole windows aligned to multiples of the interval.
 
     Raises OServeError for no requests or too few windows.
     """
@@ -99,7 +99,7 @@ def series_of_requests(
 
 
 def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -> Series:
-    """The series with the largest counts in the first half, as many as ``types`` says.
+    """The ``types`` series with the largest counts in the first half.
 
     Raises OServeError for an interval that is no multiple of the file's step, or too few windows.
     """

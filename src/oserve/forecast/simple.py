@@ -1,7 +1,7 @@
-"""The plain models: last value, moving average, exponential smoothing, damped trend, seasons.
+"""Simple models: last value, moving average, exponential smoothing, damped trend, seasons.
 
-They are baselines in a backtest and experts of the default. ``k`` types side by side, no loops.
-Where a count is missing nothing is learned of that type, and its forecast stands.
+They are baselines of the backtest and experts of the default model, vectorised over ``k`` types.
+They learn nothing about a type from a missing count; its forecast stands.
 """
 
 import math
@@ -9,20 +9,20 @@ import math
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.kept import Kept
 from oserve.forecast.model import Ring
+from oserve.forecast.state import Stateful
 from oserve.workload.columns import Floats
 
 MAX_PERIOD = 2016
-"""The longest season, in windows, that is remembered: a week of five-minute windows."""
+"""The longest season in windows: a week of five-minute windows."""
 
 _PERIODS_S = (3600.0, 86400.0, 604800.0)
 
 
-class Average(Kept):
-    """The mean of the last ``size`` windows that were seen; of one, the last value."""
+class Average(Stateful):
+    """The mean of the last ``size`` observed windows; with ``size`` 1, the last value."""
 
-    _kept = ("_ring",)
+    _saved = ("_ring",)
 
     def __init__(self, k: int, size: int) -> None:
         self._ring = Ring(size, k)
@@ -30,7 +30,7 @@ class Average(Kept):
     def update(self, counts: Floats, parts: Floats) -> None:
         del parts
         if len(self._ring) and np.isnan(counts).any():
-            # An unseen count takes the value expected, so that it changes nothing.
+            # A missing count takes the forecast value, so that it changes nothing.
             counts = np.where(np.isnan(counts), self.predict(1)[0], counts)
         self._ring.push(counts)
 
@@ -46,16 +46,15 @@ class Average(Kept):
             self._ring.push(np.where(np.isnan(counts), self._ring.back(len(self._ring)), counts))
 
 
-class Levels(Kept):
-    """Exponential smoothing at several time constants at once, of parts of windows.
+class Levels(Stateful):
+    """Exponential smoothing of parts of windows, at several time constants at once.
 
-    ``level = sum of count * exp(-age / tau)`` over the same sum of weights, so that it starts as
-    the mean of what there is. ``taus`` (m) are in windows. Smoothing parts rather than windows
-    halves the delay: a level that moves at random has twice the variance of error when only whole
-    windows are seen.
+    ``level = sum of count * exp(-age / tau)`` over the sum of the weights, so that it starts as the
+    mean of the data. ``taus`` (m) are in windows. Smoothing parts rather than windows halves the
+    delay: for a random walk, whole windows double the variance of the error.
     """
 
-    _kept = ("_sum", "_weight")
+    _saved = ("_sum", "_weight")
 
     def __init__(self, k: int, taus: tuple[float, ...]) -> None:
         self._taus = np.array(taus)
@@ -65,7 +64,7 @@ class Levels(Kept):
         self._kernel = self._kernel_of(1)
 
     def _kernel_of(self, size: int) -> Floats:
-        """What each of so many parts of a window weighs, shape (m, size)."""
+        """The weights of the ``size`` parts of a window, shape (m, size)."""
         age = np.arange(size - 1, -1, -1) / size
         taus = self._taus[:, None]
         kernel: Floats = (1 - np.exp(-1 / (taus * size))) * np.exp(-age / taus)
@@ -77,7 +76,7 @@ class Levels(Kept):
             self._kernel = self._kernel_of(size)
         kernel, keep = self._kernel, self._keep
         seen = ~np.isnan(counts)
-        # Parts without a number come only with a window without one, or are shared out.
+        # Parts are missing only in a missing window; otherwise the count is spread evenly.
         share = np.where(np.isnan(parts), counts / size, parts)
         self._sum = np.where(seen, keep * self._sum + kernel @ share * size, self._sum)
         weight = keep * self._weight + kernel.sum(axis=1)[:, None]
@@ -85,7 +84,7 @@ class Levels(Kept):
 
     @property
     def level(self) -> Floats:
-        """Expected counts a window, shape (m, k); NaN before any."""
+        """Expected counts per window, shape (m, k); NaN without data."""
         started = self._weight > 0
         level: Floats = np.where(started, self._sum / np.where(started, self._weight, 1.0), np.nan)
         return level
@@ -102,7 +101,7 @@ class Levels(Kept):
 
 
 class Smoothing(Levels):
-    """Exponential smoothing with one ``alpha`` (0 to 1), of whole windows: the textbook's."""
+    """Textbook exponential smoothing of whole windows with one ``alpha`` (0 to 1)."""
 
     def __init__(self, k: int, alpha: float) -> None:
         super().__init__(k, (-1.0 / math.log(1.0 - alpha),))
@@ -115,13 +114,13 @@ class Smoothing(Levels):
         return np.tile(self.level[0], (steps, 1))
 
 
-class FittedSmoothing(Kept):
-    """Exponential smoothing by the ``alpha`` of least squared error so far, of 0.1 to 0.9 and 1.
+class FittedSmoothing(Stateful):
+    """Exponential smoothing with the ``alpha`` (0.1 to 0.9, or 1) of least squared error so far.
 
-    Per type, one window ahead, of whole windows.
+    Chosen per type, by errors one window ahead, on whole windows.
     """
 
-    _kept = ("_levels", "_loss")
+    _saved = ("_levels", "_loss")
 
     def __init__(self, k: int) -> None:
         alphas = [*(step / 10 for step in range(1, 10)), 0.999]
@@ -142,13 +141,13 @@ class FittedSmoothing(Kept):
         self._levels.shift(counts)
 
 
-class Holt(Kept):
-    """Level and trend, both smoothed; the trend fades by ``damping`` a window (Gardner 1985).
+class Holt(Stateful):
+    """Smoothed level and damped trend (Gardner 1985); ``damping`` is per window.
 
-    A forecast stays within 0 and twice the level, since counts that rise do not rise for ever.
+    Forecasts stay within 0 and twice the level, since no rise lasts.
     """
 
-    _kept = ("_level", "_trend", "_seen")
+    _saved = ("_level", "_trend", "_seen")
 
     def __init__(self, k: int, alpha: float = 0.6, beta: float = 0.2, damping: float = 0.9) -> None:
         self._alpha, self._beta, self._damping = alpha, beta, damping
@@ -180,14 +179,14 @@ class Holt(Kept):
         self._trend = np.where(changed, 0.0, self._trend)
 
 
-class Season(Kept):
-    """What came one period ago, and the level of now moved as the profile of the period moves.
+class Season(Stateful):
+    """Two seasonal forecasts: the count one period ago, and the level scaled by the profile.
 
-    Silent (NaN) until two whole periods have been seen. The profile is the mean of each phase over
-    past periods, newer ones more, divided by the level of its day, smoothed with its neighbours.
+    NaN until it has observed two whole periods. The profile is the weighted mean of each phase over
+    past periods, recent ones more, relative to the level at the time, smoothed over its neighbours.
     """
 
-    _kept = ("_ring", "_profile", "_now")
+    _saved = ("_ring", "_profile", "_now")
 
     def __init__(self, k: int, period: int) -> None:
         self._period = period
@@ -209,7 +208,7 @@ class Season(Kept):
         self._ring.push(counts)
 
     def predict_all(self, steps: int) -> Floats:
-        """Naive and smoothed, shape (2, steps, k)."""
+        """The naive and the smoothed forecast, shape (2, steps, k)."""
         k = self._profile.shape[1]
         if self._ring.seen < 2 * self._period:
             return np.full((2, steps, k), np.nan)
@@ -230,10 +229,10 @@ class Season(Kept):
         self._now.shift(counts)
 
 
-class Seasonal(Kept):
-    """One of the two of ``Season``, of the longest period that has been seen; else the level."""
+class Seasonal(Stateful):
+    """A forecast of ``Season`` for the longest observed period; without one, the level."""
 
-    _kept = ("_seasons", "_last")
+    _saved = ("_seasons", "_last")
 
     def __init__(self, k: int, periods: tuple[int, ...], *, smoothed: bool) -> None:
         self._seasons = [Season(k, period) for period in sorted(periods)]
@@ -259,9 +258,9 @@ class Seasonal(Kept):
 
 
 def periods_of(interval_s: float) -> tuple[int, ...]:
-    """Hour, day and week in windows, where they are a whole number from 6 to 2,016 of them.
+    """Hour, day and week in windows, if these are a whole number from 6 to 2,016.
 
-    Raises OServeError for an interval that is none.
+    Raises OServeError for an invalid interval.
     """
     if not interval_s > 0:
         raise OServeError(f"it is {interval_s}", place="interval_s", remedy="give seconds over 0")

@@ -50,7 +50,7 @@ class RequestEstimator:
     def follow(self, table: RoutingTable) -> None:
         """Another plan may have other types."""
         before, self._table = self._table, table
-        names = tuple(kind.name for kind in table.types or table.workload_types)
+        names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
         if before is None or centres != _centres(before):
             self._kinds = TypeChances(centres) if centres else None
@@ -116,7 +116,7 @@ class RequestEstimator:
         """Of the plan's types; of its length classes one is certain."""
         assert self._table is not None
         if self._kinds is None:
-            classes = self._table.workload_types
+            classes = self._table.length_classes
             held = classify(prompt_tokens, classes)
             return tuple(float(item is held) for item in classes)
         if output is not None:
@@ -132,7 +132,7 @@ class RequestEstimator:
         if output is None:
             return most
         if self.estimator.seen < _ENOUGH_ANSWERS:
-            return min(most, classify(prompt_tokens, self._table.workload_types).output_tokens)
+            return min(most, classify(prompt_tokens, self._table.length_classes).output_tokens)
         return max(1, min(most, round(output.mean_tokens)))
 
     def ended(
@@ -164,7 +164,7 @@ class RequestEstimator:
 
 
 def _centres(table: RoutingTable) -> list[tuple[float, float]]:
-    return [(kind.prompt_tokens, kind.output_tokens) for kind in table.types]
+    return [(kind.prompt_tokens, kind.output_tokens) for kind in table.planned_types]
 
 
 def _hashed(value: bytes) -> str:

@@ -1,7 +1,8 @@
-"""Perf: what one replica shape can do.
+"""Perf: the performance of one replica shape.
 
-It does not know requests in flight or plans. Costs here are engine seconds a token occupies in a
-full batch, so that work adds up: a replica owing 3 s of work is about 3 s from idle.
+This package knows neither running requests nor plans. Costs are the engine seconds that a token
+occupies in a full batch, so that work adds up: a replica with 3 s of outstanding work is idle in
+about 3 s.
 """
 
 from oserve.perf.costs import TokenCosts, token_costs

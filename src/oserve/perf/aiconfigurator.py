@@ -1,7 +1,8 @@
-"""Step times from NVIDIA's aiconfigurator, which interpolates measurements; optional.
+"""Optional step times from NVIDIA's aiconfigurator, which interpolates measurements.
 
-Needs the package ``aiconfigurator-core`` at exactly the version named here: other releases differ
-in their interface. It knows A100, H100, H200, B200 and L40S. Its TTFT ignores load and is not used.
+Needs the package ``aiconfigurator-core`` in exactly the version below, since the interface changes
+between releases. It covers A100, H100, H200, B200 and L40S. OServe does not use its TTFT, which
+ignores load.
 """
 
 import importlib
@@ -34,7 +35,7 @@ _QUANTISED = {
     Precision.FP16: "bfloat16",
     Precision.FP8: "fp8",
 }
-# A100's tables are reached by alias only.
+# The A100's tables are available only through an alias.
 _TABLE = {"a100_sxm": "current"}
 _VLLM = "0.24.0"
 
@@ -81,7 +82,7 @@ class AiConfigurator:
         if prompt <= 0:
             milliseconds = self._engine.decode_step_latency(sequences, max(1, round(context)), 2)
         else:
-            # Its prompt length stands for what is attended to as well as for decoding contexts.
+            # The interface has one prompt length, for attention and for the decoding contexts.
             length = max(1, round(2 * attended / prompt))
             output = max(2, round(2 * (context - length)))
             milliseconds = self._engine.mixed_step_latency(

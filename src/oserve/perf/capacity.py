@@ -1,21 +1,22 @@
-"""What a replica serves of one workload type when it serves nothing else.
+"""The capacity of a replica for one workload type that it serves exclusively.
 
-Continuous batching with chunked prefill, in the steady state. With ``d`` sequences decoding, a step
-of decoding alone takes ``t(d)``, and each request that joins adds the marginal time ``c(d)`` of its
-prompt. A request holds its place for ``O - 1`` steps, so requests leave at the rate
+A model of continuous batching with chunked prefill in the steady state. With ``d`` sequences
+decoding, a decode-only step takes ``t(d)``, and each new request adds the marginal time ``c(d)`` of
+its prompt. A request occupies its slot for ``O - 1`` steps, so requests complete at the rate
 
     r(d) = d / ((O - 1) t(d) + d c(d))        and a step lasts  tpot(d) = t(d) / (1 - r(d) c(d)).
 
-``d`` is an average, and may be less than one. It is bounded by the sequences allowed, by the KV
-cache, and by the chunk budget, which must hold the decoding tokens and the prompt tokens that come
-in meanwhile. With pipeline parallel, as many micro-batches as stages are on their way, each with
-its share of the sequences.
+``d`` is an average and may be below one. It is bounded by ``max_num_seqs``, by the KV cache, and by
+the chunk budget, which holds the decoding tokens and the prompt tokens that arrive meanwhile. With
+pipeline parallelism there are as many concurrent micro-batches as stages, each with its share of
+the sequences.
 
-TTFT at a rate: the prompt's own steps, and the wait for prompts before it - the tail of an M/D/1
-queue, exp(-2 (1 - load) wait / service). TPOT varies between requests, most for short outputs: of
-their O - 1 steps a binomial number also computes a piece of somebody's prompt, which lasts longer
-the larger the chunk budget. Capacity within SLOs is the greatest rate at which 95 % of requests
-meet each limit. It is a model of steady flow: bursts and mixes are the simulator's business.
+TTFT at a rate is the time of the prompt's own steps plus the wait for earlier prompts, the tail of
+an M/D/1 queue: exp(-2 (1 - load) wait / service). TPOT varies between requests, most for short
+outputs: a binomial number of their O - 1 steps also computes a chunk of another request's prompt,
+and takes longer the larger the chunk budget. The capacity within SLOs is the greatest rate at which
+95 % of requests meet each limit. The model covers steady flow; the simulator covers bursts and
+mixes.
 """
 
 import math
@@ -27,20 +28,20 @@ import numpy as np
 from oserve.core import ReplicaShape
 from oserve.perf.roofline import Floats, StepModel
 
-# Share of requests that must meet their limits, and that quantile of a standard normal.
+# The share of requests that must meet their limits, and that quantile of the standard normal.
 ATTAINMENT = 0.95
 _Z = 1.645
-# A replica must hold this many requests of a type at once, or preemptions eat what it gains.
+# A replica must hold this many requests of a type at once; with fewer, preemptions dominate.
 MIN_RESIDENT = 8
 _GRID = 32
-# Long prompts with short answers are rarely decoded: averages below one sequence.
+# Averages below one sequence: requests with long prompts and short answers rarely decode.
 _RARE = np.geomspace(0.02, 1.0, 8, endpoint=False)
 _HALVINGS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Limits in seconds; ``None`` sets none."""
+class LatencyLimits:
+    """Latency limits in seconds; ``None`` means no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -48,20 +49,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeLoad:
-    """What requests of one type are like: mean lengths, limits, and the longest that must fit."""
+    """The requests of one type: mean lengths, latency limits, and the longest that must fit."""
 
     prompt_tokens: float
     output_tokens: float
-    limits: Limits = Limits()
+    limits: LatencyLimits = LatencyLimits()
     longest_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Of one shape for one type. ``why`` says what bounds it, or why it is 0.
+    """The capacity of one shape for one type. ``why`` names its bound, or why it is 0.
 
-    ``ttft_s`` (its 95th percentile) and ``tpot_s`` (the mean) are those at capacity, ``latency_s``
-    is the whole time of a request at half of it; infinite where the type cannot be served at all.
+    ``ttft_s`` (95th percentile) and ``tpot_s`` (mean) apply at capacity; ``latency_s`` is the
+    end-to-end latency at half of it. Infinite if the shape cannot serve the type.
     """
 
     capacity_rps: float
@@ -74,7 +75,7 @@ class Capacity:
 def capacities(
     step: StepModel, shape: ReplicaShape, kv_tokens: int, loads: Sequence[TypeLoad]
 ) -> list[Capacity]:
-    """One for each load; ``kv_tokens`` is what the replica's cache holds."""
+    """The capacity for each load; ``kv_tokens`` is the size of the replica's KV cache."""
     flow = _Flow(step, shape, kv_tokens, loads)
     return [
         _no_room(kv_tokens)
@@ -96,7 +97,7 @@ def _no_room(kv_tokens: int) -> Capacity:
 class _Flow:
     """Steady flows of every load over a grid of decoding sequences: arrays [load, point].
 
-    One micro-batch counts: every pipeline stage's worth of sequences goes round on its own.
+    All values are per micro-batch; there is one per pipeline stage.
     """
 
     def __init__(
@@ -119,12 +120,12 @@ class _Flow:
         decoding = np.concatenate([np.repeat(_RARE[None, :], len(loads), axis=0), often], axis=1)
         alone = output <= 1
         decoding = np.where(alone, 0.0, decoding)
-        # A step has whole sequences, however rare it is.
+        # A step holds at least one whole sequence.
         busy = np.where(alone, 0.0, np.maximum(1.0, decoding))
         base = step.step_s(0.0, 0.0, busy, busy * (prompt + output / 2))
         each, pieces = prompt_cost_s(step, busy, base, prompt, output, chunk)
-        # vLLM admits by what is cached now, not by what will be: those admitted still grow by half
-        # their output, and what no longer fits is thrown out and computed again.
+        # vLLM admits requests by their present cache size. Admitted requests still grow by half
+        # their output; vLLM preempts those that no longer fit and computes them again.
         again = np.where(held < shape.max_num_seqs, (output / 2) / (prompt + output / 2), 0.0)
         cost = each * (1.0 + again)
         decoded = np.maximum(decoding, 1e-9)
@@ -136,7 +137,7 @@ class _Flow:
         self._output = output
 
     def best(self, index: int) -> Capacity:
-        """The greatest rate of one load within its limits."""
+        """The capacity for one load: the greatest rate within its limits."""
         limits = self._loads[index].limits
         slow, service = self._slow[index], self._service[index]
         rate, lowered = _within_ttft(self._rate[index], service, limits.ttft_s)
@@ -165,8 +166,8 @@ class _Flow:
             return "computing prompts"
         return min(self._bounds, key=lambda name: float(self._bounds[name][index, 0]))
 
-    def _unmet(self, index: int, limits: Limits) -> Capacity:
-        """No rate is low enough: say which limit fails, and what would be met."""
+    def _unmet(self, index: int, limits: LatencyLimits) -> Capacity:
+        """The capacity 0, with the limit that fails at any rate and the best possible value."""
         ttft, tpot = float(self._service[index, 0]), float(self._slow[index, 0])
         why = f"TPOT is {tpot * 1e3:,.1f} ms at best"
         if limits.ttft_s is not None and ttft > limits.ttft_s:
@@ -175,7 +176,7 @@ class _Flow:
 
 
 def _prompts_alone(step: StepModel, prompt: Floats, chunk: float, shape: ReplicaShape) -> Floats:
-    """Rate of requests that ask for one token: as many prompts a step as the chunk budget holds."""
+    """The rate of one-token requests: each step holds as many prompts as the chunk budget."""
     together = np.clip(chunk / prompt, 1.0, shape.max_num_seqs / shape.pipeline_parallel_size)
     pieces = np.ceil(prompt / chunk)
     tokens = together * prompt / pieces
@@ -184,24 +185,27 @@ def _prompts_alone(step: StepModel, prompt: Floats, chunk: float, shape: Replica
 
 
 def resident(kv_tokens: float, prompt: Floats, output: Floats) -> Floats:
-    """Sequences the cache holds on average: they are of all ages, so half their output is there."""
+    """The average number of sequences in the cache; on average half of their output is cached."""
     return kv_tokens / (prompt + output / 2)
 
 
 def prompt_cost_s(
     step: StepModel, decoding: Floats, base: Floats, prompt: Floats, output: Floats, chunk: float
 ) -> tuple[Floats, Floats]:
-    """What a prompt adds to the steps it is computed in, and in how many: arrays like decoding."""
+    """The time that a prompt adds to the steps that compute it, and the number of these steps.
+
+    Arrays of the shape of ``decoding``.
+    """
     room = np.maximum(1.0, chunk - decoding)
     pieces = np.ceil(prompt / room)
     cached = decoding * (prompt + output / 2)
-    # Token i attends to i tokens: a half of the square, spread over the pieces.
+    # Token i attends to i tokens: half of the square, spread over the chunks.
     with_piece = step.step_s(prompt / pieces, prompt * prompt / 2 / pieces, decoding, cached)
     return pieces * (with_piece - base), pieces
 
 
 def _tail_s(rate: Floats, tpot: Floats, each: Floats, pieces: Floats, steps: Floats) -> Floats:
-    """By how much the 95th percentile of TPOT exceeds its mean (normal for the binomial)."""
+    """The 95th percentile of TPOT less its mean (normal approximation of the binomial)."""
     shared = np.minimum(1.0, rate * pieces * tpot)
     spread = np.sqrt(shared * (1.0 - shared) / np.maximum(1.0, steps))
     tail: Floats = np.minimum(_Z * spread, 1.0 - shared) * each / pieces
@@ -209,7 +213,7 @@ def _tail_s(rate: Floats, tpot: Floats, each: Floats, pieces: Floats, steps: Flo
 
 
 def wait_s(rate: Floats, service: Floats) -> Floats:
-    """Seconds that all but 5 % wait at most, behind other prompts."""
+    """The 95th percentile of the wait for earlier prompts, in seconds."""
     load = np.minimum(rate * service, 0.999)
     tail = np.log(np.maximum(load, 1e-9) / (1 - ATTAINMENT))
     waits: Floats = np.maximum(0.0, service * tail / (2 * (1 - load)))
@@ -217,7 +221,7 @@ def wait_s(rate: Floats, service: Floats) -> Floats:
 
 
 def _within_ttft(rate: Floats, service: Floats, ttft_s: float | None) -> tuple[Floats, np.ndarray]:
-    """Rates lowered until the TTFT holds (0 where it never does), and where that was needed."""
+    """Rates lowered to meet the TTFT (0 where none does), and where they were lowered."""
     if ttft_s is None:
         return rate, np.zeros(len(rate), dtype=bool)
     fits = wait_s(rate, service) + service <= ttft_s
@@ -233,7 +237,7 @@ def _within_ttft(rate: Floats, service: Floats, ttft_s: float | None) -> tuple[F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
-    """With a fixed number of requests in flight: their rate, TTFT without a queue, and TPOT."""
+    """Rate, TTFT without a queue, and TPOT at a fixed number of requests in flight."""
 
     rate_rps: float
     ttft_s: float
@@ -249,7 +253,7 @@ def closed_loop(
     prompt_tokens: float,
     output_tokens: float,
 ) -> ClosedLoop:
-    """What a benchmark sees that keeps ``inflight`` requests of one length going."""
+    """What a benchmark observes that keeps ``inflight`` requests of one length running."""
     prompt, output = np.array([max(1.0, prompt_tokens)]), np.array([max(2.0, output_tokens)])
     stages = shape.pipeline_parallel_size
     chunk = float(shape.max_num_batched_tokens)
@@ -260,7 +264,7 @@ def closed_loop(
         base = step.step_s(0.0, 0.0, decoding, decoding * (prompt + output / 2))
         each, pieces = prompt_cost_s(step, decoding, base, prompt, output, chunk)
         rate = decoding / ((output - 1) * base + decoding * each)
-        # Requests whose prompt is being computed hold a place and decode nothing.
+        # Requests in prefill occupy a slot without decoding.
         first = pieces * base + each
         decoding = 0.5 * decoding + 0.5 * np.maximum(room - rate * first, room * 0.05)
     tpot = base / np.maximum(1e-9, 1.0 - rate * each)

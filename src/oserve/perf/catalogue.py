@@ -18,6 +18,6 @@ def catalogue(name: str) -> dict[str, Any]:
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)`` for a misspelt name, or nothing."""
+    """`` (did you mean ...?)`` for a misspelt name; empty if no name is close."""
     close = difflib.get_close_matches(wanted, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Which coefficients a device and precision go by, and how much they are worth."""
+"""The roofline coefficients of a device kind and precision, and their origin."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from oserve.perf.catalogue import catalogue
 from oserve.perf.device import find_device
 from oserve.perf.roofline import Coefficients, coefficients_from
 
-# Where a precision was not fitted: the one that computes most alike.
+# For a precision without a fit, the one with the most similar arithmetic.
 _ALIKE = {
     Precision.FP32: Precision.BF16,
     Precision.FP16: Precision.BF16,
@@ -19,7 +19,7 @@ _STAND_IN = "H100"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedCoefficients:
-    """``origin`` says in words where they come from; ``fitted`` is false for borrowed ones."""
+    """Coefficients with their ``origin`` in words; ``fitted`` is false for borrowed ones."""
 
     coefficients: Coefficients
     origin: str
@@ -32,7 +32,7 @@ def find_coefficients(device_kind: str, precision: Precision) -> FittedCoefficie
     device = find_device(device_kind)
     like = _ALIKE.get(precision, precision)
     if device.flops.get(like.value) is None:
-        # Widened to 16 bits before it is multiplied, it computes as that does.
+        # Weights widened to 16 bits before multiplication compute like 16-bit weights.
         like = Precision.BF16
     for kind in (device.kind, _STAND_IN):
         row = table.get(kind, {}).get(like.value)

@@ -1,8 +1,8 @@
-"""Step times as they are where they were seen, from a source that says what they are elsewhere.
+"""A performance source scaled by observed speeds.
 
-A profile of another machine, or of this one in a better mood, is off by about one factor per shape.
-What a shape that was never seen running would do follows from the others on the same kind of
-device: the processor is slower for all of them.
+A profile from another machine, or from an idle one, is wrong by about one factor per shape. For a
+shape without observations the factor follows from other shapes on the same kind of device, since a
+slower processor affects all of them.
 """
 
 import statistics
@@ -14,15 +14,15 @@ from oserve.perf.roofline import Floats, StepModel
 from oserve.perf.table import PerformanceSource
 
 BOUNDS = (0.25, 4.0)
-"""No speed is believed beyond these: whoever is off by more has measured something else."""
+"""The bounds of credible speeds; a larger deviation means that something else was measured."""
 
-# (device kind, tensor parallel size, pipeline parallel size, precision): what the time of a step
-# hangs on beside its work.
+# (device kind, tensor parallel size, pipeline parallel size, precision): besides its work, what
+# determines the time of a step.
 SpeedKey = tuple[str, int, int, Precision]
 
 
 def speed_key(shape: ReplicaShape, device_kind: str = "") -> SpeedKey:
-    """Of a shape on its kind of device, or on another one."""
+    """The key of a shape on its own kind of device, or on ``device_kind``."""
     return (
         device_kind or shape.device_kind,
         shape.tensor_parallel_size,
@@ -32,23 +32,23 @@ def speed_key(shape: ReplicaShape, device_kind: str = "") -> SpeedKey:
 
 
 def key_words(key: SpeedKey) -> str:
-    """``tp1-fp32``, as the names of shapes begin."""
+    """The key as in names of shapes, such as ``tp1-fp32``."""
     stages = f"pp{key[2]}" if key[2] > 1 else ""
     return f"tp{key[1]}{stages}-{key[3]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """How fast shapes are, as multiples of what the source says: 0.5 takes twice as long."""
+    """Observed speeds of shapes as multiples of the source's: at 0.5 a step takes twice as long."""
 
     known: Mapping[SpeedKey, float] = field(default_factory=dict)
 
     def of(self, shape: ReplicaShape) -> float:
-        """As seen; else the median of the shapes that were; 1 where none was."""
+        """The observed speed; without one, the median over observed shapes, or 1."""
         return self.of_key(speed_key(shape))
 
     def of_key(self, key: SpeedKey) -> float:
-        """See ``of``; a shape on any kind of device is as on all of them."""
+        """See ``of``; the kind "any" matches every kind of device."""
         if key in self.known:
             return self.known[key]
         near = [(own, speed) for own, speed in self.known.items() if key[0] in {own[0], "any"}]
@@ -59,7 +59,7 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class _Corrected:
-    """A step model at another speed."""
+    """A step model scaled by a speed."""
 
     step: StepModel
     speed: float
@@ -78,7 +78,7 @@ class _Corrected:
 
 
 class CorrectedSource:
-    """``base`` with every step at the speed that was seen; memory and power are as they were."""
+    """``base`` with step times at the observed speeds; memory and power are unchanged."""
 
     def __init__(self, base: PerformanceSource, speeds: Speeds) -> None:
         self.base = base
@@ -107,10 +107,10 @@ class CorrectedSource:
 
 
 def corrected(source: PerformanceSource, speeds: Speeds) -> PerformanceSource:
-    """``source`` at these speeds; itself where there are none."""
+    """``source`` at these speeds; ``source`` itself if there are none."""
     return CorrectedSource(source, speeds) if speeds.known else source
 
 
 def uncorrected(source: PerformanceSource) -> PerformanceSource:
-    """What a corrected source was made from; itself where it is none."""
+    """The base of a corrected source; any other source itself."""
     return source.base if isinstance(source, CorrectedSource) else source

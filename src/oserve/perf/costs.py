@@ -1,12 +1,12 @@
-"""Engine seconds per token: from step times, or a guess before anything was measured."""
+"""Engine seconds per token: from step times, or a prior before anything is measured."""
 
 from dataclasses import dataclass, replace
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.roofline import StepModel
 
-# Orders of magnitude only: the live router corrects them from what it sees within seconds, and
-# what matters to it is the ratio between replicas.
+# Orders of magnitude only: the router corrects them within seconds by observation, and only the
+# ratio between replicas matters to it.
 _BASE_S = {"cpu": (1 / 4000, 1 / 400)}
 _ACCELERATOR_S = (1 / 12000, 1 / 2000)
 _PRECISION = {
@@ -17,7 +17,7 @@ _PRECISION = {
     Precision.INT8: 0.65,
     Precision.INT4: 0.7,
 }
-# A device added to a tensor-parallel group buys less than a whole device's speed.
+# A further device in a tensor-parallel group adds less than one device's speed.
 _PARALLEL_EXPONENT = 0.85
 _USUAL_CONTEXT = 512.0
 
@@ -26,7 +26,7 @@ _USUAL_CONTEXT = 512.0
 class TokenCosts:
     """Engine seconds that one prompt token and one output token occupy in a full batch.
 
-    ``kv_bytes_per_token``: what a token's KV cache weighs on all devices; 0 where that is unknown.
+    ``kv_bytes_per_token``: KV cache of one token over all devices; 0 if unknown.
     """
 
     prefill_s_per_token: float
@@ -34,7 +34,7 @@ class TokenCosts:
     kv_bytes_per_token: float = 0.0
 
     def at(self, speed: float) -> "TokenCosts":
-        """On the same replica, so many times as fast."""
+        """The costs at ``speed`` times the speed."""
         return replace(
             self,
             prefill_s_per_token=self.prefill_s_per_token / speed,
@@ -43,13 +43,13 @@ class TokenCosts:
 
 
 def measured_costs(step: StepModel, shape: ReplicaShape) -> TokenCosts:
-    """From step times: a full chunk of prompt, and a full batch decoding at a usual context."""
+    """Costs from step times: a full prompt chunk, and a full batch decoding at a usual context."""
     chunk, seqs = float(shape.max_num_batched_tokens), float(shape.max_num_seqs)
     stages = shape.pipeline_parallel_size
     batch = max(1.0, min(seqs, chunk) / stages)
     prefill_s = float(step.step_s(chunk, chunk * chunk / 2, 0.0, 0.0))
     decode_s = float(step.step_s(0.0, 0.0, batch, batch * _USUAL_CONTEXT))
-    # As many micro-batches as stages are on their way at once.
+    # There are as many concurrent micro-batches as stages.
     return TokenCosts(
         prefill_s_per_token=prefill_s / chunk / stages,
         decode_s_per_token=decode_s / batch / stages,

@@ -1,4 +1,4 @@
-"""What a kind of device can do, and the links between devices."""
+"""The facts of device kinds and of the links between devices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from oserve.perf.catalogue import catalogue, nearest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One way, per device: bytes per second, and seconds for a message of no size."""
+    """Bandwidth per device and direction in bytes/s, and the latency of an empty message in s."""
 
     name: str
     bandwidth: float
@@ -23,25 +23,22 @@ class DeviceFacts:
     kind: str
     memory_bytes: int
     bandwidth: float
-    flops: Mapping[str, float | None]
+    flops: Mapping[str, float]
     link: Link
     idle_w: float
     max_w: float
     source: str = ""
 
     def peak_flops(self, precision: Precision) -> float:
-        """Of matrix products at that precision.
+        """Peak operations per second of matrix products at that precision.
 
-        Weights of 4 bits, and of 8 on a device without such units, are widened to 16 bits first.
+        Devices widen 4-bit weights to 16 bits first, and 8-bit ones if they lack 8-bit units.
         """
-        own = self.flops.get(precision.value)
-        peak = own if own else self.flops["bf16"]
-        assert peak is not None
-        return peak
+        return self.flops.get(precision.value) or self.flops["bf16"]
 
 
 def find_device(kind: str) -> DeviceFacts:
-    """Facts of a kind of device by its name or an alias; raises OServeError for an unknown one."""
+    """The facts of a device kind by name or alias; raises OServeError for an unknown one."""
     known = catalogue("devices")
     wanted = kind.lower().replace(" ", "-").replace("_", "-")
     for name, row in known.items():
@@ -50,9 +47,7 @@ def find_device(kind: str) -> DeviceFacts:
                 kind=name,
                 memory_bytes=row["memory_bytes"],
                 bandwidth=float(row["bandwidth"]),
-                flops={
-                    key: None if peak is None else float(peak) for key, peak in row["flops"].items()
-                },
+                flops={key: float(peak) for key, peak in row["flops"].items() if peak is not None},
                 link=find_link(row["link"]),
                 idle_w=row["idle_w"],
                 max_w=row["max_w"],

@@ -1,4 +1,4 @@
-"""Coefficients of the roofline from measured steps."""
+"""Fitting the roofline's coefficients to measured steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from oserve.perf.roofline import Coefficients, StepModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
-    """One step as measured: what it computed (see ``StepModel``) and the seconds it took.
+    """One measured step: its work (see ``StepModel``) and the seconds it took.
 
-    ``engine`` names which of the engines under measurement it ran on.
+    ``engine`` names the measured engine that ran it.
     """
 
     prefill_tokens: float
@@ -33,11 +33,12 @@ def fit_coefficients(
 ) -> Coefficients:
     """The coefficients that minimise the squared log error over ``steps``.
 
-    ``models`` makes the step model of each engine from coefficients. ``free`` names what to fit,
-    with bounds over 0; ``tied`` maps a name to the free one whose value it takes. A log error
-    weighs a step of 1 ms like one of 1 s, and a factor two too fast like one too slow.
+    ``models`` makes the step model of each engine from coefficients. ``free`` names the
+    coefficients to fit, with bounds over 0; ``tied`` maps a name to the free coefficient whose
+    value it takes. A log error gives a step of 1 ms the weight of one of 1 s, and treats a factor
+    of two alike in both directions.
     """
-    # Loading it takes longer than most commands that import this module.
+    # Importing SciPy takes longer than most commands that import this module.
     from scipy.optimize import least_squares  # noqa: PLC0415
 
     names = list(free)
@@ -71,13 +72,13 @@ def fit_coefficients(
 
     guess = np.log([max(getattr(start, name), free[name][0]) for name in names])
     inside = np.clip(guess, low + 1e-9, high - 1e-9)
-    # A soft loss: a few steps that something else disturbed must not bend the curve.
+    # A soft loss makes the fit robust to a few disturbed steps.
     found = least_squares(errors, inside, bounds=(low, high), loss="soft_l1", f_scale=0.1)
     return made(found.x)
 
 
 def relative_errors(steps: Sequence[MeasuredStep], models: Mapping[str, StepModel]) -> list[float]:
-    """Predicted over measured, less 1, step by step."""
+    """Predicted over measured time, less 1, of each step."""
     return [
         float(
             models[step.engine].step_s(

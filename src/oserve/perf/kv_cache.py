@@ -1,9 +1,9 @@
-"""How much KV cache an engine is to get, and what does not fit: from memory, model and context.
+"""The size of an engine's KV cache, and what does not fit, from memory, model and context.
 
-vLLM starts only where one request of the whole context fits its cache, so that is the least. More
-lets requests run side by side: up to that of ``_REQUESTS`` such requests is given, within half of
-the memory, since a switch starts new engines beside those that serve. One size goes for all shapes
-of a server, in bytes per device. Pure: memory is passed in.
+vLLM starts only if its cache holds one request of the whole context, so that is the minimum. A
+larger cache lets requests run concurrently: OServe gives up to the size of ``_REQUESTS`` such
+requests, within half of the memory, since a switch starts new engines beside the serving ones. All
+shapes of a server get one size, in bytes per device. Pure: the caller passes in the memory.
 """
 
 import math
@@ -21,20 +21,19 @@ from oserve.perf.model import ModelFacts
 
 _REQUESTS = 8
 _STEADY_SHARE = 0.5
-# Of a model whose sizes nobody knows: this part of the memory, within bounds.
+# For a model of unknown sizes: this share of the memory, within bounds.
 _BLIND_SHARE = 0.2
 _BLIND_LEAST, _BLIND_MOST = 64 << 20, 4 << 30
-# Largest block that vLLM cuts caches into (its own on CPU), and one block that it keeps back.
+# The largest block size of vLLM (its default on CPU), and the one block that it reserves.
 BLOCK_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """What one device of an engine has, and what goes off it beside weights and cache.
+    """The memory of one device of an engine, and its uses besides weights and cache.
 
-    ``device_bytes`` are free to use. ``copies``: how often weights are held (twice on CPU where
-    they are kept as loaded). ``engine_bytes``: of the process. ``context_tokens``: of the longest
-    request.
+    ``device_bytes``: available memory. ``copies``: copies of the weights (two on CPU if raw weights
+    are kept). ``engine_bytes``: memory of the process. ``context_tokens``: the longest request.
     """
 
     model: ModelFacts
@@ -44,29 +43,32 @@ class EngineMemory:
     engine_bytes: float = 0.0
 
     def fixed_bytes(self, shape: ReplicaShape) -> float:
-        """All but the cache, on a device."""
+        """The bytes on a device of all but the KV cache."""
         weights = self.copies * weights_bytes(self.model, shape)
         return weights + activation_bytes(self.model, shape) + self.engine_bytes
 
     def request_bytes(self, shape: ReplicaShape, context_tokens: int | None = None) -> int:
-        """Of KV cache on a device, for one request of the whole context."""
+        """The KV cache on a device of one request of the whole context, in bytes."""
         context = self.context_tokens if context_tokens is None else context_tokens
         tokens = BLOCK_TOKENS * (math.ceil(context / BLOCK_TOKENS) + 1)
         return math.ceil(tokens * kv_bytes_per_token(self.model, shape))
 
     def held_tokens(self, shape: ReplicaShape, cache_bytes: float) -> int:
-        """The longest context of which one request fits so large a cache; 0 for none."""
+        """The longest context that fits a cache of that size; 0 if none does."""
         blocks = int(cache_bytes / (BLOCK_TOKENS * kv_bytes_per_token(self.model, shape)))
         return max(0, BLOCK_TOKENS * (blocks - 1))
 
     def room_bytes(self, shape: ReplicaShape, share: float = MEMORY_SHARE) -> float:
-        """For the cache of an engine that may take ``share`` of the device; may be negative."""
+        """The bytes left for the cache of an engine that may use ``share`` of the device.
+
+        May be negative.
+        """
         return self.device_bytes * share - self.fixed_bytes(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSize:
-    """``cache_bytes`` per device for engines of the shapes that fit; 0 where none does."""
+    """``cache_bytes`` per device for engines of the shapes that fit; 0 if none does."""
 
     cache_bytes: int
     fitting: tuple[ReplicaShape, ...]
@@ -96,9 +98,9 @@ def cache_size(memory: EngineMemory, shapes: Sequence[ReplicaShape]) -> CacheSiz
 def shared_cache_bytes(
     memory: EngineMemory, shared_bytes: float, planned: Sequence[tuple[ReplicaShape, int]]
 ) -> int:
-    """Per device, for shapes with the devices they take, all in one memory; 0 without any.
+    """The cache size per device for shapes with their device counts, which share one memory.
 
-    Never less than one request needs, whether there is room for it or not.
+    0 without shapes; otherwise at least the size of one request, even if that does not fit.
     """
     if not planned:
         return 0
@@ -108,7 +110,7 @@ def shared_cache_bytes(
 
 
 def blind_cache_bytes(device_bytes: float) -> int:
-    """For a model of which nothing is known: a part of the memory."""
+    """The cache size for a model of unknown sizes: a share of the memory."""
     return int(min(_BLIND_MOST, max(_BLIND_LEAST, device_bytes * _BLIND_SHARE)))
 
 

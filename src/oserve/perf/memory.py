@@ -1,4 +1,4 @@
-"""What fits: weights per device, bytes of KV cache per token, tokens of KV cache per replica."""
+"""Memory use: weights per device, KV cache bytes per token, KV cache tokens per replica."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from oserve.core import Precision, ReplicaShape
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import kv_bytes_per_value, weight_bytes
 
-# Share of a device's memory that vLLM uses by default.
+# The share of a device's memory that vLLM uses by default.
 MEMORY_SHARE = 0.9
-# What an engine takes beside weights, cache and activations: on a GPU its context, graphs,
+# An engine's memory besides weights, cache and activations: on a GPU its context, graphs and
 # workspace; on CPU its processes, as measured for engines that a zygote forked.
 GPU_ENGINE_BYTES = 2.0e9
 CPU_ENGINE_BYTES = 0.7e9
@@ -18,7 +18,7 @@ _GROUP_BYTES = 0.5e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFit:
-    """Bytes per device, and the tokens of KV cache that one replica holds; 0 if weights miss."""
+    """Bytes per device, and one replica's KV cache in tokens; 0 if the weights do not fit."""
 
     weights_bytes: float
     reserve_bytes: float
@@ -28,16 +28,17 @@ class MemoryFit:
 
     @property
     def missing_bytes(self) -> float:
-        """By how much weights and reserve exceed what is usable; 0 if they fit."""
+        """By how much weights and reserve exceed the usable memory; 0 if they fit."""
         return max(0.0, self.weights_bytes + self.reserve_bytes - self.usable_bytes)
 
 
 def memory_fit(
     model: ModelFacts, shape: ReplicaShape, memory_bytes: float, *, share: float = MEMORY_SHARE
 ) -> MemoryFit:
-    """Of a replica whose devices have ``memory_bytes`` each, of which the engine takes ``share``.
+    """The memory use of a replica whose engine may use ``share`` of ``memory_bytes`` per device.
 
-    The fullest device counts: with pipeline parallel the stage with most layers and an embedding.
+    The fullest device counts: with pipeline parallelism that of the stage with the most layers and
+    an embedding.
     """
     groups = shape.device_count > 1
     weights = weights_bytes(model, shape)
@@ -57,17 +58,17 @@ def memory_fit(
 
 
 def weights_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
-    """On the fullest device: with pipeline parallel the stage with most layers and an embedding."""
+    """The weights on the fullest device, that of the stage with most layers and an embedding."""
     plain = Precision.FP32 if shape.precision is Precision.FP32 else Precision.BF16
     embedding = model.vocab * model.hidden * weight_bytes(plain)
-    # Both ends of an untied model lie on one device only if there is one stage.
+    # With one stage, a device holds both the embedding and the untied LM head.
     ends = embedding * (2 if shape.pipeline_parallel_size == 1 and not model.tied else 1)
     layers = _stage_layers(model, shape) * model.layer_parameters * weight_bytes(shape.precision)
     return (layers + ends) / shape.tensor_parallel_size
 
 
 def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
-    """What a full step holds on a device beside weights and cache."""
+    """The activations of a full step on one device."""
     wide = 4.0 if shape.precision is Precision.FP32 else 2.0
     up, tp = 3 if model.gated else 2, shape.tensor_parallel_size
     each = wide * (6 * model.hidden + up * model.intermediate / tp)
@@ -76,7 +77,7 @@ def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
 
 
 def kv_bytes_per_token(model: ModelFacts, shape: ReplicaShape) -> float:
-    """Of KV cache on the fullest device; ranks beyond the KV heads hold copies."""
+    """The KV cache per token on the fullest device; ranks beyond the KV heads hold copies."""
     kv_heads = max(1.0, model.kv_heads / shape.tensor_parallel_size)
     values = 2 * _stage_layers(model, shape) * kv_heads * model.head_dim
     return values * kv_bytes_per_value(shape.precision)

@@ -1,7 +1,7 @@
-"""What a model is made of: the sizes that decide memory and work.
+"""The sizes of a model that determine its memory and work.
 
-From a Hugging Face ``config.json`` or from the small built-in catalogue. Decoder-only
-transformers with multi-head or grouped-query attention, dense or mixture-of-experts.
+They come from a Hugging Face ``config.json`` or the small built-in catalogue. Supported are
+decoder-only transformers with multi-head or grouped-query attention, dense or mixture-of-experts.
 """
 
 import json
@@ -14,7 +14,7 @@ from oserve.core import OServeError
 from oserve.core.json_keys import refuse_doubled_keys
 from oserve.perf.catalogue import catalogue, nearest
 
-# Attention of another kind keeps a cache of another size; saying nothing beats guessing.
+# Other kinds of attention have caches of other sizes; an error is better than a guess.
 _UNSUPPORTED = ("kv_lora_rank", "ssm_cfg", "mamba_d_state", "linear_num_key_heads")
 
 
@@ -43,44 +43,44 @@ class ModelFacts:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer: query, key, value and output projections."""
+        """Parameters of one layer's query, key, value and output projections."""
         return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     @property
     def expert_parameters(self) -> int:
-        """Of one layer's one expert (its whole MLP, when dense)."""
+        """Parameters of one expert of a layer (the whole MLP of a dense model)."""
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
     def shared_parameters(self) -> int:
-        """Of one layer's expert that every token passes, if there is one."""
+        """Parameters of a layer's shared expert, if there is one."""
         return 3 * self.hidden * self.shared_intermediate
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer, all experts included; norms, a rounding error, are left out."""
+        """Parameters of one layer with all experts, without the norms, which are negligible."""
         router = self.hidden * self.experts if self.experts > 1 else 0
         mlp = self.experts * self.expert_parameters + self.shared_parameters
         return self.attention_parameters + mlp + router
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings
 
     @property
     def active_parameters(self) -> int:
-        """Those that one token passes through."""
+        """Parameters that one token uses."""
         idle = (self.experts - self.experts_per_token) * self.expert_parameters
         return self.parameters - self.layers * idle
 
 
 def find_model(name: str) -> ModelFacts:
-    """Facts of a folder with a ``config.json``, of such a file, or of a catalogue name.
+    """The facts of a folder with a ``config.json``, of such a file, or of a catalogue name.
 
-    Names are told without regard to case; Hugging Face ids of catalogue models are known too.
-    Raises OServeError when nothing is known of ``name``.
+    Names are case-insensitive; Hugging Face ids of catalogue models work too. Raises OServeError
+    for an unknown ``name``.
     """
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
@@ -119,7 +119,7 @@ def _read_config(file: Path) -> ModelFacts:
 
 def model_from_config(config: Mapping[str, Any], *, name: str, place: str) -> ModelFacts:
     """Facts from the fields of a Hugging Face configuration; raises OServeError naming a field."""
-    # Models of text and pictures keep the language model's fields one level down.
+    # Multimodal models nest the language model's fields one level down.
     config = config.get("text_config", config)
     odd = next((field for field in _UNSUPPORTED if config.get(field)), None)
     if odd is not None:

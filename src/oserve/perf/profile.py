@@ -1,8 +1,8 @@
-"""Profiles: what was measured of one model on one kind of device, and what follows from it.
+"""Profiles: measurements of one model on one kind of device, and the step model fitted to them.
 
-One entry per (TP, PP, precision): the steps that were measured, the roofline's coefficients fitted
-to them, and the KV capacity that the engine itself reported. Coefficients of a profile mean nothing
-on another machine, or for another model: what looks like bandwidth may well be Python. How steps
+An entry per (TP, PP, precision) has the measured steps, the roofline's coefficients fitted to them,
+and the KV capacity that the engine reported. The coefficients of a profile are meaningless on
+another machine or for another model: apparent bandwidth may well be Python's overhead. How steps
 are measured is a shell's business (app.profile); here they are data.
 """
 
@@ -36,7 +36,7 @@ FORMAT = 1
 # (tensor parallel size, pipeline parallel size, precision)
 ProfileKey = tuple[int, int, Precision]
 
-# A fit that misses its own steps by more than this is told of.
+# A fit with a larger error on its own steps gives a caveat.
 _POOR_FIT_PERCENT = 15.0
 _SHARES = ("gemm", "memory", "kv", "attention", "all_reduce")
 
@@ -47,7 +47,7 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class ProfileStep(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """One step as measured; the first four are the arguments of ``StepModel.step_s``."""
+    """One measured step; the first four fields are the arguments of ``StepModel.step_s``."""
 
     prefill_tokens: _Amount
     attended_tokens: _Amount
@@ -57,10 +57,11 @@ class ProfileStep(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 
 class ProfileEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Of one shape. ``kv_tokens``: of the whole replica, with ``kv_cache_memory_bytes`` a device.
+    """The measurements of one shape.
 
-    Bytes are ``None`` where the engine chose for itself. ``error_percent``: mean absolute error of
-    the fitted model on ``steps``.
+    ``kv_tokens``: the replica's KV cache with ``kv_cache_memory_bytes`` per device, which is
+    ``None`` if the engine chose the size. ``error_percent``: mean absolute error of the fitted
+    model on ``steps``.
     """
 
     tensor_parallel_size: _Count
@@ -77,12 +78,12 @@ class ProfileEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
     @property
     def key(self) -> ProfileKey:
-        """What tells entries apart."""
+        """The key, unique among the entries."""
         return (self.tensor_parallel_size, self.pipeline_parallel_size, self.precision)
 
 
 class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A file. ``machine`` names the processor or GPU; ``cores_per_device`` is 0 for a GPU."""
+    """A profile. ``machine`` names the processor or GPU; ``cores_per_device`` is 0 for GPUs."""
 
     format: int = FORMAT
     model: ModelFacts
@@ -94,7 +95,7 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile from its file; raises OServeError that names file and field."""
+    """Read a profile; raises OServeError that names file and field."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -107,7 +108,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def decode_profile(content: bytes, *, place: str) -> Profile:
-    """See ``read_profile``; ``place`` is where the bytes come from."""
+    """Decode a profile; ``place`` names the source in errors. See ``read_profile``."""
     remedy = "measure again: oserve profile MODEL"
     try:
         version = msgspec.json.decode(content, type=_Version).format
@@ -135,7 +136,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write the file whole or not at all; raises OServeError where it cannot be written."""
+    """Write the file atomically; raises OServeError if it cannot be written."""
     content = msgspec.json.format(msgspec.json.encode(profile), indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +156,9 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 def merged(old: Profile, new: Profile) -> Profile:
-    """``new`` with the entries of ``old`` that it does not measure again.
+    """``new`` with the entries of ``old`` that it did not measure again.
 
-    Of another model, machine or engine nothing is kept.
+    Drops ``old`` if it is of another model, machine or engine.
     """
     if msgspec.structs.replace(old, entries=()) != msgspec.structs.replace(new, entries=()):
         return new
@@ -167,20 +168,20 @@ def merged(old: Profile, new: Profile) -> Profile:
 
 
 def key_name(key: ProfileKey) -> str:
-    """``tp2pp1-fp32``, as ``oserve profile --shape`` takes it."""
+    """The key as ``oserve profile --shape`` takes it, such as ``tp2pp1-fp32``."""
     return f"tp{key[0]}pp{key[1]}-{key[2]}"
 
 
 def shape_key(shape: ReplicaShape) -> ProfileKey:
-    """What of a shape decides which entry it goes by."""
+    """The key of the profile entry for a shape."""
     return (shape.tensor_parallel_size, shape.pipeline_parallel_size, shape.precision)
 
 
 class ProfileSource:
     """Step times, KV capacity and power of the shapes in a profile, and of no others.
 
-    ``origin`` is in words where the profile comes from: its path or name. ``cache_bytes`` is what
-    engines get per device where a shape names no size; 0: what they were measured with.
+    ``name`` is the profile's path or name. ``cache_bytes`` is the KV cache per device for shapes
+    that set no size; 0: the size during the measurement.
     """
 
     def __init__(self, profile: Profile, *, name: str, cache_bytes: int = 0) -> None:
@@ -199,7 +200,7 @@ class ProfileSource:
         return self._profile
 
     def sized(self, cache_bytes: int) -> "ProfileSource":
-        """The same for engines that get so much KV cache a device."""
+        """The same source for engines with that KV cache per device."""
         return ProfileSource(self._profile, name=self._name, cache_bytes=cache_bytes)
 
     @property
@@ -227,7 +228,7 @@ class ProfileSource:
         return tuple(dict.fromkeys(said))
 
     def keys(self) -> tuple[ProfileKey, ...]:
-        """What was measured: (tensor parallel size, pipeline parallel size, precision)."""
+        """The measured keys: (tensor parallel size, pipeline parallel size, precision)."""
         return tuple(self._entries)
 
     def shapes(
@@ -270,7 +271,7 @@ class ProfileSource:
         return self._made[entry.key]
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
-        """As the engine reported, scaled where the shape sets other bytes; 0 if not measured."""
+        """As the engine reported, scaled to the shape's cache size; 0 if not measured."""
         entry = self._entry(shape)
         if entry is None:
             return 0
@@ -294,7 +295,7 @@ class ProfileSource:
 
 
 def shipped_profile(model: ModelFacts, device_kind: str) -> tuple[str, Profile] | None:
-    """Name and content of a shipped profile of a model of these sizes, whatever its name."""
+    """Name and content of the shipped profile of a model of these sizes, whatever its name."""
     for name, profile in _shipped().items():
         if profile.device_kind == device_kind and _sizes(profile.model) == _sizes(model):
             return name, profile
@@ -302,7 +303,7 @@ def shipped_profile(model: ModelFacts, device_kind: str) -> tuple[str, Profile] 
 
 
 def _check_coefficients(values: Mapping[str, float], place: str, remedy: str) -> None:
-    """Refuse names that are none, and values that no time can be computed with."""
+    """Refuse unknown names and values that give no valid time."""
     plain = Coefficients().as_dict()
     for name, value in values.items():
         if name not in plain:
@@ -313,7 +314,7 @@ def _check_coefficients(values: Mapping[str, float], place: str, remedy: str) ->
         if not least <= value < math.inf:
             raise OServeError(f"{value} is no value", place=f"{place}.{name}", remedy=remedy)
     for name, default in plain.items():
-        # The defaults are those of another device; only what is off by default may be left out.
+        # The defaults belong to another device, so only coefficients that are 0 may be missing.
         if default and name not in values:
             raise OServeError(f"{name} is missing", place=place, remedy=remedy)
 
@@ -345,7 +346,7 @@ def _sizes(model: ModelFacts) -> ModelFacts:
 def step_model_maker(
     model: ModelFacts, device_kind: str, key: ProfileKey
 ) -> Callable[[Coefficients], StepModel]:
-    """Of the shapes of one entry: coefficients to step times."""
+    """A function from coefficients to the step model of one entry's shapes."""
     device = find_device(device_kind)
     return lambda fit: Roofline(
         model,

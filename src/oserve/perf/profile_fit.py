@@ -1,4 +1,4 @@
-"""Coefficients of one profile entry from the steps that were measured."""
+"""Fitting the coefficients of one profile entry to its measured steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ _FREE = {
 }
 _FREE_TENSOR = {"all_reduce": _SHARE, "all_reduce_latency_s": (1e-8, 0.1)}
 _FREE_PIPELINE = {"hop_s": (1e-7, 1.0)}
-# Of one model alone, time per layer and time per step cannot be told apart: all goes to the step.
+# One model cannot separate time per layer from time per step, so all of it goes to the step.
 _START = Coefficients(
     gemm=0.3,
     memory=0.3,
@@ -47,7 +47,7 @@ def fit_entry(
 ) -> tuple[Coefficients, float]:
     """Coefficients fitted to ``steps``, and their mean absolute error in percent.
 
-    Raises OServeError when there are fewer steps than coefficients to find.
+    Raises OServeError if there are fewer steps than coefficients.
     """
     free = dict(_FREE)
     if key[0] > 1:
@@ -75,7 +75,7 @@ def fit_entry(
 
 
 def _covers(name: str, steps: Sequence[ProfileStep]) -> bool:
-    """Whether any step tells something of a coefficient that only some steps have."""
+    """Whether any step depends on the coefficient."""
     if name == "mixed_s":
         return any(step.prefill_tokens and step.decode_seqs for step in steps)
     if name == "wake_s":

@@ -1,11 +1,11 @@
 """Seconds of one engine step: a roofline with a few fitted coefficients.
 
-A step computes some prompt tokens and one token for each decoding sequence. Per layer: each matrix
-product takes (compute^4 + memory^4)^(1/4), which rounds off the roofline's corner; activations and
-norms move bytes; prompt tokens attend to what stands before them; decoding reads the KV cache; two
+A step computes prompt tokens and one token per decoding sequence. Per layer: each matrix product
+takes (compute^4 + memory^4)^(1/4), which rounds off the roofline's corner; activations and norms
+move bytes; prompt tokens attend to the tokens before them; decoding reads the KV cache; two
 all-reduces join tensor-parallel ranks, alpha * log2(tp) + 2 (tp-1)/tp * bytes / link; and each
-layer costs a fixed time. Then the LM head, and what the engine does once per step and sequence.
-A pipeline's stages are passed one after another, so a step's latency sums over all layers.
+layer has a fixed overhead. The LM head and the engine's overheads per step and per sequence are
+added. A step passes the stages of a pipeline in sequence, so its latency sums over all layers.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 _ACTIVATION_BYTES = 2.0
 _KV_BYTES = 2.0
-# Reads and writes of the residual stream around the two norms and additions of a layer.
+# Reads and writes of the residual stream around a layer's two norms and additions.
 _RESIDUAL_PASSES = 8.0
 _WEIGHT_BYTES = {
     Precision.FP32: 4.0,
@@ -38,11 +38,11 @@ _WEIGHT_BYTES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """What is fitted: shares of the peak that are reached, and fixed times in seconds.
+    """The fitted coefficients: achieved shares of the peaks, and fixed times in seconds.
 
     ``sequence_s`` is per sequence and step, ``step_s`` per step, ``layer_s`` per layer,
-    ``mixed_s`` per layer of a step with both prompts and decoding; ``wake_s`` per step of prompts
-    alone, before which the engine had nothing to do.
+    ``mixed_s`` per layer of a step with both prompts and decoding; ``wake_s`` is per step of
+    prompts alone, before which the engine was idle.
     """
 
     gemm: float = 0.766
@@ -61,7 +61,7 @@ class Coefficients:
     wake_s: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers by name."""
+        """The values by name."""
         return asdict(self)
 
 
@@ -69,16 +69,16 @@ COEFFICIENT_NAMES = tuple(item.name for item in fields(Coefficients))
 
 
 def coefficients_from(values: Mapping[str, float]) -> Coefficients:
-    """From numbers by name; unknown names are passed over, missing ones have their defaults."""
+    """Coefficients from values by name; ignores unknown names, missing ones take defaults."""
     return Coefficients(**{k: float(v) for k, v in values.items() if k in COEFFICIENT_NAMES})
 
 
 class StepModel(Protocol):
-    """Anything that can tell how long an engine step takes.
+    """A model of the duration of an engine step.
 
     All arguments are arrays (or numbers) that broadcast together: prompt tokens of the step, the
     sum over them of the tokens each attends to, decoding sequences, and tokens in their caches.
-    Seconds come back, of one micro-batch through all pipeline stages.
+    The result is in seconds, for one micro-batch through all pipeline stages.
     """
 
     def step_s(
@@ -96,14 +96,15 @@ def weight_bytes(precision: Precision) -> float:
 
 
 def kv_bytes_per_value(precision: Precision) -> float:
-    """Bytes of one cached number: as wide as activations are."""
+    """Bytes of one cached value, which has the width of activations."""
     return 4.0 if precision is Precision.FP32 else _KV_BYTES
 
 
 class Roofline:
     """A step model for one model, device kind, parallel sizes and precision.
 
-    ``network`` joins pipeline stages, or tensor-parallel ranks, that lie on different nodes.
+    ``tensor_link`` and ``stage_link`` connect tensor-parallel ranks and pipeline stages that lie on
+    different nodes; ``None``: the device's own link.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Roofline:
             + fit.layer_s
             + fit.mixed_s * ((prompt > 0) & (decoding > 0))
         )
-        # One prompt at a time ends in most steps; its last token needs the head as well.
+        # Most steps complete about one prompt, whose last token needs the head as well.
         rows = decoding + np.minimum(prompt, 1.0)
         head = self._gemm_s(
             rows, model.hidden, model.vocab / self._tp, self._head_flops, self._plain_bytes
@@ -180,9 +181,9 @@ class Roofline:
         bytes_per_weight: float,
         matrices: Floats | float = 1.0,
     ) -> Floats:
-        """A product of ``rows`` by ``inner`` with ``matrices`` weights of ``inner`` by ``outer``.
+        """Seconds of ``matrices`` products of ``rows`` x ``inner`` by ``inner`` x ``outer``.
 
-        ``rows`` counts over all matrices together.
+        ``rows`` is the total over the matrices.
         """
         deep = (inner / 8192.0) ** self._fit.gemm_depth
         compute = 2.0 * rows * inner * outer / (flops * deep)
@@ -207,7 +208,7 @@ class Roofline:
         touched: Floats | float = 1.0
         if model.experts > 1:
             rows = tokens * model.experts_per_token
-            # Experts that at least one token of the step chose, if they choose evenly.
+            # The expected number of experts that some token of the step selects, if uniform.
             missed = np.power(1.0 - model.experts_per_token / model.experts, tokens)
             touched = model.experts * (1.0 - missed)
         seconds = self._gemm_s(

@@ -1,4 +1,4 @@
-"""Which source of step times a plan goes by, and the shapes it can tell about."""
+"""Selection of the source of step times for a plan, and of the shapes that it covers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from oserve.perf.table import PerformanceSource
 
 _CHUNKS = (512, 1024, 2048, 4096, 8192)
 _SEQS = (128, 256)
-# A slot of a CPU computes a hundredth of what a GPU does, so its steps must be smaller.
+# A CPU slot computes a hundredth of a GPU's work, so its steps must be smaller.
 _CPU_CHUNKS = (256, 512, 1024, 2048)
 _CPU_SEQS = (16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChoice:
-    """What is known when a source is chosen.
+    """The inputs to the choice of a source.
 
     ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
     file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
@@ -48,8 +48,8 @@ def device_counts(devices: Sequence[Device]) -> tuple[dict[str, int], dict[str, 
     }
 
 
-def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
-    """The source, and the context in tokens that requests must fit."""
+def find_source(choice: SourceChoice) -> tuple[ProfileSource | RooflineSource, int]:
+    """The source, and the context length (tokens) that requests must fit."""
     model = find_model(choice.model)
     context = choice.context or model.max_model_len
     profiled = _profile(choice, model)
@@ -69,7 +69,7 @@ def find_source(choice: SourceChoice) -> tuple[PerformanceSource, int]:
 
 
 def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
-    """A profile that was asked for, the machine's own, a brief one, or a shipped one."""
+    """The requested profile, the machine's own, a brief one, or a shipped one."""
     if choice.perf in {"roofline", "aiconfigurator"}:
         return None
     kinds = {device.kind for device in choice.devices}
@@ -95,14 +95,14 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
 
 
 def _same(one: ModelFacts, other: ModelFacts) -> bool:
-    """Whether two models are of one size, whatever they are called."""
+    """Whether two models have the same sizes, whatever their names."""
     return replace(one, name="", max_model_len=0) == replace(other, name="", max_model_len=0)
 
 
 def shapes_for(
-    source: PerformanceSource, devices: Sequence[Device], choices: ShapeChoices
+    source: ProfileSource | RooflineSource, devices: Sequence[Device], choices: ShapeChoices
 ) -> tuple[ReplicaShape, ...]:
-    """The shapes to consider; choices left empty take the defaults. Refuses what fits nowhere."""
+    """The shapes to consider; empty choices take the defaults. Raises OServeError if none fits."""
     counts, nodes = device_counts(devices)
     if isinstance(source, ProfileSource):
         return _profiled(source, counts, choices)
@@ -112,7 +112,6 @@ def shapes_for(
         max_num_batched_tokens=choices.max_num_batched_tokens or _CHUNKS,
         max_num_seqs=choices.max_num_seqs or _SEQS,
     )
-    assert isinstance(source, RooflineSource)
     shapes = candidate_shapes(source.model, counts, filled, node_devices=nodes)
     refuse_no_fit(source, shapes, counts)
     return shapes
@@ -121,7 +120,7 @@ def shapes_for(
 def _profiled(
     source: ProfileSource, counts: dict[str, int], choices: ShapeChoices
 ) -> tuple[ReplicaShape, ...]:
-    """What was measured, of the sizes and precisions that are wanted."""
+    """The measured shapes of the wanted sizes and precisions."""
     cpu = source.profile.device_kind == "cpu"
     shapes = source.shapes(
         max_num_batched_tokens=choices.max_num_batched_tokens or (_CPU_CHUNKS if cpu else _CHUNKS),
@@ -147,7 +146,7 @@ def _profiled(
 
 
 def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
-    """Of one token, on all devices of a replica."""
+    """KV cache of one token over all devices of a replica, in bytes."""
     if model is None:
         return 0.0
     values = 2 * model.layers * model.kv_heads * model.head_dim
@@ -155,7 +154,7 @@ def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
 
 
 def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:
-    """What tokens cost on a shape, by the source where it knows the shape, else by the prior."""
+    """Token costs of a shape: from the source if it covers the shape, else from the prior."""
     known: dict[ReplicaShape, TokenCosts] = {}
 
     def costs(shape: ReplicaShape, device_kind: str) -> TokenCosts:

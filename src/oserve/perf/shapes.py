@@ -1,4 +1,4 @@
-"""Which replica shapes are worth considering for a model on given kinds of devices."""
+"""The candidate replica shapes of a model on given kinds of devices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from oserve.perf.source import RooflineSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeChoices:
-    """What may vary. Chunk budgets and sequences move capacity under an SLO more than TP does."""
+    """The dimensions that vary.
+
+    Under an SLO, chunk budget and ``max_num_seqs`` affect capacity more than TP does.
+    """
 
     tensor_parallel_sizes: tuple[int, ...] = (1, 2, 4, 8)
     pipeline_parallel_sizes: tuple[int, ...] = (1, 2, 4)
@@ -30,11 +33,11 @@ def candidate_shapes(
     *,
     node_devices: Mapping[str, int] | None = None,
 ) -> tuple[ReplicaShape, ...]:
-    """Every shape the model's sizes allow.
+    """Every shape that the model's sizes allow.
 
-    ``devices``: how many there are of each kind; ``node_devices``: the most in one node, which
-    bounds tensor parallel (all of them, if not given). Heads must divide evenly over ranks, and
-    layers must reach all stages.
+    ``devices``: number of devices by kind; ``node_devices``: the most in one node, which bounds
+    tensor parallelism (default: all of them). Heads must divide evenly over ranks, and each stage
+    needs a layer.
     """
     choices = choices or ShapeChoices()
     shapes = []
@@ -64,7 +67,7 @@ def candidate_shapes(
 
 
 def splits(model: ModelFacts, tensor_parallel_size: int) -> bool:
-    """Whether vLLM can cut the model's heads into so many ranks."""
+    """Whether vLLM can split the model's heads over that many ranks."""
     tp = tensor_parallel_size
     shared = model.kv_heads % tp == 0 or tp % model.kv_heads == 0
     return model.heads % tp == 0 and model.intermediate % tp == 0 and shared
@@ -73,7 +76,7 @@ def splits(model: ModelFacts, tensor_parallel_size: int) -> bool:
 def refuse_no_fit(
     source: RooflineSource, shapes: tuple[ReplicaShape, ...], devices: Mapping[str, int]
 ) -> None:
-    """Raise OServeError unless some shape holds the weights: what is missing, what would fit."""
+    """Raise OServeError unless some shape holds the weights; it says what would fit."""
     if any(source.kv_tokens(shape) > 0 for shape in shapes):
         return
     model = source.model
@@ -109,7 +112,7 @@ def _gib(fit: MemoryFit) -> str:
 
 
 def _what_fits(source: RooflineSource, shape: ReplicaShape) -> str:
-    """The least change under which the model would fit."""
+    """The smallest change with which the model would fit."""
     model = source.model
     kind = shape.device_kind
     per_device = find_device(kind).memory_bytes

@@ -12,8 +12,8 @@ from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import Roofline, StepModel
 
 _PIPELINE = (
-    "no measurement of pipeline parallel was at hand: it is modelled with even stages, without "
-    "bubbles, which flatters it; leave it out with --pipeline-parallel-size 1"
+    "pipeline parallelism was not measured: the model has even stages and no bubbles, which "
+    "flatters it; exclude it with --pipeline-parallel-size 1"
 )
 DEFAULT_NETWORK = "infiniband-400"
 
@@ -21,8 +21,8 @@ DEFAULT_NETWORK = "infiniband-400"
 class RooflineSource:
     """The roofline with shipped coefficients.
 
-    ``node_devices``: devices of a node by kind; a replica larger than a node talks over
-    ``network``. ``memory_bytes``: by kind, where it differs from the data sheet's.
+    ``node_devices``: devices per node by kind; a replica larger than a node communicates over
+    ``network``. ``memory_bytes``: memory by kind, where it differs from the data sheet's.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RooflineSource:
         return tuple(dict.fromkeys(said))
 
     def step_model(self, shape: ReplicaShape) -> StepModel:
-        """See ``PerformanceSource``; shapes that differ in limits alone share a model."""
+        """See ``PerformanceSource``; shapes that differ only in limits share a model."""
         tp, pp = shape.tensor_parallel_size, shape.pipeline_parallel_size
         key = (shape.device_kind, shape.precision, tp, pp)
         if key not in self._made:
@@ -72,7 +72,7 @@ class RooflineSource:
         return self.memory(shape).kv_tokens
 
     def memory(self, shape: ReplicaShape) -> MemoryFit:
-        """What fits on the devices of a shape."""
+        """The memory use of a shape on its devices."""
         device = _device(shape.device_kind)
         total = self._memory_bytes.get(shape.device_kind, device.memory_bytes)
         return memory_fit(self._model, shape, total, share=self._share)
@@ -95,13 +95,13 @@ class RooflineSource:
         )
 
     def _beyond(self, kind: str, devices: int) -> Link | None:
-        """The network, for a group that no single node holds."""
+        """The network, for a group that spans nodes."""
         most = self._node_devices.get(kind)
         return self._network if most is not None and devices > most else None
 
 
 class AiConfiguratorSource(RooflineSource):
-    """Step times from aiconfigurator; memory and power as for the roofline."""
+    """Step times from aiconfigurator; memory and power from the roofline."""
 
     def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
         """See ``PerformanceSource``."""

@@ -1,14 +1,14 @@
-"""The resource-performance table: what one replica of each shape can do for each type."""
+"""The resource-performance table: the capacity of each replica shape for each workload type."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from oserve.core import ReplicaShape, WorkloadType
-from oserve.perf.capacity import Limits, TypeLoad, capacities
+from oserve.perf.capacity import LatencyLimits, TypeLoad, capacities
 from oserve.perf.roofline import StepModel
 
-# Of the span between idle and full power that serving takes, on average.
+# The average share of the span between idle and full power while serving.
 _BUSY = 0.7
 
 
@@ -16,11 +16,10 @@ _BUSY = 0.7
 class ShapePerformance:
     """One row: a shape on its kind of device (``shape.device_kind``).
 
-    ``capacity_rps[j]`` is the most requests per second of type ``j`` that the replica serves when
-    it serves nothing else, within the SLOs; 0 where it cannot serve the type at all.
-    ``latency_s[j]`` is the predicted seconds from arrival to last token of such a request at
-    moderate load (infinite where the capacity is 0). ``power_w`` is what all its devices draw.
-    ``ttft_s`` and ``tpot_s`` are those at capacity, ``bound_by`` says what bounds it; per type.
+    ``capacity_rps[j]`` is the largest rate of type ``j`` that the replica serves exclusively within
+    the SLOs; 0 if it cannot serve the type. ``latency_s[j]`` is the predicted end-to-end latency at
+    moderate load in seconds (infinite where the capacity is 0). ``power_w`` is the power of all its
+    devices. ``ttft_s``, ``tpot_s`` (at capacity) and ``bound_by`` (what bounds it) are per type.
     """
 
     shape: ReplicaShape
@@ -39,27 +38,27 @@ class ShapePerformance:
 
 
 class PerformanceSource(Protocol):
-    """Where step times come from: the roofline, a profile, or another provider."""
+    """A source of step times: the roofline, a profile, or another provider."""
 
     @property
     def origin(self) -> str:
-        """In words, for explanations."""
+        """The origin of the numbers, in words."""
         ...
 
     def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
-        """What is not measured of these shapes, in words."""
+        """What was not measured of these shapes, in words."""
         ...
 
     def step_model(self, shape: ReplicaShape) -> StepModel:
-        """Step times of a shape on its device kind."""
+        """The step model of a shape on its device kind."""
         ...
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
-        """Tokens of KV cache a replica holds; 0 where the weights do not fit."""
+        """A replica's KV cache in tokens; 0 if the weights do not fit."""
         ...
 
     def power_w(self, shape: ReplicaShape, busy: float) -> float:
-        """Watts that all devices of a replica draw, ``busy`` of the time computing."""
+        """The power of all devices of a replica in watts, at a ``busy`` share of the time."""
         ...
 
 
@@ -68,18 +67,18 @@ def performance_table(
     shapes: Sequence[ReplicaShape],
     types: Sequence[WorkloadType],
     *,
-    limits: Mapping[str, Limits] | None = None,
+    limits: Mapping[str, LatencyLimits] | None = None,
     longest_tokens: Mapping[str, float] | None = None,
 ) -> tuple[ShapePerformance, ...]:
-    """A row per shape that holds the weights. ``limits``, ``longest_tokens``: by type name.
+    """A row per shape that holds the weights. ``limits`` and ``longest_tokens`` are by type name.
 
-    ``longest_tokens`` is prompt and output of the longest request that a replica must hold.
+    ``longest_tokens`` is the total length of the longest request that a replica must hold.
     """
     loads = [
         TypeLoad(
             prompt_tokens=kind.prompt_tokens,
             output_tokens=kind.output_tokens,
-            limits=(limits or {}).get(kind.name, Limits()),
+            limits=(limits or {}).get(kind.name, LatencyLimits()),
             longest_tokens=(longest_tokens or {}).get(kind.name, 0.0),
         )
         for kind in types

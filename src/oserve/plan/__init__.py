@@ -1,6 +1,6 @@
-"""Plan: what a deployment plan must hold true, before anything runs.
+"""Plan: planning and validation of deployments.
 
-It does not know engines or requests; a plan that passes here can be acted on.
+This package knows neither engines nor requests. A plan that passes ``check_plan`` can be executed.
 """
 
 from oserve.plan.check import check_plan, default_plan

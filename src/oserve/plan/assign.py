@@ -1,16 +1,16 @@
-"""The lower level: given the replicas, which rate of each workload type goes to which of them.
+"""The lower level: given the replicas, the rate of each workload type on each of them.
 
 The linear programme of the paper, section 3, over ``busy[i, j]``, the number of replicas of option
-``i`` kept busy by type ``j`` (rate = busy * capacity; identical replicas are taken together, which
+``i`` that type ``j`` keeps busy (rate = busy * capacity; identical replicas are aggregated, which
 loses nothing):
 
     sum over j of busy[i, j] <= count[i]
     sum over i of busy[i, j] * capacity[i, j]  <=  arrival rate of j
 
-Three of them, one after the other. The largest scale ``s`` of the demand that fits; 1 / s is the
-least peak utilisation with which the demand can be served, and the duals price the types. If s < 1,
-the largest rate served. Then, with the served rates and the peak utilisation fixed, the least sum
-of rate times predicted latency.
+Three programmes run in sequence. The first maximises the scale ``s`` of the demand that fits; 1 / s
+is the least peak utilisation that serves the demand, and the duals price the types. If s < 1, the
+second maximises the rate served. The third fixes the served rates and the peak utilisation and
+minimises the sum of rate times predicted latency.
 """
 
 import math
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.plan.problem import Counts, PlanProblem
-from oserve.plan.programme import Column, Outcome, Programme, Vector
-from oserve.plan.score import Score
+from oserve.plan.problem import PlanProblem, ReplicaCounts
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus, Vector
+from oserve.plan.score import PlanScore
 
-# Slack given to values fixed from an earlier solve, and the size below which a rate is noise.
+# Slack of values fixed from an earlier solve, and the relative size below which a rate is noise.
 _SLACK = 1e-7
 _FITS = 1 - 1e-9
 
@@ -33,19 +33,19 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Who serves what, for one deployment. Indices are those of ``options`` and ``types``.
+    """The assignment of rates to replicas of one deployment.
 
-    ``served_rps[i][j]`` is the rate of type ``j`` that all replicas of option ``i`` serve together;
-    ``shares[i][j]`` the fraction of type ``j`` to send them (each type's shares sum to 1, also
-    those of a type without traffic, which are put where it would go cheapest). ``utilisation[i]``
-    is that of each replica of the option. Options in ``saturated`` work at the peak, those in
-    ``slack`` below it. ``price[j]`` is the growth of the peak utilisation per further request per
-    second of type ``j`` (infinite where no replica can serve the type); ``worth[i]`` what one more
-    replica of option ``i`` would add, to the scale if all demand is served, else to the rate
-    served: exact for a small change, an upper bound for any.
+    Indices are those of ``options`` and ``types``. ``served_rps[i][j]`` is the rate of type ``j``
+    that all replicas of option ``i`` serve together; ``shares[i][j]`` the fraction of type ``j``
+    routed to them. Each type's shares sum to 1; a type without traffic goes where it would be
+    cheapest. ``utilisation[i]`` is that of each replica of the option. Options in ``saturated`` are
+    at peak utilisation, those in ``slack`` below it. ``price[j]`` is the growth of the peak
+    utilisation per further request per second of type ``j`` (infinite if no replica can serve it).
+    ``worth[i]`` is the gain from one more replica of option ``i``, in scale if all demand is
+    served, else in rate served: exact for a small change, an upper bound for any.
     """
 
-    counts: Counts
+    counts: ReplicaCounts
     served_rps: tuple[tuple[float, ...], ...]
     shares: tuple[tuple[float, ...], ...]
     utilisation: tuple[float, ...]
@@ -57,14 +57,14 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearBound:
-    """Score criteria bounded linearly: scale (or rate served) <= constant + worth @ counts."""
+    """A linear bound on the score: scale (or rate served) <= constant + worth @ counts."""
 
     constant: float
     worth: Vector
 
 
 class Assigner:
-    """Solves the lower level for one deployment after another of the same problem."""
+    """Solves the lower level for successive deployments of one problem."""
 
     def __init__(self, problem: PlanProblem) -> None:
         self._problem = problem
@@ -78,7 +78,7 @@ class Assigner:
         self._active = np.flatnonzero(self._rates > 0)
         self.demand_rps = problem.demand_rps
         self.scale_unit = scale_unit(problem)
-        # What a fully busy replica adds to the served multiple of each type's demand.
+        # The multiple of each type's demand that one fully busy replica serves.
         self._reach = self._capacity[:, self._active] / self._rates[self._active]
         self._pairs = [
             (i, a) for i, row in enumerate(self._reach) for a, reach in enumerate(row) if reach > 0
@@ -89,14 +89,14 @@ class Assigner:
         self._served_lp = self._served_programme(latency=False)
         self._latency_lp = self._served_programme(latency=True)
 
-    def score(self, counts: Sequence[int]) -> Score:
-        """What these counts are worth: one or two small linear programmes."""
+    def score(self, counts: Sequence[int]) -> PlanScore:
+        """The score of these counts, from one or two small linear programmes."""
         return self._scored(np.asarray(counts, dtype=np.float64))[0]
 
-    def score_and_bound(self, counts: Sequence[int]) -> tuple[Score, LinearBound, bool]:
-        """The score, and from its duals a bound that holds for every deployment.
+    def score_and_bound(self, counts: Sequence[int]) -> tuple[PlanScore, LinearBound, bool]:
+        """The score, a bound from its duals that holds for every deployment, and what it bounds.
 
-        The last value tells what is bounded: the scale (True) or the rate served (False).
+        The last value is True for a bound on the scale, False for one on the rate served.
         """
         amounts = np.asarray(counts, dtype=np.float64)
         score, overloaded = self._scored(amounts)
@@ -105,7 +105,7 @@ class Assigner:
         return score, self._scale_bound(), True
 
     def assign(self, counts: Sequence[int]) -> Assignment:
-        """The whole assignment for these counts."""
+        """The complete assignment for these counts."""
         amounts = np.asarray(counts, dtype=np.float64)
         score, overloaded = self._scored(amounts)
         price = self._prices(amounts, score.scale)
@@ -118,7 +118,7 @@ class Assigner:
             bound = self._scale_bound()
             busy = self._matrix(self._scale_lp.values) / max(score.scale, 1.0)
             room, targets = amounts / score.scale, np.ones(len(self._active))
-            # The scale may be exceeded for a type that is nobody's bottleneck.
+            # A type that is not a bottleneck may exceed the scale.
             busy /= np.maximum(np.sum(busy * self._reach, axis=0), 1.0)
         quick = self._least_latency(room, targets)
         busy = busy if quick is None else quick
@@ -161,8 +161,8 @@ class Assigner:
             if not len(placed):
                 continue
             able = [i for i in placed if self._capacity[i, j] > 0]
-            # Cheapest: the least worth of capacity taken per request, then the least busy, then
-            # the fastest. Where nobody can serve it within the SLOs, the largest replicas.
+            # Cheapest: the least worth of capacity per request, then the least utilisation, then
+            # the lowest latency. If no replica serves the type within the SLOs, the largest ones.
             best = (
                 min(
                     able,
@@ -178,19 +178,19 @@ class Assigner:
             shares[best, j] = 1.0
         return shares
 
-    def _scored(self, amounts: Vector) -> tuple[Score, bool]:
-        """The score, and whether the demand does not fit."""
+    def _scored(self, amounts: Vector) -> tuple[PlanScore, bool]:
+        """The score, and whether the demand exceeds the capacity."""
         self._set_room(self._scale_lp, amounts)
         outcome = self._scale_lp.solve()
-        scale = self._scale_lp.value * self.scale_unit if outcome is Outcome.OPTIMAL else 0.0
+        scale = self._scale_lp.value * self.scale_unit if outcome is SolveStatus.OPTIMAL else 0.0
         overloaded = scale < _FITS
         served = self.demand_rps
         if overloaded:
             self._set_room(self._served_lp, amounts)
             outcome = self._served_lp.solve()
-            share = self._served_lp.value if outcome is Outcome.OPTIMAL else 0.0
+            share = self._served_lp.value if outcome is SolveStatus.OPTIMAL else 0.0
             served = min(share, 1.0) * self.demand_rps
-        score = Score(
+        score = PlanScore(
             served_rps=max(served, 0.0),
             scale=max(scale, 0.0),
             device_count=int(amounts @ self._sizes),
@@ -213,14 +213,14 @@ class Assigner:
         return LinearBound(constant=float(prices @ rates), worth=gains.max(axis=1))
 
     def _served_prices(self) -> Vector:
-        # The rows are in multiples of the demand, the objective in shares of the whole of it.
+        # The rows are multiples of each type's demand, the objective a share of the total demand.
         rates = self._rates[self._active]
         duals = self._served_lp.prices[len(self._capacity) :]
         prices: Vector = duals * self.demand_rps * self._row_unit / rates
         return prices
 
     def _prices(self, amounts: Vector, scale: float) -> Vector:
-        """The price of each type; a type that cannot be served is left out of the others'."""
+        """The price of each type; a type that cannot be served does not affect the others."""
         able: NDArray[np.bool_] = np.where(amounts[:, np.newaxis] > 0, self._capacity, 0.0) > 0
         servable: NDArray[np.bool_] = np.asarray(np.sum(able, axis=0) > 0)
         price = np.full(len(self._rates), math.inf)
@@ -248,11 +248,11 @@ class Assigner:
         self._latency_lp.set_rows(0, lower, room * (1 + _SLACK))
         wished = targets * self._row_unit
         self._latency_lp.set_rows(len(room), wished * (1 - _SLACK), wished)
-        if self._latency_lp.solve() is not Outcome.OPTIMAL:
+        if self._latency_lp.solve() is not SolveStatus.OPTIMAL:
             return None
         return self._matrix(self._latency_lp.values)
 
-    def _set_room(self, programme: Programme, amounts: Vector) -> None:
+    def _set_room(self, programme: LinearProgramme, amounts: Vector) -> None:
         programme.set_rows(0, np.full(len(amounts), -math.inf), amounts)
 
     def _matrix(self, values: Vector) -> Matrix:
@@ -262,10 +262,10 @@ class Assigner:
 
     @property
     def _row_unit(self) -> float:
-        """Keeps the coefficients near 1 when the demand is far beyond the cluster."""
+        """The unit that keeps coefficients near 1 if the demand far exceeds the cluster."""
         return 1.0 / min(1.0, self.scale_unit)
 
-    def _scale_programme(self) -> Programme:
+    def _scale_programme(self) -> LinearProgramme:
         options, active = self._reach.shape
         columns = [
             Column(entries={i: 1.0, options + a: self._reach[i, a] / self.scale_unit})
@@ -273,9 +273,9 @@ class Assigner:
         ]
         columns.append(Column(entries={options + a: -1.0 for a in range(active)}, cost=1.0))
         rows = [(-math.inf, 0.0)] * options + [(0.0, math.inf)] * active
-        return Programme(columns=columns, rows=rows)
+        return LinearProgramme(columns=columns, rows=rows)
 
-    def _served_programme(self, *, latency: bool) -> Programme:
+    def _served_programme(self, *, latency: bool) -> LinearProgramme:
         options, active = self._reach.shape
         unit = self._row_unit
         slowest = max(float(self._latency.max(initial=0.0)), 1e-300)
@@ -288,13 +288,13 @@ class Assigner:
                 Column(entries={i: 1.0, options + a: self._reach[i, a] * unit}, cost=cost)
             )
         rows = [(-math.inf, 0.0)] * options + [(-math.inf, unit)] * active
-        return Programme(columns=columns, rows=rows)
+        return LinearProgramme(columns=columns, rows=rows)
 
 
 def scale_unit(problem: PlanProblem) -> float:
-    """A rough upper bound of any scale, to bring programmes to numbers about 1.
+    """A rough upper bound on the scale, used to bring coefficients close to 1.
 
-    Each type alone on all devices, at the best capacity per device; at least a tiny number.
+    The least over the types, each alone on all devices at the best capacity per device; positive.
     """
     bounds = []
     for j, kind in enumerate(problem.types):

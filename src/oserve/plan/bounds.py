@@ -1,10 +1,10 @@
-"""Linear bounds on scores, and the best of a set of deployments by their help.
+"""Linear bounds on scores, used to find the best of a set of deployments.
 
 The duals of one lower-level solve bound the score of *every* deployment: for prices p >= 0 of the
 types with sum(p * demand) = 1, the scale is at most the sum over replicas of max_j p_j * capacity_j
-(linear programming duality). So a set of deployments need not be solved one by one: solve the most
-promising, add its bound, drop all that can no longer win, and go on. The result is that of solving
-them all.
+(linear programming duality). The search therefore solves the most promising deployment, adds its
+bound, prunes every deployment that can no longer win, and repeats. The result equals that of
+solving them all.
 """
 
 import math
@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.plan.assign import Assigner
-from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
+from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
 from oserve.plan.programme import Vector
-from oserve.plan.score import EQUAL, Score, compare, criteria
+from oserve.plan.score import EQUAL, PlanScore, compare, criteria
 
 CountMatrix = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredCounts:
     """A deployment with its score."""
 
-    counts: Counts
-    score: Score
+    counts: ReplicaCounts
+    score: PlanScore
 
 
 class Bounds:
-    """The linear bounds found so far for one problem; every solve through it adds one."""
+    """The linear bounds of one problem; each solve adds one."""
 
     def __init__(self, problem: PlanProblem, assigner: Assigner) -> None:
         self._problem = problem
@@ -42,17 +42,19 @@ class Bounds:
         self._power = np.array([option.power_w for option in problem.options])
         self._have = np.array(problem.kept_counts)
 
-    def solve(self, counts: Counts) -> Scored:
-        """The true score of one deployment; remembers what its duals say about all others."""
+    def solve(self, counts: ReplicaCounts) -> ScoredCounts:
+        """Score one deployment and add the bound from its duals."""
         score, bound, scale = self._assigner.score_and_bound(counts)
         self._worth[scale] = np.vstack([self._worth[scale], bound.worth])
         self._constant[scale] = np.append(self._constant[scale], bound.constant)
-        return Scored(counts=counts, score=score)
+        return ScoredCounts(counts=counts, score=score)
 
-    def best_of(self, deployments: CountMatrix, incumbent: Scored | None = None) -> Scored | None:
+    def best_of(
+        self, deployments: CountMatrix, incumbent: ScoredCounts | None = None
+    ) -> ScoredCounts | None:
         """The best of the rows of ``deployments`` and the incumbent; ``None`` if there is none.
 
-        An incumbent that nothing beats comes back as the same object.
+        Returns the same object if no deployment beats the incumbent.
         """
         best = incumbent
         left = deployments
@@ -71,7 +73,7 @@ class Bounds:
         return best
 
     def _limits(self, deployments: CountMatrix, first_scale: int, first_served: int) -> Vector:
-        """Per deployment: bounds of the share served and the scale, minus size, and kept."""
+        """Per deployment: bounds on the share served and the scale, negated size, and kept."""
         shape = len(deployments)
         scale = np.full(shape, math.inf)
         share = np.ones(shape)
@@ -91,14 +93,14 @@ class Bounds:
         return np.column_stack([share, scale, -size, kept])
 
     def _criteria(self, limits: Vector) -> list[Vector]:
-        """As ``criteria`` of the score, for many at once and optimistic."""
+        """The vectorised, optimistic counterpart of ``score.criteria``."""
         columns = [limits[:, 0]]
         if self._problem.objective is Objective.CAPACITY:
             scale = np.where(limits[:, 1] >= 1 - EQUAL, limits[:, 1], 0.0)
             columns.append(np.minimum(scale, self._problem.enough_scale or math.inf))
         return [*columns, limits[:, 2], limits[:, 3]]
 
-    def _may_beat(self, limits: Vector, best: Scored) -> NDArray[np.bool_]:
+    def _may_beat(self, limits: Vector, best: ScoredCounts) -> NDArray[np.bool_]:
         beats = np.zeros(len(limits), dtype=bool)
         level = np.ones(len(limits), dtype=bool)
         wanted = criteria(self._problem, best.score)

@@ -1,4 +1,4 @@
-"""Every deployment that fits, and the best of them: the oracle of the tests, for small clusters."""
+"""Brute force over every deployment that fits: the oracle of the tests, for small clusters."""
 
 from itertools import islice
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.plan.assign import Assigner
-from oserve.plan.bounds import Bounds, Scored
+from oserve.plan.bounds import Bounds, ScoredCounts
 from oserve.plan.problem import PlanProblem
 
 MOST_DEPLOYMENTS = 2_000_000
 
 
-def brute_force(problem: PlanProblem, assigner: Assigner) -> Scored:
+def brute_force(problem: PlanProblem, assigner: Assigner) -> ScoredCounts:
     """The best deployment by enumeration.
 
-    Raises an OServeError where more than ``MOST_DEPLOYMENTS`` fit.
+    Raises OServeError if more than ``MOST_DEPLOYMENTS`` fit.
     """
     packing = problem.packing
     every = list(islice(packing.all_counts(), MOST_DEPLOYMENTS + 1))
@@ -26,8 +26,8 @@ def brute_force(problem: PlanProblem, assigner: Assigner) -> Scored:
             remedy="use the exact search, which needs no enumeration",
         )
     varied = [counts for counts in every if problem.is_varied(counts)]
-    # Where none has the shapes that are asked for, the empty deployment, which always fits.
+    # If none has enough shapes, the empty deployment, which always fits.
     found = varied or [(0,) * len(problem.options)]
     best = Bounds(problem, assigner).best_of(np.array(found, dtype=np.int64))
-    assert best is not None
+    assert best is not None  # There is at least one row.
     return best

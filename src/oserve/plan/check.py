@@ -1,4 +1,4 @@
-"""Is this plan possible on these devices, and does it serve every workload type?"""
+"""Validation of deployment plans: are they possible, and do they serve every workload type?"""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from oserve.core import (
 
 
 def check_plan(plan: DeploymentPlan, devices: Sequence[Device], *, place: str = "plan") -> None:
-    """Raise an OServeError that names the first thing wrong with the plan."""
+    """Raise OServeError for the first defect of the plan."""
     if not plan.replicas:
         raise OServeError("there are no replicas", place=place, remedy="list at least one replica")
     _check_unique([spec.id for spec in plan.replicas], "replica id", f"{place}.replicas")
@@ -38,7 +38,7 @@ def _check_replica(spec: ReplicaSpec, place: str) -> None:
     if isinstance(spec.backend, AttachedBackend):
         if spec.devices:
             raise OServeError(
-                f"replica {spec.id!r} is attached by URL, so its devices are not ours to name",
+                f"replica {spec.id!r} is attached by URL, so it has no devices here",
                 place=f"{place}.devices",
                 remedy="leave devices out",
             )
@@ -72,7 +72,7 @@ def _check_device(
 
 
 def _check_node(spec: ReplicaSpec, known: dict[str, Device], place: str) -> None:
-    """Tensor parallel stays inside a node: its all-reduces are too many for a network."""
+    """Tensor parallelism stays inside a node: a network is too slow for its all-reduces."""
     width = spec.shape.tensor_parallel_size
     for start in range(0, len(spec.devices), width):
         stage = spec.devices[start : start + width]
@@ -88,12 +88,12 @@ def _check_node(spec: ReplicaSpec, known: dict[str, Device], place: str) -> None
 
 def _check_types(plan: DeploymentPlan, place: str) -> None:
     here = f"{place}.workload_types"
-    if not plan.workload_types:
+    if not plan.length_classes:
         raise OServeError(
             "there are no workload types", place=here, remedy="list at least one type"
         )
-    _check_unique([kind.name for kind in plan.workload_types], "type name", here)
-    bounds = [kind.max_prompt_tokens for kind in plan.workload_types]
+    _check_unique([kind.name for kind in plan.length_classes], "type name", here)
+    bounds = [kind.max_prompt_tokens for kind in plan.length_classes]
     if bounds[-1] is not None:
         raise OServeError(
             f"prompts over {bounds[-1]} tokens have no type",
@@ -113,7 +113,7 @@ def _check_types(plan: DeploymentPlan, place: str) -> None:
 
 def _check_shares(plan: DeploymentPlan, place: str) -> None:
     replicas = {spec.id for spec in plan.replicas}
-    names = {kind.name for kind in plan.workload_types}
+    names = {kind.name for kind in plan.length_classes}
     for name, shares in plan.routing_shares.items():
         here = f"{place}.routing_shares.{name}"
         if name not in names:
@@ -130,14 +130,14 @@ def _check_shares(plan: DeploymentPlan, place: str) -> None:
             place=f"{place}.routing_shares",
             remedy="give each type shares over the replicas that should serve it",
         )
-    if plan.types:
-        _check_unique([kind.name for kind in plan.types], "type name", f"{place}.types")
-    for index, kind in enumerate(plan.types):
+    if plan.planned_types:
+        _check_unique([kind.name for kind in plan.planned_types], "type name", f"{place}.types")
+    for index, kind in enumerate(plan.planned_types):
         _check_row(kind.shares, replicas, f"{place}.types[{index}].shares")
 
 
 def _check_row(shares: Mapping[str, float], replicas: Set[str], here: str) -> None:
-    """Of one type."""
+    """Check the shares of one type."""
     unknown = [replica for replica in shares if replica not in replicas]
     if unknown:
         raise OServeError(
@@ -169,8 +169,8 @@ def _check_unique(names: list[str], what: str, place: str) -> None:
 def default_plan(devices: Sequence[Device], shapes: Sequence[ReplicaShape]) -> DeploymentPlan:
     """A plan without knowledge of the traffic: one replica per shape in turn, devices in order.
 
-    Shapes repeat until the devices are used up. Short prompts prefer all but the last
-    replica, the rest the last one, so that documents do not stand in front of chats.
+    The shapes repeat until the devices are used up. Short prompts go to all but the last replica
+    and long ones to the last, so that documents do not delay chats.
     """
     replicas: list[ReplicaSpec] = []
     free = list(devices)
@@ -195,7 +195,7 @@ def default_plan(devices: Sequence[Device], shapes: Sequence[ReplicaShape]) -> D
     return DeploymentPlan(
         id="default",
         replicas=tuple(replicas),
-        workload_types=(
+        length_classes=(
             LengthClass(name="short", max_prompt_tokens=512),
             LengthClass(name="long"),
         ),

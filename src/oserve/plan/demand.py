@@ -1,4 +1,4 @@
-"""The demand a plan is made for: workload types with rates, from a trace or from given rates."""
+"""The demand of a plan: workload types with rates, from a trace or from given rates."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,12 @@ from oserve.workload.types import fit_types
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """``longest_tokens``: prompt and output, by type, of the longest request a replica must hold.
+    """Workload types with their rates, and the length classes that a router can distinguish.
 
-    ``classes`` is what a router can tell by the prompt alone; ``class_mix[class][type]`` is the
-    share of a type among the requests of a class (each class's sum to 1). ``centres`` are those of
-    the types, (prompt, output) in tokens. ``notes`` say in words what was changed or left out.
+    ``longest_tokens``: total length of the longest request that a replica must hold, by type.
+    ``class_mix[class][type]`` is the share of a type among the requests of a class (each class sums
+    to 1). ``centres``: centres of the types, (prompt, output) in tokens. ``notes``: what was
+    changed or left out, in words.
     """
 
     types: tuple[WorkloadType, ...]
@@ -34,7 +35,7 @@ class Demand:
 
     @property
     def rate_rps(self) -> float:
-        """Requests per second of all types."""
+        """Total requests per second."""
         return sum(kind.arrival_rate_rps for kind in self.types)
 
 
@@ -49,8 +50,8 @@ def demand_from_trace(
 ) -> Demand:
     """Types by k-means and their mean rates over the trace, times ``rate_scale``.
 
-    Requests longer than the context are counted as cut to it: the prompt gives way, as far as it
-    must. Raises OServeError for a trace without requests.
+    Requests longer than the context count as truncated to it, at the expense of the prompt. Raises
+    OServeError for a trace without requests.
     """
     columns = columns_of(requests)
     count = len(columns.arrival_s)
@@ -76,7 +77,7 @@ def demand_from_trace(
     index = model.assign(prompt, output)
     rates = mean_rates(columns.arrival_s, index, model.k) * rate_scale
     found = _demand(model, rates.tolist(), source=source, notes=tuple(notes), requests=fitted)
-    # No request is both of the longest prompts and the longest answers.
+    # No request has both the longest prompt and the longest answer.
     longest = {
         name: min(tokens, float(max_model_len)) for name, tokens in found.longest_tokens.items()
     }
@@ -84,7 +85,7 @@ def demand_from_trace(
 
 
 def demand_from_rates(types: Sequence[WorkloadType], *, source: str, max_model_len: int) -> Demand:
-    """Types as given. Raises OServeError for one that the context does not hold."""
+    """The demand of given types. Raises OServeError for one that exceeds the context."""
     for kind in types:
         if kind.prompt_tokens + kind.output_tokens > max_model_len:
             raise OServeError(

@@ -1,4 +1,4 @@
-"""From a deployment, which counts, to replicas on devices and routing shares by their ids."""
+"""From the counts of a deployment to replicas on devices, and routing shares by replica id."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from oserve.core import Backend, ReplicaShape, ReplicaSpec
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
-from oserve.plan.search import Deployment
+from oserve.plan.search import DeploymentCandidate
 
-# Shares below this are rounding of the solver, not a decision.
+# Smaller shares are rounding errors of the solver.
 _SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class PlacedReplicas:
     """A deployment on concrete devices.
 
     ``routing_shares[type name][replica id]`` sums to 1 per type; ``utilisation`` is by replica id;
-    ``moved_fraction`` counts whole copies of the model's weights that must move (see ``place``).
+    ``moved_fraction`` is the amount of weights to move, in copies of the model (see ``place``).
     """
 
     replicas: tuple[ReplicaSpec, ...]
@@ -27,12 +27,11 @@ class Placed:
 
 
 def place_deployment(
-    problem: PlanProblem, deployment: Deployment, *, backend: Backend | None = None
-) -> Placed:
+    problem: PlanProblem, deployment: DeploymentCandidate, *, backend: Backend | None = None
+) -> PlacedReplicas:
     """Place a deployment of the problem, close to the problem's current plan.
 
-    The share of an option is split evenly over its replicas, which are alike. New replicas run on
-    ``backend``.
+    The share of an option is split evenly over its replicas. New replicas run on ``backend``.
     """
     placement = place_replicas(
         [
@@ -53,7 +52,7 @@ def place_deployment(
         kind.name: _split([row[column] for row in assignment.shares], ids)
         for column, kind in enumerate(problem.types)
     }
-    return Placed(
+    return PlacedReplicas(
         replicas=placement.replicas,
         routing_shares=shares,
         utilisation={

@@ -1,9 +1,9 @@
-"""Dominated options: those that no best deployment needs.
+"""Dominated options, which an optimal deployment does not need.
 
-Option A is dominated by ``m`` copies of B, of the same kind, if these take no more devices, in
+``m`` copies of option B dominate option A of the same kind if they need no more devices, in
 tensor-parallel groups no wider (so that they fit wherever A fits, if the widths divide each other),
-draw no more power where power decides, and together serve no less of every type. Replacing A by
-them then never lowers a score's served rate or scale, and never raises its devices.
+draw no more power where power decides, and together serve no less of every type. Replacing A with
+them then never lowers a score's served rate or scale, and never increases its devices.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from oserve.plan.problem import AmongEquals, PlanProblem
 
 
 def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) -> tuple[int, ...]:
-    """Indices of the options worth considering, ascending.
+    """Indices of the undominated options, ascending.
 
-    Options that fit nowhere or serve nothing go too. Shapes of the current plan stay, since keeping
-    them may decide among equals. Of options that are equal in all this, the one with the lower
-    latency stays. Options in ``limited`` dominate none, as there may not be enough of them. Where
-    several shapes are asked for, an option is measured by those of its own name alone.
+    Also drops options that fit nowhere or serve nothing. Keeps shapes of the current plan, since
+    keeping them may decide among equals; of otherwise equal options it keeps the one with the lower
+    latency. Options in ``limited`` dominate none, since there may be too few of them. If the
+    problem asks for several shapes, only options of the same name can dominate each other.
     """
     packing = problem.packing
     active = [j for j, kind in enumerate(problem.types) if kind.arrival_rate_rps > 0]
@@ -32,8 +32,8 @@ def undominated(problem: PlanProblem, *, limited: frozenset[int] = frozenset()) 
         option = problem.options[i]
         return sum(option.latency_s[j] for j in active if option.capacity_rps[j] > 0)
 
-    # The likeliest to dominate first; what is dropped need not be asked again, as dominance is
-    # transitive.
+    # The most likely to dominate first. Dropped options need no further comparison, since dominance
+    # is transitive.
     useful.sort(key=lambda i: (problem.options[i].shape.device_count, slowness(i), i))
     names = [option.shape.name for option in problem.options]
     energy = problem.among_equals is AmongEquals.LEAST_ENERGY

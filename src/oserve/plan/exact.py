@@ -1,7 +1,7 @@
 """The upper level solved to a proved optimum: a mixed-integer programme over counts of shapes.
 
-With identical devices in a node a deployment is how many replicas there are of each shape, so the
-two levels of the paper, section 3, are one programme:
+If the devices of a node are identical, a deployment is the number of replicas of each shape, so the
+two levels of the paper, section 3, become one programme:
 
     maximise s  subject to  sum over j of busy[i, j] <= count[i]                   (each option i)
                             sum over i of busy[i, j] * capacity[i, j] >= s * rate[j]  (each type j)
@@ -10,11 +10,11 @@ two levels of the paper, section 3, are one programme:
 with integer counts; if s < 1 the rate served is maximised instead. Then, with that value held, the
 fewest devices or the least power, and at last the most replicas of the current plan.
 
-A proof is only as good as its solver, and HiGHS has returned lesser solutions as optimal (its
-version 1.15.1, on these very programmes, without presolve). So every deployment found is scored
-anew, and an optimum is asked for twice, by different ways: once found with presolve, it is put to
-the solver without presolve whether anything better by 1e-4 exists (for a second at most; if that
-is not enough, the first proof stands alone).
+A proof is only as good as its solver, and HiGHS has returned suboptimal solutions as optimal
+(version 1.15.1, on these programmes, without presolve). Therefore every deployment found is scored
+again, and each optimum is checked in a second way: after a solve with presolve, a solve without
+presolve searches for a deployment that is better by 1e-4 (for at most a second; if that does not
+suffice, the first proof stands alone).
 """
 
 import math
@@ -24,17 +24,17 @@ from math import inf
 import numpy as np
 
 from oserve.plan.assign import Assigner, scale_unit
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.dominance import undominated
-from oserve.plan.problem import AmongEquals, Counts, Objective, PlanProblem
-from oserve.plan.programme import Column, Outcome, Programme, Vector
+from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
+from oserve.plan.programme import Column, LinearProgramme, SolveStatus, Vector
 from oserve.plan.proof import Proved, achieved_value, judged
 from oserve.plan.score import EQUAL, compare
 
-# What a value held from an earlier stage may lose: within EQUAL, so that it still counts as equal.
+# The tolerance of a value held from an earlier stage, within EQUAL so that it counts as equal.
 _HOLD = EQUAL / 2
 _TIE_SECONDS = 2.0
-# The second opinion: how often, how long, and by how much better a deployment must be to count.
+# The check of an optimum: its repetitions, its seconds, and the relative gain that counts.
 _CONFIRMATIONS = 3
 _CONFIRM_SECONDS = 1.0
 _CONFIRM_MARGIN = 1e-4
@@ -43,9 +43,9 @@ _CONFIRM_MARGIN = 1e-4
 class ExactSearch:
     """The programmes of one problem, with ``counts[i] <= at_most[i]`` where given.
 
-    A solve ends once the value is within ``relative_gap`` of its bound, or after ``time_limit_s``
-    by HiGHS's clock; tie-breaks get a part of what is left, and the solution before them stands if
-    that is not enough.
+    A solve ends when the value is within ``relative_gap`` of its bound, or after ``time_limit_s``
+    of HiGHS's clock. Tie-breaks get a part of the remaining time; if it does not suffice, the
+    solution before them stands.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class ExactSearch:
         self._assigner = assigner
         self._time_limit_s = time_limit_s
         self._limits = at_most or {}
-        # An option that may not be used at will is no reason to leave out a lesser one.
+        # An option with a limited count must not displace the options it dominates.
         self._options = undominated(problem, limited=frozenset(self._limits))
         self._models: dict[bool, _CountModel] = {}
 
     def _model(self, *, scale: bool) -> "_CountModel":
-        """The programme for the scale or for the rate served, built when first asked for."""
+        """The programme for the scale or for the rate served, built on first use."""
         if scale not in self._models:
             self._models[scale] = _CountModel(
                 self._problem, self._options, self._limits, scale=scale, gap=self._relative_gap
             )
         return self._models[scale]
 
-    def solve(self, *, first: Scored | None = None, break_ties: bool = True) -> Proved:
+    def solve(self, *, first: ScoredCounts | None = None, break_ties: bool = True) -> Proved:
         """The best deployment.
 
-        ``first`` is a known deployment within the limits, to fall back on when time runs out (the
-        empty one unless given).
+        ``first`` is a known deployment within the limits, the fallback if time runs out (default:
+        the empty one).
         """
         if first is None:
             nothing = (0,) * len(self._problem.options)
-            first = Scored(counts=nothing, score=self._assigner.score(nothing))
+            first = ScoredCounts(counts=nothing, score=self._assigner.score(nothing))
         deadline = self._seconds + self._time_limit_s
         _, by_scale = self.relaxed()
         found, bound = self._stage(self._model(scale=by_scale), first, deadline, confirm=break_ties)
@@ -92,7 +92,7 @@ class ExactSearch:
                 self._model(scale=False), found, deadline, confirm=break_ties
             )
         elif by_scale and found.score.scale < 1 - EQUAL:
-            # Out of time before s >= 1 was reached or ruled out: what is served still counts.
+            # Out of time before s >= 1 was reached or excluded: maximise the rate served.
             found, _ = self._stage(self._model(scale=False), found, deadline, confirm=break_ties)
         if break_ties:
             until = min(deadline, self._seconds + _TIE_SECONDS)
@@ -100,15 +100,15 @@ class ExactSearch:
         return judged(self._problem, found, bound, by_scale=by_scale)
 
     def relaxed(self) -> tuple[float, bool]:
-        """The bound if replicas could be split, and whether it is a scale, not a rate served."""
+        """The bound of the relaxation, and whether it is a scale rather than a rate served."""
         if self._problem.objective is Objective.CAPACITY:
             scale = self._model(scale=True).relaxed()
             if scale >= 1 - EQUAL:
                 return scale, True
         return self._model(scale=False).relaxed(), False
 
-    def judge(self, found: Scored) -> Proved:
-        """How far a deployment found otherwise can be from the optimum."""
+    def judge(self, found: ScoredCounts) -> Proved:
+        """The optimality gap of a deployment found by another search."""
         bound, by_scale = self.relaxed()
         return judged(self._problem, found, bound, by_scale=by_scale)
 
@@ -117,13 +117,13 @@ class ExactSearch:
         return sum(model.programme.seconds for model in self._models.values())
 
     def _stage(
-        self, model: "_CountModel", first: Scored, deadline: float, *, confirm: bool
-    ) -> tuple[Scored, float]:
-        """The best value of the model's objective; what it can be at most."""
+        self, model: "_CountModel", first: ScoredCounts, deadline: float, *, confirm: bool
+    ) -> tuple[ScoredCounts, float]:
+        """The best deployment by the model's objective, and the bound on its value."""
         counts, bound = model.best(deadline - self._seconds)
         found = self._better(first, counts)
         achieved = achieved_value(self._problem, found.score, by_scale=model.scale)
-        # A value above its own bound: the solver has erred, and its bound is worth nothing.
+        # A value above its own bound is a solver error, which invalidates the bound.
         doubted = achieved > bound * (1 + EQUAL)
         for _ in range(_CONFIRMATIONS if confirm else 0):
             if achieved < bound * (1 - 2 * EQUAL):
@@ -132,20 +132,22 @@ class ExactSearch:
             outcome, counts = model.above(achieved * (1 + _CONFIRM_MARGIN), left_s)
             better = self._better(found, counts)
             if better is found:
-                doubted = doubted and outcome is not Outcome.INFEASIBLE
+                doubted = doubted and outcome is not SolveStatus.INFEASIBLE
                 break
             found, doubted = better, True
             achieved = achieved_value(self._problem, found.score, by_scale=model.scale)
             bound = max(bound, achieved)
         return found, model.relaxed() if doubted else max(bound, achieved)
 
-    def _better(self, one: Scored, counts: Counts | None) -> Scored:
+    def _better(self, one: ScoredCounts, counts: ReplicaCounts | None) -> ScoredCounts:
         if counts is None or counts == one.counts:
             return one
-        other = Scored(counts=counts, score=self._assigner.score(counts))
+        other = ScoredCounts(counts=counts, score=self._assigner.score(counts))
         return other if compare(self._problem, other.score, one.score) > 0 else one
 
-    def _broken_ties(self, model: "_CountModel", found: Scored, deadline: float) -> Scored:
+    def _broken_ties(
+        self, model: "_CountModel", found: ScoredCounts, deadline: float
+    ) -> ScoredCounts:
         model.hold(achieved_value(self._problem, found.score, by_scale=model.scale) * (1 - _HOLD))
         try:
             half = (deadline - self._seconds) / 2
@@ -159,9 +161,9 @@ class ExactSearch:
 class _CountModel:
     """One mixed-integer programme: the largest scale (``scale``), or the largest rate served.
 
-    Columns: counts, groups per node (only for sizes that are no chain), busy replicas per option
-    and type, the scale in units of ``scale_unit``, shapes used (where several are asked for), kept
-    replicas. Rows: packing, capacity per option, demand per type, the value held, the size held,
+    Columns: counts, groups per node (only for sizes that form no chain), busy replicas per option
+    and type, the scale in units of ``scale_unit``, shapes used (if several are required), kept
+    replicas. Rows: packing, capacity per option, demand per type, the held value, the held size,
     used <= count, shapes used, and kept <= count.
     """
 
@@ -182,7 +184,7 @@ class _CountModel:
         self._have = problem.kept_counts
         self._active = [j for j, kind in enumerate(problem.types) if kind.arrival_rate_rps > 0]
         energy = problem.among_equals is AmongEquals.LEAST_ENERGY
-        # All sizes: a deployment to compare with may use options that this model leaves out.
+        # The sizes of all options: a deployment to compare with may use options outside the model.
         self._all_sizes = [
             option.power_w if energy else float(option.shape.device_count)
             for option in problem.options
@@ -194,39 +196,39 @@ class _CountModel:
         columns, rows = self._build()
         self._width = len(columns)
         self._value_costs = np.array([column.cost for column in columns])
-        self.programme = Programme(columns=columns, rows=rows, relative_gap=gap)
+        self.programme = LinearProgramme(columns=columns, rows=rows, relative_gap=gap)
 
     def relaxed(self) -> float:
-        """The objective if replicas could be split: a bound."""
+        """The objective of the relaxation, which is a bound."""
         return self.programme.relaxed_value() * self._objective_unit
 
-    def best(self, left_s: float) -> tuple[Counts | None, float]:
-        """Counts of the best value found in time, if any, and the bound on the value."""
+    def best(self, left_s: float) -> tuple[ReplicaCounts | None, float]:
+        """The best counts found in time, if any, and the bound on the value."""
         counts = self._solved(left_s)
         if counts is None:
             return None, self.relaxed()
         return counts, self.programme.bound * self._objective_unit
 
-    def above(self, value: float, left_s: float) -> tuple[Outcome, Counts | None]:
-        """Counts of a value of at least this, sought without presolve; usually there are none."""
+    def above(self, value: float, left_s: float) -> tuple[SolveStatus, ReplicaCounts | None]:
+        """Search without presolve for counts of at least this value; usually there are none."""
         if value >= self.relaxed() or left_s <= 0:
-            return Outcome.INFEASIBLE, None
+            return SolveStatus.INFEASIBLE, None
         self.hold(value)
         outcome = self.programme.solve(time_limit_s=left_s, presolve=False)
-        counts = self._counts() if outcome in {Outcome.OPTIMAL, Outcome.FEASIBLE} else None
+        counts = self._counts() if outcome in {SolveStatus.OPTIMAL, SolveStatus.FEASIBLE} else None
         self.release()
         return outcome, counts
 
     def hold(self, value: float) -> None:
-        """From now on the objective's value is at least this."""
+        """Constrain the objective to at least this value."""
         held = np.array([value / self._objective_unit])
         self.programme.set_rows(self._value_row, held, np.array([inf]))
 
-    def smallest(self, first: Counts, left_s: float) -> Counts | None:
-        """Counts with the least size at the value held; ``None`` if ``first`` is as small."""
+    def smallest(self, first: ReplicaCounts, left_s: float) -> ReplicaCounts | None:
+        """The smallest counts at the held value; ``None`` if ``first`` is as small."""
         size = self._size(first)
         self._set_costs(-self._sizes / self._size_unit, 0.0)
-        # The relaxed size, rounded up to whole devices, is often proof enough.
+        # The relaxed size, rounded up to whole devices, often proves it.
         least = -self.programme.relaxed_value() * self._size_unit
         if self._integer_sizes and math.isfinite(least):
             least = math.ceil(least - 1e-4)
@@ -234,10 +236,10 @@ class _CountModel:
             return None
         return self._solved(left_s)
 
-    def closest(self, first: Counts, left_s: float) -> Counts | None:
-        """Counts that keep most of the current plan at the value held and no more size.
+    def closest(self, first: ReplicaCounts, left_s: float) -> ReplicaCounts | None:
+        """Counts that keep most of the current plan at the held value and size.
 
-        ``None`` where there is no current plan or nothing more to keep.
+        ``None`` without a current plan, or if ``first`` keeps as much.
         """
         possible = sum(min(self._have[i], self._packing.largest(i)) for i in range(len(self._have)))
         kept = sum(min(have, count) for have, count in zip(self._have, first, strict=True))
@@ -250,18 +252,18 @@ class _CountModel:
         return self._solved(left_s)
 
     def release(self) -> None:
-        """The objective back to the value; nothing held."""
+        """Restore the objective and drop the constraints on value and size."""
         free = np.array([-inf, -inf]), np.array([inf, inf])
         self.programme.set_rows(self._value_row, *free)
         self.programme.set_costs(self._value_costs)
 
-    def _solved(self, left_s: float) -> Counts | None:
+    def _solved(self, left_s: float) -> ReplicaCounts | None:
         outcome = self.programme.solve(time_limit_s=left_s)
-        if outcome not in {Outcome.OPTIMAL, Outcome.FEASIBLE}:
+        if outcome not in {SolveStatus.OPTIMAL, SolveStatus.FEASIBLE}:
             return None
         return self._counts()
 
-    def _counts(self) -> Counts:
+    def _counts(self) -> ReplicaCounts:
         counts = [0] * len(self._problem.options)
         for i, value in zip(self._options, self.programme.values, strict=False):
             counts[i] = round(value)
@@ -273,7 +275,7 @@ class _CountModel:
         costs[self._first_kept :] = kept
         self.programme.set_costs(costs)
 
-    def _size(self, counts: Counts) -> float:
+    def _size(self, counts: ReplicaCounts) -> float:
         return sum(count * size for count, size in zip(counts, self._all_sizes, strict=True))
 
     @property
@@ -328,9 +330,10 @@ class _CountModel:
         return columns, rows
 
     def _varieties(self, counts: list[dict[int, float]], first: int) -> list[Column]:
-        """Whether each different shape is used at all: none where one shape is enough.
+        """Columns for whether each shape is used; none if one shape is enough.
 
-        Rows from ``first`` on hold a shape unused whose options count 0; the last sums them.
+        A row from ``first`` on forces a shape to unused if its options count 0; the last row sums
+        the used shapes.
         """
         if self._problem.min_shapes == 1:
             return []

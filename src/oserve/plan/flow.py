@@ -1,25 +1,25 @@
 """The lower level as the paper's flow network, solved by preflow-push in exact arithmetic.
 
 The network (paper, section 3): source -> type j with capacity rate[j]; type j -> replica k; replica
-k -> sink with capacity M_k = lcm over j of capacity[k, j], in units that make mixed work add up:
+k -> sink with capacity M_k = lcm over j of capacity[k, j], in units in which mixed work adds up:
 one request of type j takes M_k / capacity[k, j] units of replica k.
 
-So flow changes its size on the way from a type to a replica: these arcs have *gains*, and the
-network is a generalised one. Normalising by M_k makes the numbers whole; it does not remove the
-gains. They could be relabelled away (a unit of flow at node v redefined as label[v] requests) only
-if capacity[k, j] = a[k] * b[j] for all replicas and types - if one replica were simply faster than
-another - and different shapes suit different types precisely because it is not so; even then a
-plain maximum would be one of work, not of requests. A plain maximum flow is therefore exact only on
-arcs whose relabelled gain is 1.
+Flow therefore changes its amount between a type and a replica: these arcs have *gains*, and the
+network is a generalised one. Normalising by M_k makes the numbers whole but does not remove the
+gains. Relabelling (a unit of flow at node v redefined as label[v] requests) removes them only if
+capacity[k, j] = a[k] * b[j] for all replicas and types, that is, if one replica is uniformly faster
+than another. Different shapes suit different types precisely because this is false, and even then a
+plain maximum would be one of work, not of requests. A plain maximum flow is exact only on arcs
+whose relabelled gain is 1.
 
-That is how it is used here: the highest-gain method (Truemper, "On max flows with gains and pure
-min-cost flows"; the flow is read from replicas to requests, so that the gain of an arc is
+This module uses it in that way, in the highest-gain method (Truemper, "On max flows with gains and
+pure min-cost flows"; the flow is read from replicas to requests, so that the gain of an arc is
 requests per unit). In each phase label[v] is the most requests that a unit at v can become along a
-residual path - give back flow, serve another type instead - and after relabelling no arc gains.
-The arcs that lose nothing form a plain network; its maximum flow, by preflow-push, uses up all
-paths of that gain at once, and no path that gains more comes into being. When no replica with
-capacity to spare reaches unserved requests, the flow serves the most requests possible, as the
-linear programme does; the two check each other.
+residual path (give back flow, serve another type instead), and after relabelling no arc gains. The
+arcs without loss form a plain network. Its maximum flow, by preflow-push, uses up all paths of that
+gain at once and creates no path of higher gain. When no replica with spare capacity reaches
+unserved requests, the flow serves the most requests possible, like the linear programme; each
+checks the other.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ GRAIN = 10**9
 class Flow:
     """A maximum flow. ``rates_rps[k][j]`` is served by all replicas of option k together.
 
-    ``units[k]`` is M_k, in multiples of 1 / GRAIN, and ``used_units[k]`` what the flow takes of
-    ``counts[k] * M_k``. ``phases`` counts the plain maximum flows it took.
+    ``units[k]`` is M_k, in multiples of 1 / GRAIN, and ``used_units[k]`` the flow's part of
+    ``counts[k] * M_k``. ``phases`` counts the plain maximum flows.
     """
 
     served_rps: float
@@ -56,8 +56,8 @@ def served_by_flow(
 ) -> Flow:
     """The most requests per second that ``counts[k]`` replicas of each option k can serve.
 
-    ``capacity_rps[k][j]`` is what one of them serves of type j alone, ``rates_rps[j]`` the arrival
-    rate of type j. All finite and at least 0.
+    ``capacity_rps[k][j]`` is the capacity of one of them for type j alone, ``rates_rps[j]`` the
+    arrival rate of type j. All finite and at least 0.
     """
     network = _GainNetwork(
         capacity=[[round(value * GRAIN) for value in row] for row in capacity_rps],
@@ -111,7 +111,7 @@ class _GainNetwork:
         return self._flow.get((k, j), Fraction())
 
     def phase(self) -> bool:
-        """One plain maximum flow on the arcs that lose nothing; False if nothing can flow."""
+        """Run a plain maximum flow on the arcs without loss; False if nothing can flow."""
         by_replica, by_type = self._labels()
         if not any(spare and by_replica[k] for k, spare in enumerate(self.spare)):
             return False
@@ -131,7 +131,7 @@ class _GainNetwork:
         ]
         first = len(pipes)
         for k, j in tight:
-            # What is already served may flow back, to be replaced by something as good.
+            # Served flow may return and be replaced by flow of the same gain.
             back = self._flow[k, j] * by_type[j]
             pipes += [(k, options + j, open_end + back), (options + j, k, back)]
         flows = _plain_flow(pipes, source, sink)
@@ -147,8 +147,8 @@ class _GainNetwork:
     def _labels(self) -> tuple[list[Fraction], list[Fraction]]:
         """Per replica and per type: the most unserved requests a unit (a request) can become.
 
-        Residual paths only: from a replica to a type, and from a type back to a replica that serves
-        it now. No cycle gains, so as many rounds as there are nodes are enough.
+        Along residual paths only: from a replica to a type, and from a type back to a replica that
+        serves it now. No cycle has a gain, so as many rounds as nodes suffice.
         """
         by_type = [Fraction(1 if unserved else 0) for unserved in self.unserved]
         by_replica = [Fraction()] * len(self.spare)
@@ -169,7 +169,7 @@ class _GainNetwork:
 def _plain_flow(
     pipes: Sequence[tuple[int, int, Fraction]], source: int, sink: int
 ) -> list[Fraction]:
-    """Maximum flow with fractional capacities, made whole by their common denominator."""
+    """Maximum flow with fractional capacities, scaled to integers by their common denominator."""
     whole = lcm(*[capacity.denominator for _, _, capacity in pipes])
     arcs = [
         Arc(tail=tail, head=head, capacity=int(capacity * whole)) for tail, head, capacity in pipes

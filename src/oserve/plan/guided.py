@@ -1,10 +1,10 @@
-"""The paper's upper level: a search that the flow guides (paper, section 3).
+"""The paper's upper level: a search guided by the flow (paper, section 3).
 
-Start from the best homogeneous deployment. Each round, the lower level tells what every replica is
-worth; the devices of a replica of little worth per device are pooled with those of a saturated one
-and with devices that are unused, the configurations of the pooled devices are enumerated, and the
-best one stays. The search ends after a number of rounds without improvement. It is a heuristic: it
-can end in a local optimum.
+It starts from the best homogeneous deployment. In each round the lower level gives the worth of
+every replica. The search pools the devices of a replica of little worth per device with those of a
+saturated replica and with unused devices, enumerates the configurations of the pool, and keeps the
+best. It ends after a number of rounds without improvement. As a heuristic it can end in a local
+optimum.
 """
 
 import random
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from oserve.plan.assign import Assigner, Assignment
-from oserve.plan.bounds import Bounds, CountMatrix, Scored
+from oserve.plan.bounds import Bounds, CountMatrix, ScoredCounts
 from oserve.plan.dominance import undominated
 from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.packing import Packing
-from oserve.plan.problem import Counts, PlanProblem
+from oserve.plan.problem import PlanProblem, ReplicaCounts
 
 IDLE_ROUNDS = 20
 MOST_ROUNDS = 1000
@@ -31,12 +31,12 @@ def guided_search(
     *,
     seed: int = 0,
     idle_rounds: int = IDLE_ROUNDS,
-    start: Scored | None = None,
-) -> Scored:
-    """A good deployment, found by exchanging devices between slack and saturated replicas.
+    start: ScoredCounts | None = None,
+) -> ScoredCounts:
+    """Search a good deployment by exchanging devices between slack and saturated replicas.
 
-    Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies what is pooled once the
-    obvious pool has brought nothing; ``start`` is the best homogeneous deployment unless given.
+    Ends after ``idle_rounds`` rounds without improvement. ``seed`` varies the pools after the
+    greedy one; ``start`` defaults to the best homogeneous deployment.
     """
     best = start or homogeneous_deployments(problem, assigner)[0]
     search = _Exchange(problem, assigner, random.Random(seed))
@@ -61,10 +61,10 @@ class _Exchange:
         self._options = undominated(problem)
         self._bounds = Bounds(problem, assigner)
         self._devices = Counter(device.kind for device in problem.devices)
-        self._tried: set[tuple[Counts, tuple[int, ...]]] = set()
+        self._tried: set[tuple[ReplicaCounts, tuple[int, ...]]] = set()
 
-    def improved(self, best: Scored, idle: int) -> Scored:
-        """One round: the better of ``best`` and what re-configuring one pool of it gives."""
+    def improved(self, best: ScoredCounts, idle: int) -> ScoredCounts:
+        """One round: the better of ``best`` and the best reconfiguration of one of its pools."""
         assignment = self._assigner.assign(best.counts)
         pool = self._pool(best.counts, assignment, idle)
         if (best.counts, pool) in self._tried:
@@ -73,15 +73,15 @@ class _Exchange:
         configurations = self._configurations(best.counts, pool, assignment)
         return self._bounds.best_of(configurations, best) or best
 
-    def _pool(self, counts: Counts, assignment: Assignment, idle: int) -> tuple[int, ...]:
-        """Options of which one replica each is pooled: the least worth and a saturated one."""
+    def _pool(self, counts: ReplicaCounts, assignment: Assignment, idle: int) -> tuple[int, ...]:
+        """The options of the pooled replicas: the one of least worth and a saturated one."""
         replicas = [i for i, count in enumerate(counts) for _ in range(count)]
         worth = assignment.worth
 
         def density(i: int) -> float:
             return worth[i] / self._problem.options[i].shape.device_count
 
-        # Slack ones first: what they are worth at the margin is less than at the peak.
+        # Slack replicas first: their marginal worth is below that of saturated ones.
         slack = set(assignment.slack)
         by_worth = sorted(replicas, key=lambda i: (i not in slack, density(i)))
         if not by_worth:
@@ -92,7 +92,7 @@ class _Exchange:
             rest = list(by_worth)
             rest.remove(poor)
             return (poor, rich) if rich in rest else (poor,)
-        # Variation: the longer nothing improves, the more replicas are pooled.
+        # Diversification: the longer without improvement, the larger the pool.
         size = min(len(by_worth), self._rng.choice([2, 2, 3] if idle < 8 else [2, 3, 3, 4]))
         poor = self._rng.randrange(max(1, (len(by_worth) + 1) // 2))
         others = [place for place in range(len(by_worth)) if place != poor]
@@ -100,9 +100,9 @@ class _Exchange:
         return tuple(sorted(by_worth[place] for place in chosen))
 
     def _configurations(
-        self, counts: Counts, pool: Sequence[int], assignment: Assignment
+        self, counts: ReplicaCounts, pool: Sequence[int], assignment: Assignment
     ) -> CountMatrix:
-        """What can be made of the pooled and the unused devices, most promising options first."""
+        """Configurations of the pooled and unused devices, most promising options first."""
         base = list(counts)
         for i in pool:
             base[i] -= 1
@@ -110,14 +110,18 @@ class _Exchange:
         for i, count in enumerate(base):
             free[self._packing.kinds[i]] -= count * self._problem.options[i].shape.device_count
         order = sorted(self._options, key=lambda i: -assignment.worth[i] / self._size(i))
-        found: list[Counts] = []
+        found: list[ReplicaCounts] = []
         self._extend(base, order, free, found)
         return np.array(found, dtype=np.int64).reshape(-1, len(counts))
 
     def _extend(
-        self, counts: list[int], order: Sequence[int], free: Counter[str], found: list[Counts]
+        self,
+        counts: list[int],
+        order: Sequence[int],
+        free: Counter[str],
+        found: list[ReplicaCounts],
     ) -> None:
-        """Depth first over the options; ends once there are MOST_CONFIGURATIONS."""
+        """Enumerate depth first over the options, up to MOST_CONFIGURATIONS."""
         if len(found) >= MOST_CONFIGURATIONS:
             return
         if not order:
@@ -132,7 +136,7 @@ class _Exchange:
                 counts[option] -= 1
                 break
             fitting += 1
-        # The most of a worthy option first.
+        # The largest count of an option first.
         free[kind] -= fitting * size
         for number in range(fitting, -1, -1):
             self._extend(counts, rest, free, found)

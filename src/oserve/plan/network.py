@@ -1,8 +1,8 @@
-"""A flow network and its maximum flow by preflow-push, in whole numbers of any size.
+"""Maximum flow by preflow-push, in integers of any size.
 
 First-in first-out preflow-push (Goldberg and Tarjan, "A new approach to the maximum-flow problem"):
-nodes with excess push it along residual arcs that lead one level down, and rise where there is
-none. Exact heights at the start and the gap rule keep it quick.
+nodes with excess push it along residual arcs that lead one level down, and are relabelled where
+there is none. Exact initial heights and the gap rule make it fast.
 """
 
 from collections import deque
@@ -71,7 +71,7 @@ class _Preflow:
             node = queue.popleft()
             for index in self.leaving[node]:
                 tail = self.heads[index]
-                # The pair of an arc leaving the node enters it.
+                # The reverse of an arc that leaves the node enters it.
                 if self.residual[index ^ 1] > 0 and distance[tail] == self.count:
                     distance[tail] = distance[node] + 1
                     queue.append(tail)
@@ -109,7 +109,7 @@ class _Preflow:
         )
         self._move(node, lowest + 1)
         if self.at_height[old] == 0 and old < self.count:
-            # Nobody is left on this level: who is above it can only send back to the source.
+            # Gap rule: this level is empty, so nodes above it can only push back to the source.
             for other, height in enumerate(self.height):
                 if old < height < self.count and other != self.source:
                     self._move(other, self.count + 1)

@@ -1,20 +1,19 @@
 """Packing: which counts of replicas fit on the nodes.
 
-A replica is ``pipeline_parallel_size`` stages; a stage is a group of ``tensor_parallel_size``
-devices of one kind that stays inside a node, unless that is allowed otherwise (then all devices of
-a kind are one node). Stages of a replica may lie on different nodes, so what must be packed is
-groups.
+A replica is ``pipeline_parallel_size`` stages. A stage is a group of ``tensor_parallel_size``
+devices of one kind within a node (if groups may span nodes, all devices of a kind count as one
+node). Stages of a replica may lie on different nodes, so the items to pack are groups.
 
 Where the group sizes of a kind form a divisibility chain (1, 2, 4, 8), counts fit if and only if
 for every size t
 
     sum over groups of size >= t of their devices  <=  sum over nodes of floor(size / t) * t.
 
-Needed: groups of size >= t are multiples of t, and a node holds at most floor(size / t) * t devices
-in multiples of t. Enough: place groups in descending order; before a group of size t, everything
-placed is in multiples of t, so the nodes' free slots of size t number
-sum floor(size / t) - placed / t, which the condition makes at least 1 - on whichever nodes the
-earlier groups were put. Other sizes (3 beside 2) need one integer variable per node and size.
+Necessary: groups of size >= t are multiples of t, and a node holds at most floor(size / t) * t
+devices in multiples of t. Sufficient: place groups in descending order. Before a group of size t,
+all placed groups are multiples of t, so the number of free slots of size t is
+sum floor(size / t) - placed / t, at least 1 by the condition, whichever nodes hold the earlier
+groups. Other sizes (3 beside 2) need one integer variable per node and size.
 """
 
 from collections import Counter
@@ -43,7 +42,7 @@ class PackingRow:
 
 
 class Packing:
-    """The devices of a cluster as nodes to be filled with replicas of the given shapes."""
+    """The nodes of a cluster as bins for replicas of the given shapes."""
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class Packing:
         self._most = np.array(self._largest)
 
     def largest(self, option: int) -> int:
-        """How many replicas of this option fit if there is nothing else; 0 if not even one."""
+        """The most replicas of this option alone that fit; 0 if none does."""
         return self._largest[option]
 
     def fits(self, counts: Sequence[int]) -> bool:
@@ -87,7 +86,7 @@ class Packing:
         )
 
     def groups(self, counts: Sequence[int], kind: str) -> Counter[int]:
-        """How many tensor-parallel groups of each size these counts take of a kind."""
+        """The number of tensor-parallel groups of each size that these counts take of a kind."""
         groups: Counter[int] = Counter()
         for shape, of_kind, count in zip(self._shapes, self.kinds, counts, strict=True):
             if of_kind == kind and count:
@@ -110,7 +109,7 @@ class Packing:
             if option == len(counts):
                 yield tuple(counts)
                 return
-            # Packing is monotone: what does not fit never fits with more beside it.
+            # Packing is monotone: counts that do not fit never fit with more replicas.
             while counts[option] <= self._largest[option] and self.fits(counts):
                 yield from extend(option + 1)
                 counts[option] += 1
@@ -178,10 +177,10 @@ class Packing:
 def node_groups(
     groups: Mapping[int, int], nodes: Mapping[str, int]
 ) -> dict[str, Counter[int]] | None:
-    """Groups (number by size) put on nodes (free devices by name); None if they do not fit.
+    """Place groups (number by size) on nodes (free devices by name); None if they do not fit.
 
-    First-fit descending decides most cases; where it fails on sizes that are no chain, a search
-    over what each node may hold decides.
+    First-fit descending decides most cases. If it fails on sizes that form no chain, a search over
+    the fillings of each node decides.
     """
     wanted = {size: number for size, number in groups.items() if number}
     free = dict(nodes)
@@ -206,7 +205,7 @@ def node_groups(
 def _searched_groups(
     wanted: Mapping[int, int], nodes: Mapping[str, int]
 ) -> dict[str, Counter[int]] | None:
-    """Node by node, the largest first: every maximal filling, states seen before left out."""
+    """Search node by node, the largest first, over maximal fillings, with memoised dead ends."""
     sizes = sorted(wanted, reverse=True)
     order = sorted(nodes, key=lambda node: -nodes[node])
     dead: set[tuple[int, tuple[int, ...]]] = set()
@@ -237,7 +236,7 @@ def _searched_groups(
 
 
 def _fillings(room: int, sizes: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Ways to fill one node that leave no room for a further group, the fullest first."""
+    """Maximal fillings of one node, the fullest first."""
     found: list[tuple[int, ...]] = []
 
     def extend(index: int, free: int, chosen: tuple[int, ...]) -> None:

@@ -1,10 +1,9 @@
 """Placement: from counts of shapes to replicas on devices, moving as few weights as possible.
 
-Replicas of the current plan whose very shape is wanted stay where they are, unless the rest would
-not fit then (in which case the fewest possible give way). The others come first-fit descending by
-group size - which always succeeds, see ``packing`` - each time the replica and the node where most
-of the weights are on the right devices already. It does not know what else moves, KV cache or
-requests, nor over which links.
+Replicas of the current plan with a wanted shape stay in place. If the rest would then not fit, as
+few of them as possible move. The other replicas are placed first-fit descending by group size,
+which always succeeds (see ``packing``), each time the replica and node with most weights already in
+place. Placement ignores KV caches, requests and links.
 """
 
 from collections import Counter
@@ -26,16 +25,15 @@ from oserve.core import (
 from oserve.plan.packing import ANY_KIND, is_chain, node_groups
 from oserve.plan.shard import Shard, shards_held, shards_of
 
-# Ways to release kept replicas that are looked at, for each number of them.
+# The most choices of replicas to release that are tried, per number of replicas.
 _MOST_RELEASES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Replicas on devices, those of one shape together.
+    """Replicas on devices, grouped by shape.
 
-    ``moved_fraction`` sums over devices the share of a full model's weights that must arrive there
-    (1.0: as much as one whole copy).
+    ``moved_fraction`` sums the weights that devices must receive, in copies of the whole model.
     """
 
     replicas: tuple[ReplicaSpec, ...]
@@ -44,7 +42,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seat:
-    """Devices for one replica, in rank order, and how much of its weights they hold."""
+    """Devices for one replica, in rank order, and the share of its weights that they hold."""
 
     devices: tuple[str, ...]
     held: float
@@ -58,11 +56,11 @@ def place_replicas(
     tensor_parallel_across_nodes: bool = False,
     backend: Backend | None = None,
 ) -> Placement:
-    """Put ``wanted`` (shape, number of replicas) on the devices.
+    """Place ``wanted`` (shape, number of replicas) on the devices.
 
-    Each replica's devices are stage after stage, tensor-parallel ranks in order. New replicas run
-    on ``backend`` and get ids that no replica of the current plan has. Raises an OServeError if
-    they do not fit.
+    Each replica's devices are listed stage by stage, in the order of tensor-parallel ranks. New
+    replicas run on ``backend`` and get ids unused in the current plan. Raises OServeError if they
+    do not fit.
     """
     board = _Board(devices, current, across=tensor_parallel_across_nodes)
     kept = _kept(wanted, board, current)
@@ -82,12 +80,12 @@ def place_replicas(
         placed.append(spec)
     order = {shape: index for index, (shape, _) in enumerate(wanted)}
     placed.sort(key=lambda spec: order[spec.shape])
-    # Rounding must not make a plan that changes nothing look like one that moves something.
+    # Rounding must not give an unchanged plan a moved fraction.
     return Placement(replicas=tuple(placed), moved_fraction=moved if moved > 1e-9 else 0.0)
 
 
 class _Board:
-    """Which devices of which node are free, and what they hold now."""
+    """The free devices of each node, and the weights that devices hold now."""
 
     def __init__(
         self, devices: Sequence[Device], current: DeploymentPlan | None, *, across: bool
@@ -117,11 +115,11 @@ class _Board:
             self._home[device].sort(key=self._order.__getitem__)
 
     def holds(self, left: Counter[ReplicaShape]) -> bool:
-        """Whether these replicas fit on what is free."""
+        """Whether these replicas fit on the free devices."""
         return all(self.quotas(left, kind) is not None for kind in self.kinds)
 
     def quotas(self, left: Counter[ReplicaShape], kind: str) -> dict[str, Counter[int]] | None:
-        """One way to put the groups of these replicas on the nodes of a kind, if there is one."""
+        """A placement of these replicas' groups on the nodes of a kind, if there is one."""
         groups: Counter[int] = Counter()
         for shape, number in left.items():
             if self.kind_of(shape) == kind:
@@ -132,7 +130,7 @@ class _Board:
 def _kept(
     wanted: Sequence[tuple[ReplicaShape, int]], board: _Board, current: DeploymentPlan | None
 ) -> list[ReplicaSpec]:
-    """Current replicas that stay: as many as are wanted and as the rest leaves room for."""
+    """The current replicas that stay: as many as are wanted and fit beside the rest."""
     left = Counter({shape: number for shape, number in wanted if number})
     unknown = [shape for shape in left if board.kind_of(shape) not in board.free]
     if unknown or not board.holds(left):
@@ -146,7 +144,7 @@ def _kept(
         for spec in (current.replicas if current else ())
         if spec.devices and board.known.issuperset(spec.devices) and left[spec.shape] > 0
     ]
-    # Where some must go, those stay that share a node with many: whole nodes come free.
+    # If some must move, those that share a node with many stay, so that whole nodes become free.
     company = Counter(board.node_of[device] for spec in alike for device in spec.devices)
     alike.sort(key=lambda spec: _by_company(board.node_of[spec.devices[0]], company))
     stay = []
@@ -172,9 +170,9 @@ def _by_company(node: str, company: Counter[str]) -> tuple[int, str]:
 def _released(
     stay: Sequence[ReplicaSpec], left: Counter[ReplicaShape], board: _Board
 ) -> tuple[ReplicaSpec, ...]:
-    """The fewest of ``stay`` that must move; on return their devices are free on the board.
+    """The fewest of ``stay`` that must move; frees their devices on the board.
 
-    All choices of one, of two and so on, up to a limit of each; then the last resort, all of them.
+    Tries all choices of one, of two and so on, up to a limit for each number, and finally all.
     """
     for number in range(1, len(stay)):
         for choice in islice(combinations(stay, number), _MOST_RELEASES):
@@ -190,13 +188,13 @@ def _released(
 
 
 def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaShape, _Seat]]:
-    """Seats for all that is left, widest groups first, most weights in place first."""
+    """Seats for all remaining replicas, widest groups first, most weights in place first."""
     seated = []
     left = +left
     for kind in board.kinds:
         shapes = [shape for shape in left if board.kind_of(shape) == kind]
         widths = sorted({shape.tensor_parallel_size for shape in shapes}, reverse=True)
-        # Widths that are no chain may fit in few ways only: one of those is followed.
+        # Widths that form no chain may fit in few ways only, so it follows one of those.
         quotas = None if is_chain(widths[::-1]) else board.quotas(left, kind)
         for width in widths:
             same = [shape for shape in shapes if shape.tensor_parallel_size == width]
@@ -214,7 +212,7 @@ def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaSha
 
 
 class _Seats:
-    """The best devices for replicas of one kind and width; what was found stays until used up."""
+    """The best devices for replicas of one kind and width; caches results until they are taken."""
 
     def __init__(
         self, board: _Board, kind: str, width: int, quotas: dict[str, Counter[int]] | None
@@ -226,7 +224,7 @@ class _Seats:
         self._found: dict[tuple[tuple[Shard, ...], str], _Seat] = {}
 
     def best(self, shape: ReplicaShape) -> _Seat:
-        """All stages on one node if any has the room, else each stage where it holds most."""
+        """All stages on one node if one has room, else each stage where most of it is held."""
         shards = shards_of(shape)
         whole = self._best(shards, frozenset())
         if whole is not None:
@@ -241,7 +239,7 @@ class _Seats:
         return _Seat(devices=devices, held=held)
 
     def take(self, seat: _Seat) -> None:
-        """The seat is used: forget what was found on its nodes."""
+        """Take the seat and invalidate the cached results on its nodes."""
         taken = set(seat.devices)
         for node, free in self._free.items():
             groups = len(taken.intersection(free)) // self._width
@@ -252,7 +250,7 @@ class _Seats:
         self._board.take(seat.devices)
 
     def _best(self, shards: tuple[Shard, ...], without: frozenset[str]) -> _Seat | None:
-        """The node where these shards hold most; of equals the one with the least room left."""
+        """The node that holds most of these shards; of equals the one with the least room."""
         best: tuple[float, int] | None = None
         seat = None
         for node, ids in self._free.items():
@@ -285,7 +283,7 @@ class _Seats:
             ]
         )
         if overlap.any():
-            # Loading it takes longer than most commands that import this module.
+            # Importing SciPy takes longer than most commands that import this module.
             from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
 
             _, columns = linear_sum_assignment(overlap, maximize=True)

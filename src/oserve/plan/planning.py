@@ -1,7 +1,7 @@
-"""From a model, a cluster and a demand to a plan with its reasons: what ``oserve plan`` asks.
+"""Planning: from a model, a cluster and a demand to a plan with its reasons.
 
-Also what ``oserve serve`` asks when it is given no plan. Everything is wired here: facts, the
-performance table, the search, placement. It prints nothing.
+``oserve plan`` calls it, and ``oserve serve`` without a plan. It combines the performance table,
+the search and the placement, and prints nothing.
 """
 
 import math
@@ -18,26 +18,26 @@ from oserve.core import (
     ReplicaShape,
 )
 from oserve.perf import ShapePerformance
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource, performance_table
 from oserve.plan.demand import Demand
-from oserve.plan.deploy import Placed, place_deployment
+from oserve.plan.deploy import PlacedReplicas, place_deployment
 from oserve.plan.problem import AmongEquals, Objective, PlanProblem
-from oserve.plan.search import Deployment, Planned, Search, plan_deployment
+from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
-# A share below this is left to overflow.
+# Overflow covers smaller shares.
 _LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned. ``limits`` are the SLOs, by type name; ``shapes`` what may be used.
+    """A planning problem. ``limits`` are the SLOs by type name; ``shapes`` the allowed shapes.
 
-    Different replicas must be worth ``min_gain`` (0.02: two per cent) over the best homogeneous
-    deployment, or that one is taken: it is simpler, and the model errs by some per cent. But where
-    ``min_shapes`` asks for several, the best deployment of so many is taken, if there is one.
-    ``notes``: what to know about the question itself.
+    A heterogeneous deployment must gain ``min_gain`` (0.02: two per cent) over the best homogeneous
+    one, which is simpler; the model errs by some per cent. If ``min_shapes`` asks for several
+    shapes, the best deployment with so many wins, if there is one. ``notes``: remarks on the
+    request itself.
     """
 
     model: str
@@ -45,7 +45,7 @@ class PlanRequest:
     demand: Demand
     source: PerformanceSource
     shapes: tuple[ReplicaShape, ...]
-    limits: Mapping[str, Limits]
+    limits: Mapping[str, LatencyLimits]
     search: Search = Search.EXACT
     objective: Objective = Objective.CAPACITY
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
@@ -61,7 +61,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedRates:
-    """Requests per second: served with no regard to SLOs, within all of them, and asked for."""
+    """Requests per second: served regardless of SLOs, served within all SLOs, and demanded."""
 
     served_rps: float
     goodput_rps: float
@@ -70,29 +70,29 @@ class PredictedRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanResult:
-    """The plan, how it was found, and what it is compared with.
+    """The plan, how it was found, and the deployments it is compared with.
 
-    ``usual`` is what most people run: the smallest tensor-parallel size that holds the model with
-    room for its requests, everywhere. ``table_s`` and ``solve_s`` are seconds of this machine.
+    ``usual`` is the common practice: the smallest tensor-parallel size that holds the model and its
+    requests, on all devices. ``table_s`` and ``solve_s`` are seconds on this machine.
     """
 
-    question: PlanRequest
+    request: PlanRequest
     problem: PlanProblem
     planned: Planned
-    placed: Placed
+    placed: PlacedReplicas
     plan: DeploymentPlan
     predicted: PredictedRates
-    baseline: Deployment
+    baseline: DeploymentCandidate
     baseline_predicted: PredictedRates
-    usual: Deployment | None
+    usual: DeploymentCandidate | None
     table_s: float
     solve_s: float
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know to judge the plan."""
-        asked = self.question
-        notes = [*asked.notes, *asked.demand.notes, *asked.source.caveats(self._shapes)]
+        """The caveats of the plan."""
+        request = self.request
+        notes = [*request.notes, *request.demand.notes, *request.source.caveats(self._shapes)]
         return tuple(dict.fromkeys(notes))
 
     @property
@@ -101,78 +101,80 @@ class PlanResult:
 
     @property
     def gain(self) -> float:
-        """Of the plan over the best homogeneous deployment, as a ratio of what was sought."""
+        """The gain of the plan over the best homogeneous deployment: a ratio of objectives."""
         return _gain(self.planned, self.planned.best, self.baseline)
 
 
-def answer(question: PlanRequest) -> PlanResult:
-    """Plan it. Raises OServeError where nothing can serve the demand, naming what would."""
-    demand = question.demand
+def compute_plan(request: PlanRequest) -> PlanResult:
+    """Compute the plan. Raises OServeError, with a remedy, if nothing can serve the demand."""
+    demand = request.demand
     started = time.perf_counter()
     table = performance_table(
-        question.source,
-        question.shapes,
+        request.source,
+        request.shapes,
         demand.types,
-        limits=question.limits,
+        limits=request.limits,
         longest_tokens=demand.longest_tokens,
     )
     tabled = time.perf_counter()
-    _refuse_unmet(question, table)
+    _refuse_unmet(request, table)
     problem = PlanProblem(
-        devices=question.devices,
+        devices=request.devices,
         types=demand.types,
         options=table,
-        objective=question.objective,
-        among_equals=question.among_equals,
-        enough_scale=question.enough_scale,
-        current=question.current,
-        min_shapes=question.min_shapes,
+        objective=request.objective,
+        among_equals=request.among_equals,
+        enough_scale=request.enough_scale,
+        current=request.current,
+        min_shapes=request.min_shapes,
     )
     planned = plan_deployment(
         problem,
-        question.search,
-        time_limit_s=question.time_limit_s,
-        seed=question.seed,
-        candidates=question.candidates,
+        request.search,
+        time_limit_s=request.time_limit_s,
+        seed=request.seed,
+        candidates=request.candidates,
     )
-    asked = question.min_shapes > 1 and problem.is_varied(planned.best.counts)
-    if not asked and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + question.min_gain:
+    varied = request.min_shapes > 1 and problem.is_varied(planned.best.counts)
+    if not varied and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + request.min_gain:
         planned = replace(planned, best=planned.homogeneous[0])
     placed = place_deployment(problem, planned.best)
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]
     return PlanResult(
-        question=question,
+        request=request,
         problem=problem,
         planned=planned,
         placed=placed,
-        plan=deployment_plan(question, placed),
-        predicted=predict(question, problem, planned.best),
+        plan=deployment_plan(request, placed),
+        predicted=predict(request, problem, planned.best),
         baseline=baseline,
-        baseline_predicted=predict(question, problem, baseline),
+        baseline_predicted=predict(request, problem, baseline),
         usual=_usual(problem, planned.homogeneous),
         table_s=tabled - started,
         solve_s=solved - tabled,
     )
 
 
-def _gain(planned: Planned, best: Deployment, base: Deployment) -> float:
-    """Of one deployment over another in what was sought: the scale, else the rate served."""
+def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
+    """The gain of one deployment over another, in scale or else in rate served."""
     if planned.bounds_scale:
         return best.score.scale / base.score.scale if base.score.scale > 0 else math.inf
     return best.score.served_rps / base.score.served_rps if base.score.served_rps > 0 else math.inf
 
 
-def predict(question: PlanRequest, problem: PlanProblem, deployment: Deployment) -> PredictedRates:
-    """What a deployment serves, with and without regard to SLOs."""
+def predict(
+    request: PlanRequest, problem: PlanProblem, deployment: DeploymentCandidate
+) -> PredictedRates:
+    """The rates that a deployment serves, with and without regard to SLOs."""
     from oserve.plan.assign import Assigner  # noqa: PLC0415
 
     used = [index for index, count in enumerate(deployment.counts) if count]
     table = performance_table(
-        question.source,
+        request.source,
         [problem.options[index].shape for index in used],
         problem.types,
-        longest_tokens=question.demand.longest_tokens,
+        longest_tokens=request.demand.longest_tokens,
     )
     free = replace(problem, options=table, current=None)
     served = Assigner(free).score([deployment.counts[index] for index in used]).served_rps
@@ -183,8 +185,10 @@ def predict(question: PlanRequest, problem: PlanProblem, deployment: Deployment)
     )
 
 
-def used_shapes(problem: PlanProblem, deployment: Deployment) -> list[tuple[ReplicaShape, int]]:
-    """The shapes of a deployment and how many replicas each has."""
+def used_shapes(
+    problem: PlanProblem, deployment: DeploymentCandidate
+) -> list[tuple[ReplicaShape, int]]:
+    """The shapes of a deployment with their numbers of replicas."""
     return [
         (option.shape, count)
         for option, count in zip(problem.options, deployment.counts, strict=True)
@@ -193,13 +197,13 @@ def used_shapes(problem: PlanProblem, deployment: Deployment) -> list[tuple[Repl
 
 
 def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
-    """What is varied unless said otherwise."""
+    """The default dimensions of the shapes."""
     return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
-def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
-    """Shares per length class: those of the types it is made of, in proportion."""
-    demand = question.demand
+def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:
+    """The deployment plan; a length class has the weighted mean of its types' shares."""
+    demand = request.demand
     shares: dict[str, dict[str, float]] = {}
     for item in demand.classes:
         mix = demand.class_mix[item.name]
@@ -211,9 +215,9 @@ def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
     return DeploymentPlan(
         id="planned",
         replicas=placed.replicas,
-        workload_types=demand.classes,
+        length_classes=demand.classes,
         routing_shares=shares,
-        types=tuple(
+        planned_types=tuple(
             PlannedType(
                 name=name,
                 prompt_tokens=round(prompt, 3),
@@ -226,17 +230,19 @@ def deployment_plan(question: PlanRequest, placed: Placed) -> DeploymentPlan:
 
 
 def _whole(shares: Mapping[str, float]) -> dict[str, float]:
-    """Scaled to sum to 1, without what is too small to matter."""
+    """Shares without negligible ones, scaled to sum to 1."""
     total = sum(shares.values())
     kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
     total = sum(kept.values())
     return {name: value / total for name, value in kept.items()}
 
 
-def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deployment | None:
-    """The smallest tensor-parallel size that serves every type, vLLM's usual chunk budget."""
+def _usual(
+    problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
+) -> DeploymentCandidate | None:
+    """The deployment of the smallest TP size that serves every type, at vLLM's chunk budget."""
 
-    def unusual(deployment: Deployment) -> tuple[float, ...]:
+    def unusual(deployment: DeploymentCandidate) -> tuple[float, ...]:
         shapes = [shape for shape, _ in used_shapes(problem, deployment)]
         return (
             max(shape.pipeline_parallel_size for shape in shapes),
@@ -250,32 +256,32 @@ def _usual(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> Deploymen
     return min(able, key=unusual, default=None)
 
 
-def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> None:
-    """Raise where no shape serves a type that comes: too little room, or too tight an SLO."""
+def _refuse_unmet(request: PlanRequest, table: Sequence[ShapePerformance]) -> None:
+    """Raise OServeError if no shape serves a type with traffic: too little memory or tight SLO."""
     unmet = [
         index
-        for index, kind in enumerate(question.demand.types)
+        for index, kind in enumerate(request.demand.types)
         if kind.arrival_rate_rps > 0 and not any(row.capacity_rps[index] > 0 for row in table)
     ]
     if not unmet:
         return
     nearest = []
     for index in unmet:
-        kind = question.demand.types[index]
+        kind = request.demand.types[index]
         timed = [row for row in table if row.ttft_s[index] < math.inf]
         if not timed:
             raise OServeError(
                 f"no shape has KV cache for requests of type {kind.name!r} "
-                f"({question.demand.longest_tokens.get(kind.name, 0):,.0f} tokens at most)",
+                f"({request.demand.longest_tokens.get(kind.name, 0):,.0f} tokens at most)",
                 place="--cluster",
                 remedy="use more devices a replica, fewer bits a weight, or shorter requests",
             )
-        limits = question.limits.get(kind.name, Limits())
+        limits = request.limits.get(kind.name, LatencyLimits())
         row = min(timed, key=lambda row, i=index, own=limits: _excess(row, i, own))  # type: ignore[misc]
         nearest.append((_excess(row, index, limits), index, row, limits))
     _, index, row, _ = max(nearest, key=lambda item: item[0])
-    kind = question.demand.types[index]
-    # Limits that are given for all types must suffice for the one that is hardest to serve.
+    kind = request.demand.types[index]
+    # Common limits must suffice for the type that is hardest to serve.
     ttft_s = [row.ttft_s[i] for _, i, row, own in nearest if own.ttft_s is not None]
     tpot_s = [row.tpot_s[i] for _, i, row, own in nearest if own.tpot_s is not None]
     closest = " ".join(
@@ -292,8 +298,8 @@ def _refuse_unmet(question: PlanRequest, table: Sequence[ShapePerformance]) -> N
     )
 
 
-def _excess(row: ShapePerformance, index: int, limits: Limits) -> float:
-    """By what factor an idle replica misses the limits."""
+def _excess(row: ShapePerformance, index: int, limits: LatencyLimits) -> float:
+    """The factor by which an idle replica misses the limits."""
     return max(
         row.ttft_s[index] / limits.ttft_s if limits.ttft_s else 0.0,
         row.tpot_s[index] / limits.tpot_s if limits.tpot_s else 0.0,
@@ -301,5 +307,5 @@ def _excess(row: ShapePerformance, index: int, limits: Limits) -> float:
 
 
 def _above(seconds: float) -> int:
-    """Milliseconds, a little above, so that a small load fits as well."""
+    """Milliseconds, rounded up so that a small load fits as well."""
     return int(seconds * 1.05 * 1e3) + 1

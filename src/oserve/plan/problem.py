@@ -1,7 +1,7 @@
-"""The planning problem: devices, demand, what each replica shape can do, and what is wanted.
+"""The planning problem: devices, demand, the capacities of replica shapes, and the objective.
 
 Rates and capacities are in requests per second. A deployment is a tuple of counts, one per entry of
-``options``; identical replicas are interchangeable, so nothing is lost by counting them.
+``options``, since identical replicas are interchangeable.
 """
 
 import math
@@ -14,15 +14,15 @@ from oserve.core import DeploymentPlan, Device, OServeError, WorkloadType
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 
-Counts = tuple[int, ...]
+ReplicaCounts = tuple[int, ...]
 
 
 class Objective(StrEnum):
-    """What a deployment is chosen for.
+    """The objective of a deployment.
 
-    ``CAPACITY``: the rate served within the demand first; once all of it fits, the largest common
-    scale of the demand that would still fit. ``THROUGHPUT``: the rate served within the demand and
-    nothing else, as in the paper, section 3.
+    ``CAPACITY``: first the rate served within the demand; once all of it fits, the largest common
+    scale of the demand that still fits. ``THROUGHPUT``: only the rate served within the demand, as
+    in the paper, section 3.
     """
 
     CAPACITY = "capacity"
@@ -30,7 +30,7 @@ class Objective(StrEnum):
 
 
 class AmongEquals(StrEnum):
-    """What decides between deployments that serve equally well."""
+    """The tie-break between deployments that serve equally well."""
 
     FEWEST_DEVICES = "fewest_devices"
     LEAST_ENERGY = "least_energy"
@@ -38,14 +38,13 @@ class AmongEquals(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanProblem:
-    """Everything a search needs.
+    """The input of a search.
 
     ``options`` are the candidate replica shapes with their capacities, in the order of ``types``;
-    ``shape.device_kind`` names the kind of device ("any" stands for the only kind there is).
-    Headroom past ``enough_scale`` (at least 1; ``None``: no limit) times the demand is worth
-    nothing. Deployments of fewer than ``min_shapes`` different shapes (by name) do not count.
-    ``current`` is the plan in force: among equals the one that keeps most of its replicas
-    wins.
+    ``shape.device_kind`` names the kind of device ("any" stands for the only kind). Headroom beyond
+    ``enough_scale`` (at least 1; ``None``: no limit) times the demand has no value. Deployments of
+    fewer than ``min_shapes`` distinct shapes (by name) are not eligible. ``current`` is the plan in
+    force: among equals the deployment that keeps most of its replicas wins.
     """
 
     devices: tuple[Device, ...]
@@ -60,12 +59,12 @@ class PlanProblem:
 
     @property
     def demand_rps(self) -> float:
-        """Requests per second of all types together."""
+        """Total requests per second."""
         return sum(kind.arrival_rate_rps for kind in self.types)
 
     @property
     def packing(self) -> Packing:
-        """Which counts of the options fit on the devices (built anew on each call)."""
+        """The packing of the options on the devices (built on each call)."""
         return Packing(
             self.devices,
             [option.shape for option in self.options],
@@ -73,8 +72,8 @@ class PlanProblem:
         )
 
     @property
-    def kept_counts(self) -> Counts:
-        """How many replicas of each option the current plan has on devices of this cluster."""
+    def kept_counts(self) -> ReplicaCounts:
+        """The current plan's replicas of each option on devices of this cluster."""
         if self.current is None:
             return (0,) * len(self.options)
         known = {device.id for device in self.devices}
@@ -85,8 +84,8 @@ class PlanProblem:
         )
         return tuple(have[option.shape] for option in self.options)
 
-    def is_varied(self, counts: Counts) -> bool:
-        """Whether a deployment has as many different shapes as asked for, of those that serve."""
+    def is_varied(self, counts: ReplicaCounts) -> bool:
+        """Whether a deployment has at least ``min_shapes`` distinct shapes that serve."""
         if self.min_shapes == 1:
             return True
         active = [j for j, kind in enumerate(self.types) if kind.arrival_rate_rps > 0]
@@ -99,7 +98,7 @@ class PlanProblem:
 
 
 def check_problem(problem: PlanProblem) -> None:
-    """Raise an OServeError that names the first thing that makes the problem senseless."""
+    """Raise OServeError for the first inconsistency of the problem."""
     if not problem.devices:
         raise OServeError(
             "this is an empty cluster", place="plan.devices", remedy="give at least one device"

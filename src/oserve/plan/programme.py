@@ -1,7 +1,7 @@
-"""A linear or mixed-integer programme, held by HiGHS: built once, changed a little, solved again.
+"""A linear or mixed-integer programme in HiGHS, built once, modified and solved repeatedly.
 
-One thread and no output. It knows columns, rows and coefficients, nothing of replicas; callers
-scale their numbers to about 1, so that the absolute tolerances of the solver mean something.
+Single-threaded and silent. It knows columns, rows and coefficients but no replicas; callers scale
+their numbers to about 1, so that the solver's absolute tolerances are meaningful.
 """
 
 import math
@@ -28,7 +28,7 @@ class Column:
     integer: bool = False
 
 
-class Outcome(StrEnum):
+class SolveStatus(StrEnum):
     """How a solve ended."""
 
     OPTIMAL = "optimal"
@@ -37,11 +37,11 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Programme:
+class LinearProgramme:
     """Maximise cost @ x over columns x with ``lower <= rows @ x <= upper``.
 
-    ``rows`` are (lower, upper) pairs. A programme without integer columns is solved by the dual
-    simplex from the last basis, which makes solving again after a change of bounds cheap.
+    ``rows`` are (lower, upper) pairs. Without integer columns the dual simplex starts from the last
+    basis, so that a solve after a change of bounds is cheap.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Programme:
             "mip_feasibility_tolerance": 1e-8,
             "mip_rel_gap": relative_gap,
             "mip_abs_gap": 0.0,
-            # These programmes are small: these heuristics cost more than they bring.
+            # These heuristics cost more than they gain on such small programmes.
             "mip_heuristic_run_feasibility_jump": False,
             "mip_heuristic_run_rins": False,
             "mip_heuristic_run_rens": False,
@@ -93,11 +93,11 @@ class Programme:
         indices = np.arange(self._width, dtype=np.int32)
         self._highs.changeColsCost(self._width, indices, costs)
 
-    def solve(self, *, time_limit_s: float = math.inf, presolve: bool = True) -> Outcome:
+    def solve(self, *, time_limit_s: float = math.inf, presolve: bool = True) -> SolveStatus:
         """Solve within about ``time_limit_s`` seconds (HiGHS's own clock).
 
-        ``presolve`` concerns mixed-integer programmes only; without it HiGHS takes another way to
-        the same answer.
+        ``presolve`` concerns mixed-integer programmes only; without it HiGHS reaches the same
+        answer in another way.
         """
         if self._integer:
             self._highs.setOptionValue("presolve", "choose" if presolve else "off")
@@ -105,20 +105,20 @@ class Programme:
         self._highs.run()
         status = self._highs.getModelStatus()
         if status == highspy.HighsModelStatus.kOptimal:
-            return Outcome.OPTIMAL
+            return SolveStatus.OPTIMAL
         if status == highspy.HighsModelStatus.kInfeasible:
-            return Outcome.INFEASIBLE
+            return SolveStatus.INFEASIBLE
         if self._integer:
             feasible = self._highs.getInfo().primal_solution_status == 2
-            return Outcome.FEASIBLE if feasible else Outcome.UNKNOWN
-        # A basis gone bad: once more from nothing.
+            return SolveStatus.FEASIBLE if feasible else SolveStatus.UNKNOWN
+        # The basis is unusable: solve once more from scratch.
         self._highs.clearSolver()
         self._highs.run()
         solved = self._highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        return Outcome.OPTIMAL if solved else Outcome.UNKNOWN
+        return SolveStatus.OPTIMAL if solved else SolveStatus.UNKNOWN
 
     def relaxed_value(self) -> float:
-        """The optimum if integer columns might be fractional: a bound; infinite if unsolved."""
+        """The optimum of the relaxation, which is a bound; infinite if unsolved."""
         self._highs.setOptionValue("solve_relaxation", True)
         self._highs.setOptionValue("time_limit", math.inf)
         self._highs.run()
@@ -129,7 +129,7 @@ class Programme:
 
     @property
     def seconds(self) -> float:
-        """What all solves so far took, by HiGHS's clock."""
+        """The total time of all solves, by HiGHS's clock."""
         return float(self._highs.getRunTime())
 
     @property
@@ -139,7 +139,7 @@ class Programme:
 
     @property
     def bound(self) -> float:
-        """What no solution of the last mixed-integer solve can exceed."""
+        """The upper bound of the last mixed-integer solve."""
         bound = float(self._highs.getInfo().mip_dual_bound)
         return max(bound, self.value) if math.isfinite(bound) else math.inf
 
@@ -150,7 +150,7 @@ class Programme:
 
     @property
     def prices(self) -> Vector:
-        """The size of each row's dual: how the objective moves with the row's active bound."""
+        """The absolute dual of each row: change of the objective per unit of the row's bound."""
         duals: Vector = np.array(self._highs.getSolution().row_dual)
         return np.abs(duals)
 

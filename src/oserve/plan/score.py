@@ -1,4 +1,4 @@
-"""The score of a deployment: what it is worth, and which of two is worth more.
+"""The score of a deployment, and the order of scores.
 
 Scores come from floating-point optimisation, so values within ``EQUAL`` (relative) count as equal
 and the next criterion decides.
@@ -13,17 +13,16 @@ from oserve.plan.problem import AmongEquals, Objective, PlanProblem
 
 EQUAL = 1e-6
 
-Item = TypeVar("Item")
+Ranked = TypeVar("Ranked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """What one deployment achieves.
+class PlanScore:
+    """The score of one deployment.
 
-    ``served_rps`` is the most requests per second it serves within the demand; ``scale`` the
-    largest multiple of the whole demand, mix unchanged, that fits (1 or more: all is served).
-    ``power_w`` is drawn by all its replicas; ``kept`` counts the replicas of the current plan whose
-    shape it keeps.
+    ``served_rps`` is the largest rate that it serves within the demand; ``scale`` the largest
+    multiple of the demand, mix unchanged, that fits (1 or more: all is served). ``power_w`` is the
+    power of all its replicas; ``kept`` counts the replicas of the current plan that it keeps.
     """
 
     served_rps: float
@@ -33,12 +32,12 @@ class Score:
     kept: int
 
 
-def criteria(problem: PlanProblem, score: Score) -> tuple[float, ...]:
-    """The score as numbers to compare one after the other, each the larger the better.
+def criteria(problem: PlanProblem, score: PlanScore) -> tuple[float, ...]:
+    """The criteria of the score in lexicographic order; larger is better.
 
     CAPACITY: the share of the demand served; then the scale, which counts only once all is served
     and only up to ``enough_scale``. THROUGHPUT: the share served. Then, for both, devices or power
-    (as told by ``among_equals``) and closeness to the current plan.
+    (by ``among_equals``) and the replicas kept.
     """
     values = [score.served_rps / problem.demand_rps]
     if problem.objective is Objective.CAPACITY:
@@ -52,8 +51,8 @@ def criteria(problem: PlanProblem, score: Score) -> tuple[float, ...]:
     return tuple(values)
 
 
-def compare(problem: PlanProblem, one: Score, other: Score) -> int:
-    """1 if ``one`` is better, -1 if ``other`` is, 0 if they are worth the same."""
+def compare(problem: PlanProblem, one: PlanScore, other: PlanScore) -> int:
+    """1 if ``one`` is better, -1 if ``other`` is, 0 if they are equal."""
     for a, b in zip(criteria(problem, one), criteria(problem, other), strict=True):
         if abs(a - b) > EQUAL * max(abs(a), abs(b)):
             return 1 if a > b else -1
@@ -61,11 +60,11 @@ def compare(problem: PlanProblem, one: Score, other: Score) -> int:
 
 
 def best_first(
-    problem: PlanProblem, items: Sequence[Item], score_of: Callable[[Item], Score]
-) -> list[Item]:
+    problem: PlanProblem, items: Sequence[Ranked], score_of: Callable[[Ranked], PlanScore]
+) -> list[Ranked]:
     """The items, best score first; equals keep their order."""
 
-    def order(one: Item, other: Item) -> int:
+    def order(one: Ranked, other: Ranked) -> int:
         return compare(problem, score_of(other), score_of(one))
 
     return sorted(items, key=cmp_to_key(order))

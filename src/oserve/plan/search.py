@@ -1,8 +1,8 @@
-"""Planning: the best deployment for a problem, what else comes near, and the baselines.
+"""The search for the best deployment of a problem, with runners-up and baselines.
 
-Three searches behind one function: exact (a mixed-integer programme), flow (the paper's search) and
-brute (enumeration). The optimum is that of a linear model, so it is a bound for what a real or
-simulated cluster does; candidates and homogeneous deployments are there to be scored again.
+One function offers three searches: exact (a mixed-integer programme), flow (the paper's search) and
+brute (enumeration). The optimum is that of a linear model, so it bounds a real or simulated
+cluster; candidates and homogeneous deployments serve to be scored again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +14,18 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.plan.assign import Assigner, Assignment
-from oserve.plan.bounds import Scored
+from oserve.plan.bounds import ScoredCounts
 from oserve.plan.brute import brute_force
 from oserve.plan.dominance import undominated
 from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.homogeneous import homogeneous_deployments
-from oserve.plan.problem import Counts, PlanProblem, check_problem
+from oserve.plan.problem import PlanProblem, ReplicaCounts, check_problem
 from oserve.plan.proof import Proved, optimal
-from oserve.plan.score import Score, best_first
+from oserve.plan.score import PlanScore, best_first
 
-# Limits of the search for alternatives: solves with an option forbidden or lowered, the seconds of
-# each and the gap it ends at, and neighbours that are scored.
+# Limits of the search for alternatives: solves with an option forbidden or reduced, the seconds and
+# the final gap of each, and the neighbours that are scored.
 _RESOLVES = 8
 _RESOLVE_SECONDS = 1.0
 _RESOLVE_GAP = 1e-3
@@ -33,7 +33,7 @@ _NEIGHBOURS = 100
 
 
 class Search(StrEnum):
-    """How the deployment is sought."""
+    """The search algorithm."""
 
     EXACT = "exact"
     FLOW = "flow"
@@ -41,35 +41,35 @@ class Search(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """Counts of the problem's options, what they are worth, and who serves what."""
+class DeploymentCandidate:
+    """Counts of the problem's options with their score and assignment."""
 
-    counts: Counts
-    score: Score
+    counts: ReplicaCounts
+    score: PlanScore
     assignment: Assignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """What a search found.
+    """The result of a search.
 
-    ``bound`` is what no deployment can exceed in the linear model: a scale of the demand where
-    ``bounds_scale``, else a served rate in requests per second. ``optimality_gap`` is
-    (bound - achieved) / bound, 0 where the optimum is proved.
+    ``bound`` is the upper bound in the linear model: a scale of the demand if ``bounds_scale``,
+    else a served rate in requests per second. ``optimality_gap`` is (bound - achieved) / bound, 0
+    if the optimum is proved.
 
-    ``candidates`` are the next-best distinct deployments that were found, best first: optima with
-    one used option forbidden or used once less, and the deployments one exchange of replicas away
-    from the best. They are good alternatives to score again, not proved to be the k best.
-    ``homogeneous`` are the baselines, best first (see ``homogeneous``).
+    ``candidates`` are the next-best distinct deployments found, best first: optima with one used
+    option forbidden or reduced by one, and the neighbours of the best at one exchange of replicas.
+    They are good alternatives to score again, but not proved to be the k best. ``homogeneous`` are
+    the baselines, best first (see the module ``homogeneous``).
     """
 
     search: Search
-    best: Deployment
+    best: DeploymentCandidate
     bound: float
     bounds_scale: bool
     optimality_gap: float
-    candidates: tuple[Deployment, ...]
-    homogeneous: tuple[Deployment, ...]
+    candidates: tuple[DeploymentCandidate, ...]
+    homogeneous: tuple[DeploymentCandidate, ...]
 
 
 def plan_deployment(
@@ -83,9 +83,8 @@ def plan_deployment(
     """The best deployment that the search finds, with alternatives and baselines.
 
     ``time_limit_s`` bounds the exact search (in seconds of the solver's clock); ``seed`` varies the
-    flow-guided one. Where no deployment has as many shapes as the problem asks for, the best is the
-    empty one, which serves nothing. Raises an OServeError for a problem that makes no sense (see
-    ``check_problem``).
+    flow-guided one. If no deployment has ``min_shapes`` shapes, the best is the empty one, which
+    serves nothing. Raises OServeError for an inconsistent problem (see ``check_problem``).
     """
     check_problem(problem)
     if problem.min_shapes > 1 and search is Search.FLOW:
@@ -102,8 +101,8 @@ def plan_deployment(
     )
     others = _candidates(problem, assigner, found.best, candidates) if candidates else []
 
-    def whole(scored: Scored) -> Deployment:
-        return Deployment(
+    def whole(scored: ScoredCounts) -> DeploymentCandidate:
+        return DeploymentCandidate(
             counts=scored.counts, score=scored.score, assignment=assigner.assign(scored.counts)
         )
 
@@ -123,7 +122,7 @@ class _Task:
     problem: PlanProblem
     assigner: Assigner
     exact: ExactSearch
-    baselines: Sequence[Scored]
+    baselines: Sequence[ScoredCounts]
     seed: int
 
 
@@ -148,9 +147,11 @@ _SEARCHES: Mapping[Search, Callable[[_Task], Proved]] = {
 }
 
 
-def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: int) -> list[Scored]:
+def _candidates(
+    problem: PlanProblem, assigner: Assigner, best: ScoredCounts, most: int
+) -> list[ScoredCounts]:
     """The next-best deployments found around the best one, best first, at most ``most``."""
-    found: dict[Counts, Scored] = {}
+    found: dict[ReplicaCounts, ScoredCounts] = {}
     used = [i for i, count in enumerate(best.counts) if count]
     limits = [{i: 0} for i in used]
     limits += [{i: best.counts[i] - 1} for i in used if best.counts[i] > 1]
@@ -166,23 +167,25 @@ def _candidates(problem: PlanProblem, assigner: Assigner, best: Scored, most: in
         found[proved.best.counts] = proved.best
     for counts in _neighbours(problem, assigner, best.counts):
         if counts not in found:
-            found[counts] = Scored(counts=counts, score=assigner.score(counts))
+            found[counts] = ScoredCounts(counts=counts, score=assigner.score(counts))
     found.pop(best.counts, None)
     found = {counts: scored for counts, scored in found.items() if problem.is_varied(counts)}
     return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
 
 
-def _neighbours(problem: PlanProblem, assigner: Assigner, counts: Counts) -> list[Counts]:
-    """One or two replicas exchanged for as many of another option as fit; the likeliest ones.
+def _neighbours(
+    problem: PlanProblem, assigner: Assigner, counts: ReplicaCounts
+) -> list[ReplicaCounts]:
+    """Neighbours of ``counts``: one or two replicas exchanged for another option, to capacity.
 
-    Likely means: by what the options are worth at the margin of ``counts``.
+    Returns the most promising by the marginal worth of the options.
     """
     packing = problem.packing
     used = [i for i, count in enumerate(counts) if count]
     removals: list[tuple[int, ...]] = [(), *[(i,) for i in used]]
     removals += list(combinations_with_replacement(used, 2))
     options = undominated(problem)
-    found: set[Counts] = set()
+    found: set[ReplicaCounts] = set()
     for removed in removals:
         base = list(counts)
         for i in removed:

@@ -1,7 +1,7 @@
-"""Shards: which part of the model's weights a device holds, as part of a rank's share.
+"""Shards: the part of the model's weights on a device.
 
-The model is taken as a unit square: layers on one side, cut by pipeline stages, the tensor
-dimension on the other, cut by tensor-parallel ranks. Embeddings and the like are counted with it.
+The model is a unit square: pipeline stages split one side, the layers; tensor-parallel ranks split
+the other, the tensor dimension. Embeddings and the like are included.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ class Shard:
 
     @property
     def share(self) -> float:
-        """The fraction of the model's weights in it."""
+        """The fraction of the model's weights in the shard."""
         return 1.0 / (self.stages * self.ranks)
 
     def overlap(self, other: "Shard") -> float:
-        """The fraction of the model's weights that both hold; nothing across precisions."""
+        """The fraction of the model's weights in both shards; 0 across precisions."""
         if self.precision is not other.precision:
             return 0.0
         layers = _common(self.stage, self.stages, other.stage, other.stages)
@@ -34,7 +34,7 @@ class Shard:
 
 
 def shards_of(shape: ReplicaShape) -> tuple[Shard, ...]:
-    """The shards of a replica in the order of its devices: stage after stage, ranks in each."""
+    """The shards of a replica in the order of its devices: by stage, then by rank."""
     return tuple(
         Shard(
             stage=stage,
@@ -49,7 +49,7 @@ def shards_of(shape: ReplicaShape) -> tuple[Shard, ...]:
 
 
 def shards_held(plan: DeploymentPlan | None) -> Mapping[str, Shard]:
-    """What each device of the plan holds, by device id."""
+    """The shard on each device of the plan, by device id."""
     held: dict[str, Shard] = {}
     for spec in plan.replicas if plan else ():
         held.update(zip(spec.devices, shards_of(spec.shape), strict=False))
@@ -57,7 +57,7 @@ def shards_held(plan: DeploymentPlan | None) -> Mapping[str, Shard]:
 
 
 def _common(part: int, parts: int, other: int, others: int) -> float:
-    """How much of [part / parts, (part + 1) / parts) lies in the other such interval."""
-    # Whole numbers until the last division, so that equal intervals overlap exactly.
+    """The overlap of [part / parts, (part + 1) / parts) with the other such interval."""
+    # Integers until the last division, so that equal intervals overlap exactly.
     end = min((part + 1) * others, (other + 1) * parts)
     return max(0, end - max(part * others, other * parts)) / (parts * others)

@@ -1,28 +1,28 @@
-"""Choosing by a second opinion: candidates and homogeneous deployments scored again.
+"""Verification of a plan: candidates and homogeneous deployments, scored again.
 
-The linear model errs by more on some shapes than a heterogeneous deployment gains (see
-``search``), so its ranking decides only what is looked at. What scores is passed in: a simulator,
-or measurements. Pure.
+On some shapes the linear model errs by more than a heterogeneous deployment gains (see
+``search``), so its ranking only selects the candidates. The caller passes in the scorer, a
+simulator or measurements. Pure.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from oserve.core import ReplicaShape
-from oserve.plan.problem import Counts, PlanProblem
-from oserve.plan.search import Deployment, Planned
+from oserve.plan.problem import PlanProblem, ReplicaCounts
+from oserve.plan.search import DeploymentCandidate, Planned
 
 MIN_GAIN = 0.03
-"""What different replicas must gain over the best homogeneous deployment to be preferred."""
+"""The gain over the best homogeneous deployment from which a heterogeneous one is preferred."""
 
-Score = Callable[[Deployment], float]
+DeploymentScorer = Callable[[DeploymentCandidate], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescored:
     """A deployment with its score, a scale of the demand; ``predicted`` is the linear model's."""
 
-    deployment: Deployment
+    deployment: DeploymentCandidate
     scale: float
     homogeneous: bool
 
@@ -33,13 +33,13 @@ class Rescored:
 
     @property
     def error(self) -> float:
-        """Of the linear model: 0.1 means that it promised 10 % too much; infinite where all."""
+        """The relative error of the linear model: 0.1 is 10 % too much; infinite at scale 0."""
         return self.predicted / self.scale - 1.0 if self.scale > 0 else float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """The choice, what else was scored (best first), and how many homogeneous were left out."""
+    """The choice, all scored deployments (best first), and the homogeneous ones left out."""
 
     chosen: Rescored
     best_homogeneous: Rescored
@@ -49,7 +49,7 @@ class Verified:
 
     @property
     def gain(self) -> float:
-        """Of the best of all over the best homogeneous one: 1.1 is 10 %."""
+        """The best deployment's scale over the best homogeneous one's: 1.1 is a gain of 10 %."""
         best, base = self.scored[0].scale, self.best_homogeneous.scale
         return best / base if base > 0 else float("inf")
 
@@ -57,18 +57,18 @@ class Verified:
 def verify(
     problem: PlanProblem,
     planned: Planned,
-    score: Score,
+    score: DeploymentScorer,
     *,
     min_gain: float = MIN_GAIN,
 ) -> Verified:
-    """Score the best candidates and homogeneous deployments again, and choose.
+    """Score the candidates and homogeneous deployments again, and choose.
 
-    Of homogeneous deployments that differ in ``max_num_seqs`` only, the linear model's best is
-    scored. The best homogeneous one is taken unless another gains ``min_gain`` over it.
+    Of homogeneous deployments that differ only in ``max_num_seqs``, it scores the linear model's
+    best. It chooses the best homogeneous one unless another gains ``min_gain`` over it.
     """
     homogeneous = _of_each_form(problem, planned.homogeneous)
     baselines = {item.counts for item in planned.homogeneous}
-    scored: dict[Counts, Rescored] = {}
+    scored: dict[ReplicaCounts, Rescored] = {}
     for item in (*homogeneous, planned.best, *planned.candidates):
         if item.counts not in scored:
             scored[item.counts] = Rescored(
@@ -87,9 +87,11 @@ def verify(
     )
 
 
-def _of_each_form(problem: PlanProblem, homogeneous: Sequence[Deployment]) -> list[Deployment]:
-    """The first of those alike in all but sequences, in the order given (best first)."""
-    kept: dict[tuple[ReplicaShape, ...], Deployment] = {}
+def _of_each_form(
+    problem: PlanProblem, homogeneous: Sequence[DeploymentCandidate]
+) -> list[DeploymentCandidate]:
+    """The first of each group that differs only in ``max_num_seqs``, in order (best first)."""
+    kept: dict[tuple[ReplicaShape, ...], DeploymentCandidate] = {}
     for item in homogeneous:
         form = tuple(
             replace(option.shape, max_num_seqs=0)

@@ -1,8 +1,8 @@
-"""A brief measurement before the first plan, where nothing is known of a model on this CPU.
+"""A brief measurement before the first plan, if nothing was measured of a model on this CPU.
 
-It takes a minute at most, engines' starts included, and measures what a plan needs most first:
-every precision on one device, then on two. What follows from so few steps is rough; serving
-corrects it, and ``oserve profile`` does it well.
+It takes at most a minute, starts of engines included, and measures first what a plan needs most:
+every precision on one device, then on two. A fit to so few steps is coarse; while serving, OServe
+corrects it, and ``oserve profile`` measures more exactly.
 """
 
 import asyncio
@@ -26,28 +26,30 @@ from oserve.perf.profile import (
     write_profile,
 )
 from oserve.profiler.client import EngineClient, EngineFacts
-from oserve.profiler.measure import MeasuredPoint, StepMeter
+from oserve.profiler.measure import StepMeter
 from oserve.profiler.profile import (
     ProfileReporter,
     default_shapes,
+    engine_bounds,
     engine_hall,
     fitted_entry,
     make_profile,
     profile_devices,
     started_engine,
 )
+from oserve.profiler.series import EngineBounds, MeasuredPoint
 from oserve.startup.first_plan import brief_file, know, wanted_precisions
 from oserve.startup.lock import StateLock
 from oserve.startup.sizing import fitting
 
-# A minute with what ending the engines takes.
+# One minute, less the time to end the engines.
 LIMIT_S = 55.0
-# What a shape may use in any case once its engine is up; with less left none is started.
+# The least time to measure a shape once its engine is up; with less left, none is started.
 _LEAST_S = 10.0
 _WINDOW = 12
 _REPEATS = 2
 _WARM = 4
-# Prompts and streams in the order of what a model can least do without; each adds something.
+# Prompts and points, the most important for a fit first.
 _WANTED: tuple[int | MeasuredPoint, ...] = (
     16,
     MeasuredPoint(seqs=1, context=32),
@@ -64,13 +66,13 @@ _WANTED: tuple[int | MeasuredPoint, ...] = (
 
 @dataclass(slots=True)
 class Pace:
-    """How fast an engine was so far, to tell whether the next step still fits the time."""
+    """The speed of an engine so far, to predict whether the next step fits into the time left."""
 
     prompt_s_per_token: float = 0.0
     gap_s_per_seq: float = 0.0
 
     def learn(self, wanted: int | MeasuredPoint, steps: Sequence[ProfileStep]) -> None:
-        """From what was just measured."""
+        """Learn from a step that was just measured."""
         first = steps[0]
         if isinstance(wanted, MeasuredPoint):
             self.gap_s_per_seq = first.seconds / wanted.seqs
@@ -78,7 +80,7 @@ class Pace:
             self.prompt_s_per_token = first.seconds / wanted
 
     def expected_s(self, wanted: int | MeasuredPoint) -> float:
-        """At most about this, as what is larger takes less per token and per sequence."""
+        """An upper estimate: larger steps take less time per token and per sequence."""
         if not isinstance(wanted, MeasuredPoint):
             return _REPEATS * wanted * self.prompt_s_per_token
         gap_s = wanted.seqs * self.gap_s_per_seq
@@ -87,34 +89,32 @@ class Pace:
         return begin_s + (_WARM + _WINDOW) * gap_s + _REPEATS * joined
 
 
-def brief_course(
-    *, chunk: int, seqs: int, max_model_len: int, kv_tokens: int
-) -> tuple[int | MeasuredPoint, ...]:
-    """What can be measured within an engine's limits (tokens, sequences), most needed first."""
-    course: list[int | MeasuredPoint] = []
+def brief_series(bounds: EngineBounds) -> tuple[int | MeasuredPoint, ...]:
+    """Prompts and points within the bounds of an engine, the most important first."""
+    series: list[int | MeasuredPoint] = []
     for wanted in _WANTED:
         if not isinstance(wanted, MeasuredPoint):
-            if wanted <= min(chunk, max_model_len - 8):
-                course.append(wanted)
+            if wanted <= min(bounds.chunk, bounds.max_model_len - 8):
+                series.append(wanted)
             continue
-        count = min(wanted.seqs, seqs - bool(wanted.prompts))
+        count = min(wanted.seqs, bounds.seqs - bool(wanted.prompts))
         own = replace(wanted, seqs=max(1, count))
         longest = own.context + 8 * _WINDOW
-        if longest <= max_model_len and own.seqs * longest <= kv_tokens // 2:
-            fitting = tuple(n for n in own.prompts if n + own.seqs <= chunk and count >= 1)
-            course.append(replace(own, prompts=fitting))
-    return tuple(dict.fromkeys(course))
+        if longest <= bounds.max_model_len and own.seqs * longest <= bounds.kv_tokens // 2:
+            fitting = tuple(n for n in own.prompts if n + own.seqs <= bounds.chunk and count >= 1)
+            series.append(replace(own, prompts=fitting))
+    return tuple(dict.fromkeys(series))
 
 
 def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
-    """Shapes to measure before a plan can be computed; none where enough is known, or it is off.
+    """Shapes to measure before a plan can be computed; none if enough is known, or it is off.
 
-    Raises OServeError for a profile that was asked for and is bad, and where no shape fits.
+    Raises OServeError if the profile in the settings is invalid, or no shape fits.
     """
     if settings.planning.measure == "never" or settings.plan or not settings.model:
         return ()
     devices = profile_devices(settings)
-    # Engines of a server that was killed may still run: the next one takes them up as they are.
+    # Engines of a killed server may still run; the next server takes them over as they are.
     if devices[0].kind != "cpu" or keeper_runs(Path(settings.state_dir)):
         return ()
     try:
@@ -132,7 +132,7 @@ def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
 
 
 def _stale(settings: Settings, used: Profile, devices: Sequence[Device]) -> bool:
-    """Whether it is a brief one of another machine, or of other slots."""
+    """Whether the profile is a brief one of another machine, or of other CPU slots."""
     file = brief_file(settings)
     if not file.is_file() or read_profile(file) != used:
         return False
@@ -147,9 +147,9 @@ async def measure_briefly(
     report: ProfileReporter,
     limit_s: float = LIMIT_S,
 ) -> Path | None:
-    """Measure, within ``limit_s``, as many shapes as can be; the file they are kept in, if any.
+    """Measure as many shapes as possible within ``limit_s``; returns the profile file, if any.
 
-    Raises OServeError where another server works in the state folder.
+    Raises OServeError if another server uses the state folder.
     """
     lock = StateLock(Path(settings.state_dir))
     try:
@@ -175,7 +175,7 @@ async def _measured(
     async with engine_hall(settings, devices) as cluster:
         for index, shape in enumerate(shapes):
             if end_s - loop.time() < _LEAST_S:
-                report.line(f"{shape.name} is left out: the time for it is over")
+                report.line(f"{shape.name} is left out: no time left")
                 continue
             steps: list[ProfileStep] = []
             facts: EngineFacts | None = None
@@ -187,12 +187,12 @@ async def _measured(
                     EngineClient(state.endpoint, vocab=model.vocab) as client,
                 ):
                     facts = await client.facts()
-                    # What the one leaves the next may use.
+                    # Time that one shape leaves, the next may use.
                     share_s = (end_s - loop.time()) / (len(shapes) - index)
                     until_s = min(end_s, loop.time() + max(_LEAST_S, share_s))
                     await _collect(client, facts, shape, steps, report, until_s)
             except (OServeError, TimeoutError) as error:
-                report.line(f"{shape.name} was not measured to the end: {error or 'no time left'}")
+                report.line(f"{shape.name} was not measured fully: {error or 'no time left'}")
             if facts is not None and (entry := _entry(model, devices, shape, facts, steps, report)):
                 entries.append(entry)
                 version = facts.version
@@ -207,21 +207,16 @@ async def _collect(
     report: ProfileReporter,
     until_s: float,
 ) -> None:
-    """Add steps while there is time; what would take too long is passed over."""
-    course = brief_course(
-        chunk=shape.max_num_batched_tokens,
-        seqs=shape.max_num_seqs,
-        max_model_len=facts.max_model_len,
-        kv_tokens=facts.kv_tokens,
-    )
+    """Add steps while there is time; steps that would take too long are skipped."""
+    series = brief_series(engine_bounds(shape, facts))
     stages = shape.pipeline_parallel_size
     meter = StepMeter(client, facts, stages=stages, watch=False, window=_WINDOW, repeats=_REPEATS)
     pace = Pace()
-    report.begin(key_name(shape_key(shape)), len(course))
+    report.begin(key_name(shape_key(shape)), len(series))
     loop = asyncio.get_running_loop()
-    # The first request of an engine's life takes longer than any other.
-    await meter.once(course[0])
-    for wanted in course:
+    # The first request of an engine takes longer than any other.
+    await meter.once(series[0])
+    for wanted in series:
         if loop.time() + pace.expected_s(wanted) <= until_s:
             found = await meter.once(wanted)
             pace.learn(wanted, found)

@@ -1,7 +1,4 @@
-"""A client of one engine that measures it: completions of exact lengths, and when tokens came.
-
-It asks vLLM as its API is; it does not know what is measured, nor how engines start.
-"""
+"""A client that measures one vLLM engine: completions of exact lengths, and token times."""
 
 import random
 import re
@@ -21,7 +18,7 @@ _COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """What an engine says of itself. Bytes per device; ``None`` where it chose for itself."""
+    """What an engine reports of itself. Bytes per device; ``None`` if the engine chose the size."""
 
     model: str
     max_model_len: int
@@ -32,7 +29,7 @@ class EngineFacts:
 
 @dataclass
 class MeasuredStream:
-    """Times at which tokens of one answer came; an event that carries several counts for each."""
+    """Arrival times of the tokens of one response; an event may carry several tokens."""
 
     times: list[float] = field(default_factory=list)
     ended: bool = False
@@ -44,7 +41,7 @@ class MeasuredStream:
 
 
 class EngineClient:
-    """Asks one engine. Use as an async context manager."""
+    """A client of one engine. Use it as an async context manager."""
 
     def __init__(self, endpoint: Endpoint, *, model: str = "", vocab: int, seed: int = 0) -> None:
         self._base = "http://engine" if endpoint.unix_socket else base_url(endpoint.url)
@@ -72,19 +69,19 @@ class EngineClient:
         await self._session.close()
 
     async def facts(self) -> EngineFacts:
-        """Raises OServeError when there is no answer, or none that tells the KV capacity."""
+        """Read the engine's facts; raises OServeError if it does not report its KV capacity."""
         cards = msgspec.json.decode(await self._read("/v1/models"))["data"]
         metrics = (await self._read("/metrics")).decode(errors="replace")
         line = next((row for row in metrics.splitlines() if "cache_config_info{" in row), "")
         labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
         tokens = labels.get("kv_cache_size_tokens", "")
         if not tokens.isdigit():
-            # Older engines tell blocks only.
+            # Older engines report blocks only.
             blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
             tokens = str(int(blocks) * int(size)) if blocks.isdigit() and size.isdigit() else ""
         if not tokens:
             raise OServeError(
-                "it does not tell its KV capacity (vllm:cache_config_info in /metrics)",
+                "the engine does not report its KV capacity (vllm:cache_config_info in /metrics)",
                 place=self._place,
                 remedy="measure a vLLM engine itself, not a proxy before it",
             )
@@ -113,14 +110,14 @@ class EngineClient:
         )
 
     def prompt(self, tokens: int, draw: random.Random | None = None) -> list[int]:
-        """Random token ids, away from both ends of the vocabulary, where special tokens are."""
+        """Random token ids, without both ends of the vocabulary, where special tokens are."""
         low, high = self._vocab // 10, max(self._vocab // 10 + 1, 3 * self._vocab // 4)
         return [(draw or self._draw).randrange(low, high) for _ in range(tokens)]
 
     async def stream(
         self, prompt: list[int], output_tokens: int, seen: MeasuredStream | None = None
     ) -> MeasuredStream:
-        """One completion; raises OServeError when the engine refuses it or breaks it off."""
+        """One completion; raises OServeError if the engine refuses or aborts it."""
         seen = seen or MeasuredStream()
         body: dict[str, Any] = {
             "model": self._model,
@@ -129,7 +126,7 @@ class EngineClient:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
-            # How many tokens an event carries: the engine merges those that wait to be sent.
+            # Usage tells how many tokens an event carries: the engine merges those that wait.
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         try:
@@ -138,21 +135,21 @@ class EngineClient:
             ) as answer:
                 if answer.status != 200:
                     text = (await answer.read())[:200].decode(errors="replace")
-                    raise self._broken(f"status {answer.status}: {text}")
+                    raise self._failed(f"status {answer.status}: {text}")
                 rest = b""
                 async for data in answer.content.iter_any():
                     events, mark, rest = (rest + data).rpartition(b"\n\n")
                     if mark:
                         seen.feed(events, time.perf_counter())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise self._broken(f"{type(error).__name__}: {error}") from None
+            raise self._failed(f"{type(error).__name__}: {error}") from None
         finally:
             seen.ended = True
         if len(seen.times) < output_tokens:
-            raise self._broken(f"{len(seen.times)} of {output_tokens} tokens came")
+            raise self._failed(f"{len(seen.times)} of {output_tokens} tokens came")
         return seen
 
-    def _broken(self, what: str) -> OServeError:
+    def _failed(self, what: str) -> OServeError:
         return OServeError(
             f"a completion failed: {what}", place=self._place, remedy="read the engine's log"
         )

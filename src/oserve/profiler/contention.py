@@ -1,4 +1,4 @@
-"""How much of this machine's processors others use: times measured meanwhile say little."""
+"""CPU contention: processor time that other processes use during a measurement."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ _BUSY = (0, 1, 2, 5, 6, 7)
 
 
 def foreign_cpu_s() -> float | None:
-    """CPU seconds used so far by processes that do not descend from this one; a difference counts.
+    """CPU seconds used so far by processes that do not descend from this one.
 
-    ``None`` where the system does not tell (it is not Linux).
+    Only differences mean something. ``None`` if the system does not report it (it is not Linux).
     """
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
@@ -22,7 +22,7 @@ def foreign_cpu_s() -> float | None:
 
 
 def _own_ticks() -> int:
-    """Of this process and its descendants that have not ended."""
+    """Clock ticks of this process and its running descendants."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
@@ -30,7 +30,7 @@ def _own_ticks() -> int:
             text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        # The command in brackets may hold anything, so count from its end.
+        # The command in parentheses may contain anything, so fields count from its end.
         fields = text.rpartition(")")[2].split()
         parents[int(entry)] = int(fields[1])
         ticks[int(entry)] = int(fields[11]) + int(fields[12])

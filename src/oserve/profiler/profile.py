@@ -1,4 +1,4 @@
-"""Profiling: start engines one at a time (or take a running one), measure them, fit, note down."""
+"""Profiling: start engines one at a time, or take a running one; measure, fit, write a profile."""
 
 import asyncio
 import signal
@@ -30,7 +30,8 @@ from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, sh
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
 from oserve.profiler.client import EngineClient, EngineFacts
-from oserve.profiler.measure import StepMeter, StepSeries, plan_course
+from oserve.profiler.measure import StepMeter
+from oserve.profiler.series import EngineBounds, plan_series
 
 _POLL_S = 0.1
 _SERVED_NAME = "profiled"
@@ -38,7 +39,7 @@ _SERVED_NAME = "profiled"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReporter:
-    """Told while measuring: a line to show, and so many steps of so many done of one shape."""
+    """Callbacks of a measurement: a line to show; the steps of a shape; steps done of it."""
 
     line: Callable[[str], None] = lambda _line: None
     begin: Callable[[str, int], None] = lambda _shape, _steps: None
@@ -46,14 +47,14 @@ class ProfileReporter:
 
 
 def profile_devices(settings: Settings) -> tuple[Device, ...]:
-    """Those of this machine, as ``oserve serve`` would find them."""
+    """The devices of this machine, as ``oserve serve`` finds them."""
     return find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
 
 
 def default_shapes(
     settings: Settings, devices: Sequence[Device], model: ModelFacts
 ) -> tuple[ReplicaShape, ...]:
-    """Every precision that is allowed, on one device and, where the model can be cut, on two."""
+    """Every allowed precision, on one device and, if the model can be split, on two."""
     cpu = devices[0].kind == "cpu"
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))[0]
     named = settings.planning.precisions
@@ -69,7 +70,7 @@ def default_shapes(
 def limited(
     shape: ReplicaShape, *, cpu: bool, chunk: int | None = None, seqs: int | None = None
 ) -> ReplicaShape:
-    """With limits wide enough to see what matters: large chunks, many sequences."""
+    """The shape with wide limits: large chunks, many sequences."""
     return replace(
         shape,
         max_num_batched_tokens=chunk or (2048 if cpu else 8192),
@@ -81,11 +82,12 @@ def limited(
 async def engine_hall(
     settings: Settings, devices: tuple[Device, ...]
 ) -> AsyncIterator[LocalCluster]:
-    """A cluster to start engines in, one after another; its processes end with the context.
+    """A cluster for engines that are started one after another.
 
-    So do its folders, when the process is told to end too: see ``ends_when_told``.
+    Its processes and folders end with the context, also if the process gets a signal to end; see
+    ``cleans_up_on_signal``.
     """
-    with ends_when_told(), tempfile.TemporaryDirectory(prefix="oserve-") as run_dir:
+    with cleans_up_on_signal(), tempfile.TemporaryDirectory(prefix="oserve-") as run_dir:
         cluster = LocalCluster(
             devices,
             model=settings.model,
@@ -101,30 +103,30 @@ async def engine_hall(
 
 
 @contextmanager
-def ends_when_told() -> Iterator[None]:
-    """SIGTERM, or a terminal that closes, cancels this task, so that it clears up as on Ctrl-C.
+def cleans_up_on_signal() -> Iterator[None]:
+    """SIGTERM and SIGHUP cancel the current task, so that it cleans up as on Ctrl-C.
 
     Raises SystemExit afterwards, with the status of a process that such a signal ended.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    told: list[int] = []
+    assert task is not None  # Inside a coroutine there always is one.
+    received: list[int] = []
 
     def end(number: int) -> None:
-        told.append(number)
-        if len(told) == 1:
+        received.append(number)
+        if len(received) == 1:
             task.cancel()
 
-    # Whoever was started to survive its terminal does.
+    # A process that was started to survive its terminal ignores SIGHUP already.
     closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     for number in (signal.SIGTERM, *closed):
         loop.add_signal_handler(number, end, number)
     try:
         yield
     except asyncio.CancelledError:
-        if not told:
+        if not received:
             raise
-        raise SystemExit(128 + told[0]) from None
+        raise SystemExit(128 + received[0]) from None
     finally:
         for number in (signal.SIGTERM, *closed):
             loop.remove_signal_handler(number)
@@ -134,9 +136,9 @@ def ends_when_told() -> Iterator[None]:
 async def started_engine(
     cluster: LocalCluster, devices: Sequence[Device], shape: ReplicaShape
 ) -> AsyncIterator[ReplicaState]:
-    """One engine of ``shape`` on the first devices, ready; it is gone after the context.
+    """A ready engine of ``shape`` on the first devices; it ends with the context.
 
-    Raises OServeError when there are too few devices or it cannot start.
+    Raises OServeError if there are too few devices or the engine cannot start.
     """
     if shape.device_count > len(devices):
         raise OServeError(
@@ -179,9 +181,9 @@ async def profile_started(
     rounds: int,
     report: ProfileReporter,
 ) -> Profile:
-    """Start and measure each shape. One that cannot start is told of and left out.
+    """Start and measure each shape. A shape that cannot start is reported and left out.
 
-    Raises OServeError when none could be measured.
+    Raises OServeError if no shape could be measured.
     """
     model = find_model(settings.model)
     entries: list[ProfileEntry] = []
@@ -215,7 +217,7 @@ async def profile_running(
     rounds: int,
     report: ProfileReporter,
 ) -> Profile:
-    """Measure an engine that runs already; ``shape`` says what it is."""
+    """Measure a running engine of this ``shape``."""
     entry, facts = await measure_engine(
         endpoint, model, devices[0].kind, shape, rounds=rounds, report=report, watch=False
     )
@@ -235,16 +237,16 @@ async def measure_engine(
     """Measure and fit; ``watch``: see ``StepMeter``."""
     async with EngineClient(endpoint, vocab=model.vocab) as client:
         facts = await client.facts()
-        course = plan_course(
-            chunk=shape.max_num_batched_tokens,
-            seqs=shape.max_num_seqs,
-            max_model_len=facts.max_model_len,
-            kv_tokens=facts.kv_tokens,
+        series = plan_series(engine_bounds(shape, facts), rounds=rounds)
+        report.begin(key_name(shape_key(shape)), series.step_count * series.rounds)
+        meter = StepMeter(
+            client,
+            facts,
             stages=shape.pipeline_parallel_size,
-            rounds=rounds,
+            watch=watch,
+            progress=report.advance,
         )
-        meter = _begin(course, client, facts, shape, report, watch=watch)
-        steps = await meter.run(course)
+        steps = await meter.run(series)
     return fitted_entry(model, device_kind, shape, facts, steps), facts
 
 
@@ -255,7 +257,10 @@ def fitted_entry(
     facts: EngineFacts,
     steps: tuple[ProfileStep, ...],
 ) -> ProfileEntry:
-    """Raises OServeError where the steps are too few to fit a model to."""
+    """The measured steps and a model fitted to them.
+
+    Raises OServeError if there are too few steps for a fit.
+    """
     coefficients, error_percent = fit_entry(model, device_kind, shape_key(shape), steps)
     return ProfileEntry(
         tensor_parallel_size=shape.tensor_parallel_size,
@@ -274,29 +279,21 @@ def fitted_entry(
     )
 
 
-def _begin(
-    course: StepSeries,
-    client: EngineClient,
-    facts: EngineFacts,
-    shape: ReplicaShape,
-    report: ProfileReporter,
-    *,
-    watch: bool,
-) -> StepMeter:
-    report.begin(key_name(shape_key(shape)), course.step_count * course.rounds)
-    return StepMeter(
-        client,
-        facts,
+def engine_bounds(shape: ReplicaShape, facts: EngineFacts) -> EngineBounds:
+    """What an engine of this shape can hold."""
+    return EngineBounds(
+        chunk=shape.max_num_batched_tokens,
+        seqs=shape.max_num_seqs,
+        max_model_len=facts.max_model_len,
+        kv_tokens=facts.kv_tokens,
         stages=shape.pipeline_parallel_size,
-        watch=watch,
-        progress=report.advance,
     )
 
 
 def make_profile(
     model: ModelFacts, devices: Sequence[Device], entries: Sequence[ProfileEntry], version: str
 ) -> Profile:
-    """Entries under a head that says what was measured, and on what."""
+    """The profile of a model on these devices."""
     cpu = devices[0].kind == "cpu"
     return Profile(
         model=model,

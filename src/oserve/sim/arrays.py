@@ -5,12 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.core import ReplicaShape, Role
 from oserve.sim import layout as at
 from oserve.sim.steps import StepTables
-from oserve.sim.types import GatewayOptions, RequestTable, SimLink
-
-Ints = NDArray[np.int64]
+from oserve.sim.types import Floats, GatewayOptions, Ints, RequestTable, RoutingPolicy, SimLink
 
 ROLES = {Role.BOTH: at.BOTH, Role.PREFILL: at.PREFILL, Role.DECODE: at.DECODE}
 
@@ -18,13 +17,41 @@ _ALL_TIME_S = 4e6
 # A jump's closed form stays well below 2**63.
 _LARGEST = 1 << 60
 _LONGEST = 1 << 20
-# vLLM's integer priorities are milliseconds; arrivals tell equals apart.
-_PRIORITY_PER_S = 1000
 
 
 def picoseconds(seconds: float) -> int:
     """Nearest whole picosecond, and never for what lies beyond all time."""
     return round(seconds * at.PS) if seconds < _ALL_TIME_S else at.NEVER
+
+
+def fleet_arrays(
+    requests: RequestTable, options: GatewayOptions, *, classes: int, closed_loop: int
+) -> dict[str, Ints | Floats]:
+    """All arrays of a fleet's state, without replicas, by name."""
+    count = len(requests)
+    glob = np.zeros(at.GLOBALS, dtype=np.int64)
+    glob[at.REQUESTS] = count
+    glob[at.POLICY] = RoutingPolicy.POOLS
+    glob[at.OVERFLOW_PS] = picoseconds(options.overflow_s)
+    glob[at.CLASSES] = classes
+    glob[at.MAX_QUEUED] = options.max_queued
+    glob[at.MAX_ATTEMPTS] = options.max_attempts
+    glob[at.MAX_MOVES] = options.max_moves
+    glob[at.LIVE_COST] = int(options.prompt_s_per_token is None)
+    glob[at.SHEDS] = int(options.shed_after_s is not None)
+    # Rows of requests have 0 there.
+    glob[at.ROUND] = 1
+    glob[at.CLOSED] = closed_loop
+    glob[at.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
+    sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
+    return {
+        "req": request_rows(requests, options, closed_loop),
+        "ses": session_rows(sessions),
+        "glob": glob,
+        **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
+        **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), np.zeros(0, dtype=np.int64)),
+        **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
+    }
 
 
 def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: int) -> Ints:
@@ -41,11 +68,11 @@ def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: i
     rows[:, at.CLASS] = requests.class_index
     rows[:, at.OF_SESSION] = session_numbers(requests.session)
     rows[:, at.ORDER] = _ps(requests.rank_s)
-    rows[:, at.PRIORITY] = np.trunc(requests.rank_s * _PRIORITY_PER_S)
-    for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH):
+    rows[:, at.PRIORITY] = np.trunc(requests.rank_s * PRIORITY_PER_S)
+    for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH, at.SENT_AT):
         rows[:, column] = at.NEVER
     if gateway.demote_after_s is not None:
-        own = _ps(requests.prompt_tokens * gateway.prompt_s_per_token)
+        own = _ps(requests.prompt_tokens * (gateway.prompt_s_per_token or 0.0))
         rows[:, at.DEMOTE_AT] = arrival + picoseconds(gateway.demote_after_s) - own
     if gateway.shed_after_s is not None:
         rows[:, at.SHED_AT] = arrival + picoseconds(gateway.shed_after_s)

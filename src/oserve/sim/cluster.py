@@ -1,4 +1,4 @@
-"""A cluster on a virtual clock: replicas that load, serve, drain, hang and crash."""
+"""A cluster on a virtual clock: replicas that load, stand by, serve, drain, hang and crash."""
 
 import math
 import random
@@ -46,11 +46,13 @@ class _Replica:
 
 
 class SimulatedCluster:
-    """Behind the door. Raises ValueError if a device is ever given to two live replicas.
+    """Raises ValueError if a device is ever given to two live replicas.
 
-    ``weights_bytes`` says what a replica of a shape must load; see ``Phases``. Replicas started
-    while ``warm`` is set serve at once, for what is there before the first second. ``lives`` holds
-    every replica there ever was, in order of their starts.
+    ``weights_bytes`` returns what a replica of a shape must load; see ``Phases``. ``overlapping``:
+    draining replicas are hidden and their devices count as free, which no real cluster can do; it
+    bounds what quicker switches could gain. Replicas started while ``warm`` is set serve at once,
+    for what serves before the first second. ``lives`` holds every replica there ever was, in order
+    of their starts. The methods ``on_...`` are for clusters whose replicas really serve.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class SimulatedCluster:
         weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
+        overlapping: bool = False,
     ) -> None:
+        self._overlapping = overlapping
         self._devices = devices
         self._clock = clock
         self._phases = phases or Phases()
@@ -74,52 +78,55 @@ class SimulatedCluster:
         self._random = random.Random(self.faults.seed)
         self._replicas: dict[str, _Replica] = {}
         self._failures: dict[str, StartFailures] = {}
-        strokes: list[tuple[float, str, Callable[[str], None]]] = []
-        strokes += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
-        strokes += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
-        self._strokes = sorted(strokes, key=lambda item: item[:2], reverse=True)
+        scheduled: list[tuple[float, str, Callable[[str], None]]] = []
+        scheduled += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
+        scheduled += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
+        self._scheduled = sorted(scheduled, key=lambda item: item[:2], reverse=True)
         self._last: Observation | None = None
 
     async def observe(self) -> Observation:
-        """Let everything due happen, then tell what there is (or was, if a fault has it so)."""
+        """Let everything due happen, then return what there is; a fault may return the last one."""
         self.catch_up(self._clock.now())
-        if self._last is not None and self._strikes(self.faults.stale_observation):
+        if self._last is not None and self.strikes(self.faults.stale_observation):
             return self._last
         self._last = self._seen()
         return self._last
 
     async def apply(self, action: Action) -> None:
-        """Do as asked, unless a fault has it otherwise."""
-        if self._strikes(self.faults.lost_action):
+        """Carry an action out; a fault may lose or repeat it."""
+        if self.strikes(self.faults.lost_action):
             return
         self._do(action)
-        if self._strikes(self.faults.repeated_action):
+        if self.strikes(self.faults.repeated_action):
             self._do(action)
 
     @property
     def settled(self) -> bool:
         """Whether every live replica serves and nothing drains."""
-        return all(item.state.phase is ReplicaPhase.READY for item in self._alive())
+        done = {ReplicaPhase.READY}
+        if self._overlapping:
+            done.add(ReplicaPhase.DRAINING)
+        return all(item.state.phase in done for item in self._alive())
 
     def catch_up(self, now_s: float) -> None:
         """Let replicas come up, fail to, hang and crash, each at its moment."""
-        while self._strokes and self._strokes[-1][0] <= now_s:
-            at_s, name, strike = self._strokes.pop()
+        while self._scheduled and self._scheduled[-1][0] <= now_s:
+            at_s, name, fault = self._scheduled.pop()
             self._come_up(at_s)
-            strike(name)
+            fault(name)
         self._come_up(now_s)
 
     def hang(self, name: str) -> None:
-        """A replica stands still from now on, until that is noticed and it is ended."""
+        """A replica makes no progress from now on, until the cluster notices and ends it."""
         item = self._replicas.get(name)
         if item is None or item.state.phase is ReplicaPhase.GONE or math.isfinite(item.found_at_s):
             return
         item.found_at_s = self._clock.now() + self.faults.hang_after_s
         item.ready_at_s = math.inf
-        self._hangs(name)
+        self.on_hang(name)
 
     def crash(self, name: str, reason: str = "crashed") -> None:
-        """A replica ends without being asked to."""
+        """A replica exits unexpectedly."""
         item = self._replicas.get(name)
         if item is None or item.state.phase is ReplicaPhase.GONE:
             return
@@ -130,36 +137,54 @@ class SimulatedCluster:
         )
         self._end(item)
 
+    def strikes(self, chance: float) -> bool:
+        """Draw whether a fault of this chance happens."""
+        return self._random.random() < chance
+
     # -- for a cluster whose replicas really serve ---------------------------------------------
-    def _load_s(self, spec: ReplicaSpec) -> float:
-        """Seconds until a replica that starts now can serve."""
-        return self._phases.load_s(self._weights_bytes(spec.shape))
+    def on_advance(self, now_s: float) -> None:
+        """Time has come to ``now_s``; phases follow."""
 
-    def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
-        """A replica starts; it can serve from ``ready_at_s`` on (infinite: never)."""
+    def on_start(self, spec: ReplicaSpec, ready_at_s: float) -> None:
+        """A replica starts. It can serve from ``ready_at_s`` on; infinite: once committed."""
 
-    def _committed(self, name: str) -> None:
-        """A replica on standby serves."""
+    def on_commit(self, name: str) -> None:
+        """A replica on standby serves from now on."""
 
-    def _drains(self, name: str) -> None:
+    def on_drain(self, name: str) -> None:
         """A replica takes no more requests."""
 
-    def _hangs(self, name: str) -> None:
-        """A replica stands still."""
+    def on_hang(self, name: str) -> None:
+        """A replica makes no progress."""
 
-    def _ended(self, name: str) -> None:
-        """A replica is gone, asked to or not."""
+    def on_end(self, name: str) -> None:
+        """A replica is gone."""
 
-    # -- within ---------------------------------------------------------------------------------
+    def observed(self, state: ReplicaState) -> ReplicaState:
+        """Return the state of a live replica with what is known of its requests."""
+        return state
+
+    # -- phases ---------------------------------------------------------------------------------
     def _seen(self) -> Observation:
+        states = []
+        for item in self._replicas.values():
+            state = item.state
+            if state.phase is not ReplicaPhase.GONE:
+                state = self.observed(state)
+            if self._overlapping and state.phase is ReplicaPhase.DRAINING:
+                if state.running + state.waiting == 0:
+                    self._end(item)
+                continue
+            states.append(state)
         return Observation(
             now_s=self._clock.now(),
             devices=self._devices,
-            replicas=tuple(item.state for item in self._replicas.values()),
+            replicas=tuple(states),
             failures=dict(self._failures),
         )
 
     def _come_up(self, now_s: float) -> None:
+        self.on_advance(now_s)
         for item in self._alive():
             state = item.state
             if now_s >= item.stopped_at_s:
@@ -185,7 +210,7 @@ class SimulatedCluster:
                 item = self._replicas.get(name)
                 if item is not None and item.state.phase is ReplicaPhase.READY:
                     self._set(item, ReplicaPhase.DRAINING)
-                    self._drains(name)
+                    self.on_drain(name)
             case StopReplica(replica=name):
                 item = self._replicas.get(name)
                 if item is not None and item.state.phase is not ReplicaPhase.GONE:
@@ -200,7 +225,7 @@ class SimulatedCluster:
             if item is not None and item.state.phase is ReplicaPhase.STANDBY:
                 item.standby = False
                 self._set(item, ReplicaPhase.READY)
-                self._committed(item.state.spec.id)
+                self.on_commit(item.state.spec.id)
         for name in drain:
             self._do(DrainReplica(replica=name))
 
@@ -213,10 +238,10 @@ class SimulatedCluster:
         if wrong:
             raise ValueError(wrong)
         now_s = self._clock.now()
-        load_s = 0.0 if self.warm else self._load_s(spec)
-        if self._strikes(self.faults.slow_start):
+        load_s = 0.0 if self.warm else self._load_s(spec, standby=standby)
+        if self.strikes(self.faults.slow_start):
             load_s *= self.faults.slow_factor
-        fails = self._strikes(self.faults.failed_start)
+        fails = self.strikes(self.faults.failed_start)
         life = Life(spec=spec, start_s=now_s)
         self.lives.append(life)
         self._replicas[spec.id] = _Replica(
@@ -232,19 +257,32 @@ class SimulatedCluster:
             fails=fails,
             standby=standby,
         )
-        self._began(spec, float("inf") if fails or standby else now_s + load_s)
+        self.on_start(spec, math.inf if fails or standby else now_s + load_s)
+
+    def _load_s(self, spec: ReplicaSpec, *, standby: bool) -> float:
+        """Return the seconds that a replica loads which starts now."""
+        if not standby:
+            return self._phases.load_s(self._weights_bytes(spec.shape))
+        nodes = {device.id: device.node for device in self._devices}
+        own = {nodes[device] for device in spec.devices}
+        others = sum(
+            item.state.phase is ReplicaPhase.LOADING
+            and not own.isdisjoint(nodes[device] for device in item.state.spec.devices)
+            for item in self._alive()
+        )
+        return self._phases.standby_s + others * self._phases.further_standby_s
 
     def _stop(self, item: _Replica) -> None:
-        """Its processes end now; its devices are free a little later."""
+        """The replica's processes end now; its devices are free ``stop_s`` later."""
         if self._phases.stop_s <= 0.0:
             self._end(item)
         elif math.isinf(item.stopped_at_s):
             item.stopped_at_s = self._clock.now() + self._phases.stop_s
             self._set(item, ReplicaPhase.DRAINING)
-            self._ended(item.state.spec.id)
+            self.on_end(item.state.spec.id)
 
     def _wrong(self, spec: ReplicaSpec, *, standby: bool) -> str:
-        """Why a replica cannot be started; empty if it can."""
+        """Return why a replica cannot be started; empty if it can."""
         if isinstance(spec.backend, AttachedBackend):
             return ""
         if not set(spec.devices) <= {device.id for device in self._devices}:
@@ -254,11 +292,12 @@ class SimulatedCluster:
         return ""
 
     def _taken(self, *, standby: bool) -> set[str]:
-        """Devices that a replica may not be started on; one on standby may be beside others."""
+        """Return devices on which no replica may start; on standby it may stand beside others."""
         return {
             device
             for item in self._alive()
             if item.standby or not standby
+            if not (self._overlapping and item.state.phase is ReplicaPhase.DRAINING)
             for device in item.state.spec.devices
         }
 
@@ -268,10 +307,7 @@ class SimulatedCluster:
     def _end(self, item: _Replica) -> None:
         self._set(item, ReplicaPhase.GONE)
         item.life.end_s = self._clock.now()
-        self._ended(item.state.spec.id)
+        self.on_end(item.state.spec.id)
 
     def _set(self, item: _Replica, phase: ReplicaPhase) -> None:
         item.state = replace(item.state, phase=phase, since_s=self._clock.now())
-
-    def _strikes(self, chance: float) -> bool:
-        return self._random.random() < chance

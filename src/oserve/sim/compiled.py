@@ -1,17 +1,19 @@
-"""One source at two speeds: kernel functions are compiled by numba where it is installed.
+"""One source at two speeds: numba compiles kernel functions where it is installed.
 
 Kernel functions are plain Python over flat sequences of integers. Without numba they run as they
-are, on lists; ``plain`` gives that slow form even where numba is there, and ``NUMBA_DISABLE_JIT=1``
-gives it everywhere: short runs are over before the kernel is compiled. What is compiled is kept
-on disk beside its source. numba looks only at the file of a function and not at those of what it
-calls, so whatever is older than any of the sources is thrown away first.
+are, on lists. ``plain`` gives that slow form even where numba is installed, and
+``NUMBA_DISABLE_JIT=1`` gives it everywhere: a short run ends before the kernel is compiled. numba
+caches compiled code on disk beside its source. It checks only the file of a function and not those
+of its callees, so this module deletes cached code that is older than any of the sources.
 """
 
 import contextlib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar, cast
+
+from oserve.control.dispatch import pick
 
 try:
     import numba
@@ -23,60 +25,60 @@ else:
 
 HAS_NUMBA: Final = numba is not None
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_CLONES: dict[Any, Any] = {}
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_Function = Callable[_Parameters, _Result]
+_CLONES: dict[types.FunctionType, types.FunctionType] = {}
 
 
-def compiled(function: _Function) -> _Function:
-    """Compile a kernel function, if that is possible here; only others of its kind may call it."""
+def compiled(function: _Function[_Parameters, _Result]) -> _Function[_Parameters, _Result]:
+    """Compile a kernel function, if numba is installed; only compiled functions may call it."""
     if numba is None:
         return function
-    # What Python never calls needs no wrappers, which take a third of the time to compile.
-    made: _Function = numba.njit(
-        cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
-    return made
+    # Python never calls it, so it needs no wrappers, which take a third of the time to compile.
+    made = numba.njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return cast("_Function[_Parameters, _Result]", made(function))
 
 
-def door(function: _Function) -> _Function:
-    """Compile a function that Python calls, if that is possible here."""
+def entry_point(function: _Function[_Parameters, _Result]) -> _Function[_Parameters, _Result]:
+    """Compile a function that Python calls, if numba is installed."""
     if numba is None:
         return function
-    made: _Function = numba.njit(cache=True, nogil=True)(function)
-    return made
+    made = numba.njit(cache=True, nogil=True)
+    return cast("_Function[_Parameters, _Result]", made(function))
 
 
-def plain(function: _Function) -> _Function:
-    """The same function without compilation, down to everything it calls."""
-    made: _Function = _plain(function, _CLONES)
-    return made
+def plain(function: _Function[_Parameters, _Result]) -> _Function[_Parameters, _Result]:
+    """The same function without compilation, and without that of any function it calls."""
+    return cast("_Function[_Parameters, _Result]", _plain(function, _CLONES))
 
 
-def _plain(function: Any, made: dict[Any, Any]) -> Any:
+# numba's compiled functions have no type of their own that a checker knows.
+def _plain(function: Any, clones: dict[types.FunctionType, types.FunctionType]) -> Any:
     python = getattr(function, "py_func", function)
-    if python in made:
-        return made[python]
+    if python in clones:
+        return clones[python]
     scope = dict(python.__globals__)
     clone = types.FunctionType(
         python.__code__, scope, python.__name__, python.__defaults__, python.__closure__
     )
-    made[python] = clone
+    clones[python] = clone
     for name in python.__code__.co_names:
         if hasattr(scope.get(name), "py_func"):
-            scope[name] = _plain(scope[name], made)
+            scope[name] = _plain(scope[name], clones)
     return clone
 
 
-def _forget_stale() -> None:
-    here = Path(__file__).parent
-    shared = here.parent / "control" / "pick.py"
+def _delete_stale() -> None:
+    # Kernel functions take code and constants of these folders.
+    folders = (Path(__file__).parent, Path(pick.__file__).parent)
     with contextlib.suppress(OSError):
-        newest = max(path.stat().st_mtime for path in (*here.glob("*.py"), shared))
-        for folder in (here, shared.parent):
+        newest = max(path.stat().st_mtime for folder in folders for path in folder.glob("*.py"))
+        for folder in folders:
             for index in folder.glob("__pycache__/*.nbi"):
                 if index.stat().st_mtime < newest:
                     index.unlink(missing_ok=True)
 
 
 if HAS_NUMBA:
-    _forget_stale()
+    _delete_stale()

@@ -5,6 +5,7 @@ its first token and for the rest when it leaves, as the live ledger has it. (The
 learns how fast each replica is; here the costs are taken as right.)
 """
 
+from oserve.sim.access import add_to_entry, column, entry, set_entry
 from oserve.sim.blocks import blocks_of, retain
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
@@ -28,6 +29,7 @@ from oserve.sim.layout import (
     FINISH,
     FIRST,
     FREE,
+    FREED,
     GENERATED,
     GONE,
     INDEX,
@@ -96,8 +98,9 @@ def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -
 
 
 @compiled
-def unbook(req: Flat, mem: Flat, at: int, request: int) -> None:
-    """A request leaves its replica."""
+def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
+    """A request leaves its replica, which may have room for another."""
+    glob[FREED] = 1
     mem[at + OWED] -= req[request * REQUEST + BOOKED]
     mem[at + OWED_PROMPT] -= req[request * REQUEST + BOOKED_PROMPT]
     mem[at + INFLIGHT] -= 1
@@ -161,7 +164,7 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
     What a live migration has copied beforehand need not go again.
     """
     req, mem = s.req, s.mem
-    request = mem[at + mem[at + RUN_ID] + slot]
+    request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
     done = done_of(mem, at, slot)
     req[base + COMPUTED] = done
@@ -172,7 +175,7 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
     req[base + MOVED_FROM] = mem[at + INDEX]
     req[base + MOVED_TO] = target
     req[base + STATUS] = MOVING
-    unbook(req, mem, at, request)
+    unbook(req, mem, s.glob, at, request)
     book(req, mem, s.where[target], request, 0, decode_ps(s, request, target))
     push(req, s.moves, MOVED_AT, request)
 
@@ -192,7 +195,7 @@ def receive(s: KernelState, now: int) -> int:
     target = s.where[req[base + MOVED_TO]]
     # Its source broke down on the way, or its target did.
     if req[base + MOVED_FROM] == NONE or mem[target + PHASE] == GONE:
-        unbook(req, mem, target, request)
+        unbook(req, mem, s.glob, target, request)
         return request
     wait_at(req, mem, target, request, now)
     return NONE
@@ -202,29 +205,30 @@ def receive(s: KernelState, now: int) -> int:
 def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
     """The first token that a sequence emits on this replica."""
     req, mem = s.req, s.mem
-    base = mem[at + mem[at + RUN_ID] + slot] * REQUEST
+    base = entry(mem, at, RUN_ID, slot) * REQUEST
     if req[base + FIRST] == NEVER:
         req[base + FIRST] = now
+    s.glob[FREED] = 1
     mem[at + OWED] -= req[base + BOOKED_PROMPT]
     mem[at + OWED_PROMPT] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED_PROMPT] = 0
-    mem[at + mem[at + RUN_STATE] + slot] = STEADY
+    set_entry(mem, at, RUN_STATE, slot, STEADY)
 
 
 @compiled
 def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
     """Whether a sequence that just emitted a token leaves, to end or to go on elsewhere."""
     req, mem = s.req, s.mem
-    request = mem[at + mem[at + RUN_ID] + slot]
+    request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
-    left, state = left_of(mem, at, slot), mem[at + mem[at + RUN_STATE] + slot]
+    left, state = left_of(mem, at, slot), entry(mem, at, RUN_STATE, slot)
     req[base + MADE] = req[base + OUTPUT] - left
     if state == NEW:
         emit_first(s, at, slot, now)
     if left == 0:
         retain(mem, s.ses, s.where, at, req[base + OF_SESSION], done_of(mem, at, slot))
-        unbook(req, mem, at, request)
+        unbook(req, mem, s.glob, at, request)
         close(req, s.glob, request, COMPLETED, now)
         return True
     target = NONE
@@ -233,7 +237,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
     elif state == LEAVING and now >= req[base + MOVED_AT]:
         target = req[base + MOVED_TO]
         if mem[s.where[target] + PHASE] != READY:
-            mem[at + mem[at + RUN_STATE] + slot] = STEADY
+            set_entry(mem, at, RUN_STATE, slot, STEADY)
             req[base + COPIED] = 0
             target = NONE
     if target == NONE:
@@ -246,8 +250,8 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
 def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
     """Let those leave that must, of the sequences that were in this step."""
     mem = s.mem
-    batches, left = at + mem[at + RUN_BATCH], at + mem[at + RUN_LEFT]
-    states = at + mem[at + RUN_STATE]
+    batches, left = column(mem, at, RUN_BATCH), column(mem, at, RUN_LEFT)
+    states = column(mem, at, RUN_STATE)
     kept = 0
     for slot in range(mem[at + RUN]):
         if mem[batches + slot] == batch:
@@ -268,7 +272,7 @@ def end_together(s: KernelState, at: int, now: int) -> None:
     mem[at + FAST] = 0
     first = kept = mem[at + STEADY_RUN]
     if mem[at + NEXT_END] == mem[at + TICK]:
-        left = at + mem[at + RUN_LEFT]
+        left = column(mem, at, RUN_LEFT)
         kept = 0
         for slot in range(first):
             if mem[left + slot] == mem[at + TICK]:
@@ -284,9 +288,9 @@ def end_together(s: KernelState, at: int, now: int) -> None:
     for slot in range(first, mem[at + RUN]):
         if kept != slot:
             move_slot(mem, at, slot, kept)
-        if mem[at + mem[at + RUN_BATCH] + kept] != NONE:
-            mem[at + mem[at + RUN_BATCH] + kept] = NONE
-            mem[at + mem[at + RUN_LEFT] + kept] -= 1
+        if entry(mem, at, RUN_BATCH, kept) != NONE:
+            set_entry(mem, at, RUN_BATCH, kept, NONE)
+            add_to_entry(mem, at, RUN_LEFT, kept, -1)
             mem[at + GENERATED] += 1
             if leaves(s, at, kept, now):
                 continue
@@ -298,8 +302,8 @@ def end_together(s: KernelState, at: int, now: int) -> None:
 @compiled
 def emit(mem: Flat, at: int, batch: int) -> None:
     """Every sequence whose last known token was in this step has a new one."""
-    batches, goal = at + mem[at + RUN_BATCH], at + mem[at + RUN_GOAL]
-    left = at + mem[at + RUN_LEFT]
+    batches, goal = column(mem, at, RUN_BATCH), column(mem, at, RUN_GOAL)
+    left = column(mem, at, RUN_LEFT)
     emitted = 0
     for slot in range(mem[at + RUN]):
         if mem[batches + slot] == batch:
@@ -322,6 +326,6 @@ def end_step(s: KernelState, at: int, now: int) -> None:
     mem[at + BATCH] = (mem[at + BATCH] + 1) % mem[at + STAGES]
     mem[at + END] = NEVER
     if mem[at + BATCHES] > 0:
-        mem[at + END] = mem[at + mem[at + BATCH_END] + mem[at + BATCH]]
+        mem[at + END] = entry(mem, at, BATCH_END, mem[at + BATCH])
     touch(mem, at, now)
     refresh(mem, at)

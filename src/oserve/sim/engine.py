@@ -1,6 +1,6 @@
 """An engine without a model: OpenAI's API, deterministic tokens, a speed of your choice.
 
-For tests of whatever stands in front of an engine, and for measuring that alone.
+It serves tests and benchmarks of gateways.
 """
 
 import json
@@ -10,20 +10,22 @@ from typing import Annotated, Any
 import msgspec
 
 from oserve.sim.dialects import VLLM, Dialect
-from oserve.sim.responses import EmulatedResponse, EngineSpeed, Mishap
+from oserve.sim.documents import GenerationRequest
+from oserve.sim.responses import EmulatedResponse, EngineSpeed, Mishap, send_whole
 from oserve.sim.tokenizer_stub import CountingTokenizer, TokenizerStub
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
 
 class EmulatedEngine:
-    """Serves one model name. ``seen`` keeps the bodies received, ``aborted`` counts clients gone.
+    """Serves one model name. ``seen`` keeps request bodies, ``aborted`` counts clients that left.
 
-    ``max_model_len`` is in tokens; a prompt counts one token a word. No answer has more than
-    ``most_tokens``. Each takes the next of ``mishaps``, as long as there are any. ``dialect``: the
-    server that it speaks like. ``heads`` keeps the last requests' headers, ``hosts`` its own names:
-    others get 403; none: all are. Where it has an ``api_key``, requests must. ``status``, if set,
-    answers every generation, and ``extra`` are headers of that answer.
+    ``max_model_len`` is in tokens; a word of a prompt counts as one. No answer has more than
+    ``most_tokens``. Each answer takes the next of ``mishaps``, while there are any. ``dialect``:
+    the server that it imitates. ``heads`` keeps paths and headers of the last requests. ``hosts``:
+    host names that it answers to, all others get 403; empty: it answers to all. With an ``api_key``
+    it asks requests for that key. ``status``, if set, is its answer to every generation, and
+    ``extra`` are headers of that answer.
     """
 
     def __init__(
@@ -78,117 +80,119 @@ class EmulatedEngine:
         """What its URL has after the port."""
         return self.dialect.prefix
 
-    def answer(
-        self,
-        exchange: Exchange,
-        status: int,
-        body: bytes,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
-    ) -> None:
-        """A whole answer as its kind of server gives it."""
-        kind = b"application/json" if self.dialect.content_type else b""
-        fields = ((b"content-type", kind),) if kind else ()
-        length = ((b"content-length", b"%d" % len(body)),)
-        self.begin(exchange, status, (*fields, *length, *headers))
-        exchange.write(body)
-        exchange.finish()
-
-    def begin(
-        self, exchange: Exchange, status: int, headers: tuple[tuple[bytes, bytes], ...]
-    ) -> None:
-        """The head of an answer; of some servers it says no reason."""
-        if self.dialect.reason:
-            exchange.start(status, headers)
-            return
-        lines = [b"HTTP/1.1 %d \r\n" % status, *(b"%b: %b\r\n" % field for field in headers)]
-        exchange.write(b"".join((*lines, b"\r\n")))
-
     def _handle(self, exchange: Exchange) -> None:
         path = exchange.path.partition(b"?")[0]
         dialect = self.dialect
         self.heads.append((path, exchange.headers))
         if self.hosts and exchange.headers.get(b"host", b"").decode("latin-1") not in self.hosts:
-            self.answer(exchange, 403, dialect.error("no such host", 403))
+            self._refuse(exchange, 403, "no such host")
             return
         if path.decode("latin-1") in dialect.health:
-            self.answer(exchange, 200, b"")
+            send_whole(exchange, dialect, 200, b"")
             return
         key = exchange.headers.get(b"authorization", b"")
         if self._api_key and key != b"Bearer " + self._api_key.encode():
-            self.answer(exchange, 401, dialect.error("missing or wrong key", 401))
+            self._refuse(exchange, 401, "missing or wrong key")
             return
         prefix = dialect.prefix.encode()
-        route = path.removeprefix(prefix) if path.startswith(prefix) else b""
+        self._route(exchange, path.removeprefix(prefix) if path.startswith(prefix) else b"")
+
+    def _route(self, exchange: Exchange, route: bytes) -> None:
+        dialect = self.dialect
         if route in {b"/v1/completions", b"/v1/chat/completions"}:
             self._generate(exchange, chat=route.startswith(b"/v1/chat"))
         elif route == b"/v1/models" and dialect.lists_models:
             entry = {"id": self._model, "object": "model", "max_model_len": self._max_model_len}
-            self.answer(exchange, 200, dialect.text({"object": "list", "data": [entry]}))
+            send_whole(exchange, dialect, 200, dialect.text({"object": "list", "data": [entry]}))
         elif route == b"/tokenize" and dialect.tokenizes:
-            try:
-                asked = json.loads(exchange.body)
-                model, words = asked.get("model"), str(asked.get("prompt", "")).split()
-            except (ValueError, AttributeError, RecursionError) as error:
-                self.answer(exchange, 400, dialect.error(str(error), 400))
-                return
-            if model not in {None, self._model}:
-                self.answer(exchange, 404, dialect.error("no such model", 404))
-                return
-            body = {"count": len(words), "max_model_len": self._max_model_len}
-            self.answer(exchange, 200, dialect.text({**body, "tokens": list(range(len(words)))}))
+            self._tokenize(exchange)
         elif route == b"/metrics" and dialect is VLLM:
             text = b"vllm:num_requests_running %d\nvllm:num_requests_waiting 0\n" % self.running
             exchange.respond(200, text, content_type=b"text/plain")
         else:
-            self.answer(exchange, 404, dialect.error("no such route", 404))
+            self._refuse(exchange, 404, "no such route")
+
+    def _tokenize(self, exchange: Exchange) -> None:
+        try:
+            asked = json.loads(exchange.body)
+            model, words = asked.get("model"), str(asked.get("prompt", "")).split()
+        except (ValueError, AttributeError, RecursionError) as error:
+            self._refuse(exchange, 400, str(error))
+            return
+        if model not in {None, self._model}:
+            self._refuse(exchange, 404, "no such model")
+            return
+        body = {"count": len(words), "max_model_len": self._max_model_len}
+        text = self.dialect.text({**body, "tokens": list(range(len(words)))})
+        send_whole(exchange, self.dialect, 200, text)
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
         dialect = self.dialect
         try:
-            # As vLLM reads it, which takes more than JSON: numbers out of range, for one.
+            # vLLM reads more than strict JSON: numbers out of range, for one.
             body = json.loads(exchange.body)
             checked = msgspec.convert(body, _Checked, strict=False)
         except (ValueError, RecursionError) as error:
-            self.answer(exchange, 400, dialect.error(str(error), 400))
+            self._refuse(exchange, 400, str(error))
             return
         if self._keep_bodies:
             self.seen.append(dict(body))
         body |= {name: getattr(checked, name) for name in body.keys() & _CHECKED}
         if self.status:
             error_body = dialect.error("not now", self.status)
-            self.answer(exchange, self.status, error_body, self.extra)
+            send_whole(exchange, dialect, self.status, error_body, self.extra)
             return
         wrong = _wrong(body, dialect)
         if wrong:
-            self.answer(exchange, 400, dialect.error(wrong, 400))
+            self._refuse(exchange, 400, wrong)
             return
         if not dialect.token_ids:
             body.pop("return_token_ids", None)
-        prompt = body.get("prompt")
-        if not (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
-            prompt = self.tokenizer.encode(_prompt_text(body))
+        prompt = self._prompt_tokens(body)
         limit = checked.max_completion_tokens or checked.max_tokens or 16
         if limit < 1 or len(prompt) + 1 > self._max_model_len:
-            status = dialect.error_status
-            message = "bad max_tokens, or too long a prompt"
-            self.answer(exchange, status, dialect.error(message, status))
+            self._refuse(exchange, dialect.error_status, "bad max_tokens, or too long a prompt")
             return
-        limit = min(limit, self._most_tokens)
-        mishap = self.mishaps.popleft() if self.mishaps else None
-        answer = EmulatedResponse(
-            self, exchange, body, chat=chat, prompt=prompt, limit=limit, mishap=mishap
+        request = GenerationRequest(
+            body=body,
+            id=exchange.headers.get(b"x-request-id", b"0").decode("latin-1"),
+            chat=chat,
+            prompt=prompt,
+            limit=min(limit, self._most_tokens),
         )
-        exchange.on_disconnect = answer.cancel
+        self._respond(exchange, request)
+
+    def _respond(self, exchange: Exchange, request: GenerationRequest) -> None:
+        response = EmulatedResponse(
+            exchange,
+            request,
+            dialect=self.dialect,
+            tokenizer=self.tokenizer,
+            speed=self._speed,
+            mishap=self.mishaps.popleft() if self.mishaps else None,
+            on_end=self._ended,
+        )
+        exchange.on_disconnect = response.cancel
         self.running += 1
-        answer.begin(self._speed)
+        response.begin()
 
+    def _ended(self, aborted: bool) -> None:
+        self.running -= 1
+        self.aborted += aborted
 
-def _prompt_text(body: dict[str, Any]) -> str:
-    return str(body.get("prompt", body.get("messages", "")))
+    def _prompt_tokens(self, body: dict[str, Any]) -> list[int]:
+        """The prompt's token ids, which a body may hold itself."""
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return prompt
+        return self.tokenizer.encode(str(body.get("prompt", body.get("messages", ""))))
+
+    def _refuse(self, exchange: Exchange, status: int, message: str) -> None:
+        send_whole(exchange, self.dialect, status, self.dialect.error(message, status))
 
 
 class _Checked(msgspec.Struct):
-    """What an engine reads must be of the type it expects."""
+    """Fields whose types an engine checks."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -211,12 +215,12 @@ _CHECKED = frozenset(_Checked.__struct_fields__)
 
 
 def _wrong(body: dict[str, Any], dialect: Dialect) -> str:
-    """What keeps it from answering, or nothing."""
+    """Why the engine refuses the body; empty if it does not."""
     unknown = dialect.refused & body.keys()
     if unknown:
         return f"Extra inputs are not permitted: {', '.join(sorted(unknown))}"
-    prompt: Any = body.get("prompt")
-    by_ids = isinstance(prompt, list) and prompt and isinstance(prompt[0], int)
-    if by_ids and not all(isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt):
-        return "no token ids"
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        valid = (isinstance(token, int) and 0 <= token < 1 << 31 for token in prompt)
+        return "" if all(valid) else "no token ids"
     return ""

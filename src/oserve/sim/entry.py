@@ -1,24 +1,32 @@
-"""The kernel's doors: what Python may ask of a fleet's state, compiled or not.
+"""The kernel's entry points: what Python may ask of a fleet's state, compiled or not.
 
 numba counts references to every array at every call, which takes longer than most kernel functions
-do; it does not for pointers. So compiled functions get the addresses of the arrays, which whoever
-calls keeps alive.
+do. It does not count references to pointers, so compiled functions get the addresses of the arrays,
+and the caller keeps the arrays alive.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.sim import gateway, kernel
-from oserve.sim.compiled import compiled, door, plain
+from oserve.sim import kernel, routing
+from oserve.sim.compiled import compiled, entry_point, plain
 from oserve.sim.pointers import integers, reals
-from oserve.sim.state import KernelState
+from oserve.sim.state import Flat, KernelState, Reals
+
+Array = NDArray[np.int64 | np.float64]
+Addresses = NDArray[np.int64]
+"""Of the state's arrays, in the order of its fields."""
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 @compiled
-def state_at(addresses: Any) -> KernelState:
+def state_at(addresses: Addresses) -> KernelState:
     """A state of pointers."""
     return KernelState(
         integers(addresses[0]),
@@ -40,93 +48,101 @@ def state_at(addresses: Any) -> KernelState:
     )
 
 
-@door
-def _next_moment(addresses: Any) -> int:
+@entry_point
+def _next_moment(addresses: Addresses) -> int:
     return kernel.next_moment(state_at(addresses))
 
 
-@door
-def _advance(addresses: Any, until: int, skip: int) -> None:
+@entry_point
+def _advance(addresses: Addresses, until: int, skip: int) -> None:
     kernel.advance(state_at(addresses), until, skip)
 
 
-@door
-def _flush(addresses: Any, skip: int) -> None:
+@entry_point
+def _flush(addresses: Addresses, skip: int) -> None:
     kernel.flush(state_at(addresses), skip)
 
 
-@door
-def _observe(addresses: Any, now: int) -> None:
+@entry_point
+def _observe(addresses: Addresses, now: int) -> None:
     kernel.observe(state_at(addresses), now)
 
 
-@door
-def _remove(addresses: Any, index: int, again: int, now: int) -> None:
+@entry_point
+def _remove(addresses: Addresses, index: int, again: int, now: int) -> None:
     kernel.remove(state_at(addresses), index, again, now)
 
 
-@door
-def _hang(addresses: Any, index: int, now: int) -> None:
+@entry_point
+def _hang(addresses: Addresses, index: int, now: int) -> None:
     kernel.hang(state_at(addresses), index, now)
 
 
-@door
-def _migrate(addresses: Any, request: int, target: int, now: int) -> bool:
+@entry_point
+def _migrate(addresses: Addresses, request: int, target: int, now: int) -> bool:
     return kernel.migrate(state_at(addresses), request, target, now)
 
 
-@door
-def _freeness(addresses: Any, index: int, now: int) -> float:
-    return gateway.freeness(state_at(addresses), index, now)
+@entry_point
+def _freeness(addresses: Addresses, index: int, now: int) -> float:
+    return routing.freeness(state_at(addresses), index, now)
 
 
-@door
-def _free_at(addresses: Any, index: int, now: int) -> int:
-    return gateway.free_at(state_at(addresses), index, now)
+@entry_point
+def _free_at(addresses: Addresses, index: int, now: int) -> int:
+    return routing.free_at(state_at(addresses), index, now)
 
 
-# By name: for addresses, compiled, and for lists.
-_DOORS: dict[str, tuple[Any, Any]] = {
-    "next_moment": (_next_moment, kernel.next_moment),
-    "advance": (_advance, kernel.advance),
-    "flush": (_flush, kernel.flush),
-    "observe": (_observe, kernel.observe),
-    "remove": (_remove, kernel.remove),
-    "hang": (_hang, kernel.hang),
-    "migrate": (_migrate, kernel.migrate),
-    "freeness": (_freeness, gateway.freeness),
-    "free_at": (_free_at, gateway.free_at),
-}
+@dataclass(frozen=True, slots=True)
+class EntryPoint(Generic[_Parameters, _Result]):
+    """A kernel function in both forms: compiled, for addresses, and plain, for lists."""
+
+    compiled: Callable[Concatenate[Addresses, _Parameters], _Result]
+    plain: Callable[Concatenate[KernelState, _Parameters], _Result]
 
 
-Array = NDArray[Any]
+NEXT_MOMENT = EntryPoint(_next_moment, kernel.next_moment)
+ADVANCE = EntryPoint(_advance, kernel.advance)
+FLUSH = EntryPoint(_flush, kernel.flush)
+OBSERVE = EntryPoint(_observe, kernel.observe)
+REMOVE = EntryPoint(_remove, kernel.remove)
+HANG = EntryPoint(_hang, kernel.hang)
+MIGRATE = EntryPoint(_migrate, kernel.migrate)
+FREENESS = EntryPoint(_freeness, routing.freeness)
+FREE_AT = EntryPoint(_free_at, routing.free_at)
 
 
 class Kernel:
-    """A fleet's state, and what may be done with it; arguments are integers.
+    """A fleet's state, and the functions that act on it.
 
     ``compiled`` of ``False`` keeps lists and runs plain Python.
     """
 
     def __init__(self, arrays: Mapping[str, Array], *, compiled: bool) -> None:
         self._compiled = compiled
-        self._values: dict[str, Any] = {}
+        self._arrays: dict[str, Array] = {}
+        self._values: dict[str, Flat | Reals] = {}
         self.change(arrays)
 
     def change(self, arrays: Mapping[str, Array]) -> None:
-        """Replace some of the state's arrays, by name."""
+        """Replace some of the state's arrays, by name; they are copied."""
         for name, values in arrays.items():
             own = np.ascontiguousarray(values).copy()
-            self._values[name] = own if self._compiled else own.tolist()
-        self.state = KernelState(**self._values)
+            self._arrays[name] = own
+            # Compiled code and the rest of Python index an array as they do a list.
+            self._values[name] = cast("Flat", own) if self._compiled else own.tolist()
+        self.state = KernelState._make(self._values[name] for name in KernelState._fields)
         if self._compiled:
-            self._addresses = np.array(
-                [self._values[name].ctypes.data for name in KernelState._fields]
-            )
+            held = [self._arrays[name].ctypes.data for name in KernelState._fields]
+            self._addresses = np.array(held, dtype=np.int64)
 
-    def do(self, name: str, *arguments: int) -> Any:
+    def run(
+        self,
+        entry: EntryPoint[_Parameters, _Result],
+        *arguments: _Parameters.args,
+        **named: _Parameters.kwargs,
+    ) -> _Result:
         """Run one of the kernel's functions."""
-        entry, function = _DOORS[name]
         if self._compiled:
-            return entry(self._addresses, *arguments)
-        return plain(function)(self.state, *arguments)
+            return entry.compiled(self._addresses, *arguments, **named)
+        return plain(entry.plain)(self.state, *arguments, **named)

@@ -7,23 +7,17 @@ the live one: of a request's output it knows ``expected_output_tokens``, nothing
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from oserve.core import ReplicaPhase, ReplicaShape, Role
+from oserve.control.routing import INFLIGHT_PER_SEQ
+from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
-from oserve.sim import layout
-from oserve.sim.arrays import (
-    picoseconds,
-    replica_rows,
-    request_rows,
-    session_numbers,
-    session_rows,
-)
+from oserve.sim import entry, layout, readout
+from oserve.sim.arrays import fleet_arrays, picoseconds, replica_rows
 from oserve.sim.compiled import HAS_NUMBA
-from oserve.sim.entry import Kernel
-from oserve.sim.results import FleetResults, ReplicaTotals
+from oserve.sim.rebalance import rebalance as rebalance_once
+from oserve.sim.results import FleetResults
 from oserve.sim.state import KernelState
 from oserve.sim.steps import StepTables
 from oserve.sim.types import (
@@ -36,15 +30,6 @@ from oserve.sim.types import (
     RoutingPolicy,
     SimLink,
 )
-
-_PHASES = {
-    layout.LOADING: ReplicaPhase.LOADING,
-    layout.READY: ReplicaPhase.READY,
-    layout.DRAINING: ReplicaPhase.DRAINING,
-    layout.GONE: ReplicaPhase.GONE,
-}
-_SCRATCH = ("work", "own", "inflight", "most", "fits")
-_INFLIGHT_PER_SEQ = 2
 
 
 class Fleet:
@@ -82,25 +67,8 @@ class Fleet:
         self._seen = 0
         self._dirty = False
         self._shares: Mapping[int, Mapping[str, float]] = {}
-        glob = np.zeros(layout.GLOBALS, dtype=np.int64)
-        glob[layout.REQUESTS] = count
-        glob[layout.POLICY] = RoutingPolicy.POOLS
-        glob[layout.OVERFLOW_PS] = picoseconds(options.overflow_s)
-        glob[layout.CLASSES] = classes
-        glob[layout.MAX_QUEUED] = options.max_queued
-        glob[layout.CLOSED] = closed_loop
-        glob[layout.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
-        sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
-        whole = np.zeros(0, dtype=np.int64)
-        arrays = {
-            "req": request_rows(requests, options, closed_loop),
-            "ses": session_rows(sessions),
-            "glob": glob,
-            **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
-            **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), whole),
-            **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
-        }
-        self._kernel = Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
+        arrays = fleet_arrays(requests, options, classes=classes, closed_loop=closed_loop)
+        self._kernel = entry.Kernel(arrays, compiled=HAS_NUMBA and compiled is not False)
 
     @property
     def _state(self) -> KernelState:
@@ -153,7 +121,7 @@ class Fleet:
             steps,
             kv_tokens=kv_tokens,
             ordered=ordered,
-            max_inflight=max_inflight or _INFLIGHT_PER_SEQ * shape.max_num_seqs,
+            max_inflight=max_inflight or INFLIGHT_PER_SEQ * shape.max_num_seqs,
             max_prompt=picoseconds(max_prompt_s),
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,
@@ -167,8 +135,8 @@ class Fleet:
         whole = np.zeros(index + 1, dtype=np.int64)
         self._kernel.change(
             {
-                "mem": np.concatenate([_array(state.mem), rows]),
-                "where": np.append(_array(state.where), len(state.mem)),
+                "mem": np.concatenate([readout.as_array(state.mem), rows]),
+                "where": np.append(readout.as_array(state.where), len(state.mem)),
                 "costs": np.append(np.asarray(state.costs, dtype=np.float64), own),
                 **dict.fromkeys(("inflight", "most", "fits"), whole),
                 **dict.fromkeys(("work", "own"), np.zeros(index + 1)),
@@ -190,10 +158,18 @@ class Fleet:
             self._state.mem[place + layout.PHASE] = layout.DRAINING
             self._dirty = True
 
+    def serve(self, name: str) -> None:
+        """A replica that loads is ready now. Nothing happens to any other."""
+        if name in self._names and self._phase(name) == layout.LOADING:
+            place = self._place(name)
+            self._state.mem[place + layout.PHASE] = layout.READY
+            self._state.mem[place + layout.DUE] = layout.NEVER
+            self._dirty = True
+
     def hang(self, name: str) -> None:
         """It stands still: it takes requests, and neither they nor those it has get any further."""
         if name in self._names and self._phase(name) != layout.GONE:
-            self._kernel.do("hang", self._index(name), self._state.glob[layout.NOW])
+            self._kernel.run(entry.HANG, self._index(name), self._state.glob[layout.NOW])
             self._dirty = True
 
     def remove(self, name: str, *, replay: bool = True) -> None:
@@ -201,7 +177,7 @@ class Fleet:
         if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
-        self._kernel.do("remove", self._index(name), int(replay), now)
+        self._kernel.run(entry.REMOVE, self._index(name), int(replay), now)
         self._dirty = True
 
     def set_routing(
@@ -223,7 +199,7 @@ class Fleet:
         """
         now = self._state.glob[layout.NOW]
         target = self._index(to)
-        return bool(self._kernel.do("migrate", request, target, now))
+        return bool(self._kernel.run(entry.MIGRATE, request, target, now))
 
     def advance(self, until_s: float) -> None:
         """Let everything up to and at that time happen. Times in the past do nothing."""
@@ -233,7 +209,7 @@ class Fleet:
             while (self._rounds + 1) * step <= end:
                 self._rounds += 1
                 self._advance(self._rounds * step)
-                self._balance(self._rebalance)
+                rebalance_once(self, self._rebalance)
         self._advance(end)
 
     def run(self, limit_s: float = math.inf) -> None:
@@ -241,11 +217,11 @@ class Fleet:
         limit = picoseconds(limit_s)
         while self.ended < len(self._requests):
             self._flush()
-            due = self._kernel.do("next_moment")
+            due = self._kernel.run(entry.NEXT_MOMENT)
             if due >= limit or due == layout.NEVER:
                 break
             if self._rebalance is None:
-                self._kernel.do("advance", limit, self._skip)
+                self._kernel.run(entry.ADVANCE, limit, self._skip)
             else:
                 self.advance(max(due / layout.PS, self.now_s + self._rebalance.interval_s))
         if limit < layout.NEVER:
@@ -264,43 +240,27 @@ class Fleet:
         )
 
     def replicas(self) -> tuple[ReplicaObservation, ...]:
-        """Those that are not gone, as they are now."""
-        state = self._state
+        """Replicas that are not gone, as they are now."""
         self._flush()
-        self._kernel.do("observe", state.glob[layout.NOW])
-        prompts = self._prompts()
-        return tuple(
-            self._replica(index, name, int(prompts[index]))
-            for index, name in enumerate(self._names)
-            if state.mem[state.where[index] + layout.PHASE] != layout.GONE
-        )
+        self._kernel.run(entry.OBSERVE, self._state.glob[layout.NOW])
+        return readout.observations(self._kernel, self._names, self._roles)
 
     def results(self) -> FleetResults:
-        """What became of every request so far."""
-        state = self._state
-        self._kernel.do("observe", state.glob[layout.NOW])
-        rows = _array(state.req).reshape(-1, layout.REQUEST)
-        return FleetResults(
-            now_s=self.now_s,
-            arrival_s=rows[:, layout.ARRIVAL] / layout.PS,
-            first_token_s=_seconds(rows[:, layout.FIRST]),
-            finish_s=_seconds(rows[:, layout.FINISH]),
-            replica=rows[:, layout.ON].copy(),
-            status=rows[:, layout.STATUS].copy(),
-            preemptions=rows[:, layout.PREEMPTIONS].copy(),
-            replays=rows[:, layout.REPLAYS].copy(),
-            prompt_tokens=self._requests.prompt_tokens,
-            output_tokens=self._requests.output_tokens,
-            made_tokens=rows[:, layout.MADE].copy(),
-            reused_tokens=rows[:, layout.REUSED].copy(),
-            class_index=self._requests.class_index,
-            replica_names=tuple(self._names),
-            totals=tuple(self._totals(index) for index in range(len(self._names))),
-        )
+        """The outcome of every request so far."""
+        self._kernel.run(entry.OBSERVE, self._state.glob[layout.NOW])
+        return readout.results(self._state, self._requests, self._names)
+
+    def running(self, name: str) -> Ints:
+        """Requests that run on a replica, those with the least KV first."""
+        rows = readout.request_rows_of(self._state)
+        running = rows[:, layout.STATUS] == layout.RUNNING
+        here = np.flatnonzero(running & (rows[:, layout.ON] == self._index(name)))
+        ordered: Ints = here[np.argsort(rows[here, layout.COMPUTED], kind="stable")]
+        return ordered
 
     def ended_among(self, requests: Ints) -> Ints:
         """Those of these that have ended, one way or another, and their statuses: (2, n)."""
-        rows = _array(self._state.req).reshape(-1, layout.REQUEST)
+        rows = readout.request_rows_of(self._state)
         status = rows[requests, layout.STATUS]
         over = status >= layout.COMPLETED
         found: Ints = np.stack([requests[over], status[over]])
@@ -314,70 +274,13 @@ class Fleet:
     # -- within ---------------------------------------------------------------------------------
     def _advance(self, end: int) -> None:
         self._flush()
-        self._kernel.do("advance", end, self._skip)
+        self._kernel.run(entry.ADVANCE, end, self._skip)
         self._state.glob[layout.NOW] = max(self._state.glob[layout.NOW], end)
 
     def _flush(self) -> None:
         if self._dirty:
             self._dirty = False
-            self._kernel.do("flush", self._skip)
-
-    def _balance(self, wanted: Rebalance) -> None:
-        """One round of rebalancing."""
-        seen = self.replicas()
-        ready = [item for item in seen if item.phase is ReplicaPhase.READY]
-        poor = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
-        rich = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)
-        for source, target in zip(poor, reversed(rich), strict=False):
-            rows = _array(self._state.req).reshape(-1, layout.REQUEST)
-            running = rows[:, layout.STATUS] == layout.RUNNING
-            here = np.flatnonzero(running & (rows[:, layout.ON] == self._index(source.name)))
-            moved = 0
-            for request in here[np.argsort(rows[here, layout.COMPUTED], kind="stable")].tolist():
-                if moved == wanted.moves:
-                    break
-                moved += self.migrate(request, target.name)
-
-    def _prompts(self) -> Ints:
-        """Requests that have had their first token, by the replica that had them last."""
-        rows = _array(self._state.req).reshape(-1, layout.REQUEST)
-        rows = rows[: self._state.glob[layout.ARRIVED]]
-        on = rows[(rows[:, layout.FIRST] < layout.NEVER) & (rows[:, layout.ON] >= 0), layout.ON]
-        return np.bincount(on, minlength=len(self._names))
-
-    def _replica(self, index: int, name: str, prompts: int) -> ReplicaObservation:
-        mem, at = self._state.mem, self._state.where[index]
-        now = self._state.glob[layout.NOW]
-        # The step on its way has taken its blocks.
-        free = self._kernel.do("free_at", index, now + 1)
-        totals = self._totals(index)
-        return ReplicaObservation(
-            name=name,
-            phase=_PHASES[int(mem[at + layout.PHASE])],
-            role=self._roles[index],
-            running=int(mem[at + layout.RUN]),
-            waiting=int(mem[at + layout.WAIT_COUNT]),
-            inflight=int(mem[at + layout.INFLIGHT]),
-            owed_s=float(mem[at + layout.OWED] / layout.PS),
-            kv_usage=float(1.0 - free / mem[at + layout.BLOCKS]),
-            freeness=float(self._kernel.do("freeness", index, now)),
-            busy_s=totals.busy_s,
-            prompt_tokens=totals.prompt_tokens,
-            generated_tokens=totals.generated_tokens,
-            preemptions=totals.preemptions,
-            steps=totals.steps,
-            prompts=prompts,
-        )
-
-    def _totals(self, index: int) -> ReplicaTotals:
-        mem, at = self._state.mem, self._state.where[index]
-        return ReplicaTotals(
-            busy_s=float(mem[at + layout.BUSY] / layout.PS),
-            prompt_tokens=int(mem[at + layout.PROMPTED]),
-            generated_tokens=int(mem[at + layout.GENERATED]),
-            preemptions=int(mem[at + layout.PREEMPTED]),
-            steps=int(mem[at + layout.STEPS]),
-        )
+            self._kernel.run(entry.FLUSH, self._skip)
 
     def _share(self, *, keep_credit: bool) -> None:
         """Lay the shares out for the replicas there are."""
@@ -400,15 +303,3 @@ class Fleet:
 
     def _phase(self, name: str) -> int:
         return int(self._state.mem[self._place(name) + layout.PHASE])
-
-
-def _array(values: Any) -> Any:
-    return np.asarray(values, dtype=np.int64)
-
-
-def _seconds(moments: Any) -> Any:
-    return np.where(moments == layout.NEVER, np.nan, moments / layout.PS)
-
-
-def _freeness(item: ReplicaObservation) -> float:
-    return item.freeness

@@ -1,10 +1,11 @@
-"""The door to a fleet: what the control loop asks for happens to replicas that serve requests.
+"""The cluster API over a fleet: what controllers ask for happens to replicas that serve requests.
 
-A replica takes requests from the very moment it has loaded, whenever the loop looks next, and
-drains as long as its requests run. Time is the fleet's: it catches up with the clock whenever the
-cluster is looked at or acted upon.
+A replica takes requests from the moment it has loaded, or is committed, whenever the controller
+looks next, and drains as long as its requests run. The fleet catches up with the clock whenever the
+cluster is observed or acted upon.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,9 +15,9 @@ from oserve.core import (
     Device,
     EngineWork,
     Observation,
-    ReplicaPhase,
     ReplicaShape,
     ReplicaSpec,
+    ReplicaState,
 )
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.fleet import Fleet
@@ -31,7 +32,11 @@ _NEVER_S = 4e6
 
 
 class FleetCluster(SimulatedCluster):
-    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` puts one into it."""
+    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` puts one into it.
+
+    ``moves_after_s``: requests of a replica that has drained so long go on elsewhere, as the
+    gateway has it, with the tokens that they have.
+    """
 
     def __init__(
         self,
@@ -44,6 +49,8 @@ class FleetCluster(SimulatedCluster):
         weights_bytes: Callable[[ReplicaShape], float] = lambda _: 0.0,
         stable_s: float = 60.0,
         faults: Faults | None = None,
+        overlapping: bool = False,
+        moves_after_s: float = math.inf,
     ) -> None:
         super().__init__(
             devices,
@@ -52,58 +59,76 @@ class FleetCluster(SimulatedCluster):
             weights_bytes=weights_bytes,
             stable_s=stable_s,
             faults=faults,
+            overlapping=overlapping,
         )
         self._fleet = fleet
         self._add = add
+        self._moves_after_s = moves_after_s
+        self._draining: dict[str, float] = {}
+        self._serving: dict[str, ReplicaObservation] = {}
+
+    async def observe(self) -> Observation:
+        """Let everything due happen, then return what there is."""
+        self.catch_up(self._clock.now())
+        self._serving = {item.name: item for item in self._fleet.observe().replicas}
+        return await super().observe()
 
     async def apply(self, action: Action) -> None:
-        """Do as asked, at the clock's time."""
+        """Carry an action out at the clock's time."""
         self.catch_up(self._clock.now())
         await super().apply(action)
 
-    def _come_up(self, now_s: float) -> None:
+    def on_advance(self, now_s: float) -> None:
+        """Move requests off replicas that drain too long, each at its moment."""
+        due = sorted(
+            (since_s + self._moves_after_s, name) for name, since_s in self._draining.items()
+        )
+        for at_s, name in due:
+            if at_s <= now_s:
+                self._fleet.advance(at_s)
+                self._fleet.remove(name)
+                del self._draining[name]
         self._fleet.advance(now_s)
-        super()._come_up(now_s)
 
-    def _began(self, spec: ReplicaSpec, ready_at_s: float) -> None:
+    def on_start(self, spec: ReplicaSpec, ready_at_s: float) -> None:
+        """Add it to the fleet."""
         self._add(spec, min(ready_at_s, _NEVER_S))
 
-    def _committed(self, name: str) -> None:
-        raise ValueError(f"the fleet cannot put {name} to work once it stands by")
+    def on_commit(self, name: str) -> None:
+        """The fleet's replica is ready now."""
+        self._fleet.serve(name)
 
-    def _drains(self, name: str) -> None:
+    def on_drain(self, name: str) -> None:
+        """The fleet's replica takes no more requests."""
         self._fleet.drain(name)
+        self._draining[name] = self._clock.now()
 
-    def _hangs(self, name: str) -> None:
+    def on_hang(self, name: str) -> None:
+        """The fleet's replica makes no progress."""
         self._fleet.hang(name)
 
-    def _ended(self, name: str) -> None:
+    def on_end(self, name: str) -> None:
+        """The fleet's replica ends; its requests start over elsewhere or are lost."""
+        self._draining.pop(name, None)
         self._fleet.remove(name, replay=self.faults.replay)
 
-    def _seen(self) -> Observation:
-        observation = super()._seen()
-        serving = {item.name: item for item in self._fleet.observe().replicas}
-        states = []
-        for state in observation.replicas:
-            item = serving.get(state.spec.id)
-            if item is not None and state.phase is not ReplicaPhase.GONE:
-                states.append(
-                    replace(
-                        state,
-                        running=item.running,
-                        # What is on its way between replicas still needs both.
-                        waiting=max(item.waiting, item.inflight - item.running),
-                        kv_cache_usage=item.kv_usage,
-                        work=_work(item, state.spec),
-                    )
-                )
-            else:
-                states.append(state)
-        return replace(observation, replicas=tuple(states))
+    def observed(self, state: ReplicaState) -> ReplicaState:
+        """Add what the fleet knows of a replica's requests."""
+        item = self._serving.get(state.spec.id)
+        if item is None:
+            return state
+        return replace(
+            state,
+            running=item.running,
+            # What is on its way between replicas still needs both.
+            waiting=max(item.waiting, item.inflight - item.running),
+            kv_cache_usage=item.kv_usage,
+            work=_work(item, state.spec),
+        )
 
 
 def _work(item: ReplicaObservation, spec: ReplicaSpec) -> EngineWork:
-    """As an engine counts it: each step goes through every pipeline stage."""
+    """Return work as an engine counts it: each step goes through every pipeline stage."""
     return EngineWork(
         steps=item.steps,
         prompt_tokens=item.prompt_tokens,

@@ -1,36 +1,39 @@
-"""One answer of an emulated engine, token by token, with vLLM's rules for text.
+"""The text that an emulated engine generates, token by token, by vLLM's rules.
 
-Characters come out whole; text that may become a stop string is held back; a prompt that ends
-within a character is, as by vLLM's detokeniser, said again.
+Characters come out whole, and text that may become a stop string is held back. A prompt that ends
+within a character is generated again, as by vLLM's detokenizer.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from oserve.sim.tokenizer_stub import TokenizerStub
 
-_drawn = itertools.count()
+_seeds = itertools.count()
 
 
 class GeneratedText:
-    """``text`` so far is what the client may see in the end; ``tokens`` are those generated."""
+    """``text`` is what the client may see in the end, ``tokens`` are those generated so far."""
 
     def __init__(
-        self, tokenizer: TokenizerStub, body: dict[str, Any], prompt: Sequence[int]
+        self, tokenizer: TokenizerStub, body: Mapping[str, object], prompt: Sequence[int]
     ) -> None:
         self._tokenizer = tokenizer
         self._context = list(prompt)
-        stop = body.get("stop") or []
-        self._stop: list[str] = [stop] if isinstance(stop, str) else stop
-        self._stop_tokens = set(body.get("stop_token_ids") or [])
+        stop, stop_tokens = body.get("stop"), body.get("stop_token_ids")
+        self._stop: list[str] = [stop] if isinstance(stop, str) and stop else []
+        if isinstance(stop, list):
+            self._stop = [str(item) for item in stop]
+        self._stop_tokens = set(stop_tokens) if isinstance(stop_tokens, list) else set()
         self._included = bool(body.get("include_stop_str_in_output"))
-        self._least = int(body.get("min_tokens") or 0)
+        least = body.get("min_tokens")
+        self._least = least if isinstance(least, int) else 0
         longest = max((len(item) for item in self._stop), default=0)
         self._held = 0 if self._included else max(0, longest - 1)
-        self._draw: int | None = None
+        self._seed: int | None = None
         if body.get("temperature"):
-            self._draw = body.get("seed") or next(_drawn)
+            seed = body.get("seed")
+            self._seed = seed if isinstance(seed, int) and seed else next(_seeds)
         self._bytes = self._unfinished()
         self._shown = 0
         self.tokens: list[int] = []
@@ -38,6 +41,7 @@ class GeneratedText:
         self.stop_reason: str | int | None = None
 
     def _unfinished(self) -> bytes:
+        """The whole prompt's bytes if it ends within a character."""
         pieces = [self._tokenizer.piece(token) for token in self._context[-1:]]
         try:
             b"".join(pieces).decode()
@@ -46,38 +50,39 @@ class GeneratedText:
                 return b"".join(self._tokenizer.piece(token) for token in self._context)
         return b""
 
-    def say(self, limit: int) -> tuple[str, str | None]:
-        """The next token: text to show, and why it was the last, if it was."""
-        draw = None if self._draw is None else self._draw + len(self.tokens)
-        token = self._tokenizer.following(self._context, draw)
+    def generate(self, limit: int) -> tuple[str, str | None]:
+        """Generate the next token: text to show, and the finish reason if it is the last."""
+        seed = None if self._seed is None else self._seed + len(self.tokens)
+        token = self._tokenizer.following(self._context, seed)
         self._context.append(token)
         self.tokens.append(token)
         before = len(self.text)
         if token in self._stop_tokens and len(self.tokens) > self._least:
             self.stop_reason = token
-            return self.flushed(), "stop"
+            return self.flush(), "stop"
         self._bytes += self._tokenizer.piece(token)
         try:
             self.text += self._bytes.decode()
             self._bytes = b""
         except UnicodeDecodeError:
-            pass
+            pass  # Part of a character; the next token brings the rest.
         if len(self.tokens) > self._least and self._stopped(before):
-            return self.flushed(), "stop"
+            return self.flush(), "stop"
         if len(self.tokens) >= limit:
-            return self.flushed(), "length"
+            return self.flush(), "length"
         end = len(self.text) - self._held
         if end <= self._shown:
             return "", None
-        said, self._shown = self.text[self._shown : end], end
-        return said, None
+        text, self._shown = self.text[self._shown : end], end
+        return text, None
 
-    def flushed(self) -> str:
-        """All that was held back."""
-        said, self._shown = self.text[self._shown :], len(self.text)
-        return said
+    def flush(self) -> str:
+        """All text that was held back."""
+        text, self._shown = self.text[self._shown :], len(self.text)
+        return text
 
     def _stopped(self, before: int) -> bool:
+        """Whether the text from ``before`` on completes a stop string; cuts the text there."""
         ends = []
         for item in self._stop:
             at = self.text.find(item, max(0, before - len(item) + 1))

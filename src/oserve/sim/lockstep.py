@@ -14,6 +14,7 @@ take j (decodes[d] + kv_rate c) + kv_rate d j (j - 1) / 2. Such a JUMP goes on u
 or blocks run out. What comes meanwhile cuts it short at the end of a step.
 """
 
+from oserve.sim.access import add_to_entry, column, entry, set_entry
 from oserve.sim.blocks import blocks_of, take
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
@@ -64,7 +65,7 @@ from oserve.sim.state import Flat
 @compiled
 def find_next_end(mem: Flat, at: int) -> None:
     """The tick at which the first of the steady sequences ends."""
-    left = at + mem[at + RUN_LEFT]
+    left = column(mem, at, RUN_LEFT)
     soonest = NEVER
     for slot in range(mem[at + STEADY_RUN]):
         soonest = min(soonest, mem[left + slot])
@@ -75,13 +76,13 @@ def find_next_end(mem: Flat, at: int) -> None:
 def lock(mem: Flat, at: int) -> bool:
     """Begin to count together, if all running sequences but the last decode."""
     seqs = mem[at + RUN]
-    states, done = at + mem[at + RUN_STATE], at + mem[at + RUN_DONE]
+    states, done = column(mem, at, RUN_STATE), column(mem, at, RUN_DONE)
     if seqs > 0 and mem[states + seqs - 1] == NEW:
         seqs -= 1
     for slot in range(seqs):
         if mem[states + slot] != STEADY:
             return False
-    phases = at + mem[at + PHASES]
+    phases = column(mem, at, PHASES)
     for phase in range(BLOCK):
         mem[phases + phase] = 0
     context = seqs
@@ -105,8 +106,8 @@ def unlock(mem: Flat, ses: Flat, at: int) -> None:
     if mem[at + LOCKED] == 0:
         return
     tick, on_its_way = mem[at + TICK], mem[at + JUMP]
-    done, goal = at + mem[at + RUN_DONE], at + mem[at + RUN_GOAL]
-    left, batches = at + mem[at + RUN_LEFT], at + mem[at + RUN_BATCH]
+    done, goal = column(mem, at, RUN_DONE), column(mem, at, RUN_GOAL)
+    left, batches = column(mem, at, RUN_LEFT), column(mem, at, RUN_BATCH)
     if on_its_way == 1 and mem[at + FAST] == 0:
         take(mem, ses, at, blocks_in(mem, at, 1))
         mem[at + BUSY] += jump_ps(mem, at, 1)
@@ -123,27 +124,27 @@ def unlock(mem: Flat, ses: Flat, at: int) -> None:
 def join(mem: Flat, at: int, slot: int) -> None:
     """A sequence that has emitted a token becomes the next steady one, from its place or later."""
     place, tick = mem[at + STEADY_RUN], mem[at + TICK]
-    done = mem[at + mem[at + RUN_DONE] + slot]
-    mem[at + mem[at + RUN_DONE] + slot] = done - tick
-    mem[at + mem[at + RUN_LEFT] + slot] += tick
-    mem[at + mem[at + PHASES] + (tick - done) % BLOCK] += 1
+    done = entry(mem, at, RUN_DONE, slot)
+    set_entry(mem, at, RUN_DONE, slot, done - tick)
+    add_to_entry(mem, at, RUN_LEFT, slot, tick)
+    add_to_entry(mem, at, PHASES, (tick - done) % BLOCK, 1)
     mem[at + CONTEXT] += done + 1
-    mem[at + NEXT_END] = min(mem[at + NEXT_END], mem[at + mem[at + RUN_LEFT] + slot])
+    mem[at + NEXT_END] = min(mem[at + NEXT_END], entry(mem, at, RUN_LEFT, slot))
     mem[at + STEADY_RUN] = place + 1
 
 
 @compiled
 def part(mem: Flat, at: int, slot: int) -> None:
     """A steady sequence leaves the totals."""
-    base = mem[at + mem[at + RUN_DONE] + slot]
-    mem[at + mem[at + PHASES] + (-base) % BLOCK] -= 1
+    base = entry(mem, at, RUN_DONE, slot)
+    add_to_entry(mem, at, PHASES, (-base) % BLOCK, -1)
     mem[at + CONTEXT] -= base + mem[at + TICK] + 1
 
 
 @compiled
 def blocks_in(mem: Flat, at: int, steps: int) -> int:
     """Blocks that the steady sequences take in their next so many steps."""
-    phases, tick = at + mem[at + PHASES], mem[at + TICK]
+    phases, tick = column(mem, at, PHASES), mem[at + TICK]
     blocks = mem[at + STEADY_RUN] * (steps // BLOCK)
     for step in range(steps % BLOCK):
         blocks += mem[phases + (tick + step) % BLOCK]
@@ -157,7 +158,7 @@ def steps_with_room(mem: Flat, at: int, most: int) -> int:
     # Each takes one block in as many steps as a block has tokens.
     if seqs * ((most + BLOCK - 1) // BLOCK) <= room:
         return most
-    phases, tick = at + mem[at + PHASES], mem[at + TICK]
+    phases, tick = column(mem, at, PHASES), mem[at + TICK]
     steps = room // seqs * BLOCK
     room -= room // seqs * seqs
     for step in range(BLOCK):
@@ -172,7 +173,7 @@ def steps_with_room(mem: Flat, at: int, most: int) -> int:
 def jump_ps(mem: Flat, at: int, steps: int) -> int:
     """Picoseconds of the next so many steps of decoding alone."""
     rate, seqs = mem[at + KV_RATE], mem[at + STEADY_RUN]
-    first = mem[at + mem[at + TABLE_DECODES] + seqs] + rate * mem[at + CONTEXT]
+    first = entry(mem, at, TABLE_DECODES, seqs) + rate * mem[at + CONTEXT]
     return steps * first + rate * seqs * (steps * (steps - 1) // 2)
 
 
@@ -204,15 +205,15 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
     budget = mem[at + BUDGET] - seqs
     blocks = blocks_in(mem, at, 1)
     if mem[at + RUN] > seqs:
-        have = mem[at + mem[at + RUN_DONE] + seqs]
-        chunk = min(mem[at + mem[at + RUN_GOAL] + seqs] - have, budget)
+        have = entry(mem, at, RUN_DONE, seqs)
+        chunk = min(entry(mem, at, RUN_GOAL, seqs) - have, budget)
         blocks += blocks_of(have + chunk) - blocks_of(have)
     if blocks > mem[at + FREE] + mem[at + REUSABLE]:
         return False
     take(mem, ses, at, blocks)
     if mem[at + RUN] > seqs:
-        mem[at + mem[at + RUN_DONE] + seqs] = have + chunk
-        mem[at + mem[at + RUN_CHUNK] + seqs] = chunk
+        set_entry(mem, at, RUN_DONE, seqs, have + chunk)
+        set_entry(mem, at, RUN_CHUNK, seqs, chunk)
         budget -= chunk
     budget = let_in(req, mem, ses, at, budget)
     mem[at + BEGIN] = NEVER
@@ -239,8 +240,8 @@ def set_end(mem: Flat, at: int) -> None:
     """Note when the jump ends."""
     end = mem[at + JUMP_START] + jump_ps(mem, at, mem[at + JUMP])
     mem[at + END] = end
-    mem[at + mem[at + BATCH_END]] = end
-    mem[at + mem[at + STAGE_FREE]] = end
+    set_entry(mem, at, BATCH_END, 0, end)
+    set_entry(mem, at, STAGE_FREE, 0, end)
     refresh(mem, at)
 
 
@@ -310,14 +311,14 @@ def free_blocks(mem: Flat, at: int, now: int) -> int:
 @compiled
 def done_of(mem: Flat, at: int, slot: int) -> int:
     """Tokens of a running sequence whose KV is there, or is being computed with its prompt."""
-    done = mem[at + mem[at + RUN_DONE] + slot]
+    done = entry(mem, at, RUN_DONE, slot)
     return done + mem[at + TICK] if slot < steady(mem, at) else done
 
 
 @compiled
 def left_of(mem: Flat, at: int, slot: int) -> int:
     """Tokens that a running sequence has yet to emit."""
-    left = mem[at + mem[at + RUN_LEFT] + slot]
+    left = entry(mem, at, RUN_LEFT, slot)
     return left - mem[at + TICK] if slot < steady(mem, at) else left
 
 

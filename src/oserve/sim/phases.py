@@ -8,14 +8,17 @@ class Phases:
     """Seconds of a start, one after the other; draining lasts as long as running requests do.
 
     ``start_s``: processes and communicators. Weights come at ``read_bytes_per_s``, from disk or
-    from peers. ``warm_up_s``: compilation, profiling, graph capture. Devices of a stopped replica
-    stay taken for ``stop_s``.
+    from peers. ``warm_up_s``: compilation, profiling, graph capture. A replica on standby loads no
+    weights: it takes ``standby_s``, and ``further_standby_s`` more for each other replica that
+    starts on its node. Devices of a stopped replica stay taken for ``stop_s``.
     """
 
     start_s: float = 4.0
     read_bytes_per_s: float = float("inf")
     warm_up_s: float = 0.0
     stop_s: float = 0.0
+    standby_s: float = 4.0
+    further_standby_s: float = 1.0
 
     def load_s(self, weights_bytes: float) -> float:
         """From the wish to the first request a replica may take; bytes are of the whole replica."""
@@ -28,7 +31,8 @@ class Faults:
 
     Per action: that it is lost, or done twice. Per start: that it fails (when it should be done),
     or takes ``slow_factor`` times as long. Per observation: that the last one is given again; an
-    action that follows from it and cannot be done is then ignored. ``crashes`` are moments
+    action that follows from it and cannot be done is then ignored. Per transfer, and per check, of
+    a wave: that it fails halfway. ``crashes`` are moments
     (seconds) and ids of replicas that end then, if they live; those of ``hangs`` stand still with
     all that they have, and are ended ``hang_after_s`` later. ``replay``: requests of a replica that
     ends start over elsewhere; otherwise they are lost.
@@ -40,6 +44,7 @@ class Faults:
     slow_start: float = 0.0
     slow_factor: float = 5.0
     stale_observation: float = 0.0
+    failed_transfer: float = 0.0
     crashes: tuple[tuple[float, str], ...] = ()
     hangs: tuple[tuple[float, str], ...] = ()
     hang_after_s: float = 10.0

@@ -1,16 +1,17 @@
-"""One answer of an emulated engine, in the form of the server that it speaks like."""
+"""One response of an emulated engine, in the form of the server that it imitates."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from oserve.sim.dialects import UsageForm
+from oserve.sim.dialects import Dialect, UsageForm
+from oserve.sim.documents import Documents, GenerationRequest, Json
 from oserve.sim.generated_text import GeneratedText
+from oserve.sim.tokenizer_stub import TokenizerStub
 from oserve.wire import Exchange, chunk
 from oserve.wire.framing import LAST_CHUNK
 
-if TYPE_CHECKING:
-    from oserve.sim.engine import EmulatedEngine
+Headers = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,79 +24,97 @@ class EngineSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mishap:
-    """What befalls an answer after so many tokens.
+    """A fault injected into an answer after so many tokens.
 
     ``how``: ``break`` (the connection ends), ``torn`` (it ends within an event), ``abort`` (the
-    engine gives the request up), ``error`` (it says that it died), ``refuse`` (it tells in an
-    event that the request is at fault).
+    engine aborts the request), ``error`` (an event says that the engine died), ``refuse`` (an event
+    says that the request is at fault).
     """
 
     after: int
     how: str = "break"
 
 
+def send_head(exchange: Exchange, dialect: Dialect, status: int, headers: Headers) -> None:
+    """The head of a response; some servers send no reason phrase."""
+    if dialect.reason:
+        exchange.start(status, headers)
+        return
+    lines = [b"HTTP/1.1 %d \r\n" % status, *(b"%b: %b\r\n" % field for field in headers)]
+    exchange.write(b"".join((*lines, b"\r\n")))
+
+
+def send_whole(
+    exchange: Exchange, dialect: Dialect, status: int, body: bytes, headers: Headers = ()
+) -> None:
+    """A response whose body is known."""
+    kind = b"application/json" if dialect.content_type else b""
+    fields = ((b"content-type", kind),) if kind else ()
+    length = ((b"content-length", b"%d" % len(body)),)
+    send_head(exchange, dialect, status, (*fields, *length, *headers))
+    exchange.write(body)
+    exchange.finish()
+
+
 class EmulatedResponse:
-    """One answer on its way out. ``engine`` begins and counts it."""
+    """Generates and sends one response; calls ``on_end`` once, with whether the client left."""
 
     def __init__(
         self,
-        engine: "EmulatedEngine",
         exchange: Exchange,
-        body: dict[str, Any],
+        request: GenerationRequest,
         *,
-        chat: bool,
-        prompt: list[int],
-        limit: int,
+        dialect: Dialect,
+        tokenizer: TokenizerStub,
+        speed: EngineSpeed,
         mishap: Mishap | None,
+        on_end: Callable[[bool], None],
     ) -> None:
-        self._engine = engine
-        self._dialect = engine.dialect
         self._exchange = exchange
-        self._body = body
-        self._stream = bool(body.get("stream"))
-        options = body.get("stream_options") or {}
-        dialect = engine.dialect
+        self._request = request
+        self._dialect = dialect
+        self._documents = Documents(request, dialect, tokenizer)
+        self._text = GeneratedText(tokenizer, request.body, request.prompt)
+        self._speed = speed
+        self._mishap = mishap
+        self._on_end = on_end
+        self._timer: asyncio.TimerHandle | None = None
+        options = request.stream_options
         asked = bool(options.get("include_usage")) or dialect.always_usage
         self._usage_wanted = asked and dialect.usage is not UsageForm.NEVER
         self._usage_always = bool(options.get("continuous_usage_stats"))
-        self._chat = chat
-        self._limit = limit
-        self._mishap = mishap
-        self._timer: asyncio.TimerHandle | None = None
-        self._id = exchange.headers.get(b"x-request-id", b"0").decode("latin-1")
-        self._model = str(body.get("model") or "emulated")
-        self._text = GeneratedText(engine.tokenizer, body, prompt)
-        self._prompt = prompt
-        self._offset = 0
 
-    def begin(self, speed: EngineSpeed) -> None:
-        if self._stream:
+    def begin(self) -> None:
+        """Send the head of a stream, and generate at the engine's speed."""
+        if self._request.streams:
             dialect = self._dialect
             fields = [(name.encode(), text.encode()) for name, text in dialect.stream_headers]
             if dialect.content_type:
                 fields.append((b"content-type", dialect.content_type.encode()))
             if dialect.chunked:
                 fields.append((b"transfer-encoding", b"chunked"))
-            self._engine.begin(self._exchange, 200, tuple(fields))
-        self._speed = speed
-        self._later(speed.ttft_s)
+            send_head(self._exchange, dialect, 200, tuple(fields))
+        self._later(self._speed.ttft_s)
 
     def cancel(self) -> None:
-        self._engine.aborted += 1
-        self._engine.running -= 1
+        """The client left."""
+        self._on_end(True)
         if self._timer is not None:
             self._timer.cancel()
 
+    # -- generation -----------------------------------------------------------------------------
     def _later(self, seconds: float) -> None:
         if seconds <= 0.0:
-            self._step()
+            self._generate()
         else:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._step)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._generate)
 
-    def _step(self) -> None:
-        if self._stream and self._chat and not self._text.tokens:
+    def _generate(self) -> None:
+        """Tokens until the answer ends, or until its pace makes it wait."""
+        streams = self._request.streams
+        if streams and self._request.chat and not self._text.tokens:
             self._event([self._choice({"role": "assistant", "content": ""}, None)], first=True)
-        paced = self._stream and self._speed.tpot_s > 0.0
+        paced = streams and self._speed.tpot_s > 0.0
         while True:
             if self._mishap is not None and len(self._text.tokens) >= self._mishap.after:
                 self._fail(self._mishap.how)
@@ -109,113 +128,98 @@ class EmulatedResponse:
                 return
 
     def _emit(self) -> str | None:
-        """One event's tokens; returns why they were the last, if they were."""
+        """One event's tokens; returns the finish reason if they are the last."""
         before = len(self._text.tokens)
-        first = before == 0
-        text, reason = self._text.say(self._limit)
-        # The first token is told at once, as by vLLM.
-        left = 0 if first else (self._body.get("stream_interval") or 1) - 1
-        while left > 0 and reason is None:
-            more, reason = self._text.say(self._limit)
-            text += more
-            left -= 1
-        if self._stream:
-            if self._chat:
-                choice = self._choice({"content": text}, reason)
-            else:
-                choice = self._choice(text, reason)
-                if first and self._body.get("return_token_ids"):
-                    choice["prompt_token_ids"] = self._prompt
-            if self._body.get("return_token_ids"):
-                choice["token_ids"] = self._text.tokens[before:]
-            choice["logprobs"] = self._logprobs(self._text.tokens[before:])
-            last = reason is not None and self._dialect.usage is UsageForm.WITH_LAST_TOKEN
-            self._event([choice], usage=last and self._usage_wanted)
+        interval = self._request.body.get("stream_interval")
+        # vLLM sends the first token at once.
+        more = interval - 1 if isinstance(interval, int) and before > 0 else 0
+        text, reason = self._text.generate(self._request.limit)
+        while more > 0 and reason is None:
+            added, reason = self._text.generate(self._request.limit)
+            text += added
+            more -= 1
+        if self._request.streams:
+            self._event_of(text, reason, before)
         return reason
 
+    def _event_of(self, text: str, reason: str | None, before: int) -> None:
+        """Send the tokens from ``before`` on."""
+        tokens = self._text.tokens[before:]
+        if self._request.chat:
+            choice = self._choice({"content": text}, reason, tokens)
+        else:
+            choice = self._choice(text, reason, tokens)
+            if before == 0 and self._request.wants_token_ids:
+                choice["prompt_token_ids"] = self._request.prompt
+        choice["logprobs"] = self._documents.logprobs(tokens)
+        last = reason is not None and self._dialect.usage is UsageForm.WITH_LAST_TOKEN
+        self._event([choice], usage=last and self._usage_wanted)
+
+    # -- the end --------------------------------------------------------------------------------
+    def _finish(self, reason: str) -> None:
+        self._on_end(False)
+        if self._request.streams:
+            if self._usage_wanted and self._dialect.usage is not UsageForm.WITH_LAST_TOKEN:
+                self._event([])
+            self._end_stream()
+            return
+        text = self._text.text
+        content = {"role": "assistant", "content": text} if self._request.chat else text
+        choice = self._choice(content, reason)
+        choice["logprobs"] = self._documents.logprobs(self._text.tokens)
+        self._send_whole([choice])
+
     def _fail(self, how: str) -> None:
-        """Go wrong as engines do: see ``Mishap``."""
-        self._engine.running -= 1
-        exchange = self._exchange
+        """Fail as engines do: see ``Mishap``."""
+        self._on_end(False)
         if how == "abort":
-            held = self._text.flushed()
-            choice = self._choice({"content": held} if self._chat else held, "abort")
-            if self._body.get("return_token_ids"):
-                choice["token_ids"] = []
-            if self._stream:
+            held = self._text.flush()
+            choice = self._choice({"content": held} if self._request.chat else held, "abort", ())
+            if self._request.streams:
                 self._event([choice])
-                self._done()
+                self._end_stream()
             else:
-                document = self._document([choice], usage=self._usage())
-                self._engine.answer(exchange, 200, document)
+                self._send_whole([choice])
             return
         if how in {"error", "refuse"}:
             status = 400 if how == "refuse" else 500
-            said = "logprobs is too large" if how == "refuse" else "engine died"
-            self._send(self._dialect.event(self._dialect.error(said, status)))
-            self._done()
+            message = "logprobs is too large" if how == "refuse" else "engine died"
+            self._send(self._dialect.event(self._dialect.error(message, status)))
+            self._end_stream()
             return
         if how == "torn":
-            exchange.write(b'40\r\ndata: {"id":"torn in the mid')
-        exchange.finish(close=True)
+            self._exchange.write(b'40\r\ndata: {"id":"torn in the mid')
+        self._exchange.finish(close=True)
 
-    def _choice(self, said: Any, reason: str | None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        if reason is not None or not self._chat:
-            choice["stop_reason"] = self._text.stop_reason
-        if self._chat:
-            choice["delta" if self._stream else "message"] = said
-        else:
-            choice["text"] = said
-            choice["prompt_token_ids"] = None
-        choice["token_ids"] = None
-        return choice
+    # -- bytes ----------------------------------------------------------------------------------
+    def _choice(
+        self, content: object, reason: str | None, tokens: list[int] | tuple[int, ...] | None = None
+    ) -> dict[str, object]:
+        return self._documents.choice(
+            content, reason, stop_reason=self._text.stop_reason, tokens=tokens
+        )
 
-    def _logprobs(self, tokens: list[int]) -> dict[str, Any] | None:
-        wanted = self._body.get("logprobs")
-        if wanted is None or wanted is False:
-            return None
-        texts = [self._engine.tokenizer.piece(token).decode(errors="replace") for token in tokens]
-        if self._chat:
-            most = self._body.get("top_logprobs") or 0
-            content = []
-            for text in texts:
-                top = [(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][:most]
-                content.append(_chat_logprob(text, -0.5, top))
-            return {"content": content}
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "text_offset": offsets,
-            "token_logprobs": [-0.5] * len(texts),
-            "tokens": texts,
-            "top_logprobs": [
-                dict([(text, -0.5), (text + "?", -1.5), (text + "!", -2.5)][: wanted + 1])
-                for text in texts
-            ],
-        }
+    def _usage(self) -> Json:
+        return self._documents.usage(len(self._text.tokens))
 
-    def _usage(self) -> dict[str, int]:
-        made = len(self._text.tokens)
-        return {
-            "prompt_tokens": len(self._prompt),
-            "total_tokens": len(self._prompt) + made,
-            "completion_tokens": made,
-        }
+    def _send_whole(self, choices: list[dict[str, object]]) -> None:
+        document = self._documents.document(choices, usage=self._usage())
+        send_whole(self._exchange, self._dialect, 200, document)
 
-    def _document(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        kind = "chat.completion" if self._chat else "text_completion"
-        if self._chat and self._stream:
-            kind += ".chunk"
-        head: dict[str, Any] = {"id": self._id, "object": kind, "created": 0, "model": self._model}
-        if choices or self._dialect.usage is not UsageForm.WITHOUT_CHOICES:
-            head["choices"] = choices
-        return self._dialect.text({**head, **more})
+    def _event(
+        self, choices: list[dict[str, object]], *, first: bool = False, usage: bool = False
+    ) -> None:
+        more: dict[str, object] = {}
+        if first and self._request.wants_token_ids:
+            more["prompt_token_ids"] = self._request.prompt
+        if self._usage_always or not choices or usage:
+            more["usage"] = self._usage()
+        elif self._dialect.usage_null:
+            more["usage"] = None
+        self._send(self._dialect.event(self._documents.document(choices, **more)))
 
     def _send(self, payload: bytes) -> None:
-        """Events, in chunks as its kind of server makes them."""
+        """Events, in chunks as this kind of server makes them."""
         dialect = self._dialect
         if not dialect.chunked:
             self._exchange.write(payload)
@@ -224,42 +228,8 @@ class EmulatedResponse:
         for start in range(0, len(payload), size):
             self._exchange.write(chunk(payload[start : start + size]))
 
-    def _done(self) -> None:
+    def _end_stream(self) -> None:
         self._send(self._dialect.event(b"[DONE]"))
         if self._dialect.chunked:
             self._exchange.write(LAST_CHUNK)
         self._exchange.finish(close=not self._dialect.chunked)
-
-    def _event(
-        self, choices: list[dict[str, Any]], *, first: bool = False, usage: bool = False
-    ) -> None:
-        more: dict[str, Any] = {}
-        if first and self._body.get("return_token_ids"):
-            more["prompt_token_ids"] = self._prompt
-        if self._usage_always or not choices or usage:
-            more["usage"] = self._usage()
-        elif self._dialect.usage_null:
-            more["usage"] = None
-        self._send(self._dialect.event(self._document(choices, **more)))
-
-    def _finish(self, reason: str) -> None:
-        self._engine.running -= 1
-        if self._stream:
-            if self._usage_wanted and self._dialect.usage is not UsageForm.WITH_LAST_TOKEN:
-                self._event([])
-            self._done()
-        else:
-            text = self._text.text
-            said: Any = {"role": "assistant", "content": text} if self._chat else text
-            choice = self._choice(said, reason)
-            choice["logprobs"] = self._logprobs(self._text.tokens)
-            document = self._document([choice], usage=self._usage())
-            self._engine.answer(self._exchange, 200, document)
-
-
-def _chat_logprob(text: str, value: float, top: list[tuple[str, float]]) -> dict[str, Any]:
-    entry = {"token": text, "logprob": value, "bytes": list(text.encode())}
-    entry["top_logprobs"] = [
-        {"token": other, "logprob": its, "bytes": list(other.encode())} for other, its in top
-    ]
-    return entry

@@ -9,6 +9,7 @@ A sequence with one token left to compute counts as decoding, whatever that toke
 parallel as many steps as stages are on their way; a step spends an even share of its time in each.
 """
 
+from oserve.sim.access import column, entry, set_entry
 from oserve.sim.blocks import blocks_of, claim, take
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
@@ -82,7 +83,7 @@ def refresh(mem: Flat, at: int) -> None:
 def touch(mem: Flat, at: int, now: int) -> None:
     """Something changed: try to begin a step as soon as the first stage is free."""
     if mem[at + BATCHES] < mem[at + STAGES] and mem[at + RUN] + mem[at + WAIT_COUNT] > 0:
-        mem[at + BEGIN] = max(now, mem[at + mem[at + STAGE_FREE]])
+        mem[at + BEGIN] = max(now, entry(mem, at, STAGE_FREE, 0))
     refresh(mem, at)
 
 
@@ -90,10 +91,10 @@ def touch(mem: Flat, at: int, now: int) -> None:
 def step_ps(mem: Flat, at: int, prompts: int, decodes: int, context: int, pairs: int) -> int:
     """Picoseconds of a step with so many prompt tokens and decoding sequences."""
     if prompts > 0:
-        whole = mem[at + mem[at + TABLE_PROMPTS] + prompts + decodes]
-        whole += mem[at + mem[at + TABLE_JOINT] + decodes]
+        whole = entry(mem, at, TABLE_PROMPTS, prompts + decodes)
+        whole += entry(mem, at, TABLE_JOINT, decodes)
     else:
-        whole = mem[at + mem[at + TABLE_DECODES] + decodes]
+        whole = entry(mem, at, TABLE_DECODES, decodes)
     return whole + mem[at + KV_RATE] * context + ((mem[at + PAIR_RATE] * pairs) >> PAIR_BITS)
 
 
@@ -101,7 +102,7 @@ def step_ps(mem: Flat, at: int, prompts: int, decodes: int, context: int, pairs:
 def move_slot(mem: Flat, at: int, source: int, target: int) -> None:
     """Copy a running sequence's numbers to another place."""
     for field in range(RUN_ID, RUN_CHUNK + 1):
-        start = at + mem[at + field]
+        start = column(mem, at, field)
         mem[start + target] = mem[start + source]
 
 
@@ -120,7 +121,7 @@ def victim_of(req: Flat, mem: Flat, at: int) -> int:
     last = mem[at + RUN] - 1
     if mem[at + ORDERED] == 0:
         return last
-    ids = at + mem[at + RUN_ID]
+    ids = column(mem, at, RUN_ID)
     worst = last
     for slot in range(last):
         one, other = mem[ids + slot], mem[ids + worst]
@@ -133,10 +134,10 @@ def victim_of(req: Flat, mem: Flat, at: int) -> int:
 @compiled
 def preempt(req: Flat, mem: Flat, at: int, slot: int) -> None:
     """Throw a running sequence out, to the front of the queue (or where its priority puts it)."""
-    request = mem[at + mem[at + RUN_ID] + slot]
+    request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
-    mem[at + FREE] += blocks_of(mem[at + mem[at + RUN_DONE] + slot])
-    req[base + MADE] = req[base + OUTPUT] - mem[at + mem[at + RUN_LEFT] + slot]
+    mem[at + FREE] += blocks_of(entry(mem, at, RUN_DONE, slot))
+    req[base + MADE] = req[base + OUTPUT] - entry(mem, at, RUN_LEFT, slot)
     req[base + COMPUTED] = req[base + COPIED] = 0
     req[base + STATUS] = WAITING
     req[base + PREEMPTIONS] += 1
@@ -155,8 +156,8 @@ def run_on(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
     A place's RUN_CHUNK is what it got in this step.
     """
     budget, preempted, slot = mem[at + BUDGET], 0, 0
-    done, goal = at + mem[at + RUN_DONE], at + mem[at + RUN_GOAL]
-    chunks = at + mem[at + RUN_CHUNK]
+    done, goal = column(mem, at, RUN_DONE), column(mem, at, RUN_GOAL)
+    chunks = column(mem, at, RUN_CHUNK)
     while slot < mem[at + RUN]:
         have = mem[done + slot]
         chunk = min(mem[goal + slot] - have, budget)
@@ -208,13 +209,13 @@ def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
     take(mem, ses, at, blocks_of(have + chunk))
     slot = mem[at + RUN]
     mem[at + RUN] = slot + 1
-    mem[at + mem[at + RUN_ID] + slot] = request
-    mem[at + mem[at + RUN_DONE] + slot] = have + chunk
-    mem[at + mem[at + RUN_GOAL] + slot] = known
-    mem[at + mem[at + RUN_LEFT] + slot] = req[base + OUTPUT] - req[base + MADE]
-    mem[at + mem[at + RUN_BATCH] + slot] = NONE
-    mem[at + mem[at + RUN_STATE] + slot] = NEW
-    mem[at + mem[at + RUN_CHUNK] + slot] = chunk
+    set_entry(mem, at, RUN_ID, slot, request)
+    set_entry(mem, at, RUN_DONE, slot, have + chunk)
+    set_entry(mem, at, RUN_GOAL, slot, known)
+    set_entry(mem, at, RUN_LEFT, slot, req[base + OUTPUT] - req[base + MADE])
+    set_entry(mem, at, RUN_BATCH, slot, NONE)
+    set_entry(mem, at, RUN_STATE, slot, NEW)
+    set_entry(mem, at, RUN_CHUNK, slot, chunk)
     req[base + STATUS] = RUNNING
 
 
@@ -223,7 +224,7 @@ def let_in(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
     """Admit from the queue as long as all lasts; returns the budget left."""
     while budget > 0 and admissible(req, mem, at):
         admit(req, mem, ses, at, budget)
-        budget -= mem[at + mem[at + RUN_CHUNK] + mem[at + RUN] - 1]
+        budget -= entry(mem, at, RUN_CHUNK, mem[at + RUN] - 1)
     return budget
 
 
@@ -242,8 +243,8 @@ def cost(mem: Flat, at: int, batch: int, first: int, decodes: int, context: int)
 
     Sequences before place ``first`` decode: ``decodes`` of them, over ``context`` tokens.
     """
-    done, goal = at + mem[at + RUN_DONE], at + mem[at + RUN_GOAL]
-    chunks, batches = at + mem[at + RUN_CHUNK], at + mem[at + RUN_BATCH]
+    done, goal = column(mem, at, RUN_DONE), column(mem, at, RUN_GOAL)
+    chunks, batches = column(mem, at, RUN_CHUNK), column(mem, at, RUN_BATCH)
     prompts = pairs = 0
     for slot in range(first, mem[at + RUN]):
         chunk = mem[chunks + slot]
@@ -266,16 +267,16 @@ def cost(mem: Flat, at: int, batch: int, first: int, decodes: int, context: int)
 def send_through(mem: Flat, at: int, now: int, batch: int, whole: int) -> None:
     """Send a step through the stages, each of which serves one after another."""
     share = whole // mem[at + STAGES]
-    stages = at + mem[at + STAGE_FREE]
+    stages = column(mem, at, STAGE_FREE)
     moment = now
     for stage in range(mem[at + STAGES]):
         moment = max(moment, mem[stages + stage]) + share
         mem[stages + stage] = moment
-    mem[at + mem[at + BATCH_END] + batch] = moment
+    set_entry(mem, at, BATCH_END, batch, moment)
     mem[at + BUSY] += share
     mem[at + STEPS] += 1
     mem[at + BATCHES] += 1
-    mem[at + END] = mem[at + mem[at + BATCH_END] + mem[at + BATCH]]
+    mem[at + END] = entry(mem, at, BATCH_END, mem[at + BATCH])
 
 
 @compiled
@@ -290,5 +291,5 @@ def schedule(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> None:
         batch = (mem[at + BATCH] + mem[at + BATCHES]) % mem[at + STAGES]
         send_through(mem, at, now, batch, cost(mem, at, batch, 0, 0, 0))
         if mem[at + BATCHES] < mem[at + STAGES]:
-            mem[at + BEGIN] = mem[at + mem[at + STAGE_FREE]]
+            mem[at + BEGIN] = entry(mem, at, STAGE_FREE, 0)
     refresh(mem, at)

@@ -1,7 +1,7 @@
-"""What an emulated engine says: tokens that follow from the tokens before them, as greedy ones do.
+"""Tokenizers without a vocabulary file, and greedy decoding without a model.
 
-A continuation whose prompt holds the tokens generated so far therefore says what an undisturbed
-answer would have said.
+Each token follows from the tokens before it, as in greedy decoding. So a continuation whose prompt
+holds the tokens generated so far goes on exactly as the undisturbed answer would have.
 """
 
 import zlib
@@ -10,28 +10,28 @@ from typing import Protocol
 
 _FIRST = 1000
 _WORDS = 900
-_CALM = ("a", "b", "ab", " the", " end", "\n", " STOP", "x y", ".", " é", "ST", "OP")
-_SPLIT = ("ö", "日", "🙂", "本 ")
+_WHOLE_CHARACTERS = ("a", "b", "ab", " the", " end", "\n", " STOP", "x y", ".", " é", "ST", "OP")
+_SPLIT_CHARACTERS = ("ö", "日", "🙂", "本 ")
 
 
 class TokenizerStub(Protocol):
-    """``following`` draws by ``draw`` where it is not ``None``; else the context alone decides."""
+    """``following`` generates the next token; with a ``seed`` it samples, else it is greedy."""
 
     def encode(self, text: str) -> list[int]: ...
 
-    def following(self, context: Sequence[int], draw: int | None) -> int: ...
+    def following(self, context: Sequence[int], seed: int | None) -> int: ...
 
     def piece(self, token: int) -> bytes: ...
 
 
 class CountingTokenizer:
-    """The n-th token is `` tn``."""
+    """The n-th generated token is `` tn``."""
 
     def encode(self, text: str) -> list[int]:
         return [1 + zlib.crc32(word.encode()) % _WORDS for word in text.split()]
 
-    def following(self, context: Sequence[int], draw: int | None) -> int:
-        del draw
+    def following(self, context: Sequence[int], seed: int | None) -> int:
+        del seed
         last = context[-1] if context else 0
         return last + 1 if last > _FIRST else _FIRST + 1
 
@@ -43,20 +43,21 @@ class BabblingTokenizer:
     """Pieces of text that look random; some characters take two tokens."""
 
     def __init__(self) -> None:
-        whole = [text.encode() for text in _CALM]
-        split = [text.encode() for text in _SPLIT]
+        whole = [text.encode() for text in _WHOLE_CHARACTERS]
+        split = [text.encode() for text in _SPLIT_CHARACTERS]
         self._pieces = [*whole, *(data[:1] for data in split), *(data[1:] for data in split)]
+        # Second halves only follow first halves.
         self._drawn = len(whole) + len(split)
-        self._begins = range(len(whole), self._drawn)
+        self._first_halves = range(len(whole), self._drawn)
 
     def encode(self, text: str) -> list[int]:
-        return [zlib.crc32(word.encode()) % len(_CALM) for word in text.split()]
+        return [zlib.crc32(word.encode()) % len(_WHOLE_CHARACTERS) for word in text.split()]
 
-    def following(self, context: Sequence[int], draw: int | None) -> int:
-        if context and context[-1] in self._begins:
-            return context[-1] + len(_SPLIT)
-        told = f"{list(context)} {draw}".encode()
-        return zlib.crc32(told) // 7 % self._drawn
+    def following(self, context: Sequence[int], seed: int | None) -> int:
+        if context and context[-1] in self._first_halves:
+            return context[-1] + len(_SPLIT_CHARACTERS)
+        key = f"{list(context)} {seed}".encode()
+        return zlib.crc32(key) // 7 % self._drawn
 
     def piece(self, token: int) -> bytes:
         return self._pieces[token % len(self._pieces)]

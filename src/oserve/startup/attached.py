@@ -1,11 +1,11 @@
-"""The attached servers of a plan, asked before anything starts."""
+"""The attached servers of a plan, checked before anything starts."""
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, ReplicaSpec
-from oserve.engines.attached import Finding, Look
+from oserve.engines.attached import AttachedProbe, Finding
 from oserve.engines.probe import Probe
 
 _ANSWER_S = 30.0
@@ -13,7 +13,7 @@ _ANSWER_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachedServer:
-    """An attached server and how it was found."""
+    """An attached server and the result of its check."""
 
     spec: ReplicaSpec
     url: str
@@ -21,7 +21,7 @@ class AttachedServer:
 
     @property
     def line(self) -> str:
-        """For people."""
+        """The result as one line."""
         found = self.finding
         if found.trouble:
             return f"{self.spec.id} at {self.url}: {found.trouble}"
@@ -34,9 +34,9 @@ class AttachedServer:
 async def ask_attached(
     plan: DeploymentPlan, variables: Mapping[str, str], *, model: str
 ) -> list[AttachedServer]:
-    """Ask every attached server whether it is well, knows the model, and answers.
+    """Check that every attached server is healthy, serves the model and answers a request.
 
-    ``model``: what clients call it. ``variables``: values of those that the plan names.
+    ``model``: the name that clients use. ``variables``: environment variables that the plan names.
     """
     return list(
         await asyncio.gather(
@@ -54,12 +54,12 @@ async def _ask(
 ) -> AttachedServer:
     endpoint = backend.endpoint(variables)
     async with Probe(endpoint, timeout_s=_ANSWER_S) as probe:
-        finding = await Look(probe, endpoint, backend.model or model).try_out()
+        finding = await AttachedProbe(probe, endpoint, backend.model or model).try_out()
     return AttachedServer(spec=spec, url=backend.url, finding=finding)
 
 
 def refuse_troubled(asked: list[AttachedServer], *, place: str) -> None:
-    """Raise OServeError if one cannot serve."""
+    """Raise OServeError if an attached server cannot serve."""
     troubled = [item for item in asked if item.finding.trouble]
     if troubled:
         remedies = dict.fromkeys(f"{item.spec.id}: {item.finding.remedy}" for item in troubled)

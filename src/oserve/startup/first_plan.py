@@ -1,6 +1,6 @@
-"""The plan that serving starts with when it is given none: computed, from what is known.
+"""The plan that a server computes if it is given none.
 
-Also what a controller plans from later: the same question, asked again with other rates.
+A controller later repeats the same request with other rates.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,35 +8,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.config import Settings, load_rates
-from oserve.config.cluster import DEFAULT_NETWORK
 from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
-from oserve.perf.capacity import Limits
+from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.profile import ProfileSource
 from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
+from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
-from oserve.plan.planning import PlanRequest, PlanResult, answer, used_shapes
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan, used_shapes
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 
-# Fewer records than this say more about whoever tried it out than about the traffic.
+# Fewer records come from someone who tries the server, not from its traffic.
 _ENOUGH_RECORDS = 500
 _MOST_RECORDS = 100_000
 _ASSUMED_S = 1800.0
-# The assumed mix has no rate of its own. A trickle always fits, so the plan is for the mix alone.
+# The assumed mix has no rate. A tiny one always fits, so that the plan follows the mix alone.
 _TRICKLE = 1e-3
 _TIME_LIMIT_S = 10.0
 _AS_MEASURED = Speeds()
-# Different replicas must be worth more than the model errs by.
+# A heterogeneous plan must gain more than the error of the model.
 _MIN_GAIN = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstPlan:
-    """``why`` says in a line where the plan comes from; ``notes`` say what to know about it."""
+    """``why``: one line on where the plan comes from; ``notes``: what to know about it."""
 
     plan: DeploymentPlan
     why: str
@@ -45,25 +45,28 @@ class FirstPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
-    """Of step times on these devices: a source and the context, or why there is none."""
+    """The source of step times and the context length, or the reason why there is no source."""
 
-    source: PerformanceSource | None
+    source: ProfileSource | RooflineSource | None
     context: int
     missing: str = ""
 
     @property
     def costs(self) -> Callable[[ReplicaShape, str], TokenCosts]:
-        """What tokens cost the router, from the source where there is one."""
+        """Token costs for the router: from the source, or else the prior."""
         return token_costs if self.source is None else costs_from(self.source)
 
 
 def brief_file(settings: Settings) -> Path:
-    """Where a brief measurement of an earlier start is kept."""
+    """The file of a brief measurement by an earlier start."""
     return Path(settings.state_dir) / "profile-brief.json"
 
 
 def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
-    """What can be told of the model's speed here; raises OServeError for a bad profile file."""
+    """Find the source of step times for the settings.
+
+    Raises OServeError if the profile file in the settings cannot be used.
+    """
     choice = SourceChoice(
         model=settings.model,
         devices=devices,
@@ -82,25 +85,24 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     return Knowledge(source=source, context=context)
 
 
-def planning_question(
+def plan_request_for(
     settings: Settings,
     devices: tuple[Device, ...],
-    knowledge: Knowledge,
+    source: ProfileSource | RooflineSource,
+    context: int,
     plain: Sequence[Precision],
     *,
     demand: Demand | None = None,
     shapes: tuple[ReplicaShape, ...] = (),
 ) -> PlanRequest:
-    """For the traffic that is given, else known, else assumed; ``knowledge`` must have a source.
+    """The request for a plan, for traffic that is given, else recorded, else assumed.
 
-    ``plain``: precisions that the model's own checkpoint runs in, most wanted first; they matter
-    where no ``shapes`` are given.
+    ``plain``: precisions that the model's own checkpoint runs in, the preferred first; they matter
+    only without ``shapes``.
     """
-    source = knowledge.source
-    assert source is not None
     planning = settings.planning
-    demand = demand or _demand(settings, knowledge.context)
-    limits = Limits(
+    demand = demand or _demand(settings, context)
+    limits = LatencyLimits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )
@@ -129,9 +131,9 @@ def planning_question(
 def wanted_precisions(
     settings: Settings, source: PerformanceSource, plain: Sequence[Precision]
 ) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
-    """Those a replica may have, and what to know about them.
+    """The precisions that replicas may have, and notes about them.
 
-    Those that are set; else every variant and the first plain one whose speed is known.
+    By default every variant, and the first plain precision whose speed is known.
     """
     if settings.planning.precisions:
         return settings.planning.precisions, ()
@@ -148,15 +150,15 @@ def wanted_precisions(
 
 
 def _is_known(source: PerformanceSource, precision: Precision) -> bool:
-    """Whether the source can tell the speed of replicas in ``precision``."""
+    """Whether the source covers replicas in ``precision``."""
     if not isinstance(source, ProfileSource):
         return True
     return any(key[2] is precision for key in source.keys())  # noqa: SIM118 - no mapping
 
 
-def first_plan(question: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
-    """The best plan, with replicas at these speeds, and why it is."""
-    found = answer(replace(question, source=corrected(question.source, speeds)))
+def first_plan(request: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan:
+    """The best plan for replicas at these speeds, and why."""
+    found = compute_plan(replace(request, source=corrected(request.source, speeds)))
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
 
 
@@ -164,7 +166,7 @@ def _demand(settings: Settings, context: int) -> Demand:
     planning = settings.planning
     if planning.trace:
         skipped = Skipped()
-        # A plan does not depend on the order of requests, nor on single ones.
+        # A plan depends neither on the order of requests nor on single ones.
         rows = read_trace(
             planning.trace,
             bad_rows=BadRows.SKIP,
@@ -202,7 +204,7 @@ def _demand(settings: Settings, context: int) -> Demand:
 
 def _why(found: PlanResult) -> str:
     score, base = found.planned.best.score, found.baseline.score
-    demand = found.question.demand
+    demand = found.request.demand
     homogeneous = " + ".join(
         f"{count} x {shape.name}" for shape, count in used_shapes(found.problem, found.baseline)
     )
@@ -215,13 +217,13 @@ def _why(found: PlanResult) -> str:
             f"serves {score.served_rps:.2f} of {demand.rate_rps:.2f} requests/s "
             f"(best homogeneous, {homogeneous}: {base.served_rps:.2f})"
         )
-    origin = found.question.source.origin
+    origin = found.request.source.origin
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
 
 
 def _variety(found: PlanResult) -> str:
-    """What the shapes that were asked for are worth."""
-    least = found.question.min_shapes
+    """The gain or loss by ``planning.min_shapes``."""
+    least = found.request.min_shapes
     if least == 1:
         return ""
     if not found.problem.is_varied(found.planned.best.counts):

@@ -1,4 +1,4 @@
-"""One server at a time in a state folder."""
+"""The lock of a state folder: one server at a time."""
 
 import fcntl
 import os
@@ -8,9 +8,9 @@ from oserve.core import OServeError
 
 
 class StateLock:
-    """Held until ``release``, or until this process ends, however it does.
+    """Held until ``release`` or until this process ends, even by a kill.
 
-    Raises ``OServeError`` where another server has it.
+    Raises OServeError if another server holds it.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -22,7 +22,7 @@ class StateLock:
             holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise OServeError(
-                f"another server works in it (process {holder or 'unknown'})",
+                f"another server uses it (process {holder or 'unknown'})",
                 place=str(state_dir),
                 remedy="end that one, or choose another --state-dir",
             ) from None
@@ -30,7 +30,7 @@ class StateLock:
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let another server have it; asking twice is harmless."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,4 +1,4 @@
-"""Memory before anything starts: caches sized for what will run, and refused what cannot."""
+"""Memory, checked before anything starts: KV caches are sized, plans that do not fit refused."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,10 +14,9 @@ from oserve.plan.planning import PlanRequest
 
 
 def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
-    """The room there is now for engines on these devices.
+    """The memory available for engines on these devices.
 
-    Engines that a killed server left running are part of what will serve, so that the memory they
-    hold counts as free.
+    Engines that a killed server left running will be taken over, so their memory counts as free.
     """
     free = float(available_memory_bytes())
     if keeper_runs(Path(settings.state_dir)):
@@ -33,7 +32,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
 def fitting(
     settings: Settings, devices: tuple[Device, ...], shapes: Sequence[ReplicaShape]
 ) -> tuple[ReplicaShape, ...]:
-    """Those of some shapes that may be started; raises OServeError where none fits."""
+    """The shapes that fit; raises OServeError if none does."""
     room = find_room(settings, devices)
     found = room.sized(shapes)[1]
     if not found:
@@ -42,29 +41,29 @@ def fitting(
 
 
 def fitted(
-    room: Room, question: PlanRequest, specs: Iterable[ReplicaSpec]
+    room: Room, request: PlanRequest, specs: Iterable[ReplicaSpec]
 ) -> tuple[Room, PlanRequest]:
-    """The room with caches sized for all that may run, and the question about what fits in it.
+    """The room with KV caches sized for all that may run, and the request with shapes that fit.
 
-    ``specs`` are replicas of a plan that is given. Raises OServeError where no shape fits.
+    ``specs``: replicas of a given plan. Raises OServeError if no shape fits.
     """
-    engines, fitting = room.sized(question.shapes, specs)
+    engines, fitting = room.sized(request.shapes, specs)
     sized = with_settings(room, engines)
     if not fitting:
-        raise room.refusal(room.closest(question.shapes))
+        raise room.refusal(room.closest(request.shapes))
     kept = set(fitting)
-    left_out = sized.left_out(shape for shape in question.shapes if shape not in kept)
-    source = question.source
+    left_out = sized.left_out(shape for shape in request.shapes if shape not in kept)
+    source = request.source
     if isinstance(source, ProfileSource):
         source = source.sized(engines.kv_cache_memory_bytes or 0)
-    notes = tuple(note for note in (*question.notes, left_out) if note)
-    return sized, replace(question, shapes=fitting, source=source, notes=notes)
+    notes = tuple(note for note in (*request.notes, left_out) if note)
+    return sized, replace(request, shapes=fitting, source=source, notes=notes)
 
 
 def checked(room: Room, plan: DeploymentPlan, place: str) -> Room:
-    """The room with caches sized, after making sure that the plan fits.
+    """The room with KV caches sized for a plan.
 
-    Raises OServeError that says what does not and what to set.
+    Raises OServeError if the plan does not fit, with the setting to change.
     """
     engines, _ = room.sized((), plan.replicas)
     sized = with_settings(room, engines)

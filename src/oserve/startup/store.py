@@ -1,7 +1,7 @@
-"""What the controller remembers, on disk: one SQLite file, each save one transaction.
+"""The saved state of the controller: one SQLite file, each save one transaction.
 
-Kill the server at any moment: what the last save wrote is there, whole. Besides the memory it holds
-what was observed second by second, and the plans that were in force, for ``oserve replay``.
+If the server is killed at any moment, the last save is complete. The file also holds the arrivals
+of each second and the plans that were in force, for ``oserve replay``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _MOST = {"decisions": 10_000, "plans": 1_000, "seconds": 7 * 86_400}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateUpdate:
-    """What one save writes; empty fields leave what is there."""
+    """What one save writes; empty fields keep the saved values."""
 
     memory: Mapping[str, bytes]
     decisions: Sequence[Decision] = ()
@@ -36,7 +36,7 @@ class StateUpdate:
 
 
 class StateStore:
-    """One file. Raises OServeError where it cannot be kept there."""
+    """One state file. Raises OServeError if it cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,7 +46,7 @@ class StateStore:
                 connection.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise OServeError(
-                f"cannot keep the controller's memory there: {error}",
+                f"cannot save the controller's state there: {error}",
                 place=str(path),
                 remedy="move the file away, or choose another --state-dir",
             ) from None
@@ -55,7 +55,7 @@ class StateStore:
         return sqlite3.connect(self._path, timeout=30.0)
 
     def save(self, save: StateUpdate) -> None:
-        """All of it or nothing. A full disk must not end serving: then nothing is saved."""
+        """Save all or nothing. If the disk is full, nothing is saved and serving goes on."""
         with (
             contextlib.suppress(sqlite3.Error),
             contextlib.closing(self._connect()) as connection,
@@ -79,7 +79,7 @@ class StateStore:
                 )
 
     def memory(self, name: str) -> Any:
-        """What was saved under a name, decoded; ``None`` if nothing was, or nothing readable."""
+        """The decoded value saved under a name; ``None`` if there is none, or none readable."""
         with contextlib.suppress(sqlite3.Error, msgspec.DecodeError):
             with contextlib.closing(self._connect()) as connection:
                 row = connection.execute(
@@ -89,16 +89,16 @@ class StateStore:
         return None
 
     def decisions(self, most: int) -> list[Decision]:
-        """The last ones, oldest first."""
+        """The last ``most`` decisions, oldest first."""
         rows = self._rows("SELECT record FROM decisions ORDER BY rowid DESC LIMIT ?", most)
         return [msgspec.json.decode(row[0], type=Decision) for row in reversed(list(rows))]
 
     def plans(self) -> list[tuple[float, str]]:
-        """When each plan came into force (Unix time), and its file, oldest first."""
+        """Each plan with the Unix time it came into force, as a plan file, oldest first."""
         return [(row[0], row[1]) for row in self._rows("SELECT * FROM plans ORDER BY rowid")]
 
     def seconds(self, *, after_s: int = -1) -> Iterator[tuple[int, list[float]]]:
-        """Arrivals per type in each second that was seen, oldest first."""
+        """Arrivals per type in each recorded second, oldest first."""
         query = "SELECT second, counts FROM seconds WHERE second > ? ORDER BY second"
         for row in self._rows(query, after_s):
             yield row[0], msgspec.json.decode(row[1], type=list[float])

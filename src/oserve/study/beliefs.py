@@ -1,9 +1,8 @@
-"""What a router believes of output lengths, and what comes of it.
+"""The router's expected output lengths, and what they are worth.
 
-A belief gives every request of a run the output tokens that the router expects. What is believed is
-learned on the scene's learned part; the rest is measured. The estimator's beliefs are made in the
-order of time: at each arrival it has seen the learned part and the requests that had ended by then,
-and nothing else.
+A belief is the number of output tokens that the router expects of each request. Beliefs are learned
+on the first part of a scene and measured on the rest. The estimator works in the order of time: at
+each arrival it knows the learned part and the requests that have ended by then, nothing else.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from oserve.evaluate.simulator import (
     Floats,
     Ints,
     Routing,
-    Serving,
-    Traffic,
+    SimulatedServing,
+    SimulatedTraffic,
     class_indices,
     largest_scale,
 )
@@ -28,20 +27,20 @@ from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 UNKNOWN, CLASS_MEAN, ESTIMATED, KNOWN = "unknown", "class mean", "estimated", "known"
 BELIEFS = (UNKNOWN, CLASS_MEAN, ESTIMATED, KNOWN)
-"""The mean of all requests; of the prompt's length class; the live estimator's mean; the truth."""
+"""The mean of all requests; of the length class; of the live estimator; the true length."""
 
 NEAR_KNEE = (0.9, 0.95, 1.0, 1.05, 1.1)
-"""Multiples of a capacity at which latencies are taken, and averaged: one run's tail is noise."""
+"""Latencies are means over these multiples of a capacity, since the tail of one run is noise."""
 
 _WINDOW_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Believed:
-    """Capacity (a rate scale); seconds near the knee, averaged over rates.
+class BeliefOutcome:
+    """The capacity as a rate scale, and latencies near the knee in seconds.
 
-    ``imbalance``: standard deviation over the mean of the work that replicas are given in ten
-    seconds, in engine seconds, averaged over time.
+    ``imbalance``: the standard deviation over the mean of the work that replicas get in ten
+    seconds, in engine seconds; averaged over time.
     """
 
     capacity_scale: float
@@ -52,16 +51,16 @@ class Believed:
 
 
 def estimated_outputs(
-    traffic: Traffic,
+    traffic: SimulatedTraffic,
     finish_s: Floats,
     *,
     tenants: Sequence[str],
-    learned: Traffic | None = None,
+    learned: SimulatedTraffic | None = None,
     learned_tenants: Sequence[str] = (),
 ) -> Ints:
-    """What the live estimator expects of each request when it comes; ``finish_s``: when each ends.
+    """The output tokens that the live estimator expects of each request at its arrival.
 
-    Requests that never end (NaN) teach nothing. ``learned`` are requests of the past.
+    ``finish_s``: when each request ends; NaN if it never does. ``learned``: earlier requests.
     """
     estimator = OutputEstimator()
     if learned is not None:
@@ -83,15 +82,20 @@ def estimated_outputs(
 
 
 class Beliefs:
-    """Runs of one serving, on what comes after the learned part, with one belief or another.
+    """Runs of one serving with different beliefs, on the traffic after the learned part.
 
-    ``tenants``: who sent each request of the scene, empty for nobody. ``pools``: requests whose
-    answers are believed to be long go to the replicas that are larger than the first, in soft
-    pools; where all are believed to be alike there is one pool.
+    ``tenants``: the sender of each request of the scene, empty if unknown. ``pools``: requests with
+    long expected answers go to the replicas that are larger than the first, in soft pools. If all
+    expected answers are equally long there is one pool.
     """
 
     def __init__(
-        self, tuner: Tuner, serving: Serving, tenants: Sequence[str], *, pools: bool = False
+        self,
+        tuner: Tuner,
+        serving: SimulatedServing,
+        tenants: Sequence[str],
+        *,
+        pools: bool = False,
     ) -> None:
         scene = tuner.scene
         start_s = scene.learn_s or 0.0
@@ -100,13 +104,13 @@ class Beliefs:
         self._learned = scene.traffic.between(0.0, start_s)
         self._traffic = scene.traffic.between(start_s, float("inf"))
         self._learned_tenants, self._tenants = tenants[:first], tenants[first:]
-        self._classes = serving.plan.workload_types
+        self._classes = serving.plan.length_classes
         self._pools = pools
         self._serving = _pooled(serving) if pools else serving
         self._ends: dict[float, Floats] = {}
 
     def expected(self, belief: str, scale: float) -> Ints:
-        """Tokens expected of each request, the traffic being so many times as fast."""
+        """The expected tokens of each request, for traffic ``scale`` times as fast."""
         traffic = self._traffic
         if belief == KNOWN:
             return traffic.output_tokens
@@ -119,7 +123,7 @@ class Beliefs:
             return by_class
         fast = traffic.faster(scale)
         if scale not in self._ends:
-            # When requests end hangs on the routing a little; a run by class means tells it.
+            # Requests end at nearly the same times whatever the routing: take a run by class means.
             self._ends[scale] = self._run(by_class, fast).finish_s
         return estimated_outputs(
             fast,
@@ -129,8 +133,8 @@ class Beliefs:
             learned_tenants=self._learned_tenants,
         )
 
-    def measure(self, belief: str, *, capacity: float) -> Believed:
-        """Latencies are taken around ``capacity``, a rate scale."""
+    def measure(self, belief: str, *, capacity: float) -> BeliefOutcome:
+        """Measure a belief; latencies near ``capacity``, a rate scale."""
         rows = []
         for at in NEAR_KNEE:
             traffic = self._traffic.faster(at * capacity)
@@ -142,7 +146,7 @@ class Beliefs:
             ttft = float(np.quantile(first, 0.99))
             rows.append((p95, p99, ttft, self._imbalance(results, traffic)))
         p95, p99, ttft, imbalance = np.mean(rows, axis=0).tolist()
-        return Believed(
+        return BeliefOutcome(
             capacity_scale=self.capacity(belief, start=capacity),
             p95_e2e_s=p95,
             p99_e2e_s=p99,
@@ -166,15 +170,15 @@ class Beliefs:
 
         return largest_scale(holds, start=start)
 
-    def _run(self, expected: Ints, traffic: Traffic) -> FleetResults:
+    def _run(self, expected: Ints, traffic: SimulatedTraffic) -> FleetResults:
         return self._tuner.simulator.run(
             self._serving, traffic, expected=expected, kinds=self._kinds(expected)
         )
 
     def _kinds(self, expected: Ints) -> Ints | None:
-        """0 for short answers, 1 for long ones, so that work is shared out as devices are.
+        """The pool of each request: 0 for short answers, 1 for long ones, 2 for no pool.
 
-        2, which has no pool, where all are alike.
+        The work is divided between the two pools as the devices are.
         """
         if not self._pools:
             return None
@@ -194,7 +198,7 @@ class Beliefs:
         kinds[order[: int(np.searchsorted(total, total[-1] * share))]] = 0
         return kinds
 
-    def _imbalance(self, results: FleetResults, traffic: Traffic) -> float:
+    def _imbalance(self, results: FleetResults, traffic: SimulatedTraffic) -> float:
         shapes = [spec.shape for spec in self._serving.plan.replicas]
         costs = [self._tuner.simulator.costs(shape) for shape in shapes]
         on, served = results.replica, results.replica >= 0
@@ -210,9 +214,9 @@ class Beliefs:
 
 
 def recovered(unknown: float, estimated: float, known: float, *, least: float = 0.03) -> str:
-    """The share of the gap between unknown and known that is closed, where there is one.
+    """The share of the gap between unknown and known that the estimate closes.
 
-    Less than ``least`` of the unknown is no gap. Smaller is taken to be better.
+    Smaller numbers are better. A gap of less than ``least`` of the unknown counts as none.
     """
     gap = unknown - known
     if abs(gap) < least * abs(unknown):
@@ -222,15 +226,15 @@ def recovered(unknown: float, estimated: float, known: float, *, least: float = 
     return f"{(unknown - estimated) / gap:.0%}"
 
 
-def _known(traffic: Traffic, tenants: Sequence[str]) -> list[KnownAtArrival]:
+def _known(traffic: SimulatedTraffic, tenants: Sequence[str]) -> list[KnownAtArrival]:
     return [
         KnownAtArrival(prompt_tokens=prompt, tenant=tenant)
         for prompt, tenant in zip(traffic.prompt_tokens.tolist(), tenants, strict=True)
     ]
 
 
-def _pooled(serving: Serving) -> Serving:
-    """Classes of short and long answers for the first shape and the larger, and one for all."""
+def _pooled(serving: SimulatedServing) -> SimulatedServing:
+    """A serving with a pool of small and one of large replicas, and a class without pool."""
     replicas = serving.plan.replicas
     least = replicas[0].shape.device_count
     short = [spec.id for spec in replicas if spec.shape.device_count == least]
@@ -238,7 +242,7 @@ def _pooled(serving: Serving) -> Serving:
     names = ("short answers", "long answers", "any")
     plan = replace(
         serving.plan,
-        workload_types=tuple(
+        length_classes=tuple(
             LengthClass(name=name, max_prompt_tokens=bound)
             for name, bound in zip(names, (1, 2, None), strict=True)
         ),

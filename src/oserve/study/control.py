@@ -1,22 +1,22 @@
-"""The controller measured, switch by switch, against the static best and who knows the future."""
+"""The controller, switch by switch, against static deployments and an oracle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from oserve.control.decision import Decision
 from oserve.control.policy import ControlPolicy
-from oserve.evaluate.simulator import Routing, Serving, Traffic
+from oserve.evaluate.simulator import Routing, SimulatedServing, SimulatedTraffic
+from oserve.study.controller_policy import ControllerPolicy, controller_policy, with_start
 from oserve.study.counterfactual import SwitchWorth, switch_worths
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Fixed, Policy, Start
+from oserve.study.policy import Fixed, Policy, PolicyStart
 from oserve.study.runner import Run, run_policy
-from oserve.study.steered import Steered, started, steered
 from oserve.study.switching import Oracle, Reload
-from oserve.study.tune import Found
+from oserve.study.tune import MeasuredServing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class LoadCourse:
     """One policy at one load; ``worths`` of its switches where they were asked for."""
 
     policy: str
@@ -38,28 +38,32 @@ class Course:
 
 
 def contenders(
-    tuner: OServeTuner, serving: Serving, control: ControlPolicy | None = None
+    tuner: OServeTuner, serving: SimulatedServing, control: ControlPolicy | None = None
 ) -> dict[str, Policy]:
-    """What is compared, by name; all of OServe's begin with ``serving``."""
-    transfer = steered(tuner, start=Start.TRANSFER, serving=serving, control=control)
-    linear = steered(tuner, start=Start.TRANSFER, serving=serving, control=control, simulated=False)
+    """The policies to compare, by name; those of OServe begin with ``serving``."""
+    transfer = controller_policy(
+        tuner, start=PolicyStart.TRANSFER, serving=serving, control=control
+    )
+    linear = controller_policy(
+        tuner, start=PolicyStart.TRANSFER, serving=serving, control=control, simulated=False
+    )
     return {
         "static-best": Fixed(serving=tuner.best.serving),
         "static-best-tuned": Fixed(serving=tuner.best_tuned.serving),
         "oserve-static": Fixed(serving=serving),
         "reload": Reload(tuner=tuner, serving=tuner.best_chunk.serving),
         "linear table": linear,
-        "controller, reload": started(tuner, transfer, Start.COLD),
+        "controller, reload": with_start(tuner.scene, transfer, PolicyStart.COLD),
         "controller, transfer": transfer,
         "oracle": Oracle(tuner=tuner, serving=serving, library=library(tuner, transfer)),
     }
 
 
-def own(tuner: OServeTuner) -> Found:
+def own(tuner: OServeTuner) -> MeasuredServing:
     """OServe's static serving, as far as this experiment searches it.
 
-    It is the tuned one with the freshest first where that helps. Requests go to the least expected
-    work among all replicas, so that no shares of the past speak for one deployment.
+    It is the tuned serving, with the freshest first where that helps. Requests go to the replica
+    with the least expected work, so that no old routing shares favour one deployment.
     """
     tuned = tuner.best_tuned
     levers = replace(tuned.serving.levers, routing=Routing.LEAST_WORK)
@@ -67,9 +71,9 @@ def own(tuner: OServeTuner) -> Found:
     return tuner.race(tuner.ordered(replace(found.serving, levers=levers)), found)
 
 
-def library(tuner: OServeTuner, policy: Steered) -> list[Serving]:
+def library(tuner: OServeTuner, policy: ControllerPolicy) -> list[SimulatedServing]:
     """Every homogeneous deployment that the controller may choose, and the static best."""
-    rows = policy.planner.facts.table
+    rows = policy.facts.table
     found = [tuner.homogeneous(row.shape, policy.serving.levers) for row in rows]
     return [policy.serving, *found]
 
@@ -78,15 +82,16 @@ def courses(
     tuner: OServeTuner,
     factors: Sequence[float],
     *,
-    drawings: Sequence[Traffic] = (),
+    drawings: Sequence[SimulatedTraffic] = (),
     names: Sequence[str] = (),
     control: ControlPolicy | None = None,
-    played: Traffic | None = None,
-) -> list[Course]:
+    played: SimulatedTraffic | None = None,
+) -> list[LoadCourse]:
     """Every contender at multiples of what static-best-tuned carries.
 
-    ``played``: what is measured, if it is not the traffic that settings are searched on.
-    ``drawings``: other drawings of the traffic, to judge switches by; ``names``: only these.
+    ``played``: the traffic to measure, if it is not the one that settings are searched on.
+    ``drawings``: other samples of the traffic, to measure switches on. ``names``: only these
+    policies.
     """
     found = []
     serving = own(tuner).serving
@@ -108,23 +113,23 @@ def _course(
     policy: Policy,
     factor: float,
     scale: float,
-    drawings: Sequence[Traffic],
-) -> Course:
+    drawings: Sequence[SimulatedTraffic],
+) -> LoadCourse:
     run = run_policy(tuner.scene, policy, tuner.simulator, scale)
     found = course_of(tuner, name, factor, run)
-    if not isinstance(policy, Steered):
+    if not isinstance(policy, ControllerPolicy):
         return found
     return replace(
         found,
-        decisions=tuple(policy.decisions),
+        decisions=run.decisions,
         worths=switch_worths(tuner, policy, run, scale, drawings),
     )
 
 
-def course_of(tuner: OServeTuner, name: str, factor: float, run: Run) -> Course:
-    """What became of a run."""
+def course_of(tuner: OServeTuner, name: str, factor: float, run: Run) -> LoadCourse:
+    """The figures of a run."""
     summary = run.results.summary(tuner.scene.slo)
-    return Course(
+    return LoadCourse(
         policy=name,
         factor=factor,
         p99_e2e_s=summary.e2e_s.p99,

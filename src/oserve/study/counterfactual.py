@@ -1,9 +1,9 @@
-"""What each switch of a run was worth: the same traffic again, without it.
+"""The gain of each switch of a run, against the same traffic without the switch.
 
-Run k makes the first k switches at their moments and none after. Switch k is then worth what run k
-has of requests within the SLO more than run k - 1, among those that come from a minute before it
-(they may still be running) until the next. Other drawings of the same traffic, with the same
-switches at the same moments, tell how much of that is luck.
+Run k makes the first k switches at their times and none after. The gain of switch k is the number
+of requests within the SLO that run k has more than run k - 1. Requests count that arrive from a
+minute before the switch, since they may still run, until the next switch. Other samples of the same
+traffic, with the same switches at the same times, tell how much of that is noise.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.evaluate.simulator import Traffic, met
+from oserve.evaluate.simulator import SimulatedTraffic, met
+from oserve.study.controller_policy import ControllerPolicy
 from oserve.study.runner import Run, run_policy
-from oserve.study.steered import Steered
 from oserve.study.tune import Tuner
 
 _BEFORE_S = 60.0
@@ -21,9 +21,10 @@ _BEFORE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchWorth:
-    """``gains``: requests within the SLO more than without, in each drawing, the run's own first.
+    """``gains``: requests within the SLO, with the switch less without it, by traffic sample.
 
-    ``expected``: what the controller took gain less cost to be.
+    The first sample is the traffic of the run. ``expected``: the net gain that the controller
+    expected.
     """
 
     at_s: float
@@ -44,19 +45,23 @@ class SwitchWorth:
 
     @property
     def harmful(self) -> bool:
-        """Whether it lost more than luck explains."""
+        """Whether it lost more than noise explains."""
         return self.mean + 2.0 * self.error < 0
 
 
 def switch_worths(
-    tuner: Tuner, policy: Steered, run: Run, scale: float, drawings: Sequence[Traffic] = ()
+    tuner: Tuner,
+    policy: ControllerPolicy,
+    run: Run,
+    scale: float,
+    drawings: Sequence[SimulatedTraffic] = (),
 ) -> tuple[SwitchWorth, ...]:
-    """Of every switch of a run; ``drawings`` as the scene's traffic, before scaling."""
+    """The gain of every switch of a run; ``drawings`` are other traffic samples, before scaling."""
     moves = list(run.changes[1:])
     script = [(change.at_s, change.plan) for change in moves]
     expected = [
         item.gain_requests - item.cost_requests
-        for item in policy.decisions
+        for item in run.decisions
         if item.verdict == "switch"
     ]
     ends = [change.at_s for change in moves[1:]] + [float("inf")]
@@ -79,18 +84,20 @@ def switch_worths(
     )
 
 
-def jittered(traffic: Traffic, *, seed: int, by_s: float = 2.0) -> Traffic:
-    """Another drawing of a trace of which there is only one: arrivals moved by up to ``by_s``."""
+def jittered(traffic: SimulatedTraffic, *, seed: int, by_s: float = 2.0) -> SimulatedTraffic:
+    """Another sample of a single trace: arrivals move by up to ``by_s`` seconds."""
     draw = np.random.default_rng(seed)
     moved = np.maximum(0.0, traffic.arrival_s + draw.uniform(-by_s, by_s, len(traffic)))
     order = np.argsort(moved, kind="stable")
-    return Traffic(
+    return SimulatedTraffic(
         arrival_s=moved[order],
         prompt_tokens=traffic.prompt_tokens[order],
         output_tokens=traffic.output_tokens[order],
     )
 
 
-def _good(tuner: Tuner, policy: Steered, scale: float, traffic: Traffic) -> np.ndarray:
+def _good(
+    tuner: Tuner, policy: ControllerPolicy, scale: float, traffic: SimulatedTraffic
+) -> np.ndarray:
     run = run_policy(tuner.scene, policy, tuner.simulator, scale, traffic=traffic)
     return met(run.results, tuner.scene.slo)

@@ -1,11 +1,11 @@
-"""What each lever is worth alone on the best homogeneous deployment, and without it in the end."""
+"""The gain of each lever: alone on the best homogeneous deployment, and in the final one."""
 
 from dataclasses import replace
 
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.evaluate.simulator import Routing
 from oserve.study.ours import OServeTuner
-from oserve.study.tune import Found
+from oserve.study.tune import MeasuredServing
 
 
 def lever_capacities(tuner: OServeTuner) -> dict[str, float]:
@@ -39,11 +39,11 @@ def lever_capacities(tuner: OServeTuner) -> dict[str, float]:
     return found
 
 
-def _without(tuner: OServeTuner, whole: Found) -> dict[str, Found]:
+def _without(tuner: OServeTuner, whole: MeasuredServing) -> dict[str, MeasuredServing]:
     levers = whole.serving.levers
     plain = replace(levers.gateway, demote_after_s=None)
 
-    def with_levers(**fields: object) -> Found:
+    def with_levers(**fields: object) -> MeasuredServing:
         changed = replace(levers, **fields)  # type: ignore[arg-type]
         return tuner.measure(replace(whole.serving, levers=changed), start=whole.scale)
 

@@ -1,8 +1,8 @@
-"""OServe's own settings: every lever, each kept only if the simulator confirms a gain.
+"""The settings of OServe: a lever stays only if the simulator confirms a gain.
 
-From the best tuned homogeneous deployment on: least expected work instead of shortest queue, the
-engines' queues kept short so that the gateway decides late and can demote what can no longer meet
-its TTFT, chunk budgets and order again under these, different shapes with soft pools and overflow.
+The search begins with the best tuned homogeneous deployment. It tries least expected work instead
+of shortest queue; short engine queues, so that the gateway decides late and can demote requests
+that miss their TTFT; chunk budgets and order again; and different shapes with soft pools.
 """
 
 from collections.abc import Iterable
@@ -10,19 +10,19 @@ from dataclasses import replace
 from functools import cached_property
 
 from oserve.control.dispatch.overload import OverloadPolicy
-from oserve.evaluate.simulator import Levers, Routing, Serving
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.study.scene import CHUNKS, SEQS
-from oserve.study.tune import JSQ, PENALTIES_S, Found, Tuner, by_length
+from oserve.study.tune import JSQ, PENALTIES_S, MeasuredServing, Tuner, by_length
 
 INFLIGHT_PER_DEVICE = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
-"""Requests that the gateway hands to a replica at once, per device, that are tried."""
+"""Limits of requests in flight per device that are tried."""
 
 WINDOWS_S = (300.0, 60.0, 0.0)
-"""Windows within which the freshest request goes first, in seconds; 0: first come within rank."""
+"""Seconds within which the freshest request goes first; 0: in order of arrival."""
 
 OVERFLOW_S = (0.5, 2.0, 8.0)
 _ROUNDS = 2
-# Below this a further round of all levers is not worth its time.
+# The search ends after a round that gains less.
 _ENOUGH_GAIN = 1.005
 
 
@@ -30,16 +30,16 @@ class OServeTuner(Tuner):
     """The static settings of OServe and of its ablations."""
 
     @cached_property
-    def shapes_only(self) -> Found:
+    def shapes_only(self) -> MeasuredServing:
         """See ``oserve-shapes``."""
         self._said("different shapes")
         return self.race(self.heterogeneous(JSQ, shares=False), self.best_chunk)
 
     @cached_property
-    def assigned(self) -> Found:
+    def assigned(self) -> MeasuredServing:
         """See ``oserve-assign``."""
         self._said("assignment, soft pools")
-        candidates: list[Serving] = []
+        candidates: list[SimulatedServing] = []
         for overflow_s in OVERFLOW_S:
             levers = _pools(JSQ, overflow_s)
             candidates += self.heterogeneous(levers)
@@ -47,7 +47,7 @@ class OServeTuner(Tuner):
         return self.race(candidates, self.shapes_only)
 
     @cached_property
-    def everything(self) -> Found:
+    def everything(self) -> MeasuredServing:
         """See ``oserve-static``."""
         self._said("all levers")
         found = max((self.best_tuned, self.assigned), key=lambda item: item.scale)
@@ -61,24 +61,24 @@ class OServeTuner(Tuner):
         return found
 
     @cached_property
-    def knowing(self) -> Found:
-        """``everything`` where the router is told true output lengths."""
+    def knowing(self) -> MeasuredServing:
+        """``everything`` with a router that knows the true output lengths."""
         known = self.measure(
             self.everything.serving, start=self.everything.scale, knows_outputs=True
         )
         return self.race(self.routed(known.serving), known, knows_outputs=True)
 
     # -- one lever after the other: variations of a serving --------------------------------------
-    def routed(self, serving: Serving) -> Iterable[Serving]:
+    def routed(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
         for routing in (Routing.POOLS, Routing.LEAST_WORK, Routing.LEAST_REQUESTS):
             yield self._with(serving, replace(serving.levers, routing=routing))
 
-    def bounded(self, serving: Serving) -> Iterable[Serving]:
-        """How late the gateway decides, and whether it demotes: by prompts owed, or by number."""
+    def bounded(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
+        """Limits of requests in flight and demotion, by outstanding prompts or by number."""
         for most in (None, *INFLIGHT_PER_DEVICE):
             overload = OverloadPolicy(ttft_s=self._ttft_s)
             levers = replace(serving.levers, overload=overload, inflight_per_device=most)
-            # Where the gateway demotes, engines need no order of their own.
+            # If the gateway demotes, engines need no order.
             for order in dict.fromkeys((levers.order, None)):
                 yield self._with(serving, replace(levers, order=order))
         for limit_s in (self._ttft_s, None):
@@ -96,22 +96,22 @@ class OServeTuner(Tuner):
                 )
                 yield self._with(serving, levers)
 
-    def ordered(self, serving: Serving) -> Iterable[Serving]:
-        """Order by prompt length, with the freshest first within windows and without."""
+    def ordered(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
+        """Order by prompt length, with and without the freshest first."""
         for window_s in WINDOWS_S:
             for penalty_s in (2.0, *PENALTIES_S):
                 order = by_length(penalty_s, freshest_first_s=window_s)
                 yield self._with(serving, replace(serving.levers, order=order))
         yield self._with(serving, replace(serving.levers, order=None))
 
-    def reshaped(self, serving: Serving) -> Iterable[Serving]:
+    def reshaped(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
         """Other homogeneous deployments under the same levers."""
         if len(serving.shapes) == 1:
             yield from self.varied(serving, max_num_batched_tokens=CHUNKS, max_num_seqs=SEQS)
         for shape in self.forms((512, 1024)):
             yield self.homogeneous(shape, serving.levers)
 
-    def mixed(self, serving: Serving) -> Iterable[Serving]:
+    def mixed(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
         """Different shapes under the same levers, in soft pools and without."""
         for overflow_s in OVERFLOW_S:
             yield from self.heterogeneous(_pools(serving.levers, overflow_s))
@@ -121,11 +121,11 @@ class OServeTuner(Tuner):
     def _ttft_s(self) -> float | None:
         return self.scene.slo.ttft_s
 
-    def _prompt_s(self, serving: Serving) -> float:
-        """Seconds a prompt token takes at best, on the slowest replica of the plan."""
+    def _prompt_s(self, serving: SimulatedServing) -> float:
+        """The seconds of a prompt token on the slowest replica of the plan."""
         return max(self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes)
 
-    def _with(self, serving: Serving, levers: Levers) -> Serving:
+    def _with(self, serving: SimulatedServing, levers: Levers) -> SimulatedServing:
         return replace(serving, levers=levers)
 
 

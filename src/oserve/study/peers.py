@@ -1,7 +1,7 @@
 """Other systems' policies, each on the best homogeneous deployment with the best chunk budget.
 
-That shape is found in hindsight, which none of the originals does: it is what an expert would set
-up before the policy takes over.
+That shape is found in hindsight, which none of the originals does. It stands for what an expert
+would set up before the policy takes over.
 """
 
 import math
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan
-from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, Serving
+from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, SimulatedServing
 from oserve.sim.types import Rebalance
-from oserve.study.policy import Conduct, Fixed, Policy, Seen
+from oserve.study.policy import Conduct, Fixed, Policy, PolicyView
 from oserve.study.tune import Tuner
 
 
@@ -24,31 +24,31 @@ def llumnix(tuner: Tuner) -> Policy:
 
 
 def llmd(tuner: Tuner) -> Policy:
-    """Least predicted latency: work owed, and what the request adds, by its length bucket."""
+    """Least predicted latency: outstanding work and the request's own, by its length bucket."""
     levers = Levers(routing=Routing.LEAST_WORK)
     return Fixed(serving=replace(tuner.best_chunk.serving, levers=levers))
 
 
 @dataclass(slots=True, kw_only=True)
 class Dynamo:
-    """As many replicas of one shape as the forecast of the mean load needs, cold starts and all.
+    """As many replicas of one shape as the forecast of the mean load needs, with cold starts.
 
-    ``replica_rps`` is what one replica serves within the SLO (profiled, as its planner does). The
-    forecast is an exponential average of past rates; ``headroom`` is kept above it.
+    ``replica_rps``: the profiled rate of one replica within the SLO. The forecast is an exponential
+    moving average of past rates, times ``headroom``.
     """
 
-    serving: Serving
+    serving: SimulatedServing
     replica_rps: float
     interval_s: float
     headroom: float = 1.1
     weight: float = 0.5
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         forecast = 0.0
         for count in seen.counts.sum(axis=1):
             rate = float(count) / self.interval_s
@@ -62,7 +62,7 @@ class Dynamo:
 
 
 def dynamo(tuner: Tuner) -> Policy:
-    """See ``Dynamo``; its router knows the work on each replica."""
+    """See ``Dynamo``. The router knows the outstanding work of each replica."""
     found = tuner.best_chunk
     count = len(found.serving.plan.replicas)
     return Dynamo(
@@ -74,37 +74,37 @@ def dynamo(tuner: Tuner) -> Policy:
 
 @dataclass(slots=True, kw_only=True)
 class AiBrix:
-    """Each length class has replicas of its own, in number by its share of the work.
+    """Each length class has its own replicas; their number follows its share of the work.
 
-    The replicas are alike, so moving one to another class takes no restart. Requests overflow to
-    other classes' replicas as they do in OServe.
+    All replicas are of one shape, so one changes its class without a restart. Requests overflow to
+    replicas of other classes as they do in OServe.
     """
 
     tuner: Tuner
-    serving: Serving
+    serving: SimulatedServing
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         counts = np.bincount(index, minlength=len(classes))
         plan = replace(self.serving.plan, routing_shares=self._shares(counts))
         return replace(self.serving, plan=plan)
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         shares = self._shares(seen.counts[-1])
         if shares == seen.plan.routing_shares:
             return None
         return replace(seen.plan, routing_shares=shares)
 
     def _shares(self, counts: Ints) -> Mapping[str, Mapping[str, float]]:
-        """Consecutive replicas for each class: one at least, the rest by largest remainder."""
+        """Consecutive replicas for each class, at least one; the rest by largest remainder."""
         plan = self.serving.plan
         names = [spec.id for spec in plan.replicas]
-        classes = plan.workload_types
+        classes = plan.length_classes
         if len(names) < len(classes) or not counts.sum():
             return {}
         work = counts * self._work()
@@ -121,11 +121,11 @@ class AiBrix:
         }
 
     def _work(self) -> Floats:
-        """Engine seconds of a mean request, by class."""
+        """The engine seconds of a mean request, by length class."""
         shape = self.serving.plan.replicas[0].shape
         costs = self.tuner.simulator.costs(shape)
         learned = self.tuner.scene.learned
-        classes = self.serving.plan.workload_types
+        classes = self.serving.plan.length_classes
         bounds = [item.max_prompt_tokens for item in classes[:-1]]
         index = np.searchsorted(np.array(bounds), learned.prompt_tokens, side="left")
         tokens = np.bincount(index, learned.prompt_tokens, len(classes))

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from oserve.core import OServeError
-from oserve.evaluate.simulator import Levers, Routing, Serving
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.study import peers
+from oserve.study.controller_policy import controller_policy
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Conduct, Fixed, Policy, Start
-from oserve.study.steered import steered
+from oserve.study.policy import Conduct, Fixed, Policy, PolicyStart
 from oserve.study.switching import Oracle, Reload, Switching
 
 # Over how long a switch must pay, in seconds, and the devices it may take away at once.
@@ -23,11 +23,11 @@ class Entry:
     make: Callable[[OServeTuner], Policy]
 
 
-def _static(pick: Callable[[OServeTuner], Serving]) -> Callable[[OServeTuner], Policy]:
+def _static(pick: Callable[[OServeTuner], SimulatedServing]) -> Callable[[OServeTuner], Policy]:
     return lambda tuner: Fixed(serving=pick(tuner))
 
 
-def _in_turn(serving: Serving) -> Serving:
+def _in_turn(serving: SimulatedServing) -> SimulatedServing:
     return replace(serving, levers=Levers(routing=Routing.ROUND_ROBIN))
 
 
@@ -35,12 +35,12 @@ def _reload(tuner: OServeTuner) -> Policy:
     return Reload(tuner=tuner, serving=tuner.best_chunk.serving)
 
 
-def _library(tuner: OServeTuner) -> list[Serving]:
+def _library(tuner: OServeTuner) -> list[SimulatedServing]:
     """Deployments that did well: those of all searches, and the programme's best mixtures."""
     found = [tuner.everything, tuner.best_tuned, tuner.best_chunk]
     servings = [item.serving for item in found]
     servings += tuner.heterogeneous(tuner.everything.serving.levers)[:2]
-    distinct: dict[str, Serving] = {}
+    distinct: dict[str, SimulatedServing] = {}
     for serving in servings:
         distinct.setdefault(repr(serving.shapes), serving)
     return list(distinct.values())
@@ -106,11 +106,11 @@ POLICIES: Mapping[str, Entry] = {
     ),
     "oserve": Entry(
         words="oserve-static with the live controller, weights from device to device",
-        make=lambda tuner: steered(tuner, start=Start.TRANSFER),
+        make=lambda tuner: controller_policy(tuner, start=PolicyStart.TRANSFER),
     ),
     "oserve-reload": Entry(
         words="oserve-static with the live controller, cold starts",
-        make=lambda tuner: steered(tuner, start=Start.COLD),
+        make=lambda tuner: controller_policy(tuner, start=PolicyStart.COLD),
     ),
     "oserve-last-value": Entry(
         words="oserve-static, re-planned for last-value rates", make=_oserve

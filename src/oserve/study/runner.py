@@ -1,35 +1,50 @@
 """One policy through one scene: the live control loop over a simulated fleet on a virtual clock.
 
-While a switch is under way the loop takes a round a second, as the live one does; while nothing
-changes a round would do nothing (reconcile is level-triggered), so time goes on to the next
-decision at once.
+During a switch the loop runs a round a second, as the live one does. While nothing changes a round
+would do nothing (reconcile is level-triggered), so time advances to the next decision at once.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
+from oserve.control.decision import Decision
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
-from oserve.core import Action, DeploymentPlan, Observation, ReplicaSpec, VirtualClock
-from oserve.evaluate.simulator import LATEST_S, Ints, Serving, Simulator, Traffic, surely_failed
+from oserve.core import DeploymentPlan, Observation, ReplicaSpec, VirtualClock
+from oserve.evaluate.simulator import (
+    LATEST_S,
+    Ints,
+    SimulatedTraffic,
+    Simulator,
+    surely_failed,
+)
 from oserve.sim.cluster import Life
 from oserve.sim.fleet import Fleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
-from oserve.study.door import FreeCluster
-from oserve.study.moving import TransferCluster, TransferTimes
-from oserve.study.policy import Moment, Policy, Seen, Start, Steering
+from oserve.study.policy import (
+    ControlledPolicy,
+    Moment,
+    Policy,
+    PolicySession,
+    PolicyStart,
+    PolicyView,
+)
 from oserve.study.scene import Scene
+from oserve.study.transfers import SceneSwitching, scene_switcher, transfer_phases
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.switcher import Switcher
+from oserve.traces import Slo
 
 _ROUND_S = 1.0
-# Intervals that a policy may look back on when it re-scores plans.
+# Intervals of recent traffic that a policy may know.
 _RECENT_INTERVALS = 3
 _CHECKS = 8
 FREE = Phases(start_s=0.0)
@@ -37,7 +52,7 @@ FREE = Phases(start_s=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A switch that was decided: when, and the deployment aimed at (shape names and counts)."""
+    """A change of the target plan: when, and its deployment (shape names and counts)."""
 
     at_s: float
     deployment: tuple[tuple[str, int], ...]
@@ -46,15 +61,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
-    """What came of it. ``failed_early``: stopped since its attainment could not be reached."""
+    """The outcome of a run.
+
+    ``failed_early``: the run was stopped because it could no longer reach the SLO attainment.
+    ``decisions`` are those of a controller, if there was one.
+    """
 
     results: FleetResults
-    traffic: Traffic
+    traffic: SimulatedTraffic
     changes: tuple[Change, ...]
     switches: int
     device_s: float
     energy_j: float
     failed_early: bool = False
+    decisions: tuple[Decision, ...] = ()
 
 
 def deployment_of(plan: DeploymentPlan) -> tuple[tuple[str, int], ...]:
@@ -72,155 +92,185 @@ def run_policy(
     scale: float,
     *,
     judge_only: bool = False,
-    traffic: Traffic | None = None,
+    traffic: SimulatedTraffic | None = None,
 ) -> Run:
     """Serve the scene's traffic ``scale`` times as fast.
 
-    ``judge_only``: end as soon as more requests have missed the SLO than may (5 %).
+    ``judge_only``: end as soon as more requests have missed the SLO than allowed (5 %).
     """
     played = (scene.traffic if traffic is None else traffic).faster(scale)
-    return asyncio.run(
-        _Course(scene, policy, simulator, played, scale, judge_only=judge_only).play()
-    )
+    runner = _PolicyRunner(scene, policy, simulator, played, scale)
+    return asyncio.run(runner.run(_Checks(played.duration_s, scene.slo) if judge_only else None))
 
 
-class _Course:
-    """One run."""
+class _Checks:
+    """Moments at which a run may turn out to miss its SLO attainment."""
+
+    def __init__(self, duration_s: float, slo: Slo) -> None:
+        self._slo = slo
+        self._left = [duration_s * (k + 1) / _CHECKS for k in range(_CHECKS)]
+
+    @property
+    def next_s(self) -> float:
+        """The next check; infinite after the last."""
+        return self._left[0] if self._left else np.inf
+
+    def fails(self, now_s: float, fleet: Fleet) -> bool:
+        """Make the check that is due, if one is."""
+        if now_s < self.next_s:
+            return False
+        self._left = [at_s for at_s in self._left if at_s > now_s]
+        return surely_failed(fleet.results(), self._slo)
+
+
+class _PolicyRunner:
+    """One run of one policy."""
 
     def __init__(
         self,
         scene: Scene,
         policy: Policy,
         simulator: Simulator,
-        traffic: Traffic,
+        traffic: SimulatedTraffic,
         scale: float,
-        *,
-        judge_only: bool,
     ) -> None:
         self._scene, self._policy, self._simulator = scene, policy, simulator
         self._traffic = traffic
-        self._judge_only = judge_only
         conduct = policy.conduct
-        self._serving: Serving = policy.initial(scale)
+        self._serving = policy.initial(scale)
         expected = traffic.output_tokens if conduct.knows_outputs else None
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
-        self._fleet: Fleet = simulator.fleet(self._serving, self._requests)
+        self._fleet = simulator.fleet(self._serving, self._requests)
         self._clock = VirtualClock()
-        self._door = _DOORS[conduct.start](
+        moves = conduct.start is PolicyStart.TRANSFER
+        self._cluster = FleetCluster(
             self._fleet,
             self._add,
             scene.devices,
             self._clock,
-            phases=FREE if conduct.free else scene.phases,
+            phases=_phases(scene, conduct.start),
             weights_bytes=scene.weights_bytes,
+            overlapping=conduct.free,
+            moves_after_s=conduct.drain_limit_s if moves else math.inf,
         )
-        if isinstance(self._door, TransferCluster):
-            self._door.times = TransferTimes(scene)
         self._target = self._serving.plan
-        self._observation: Observation | None = None
         self._loop = ControlLoop(
-            self._door,
+            self._cluster,
             self._clock,
             self._target,
-            policy=ReconcilePolicy(drain_limit_s=policy.conduct.drain_limit_s),
+            policy=ReconcilePolicy(drain_limit_s=conduct.drain_limit_s),
             interval_s=_ROUND_S,
-            observed=self._saw,
             rollout=staged if conduct.staged and not conduct.free else _at_once,
         )
-        self._steersman = cast("Steering", policy) if conduct.steers else None
+        self._switcher = self._made_switcher() if moves else None
+        self._session: PolicySession | None = None
         self._arrived = 0
         self._open: Ints = np.zeros(0, dtype=np.int64)
-        self._moving = True
+        self._was_switching = True
         self._routed: DeploymentPlan | None = None
         self._changes: list[Change] = []
         self._switches = 0
         self._end_s = traffic.duration_s + LATEST_S
 
-    async def play(self) -> Run:
-        """From the first request to the end of the last."""
-        scene, conduct = self._scene, self._policy.conduct
-        self._aim(self._target)
-        self._door.warm = True
-        await self._loop.step()
-        self._door.warm = False
-        if self._steersman is not None:
-            self._steersman.begin(self._traffic)
-        next_decision = scene.interval_s if conduct.decides else np.inf
-        checks = [self._traffic.duration_s * (k + 1) / _CHECKS for k in range(_CHECKS)]
+    async def run(self, checks: _Checks | None = None) -> Run:
+        """From the first request to the end of the last; failed ``checks`` end it before."""
+        await self._start()
+        if isinstance(self._policy, ControlledPolicy):
+            self._session = self._policy.begin(self._traffic)
+        interval_s = self._scene.interval_s
+        decide_s = interval_s if self._policy.conduct.decides else np.inf
         failed = False
         while self._fleet.ended < len(self._traffic) and self._clock.now() < self._end_s:
-            now_s = self._clock.now()
-            moment = min(next_decision, self._end_s)
-            if self._steersman is not None or not self._steady():
-                moment = min(moment, now_s + _ROUND_S)
-            if self._judge_only and checks:
-                moment = min(moment, checks[0])
+            moment = self._next_moment(decide_s, checks)
             if moment >= self._end_s:
                 self._fleet.run(limit_s=self._end_s)
                 break
-            await self._clock.advance(max(0.0, moment - now_s))
+            await self._clock.advance(max(0.0, moment - self._clock.now()))
             await self._round()
-            if self._steersman is not None and moment <= self._traffic.duration_s:
-                await self._steer(self._steersman)
-            if self._judge_only and checks and moment >= checks[0]:
-                checks = [at for at in checks if at > moment]
-                failed = surely_failed(self._fleet.results(), scene.slo)
-                if failed:
-                    break
-            if moment >= next_decision:
-                next_decision += scene.interval_s
-                if moment >= self._traffic.duration_s:
-                    next_decision = np.inf
-                elif self._steady():
+            if self._session is not None and moment <= self._traffic.duration_s:
+                await self._tell(self._session)
+            failed = checks is not None and checks.fails(moment, self._fleet)
+            if failed:
+                break
+            if moment >= decide_s:
+                arriving = moment < self._traffic.duration_s
+                decide_s = decide_s + interval_s if arriving else np.inf
+                if arriving and self._is_settled():
                     await self._decide()
-        return self._finish(failed)
+        if self._switcher is not None:
+            await self._switcher.close()
+        return self._outcome(failed)
+
+    async def _start(self) -> None:
+        """Start the first plan, warm."""
+        self._aim(self._target)
+        self._cluster.warm = True
+        await self._loop.step()
+        self._cluster.warm = False
+
+    def _made_switcher(self) -> Switcher:
+        """The switcher of a server, over modelled transfers."""
+        return scene_switcher(
+            SceneSwitching(
+                scene=self._scene,
+                cluster=self._cluster,
+                loop=self._loop,
+                clock=self._clock,
+                settle=self._reached,
+                publish=self._publish,
+            )
+        )
+
+    def _next_moment(self, decide_s: float, checks: _Checks | None) -> float:
+        moment = min(decide_s, self._end_s)
+        if self._session is not None or not self._is_settled():
+            moment = min(moment, self._clock.now() + _ROUND_S)
+        return moment if checks is None else min(moment, checks.next_s)
 
     def _add(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)
 
-    def _steady(self) -> bool:
+    def _is_settled(self) -> bool:
+        if self._switcher is not None and self._switcher.active:
+            return False
         wanted = set(self._target.replicas)
-        alive = {life.spec for life in self._door.lives if life.end_s is None}
+        alive = {life.spec for life in self._cluster.lives if life.end_s is None}
         held = alive if not self._policy.conduct.free else alive & wanted
-        return self._door.settled and held == wanted
+        return self._cluster.settled and held == wanted
 
     async def _round(self) -> None:
-        """Observe and act; while nothing changes there is nothing to do."""
-        moving = not self._steady()
-        if moving or self._moving:
+        """Observe and act, unless nothing changes."""
+        switching = not self._is_settled()
+        if switching or self._was_switching:
             await self._loop.step()
         else:
-            self._door.catch_up(self._clock.now())
-        self._moving = moving
+            self._cluster.catch_up(self._clock.now())
+        self._was_switching = switching
 
-    def _saw(self, observation: Observation, actions: tuple[Action, ...]) -> None:
-        del actions
-        self._observation = observation
-
-    async def _steer(self, steersman: Steering) -> None:
-        """Tell what came and ended since, and do as is wished."""
-        self._observation = await self._door.observe()
+    async def _tell(self, session: PolicySession) -> None:
+        """Tell a session what arrived and ended since the last second, and follow its update."""
+        observation = await self._cluster.observe()
         now_s = self._clock.now()
         came = int(np.searchsorted(self._traffic.arrival_s, now_s))
         open_ = np.concatenate([self._open, np.arange(self._arrived, came)])
         over, status = self._fleet.ended_among(open_)
-        steer = steersman.second(
+        update = session.second(
             Moment(
                 now_s=now_s,
-                observation=self._observation,
+                observation=observation,
                 came=(self._arrived, came),
                 ended=tuple(zip(over.tolist(), status.tolist(), strict=True)),
                 plan=self._target,
-                switching=not self._steady(),
+                switching=not self._is_settled(),
                 queued=self._fleet.queued,
             )
         )
         self._arrived, self._open = came, np.setdiff1d(open_, over, assume_unique=True)
-        if steer.plan is not None:
-            await self._go(steer.plan)
-        if steer.routed is not None and steer.routed is not self._routed:
-            self._routed = steer.routed
-            self._simulator.route(self._fleet, steer.routed, self._serving.levers)
+        if update.plan is not None:
+            await self._go(update.plan)
+        if update.routed is not None and update.routed is not self._routed:
+            self._routed = update.routed
+            self._simulator.route(self._fleet, update.routed, self._serving.levers)
 
     async def _decide(self) -> None:
         target = self._policy.decide(self._seen())
@@ -228,8 +278,13 @@ class _Course:
             await self._go(target)
 
     async def _go(self, target: DeploymentPlan) -> None:
+        """Make a plan the target."""
         moved = set(target.replicas) != set(self._target.replicas)
         self._switches += moved
+        if self._switcher is not None:
+            self._record(target)
+            self._switcher.want(target, "policy")
+            return
         self._target = target
         self._aim(target)
         if moved:
@@ -238,11 +293,25 @@ class _Course:
     def _aim(self, plan: DeploymentPlan) -> None:
         self._simulator.route(self._fleet, plan, self._serving.levers)
         self._loop.plan = plan
+        self._record(plan)
+
+    def _record(self, plan: DeploymentPlan) -> None:
         self._changes.append(
             Change(at_s=self._clock.now(), deployment=deployment_of(plan), plan=plan)
         )
 
-    def _seen(self) -> Seen:
+    async def _publish(self) -> None:
+        """The switcher put a plan in force: route by it, and let the loop act on it."""
+        if self._loop.plan is not self._target:
+            self._target = self._loop.plan
+            self._simulator.route(self._fleet, self._target, self._serving.levers)
+        await self._loop.step()
+
+    def _reached(self, outcome: SwitchOutcome) -> None:
+        if self._session is not None:
+            self._session.reached(outcome.plan)
+
+    def _seen(self) -> PolicyView:
         now_s, interval_s = self._clock.now(), self._scene.interval_s
         recent_s = min(now_s, _RECENT_INTERVALS * interval_s)
         results = self._fleet.results()
@@ -250,12 +319,12 @@ class _Course:
         ended = results.status[low:high] == Status.COMPLETED
         believed = self._requests.expected_output_tokens[low:high]
         outputs = np.where(ended, self._traffic.output_tokens[low:high], believed)
-        recent = Traffic(
+        recent = SimulatedTraffic(
             arrival_s=self._traffic.arrival_s[low:high] - (now_s - recent_s),
             prompt_tokens=self._traffic.prompt_tokens[low:high],
             output_tokens=outputs,
         )
-        return Seen(
+        return PolicyView(
             now_s=now_s,
             recent=recent,
             recent_s=recent_s,
@@ -267,18 +336,18 @@ class _Course:
     def _counts(self, now_s: float) -> Ints:
         """Arrivals so far by interval and length class."""
         interval_s = self._scene.interval_s
-        classes = len(self._target.workload_types)
+        classes = len(self._target.length_classes)
         high = int(np.searchsorted(self._traffic.arrival_s, now_s))
         window = (self._traffic.arrival_s[:high] // interval_s).astype(np.int64)
         windows = max(1, round(now_s / interval_s))
         cell = np.minimum(window, windows - 1) * classes + self._requests.class_index[:high]
         return np.bincount(cell, minlength=windows * classes).reshape(windows, classes)
 
-    def _finish(self, failed: bool) -> Run:
+    def _outcome(self, failed: bool) -> Run:
         results = self._fleet.results()
         finished = results.finish_s[np.isfinite(results.finish_s)]
         end_s = float(finished.max()) if len(finished) else results.now_s
-        device_s, energy_j = _resources(self._simulator, self._door.lives, results, end_s)
+        device_s, energy_j = _resources(self._simulator, self._cluster.lives, results, end_s)
         return Run(
             results=results,
             traffic=self._traffic,
@@ -287,6 +356,7 @@ class _Course:
             device_s=device_s,
             energy_j=energy_j,
             failed_early=failed,
+            decisions=() if self._session is None else tuple(self._session.decisions),
         )
 
 
@@ -300,17 +370,17 @@ def _at_once(
     return target
 
 
-_DOORS: Mapping[Start, type[FleetCluster]] = {
-    Start.COLD: FleetCluster,
-    Start.TRANSFER: TransferCluster,
-    Start.FREE: FreeCluster,
-}
+def _phases(scene: Scene, start: PolicyStart) -> Phases:
+    """The phases of a replica's start."""
+    if start is PolicyStart.FREE:
+        return FREE
+    return transfer_phases(scene) if start is PolicyStart.TRANSFER else scene.phases
 
 
 def _resources(
     simulator: Simulator, lives: Sequence[Life], results: FleetResults, end_s: float
 ) -> tuple[float, float]:
-    """Device-seconds that replicas held, and the joules they drew, up to ``end_s``."""
+    """Device-seconds of all replicas, and the joules that they drew, up to ``end_s``."""
     device_s = energy_j = 0.0
     # The fleet numbers replicas in the order in which they were started.
     for life, totals in zip(lives, results.totals, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan, WorkloadType
-from oserve.evaluate.simulator import Serving, Traffic, met
+from oserve.evaluate.simulator import SimulatedServing, SimulatedTraffic, met
 from oserve.perf.table import ShapePerformance
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas
@@ -15,7 +15,7 @@ from oserve.plan.planning import deployment_plan
 from oserve.plan.problem import PlanProblem
 from oserve.plan.search import Planned, plan_deployment
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Conduct, Seen, Start
+from oserve.study.policy import Conduct, PolicyStart, PolicyView
 
 _SOLVE_S = 5.0
 # Fewer recent requests say nothing.
@@ -24,7 +24,7 @@ _ENOUGH = 20
 _LEAST_GAIN = 0.02
 
 
-def window_types(tuner: OServeTuner, seen: Seen) -> tuple[WorkloadType, ...]:
+def window_types(tuner: OServeTuner, seen: PolicyView) -> tuple[WorkloadType, ...]:
     """The scene's workload types at the rates of the recent requests (last value)."""
     scene = tuner.scene
     model_types = scene.demand.types
@@ -38,12 +38,12 @@ def window_types(tuner: OServeTuner, seen: Seen) -> tuple[WorkloadType, ...]:
     )
 
 
-def goodput(tuner: OServeTuner, serving: Serving, traffic: Traffic) -> float:
+def goodput(tuner: OServeTuner, serving: SimulatedServing, traffic: SimulatedTraffic) -> float:
     """Requests of a short trace that meet the SLO, on warm replicas."""
     return float(met(tuner.simulator.run(serving, traffic), tuner.scene.slo).sum())
 
 
-def switch_cost(tuner: OServeTuner, seen: Seen, target: DeploymentPlan) -> float:
+def switch_cost(tuner: OServeTuner, seen: PolicyView, target: DeploymentPlan) -> float:
     """Requests that miss their SLO since changed replicas load, at the recent rate.
 
     Devices that move serve nothing for the load time; while they are away their share of the
@@ -60,7 +60,9 @@ def switch_cost(tuner: OServeTuner, seen: Seen, target: DeploymentPlan) -> float
     return rate * away_s / devices
 
 
-def replaced(tuner: OServeTuner, serving: Serving, current: DeploymentPlan) -> DeploymentPlan:
+def replaced(
+    tuner: OServeTuner, serving: SimulatedServing, current: DeploymentPlan
+) -> DeploymentPlan:
     """The deployment of a serving, laid over the devices so that common replicas stay."""
     placed = place_replicas(serving.shapes, tuner.scene.devices, current=current)
     shares = serving.plan.routing_shares
@@ -92,25 +94,27 @@ class Switching:
     """
 
     tuner: OServeTuner
-    serving: Serving
-    library: Sequence[Serving]
+    serving: SimulatedServing
+    library: Sequence[SimulatedServing]
     horizon_s: float
     conduct: Conduct = field(default_factory=Conduct)
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         if len(seen.recent) < _ENOUGH:
             return None
         levers = self.serving.levers
-        stay = goodput(self.tuner, Serving(plan=seen.plan, levers=levers), seen.recent)
+        stay = goodput(self.tuner, SimulatedServing(plan=seen.plan, levers=levers), seen.recent)
         if stay >= len(seen.recent) * (1.0 - _LEAST_GAIN):
             return None
         best: tuple[float, DeploymentPlan] | None = None
         for plan in self._candidates(seen):
-            gain = goodput(self.tuner, Serving(plan=plan, levers=levers), seen.recent) - stay
+            gain = (
+                goodput(self.tuner, SimulatedServing(plan=plan, levers=levers), seen.recent) - stay
+            )
             worth = gain / seen.recent_s * self.horizon_s
             if not self.conduct.free:
                 worth -= switch_cost(self.tuner, seen, plan)
@@ -122,7 +126,7 @@ class Switching:
                 best = (worth, plan)
         return None if best is None else best[1]
 
-    def _candidates(self, seen: Seen) -> list[DeploymentPlan]:
+    def _candidates(self, seen: PolicyView) -> list[DeploymentPlan]:
         plans = [replaced(self.tuner, item, seen.plan) for item in self.library]
         planned = programme_plan(self.tuner, seen)
         if planned is not None:
@@ -130,7 +134,7 @@ class Switching:
         return [plan for plan in plans if set(plan.replicas) != set(seen.plan.replicas)]
 
 
-def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
+def programme_plan(tuner: OServeTuner, seen: PolicyView) -> DeploymentPlan | None:
     """The linear programme's best plan for the recent rates, close to what runs."""
     found = planned_for(tuner, seen)
     if found is None:
@@ -139,7 +143,7 @@ def programme_plan(tuner: OServeTuner, seen: Seen) -> DeploymentPlan | None:
     return deployment_plan(tuner.question, place_deployment(problem, planned.best))
 
 
-def planned_for(tuner: OServeTuner, seen: Seen) -> tuple[PlanProblem, Planned] | None:
+def planned_for(tuner: OServeTuner, seen: PolicyView) -> tuple[PlanProblem, Planned] | None:
     """The search's answer for the recent rates; ``None`` where nothing came.
 
     Of each form (tensor and pipeline parallel size, precision, kind) only the chunk budget and
@@ -184,15 +188,15 @@ class Reload:
     """
 
     tuner: OServeTuner
-    serving: Serving
+    serving: SimulatedServing
     min_gain: float = 0.1
     conduct: Conduct = field(default_factory=lambda: Conduct(decides=True, staged=False))
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         del scale
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
         if len(seen.recent) < _ENOUGH:
             return None
         types = window_types(self.tuner, seen)
@@ -219,30 +223,31 @@ class Oracle:
     """
 
     tuner: OServeTuner
-    serving: Serving
-    library: Sequence[Serving]
+    serving: SimulatedServing
+    library: Sequence[SimulatedServing]
     conduct: Conduct = field(
-        default_factory=lambda: Conduct(decides=True, start=Start.FREE, knows_outputs=True)
+        default_factory=lambda: Conduct(decides=True, start=PolicyStart.FREE, knows_outputs=True)
     )
-    _traffic: Traffic | None = None
+    _traffic: SimulatedTraffic | None = None
 
-    def initial(self, scale: float) -> Serving:
+    def initial(self, scale: float) -> SimulatedServing:
         self._traffic = self.tuner.scene.traffic.faster(scale)
         return self.serving
 
-    def decide(self, seen: Seen) -> DeploymentPlan | None:
-        assert self._traffic is not None
+    def decide(self, seen: PolicyView) -> DeploymentPlan | None:
+        if self._traffic is None:
+            return None
         coming = self._traffic.between(seen.now_s, seen.now_s + self.tuner.scene.interval_s)
         if not len(coming):
             return None
         levers = self.serving.levers
-        stay = goodput(self.tuner, Serving(plan=seen.plan, levers=levers), coming)
+        stay = goodput(self.tuner, SimulatedServing(plan=seen.plan, levers=levers), coming)
         best, chosen = stay + _LEAST_GAIN * len(coming), None
         for item in self.library:
             if best >= len(coming):
                 break
             plan = replaced(self.tuner, item, seen.plan)
-            got = goodput(self.tuner, Serving(plan=plan, levers=levers), coming)
+            got = goodput(self.tuner, SimulatedServing(plan=plan, levers=levers), coming)
             if got > best:
                 best, chosen = got, plan
         return chosen

@@ -1,9 +1,8 @@
-"""Searching the best of a policy's settings: candidates are raced in the simulator.
+"""The search for the best settings of a policy: candidates race in the simulator.
 
-A candidate is first asked whether it holds a little more than the best so far; only if it does is
-its capacity measured. So a loser costs one run, which ends once the SLO is out of reach, and the
-search is the same for every policy. What is searched, and on which part of the traffic, is in
-``scene.learned``.
+The tuner first runs a candidate a little above the capacity of the best so far. Only if the
+candidate holds there, its capacity is measured. So a loser costs one run, which ends once the SLO
+is out of reach. The search is the same for every policy, on the traffic of ``scene.learned``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,18 +11,18 @@ from functools import cached_property
 
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
-from oserve.evaluate.simulator import Levers, Routing, Serving, Simulator, largest_scale
+from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, largest_scale
 from oserve.evaluate.verification import serving_of
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
-from oserve.plan.planning import PlanRequest, PlanResult, answer
+from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
 
-# A gain below this is noise of one trace.
+# Smaller gains are noise of one trace.
 _LEAST_GAIN = 0.005
 _TOLERANCE = 0.01
-# Requests of full context that a replica must hold to count as having KV room. For OPT-66B,
-# Llama-2-70B and LLaMA-30B on H100 that gives TP4, TP4 and TP2, which is what people run.
+# A replica has KV room if it holds so many requests of full context. That gives TP4 for OPT-66B
+# and Llama-2-70B on H100, and TP2 for LLaMA-30B, which are usual choices.
 _ROOM = 16
 _PER_TOKENS = 1500.0
 PENALTIES_S = (5.0, 10.0, 20.0, 30.0)
@@ -31,10 +30,10 @@ PENALTIES_S = (5.0, 10.0, 20.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class MeasuredServing:
     """A serving with its capacity: the largest scale of the learned traffic at which it holds."""
 
-    serving: Serving
+    serving: SimulatedServing
     scale: float
 
 
@@ -48,7 +47,7 @@ def by_length(penalty_s: float, *, freshest_first_s: float = 0.0) -> OrderPolicy
 
 
 class Tuner:
-    """Settings of one scene, each searched when it is first asked for."""
+    """The settings of one scene; each is searched at its first use."""
 
     def __init__(self, scene: Scene, *, said: Callable[[str], None] = lambda _: None) -> None:
         self.scene = scene
@@ -56,30 +55,32 @@ class Tuner:
         self._said = said
 
     # -- measuring ------------------------------------------------------------------------------
-    def holds(self, serving: Serving, scale: float, *, knows_outputs: bool = False) -> bool:
-        """Whether the SLO holds on the learned traffic, so many times as fast."""
+    def holds(
+        self, serving: SimulatedServing, scale: float, *, knows_outputs: bool = False
+    ) -> bool:
+        """Whether the SLO holds on the learned traffic, ``scale`` times as fast."""
         traffic = self.scene.learned.faster(scale)
         expected = traffic.output_tokens if knows_outputs else None
         return self.simulator.holds(serving, traffic, self.scene.slo, expected=expected)
 
     def measure(
-        self, serving: Serving, *, start: float = 1.0, knows_outputs: bool = False
-    ) -> Found:
-        """The capacity of one serving; ``start`` is where it may lie."""
+        self, serving: SimulatedServing, *, start: float = 1.0, knows_outputs: bool = False
+    ) -> MeasuredServing:
+        """The capacity of one serving; the search begins at ``start``."""
         scale = largest_scale(
             lambda at: self.holds(serving, at, knows_outputs=knows_outputs),
             start=start,
             tolerance=_TOLERANCE,
         )
-        return Found(serving=serving, scale=scale)
+        return MeasuredServing(serving=serving, scale=scale)
 
     def race(
         self,
-        candidates: Iterable[Serving],
-        best: Found | None = None,
+        candidates: Iterable[SimulatedServing],
+        best: MeasuredServing | None = None,
         *,
         knows_outputs: bool = False,
-    ) -> Found:
+    ) -> MeasuredServing:
         """The best of the candidates and ``best``; raises OServeError where nothing holds."""
         tried: set[str] = set()
         for serving in candidates:
@@ -101,8 +102,10 @@ class Tuner:
             )
         return best
 
-    def _improved(self, serving: Serving, bar: float, knows_outputs: bool) -> Found:
-        """Capacity of what is known to hold at ``bar``."""
+    def _improved(
+        self, serving: SimulatedServing, bar: float, knows_outputs: bool
+    ) -> MeasuredServing:
+        """The capacity of a serving that holds at ``bar``."""
         known = {bar: True}
 
         def holds(at: float) -> bool:
@@ -111,10 +114,10 @@ class Tuner:
             return known[at]
 
         scale = largest_scale(holds, start=bar, tolerance=_TOLERANCE, step=1.06)
-        return Found(serving=serving, scale=scale)
+        return MeasuredServing(serving=serving, scale=scale)
 
     # -- servings -------------------------------------------------------------------------------
-    def homogeneous(self, shape: ReplicaShape, levers: Levers) -> Serving:
+    def homogeneous(self, shape: ReplicaShape, levers: Levers) -> SimulatedServing:
         """As many replicas of a shape as fit, of the same form on every kind of device."""
         scene = self.scene
         wanted = []
@@ -125,17 +128,19 @@ class Tuner:
                 wanted.append((own, count))
         return self.deployed(wanted, levers)
 
-    def deployed(self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers) -> Serving:
-        """So many replicas of each shape, without routing shares."""
+    def deployed(
+        self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers
+    ) -> SimulatedServing:
+        """The given number of replicas of each shape, without routing shares."""
         scene = self.scene
         placed = place_replicas(wanted, scene.devices)
         plan = DeploymentPlan(
             id=_in_words(wanted),
             replicas=placed.replicas,
-            workload_types=scene.demand.classes,
+            length_classes=scene.demand.classes,
             routing_shares={},
         )
-        return Serving(plan=plan, levers=levers)
+        return SimulatedServing(plan=plan, levers=levers)
 
     def forms(self, chunks: Sequence[int], seqs: int = USUAL_SEQS) -> list[ReplicaShape]:
         """Shapes for homogeneous deployments: every form with each of these chunk budgets.
@@ -158,7 +163,9 @@ class Tuner:
             ),
         )
 
-    def varied(self, serving: Serving, **fields: Sequence[int]) -> Iterable[Serving]:
+    def varied(
+        self, serving: SimulatedServing, **fields: Sequence[int]
+    ) -> Iterable[SimulatedServing]:
         """A homogeneous serving with other limits of its shape, such as ``max_num_seqs``."""
         shape = serving.plan.replicas[0].shape
         for field, values in fields.items():
@@ -173,7 +180,7 @@ class Tuner:
         return int((traffic.prompt_tokens + traffic.output_tokens).max())
 
     def _usual_kind(self) -> list[ReplicaShape]:
-        """Shapes of the baselines' precision on one kind of device, which stands for all."""
+        """The shapes in the precision of the baselines, on one kind of device."""
         kind = min(device.kind for device in self.scene.devices)
         precision = self.scene.precision
         return [s for s in self.scene.shapes if s.device_kind == kind and s.precision is precision]
@@ -195,12 +202,12 @@ class Tuner:
 
     # -- static baselines -----------------------------------------------------------------------
     @cached_property
-    def default(self) -> Serving:
+    def default(self) -> SimulatedServing:
         """See ``static-default``."""
         return self.homogeneous(self.default_shape, JSQ)
 
     @cached_property
-    def best(self) -> Found:
+    def best(self) -> MeasuredServing:
         """See ``static-best``."""
         self._said("best homogeneous deployment")
         found = self.race(
@@ -210,7 +217,7 @@ class Tuner:
         return self.race(self.varied(found.serving, max_num_seqs=SEQS), found)
 
     @cached_property
-    def best_chunk(self) -> Found:
+    def best_chunk(self) -> MeasuredServing:
         """See ``static-best-chunk``: every form with every chunk budget."""
         self._said("best chunk budget")
         found = self.race(
@@ -220,7 +227,7 @@ class Tuner:
         return self.race(self.varied(found.serving, max_num_seqs=SEQS), found)
 
     @cached_property
-    def best_tuned(self) -> Found:
+    def best_tuned(self) -> MeasuredServing:
         """See ``static-best-tuned``: form, chunk budget and order, the last two together."""
         self._said("best chunk budget and order")
         found = self.race(self.reordered(self.best_chunk), self.best_chunk)
@@ -231,7 +238,7 @@ class Tuner:
         )
         return self.race(self.reordered(found), found)
 
-    def reordered(self, found: Found) -> Iterable[Serving]:
+    def reordered(self, found: MeasuredServing) -> Iterable[SimulatedServing]:
         for penalty_s in PENALTIES_S:
             levers = replace(found.serving.levers, order=by_length(penalty_s))
             yield replace(found.serving, levers=levers)
@@ -239,7 +246,7 @@ class Tuner:
     # -- the programme's plans ------------------------------------------------------------------
     @property
     def question(self) -> PlanRequest:
-        """What is to be planned: the learned demand, within the SLO."""
+        """The plan request: the learned demand, within the SLO."""
         scene = self.scene
         return PlanRequest(
             model=scene.model,
@@ -254,11 +261,11 @@ class Tuner:
 
     @cached_property
     def planned(self) -> PlanResult:
-        """The linear programme's plans for it."""
-        return answer(self.question)
+        """The linear programme's plans for the request."""
+        return compute_plan(self.question)
 
-    def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[Serving]:
-        """The programme's best plan and its ten best candidates, those of several shapes."""
+    def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[SimulatedServing]:
+        """The programme's best plan and candidates, as far as they have several shapes."""
         planned = self.planned.planned
         servings = []
         for item in (planned.best, *planned.candidates):

@@ -1,27 +1,27 @@
-"""One row of switches made in different ways: what it is worth that weights move."""
+"""The same switches by different methods: the gain of moving weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from oserve.study.control import Course, course_of, library, own
+from oserve.study.control import LoadCourse, course_of, library, own
+from oserve.study.controller_policy import controller_policy, with_start
 from oserve.study.ours import OServeTuner
-from oserve.study.policy import Fixed, Policy, Start
+from oserve.study.policy import Fixed, Policy, PolicyStart
 from oserve.study.runner import run_policy
-from oserve.study.steered import started, steered
 from oserve.study.switching import Oracle
 
-WAYS = {"restarted": Start.COLD, "weights moved": Start.TRANSFER}
-"""How replicas come up, by the name of the row."""
+WAYS = {"restarted": PolicyStart.COLD, "weights moved": PolicyStart.TRANSFER}
+"""How replicas start, by the name of the row."""
 
 
-def ways(tuner: OServeTuner, factors: Sequence[float]) -> list[Course]:
+def ways(tuner: OServeTuner, factors: Sequence[float]) -> list[LoadCourse]:
     """The switches of an oracle, at multiples of what static-best-tuned carries.
 
-    The oracle knows the future and switches in no time; the same plans at the same seconds are then
-    gone to by restarts from disk and by transfer. ``never``: the first deployment stays.
+    The oracle knows the future and switches in no time. Then the runner makes the same switches at
+    the same seconds by restarts from disk and by transfer. ``never``: the first deployment stays.
     """
     serving = own(tuner).serving
-    follower = steered(tuner, start=Start.TRANSFER, serving=serving)
+    follower = controller_policy(tuner, start=PolicyStart.TRANSFER, serving=serving)
     oracle = Oracle(tuner=tuner, serving=serving, library=library(tuner, follower))
     found = []
     for factor in factors:
@@ -31,7 +31,7 @@ def ways(tuner: OServeTuner, factors: Sequence[float]) -> list[Course]:
         policies: dict[str, Policy] = {
             "never": Fixed(serving=serving),
             **{
-                name: replace(started(tuner, follower, start), script=script)
+                name: replace(with_start(tuner.scene, follower, start), script=script)
                 for name, start in WAYS.items()
             },
             "in no time": oracle,

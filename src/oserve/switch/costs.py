@@ -1,7 +1,7 @@
-"""What a switch costs: seconds of each phase of each wave, and the capacity that is missing then.
+"""The cost of a switch: seconds of each phase of each wave, and the capacity missing meanwhile.
 
-The constants are measured on engines (``SwitchCosts``); transfers come from their plan. It does not
-decide whether a switch is worth it.
+The constants (``SwitchCosts``) are measured on engines; transfers come from their plan. Whether a
+switch is worth its cost is decided elsewhere (``control.policy``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +13,13 @@ from oserve.switch.waves import Wave
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchCosts:
-    """Seconds, but ``link_share``: the part of a link's bandwidth that transfers reach.
+    """Seconds; ``link_share`` is the share of a link's bandwidth that transfers reach.
 
-    ``engine_start_s``: a standby engine with dummy weights, warmed; ``further_start_s``: each
-    further one that starts on the same host. ``join_s``: forming the group of a transfer.
-    ``quantise_s_per_byte`` is per plain byte on a device, ``check_s_per_byte`` per byte that a
-    device was given; ``verify_s`` is the rest of verifying. ``room_s``: releasing or ending an
-    engine that makes room, once it is drained.
+    ``engine_start_s``: a warmed standby engine with dummy weights; ``further_start_s``: each other
+    engine that starts on the same host. ``join_s``: forming the group of a transfer.
+    ``quantise_s_per_byte`` counts plain bytes on a device, ``check_s_per_byte`` the bytes that a
+    device received; ``verify_s`` is the rest of verifying. ``room_s``: releasing or stopping a
+    drained engine that makes room.
     """
 
     engine_start_s: float = 4.0
@@ -36,7 +36,7 @@ class SwitchCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSeconds:
-    """How long each phase of one wave takes; ``room_s`` is draining those that make room first."""
+    """Seconds of each phase of a wave; ``room_s``: draining replicas that make room first."""
 
     room_s: float
     prepare_s: float
@@ -79,11 +79,11 @@ def switch_cost(
     capacity_rps: tuple[float, ...],
     scaled: Callable[[PhaseSeconds], PhaseSeconds] = lambda phases: phases,
 ) -> SwitchCost:
-    """Of waves and their transfers; ``hosts`` tells each new replica's host.
+    """Return the cost of waves and their transfers; ``hosts`` gives each new replica's host.
 
-    ``capacity_rps`` is ready before the first wave, by type; ``scaled`` applies what
-    was learned (``switch.learned``). The last wave's drain does not delay
-    anything; the others' does, since the next wave may need the room.
+    ``capacity_rps`` is ready before the first wave, by type; ``scaled`` applies what was learned
+    (``switch.learned``). The drain of the last wave delays nothing; that of another wave delays the
+    next, which may need the room.
     """
     phases = []
     missing = [0.0] * len(capacity_rps)
@@ -101,6 +101,22 @@ def switch_cost(
     )
 
 
+def transfer_s(transfer: TransferPlan, costs: SwitchCosts) -> float:
+    """Return the seconds of a transfer on links that carry nothing else."""
+    if not (transfer.copies or transfer.kept):
+        return 0.0
+    given = transfer.given_bytes
+    converted = {conversion.target for conversion in transfer.conversions}
+    quantised = max((given.get(target, 0) for target in converted), default=0)
+    links_s = transfer.busy_s / costs.link_share + transfer.latency_s
+    return costs.join_s + links_s + quantised * costs.quantise_s_per_byte
+
+
+def verify_s(transfer: TransferPlan, costs: SwitchCosts) -> float:
+    """Return the seconds that checking the replicas of a transfer takes."""
+    return costs.verify_s + max(transfer.given_bytes.values(), default=0) * costs.check_s_per_byte
+
+
 def _phase(
     wave: Wave, transfer: TransferPlan, costs: SwitchCosts, hosts: Mapping[str, str]
 ) -> PhaseSeconds:
@@ -109,18 +125,11 @@ def _phase(
     for replica in wave.start:
         by_host[hosts[replica]] = by_host.get(hosts[replica], 0) + 1
     crowd = max(by_host.values(), default=0)
-    given = transfer.given_bytes
-    converted = {conversion.target for conversion in transfer.conversions}
-    quantised = max((given.get(target, 0) for target in converted), default=0)
-    extra_s = quantised * costs.quantise_s_per_byte
-    checks_s = costs.verify_s + max(given.values(), default=0) * costs.check_s_per_byte
-    moves = bool(transfer.copies or transfer.kept)
-    busy_s = transfer.busy_s / costs.link_share + transfer.latency_s + extra_s
     return PhaseSeconds(
         room_s=costs.drain_s + costs.room_s if room else 0.0,
         prepare_s=costs.engine_start_s + (crowd - 1) * costs.further_start_s if crowd else 0.0,
-        transfer_s=costs.join_s + busy_s if moves else 0.0,
-        verify_s=checks_s if crowd else 0.0,
+        transfer_s=transfer_s(transfer, costs),
+        verify_s=verify_s(transfer, costs) if crowd else 0.0,
         commit_s=costs.commit_s,
         drain_s=costs.drain_s if wave.retire else 0.0,
     )

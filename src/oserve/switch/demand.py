@@ -1,9 +1,9 @@
-"""What must arrive where, and who has it: boxes of equal holders gathered into demands.
+"""Demands: what each device wants, gathered by the devices that hold it.
 
 The cuts of all layouts together divide each tensor into cells, and the boundaries of all pipeline
 stages divide the layers into segments; all bytes of a cell in a segment have the same holders and
-are wanted by the same devices. A *demand* is all that one device wants of one set of holders: tens
-of them stand for tens of thousands of shards, so that choosing sources is a small problem.
+are wanted by the same devices. A *demand* is all that one device wants of one set of holders. Tens
+of demands stand for tens of thousands of shards, so choosing sources is a small problem.
 """
 
 import functools
@@ -12,32 +12,32 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 from oserve.core import OServeError
-from oserve.switch.layout import Contents, Placed
-from oserve.switch.tensor import Box, Range, Tensor, Where, volume
+from oserve.switch.layout import Contents, ShardPlacement
+from oserve.switch.tensor import Box, Range, TensorSpec, Where, volume
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """A box of a tensor, the same in each of the layers of a range; bytes are of one layer."""
 
-    tensor: Tensor
+    tensor: TensorSpec
     layers: Range
     box: Box
     layer_bytes: int
 
     @property
     def size_bytes(self) -> int:
-        """In all of its layers."""
+        """Bytes in all of its layers."""
         return (self.layers[1] - self.layers[0]) * self.layer_bytes
 
 
-def item_of(tensor: Tensor, layers: Range, box: Box) -> Item:
-    """An item with its bytes worked out."""
+def item_of(tensor: TensorSpec, layers: Range, box: Box) -> Item:
+    """Return an item, with its bytes."""
     return Item(tensor, layers, box, volume(box) * tensor.value_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class ShardDemand:
     """Items that ``target`` wants and each of ``holders`` has."""
 
     target: str
@@ -48,16 +48,18 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demands:
-    """``remote`` must travel; ``local`` (the holder is the target) is there already."""
+    """``remote`` must travel; ``local`` is on the target's own device."""
 
-    remote: tuple[Demand, ...]
-    local: tuple[Demand, ...]
+    remote: tuple[ShardDemand, ...]
+    local: tuple[ShardDemand, ...]
 
 
-def demands_of(contents: Contents, sources: Sequence[Placed], targets: Sequence[Placed]) -> Demands:
-    """What the targets' layouts want of the sources'. Every wanted byte is in exactly one demand.
+def demands_of(
+    contents: Contents, sources: Sequence[ShardPlacement], targets: Sequence[ShardPlacement]
+) -> Demands:
+    """Return what the targets' layouts want of the sources'; each byte is in exactly one demand.
 
-    Raises OServeError if a device has two targets, or if some of it is held by no source.
+    Raises OServeError if a device has two targets, or if no source holds some byte.
     """
     _check_devices(targets)
     return _Gathering(contents, sources, targets).demands()
@@ -72,10 +74,13 @@ class _Cells:
 
 
 class _Gathering:
-    """Holders and takers as bit masks over devices, worked out once per kind of tensor."""
+    """Holders and takers as bit masks over devices, computed once per kind of tensor."""
 
     def __init__(
-        self, contents: Contents, sources: Sequence[Placed], targets: Sequence[Placed]
+        self,
+        contents: Contents,
+        sources: Sequence[ShardPlacement],
+        targets: Sequence[ShardPlacement],
     ) -> None:
         self._contents = contents
         self._sources = sources
@@ -107,9 +112,9 @@ class _Gathering:
                         remote.setdefault((bit, held), []).append(item)
         return Demands(remote=self._made(remote), local=self._made(local))
 
-    def _made(self, found: dict[tuple[int, int], list[Item]]) -> tuple[Demand, ...]:
+    def _made(self, found: dict[tuple[int, int], list[Item]]) -> tuple[ShardDemand, ...]:
         return tuple(
-            Demand(
+            ShardDemand(
                 target=self._devices(bit)[0],
                 holders=self._devices(held),
                 items=tuple(items),
@@ -125,8 +130,10 @@ class _Gathering:
             )
         return self._named[mask]
 
-    def _tensors(self) -> list[tuple[Tensor, tuple[Placed, ...], tuple[Placed, ...]]]:
-        """Each wanted tensor, the sources that have it and the targets that want it."""
+    def _tensors(
+        self,
+    ) -> list[tuple[TensorSpec, tuple[ShardPlacement, ...], tuple[ShardPlacement, ...]]]:
+        """Return each wanted tensor, the sources that hold it and the targets that want it."""
         keys = {
             held: {
                 part.key: part
@@ -149,12 +156,12 @@ class _Gathering:
 
     def _segments(
         self,
-        tensor: Tensor,
+        tensor: TensorSpec,
         cells: _Cells,
-        sources: tuple[Placed, ...],
-        targets: tuple[Placed, ...],
+        sources: tuple[ShardPlacement, ...],
+        targets: tuple[ShardPlacement, ...],
     ) -> list[tuple[Range, int, int, int]]:
-        """(layers, cell, holders, takers) for all that somebody takes."""
+        """Return (layers, cell, holders, takers) of all cells that a target wants."""
         names = tuple(one.replica for one in sources), tuple(one.replica for one in targets)
         # Most tensors are cut alike (q, o, gate, up and down, say).
         alike = (tensor.where, names, tuple(cells.of_rank.items()))
@@ -171,7 +178,7 @@ class _Gathering:
             ]
         return self._masks[alike]
 
-    def _layer_segments(self, where: Where, placed: Sequence[Placed]) -> list[Range]:
+    def _layer_segments(self, where: Where, placed: Sequence[ShardPlacement]) -> list[Range]:
         bounds = {
             bound
             for size in {one.layout.pipeline_parallel_size for one in placed}
@@ -181,9 +188,13 @@ class _Gathering:
         return list(pairwise(sorted(bounds)))
 
     def _mask(
-        self, where: Where, cells: _Cells, placed: Sequence[Placed], segments: Sequence[Range]
+        self,
+        where: Where,
+        cells: _Cells,
+        placed: Sequence[ShardPlacement],
+        segments: Sequence[Range],
     ) -> list[int]:
-        """Devices that have a cell, by segment and cell."""
+        """Return the devices that hold a cell, by segment and cell."""
         count = len(cells.boxes)
         masks = [0] * (len(segments) * count)
         for one in placed:
@@ -200,13 +211,13 @@ class _Gathering:
         return masks
 
 
-def _cells(tensor: Tensor, placed: Sequence[Placed]) -> _Cells:
+def _cells(tensor: TensorSpec, placed: Sequence[ShardPlacement]) -> _Cells:
     ways = {(one.layout.tensor_parallel_size, one.layout.expert_parallel) for one in placed}
     return _cells_of(tensor, tuple(sorted(ways)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _cells_of(tensor: Tensor, ways: tuple[tuple[int, bool], ...]) -> _Cells:
+def _cells_of(tensor: TensorSpec, ways: tuple[tuple[int, bool], ...]) -> _Cells:
     boxes = {
         way: [tensor.box_of(rank, way[0], expert_parallel=way[1])[0] for rank in range(way[0])]
         for way in ways
@@ -241,7 +252,7 @@ def _bits(mask: int) -> list[int]:
     return found
 
 
-def _check_devices(targets: Sequence[Placed]) -> None:
+def _check_devices(targets: Sequence[ShardPlacement]) -> None:
     seen: set[str] = set()
     for placed in targets:
         twice = seen.intersection(placed.devices)

@@ -1,9 +1,9 @@
-"""What becomes of the requests that run on a replica about to go: drain, move or replay.
+"""Requests that run on a replica about to leave: drain, move or replay.
 
-Short ones drain: they end where they are within the limit. The others continue elsewhere: by moving
-their KV cache (section 4 of the method), or by replay, which computes prompt and tokens so far
-again - whichever interrupts the stream for less time. Caches move only into room that leaves some
-headroom free, longest first, since those gain most. It does not know how a stream is carried over.
+Requests that end within the limit drain. The others continue elsewhere, by moving their KV cache
+(section 4 of the method) or by replay, which computes prompt and tokens so far again: whichever
+interrupts the stream for less time. Caches move only into room that leaves some headroom, longest
+first, since those gain most. How a stream migrates is not known here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ from enum import StrEnum
 
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import kv_bytes_per_value
-from oserve.switch.demand import Demand, Demands, demands_of
-from oserve.switch.layout import Contents, Placed
+from oserve.switch.demand import Demands, ShardDemand, demands_of
+from oserve.switch.layout import Contents, ShardPlacement
 from oserve.switch.links import Links
-from oserve.switch.precision import Format
-from oserve.switch.tensor import Cut, CutKind, Parameter, Tensor
+from oserve.switch.precision import WeightFormat
+from oserve.switch.tensor import Cut, CutKind, Parameter, TensorSpec
 from oserve.switch.transfer import TransferPlan, plan_demands
 
 
 class Way(StrEnum):
-    """How a running request goes on."""
+    """How a running request continues."""
 
     DRAIN = "drain"
     MOVE = "move"
@@ -30,11 +30,11 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A request on a replica that is to go.
+    """A request on a replica that leaves.
 
     ``context_tokens``: prompt and output so far. ``remaining_tokens``: the expected rest of its
-    output, at most what ``max_tokens`` leaves. ``carries`` is false where its state cannot be taken
-    elsewhere (guided decoding, say). ``target``: the replica it would go on at, if any has room.
+    output, at most what ``max_tokens`` leaves. ``carries`` is false if its state cannot move (as
+    with guided decoding). ``target``: the replica it would continue on; empty if none has room.
     """
 
     id: str
@@ -46,10 +46,10 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRoom:
-    """A replica that can take requests: tokens of KV cache in all and free, and its speeds.
+    """A replica that can take requests: tokens of KV cache, total and free, and its speeds.
 
-    ``bandwidth`` (bytes/s) is what a cache moves at to it, ``move_s`` and ``replay_s`` what either
-    way costs beside it, ``prefill_s_per_token`` what computing a token of context again costs.
+    Caches move to it at ``bandwidth`` bytes/s. ``move_s`` and ``replay_s`` are the fixed costs of
+    either way, ``prefill_s_per_token`` that of computing a token of context again.
     """
 
     kv_tokens: int
@@ -62,7 +62,7 @@ class TargetRoom:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainPolicy:
-    """``limit_s``: how long a replica may take to drain; ``decode_s_per_token``: its speed.
+    """A replica may drain for ``limit_s``; ``decode_s_per_token`` is its speed.
 
     ``headroom``: share of a target's KV cache that moved caches leave free.
     """
@@ -73,8 +73,8 @@ class DrainPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What becomes of a request, why, and for how long its stream stands still (seconds)."""
+class MoveVerdict:
+    """How a request continues, why, and for how many seconds its stream stalls."""
 
     request: str
     way: Way
@@ -89,12 +89,12 @@ def decide_requests(
     policy: DrainPolicy,
     *,
     kv_bytes_per_token: float,
-) -> tuple[Verdict, ...]:
-    """A verdict for each request, in the order given."""
+) -> tuple[MoveVerdict, ...]:
+    """Return a verdict for each request, in the order given."""
     free = {
         name: room.free_tokens - policy.headroom * room.kv_tokens for name, room in rooms.items()
     }
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, MoveVerdict] = {}
     for request in sorted(requests, key=lambda one: (-one.context_tokens, one.id)):
         verdict = _verdict(request, rooms.get(request.target), free, policy, kv_bytes_per_token)
         verdicts[request.id] = verdict
@@ -109,22 +109,22 @@ def _verdict(
     free: Mapping[str, float],
     policy: DrainPolicy,
     kv_bytes_per_token: float,
-) -> Verdict:
+) -> MoveVerdict:
     drain_s = request.remaining_tokens * policy.decode_s_per_token
     if drain_s <= policy.limit_s:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"ends in about {drain_s:.1f} s, within the limit of {policy.limit_s:.1f} s",
         )
     if not request.carries:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"its state cannot be carried over, though it needs about {drain_s:.1f} s",
         )
     if room is None:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
             reason=f"no replica can take it, though it needs about {drain_s:.1f} s",
@@ -134,20 +134,20 @@ def _verdict(
     replay_s = room.replay_s + request.context_tokens * room.prefill_s_per_token
     wanted = request.context_tokens + request.remaining_tokens
     if wanted > free[request.target]:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.REPLAY,
             gap_s=replay_s,
             reason=f"its cache of {wanted:.0f} tokens finds no room beside the headroom",
         )
     if move_s > replay_s:
-        return Verdict(
+        return MoveVerdict(
             request=request.id,
             way=Way.REPLAY,
             gap_s=replay_s,
             reason=f"computing it again takes {replay_s:.2f} s, moving it {move_s:.2f} s",
         )
-    return Verdict(
+    return MoveVerdict(
         request=request.id,
         way=Way.MOVE,
         gap_s=move_s,
@@ -158,10 +158,10 @@ def _verdict(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheMove:
-    """The caches of some requests, ``tokens`` tokens in all, from one replica to another."""
+    """Caches of some requests, ``tokens`` tokens in total, from one replica to another."""
 
-    source: Placed
-    target: Placed
+    source: ShardPlacement
+    target: ShardPlacement
     tokens: int
 
 
@@ -169,7 +169,7 @@ class CacheMove:
 class CacheContents(Contents):
     """A cache as a tensor per layer, [KV heads, tokens, 2 * head size].
 
-    Layers and heads go to ranks as those of the weights do. ``tag`` tells caches apart.
+    Ranks share layers and heads as they share those of the weights. ``tag`` distinguishes caches.
     """
 
     model: ModelFacts
@@ -178,13 +178,13 @@ class CacheContents(Contents):
 
     @property
     def layers(self) -> int:
-        """Of the model."""
+        """Layers of the model."""
         return self.model.layers
 
-    def parameters(self, held: Format) -> tuple[Parameter, ...]:
-        """One parameter; its values are as wide as the plain weights'."""
+    def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
+        """Return one parameter, whose values are as wide as those of plain weights."""
         size = int(kv_bytes_per_value(held.plain))
-        tensor = Tensor(
+        tensor = TensorSpec(
             name=f"model.layers.{{}}.self_attn.attn.kv{self.tag}",
             shape=(self.model.kv_heads, self.tokens, 2 * self.model.head_dim),
             dtype=held.plain.value,
@@ -195,14 +195,14 @@ class CacheContents(Contents):
 
 
 def plan_caches(model: ModelFacts, moves: Sequence[CacheMove], links: Links) -> TransferPlan:
-    """Copies for all moves at once, balanced like those of weights.
+    """Return copies for all moves at once, balanced like those of weights.
 
     The name of a copy's tensor ends in ``@source>target``, the replicas' names; its second
     dimension counts the tokens of the move's requests one after another. Raises OServeError where
     the two hold caches of different types.
     """
-    remote: tuple[Demand, ...] = ()
-    local: tuple[Demand, ...] = ()
+    remote: tuple[ShardDemand, ...] = ()
+    local: tuple[ShardDemand, ...] = ()
     for move in moves:
         tag = f"@{move.source.replica}>{move.target.replica}"
         contents = CacheContents(model=model, tokens=move.tokens, tag=tag)

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from oserve.core import OServeError, Precision
 from oserve.perf.model import ModelFacts
 from oserve.switch.family import Family, Linear, Output, Plain, members_of
-from oserve.switch.tensor import WHOLE, Cut, CutKind, Parameter, Tensor, Where
+from oserve.switch.tensor import WHOLE, Cut, CutKind, Parameter, TensorSpec, Where
 
 PLAIN_BYTES = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP16: 2}
 _PACKED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """How weights are held: linear layers in ``precision``, all else in ``plain``.
+class WeightFormat:
+    """How weights are held: linear layers in ``precision``, the rest in ``plain``.
 
     ``group_size`` inputs share a scale in int4.
     """
@@ -35,19 +35,19 @@ class Format:
         return self.precision not in PLAIN_BYTES
 
     @property
-    def unquantised(self) -> "Format":
+    def unquantised(self) -> "WeightFormat":
         """The format that this one can be made from."""
-        return Format(precision=self.plain, plain=self.plain)
+        return WeightFormat(precision=self.plain, plain=self.plain)
 
 
-def format_of(precision: Precision, *, plain: Precision = Precision.BF16) -> Format:
-    """The format of a replica; ``plain`` matters for quantised precisions only."""
-    return Format(precision=precision, plain=precision if precision in PLAIN_BYTES else plain)
+def format_of(precision: Precision, *, plain: Precision = Precision.BF16) -> WeightFormat:
+    """Return the format of a replica; ``plain`` matters for quantised precisions only."""
+    return WeightFormat(precision=precision, plain=precision if precision in PLAIN_BYTES else plain)
 
 
 @functools.lru_cache(maxsize=64)
-def parameters_of(model: ModelFacts, family: Family, held: Format) -> tuple[Parameter, ...]:
-    """All parameters of the model in that format. Raises OServeError where it does not fit."""
+def parameters_of(model: ModelFacts, family: Family, held: WeightFormat) -> tuple[Parameter, ...]:
+    """Return all parameters of the model in a format. Raises OServeError if it does not fit."""
     found: list[Parameter] = []
     for member in members_of(model, family):
         if isinstance(member, Plain):
@@ -59,8 +59,8 @@ def parameters_of(model: ModelFacts, family: Family, held: Format) -> tuple[Para
     return tuple(found)
 
 
-def _plain(member: Plain, held: Format) -> Parameter:
-    tensor = Tensor(
+def _plain(member: Plain, held: WeightFormat) -> Parameter:
+    tensor = TensorSpec(
         name=member.name,
         shape=member.shape,
         dtype=held.plain.value,
@@ -82,13 +82,13 @@ class _Values:
 
 def _part(
     layer: Linear, output: Output, suffix: str, shape: tuple[int, ...], cut: Cut, values: _Values
-) -> Tensor:
+) -> TensorSpec:
     """``shape`` and ``cut`` as of one expert, where there are experts."""
     name = f"{layer.stem}{suffix}" + (f"#{output.name}" if output.name else "")
     if layer.experts:
         shape = (layer.experts, *shape)
         cut = cut if cut.kind is CutKind.WHOLE else replace(cut, dim=cut.dim + 1)
-    return Tensor(
+    return TensorSpec(
         name=name,
         shape=shape,
         dtype=values.dtype,
@@ -100,7 +100,7 @@ def _part(
     )
 
 
-def _fused(layer: Linear, suffix: str, parts: list[Tensor]) -> Parameter:
+def _fused(layer: Linear, suffix: str, parts: list[TensorSpec]) -> Parameter:
     fuse_dim = 1 if layer.experts and len(parts) > 1 else 0
     return Parameter(name=layer.stem + suffix, parts=tuple(parts), fuse_dim=fuse_dim)
 
@@ -122,15 +122,15 @@ def _matrix(layer: Linear, suffix: str, columns: int, units: int, values: _Value
     return _fused(layer, suffix, parts)
 
 
-def _weight(layer: Linear, held: Format) -> list[Parameter]:
+def _weight(layer: Linear, held: WeightFormat) -> list[Parameter]:
     return [_matrix(layer, "weight", layer.inputs, layer.input_units, _plain_values(held))]
 
 
-def _plain_values(held: Format, scheme: str = "") -> _Values:
+def _plain_values(held: WeightFormat, scheme: str = "") -> _Values:
     return _Values(dtype=held.plain.value, size=PLAIN_BYTES[held.plain], scheme=scheme)
 
 
-def _int8(layer: Linear, held: Format) -> list[Parameter]:
+def _int8(layer: Linear, held: WeightFormat) -> list[Parameter]:
     values = _Values(dtype="int8", size=1, scheme="int8")
     factors = _Values(dtype="fp32", size=4, scheme="int8")
     scales = [
@@ -144,7 +144,7 @@ def _int8(layer: Linear, held: Format) -> list[Parameter]:
     ]
 
 
-def _fp8(layer: Linear, held: Format) -> list[Parameter]:
+def _fp8(layer: Linear, held: WeightFormat) -> list[Parameter]:
     values = _Values(dtype="fp8", size=1, scheme="fp8")
     factors = _Values(dtype="fp32", size=4, scheme="fp8")
     # Experts of one matrix have a vector of scales, of several a row of them each.
@@ -158,7 +158,7 @@ def _fp8(layer: Linear, held: Format) -> list[Parameter]:
     ]
 
 
-def _int4(layer: Linear, held: Format) -> list[Parameter]:
+def _int4(layer: Linear, held: WeightFormat) -> list[Parameter]:
     groups, rest = divmod(layer.inputs, held.group_size)
     if rest or held.group_size % _PACKED:
         raise OServeError(
@@ -175,9 +175,9 @@ def _int4(layer: Linear, held: Format) -> list[Parameter]:
     ]
 
 
-def _bias(layer: Linear, held: Format) -> Parameter:
+def _bias(layer: Linear, held: WeightFormat) -> Parameter:
     parts = [
-        # Added after the sum over ranks, so that every rank has all of a row-parallel layer's.
+        # vLLM adds it after the sum over ranks, so each rank has a row-parallel layer's whole bias.
         _part(layer, output, "bias", (output.rows,), output.cut, _plain_values(held))
         for output in layer.outputs
     ]

@@ -1,13 +1,13 @@
-"""A wave of a switch as a transaction: events in, instructions out, both plain data.
+"""A wave of a switch as a transaction: events in, instructions out, without I/O.
 
     prepare -> transfer -> verify -> commit -> drain -> done
        \\__________\\_________\\-> abort -> rolled back
 
 The old replicas serve until the commit, which is one change of the routing table to the absolute
-set ``serves``. Until it is decided, every failure, deadline or wish leads back; from then on
-nothing does: what fails is asked for again. Instructions follow from the state alone, so that
-asking twice, losing an answer or restarting is harmless; the shell must do each at most once at a
-time and answer again when asked again. It knows replica ids, not engines; ``journal`` makes it
+set ``serves``. Until the commit is decided, every failure, deadline or cancellation rolls the wave
+back. After it, nothing does: a task that fails is retried. Instructions follow from the state
+alone, so a repeated instruction, a lost answer or a restart is harmless. The driver runs each task
+at most once at a time, and answers again when asked again. ``journal`` makes a transaction
 durable.
 """
 
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from oserve.switch.waves import Order
+from oserve.switch.waves import WaveOrder
 
 
 class Phase(StrEnum):
-    """Where a transaction stands."""
+    """The phases of a transaction."""
 
     PREPARE = "prepare"
     TRANSFER = "transfer"
@@ -32,23 +32,23 @@ class Phase(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Nothing more will happen."""
+        """Whether nothing more will happen."""
         return self in {Phase.DONE, Phase.ROLLED_BACK}
 
     @property
     def may_abort(self) -> bool:
-        """The commit has not been decided."""
+        """Whether the commit is not decided yet."""
         return self in {Phase.PREPARE, Phase.TRANSFER, Phase.VERIFY}
 
 
 class Task(StrEnum):
-    """What a shell is asked to do, for one replica unless said otherwise.
+    """What the driver is asked to do, for one replica unless said otherwise.
 
-    ``RELEASE``: drain, give up the KV cache, keep the weights. ``STOP``: drain and end. ``START``:
-    a standby engine, warmed, not routed to. ``FILL``: its weights, by the wave's transfer plan.
-    ``CHECK``: layout, checksums and one generation. ``ROUTE``: the routing table, to ``serves``.
-    ``RETIRE``: drain and end. ``UNDO``: end a standby engine. ``RESTORE``: serve as before, with
-    its cache, or started anew.
+    ``RELEASE``: drain, free the KV cache, keep the weights. ``STOP``: drain and stop. ``START``: a
+    warmed standby engine that no request reaches. ``FILL``: its weights, by the wave's transfer
+    plan. ``CHECK``: layout, checksums and one generation. ``ROUTE``: set the routing table to
+    ``serves``; its replica is ``""``. ``RETIRE``: drain and stop. ``UNDO``: stop a standby engine.
+    ``RESTORE``: serve as before, with its cache or restarted.
     """
 
     RELEASE = "release"
@@ -73,11 +73,11 @@ DEADLINES_S: Mapping[Phase, float] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a transaction is to reach, in absolute words: replica ids, see ``Wave``.
+class SwitchTarget:
+    """What a transaction is to reach, by replica id; see ``Wave``.
 
-    ``serves``: all replicas in the routing table after the commit. A task that fails is asked for
-    ``attempts`` times; a phase may take ``deadlines_s`` seconds.
+    ``serves``: all replicas in the routing table after the commit. Before the commit a task runs
+    at most ``attempts`` times; each phase has a deadline in ``deadlines_s``.
     """
 
     id: str
@@ -91,8 +91,8 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A task was done for a replica (``""`` for ROUTE). Times are Unix seconds."""
+class TaskFinished:
+    """A task is done for a replica (``""`` for ROUTE). Times are Unix seconds."""
 
     transaction: str
     task: Task
@@ -101,8 +101,8 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    """A task was not done; ``final``: trying again would not help."""
+class TaskFailed:
+    """A task failed; ``final``: a retry would not help."""
 
     transaction: str
     task: Task
@@ -114,7 +114,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """Somebody wishes it undone; heard until the commit is decided."""
+    """A request to roll back, which counts until the commit is decided."""
 
     transaction: str
     at_s: float
@@ -129,12 +129,12 @@ class Ticked:
     at_s: float
 
 
-Event = Finished | Failed | Cancelled | Ticked
+Event = TaskFinished | TaskFailed | Cancelled | Ticked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instruction:
-    """Do this now. ``late``: the phase has outlived its deadline, so do it without waiting."""
+    """A task to run now. ``late``: the phase is past its deadline, so do not wait for requests."""
 
     transaction: str
     task: Task
@@ -144,14 +144,22 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """All of a transaction. ``step`` counts within the phase; ``done`` are replicas of that step.
+class FailedTask:
+    """The task, and its replica, whose failure rolled a transaction back."""
 
-    ``failures`` counts those of the step by replica; ``reason`` says why it was aborted, or what
-    failed last.
+    task: Task
+    replica: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransactionState:
+    """A transaction. ``step`` counts within the phase; ``done`` are replicas of that step.
+
+    ``failures`` counts failures of the step by replica. ``reason`` says why the transaction was
+    rolled back, or what failed last; ``cause`` is the task that did it, if one did.
     """
 
-    target: Target
+    target: SwitchTarget
     phase: Phase
     entered_s: float
     step: int = 0
@@ -159,15 +167,16 @@ class State:
     failures: tuple[tuple[str, int], ...] = ()
     late: bool = False
     reason: str = ""
+    cause: FailedTask | None = None
 
 
-def begin(target: Target, at_s: float) -> State:
-    """A transaction at its start, at ``at_s`` Unix seconds."""
-    return _settled(State(target=target, phase=Phase.PREPARE, entered_s=at_s), at_s)
+def begin(target: SwitchTarget, at_s: float) -> TransactionState:
+    """Return a transaction at its start, at ``at_s`` Unix seconds."""
+    return _settled(TransactionState(target=target, phase=Phase.PREPARE, entered_s=at_s), at_s)
 
 
-def instructions(state: State) -> tuple[Instruction, ...]:
-    """What must be done now: all of it at once, in any order."""
+def instructions(state: TransactionState) -> tuple[Instruction, ...]:
+    """Return the tasks to run now, all at once and in any order."""
     work = _work(state)
     if work is None:
         return ()
@@ -186,17 +195,17 @@ def instructions(state: State) -> tuple[Instruction, ...]:
     )
 
 
-def advance(state: State, event: Event) -> State:
-    """The state after an event; the very same state if the event says nothing new.
+def advance(state: TransactionState, event: Event) -> TransactionState:
+    """Return the state after an event; the very same state if the event changes nothing.
 
-    Events of other transactions, of steps that are over and of replicas not asked about are such.
+    Events of other transactions, of steps that are over and of other replicas change nothing.
     """
     if event.transaction != state.target.id or state.phase.ended:
         return state
     match event:
-        case Finished():
+        case TaskFinished():
             return _finished(state, event)
-        case Failed():
+        case TaskFailed():
             return _failed(state, event)
         case Cancelled():
             return _aborted(state, event.reason, event.at_s)
@@ -204,19 +213,20 @@ def advance(state: State, event: Event) -> State:
             return _ticked(state, event)
 
 
-def transactions_of(switch: str, order: Order, old: tuple[str, ...]) -> tuple[Target, ...]:
-    """One transaction per wave, each from a whole deployment to a whole one.
+def transactions_of(
+    switch: str, order: WaveOrder, old: tuple[str, ...]
+) -> tuple[SwitchTarget, ...]:
+    """Return a transaction for each wave, from one whole deployment to another.
 
-    ``old``: ids of all replicas that serve before. If one is rolled back, the switch ends in the
-    deployment that the one before it reached.
+    ``old``: ids of all replicas that serve before. If a transaction is rolled back, the switch ends
+    in the deployment that the transaction before it reached.
     """
     targets = []
     serving = list(old)
     for number, wave in enumerate(order.waves):
-        leaving = {*wave.retire, *wave.release, *wave.stop}
-        serving = [name for name in serving if name not in leaving] + list(wave.start)
+        serving = [name for name in serving if name not in wave.leaving] + list(wave.start)
         targets.append(
-            Target(
+            SwitchTarget(
                 id=f"{switch}.{number}",
                 serves=tuple(serving),
                 start=wave.start,
@@ -228,8 +238,8 @@ def transactions_of(switch: str, order: Order, old: tuple[str, ...]) -> tuple[Ta
     return tuple(targets)
 
 
-def _steps(target: Target, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], ...]:
-    """The steps of a phase, each a task and the replicas it is for."""
+def _steps(target: SwitchTarget, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], ...]:
+    """Return the steps of a phase, each a task and its replicas."""
     steps: dict[Phase, tuple[tuple[Task, tuple[str, ...]], ...]] = {
         Phase.PREPARE: (
             (Task.RELEASE, target.release),
@@ -240,7 +250,7 @@ def _steps(target: Target, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], 
         Phase.VERIFY: ((Task.CHECK, target.start),),
         Phase.COMMIT: ((Task.ROUTE, ("",)),),
         Phase.DRAIN: ((Task.RETIRE, target.retire),),
-        # The new engines go first: the old ones may need their room.
+        # New engines stop first: old ones may need their memory.
         Phase.ABORT: (
             (Task.UNDO, target.start),
             (Task.RESTORE, (*target.release, *target.stop)),
@@ -259,13 +269,13 @@ _NEXT = {
 }
 
 
-def _work(state: State) -> tuple[Task, tuple[str, ...]] | None:
+def _work(state: TransactionState) -> tuple[Task, tuple[str, ...]] | None:
     steps = _steps(state.target, state.phase)
     return steps[state.step] if state.step < len(steps) else None
 
 
-def _settled(state: State, at_s: float) -> State:
-    """Past all steps and phases that have nothing left to do."""
+def _settled(state: TransactionState, at_s: float) -> TransactionState:
+    """Skip all steps and phases that have nothing left to do."""
     while not state.phase.ended:
         work = _work(state)
         if work is None:
@@ -277,7 +287,7 @@ def _settled(state: State, at_s: float) -> State:
     return state
 
 
-def _entered(state: State, phase: Phase, at_s: float) -> State:
+def _entered(state: TransactionState, phase: Phase, at_s: float) -> TransactionState:
     return replace(
         state,
         phase=phase,
@@ -289,20 +299,20 @@ def _entered(state: State, phase: Phase, at_s: float) -> State:
     )
 
 
-def _asked(state: State, task: Task, replica: str) -> bool:
+def _asked(state: TransactionState, task: Task, replica: str) -> bool:
     work = _work(state)
     if work is None or work[0] is not task:
         return False
     return replica in work[1] and replica not in state.done
 
 
-def _finished(state: State, event: Finished) -> State:
+def _finished(state: TransactionState, event: TaskFinished) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     return _settled(replace(state, done=state.done | {event.replica}), event.at_s)
 
 
-def _failed(state: State, event: Failed) -> State:
+def _failed(state: TransactionState, event: TaskFailed) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     failures = dict(state.failures)
@@ -311,19 +321,23 @@ def _failed(state: State, event: Failed) -> State:
     reason = f"{event.task}{subject}: {event.reason}"
     given_up = event.final or failures[event.replica] >= state.target.attempts
     if given_up and state.phase.may_abort:
-        return _aborted(state, reason, event.at_s)
-    # An aborted transaction goes on telling why it was, not what else went wrong.
+        cause = FailedTask(task=event.task, replica=event.replica)
+        return _aborted(state, reason, event.at_s, cause)
+    # An aborted transaction keeps the reason of its abort, whatever else fails.
     told = state.reason if state.phase is Phase.ABORT else reason
     return replace(state, failures=tuple(sorted(failures.items())), reason=told)
 
 
-def _aborted(state: State, reason: str, at_s: float) -> State:
+def _aborted(
+    state: TransactionState, reason: str, at_s: float, cause: FailedTask | None = None
+) -> TransactionState:
     if not state.phase.may_abort:
         return state
-    return _settled(replace(_entered(state, Phase.ABORT, at_s), reason=reason), at_s)
+    aborted = replace(_entered(state, Phase.ABORT, at_s), reason=reason, cause=cause)
+    return _settled(aborted, at_s)
 
 
-def _ticked(state: State, event: Ticked) -> State:
+def _ticked(state: TransactionState, event: Ticked) -> TransactionState:
     spent_s = event.at_s - state.entered_s
     limit_s = state.target.deadlines_s[state.phase]
     if spent_s <= limit_s or state.late:

@@ -1,9 +1,9 @@
-"""The transfer plan: every byte that new replicas need, from a device that has it, exactly once.
+"""The transfer plan: every byte that new replicas need, from a device that holds it, exactly once.
 
-What the target device holds itself does not travel. The other sources are chosen by a method: the
-paper's greedy, or the balanced one (the default). A replica of a quantised precision that no source
-has may be filled from a plain one, if that is allowed: the plain weights travel, and each target
-device quantises what it got. It does not know what else the links carry.
+Bytes that the target device holds do not travel. A method chooses the other sources: the paper's
+greedy one, or the balanced one (the default). If allowed, a replica of a quantised precision that
+no source holds is filled from a plain one: the plain weights travel, and each target device
+quantises what it received. Other traffic on the links is not known here.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,9 +14,9 @@ from oserve.core import OServeError, Precision
 from oserve.switch.balance import balanced_copies, lower_bound_s
 from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
 from oserve.switch.demand import Demands, demands_of
-from oserve.switch.layout import Architecture, Placed, local_parameter
-from oserve.switch.links import Links, Traffic, busy_s, latency_s, local_s
-from oserve.switch.precision import Format, format_of
+from oserve.switch.layout import Architecture, ShardPlacement, local_parameter
+from oserve.switch.links import Links, LinkTraffic, busy_s, latency_s, local_s
+from oserve.switch.precision import WeightFormat, format_of
 from oserve.switch.tensor import CutKind, Parameter, Range
 
 
@@ -29,11 +29,11 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """A device quantises a parameter (its local part, in each of ``layers``) that came plain.
+    """A device quantises a parameter that arrived plain: its local part, in each of ``layers``.
 
-    ``cast``: it only takes it to a shorter type of float.
-    ``replica`` is the one whose format it takes. Scales need the largest absolute values over the
-    parts of all devices in ``peers`` (which include the target; empty: its own suffice).
+    ``replica``: the replica that the device belongs to. ``cast``: the parameter only becomes a
+    shorter float. Scales need the largest absolute values over the parts of all devices in
+    ``peers``, the target among them; empty: its own part suffices.
     """
 
     replica: str
@@ -46,25 +46,25 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferPlan:
-    """Copies over links, copies inside devices (``kept``), what to quantise, and the time.
+    """Copies over links, copies inside devices (``kept``), conversions, and the time.
 
-    ``busy_s`` is the busiest link's time, ``latency_s`` what messages add to it at most;
-    ``bound_s`` is what no choice of sources can undercut, latency aside. ``received``: the targets
-    in the formats in which their weights arrive.
+    ``busy_s`` is the busiest link's time; messages add ``latency_s`` at most. ``bound_s`` bounds
+    the time of every choice of sources from below, latency aside. ``received``: the targets in the
+    formats in which their weights arrive.
     """
 
     copies: tuple[Copy, ...]
     kept: tuple[Copy, ...]
     conversions: tuple[Conversion, ...]
-    traffic: Traffic
+    traffic: LinkTraffic
     busy_s: float
     latency_s: float
     bound_s: float
-    received: tuple[Placed, ...] = ()
+    received: tuple[ShardPlacement, ...] = ()
 
     @property
     def given_bytes(self) -> dict[str, int]:
-        """By device, from others and from what it holds itself."""
+        """Bytes by device, from others and from what it holds itself."""
         given: dict[str, int] = {}
         for copy in (*self.copies, *self.kept):
             given[copy.target] = given.get(copy.target, 0) + copy.item.size_bytes
@@ -78,17 +78,17 @@ class TransferPlan:
 
 def plan_transfer(
     architecture: Architecture,
-    sources: Sequence[Placed],
-    targets: Sequence[Placed],
+    sources: Sequence[ShardPlacement],
+    targets: Sequence[ShardPlacement],
     links: Links,
     *,
     method: Method = Method.BALANCED,
     quantise: bool = False,
 ) -> TransferPlan:
-    """How the targets are filled from the sources, which all stay as they are meanwhile.
+    """Return how the targets are filled from the sources, which do not change meanwhile.
 
-    ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError
-    where something is held by no source, with the reason.
+    ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError,
+    with the reason, if no source holds some byte.
     """
     for placed in (*sources, *targets):
         for device in placed.devices:
@@ -112,7 +112,7 @@ def plan_demands(
     method: Method = Method.BALANCED,
     conversions: tuple[Conversion, ...] = (),
 ) -> TransferPlan:
-    """Sources for demands, and the time."""
+    """Choose sources for demands; return the plan with its time."""
     if method is Method.BALANCED:
         balanced = balanced_copies(demands.remote, links)
         copies, bound_s = balanced.copies, balanced.bound_s
@@ -132,8 +132,10 @@ def plan_demands(
     )
 
 
-def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> str:
-    """Why the target cannot be filled from these sources; empty if it can."""
+def fill_reason(
+    target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
+) -> str:
+    """Return why the target cannot be filled from these sources; empty if it can."""
     held = target.layout.held
     formats = {source.layout.held for source in sources}
     if held in formats:
@@ -155,31 +157,34 @@ def fill_reason(target: Placed, sources: Sequence[Placed], *, quantise: bool) ->
     return ""
 
 
-def _origin(held: Format, formats: Collection[Format]) -> Format | None:
-    """The plain format among these that it can be made from: its own, else fp32, cast."""
+def _origin(held: WeightFormat, formats: Collection[WeightFormat]) -> WeightFormat | None:
+    """Return the plain format among these that it can be made from: its own, else fp32."""
     choices = (held.unquantised, format_of(Precision.FP32))
     return next((one for one in choices if one in formats and one != held), None)
 
 
-def _received(target: Placed, sources: Sequence[Placed], *, quantise: bool) -> Placed:
-    """The target as it receives its weights: itself, or in the plain format it is made from."""
+def _received(
+    target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
+) -> ShardPlacement:
+    """Return the target in the format in which its weights arrive. Raises OServeError."""
+    held = target.layout.held
+    formats = {source.layout.held for source in sources}
+    if held in formats:
+        return target
     reason = fill_reason(target, sources, quantise=quantise)
-    if reason:
+    origin = _origin(held, formats)
+    if reason or origin is None:
         raise OServeError(
             f"replica {target.replica} cannot be filled: {reason}",
             place="switch",
             remedy="keep a source of its precision, allow quantising on the way, or reload",
         )
-    held = target.layout.held
-    formats = {source.layout.held for source in sources}
-    if held in formats:
-        return target
-    origin = _origin(held, formats)
-    assert origin is not None
     return replace(target, layout=replace(target.layout, held=origin))
 
 
-def _conversions(architecture: Architecture, target: Placed, got: Placed) -> list[Conversion]:
+def _conversions(
+    architecture: Architecture, target: ShardPlacement, got: ShardPlacement
+) -> list[Conversion]:
     layout = target.layout
     width = layout.tensor_parallel_size
     own = {
@@ -215,8 +220,8 @@ def _conversions(architecture: Architecture, target: Placed, got: Placed) -> lis
     return found
 
 
-def _check_cuts(architecture: Architecture, target: Placed) -> None:
-    """Raises OServeError if ranks would cut through a group of weights that share a scale."""
+def _check_cuts(architecture: Architecture, target: ShardPlacement) -> None:
+    """Raise OServeError if ranks would cut through a group of weights that share a scale."""
     layout = target.layout
     for parameter in architecture.parameters(layout.held):
         local_parameter(
@@ -224,7 +229,7 @@ def _check_cuts(architecture: Architecture, target: Placed) -> None:
         )
 
 
-def _scale_spans_ranks(parameter: Parameter, precision: Precision, got: Placed) -> bool:
+def _scale_spans_ranks(parameter: Parameter, precision: Precision, got: ShardPlacement) -> bool:
     """Whether one scale covers values on several ranks."""
     part = parameter.parts[0]
     if part.experts and got.layout.expert_parallel:

@@ -1,7 +1,7 @@
-"""Traces: request records read, made and measured.
+"""Traces: readers, generators and metrics of request traces.
 
-Readers for the public formats, seeded generators, length scaling, and every latency, throughput
-and goodput formula, once. It does not know servers: who replays a trace is above.
+Readers for the public formats, seeded generators, length scaling, and the one implementation of
+every latency, throughput and goodput formula. This package knows no servers; replay is above.
 """
 
 from oserve.traces.metrics import (

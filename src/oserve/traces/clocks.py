@@ -1,4 +1,4 @@
-"""From the timestamps of a trace to seconds from its start."""
+"""Conversion of a trace's timestamps to seconds from its start."""
 
 import re
 from datetime import datetime
@@ -11,17 +11,17 @@ _STAMP = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})"
     r"(?:\.([0-9]{1,9}))?(?: ?(Z|UTC|[+-][0-9]{2}:?[0-9]{2}))?"
 )
-# What people take for a time, so that an error about it says "not a time" rather than "a number".
+# Texts that are meant as a time, so that the error says "not a time" rather than "not a number".
 _LIKE_A_STAMP = re.compile(r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}.*|.*[0-9]:[0-9]{2}.*")
-# Counts that begin after this are taken for Unix times: 31 years.
+# Numbers above this (31 years) are taken for Unix times.
 _EPOCH_S = 946_684_800.0
 
-# 300 years: no count and no Unix time is later.
+# 300 years: larger than any offset or Unix time.
 _MAX_S = 1e10
 
 
-class Clock(Protocol):
-    """``arrival_s`` reads one stamp; ``settle`` says that its row was sound."""
+class StampReader(Protocol):
+    """Reads timestamps: ``arrival_s`` converts one; ``settle`` confirms that its row is valid."""
 
     def arrival_s(self, stamp: object) -> float: ...
 
@@ -29,12 +29,12 @@ class Clock(Protocol):
 
 
 def is_stamp(text: str) -> bool:
-    """Whether that is meant as a date and time, and not as a number."""
+    """Whether the text is meant as a date and time rather than a number."""
     return _LIKE_A_STAMP.fullmatch(text) is not None
 
 
 class Ticks:
-    """Numbers of one unit. They count from the file's own start, Unix times from the first row."""
+    """Numeric timestamps in one unit; Unix times are relative to the first valid row."""
 
     def __init__(self, unit: TimeUnit, name: str) -> None:
         self._per_s, self._name = unit.per_s, name
@@ -45,7 +45,7 @@ class Ticks:
         """Raises BadRowError."""
         at_s = ticks(stamp, self._name) / self._per_s
         if at_s > _MAX_S:
-            raise BadRowError(f"{self._name} is {at_s:g} s, which is no time")
+            raise BadRowError(f"{self._name} is {at_s:g} s, beyond any time")
         if self._origin_s is not None:
             return at_s - self._origin_s
         self._maybe_s = at_s if at_s >= _EPOCH_S else 0.0
@@ -58,7 +58,7 @@ class Ticks:
 
 
 class WallClock:
-    """Dates and times of ISO 8601, from the first sound row on. Without a zone they are UTC."""
+    """ISO 8601 timestamps, relative to the first valid row. Without a zone they are UTC."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -76,7 +76,7 @@ class WallClock:
         self._first = self._first or self._latest
 
     def _moment(self, stamp: str) -> tuple[datetime, float]:
-        # The fraction is kept apart: datetime holds six digits and Azure's stamps have seven.
+        # The fraction is parsed separately: datetime holds six digits and Azure's stamps seven.
         found = _STAMP.fullmatch(stamp)
         try:
             if found is None:

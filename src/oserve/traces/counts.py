@@ -1,16 +1,16 @@
-"""Counts of requests per window, where the requests themselves were never published.
+"""Request counts per window, for published traces that hold no single requests.
 
-A counts CSV, gzipped or not, has a header whose first column is ``window_s``: when each window
-begins, in seconds, a multiple of one step (the smallest difference between two windows). It is
-either
+The first column of a counts CSV (plain or gzipped) is ``window_s``, the start of each window in
+seconds: a multiple of one step, the smallest difference between two windows. The file is either
 
-- wide: one row a window, each further column a series. Values are requests in the window, or a rate
-  if the column's name ends in ``_per_min`` or ``_rps``; an empty field was not seen; or
-- long: ``window_s,<label>,count`` and columns that are ignored, one row for each series that had
-  requests in a window. What is not listed had none, unless the whole window is missing.
+- wide: one row per window and one further column per series. A value is the number of requests in
+  the window, or a rate if the column's name ends in ``_per_min`` or ``_rps``; an empty field is a
+  missing count; or
+- long: ``window_s,<label>,count`` and further columns, which are ignored; one row per window and
+  series with requests. A series that is not listed in a window has 0, unless no series is.
 
-Windows without a row were not seen. Rows of the wide form are in order of time, those of the long
-form in any order.
+A window without a row is missing. Rows of the wide form ascend in time; those of the long form may
+come in any order.
 """
 
 import csv
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from oserve.core import OServeError
 
 MAX_CELLS = 10_000_000
-"""The most windows times series that are held."""
+"""The largest table: windows times series."""
 
 _RATES_S = {"_per_min": 60.0, "_rps": 1.0}
 _REMEDY = "a counts file begins with window_s and has columns of numbers, or a label and count"
@@ -37,7 +37,7 @@ _REMEDY = "a counts file begins with window_s and has columns of numbers, or a l
 class CountTable:
     """``counts`` (n, m) of m series in n windows of ``window_s`` seconds from ``start_s`` on.
 
-    NaN is a count that nobody saw.
+    NaN is a missing count.
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class CountTable:
 
 
 def is_counts(path: Path) -> bool:
-    """Whether the file begins as a counts file does; False for what cannot be read."""
+    """Whether the file starts with a counts header; False if it cannot be read."""
     try:
         with _Lines(path) as lines:
             header = next(csv.reader(lines), [])
@@ -57,7 +57,7 @@ def is_counts(path: Path) -> bool:
 
 
 def read_counts(path: Path) -> CountTable:
-    """Read a counts file. Raises OServeError, with file and line, for what makes no sense."""
+    """Read a counts file. Raises OServeError, with file and line, if it is invalid."""
     number = 1
     try:
         with _Lines(path) as lines:
@@ -81,7 +81,7 @@ def read_counts(path: Path) -> CountTable:
 
 
 class _Rows:
-    """Collects rows; wide and long alike become (time, series, value)."""
+    """Collects the rows of both forms as (time, series, value)."""
 
     def __init__(self, path: Path, header: Sequence[str]) -> None:
         self._path, self._width = path, len(header)
@@ -93,13 +93,13 @@ class _Rows:
             if len(set(self._columns)) < len(self._columns):
                 raise _error(path, 1, "two columns have one name")
             self._names = {name: place for place, name in enumerate(self._columns)}
-        # Where each window was first seen, and each value: time, series, value, line.
+        # The first line of each window, and the values: time, series, value, line.
         self._lines: dict[float, int] = {}
         self._cells: list[tuple[float, int, float, int]] = []
         self._latest_s = -1.0
 
     def add(self, number: int, row: Sequence[str]) -> None:
-        """Take in one row. Raises OServeError."""
+        """Add one row. Raises OServeError."""
         if len(row) != self._width:
             raise _error(
                 self._path, number, f"{len(row)} fields where the header has {self._width}"

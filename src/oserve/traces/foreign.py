@@ -1,10 +1,10 @@
-"""Files that people take for traces, and what to do with them."""
+"""Detection of files that are mistaken for traces, each with a remedy."""
 
 from pathlib import Path
 
 from oserve.core import OServeError
 
-# How a file begins, what it then is, and what helps.
+# Magic bytes, the kind of file, and the remedy.
 _KNOWN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "it is a Git LFS pointer, not the file", "fetch it: git lfs pull"),
     (b"<", "it is a page of HTML or XML", "look at what was downloaded"),
@@ -20,7 +20,7 @@ _RESULTS = "replay the trace that was measured with instead"
 
 
 def say_what_it_is(path: Path, start: bytes) -> None:
-    """Raises OServeError if a file that begins so is of a kind known not to be a trace."""
+    """Raise OServeError if a file with this start is of a known kind other than a trace."""
     for mark, what, remedy in _KNOWN:
         if start.startswith(mark):
             raise OServeError(what, place=str(path), remedy=remedy)

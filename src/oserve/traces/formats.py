@@ -12,8 +12,8 @@
 - Vidur's and SplitwiseSim's CSV, in seconds (github.com/microsoft/vidur, Mutinifni/splitwise-sim)
 - any CSV or JSONL with a time, a prompt length and an output length under a usual name
 
-Names are found in any order and case; fields may be parted by commas, semicolons or tabs. This
-module opens no file and keeps no order.
+Columns may come in any order and case, separated by commas, semicolons or tabs. This module opens
+no files and does not check the order of rows.
 """
 
 import csv
@@ -23,18 +23,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oserve.traces.clocks import Clock, Ticks, WallClock, is_stamp
+from oserve.traces.clocks import StampReader, Ticks, WallClock, is_stamp
 from oserve.traces.request import TraceRequest
 from oserve.traces.rows import BadRowError, number, request
 from oserve.traces.units import AmbiguousUnitError, TimeUnit, conclude, unit_of_name
 
 Parse = Callable[[str], TraceRequest | None]
-"""One line to one request; ``None`` for the trace of a request that failed in its day.
+"""Parses one line to a request; ``None`` for a request that failed when it was recorded.
 
 Raises BadRowError.
 """
 
-# How exporters name what we need, in snake case; the first that is there is taken.
+# Exporters' names of the columns, in snake case; the first that is present is taken.
 _TIMES = (
     *("arrival", "arrived_at", "arrival_timestamp", "arrival_time", "timestamp"),
     *("request_timestamp", "request_time", "start_time", "time", "ts", "datetime", "date_time"),
@@ -52,17 +52,17 @@ _OUTPUTS = (
 _SESSIONS = ("session", "session_id", "conversation_id")
 _MODELS = ("model", "model_name")
 _FIRST = 20
-"""Rows of which one must have a date for all to be taken to."""
+"""If one of so many first rows has a date, the timestamps are dates."""
 
 _FIRST_CHATS = 1_000_000
-"""Bailian's chats whose conversation is remembered; beyond, a follow-up begins one."""
+"""The most Bailian chats remembered; a follow-up to a later chat starts a new session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """How to read the lines of one file.
+class TraceFormat:
+    """How to parse the lines of one file.
 
-    ``assumed`` says what was concluded rather than read, in words; empty if nothing was.
+    ``assumed`` describes what was inferred rather than read; empty if nothing was.
     """
 
     parse: Parse
@@ -70,10 +70,10 @@ class Format:
     assumed: str = ""
 
 
-def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
-    """How to read a file with that first line; ``sample`` are the lines that follow it, some.
+def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> TraceFormat:
+    """The format of a file with that first line and the ``sample`` of lines after it.
 
-    Raises BadRowError when the format is unknown, lacks a column or does not tell its time unit.
+    Raises BadRowError if the format is unknown, a column is missing or the time unit is ambiguous.
     """
     header = header.removeprefix("\ufeff").strip()
     if header.startswith("{"):
@@ -90,11 +90,11 @@ def find_format(header: str, sample: Sequence[str], unit: TimeUnit) -> Format:
     dialect = next((one for one in dialects if one.marks <= set(names.snake)), _OTHER)
     clock, assumed = _clock(lines, rows, names.time, unit=unit, dialect=dialect)
     reader = _Reader(lines, clock, zero_is_failure=dialect.zero_is_failure)
-    return Format(parse=reader, has_header=not header.startswith("{"), assumed=assumed)
+    return TraceFormat(parse=reader, has_header=not header.startswith("{"), assumed=assumed)
 
 
 class _Names:
-    """Which of a file's names stand for what we need; positions in the list given."""
+    """The positions of the needed columns among a file's names."""
 
     def __init__(self, given: Sequence[str], *, kind: str, header: str = "") -> None:
         self.given = given
@@ -127,7 +127,7 @@ class _Names:
 
     @property
     def time(self) -> str:
-        """The name of the time, as it stands in the file."""
+        """The name of the time column, as in the file."""
         return self.given[self.needed[0]].strip()
 
     def _at(self, wanted: Sequence[str]) -> int | None:
@@ -136,7 +136,7 @@ class _Names:
 
 @dataclass(frozen=True, slots=True)
 class _Dialect:
-    """What is known of a format, by the columns it is told by."""
+    """Facts about a format, and the columns that identify it."""
 
     name: str
     marks: frozenset[str]
@@ -172,8 +172,8 @@ def _clock(
     *,
     unit: TimeUnit,
     dialect: _Dialect,
-) -> tuple[Clock, str]:
-    """The clock of the file's timestamps, and what was concluded about it."""
+) -> tuple[StampReader, str]:
+    """The reader of the file's timestamps, and what was inferred about them."""
     stamps: list[object] = []
     for line in rows:
         try:
@@ -206,10 +206,10 @@ def _clock(
 
 
 class _Reader:
-    """One line to one request."""
+    """Parses one line to one request."""
 
     def __init__(
-        self, lines: "_Columns | _Objects", clock: Clock, *, zero_is_failure: bool
+        self, lines: "_Columns | _Objects", clock: StampReader, *, zero_is_failure: bool
     ) -> None:
         self._lines, self._clock, self._zero_is_failure = lines, clock, zero_is_failure
 
@@ -218,12 +218,12 @@ class _Reader:
         arrival_s = self._clock.arrival_s(stamp)
         row = request(arrival_s, prompt, output, session=session, model=model)
         self._clock.settle()
-        # Failed requests have no response tokens, says BurstGPT, and mostly no request's.
+        # BurstGPT: failed requests have no response tokens, and mostly no request tokens.
         return None if self._zero_is_failure and float(output) == 0 else row
 
 
 class _Columns:
-    """Picks time, prompt, output, session and model out of lines of one width."""
+    """Extracts time, prompt, output, session and model from delimited lines."""
 
     def __init__(self, names: _Names, delimiter: str) -> None:
         self._width = len(names.given)
@@ -241,7 +241,7 @@ class _Columns:
 
 
 class _Objects:
-    """The same out of JSON objects. A conversation of Bailian's is named by its first chat."""
+    """Extracts the same from JSON objects. The first chat of a Bailian conversation names it."""
 
     def __init__(self, names: _Names) -> None:
         self._needed = [names.given[at] for at in names.needed]

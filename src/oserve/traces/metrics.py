@@ -1,8 +1,8 @@
-"""Every latency, throughput and goodput formula, once.
+"""The one implementation of every latency, throughput and goodput formula.
 
-TTFT counts from the moment the request was due, so queueing and a client that lags both show.
+TTFT counts from the time the request was due, so it includes queueing and any lag of the client.
 TPOT = (e2e - ttft) / (output tokens - 1); ITL is one gap between chunks. Goodput counts requests
-that completed and met all their SLOs; SLO attainment is their share of all that were sent.
+that completed and met all their SLOs; SLO attainment is their share of all requests sent.
 """
 
 import math
@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class OutcomeStatus(StrEnum):
-    """How a replayed request ended. Truncated: it broke off, or has not the tokens it should."""
+    """How a replayed request ended. Truncated: it broke off or has the wrong number of tokens."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -21,7 +21,7 @@ class OutcomeStatus(StrEnum):
 
 
 class FailureKind(StrEnum):
-    """Why a request failed: what the client sent (status 4xx), the server (5xx), or the way."""
+    """Why a request failed: the client (status 4xx), the server (5xx) or the transport."""
 
     CLIENT_ERROR = "client_error"
     SERVER_ERROR = "server_error"
@@ -33,10 +33,11 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One replayed request. ``due_s``, ``sent_s`` count from the start; ttft and e2e from due.
+    """One replayed request.
 
-    ``ttft_s`` is of the first token of any kind, ``first_answer_s`` of the first that is no
-    reasoning; ``None`` where there was no reasoning, or no answer after it.
+    ``due_s`` and ``sent_s`` count from the start of the replay, ``ttft_s`` and ``e2e_s`` from
+    ``due_s``. ``ttft_s`` is the time of the first token of any kind, ``first_answer_s`` that of the
+    first token after the reasoning; ``None`` without reasoning or without an answer after it.
     """
 
     due_s: float
@@ -60,7 +61,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """Limits in seconds; ``None`` sets none."""
+    """Latency limits in seconds; ``None`` means no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -80,7 +81,7 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """Of a set of seconds; NaN-free: 0 for an empty set."""
+    """Percentiles of a set of durations in seconds; all 0 for an empty set."""
 
     mean: float
     p50: float
@@ -92,9 +93,10 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a replay came to. Rates are per second of ``duration_s``, first due to last end.
+    """The results of a replay.
 
-    ``failures`` counts the failed by kind. ``first_answer_s`` is ``None`` where nothing reasoned.
+    Rates are per second of ``duration_s``, from the first due time to the last end. ``failures``
+    counts failed requests by kind. ``first_answer_s`` is ``None`` if no request reasoned.
     """
 
     sent: int
@@ -132,12 +134,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
     low, high = ordered[below], ordered[above]
-    # Clamped, since rounding may carry an interpolation past its ends.
+    # Clamped: rounding may carry an interpolation past its ends.
     return min(high, max(low, low + (position - below) * (high - low)))
 
 
 def percentiles(values: Iterable[float]) -> Percentiles:
-    """Those that are reported, with the mean and the maximum."""
+    """The percentiles that reports show, with the mean and the maximum."""
     ordered = sorted(values)
     return Percentiles(
         mean=math.fsum(ordered) / len(ordered) if ordered else 0.0,
@@ -150,7 +152,7 @@ def percentiles(values: Iterable[float]) -> Percentiles:
 
 
 def summarise(outcomes: Sequence[Outcome], slo: Slo) -> Summary:
-    """Latencies are of completed requests; everything else of all."""
+    """Summarise a replay. Latencies cover completed requests; all else covers every request."""
     done = [item for item in outcomes if item.status is OutcomeStatus.COMPLETED]
     start_s = min((item.due_s for item in outcomes), default=0.0)
     end_s = max((item.due_s + item.e2e_s for item in outcomes), default=0.0)

@@ -1,18 +1,18 @@
-"""Synthetic traces whose mix has a set spread and changes at a set speed, seeded.
+"""Seeded synthetic traces whose mix has a given spread and changes at a given speed.
 
-The mix at a moment is the vector p of the types' shares of the arrivals. Its spread is the
+The mix at a time is the vector p of the types' shares of the arrivals. Its spread is the
 coefficient of variation over the n types, ``std(p) / mean(p)`` (of the population, so
-``n * std(p)``): 0 when all types come equally often, ``sqrt(n - 1)`` when there is only one.
+``n * std(p)``): 0 when all types are equally frequent, ``sqrt(n - 1)`` when there is only one.
 
 Mixes of one spread c lie on a sphere: ``p = 1/n + c / sqrt(n) * u`` with u of length 1 and sum 0.
-The mix in which type j comes most, and the others equally, is the u towards corner j. A changing
-mix goes from corner to corner (0, 1, ..., n - 1, 0) along great circles, so that the spread is c
-at *every* moment while the type that dominates rotates; the rates of all types are smooth in time.
-One change, from one dominant type to the next, takes ``change_period_s``; a full turn n times that.
+The u towards corner j is the mix in which type j dominates and the others are equal. A changing
+mix moves from corner to corner (0, 1, ..., n - 1, 0) along great circles. The spread is then c at
+*every* time while the dominant type rotates, and the rates of all types are smooth in time. One
+change, from one dominant type to the next, takes ``change_period_s``; a full turn n times that.
 
-The presets are the ends of the published sweeps: gains over a static deployment are given for
-spreads of 0.112 and 0.688 (S1, S5), and for four speeds of change (T1 slow to T4 fast) whose
-seconds are not, so those here are our own, from an hour to five minutes.
+The presets S1 and S5 are the ends of the published sweep, with spreads of 0.112 and 0.688. The
+publication names four speeds of change (T1 slow to T4 fast) without their seconds; ours range from
+an hour to five minutes.
 """
 
 import itertools
@@ -56,10 +56,10 @@ def mix_spread(shares: Sequence[float]) -> float:
 
 
 def max_mix_cv(types: int, *, changing: bool) -> float:
-    """The largest spread that ``types`` types can have.
+    """The largest possible spread of ``types`` types.
 
-    Halfway between two corners the shares of the other types are least, and reach 0 at
-    ``sqrt((types - 2) / 2)``; a mix that stays in a corner has room up to ``sqrt(types - 1)``.
+    Halfway between two corners the shares of the other types are smallest, and reach 0 at
+    ``sqrt((types - 2) / 2)``; a mix that stays in a corner can reach ``sqrt(types - 1)``.
     """
     if changing:
         return math.sqrt((types - 2) / 2) if types >= 3 else 0.0
@@ -71,8 +71,8 @@ def mix_shares(
 ) -> tuple[float, ...]:
     """Each type's share of the arrivals at a time; they sum to 1 and spread by ``mix_cv``.
 
-    ``change_period_s`` of ``None`` is a mix that never changes: type 0 dominates. Raises
-    OServeError when so many types cannot spread so far.
+    With ``change_period_s`` None the mix is constant and type 0 dominates. Raises OServeError if
+    the spread is impossible for so many types.
     """
     _check_mix(types, mix_cv, change_period_s)
     return _shares(at_s, types, mix_cv, change_period_s)
@@ -89,9 +89,9 @@ def synthesise_mix(
 ) -> Iterator[TraceRequest]:
     """Poisson arrivals at ``rate_rps`` for ``duration_s`` seconds; ``model`` names the type.
 
-    Each arrival is of a type drawn by the shares of that moment, which makes the types independent
-    Poisson processes with those shares of the rate. Raises OServeError at once when a number makes
-    no sense, or the spread is more than so many types can have.
+    The type of each arrival is drawn by the shares at that time, so the types are independent
+    Poisson processes with those shares of the rate. Raises OServeError at once for an invalid
+    number or an impossible spread.
     """
     for name, value in (("rate_rps", rate_rps), ("duration_s", duration_s)):
         if not 0 < value < math.inf:
@@ -140,8 +140,8 @@ def _shares(
         turns, part = divmod(at_s / change_period_s, 1.0)
         here = int(turns) % types
         there = (here + 1) % types
-        # Spherical interpolation between two corners, which are this angle apart. The cosine lets
-        # the mix leave and reach a corner at no speed, so that rates have no kinks there.
+        # Spherical interpolation between two corners, which are this angle apart. Cosine easing
+        # makes the speed 0 at the corners, so that rates have no kinks there.
         angle = math.acos(-1.0 / (types - 1))
         eased = (1.0 - math.cos(math.pi * part)) / 2.0
         from_here = math.sin((1.0 - eased) * angle) / math.sin(angle)
@@ -150,7 +150,7 @@ def _shares(
     scale = mix_cv / math.sqrt(types - 1)
     level = 1.0 / types - scale * (from_here + from_there) / types
     return tuple(
-        # Rounding may carry a share that should be 0 just below it.
+        # Rounding may carry a share of 0 just below it.
         max(0.0, level + scale * (from_here * (at == here) + from_there * (at == there)))
         for at in range(types)
     )

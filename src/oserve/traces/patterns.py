@@ -1,7 +1,7 @@
-"""Synthetic traces whose mix changes by a pattern: a step, a ramp, a flash crowd, a wave; seeded.
+"""Seeded synthetic traces whose mix follows a pattern: a step, a ramp, a flash crowd, a wave.
 
-Two loads are given, each as arrival rates of length models; the pattern is the part of the second
-at each moment, from 0 to 1, and what is left is the first's:
+The caller gives two loads as arrival rates by type. The pattern is the share of the second load at
+each time, from 0 to 1:
 
     rate of a type(t) = (1 - part(t)) * its rate in the first + part(t) * its rate in the second
 """
@@ -15,10 +15,10 @@ from oserve.traces.mixes import MIX_TYPES
 from oserve.traces.request import TraceRequest
 from oserve.traces.synthesise import LengthModel
 
-Part = Callable[[float], float]
-"""Of the second load, at a time from 0 to 1 of the trace."""
+PatternShare = Callable[[float], float]
+"""The share of the second load at a time from 0 (start of the trace) to 1 (its end)."""
 
-PATTERNS: Mapping[str, Part] = {
+PATTERNS: Mapping[str, PatternShare] = {
     "step": lambda at: float(at >= 1 / 3),
     "ramp": lambda at: min(1.0, max(0.0, 2.0 * at - 0.5)),
     "flash crowd": lambda at: float(0.4 <= at < 0.55),
@@ -40,7 +40,7 @@ CHANGING_TYPES: Mapping[str, LengthModel] = {
 
 
 def synthesise_pattern(
-    part: Part,
+    part: PatternShare,
     first_rps: Mapping[str, float],
     second_rps: Mapping[str, float],
     *,
@@ -50,7 +50,7 @@ def synthesise_pattern(
 ) -> Iterator[TraceRequest]:
     """Poisson arrivals at those rates; ``model`` names the type. Raises OServeError at once.
 
-    Rates are requests/s by type; a type that is left out does not come.
+    Rates are requests/s by type; a missing type has rate 0.
     """
     unknown = sorted((set(first_rps) | set(second_rps)) - set(types))
     if unknown:
@@ -63,7 +63,7 @@ def synthesise_pattern(
 
 
 def _arrivals(
-    part: Part,
+    part: PatternShare,
     first_rps: Mapping[str, float],
     second_rps: Mapping[str, float],
     *,
@@ -71,7 +71,7 @@ def _arrivals(
     seed: int,
     types: Mapping[str, LengthModel],
 ) -> Iterator[TraceRequest]:
-    """By thinning: more come than any moment needs, and some are left out."""
+    """Thinning: draw arrivals at the peak rate and reject some."""
     draw = random.Random(seed)
     names = list(types)
     ends = [[rates.get(name, 0.0) for name in names] for rates in (first_rps, second_rps)]

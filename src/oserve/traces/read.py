@@ -1,8 +1,7 @@
-"""Reading a request trace: streaming, gzip or plain, the format told by how the file begins.
+"""Reading a request trace as a stream, plain or gzipped; the start of the file tells its format.
 
-The text formats are in ``formats``, the units of their timestamps in ``units``, OServe's own
-records in ``records``. Here are the order of rows, where to stop, and what happens to a row that
-makes no sense.
+``formats`` has the text formats, ``units`` the units of their timestamps, ``records`` OServe's own
+records. This module checks the order of rows, applies limits and handles invalid rows.
 """
 
 import contextlib
@@ -32,24 +31,24 @@ _MAX_LINE = 1 << 20
 _REASONS = 5
 _SAMPLE_ROWS = 1000
 
-# What became of a row: None is a request that failed in its day.
+# The result of a row; None is a request that failed when it was recorded.
 _Row = TraceRequest | BadRowError | None
 
 
 class BadRows(StrEnum):
-    """What to do with a row that makes no sense: stop there, or count it and go on."""
+    """How to handle an invalid row: raise an error, or count and skip it."""
 
     REFUSE = "refuse"
     SKIP = "skip"
 
 
 class Skipped:
-    """What a reader left out or assumed: give one to ``read_trace`` and look afterwards.
+    """The rows that ``read_trace`` skipped, and what it assumed; filled in while it reads.
 
-    ``count`` is of bad rows, ``first`` says what was wrong with the first few ("line 7: ...").
-    ``failures`` counts rows that are sound and hold no served request: BurstGPT's failures, and
-    records of requests that did not complete. ``assumed`` says what unit the timestamps were
-    concluded to have, and why; it is empty where the file or the caller says it.
+    ``count`` is the number of bad rows; ``first`` explains the first few ("line 7: ...").
+    ``failures`` counts valid rows without a served request: BurstGPT's failures, and records of
+    requests that did not complete. ``assumed`` gives the inferred unit of the timestamps and the
+    reason; it is empty if the file or the caller states the unit.
     """
 
     def __init__(self) -> None:
@@ -75,17 +74,16 @@ def read_trace(
     sort: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[TraceRequest]:
-    """Requests in order of arrival; wall-clock and Unix times and OServe's records begin at 0 s.
+    """Yield requests in order of arrival; wall-clock and Unix times and records start at 0 s.
 
-    Stops after ``limit`` requests, or at the first that arrives at ``until_s`` or later, counted
-    from the first request. Requests that failed in their day are left out. ``time_unit`` is that of
-    timestamps that are numbers. With ``sort`` rows may be in any order, and all are held in memory.
+    Stops after ``limit`` requests, or at the first that arrives ``until_s`` or more after the first
+    one. Skips requests that failed when they were recorded. ``time_unit`` applies to numeric
+    timestamps. With ``sort`` the rows may come in any order, and all are held in memory.
 
-    Raises OServeError, with file and line (of records: the row id), for a row that makes no sense,
-    one that goes back in time included. With ``BadRows.SKIP`` such rows are left out instead, and
-    it is an error only when a file read to its end has no other; a file that is damaged or of no
-    known format, or whose time unit cannot be told, is one either way. ``skipped`` counts what is
-    left out.
+    Raises OServeError, with file and line (for records: the row id), for an invalid row, which
+    includes one that goes back in time. With ``BadRows.SKIP`` it skips such rows and raises only if
+    a file read to its end has no valid row. A damaged file, an unknown format and an ambiguous time
+    unit are always errors. ``skipped`` counts the rows left out.
     """
     path = Path(path)
     skipped = Skipped() if skipped is None else skipped
@@ -143,7 +141,7 @@ def _sound(
 
 
 def _sorted(found: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-    """In order of arrival; a clock that began at a later row is set back."""
+    """The rows in order of arrival, shifted so that none is before 0 s."""
     rows = sorted(found, key=lambda row: row.arrival_s)
     early_s = min(0.0, rows[0].arrival_s) if rows else 0.0
     for row in rows:
@@ -154,7 +152,7 @@ def _rows(
     path: Path, time_unit: TimeUnit, skipped: Skipped
 ) -> Generator[tuple[int, _Row], None, None]:
     try:
-        # Opened once: what comes through a pipe can be read once.
+        # Opened once: a pipe can be read only once.
         raw = path.open("rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -193,7 +191,7 @@ def _text_rows(
             reason = BadRowError("the trace is empty", remedy=f"a trace is {FORMATS}")
             raise _error(path, 1, reason)
         say_what_it_is(path, header[:256].encode())
-        # The unit of timestamps is concluded from the first rows.
+        # The unit of the timestamps is inferred from the first rows.
         sample = list(itertools.islice(numbered, _SAMPLE_ROWS))
         try:
             found = find_format(header, [line for line in sample if line], time_unit)
@@ -210,7 +208,7 @@ def _text_rows(
             elif line.strip():
                 yield number, _parsed(found.parse, line)
     except UnicodeDecodeError:
-        # Text is decoded in blocks of lines, so the line is not known.
+        # Text is decoded in blocks, so the line number is unknown.
         raise OServeError(
             "it is not text in UTF-8", place=str(path), remedy="save it as UTF-8, or name a trace"
         ) from None
@@ -220,7 +218,7 @@ def _text_rows(
 
 
 class _Lines:
-    """Lines one by one; ``None`` in the place of one that is too long."""
+    """Iterates over lines and yields ``None`` for a line that is too long."""
 
     def __init__(self, lines: IO[str]) -> None:
         self._lines = lines

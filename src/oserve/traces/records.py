@@ -1,7 +1,7 @@
-"""OServe's own request records, the gateway's SQLite file, read as a trace.
+"""The gateway's request records (SQLite), read as a trace.
 
-It knows the columns ``arrival_s`` (Unix time), ``prompt_tokens``, ``output_tokens``,
-``workload_type`` and ``status`` of the table ``requests``, and only ever reads.
+Reads the columns ``arrival_s`` (Unix time), ``prompt_tokens``, ``output_tokens``, ``workload_type``
+and ``status`` of the table ``requests``; never writes.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from oserve.traces.request import TraceRequest
 from oserve.traces.rows import BadRowError, request, ticks
 
 MAGIC = b"SQLite format 3\x00"
-"""How every such file begins."""
+"""The first bytes of every SQLite file."""
 
 _QUERY = (
     "SELECT rowid, arrival_s, prompt_tokens, output_tokens, workload_type, status"
@@ -23,10 +23,10 @@ _QUERY = (
 
 
 def record_rows(path: Path) -> Iterator[tuple[int, TraceRequest | BadRowError | None]]:
-    """Row ids and rows in order of arrival, the first good one at 0 s.
+    """Yield row ids and rows in order of arrival, the first valid one at 0 s.
 
-    ``None`` stands for a request that did not complete, or whose lengths were never learned.
-    ``model`` is the workload type. Raises OServeError when the file is damaged or no store.
+    ``None`` stands for a request that did not complete or whose lengths are unknown. ``model`` is
+    the workload type. Raises OServeError if the file is damaged or holds no records.
     """
     try:
         with contextlib.closing(_open(path)) as connection:
@@ -48,20 +48,20 @@ def record_rows(path: Path) -> Iterator[tuple[int, TraceRequest | BadRowError | 
         raise OServeError(
             f"these are not request records, or they are damaged: {error}",
             place=str(path),
-            remedy="name the file that gateway.records_file names, or make it anew",
+            remedy="give the file that gateway.records_file names, or record a new one",
         ) from None
 
 
 def _open(path: Path) -> sqlite3.Connection:
     address = path.resolve().as_uri()
-    # A generator may be finished by another thread than began it, never by two at once.
+    # Another thread may finish a generator than started it, but never two at once.
     connection = sqlite3.connect(f"{address}?mode=ro", uri=True, check_same_thread=False)
     try:
         connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.OperationalError:
         connection.close()
-        # A write-ahead store in a folder that may not be written to cannot be shared with a
-        # writer, and need not be, unless a log beside it holds rows that are not in it yet.
+        # SQLite cannot open a write-ahead database in a read-only folder. Without rows in the log
+        # beside it, the file alone is complete and can be read as immutable.
         log = path.with_name(path.name + "-wal")
         if log.exists() and log.stat().st_size:
             raise

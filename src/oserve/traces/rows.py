@@ -1,15 +1,15 @@
-"""The numbers of one row of a trace: what makes sense, and what does not."""
+"""Parsing and validation of the values of one row of a trace."""
 
 import math
 
 from oserve.traces.request import TraceRequest
 
-# More than any context; a larger number is damage, and would overflow sums of tokens.
+# Longer than any context; a larger number is an error and would overflow sums of tokens.
 _MAX_TOKENS = 10**9
 
 
 class BadRowError(ValueError):
-    """What is wrong with a row, without saying where; ``remedy`` if the usual one does not help."""
+    """What is wrong with a row; the caller adds the place. ``remedy`` overrides the usual one."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -19,7 +19,7 @@ class BadRowError(ValueError):
 def request(
     arrival_s: float, prompt: object, output: object, *, session: str = "", model: str = ""
 ) -> TraceRequest:
-    """A request from what a file says of it. Raises BadRowError where that makes no sense."""
+    """A request from the values of a row. Raises BadRowError if they are invalid."""
     return TraceRequest(
         arrival_s=arrival_s,
         prompt_tokens=_tokens(prompt, "prompt"),
@@ -30,7 +30,7 @@ def request(
 
 
 def ticks(value: object, name: str) -> float:
-    """A time that counts from some start, so never negative. Raises BadRowError."""
+    """A non-negative time relative to some origin. Raises BadRowError."""
     found = number(value, name)
     if found < 0:
         raise BadRowError(f"the arrival time is negative: {found:g}")
@@ -40,7 +40,7 @@ def ticks(value: object, name: str) -> float:
 def number(value: object, name: str) -> float:
     """A finite number. Raises BadRowError."""
     try:
-        # Python reads 1_000 and true as numbers; no trace means them so.
+        # Python accepts 1_000 and true as numbers; traces do not use them.
         if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
             raise ValueError
         found = float(value)  # type: ignore[arg-type]
@@ -52,11 +52,11 @@ def number(value: object, name: str) -> float:
 
 
 def _tokens(value: object, name: str) -> int:
-    # The usual case first: a trace of millions of rows spends its time here.
+    # Fast path: reading a trace of millions of rows spends its time here.
     if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdigit():
         return int(value) or 1
     found = number(value, f"the {name} length")
     if found < 0 or found > _MAX_TOKENS or found != int(found):
         raise BadRowError(f"the {name} length is {found:g}, not a count of tokens")
-    # Some traces log requests that produced nothing; an engine always makes one token.
+    # Some traces log requests without output; an engine always generates one token.
     return max(1, int(found))

@@ -1,4 +1,4 @@
-"""Fitting a trace to a model with a smaller context."""
+"""Scaling the lengths of a trace to a model with a smaller context."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +17,9 @@ def fit_lengths(
 ) -> list[TraceRequest]:
     """Scale all prompts by one factor and all outputs by another, so that each request fits.
 
-    Factors not given are chosen so that the longest prompt and the longest output together fill
-    the context in the proportion they have, and never stretch. ``reserve_tokens`` stay free for
-    what a chat template adds. Lengths stay at least 1; what is still too long is cut.
+    By default both factors are such that the longest prompt and the longest output together fill
+    the context, and at most 1. ``reserve_tokens`` stay free for the tokens of a chat template.
+    Lengths stay at least 1; a request that is still too long is truncated.
     """
     room = max_model_len - reserve_tokens
     if room < 2:

@@ -1,9 +1,9 @@
-"""A seeded trace for whoever has none: two kinds of traffic, fitted to published statistics.
+"""A seeded synthetic trace of two kinds of traffic, fitted to published statistics.
 
-Medians follow what was published of Azure's 2023 traces (Patel et al., "Splitwise", ISCA 2024):
+Medians follow the publication of Azure's 2023 traces (Patel et al., "Splitwise", ISCA 2024):
 conversations have prompts of about 1,000 tokens and answers of about 130; code completion has
-prompts of about 1,500 and answers of about 13. Spreads are lognormal, with tails cut where those
-traces end. Arrivals are Poisson.
+prompts of about 1,500 and answers of about 13. Lengths are lognormal, truncated where those traces
+end. Arrivals are Poisson.
 """
 
 import math
@@ -18,7 +18,8 @@ from oserve.traces.request import TraceRequest
 class LengthModel:
     """Lognormal lengths: medians in tokens; spreads are standard deviations of the logarithm.
 
-    Lengths are cut at ``max_prompt_tokens`` and ``max_output_tokens``, where Azure's traces end.
+    Lengths are truncated at ``max_prompt_tokens`` and ``max_output_tokens``, where Azure's traces
+    end.
     """
 
     prompt_median: float

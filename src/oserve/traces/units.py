@@ -1,7 +1,7 @@
-"""The unit of a trace's timestamps: told, named, known of a format, or concluded from the numbers.
+"""The unit of a trace's timestamps: given, named, known for the format, or inferred.
 
-A wrong unit makes a trace a thousand times too fast or too slow and nothing else looks odd, so what
-cannot be concluded is refused, and what was concluded is told.
+A wrong unit makes a trace a thousand times too fast or too slow, and nothing else looks odd.
+Therefore an ambiguous unit is an error, and an inferred unit is reported.
 """
 
 import re
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class TimeUnit(StrEnum):
-    """Of numbers that stand for times; ``auto`` leaves it to the file."""
+    """The unit of numeric timestamps; ``auto`` infers it from the file."""
 
     AUTO = "auto"
     SECONDS = "s"
@@ -21,12 +21,12 @@ class TimeUnit(StrEnum):
 
     @property
     def per_s(self) -> float:
-        """How many make a second."""
+        """Units per second."""
         return _PER_S[self]
 
     @property
     def word(self) -> str:
-        """In full, plural."""
+        """The name in full, plural."""
         return self.name.lower()
 
 
@@ -48,30 +48,30 @@ _NAMED = {
     unit: re.compile(rf"(?P<stem>.+?)_(?:in_)?(?:{words})") for unit, words in _SUFFIXES.items()
 }
 
-# Unix times from 2000 to 2100. A count from the start of a trace seldom begins at 30 years.
+# Unix times from 2000 to 2100. Relative times seldom start at 30 years.
 _EPOCH_S = (946_684_800.0, 4_102_444_800.0)
-# No trace of one model's requests is known outside these; the busiest published has some 350/s.
+# Every known trace of one model's requests is within these; the busiest published has some 350/s.
 _MOST_RPS, _LEAST_RPS = 5000.0, 1e-3
-# Fractions speak for seconds, though not where that would make an idle server of it.
+# Fractions suggest seconds, unless the server would then be idle.
 _LEAST_WITH_FRACTIONS_RPS = 0.05
-# A short piece of a trace may be a burst or a pause.
+# A shorter excerpt may be a burst or a pause.
 _ENOUGH = 20
 
 
 class AmbiguousUnitError(ValueError):
-    """The unit cannot be concluded; says what it would come to in the units that may be meant."""
+    """The unit is ambiguous; the message gives the arrival rate in each possible unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """A unit, and why; ``why`` is empty where the file or a person says it outright."""
+    """A unit and the reason for it; ``why`` is empty if the file or the user states the unit."""
 
     unit: TimeUnit
     why: str = ""
 
 
 def unit_of_name(name: str) -> tuple[str, TimeUnit | None]:
-    """``timestamp_ms`` as ``timestamp`` and its unit; ``None`` for a name that tells none."""
+    """Split ``timestamp_ms`` into ``timestamp`` and its unit; ``None`` for a name without one."""
     for unit, pattern in _NAMED.items():
         found = pattern.fullmatch(name)
         if found:
@@ -80,10 +80,10 @@ def unit_of_name(name: str) -> tuple[str, TimeUnit | None]:
 
 
 def conclude(stamps: Sequence[float], *, usual: TimeUnit | None, whose: str) -> Conclusion:
-    """The unit of these stamps, the first ones of a file, none of which carries its unit.
+    """Infer the unit of a file's first timestamps.
 
-    ``usual``: what the format of ``whose`` has, which holds unless the arrival rate makes no sense
-    by it. Without one it must follow from the numbers. Raises AmbiguousUnitError.
+    ``usual`` is the unit of the format ``whose``; it holds unless the arrival rate would be
+    implausible. Without it the numbers must determine the unit. Raises AmbiguousUnitError.
     """
     broken = any(stamp != int(stamp) for stamp in stamps)
     if usual is not None:
@@ -91,7 +91,7 @@ def conclude(stamps: Sequence[float], *, usual: TimeUnit | None, whose: str) -> 
             raise AmbiguousUnitError(
                 f"{whose} are whole {usual.word} and these have fractions{_others(stamps, None)}"
             )
-        # Stamps that stand still tell nothing.
+        # Constant timestamps give no rate.
         rate = _rate_rps(stamps, usual)
         if rate is not None and len(stamps) >= _ENOUGH and not _LEAST_RPS <= rate <= _MOST_RPS:
             raise AmbiguousUnitError(

@@ -24,6 +24,15 @@ class Event(NamedTuple):
     text: bytes
     data: bytes | None
 
+    @property
+    def kind(self) -> bytes:
+        """The event's type: its last ``event`` field, empty if it has none."""
+        if self.text.startswith(b"data: ") and self.text.count(b"\n") == 2:
+            return b""
+        fields = (line.partition(b":") for line in self.text.split(b"\n"))
+        kinds = [value.removeprefix(b" ") for name, _, value in fields if name == b"event"]
+        return kinds[-1] if kinds else b""
+
 
 class EventReader:
     """Follows one stream. ``idle``: nothing of an event that is not whole has been read."""

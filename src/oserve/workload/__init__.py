@@ -1,8 +1,8 @@
 """Workload: from requests to workload types, arrival rates and expected lengths.
 
-It does not know replicas. The gateway needs the length of a prompt before it is known, and that is
-all that is exported here. What plans need is imported by module, since it loads more: ``types``
-(k-means, scikit-learn), ``model``, ``rates``, ``classes`` and ``columns`` (NumPy).
+This package knows no replicas. It exports only what the gateway needs, the estimator of prompt
+lengths. Planning imports the other modules by name, since they load more: ``types`` (k-means,
+scikit-learn), ``model``, ``rates``, ``classes`` and ``columns`` (NumPy).
 """
 
 from oserve.workload.length import PromptLengthEstimator, PromptSize, classify

@@ -1,7 +1,7 @@
-"""From what is expected of an answer to the chances that a request is of each workload type.
+"""From the distribution of a request's output length to the probabilities of its workload type.
 
-A type is what lies nearest to its centre (see ``model``), so at one prompt length the types follow
-each other as the answer grows; a distribution over answers is one over types.
+A type holds the requests nearest to its centre (see ``model``). For a given prompt length the
+answer's length determines the type, so a distribution over answers gives one over types.
 """
 
 import math
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_bin
 
-# Prompts within a factor of 2**(1/4) are looked up together.
+# Prompts within a factor of 2**(1/4) share an entry.
 _PER_DOUBLING = 4
 
 
 class TypeChances:
-    """For types with these centres, (prompt, output) in tokens; at least one."""
+    """The probabilities of types with these centres, (prompt, output) in tokens; at least one."""
 
     def __init__(self, centres: Sequence[tuple[float, float]]) -> None:
         self._centres = [(math.log1p(prompt), math.log1p(output)) for prompt, output in centres]
         self._rows: dict[int, tuple[int, ...]] = {}
 
     def kind(self, prompt_tokens: float, output_tokens: float) -> int:
-        """The index of the type of a request whose lengths are known; the first of equals."""
+        """The index of the type of a request with these lengths; the first of equals."""
         x, y = math.log1p(prompt_tokens), math.log1p(output_tokens)
         distances = [(x - p) ** 2 + (y - o) ** 2 for p, o in self._centres]
         return distances.index(min(distances))
@@ -29,7 +29,10 @@ class TypeChances:
     def of(
         self, prompt_tokens: int, expected: OutputExpectation, limit: int | None = None
     ) -> tuple[float, ...]:
-        """Chances of the types, in their order; they sum to 1. ``limit``: of the answer."""
+        """Probabilities of the types, in their order; they sum to 1.
+
+        ``limit``: the most tokens that the answer may have.
+        """
         place = round(_PER_DOUBLING * math.log2(prompt_tokens + 1))
         row = self._rows.get(place)
         if row is None:
@@ -38,7 +41,7 @@ class TypeChances:
             self._rows[place] = row
         chances = [0.0] * len(self._centres)
         last = BINS - 1 if limit is None else length_bin(max(1, limit))
-        # What would be longer than the limit ends at it.
+        # Longer answers end at the limit.
         for kind, p in zip(row[:last], expected.chances[:last], strict=True):
             chances[kind] += p
         chances[row[last]] += sum(expected.chances[last:])

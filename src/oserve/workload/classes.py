@@ -1,8 +1,8 @@
-"""Length classes from workload types: what can be told of a type when a request arrives.
+"""Length classes from workload types: what the prompt alone says about a request's type.
 
-A router sees the prompt and not the answer, so types whose prompts are alike are one class to it,
-with the answer that they have between them. Types overlap in their prompts, so a class also holds
-requests of its neighbours' types; ``class_mixes`` measures how many.
+A router sees the prompt but not the answer, so types with similar prompts form one class, with
+their mean answer. The prompts of types overlap, so a class also holds requests of neighbouring
+types; ``class_mixes`` measures how many.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from oserve.workload.model import TypeStatistics, WorkloadModel
 from oserve.workload.names import prompt_names
 
 APART = 1.6
-"""Factor between prompt centres from which the types of two requests can be told apart."""
+"""The least factor between two prompt centres at which prompts distinguish the types."""
 
 
 def length_classes(
@@ -28,11 +28,11 @@ def length_classes(
 ) -> tuple[tuple[LengthClass, ...], dict[str, str]]:
     """Classes by ascending prompt, and the name of the class of each type, by its name.
 
-    Neighbours, by prompt centre (1 + tokens), within a factor of 1.6 share a class. A class ends
-    at the geometric mean of the two centres on either side of its end, the same line that k-means
-    draws, so that each centre is in its type's class. The expected output is the mean of those of
-    ``requests`` that the class holds. Without any it is the types' mean weighted by ``rates_rps``
-    (k of them), plainly when none of them comes, which is far off where types overlap. At least 1.
+    Neighbours whose prompt centres (1 + tokens) are within a factor of 1.6 share a class. A class
+    ends at the geometric mean of the two centres on either side, which is also the boundary of
+    k-means, so each centre is in its type's class. The expected output of a class (at least 1) is
+    the mean over its ``requests``. Without requests it is the mean of its types weighted by
+    ``rates_rps`` (k of them; unweighted if all are 0), which is inaccurate where types overlap.
     """
     pairs = sorted(
         zip(model.types, (float(rate) for rate in rates_rps), strict=True),
@@ -40,7 +40,7 @@ def length_classes(
     )
     groups: list[list[tuple[TypeStatistics, float]]] = []
     for pair in pairs:
-        # Compared as logarithms, which is what centres are.
+        # Centres are logarithms.
         near = groups and pair[0].centre[0] - groups[-1][-1][0].centre[0] < math.log(APART)
         if near:
             groups[-1].append(pair)
@@ -74,10 +74,10 @@ def length_classes(
 
 
 def class_mixes(classes: Sequence[LengthClass], model: WorkloadModel, requests: Columns) -> Floats:
-    """What each class is made of: shares of the k types among its requests, shape (classes, k).
+    """The shares of the k types among the requests of each class, shape (classes, k).
 
-    Rows sum to 1, or are 0 for a class that holds none of the requests. With it the routing shares
-    of types become those of classes: ``class_mixes @ shares``.
+    A row sums to 1, or is 0 for a class without requests. ``class_mixes @ shares`` converts routing
+    shares of types to those of classes.
     """
     held = _held([item.max_prompt_tokens for item in classes], requests)
     kinds = model.assign(requests.prompt_tokens, requests.output_tokens)

@@ -1,4 +1,4 @@
-"""Requests as columns: what clustering and counting work on, from any stream of requests."""
+"""Requests in columns, the form that clustering and counting work on."""
 
 from array import array
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ Indices = npt.NDArray[np.intp]
 
 
 class TimedRequest(Protocol):
-    """A request of any origin: seconds from some start, and lengths in tokens."""
+    """A request from any source: seconds from some origin, and lengths in tokens."""
 
     @property
     def arrival_s(self) -> float: ...
@@ -29,7 +29,7 @@ class TimedRequest(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Columns:
-    """Requests side by side: three arrays of one length, in the order they came."""
+    """Requests as three arrays of equal length, in the order of the source."""
 
     arrival_s: Floats
     prompt_tokens: Floats
@@ -37,7 +37,7 @@ class Columns:
 
 
 def columns_of(requests: Iterable[TimedRequest]) -> Columns:
-    """Take a stream in, at 24 bytes a request. An empty stream gives empty columns."""
+    """Collect a stream, at 24 bytes per request. An empty stream gives empty columns."""
     arrival, prompt, output = array("d"), array("d"), array("d")
     for item in requests:
         arrival.append(item.arrival_s)
@@ -51,7 +51,7 @@ def columns_of(requests: Iterable[TimedRequest]) -> Columns:
 
 
 def zero_traffic() -> OServeError:
-    """What to raise where there is not one request to learn from."""
+    """The error for a trace without requests."""
     return OServeError(
         "zero traffic: the trace has no requests",
         place="trace",

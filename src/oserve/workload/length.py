@@ -1,4 +1,4 @@
-"""Prompt length before it is known, and the class it puts a request in."""
+"""Estimates of prompt lengths, and the length class of a request."""
 
 import math
 from bisect import bisect_left, insort
@@ -21,11 +21,11 @@ def classify(prompt_tokens: int, classes: Sequence[LengthClass]) -> LengthClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSize:
-    """What a prompt is made from.
+    """The sizes of a prompt's components.
 
-    ``text_bytes``: of JSON text, by the field of the request that it stands in. ``parts``: images,
-    sounds and the like. ``tokens``: given as ids, so they are certain. ``most_tokens``: the prompt
-    is cut to so many.
+    ``text_bytes``: bytes of JSON text by field of the request. ``parts``: number of images, sounds
+    and the like. ``tokens``: number of tokens given as ids. ``most_tokens``: the length to which
+    the engine truncates the prompt.
     """
 
     text_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -35,19 +35,19 @@ class PromptSize:
 
 
 _USUAL = 0.25
-# Of fields that are no text; vectors of thousands of numbers stand for a token.
+# For fields that hold no text; vectors of thousands of numbers represent a token.
 _USUAL_OF = {"prompt_embeds": 1e-4}
 _USUAL_PART_TOKENS = 500.0
-# What one report may say at most: no text has more tokens than this per byte, whatever the count.
+# The largest ratios accepted from one report: no text has more tokens per byte.
 _MOST_PER_BYTE = 1.5
 _MOST_PART_TOKENS = 20_000.0
 _REMEMBERED = 31
-# Below so many reports what is usual is one of them.
+# With fewer reports the prior counts as one of them.
 _FEW = 3
 
 
 class _Median:
-    """Of the last reports: half of them would have to be odd to spoil it."""
+    """The median of the last reports, robust to outliers in up to half of them."""
 
     __slots__ = ("_most", "_recent", "_sorted", "_usual", "value")
 
@@ -74,7 +74,7 @@ class _Median:
 
 
 class _Ratio:
-    """Tokens per byte of one field, by size: a template's share is larger in short texts."""
+    """Tokens per byte of one field, by size: templates weigh more in short texts."""
 
     def __init__(self, usual: float) -> None:
         self._usual = usual
@@ -88,7 +88,7 @@ class _Ratio:
         found.learn(ratio)
 
     def at(self, size_bytes: int) -> float:
-        """Learned of texts about as long as this, or of the nearest to it."""
+        """The ratio learned from texts of about this size, or of the nearest size."""
         step = size_bytes.bit_length() // 3
         found = self._by_size.get(step)
         if found is not None:
@@ -99,12 +99,13 @@ class _Ratio:
 
 
 class PromptLengthEstimator:
-    """Tokens of a prompt from what it is made from, by ratios learned online.
+    """Estimates the tokens of a prompt from the sizes of its components, by ratios learned online.
 
     Each field of a request (messages, tools, documents) has its own tokens per byte, since not
-    every model's template puts every field into the prompt; all start at the 1/4 usual for English.
-    What an engine reports is told of the field with the most bytes, less what is expected of the
-    others. A ratio is the median of the last reports of texts about as long.
+    every model's template puts every field into the prompt. All start at 1/4, usual for English.
+    The count that an engine reports, less the expected tokens of the other fields, updates the
+    ratio of the field with the most bytes. A ratio is the median of the last reports of texts of
+    about the same size.
     """
 
     def __init__(self) -> None:
@@ -112,7 +113,7 @@ class PromptLengthEstimator:
         self._part_tokens = _Median(_USUAL_PART_TOKENS, _MOST_PART_TOKENS)
 
     def tokens_per_byte(self, name: str, size_bytes: int) -> float:
-        """Of so much text in that field."""
+        """The ratio for ``size_bytes`` of text in that field."""
         ratio = self._ratios.get(name)
         return ratio.at(size_bytes) if ratio is not None else _USUAL_OF.get(name, _USUAL)
 
@@ -134,7 +135,7 @@ class PromptLengthEstimator:
         )
 
     def learn(self, size: PromptSize, prompt_tokens: int) -> None:
-        """Take in one reported count."""
+        """Learn from a prompt length that an engine reported."""
         if prompt_tokens <= 0 or size.most_tokens is not None:
             return
         if size.parts:

@@ -1,8 +1,8 @@
-"""Workload types as learned from requests: centres, names and statistics, and who belongs where.
+"""Workload types learned from requests: centres, names, statistics, and the type of a request.
 
 A type is the set of requests nearest to its centre in the plane of log1p(prompt tokens) and
-log1p(output tokens), where equal distances are equal factors of length. Only data and NumPy are
-here; learning is in ``types``.
+log1p(output tokens), where equal distances are equal factors of length. This module holds data and
+needs only NumPy; ``types`` fits it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from oserve.workload.columns import Floats, Indices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthQuantiles:
-    """Of one length within one type, in tokens."""
+    """Quantiles of one length within one type, in tokens."""
 
     p50: float
     p95: float
@@ -25,9 +25,10 @@ class LengthQuantiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeStatistics:
-    """One workload type. ``centre`` is (log1p prompt, log1p output); ``share`` is of requests.
+    """One workload type.
 
-    ``prompt_tokens`` and ``output_tokens`` are means, so that rates of tokens come out right.
+    ``centre`` is (log1p prompt, log1p output); ``share`` is the type's share of the requests.
+    ``prompt_tokens`` and ``output_tokens`` are means, so that token rates are exact.
     """
 
     name: str
@@ -41,24 +42,24 @@ class TypeStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadModel:
-    """The types, by ascending centre; the index of a type is its place here. Plain data."""
+    """The types by ascending centre; a type's index is its position. Plain data."""
 
     types: tuple[TypeStatistics, ...]
 
     @property
     def k(self) -> int:
-        """How many types there are."""
+        """The number of types."""
         return len(self.types)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Unique, lower-case ASCII."""
+        """Unique names in lower-case ASCII."""
         return tuple(item.name for item in self.types)
 
     def assign(self, prompt_tokens: npt.ArrayLike, output_tokens: npt.ArrayLike) -> Indices:
         """The type of each request, shape (n,): the nearest centre, the first of equals.
 
-        Raises OServeError for lengths that are none.
+        Raises OServeError for invalid lengths.
         """
         points = log_lengths(prompt_tokens, output_tokens)
         return nearest(points, np.array([item.centre for item in self.types]))

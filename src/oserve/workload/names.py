@@ -1,10 +1,10 @@
-"""Names that people give workload types: "long prompt, short answer".
+"""Readable names of workload types, such as "long prompt, short answer".
 
-Words have one meaning in every trace, so that plans of different days can be compared; the bounds
-lie between the clusters of Azure's 2023 traces (prompts about 180, 330, 1,200 and 2,500 tokens,
-answers about 12, 100 and 340; Patel et al., "Splitwise", ISCA 2024). The outer bounds are where
-serving changes again: prompts beyond 16k outgrow the chunk budgets in use, answers beyond 1,000
-tokens are mostly reasoning.
+Each word means the same in every trace, so plans of different days can be compared. The bounds lie
+between the clusters of Azure's 2023 traces (prompts about 180, 330, 1,200 and 2,500 tokens, answers
+about 12, 100 and 340; Patel et al., "Splitwise", ISCA 2024). The outer bounds mark further changes:
+prompts beyond 16k exceed common chunk budgets, and answers beyond 1,000 tokens are mostly
+reasoning.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-# Each word holds below its bound, in tokens.
+# Each word applies below its bound, in tokens.
 _PROMPT = ((64, "very short"), (512, "short"), (2048, "medium"), (16384, "long"))
 _ANSWER = ((4, "very short"), (50, "short"), (250, "medium"), (1024, "long"))
 
@@ -23,8 +23,8 @@ _T = TypeVar("_T")
 def type_names(centres: Sequence[_Centre]) -> tuple[str, ...]:
     """A unique name for each of the typical lengths (prompt tokens, output tokens).
 
-    Short, medium and long are tried first; types that share a name so take "very short" and
-    "very long" to part, then token counts: of prompts, of answers, of both.
+    Tries short, medium and long first. Types that would share a name get "very short" and "very
+    long", then token counts of prompts, of answers, or of both.
     """
     return _unique(centres, _STYLES)
 
@@ -35,7 +35,7 @@ def prompt_names(prompts: Sequence[float]) -> tuple[str, ...]:
 
 
 def count(tokens: float) -> str:
-    """A token count to two digits or so: 87, 1.9k, 16k."""
+    """A token count to about two digits: 87, 1.9k, 16k."""
     if tokens < 1000:
         return f"{tokens:.0f}"
     return f"{tokens / 1000:.1f}k" if tokens < 9950 else f"{tokens / 1000:.0f}k"
@@ -76,9 +76,9 @@ def _word(tokens: float, bounds: Sequence[tuple[int, str]], very: bool = False) 
 
 
 def _unique(items: Sequence[_T], styles: Sequence[Callable[[_T], str]]) -> tuple[str, ...]:
-    """Items named in the first style; those that share a name so, in the first that parts them.
+    """Name items in the first style, and duplicates in the first style that separates them.
 
-    Each style keeps what the first says, apart from "very", so that groups stay apart.
+    Each style refines the first one (except for "very"), so names stay unique across groups.
     """
     groups = defaultdict(list)
     for index, item in enumerate(items):
@@ -91,7 +91,7 @@ def _unique(items: Sequence[_T], styles: Sequence[Callable[[_T], str]]) -> tuple
             if len(set(found)) == len(found):
                 break
         else:
-            # They agree in every digit shown; there are only so many ways to say it.
+            # They agree in every digit shown: number them.
             found = [f"{name} {place}" for place, name in enumerate(found, start=1)]
         for index, name in zip(members, found, strict=True):
             names[index] = name

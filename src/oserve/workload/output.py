@@ -1,14 +1,14 @@
-"""How long an answer will be, from what is known before it exists: a distribution, learned online.
+"""The distribution of a request's output length, learned online.
 
-Answers fall into bins, two per doubling. Several views of a request (its prompt's length, the limit
-it sets, its tenant, its system prompt, its session) each keep a histogram per value they have seen,
-smoothed towards the histogram of all requests by as many observations as it takes to trust it:
+Answers fall into bins, two per doubling. Several features of a request (prompt length, token limit,
+tenant, system prompt, session) each keep a histogram per value, smoothed towards the histogram of
+all requests:
 
     p_view = (counts + SMOOTHING * p_all) / (n + SMOOTHING)
 
-The views are mixed by weights that follow how well each foretold the answers so far (Bayes' rule
-with a fixed share returned to all, so that a poor view may recover). Old observations fade.
-No text is kept, only numbers and hashes, and of each view only the latest values.
+The weights of the mixture follow how well each feature predicted the answers so far (Bayes' rule
+with a fixed share, so that a poor predictor can recover). Old observations decay. The estimator
+holds no text, only numbers and hashes, and per feature only the most recent values.
 """
 
 import math
@@ -20,17 +20,20 @@ from typing import Any
 _PER_DOUBLING = 2
 BINS = 2 * 18
 _SMOOTHING = 12.0
-# A histogram remembers about this many answers.
+# The effective number of answers in a histogram.
 _MEMORY = 2000.0
 _MAX_VALUES = 4096
-# What the mixture's weights give back to all views after each answer, and how fast they learn.
+# The fixed share that the weights return to all features after each answer; the learning rate.
 _SHARED = 0.01
 _RATE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownAtArrival:
-    """``max_tokens`` is ``None`` where the client sets none; the rest are empty where unknown."""
+    """The features of a request at its arrival.
+
+    ``max_tokens`` is ``None`` if the client sets no limit; unknown features are empty.
+    """
 
     prompt_tokens: int
     max_tokens: int | None = None
@@ -42,7 +45,11 @@ class KnownAtArrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputExpectation:
-    """Chances of bins (they sum to 1), the mean output of each in tokens, and the mean of all."""
+    """The distribution of an output length.
+
+    The probabilities of the bins (they sum to 1), the mean output of each bin in tokens, and the
+    mean over all.
+    """
 
     chances: tuple[float, ...]
     lengths: tuple[float, ...]
@@ -53,7 +60,7 @@ class OutputExpectation:
         return sum(p * tokens for p, tokens in zip(self.chances, self.lengths, strict=True))
 
     def quantile(self, chance: float) -> float:
-        """The length that the answer stays within with this chance, to the bin."""
+        """The quantile of the output length at this probability, to the bin."""
         total = 0.0
         for p, tokens in zip(self.chances, self.lengths, strict=True):
             total += p
@@ -62,7 +69,7 @@ class OutputExpectation:
         return self.lengths[-1]
 
     def beyond(self, made_tokens: int) -> float:
-        """Expected output of an answer that already has so many tokens; at least one more."""
+        """Expected output of an answer with ``made_tokens`` so far; at least one more."""
         left = [
             (p, tokens)
             for p, tokens in zip(self.chances, self.lengths, strict=True)
@@ -75,7 +82,7 @@ class OutputExpectation:
 
 
 class _Histogram:
-    """Fading counts of answers by bin."""
+    """Decaying counts of answers by bin."""
 
     __slots__ = ("counts", "total")
 
@@ -92,7 +99,7 @@ class _Histogram:
         self.total += 1.0
 
     def chance(self, index: int, base: float) -> float:
-        """Of one bin, smoothed towards ``base``."""
+        """The probability of one bin, smoothed towards ``base``."""
         return (self.counts[index] + _SMOOTHING * base) / (self.total + _SMOOTHING)
 
     def smoothed(self, base: Sequence[float]) -> list[float]:
@@ -100,7 +107,7 @@ class _Histogram:
 
 
 class OutputEstimator:
-    """Learns from finished requests; ``usual_tokens`` is what answers have before any is seen."""
+    """Learns from finished requests; ``usual_tokens`` is the prior mean output."""
 
     def __init__(self, usual_tokens: float = 128.0) -> None:
         self._all = _Histogram()
@@ -111,11 +118,11 @@ class OutputEstimator:
 
     @property
     def seen(self) -> float:
-        """How many answers it remembers."""
+        """The effective number of answers learned from."""
         return self._all.total
 
     def expect(self, known: KnownAtArrival) -> OutputExpectation:
-        """The distribution of a request's output, cut at the limit that it sets."""
+        """The distribution of a request's output, truncated at its token limit."""
         base = self._all.smoothed(self._prior)
         seen = self._seen(known)
         rest = sum(w for w, found in zip(self._weights[1:], seen, strict=True) if found is None)
@@ -135,7 +142,7 @@ class OutputEstimator:
         return OutputExpectation(chances=tuple(mixed), lengths=tuple(lengths))
 
     def learn(self, known: KnownAtArrival, output_tokens: int) -> None:
-        """Take in one finished request."""
+        """Learn from one finished request."""
         if output_tokens < 1:
             return
         index = length_bin(output_tokens)
@@ -162,7 +169,7 @@ class OutputEstimator:
         self._lengths[index] += step * (output_tokens - self._lengths[index])
 
     def state(self) -> dict[str, Any]:
-        """Plain data that ``restored`` takes; values of views are not kept, but for lengths."""
+        """Plain data for ``restored``; of the features it holds only lengths."""
         by_length = self._views[0]
         return {
             "all": list(self._all.counts),
@@ -173,7 +180,7 @@ class OutputEstimator:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> "OutputEstimator":
-        """From ``state``; raises ValueError if it is of another form."""
+        """Restore from ``state``; raises ValueError if it has another form."""
         made = cls()
         sizes = (len(state["all"]), len(state["lengths"]), len(state["weights"]))
         if sizes != (BINS, BINS, len(made._weights)):
@@ -186,7 +193,7 @@ class OutputEstimator:
         return made
 
     def _seen(self, known: KnownAtArrival) -> list[_Histogram | None]:
-        """The histogram of each view, where it has seen such a request before."""
+        """The histogram of each feature's value, ``None`` for an unseen value."""
         return [
             None if (value := view(known)) is None else values.get(value)
             for view, values in zip(_VIEWS, self._views, strict=True)
@@ -230,7 +237,7 @@ def bin_tokens(index: int) -> float:
 
 
 def _spread_around(tokens: float) -> list[float]:
-    """A log-normal guess, a factor of e wide."""
+    """A log-normal prior with a spread of a factor of e."""
     weights = [math.exp(-0.5 * math.log(bin_tokens(index) / tokens) ** 2) for index in range(BINS)]
     total = sum(weights)
     return [weight / total for weight in weights]

@@ -12,18 +12,18 @@ from oserve.workload.columns import Floats, Indices, zero_traffic
 from oserve.workload.model import WorkloadModel
 
 MAX_CELLS = 10_000_000
-"""The most windows times types that are counted at once."""
+"""The largest table: windows times types."""
 
 MIN_SPAN_S = 1.0
-"""The shortest time that a rate is taken over when none is given."""
+"""The shortest duration that a rate is computed over, unless one is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rates:
     """Arrival rates by window (w of them) and type (k).
 
-    ``window_start_s`` and ``window_s``, both of shape (w,), are where each window begins, on the
-    clock of the trace, and how long it is; ``rate_rps`` has shape (w, k).
+    ``window_start_s`` and ``window_s``, both of shape (w,), are each window's start, on the trace's
+    clock, and its length; ``rate_rps`` has shape (w, k).
     """
 
     window_start_s: Floats
@@ -47,12 +47,12 @@ def arrival_rates(
 ) -> Rates:
     """Rates of ``k`` types in windows of ``window_s`` seconds; arrivals (n,) in any order.
 
-    Windows begin at ``start_s``, else at the first arrival, and each holds arrivals from its start
-    up to, not including, its end. They run to ``end_s``, where the last is cut and its rate is
-    over what is left of it; without one the last window is the one the last arrival falls in, at
-    full length, since nobody knows when the trace ended. What arrives outside is not counted.
+    Windows begin at ``start_s`` or at the first arrival, and are half-open: they exclude their end.
+    They run to ``end_s``, which truncates the last window; its rate is over the rest. Without
+    ``end_s`` the last window is that of the last arrival, at full length, since the end of the
+    trace is unknown. Arrivals outside the windows are not counted.
 
-    Raises OServeError for no requests, times that are none, or more than 10 million cells.
+    Raises OServeError for no requests, invalid times, or more than 10 million cells.
     """
     times, kinds = _checked(arrival_s, type_index, k)
     if not (math.isfinite(window_s) and window_s > 0):
@@ -68,7 +68,7 @@ def arrival_rates(
                 place="end_s",
                 remedy="give an end after the start",
             )
-        # Rounding must not leave a last window of next to nothing.
+        # Rounding must not leave a tiny last window.
         windows = max(1, math.ceil((end_s - start) / window_s - 1e-9))
     if windows * k > MAX_CELLS:
         raise OServeError(
@@ -96,10 +96,10 @@ def mean_rates(
 ) -> Floats:
     """Each type's requests per second over the whole trace, shape (k,).
 
-    The time is ``duration_s`` where that is known. Else it is guessed from the arrivals: n of
-    them span n - 1 gaps, and the trace lasted n gaps, so ``span * n / (n - 1)``, and at least 1 s,
-    which is what a single request or a single burst counts over. Raises OServeError for no
-    requests, times that are none, or a duration not over 0.
+    The duration is ``duration_s`` if known. Otherwise it is estimated from the arrivals: n of them
+    span n - 1 gaps and the trace lasted n gaps, so ``span * n / (n - 1)``; at least 1 s, which
+    applies to a single request or burst. Raises OServeError for no requests, invalid times, or a
+    duration not over 0.
     """
     times, kinds = _checked(arrival_s, type_index, k)
     if duration_s is None:
@@ -114,9 +114,9 @@ def mean_rates(
 def workload_types(
     model: WorkloadModel, rates_rps: Sequence[float] | Floats
 ) -> tuple[WorkloadType, ...]:
-    """The types as the planner takes them, each with its rate (k of them, in requests/s).
+    """The types as input of the planner, each with its rate (k of them, in requests/s).
 
-    Raises OServeError for a rate that is none.
+    Raises OServeError for an invalid rate.
     """
     found = []
     for item, rate in zip(model.types, rates_rps, strict=True):

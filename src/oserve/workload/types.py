@@ -1,11 +1,11 @@
 """Workload types from requests, by k-means on log1p of both lengths.
 
-scikit-learn is loaded when types are fitted, not before.
-Lengths span four orders of magnitude and what they cost goes by factors, so distances are taken
-between logarithms (the paper clusters lengths; it does not say on which scale).
+scikit-learn is loaded only when types are fitted. Lengths span four orders of magnitude and their
+costs are proportional, so distances are taken between logarithms (the paper clusters lengths; it
+does not say on which scale).
 
-The same requests in any order give the same types: they are sorted before anything is drawn, and
-one thread adds them up. Centres are carried to their fixed point, the means of the requests nearest
+The result does not depend on the order of the requests: they are sorted before sampling, and one
+thread sums them. The centres are iterated to their fixed point, the means of the requests nearest
 to them, which scikit-learn only approaches.
 """
 
@@ -27,16 +27,16 @@ from oserve.workload.model import (
 from oserve.workload.names import tokens_at, type_names
 
 MAX_CHOSEN = 6
-"""The most types that are chosen unasked."""
+"""The most types that are chosen automatically."""
 
 MAX_TYPES = 64
-"""The most that may be asked for."""
+"""The most types that a caller may ask for."""
 
 MIN_GAIN = 0.08
-"""The share of the whole variance that one more type must explain to be worth having."""
+"""The least share of the total variance that one more type must explain."""
 
 ALIKE = math.log(1.2)
-"""Root-mean-square distance to the centre at which the requests of a type count as equal."""
+"""The root-mean-square distance to the centre below which requests of a type count as equal."""
 
 _SAMPLE = 50_000
 _STARTS = 4
@@ -50,19 +50,18 @@ def fit_types(
     k: int | None = None,
     seed: int = 0,
 ) -> WorkloadModel:
-    """Types of the requests with these lengths, each of shape (n,), in tokens.
+    """Fit types to requests with these lengths, each of shape (n,), in tokens.
 
-    ``k`` is how many are wanted; fewer come out only when fewer requests can be told apart.
-    When it is not given it is the smallest from 1 to 6 after which one more type would explain
-    less than 8 % of the variance of the log lengths, or at which requests already lie within 20 %
-    of their type's centre. Each type is one more stream to forecast and one more column of every
-    plan, with fewer arrivals in it and so a noisier count (1/sqrt(m)), so it has to earn its
-    place. In Azure's 2023 mix the second to sixth type explain 46, 22, 9, 7 and 3 %: four types,
-    as published.
+    ``k`` is the number of types; there are fewer only if fewer requests are distinct. The default
+    is the smallest k from 1 to 6 such that one more type would explain less than 8 % of the
+    variance of the log lengths, or such that requests lie within 20 % of their type's centre. Each
+    further type adds a series to forecast and a column to every plan, and makes all counts noisier
+    (1/sqrt(m)). In Azure's 2023 mix the second to sixth type explain 46, 22, 9, 7 and 3 %: four
+    types, as published.
 
-    More than 50,000 requests are clustered from a seeded sample of that many; shares, means and
-    quantiles are always of all. Raises OServeError for no requests, lengths that are none, or k
-    outside 1 to 64.
+    With more than 50,000 requests, clustering uses a seeded sample of that size; shares, means and
+    quantiles always cover all. Raises OServeError for no requests, invalid lengths, or k outside
+    1 to 64.
     """
     if k is not None and not 1 <= k <= MAX_TYPES:
         raise OServeError(
@@ -113,10 +112,10 @@ def _centres(points: Floats, k: int, seed: int) -> Floats:
     """Centres of k types of sorted points, by ascending (prompt, output); shape (k, 2)."""
     if k == 1:
         return np.stack([points.sum(axis=0) / len(points)])
-    # Loading it takes longer than what most commands do that import this module.
+    # Importing scikit-learn takes longer than most commands that import this module.
     from sklearn.cluster import KMeans  # noqa: PLC0415
 
-    # The work is too small to share out, and threads would wait for whatever else serves here.
+    # The work is too small for several threads, which would compete with engines on this machine.
     with threadpool_limits(1):
         found = KMeans(n_clusters=k, n_init=_STARTS, random_state=seed).fit(points)
     centres: Floats = np.asarray(found.cluster_centers_, dtype=np.float64)
@@ -138,7 +137,8 @@ def _centres(points: Floats, k: int, seed: int) -> Floats:
 
 
 def _model(points: Floats, centres: Floats, prompt: Floats, output: Floats) -> WorkloadModel:
-    # Ties may go elsewhere once centres are in order, so that one is left with nobody.
+    # Ties may resolve differently once centres are sorted, which can leave a centre without
+    # requests.
     centres = centres[np.unique(nearest(points, centres))]
     labels = nearest(points, centres)
     pairs = [(float(centre[0]), float(centre[1])) for centre in centres]

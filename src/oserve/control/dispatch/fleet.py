@@ -14,7 +14,7 @@ from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.control.dispatch.vacating import Vacating
 from oserve.core import ReplicaPhase, Request
 
-EMPTY_TABLE = RoutingTable(plan_id="", workload_types=(), routing_shares={}, replicas=())
+EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
 _NONE: Set[str] = frozenset()
 
 
@@ -51,7 +51,7 @@ class Fleet:
         self._router = Router(
             table.routing_shares,
             overflow_s=self._overflow_s,
-            type_shares=[kind.shares for kind in table.types],
+            type_shares=[kind.shares for kind in table.planned_types],
         )
         self.vacating.follow(table, now_s)
         self.ledger.follow(table.replicas)

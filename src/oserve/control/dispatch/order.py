@@ -14,7 +14,7 @@ windows (and the penalties) later.
 import math
 from dataclasses import dataclass
 
-_PRIORITY_PER_S = 1000
+PRIORITY_PER_S = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,4 +50,4 @@ def rank_s(
 
 def engine_priority(rank: float) -> int:
     """The rank as vLLM's integer ``priority`` (lower is served first), to the millisecond."""
-    return int(rank * _PRIORITY_PER_S)
+    return int(rank * PRIORITY_PER_S)

@@ -39,12 +39,12 @@ class TableReplica:
 class RoutingTable:
     """``expected`` says whether a replica that cannot serve now is on its way.
 
-    ``types`` have shares of their own; where there are any, these are what requests are routed by.
+    ``planned_types`` have shares of their own; where there are any, requests are routed by these.
     """
 
     plan_id: str
-    workload_types: tuple[LengthClass, ...]
+    length_classes: tuple[LengthClass, ...]
     routing_shares: Mapping[str, Mapping[str, float]]
     replicas: tuple[TableReplica, ...]
     expected: bool = True
-    types: tuple[PlannedType, ...] = ()
+    planned_types: tuple[PlannedType, ...] = ()

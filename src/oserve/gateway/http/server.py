@@ -189,7 +189,7 @@ class Gateway:
         parsed = self._parsed(exchange)
         size = prompt_size(parsed)
         prompt_tokens = self.runner.lengths.estimate(size)
-        if not self.runner.table.workload_types:
+        if not self.runner.table.length_classes:
             raise unavailable("No deployment plan is in force yet")
         estimate = self.runner.estimator.estimate(
             parsed,
@@ -212,7 +212,7 @@ class Gateway:
                 workload_type=estimate.kind,
                 prompt_tokens=prompt_tokens,
                 output_tokens=estimate.output_tokens,
-                chances=estimate.chances if self.runner.table.types else (),
+                chances=estimate.chances if self.runner.table.planned_types else (),
             ),
             estimate=estimate,
             prompt_size=size,

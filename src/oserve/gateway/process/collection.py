@@ -1,14 +1,14 @@
-"""Garbage collection, tuned for a process that passes on streams."""
+"""Garbage collection, tuned for a process that forwards streams."""
 
 import gc
 
-# Requests leave next to no cycles; at the default threshold a full collection would interrupt all
-# streams several times a second.
+# Requests create few reference cycles. At the default threshold a full collection would interrupt
+# all streams several times a second.
 _ALLOCATIONS = 50_000
 
 
 def rare_collections() -> None:
-    """Exempt what is loaded by now from collection, and collect seldom."""
+    """Exclude all objects that exist now from collection, and collect rarely."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_ALLOCATIONS, 20, 50)

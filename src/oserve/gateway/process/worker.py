@@ -1,7 +1,8 @@
 """A gateway process: ``python -m oserve.gateway.process.worker``, held by the keeper.
 
-Its orders come as one JSON line on standard input; it ends when that closes, so it cannot outlive
-the keeper. What it serves it learns from the hub; while no hub answers it goes on as it is.
+It reads its ``WorkerConfig`` as one JSON line from standard input and ends when that closes, so it
+cannot outlive the keeper. The hub sends it the routing table; while no hub answers, it serves on
+with the last one.
 """
 
 import asyncio
@@ -11,51 +12,39 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import uvloop
 
 from oserve.gateway.http.server import Gateway
+from oserve.gateway.process.client import SYNC_INTERVAL_S, HubClient
 from oserve.gateway.process.collection import rare_collections
-from oserve.gateway.process.hub import SYNC_INTERVAL_S, HubClient
+from oserve.gateway.process.messages import WorkerConfig
 from oserve.gateway.records import RecordStore
-from oserve.gateway.settings import GatewaySettings
 from oserve.workload.output import OutputEstimator
 
 
-class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a gateway process must know at its start."""
-
-    process: int
-    hub: str
-    models: tuple[str, ...]
-    api_keys: list[str]
-    settings: GatewaySettings
-    estimator: dict[str, Any] | None = None
-
-
-async def _run(orders: WorkerConfig) -> None:
-    settings = orders.settings
+async def _run(config: WorkerConfig) -> None:
+    settings = config.settings
     records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
     gateway = Gateway(
         settings,
-        models=orders.models,
-        api_keys=frozenset(orders.api_keys),
+        models=config.models,
+        api_keys=frozenset(config.api_keys),
         records=records,
-        estimator=None if orders.estimator is None else OutputEstimator.restored(orders.estimator),
+        estimator=None if config.estimator is None else OutputEstimator.restored(config.estimator),
     )
-    client = HubClient(orders.hub, gateway.runner)
+    client = HubClient(config.hub, gateway.runner)
     gateway.refresh = client.sync
     gateway.away_s = client.away_s
     gateway.operate = client.operate
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
-    # Ctrl-C reaches the whole terminal group; the server tells us when to end.
+    # Ctrl-C reaches every process of the terminal; the server alone decides when this one ends.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
-    loop.add_reader(sys.stdin.fileno(), _watch_input, ended)
-    # The server may be killed while this starts: then the next one is waited for.
+    loop.add_reader(sys.stdin.fileno(), _end_at_eof, ended)
+    # The server may be killed while this starts: then wait for the hub of the next one.
     while not await _synced(client) and not ended.is_set():  # noqa: ASYNC110
         await asyncio.sleep(SYNC_INTERVAL_S)
     client.port = await gateway.listen()
@@ -66,13 +55,13 @@ async def _run(orders: WorkerConfig) -> None:
             await _synced(client)
     finally:
         await gateway.close()
-        # The last counts.
+        # Report the last counts.
         await _synced(client)
         await client.close()
 
 
 async def _synced(client: HubClient) -> bool:
-    """One exchange; a hub that does not answer leaves the last table in force."""
+    """One report. If the hub does not answer, the last routing table stays in force."""
     try:
         await client.sync()
     except ConnectionError:
@@ -80,7 +69,7 @@ async def _synced(client: HubClient) -> bool:
     return True
 
 
-def _watch_input(ended: asyncio.Event) -> None:
+def _end_at_eof(ended: asyncio.Event) -> None:
     if not os.read(sys.stdin.fileno(), 1):
         ended.set()
 
@@ -89,8 +78,8 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     rare_collections()
-    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
-    uvloop.run(_run(orders))
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
+    uvloop.run(_run(config))
 
 
 if __name__ == "__main__":

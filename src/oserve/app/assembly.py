@@ -1,0 +1,134 @@
+"""The parts of a server, made from what it is to run."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from oserve.app.gateway_keeper import GatewayKeeper
+from oserve.config import Settings, api_keys, backend_keys, plan_yaml
+from oserve.control.loop import ControlLoop
+from oserve.core import Clock, ReplicaState
+from oserve.engines.cluster import LocalCluster
+from oserve.engines.holding import HeldEngines, private_folder
+from oserve.engines.mover import Mover
+from oserve.gateway.process.hub import OperatorCallHandler
+from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
+from oserve.startup.deployment import ServerDeployment
+from oserve.startup.learned_lengths import learned_estimator
+from oserve.switch.programme import SwitchFacts
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
+from oserve.switching.journal import journal_folder
+from oserve.switching.switcher import Switcher, SwitcherFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFolders:
+    """``state`` survives the server, ``run`` holds its sockets, ``log`` a file per process."""
+
+    state: Path
+    run: Path
+    log: Path
+
+
+def server_folders(settings: Settings) -> ServerFolders:
+    """The folders of a server, made if they are missing."""
+    state = Path(settings.state_dir)
+    return ServerFolders(
+        state=state, run=private_folder(state), log=Path(settings.engines.log_dir).resolve()
+    )
+
+
+def engine_keeper(deployment: ServerDeployment, folders: ServerFolders) -> HeldEngines:
+    """The keeper that holds engines and gateway processes."""
+    engines = deployment.settings.engines
+    on_cpu = all(device.kind == "cpu" for device in deployment.devices)
+    return HeldEngines(
+        folder=folders.run,
+        state_dir=folders.state,
+        log_dir=folders.log,
+        method=engines.method(on_cpu=on_cpu),
+        grace_s=engines.orphan_grace_s,
+    )
+
+
+def engine_cluster(
+    deployment: ServerDeployment,
+    folders: ServerFolders,
+    keeper: HeldEngines,
+    clock: Clock,
+    on_change: Callable[[ReplicaState], None],
+) -> LocalCluster:
+    """The engines of this machine as a cluster; ``on_change`` hears of each change of a replica."""
+    settings = deployment.settings
+    return LocalCluster(
+        deployment.devices,
+        model=settings.model,
+        served_model_name=deployment.models[0],
+        run_dir=folders.run,
+        clock=clock,
+        settings=settings.engines,
+        api_keys=backend_keys(deployment.plan),
+        sized=deployment.sized,
+        keeper=keeper,
+        on_change=on_change,
+    )
+
+
+def gateway_supervisor(
+    deployment: ServerDeployment,
+    folders: ServerFolders,
+    keeper: HeldEngines,
+    operate: OperatorCallHandler,
+) -> GatewaySupervisor:
+    """The gateway processes in front of the cluster."""
+    settings = deployment.settings.gateway
+    return GatewaySupervisor(
+        SupervisorOptions(
+            settings=settings,
+            models=deployment.models,
+            keys=api_keys(settings),
+            keeper=GatewayKeeper(keeper, folders.log),
+            run_dir=folders.run,
+            operate=operate,
+            estimator=learned_estimator(settings.records_file),
+        )
+    )
+
+
+def plan_switcher(
+    deployment: ServerDeployment,
+    movable: SwitchFacts | str,
+    cluster: LocalCluster,
+    loop: ControlLoop,
+    clock: Clock,
+    *,
+    settle: Callable[[SwitchOutcome], None],
+    publish: Callable[[], Awaitable[None]],
+) -> Switcher:
+    """Carries switches out on the cluster; see ``SwitcherFacts`` for the arguments."""
+    settings = deployment.settings
+    weights = EngineWeightFacts(
+        cluster=cluster,
+        model=deployment.models[0],
+        mover=partial(Mover, clock=clock, bytes_per_s=settings.switch.bytes_per_s),
+        transfer_limit_s=settings.switch.transfer_limit_s,
+        max_perplexity_rise=settings.switch.max_perplexity_rise,
+    )
+    return Switcher(
+        SwitcherFacts(
+            folder=journal_folder(settings.state_dir),
+            movable=movable,
+            cluster=cluster,
+            loop=loop,
+            clock=clock,
+            settle=settle,
+            publish=publish,
+            weights=partial(EngineWeights, weights),
+            plan_text=plan_yaml,
+            unix_s=time.time,
+            transfer_limit_s=settings.switch.transfer_limit_s,
+        )
+    )

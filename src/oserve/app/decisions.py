@@ -1,0 +1,161 @@
+"""The controller's work on a live server: count each second, decide when due, start switches."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from oserve.app.controller import ControllerService, advised
+from oserve.control.decision import DecisionVerdict, Trigger
+from oserve.control.loop import ControlLoop
+from oserve.control.rollout import settled
+from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
+from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.switch.transaction import Task
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.switcher import Switcher
+
+_log = logging.getLogger("oserve.control")
+
+_INTERVAL_S = 1.0
+# Seconds of counts that are lost if the server is killed.
+_SAVE_S = 10.0
+# Counting waits at most this long for a gateway process that does not report.
+_WAIT_S = 60.0
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """The last observation of the cluster, and the replicas given up, with the reason."""
+
+    observation: Observation | None = None
+    lost: Mapping[str, str] = field(default_factory=dict)
+
+
+class DecisionLoop:
+    """Runs one controller. Its errors are logged: serving goes on with the plan in force."""
+
+    def __init__(
+        self,
+        controller: ControllerService,
+        *,
+        gateway: GatewaySupervisor,
+        loop: ControlLoop,
+        switcher: Switcher,
+        view: ClusterView,
+        clock: Clock,
+    ) -> None:
+        self.controller = controller
+        self._gateway = gateway
+        self._loop = loop
+        self._switcher = switcher
+        self._view = view
+        self._clock = clock
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Each second: count, and decide if a decision is due and none is being made."""
+        controller = self.controller
+        deciding: asyncio.Task[None] | None = None
+        self._spawn(self._refine())
+        # A server that is killed before its first decision is followed by one with this plan.
+        await controller.save(time.time())
+        saved_s = self._clock.now()
+        while True:
+            await self._clock.sleep(_INTERVAL_S)
+            if self._clock.now() - saved_s >= _SAVE_S:
+                saved_s = self._clock.now()
+                await controller.save_seconds(time.time())
+            trigger = self._count()
+            if trigger is not None and (deciding is None or deciding.done()):
+                deciding = self._spawn(self._try_decide(trigger))
+
+    async def close(self) -> None:
+        """End its tasks and the simulation."""
+        for task in self._tasks:
+            task.cancel()
+        self.controller.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def save_last(self) -> None:
+        """Count what came since the last second, and save everything."""
+        observation = self._view.observation
+        if observation is not None:
+            now_s = time.time()
+            self.controller.observe(now_s, self._gateway.batches(), observation)
+            await self.controller.save(now_s)
+
+    def switch_ended(self, outcome: SwitchOutcome) -> None:
+        """Continue from the plan in force. A shape that could not be started is not tried again."""
+        cause = outcome.cause
+        if cause is not None and cause.task is Task.START:
+            failed = self.controller.controller.plan.replica(cause.replica)
+            self.controller.bar([] if failed is None else [failed])
+        self.controller.reached(outcome.plan)
+        self._spawn(self.controller.save(time.time()))
+
+    async def decide(
+        self, observation: Observation, trigger: Trigger, given: DeploymentPlan | None = None
+    ) -> dict[str, Any]:
+        """Decide and act on it; returns the decision for an operator.
+
+        ``given`` is the plan that an operator proposes.
+        """
+        plan = self._loop.plan
+        lost = frozenset(self._view.lost)
+        switching = self._switcher.active or not settled(plan, observation, lost)
+        ready = [s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY]
+        self.controller.bar([spec for spec in plan.replicas if spec.id in lost])
+        decision, weighed = await self.controller.decide(
+            time.time(),
+            trigger,
+            given=given,
+            present=ready if lost and not switching else (),
+            switching=switching,
+        )
+        answer = advised(decision, weighed)
+        if decision.verdict is DecisionVerdict.SWITCH:
+            wanted = self.controller.controller.plan
+            _log.info("switching from plan %s to plan %s", self._loop.plan.id, wanted.id)
+            answer["switch"] = self._switcher.want(wanted, trigger.value).id
+        return answer
+
+    def _spawn(self, work: Any) -> "asyncio.Task[None]":
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _refine(self) -> None:
+        try:
+            await self.controller.refine()
+        # Whatever is wrong with the simulation, the linear model's capacities can be used.
+        except Exception:
+            _log.exception("capacities could not be simulated; those of the linear model stay")
+
+    def _count(self) -> Trigger | None:
+        observation = self._view.observation
+        if observation is None:
+            return None
+        now_s = time.time()
+        batches = self._gateway.batches()
+        # Counts that arrive late must not look like a silence: time waits for them.
+        until_s = min(now_s, self._gateway.counted_until_s + _INTERVAL_S)
+        try:
+            return self.controller.observe(max(until_s, now_s - _WAIT_S), batches, observation)
+        # Serving must not end because counting fails.
+        except Exception:
+            _log.exception("a second could not be counted")
+            return None
+
+    async def _try_decide(self, trigger: Trigger) -> None:
+        observation = self._view.observation
+        if observation is None:
+            return
+        try:
+            await self.decide(observation, trigger)
+        # Serving must not end because a decision fails.
+        except Exception:
+            _log.exception("a decision could not be made")

@@ -1,0 +1,62 @@
+"""The keeper of engines as the gateway supervisor sees it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from oserve.engines.adoption import end
+from oserve.engines.holding import HeldEngines
+from oserve.engines.keeper_connection import HeldProcess
+from oserve.engines.logs import open_log, telling_line
+
+
+class KeptGatewayProcess:
+    """A ``KeptProcess`` of the gateway room."""
+
+    def __init__(self, process: HeldProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stamp(self) -> str:
+        note = self._process.entry.note
+        return note if isinstance(note, str) else ""
+
+    @property
+    def ending(self) -> bool:
+        return self._process.entry.ending
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    async def end(self, grace_s: float) -> None:
+        await end(self._process, grace_s=grace_s)
+
+
+class GatewayKeeper:
+    """A ``ProcessKeeper`` of the gateway room; each process has a log in ``log_dir``."""
+
+    def __init__(self, keeper: HeldEngines, log_dir: Path) -> None:
+        self._keeper = keeper
+        self._log_dir = log_dir
+
+    def processes(self) -> Mapping[str, KeptGatewayProcess]:
+        held = self._keeper.processes()
+        return {name: KeptGatewayProcess(process) for name, process in held.items()}
+
+    async def start(
+        self, name: str, argv: Sequence[str], stdin_line: str, *, grace_s: float, stamp: str
+    ) -> KeptGatewayProcess:
+        log_path = open_log(self._log_dir, _log_name(name))
+        process = await self._keeper.hold(name, argv, stdin_line, log_path, grace_s, stamp)
+        return KeptGatewayProcess(process)
+
+    def failure(self, name: str) -> str:
+        log_path = self._log_dir / f"{_log_name(name)}.log"
+        return f"{telling_line(log_path) or 'its process ended'}; see {log_path}"
+
+
+def _log_name(name: str) -> str:
+    return name.replace(":", "-")

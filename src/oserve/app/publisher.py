@@ -1,0 +1,83 @@
+"""What a server tells of its cluster: the gateway gets tables and status, a person the phases."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from oserve import __version__
+from oserve.app.controller import ControllerService
+from oserve.control.dispatch.table import RoutingTable
+from oserve.control.reconcile import ReconcilePolicy
+from oserve.control.routing import routing_table
+from oserve.control.status import gauges, status_document, summary
+from oserve.core import DeploymentPlan, Observation
+from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.gateway.snapshot import ClusterSnapshot
+from oserve.startup.deployment import ServerDeployment
+
+
+class StatusPublisher:
+    """Publishes what was observed; ``changed`` gets a line whenever a replica's phase changes."""
+
+    def __init__(
+        self,
+        deployment: ServerDeployment,
+        gateway: GatewaySupervisor,
+        controller: ControllerService | None,
+        policy: ReconcilePolicy,
+        changed: Callable[[str], None],
+    ) -> None:
+        self._deployment = deployment
+        self._gateway = gateway
+        self._controller = controller
+        self._policy = policy
+        self._changed = changed
+        self._ordered = deployment.settings.gateway.order.policy == "priority"
+        self._line = ""
+
+    def publish(
+        self,
+        plan: DeploymentPlan,
+        observation: Observation,
+        lost: Mapping[str, str],
+        switches: list[dict[str, Any]],
+        now_s: float,
+    ) -> None:
+        """Tell of ``observation``, made at ``now_s`` Unix time while ``plan`` was in force.
+
+        ``lost``: replicas given up, with the reason. ``switches``: their documents, oldest first.
+        """
+        document = status_document(
+            plan,
+            observation,
+            self._policy,
+            model=self._deployment.models[0],
+            version=__version__,
+            set_aside=self._gateway.set_aside,
+        )
+        control = self._controller
+        document["control"] = {"mode": "off"} if control is None else control.document()
+        document["switch"] = switches[-1] if switches else None
+        snapshot = ClusterSnapshot(
+            status=msgspec.Raw(msgspec.json.encode(document)),
+            switches=msgspec.Raw(msgspec.json.encode(switches)),
+            gauges=gauges(observation),
+        )
+        self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)
+        line = summary(observation.replicas)
+        if line != self._line:
+            self._line = line
+            self._changed(line)
+
+    def _table(
+        self, plan: DeploymentPlan, observation: Observation, lost: Mapping[str, str], now_s: float
+    ) -> RoutingTable:
+        control = self._controller
+        return routing_table(
+            plan if control is None else control.routed(plan, observation, now_s),
+            observation,
+            ordered=self._ordered,
+            expected=len(lost) < len(plan.replicas),
+            costs=self._deployment.costs if control is None else control.costs,
+        )

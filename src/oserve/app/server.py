@@ -1,0 +1,201 @@
+"""The running server: a control loop that keeps the cluster at a plan, and a gateway in front.
+
+With a controller, the plan follows the traffic; see ``decisions``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from oserve.app.assembly import (
+    engine_cluster,
+    engine_keeper,
+    gateway_supervisor,
+    plan_switcher,
+    server_folders,
+)
+from oserve.app.controller import ControllerService
+from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.app.operator import OperatorApi
+from oserve.app.publisher import StatusPublisher
+from oserve.config.policies import reconcile_policy
+from oserve.control.loop import ControlLoop
+from oserve.control.reconcile import given_up
+from oserve.control.status import explained
+from oserve.core import Action, Observation, ReplicaPhase
+from oserve.engines.clock import LiveClock
+from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.deployment import ServerDeployment
+from oserve.startup.lock import StateLock
+from oserve.startup.switch_facts import recovered_switch, switch_facts
+from oserve.switch.learned import LearnedPhases
+from oserve.switch.programme import SwitchFacts
+from oserve.switching.driver import SwitchOutcome
+from oserve.switching.prices import SwitchPrices
+
+_log = logging.getLogger("oserve.control")
+
+
+class OServeServer:
+    """A deployment in operation; ``changed`` gets a line whenever a replica's phase changes.
+
+    Raises OServeError if another server uses the same state folder.
+    """
+
+    def __init__(
+        self, deployment: ServerDeployment, *, changed: Callable[[str], None] = lambda _line: None
+    ) -> None:
+        settings = deployment.settings
+        folders = server_folders(settings)
+        self._lock = StateLock(folders.state)
+        self._interval_s = settings.control.interval_s
+        self._policy = reconcile_policy(settings)
+        self._clock = LiveClock()
+        self._woken = asyncio.Event()
+        self._view = ClusterView()
+        self.ready = asyncio.Event()
+        self._keeper = engine_keeper(deployment, folders)
+        self._cluster = engine_cluster(
+            deployment, folders, self._keeper, self._clock, lambda _state: self._woken.set()
+        )
+        learned = LearnedPhases()
+        movable = switch_facts(settings, deployment.devices, learned=learned)
+        controller = _controller(deployment, movable, learned)
+        self._loop = ControlLoop(
+            self._cluster,
+            self._clock,
+            deployment.plan if controller is None else controller.controller.plan,
+            policy=self._policy,
+            interval_s=self._interval_s,
+            observed=self._observed,
+        )
+        self._switcher = plan_switcher(
+            deployment,
+            movable,
+            self._cluster,
+            self._loop,
+            self._clock,
+            settle=self._switch_ended,
+            publish=self._publish,
+        )
+        self._gateway = gateway_supervisor(deployment, folders, self._keeper, self._operate)
+        self._decisions: DecisionLoop | None = None
+        if controller is not None:
+            self._decisions = DecisionLoop(
+                controller,
+                gateway=self._gateway,
+                loop=self._loop,
+                switcher=self._switcher,
+                view=self._view,
+                clock=self._clock,
+            )
+        self._deciding: asyncio.Task[None] | None = None
+        self._publisher = StatusPublisher(
+            deployment, self._gateway, controller, self._policy, changed
+        )
+        self._operator = OperatorApi(
+            deployment,
+            loop=self._loop,
+            switcher=self._switcher,
+            decisions=self._decisions,
+            view=self._view,
+        )
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Replicas of the plan that were given up, with the reason."""
+        return dict(self._view.lost)
+
+    async def start(self) -> int:
+        """Open the port and return it; clients get status 503 until a replica is ready.
+
+        Takes over the processes that a killed server left running.
+        """
+        await self._keeper.connect()
+        kept, ended = await self._cluster.adopt()
+        if kept or ended:
+            _log.info("taken over: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
+        await self._loop.step()
+        return await self._gateway.listen()
+
+    async def run(self) -> None:
+        """Keep the cluster at the plan, and the plan good, until cancelled."""
+        if self._decisions is not None:
+            self._deciding = asyncio.ensure_future(self._decisions.run())
+        while True:
+            self._woken.clear()
+            await self._loop.step()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), self._interval_s)
+
+    async def close(self) -> None:
+        """End: no new requests, a grace for running ones, then every process ends."""
+        if self._deciding is not None:
+            self._deciding.cancel()
+            await asyncio.gather(self._deciding, return_exceptions=True)
+        if self._decisions is not None:
+            await self._decisions.close()
+        await self._switcher.close()
+        try:
+            await self._gateway.close()
+            if self._decisions is not None:
+                await self._decisions.save_last()
+        finally:
+            await self._cluster.close()
+            self._lock.release()
+
+    # -- what the parts call --------------------------------------------------------------------
+    async def _operate(self, call: OperatorCall) -> OperatorAnswer:
+        return await self._operator.answer(call)
+
+    async def _publish(self) -> None:
+        """Put a changed plan into force at once."""
+        await self._loop.step()
+        self._woken.set()
+
+    def _switch_ended(self, outcome: SwitchOutcome) -> None:
+        if outcome.reason:
+            _log.error("plan %s stays in force: %s", outcome.plan.id, outcome.reason)
+        if self._decisions is not None:
+            self._decisions.switch_ended(outcome)
+
+    def _observed(self, observation: Observation, actions: tuple[Action, ...]) -> None:
+        plan = self._loop.plan
+        for action in actions:
+            _log.info("%s", explained(action, observation))
+        lost = {
+            name: failures.reason
+            for name, failures in given_up(plan, observation, self._policy).items()
+        }
+        for name in lost.keys() - self._view.lost.keys():
+            _log.error("replica %s given up: %s", name, lost[name])
+        self._view.observation, self._view.lost = observation, lost
+        self._switcher.observe(observation)
+        switches = self._switcher.documents()
+        self._publisher.publish(plan, observation, lost, switches, time.time())
+        phases = {state.spec.id: state.phase for state in observation.replicas}
+        if all(
+            phases.get(spec.id) is ReplicaPhase.READY or spec.id in lost for spec in plan.replicas
+        ):
+            self.ready.set()
+
+
+def _controller(
+    deployment: ServerDeployment, movable: SwitchFacts | str, learned: LearnedPhases
+) -> ControllerService | None:
+    """The controller, if there is to be one; it knows of a switch that a killed server left."""
+    now_s = time.time()
+    left = recovered_switch(deployment.settings, now_s)
+    if left is not None:
+        _log.warning("switch %s did not end: %s", left.id, left.reason)
+    if deployment.plan_request is None:
+        return None
+    return ControllerService(
+        deployment,
+        deployment.plan_request,
+        now_s=now_s,
+        legs=SwitchPrices(movable).legs,
+        learned=learned,
+    )

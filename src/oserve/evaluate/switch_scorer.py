@@ -1,0 +1,221 @@
+"""Scores a switch by simulation: the evaluation workload with the switch and without it.
+
+Three simulations at most. The current plan serves the workload; the candidate serves it as if it
+had been there all along; and where that gains enough, the fleet switches from one to the other at
+the time of the decision, with drains, starts and the backlog that these leave behind. Near capacity
+the drains and starts decide, so they are simulated and not only priced.
+
+Scoring depends on nothing but its arguments and gives the same score for the same arguments, on a
+server, in a replay and in a study.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from oserve.control.evaluation import DecisionInput, SimulatedScore
+from oserve.core import DeploymentPlan, Device, LengthClass
+from oserve.evaluate.capacities import LengthSamples, simulated_table
+from oserve.evaluate.simulator import (
+    LATEST_S,
+    Levers,
+    Mask,
+    SimulatedServing,
+    SimulatedTraffic,
+    Simulator,
+    met,
+)
+from oserve.evaluate.transition import RoutedLeg, simulate_switch
+from oserve.evaluate.verification import SERVED_AS, common_slo
+from oserve.evaluate.workload import EvaluationWorkload, evaluation_workload
+from oserve.perf import ShapePerformance
+from oserve.perf.corrected import Speeds, corrected
+from oserve.perf.table import PerformanceSource
+from oserve.plan.planning import PlanRequest
+from oserve.traces import Slo
+
+# A share of the arrivals. Where no plan serves more of them in time, they are late because of the
+# backlog, which hides the better plan.
+_BACKLOGGED = 0.1
+_AS_MEASURED = Speeds()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationModel:
+    """What scores depend on beside the switch; picklable.
+
+    ``lengths``: request lengths by workload type. ``levers``: how replicas serve. ``min_gain``: the
+    gain, as a ratio of what the current plan serves, below which a switch is not simulated.
+    """
+
+    source: PerformanceSource
+    devices: tuple[Device, ...]
+    classes: tuple[LengthClass, ...]
+    lengths: tuple[LengthSamples, ...]
+    levers: Levers
+    slo: Slo
+    min_gain: float
+    seed: int = 0
+
+
+def model_of(
+    request: PlanRequest,
+    *,
+    min_gain: float,
+    lengths: Sequence[LengthSamples] = (),
+    levers: Levers = SERVED_AS,
+) -> EvaluationModel:
+    """The model for a plan request; without ``lengths`` each type has the length of its centre."""
+    centres = (request.demand.centres[kind.name] for kind in request.demand.types)
+    return EvaluationModel(
+        source=request.source,
+        devices=request.devices,
+        classes=request.demand.classes,
+        lengths=tuple(lengths) or tuple(_one_length(*centre) for centre in centres),
+        levers=levers,
+        slo=common_slo(request.limits),
+        min_gain=min_gain,
+        seed=request.seed,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchCase:
+    """A switch to score; picklable.
+
+    ``current`` and ``candidate`` have the routing shares for the expected rates. ``legs``: the way
+    from one to the other. ``lasts_s``: how long the candidate is taken to stay the best.
+    """
+
+    asked: DecisionInput
+    current: DeploymentPlan
+    candidate: DeploymentPlan
+    legs: tuple[RoutedLeg, ...]
+    lasts_s: float
+
+
+class SwitchScorer:
+    """Scores switches and simulates capacities for one evaluation model."""
+
+    def __init__(self, model: EvaluationModel) -> None:
+        self._model = model
+        # The planner corrects capacities by the observed speeds, so its table is simulated at the
+        # speeds of the source.
+        self._as_measured = self._simulator = Simulator(model.source)
+        self._speeds = _AS_MEASURED
+        self._kept: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
+
+    def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
+        """The promising rows with simulated capacities; unchanged where there are no limits."""
+        model = self._model
+        if model.slo == Slo():
+            return tuple(rows)
+        return simulated_table(
+            self._as_measured,
+            rows,
+            model.lengths,
+            devices=model.devices,
+            classes=model.classes,
+            levers=model.levers,
+            slo=model.slo,
+            seed=model.seed,
+        )
+
+    def score(self, case: SwitchCase) -> SimulatedScore:
+        """Score a switch. If a backlog makes all late either way, score it without the backlog.
+
+        Raises OServeError for replicas that cannot be simulated.
+        """
+        found = self._score(case)
+        best_rps = max(found.current_rps, found.candidate_rps)
+        if not case.asked.past or best_rps > _BACKLOGGED * sum(case.asked.expected_rps):
+            return found
+        return self._score(replace(case, asked=replace(case.asked, past=())))
+
+    def workload(self, case: SwitchCase) -> EvaluationWorkload:
+        """The traffic on which the switch is simulated."""
+        model = self._model
+        return evaluation_workload(case.asked, case.lasts_s, model.lengths, seed=model.seed)
+
+    def met(
+        self, plan: DeploymentPlan, traffic: SimulatedTraffic, speeds: Speeds = _AS_MEASURED
+    ) -> Mask:
+        """Which requests replicas of these speeds serve within the limits."""
+        self._correct(speeds)
+        serving = SimulatedServing(plan=plan, levers=self._model.levers)
+        return met(self._simulator.run(serving, traffic, latest_s=self._latest_s), self._model.slo)
+
+    # -- within ---------------------------------------------------------------------------------
+    def _score(self, case: SwitchCase) -> SimulatedScore:
+        ahead = self.workload(case)
+        if not len(ahead.traffic):
+            return SimulatedScore(current_rps=0.0, candidate_rps=0.0, net_gain=0.0)
+        kept = self._met_without(case, ahead)
+        served = int((kept & ahead.expected).sum())
+        moved = self.met(case.candidate, ahead.traffic, case.asked.speeds)
+        pays_after_s = math.inf
+        if (moved & ahead.expected).sum() > (1.0 + self._model.min_gain) * served:
+            moved = self._met_with(case, ahead)
+            pays_after_s = _pays_after_s(ahead, kept, moved)
+        more = int((moved & ahead.expected).sum()) - served
+        later = int((moved & ahead.later).sum()) - int((kept & ahead.later).sum())
+        return SimulatedScore(
+            current_rps=served / ahead.lasting_s,
+            candidate_rps=(served + more) / ahead.lasting_s,
+            net_gain=more * case.lasts_s / ahead.lasting_s + later,
+            pays_after_s=pays_after_s,
+        )
+
+    def _met_without(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
+        """The requests that the current plan serves in time; the same for all candidates."""
+        key = (replace(case, candidate=case.current, legs=(), lasts_s=0.0), ahead.lasting_s)
+        if self._kept[0] != key:
+            self._kept = key, self.met(case.current, ahead.traffic, case.asked.speeds)
+        return self._kept[1]
+
+    def _met_with(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
+        """The requests served in time if the switch begins at the time of the decision."""
+        self._correct(case.asked.speeds)
+        results = simulate_switch(
+            self._simulator,
+            SimulatedServing(plan=case.current, levers=self._model.levers),
+            case.legs,
+            ahead.traffic,
+            at_s=ahead.now_s,
+            drain_limit_s=case.asked.drain_limit_s,
+            latest_s=self._latest_s,
+        )
+        return met(results, self._model.slo)
+
+    @property
+    def _latest_s(self) -> float:
+        """Seconds after the last arrival; without limits, what is not done by then is late."""
+        return 0.0 if self._model.slo == Slo() else LATEST_S
+
+    def _correct(self, speeds: Speeds) -> None:
+        """Simulate replicas of these speeds from now on."""
+        if speeds != self._speeds:
+            self._speeds = speeds
+            self._simulator = Simulator(corrected(self._model.source, speeds))
+
+
+def _pays_after_s(ahead: EvaluationWorkload, kept: Mask, moved: Mask) -> float:
+    """When the switch has gained more than it cost, whenever the traffic changes after that."""
+    expected = ahead.expected
+    later = min(0, int((moved & ahead.later).sum()) - int((kept & ahead.later).sum()))
+    gained = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int)) + later
+    if not len(gained) or gained[-1] <= 0:
+        return math.inf
+    behind = np.flatnonzero(gained <= 0)
+    if not len(behind):
+        return 0.0
+    return float(ahead.traffic.arrival_s[expected][behind[-1]]) - ahead.now_s
+
+
+def _one_length(prompt_tokens: float, output_tokens: float) -> LengthSamples:
+    def whole(tokens: float) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        return np.array([max(1, round(tokens))], dtype=np.int64)
+
+    return LengthSamples(prompt_tokens=whole(prompt_tokens), output_tokens=whole(output_tokens))

@@ -1,0 +1,101 @@
+"""The hub as a gateway process sees it."""
+
+import asyncio
+import os
+import time
+
+import aiohttp
+import msgspec
+
+from oserve.gateway.process.messages import (
+    MESSAGE_PATH,
+    HubMessage,
+    HubReply,
+    OperatorAnswer,
+    OperatorCall,
+    ProcessMessage,
+    WorkerReport,
+)
+from oserve.gateway.runner import RequestRunner
+
+SYNC_INTERVAL_S = 0.1
+# A report that the hub has not answered by then has failed.
+_SYNC_LIMIT_S = 5.0
+# A busy server may answer late; a hub silent for longer than this counts as out of reach.
+_AWAY_S = 1.0
+
+_DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
+_URL = "http://hub" + MESSAGE_PATH.decode()
+
+
+class HubClient:
+    """Reports to the hub and applies its replies. Set ``port`` once the process listens."""
+
+    def __init__(
+        self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
+    ) -> None:
+        self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
+        self._heard_s = time.monotonic()
+        self.port = 0
+        self._incarnation = incarnation or os.getpid()
+        self._runner = runner
+        self._version = 0
+        # Replies are applied in the order of their reports: state never goes back in time.
+        self._lock = asyncio.Lock()
+
+    async def sync(self) -> None:
+        """One report and its reply; raises ConnectionError if the hub does not answer."""
+        async with self._lock:
+            limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)
+            reply = await self._ask(self._report(), limit)
+            if isinstance(reply, HubReply):
+                self._apply(reply)
+
+    def _report(self) -> WorkerReport:
+        runner = self._runner
+        return WorkerReport(
+            incarnation=self._incarnation,
+            counts=runner.estimator.tally.take(time.time()),
+            outstanding=runner.outstanding(),
+            metrics=runner.metrics.snapshot(),
+            queued=runner.queued,
+            table=self._version,
+            port=self.port,
+            set_aside=runner.set_aside(),
+        )
+
+    def _apply(self, reply: HubReply) -> None:
+        self._heard_s = time.monotonic()
+        self._version = reply.version
+        self._runner.estimator.tally.acknowledge(reply.counted)
+        self._runner.tell(reply.snapshot)
+        if reply.table is not None:
+            self._runner.update(reply.table)
+
+    def away_s(self) -> float:
+        """For how many seconds the hub has been out of reach; 0 while it answers."""
+        silent_s = time.monotonic() - self._heard_s
+        return silent_s if silent_s > _AWAY_S else 0.0
+
+    async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Pass an operator's call on; raises ConnectionError if the hub does not answer."""
+        answer = await self._ask(OperatorCall(path=path, body=body), None)
+        if isinstance(answer, OperatorAnswer):
+            return answer.status, answer.body
+        raise ConnectionError("the hub answered with another message")
+
+    async def _ask(
+        self, message: ProcessMessage, limit: aiohttp.ClientTimeout | None
+    ) -> HubMessage:
+        try:
+            async with self._session.post(
+                _URL, data=msgspec.json.encode(message), timeout=limit
+            ) as answer:
+                body = await answer.read()
+            return _DECODER.decode(body)
+        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+            raise ConnectionError(f"the hub does not answer: {error}") from None
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._session.close()

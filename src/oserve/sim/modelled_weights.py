@@ -1,0 +1,68 @@
+"""Weights of a wave on simulated replicas: transfers take what the links' model says.
+
+The transfer plan is the one that engines would carry out; its seconds pass on the cluster's clock.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oserve.control.cluster import Cluster
+from oserve.core import Clock
+from oserve.switch.costs import SwitchCosts, transfer_s, verify_s
+from oserve.switch.programme import ProgrammeStep, SwitchProgramme
+from oserve.switching.weights import MoveError
+
+# How often a transfer looks whether a replica that takes part has ended.
+_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelledWeightFacts:
+    """``strikes``: draws whether something of the given chance happens.
+
+    ``failed_transfer``: the chance that a transfer, or a check, fails halfway.
+    """
+
+    cluster: Cluster
+    clock: Clock
+    costs: SwitchCosts
+    strikes: Callable[[float], bool] = lambda _chance: False
+    failed_transfer: float = 0.0
+
+
+class ModelledWeights:
+    """See ``switching.weights.WaveWeights``."""
+
+    def __init__(self, facts: ModelledWeightFacts, switch: str, programme: SwitchProgramme) -> None:
+        del switch, programme
+        self._facts = facts
+
+    async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
+        """Let the seconds of the transfer pass. Raises MoveError."""
+        await self._pass(step, transfer_s(step.transfer, self._facts.costs))
+        progress(step.moved_bytes)
+
+    async def check(self, step: ProgrammeStep) -> None:
+        """Let the seconds of verifying pass. Raises MoveError."""
+        await self._pass(step, verify_s(step.transfer, self._facts.costs))
+
+    async def release(self, replica: str) -> None:
+        """Let the seconds of freeing a cache pass."""
+        del replica
+        await self._facts.clock.sleep(self._facts.costs.room_s)
+
+    async def _pass(self, step: ProgrammeStep, seconds: float) -> None:
+        facts = self._facts
+        fails = facts.strikes(facts.failed_transfer)
+        end_s = facts.clock.now() + (seconds / 2 if fails else seconds)
+        while True:
+            observation = await facts.cluster.observe()
+            for replica in step.participants:
+                if observation.replica(replica) is None:
+                    raise MoveError(f"{replica} has ended")
+            left_s = end_s - facts.clock.now()
+            if left_s <= 0.0:
+                break
+            await facts.clock.sleep(min(left_s, _LOOK_S))
+        if fails:
+            raise MoveError("the transfer failed")

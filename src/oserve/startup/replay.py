@@ -1,0 +1,105 @@
+"""Replay: the decisions of a controller on the seconds that a server recorded.
+
+It runs the server's own code on recorded time. Starts and drains take as long as predicted, since
+nothing runs. Other settings show what they would have decided.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from oserve.config import Settings, parse_plan
+from oserve.config.policies import control_policy
+from oserve.control.decision import Decision, DecisionVerdict, Mode
+from oserve.control.planning import planner_for
+from oserve.control.runtime import ControllerRuntime
+from oserve.control.starts import StartTimes
+from oserve.control.tally import Batch
+from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
+from oserve.evaluate.switch_scorer import SwitchScorer, model_of
+from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
+from oserve.plan.demand import Demand
+from oserve.startup.deployment import remembered_speeds
+from oserve.startup.first_plan import know, plan_request_for
+from oserve.startup.store import StateStore
+from oserve.startup.switch_facts import switch_facts
+from oserve.switch.learned import LearnedPhases
+from oserve.switching.prices import SwitchPrices
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """The context that the server saved; raises OServeError if the file has none."""
+    context = StateStore(file).memory("context") if file.is_file() else None
+    if not isinstance(context, dict):
+        raise OServeError(
+            "it contains no observations of a server",
+            place=str(file),
+            remedy="give the state.sqlite in a server's state directory",
+        )
+    return context
+
+
+def replayed_decisions(
+    file: Path, settings: Settings, context: dict[str, Any], *, mode: Mode = Mode.AUTO
+) -> Iterator[Decision]:
+    """Yield the decisions under ``settings``, in order of time."""
+    devices = tuple(msgspec.convert(item, Device) for item in context["devices"])
+    demand = msgspec.convert(context["demand"], Demand)
+    knowledge = know(settings, devices)
+    if knowledge.source is None:
+        raise OServeError(knowledge.missing, place="model", remedy="give its profile")
+    shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
+    request = plan_request_for(
+        settings, devices, knowledge.source, knowledge.context, (), demand=demand, shapes=shapes
+    )
+    starts = StartTimes(settings.control.start_s)
+    learned = LearnedPhases()
+    memory = StateStore(file).memory("switches")
+    if isinstance(memory, dict):
+        learned.restore(memory)
+    # The memory of the machine that replays must not matter.
+    facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
+    prices = SwitchPrices(facts)
+    planner = planner_for(request, starts, prices.legs)
+    # The last speeds that were observed; earlier ones are not saved.
+    planner.correct(remembered_speeds(file, request))
+    names = [kind.name for kind in planner.facts.types]
+    scorer = (
+        SwitchScorer(model_of(request, min_gain=settings.control.min_gain))
+        if settings.control.simulate
+        else None
+    )
+    if scorer is not None:
+        planner.learn(simulated_facts(planner.facts, scorer))
+    runtime = ControllerRuntime(
+        _first_plan(file),
+        policy=control_policy(settings, mode),
+        planner=planner,
+        starts=starts,
+        shares_interval_s=settings.control.shares_interval_s,
+        scorer=None if scorer is None else SwitchSimulation(scorer, planner),
+    )
+    controller = runtime.controller
+    busy_until_s = 0.0
+    for second, counts in StateStore(file).seconds():
+        if len(counts) != len(names):
+            continue
+        now_s = second + 0.999
+        batch = Batch(names=tuple(names), arrivals={second: counts})
+        trigger = controller.monitor.observe(now_s, [batch])
+        if trigger is None:
+            continue
+        decision, _ = runtime.decide(now_s, trigger, switching=now_s < busy_until_s)
+        if decision.verdict is DecisionVerdict.SWITCH:
+            busy_until_s = now_s + decision.switch_s
+        yield decision
+
+
+def _first_plan(file: Path) -> DeploymentPlan:
+    plans = StateStore(file).plans()
+    if not plans:
+        raise OServeError("it contains no plan", place=str(file), remedy="give another file")
+    return parse_plan(plans[0][1], place=str(file))

@@ -1,0 +1,46 @@
+"""The facts that switches are prepared from, taken from the settings."""
+
+from collections.abc import Callable
+from functools import partial
+
+from oserve.config import Settings, parse_plan
+from oserve.core import Device, OServeError
+from oserve.engines.main_memory import available_memory_bytes
+from oserve.switch.learned import LearnedPhases
+from oserve.switch.programme import SwitchFacts
+from oserve.switching.journal import Recovered, journal_folder, recover
+from oserve.switching.model import movable_model
+
+
+def switch_facts(
+    settings: Settings,
+    devices: tuple[Device, ...],
+    *,
+    learned: LearnedPhases | None = None,
+    available_bytes: Callable[[], int] = available_memory_bytes,
+) -> SwitchFacts | str:
+    """The facts for switches that move weights, or the reason why weights cannot be moved."""
+    if settings.switch.method == "restart":
+        return "switch.method says so"
+    try:
+        on_cpu = all(device.kind == "cpu" for device in devices)
+        model = movable_model(
+            settings.model,
+            keep_weights=settings.engines.keep_weights,
+            variants=settings.engines.variants,
+            on_cpu=on_cpu,
+        )
+    except OServeError as error:
+        return error.message
+    return SwitchFacts(
+        model=model,
+        devices=devices,
+        kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or 0,
+        available_bytes=available_bytes,
+        learned=learned or LearnedPhases(),
+    )
+
+
+def recovered_switch(settings: Settings, at_s: float) -> Recovered | None:
+    """The unfinished switch of the last server; see ``switching.journal``."""
+    return recover(journal_folder(settings.state_dir), at_s, partial(parse_plan, place="journal"))

@@ -1,0 +1,51 @@
+"""Prices of switches for the controller: the way from replicas to others, leg by leg.
+
+The programme is the one of the switch itself, so a decision weighs what would be done.
+"""
+
+from collections.abc import Sequence
+
+from oserve.control.evaluation import Leg
+from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
+from oserve.switch.programme import SwitchFacts, prepare_switch
+
+
+class SwitchPrices:
+    """``facts``: what switches are prepared from, or why weights cannot be moved."""
+
+    def __init__(self, facts: SwitchFacts | str) -> None:
+        self._facts = facts
+
+    def legs(
+        self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]
+    ) -> tuple[Leg, ...] | None:
+        """Return a leg for each wave; ``None`` where these replicas must restart."""
+        if isinstance(self._facts, str):
+            return None
+        try:
+            programme = prepare_switch(self._facts, _bare(old), _bare(new))
+        except OServeError:
+            return None
+        legs = []
+        for step in programme.steps:
+            wave, phases = step.wave, step.predicted
+
+            def specs(names: Sequence[str]) -> tuple[ReplicaSpec, ...]:
+                return tuple(programme.spec(name) for name in names)
+
+            legs.append(
+                Leg(
+                    leaving=specs((*wave.release, *wave.stop)),
+                    started=specs(wave.start),
+                    retired=specs(wave.retire),
+                    seconds=phases.until_commit_s - phases.room_s,
+                )
+            )
+        return tuple(legs)
+
+
+def _bare(replicas: Sequence[ReplicaSpec]) -> DeploymentPlan:
+    """Return replicas as a plan that routes no requests."""
+    return DeploymentPlan(
+        id="", replicas=tuple(replicas), length_classes=(), routing_shares={}, planned_types=()
+    )

@@ -1,0 +1,300 @@
+"""Switches from plan to plan: one at a time, by moving weights or by restarts.
+
+The last plan wished for wins: a switch under way is rolled back unless its commit is decided. Where
+weights cannot be moved the control loop rolls the plan out, and the report says why.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from oserve.control.cluster import Cluster
+from oserve.control.loop import ControlLoop
+from oserve.control.rollout import settled
+from oserve.core import Clock, DeploymentPlan, Observation, OServeError
+from oserve.switch.preview import programme_document
+from oserve.switch.programme import ProgrammeStep, SwitchFacts, SwitchProgramme, prepare_switch
+from oserve.switch.transaction import Phase
+from oserve.switching.driver import DriverFacts, SwitchDriver, SwitchOutcome
+from oserve.switching.journal import FileJournal, Journal, prune
+from oserve.switching.report import SwitchMethod, SwitchReport, SwitchStatus
+from oserve.switching.tasks import WaveTaskFacts, WaveTasks
+from oserve.switching.weights import WaveWeights
+
+_log = logging.getLogger("oserve.switch")
+
+_MOST_REPORTS = 20
+_T = TypeVar("_T")
+
+
+class Compute(Protocol):
+    """Runs a computation: in a thread on a server, at once on a virtual clock."""
+
+    async def __call__(self, work: Callable[[], _T], /) -> _T: ...
+
+
+async def at_once(work: Callable[[], _T], /) -> _T:
+    """Run a computation in the event loop; on a virtual clock it takes no time."""
+    return work()
+
+
+async def in_thread(work: Callable[[], _T], /) -> _T:
+    """Run a computation beside the event loop."""
+    return await asyncio.to_thread(work)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitcherFacts:
+    """What a switcher works on. ``folder``: of the journals.
+
+    ``movable``: what switches are prepared from, or why weights cannot be moved. ``settle`` hears
+    how each switch ended, in the event loop. ``publish``: runs the control loop's next round now.
+    ``weights`` makes what moves the weights of a switch, by its id. ``plan_text`` writes a plan as
+    the text of a plan file. ``transfer_limit_s``: the least time limit of a transfer. The cluster
+    is looked at each ``poll_s`` during a switch.
+    """
+
+    folder: Path
+    movable: SwitchFacts | str
+    cluster: Cluster
+    loop: ControlLoop
+    clock: Clock
+    settle: Callable[[SwitchOutcome], None]
+    publish: Callable[[], Awaitable[None]]
+    weights: Callable[[str, SwitchProgramme], WaveWeights]
+    plan_text: Callable[[DeploymentPlan], str]
+    unix_s: Callable[[], float]
+    transfer_limit_s: float
+    journal: Callable[[Path], Journal] = FileJournal
+    compute: Compute = in_thread
+    poll_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """A plan that is to take the place of the one in force."""
+
+    report: SwitchReport
+    plan: DeploymentPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PreparedSwitch:
+    """A switch that can be driven."""
+
+    programme: SwitchProgramme
+    weights: WaveWeights
+    journal: Journal
+
+
+class Switcher:
+    """Takes wishes and carries them out, one after the other."""
+
+    def __init__(self, facts: SwitcherFacts) -> None:
+        self._facts = facts
+        self._reports: deque[SwitchReport] = deque(maxlen=_MOST_REPORTS)
+        self._wish: _Wish | None = None
+        self._driver: SwitchDriver | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._count = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether a switch by moving weights is wished for or under way."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def programme(self) -> SwitchProgramme | None:
+        """The switch that is being driven."""
+        return None if self._driver is None else self._driver.programme
+
+    def want(self, plan: DeploymentPlan, by: str) -> SwitchReport:
+        """Go to this plan; the report follows what comes of it."""
+        now_s = self._facts.unix_s()
+        self._count += 1
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_s))
+        report = SwitchReport(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
+        self._reports.append(report)
+        if self._wish is not None:
+            reason = f"plan {plan.id} was wished for instead"
+            self._wish.report.ended(SwitchStatus.SUPERSEDED, reason, now_s)
+        self._wish = _Wish(report=report, plan=plan)
+        if self._driver is not None:
+            self._driver.cancel(f"plan {plan.id} is wished for instead")
+        if not self.active:
+            self._task = asyncio.ensure_future(self._run_all())
+        return report
+
+    def cancel(self, reason: str) -> bool:
+        """Roll back the switch under way; False if there is none."""
+        if self._driver is None:
+            return False
+        self._driver.cancel(reason)
+        return True
+
+    async def close(self) -> None:
+        """Break off; the journal tells the next server which plan holds."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # -- documents ------------------------------------------------------------------------------
+    def foresee(self, plan: DeploymentPlan, observation: Observation) -> dict[str, Any]:
+        """Return JSON values: what a switch to this plan would do now."""
+        try:
+            programme = self._programme(plan, observation)
+        except OServeError as error:
+            return {"method": SwitchMethod.RESTART.value, "reason": error.message}
+        document = programme_document(programme, _running(observation))
+        return {"method": SwitchMethod.TRANSFER.value, **document}
+
+    def observe(self, observation: Observation) -> None:
+        """End the switches that the control loop has rolled out, or that another one superseded."""
+        plan = self._facts.loop.plan
+        for report in self._reports:
+            if report.state is not SwitchStatus.ROLLING_OUT:
+                continue
+            if report.plan != plan.id:
+                report.ended(SwitchStatus.SUPERSEDED, report.reason, self._facts.unix_s())
+            elif settled(plan, observation, frozenset()):
+                report.ended(SwitchStatus.DONE, report.reason, self._facts.unix_s())
+
+    def documents(self) -> list[dict[str, Any]]:
+        """JSON values of all switches that are remembered, oldest first."""
+        return [report.document() for report in self._reports]
+
+    # -- carrying out ---------------------------------------------------------------------------
+    async def _run_all(self) -> None:
+        while self._wish is not None:
+            wish, self._wish = self._wish, None
+            try:
+                await self._run(wish.report, wish.plan)
+            except Exception as error:  # serving goes on with whatever plan is in force
+                _log.exception("switch %s", wish.report.id)
+                reason = f"{type(error).__name__}: {error}"
+                wish.report.ended(SwitchStatus.FAILED, reason, self._facts.unix_s())
+                self._facts.loop.held = frozenset()
+            finally:
+                self._driver = None
+
+    async def _run(self, report: SwitchReport, plan: DeploymentPlan) -> None:
+        facts = self._facts
+        observation = await facts.cluster.observe()
+        try:
+            prepared = await facts.compute(lambda: self._prepared(report.id, plan, observation))
+        except OServeError as error:
+            await self._roll_out(report, plan, error.message)
+            return
+        report.state = SwitchStatus.RUNNING
+        report.programme = programme_document(prepared.programme, _running(observation))
+        self._driver = SwitchDriver(self._driver_facts(report, prepared))
+        _log.info("switch %s: weights move from engine to engine", report.id)
+        outcome = await self._driver.run()
+        self._learn(report, prepared.programme)
+        if facts.loop.plan is not outcome.plan:
+            facts.loop.plan = outcome.plan
+        if self._wish is None:
+            facts.settle(outcome)
+        await facts.publish()
+        _log.info("switch %s: %s %s", report.id, report.state, report.reason)
+        prune(facts.folder)
+
+    async def _roll_out(self, report: SwitchReport, plan: DeploymentPlan, reason: str) -> None:
+        """Leave the plan to the control loop."""
+        _log.info("switch %s: restarts, since %s", report.id, reason)
+        report.method, report.state = SwitchMethod.RESTART, SwitchStatus.ROLLING_OUT
+        report.reason = reason
+        self._facts.loop.plan = plan
+        await self._facts.publish()
+
+    def _learn(self, report: SwitchReport, programme: SwitchProgramme) -> None:
+        """Learn from waves that came to their end what the phases of the next ones take."""
+        movable = self._facts.movable
+        if isinstance(movable, str):
+            return
+        for step in programme.steps:
+            took_s = report.durations_s(step.number)
+            if Phase.DONE not in took_s:
+                continue
+            if step.wave.stop or step.wave.release:
+                # How much of it was draining is not known.
+                took_s.pop(Phase.PREPARE, None)
+            movable.learned.observe(step.predicted, took_s)
+
+    def _driver_facts(self, report: SwitchReport, prepared: _PreparedSwitch) -> DriverFacts:
+        facts = self._facts
+
+        def tasks(step: ProgrammeStep, moved_before: int) -> WaveTasks:
+            return WaveTasks(self._task_facts(report, prepared), step, moved_before)
+
+        return DriverFacts(
+            programme=prepared.programme,
+            report=report,
+            tasks=tasks,
+            journal=prepared.journal,
+            clock=facts.clock,
+            unix_s=facts.unix_s,
+            plan_text=facts.plan_text,
+            transfer_limit_s=facts.transfer_limit_s,
+        )
+
+    def _task_facts(self, report: SwitchReport, prepared: _PreparedSwitch) -> WaveTaskFacts:
+        facts = self._facts
+
+        def progress(size: int) -> None:
+            report.moved_bytes = size
+
+        def hold(names: frozenset[str]) -> None:
+            facts.loop.held = names
+
+        async def route(plan: DeploymentPlan) -> None:
+            facts.loop.plan = plan
+            await facts.publish()
+
+        return WaveTaskFacts(
+            programme=prepared.programme,
+            cluster=facts.cluster,
+            clock=facts.clock,
+            weights=prepared.weights,
+            hold=hold,
+            route=route,
+            progress=progress,
+            poll_s=facts.poll_s,
+        )
+
+    def _prepared(
+        self, switch: str, plan: DeploymentPlan, observation: Observation
+    ) -> _PreparedSwitch:
+        """Raises OServeError where replicas must restart."""
+        programme = self._programme(plan, observation)
+        weights = self._facts.weights(switch, programme)
+        path = self._facts.folder / f"{switch}.jsonl"
+        try:
+            journal = self._facts.journal(path)
+        except OSError as error:
+            raise _by_restarts(f"its journal cannot be kept: {error.strerror}") from None
+        return _PreparedSwitch(programme=programme, weights=weights, journal=journal)
+
+    def _programme(self, plan: DeploymentPlan, observation: Observation) -> SwitchProgramme:
+        """Raises OServeError where replicas must restart."""
+        movable = self._facts.movable
+        if isinstance(movable, str):
+            raise _by_restarts(movable)
+        current = self._facts.loop.plan
+        if not settled(current, observation, frozenset()):
+            raise _by_restarts("not all replicas of the present plan serve, or others do")
+        return prepare_switch(movable, current, plan)
+
+
+def _running(observation: Observation) -> dict[str, int]:
+    """Return the requests on each replica."""
+    return {state.spec.id: state.running + state.waiting for state in observation.replicas}
+
+
+def _by_restarts(reason: str) -> OServeError:
+    return OServeError(reason, place="switch", remedy="the control loop rolls it out by restarts")

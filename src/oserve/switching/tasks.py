@@ -1,0 +1,242 @@
+"""The tasks of a wave on a cluster: standby replicas, weights, routing, ends.
+
+The same on engines and on simulated replicas: replicas come and go through the cluster API, and
+``WaveWeights`` moves the weights. After the commit the control loop drains and stops whatever the
+plan in force does not have; the tasks here only wait for it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from oserve.control.cluster import Cluster
+from oserve.core import (
+    Action,
+    Clock,
+    CommitReplicas,
+    DeploymentPlan,
+    DrainReplica,
+    ReplicaPhase,
+    ReplicaState,
+    StartReplica,
+    StopReplica,
+)
+from oserve.switch.programme import ProgrammeStep, SwitchProgramme
+from oserve.switch.transaction import Task
+from oserve.switching.weights import MoveError, WaveWeights
+
+# Requests sent just before a drain may not be counted yet.
+_SETTLE_S = 3.0
+_ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
+_ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
+
+
+class TaskFailedError(Exception):
+    """A task failed; ``final``: a retry would not help."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveTaskFacts:
+    """``hold``: tells the control loop which replicas to leave alone from now on.
+
+    ``route``: puts a plan in force, in all that routes and reconciles. ``progress`` hears the bytes
+    that have arrived since the switch began. The cluster is looked at each ``poll_s``.
+    """
+
+    programme: SwitchProgramme
+    cluster: Cluster
+    clock: Clock
+    weights: WaveWeights
+    hold: Callable[[frozenset[str]], None]
+    route: Callable[[DeploymentPlan], Awaitable[None]]
+    progress: Callable[[int], None]
+    poll_s: float = 0.1
+
+
+class WaveTasks:
+    """The tasks of one wave, which may each be asked for again. See ``transaction.Task``."""
+
+    def __init__(self, facts: WaveTaskFacts, step: ProgrammeStep, moved_before: int) -> None:
+        self._facts = facts
+        self._step = step
+        self._moved_before = moved_before
+        self._filling = _Shared(self._fill)
+        self._checking = _Shared(self._check)
+        wave = step.wave
+        self._hold(frozenset((*wave.start, *wave.stop, *wave.release)))
+
+    async def close(self) -> None:
+        """End what still runs; the control loop has all replicas again."""
+        await self._filling.cancel()
+        await self._checking.cancel()
+        self._hold(frozenset())
+
+    async def run(self, task: Task, replica: str, *, late: bool) -> None:
+        """Run a task to its end. Raises TaskFailedError."""
+        match task:
+            case Task.START:
+                await self._start(replica)
+            case Task.STOP:
+                await self._stop(replica, late=late)
+            case Task.FILL:
+                await self._shared(self._filling)
+            case Task.CHECK:
+                await self._shared(self._checking)
+            case Task.ROUTE:
+                await self._route()
+            case Task.RETIRE:
+                await self._retire(replica, late=late)
+            case Task.UNDO:
+                await self._undo(replica)
+            case Task.RESTORE:
+                await self._restore(replica, late=late)
+            case Task.RELEASE:
+                await self._release(replica, late=late)
+
+    def _hold(self, names: frozenset[str]) -> None:
+        self._held = names
+        self._facts.hold(names)
+
+    async def _state(self, replica: str) -> ReplicaState | None:
+        return (await self._facts.cluster.observe()).replica(replica)
+
+    async def _apply(self, action: Action) -> None:
+        try:
+            await self._facts.cluster.apply(action)
+        except (ValueError, OSError) as error:
+            raise TaskFailedError(str(error)) from None
+
+    async def _poll(self) -> None:
+        await self._facts.clock.sleep(self._facts.poll_s)
+
+    # -- replicas -------------------------------------------------------------------------------
+    async def _start(self, replica: str) -> None:
+        spec = self._facts.programme.spec(replica)
+        if await self._state(replica) is None:
+            await self._apply(StartReplica(spec=spec, standby=True))
+        while True:
+            observation = await self._facts.cluster.observe()
+            state = observation.replica(replica)
+            if state is None:
+                failures = observation.failures.get(replica)
+                raise TaskFailedError(failures.reason if failures else "it ended")
+            if state.phase is ReplicaPhase.STANDBY:
+                return
+            await self._poll()
+
+    async def _drain(self, replica: str, *, late: bool) -> None:
+        """Wait until a replica takes no requests and has none; at once if it is gone or late."""
+        began_s = self._facts.clock.now()
+        while not late and (state := await self._state(replica)) is not None:
+            if state.phase is ReplicaPhase.READY:
+                await self._apply(DrainReplica(replica=replica))
+            elif state.phase is not ReplicaPhase.DRAINING:
+                return
+            idle = state.running + state.waiting == 0
+            if idle and self._facts.clock.now() - began_s >= _SETTLE_S:
+                return
+            await self._poll()
+
+    async def _stop(self, replica: str, *, late: bool) -> None:
+        """Drain, stop, and wait until the devices are free."""
+        await self._drain(replica, late=late)
+        await self._undo(replica)
+
+    async def _release(self, replica: str, *, late: bool) -> None:
+        await self._drain(replica, late=late)
+        if await self._state(replica) is None:
+            raise TaskFailedError(f"{replica} has ended", final=True)
+        try:
+            await self._facts.weights.release(replica)
+        except MoveError as error:
+            raise TaskFailedError(str(error)) from None
+
+    async def _retire(self, replica: str, *, late: bool) -> None:
+        while await self._state(replica) is not None:
+            if late:
+                await self._apply(StopReplica(replica=replica))
+            await self._poll()
+
+    async def _undo(self, replica: str) -> None:
+        while await self._state(replica) is not None:
+            await self._apply(StopReplica(replica=replica))
+            await self._poll()
+
+    async def _restore(self, replica: str, *, late: bool) -> None:
+        """The control loop starts it, since the plan in force has it."""
+        self._hold(self._held - {replica})
+        while not late:
+            state = await self._state(replica)
+            if state is not None and state.phase is ReplicaPhase.READY:
+                return
+            await self._poll()
+
+    async def _route(self) -> None:
+        step = self._step
+        observation = await self._facts.cluster.observe()
+        able = tuple(
+            name
+            for name in step.wave.start
+            if (state := observation.replica(name)) is not None and state.phase in _ABLE
+        )
+        # A replica that ended after its check is started from disk. Then the control loop retires
+        # the old replicas as the new one comes up.
+        whole = len(able) == len(step.wave.start)
+        await self._apply(CommitReplicas(ready=able, drain=step.wave.retire if whole else ()))
+        observation = await self._facts.cluster.observe()
+        for name in able:
+            state = observation.replica(name)
+            if state is not None and state.phase is ReplicaPhase.STANDBY:
+                # The control loop would stop a replica on standby that no switch holds.
+                raise TaskFailedError(f"{name} still stands by")
+        self._hold(frozenset())
+        await self._facts.route(step.plan)
+
+    # -- weights --------------------------------------------------------------------------------
+    async def _fill(self) -> None:
+        await self._facts.weights.fill(
+            self._step, progress=lambda size: self._facts.progress(self._moved_before + size)
+        )
+
+    async def _check(self) -> None:
+        await self._facts.weights.check(self._step)
+
+    async def _shared(self, work: "_Shared") -> None:
+        try:
+            await work.wait()
+        except MoveError as error:
+            raise TaskFailedError(str(error), final=await self._hopeless()) from None
+
+    async def _hopeless(self) -> bool:
+        """Whether a replica that takes part has ended."""
+        observation = await self._facts.cluster.observe()
+        states = [observation.replica(name) for name in self._step.participants]
+        return any(state is None or state.phase not in _ALIVE for state in states)
+
+
+class _Shared:
+    """Work that all replicas of a wave wait for. After its end a new wait starts it again."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+        self._task: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Wait for the work; a waiter that is cancelled ends it for all."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._work())
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            await self.cancel()
+            raise
+
+    async def cancel(self) -> None:
+        """End the work if it runs."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)

@@ -1,0 +1,64 @@
+"""What moves the weights of a switch: for a whole wave, and between engines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from oserve.switch.programme import ProgrammeStep
+from oserve.switch.rank_order import RankOrder
+
+
+class MoveError(Exception):
+    """A transfer or a check that failed; the text says why."""
+
+
+class WaveWeights(Protocol):
+    """Fills and checks the new replicas of a wave: by engines, or modelled on a virtual clock.
+
+    All raise MoveError where a retry may help, and TaskFailedError (``final``) where it does not.
+    All may be cancelled, and then leave nothing running.
+    """
+
+    async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
+        """Move the weights of the wave; ``progress`` hears the bytes that have arrived."""
+        ...
+
+    async def check(self, step: ProgrammeStep) -> None:
+        """Compare the weights at both ends, and let each new replica generate."""
+        ...
+
+    async def release(self, replica: str) -> None:
+        """Free the KV cache of a drained replica, which keeps its weights."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Bytes over links and inside devices; seconds of the slowest rank, and of taking it up."""
+
+    size_bytes: int
+    seconds: float
+    take_up_s: float
+
+
+class WeightMover(Protocol):
+    """Moves weights between engines. See ``oserve.engines.mover.Mover``."""
+
+    async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]: ...
+
+    async def move(
+        self,
+        name: str,
+        orders: Sequence[RankOrder],
+        *,
+        limit_s: float,
+        progress: Callable[[int], None],
+    ) -> Moved: ...
+
+    async def check(self, name: str, orders: Sequence[RankOrder], *, limit_s: float) -> int: ...
+
+    async def generate(self, replica: str, model: str, *, limit_s: float) -> None: ...
+
+    async def surprise(self, replica: str, model: str, *, limit_s: float) -> float: ...
+
+    async def close(self) -> None: ...
