@@ -21,6 +21,7 @@ from oserve.core import (
     StopReplica,
     VirtualClock,
 )
+from oserve.engines.adoption import read_note
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.holding import HeldEngines, identity_of
@@ -104,9 +105,8 @@ class World:
     async def vanish(self) -> None:
         line = self.engines._line
         assert line is not None
-        line.send = lambda ask: None  # type: ignore[method-assign]
+        # A replica's task that is cancelled ends its engine: on a broken line no keeper hears that.
         line._writer.transport.abort()
-        # Told to end, a replica's task ends its engine: here nobody hears that.
         tasks = [line.lost, *(task for _, task in self.cluster._running.values())]
         while not all(task.done() for task in tasks):
             for task in tasks:
@@ -151,7 +151,8 @@ class World:
         """Devices in the registry on disk."""
         registry = read_registry(self.folder / "keeper.json")
         assert registry is not None
-        return [device for entry in registry.held for device in entry.note["devices"]]
+        notes = [read_note(entry.note) for entry in registry.held]
+        return [device for note in notes if note is not None for device in note.devices]
 
     def alive(self) -> list[FakeProcess]:
         return [process for process in self.launcher.processes if not process.ended.done()]

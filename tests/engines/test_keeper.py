@@ -14,7 +14,13 @@ import pytest
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
 from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
-from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
+from oserve.engines.registry import (
+    Registry,
+    RegistryEntry,
+    end_leftovers,
+    read_registry,
+    write_registry,
+)
 from oserve.startup.lock import StateLock
 
 # A leader that says it is up, and a child that ignores TERM.
@@ -121,8 +127,8 @@ def group(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> Entry:
-    return Entry(
+def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> RegistryEntry:
+    return RegistryEntry(
         name="a-1",
         engine=True,
         log="",
@@ -185,7 +191,7 @@ def test_the_folder_for_sockets_is_ours_alone(tmp_path: Path) -> None:
     assert len(str(folder)) < 30
     assert private_folder(tmp_path) == folder
     folder.chmod(0o755)
-    with pytest.raises(OServeError, match="not ours alone"):
+    with pytest.raises(OServeError, match="other users"):
         private_folder(tmp_path)
     folder.rmdir()
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.engines.patches import PATCHES, VLLM, Patch, PatchError, Target, apply
+from oserve.engines.patches import PATCHES, VLLM, Patch, PatchError, PatchTarget, apply
 from oserve.engines.patches import patch as patches
 from oserve.engines.patches.segment_names import SEGMENT_NAMES
 
@@ -89,14 +89,16 @@ def made(*, needed: bool = False) -> Patch:
         made_for="foreign 1",
         needed=needed,
         targets=(
-            Target(
+            PatchTarget(
                 place="foreign.use:plus",
                 source="foreign.work:plus",
                 digest=digests["plus"],
                 replace=lambda original: lambda a, b: original(a, b) + 10,
             ),
-            Target(place="foreign.work:Engine.wait", digest=digests["Engine.wait"], replace=more),
-            Target(
+            PatchTarget(
+                place="foreign.work:Engine.wait", digest=digests["Engine.wait"], replace=more
+            ),
+            PatchTarget(
                 place="foreign.use:Other.run",
                 source="foreign.work:Engine.run",
                 digest=digests["Engine.run"],
@@ -188,7 +190,7 @@ def test_what_is_not_wanted_here_is_not_even_looked_at(package: Callable[[str], 
         made_for="foreign 1",
         needed=True,
         wanted=lambda: False,
-        targets=(Target(place="nowhere:nothing", digest="", replace=lambda _original: None),),
+        targets=(PatchTarget(place="nowhere:nothing", digest="", replace=lambda _original: None),),
         reason="",
         without="",
         upstream="",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, ReplicaSpec
-from oserve.engines.attached import Finding, Look
+from oserve.engines.attached import AttachedProbe, Finding
 from oserve.engines.probe import Probe
 
 _ANSWER_S = 30.0
@@ -54,7 +54,7 @@ async def _ask(
 ) -> AttachedServer:
     endpoint = backend.endpoint(variables)
     async with Probe(endpoint, timeout_s=_ANSWER_S) as probe:
-        finding = await Look(probe, endpoint, backend.model or model).try_out()
+        finding = await AttachedProbe(probe, endpoint, backend.model or model).try_out()
     return AttachedServer(spec=spec, url=backend.url, finding=finding)
 
 

@@ -1,4 +1,4 @@
-"""All patches in the order in which they are applied, and applying them."""
+"""All patches, in the order in which ``apply`` applies them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -40,9 +40,9 @@ def apply(
     *,
     say: Callable[[str], None] = _to_log,
 ) -> None:
-    """Put the patches of a stage in place, each once in a process; ``say`` hears what is left out.
+    """Apply the patches of a stage, each once per process; ``say`` receives those left out.
 
-    Raises PatchError where one that is needed does not fit.
+    Raises PatchError if a needed one does not fit.
     """
     for patch in patches:
         if patch.stage != stage or patch.name in _applied or not patch.wanted():

@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
+
+P = ParamSpec("P")
+Checked = TypeVar("Checked")
 
 
-def _forking(original: Callable[..., Any]) -> Callable[..., Any]:
-    def check_and_update_config(cls: Any, *arguments: Any, **named: Any) -> Any:
-        answer = original(cls, *arguments, **named)
+def _forking(original: Callable[P, Checked]) -> Callable[P, Checked]:
+    def check_and_update_config(*arguments: P.args, **named: P.kwargs) -> Checked:
+        checked = original(*arguments, **named)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        return answer
+        return checked
 
     return check_and_update_config
 
@@ -22,7 +25,7 @@ FORKED_WORKERS = Patch(
     made_for="vLLM 0.32.0",
     needed=True,
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
             digest="43fdc40c8fef51b1",
             replace=_forking,

@@ -1,17 +1,16 @@
 """Kernels are replaced once, before engines are forked."""
 
 from collections.abc import Callable
-from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 
-def _done_already(original: Callable[..., Any]) -> Callable[..., Any]:
+def _done_already(original: Callable[[object], None]) -> Callable[[object], None]:
     from vllm.platforms.cpu import CpuPlatform  # noqa: PLC0415 - not before it is asked
 
     original(CpuPlatform)
 
-    def register_triton_kernel_overrides(_cls: Any) -> None:
+    def register_triton_kernel_overrides(_cls: object) -> None:
         return None
 
     return register_triton_kernel_overrides
@@ -22,7 +21,7 @@ KERNEL_OVERRIDES = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
             digest="33b2b92b16ba15eb",
             replace=_done_already,

@@ -1,13 +1,15 @@
 """A model's class is looked at in the process that asks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
+
+Found = TypeVar("Found")
 
 
-def _here(_original: Callable[..., Any]) -> Callable[..., Any]:
-    def run(inspect: Callable[[], Any]) -> Any:
+def _here(_original: object) -> Callable[[Callable[[], Found]], Found]:
+    def run(inspect: Callable[[], Found]) -> Found:
         return inspect()
 
     return run
@@ -18,7 +20,7 @@ MODEL_INSPECTION = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.model_executor.models.registry:_run_in_subprocess",
             digest="e5c2127202ded41a",
             replace=_here,

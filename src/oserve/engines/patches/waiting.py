@@ -2,16 +2,25 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 _NAP_S = 0.0002
 _ASK_AGAIN_MS = 100
 
 
-def _napping(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wait(self: Any, timeout_ms: int | None = None) -> None:
+class _SpinCondition(Protocol):
+    """vLLM's; the times are in seconds."""
+
+    last_read: float
+    busy_loop_s: float
+
+
+def _napping(
+    original: Callable[[_SpinCondition, int], None],
+) -> Callable[[_SpinCondition, int | None], None]:
+    def wait(self: _SpinCondition, timeout_ms: int | None = None) -> None:
         if time.monotonic() <= self.last_read + self.busy_loop_s:
             time.sleep(_NAP_S)
         else:
@@ -25,7 +34,7 @@ WAITING = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
             digest="68ef15b26ab57770",
             replace=_napping,

@@ -1,22 +1,21 @@
-"""Checksums of tensors: CRC-32 on CPU, a weighted sum, computed where they lie, on GPUs."""
+"""Checksums of tensors: CRC-32 on CPU; on GPUs a weighted sum, computed on the device."""
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-# Copying this much before summing it takes no new memory each time.
+# Copies of this size before summing reuse the allocator's memory.
 _CHECK_BYTES = 512 << 10
 _SUM_BYTES = 64 << 20
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A prime and two numbers without meaning, as such sums need them.
+# A prime modulus, and the two multipliers of a polynomial hash.
 _PRIME = (1 << 31) - 1
 _BASE, _FACTOR = 1_000_003, 48_271
 
 
-def checksum(tensor: Any) -> int:
-    """CRC-32 of a tensor's values, row after row; on a GPU see ``device_sum``."""
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's values, row by row; ``device_sum`` on a GPU."""
     if tensor.device.type != "cpu":
         return device_sum(tensor)
     total = 0
@@ -25,11 +24,11 @@ def checksum(tensor: Any) -> int:
     return total
 
 
-def device_sum(tensor: Any) -> int:
-    """A sum of a tensor's values, weighted by place, computed where it lies.
+def device_sum(tensor: torch.Tensor) -> int:
+    """A sum of a tensor's values, weighted by position, computed on its device.
 
-    Values are taken as the whole numbers of their bits, modulo a prime: no order of adding changes
-    it, and no change of one bit leaves it as it was.
+    The bits of values are read as integers, modulo a prime: the order of additions does not change
+    the sum, and every change of one bit does.
     """
     total = 0
     for piece in pieces(tensor, _SUM_BYTES):
@@ -39,8 +38,8 @@ def device_sum(tensor: Any) -> int:
     return total
 
 
-def pieces(tensor: Any, size_bytes: int) -> Iterator[Any]:
-    """Some rows at a time."""
+def pieces(tensor: torch.Tensor, size_bytes: int) -> Iterator[torch.Tensor]:
+    """Slices of rows, of at most ``size_bytes`` if one row is no larger."""
     if tensor.nbytes <= size_bytes:
         yield tensor
         return
@@ -49,6 +48,6 @@ def pieces(tensor: Any, size_bytes: int) -> Iterator[Any]:
         yield tensor[start : start + rows]
 
 
-def bytes_of(tensor: Any) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
