@@ -25,7 +25,7 @@ from oserve.perf.profile import (
     shape_key,
     write_profile,
 )
-from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.client import EngineClient, EngineDescription
 from oserve.profiler.measure import StepMeter
 from oserve.profiler.profile import (
     ProfileReporter,
@@ -178,7 +178,7 @@ async def _measured(
                 report.line(f"{shape.name} is left out: no time left")
                 continue
             steps: list[ProfileStep] = []
-            facts: EngineFacts | None = None
+            facts: EngineDescription | None = None
             report.line(f"starting {shape.name}")
             try:
                 async with (
@@ -201,7 +201,7 @@ async def _measured(
 
 async def _collect(
     client: EngineClient,
-    facts: EngineFacts,
+    facts: EngineDescription,
     shape: ReplicaShape,
     steps: list[ProfileStep],
     report: ProfileReporter,
@@ -228,7 +228,7 @@ def _entry(
     model: ModelFacts,
     devices: Sequence[Device],
     shape: ReplicaShape,
-    facts: EngineFacts,
+    facts: EngineDescription,
     steps: Sequence[ProfileStep],
     report: ProfileReporter,
 ) -> ProfileEntry | None:
