@@ -31,14 +31,14 @@ from oserve.profiler.profile import (
     ProfileReporter,
     default_shapes,
     engine_bounds,
-    engine_hall,
     fitted_entry,
     make_profile,
     profile_devices,
     started_engine,
+    temporary_cluster,
 )
 from oserve.profiler.series import EngineBounds, MeasuredPoint
-from oserve.startup.first_plan import brief_file, know, wanted_precisions
+from oserve.startup.first_plan import StepTimes, brief_file, find_step_times, wanted_precisions
 from oserve.startup.lock import StateLock
 from oserve.startup.sizing import fitting
 
@@ -106,7 +106,7 @@ def brief_series(bounds: EngineBounds) -> tuple[int | MeasuredPoint, ...]:
     return tuple(dict.fromkeys(series))
 
 
-def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
+def shapes_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
     """Shapes to measure before a plan can be computed; none if enough is known, or it is off.
 
     Raises OServeError if the profile in the settings is invalid, or no shape fits.
@@ -121,8 +121,9 @@ def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
         model = find_model(settings.model)
     except OServeError:
         return ()
-    source = know(settings, devices).source
-    if source is not None:
+    times = find_step_times(settings, devices)
+    if isinstance(times, StepTimes):
+        source = times.source
         plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
         usable = {key[2] for key in source.keys()} if isinstance(source, ProfileSource) else set()  # noqa: SIM118
         stale = isinstance(source, ProfileSource) and _stale(settings, source.profile, devices)
@@ -172,7 +173,7 @@ async def _measured(
     end_s = loop.time() + limit_s
     entries: list[ProfileEntry] = []
     version = ""
-    async with engine_hall(settings, devices) as cluster:
+    async with temporary_cluster(settings, devices) as cluster:
         for index, shape in enumerate(shapes):
             if end_s - loop.time() < _LEAST_S:
                 report.line(f"{shape.name} is left out: no time left")

@@ -79,7 +79,7 @@ def limited(
 
 
 @asynccontextmanager
-async def engine_hall(
+async def temporary_cluster(
     settings: Settings, devices: tuple[Device, ...]
 ) -> AsyncIterator[LocalCluster]:
     """A cluster for engines that are started one after another.
@@ -189,7 +189,7 @@ async def profile_started(
     entries: list[ProfileEntry] = []
     failures: list[OServeError] = []
     version = ""
-    async with engine_hall(settings, devices) as cluster:
+    async with temporary_cluster(settings, devices) as cluster:
         for shape in shapes:
             report.line(f"starting {shape.name}")
             try:

@@ -28,7 +28,14 @@ from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 from oserve.plan.planning import PlanRequest
-from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, plan_request_for
+from oserve.startup.first_plan import (
+    FirstPlan,
+    NoStepTimes,
+    StepTimes,
+    find_step_times,
+    first_plan,
+    plan_request_for,
+)
 from oserve.startup.plan_check import check_engines
 from oserve.startup.sizing import checked, find_room, fitted
 from oserve.startup.store import StateStore
@@ -78,11 +85,11 @@ def prepare(settings: Settings) -> ServerDeployment:
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
-    knowledge = know(settings, devices)
-    mode = _mode(settings, knowledge)
+    times = find_step_times(settings, devices)
+    mode = _mode(settings, times)
     request = None
-    if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        request = plan_request_for(settings, devices, knowledge.source, knowledge.context, plain)
+    if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
+        request = plan_request_for(settings, devices, times, plain)
     room = find_room(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
@@ -90,7 +97,7 @@ def prepare(settings: Settings) -> ServerDeployment:
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
-    first = _plan(settings, devices, plain, knowledge, request, resumed, speeds)
+    first = _plan(settings, devices, plain, _missing(times), request, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -113,7 +120,7 @@ def prepare(settings: Settings) -> ServerDeployment:
         models=(name,),
         why=first.why,
         notes=(*first.notes, *room.words(plan.replicas)),
-        costs=knowledge.costs,
+        costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,
         fingerprint=stamp,
@@ -122,11 +129,16 @@ def prepare(settings: Settings) -> ServerDeployment:
     )
 
 
-def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
+def _mode(settings: Settings, times: StepTimes | NoStepTimes) -> Mode:
     """The mode that is set; by default auto if the plan is computed, else off."""
-    if knowledge.source is None or not settings.model:
-        return _without_controller(settings, knowledge.missing or "no model is named")
+    if isinstance(times, NoStepTimes) or not settings.model:
+        return _without_controller(settings, _missing(times))
     return settings.control.mode or (Mode.OFF if settings.plan else Mode.AUTO)
+
+
+def _missing(times: StepTimes | NoStepTimes) -> str:
+    """Why no plan can be computed, if none can."""
+    return times.reason if isinstance(times, NoStepTimes) else "no model is named"
 
 
 def _without_controller(settings: Settings, why: str) -> Mode:
@@ -193,7 +205,7 @@ def _plan(
     settings: Settings,
     devices: tuple[Device, ...],
     plain: tuple[Precision, ...],
-    knowledge: Knowledge,
+    missing: str,
     request: PlanRequest | None,
     resumed: FirstPlan | None,
     speeds: Speeds,
@@ -209,7 +221,6 @@ def _plan(
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
-    missing = knowledge.missing or "no model is named"
     if settings.model and request is not None:
         try:
             return first_plan(request, speeds)

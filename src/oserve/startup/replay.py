@@ -23,14 +23,14 @@ from oserve.evaluate.switch_scorer import SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
 from oserve.plan.demand import Demand
 from oserve.startup.deployment import remembered_speeds
-from oserve.startup.first_plan import know, plan_request_for
+from oserve.startup.first_plan import NoStepTimes, find_step_times, plan_request_for
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import switch_facts
 from oserve.switch.learned import LearnedPhases
 from oserve.switching.prices import SwitchPrices
 
 
-def recorded(file: Path) -> dict[str, Any]:
+def saved_context(file: Path) -> dict[str, Any]:
     """The context that the server saved; raises OServeError if the file has none."""
     context = StateStore(file).memory("context") if file.is_file() else None
     if not isinstance(context, dict):
@@ -48,13 +48,11 @@ def replayed_decisions(
     """Yield the decisions under ``settings``, in order of time."""
     devices = tuple(msgspec.convert(item, Device) for item in context["devices"])
     demand = msgspec.convert(context["demand"], Demand)
-    knowledge = know(settings, devices)
-    if knowledge.source is None:
-        raise OServeError(knowledge.missing, place="model", remedy="give its profile")
+    times = find_step_times(settings, devices)
+    if isinstance(times, NoStepTimes):
+        raise OServeError(times.reason, place="model", remedy="give its profile")
     shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
-    request = plan_request_for(
-        settings, devices, knowledge.source, knowledge.context, (), demand=demand, shapes=shapes
-    )
+    request = plan_request_for(settings, devices, times, (), demand=demand, shapes=shapes)
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
     memory = StateStore(file).memory("switches")
