@@ -91,12 +91,15 @@ def main() -> None:
         work()
         return
     both = [worker(wanted.base), worker(OWN)]
-    print(f"{'case':22} {'requests':>8} {'base, s':>9} {'own, s':>9} {'speed':>6}")
+    print(f"{'case':22} {'requests':>8} {'base, s':>9} {'own, s':>9} {'speed':>6} same results")
     for case, (name, count, _, compiled, _) in enumerate(CASES):
         found = [[asked(item, case) for item in both] for _ in range(wanted.rounds + compiled)]
-        assert len({digest for pair in found for _, digest in pair}) == 1, f"{name} disagrees"
+        same = len({digest for pair in found for _, digest in pair}) == 1
         base_s, own_s = (min(pair[side][0] for pair in found[compiled:]) for side in (0, 1))
-        print(f"{name:22} {count:8} {base_s:9.4f} {own_s:9.4f} {base_s / own_s:6.2f}", flush=True)
+        print(
+            f"{name:22} {count:8} {base_s:9.4f} {own_s:9.4f} {base_s / own_s:6.2f} {same}",
+            flush=True,
+        )
     for item in both:
         assert item.stdin is not None
         item.stdin.close()

@@ -14,8 +14,8 @@ from oserve.study.beliefs import (
     ESTIMATED,
     KNOWN,
     UNKNOWN,
+    BeliefOutcome,
     Beliefs,
-    Believed,
     recovered,
 )
 from oserve.study.experiment import scene, setup, tell
@@ -24,7 +24,7 @@ from oserve.study.tune import Tuner
 
 _LEAST_WORK = Levers(routing=Routing.LEAST_WORK)
 _HEADS = ("capacity", "P95 E2E, s", "P99 E2E, s", "P99 TTFT, s", "imbalance")
-_NAMES = [item.name for item in fields(Believed)]
+_NAMES = [item.name for item in fields(BeliefOutcome)]
 _SHARE = "share of the gap that the estimator closes"
 
 
@@ -43,7 +43,7 @@ def deployments(tuner: Tuner) -> dict[str, tuple[SimulatedServing, bool]]:
     }
 
 
-def cells(row: Believed) -> list[str]:
+def cells(row: BeliefOutcome) -> list[str]:
     return [
         f"{row.capacity_scale:.2f}",
         f"{row.p95_e2e_s:.1f}",
@@ -53,7 +53,7 @@ def cells(row: Believed) -> list[str]:
     ]
 
 
-def shares(rows: dict[str, Believed]) -> list[str]:
+def shares(rows: dict[str, BeliefOutcome]) -> list[str]:
     """The share closed of each figure; of the capacity, more is better."""
     told = []
     for name in _NAMES:

@@ -1,8 +1,10 @@
 """Commands to ranks: what a rank reads, what it refuses, and what the server makes of replies."""
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,7 +16,9 @@ from oserve.core import Endpoint, VirtualClock
 from oserve.engines.control import EngineControl, EngineControlError
 from oserve.engines.mover import Mover
 from oserve.engines.rank_commands import (
+    COMMANDS,
     METHOD,
+    REPLIES,
     AbortJob,
     CommandDone,
     CommandRefused,
@@ -30,9 +34,6 @@ from oserve.engines.rank_commands import (
     ReportJob,
     SumShards,
     TakeUpWeights,
-    encoded,
-    own_command,
-    reply_of,
 )
 from oserve.switch.rank_order import RankOrder, ShardConversion, ShardPart, StagedTensor
 from oserve.switching.weights import MoveError
@@ -76,11 +77,13 @@ commands = st.one_of(
 )
 
 
-@given(command=commands, rank=peers)
-def test_a_rank_reads_what_the_server_wrote(command: RankCommand, rank: int) -> None:
-    assert own_command([encoded(command)], rank) == command
-    mine = [encoded(AbortJob())] * rank + [encoded(command)] + [encoded(ReportJob())]
-    assert own_command(mine, rank) == command
+def encoded(message: RankCommand | RankReply) -> str:
+    return msgspec.json.encode(message).decode()
+
+
+@given(command=commands)
+def test_a_rank_reads_what_the_server_wrote(command: RankCommand) -> None:
+    assert COMMANDS.decode(encoded(command)) == command
 
 
 @pytest.mark.parametrize(
@@ -103,9 +106,7 @@ def test_what_a_rank_cannot_read_is_named(change: dict[str, object], reason: str
     whole = encoded(MoveShards(name="t", number=0, addresses=[], limit_s=1.0, order=order))
     text = msgspec.json.encode({**msgspec.json.decode(whole), **change}).decode()
     with pytest.raises(msgspec.ValidationError, match=reason.replace("`", ".")):
-        own_command([text], 0)
-    with pytest.raises(ValueError, match="none of them for rank 2"):
-        own_command([whole, whole], 2)
+        COMMANDS.decode(text)
 
 
 class Engine:
@@ -119,7 +120,7 @@ class Engine:
         body = await request.json()
         assert body["method"] == METHOD
         [told] = body["args"]
-        self.heard.append([own_command([text], 0) for text in told])
+        self.heard.append([COMMANDS.decode(text) for text in told])
         return web.json_response(
             {"results": [one if isinstance(one, str) else encoded(one) for one in self.replies]}
         )
@@ -143,7 +144,7 @@ async def test_replies_come_back_as_they_were_sent(engine: tuple[Engine, Endpoin
     fake, endpoint = engine
     layout = LayoutReply(parameters={"w": ParameterLayout((2, 3), "bfloat16")})
     fake.replies = [layout, layout]
-    assert reply_of(encoded(layout)) == layout
+    assert REPLIES.decode(encoded(layout)) == layout
     async with EngineControl(endpoint) as control:
         assert await control.command(DescribeLayout(), LayoutReply) == [layout, layout]
         fake.replies = [CommandDone(), CommandDone()]
@@ -183,3 +184,40 @@ async def test_a_rank_that_fails_is_named_with_its_replica_whatever_its_id(
     with pytest.raises(MoveError, match=r"^a:1 rank 0: none$"):
         await asyncio.wait_for(mover._reports(["a:1"], 10.0), 60.0)
     await mover.close()
+
+
+@pytest.mark.extra
+def test_a_rank_takes_its_own_command_and_refuses_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    # Importing the worker's module would patch vLLM in this process.
+    monkeypatch.setattr("oserve.engines.patches.apply", lambda stage: None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    extension = importlib.import_module("oserve.engines.worker_extension")
+    worker = extension.WorkerExtension()
+    worker.rank, worker.vllm_config = 1, None
+    worker.model_runner = SimpleNamespace(get_model=object)
+
+    def reply(*commands: RankCommand | str) -> RankReply:
+        told = [one if isinstance(one, str) else encoded(one) for one in commands]
+        return REPLIES.decode(worker.oserve_command(told))
+
+    opened = ListenerReply(address=str(tmp_path / "w1.sock"))
+    assert reply(OpenListener()) == opened
+    assert reply(AbortJob(), OpenListener()) == opened
+    assert reply(ReportJob()) == JobReport(state="none")
+    assert reply(AbortJob()) == CommandDone()
+    order = RankOrder(replica="a", rank=1)
+    move = MoveShards(name="t", number=1, addresses=[], limit_s=1.0, order=order)
+    for told, reason in (
+        ((DescribeLayout(),), "does not keep its weights"),
+        ((move,), "no listener was opened"),
+        (("{}",), "missing required field `type`"),
+        (('{"type":"Freeze"}',), "Invalid value 'Freeze'"),
+        ((), "0 commands came"),
+    ):
+        refused = reply(*told)
+        assert isinstance(refused, CommandRefused)
+        assert refused.reason.startswith("rank 1: ")
+        assert reason in refused.reason

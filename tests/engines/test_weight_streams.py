@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from oserve.engines.rank_commands import JobReport, MoveShards, own_command
+from oserve.engines.rank_commands import COMMANDS, JobReport, MoveShards
 from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
 
 FREE = threading.Event()
@@ -157,7 +157,7 @@ def command_of(
     own |= {"replica": "r", "rank": number}
     command |= {"type": "MoveShards", "name": "t", "number": number, "addresses": addresses}
     text = msgspec.json.encode({**command, "limit_s": limit_s, "order": own}).decode()
-    read = own_command([text], number)
+    read = COMMANDS.decode(text)
     assert isinstance(read, MoveShards)
     return read
 

@@ -1,391 +1,221 @@
-"""The simulator's semantics once more, step by step and object by object: slow, but easy to read.
+"""The live request machine in front of iteration-level engines, on a virtual clock.
 
-Shares no code with the kernel. Where the kernel skips many steps in closed form, this takes each of
-them; both count whole picoseconds, so all moments must be equal to the last bit.
+``control.dispatch`` decides what the gateway does, ``engine_reference`` what engines do. This file
+only connects them: tokens become events, commands become queues of engines. The live gateway knows
+neither roles nor live migration, so those streams' bookings are changed in its books directly.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
 
-from oserve.control.dispatch.router import NoRoute, Router
-from oserve.core import ReplicaLoad, Request
-
-PS: Final = 10**12
-BLOCK: Final = 16
-
-
-def blocks(tokens: int) -> int:
-    return math.ceil(tokens / BLOCK)
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """A request. ``known`` tokens are its prompt and what it has emitted; ``done`` have KV."""
-
-    number: int
-    arrival: int
-    prompt: int
-    output: int
-    expected: int
-    kind: int = 0
-    rank: int = 0
-    priority: int = 0
-    session: int = -1
-    demote_at: float = math.inf
-    shed_at: float = math.inf
-    made: int = 0
-    done: int = 0
-    late: bool = False
-    status: str = "pending"
-    first: int | None = None
-    finish: int | None = None
-    preemptions: int = 0
-    replays: int = 0
-    reused: int = 0
-    batch: object = None
-    fresh: bool = True
-    booked: int = 0
-    booked_prompt: int = 0
-    leaving_to: "Engine | None" = None
-    leaving_at: int = 0
-    copied: int = 0
-
-    @property
-    def known(self) -> int:
-        return self.prompt + self.made
+from oserve.control.dispatch import commands as do
+from oserve.control.dispatch import events as on
+from oserve.control.dispatch.fleet import EMPTY_TABLE
+from oserve.control.dispatch.fleet import Fleet as MachineFleet
+from oserve.control.dispatch.machine import RequestMachine
+from oserve.control.dispatch.order import engine_priority
+from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.router import Router
+from oserve.control.dispatch.state import Booking, Streaming
+from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.dispatch.witness import Witness
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request
+from sim.engine_reference import BLOCK, PS, Engine, Job, Transfer, blocks
+from sim.peers import PeerRouter
 
 
-@dataclass(eq=False)
-class Batch:
-    """A step on its way: who emits a token when it ends."""
+class SteppedMachine(RequestMachine):
+    """Hears the events of a moment one by one and then settles, as ``handle_all`` does with all."""
 
-    end: int
-    emitting: list[Job] = field(default_factory=list)
+    def __init__(self, policy: DispatchPolicy) -> None:
+        super().__init__(policy)
+        self._heard: list[on.Event] = []
+        self._asked: list[do.Command] = []
+
+    def hear(self, event: on.Event, now_s: float) -> None:
+        self._life.now_s = now_s
+        self._life.commands = self._asked
+        self._handlers[type(event)](event)
+        self._heard.append(event)
+
+    def settle(self, now_s: float) -> list[do.Command]:
+        self._life.now_s = now_s
+        self._life.commands = commands = self._asked
+        self._life.settle()
+        if self.observer is not None:
+            self.observer(self._heard, commands)
+        self._heard, self._asked = [], []
+        return commands
+
+    def rebook(self, number: int, target: str, request: Request, now_s: float) -> None:
+        """A running stream is another replica's from now on; its own has room for another."""
+        state = self.requests[number]
+        assert isinstance(state.phase, Streaming)
+        assert state.phase.booking.entry is not None
+        state.phase.booking.entry.close(now_s, done=False)
+        entry = self.fleet.ledger.admit(target, request, now_s)
+        replica = next(item for item in self.table.replicas if item.id == target)
+        state.phase = Streaming(Booking(replica, entry))
+        state.replica = target
+        self._life.may_settle()
 
 
-@dataclass(eq=False)
-class Transfer:
-    due: int
-    job: Job
-    source: "Engine | None"
-    target: "Engine"
+UNLIMITED = DispatchPolicy(
+    max_queued=10**6,
+    max_attempts=10**6,
+    max_moves=10**6,
+    request_timeout_s=math.inf,
+    no_replica_wait_s=math.inf,
+    learns_speed=False,
+)
+_PHASES = {"ready": ReplicaPhase.READY, "draining": ReplicaPhase.DRAINING}
+_ENDS = {
+    do.Refusal.QUEUE_FULL: "refused",
+    do.Refusal.SHED: "shed",
+    do.Refusal.REPLICA_FAILED: "lost",
+}
 
 
-@dataclass(eq=False, kw_only=True)
-class Engine:
-    """One replica."""
+def route_by(fleet: MachineFleet, router: Router) -> None:
+    """Have the machine route by another router than the live one."""
+    follow = fleet.follow
 
-    name: str
-    prompts: Sequence[int]
-    joint: Sequence[int]
-    decodes: Sequence[int]
-    kv_rate: int
-    pair_rate: int
-    seqs: int
-    budget: int
-    total_blocks: int
-    stages: int = 1
-    role: str = "both"
-    ordered: bool = False
-    max_inflight: int = 0
-    max_prompt: float = math.inf
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    link_ps: int = 0
-    link_ps_per_token: int = 0
-    ready_at: int = 0
-    phase: str = "loading"
+    def followed(table: RoutingTable, now_s: float) -> None:
+        follow(table, now_s)
+        fleet._router = router
 
-    def __post_init__(self) -> None:
-        self.running: list[Job] = []
-        self.waiting: list[Job] = []
-        self.held: OrderedDict[int, int] = OrderedDict()
-        self.outgoing: list[Job] = []
-        self.batches: list[Batch] = []
-        self.stage_free = [0] * self.stages
-        self.owed = 0
-        self.owed_prompt = 0
-        self.inflight = 0
-        self.link_free = 0
-        self.busy = 0
-        self.wants_step = False
-
-    # -- blocks ---------------------------------------------------------------------------------
-    @property
-    def used(self) -> int:
-        return sum(blocks(job.done) for job in self.running + self.outgoing)
-
-    @property
-    def free(self) -> int:
-        """Including what only ended sessions hold."""
-        return self.total_blocks - self.used
-
-    @property
-    def inflight_limit(self) -> int:
-        return 0 if self.owed_prompt >= self.max_prompt else self.max_inflight
-
-    def evict(self) -> None:
-        """Old sessions make room for requests."""
-        while sum(self.held.values()) > self.free:
-            session = next(iter(self.held))
-            self.held[session] -= 1
-            if self.held[session] == 0:
-                del self.held[session]
-
-    # -- queue ----------------------------------------------------------------------------------
-    def enqueue(self, job: Job, *, front: bool = False) -> None:
-        job.status = "waiting"
-        self.waiting.insert(0 if front else len(self.waiting), job)
-        if self.ordered:
-            self.waiting.sort(key=lambda item: (item.priority, item.number))
-        self.wants_step = True
-
-    def preempt(self, job: Job) -> None:
-        self.running.remove(job)
-        for batch in self.batches:
-            if job in batch.emitting:
-                batch.emitting.remove(job)
-        job.done = job.copied = 0
-        job.leaving_to = None
-        job.preemptions += 1
-        self.enqueue(job, front=True)
-
-    # -- one step -------------------------------------------------------------------------------
-    def schedule(self) -> tuple[dict[Job, int], bool]:
-        """Tokens for each sequence in the next step, and whether somebody was thrown out."""
-        budget = self.budget
-        chunks: dict[Job, int] = {}
-        thrown_out = False
-        for job in list(self.running):
-            if job not in self.running:
-                continue
-            chunk = min(job.known - job.done, budget)
-            extra = blocks(job.done + chunk) - blocks(job.done)
-            while extra > self.free and job in self.running:
-                victim = self.running[-1]
-                if self.ordered:
-                    victim = max(self.running, key=lambda item: (item.priority, item.number))
-                budget += chunks.pop(victim, 0)
-                self.preempt(victim)
-                thrown_out = True
-            if job not in self.running:
-                break
-            if chunk > 0:
-                chunks[job] = chunk
-                job.done += chunk
-                budget -= chunk
-                self.evict()
-        while not thrown_out and self.waiting and budget > 0 and len(self.running) < self.seqs:
-            job = self.waiting[0]
-            if blocks(job.known) > self.free:
-                break
-            self.waiting.pop(0)
-            if job.done == 0 and job.session in self.held:
-                cached = min(self.held.pop(job.session) * BLOCK, (job.known - 1) // BLOCK * BLOCK)
-                job.done += cached
-                job.reused += cached
-            chunks[job] = min(job.known - job.done, budget)
-            job.done += chunks[job]
-            budget -= chunks[job]
-            job.status, job.fresh = "running", True
-            self.running.append(job)
-            self.evict()
-        return chunks, thrown_out
-
-    def begin(self, now: int) -> None:
-        self.wants_step = False
-        chunks, thrown_out = self.schedule()
-        while not chunks and thrown_out:
-            chunks, thrown_out = self.schedule()
-        self.wants_step = False
-        if not chunks:
-            return
-        decoding = [job for job, chunk in chunks.items() if chunk == 1 and job.done == job.known]
-        prompting = {job: chunk for job, chunk in chunks.items() if job not in decoding}
-        tokens = sum(prompting.values())
-        pairs = sum(sum(range(j.done - c + 1, j.done + 1)) for j, c in prompting.items())
-        if tokens:
-            whole = self.prompts[tokens + len(decoding)] + self.joint[len(decoding)]
-        else:
-            whole = self.decodes[len(decoding)]
-        whole += self.kv_rate * sum(job.known for job in decoding) + self.pair_rate * pairs // 1024
-        moment, share = now, whole // self.stages
-        for stage in range(self.stages):
-            moment = max(moment, self.stage_free[stage]) + share
-            self.stage_free[stage] = moment
-        self.busy += share
-        batch = Batch(moment, [job for job in chunks if job.done == job.known])
-        # In order of admission, whoever was admitted first.
-        batch.emitting.sort(key=self.running.index)
-        self.batches.append(batch)
-        self.wants_step = len(self.batches) < self.stages
-
-    def may_begin(self, now: int) -> bool:
-        return (
-            self.phase in {"ready", "draining"}
-            and self.wants_step
-            and len(self.batches) < self.stages
-            and self.stage_free[0] <= now
-            and bool(self.running or self.waiting)
-        )
+    fleet.follow = followed  # type: ignore[method-assign]
 
 
 class Reference:
-    """A fleet. ``policy``: pools (by the live router), work, requests, turn, freeness."""
+    """A fleet. ``policy``: pools (the live router), work, requests, turn, freeness."""
 
     def __init__(
         self,
         jobs: list[Job],
         *,
+        dispatch: DispatchPolicy = UNLIMITED,
         policy: str = "pools",
         shares: dict[int, dict[str, float]] | None = None,
-        overflow_s: float = 2.0,
-        max_queued: int = 10**6,
         closed_loop: int = 0,
     ) -> None:
         self.jobs = jobs
         self.engines: list[Engine] = []
-        self.policy = policy
-        self.router = Router({str(k): v for k, v in (shares or {}).items()}, overflow_s=overflow_s)
-        self.max_queued = max_queued
-        self.closed_loop = closed_loop
+        self.machine = SteppedMachine(dispatch)
+        self.witness = Witness(self.machine)
+        self.peer = None if policy == "pools" else PeerRouter(policy, self.engines)
+        if self.peer is not None:
+            route_by(self.machine.fleet, self.peer)
+        self.shares = {str(kind): row for kind, row in (shares or {}).items()}
         self.coming = list(jobs)
+        self.held_back: list[Job] = []
         if closed_loop:
             self.coming, self.held_back = jobs[:closed_loop], jobs[closed_loop:]
-        self.queue: list[Job] = []
         self.transfers: list[Transfer] = []
-        self.turn = 0
         self.now = 0
-        self.changed = True
+        # Whether anything was heard since the machine settled.
+        self.heard = False
 
-    # -- who serves -----------------------------------------------------------------------------
-    def loads(self, job: Job) -> dict[str, ReplicaLoad]:
-        return {
-            engine.name: ReplicaLoad(
-                replica=engine.name,
-                work_s=engine.owed / PS,
-                inflight=engine.inflight,
-                max_inflight=engine.inflight_limit,
-                prefill_s_per_token=engine.prefill_s,
-                decode_s_per_token=engine.decode_s,
-            )
-            for engine in self.engines
-            if engine.phase == "ready"
-            and engine.role != "decode"
-            and blocks(job.prompt + job.output) <= engine.total_blocks
-        }
+    # -- the machine ----------------------------------------------------------------------------
+    def table(self) -> RoutingTable:
+        return RoutingTable(
+            plan_id="",
+            workload_types=(),
+            routing_shares=self.shares,
+            replicas=tuple(
+                TableReplica(
+                    id=engine.name,
+                    shape="",
+                    # One that only decodes has books, but gets nothing from the gateway.
+                    phase=_PHASES["draining" if engine.role == "decode" else engine.phase],
+                    endpoint=Endpoint(url=""),
+                    max_inflight=engine.max_inflight,
+                    max_model_len=0,
+                    accepts_priority=engine.ordered,
+                    tells_token_ids=True,
+                    prefill_s_per_token=engine.prefill_s,
+                    decode_s_per_token=engine.decode_s,
+                )
+                for engine in self.engines
+                if engine.phase in _PHASES
+            ),
+        )
 
-    def choose(self, job: Job) -> Engine | None:
-        loads = self.loads(job)
-        by_name = {engine.name: engine for engine in self.engines}
+    def hear(self, event: on.Event) -> None:
+        self.heard = True
+        self.machine.hear(event, self.now / PS)
+
+    def settle(self) -> None:
+        """Do what the machine asks for after all that happened at this moment."""
+        self.heard = False
+        now_s = self.now / PS
+        self.carry_out(self.machine.settle(now_s))
+        if self.peer is not None:
+            self.peer.routed.clear()
+        due_s = self.machine.due_s
+        if due_s < math.inf and round(due_s * PS) <= self.now:
+            self.carry_out(self.machine.handle(on.Tick(), max(now_s, due_s)))
+            assert self.machine.due_s > due_s
+
+    def carry_out(self, commands: list[do.Command]) -> None:
+        for command in commands:
+            match command:
+                case do.Send(number=number, replica=replica):
+                    job = self.jobs[number]
+                    job.priority = engine_priority(self.machine.requests[number].rank_s)
+                    job.on, job.dispatched = replica.id, self.now
+                    self.engine(replica.id).enqueue(job)
+                case do.Refuse(number=number, refusal=refusal):
+                    self.close(self.jobs[number], _ENDS[refusal])
+                case do.Retry(number=number) | do.Resume(number=number):
+                    job = self.jobs[number]
+                    job.status, job.done, job.on = "queued", 0, ""
+                    job.replays += 1
+                case _:
+                    pass
+
+    def engine(self, name: str) -> Engine:
+        return next(engine for engine in self.engines if engine.name == name)
+
+    def close(self, job: Job, status: str) -> None:
+        job.status, job.finish = status, self.now
+        if self.held_back:
+            following = self.held_back.pop(0)
+            following.arrival = self.now
+            self.coming.append(following)
+
+    def arrive(self, job: Job) -> None:
+        job.status = "queued"
         request = Request(
             id="",
             arrival_s=0.0,
             workload_type=str(job.kind),
-            prompt_tokens=job.known,
-            output_tokens=max(1, job.expected - job.made),
+            prompt_tokens=job.prompt,
+            output_tokens=job.expected,
         )
-        if self.policy == "pools":
-            route = self.router.pick(request, loads)
-            return None if isinstance(route, NoRoute) else by_name[route.replica]
-        free = [by_name[n] for n, load in loads.items() if load.inflight < load.max_inflight]
-        if not free:
-            return None
-        if self.policy == "turn":
-            count = len(self.engines)
-            chosen = min(free, key=lambda e: (self.engines.index(e) - self.turn) % count)
-            self.turn = (self.engines.index(chosen) + 1) % count
-            return chosen
-        measures: dict[str, Callable[[Engine], float]] = {
-            "requests": lambda e: e.inflight,
-            "work": lambda e: e.owed / PS + self.own_s(job, e),
-            "freeness": lambda e: (
-                -(e.free - sum(blocks(w.known) for w in e.waiting)) / max(1, len(e.running))
-            ),
-        }
-        return min(free, key=measures[self.policy])
+        rank_s = job.rank / PS
+        self.hear(on.Arrived(number=job.number, request=request, rank_s=rank_s, streams=True))
 
-    def own_s(self, job: Job, engine: Engine) -> float:
-        left = max(1, job.expected - job.made)
-        return job.known * engine.prefill_s + left * engine.decode_s
-
-    def hopeless(self, job: Job) -> bool:
-        able = [e for e in self.engines if e.phase != "gone" and e.role != "decode"]
-        need = blocks(job.prompt + job.output)
-        return bool(able) and all(need > engine.total_blocks for engine in able)
-
-    def book(self, engine: Engine, job: Job, prompt: int, whole: int) -> None:
-        job.booked, job.booked_prompt = whole, prompt
-        engine.owed += whole
-        engine.owed_prompt += prompt
-        engine.inflight += 1
-
-    def unbook(self, engine: Engine, job: Job) -> None:
-        engine.owed -= job.booked
-        engine.owed_prompt -= job.booked_prompt
-        engine.inflight -= 1
-
-    def close(self, job: Job, status: str) -> None:
-        job.status, job.finish = status, self.now
-        if self.closed_loop and self.held_back:
-            following = self.held_back.pop(0)
-            following.arrival = self.now
-            following.demote_at += self.now
-            self.coming.append(following)
-
-    def expire(self) -> None:
-        """Whoever is late goes behind; who is too late goes."""
-        for job in [j for j in self.queue if j.late and self.now > j.shed_at]:
-            self.queue.remove(job)
-            self.close(job, "shed")
-            job.finish = int(job.shed_at)
-
-    def dispatch(self) -> None:
-        while True:
-            self.expire()
-            self.queue.sort(
-                key=lambda j: (1, j.arrival, j.number) if j.late else (0, j.rank, j.number)
-            )
-            if not self.queue:
-                return
-            job = self.queue[0]
-            if self.now > job.demote_at and not job.late:
-                job.late = True
-                job.priority += 1 << 52
-                continue
-            if self.now > job.shed_at:
-                self.queue.remove(job)
-                self.close(job, "shed")
-                job.finish = int(job.shed_at)
-                continue
-            engine = self.choose(job)
-            if engine is None and self.hopeless(job) and not self.loads(job):
-                self.queue.remove(job)
-                self.close(job, "refused")
-                continue
-            if engine is None:
-                return
-            self.queue.remove(job)
-            whole = int(self.own_s(job, engine) * PS + 0.5)
-            self.book(engine, job, min(whole, int(job.known * engine.prefill_s * PS + 0.5)), whole)
-            engine.enqueue(job)
+    def lose(self, job: Job, *, again: bool = False) -> None:
+        """Its replica does not have it any more; ``again``: that one may be asked again."""
+        if job.made == 0:
+            self.hear(on.Lost(number=job.number, reason="gone"))
+            return
+        rest = on.Rest(context_tokens=job.known, made_tokens=job.made)
+        cause = on.Cause.DIVERGED if again else on.Cause.LOST
+        self.hear(on.Broken(number=job.number, cause=cause, rest=rest, reason="gone"))
 
     # -- what ends ------------------------------------------------------------------------------
     def emitted(self, engine: Engine, job: Job) -> None:
         job.made += 1
-        was_fresh = job.fresh
-        if job.fresh:
-            job.first = self.now if job.first is None else job.first
-            engine.owed -= job.booked_prompt
-            engine.owed_prompt -= job.booked_prompt
-            job.booked -= job.booked_prompt
-            job.booked_prompt, job.fresh = 0, False
+        was_fresh, job.fresh = job.fresh, False
+        if job.first is None:
+            job.first = self.now
+            self.hear(on.Streams(job.number))
+        elif was_fresh:
+            self.hear(on.Began(job.number))
         if job.made == job.output:
             engine.running.remove(job)
-            self.unbook(engine, job)
+            self.hear(on.Finished(job.number))
             if job.session >= 0:
                 for other in self.engines:
                     other.held.pop(job.session, None)
@@ -403,6 +233,11 @@ class Reference:
         if target is not None:
             self.depart(engine, target, job)
 
+    def owed(self, name: str) -> tuple[int, int]:
+        """Picoseconds of work and requests that a replica owes."""
+        owed_s, inflight = self.machine.fleet.ledger.own().get(name, (0.0, 0))
+        return round(owed_s * PS), inflight
+
     def heir(self, source: Engine, job: Job) -> Engine | None:
         able = [
             engine
@@ -412,7 +247,7 @@ class Reference:
             and engine.role == "decode"
             and blocks(job.prompt + job.output) <= engine.total_blocks
         ]
-        return min(able, key=lambda e: e.owed + self.rest(job, e), default=None)
+        return min(able, key=lambda e: self.owed(e.name)[0] + self.rest(job, e), default=None)
 
     def rest(self, job: Job, engine: Engine) -> int:
         return int(max(1, job.expected - job.made) * engine.decode_s * PS + 0.5)
@@ -423,35 +258,45 @@ class Reference:
         begin = max(self.now, source.link_free)
         source.link_free = begin + (job.done - job.copied) * source.link_ps_per_token
         job.copied, job.status = 0, "moving"
-        self.unbook(source, job)
-        self.book(target, job, 0, self.rest(job, target))
+        rest = Request(
+            id="",
+            arrival_s=0.0,
+            workload_type=str(job.kind),
+            prompt_tokens=0,
+            output_tokens=max(1, job.expected - job.made),
+        )
+        self.machine.rebook(job.number, target.name, rest, self.now / PS)
+        job.on = target.name
         self.transfers.append(Transfer(source.link_free + source.link_ps, job, source, target))
 
-    def arrive(self, transfer: Transfer) -> None:
+    def receive(self, transfer: Transfer) -> None:
         job, source, target = transfer.job, transfer.source, transfer.target
         if source is not None:
             source.outgoing.remove(job)
             source.wants_step = True
         if source is None or target.phase == "gone":
-            self.unbook(target, job)
-            self.replay(job)
+            self.lose(job, again=True)
         else:
             target.enqueue(job)
 
-    def replay(self, job: Job) -> None:
-        job.status, job.done = "queued", 0
-        job.replays += 1
-        self.queue.append(job)
-
     # -- what a caller may do -------------------------------------------------------------------
+    def drain(self, engine: Engine) -> None:
+        if engine.phase in {"loading", "ready"}:
+            engine.phase = "draining"
+            self.hear(on.TableChanged(self.table()))
+
+    def hang(self, engine: Engine) -> None:
+        engine.hangs = True
+
     def remove(self, engine: Engine, *, replay: bool) -> None:
-        engine.phase, self.changed = "gone", True
-        for job in engine.running + engine.waiting:
-            self.unbook(engine, job)
+        engine.phase = "gone"
+        self.hear(on.TableChanged(self.table()))
+        for job in sorted(engine.running + engine.waiting, key=lambda item: item.number):
             job.leaving_to, job.copied = None, 0
             if replay:
-                self.replay(job)
+                self.lose(job)
             else:
+                self.hear(on.Finished(job.number, FinishStatus.FAILED))
                 self.close(job, "lost")
         engine.running, engine.waiting, engine.batches = [], [], []
         engine.outgoing = []
@@ -476,48 +321,51 @@ class Reference:
     def moments(self) -> list[int]:
         found = [job.arrival for job in self.coming[:1]]
         found += [transfer.due for transfer in self.transfers]
+        if self.machine.due_s < math.inf:
+            found.append(round(self.machine.due_s * PS))
         for engine in self.engines:
+            if engine.hangs or engine.phase == "gone":
+                continue
             found += [batch.end for batch in engine.batches[:1]]
             if engine.phase == "loading":
                 found.append(engine.ready_at)
             waits = engine.wants_step and len(engine.batches) < engine.stages
-            if waits and (engine.running or engine.waiting) and engine.phase != "gone":
+            if waits and (engine.running or engine.waiting):
                 found.append(max(self.now, engine.stage_free[0]))
         return found
 
-    def settle(self) -> None:
-        """Hand over what can be, and begin steps."""
-        self.dispatch()
+    def begin_steps(self) -> None:
         for engine in self.engines:
             if engine.may_begin(self.now):
                 engine.begin(self.now)
 
     def advance(self, until: int) -> None:
-        if self.changed:
-            self.changed = False
+        if self.machine.table is EMPTY_TABLE:
+            self.hear(on.TableChanged(self.table()))
+        if self.heard:
             self.settle()
+            self.begin_steps()
         while (moment := min(self.moments(), default=until + 1)) <= until:
             self.now = max(self.now, moment)
-            for engine in self.engines:
-                if engine.phase == "loading" and engine.ready_at <= self.now:
-                    engine.phase = "ready"
-            for engine in self.engines:
-                if engine.batches and engine.batches[0].end == self.now:
-                    batch = engine.batches.pop(0)
-                    engine.wants_step = True
-                    for job in batch.emitting:
-                        self.emitted(engine, job)
+            self.end_steps()
             due = [t for t in self.transfers if t.due == self.now]
             for transfer in sorted(due, key=lambda item: item.job.number):
                 self.transfers.remove(transfer)
-                self.arrive(transfer)
+                self.receive(transfer)
             while self.coming and self.coming[0].arrival <= self.now:
-                job = self.coming.pop(0)
-                job.status = "queued"
-                self.queue.append(job)
-                self.dispatch()
-                if len(self.queue) > self.max_queued and job.status == "queued":
-                    self.queue.remove(job)
-                    self.close(job, "refused")
+                self.arrive(self.coming.pop(0))
             self.settle()
+            self.begin_steps()
         self.now = max(self.now, until)
+
+    def end_steps(self) -> None:
+        for engine in self.engines:
+            if engine.phase == "loading" and engine.ready_at <= self.now and not engine.hangs:
+                engine.phase = "ready"
+                self.hear(on.TableChanged(self.table()))
+        for engine in self.engines:
+            if engine.batches and engine.batches[0].end == self.now and not engine.hangs:
+                batch = engine.batches.pop(0)
+                engine.wants_step = True
+                for job in batch.emitting:
+                    self.emitted(engine, job)

@@ -1,21 +1,29 @@
 """Random workloads on random fleets, for the kernel and for the reference.
 
 Times are few and round, so that many things happen at the same moment; caches are small, so that
-sequences are thrown out often.
+sequences are preempted often. Expected work falls on whole steps of the router's comparison, and
+limits beside them: where sums of floats decide, both sides decide alike.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.sim.fleet import Fleet
 from oserve.sim.steps import StepTables
 from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy, SimLink, Status
-from sim.reference import PS, Engine, Job, Reference
+from sim.engine_reference import PS, Engine, Job
+from sim.reference import UNLIMITED, Reference
+
+# 0.1 ms, the router's step.
+UNIT = 10**8
+# What puts limits beside whole units, in picoseconds.
+BESIDE = 37 * 10**6
 
 POLICIES = {
     "pools": RoutingPolicy.POOLS,
@@ -28,7 +36,7 @@ POLICIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One replica; times in picoseconds."""
+    """One replica; times in units."""
 
     seqs: int
     budget: int
@@ -37,13 +45,12 @@ class Spec:
     role: Role
     ordered: bool
     max_inflight: int
-    max_prompt: int | None
     base: int
     per_token: int
     per_seq: int
     kv_rate: int
     pair_rate: int
-    cost: float
+    cost: int
     link: int
     latency: int
     ready_at: int
@@ -52,12 +59,16 @@ class Spec:
         tokens = np.arange(self.budget + 1, dtype=np.int64)
         seqs = np.arange(self.seqs + 1, dtype=np.int64)
         return StepTables(
-            prompts=(self.base + self.per_token * tokens) * (tokens > 0),
-            joint=self.per_seq * seqs,
-            decodes=(self.base + self.per_seq * seqs) * (seqs > 0),
-            kv_rate=self.kv_rate,
-            pair_rate=self.pair_rate,
+            prompts=(self.base + self.per_token * tokens) * (tokens > 0) * UNIT,
+            joint=self.per_seq * seqs * UNIT,
+            decodes=(self.base + self.per_seq * seqs) * (seqs > 0) * UNIT,
+            kv_rate=self.kv_rate * UNIT,
+            pair_rate=self.pair_rate * UNIT,
         )
+
+    @property
+    def prefill_s(self) -> float:
+        return self.cost * UNIT / PS
 
     def engine(self, name: str) -> Engine:
         tables = self.tables()
@@ -66,8 +77,8 @@ class Spec:
             prompts=tables.prompts.tolist(),
             joint=tables.joint.tolist(),
             decodes=tables.decodes.tolist(),
-            kv_rate=self.kv_rate,
-            pair_rate=self.pair_rate,
+            kv_rate=tables.kv_rate,
+            pair_rate=tables.pair_rate,
             seqs=self.seqs,
             budget=self.budget,
             total_blocks=self.kv_blocks,
@@ -75,16 +86,15 @@ class Spec:
             role=self.role.value,
             ordered=self.ordered,
             max_inflight=self.max_inflight,
-            max_prompt=float("inf") if self.max_prompt is None else self.max_prompt,
-            prefill_s=self.cost / PS,
-            decode_s=3 * self.cost / PS,
-            link_ps=self.latency,
-            link_ps_per_token=self.link,
-            ready_at=self.ready_at,
+            prefill_s=self.prefill_s,
+            decode_s=3 * self.prefill_s,
+            link_ps=self.latency * UNIT,
+            link_ps_per_token=self.link * UNIT,
+            ready_at=self.ready_at * UNIT,
             phase="loading" if self.ready_at else "ready",
         )
 
-    def add_to(self, fleet: Fleet, name: str) -> None:
+    def add_to(self, fleet: Fleet, name: str, overload: OverloadPolicy) -> None:
         fleet.add_replica(
             name,
             ReplicaShape(
@@ -96,23 +106,23 @@ class Spec:
             self.tables(),
             kv_tokens=16 * self.kv_blocks + 3,
             costs=TokenCosts(
-                prefill_s_per_token=self.cost / PS, decode_s_per_token=3 * self.cost / PS
+                prefill_s_per_token=self.prefill_s, decode_s_per_token=3 * self.prefill_s
             ),
-            ready_at_s=self.ready_at / PS,
+            ready_at_s=self.ready_at * UNIT / PS,
             ordered=self.ordered,
             max_inflight=self.max_inflight,
-            max_prompt_s=float("inf") if self.max_prompt is None else self.max_prompt / PS,
+            max_prompt_s=max_prompt_s(overload, step_tokens=0, prefill_s_per_token=self.prefill_s),
             kv_bytes_per_token=1.0,
             link=SimLink(
-                bytes_per_s=PS / self.link if self.link else float("inf"),
-                latency_s=self.latency / PS,
+                bytes_per_s=PS / (self.link * UNIT) if self.link else float("inf"),
+                latency_s=self.latency * UNIT / PS,
             ),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What a caller does at a moment (picoseconds)."""
+    """What a caller does at a moment (in units)."""
 
     at: int
     kind: str
@@ -122,7 +132,7 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Requests are (arrival, prompt, output, expected, class, rank, session)."""
+    """Requests are (arrival, prompt, output, expected, class, rank, session); times in units."""
 
     requests: list[tuple[int, int, int, int, int, int, int]]
     replicas: list[Spec]
@@ -131,9 +141,22 @@ class Scenario:
     operations: list[Operation] = field(default_factory=list)
     overflow: int = 0
     max_queued: int = 1000
-    demote: int | None = None
+    ttft: int | None = None
     shed: int | None = None
     closed_loop: int = 0
+    max_attempts: int = 10**6
+    max_moves: int = 10**6
+
+    @property
+    def overload(self) -> OverloadPolicy:
+        return OverloadPolicy(
+            ttft_s=None if self.ttft is None else (self.ttft * UNIT + BESIDE) / PS,
+            shed_after_s=None if self.shed is None else (self.shed * UNIT + BESIDE) / PS,
+        )
+
+    @property
+    def overflow_s(self) -> float:
+        return (self.overflow * UNIT + BESIDE) / PS
 
 
 def _names(count: int) -> list[str]:
@@ -144,51 +167,51 @@ def run_reference(scenario: Scenario, end: int) -> Reference:
     jobs = [
         Job(
             number=number,
-            arrival=0 if scenario.closed_loop else arrival,
+            arrival=0 if scenario.closed_loop else arrival * UNIT,
             prompt=prompt,
             output=output,
             expected=expected,
             kind=kind,
-            rank=rank,
-            priority=int(rank / PS * 1000),
+            rank=rank * UNIT,
             session=session,
         )
         for number, (arrival, prompt, output, expected, kind, rank, session) in enumerate(
             scenario.requests
         )
     ]
-    for job in jobs:
-        if scenario.demote is not None:
-            job.demote_at = job.arrival + scenario.demote - 2 * job.prompt
-        if scenario.shed is not None:
-            job.shed_at = job.arrival + scenario.shed
     reference = Reference(
         jobs,
+        dispatch=replace(
+            UNLIMITED,
+            max_queued=scenario.max_queued,
+            max_attempts=scenario.max_attempts,
+            max_moves=scenario.max_moves,
+            overflow_s=scenario.overflow_s,
+            overload=scenario.overload,
+        ),
         policy=scenario.policy,
         shares=scenario.shares,
-        overflow_s=scenario.overflow / PS,
-        max_queued=scenario.max_queued,
         closed_loop=scenario.closed_loop,
     )
-    reference.engines = [
+    reference.engines += [
         spec.engine(name)
         for spec, name in zip(scenario.replicas, _names(len(scenario.replicas)), strict=True)
     ]
     for operation in scenario.operations:
-        reference.advance(operation.at)
+        reference.advance(operation.at * UNIT)
         engine = reference.engines[operation.replica]
         match operation.kind:
             case "drain":
-                if engine.phase in {"loading", "ready"}:
-                    engine.phase = "draining"
-                    reference.changed = True
+                reference.drain(engine)
+            case "hang":
+                reference.hang(engine)
             case "crash" | "lose" if engine.phase != "gone":
                 reference.remove(engine, replay=operation.kind == "crash")
             case "migrate":
                 reference.migrate(jobs[operation.request], engine)
             case _:
                 pass
-    reference.advance(end)
+    reference.advance(end * UNIT)
     return reference
 
 
@@ -198,21 +221,23 @@ def run_fleet(
     columns = list(zip(*scenario.requests, strict=True))
     fleet = Fleet(
         RequestTable.of(
-            np.array(columns[0]) / PS,
+            np.array(columns[0]) * UNIT / PS,
             columns[1],
             columns[2],
             expected_output_tokens=columns[3],
             class_index=columns[4],
-            rank_s=np.array(columns[5]) / PS,
+            rank_s=np.array(columns[5]) * UNIT / PS,
             session=columns[6],
         ),
         classes=2,
         gateway=GatewayOptions(
             max_queued=scenario.max_queued,
-            overflow_s=scenario.overflow / PS,
-            demote_after_s=None if scenario.demote is None else scenario.demote / PS,
-            shed_after_s=None if scenario.shed is None else scenario.shed / PS,
-            prompt_s_per_token=2 / PS,
+            overflow_s=scenario.overflow_s,
+            demote_after_s=scenario.overload.late_after_s,
+            shed_after_s=scenario.overload.shed_after_s,
+            prompt_s_per_token=None,
+            max_attempts=scenario.max_attempts,
+            max_moves=scenario.max_moves,
         ),
         closed_loop=scenario.closed_loop,
         compiled=compiled,
@@ -220,36 +245,38 @@ def run_fleet(
     )
     names = _names(len(scenario.replicas))
     for spec, name in zip(scenario.replicas, names, strict=True):
-        spec.add_to(fleet, name)
+        spec.add_to(fleet, name, scenario.overload)
     fleet.set_routing(POLICIES[scenario.policy], scenario.shares)
     for operation in scenario.operations:
-        fleet.advance(operation.at / PS)
+        fleet.advance(operation.at * UNIT / PS)
         name = names[operation.replica]
         if watch:
             fleet.observe()
         match operation.kind:
             case "drain":
                 fleet.drain(name)
+            case "hang":
+                fleet.hang(name)
             case "crash" | "lose":
                 fleet.remove(name, replay=operation.kind == "crash")
             case "migrate":
                 fleet.migrate(operation.request, name)
             case _:
                 pass
-    fleet.advance(end / PS)
+    fleet.advance(end * UNIT / PS)
     return fleet
 
 
 _STATUSES = {
-    "pending": {Status.PENDING},
-    "queued": {Status.QUEUED},
-    "waiting": {Status.WAITING},
-    "running": {Status.RUNNING},
-    "moving": {Status.MOVING},
-    "completed": {Status.COMPLETED},
-    "refused": {Status.REFUSED},
-    "shed": {Status.SHED},
-    "lost": {Status.LOST},
+    "pending": Status.PENDING,
+    "queued": Status.QUEUED,
+    "waiting": Status.WAITING,
+    "running": Status.RUNNING,
+    "moving": Status.MOVING,
+    "completed": Status.COMPLETED,
+    "refused": Status.REFUSED,
+    "shed": Status.SHED,
+    "lost": Status.LOST,
 }
 
 
@@ -257,12 +284,13 @@ def told_by_reference(reference: Reference) -> list[Any]:
     """Everything a request's row tells, and what each replica has done."""
     rows: list[Any] = [
         (
-            *(job.number, next(iter(_STATUSES[job.status])), job.first, job.finish),
+            *(job.number, _STATUSES[job.status], job.on),
+            *(job.dispatched, job.first, job.finish),
             *(job.preemptions, job.replays, job.made, job.reused),
         )
         for job in reference.jobs
     ]
-    rows += [(e.name, e.owed, e.inflight) for e in reference.engines]
+    rows += [(e.name, *reference.owed(e.name)) for e in reference.engines]
     if all(job.finish is not None for job in reference.jobs):
         # Of a jump, busy time is counted when its steps end.
         rows += [e.busy for e in reference.engines]
@@ -276,9 +304,13 @@ def told_by_fleet(fleet: Fleet) -> list[Any]:
     def moment(seconds: float) -> int | None:
         return None if np.isnan(seconds) else round(seconds * PS)
 
+    def served_by(replica: int) -> str:
+        return results.replica_names[replica] if replica >= 0 else ""
+
     rows: list[Any] = [
         (
-            *(n, Status(results.status[n]), moment(results.first_token_s[n])),
+            *(n, Status(results.status[n]), served_by(results.replica[n])),
+            *(moment(results.dispatch_s[n]), moment(results.first_token_s[n])),
             moment(results.finish_s[n]),
             *(int(results.preemptions[n]), int(results.replays[n])),
             *(int(results.made_tokens[n]), int(results.reused_tokens[n])),
@@ -302,18 +334,17 @@ def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
             Spec,
             seqs=st.just(most),
             budget=st.sampled_from([most, most + 1, 16, 40, 100]).map(lambda b: max(b, most)),
-            kv_blocks=st.integers(6, 20),
+            kv_blocks=st.integers(8, 20),
             stages=st.sampled_from([1, 2, 3] if stages else [1]),
             role=st.sampled_from(list(Role) if roles else [Role.BOTH]),
             ordered=st.booleans(),
             max_inflight=st.sampled_from([most, 2 * most, 20]),
-            max_prompt=st.sampled_from([None, None, 1, 60]),
             base=st.sampled_from([50, 70, 100]),
             per_token=st.sampled_from([1, 2, 5]),
             per_seq=st.sampled_from([0, 1, 10]),
             kv_rate=st.sampled_from([0, 1, 3]),
             pair_rate=st.sampled_from([0, 100, 1024]),
-            cost=st.sampled_from([1.0, 2.5]),
+            cost=st.sampled_from([1, 2]),
             link=st.sampled_from([0, 1, 10]),
             latency=st.sampled_from([0, 50, 300]),
             ready_at=st.sampled_from([0, 0, 0, 500]),
@@ -337,7 +368,7 @@ def scenarios(
     requests = []
     for arrival in sorted(draw(st.lists(_round, min_size=count, max_size=count))):
         prompt, output = draw(lengths), draw(lengths)
-        rank = arrival + draw(st.sampled_from([0, 0, 5 * 10**9, 10**10]))
+        rank = arrival + draw(st.sampled_from([0, 0, 50, 100]))
         session = draw(st.integers(-1, 2)) if sessions else -1
         requests.append(
             (arrival, prompt, output, draw(lengths), draw(st.integers(0, 1)), rank, session)
@@ -358,7 +389,9 @@ def scenarios(
                     Operation,
                     # At any time, and often at the very end of a step.
                     at=st.one_of(st.integers(0, 3000), st.integers(0, 60).map(lambda n: 50 * n)),
-                    kind=st.sampled_from(["look", "drain", "crash", "lose"] + ["migrate"] * 4),
+                    kind=st.sampled_from(
+                        ["look", "drain", "hang", "crash", "crash", "lose"] + ["migrate"] * 4
+                    ),
                     replica=st.integers(0, len(fleet) - 1),
                     request=st.integers(0, count - 1),
                 ),
@@ -373,7 +406,9 @@ def scenarios(
         operations=sorted(asked, key=lambda item: item.at),
         overflow=draw(st.sampled_from([0, 100, 10**6])),
         max_queued=draw(st.sampled_from([0, 3, 1000])) if gateway else 1000,
-        demote=draw(st.sampled_from([None, 100, 500])) if gateway else None,
+        ttft=draw(st.sampled_from([None, 80, 160, 640])) if gateway else None,
         shed=draw(st.sampled_from([None, 500, 1500])) if gateway and not closed else None,
         closed_loop=closed,
+        max_attempts=draw(st.sampled_from([1, 2, 10**6])) if operations else 10**6,
+        max_moves=draw(st.sampled_from([0, 1, 10**6])) if operations else 10**6,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from oserve.cli import main
-from oserve.study.compare import Wish, compare
+from oserve.study.compare import CompareOptions, compare
 from oserve.study.policies import POLICIES
 from study.scenes import small_scene
 
@@ -91,9 +91,9 @@ def test_bad_input_is_refused(
 _PROGRAMME = """
 import hashlib
 from study.scenes import small_scene
-from oserve.study.compare import Wish, compare
+from oserve.study.compare import CompareOptions, compare
 scene = small_scene(duration_s=8.0, interval_s=3.0)
-rows = compare([scene], ["oserve"], Wish(scale=3.0, capacity=False))
+rows = compare([scene], ["oserve"], CompareOptions(scale=3.0, capacity=False))
 print(hashlib.sha256(repr(rows).encode()).hexdigest())
 """
 
@@ -120,7 +120,7 @@ def test_two_processes_decide_the_same_byte_for_byte() -> None:
 def test_processes_change_nothing() -> None:
     scene = small_scene(duration_s=10.0)
     names = ["static-default", "llmd"]
-    wish = Wish(scale=1.5, capacity=False)
+    wish = CompareOptions(scale=1.5, capacity=False)
     assert compare([scene], names, wish, jobs=2) == compare([scene], names, wish, jobs=1)
 
 

@@ -31,7 +31,7 @@ from oserve.cli.options import (
 )
 from oserve.config import load_cluster, load_switch_costs
 from oserve.core import OServeError, Precision
-from oserve.study.compare import Row, Wish, compare, usable_cores
+from oserve.study.compare import CompareOptions, Row, compare, usable_cores
 from oserve.study.policies import policy_names
 from oserve.study.report import document, page
 from oserve.study.scene import SceneChoice, make_scene
@@ -129,7 +129,7 @@ def simulate(
         requests,
         source_name=source,
     )
-    wish = Wish(scale=rate_scale, capacity=capacity, sweep=_SWEEP if report else ())
+    wish = CompareOptions(scale=rate_scale, capacity=capacity, sweep=_SWEEP if report else ())
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

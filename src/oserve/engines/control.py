@@ -14,14 +14,13 @@ import msgspec
 from oserve.core import Endpoint
 from oserve.engines.rank_commands import (
     METHOD,
+    REPLIES,
     CommandDone,
     CommandRefused,
     JobReport,
     LayoutReply,
     ListenerReply,
     RankCommand,
-    encoded,
-    reply_of,
 )
 
 Reply = TypeVar("Reply", LayoutReply, ListenerReply, JobReport, CommandDone)
@@ -91,12 +90,15 @@ class EngineControl:
         Raises EngineControlError if a rank refuses, or does not reply with ``expected``.
         """
         listed = [commands] if isinstance(commands, msgspec.Struct) else list(commands)
-        body = {"method": METHOD, "args": [[encoded(command) for command in listed]]}
+        body = {
+            "method": METHOD,
+            "args": [[msgspec.json.encode(command).decode() for command in listed]],
+        }
         answer = await self._post("/collective_rpc", body, _RankReplies, timeout_s)
         replies: list[Reply] = []
         for text in answer.results:
             try:
-                reply = reply_of(text)
+                reply = REPLIES.decode(text)
             except msgspec.DecodeError as error:
                 raise EngineControlError(
                     f"a reply cannot be read ({error}); the engine may run another version of "

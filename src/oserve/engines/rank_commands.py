@@ -4,7 +4,6 @@ vLLM passes strings to a method of every worker (``worker_extension``). Each ran
 command once and checks it; what it cannot read or do it answers with ``CommandRefused``.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
@@ -116,22 +115,8 @@ class CommandRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 RankReply = LayoutReply | ListenerReply | JobReport | CommandDone | CommandRefused
 
-_COMMANDS: Final[msgspec.json.Decoder[RankCommand]] = msgspec.json.Decoder(RankCommand)
-_REPLIES: Final[msgspec.json.Decoder[RankReply]] = msgspec.json.Decoder(RankReply)
+COMMANDS: Final[msgspec.json.Decoder[RankCommand]] = msgspec.json.Decoder(RankCommand)
+"""Reads a command. ``decode`` raises ``msgspec.DecodeError`` for one of another version."""
 
-
-def encoded(message: RankCommand | RankReply) -> str:
-    """As text: vLLM's control route passes on nothing else."""
-    return msgspec.json.encode(message).decode()
-
-
-def own_command(commands: Sequence[str], rank: int) -> RankCommand:
-    """The command for one rank of an engine. Raises ``ValueError`` where there is none."""
-    if len(commands) != 1 and rank >= len(commands):
-        raise ValueError(f"{len(commands)} commands came, none of them for rank {rank}")
-    return _COMMANDS.decode(commands[0] if len(commands) == 1 else commands[rank])
-
-
-def reply_of(text: str) -> RankReply:
-    """A rank's reply. Raises ``msgspec.DecodeError`` if this version cannot read it."""
-    return _REPLIES.decode(text)
+REPLIES: Final[msgspec.json.Decoder[RankReply]] = msgspec.json.Decoder(RankReply)
+"""Reads a reply. ``decode`` raises ``msgspec.DecodeError`` for one of another version."""

@@ -58,7 +58,7 @@ _MODULES = (
     "compressed_tensors",
     "model_hosting_container_standards.sagemaker",
     "oserve.engines.caches",
-    "oserve.engines.weights.rank_weights",
+    "oserve.engines.weights.cuda",
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
     "vllm.entrypoints.anthropic.api_router",

@@ -34,14 +34,14 @@ Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 Routing = _Routing
-"""How the gateway chooses a replica (policies are something else above this room)."""
+"""How the gateway chooses a replica."""
 
 ATTAINMENT = 0.95
 """Share of all requests that must meet their SLOs for a rate to count as served."""
 
-# What is still on its way so long after the last arrival has missed its SLO in any case.
+# Requests that still run so long after the last arrival count as late.
 LATEST_S = 300.0
-# How often a run looks whether its attainment is out of reach already.
+# How often a run checks whether it can still reach the attainment.
 _CHECKS = 8
 
 
@@ -71,7 +71,7 @@ class SimulatedTraffic:
         return replace(self, arrival_s=self.arrival_s / scale)
 
     def between(self, start_s: float, end_s: float) -> Self:
-        """Those that arrive from ``start_s`` on and before ``end_s``, counted from ``start_s``."""
+        """The requests from ``start_s`` up to ``end_s``, on a clock that starts at ``start_s``."""
         low, high = np.searchsorted(self.arrival_s, [start_s, end_s], side="left")
         return replace(
             self,
@@ -81,7 +81,7 @@ class SimulatedTraffic:
         )
 
     def columns(self) -> Columns:
-        """As clustering takes them."""
+        """The columns that clustering takes."""
         return Columns(
             arrival_s=self.arrival_s,
             prompt_tokens=self.prompt_tokens.astype(np.float64),
@@ -104,13 +104,13 @@ def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Sim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levers:
-    """How replicas serve, beside what they are.
+    """How gateway and replicas serve: all settings beside the plan.
 
-    ``order``: by prompt length with ageing, in gateway and engines; ``None``: first come, first
-    served. ``inflight_per_device`` bounds what the gateway hands to a replica at once, per device
-    of it; the rest waits in the gateway, where it can still go anywhere and be demoted. ``None``:
-    twice ``max_num_seqs``, as the live gateway has it. ``overload``: the live gateway's policy,
-    in place of what ``gateway`` says of demotion and shedding.
+    ``order``: by prompt length with ageing, in gateway and engines; ``None``: in order of arrival.
+    ``inflight_per_device``: the most requests in flight on a replica, per device. Others wait in
+    the gateway, where they can still go to any replica and be demoted. ``None``: twice
+    ``max_num_seqs``, as in the live gateway. ``overload``: the policy of the live gateway, in place
+    of demotion and shedding by ``gateway``.
     """
 
     routing: Routing = Routing.POOLS
@@ -123,7 +123,7 @@ class Levers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedServing:
-    """A plan and its levers: all that a simulation needs beside traffic and facts."""
+    """A plan and its levers."""
 
     plan: DeploymentPlan
     levers: Levers = field(default_factory=Levers)
@@ -138,7 +138,7 @@ class SimulatedServing:
 
 
 def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints:
-    """The length class of each prompt, by its place among ``classes``."""
+    """The length class of each prompt, as an index into ``classes``."""
     bounds = [item.max_prompt_tokens for item in classes[:-1]]
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
 
@@ -154,7 +154,7 @@ def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
 
 
 class Simulator:
-    """Fleets of one model's replicas; step tables and costs are made once per shape."""
+    """Makes fleets of one model's replicas; step tables and costs once per shape."""
 
     def __init__(self, source: PerformanceSource) -> None:
         self.source = source
@@ -164,19 +164,19 @@ class Simulator:
         self.simulated_requests = 0
 
     def tables(self, shape: ReplicaShape) -> StepTables:
-        """Step times of a shape."""
+        """The step times of a shape."""
         if shape not in self._tables:
             self._tables[shape] = step_tables(self.source.step_model(shape), shape)
         return self._tables[shape]
 
     def costs(self, shape: ReplicaShape) -> TokenCosts:
-        """What the router believes a token costs there."""
+        """The cost of a token on a shape, as the router assumes it."""
         if shape not in self._costs:
             self._costs[shape] = measured_costs(self.source.step_model(shape), shape)
         return self._costs[shape]
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
-        """Tokens of KV cache; 0 where the weights do not fit."""
+        """The KV cache in tokens; 0 where the weights do not fit."""
         if shape not in self._kv:
             self._kv[shape] = self.source.kv_tokens(shape)
         return self._kv[shape]
@@ -189,9 +189,10 @@ class Simulator:
         expected: Ints | None = None,
         kinds: Ints | None = None,
     ) -> RequestTable:
-        """As the gateway sees them; ``expected`` outputs are the class's, unless given.
+        """The requests as the gateway sees them.
 
-        ``kinds``: the class of each, where it is not told by the prompt's length.
+        ``expected``: the expected output tokens; by default those of the length class. ``kinds``:
+        the class of each request; by default that of the prompt's length.
         """
         classes = serving.plan.length_classes
         index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
@@ -221,7 +222,7 @@ class Simulator:
         )
 
     def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
-        """Start a replica."""
+        """Add a replica to a fleet; it serves from ``ready_at_s`` on."""
         shape, most = spec.shape, levers.inflight_per_device
         sends = levers.rebalance is not None or shape.role is Role.PREFILL
         link, kv_bytes = self._link(shape) if sends else (SimLink(), 0.0)
@@ -244,7 +245,7 @@ class Simulator:
         )
 
     def route(self, fleet: Fleet, plan: DeploymentPlan, levers: Levers) -> None:
-        """Give a fleet the shares of a plan."""
+        """Route by the shares of a plan from now on."""
         shares = {
             index: dict(plan.routing_shares.get(item.name, {}))
             for index, item in enumerate(plan.length_classes)
@@ -314,9 +315,9 @@ class Simulator:
         )
 
     def _link(self, shape: ReplicaShape) -> tuple[SimLink, float]:
-        """How KV leaves a replica (its devices' own link), and bytes of a token over all devices.
+        """The link by which KV leaves a replica, and the bytes of a token over all devices.
 
-        Zero bytes where the source knows nothing of memory, which makes moves free.
+        0 bytes, which makes moves free, where the source knows nothing of memory.
         """
         source = uncorrected(self.source)
         if not isinstance(source, RooflineSource):
@@ -330,7 +331,7 @@ class Simulator:
 
 
 def met(results: FleetResults, slo: Slo) -> Mask:
-    """Which requests completed within the SLO; what ``Slo.met_by`` says, for all at once."""
+    """Which requests completed within the SLO; ``Slo.met_by`` for all at once."""
     good: Mask = results.status == Status.COMPLETED
     with np.errstate(invalid="ignore"):
         if slo.ttft_s is not None:
@@ -343,12 +344,12 @@ def met(results: FleetResults, slo: Slo) -> Mask:
 
 
 def attainment(results: FleetResults, slo: Slo) -> float:
-    """Share of all requests that met the SLO; 1 where there are none."""
+    """The share of all requests that met the SLO; 1 without requests."""
     return float(met(results, slo).mean()) if len(results.arrival_s) else 1.0
 
 
 def surely_failed(results: FleetResults, slo: Slo) -> bool:
-    """Whether too many requests have missed their SLO already, whatever comes."""
+    """Whether so many requests have missed the SLO that the attainment is out of reach."""
     ended = np.isfinite(results.finish_s)
     bad = int(np.sum(ended & ~met(results, slo)))
     if slo.ttft_s is not None:
@@ -367,7 +368,7 @@ def largest_scale(
 ) -> float:
     """The largest scale that holds, to a relative ``tolerance``; 0 if none was found.
 
-    Doubling steps from ``start`` find a bracket, bisection (geometric) narrows it; at most
+    Growing steps from ``start`` find a bracket; geometric bisection narrows it. At most
     ``evaluations`` scales are tried.
     """
     low, high, at, factor = 0.0, 0.0, start, step

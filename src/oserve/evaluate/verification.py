@@ -1,7 +1,7 @@
-"""Plans scored by simulation: what a deployment carries while the SLO holds, and the choice by it.
+"""Plans verified by simulation: the load that a deployment carries while the SLO holds.
 
-The planner and the controller get the scorer as a function, so neither knows the simulator. A
-trace is simulated as it is; rates become Poisson arrivals of those types, drawn anew for each seed.
+``oserve plan --verify`` chooses by it. The planner gets the scorer as a function and does not know
+the simulator. A trace is simulated as it is; rates become Poisson arrivals, anew for each seed.
 """
 
 import math
@@ -31,20 +31,20 @@ from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
 
 SEEDS = (0, 1)
-# Requests of a synthesised trace: enough for a 95 % attainment to be known to about 1 %.
+# Requests of a synthetic trace; they tell an attainment of 95 % to about 1 %.
 _REQUESTS = 2000
 _TOLERANCE = 0.02
 _EVALUATIONS = 12
 
 SERVED_AS = Levers(order=OrderPolicy())
-"""How ``oserve serve`` serves a plan: soft pools with overflow, order by prompt length."""
+"""How ``oserve serve`` serves a plan: soft pools with overflow, ordered by prompt length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedCapacity:
     """``capacity_scale``: the largest multiple of the demand at which the SLO still holds.
 
-    ``attainment`` and ``goodput_rps`` are at the demand itself; all are means over the traces.
+    ``attainment`` and ``goodput_rps`` are those at the demand itself. All are means over traces.
     """
 
     capacity_scale: float
@@ -54,7 +54,7 @@ class SimulatedCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCheck:
-    """What a plan is simulated with: one trace, or one for each seed; ``words`` say which."""
+    """The traffic of a verification: one trace, or one for each seed; ``words`` describe it."""
 
     traffics: tuple[SimulatedTraffic, ...]
     slo: Slo
@@ -63,7 +63,7 @@ class PlanCheck:
 
 
 def common_slo(limits: Mapping[str, LatencyLimits]) -> Slo:
-    """The tightest of the limits: simulation knows one SLO for all."""
+    """The tightest of the limits: a simulation has one SLO for all types."""
 
     def tightest(values: Sequence[float | None]) -> float | None:
         given = [value for value in values if value is not None]
@@ -122,7 +122,7 @@ def check_for(
 def simulate_serving(
     simulator: Simulator, serving: SimulatedServing, check: PlanCheck, *, start: float = 1.0
 ) -> SimulatedCapacity:
-    """Capacity, attainment and goodput of a deployment; ``start``: where its capacity may lie."""
+    """Capacity, attainment and goodput; the search for the capacity begins at ``start``."""
     scales, shares, goods = [], [], []
     for traffic in check.traffics:
         scales.append(
@@ -146,14 +146,14 @@ def simulate_serving(
 def serving_of(
     found: PlanResult, deployment: DeploymentCandidate, levers: Levers = SERVED_AS
 ) -> SimulatedServing:
-    """A deployment of an answer as it would be served."""
+    """A deployment of a plan result as it would be served."""
     placed = place_deployment(found.problem, deployment)
     return SimulatedServing(plan=deployment_plan(found.request, placed), levers=levers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedAnswer:
-    """An answer whose plan was chosen by simulation; ``check`` says with what."""
+    """A plan result whose plan was chosen by simulation, on the traffic of ``check``."""
 
     answer: PlanResult
     verified: Verified
@@ -163,7 +163,7 @@ class VerifiedAnswer:
 def verified_answer(
     found: PlanResult, check: PlanCheck, *, simulator: Simulator | None = None
 ) -> VerifiedAnswer:
-    """Score the candidates of an answer and its homogeneous deployments again, and choose."""
+    """Score the candidates and homogeneous deployments of a plan result again, and choose."""
     known = simulator or Simulator(found.request.source)
 
     def score(deployment: DeploymentCandidate) -> float:

@@ -35,6 +35,12 @@ def fleet_arrays(
     glob[at.OVERFLOW_PS] = picoseconds(options.overflow_s)
     glob[at.CLASSES] = classes
     glob[at.MAX_QUEUED] = options.max_queued
+    glob[at.MAX_ATTEMPTS] = options.max_attempts
+    glob[at.MAX_MOVES] = options.max_moves
+    glob[at.LIVE_COST] = int(options.prompt_s_per_token is None)
+    glob[at.SHEDS] = int(options.shed_after_s is not None)
+    # Rows of requests have 0 there.
+    glob[at.ROUND] = 1
     glob[at.CLOSED] = closed_loop
     glob[at.RELEASED] = min(count, closed_loop) if closed_loop > 0 else count
     sessions = int(session_numbers(requests.session).max(initial=-1)) + 1
@@ -63,10 +69,10 @@ def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: i
     rows[:, at.OF_SESSION] = session_numbers(requests.session)
     rows[:, at.ORDER] = _ps(requests.rank_s)
     rows[:, at.PRIORITY] = np.trunc(requests.rank_s * PRIORITY_PER_S)
-    for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH):
+    for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH, at.SENT_AT):
         rows[:, column] = at.NEVER
     if gateway.demote_after_s is not None:
-        own = _ps(requests.prompt_tokens * gateway.prompt_s_per_token)
+        own = _ps(requests.prompt_tokens * (gateway.prompt_s_per_token or 0.0))
         rows[:, at.DEMOTE_AT] = arrival + picoseconds(gateway.demote_after_s) - own
     if gateway.shed_after_s is not None:
         rows[:, at.SHED_AT] = arrival + picoseconds(gateway.shed_after_s)

@@ -70,10 +70,11 @@ def _plain(function: Any, clones: dict[types.FunctionType, types.FunctionType]) 
 
 
 def _delete_stale() -> None:
-    here, shared = Path(__file__).parent, Path(pick.__file__)
+    # Kernel functions take code and constants of these folders.
+    folders = (Path(__file__).parent, Path(pick.__file__).parent)
     with contextlib.suppress(OSError):
-        newest = max(path.stat().st_mtime for path in (*here.glob("*.py"), shared))
-        for folder in (here, shared.parent):
+        newest = max(path.stat().st_mtime for folder in folders for path in folder.glob("*.py"))
+        for folder in folders:
             for index in folder.glob("__pycache__/*.nbi"):
                 if index.stat().st_mtime < newest:
                     index.unlink(missing_ok=True)

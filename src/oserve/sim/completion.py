@@ -29,6 +29,7 @@ from oserve.sim.layout import (
     FINISH,
     FIRST,
     FREE,
+    FREED,
     GENERATED,
     GONE,
     INDEX,
@@ -97,8 +98,9 @@ def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -
 
 
 @compiled
-def unbook(req: Flat, mem: Flat, at: int, request: int) -> None:
-    """A request leaves its replica."""
+def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
+    """A request leaves its replica, which may have room for another."""
+    glob[FREED] = 1
     mem[at + OWED] -= req[request * REQUEST + BOOKED]
     mem[at + OWED_PROMPT] -= req[request * REQUEST + BOOKED_PROMPT]
     mem[at + INFLIGHT] -= 1
@@ -173,7 +175,7 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
     req[base + MOVED_FROM] = mem[at + INDEX]
     req[base + MOVED_TO] = target
     req[base + STATUS] = MOVING
-    unbook(req, mem, at, request)
+    unbook(req, mem, s.glob, at, request)
     book(req, mem, s.where[target], request, 0, decode_ps(s, request, target))
     push(req, s.moves, MOVED_AT, request)
 
@@ -193,7 +195,7 @@ def receive(s: KernelState, now: int) -> int:
     target = s.where[req[base + MOVED_TO]]
     # Its source broke down on the way, or its target did.
     if req[base + MOVED_FROM] == NONE or mem[target + PHASE] == GONE:
-        unbook(req, mem, target, request)
+        unbook(req, mem, s.glob, target, request)
         return request
     wait_at(req, mem, target, request, now)
     return NONE
@@ -206,6 +208,7 @@ def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
     base = entry(mem, at, RUN_ID, slot) * REQUEST
     if req[base + FIRST] == NEVER:
         req[base + FIRST] = now
+    s.glob[FREED] = 1
     mem[at + OWED] -= req[base + BOOKED_PROMPT]
     mem[at + OWED_PROMPT] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED] -= req[base + BOOKED_PROMPT]
@@ -225,7 +228,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
         emit_first(s, at, slot, now)
     if left == 0:
         retain(mem, s.ses, s.where, at, req[base + OF_SESSION], done_of(mem, at, slot))
-        unbook(req, mem, at, request)
+        unbook(req, mem, s.glob, at, request)
         close(req, s.glob, request, COMPLETED, now)
         return True
     target = NONE

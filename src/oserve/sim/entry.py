@@ -12,7 +12,7 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.sim import gateway, kernel
+from oserve.sim import kernel, routing
 from oserve.sim.compiled import compiled, entry_point, plain
 from oserve.sim.pointers import integers, reals
 from oserve.sim.state import Flat, KernelState, Reals
@@ -85,12 +85,12 @@ def _migrate(addresses: Addresses, request: int, target: int, now: int) -> bool:
 
 @entry_point
 def _freeness(addresses: Addresses, index: int, now: int) -> float:
-    return gateway.freeness(state_at(addresses), index, now)
+    return routing.freeness(state_at(addresses), index, now)
 
 
 @entry_point
 def _free_at(addresses: Addresses, index: int, now: int) -> int:
-    return gateway.free_at(state_at(addresses), index, now)
+    return routing.free_at(state_at(addresses), index, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ OBSERVE = EntryPoint(_observe, kernel.observe)
 REMOVE = EntryPoint(_remove, kernel.remove)
 HANG = EntryPoint(_hang, kernel.hang)
 MIGRATE = EntryPoint(_migrate, kernel.migrate)
-FREENESS = EntryPoint(_freeness, gateway.freeness)
-FREE_AT = EntryPoint(_free_at, gateway.free_at)
+FREENESS = EntryPoint(_freeness, routing.freeness)
+FREE_AT = EntryPoint(_free_at, routing.free_at)
 
 
 class Kernel:

@@ -9,7 +9,7 @@ from oserve.sim.access import column, entry, set_entry
 from oserve.sim.blocks import blocks_of, forget
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import close, end_step, receive, unbook
-from oserve.sim.gateway import dispatch, enter, replay
+from oserve.sim.gateway import enter, enter_again, next_to_shed, settle, shed
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
@@ -21,6 +21,7 @@ from oserve.sim.layout import (
     DUE,
     END,
     FREE,
+    FREED,
     GONE,
     LEAVING,
     LINK_FREE,
@@ -51,6 +52,7 @@ from oserve.sim.layout import (
     RUN_LEFT,
     RUN_STATE,
     RUNNING,
+    SHED_AT,
     STAGE_FREE,
     STAGES,
     STATUS,
@@ -74,6 +76,9 @@ def next_moment(s: KernelState) -> int:
         moment = min(moment, s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL])
     if s.moves[0] > 0:
         moment = min(moment, s.req[s.moves[1] * REQUEST + MOVED_AT])
+    waiting = next_to_shed(s)
+    if waiting != NONE:
+        moment = min(moment, s.req[waiting * REQUEST + SHED_AT])
     return moment
 
 
@@ -97,6 +102,7 @@ def end_steps(s: KernelState, now: int) -> None:
             continue
         if mem[at + PHASE] == LOADING and mem[at + READY_AT] == now:
             mem[at + PHASE] = READY
+            s.glob[FREED] = 1
             refresh(mem, at)
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -116,14 +122,15 @@ def advance(s: KernelState, until: int, skip: int) -> None:
         while s.moves[0] > 0 and s.req[s.moves[1] * REQUEST + MOVED_AT] == now:
             homeless = receive(s, now)
             if homeless != NONE:
-                replay(s, homeless)
+                enter_again(s, homeless, now)
+        first = s.glob[ARRIVED]
         while (
             s.glob[ARRIVED] < s.glob[RELEASED] and s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL] <= now
         ):
             s.glob[ARRIVED] += 1
-            enter(s, s.glob[ARRIVED] - 1, now)
-        if s.queue[0] + s.late[0] > 0:
-            dispatch(s, now)
+            enter(s, s.glob[ARRIVED] - 1)
+        settle(s, first, now)
+        shed(s, now)
         begin_steps(s, now, skip)
 
 
@@ -146,8 +153,9 @@ def flush(s: KernelState, skip: int) -> None:
     now = s.glob[NOW]
     # Steps that follow on one that ends right now have begun: what comes now is too late for them.
     observe(s, now)
-    if s.queue[0] + s.late[0] > 0:
-        dispatch(s, now)
+    s.glob[FREED] = 1
+    settle(s, s.glob[ARRIVED], now)
+    shed(s, now)
     begin_steps(s, now, skip)
 
 
@@ -163,7 +171,7 @@ def own_numbers(s: KernelState, at: int, now: int) -> None:
 def lose(s: KernelState, request: int, again: int, now: int) -> None:
     """A request's replica is gone: it starts over elsewhere, or is lost."""
     if again == 1:
-        replay(s, request)
+        enter_again(s, request, now)
     else:
         close(s.req, s.glob, request, LOST, now)
 
@@ -182,13 +190,13 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
         base = request * REQUEST
         req[base + MADE] = req[base + OUTPUT] - entry(mem, at, RUN_LEFT, slot)
         req[base + COPIED] = 0
-        unbook(req, mem, at, request)
+        unbook(req, mem, s.glob, at, request)
         lose(s, request, again, now)
     mem[at + RUN] = 0
     while mem[at + WAIT_COUNT] > 0:
         request = mem[at + WAIT]
         unlink(req, mem, at + WAIT, request)
-        unbook(req, mem, at, request)
+        unbook(req, mem, s.glob, at, request)
         lose(s, request, again, now)
     while mem[at + RECENT_COUNT] > 0:
         forget(mem, s.ses, at, mem[at + RECENT])

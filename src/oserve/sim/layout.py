@@ -66,8 +66,11 @@ BLOCK: Final = 16
     MOVED_TO,
     COPIED,
     REUSED,
-) = range(28)
-REQUEST: Final = 28
+    MOVES,
+    ENTERED,
+    SENT_AT,
+) = range(31)
+REQUEST: Final = 31
 
 # Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
 # sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
@@ -157,5 +160,13 @@ SESSION: Final = 4
     CLOSED,
     RELEASED,
     ENDED,
-) = range(12)
-GLOBALS: Final = 12
+    MAX_ATTEMPTS,
+    MAX_MOVES,
+    LIVE_COST,
+    SHEDS,
+    SHED_CURSOR,
+    FREED,
+    ROUND,
+    REENTERED,
+) = range(20)
+GLOBALS: Final = 20

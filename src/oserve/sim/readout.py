@@ -96,6 +96,7 @@ def results(state: KernelState, requests: RequestTable, names: Sequence[str]) ->
     return FleetResults(
         now_s=float(state.glob[layout.NOW] / layout.PS),
         arrival_s=rows[:, layout.ARRIVAL] / layout.PS,
+        dispatch_s=_seconds(rows[:, layout.SENT_AT]),
         first_token_s=_seconds(rows[:, layout.FIRST]),
         finish_s=_seconds(rows[:, layout.FINISH]),
         replica=rows[:, layout.ON].copy(),

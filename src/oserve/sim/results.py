@@ -31,13 +31,15 @@ class ReplicaTotals:
 class FleetResults:
     """An entry per request; times are NaN for what did not happen.
 
-    ``replica`` indexes ``replica_names`` (the last that had the request, or -1), ``status`` holds
-    ``Status`` values, ``made_tokens`` output tokens so far, ``reused_tokens`` prompt tokens found
-    in the cache. ``totals`` are per replica.
+    ``dispatch_s`` is when the gateway sent the request to a replica last, ``replica`` indexes
+    ``replica_names`` (the last replica that had the request, or -1), ``status`` holds ``Status``
+    values, ``made_tokens`` output tokens so far, ``reused_tokens`` prompt tokens found in the
+    cache. ``totals`` are per replica.
     """
 
     now_s: float
     arrival_s: Floats
+    dispatch_s: Floats
     first_token_s: Floats
     finish_s: Floats
     replica: Ints

@@ -147,19 +147,23 @@ class RequestTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
-    """The gateway before the replicas.
+    """The gateway before the replicas; see ``control.dispatch``.
 
-    At most ``max_queued`` requests wait there. ``overflow_s``: see the router. A request that
-    waits after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token`` is late for its
-    first token and served after all others, first come; one that would be handed over later than
-    ``shed_after_s`` after its arrival is refused. ``None`` turns either off.
+    At most ``max_queued`` requests wait there. ``overflow_s``: see the router. A waiting request is
+    late for its first token after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token``
+    and then served after all others, first come; ``prompt_s_per_token`` of ``None`` takes the least
+    cost of the replicas that serve at that moment. One that still waits ``shed_after_s`` after its
+    arrival is refused. ``None`` turns either off. A request is sent to at most ``max_attempts``
+    replicas before its first token, and its stream goes on elsewhere at most ``max_moves`` times.
     """
 
     max_queued: int = 1_000_000
     overflow_s: float = 2.0
     demote_after_s: float | None = None
     shed_after_s: float | None = None
-    prompt_s_per_token: float = 0.0
+    prompt_s_per_token: float | None = 0.0
+    max_attempts: int = 1_000_000
+    max_moves: int = 1_000_000
 
     def __post_init__(self) -> None:
         late, lost = self.demote_after_s, self.shed_after_s

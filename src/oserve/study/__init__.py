@@ -1,6 +1,6 @@
-"""Study: policies compared on simulated clusters, ours among them, all driven by the live loop.
+"""Study: policies compared on simulated clusters, OServe's among them.
 
-A scene is what they share, a policy is how one runs the cluster, a tuner searches the settings of
-each with the same effort, the runner drives the live control loop over a simulated fleet. It does
-not know the command line or where traces lie.
+A scene is what the policies share. A policy is one way to run the cluster. A tuner searches the
+settings of each policy with the same effort. The runner drives the live control loop over a
+simulated fleet. This room knows neither the command line nor where traces are stored.
 """

@@ -1,9 +1,8 @@
-"""What a router believes of output lengths, and what comes of it.
+"""The router's expected output lengths, and what they are worth.
 
-A belief gives every request of a run the output tokens that the router expects. What is believed is
-learned on the scene's learned part; the rest is measured. The estimator's beliefs are made in the
-order of time: at each arrival it has seen the learned part and the requests that had ended by then,
-and nothing else.
+A belief is the number of output tokens that the router expects of each request. Beliefs are learned
+on the first part of a scene and measured on the rest. The estimator works in the order of time: at
+each arrival it knows the learned part and the requests that have ended by then, nothing else.
 """
 
 from collections.abc import Sequence
@@ -28,20 +27,20 @@ from oserve.workload.output import KnownAtArrival, OutputEstimator
 
 UNKNOWN, CLASS_MEAN, ESTIMATED, KNOWN = "unknown", "class mean", "estimated", "known"
 BELIEFS = (UNKNOWN, CLASS_MEAN, ESTIMATED, KNOWN)
-"""The mean of all requests; of the prompt's length class; the live estimator's mean; the truth."""
+"""The mean of all requests; of the length class; of the live estimator; the true length."""
 
 NEAR_KNEE = (0.9, 0.95, 1.0, 1.05, 1.1)
-"""Multiples of a capacity at which latencies are taken, and averaged: one run's tail is noise."""
+"""Latencies are means over these multiples of a capacity, since the tail of one run is noise."""
 
 _WINDOW_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Believed:
-    """Capacity (a rate scale); seconds near the knee, averaged over rates.
+class BeliefOutcome:
+    """The capacity as a rate scale, and latencies near the knee in seconds.
 
-    ``imbalance``: standard deviation over the mean of the work that replicas are given in ten
-    seconds, in engine seconds, averaged over time.
+    ``imbalance``: the standard deviation over the mean of the work that replicas get in ten
+    seconds, in engine seconds; averaged over time.
     """
 
     capacity_scale: float
@@ -59,9 +58,9 @@ def estimated_outputs(
     learned: SimulatedTraffic | None = None,
     learned_tenants: Sequence[str] = (),
 ) -> Ints:
-    """What the live estimator expects of each request when it comes; ``finish_s``: when each ends.
+    """The output tokens that the live estimator expects of each request at its arrival.
 
-    Requests that never end (NaN) teach nothing. ``learned`` are requests of the past.
+    ``finish_s``: when each request ends; NaN if it never does. ``learned``: earlier requests.
     """
     estimator = OutputEstimator()
     if learned is not None:
@@ -83,11 +82,11 @@ def estimated_outputs(
 
 
 class Beliefs:
-    """Runs of one serving, on what comes after the learned part, with one belief or another.
+    """Runs of one serving with different beliefs, on the traffic after the learned part.
 
-    ``tenants``: who sent each request of the scene, empty for nobody. ``pools``: requests whose
-    answers are believed to be long go to the replicas that are larger than the first, in soft
-    pools; where all are believed to be alike there is one pool.
+    ``tenants``: the sender of each request of the scene, empty if unknown. ``pools``: requests with
+    long expected answers go to the replicas that are larger than the first, in soft pools. If all
+    expected answers are equally long there is one pool.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Beliefs:
         self._ends: dict[float, Floats] = {}
 
     def expected(self, belief: str, scale: float) -> Ints:
-        """Tokens expected of each request, the traffic being so many times as fast."""
+        """The expected tokens of each request, for traffic ``scale`` times as fast."""
         traffic = self._traffic
         if belief == KNOWN:
             return traffic.output_tokens
@@ -124,7 +123,7 @@ class Beliefs:
             return by_class
         fast = traffic.faster(scale)
         if scale not in self._ends:
-            # When requests end hangs on the routing a little; a run by class means tells it.
+            # Requests end at nearly the same times whatever the routing: take a run by class means.
             self._ends[scale] = self._run(by_class, fast).finish_s
         return estimated_outputs(
             fast,
@@ -134,8 +133,8 @@ class Beliefs:
             learned_tenants=self._learned_tenants,
         )
 
-    def measure(self, belief: str, *, capacity: float) -> Believed:
-        """Latencies are taken around ``capacity``, a rate scale."""
+    def measure(self, belief: str, *, capacity: float) -> BeliefOutcome:
+        """Measure a belief; latencies near ``capacity``, a rate scale."""
         rows = []
         for at in NEAR_KNEE:
             traffic = self._traffic.faster(at * capacity)
@@ -147,7 +146,7 @@ class Beliefs:
             ttft = float(np.quantile(first, 0.99))
             rows.append((p95, p99, ttft, self._imbalance(results, traffic)))
         p95, p99, ttft, imbalance = np.mean(rows, axis=0).tolist()
-        return Believed(
+        return BeliefOutcome(
             capacity_scale=self.capacity(belief, start=capacity),
             p95_e2e_s=p95,
             p99_e2e_s=p99,
@@ -177,9 +176,9 @@ class Beliefs:
         )
 
     def _kinds(self, expected: Ints) -> Ints | None:
-        """0 for short answers, 1 for long ones, so that work is shared out as devices are.
+        """The pool of each request: 0 for short answers, 1 for long ones, 2 for no pool.
 
-        2, which has no pool, where all are alike.
+        The work is divided between the two pools as the devices are.
         """
         if not self._pools:
             return None
@@ -215,9 +214,9 @@ class Beliefs:
 
 
 def recovered(unknown: float, estimated: float, known: float, *, least: float = 0.03) -> str:
-    """The share of the gap between unknown and known that is closed, where there is one.
+    """The share of the gap between unknown and known that the estimate closes.
 
-    Less than ``least`` of the unknown is no gap. Smaller is taken to be better.
+    Smaller numbers are better. A gap of less than ``least`` of the unknown counts as none.
     """
     gap = unknown - known
     if abs(gap) < least * abs(unknown):
@@ -235,7 +234,7 @@ def _known(traffic: SimulatedTraffic, tenants: Sequence[str]) -> list[KnownAtArr
 
 
 def _pooled(serving: SimulatedServing) -> SimulatedServing:
-    """Classes of short and long answers for the first shape and the larger, and one for all."""
+    """A serving with a pool of small and one of large replicas, and a class without pool."""
     replicas = serving.plan.replicas
     least = replicas[0].shape.device_count
     short = [spec.id for spec in replicas if spec.shape.device_count == least]

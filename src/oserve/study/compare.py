@@ -1,6 +1,6 @@
-"""Policies of one or several scenes side by side, over processes; the same answer for any number.
+"""Policies of one or several scenes side by side, on several processes.
 
-Every process searches what it needs itself, so nothing depends on who came first.
+The result is the same for any number of processes: each one searches all settings that it needs.
 """
 
 import multiprocessing
@@ -23,17 +23,17 @@ from oserve.study.scene import Scene
 
 _TOLERANCE = 0.01
 _EVALUATIONS = 14
-# Points of a distribution that are kept for pictures, and of a timeline.
+# Quantiles and moments that are kept for charts.
 QUANTILES = (*(round(0.01 * step, 2) for step in range(100)), 0.995, 0.999, 1.0)
 _MOMENTS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What is wanted of each policy. ``capacity``: its largest rate scale, too.
+class CompareOptions:
+    """What to measure of each policy. ``capacity``: also its largest rate scale.
 
-    ``sweep``: further scales at which attainment and P99 are wanted, as factors of ``scale``.
-    ``knee``: the scale is this multiple of what static-best carries, in place of ``scale``.
+    ``sweep``: further scales for attainment and P99, as factors of ``scale``. ``knee``: run at this
+    multiple of the capacity of static-best, in place of ``scale``.
     """
 
     scale: float = 1.0
@@ -85,7 +85,7 @@ class Row:
     points: tuple[CurvePoint, ...]
 
 
-def evaluate(tuner: OServeTuner, name: str, wish: Wish) -> Row:
+def evaluate(tuner: OServeTuner, name: str, wish: CompareOptions) -> Row:
     """Search a policy's settings, run it, and find its capacity."""
     scene, simulator = tuner.scene, tuner.simulator
     scale = wish.scale if wish.knee is None else wish.knee * tuner.best.scale
@@ -157,7 +157,7 @@ def _row(
 
 
 def _levers(policy: Policy) -> dict[str, Any]:
-    """The levers in plain words and numbers."""
+    """The levers as JSON-ready data."""
     levers = policy.initial(1.0).levers
     shape = policy.initial(1.0).plan.replicas[0].shape
     order = levers.order
@@ -198,7 +198,7 @@ def _queue(results: FleetResults) -> tuple[tuple[float, int], ...]:
 
 # -- over processes -----------------------------------------------------------------------------
 Progress = Callable[[int, str], None]
-"""Called with the scene's place and the policy that is done."""
+"""Called with the index of the scene and the name of the policy that is done."""
 
 _scenes: tuple[Scene, ...] = ()
 _tuners: dict[int, OServeTuner] = {}
@@ -207,13 +207,13 @@ _tuners: dict[int, OServeTuner] = {}
 def compare(
     scenes: Sequence[Scene],
     names: Sequence[str],
-    wish: Wish | Sequence[Wish],
+    wish: CompareOptions | Sequence[CompareOptions],
     *,
     jobs: int = 1,
     progress: Progress = lambda _scene, _name: None,
 ) -> list[list[Row]]:
     """Rows by scene, in the order of ``names``. ``wish``: one for all scenes, or one each."""
-    wishes = [wish] * len(scenes) if isinstance(wish, Wish) else list(wish)
+    wishes = [wish] * len(scenes) if isinstance(wish, CompareOptions) else list(wish)
     tasks = [(at, name) for at in range(len(scenes)) for name in names]
     if jobs <= 1 or len(tasks) == 1:
         tuners = [OServeTuner(scene) for scene in scenes]
@@ -229,7 +229,7 @@ def compare(
 def _in_processes(
     scenes: Sequence[Scene],
     tasks: Sequence[tuple[int, str]],
-    wishes: Sequence[Wish],
+    wishes: Sequence[CompareOptions],
     jobs: int,
     progress: Progress,
 ) -> dict[tuple[int, str], Row]:
@@ -241,7 +241,7 @@ def _in_processes(
         initializer=_prepare,
         initargs=(tuple(scenes),),
     )
-    # Tasks of one scene stay with one process while there are enough scenes: it has searched.
+    # While there are enough scenes, one process has all tasks of a scene and searches once.
     groups = _groups(tasks, len(scenes), jobs)
     with pool:
         running: dict[Future[list[Row]], list[tuple[int, str]]] = {
@@ -276,7 +276,7 @@ def _prepare(scenes: tuple[Scene, ...]) -> None:
     _tuners.clear()
 
 
-def _work(tasks: Sequence[tuple[int, str, Wish]]) -> list[Row]:
+def _work(tasks: Sequence[tuple[int, str, CompareOptions]]) -> list[Row]:
     rows = []
     for at, name, wish in tasks:
         tuner = _tuners.setdefault(at, OServeTuner(_scenes[at]))
@@ -285,5 +285,5 @@ def _work(tasks: Sequence[tuple[int, str, Wish]]) -> list[Row]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The controller measured, switch by switch, against the static best and who knows the future."""
+"""The controller, switch by switch, against static deployments and an oracle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class LoadCourse:
 def contenders(
     tuner: OServeTuner, serving: SimulatedServing, control: ControlPolicy | None = None
 ) -> dict[str, Policy]:
-    """What is compared, by name; all of OServe's begin with ``serving``."""
+    """The policies to compare, by name; those of OServe begin with ``serving``."""
     transfer = controller_policy(
         tuner, start=PolicyStart.TRANSFER, serving=serving, control=control
     )
@@ -62,8 +62,8 @@ def contenders(
 def own(tuner: OServeTuner) -> MeasuredServing:
     """OServe's static serving, as far as this experiment searches it.
 
-    It is the tuned one with the freshest first where that helps. Requests go to the least expected
-    work among all replicas, so that no shares of the past speak for one deployment.
+    It is the tuned serving, with the freshest first where that helps. Requests go to the replica
+    with the least expected work, so that no old routing shares favour one deployment.
     """
     tuned = tuner.best_tuned
     levers = replace(tuned.serving.levers, routing=Routing.LEAST_WORK)
@@ -89,8 +89,9 @@ def courses(
 ) -> list[LoadCourse]:
     """Every contender at multiples of what static-best-tuned carries.
 
-    ``played``: what is measured, if it is not the traffic that settings are searched on.
-    ``drawings``: other drawings of the traffic, to judge switches by; ``names``: only these.
+    ``played``: the traffic to measure, if it is not the one that settings are searched on.
+    ``drawings``: other samples of the traffic, to measure switches on. ``names``: only these
+    policies.
     """
     found = []
     serving = own(tuner).serving
@@ -126,7 +127,7 @@ def _course(
 
 
 def course_of(tuner: OServeTuner, name: str, factor: float, run: Run) -> LoadCourse:
-    """What became of a run."""
+    """The figures of a run."""
     summary = run.results.summary(tuner.scene.slo)
     return LoadCourse(
         policy=name,

@@ -1,9 +1,9 @@
-"""What each switch of a run was worth: the same traffic again, without it.
+"""The gain of each switch of a run, against the same traffic without the switch.
 
-Run k makes the first k switches at their moments and none after. Switch k is then worth what run k
-has of requests within the SLO more than run k - 1, among those that come from a minute before it
-(they may still be running) until the next. Other drawings of the same traffic, with the same
-switches at the same moments, tell how much of that is luck.
+Run k makes the first k switches at their times and none after. The gain of switch k is the number
+of requests within the SLO that run k has more than run k - 1. Requests count that arrive from a
+minute before the switch, since they may still run, until the next switch. Other samples of the same
+traffic, with the same switches at the same times, tell how much of that is noise.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ _BEFORE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchWorth:
-    """``gains``: requests within the SLO more than without, in each drawing, the run's own first.
+    """``gains``: requests within the SLO, with the switch less without it, by traffic sample.
 
-    ``expected``: what the controller took gain less cost to be.
+    The first sample is the traffic of the run. ``expected``: the net gain that the controller
+    expected.
     """
 
     at_s: float
@@ -44,7 +45,7 @@ class SwitchWorth:
 
     @property
     def harmful(self) -> bool:
-        """Whether it lost more than luck explains."""
+        """Whether it lost more than noise explains."""
         return self.mean + 2.0 * self.error < 0
 
 
@@ -55,7 +56,7 @@ def switch_worths(
     scale: float,
     drawings: Sequence[SimulatedTraffic] = (),
 ) -> tuple[SwitchWorth, ...]:
-    """Of every switch of a run; ``drawings`` as the scene's traffic, before scaling."""
+    """The gain of every switch of a run; ``drawings`` are other traffic samples, before scaling."""
     moves = list(run.changes[1:])
     script = [(change.at_s, change.plan) for change in moves]
     expected = [
@@ -84,7 +85,7 @@ def switch_worths(
 
 
 def jittered(traffic: SimulatedTraffic, *, seed: int, by_s: float = 2.0) -> SimulatedTraffic:
-    """Another drawing of a trace of which there is only one: arrivals moved by up to ``by_s``."""
+    """Another sample of a single trace: arrivals move by up to ``by_s`` seconds."""
     draw = np.random.default_rng(seed)
     moved = np.maximum(0.0, traffic.arrival_s + draw.uniform(-by_s, by_s, len(traffic)))
     order = np.argsort(moved, kind="stable")

@@ -1,4 +1,4 @@
-"""What the scripts under ``experiments/`` share: words, traffic, scenes, tables."""
+"""What the scripts under ``experiments/`` share: arguments, traffic, scenes, tables."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oserve.config import load_cluster, load_switch_costs
-from oserve.study.compare import Row, Wish, compare, usable_cores
+from oserve.study.compare import CompareOptions, Row, compare, usable_cores
 from oserve.study.report import row_document
 from oserve.study.scene import Scene, SceneChoice, make_scene
 from oserve.switch.costs import SwitchCosts
@@ -26,7 +26,7 @@ _SYNTHETIC_RPS = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a person asked for."""
+    """The arguments of the command line."""
 
     trace: str | None
     duration_s: float
@@ -39,7 +39,7 @@ class Setup:
 
     @property
     def words(self) -> str:
-        """Which traffic, in words; of a trace its file's name only."""
+        """A description of the traffic; for a trace the name of its file."""
         if self.trace is None:
             return f"a synthetic mix (seed {self.seed}), {self.duration_s:g} s"
         return f"{Path(self.trace).name}, its first {self.duration_s:g} s"
@@ -106,12 +106,12 @@ def scene(
 
 
 def measured(asked: Setup, scenes: Sequence[Scene], names: Sequence[str]) -> list[dict[str, Row]]:
-    """Rows by policy for each scene, at the knee, with capacities; what is done goes to stderr."""
+    """Rows by policy for each scene, at the knee, with capacities; progress goes to stderr."""
 
     def told(at: int, name: str) -> None:
         print(f"{scenes[at].name}: {name}", file=sys.stderr, flush=True)
 
-    found = compare(scenes, names, Wish(knee=KNEE), jobs=asked.jobs, progress=told)
+    found = compare(scenes, names, CompareOptions(knee=KNEE), jobs=asked.jobs, progress=told)
     rows = [{row.policy: row for row in part} for part in found]
     if asked.out is not None:
         document = [

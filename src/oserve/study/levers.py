@@ -1,4 +1,4 @@
-"""What each lever is worth alone on the best homogeneous deployment, and without it in the end."""
+"""The gain of each lever: alone on the best homogeneous deployment, and in the final one."""
 
 from dataclasses import replace
 

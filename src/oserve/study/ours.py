@@ -1,8 +1,8 @@
-"""OServe's own settings: every lever, each kept only if the simulator confirms a gain.
+"""The settings of OServe: a lever stays only if the simulator confirms a gain.
 
-From the best tuned homogeneous deployment on: least expected work instead of shortest queue, the
-engines' queues kept short so that the gateway decides late and can demote what can no longer meet
-its TTFT, chunk budgets and order again under these, different shapes with soft pools and overflow.
+The search begins with the best tuned homogeneous deployment. It tries least expected work instead
+of shortest queue; short engine queues, so that the gateway decides late and can demote requests
+that miss their TTFT; chunk budgets and order again; and different shapes with soft pools.
 """
 
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from oserve.study.scene import CHUNKS, SEQS
 from oserve.study.tune import JSQ, PENALTIES_S, MeasuredServing, Tuner, by_length
 
 INFLIGHT_PER_DEVICE = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
-"""Requests that the gateway hands to a replica at once, per device, that are tried."""
+"""Limits of requests in flight per device that are tried."""
 
 WINDOWS_S = (300.0, 60.0, 0.0)
-"""Windows within which the freshest request goes first, in seconds; 0: first come within rank."""
+"""Seconds within which the freshest request goes first; 0: in order of arrival."""
 
 OVERFLOW_S = (0.5, 2.0, 8.0)
 _ROUNDS = 2
-# Below this a further round of all levers is not worth its time.
+# The search ends after a round that gains less.
 _ENOUGH_GAIN = 1.005
 
 
@@ -62,7 +62,7 @@ class OServeTuner(Tuner):
 
     @cached_property
     def knowing(self) -> MeasuredServing:
-        """``everything`` where the router is told true output lengths."""
+        """``everything`` with a router that knows the true output lengths."""
         known = self.measure(
             self.everything.serving, start=self.everything.scale, knows_outputs=True
         )
@@ -74,11 +74,11 @@ class OServeTuner(Tuner):
             yield self._with(serving, replace(serving.levers, routing=routing))
 
     def bounded(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
-        """How late the gateway decides, and whether it demotes: by prompts owed, or by number."""
+        """Limits of requests in flight and demotion, by outstanding prompts or by number."""
         for most in (None, *INFLIGHT_PER_DEVICE):
             overload = OverloadPolicy(ttft_s=self._ttft_s)
             levers = replace(serving.levers, overload=overload, inflight_per_device=most)
-            # Where the gateway demotes, engines need no order of their own.
+            # If the gateway demotes, engines need no order.
             for order in dict.fromkeys((levers.order, None)):
                 yield self._with(serving, replace(levers, order=order))
         for limit_s in (self._ttft_s, None):
@@ -97,7 +97,7 @@ class OServeTuner(Tuner):
                 yield self._with(serving, levers)
 
     def ordered(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
-        """Order by prompt length, with the freshest first within windows and without."""
+        """Order by prompt length, with and without the freshest first."""
         for window_s in WINDOWS_S:
             for penalty_s in (2.0, *PENALTIES_S):
                 order = by_length(penalty_s, freshest_first_s=window_s)
@@ -122,7 +122,7 @@ class OServeTuner(Tuner):
         return self.scene.slo.ttft_s
 
     def _prompt_s(self, serving: SimulatedServing) -> float:
-        """Seconds a prompt token takes at best, on the slowest replica of the plan."""
+        """The seconds of a prompt token on the slowest replica of the plan."""
         return max(self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes)
 
     def _with(self, serving: SimulatedServing, levers: Levers) -> SimulatedServing:

@@ -1,9 +1,9 @@
-"""A deployment under more load than it can serve in time, with one defence or another.
+"""A deployment under overload, with different defences.
 
 Loads are multiples of two capacities of the same deployment. The *SLO capacity* is the largest rate
-at which 95 % of all requests meet the SLO with its own levers: in a bursty trace that is well below
-what it can compute. The *steady throughput* is what it completes per second when nobody waits for
-anything but the engines.
+at which 95 % of all requests meet the SLO with its own levers. In a bursty trace it is well below
+the *steady throughput*, which is what the deployment completes per second while all engines are
+busy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,19 @@ OWN = "its own order"
 DEEP = "demotion, deep engine queues"
 _PENALTY_S = 5.0
 _WINDOW_S = 300.0
-# So fast that everything waits for the engines from the beginning.
+# So fast that all requests arrive at the start.
 _FLOOD = 50.0
-# Beginning and end of a flood, where replicas are not all busy, are left out.
+# The part of a flood in which all replicas are busy.
 _STEADY = (0.1, 0.7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """What came of one defence at one load.
+class OverloadOutcome:
+    """The outcome of one defence at one load.
 
-    ``goodput_rps``: requests per second within the SLO. ``p99_ttft_s`` is that of those served.
-    ``shed`` and ``met_by_class`` are shares: refused of all, and within the SLO of each class.
+    ``goodput_rps``: requests per second within the SLO. ``p99_ttft_s``: of the served requests.
+    ``shed``: the share of requests that were shed. ``met_by_class``: the share within the SLO, by
+    length class.
     """
 
     goodput_rps: float
@@ -44,7 +45,7 @@ class Loaded:
 
 
 def defences(tuner: Tuner, serving: SimulatedServing) -> dict[str, Levers]:
-    """Levers by name; shedding refuses who has waited for the whole TTFT limit."""
+    """Levers by name. Shedding refuses requests that have waited for the whole TTFT limit."""
     own = serving.levers
     ttft_s = tuner.scene.slo.ttft_s
     plain = replace(own, order=None)
@@ -67,8 +68,10 @@ def defences(tuner: Tuner, serving: SimulatedServing) -> dict[str, Levers]:
     return found
 
 
-def loaded(tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float) -> Loaded:
-    """The learned traffic so many times as fast."""
+def loaded(
+    tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float
+) -> OverloadOutcome:
+    """Serve the learned traffic ``scale`` times as fast."""
     traffic = tuner.scene.learned.faster(scale)
     results = tuner.simulator.run(replace(serving, levers=levers), traffic)
     good = met(results, tuner.scene.slo)
@@ -76,7 +79,7 @@ def loaded(tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float
     classes = class_indices(serving.plan.length_classes, traffic.prompt_tokens)
     members = [classes == index for index in range(len(serving.plan.length_classes))]
     waited = results.first_token_s - results.arrival_s
-    return Loaded(
+    return OverloadOutcome(
         goodput_rps=float(good.sum()) / max(traffic.duration_s, 1.0),
         p99_ttft_s=_quantile(waited[np.isfinite(waited)], 0.99),
         shed=float(refused.mean()),
@@ -86,7 +89,7 @@ def loaded(tuner: Tuner, serving: SimulatedServing, levers: Levers, scale: float
 
 
 def goodput_at_capacity(tuner: Tuner, found: MeasuredServing) -> float:
-    """Requests per second within the SLO at the SLO capacity."""
+    """The goodput in requests/s at the SLO capacity."""
     return loaded(tuner, found.serving, found.serving.levers, found.scale).goodput_rps
 
 
@@ -102,8 +105,8 @@ def steady_scale(tuner: Tuner, serving: SimulatedServing) -> float:
 
 def table(
     tuner: Tuner, found: MeasuredServing, scales: Sequence[float]
-) -> Mapping[str, Sequence[Loaded]]:
-    """Each defence at each rate scale."""
+) -> Mapping[str, Sequence[OverloadOutcome]]:
+    """The outcome of each defence at each rate scale."""
     return {
         name: [loaded(tuner, found.serving, levers, scale) for scale in scales]
         for name, levers in defences(tuner, found.serving).items()

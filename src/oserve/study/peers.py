@@ -1,7 +1,7 @@
 """Other systems' policies, each on the best homogeneous deployment with the best chunk budget.
 
-That shape is found in hindsight, which none of the originals does: it is what an expert would set
-up before the policy takes over.
+That shape is found in hindsight, which none of the originals does. It stands for what an expert
+would set up before the policy takes over.
 """
 
 import math
@@ -24,17 +24,17 @@ def llumnix(tuner: Tuner) -> Policy:
 
 
 def llmd(tuner: Tuner) -> Policy:
-    """Least predicted latency: work owed, and what the request adds, by its length bucket."""
+    """Least predicted latency: outstanding work and the request's own, by its length bucket."""
     levers = Levers(routing=Routing.LEAST_WORK)
     return Fixed(serving=replace(tuner.best_chunk.serving, levers=levers))
 
 
 @dataclass(slots=True, kw_only=True)
 class Dynamo:
-    """As many replicas of one shape as the forecast of the mean load needs, cold starts and all.
+    """As many replicas of one shape as the forecast of the mean load needs, with cold starts.
 
-    ``replica_rps`` is what one replica serves within the SLO (profiled, as its planner does). The
-    forecast is an exponential average of past rates; ``headroom`` is kept above it.
+    ``replica_rps``: the profiled rate of one replica within the SLO. The forecast is an exponential
+    moving average of past rates, times ``headroom``.
     """
 
     serving: SimulatedServing
@@ -62,7 +62,7 @@ class Dynamo:
 
 
 def dynamo(tuner: Tuner) -> Policy:
-    """See ``Dynamo``; its router knows the work on each replica."""
+    """See ``Dynamo``. The router knows the outstanding work of each replica."""
     found = tuner.best_chunk
     count = len(found.serving.plan.replicas)
     return Dynamo(
@@ -74,10 +74,10 @@ def dynamo(tuner: Tuner) -> Policy:
 
 @dataclass(slots=True, kw_only=True)
 class AiBrix:
-    """Each length class has replicas of its own, in number by its share of the work.
+    """Each length class has its own replicas; their number follows its share of the work.
 
-    The replicas are alike, so moving one to another class takes no restart. Requests overflow to
-    other classes' replicas as they do in OServe.
+    All replicas are of one shape, so one changes its class without a restart. Requests overflow to
+    replicas of other classes as they do in OServe.
     """
 
     tuner: Tuner
@@ -101,7 +101,7 @@ class AiBrix:
         return replace(seen.plan, routing_shares=shares)
 
     def _shares(self, counts: Ints) -> Mapping[str, Mapping[str, float]]:
-        """Consecutive replicas for each class: one at least, the rest by largest remainder."""
+        """Consecutive replicas for each class, at least one; the rest by largest remainder."""
         plan = self.serving.plan
         names = [spec.id for spec in plan.replicas]
         classes = plan.length_classes
@@ -121,7 +121,7 @@ class AiBrix:
         }
 
     def _work(self) -> Floats:
-        """Engine seconds of a mean request, by class."""
+        """The engine seconds of a mean request, by length class."""
         shape = self.serving.plan.replicas[0].shape
         costs = self.tuner.simulator.costs(shape)
         learned = self.tuner.scene.learned

@@ -1,4 +1,4 @@
-"""A comparison told: JSON-ready data, and one HTML page that loads nothing from elsewhere."""
+"""Reports of a comparison: JSON-ready data, and one self-contained HTML page."""
 
 import html
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ p.note{color:#555;font-size:13px}
 
 
 def row_document(row: Row) -> dict[str, Any]:
-    """A policy as JSON-ready data; lengths of time in seconds."""
+    """One policy as JSON-ready data; times are seconds."""
     return {
         "policy": row.policy,
         "deployment": _words(row.deployment),

@@ -1,8 +1,7 @@
-"""Prefill and decode on replicas of their own: splits of the devices, raced like any other lever.
+"""Disaggregated prefill and decode: splits of the devices, raced like any other lever.
 
-A prefill replica computes prompts and hands the KV on by its devices' links; a decode replica goes
-on with it. Requests are routed to prefill replicas; the decode replica that would be done first
-takes the rest.
+The gateway routes requests to prefill replicas, which compute the prompts. Then the KV cache goes
+over the links of the devices to the decode replica with the least work.
 """
 
 from collections.abc import Iterable
@@ -19,13 +18,13 @@ from oserve.study.scene import USUAL_CHUNK
 from oserve.study.tune import MeasuredServing, Tuner
 
 PREFILL_SHARES = (0.25, 0.5, 0.75)
-"""Shares of the replicas that only compute prompts."""
+"""Shares of prefill replicas that are tried."""
 
 PREFILL_CHUNKS = (USUAL_CHUNK, 8192)
 
 
 def split(tuner: Tuner, levers: Levers) -> Iterable[SimulatedServing]:
-    """Every form, split in each way, with usual and large chunks for prompts."""
+    """Every form with every split, and with usual and large chunks for prefill."""
     for form in tuner.forms([USUAL_CHUNK]):
         count = Packing(tuner.scene.devices, [form]).largest(0)
         for share in PREFILL_SHARES:
@@ -40,8 +39,8 @@ def split(tuner: Tuner, levers: Levers) -> Iterable[SimulatedServing]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Apart:
-    """A serving's words, its capacity (a rate scale), and P99s in seconds at one common scale."""
+class SplitOutcome:
+    """A deployment, its capacity (a rate scale), and P99s in seconds at one common scale."""
 
     deployment: str
     capacity_scale: float
@@ -50,8 +49,8 @@ class Apart:
     p99_e2e_s: float
 
 
-def apart(tuner: Tuner, *, scale: float) -> dict[str, Apart]:
-    """The best split with no other lever, with an order, and with demotion too."""
+def apart(tuner: Tuner, *, scale: float) -> dict[str, SplitOutcome]:
+    """The best split alone, with an order, and with demotion."""
     best = tuner.best
     bare = _best(tuner, split(tuner, best.serving.levers))
     found = {"static-best": best, "prefill and decode apart": bare}
@@ -69,7 +68,7 @@ def apart(tuner: Tuner, *, scale: float) -> dict[str, Apart]:
 
 
 def _best(tuner: Tuner, candidates: Iterable[SimulatedServing]) -> MeasuredServing:
-    """Of these; capacity 0 where none meets the SLO at any rate."""
+    """The best of the candidates; capacity 0 where none meets the SLO at any rate."""
     tried = list(candidates)
     try:
         return tuner.race(tried)
@@ -77,7 +76,7 @@ def _best(tuner: Tuner, candidates: Iterable[SimulatedServing]) -> MeasuredServi
         return MeasuredServing(serving=tried[0], scale=0.0)
 
 
-def _told(tuner: Tuner, found: MeasuredServing, scale: float) -> Apart:
+def _told(tuner: Tuner, found: MeasuredServing, scale: float) -> SplitOutcome:
     results = tuner.simulator.run(found.serving, tuner.scene.learned.faster(scale))
     done = results.status == Status.COMPLETED
     ttft = (results.first_token_s - results.arrival_s)[done]
@@ -85,7 +84,7 @@ def _told(tuner: Tuner, found: MeasuredServing, scale: float) -> Apart:
     tpot = ((e2e - ttft) / np.maximum(1, results.made_tokens[done] - 1))[
         results.made_tokens[done] > 1
     ]
-    return Apart(
+    return SplitOutcome(
         deployment=found.serving.plan.id,
         capacity_scale=found.scale,
         p99_ttft_s=float(np.quantile(ttft, 0.99)),

@@ -1,9 +1,8 @@
 """A scene: everything that the policies of one comparison have in common.
 
-Model, devices, traffic, limits, and what starting a replica takes. Policies learn about the
-traffic what ``learn_s`` allows: with ``None`` they are tuned in hindsight, on all of it, as the
-strongest static baseline must be; with a number they see its first seconds only, and what follows
-is new to them.
+Model, devices, traffic, limits, and the time that a replica needs to start. With a ``learn_s`` of
+``None`` policies are tuned in hindsight, on all of the traffic, as the strongest static baseline
+must be. With a number they are tuned on the first ``learn_s`` seconds only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,14 +30,14 @@ USUAL_SEQS = 256
 
 COLD_START = Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0)
 """Weights from a local disk: some 50 s for a 70B model in 16 bits, the paper's figure for a cold
-reload. Real ones with compilation take minutes, which only favours those that do not switch."""
+reload. Real starts with compilation take minutes, which favours policies that do not switch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scene:
-    """``demand`` holds workload types and length classes, ``shapes`` what may be used.
+    """``demand`` holds workload types and length classes; ``shapes`` are the shapes to use.
 
-    ``interval_s``: time between decisions of the policies that take any.
+    ``interval_s``: the time between two decisions of a policy.
     """
 
     name: str
@@ -71,20 +70,20 @@ class Scene:
         return {kind.name: common for kind in self.demand.types}
 
     def weights_bytes(self, shape: ReplicaShape) -> float:
-        """Of a whole replica; 0 where the source knows nothing of memory."""
+        """The weights of a whole replica in bytes; 0 if the source does not know them."""
         if not isinstance(self.source, RooflineSource):
             return 0.0
         return self.source.memory(shape).weights_bytes * shape.device_count
 
     @property
     def precision(self) -> Precision:
-        """What baselines hold their weights in: the first that was allowed."""
+        """The precision of the baselines: the first that is allowed."""
         return self.shapes[0].precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneChoice:
-    """What is set up: see ``make_scene``."""
+    """The arguments of ``make_scene``."""
 
     model: str
     devices: tuple[Device, ...]
@@ -107,7 +106,7 @@ class SceneChoice:
 def make_scene(
     choice: SceneChoice, requests: Iterable[TraceRequest], *, source_name: str, name: str = ""
 ) -> Scene:
-    """Facts, shapes, types and classes for requests cut to the context.
+    """Make a scene; requests are cut to the context.
 
     Raises OServeError for a trace without requests (in the learned part, too) and a model that
     fits nowhere.

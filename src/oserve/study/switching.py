@@ -235,7 +235,8 @@ class Oracle:
         return self.serving
 
     def decide(self, seen: PolicyView) -> DeploymentPlan | None:
-        assert self._traffic is not None
+        if self._traffic is None:
+            return None
         coming = self._traffic.between(seen.now_s, seen.now_s + self.tuner.scene.interval_s)
         if not len(coming):
             return None

@@ -1,9 +1,8 @@
-"""Searching the best of a policy's settings: candidates are raced in the simulator.
+"""The search for the best settings of a policy: candidates race in the simulator.
 
-A candidate is first asked whether it holds a little more than the best so far; only if it does is
-its capacity measured. So a loser costs one run, which ends once the SLO is out of reach, and the
-search is the same for every policy. What is searched, and on which part of the traffic, is in
-``scene.learned``.
+The tuner first runs a candidate a little above the capacity of the best so far. Only if the
+candidate holds there, its capacity is measured. So a loser costs one run, which ends once the SLO
+is out of reach. The search is the same for every policy, on the traffic of ``scene.learned``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +18,11 @@ from oserve.plan.place import place_replicas
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.study.scene import CHUNKS, SEQS, USUAL_CHUNK, USUAL_SEQS, Scene
 
-# A gain below this is noise of one trace.
+# Smaller gains are noise of one trace.
 _LEAST_GAIN = 0.005
 _TOLERANCE = 0.01
-# Requests of full context that a replica must hold to count as having KV room. For OPT-66B,
-# Llama-2-70B and LLaMA-30B on H100 that gives TP4, TP4 and TP2, which is what people run.
+# A replica has KV room if it holds so many requests of full context. That gives TP4 for OPT-66B
+# and Llama-2-70B on H100, and TP2 for LLaMA-30B, which are usual choices.
 _ROOM = 16
 _PER_TOKENS = 1500.0
 PENALTIES_S = (5.0, 10.0, 20.0, 30.0)
@@ -48,7 +47,7 @@ def by_length(penalty_s: float, *, freshest_first_s: float = 0.0) -> OrderPolicy
 
 
 class Tuner:
-    """Settings of one scene, each searched when it is first asked for."""
+    """The settings of one scene; each is searched at its first use."""
 
     def __init__(self, scene: Scene, *, said: Callable[[str], None] = lambda _: None) -> None:
         self.scene = scene
@@ -59,7 +58,7 @@ class Tuner:
     def holds(
         self, serving: SimulatedServing, scale: float, *, knows_outputs: bool = False
     ) -> bool:
-        """Whether the SLO holds on the learned traffic, so many times as fast."""
+        """Whether the SLO holds on the learned traffic, ``scale`` times as fast."""
         traffic = self.scene.learned.faster(scale)
         expected = traffic.output_tokens if knows_outputs else None
         return self.simulator.holds(serving, traffic, self.scene.slo, expected=expected)
@@ -67,7 +66,7 @@ class Tuner:
     def measure(
         self, serving: SimulatedServing, *, start: float = 1.0, knows_outputs: bool = False
     ) -> MeasuredServing:
-        """The capacity of one serving; ``start`` is where it may lie."""
+        """The capacity of one serving; the search begins at ``start``."""
         scale = largest_scale(
             lambda at: self.holds(serving, at, knows_outputs=knows_outputs),
             start=start,
@@ -106,7 +105,7 @@ class Tuner:
     def _improved(
         self, serving: SimulatedServing, bar: float, knows_outputs: bool
     ) -> MeasuredServing:
-        """Capacity of what is known to hold at ``bar``."""
+        """The capacity of a serving that holds at ``bar``."""
         known = {bar: True}
 
         def holds(at: float) -> bool:
@@ -132,7 +131,7 @@ class Tuner:
     def deployed(
         self, wanted: Sequence[tuple[ReplicaShape, int]], levers: Levers
     ) -> SimulatedServing:
-        """So many replicas of each shape, without routing shares."""
+        """The given number of replicas of each shape, without routing shares."""
         scene = self.scene
         placed = place_replicas(wanted, scene.devices)
         plan = DeploymentPlan(
@@ -181,7 +180,7 @@ class Tuner:
         return int((traffic.prompt_tokens + traffic.output_tokens).max())
 
     def _usual_kind(self) -> list[ReplicaShape]:
-        """Shapes of the baselines' precision on one kind of device, which stands for all."""
+        """The shapes in the precision of the baselines, on one kind of device."""
         kind = min(device.kind for device in self.scene.devices)
         precision = self.scene.precision
         return [s for s in self.scene.shapes if s.device_kind == kind and s.precision is precision]
@@ -247,7 +246,7 @@ class Tuner:
     # -- the programme's plans ------------------------------------------------------------------
     @property
     def question(self) -> PlanRequest:
-        """What is to be planned: the learned demand, within the SLO."""
+        """The plan request: the learned demand, within the SLO."""
         scene = self.scene
         return PlanRequest(
             model=scene.model,
@@ -262,11 +261,11 @@ class Tuner:
 
     @cached_property
     def planned(self) -> PlanResult:
-        """The linear programme's plans for it."""
+        """The linear programme's plans for the request."""
         return compute_plan(self.question)
 
     def heterogeneous(self, levers: Levers, *, shares: bool = True) -> list[SimulatedServing]:
-        """The programme's best plan and its ten best candidates, those of several shapes."""
+        """The programme's best plan and candidates, as far as they have several shapes."""
         planned = self.planned.planned
         servings = []
         for item in (planned.best, *planned.candidates):

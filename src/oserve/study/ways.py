@@ -1,4 +1,4 @@
-"""One row of switches made in different ways: what it is worth that weights move."""
+"""The same switches by different methods: the gain of moving weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +11,14 @@ from oserve.study.runner import run_policy
 from oserve.study.switching import Oracle
 
 WAYS = {"restarted": PolicyStart.COLD, "weights moved": PolicyStart.TRANSFER}
-"""How replicas come up, by the name of the row."""
+"""How replicas start, by the name of the row."""
 
 
 def ways(tuner: OServeTuner, factors: Sequence[float]) -> list[LoadCourse]:
     """The switches of an oracle, at multiples of what static-best-tuned carries.
 
-    The oracle knows the future and switches in no time; the same plans at the same seconds are then
-    gone to by restarts from disk and by transfer. ``never``: the first deployment stays.
+    The oracle knows the future and switches in no time. Then the runner makes the same switches at
+    the same seconds by restarts from disk and by transfer. ``never``: the first deployment stays.
     """
     serving = own(tuner).serving
     follower = controller_policy(tuner, start=PolicyStart.TRANSFER, serving=serving)

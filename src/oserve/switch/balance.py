@@ -1,13 +1,13 @@
-"""Sources chosen so that the busiest link is done as early as it can be: a linear programme.
+"""Sources that let the busiest link finish as early as possible: a linear programme.
 
 Over x[d, s], the fraction of demand d that its holder s sends, and the time t:
 
     minimise t  subject to  sum over s of x[d, s] = 1                                (each demand)
                             sum of bytes[d] * x[d, s] over what passes it <= rate * t  (each link)
 
-and, among equals, the fewest bytes between nodes. Its optimum is a lower bound on the time of any
-choice of sources (section 4 of the method allows no relays). Rounding cuts items between sources
-at whole layers, then at whole rows, so that little is lost.
+and, among equals, the fewest bytes between nodes. Its optimum bounds the time of every choice of
+sources from below (section 4 of the method allows no relays). Rounding cuts items between sources
+at whole layers, then at whole rows, which costs little.
 """
 
 from collections.abc import Sequence
@@ -23,26 +23,26 @@ from oserve.switch.choice import Copy, split_item
 from oserve.switch.demand import Item, ShardDemand
 from oserve.switch.links import Links
 
-# Demands smaller than this share of all bytes are left out of the programme: norms and scales.
+# The programme leaves out demands below this share of all bytes: norms and scales.
 _SMALL = 1e-5
-# What a whole demand costs, in units of the time, if it travels between nodes.
+# Cost of a whole demand that travels between nodes, in units of the time.
 _ACROSS = 1e-3
-# Fractions below this are given to the demand's other sources.
+# Fractions below this go to the other sources of the demand.
 _LEAST_SHARE = 2e-3
-# No smaller message is made by cutting.
+# Cutting makes no smaller message.
 _LEAST_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balanced:
-    """The copies, and the seconds below which no choice of sources can come."""
+    """The copies, and a lower bound on the seconds of every choice of sources."""
 
     copies: tuple[Copy, ...]
     bound_s: float
 
 
 def balanced_copies(demands: Sequence[ShardDemand], links: Links) -> Balanced:
-    """Sources for all demands, by the programme and rounding."""
+    """Return copies for all demands, by the programme and rounding."""
     total = sum(demand.size_bytes for demand in demands)
     if not total:
         return Balanced(copies=(), bound_s=0.0)
@@ -63,7 +63,7 @@ def balanced_copies(demands: Sequence[ShardDemand], links: Links) -> Balanced:
 
 
 def lower_bound_s(demands: Sequence[ShardDemand], links: Links) -> float:
-    """Seconds below which no choice of sources can come (relays are not considered)."""
+    """Return a lower bound on the seconds of every choice of sources without relays."""
     total = sum(demand.size_bytes for demand in demands)
     large = [demand for demand in demands if demand.size_bytes > total * _SMALL]
     return _solve(large, links)[1] if large else 0.0
@@ -77,7 +77,7 @@ def _nearest(demand: ShardDemand, links: Links, sent: dict[str, float]) -> str:
 
 
 def _solve(demands: Sequence[ShardDemand], links: Links) -> tuple[list[dict[str, float]], float]:
-    """Each demand's fractions by source, and the bound."""
+    """Return each demand's fractions by source, and the bound in seconds."""
     model = _Model(demands, links)
     values, objective = model.solve()
     shares: list[dict[str, float]] = []
@@ -125,7 +125,7 @@ class _Model:
             moved[across] / outside[home],
             moved[across] / outside[goal],
         ]
-        # Times are counted in units of the longest that any one demand could take.
+        # The unit of time is the longest that one demand alone could take.
         self._unit_s = float(max(part.max(initial=0.0) for part in seconds))
         passed = np.concatenate(seconds) / self._unit_s
         self._value = np.concatenate([np.ones(len(source)), passed])
@@ -134,7 +134,8 @@ class _Model:
         self._costs[-1] = 1.0
 
     def solve(self) -> tuple[NDArray[np.float64], float]:
-        """The fractions, and the bound in seconds."""
+        """Return the fractions, and the bound in seconds."""
+        # highspy has no types.
         highs: Any = highspy.Highs()
         for name, value in (("output_flag", False), ("threads", 1), ("presolve", "off")):
             highs.setOptionValue(name, value)
@@ -147,7 +148,7 @@ class _Model:
                 remedy="report it with both plans",
             )
         values = np.array(highs.getSolution().col_value)
-        # What the tie-break may have added to the objective is taken off the bound.
+        # The tie-break may have added this much to the objective.
         bound = float(highs.getInfo().objective_function_value) - _ACROSS
         return values[:-1], bound * self._unit_s
 
@@ -173,7 +174,7 @@ class _Model:
 
 
 def _rounded(demand: ShardDemand, shares: dict[str, float]) -> list[Copy]:
-    """The demand's items dealt to its sources in order, cut where a share ends."""
+    """Deal the demand's items to its sources in order, and cut where a share ends."""
     copies: list[Copy] = []
     items: list[Item] = list(reversed(demand.items))
     names = sorted(shares, key=shares.__getitem__)

@@ -1,4 +1,4 @@
-"""Copies: who sends which box to whom, and the paper's way to choose the senders."""
+"""Copies: which device sends which box to which, and the paper's rule for choosing senders."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Copy:
 
 
 def local_copies(demands: Demands) -> tuple[Copy, ...]:
-    """What the targets' own devices hold."""
+    """Return copies of what the targets' own devices hold."""
     return tuple(
         Copy(item, demand.target, demand.target)
         for demand in demands.local
@@ -28,7 +28,7 @@ def local_copies(demands: Demands) -> tuple[Copy, ...]:
 
 
 def traffic_of(copies: Iterable[Copy]) -> LinkTraffic:
-    """Bytes by pair of devices, and inside devices."""
+    """Return bytes by pair of devices, and inside devices."""
     pairs: dict[tuple[str, str], int] = {}
     local: dict[str, int] = {}
     for copy in copies:
@@ -42,10 +42,10 @@ def traffic_of(copies: Iterable[Copy]) -> LinkTraffic:
 
 
 def greedy_copies(demands: Sequence[ShardDemand], links: Links) -> tuple[Copy, ...]:
-    """The paper's choice, section 4 of the method: shard by shard, device by device.
+    """Choose sources as the paper does (section 4): shard by shard, device by device.
 
-    A shard is a tensor's cell in one layer. A holder on the target's node comes before others;
-    among those the one that has been given the fewest bytes to send so far.
+    A shard is a tensor's cell in one layer. Holders on the target's node come first; among them the
+    one with the fewest bytes to send so far.
     """
     sent: dict[str, int] = {}
     copies: list[Copy] = []
@@ -65,7 +65,7 @@ def greedy_copies(demands: Sequence[ShardDemand], links: Links) -> tuple[Copy, .
 
 
 def _runs(item: Item, chosen: Sequence[str], target: str) -> Iterable[Copy]:
-    """Consecutive layers from one source in one copy."""
+    """Join consecutive layers from one source in one copy."""
     first = item.layers[0]
     starts = [
         0,
@@ -78,7 +78,7 @@ def _runs(item: Item, chosen: Sequence[str], target: str) -> Iterable[Copy]:
 
 
 def split_item(item: Item, wanted_bytes: float, least_bytes: int) -> tuple[list[Item], list[Item]]:
-    """Two parts of an item, the first of about ``wanted_bytes``: whole layers, then whole rows.
+    """Split an item; the first part has about ``wanted_bytes``: whole layers, then whole rows.
 
     The last of several dimensions is never cut, so that each row stays in one piece (and packed
     words and groups of weights stay whole). Parts smaller than ``least_bytes`` are not made.
@@ -104,7 +104,7 @@ def _layers(item: Item, start: int, stop: int) -> Item:
 
 
 def _split_box(box: Box, wanted: float) -> tuple[list[Box], list[Box]]:
-    """Boxes of about ``wanted`` values, and the others."""
+    """Return boxes of about ``wanted`` values, and the others."""
     inside: list[Box] = []
     outside: list[Box] = []
     left = box

@@ -1,7 +1,7 @@
-"""What a switch costs: seconds of each phase of each wave, and the capacity that is missing then.
+"""The cost of a switch: seconds of each phase of each wave, and the capacity missing meanwhile.
 
-The constants are measured on engines (``SwitchCosts``); transfers come from their plan. It does not
-decide whether a switch is worth it.
+The constants (``SwitchCosts``) are measured on engines; transfers come from their plan. Whether a
+switch is worth its cost is decided elsewhere (``control.policy``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +13,13 @@ from oserve.switch.waves import Wave
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchCosts:
-    """Seconds, but ``link_share``: the part of a link's bandwidth that transfers reach.
+    """Seconds; ``link_share`` is the share of a link's bandwidth that transfers reach.
 
-    ``engine_start_s``: a standby engine with dummy weights, warmed; ``further_start_s``: each
-    further one that starts on the same host. ``join_s``: forming the group of a transfer.
-    ``quantise_s_per_byte`` is per plain byte on a device, ``check_s_per_byte`` per byte that a
-    device was given; ``verify_s`` is the rest of verifying. ``room_s``: releasing or ending an
-    engine that makes room, once it is drained.
+    ``engine_start_s``: a warmed standby engine with dummy weights; ``further_start_s``: each other
+    engine that starts on the same host. ``join_s``: forming the group of a transfer.
+    ``quantise_s_per_byte`` counts plain bytes on a device, ``check_s_per_byte`` the bytes that a
+    device received; ``verify_s`` is the rest of verifying. ``room_s``: releasing or stopping a
+    drained engine that makes room.
     """
 
     engine_start_s: float = 4.0
@@ -36,7 +36,7 @@ class SwitchCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSeconds:
-    """How long each phase of one wave takes; ``room_s`` is draining those that make room first."""
+    """Seconds of each phase of a wave; ``room_s``: draining replicas that make room first."""
 
     room_s: float
     prepare_s: float
@@ -79,11 +79,11 @@ def switch_cost(
     capacity_rps: tuple[float, ...],
     scaled: Callable[[PhaseSeconds], PhaseSeconds] = lambda phases: phases,
 ) -> SwitchCost:
-    """Of waves and their transfers; ``hosts`` tells each new replica's host.
+    """Return the cost of waves and their transfers; ``hosts`` gives each new replica's host.
 
-    ``capacity_rps`` is ready before the first wave, by type; ``scaled`` applies what
-    was learned (``switch.learned``). The last wave's drain does not delay
-    anything; the others' does, since the next wave may need the room.
+    ``capacity_rps`` is ready before the first wave, by type; ``scaled`` applies what was learned
+    (``switch.learned``). The drain of the last wave delays nothing; that of another wave delays the
+    next, which may need the room.
     """
     phases = []
     missing = [0.0] * len(capacity_rps)

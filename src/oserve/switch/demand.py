@@ -1,9 +1,9 @@
-"""What must arrive where, and who has it: boxes of equal holders gathered into demands.
+"""Demands: what each device wants, gathered by the devices that hold it.
 
 The cuts of all layouts together divide each tensor into cells, and the boundaries of all pipeline
 stages divide the layers into segments; all bytes of a cell in a segment have the same holders and
-are wanted by the same devices. A *demand* is all that one device wants of one set of holders: tens
-of them stand for tens of thousands of shards, so that choosing sources is a small problem.
+are wanted by the same devices. A *demand* is all that one device wants of one set of holders. Tens
+of demands stand for tens of thousands of shards, so choosing sources is a small problem.
 """
 
 import functools
@@ -27,12 +27,12 @@ class Item:
 
     @property
     def size_bytes(self) -> int:
-        """In all of its layers."""
+        """Bytes in all of its layers."""
         return (self.layers[1] - self.layers[0]) * self.layer_bytes
 
 
 def item_of(tensor: TensorSpec, layers: Range, box: Box) -> Item:
-    """An item with its bytes worked out."""
+    """Return an item, with its bytes."""
     return Item(tensor, layers, box, volume(box) * tensor.value_bytes)
 
 
@@ -48,7 +48,7 @@ class ShardDemand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demands:
-    """``remote`` must travel; ``local`` (the holder is the target) is there already."""
+    """``remote`` must travel; ``local`` is on the target's own device."""
 
     remote: tuple[ShardDemand, ...]
     local: tuple[ShardDemand, ...]
@@ -57,9 +57,9 @@ class Demands:
 def demands_of(
     contents: Contents, sources: Sequence[ShardPlacement], targets: Sequence[ShardPlacement]
 ) -> Demands:
-    """What the targets' layouts want of the sources'. Every wanted byte is in exactly one demand.
+    """Return what the targets' layouts want of the sources'; each byte is in exactly one demand.
 
-    Raises OServeError if a device has two targets, or if some of it is held by no source.
+    Raises OServeError if a device has two targets, or if no source holds some byte.
     """
     _check_devices(targets)
     return _Gathering(contents, sources, targets).demands()
@@ -74,7 +74,7 @@ class _Cells:
 
 
 class _Gathering:
-    """Holders and takers as bit masks over devices, worked out once per kind of tensor."""
+    """Holders and takers as bit masks over devices, computed once per kind of tensor."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Gathering:
     def _tensors(
         self,
     ) -> list[tuple[TensorSpec, tuple[ShardPlacement, ...], tuple[ShardPlacement, ...]]]:
-        """Each wanted tensor, the sources that have it and the targets that want it."""
+        """Return each wanted tensor, the sources that hold it and the targets that want it."""
         keys = {
             held: {
                 part.key: part
@@ -161,7 +161,7 @@ class _Gathering:
         sources: tuple[ShardPlacement, ...],
         targets: tuple[ShardPlacement, ...],
     ) -> list[tuple[Range, int, int, int]]:
-        """(layers, cell, holders, takers) for all that somebody takes."""
+        """Return (layers, cell, holders, takers) of all cells that a target wants."""
         names = tuple(one.replica for one in sources), tuple(one.replica for one in targets)
         # Most tensors are cut alike (q, o, gate, up and down, say).
         alike = (tensor.where, names, tuple(cells.of_rank.items()))
@@ -194,7 +194,7 @@ class _Gathering:
         placed: Sequence[ShardPlacement],
         segments: Sequence[Range],
     ) -> list[int]:
-        """Devices that have a cell, by segment and cell."""
+        """Return the devices that hold a cell, by segment and cell."""
         count = len(cells.boxes)
         masks = [0] * (len(segments) * count)
         for one in placed:

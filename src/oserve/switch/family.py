@@ -1,8 +1,8 @@
-"""What the layers of a model family consist of, by vLLM's names (0.32).
+"""The parameters of model families, by vLLM's names (0.32).
 
 Each builder lists linear layers, which a precision may replace by quantised ones, and plain
 tensors, which stay as they are. Sources: vllm/model_executor/models/{llama,qwen2,qwen3,opt,
-mixtral,qwen3_moe}.py. It does not know precisions or layouts.
+mixtral,qwen3_moe}.py. Precisions and layouts are not known here.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """A tensor that every precision leaves alone: norms, embeddings, router gates."""
+    """A tensor that no precision changes: norms, embeddings, router gates."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,9 +85,9 @@ _VOCABULARY = Cut(kind=CutKind.VOCABULARY)
 
 
 def family_of(model: ModelFacts, architecture: str = "") -> Family:
-    """The family by the ``architectures`` entry of config.json, else by the model's name.
+    """Return the family by the ``architectures`` entry of config.json, else by the model's name.
 
-    Raises OServeError for one whose layout is not known here: a guess would move the wrong bytes.
+    Raises OServeError if its layout is not known: a guess would move the wrong bytes.
     """
     name = model.name.lower()
     found = _ARCHITECTURES.get(architecture)
@@ -104,7 +104,7 @@ def family_of(model: ModelFacts, architecture: str = "") -> Family:
 
 
 def members_of(model: ModelFacts, family: Family) -> tuple[Member, ...]:
-    """All linear layers and plain tensors; names hold ``{}`` where the layer's index goes."""
+    """Return all linear layers and plain tensors; ``{}`` in names stands for the layer."""
     return tuple(_BUILDERS[family](model))
 
 
@@ -148,7 +148,7 @@ def _gated_mlp(stem: str, hidden: int, wide: int) -> tuple[Linear, Linear]:
 
 
 def _ends(model: ModelFacts, *, everywhere: bool = False) -> tuple[Plain, ...]:
-    """Embedding, last norm and head; ``everywhere``: all of them exist in all stages."""
+    """Return embedding, last norm and head; ``everywhere``: all stages have all of them."""
     first, last = (Where.EVERY, Where.EVERY) if everywhere else (Where.FIRST, Where.LAST)
     if model.tied and not everywhere:
         first = Where.ENDS

@@ -1,8 +1,8 @@
-"""The constants of ``SwitchCosts`` from switches that were measured, and how well they tell them.
+"""Fits the constants of ``SwitchCosts`` to measured switches, and measures how well they predict.
 
-Each phase is a line with no negative coefficient: preparing over the engines that start at once,
-transferring over the seconds for which the plan keeps the busiest of idle links, verifying over the
-bytes that the fullest device is given. Phases that do not depend on the plan are medians.
+Each phase is a line without negative coefficients: preparing over the engines that start at once,
+transferring over the seconds for which the plan keeps the busiest idle link, verifying over the
+bytes that the fullest device receives. Phases that do not depend on the plan are medians.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from oserve.core import OServeError
 from oserve.switch.costs import SwitchCosts
 
 PHASES = ("prepare", "transfer", "verify", "commit", "drain")
-# Nobody's transfers are faster than their links.
+# No transfer is faster than its links.
 _MOST_SHARE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSwitch:
-    """One wave. ``engines``: the most that started on one host; ``busy_s``: of its plan, as are
-    ``given_bytes``, the most that one device is given.
+    """One wave, with the seconds of each phase as the server reports them.
 
-    Seconds of each phase, as the server reports them.
+    ``engines``: the most that started on one host. ``busy_s`` and ``given_bytes`` are of its plan;
+    the latter are the most that one device receives.
     """
 
     engines: int
@@ -39,10 +39,10 @@ class MeasuredSwitch:
 
 
 def fit_costs(measured: Sequence[MeasuredSwitch], start: SwitchCosts | None = None) -> SwitchCosts:
-    """``start``: where what cannot be told from these comes from. Raises OServeError for none.
+    """Return the constants that fit best; ``start`` gives those that these switches do not tell.
 
-    How a further engine differs from the first cannot be told where as many started each time, nor
-    how joining differs from copying where all plans took the links as long.
+    The cost of a further engine is not told where equally many started each time, nor that of
+    joining where all plans kept the links busy equally long. Raises OServeError for no switches.
     """
     if not measured:
         raise OServeError(
@@ -78,7 +78,7 @@ def fit_costs(measured: Sequence[MeasuredSwitch], start: SwitchCosts | None = No
 
 
 def predicted_s(costs: SwitchCosts, one: MeasuredSwitch) -> dict[str, float]:
-    """What these costs say of each phase of a switch, but what plans do not show."""
+    """Return the predicted seconds of each phase, without what plans do not show."""
     return {
         "prepare": costs.engine_start_s + (one.engines - 1) * costs.further_start_s,
         "transfer": costs.join_s + one.busy_s / costs.link_share,
@@ -89,9 +89,9 @@ def predicted_s(costs: SwitchCosts, one: MeasuredSwitch) -> dict[str, float]:
 
 
 def left_out_errors(measured: Sequence[MeasuredSwitch]) -> list[float]:
-    """Of each switch, how wrong costs fitted to the others are about the time until it serves.
+    """Return each switch's error of the time until it serves, by costs fitted to the others.
 
-    As a share of that time, signed: 0.1 is a tenth too long.
+    Errors are signed shares of that time: 0.1 is a tenth too long.
     """
     errors = []
     for number, one in enumerate(measured):
@@ -105,12 +105,12 @@ def left_out_errors(measured: Sequence[MeasuredSwitch]) -> list[float]:
 
 
 def costs_document(costs: SwitchCosts) -> dict[str, float]:
-    """Plain data, field by field."""
+    """Return JSON values, field by field."""
     return {field.name: float(f"{getattr(costs, field.name):.4g}") for field in fields(costs)}
 
 
 def _line(x: Sequence[float], y: Sequence[float], *, slope: float) -> tuple[float, float]:
-    """Intercept and slope, neither negative; the given slope where there is no telling."""
+    """Return intercept and slope, neither negative; the given slope if the data tells none."""
     places = np.asarray(x, dtype=float)
     values = np.asarray(y, dtype=float)
     widest = float(np.abs(places).max())

@@ -1,9 +1,9 @@
-"""What becomes of the requests that run on a replica about to go: drain, move or replay.
+"""Requests that run on a replica about to leave: drain, move or replay.
 
-Short ones drain: they end where they are within the limit. The others continue elsewhere: by moving
-their KV cache (section 4 of the method), or by replay, which computes prompt and tokens so far
-again - whichever interrupts the stream for less time. Caches move only into room that leaves some
-headroom free, longest first, since those gain most. It does not know how a stream is carried over.
+Requests that end within the limit drain. The others continue elsewhere, by moving their KV cache
+(section 4 of the method) or by replay, which computes prompt and tokens so far again: whichever
+interrupts the stream for less time. Caches move only into room that leaves some headroom, longest
+first, since those gain most. How a stream migrates is not known here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from oserve.switch.transfer import TransferPlan, plan_demands
 
 
 class Way(StrEnum):
-    """How a running request goes on."""
+    """How a running request continues."""
 
     DRAIN = "drain"
     MOVE = "move"
@@ -30,11 +30,11 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A request on a replica that is to go.
+    """A request on a replica that leaves.
 
     ``context_tokens``: prompt and output so far. ``remaining_tokens``: the expected rest of its
-    output, at most what ``max_tokens`` leaves. ``carries`` is false where its state cannot be taken
-    elsewhere (guided decoding, say). ``target``: the replica it would go on at, if any has room.
+    output, at most what ``max_tokens`` leaves. ``carries`` is false if its state cannot move (as
+    with guided decoding). ``target``: the replica it would continue on; empty if none has room.
     """
 
     id: str
@@ -46,10 +46,10 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRoom:
-    """A replica that can take requests: tokens of KV cache in all and free, and its speeds.
+    """A replica that can take requests: tokens of KV cache, total and free, and its speeds.
 
-    ``bandwidth`` (bytes/s) is what a cache moves at to it, ``move_s`` and ``replay_s`` what either
-    way costs beside it, ``prefill_s_per_token`` what computing a token of context again costs.
+    Caches move to it at ``bandwidth`` bytes/s. ``move_s`` and ``replay_s`` are the fixed costs of
+    either way, ``prefill_s_per_token`` that of computing a token of context again.
     """
 
     kv_tokens: int
@@ -62,7 +62,7 @@ class TargetRoom:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainPolicy:
-    """``limit_s``: how long a replica may take to drain; ``decode_s_per_token``: its speed.
+    """A replica may drain for ``limit_s``; ``decode_s_per_token`` is its speed.
 
     ``headroom``: share of a target's KV cache that moved caches leave free.
     """
@@ -74,7 +74,7 @@ class DrainPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveVerdict:
-    """What becomes of a request, why, and for how long its stream stands still (seconds)."""
+    """How a request continues, why, and for how many seconds its stream stalls."""
 
     request: str
     way: Way
@@ -90,7 +90,7 @@ def decide_requests(
     *,
     kv_bytes_per_token: float,
 ) -> tuple[MoveVerdict, ...]:
-    """A verdict for each request, in the order given."""
+    """Return a verdict for each request, in the order given."""
     free = {
         name: room.free_tokens - policy.headroom * room.kv_tokens for name, room in rooms.items()
     }
@@ -158,7 +158,7 @@ def _verdict(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheMove:
-    """The caches of some requests, ``tokens`` tokens in all, from one replica to another."""
+    """Caches of some requests, ``tokens`` tokens in total, from one replica to another."""
 
     source: ShardPlacement
     target: ShardPlacement
@@ -169,7 +169,7 @@ class CacheMove:
 class CacheContents(Contents):
     """A cache as a tensor per layer, [KV heads, tokens, 2 * head size].
 
-    Layers and heads go to ranks as those of the weights do. ``tag`` tells caches apart.
+    Ranks share layers and heads as they share those of the weights. ``tag`` distinguishes caches.
     """
 
     model: ModelFacts
@@ -178,11 +178,11 @@ class CacheContents(Contents):
 
     @property
     def layers(self) -> int:
-        """Of the model."""
+        """Layers of the model."""
         return self.model.layers
 
     def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
-        """One parameter; its values are as wide as the plain weights'."""
+        """Return one parameter, whose values are as wide as those of plain weights."""
         size = int(kv_bytes_per_value(held.plain))
         tensor = TensorSpec(
             name=f"model.layers.{{}}.self_attn.attn.kv{self.tag}",
@@ -195,7 +195,7 @@ class CacheContents(Contents):
 
 
 def plan_caches(model: ModelFacts, moves: Sequence[CacheMove], links: Links) -> TransferPlan:
-    """Copies for all moves at once, balanced like those of weights.
+    """Return copies for all moves at once, balanced like those of weights.
 
     The name of a copy's tensor ends in ``@source>target``, the replicas' names; its second
     dimension counts the tokens of the move's requests one after another. Raises OServeError where

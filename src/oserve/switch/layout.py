@@ -1,7 +1,7 @@
 """Shard maps: which box of which tensor each rank of a replica holds, and where in its parameter.
 
-Ranks of a replica stand stage after stage, tensor-parallel ranks in each, like its devices. Layers
-go to stages as vLLM's ``get_pp_indices`` deals them (vllm/distributed/utils.py).
+Ranks of a replica, like its devices, are ordered by stage, then by tensor-parallel rank. Layers go
+to stages as vLLM's ``get_pp_indices`` deals them (vllm/distributed/utils.py).
 """
 
 import functools
@@ -27,7 +27,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Devices it takes."""
+        """Number of devices."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
@@ -50,21 +50,21 @@ class ShardPlacement:
 
 
 class Contents(ABC):
-    """What replicas hold, by format: parameters, of which ``layers`` layers have one each."""
+    """What replicas hold, by format: parameters, one for each of ``layers`` layers."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def layers(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
 
     @abstractmethod
     def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
-        """All parameters in a format."""
+        """Return all parameters in a format."""
 
     def stages(self, where: Where, stages: int) -> tuple[tuple[int, Range], ...]:
-        """(stage, its layers) of the stages that have such a tensor; (0, 1) if no layer's."""
+        """Return (stage, layers) of stages that have such a tensor; (0, 1) outside of layers."""
         if where is Where.LAYER:
             return tuple(enumerate(stage_layers(self.layers, stages)))
         chosen = {
@@ -85,11 +85,11 @@ class Architecture(Contents):
 
     @property
     def layers(self) -> int:
-        """Of the model."""
+        """Layers of the model."""
         return self.model.layers
 
     def parameters(self, held: WeightFormat) -> tuple[Parameter, ...]:
-        """Its parameters in a format."""
+        """Return its parameters in a format."""
         return parameters_of(self.model, self.family, held)
 
 
@@ -104,7 +104,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Local:
-    """A rank's parameter: its local shape and the pieces in it; what they leave out is padding."""
+    """A rank's parameter: its local shape and the pieces in it; the rest is padding."""
 
     parameter: Parameter
     shape: tuple[int, ...]
@@ -112,18 +112,18 @@ class Local:
 
     @property
     def padded(self) -> bool:
-        """Whether some of it (padding of the vocabulary, which is zero) comes from nowhere."""
+        """Whether some of it is padding of the vocabulary, which is zero."""
         room = volume(tuple((0, size) for size in self.shape))
         return room > sum(volume(piece.box) for piece in self.pieces)
 
 
 def architecture_of(model: ModelFacts, architecture: str = "") -> Architecture:
-    """By config.json's ``architectures`` entry, else by name; OServeError where not known."""
+    """Return it by config.json's ``architectures`` entry, else by name. Raises OServeError."""
     return Architecture(model=model, family=family_of(model, architecture))
 
 
 def placed_of(spec: ReplicaSpec, *, plain: Precision = Precision.BF16) -> ShardPlacement:
-    """The layout of a plan's replica on its devices."""
+    """Return the layout of a plan's replica on its devices."""
     layout = Layout(
         tensor_parallel_size=spec.shape.tensor_parallel_size,
         pipeline_parallel_size=spec.shape.pipeline_parallel_size,
@@ -134,7 +134,7 @@ def placed_of(spec: ReplicaSpec, *, plain: Precision = Precision.BF16) -> ShardP
 
 @functools.lru_cache(maxsize=256)
 def stage_layers(layers: int, stages: int) -> tuple[Range, ...]:
-    """The layers of each stage: left-over layers go to the later stages but the last."""
+    """Return the layers of each stage; surplus layers go to the later stages but the last."""
     if not 1 <= stages <= layers:
         raise OServeError(
             f"{layers} layers cannot make {stages} pipeline stages",
@@ -155,7 +155,7 @@ def stage_layers(layers: int, stages: int) -> tuple[Range, ...]:
 def local_parameter(
     parameter: Parameter, rank: int, ranks: int, *, expert_parallel: bool = False
 ) -> Local:
-    """What tensor-parallel rank ``rank`` of ``ranks`` holds of a parameter (of each layer)."""
+    """Return what a tensor-parallel rank holds of a parameter (of each layer)."""
     pieces: list[Piece] = []
     shape: list[int] = []
     offset = 0
@@ -174,7 +174,7 @@ def local_parameter(
 
 
 def shard_map(architecture: Contents, layout: Layout, rank: int) -> dict[str, Local]:
-    """What one rank holds, by the engine's parameter names (layers written out)."""
+    """Return what one rank holds, by the engine's parameter names with layer numbers."""
     stage, tensor_rank = divmod(rank, layout.tensor_parallel_size)
     held: dict[str, Local] = {}
     for parameter in architecture.parameters(layout.held):
@@ -194,7 +194,7 @@ def shard_map(architecture: Contents, layout: Layout, rank: int) -> dict[str, Lo
 def pieces_by_key(
     architecture: Contents, layout: Layout, rank: int
 ) -> dict[tuple[str, str, str], tuple[Parameter, Piece]]:
-    """The rank's pieces by the key of their tensor; those of stages it is not in are left out."""
+    """Return the rank's pieces in its own stage, by the key of their tensor."""
     stage, tensor_rank = divmod(rank, layout.tensor_parallel_size)
     found = {}
     for parameter in architecture.parameters(layout.held):
@@ -211,7 +211,7 @@ def pieces_by_key(
 
 
 def place_of(piece: Piece, box: Box) -> tuple[slice, ...]:
-    """Where a box of the tensor lies in the local parameter that holds the piece.
+    """Return where a box of the tensor lies in the local parameter that holds the piece.
 
     Raises ValueError if the piece does not hold all of it.
     """
@@ -226,10 +226,10 @@ def place_of(piece: Piece, box: Box) -> tuple[slice, ...]:
 def differences(
     expected: Mapping[str, Local], live: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
-    """How an engine's parameters (names and shapes it reports) differ from a shard map, in words.
+    """Return how an engine's parameters (names and shapes it reports) differ from a shard map.
 
-    What describes the rank itself (``weight_shape`` of packed weights) or the type of the KV cache
-    (scales of attention) never moves and is passed over.
+    Parameters that describe the rank itself (``weight_shape`` of packed weights) or the type of the
+    KV cache (scales of attention) never move and are ignored.
     """
     found = [f"{name} is missing" for name in expected if name not in live]
     for name, shape in live.items():

@@ -1,6 +1,6 @@
-"""How long the phases of switches took against what was predicted: what the next one is scaled by.
+"""Learns from switches how far their phases were from the prediction, and scales the next one.
 
-The constants of ``SwitchCosts`` are of other machines and quiet ones; an engine starts twice as
+The constants of ``SwitchCosts`` come from other machines, and idle ones; an engine starts twice as
 slowly beside others that serve. Pure: durations come in, factors go out.
 """
 
@@ -10,26 +10,26 @@ from math import exp, log
 
 from oserve.switch.costs import PhaseSeconds
 
-# How much the last switch counts, once there was one.
+# Weight of the last switch, once there was an earlier one.
 _LEARNING_RATE = 0.5
-# A phase that was over at once, or hung, says little about the next.
+# A shorter phase tells nothing, and no factor is larger than the second.
 _LEAST_S = 0.05
 _MOST_FACTOR = 30.0
 _LEARNED = tuple(field.name for field in fields(PhaseSeconds) if field.name != "room_s")
 
 
 class LearnedPhases:
-    """Factors by phase, 1 before anything was seen; draining is learned, making room is not."""
+    """Factors by phase, 1 before the first switch; making room is not learned."""
 
     def __init__(self) -> None:
         self._logs: dict[str, float] = {}
 
     def factor(self, phase: str) -> float:
-        """Of ``prepare``, ``transfer``, ``verify``, ``commit`` or ``drain``."""
+        """Return the factor of ``prepare``, ``transfer``, ``verify``, ``commit`` or ``drain``."""
         return exp(self._logs.get(f"{phase}_s", 0.0))
 
     def scaled(self, phases: PhaseSeconds) -> PhaseSeconds:
-        """A prediction with all that was learned."""
+        """Return a prediction with all that was learned."""
         return replace(
             phases,
             **{
@@ -40,7 +40,7 @@ class LearnedPhases:
         )
 
     def observe(self, predicted: PhaseSeconds, took_s: Mapping[str, float]) -> None:
-        """Take in how long phases took, by name; ``predicted`` was scaled by what was known."""
+        """Learn from the seconds of phases, by name; ``predicted`` was scaled at the time."""
         for phase, seconds in took_s.items():
             name = f"{phase}_s"
             wanted_s = getattr(predicted, name) if name in _LEARNED else 0.0
@@ -52,9 +52,9 @@ class LearnedPhases:
             self._logs[name] = min(most, max(-most, found))
 
     def state(self) -> dict[str, float]:
-        """Plain data that ``restore`` takes."""
+        """Return JSON values for ``restore``."""
         return dict(self._logs)
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on where ``state`` was taken; names that are not known are left out."""
+        """Continue from ``state``; unknown names are ignored."""
         self._logs = {name: float(state[name]) for name in _LEARNED if name in state}

@@ -1,9 +1,9 @@
 """Links between devices, and how long a set of transfers keeps them busy.
 
-Every device sends and receives over a link of its own (NVLink or PCIe); traffic between nodes also
-passes the network ports of both. Both directions are counted apart. The fluid model: transfers run
-side by side, and the time is that of the busiest link. What a device copies to itself is read and
-written in its own memory.
+Every device sends and receives over its own link (NVLink or PCIe); traffic between nodes also
+passes the network ports of both. The two directions count separately. In this fluid model transfers
+run at the same time, and their time is that of the busiest link. What a device copies to itself is
+read and written in its own memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from oserve.perf.device import Link, find_device
 
 
 class Direction(StrEnum):
-    """Of a device's own link, or of the network ports of a node."""
+    """A direction of a device's own link, or of the network ports of a node."""
 
     DEVICE_OUT = "device out"
     DEVICE_IN = "device in"
@@ -46,7 +46,7 @@ class Links:
     node_latency_s: float
 
     def port(self, device: str) -> Port:
-        """Raises OServeError for an unknown device."""
+        """Return a device's port. Raises OServeError for an unknown device."""
         if device not in self.ports:
             raise OServeError(
                 f"the device {device!r} is not in the cluster",
@@ -56,7 +56,7 @@ class Links:
         return self.ports[device]
 
     def ways(self, source: str, target: str) -> tuple[Way, ...]:
-        """What a transfer between two devices passes."""
+        """Return the links that a transfer between two devices passes."""
         own, other = self.port(source).node, self.port(target).node
         inside: tuple[Way, ...] = (
             (Direction.DEVICE_OUT, source),
@@ -67,7 +67,7 @@ class Links:
         return (*inside, (Direction.NODE_OUT, own), (Direction.NODE_IN, other))
 
     def rate(self, way: Way) -> float:
-        """Bytes per second."""
+        """Return bytes per second."""
         direction, owner = way
         if direction in {Direction.NODE_OUT, Direction.NODE_IN}:
             return self.node_bandwidth[owner]
@@ -76,26 +76,26 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkTraffic:
-    """Bytes by way: from device to device, inside devices; ``pairs`` are (source, target)."""
+    """Bytes between devices, by (source, target), and inside devices."""
 
     pairs: Mapping[tuple[str, str], int]
     local: Mapping[str, int]
 
     @property
     def moved_bytes(self) -> int:
-        """Over links."""
+        """Bytes over links."""
         return sum(self.pairs.values())
 
     @property
     def local_bytes(self) -> int:
-        """Inside devices."""
+        """Bytes inside devices."""
         return sum(self.local.values())
 
 
 def links_of(
     devices: Sequence[Device], network: Link, *, node_bandwidth: float | None = None
 ) -> Links:
-    """From device facts and the network's link, of which each device has a port.
+    """Return links by device facts and the network's link, of which each device has a port.
 
     ``node_bandwidth`` (bytes/s one way) replaces the sum of a node's ports.
     """
@@ -116,7 +116,7 @@ def links_of(
 
 
 def link_bytes(traffic: LinkTraffic, links: Links) -> dict[Way, float]:
-    """Bytes on each link and direction that is used."""
+    """Return the bytes on each direction of each link that is used."""
     loads: dict[Way, float] = {}
     for (source, target), size in traffic.pairs.items():
         for way in links.ways(source, target):
@@ -125,14 +125,14 @@ def link_bytes(traffic: LinkTraffic, links: Links) -> dict[Way, float]:
 
 
 def busy_s(traffic: LinkTraffic, links: Links) -> float:
-    """Seconds until the busiest link is done; nothing for latency."""
+    """Return the seconds until the busiest link is done, without latency."""
     loads = link_bytes(traffic, links)
     longest = max((size / links.rate(way) for way, size in loads.items()), default=0.0)
     return max(longest, local_s(traffic.local, links))
 
 
 def local_s(local: Mapping[str, int], links: Links) -> float:
-    """Seconds of the longest copy inside a device: each byte is read and written."""
+    """Return the seconds of the longest copy inside a device, which reads and writes each byte."""
     return max(
         (2 * size / links.port(device).memory_bandwidth for device, size in local.items()),
         default=0.0,
@@ -140,7 +140,7 @@ def local_s(local: Mapping[str, int], links: Links) -> float:
 
 
 def latency_s(pairs: Iterable[tuple[str, str]], links: Links) -> float:
-    """Seconds that messages cost beyond their bytes: one batch per pair, in turn on each device."""
+    """Return the latency of messages: one batch per pair, one after the other on each device."""
     waits: dict[Way, float] = {}
     for source, target in pairs:
         own, other = links.port(source), links.port(target)

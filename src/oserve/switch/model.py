@@ -1,4 +1,4 @@
-"""What must be known of a model to move its weights: layout, and the formats of its checkpoints."""
+"""What moving the weights of a model requires: its layout, and the formats of its checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from oserve.core import OServeError, Precision, ReplicaSpec, VllmBackend
 from oserve.switch.layout import Architecture, Layout, ShardPlacement
 from oserve.switch.precision import WeightFormat
 
-# Of an engine's own arguments, those after which weights are others or lie otherwise.
+# Engine arguments that change weights or their layout.
 _DECISIVE = (
     "--model",
     "--revision",
@@ -32,14 +32,15 @@ class MovableModel:
     formats: Mapping[Precision, WeightFormat]
 
     def placed(self, spec: ReplicaSpec) -> ShardPlacement:
-        """A replica's layout. Raises OServeError where it is not known."""
+        """Return a replica's layout. Raises OServeError if it is not known."""
         refused = _refusal(spec)
         held = self.formats.get(spec.shape.precision)
-        if held is None:
-            refused = f"its {spec.shape.precision} weights are not kept, or not known"
         if refused or held is None:
+            unknown = f"its {spec.shape.precision} weights are not kept, or not known"
             raise OServeError(
-                f"replica {spec.id}: {refused}", place="switch", remedy="roll out by restarts"
+                f"replica {spec.id}: {refused or unknown}",
+                place="switch",
+                remedy="roll out by restarts",
             )
         layout = Layout(
             tensor_parallel_size=spec.shape.tensor_parallel_size,
@@ -50,8 +51,9 @@ class MovableModel:
 
 
 def _refusal(spec: ReplicaSpec) -> str:
+    """Return why the layout of a replica is not known; empty if it is."""
     if not isinstance(spec.backend, VllmBackend):
         return "it is attached"
     words = {argument.partition("=")[0] for argument in spec.backend.engine_args}
     found = words.intersection(_DECISIVE)
-    return f"its own {min(found)} decides how its weights lie" if found else ""
+    return f"its own {min(found)} decides the layout of its weights" if found else ""

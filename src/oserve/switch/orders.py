@@ -98,7 +98,7 @@ def _named(name: str, layer: int) -> str:
 
 
 def conversion_scheme(precision: Precision) -> Literal["int8"]:
-    """How engines convert weights to a precision. Raises OServeError if they cannot."""
+    """Return how engines make weights of a precision. Raises OServeError if they cannot."""
     if precision is not Precision.INT8:
         raise OServeError(
             f"engines cannot convert weights to {precision} during a transfer",

@@ -20,7 +20,7 @@ _PACKED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFormat:
-    """How weights are held: linear layers in ``precision``, all else in ``plain``.
+    """How weights are held: linear layers in ``precision``, the rest in ``plain``.
 
     ``group_size`` inputs share a scale in int4.
     """
@@ -41,13 +41,13 @@ class WeightFormat:
 
 
 def format_of(precision: Precision, *, plain: Precision = Precision.BF16) -> WeightFormat:
-    """The format of a replica; ``plain`` matters for quantised precisions only."""
+    """Return the format of a replica; ``plain`` matters for quantised precisions only."""
     return WeightFormat(precision=precision, plain=precision if precision in PLAIN_BYTES else plain)
 
 
 @functools.lru_cache(maxsize=64)
 def parameters_of(model: ModelFacts, family: Family, held: WeightFormat) -> tuple[Parameter, ...]:
-    """All parameters of the model in that format. Raises OServeError where it does not fit."""
+    """Return all parameters of the model in a format. Raises OServeError if it does not fit."""
     found: list[Parameter] = []
     for member in members_of(model, family):
         if isinstance(member, Plain):
@@ -177,7 +177,7 @@ def _int4(layer: Linear, held: WeightFormat) -> list[Parameter]:
 
 def _bias(layer: Linear, held: WeightFormat) -> Parameter:
     parts = [
-        # Added after the sum over ranks, so that every rank has all of a row-parallel layer's.
+        # vLLM adds it after the sum over ranks, so each rank has a row-parallel layer's whole bias.
         _part(layer, output, "bias", (output.rows,), output.cut, _plain_values(held))
         for output in layer.outputs
     ]

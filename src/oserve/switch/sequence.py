@@ -1,9 +1,9 @@
-"""In which steps sets of new replicas start, so that the least capacity on the way is largest.
+"""The steps in which new replicas start, so that the least capacity on the way is largest.
 
-A widest-path search over sets of started replicas. A step may start any set where there are few
-replicas; where there are many, steps start subsets of replicas that stand in each other's way, and
-whole groups of them. Among paths that keep all of the floor, those of few and large steps come
-first; then neighbouring steps are joined as long as that costs nothing.
+A widest-path search over sets of started replicas. With few replicas a step may start any set. With
+many, steps start subsets of replicas that overlap, and whole groups of them. Among paths that keep
+the whole floor, those of few and large steps come first; then neighbouring steps are joined where
+that costs nothing.
 """
 
 import heapq
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-# Up to this many replicas every set is a step, so that the result is the best there is.
+# Up to this many replicas every set may be a step, so the result is optimal.
 _EVERY_SET = 8
 _GROUP_SETS = 5
 _MOST_VISITS = 4000
 
 
 class Board(Protocol):
-    """What the search must know of replicas (sets are bit masks of new or of old ones)."""
+    """What the search needs of replicas; sets are bit masks of new or of old replicas."""
 
     count: int
     overlaps: list[int]
@@ -43,10 +43,10 @@ class Sequenced:
 
 
 def best_sequence(board: Board) -> Sequenced | None:
-    """The sequence that keeps most of the floor, with few steps; None if there is none at all."""
+    """Return the sequence that keeps most of the floor, with few steps; None if there is none."""
     every = (1 << board.count) - 1
     order = count()
-    # Keeping more than the whole floor is worth nothing: then few steps come first.
+    # A share above the whole floor is worth nothing: then few steps come first.
     heap: list[tuple[float, int, int, int, tuple[int, ...]]] = [(-1.0, 0, next(order), 0, ())]
     done: set[int] = set()
     while heap and len(done) < _MOST_VISITS:
@@ -70,7 +70,7 @@ def best_sequence(board: Board) -> Sequenced | None:
 
 
 def _hasty(board: Board) -> Sequenced | None:
-    """One group after the other, when the search had to be given up."""
+    """Return one group after the other, after the search has reached its limit."""
     steps = tuple(board.components((1 << board.count) - 1))
     started = 0
     for starting in steps:
@@ -81,7 +81,7 @@ def _hasty(board: Board) -> Sequenced | None:
 
 
 def _step_share(board: Board, started: int, starting: int) -> float:
-    """The least share before and right after the commit of a step."""
+    """Return the least share before and right after the commit of a step."""
     after = started | starting
     return min(
         board.share(started, starting, board.gone(started)),
@@ -101,7 +101,7 @@ def _worst(board: Board, steps: tuple[int, ...]) -> float:
 def _steps(board: Board, left: int) -> Iterator[int]:
     free = sum(1 << index for index in range(board.count) if not board.overlaps[index]) & left
     if free:
-        # They take nobody's place: starting them first can only help.
+        # They overlap no old replica: starting them first can only help.
         yield free
         if board.count > _EVERY_SET:
             return
@@ -122,7 +122,7 @@ def _steps(board: Board, left: int) -> Iterator[int]:
 
 
 def _subsets(mask: int) -> Iterator[int]:
-    """All of them but the empty one, the largest first."""
+    """Yield all non-empty subsets, the largest first."""
     part = mask
     while part:
         yield part
@@ -130,7 +130,7 @@ def _subsets(mask: int) -> Iterator[int]:
 
 
 def _joined(board: Board, steps: tuple[int, ...], share: float) -> tuple[int, ...]:
-    """Neighbouring steps made one where that keeps the share."""
+    """Join neighbouring steps where that keeps the share."""
     joined: list[int] = []
     started = 0
     for step in steps:

@@ -1,8 +1,8 @@
-"""Tensors of a model as they would be if one device held them all, and how ranks share them.
+"""Tensors of a model as one device would hold them, and how ranks share them.
 
 A *tensor* is logical and whole (``q`` of a layer); a *parameter* is what an engine calls by name
 and may fuse several tensors (``qkv_proj.weight``). Boxes are half-open index ranges, one per
-dimension. It does not know devices.
+dimension.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Cut:
     units: int = 1
 
     def range_of(self, size: int, rank: int, ranks: int) -> tuple[int, int, int]:
-        """Start and stop of the rank's part of a dimension of ``size``, and its local length.
+        """Return start and stop of the rank's part of ``size`` indices, and its local length.
 
         The local length exceeds the part only by vocabulary padding. Raises OServeError where the
         engine could not cut it either.
@@ -114,11 +114,11 @@ class TensorSpec:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Tensors of equal key hold equal values, whatever the layout."""
+        """Tensors of equal key hold equal values in every layout."""
         return self.name, self.dtype, self.scheme
 
     def box_of(self, rank: int, ranks: int, *, expert_parallel: bool) -> tuple[Box, int, int]:
-        """The rank's box in one layer's tensor, the dimension that was cut and its local length."""
+        """Return the rank's box in one layer's tensor, the cut dimension and its local length."""
         cut = self.cut
         if expert_parallel and self.experts:
             cut = Cut(kind=CutKind.EXPERTS, dim=0, units=self.shape[0])
@@ -144,11 +144,11 @@ class Parameter:
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """What two boxes share, or None."""
+    """Return what two boxes share, or None."""
     shared = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other, strict=True))
     return shared if all(start < stop for start, stop in shared) else None
 
 
 def volume(box: Box) -> int:
-    """How many values it has."""
+    """Return the number of values in a box."""
     return prod(stop - start for start, stop in box)

@@ -1,9 +1,9 @@
-"""The transfer plan: every byte that new replicas need, from a device that has it, exactly once.
+"""The transfer plan: every byte that new replicas need, from a device that holds it, exactly once.
 
-What the target device holds itself does not travel. The other sources are chosen by a method: the
-paper's greedy, or the balanced one (the default). A replica of a quantised precision that no source
-has may be filled from a plain one, if that is allowed: the plain weights travel, and each target
-device quantises what it got. It does not know what else the links carry.
+Bytes that the target device holds do not travel. A method chooses the other sources: the paper's
+greedy one, or the balanced one (the default). If allowed, a replica of a quantised precision that
+no source holds is filled from a plain one: the plain weights travel, and each target device
+quantises what it received. Other traffic on the links is not known here.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,11 +29,11 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """A device quantises a parameter (its local part, in each of ``layers``) that came plain.
+    """A device quantises a parameter that arrived plain: its local part, in each of ``layers``.
 
-    ``cast``: it only takes it to a shorter type of float.
-    ``replica`` is the one whose format it takes. Scales need the largest absolute values over the
-    parts of all devices in ``peers`` (which include the target; empty: its own suffice).
+    ``replica``: the replica that the device belongs to. ``cast``: the parameter only becomes a
+    shorter float. Scales need the largest absolute values over the parts of all devices in
+    ``peers``, the target among them; empty: its own part suffices.
     """
 
     replica: str
@@ -46,11 +46,11 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferPlan:
-    """Copies over links, copies inside devices (``kept``), what to quantise, and the time.
+    """Copies over links, copies inside devices (``kept``), conversions, and the time.
 
-    ``busy_s`` is the busiest link's time, ``latency_s`` what messages add to it at most;
-    ``bound_s`` is what no choice of sources can undercut, latency aside. ``received``: the targets
-    in the formats in which their weights arrive.
+    ``busy_s`` is the busiest link's time; messages add ``latency_s`` at most. ``bound_s`` bounds
+    the time of every choice of sources from below, latency aside. ``received``: the targets in the
+    formats in which their weights arrive.
     """
 
     copies: tuple[Copy, ...]
@@ -64,7 +64,7 @@ class TransferPlan:
 
     @property
     def given_bytes(self) -> dict[str, int]:
-        """By device, from others and from what it holds itself."""
+        """Bytes by device, from others and from what it holds itself."""
         given: dict[str, int] = {}
         for copy in (*self.copies, *self.kept):
             given[copy.target] = given.get(copy.target, 0) + copy.item.size_bytes
@@ -85,10 +85,10 @@ def plan_transfer(
     method: Method = Method.BALANCED,
     quantise: bool = False,
 ) -> TransferPlan:
-    """How the targets are filled from the sources, which all stay as they are meanwhile.
+    """Return how the targets are filled from the sources, which do not change meanwhile.
 
-    ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError
-    where something is held by no source, with the reason.
+    ``quantise`` allows a precision to be made from plain weights on the way. Raises OServeError,
+    with the reason, if no source holds some byte.
     """
     for placed in (*sources, *targets):
         for device in placed.devices:
@@ -112,7 +112,7 @@ def plan_demands(
     method: Method = Method.BALANCED,
     conversions: tuple[Conversion, ...] = (),
 ) -> TransferPlan:
-    """Sources for demands, and the time."""
+    """Choose sources for demands; return the plan with its time."""
     if method is Method.BALANCED:
         balanced = balanced_copies(demands.remote, links)
         copies, bound_s = balanced.copies, balanced.bound_s
@@ -135,7 +135,7 @@ def plan_demands(
 def fill_reason(
     target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
 ) -> str:
-    """Why the target cannot be filled from these sources; empty if it can."""
+    """Return why the target cannot be filled from these sources; empty if it can."""
     held = target.layout.held
     formats = {source.layout.held for source in sources}
     if held in formats:
@@ -158,7 +158,7 @@ def fill_reason(
 
 
 def _origin(held: WeightFormat, formats: Collection[WeightFormat]) -> WeightFormat | None:
-    """The plain format among these that it can be made from: its own, else fp32, cast."""
+    """Return the plain format among these that it can be made from: its own, else fp32."""
     choices = (held.unquantised, format_of(Precision.FP32))
     return next((one for one in choices if one in formats and one != held), None)
 
@@ -166,20 +166,19 @@ def _origin(held: WeightFormat, formats: Collection[WeightFormat]) -> WeightForm
 def _received(
     target: ShardPlacement, sources: Sequence[ShardPlacement], *, quantise: bool
 ) -> ShardPlacement:
-    """The target as it receives its weights: itself, or in the plain format it is made from."""
+    """Return the target in the format in which its weights arrive. Raises OServeError."""
+    held = target.layout.held
+    formats = {source.layout.held for source in sources}
+    if held in formats:
+        return target
     reason = fill_reason(target, sources, quantise=quantise)
-    if reason:
+    origin = _origin(held, formats)
+    if reason or origin is None:
         raise OServeError(
             f"replica {target.replica} cannot be filled: {reason}",
             place="switch",
             remedy="keep a source of its precision, allow quantising on the way, or reload",
         )
-    held = target.layout.held
-    formats = {source.layout.held for source in sources}
-    if held in formats:
-        return target
-    origin = _origin(held, formats)
-    assert origin is not None
     return replace(target, layout=replace(target.layout, held=origin))
 
 
@@ -222,7 +221,7 @@ def _conversions(
 
 
 def _check_cuts(architecture: Architecture, target: ShardPlacement) -> None:
-    """Raises OServeError if ranks would cut through a group of weights that share a scale."""
+    """Raise OServeError if ranks would cut through a group of weights that share a scale."""
     layout = target.layout
     for parameter in architecture.parameters(layout.held):
         local_parameter(

@@ -1,11 +1,11 @@
 """The order of a switch: waves of replicas that change together.
 
-In a wave, some old replicas may have to make room first; then new ones start beside what still
-runs, receive their weights, and are committed together; then the old ones whose devices they took
-over drain. So an old replica stops being counted when it makes room or when a new one on its
-devices is committed, whichever is first. Two promises: what stands on a device fits its memory at
-every moment, and the capacity that is ready never falls below a floor, for each type of request.
-Bytes and requests per second come from the caller; the search is in ``sequence``.
+In a wave, some old replicas may have to make room first. Then new replicas start beside what still
+runs, receive their weights, and are committed together. Then the old replicas on their devices
+drain. So an old replica counts until it makes room or until a new one on its devices is committed,
+whichever comes first. Two promises hold: the replicas on a device fit its memory at every moment,
+and ready capacity never falls below a floor, for each type of request. The caller gives bytes and
+requests per second; the search is in ``sequence``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +22,8 @@ from oserve.switch.transfer import fill_reason
 class WaveReplica:
     """A replica as the order sees it: bytes are per device, capacity is by type of request.
 
-    ``engine_bytes``: what an engine takes beside weights and KV cache. ``settings``: what else
-    of an engine cannot change while it runs, as any text.
+    ``engine_bytes``: memory of an engine beside weights and KV cache. ``settings``: what else an
+    engine cannot change while it runs, as any text.
     """
 
     placed: ShardPlacement
@@ -40,7 +40,7 @@ class WaveReplica:
 
     @property
     def total_bytes(self) -> float:
-        """While it serves, or stands by."""
+        """Bytes per device while it serves or stands by."""
         return self.weights_bytes + self.kv_bytes + self.engine_bytes
 
 
@@ -84,10 +84,10 @@ class Wave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveOrder:
-    """Waves, and how much of the floor is kept at the worst moment (1 or more: all of it).
+    """Waves, and the share of the floor at the worst moment (1 or more: all of it).
 
-    ``reason`` is empty if the floor is kept. ``proved``: no order keeps more of the floor (or it is
-    kept). ``kept`` replicas are in both plans, on the same devices.
+    ``reason`` is empty if the floor is kept. ``proved``: the floor is kept, or no order keeps more
+    of it. ``kept`` replicas are in both plans, on the same devices.
     """
 
     waves: tuple[Wave, ...]
@@ -100,12 +100,11 @@ class WaveOrder:
 def order_switch(
     old: Sequence[WaveReplica], new: Sequence[WaveReplica], policy: WavePolicy
 ) -> WaveOrder:
-    """Waves that lead from the old replicas to the new ones.
+    """Return waves that lead from the old replicas to the new ones.
 
-    A replica of both with the same layout, settings and devices stays as it is, whatever its id. If
-    the floor cannot be kept, the order that keeps most of it is returned with the reason. Raises
-    OServeError if no order is possible at all: a replica fits no device, or nothing would be left
-    to copy from.
+    A replica of both with the same layout, settings and devices stays, whatever its id. If the
+    floor cannot be kept, the result is the order that keeps most of it, with the reason. Raises
+    OServeError if no order is possible: a replica fits no device, or no source would remain.
     """
     stays = {one.placed.devices: one for one in old}
     pairs = {
@@ -151,7 +150,7 @@ def _order(
 
 
 class _Board:
-    """Who overlaps whom, as bit masks: old replicas and new ones are counted each from bit 0."""
+    """Overlaps of replicas as bit masks; old and new replicas each count from bit 0."""
 
     def __init__(
         self,
@@ -182,7 +181,7 @@ class _Board:
         self._kept_rps = _sum(one.capacity_rps for one in kept)
 
     def share(self, started: int, starting: int, gone: int) -> float:
-        """The smallest share of the floor that is ready before ``starting`` is committed."""
+        """Return the least ready share of the floor before ``starting`` is committed."""
         ready = self.capacity(started, starting, gone)
         return min(
             (have / need for have, need in zip(ready, self.policy.floor_rps, strict=True) if need),
@@ -190,11 +189,11 @@ class _Board:
         )
 
     def share_without_old(self) -> float:
-        """With the new and the kept replicas alone."""
+        """Return the share with the new and the kept replicas alone."""
         return self.share((1 << self.count) - 1, 0, (1 << len(self.old)) - 1)
 
     def capacity(self, started: int, starting: int, gone: int) -> tuple[float, ...]:
-        """Requests/s by type of what is ready: all old ones but ``gone`` and those in the way."""
+        """Return ready requests/s by type: all old replicas but ``gone`` and those in the way."""
         out = gone
         for index in _indices(starting):
             out |= self.releases[index] | self.stops[index]
@@ -203,7 +202,7 @@ class _Board:
         return _sum((self._kept_rps, *ready), width=len(self.policy.floor_rps))
 
     def gone(self, started: int) -> int:
-        """Old replicas whose devices the started ones took over; all, once all have started."""
+        """Return old replicas whose devices the started ones took; all, once all have started."""
         if started == (1 << self.count) - 1:
             return (1 << len(self.old)) - 1
         out = 0
@@ -212,14 +211,14 @@ class _Board:
         return out
 
     def stopped(self, starting: int) -> int:
-        """Old replicas that must be gone before these start."""
+        """Return old replicas that must stop before these start."""
         out = 0
         for index in _indices(starting):
             out |= self.stops[index]
         return out
 
     def released(self, starting: int) -> int:
-        """Old replicas that must give up their cache before these start."""
+        """Return old replicas that must free their cache before these start."""
         out = 0
         for index in _indices(starting):
             out |= self.releases[index]
@@ -231,13 +230,13 @@ class _Board:
         return all(self._fills[index] & held for index in _indices(starting))
 
     def sources(self, started: int, starting: int) -> tuple[str, ...]:
-        """Replicas that hold weights then."""
+        """Return replicas that hold weights then."""
         held = self._holding(started, starting)
         everyone = (*self.old, *self.new, *self.kept)
         return tuple(everyone[index].id for index in _indices(held))
 
     def components(self, among: int) -> list[int]:
-        """Those new replicas in groups that share no old one."""
+        """Return groups of new replicas that share no old one."""
         groups: list[tuple[int, int]] = []
         for index in _indices(among):
             own, olds = 1 << index, self.overlaps[index]
@@ -251,7 +250,7 @@ class _Board:
         return [group for group, _ in groups]
 
     def stuck(self) -> str:
-        """Why no order is possible."""
+        """Return why no order is possible."""
         sources = [one.placed for one in (*self.kept, *self.old)]
         for one in self.new:
             reason = fill_reason(one.placed, sources, quantise=self.policy.quantise)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 
+from oserve.engines.weights.parts import bytes_of
 from oserve.engines.weights.sockets import ShardStream, Throttle, TransferError
-from oserve.engines.weights.sums import bytes_of
 from oserve.switch.rank_order import ShardConversion
 
 _INT8_STEPS = 127.0

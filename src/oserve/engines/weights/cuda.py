@@ -12,15 +12,13 @@ GPU.
 import datetime
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from oserve.engines.rank_commands import MoveShards
-from oserve.engines.weights.jobs import part_of
-from oserve.engines.weights.model_types import SharedWeights
-from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
+from oserve.engines.weights.parts import part_of
+from oserve.engines.weights.sockets import ShardStream, Throttle
 from oserve.engines.weights.transfer import Transfer
 from oserve.switch.rank_order import ShardPart
 
@@ -35,21 +33,6 @@ class ProcessGroup(Protocol):
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> _Work: ...
 
     def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> _Work: ...
-
-
-def transfer_for(
-    command: MoveShards,
-    tensors: Mapping[str, torch.Tensor],
-    listener: Listener | None,
-    memory: SharedWeights | None = None,
-) -> Transfer:
-    """The transfer for the device of these tensors. Raises TransferError without a listener."""
-    if listener is None:
-        raise TransferError("no listener was opened before the transfer")
-    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-    if on_gpu:
-        return CudaTransfer(command, tensors, listener)
-    return Transfer(command, tensors, listener, memory)
 
 
 class CudaTransfer(Transfer):

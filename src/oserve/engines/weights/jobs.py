@@ -1,30 +1,37 @@
-"""Work of one rank in background threads, so that serving goes on: the base, and checksums."""
+"""Work of one rank in background threads, so that serving goes on."""
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
-
-import torch
 
 from oserve.engines.rank_commands import JobReport
 from oserve.engines.weights.sockets import TransferError
-from oserve.engines.weights.sums import checksum
-from oserve.switch.rank_order import ShardPart
 
 _NICE = 5
 
 
+class ByteCounter:
+    """Bytes that several threads have moved."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.lock = threading.Lock()
+
+
 class Job:
-    """Work in a background thread; ``report`` tells its state."""
+    """Work in a background thread; ``report`` tells its state. Subclasses do the work."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.state: Literal["running", "done", "failed"] = "running"
         self.reason = ""
         self.stopped = threading.Event()
+        self.sent = ByteCounter()
+        self.received = ByteCounter()
+        self.sums: list[int] = []
         self._began_s = time.monotonic()
         self._took_s = 0.0
 
@@ -33,20 +40,25 @@ class Job:
         threading.Thread(target=self._run, name=f"oserve-{self.name}", daemon=True).start()
 
     def report(self) -> JobReport:
-        """The state now."""
+        """The state now; checksums once the job is done."""
+        state = self.state
         return JobReport(
             name=self.name,
-            state=self.state,
+            state=state,
             reason=self.reason,
             seconds=self._took_s or time.monotonic() - self._began_s,
+            sent_bytes=self.sent.total,
+            received_bytes=self.received.total,
+            sums=self.sums if state == "done" else [],
         )
 
     def abort(self) -> None:
         """End it as soon as possible."""
         self.stopped.set()
+        self._release()
 
     def _run(self) -> None:
-        yield_to_serving()
+        _yield_to_serving()
         state: Literal["done", "failed"] = "done"
         try:
             self._work()
@@ -59,66 +71,34 @@ class Job:
         self._took_s = time.monotonic() - self._began_s
         self.state = state
 
+    def _side_by_side(self, work: Sequence[Callable[[], None]]) -> None:
+        """Do all of it at once, each in a thread; the first error ends the others."""
+        failed: list[Exception] = []
+
+        def guarded(one: Callable[[], None]) -> None:
+            _yield_to_serving()
+            try:
+                one()
+            except Exception as error:  # raised again below, in the thread that waits for all
+                failed.append(error)
+                self._release()
+
+        threads = [threading.Thread(target=guarded, args=(one,), daemon=True) for one in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+
     def _work(self) -> None:
         raise NotImplementedError
 
-
-class Checksums(Job):
-    """Checksums of ``parts`` of ``tensors``.
-
-    ``staged``: those of parts that were converted on arrival, by ``part_key``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        tensors: Mapping[str, torch.Tensor],
-        parts: Sequence[ShardPart],
-        staged: Mapping[str, int],
-    ) -> None:
-        super().__init__(name)
-        self._tensors = tensors
-        self._parts = parts
-        self._staged = staged
-        self._sums: list[int] = []
-
-    def report(self) -> JobReport:
-        """The state now, and once done the sums in the order of the parts."""
-        before = super().report()
-        return JobReport(
-            name=before.name,
-            state=before.state,
-            reason=before.reason,
-            seconds=before.seconds,
-            sums=self._sums if before.state == "done" else [],
-        )
-
-    def _work(self) -> None:
-        # A part that went to several ranks is summed once.
-        known = dict(self._staged)
-        for part in self._parts:
-            if self.stopped.is_set():
-                raise TransferError("aborted")
-            key = part_key(part)
-            if key not in known:
-                known[key] = checksum(part_of(self._tensors, part))
-            self._sums.append(known[key])
+    def _release(self) -> None:
+        """Wake the threads of this job that wait for other ranks."""
 
 
-def part_key(part: ShardPart) -> str:
-    """A key for a part."""
-    return f"{part.parameter}{[list(edge) for edge in part.box]}"
-
-
-def part_of(tensors: Mapping[str, torch.Tensor], part: ShardPart) -> torch.Tensor:
-    """A view of the part's box. Raises TransferError for a parameter that is not in ``tensors``."""
-    tensor = tensors.get(part.parameter)
-    if tensor is None:
-        raise TransferError(f"this rank has no parameter {part.parameter}")
-    return tensor[tuple(slice(start, stop) for start, stop in part.box)]
-
-
-def yield_to_serving() -> None:
+def _yield_to_serving() -> None:
     """Lower this thread's priority below that of the engine's own threads."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

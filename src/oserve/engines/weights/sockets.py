@@ -35,24 +35,23 @@ class TransferError(Exception):
 
 
 class Throttle:
-    """Holds the threads of one worker to ``bytes_per_s`` in all (0: no limit) until ``stopped``."""
+    """Limits the threads of one worker to ``bytes_per_s`` in all (0: no limit) until ``stopped``.
+
+    ``chunk_bytes``: what to send in one call. ``limits``: whether there is a limit to wait for.
+    """
 
     def __init__(self, bytes_per_s: float, stopped: threading.Event) -> None:
         self._bytes_per_s = bytes_per_s
+        self.limits = bytes_per_s > 0
+        most = int(bytes_per_s / 10) if self.limits else _CHUNK_BYTES
+        self.chunk_bytes = max(1, min(_CHUNK_BYTES, most))
         self._stopped = stopped
         self._lock = threading.Lock()
         self._free_s = time.monotonic()
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes to send in one call."""
-        if not self._bytes_per_s:
-            return _CHUNK_BYTES
-        return max(1, min(_CHUNK_BYTES, int(self._bytes_per_s / 10)))
-
     def wait(self, size: int) -> None:
         """Wait until that many bytes may be sent."""
-        if not self._bytes_per_s:
+        if not self.limits:
             return
         with self._lock:
             now_s = time.monotonic()

@@ -1,9 +1,14 @@
 """Checksums of tensors: CRC-32 on CPU; on GPUs a weighted sum, computed on the device."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from oserve.engines.weights.jobs import Job
+from oserve.engines.weights.parts import bytes_of, part_key, part_of, pieces
+from oserve.engines.weights.sockets import TransferError
+from oserve.switch.rank_order import ShardPart
 
 # Copies of this size before summing reuse the allocator's memory.
 _CHECK_BYTES = 512 << 10
@@ -38,16 +43,31 @@ def device_sum(tensor: torch.Tensor) -> int:
     return total
 
 
-def pieces(tensor: torch.Tensor, size_bytes: int) -> Iterator[torch.Tensor]:
-    """Slices of rows, of at most ``size_bytes`` if one row is no larger."""
-    if tensor.nbytes <= size_bytes:
-        yield tensor
-        return
-    rows = max(1, tensor.shape[0] * size_bytes // tensor.nbytes)
-    for start in range(0, tensor.shape[0], rows):
-        yield tensor[start : start + rows]
+class Checksums(Job):
+    """Checksums of ``parts`` of ``tensors``, in their order.
 
+    ``staged``: those of parts that were converted on arrival, by ``part_key``.
+    """
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        parts: Sequence[ShardPart],
+        staged: Mapping[str, int],
+    ) -> None:
+        super().__init__(name)
+        self._tensors = tensors
+        self._parts = parts
+        self._staged = staged
+
+    def _work(self) -> None:
+        # A part that went to several ranks is summed once.
+        known = dict(self._staged)
+        for part in self._parts:
+            if self.stopped.is_set():
+                raise TransferError("aborted")
+            key = part_key(part)
+            if key not in known:
+                known[key] = checksum(part_of(self._tensors, part))
+            self.sums.append(known[key])

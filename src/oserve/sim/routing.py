@@ -1,0 +1,201 @@
+"""The choice of a replica for a request: the live router's, and those of other systems."""
+
+from typing import Final
+
+from oserve.control.dispatch.pick import pick as plain_pick
+from oserve.sim.blocks import blocks_of
+from oserve.sim.compiled import compiled
+from oserve.sim.layout import (
+    BLOCKS,
+    CLASS,
+    DECODE,
+    EXPECTED,
+    FIXED_SHARES,
+    FREENESS,
+    GONE,
+    INFLIGHT,
+    LEAST_REQUESTS,
+    MADE,
+    MAX_INFLIGHT,
+    MAX_PROMPT,
+    NEXT,
+    NONE,
+    OUTPUT,
+    OVERFLOW_PS,
+    OWED,
+    OWED_PROMPT,
+    PHASE,
+    POLICY,
+    POOLS,
+    PROMPT,
+    PS,
+    READY,
+    REPLICAS,
+    REQUEST,
+    ROLE,
+    ROUND_ROBIN,
+    RUN,
+    TURN,
+    WAIT,
+)
+from oserve.sim.lockstep import free_blocks
+from oserve.sim.state import KernelState
+
+# The live router's choice, compiled.
+pick = compiled(plain_pick)
+
+# No replica can ever serve it.
+HOPELESS: Final = -2
+
+
+@compiled
+def look(s: KernelState, request: int) -> int:
+    """Fill in what the policies need to know of each replica; how many may take the request.
+
+    ``fits`` says which may: 1, or 2 if they have no room now.
+    """
+    base = request * REQUEST
+    req, mem = s.req, s.mem
+    blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
+    prompt = req[base + PROMPT] + req[base + MADE]
+    output = max(1, req[base + EXPECTED] - req[base + MADE])
+    fitting = 0
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        s.fits[index] = 0
+        s.inflight[index] = mem[at + INFLIGHT]
+        s.most[index] = mem[at + MAX_INFLIGHT]
+        if mem[at + OWED_PROMPT] >= mem[at + MAX_PROMPT]:
+            s.most[index] = min(s.most[index], s.inflight[index])
+        s.work[index] = mem[at + OWED] / PS
+        s.own[index] = prompt * s.costs[2 * index] + output * s.costs[2 * index + 1]
+        if mem[at + PHASE] != READY or mem[at + ROLE] == DECODE or blocks > mem[at + BLOCKS]:
+            continue
+        s.fits[index] = 1
+        fitting += 1
+    return fitting
+
+
+@compiled
+def hopeless(s: KernelState, request: int) -> bool:
+    """Whether no replica, not even one still loading, could ever hold the request."""
+    base = request * REQUEST
+    blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
+    alive = 0
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if s.mem[at + PHASE] != GONE and s.mem[at + ROLE] != DECODE:
+            alive += 1
+            if blocks <= s.mem[at + BLOCKS]:
+                return False
+    return alive > 0
+
+
+@compiled
+def least(s: KernelState, policy: int) -> int:
+    """The replica with least requests in flight, or least work."""
+    best = NONE
+    for index in range(s.glob[REPLICAS]):
+        if s.fits[index] == 0 or s.inflight[index] >= s.most[index]:
+            continue
+        if policy == LEAST_REQUESTS:
+            if best == NONE or s.inflight[index] < s.inflight[best]:
+                best = index
+        elif best == NONE or s.work[index] + s.own[index] < s.work[best] + s.own[best]:
+            best = index
+    return best
+
+
+@compiled
+def in_turn(s: KernelState) -> int:
+    """The next replica after the last one chosen."""
+    replicas = s.glob[REPLICAS]
+    for step in range(replicas):
+        index = (s.glob[TURN] + step) % replicas
+        if s.fits[index] != 0 and s.inflight[index] < s.most[index]:
+            s.glob[TURN] = (index + 1) % replicas
+            return index
+    return NONE
+
+
+@compiled
+def by_share(s: KernelState, row: int) -> int:
+    """Smooth weighted round robin among those with a share; the others only if there are none.
+
+    Each gains its share of credit in every turn, and the richest pays for all.
+    """
+    best, total, pooled = NONE, 0.0, False
+    for index in range(s.glob[REPLICAS]):
+        share = s.shares[row + index]
+        if s.fits[index] == 0 or share <= 0.0:
+            continue
+        pooled = True
+        if s.inflight[index] >= s.most[index]:
+            continue
+        total += share
+        if best == NONE or s.credit[row + index] + share > (
+            s.credit[row + best] + s.shares[row + best]
+        ):
+            best = index
+    if best == NONE:
+        return NONE if pooled else least(s, LEAST_REQUESTS)
+    for index in range(s.glob[REPLICAS]):
+        share = s.shares[row + index]
+        if s.fits[index] != 0 and share > 0.0 and s.inflight[index] < s.most[index]:
+            s.credit[row + index] += share
+    s.credit[row + best] -= total
+    return best
+
+
+@compiled
+def free_at(s: KernelState, index: int, now: int) -> int:
+    """Blocks that no request holds on a replica, before steps that begin now."""
+    return free_blocks(s.mem, s.where[index], now)
+
+
+@compiled
+def freeness(s: KernelState, index: int, now: int) -> float:
+    """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
+    at = s.where[index]
+    free = free_blocks(s.mem, at, now)
+    request = s.mem[at + WAIT]
+    while request != NONE:
+        base = request * REQUEST
+        free -= blocks_of(s.req[base + PROMPT] + s.req[base + MADE])
+        request = s.req[base + NEXT]
+    return free / max(1, s.mem[at + RUN])
+
+
+@compiled
+def freest(s: KernelState, now: int) -> int:
+    """The replica with the greatest freeness."""
+    best, most = NONE, 0.0
+    for index in range(s.glob[REPLICAS]):
+        if s.fits[index] == 0 or s.inflight[index] >= s.most[index]:
+            continue
+        free = freeness(s, index, now)
+        if best == NONE or free > most:
+            best, most = index, free
+    return best
+
+
+@compiled
+def choose(s: KernelState, request: int, now: int) -> int:
+    """The replica that takes a request now; ``NONE`` if it must wait."""
+    if look(s, request) == 0:
+        return HOPELESS if hopeless(s, request) else NONE
+    policy, replicas = s.glob[POLICY], s.glob[REPLICAS]
+    row = s.req[request * REQUEST + CLASS] * replicas
+    if policy == POOLS:
+        overflow_s = s.glob[OVERFLOW_PS] / PS
+        chosen, _ = pick(
+            s.shares, s.work, s.own, s.inflight, s.most, s.fits, overflow_s, replicas, row
+        )
+        return chosen
+    if policy == ROUND_ROBIN:
+        return in_turn(s)
+    if policy == FIXED_SHARES:
+        return by_share(s, row)
+    if policy == FREENESS:
+        return freest(s, now)
+    return least(s, policy)
