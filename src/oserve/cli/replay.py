@@ -23,7 +23,7 @@ def replay(
     """Feed recorded observations to the controller and print its decisions with their numbers."""
     context = saved_context(Path(file))
     overrides = dict(parse_override(item) for item in override or [])
-    settings: Settings = load_settings(None, overrides, {}, base=context["settings"])
+    settings: Settings = load_settings(None, overrides, {}, base=context.settings)
     for decision in replayed_decisions(Path(file), settings, context, mode=mode):
         if as_json:
             print(json.dumps(msgspec.to_builtins(decision)))

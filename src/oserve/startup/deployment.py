@@ -37,6 +37,7 @@ from oserve.startup.first_plan import (
     plan_request_for,
 )
 from oserve.startup.plan_check import check_engines
+from oserve.startup.saved_state import SavedPlan, SavedSpeeds
 from oserve.startup.sizing import checked, find_room, fitted
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import recovered_switch
@@ -173,18 +174,18 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
         return None
-    saved = StateStore(file).memory("plan")
-    if not isinstance(saved, dict) or saved.get("fingerprint") != stamp:
+    saved = StateStore(file).saved("plan", SavedPlan)
+    if saved is None or saved.fingerprint != stamp:
         return None
-    if settings.plan and saved.get("given") != _given(settings):
+    if settings.plan and saved.given != _given(settings):
         return None
     left = recovered_switch(settings, time.time())
     try:
-        plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
+        plan = parse_plan(saved.plan, place=str(file)) if left is None else left.plan
         check_plan(plan, room.devices, place=str(file))
         check_engines(plan, room.devices, settings)
         checked(room, plan, str(file))
-    except (OServeError, KeyError):
+    except OServeError:
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
@@ -194,11 +195,10 @@ def remembered_speeds(file: Path, request: PlanRequest | None) -> Speeds:
     """The speeds that an earlier server observed, if it planned from the same step times."""
     if request is None or not file.is_file():
         return Speeds()
-    saved = StateStore(file).memory("speeds")
-    if not isinstance(saved, dict) or saved.get("source") != request.source.origin:
+    saved = StateStore(file).saved("speeds", SavedSpeeds)
+    if saved is None or saved.source != request.source.origin:
         return Speeds()
-    seen = saved.get("seen")
-    return speeds_from(seen) if isinstance(seen, list) else Speeds()
+    return speeds_from(saved.seen)
 
 
 def _plan(
