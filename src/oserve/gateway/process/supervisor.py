@@ -21,7 +21,7 @@ from oserve.gateway.process.messages import GatewayWorkerConfig
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
-_log = logging.getLogger("oserve.app")
+_log = logging.getLogger("oserve.gateway")
 
 # Importing takes a second or two, more on a busy machine.
 _LISTEN_LIMIT_S = 60.0
