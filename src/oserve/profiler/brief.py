@@ -40,7 +40,7 @@ from oserve.profiler.profile import (
 from oserve.profiler.series import EngineBounds, MeasuredPoint
 from oserve.startup.first_plan import StepTimes, brief_file, find_step_times, wanted_precisions
 from oserve.startup.lock import StateLock
-from oserve.startup.sizing import fitting
+from oserve.startup.sizing import shapes_that_fit
 
 # One minute, less the time to end the engines.
 LIMIT_S = 55.0
@@ -101,8 +101,8 @@ def brief_series(bounds: EngineBounds) -> tuple[int | MeasuredPoint, ...]:
         own = replace(wanted, seqs=max(1, count))
         longest = own.context + 8 * _WINDOW
         if longest <= bounds.max_model_len and own.seqs * longest <= bounds.kv_tokens // 2:
-            fitting = tuple(n for n in own.prompts if n + own.seqs <= bounds.chunk and count >= 1)
-            series.append(replace(own, prompts=fitting))
+            prompts = tuple(n for n in own.prompts if n + own.seqs <= bounds.chunk and count >= 1)
+            series.append(replace(own, prompts=prompts))
     return tuple(dict.fromkeys(series))
 
 
@@ -129,7 +129,7 @@ def shapes_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
         stale = isinstance(source, ProfileSource) and _stale(settings, source.profile, devices)
         if usable & set(wanted_precisions(settings, source, plain)[0]) and not stale:
             return ()
-    return fitting(settings, devices, default_shapes(settings, devices, model))
+    return shapes_that_fit(settings, devices, default_shapes(settings, devices, model))
 
 
 def _stale(settings: Settings, used: Profile, devices: Sequence[Device]) -> bool:

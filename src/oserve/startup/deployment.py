@@ -38,7 +38,7 @@ from oserve.startup.first_plan import (
 )
 from oserve.startup.plan_check import check_engines
 from oserve.startup.saved_state import SavedPlan, SavedSpeeds
-from oserve.startup.sizing import checked, find_room, fitted
+from oserve.startup.sizing import find_room, fit_request, sized_for_plan
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import recovered_switch
 
@@ -94,7 +94,7 @@ def prepare(settings: Settings) -> ServerDeployment:
     room = find_room(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
-        room, request = fitted(room, request, given)
+        room, request = fit_request(room, request, given)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
@@ -112,7 +112,7 @@ def prepare(settings: Settings) -> ServerDeployment:
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
     name = settings.served_model_name or _model_name(settings.model)
-    room = checked(room, plan, settings.plan or "plan")
+    room = sized_for_plan(room, plan, settings.plan or "plan")
     return ServerDeployment(
         settings=msgspec.structs.replace(settings, engines=room.settings),
         sized=room.settings != settings.engines,
@@ -184,7 +184,7 @@ def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
         plan = parse_plan(saved.plan, place=str(file)) if left is None else left.plan
         check_plan(plan, room.devices, place=str(file))
         check_engines(plan, room.devices, settings)
-        checked(room, plan, str(file))
+        sized_for_plan(room, plan, str(file))
     except OServeError:
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"
