@@ -52,7 +52,7 @@ async def serve(seed: int) -> None:
     engines = [EmulatedEngine(most_tokens=12, keep_bodies=False, speed=it) for it in speeds]
     table = await table_of(engines)
     gateway = Gateway(GatewaySettings(port=0, shutdown_grace_s=0.0), models=("emulated",))
-    gateway.dispatcher.update(table)
+    gateway.runner.update(table)
     print(await gateway.listen(), flush=True)
     ended = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
@@ -62,23 +62,23 @@ async def serve(seed: int) -> None:
             engine.mishaps.extend(
                 Mishap(after=draw.randint(0, 10), how=draw.choice(HOWS)) for _ in range(2)
             )
-        gateway.dispatcher.update(table)
+        gateway.runner.update(table)
         if draw.random() < 0.2:
-            gateway.dispatcher.hand_over(draw.choice(["r0", "r1", "r2"]), 0.0)
+            gateway.runner.hand_over(draw.choice(["r0", "r1", "r2"]), 0.0)
             await asyncio.sleep(0.01)
             # Its next start: what ran on it is broken off, and it serves again.
             later = [replace(item, started_s=item.started_s + 1) for item in table.replicas]
             table = replace(table, replicas=tuple(later))
-    dispatcher = gateway.dispatcher
+    runner = gateway.runner
     left = {
         "faults": faults,
-        "booked": sum(count for _, count in dispatcher.outstanding().values()),
-        "active": len(dispatcher.active),
-        "queued": dispatcher.queued,
-        "timers": len(dispatcher._timers),
-        "ended": dict(dispatcher.metrics.snapshot()["oserve_requests"]),
+        "booked": sum(count for _, count in runner.outstanding().values()),
+        "active": len(runner.active),
+        "queued": runner.queued,
+        "waiting": len(runner.machine.waiting),
+        "ended": dict(runner.metrics.snapshot()["oserve_requests"]),
         "moved": sum(
-            value[0] for value in dispatcher.metrics.snapshot()["oserve_requests_moved"].values()
+            value[0] for value in runner.metrics.snapshot()["oserve_requests_moved"].values()
         ),
     }
     print(json.dumps(left), flush=True)

@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 OWN = Path(__file__).parents[2] / "src"
 # Name, requests, replicas, compiled, options of the gateway.
-CASES: tuple[tuple[str, int, int, bool, dict[str, float]], ...] = (
+CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
     ("numba, 1 replica", 20_000, 1, True, {}),
     ("numba, 16 replicas", 20_000, 16, True, {}),
     ("numba, 16, demotion", 20_000, 16, True, {"demote_after_s": 1.5, "shed_after_s": 8.0}),

@@ -88,7 +88,7 @@ async def behind(backend: Backend, **fields: Any) -> AsyncIterator[Behind]:
         **fields,
     )
     gateway = Gateway(GatewaySettings(port=0, shutdown_grace_s=0.0), models=(NAME,))
-    gateway.dispatcher.update(
+    gateway.runner.update(
         RoutingTable(
             plan_id="p",
             length_classes=(LengthClass(name="all"),),
@@ -171,7 +171,7 @@ async def streams(front: Behind) -> None:
 
 async def counts(front: Behind) -> None:
     """Tokens are counted as the server reports them, or about an event each."""
-    metrics = front.gateway.dispatcher.metrics
+    metrics = front.gateway.runner.metrics
     before = metrics.snapshot()["oserve_output_tokens"].get("all", [0.0])[0]
     await front.stream(front.url, PATHS[0], wish(PATHS[0]))
     made = metrics.snapshot()["oserve_output_tokens"]["all"][0] - before
@@ -198,7 +198,7 @@ async def nonsense(front: Behind) -> None:
     expected = await front.post(base, PATHS[0], direct(body, front.backend))
     assert expected[0] in front.backend.nonsense
     assert await front.post(front.url, PATHS[0], body) == expected
-    assert front.gateway.dispatcher.outstanding()["far"] == (0.0, 0)
+    assert front.gateway.runner.outstanding()["far"] == (0.0, 0)
 
 
 async def is_found_well(front: Behind) -> None:

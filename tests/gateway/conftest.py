@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.dispatch.witness import Witness
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.http.server import Gateway
 from oserve.gateway.records import RecordStore
@@ -95,11 +96,12 @@ async def make_front() -> AsyncIterator[Make]:
     ) -> Front:
         chosen = settings or GatewaySettings(port=0, shutdown_grace_s=0.0)
         gateway = Gateway(chosen, models=("emulated",), records=records, api_keys=api_keys)
+        Witness(gateway.runner.machine)
         replicas = []
         for index, engine in enumerate(engines):
             port = await engine.start()
             replicas.append(table_replica(f"r{index}", f"http://127.0.0.1:{port}", **fields))
-        gateway.dispatcher.update(table_of(*replicas, expected=expected))
+        gateway.runner.update(table_of(*replicas, expected=expected))
         port = await gateway.listen()
         front = Front(gateway, f"http://127.0.0.1:{port}", aiohttp.ClientSession(), list(engines))
         fronts.append(front)

@@ -28,25 +28,25 @@ def statuses(front: Front) -> dict[str, float]:
     """Requests ended, by how."""
     return {
         name: value[0]
-        for name, value in front.gateway.dispatcher.metrics.snapshot()["oserve_requests"].items()
+        for name, value in front.gateway.runner.metrics.snapshot()["oserve_requests"].items()
     }
 
 
 def attach(front: Front, **fields: Any) -> None:
     """Make the replicas attached ones, with more in their endpoints."""
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     own = {name: fields.pop(name) for name in ("model", "stream_options") if name in fields}
     replicas = [
         replace(item, attached=True, endpoint=replace(item.endpoint, **fields), **own)
         for item in table.replicas
     ]
-    front.gateway.dispatcher.update(replace(table, replicas=tuple(replicas)))
+    front.gateway.runner.update(replace(table, replicas=tuple(replicas)))
 
 
 async def test_virtual_hosts_paths_headers_and_keys(make_front: Make) -> None:
     engine = EmulatedEngine(dialect=DIALECT["torchserve"], api_key="secret")
     front = await make_front(engine)
-    address = front.gateway.dispatcher.table.replicas[0].endpoint.url.removeprefix("http://")
+    address = front.gateway.runner.table.replicas[0].endpoint.url.removeprefix("http://")
     engine.hosts = frozenset({address})
     url = f"http://{address}/predictions/emulated/1.0"
     mine = {"user-agent": "mine", "authorization": "Bearer client", "x-other": "1"}
@@ -71,7 +71,7 @@ async def test_one_that_fails_at_once_draws_little(
     front = await make_front(bad, good)
     attach(front)
     # However long the test takes, the back-off is not over.
-    front.gateway.dispatcher.breakers = Breakers(BreakerPolicy(first_s=1e6, most_s=1e6))
+    front.gateway.runner.machine.fleet.breakers = Breakers(BreakerPolicy(first_s=1e6, most_s=1e6))
     for _ in range(30):
         if streams:
             lines = await front.lines("/v1/completions", {**TEXT, "stream": True})
@@ -83,17 +83,18 @@ async def test_one_that_fails_at_once_draws_little(
     assert len(good.seen) == 30
     assert statuses(front) == {"completed": 30.0}
     assert (
-        front.gateway.dispatcher.breakers.told(0.0)["r0"][0] == f"it answered with status {status}"
+        front.gateway.runner.machine.fleet.breakers.told(0.0)["r0"][0]
+        == f"it answered with status {status}"
     )
     # It is tried again when its time has come, and trusted again when it answers.
     bad.status = 0
-    front.gateway.dispatcher.breakers = Breakers(BreakerPolicy(first_s=0.0))
-    front.gateway.dispatcher.breakers.failed("r0", 0.0, "x", at_once=True)
+    front.gateway.runner.machine.fleet.breakers = Breakers(BreakerPolicy(first_s=0.0))
+    front.gateway.runner.machine.fleet.breakers.failed("r0", 0.0, "x", at_once=True)
     answered = {
         (await front.post("/v1/completions", TEXT))[1]["x-oserve-replica"] for _ in range(4)
     }
     assert "r0" in answered
-    assert front.gateway.dispatcher.breakers.told(0.0) == {}
+    assert front.gateway.runner.machine.fleet.breakers.told(0.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -129,13 +130,13 @@ async def test_an_engine_of_ours_refuses_what_all_would(make_front: Make) -> Non
 
 async def test_a_server_that_is_down_costs_one_try(make_front: Make) -> None:
     front = await make_front(EmulatedEngine())
-    front.gateway.dispatcher.breakers = Breakers(BreakerPolicy(first_s=1e6, most_s=1e6))
-    table = front.gateway.dispatcher.table
+    front.gateway.runner.machine.fleet.breakers = Breakers(BreakerPolicy(first_s=1e6, most_s=1e6))
+    table = front.gateway.runner.table
     down = table_replica("a", "http://127.0.0.1:1", attached=True)
-    front.gateway.dispatcher.update(table_of(down, *table.replicas))
+    front.gateway.runner.update(table_of(down, *table.replicas))
     for _ in range(10):
         assert (await front.post("/v1/completions", TEXT))[1]["x-oserve-replica"] == "r0"
-    retried = front.gateway.dispatcher.metrics.snapshot()["oserve_requests_retried"]
+    retried = front.gateway.runner.metrics.snapshot()["oserve_requests_retried"]
     assert retried == {"a": [1.0]}
 
 
@@ -180,12 +181,12 @@ async def test_tokenize_is_renamed(make_front: Make) -> None:
     bare = EmulatedEngine(dialect=DIALECT["tgi"])
     port = await bare.start()
     front.engines.append(bare)
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     other = table_replica("a", f"http://127.0.0.1:{port}", attached=True)
-    front.gateway.dispatcher.update(table_of(other, *table.replicas))
+    front.gateway.runner.update(table_of(other, *table.replicas))
     assert (await front.post("/tokenize", {"prompt": "a b"}))[0] == 200
-    assert front.gateway.dispatcher.breakers.told(0.0) == {}
-    front.gateway.dispatcher.update(table_of(other))
+    assert front.gateway.runner.machine.fleet.breakers.told(0.0) == {}
+    front.gateway.runner.update(table_of(other))
     assert (await front.post("/tokenize", {"prompt": "a b"}))[0] == 404
 
 
@@ -204,7 +205,7 @@ async def test_an_error_event_that_blames_the_request_is_the_clients(
     assert b"logprobs is too large" in b"".join(lines)
     assert sum(len(engine.seen) for engine in engines) == 1
     assert statuses(front) == {"client_error": 1.0}
-    assert front.gateway.dispatcher.metrics.snapshot()["oserve_requests_moved"] == {}
+    assert front.gateway.runner.metrics.snapshot()["oserve_requests_moved"] == {}
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sse-starlette", "tgi", "no chunks"])
@@ -252,7 +253,7 @@ async def raw_front(make_front: Make) -> AsyncIterator[RawFront]:
         servers.append(await asyncio.start_server(talk, "127.0.0.1", 0))
         port = servers[-1].sockets[0].getsockname()[1]
         front = await make_front()
-        front.gateway.dispatcher.update(
+        front.gateway.runner.update(
             table_of(table_replica("raw", f"http://127.0.0.1:{port}", attached=True))
         )
         return front
@@ -280,7 +281,7 @@ async def test_heads_that_are_legal_if_odd(raw_front: RawFront, head: bytes) -> 
     assert status == 200
     assert body == json.loads(WHOLE)
     assert "connection" not in headers or headers["connection"] != "close"
-    made = front.gateway.dispatcher.metrics.snapshot()["oserve_output_tokens"]
+    made = front.gateway.runner.metrics.snapshot()["oserve_output_tokens"]
     assert made == {"short": [3.0]}
 
 
@@ -311,7 +312,7 @@ async def test_answers_that_are_broken_are_told_as_such(raw_front: RawFront, ans
     for streams in (False, True):
         status, _, body = await front.post("/v1/completions", {**TEXT, "stream": streams})
         assert (status, body["error"]["code"]) == (502, "replica_failed")
-    assert front.gateway.dispatcher.outstanding()["raw"] == (0.0, 0)
+    assert front.gateway.runner.outstanding()["raw"] == (0.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +379,7 @@ async def test_what_comes_before_an_answer_has_a_bound(
     status, _, body = await front.post("/v1/completions", {**TEXT, "stream": True})
     assert (status, body["error"]["code"]) == (502, "replica_failed")
     assert "sends nothing but" in body["error"]["message"]
-    assert front.gateway.dispatcher.outstanding()["raw"] == (0.0, 0)
+    assert front.gateway.runner.outstanding()["raw"] == (0.0, 0)
 
 
 async def test_the_last_event_may_lack_its_empty_line(raw_front: RawFront) -> None:
@@ -408,7 +409,7 @@ async def test_https_with_an_authority_of_its_own(make_front: Make) -> None:
     """An HTTPS server in front of an engine: known authorities only, by its own name."""
     engine = EmulatedEngine()
     front = await make_front(engine)
-    plain = int(front.gateway.dispatcher.table.replicas[0].endpoint.url.rpartition(":")[2])
+    plain = int(front.gateway.runner.table.replicas[0].endpoint.url.rpartition(":")[2])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.conftest import Front, Make, table_of, until
-from oserve.gateway.estimator import Foresight
+from oserve.gateway.estimator import RequestEstimator
 from oserve.gateway.http.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.prompt import prompt_size
-from oserve.gateway.stream.continuation import Carried
+from oserve.gateway.stream.continuation import Continuation
 from oserve.gateway.stream.continuation_fields import UnmovableError
 from oserve.sim import EmulatedEngine, EngineSpeed, Mishap
 from oserve.sim.fuzz import fuzzed_body
@@ -51,9 +51,9 @@ def test_what_is_not_refused_can_be_written_judged_and_perhaps_moved(body: bytes
         return
     size = prompt_size(found)
     assert 1 <= PromptLengthEstimator().estimate(size) < 10**9
-    foresight = Foresight()
-    foresight.follow(table_of())
-    foresight.expect(found, path=b"/v1/completions", headers={}, prompt_tokens=1, arrived_s=0.0)
+    estimator = RequestEstimator()
+    estimator.follow(table_of())
+    estimator.estimate(found, path=b"/v1/completions", headers={}, prompt_tokens=1, arrived_s=0.0)
     sent = with_fields(found, priority=7, model="m", token_ids=True, cache=giving(new_name()))
     fields = msgspec.json.decode(sent, type=dict[str, msgspec.Raw])
     assert bytes(fields["priority"]) == b"7"
@@ -63,7 +63,7 @@ def test_what_is_not_refused_can_be_written_judged_and_perhaps_moved(body: bytes
             assert bytes(fields[name]) == bytes(raw)
     for chat in (False, True):
         try:
-            carried = Carried(found.fields, chat=chat)
+            carried = Continuation(found.fields, chat=chat)
         except UnmovableError:
             continue
         carried.prompt = [1]
@@ -229,7 +229,7 @@ async def test_tools_make_a_request_long_and_spoil_nothing(make_front: Make) -> 
     chat = {"model": "emulated", "messages": messages, "max_tokens": 2}
     _, headers, _ = await front.post("/v1/chat/completions", {**chat, "tools": tools})
     assert headers["x-oserve-workload-type"] == "long"
-    lengths = front.gateway.dispatcher.lengths
+    lengths = front.gateway.runner.lengths
     before = lengths.tokens_per_byte("messages", 300)
     # The emulated engine counts messages only, as a template does that knows no tools.
     for _ in range(5):
@@ -246,12 +246,11 @@ async def faultless(front: Front) -> AsyncIterator[None]:
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     yield
-    dispatcher = front.gateway.dispatcher
+    runner = front.gateway.runner
     assert faults == []
-    assert not dispatcher.active
-    assert not dispatcher.queued
-    assert not dispatcher._timers
-    assert all(count == 0 and work < 1e-9 for work, count in dispatcher.outstanding().values())
+    assert not runner.active
+    assert not runner.queued
+    assert all(count == 0 and work < 1e-9 for work, count in runner.outstanding().values())
 
 
 async def answer(front: Front, body: bytes, path: str = "/v1/completions") -> tuple[int, bytes]:
@@ -280,7 +279,7 @@ async def test_every_body_is_answered_and_every_slot_freed(
         for _ in "ab"
     ]
     front = await make_front(*engines, **options)
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     statuses: Counter[int] = Counter()
 
     async def client() -> None:
@@ -290,7 +289,7 @@ async def test_every_body_is_answered_and_every_slot_freed(
                     how = draw.choice(["break", "torn", "abort", "error"])
                     engine.mishaps.append(Mishap(after=draw.randint(0, 6), how=how))
             if draw.random() < 0.2:
-                front.gateway.dispatcher.update(table)
+                front.gateway.runner.update(table)
             status, _ = await answer(front, fuzzed_body(draw), draw.choice(PATHS))
             statuses[status] += 1
 
@@ -306,17 +305,17 @@ async def test_hand_overs_while_odd_bodies_run(make_front: Make) -> None:
     speed = EngineSpeed(ttft_s=0.001, tpot_s=0.001)
     engines = [EmulatedEngine(most_tokens=30, keep_bodies=False, speed=speed) for _ in "abc"]
     front = await make_front(*engines, max_inflight=3)
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     done = False
 
     async def operator() -> None:
         while not done:
-            front.gateway.dispatcher.hand_over(draw.choice(["r0", "r1", "r2"]), 0.0)
+            front.gateway.runner.hand_over(draw.choice(["r0", "r1", "r2"]), 0.0)
             await asyncio.sleep(0.002)
             again = [replace(item, started_s=item.started_s + 1.0) for item in table.replicas]
-            front.gateway.dispatcher.update(replace(table, replicas=tuple(again)))
+            front.gateway.runner.update(replace(table, replicas=tuple(again)))
             await asyncio.sleep(0.002)
-            front.gateway.dispatcher.update(table)
+            front.gateway.runner.update(table)
 
     async def client() -> None:
         for _ in range(15):
@@ -348,13 +347,13 @@ async def test_the_bodies_that_were_not_answered(make_front: Make, body: bytes) 
     """At a free replica, renamed, and queued while the routing table changes."""
     speed = EngineSpeed(ttft_s=0.05)
     front = await make_front(EmulatedEngine(speed=speed, most_tokens=4), max_inflight=1, model="m")
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     async with faultless(front):
         calls = [asyncio.ensure_future(answer(front, body)) for _ in range(3)]
         good = asyncio.ensure_future(answer(front, b"{" + TEXT + b"}"))
         for _ in range(20):
             await asyncio.sleep(0)
-            front.gateway.dispatcher.update(table)
+            front.gateway.runner.update(table)
         expected = 200 if body.isascii() else 400
         assert {(await call)[0] for call in calls} == {expected}
         assert (await good)[0] == 200
@@ -377,11 +376,11 @@ class Faulty:
 @pytest.mark.parametrize(
     ("part", "name"),
     [
-        ("dispatcher", "_upstream"),
-        ("dispatcher", "_excluded"),
-        ("dispatcher", "moving"),
-        ("foresight", "expect"),
-        ("foresight", "ended"),
+        ("fleet", "closed"),
+        ("fleet", "book"),
+        ("machine", "handle"),
+        ("estimator", "estimate"),
+        ("estimator", "ended"),
         ("tally", "arrived"),
         ("lengths", "estimate"),
         ("lengths", "learn"),
@@ -394,15 +393,17 @@ async def test_a_fault_of_ours_ends_one_request(
     make_front: Make, part: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     front = await make_front(EmulatedEngine())
-    dispatcher = front.gateway.dispatcher
+    runner = front.gateway.runner
     owners = {
-        "dispatcher": dispatcher,
-        "foresight": dispatcher.foresight,
-        "tally": dispatcher.foresight.tally,
-        "lengths": dispatcher.lengths,
-        "router": dispatcher._router,
-        "affinity": dispatcher._affinity,
-        "ledger": dispatcher._ledger,
+        "runner": runner,
+        "machine": runner.machine,
+        "fleet": runner.machine.fleet,
+        "estimator": runner.estimator,
+        "tally": runner.estimator.tally,
+        "lengths": runner.lengths,
+        "router": runner.machine.fleet._router,
+        "affinity": runner.machine.fleet._affinity,
+        "ledger": runner.machine.fleet.ledger,
     }
     async with faultless(front):
         Faulty(owners[part], name, 1)
@@ -429,9 +430,9 @@ async def test_a_fault_in_the_middle_of_a_stream_ends_it_with_an_event(make_fron
             front.url + "/v1/completions", data=body, headers=JSON
         ) as found:
             seen = await found.content.readany()
-            (relay,) = front.gateway.dispatcher.active
-            assert relay.attempt is not None
-            Faulty(relay.attempt, "_take", 1)
+            (session,) = front.gateway.runner.active.values()
+            assert session._reader is not None
+            Faulty(session._reader, "_take", 1)
             seen += await found.content.read()
         assert b"internal_error" in seen.rsplit(b"data: ", 1)[1]
         assert b"[DONE]" not in seen
@@ -440,11 +441,11 @@ async def test_a_fault_in_the_middle_of_a_stream_ends_it_with_an_event(make_fron
 async def test_a_fault_while_it_waits_ends_one_request(make_front: Make) -> None:
     engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.05))
     front = await make_front(engine, max_inflight=1)
-    dispatcher = front.gateway.dispatcher
+    runner = front.gateway.runner
     async with faultless(front):
         body = b"{" + TEXT + b"}"
         calls = [asyncio.ensure_future(answer(front, body)) for _ in range(4)]
-        await until(lambda: dispatcher.queued == 3)
-        Faulty(dispatcher, "_upstream", 1)
+        await until(lambda: runner.queued == 3)
+        Faulty(runner.machine.fleet, "book", 1)
         statuses = sorted([(await call)[0] for call in calls])
         assert statuses == [200, 200, 200, 500]

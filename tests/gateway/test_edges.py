@@ -169,11 +169,11 @@ async def test_a_priority_in_a_header_outdoes_that_in_the_body(make_front: Make)
         order.append(name)
 
     calls = [asyncio.ensure_future(call("first"))]
-    await until(lambda: front.gateway.dispatcher.outstanding()["r0"][1])
+    await until(lambda: front.gateway.runner.outstanding()["r0"][1])
     for name, priority in (("late", "10"), ("nonsense", "high"), ("soon", "-10")):
         calls.append(asyncio.ensure_future(call(name, **{"x-vllm-priority": priority})))
         waiting = len(calls) - 1
-        await until(lambda waiting=waiting: front.gateway.dispatcher.queued == waiting)  # type: ignore[misc]
+        await until(lambda waiting=waiting: front.gateway.runner.queued == waiting)  # type: ignore[misc]
     await asyncio.gather(*calls)
     assert order == ["first", "soon", "nonsense", "late"]
 
@@ -230,7 +230,7 @@ async def test_the_log_says_moves_on_only_of_what_does(
         await until(lambda: front.engines[0].running)
         await front.engines[0].stop()
         await task
-        assert all(count == 0 for _, count in front.gateway.dispatcher.outstanding().values())
+        assert all(count == 0 for _, count in front.gateway.runner.outstanding().values())
 
     slow = EngineSpeed(ttft_s=0.05, tpot_s=0.01)
     front = await make_front(EmulatedEngine(speed=slow))

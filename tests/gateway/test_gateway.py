@@ -155,7 +155,7 @@ async def test_health_tells_whether_a_replica_can_serve(make_front: Make) -> Non
     assert (await front.get("/health"))[0] == 200
     assert (await front.get("/live"))[0] == 200
     loading = table_replica("r0", "http://127.0.0.1:1", phase=ReplicaPhase.DRAINING)
-    front.gateway.dispatcher.update(table_of(loading))
+    front.gateway.runner.update(table_of(loading))
     assert (await front.get("/health"))[0] == 503
     status, headers, _ = await front.post("/v1/completions", TEXT)
     assert status == 503
@@ -275,7 +275,7 @@ async def test_short_prompts_pass_long_ones_in_the_queue(
     first = asyncio.ensure_future(call("first", 1))
     await until(lambda: engine.running > 0)
     long = asyncio.ensure_future(call("long", 3000))
-    await until(lambda: front.gateway.dispatcher.queued > 0)
+    await until(lambda: front.gateway.runner.queued > 0)
     await asyncio.gather(first, long, call("short", 1))
     assert ended == (["first", "short", "long"] if short_first else ["first", "long", "short"])
 
@@ -283,11 +283,11 @@ async def test_short_prompts_pass_long_ones_in_the_queue(
 async def test_waits_for_a_replica_on_its_way(make_front: Make) -> None:
     engine = EmulatedEngine()
     front = await make_front(engine)
-    table = front.gateway.dispatcher.table
-    front.gateway.dispatcher.update(replace(table, replicas=(), expected=True))
+    table = front.gateway.runner.table
+    front.gateway.runner.update(replace(table, replicas=(), expected=True))
     waiting = asyncio.ensure_future(front.post("/v1/completions", TEXT))
-    await until(lambda: front.gateway.dispatcher.queued > 0)
-    front.gateway.dispatcher.update(table)
+    await until(lambda: front.gateway.runner.queued > 0)
+    front.gateway.runner.update(table)
     assert (await waiting)[0] == 200
 
 
@@ -355,7 +355,7 @@ async def test_a_slow_reader_is_cut_off_and_blocks_nobody(make_front: Make) -> N
     writer.write(head % len(body) + body)
     await reader.readexactly(1)
     assert (await front.post("/v1/completions", TEXT))[0] == 200
-    await until(lambda: not front.gateway.dispatcher.active)
+    await until(lambda: not front.gateway.runner.active)
     writer.close()
 
 

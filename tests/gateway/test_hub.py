@@ -10,11 +10,12 @@ import pytest
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
-from oserve.gateway.dispatch import Dispatcher, Picture
 from oserve.gateway.process.client import HubClient
 from oserve.gateway.process.hub import Hub
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
 
 TABLE = RoutingTable(
     plan_id="p",
@@ -30,11 +31,10 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
 
     hub = Hub(operate)
     await hub.listen(str(tmp_path / "hub.sock"))
-    hub.publish(TABLE, Picture())
-    dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
+    hub.publish(TABLE, ClusterSnapshot())
+    runners = [RequestRunner(GatewaySettings(), None) for _ in range(2)]
     clients = [
-        HubClient(str(tmp_path / "hub.sock"), item, index + 1)
-        for index, item in enumerate(dispatchers)
+        HubClient(str(tmp_path / "hub.sock"), item, index + 1) for index, item in enumerate(runners)
     ]
     try:
         assert hub.counted_until_s == math.inf
@@ -46,12 +46,12 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
         await clients[0].sync()
         assert before_s <= hub.counted_until_s <= between_s
         for second in range(20):
-            for dispatcher, client in zip(dispatchers, clients, strict=True):
-                dispatcher.foresight.tally.arrived(float(second), (1.0,))
+            for runner, client in zip(runners, clients, strict=True):
+                runner.estimator.tally.arrived(float(second), (1.0,))
                 await client.sync()
                 if second % 3 == 0:
                     # Taken by the hub, but its answer was lost: the same batch comes again.
-                    tally = dispatcher.foresight.tally
+                    tally = runner.estimator.tally
                     tally.arrived(float(second), (1.0,))
                     batch = tally.take()
                     await client.sync()
@@ -71,41 +71,41 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
 
 async def test_a_process_goes_on_with_the_hub_of_another_server(tmp_path: Path) -> None:
     socket = tmp_path / "hub.sock"
-    dispatcher = Dispatcher(GatewaySettings(), None)
-    client = HubClient(str(socket), dispatcher)
+    runner = RequestRunner(GatewaySettings(), None)
+    client = HubClient(str(socket), runner)
     first = Hub()
     await first.listen(str(socket))
-    first.publish(TABLE, Picture())
+    first.publish(TABLE, ClusterSnapshot())
     await client.sync()
-    assert dispatcher.table == TABLE
+    assert runner.table == TABLE
     client.port = 7
-    dispatcher.metrics.count("oserve_requests", "completed")
+    runner.metrics.count("oserve_requests", "completed")
     await client.sync()
     await first.close()
     # Nobody is there: it serves on by what it knows, and counts.
     with pytest.raises(ConnectionError):
         await client.sync()
-    assert dispatcher.table == TABLE
-    dispatcher.foresight.tally.arrived(5.0, (1.0,))
+    assert runner.table == TABLE
+    runner.estimator.tally.arrived(5.0, (1.0,))
     socket.unlink(missing_ok=True)
     second = Hub()
     await second.listen(str(socket))
     listening = second.expect(os.getpid())
     # One that has no table yet takes nothing away.
     await client.sync()
-    assert dispatcher.table == TABLE
+    assert runner.table == TABLE
     assert listening.result() == 7
     other = replace(TABLE, plan_id="q")
-    second.publish(other, Picture())
+    second.publish(other, ClusterSnapshot())
     await client.sync()
-    assert dispatcher.table == other
+    assert runner.table == other
     assert [batch.arrivals for batch in second.batches()] == [{5: [1.0]}]
-    counted = dispatcher.picture.metrics["oserve_requests"]
+    counted = runner.snapshot.metrics["oserve_requests"]
     # What a process counted that ended is still in the sum, once, even if it is slow to end.
     second.forget(os.getpid())
     for _ in range(2):
         await client.sync()
-        assert dispatcher.picture.metrics["oserve_requests"] == counted
+        assert runner.snapshot.metrics["oserve_requests"] == counted
     await client.close()
     await second.close()
 
@@ -131,25 +131,24 @@ async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_pa
 
     hub = Hub()
     await hub.listen(str(tmp_path / "hub.sock"))
-    hub.publish(table(1.0), Picture())
-    dispatchers = [Dispatcher(GatewaySettings(), None) for _ in range(2)]
+    hub.publish(table(1.0), ClusterSnapshot())
+    runners = [RequestRunner(GatewaySettings(), None) for _ in range(2)]
     clients = [
-        HubClient(str(tmp_path / "hub.sock"), item, index + 1)
-        for index, item in enumerate(dispatchers)
+        HubClient(str(tmp_path / "hub.sock"), item, index + 1) for index, item in enumerate(runners)
     ]
 
     async def serving() -> list[bool]:
         for client in clients:
             await client.sync()
             await client.sync()
-        return ["r" in dispatcher.serving for dispatcher in dispatchers]
+        return ["r" in runner.serving for runner in runners]
 
     try:
         assert await serving() == [True, True]
         hub.hand_over("r", 5.0)
         hub.hand_over("nobody", 5.0)
         assert await serving() == [False, False]
-        hub.publish(table(2.0), Picture())
+        hub.publish(table(2.0), ClusterSnapshot())
         assert await serving() == [True, True]
     finally:
         for client in clients:

@@ -243,7 +243,7 @@ async def test_moves_are_counted_and_bounded(make_front: Make, tmp_path: Path) -
     assert b'"error"' in lines[-1]
     _, metrics = await front.get("/metrics")
     assert b'oserve_requests_moved_total{reason="lost",way="replay"}' in metrics
-    assert all(count == 0 for _, count in front.gateway.dispatcher.outstanding().values())
+    assert all(count == 0 for _, count in front.gateway.runner.outstanding().values())
     await front.gateway.close()
     rows = list(read_records(tmp_path / "records.sqlite"))
     assert [row.output_tokens for row in rows[:3]] == [40, 40, 40]
@@ -264,7 +264,7 @@ async def test_nobody_can_take_it(make_front: Make) -> None:
 async def test_a_stream_waits_for_a_place(make_front: Make) -> None:
     slow = EngineSpeed(tpot_s=0.002)
     front = await make_front(*engines(2, speed=slow), max_inflight=1)
-    settings_queue = front.gateway.dispatcher
+    settings_queue = front.gateway.runner
     wishes_ = [{**TEXT, "prompt": f"p {n}", "max_tokens": 60} for n in range(2)]
     tasks = [asyncio.ensure_future(stream(front, "/v1/completions", wish)) for wish in wishes_]
     await until(lambda: all(engine.running for engine in front.engines))
@@ -285,7 +285,7 @@ async def test_a_replica_hands_over(make_front: Make, chat: bool) -> None:
     tasks = [asyncio.ensure_future(stream(front, path, wish)) for _ in range(9)]
     whole = asyncio.ensure_future(front.post(path, wish))
     await until(lambda: all(engine.running for engine in front.engines))
-    front.gateway.dispatcher.hand_over("r0", 0.0)
+    front.gateway.runner.hand_over("r0", 0.0)
     await until(lambda: front.engines[0].running == 0)
     for task in tasks:
         assert heard(await task) == expected
@@ -301,10 +301,10 @@ async def test_a_long_one_hands_over_with_its_cache(make_front: Make, tmp_path: 
     # Computing the prompt again takes longer than moving what was computed.
     costs = {"prefill_s_per_token": 0.1}
     front = await make_front(*engines(2, speed=EngineSpeed(tpot_s=0.01)), **costs)
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     ends = [replace(item.endpoint, caches=str(tmp_path)) for item in table.replicas]
     replicas = [replace(r, endpoint=end) for r, end in zip(table.replicas, ends, strict=True)]
-    front.gateway.dispatcher.update(replace(table, replicas=tuple(replicas)))
+    front.gateway.runner.update(replace(table, replicas=tuple(replicas)))
     wish = {**TEXT, "max_tokens": 80, "ignore_eos": True}
     expected = heard(await stream(front, "/v1/completions", wish))
     # What others computed cannot be asked for.
@@ -314,9 +314,9 @@ async def test_a_long_one_hands_over_with_its_cache(make_front: Make, tmp_path: 
         assert all(not taken_name(body[FIELD]) for body in engine.seen)
         engine.seen.clear()
     tasks = [asyncio.ensure_future(stream(front, "/v1/completions", wish)) for _ in range(2)]
-    active = front.gateway.dispatcher.active
-    await until(lambda: len(active) == 2 and all(relay.committed for relay in active))
-    front.gateway.dispatcher.hand_over("r0", 0.0)
+    active = front.gateway.runner.active
+    await until(lambda: len(active) == 2 and all(item.committed for item in active.values()))
+    front.gateway.runner.hand_over("r0", 0.0)
     assert [heard(await task) for task in tasks] == [expected] * 2
     (given,) = [own_name(body[FIELD]) for body in front.engines[0].seen]
     asked = CacheFolder(str(tmp_path))
@@ -335,7 +335,7 @@ async def test_short_requests_drain_and_drains_end(make_front: Make) -> None:
     wish = {**TEXT, "max_tokens": 30, "ignore_eos": True}
     tasks = [asyncio.ensure_future(stream(front, "/v1/completions", wish)) for _ in range(4)]
     await until(lambda: all(engine.running for engine in front.engines))
-    front.gateway.dispatcher.hand_over("r0", 600.0)
+    front.gateway.runner.hand_over("r0", 600.0)
     await asyncio.gather(*tasks)
     assert "moved_total{" not in (await front.get("/metrics"))[1].decode()
     move = MoveSettings(drain_limit_s=0.0)
@@ -344,9 +344,9 @@ async def test_short_requests_drain_and_drains_end(make_front: Make) -> None:
     wish["max_tokens"] = 200
     tasks = [asyncio.ensure_future(stream(front, "/v1/completions", wish)) for _ in range(4)]
     await until(lambda: all(engine.running for engine in front.engines))
-    table = front.gateway.dispatcher.table
+    table = front.gateway.runner.table
     draining = replace(table.replicas[0], phase=ReplicaPhase.DRAINING)
-    front.gateway.dispatcher.update(replace(table, replicas=(draining, *table.replicas[1:])))
+    front.gateway.runner.update(replace(table, replicas=(draining, *table.replicas[1:])))
     await until(lambda: front.engines[0].running == 0)
     told = [heard(await task) for task in tasks]
     assert all(item == told[0] for item in told)
@@ -381,8 +381,8 @@ async def test_a_replica_on_its_way_is_waited_for(make_front: Make) -> None:
     port = await late.start()
     front.engines[0].mishaps.append(Mishap(after=6))
     task = asyncio.ensure_future(stream(front, "/v1/completions", {**TEXT, "max_tokens": 20}))
-    await until(lambda: front.gateway.dispatcher.queued)
-    front.gateway.dispatcher.update(table_of(table_replica("r9", f"http://127.0.0.1:{port}")))
+    await until(lambda: front.gateway.runner.queued)
+    front.gateway.runner.update(table_of(table_replica("r9", f"http://127.0.0.1:{port}")))
     assert heard(await task)["end"] == [("length", None)]
 
 

@@ -12,8 +12,8 @@ from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.routing import routing_table
 from oserve.control.status import gauges, status_document, summary
 from oserve.core import DeploymentPlan, Observation
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
 
 
@@ -59,12 +59,12 @@ class StatusPublisher:
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()
         document["switch"] = switches[-1] if switches else None
-        picture = Picture(
+        snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
             switches=msgspec.Raw(msgspec.json.encode(switches)),
             gauges=gauges(observation),
         )
-        self._gateway.publish(self._table(plan, observation, lost, now_s), picture)
+        self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)
         line = summary(observation.replicas)
         if line != self._line:
             self._line = line

@@ -21,7 +21,7 @@ _MOST_KEY_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class RequestEstimate:
     """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
@@ -38,7 +38,7 @@ class Expected:
     arrived_s: float
 
 
-class Foresight:
+class RequestEstimator:
     """One per gateway process. ``estimator`` may have learned before."""
 
     def __init__(self, estimator: OutputEstimator | None = None) -> None:
@@ -56,7 +56,7 @@ class Foresight:
             self._kinds = TypeChances(centres) if centres else None
         self.tally.follow(names)
 
-    def expect(
+    def estimate(
         self,
         parsed: GenerateBody,
         *,
@@ -64,7 +64,7 @@ class Foresight:
         headers: dict[bytes, bytes],
         prompt_tokens: int,
         arrived_s: float,
-    ) -> Expected:
+    ) -> RequestEstimate:
         """Of a request that has just come; the table must have types."""
         assert self._table is not None
         limit = parsed.output_limit
@@ -79,27 +79,27 @@ class Foresight:
             session=_hashed(session[:_MOST_KEY_BYTES]),
         )
         certain = parsed.ignore_eos and limit is not None
-        return self.expected(
+        return self.estimate_known(
             known,
             certain=certain,
             prefix_tokens=min(prompt_tokens, len(prefix) // 4),
             arrived_s=arrived_s,
         )
 
-    def expected(
+    def estimate_known(
         self,
         known: KnownAtArrival,
         *,
         certain: bool = False,
         prefix_tokens: int = 0,
         arrived_s: float,
-    ) -> Expected:
+    ) -> RequestEstimate:
         """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
         chances = self._chances(prompt_tokens, output, limit)
         names = self.tally.names
-        return Expected(
+        return RequestEstimate(
             known=known,
             output=output,
             names=names,
@@ -137,7 +137,7 @@ class Foresight:
 
     def ended(
         self,
-        expected: Expected,
+        estimate: RequestEstimate,
         *,
         completed: bool,
         prompt_tokens: int,
@@ -146,21 +146,21 @@ class Foresight:
     ) -> str:
         """A request ended (``now_s``: Unix time); returns the name of the type that it was."""
         kind = None
-        current = expected.names is self.tally.names
+        current = estimate.names is self.tally.names
         if completed and output_tokens > 0:
-            if expected.output is not None:
-                self.estimator.learn(expected.known, output_tokens)
+            if estimate.output is not None:
+                self.estimator.learn(estimate.known, output_tokens)
             if self._kinds is not None and current:
                 kind = self._kinds.kind(prompt_tokens, output_tokens)
         self.tally.ended(
             now_s,
-            arrival_s=expected.arrived_s,
-            chances=expected.chances if current else (),
+            arrival_s=estimate.arrived_s,
+            chances=estimate.chances if current else (),
             kind=kind,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
         )
-        return expected.kind if kind is None else expected.names[kind]
+        return estimate.kind if kind is None else estimate.names[kind]
 
 
 def _centres(table: RoutingTable) -> list[tuple[float, float]]:

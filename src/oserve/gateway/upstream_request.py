@@ -1,8 +1,8 @@
 """The request as a replica gets it: its path, host and headers, and the fields that it knows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,19 +14,16 @@ from oserve.gateway.http.body import Fields, GenerateBody, with_fields
 from oserve.wire import UpstreamPool
 from oserve.wire.upstream import client_context
 
-if TYPE_CHECKING:
-    from oserve.gateway.relay import Relay
-
 # What else a client may tell an engine. Not its rank of data parallelism, since who computes is
 # decided here, nor its priority, which is part of the rank that goes in the body.
-_FORWARDED = (
+_FORWARDED_NAMES = {
     b"traceparent",
     b"tracestate",
     b"x-correlation-id",
     b"x-session-id",
     b"user-agent",
     b"endpoint-load-metrics-format",
-)
+}
 _TLS_PORT, _PORT = 443, 80
 _fields = msgspec.json.Decoder(Fields)
 
@@ -67,19 +64,38 @@ def pool_of(endpoint: Endpoint) -> UpstreamPool:
     return UpstreamPool(host=address.host, port=address.port, tls=tls)
 
 
-def request_bytes(relay: "Relay", replica: TableReplica, *, stream_options: bool) -> bytes:
-    """The request of a relay as this replica gets it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A request on its way to a replica. ``parsed`` describes ``body``; ``None``: it is opaque.
+
+    ``token_ids``: the answer is to tell them. ``cache``: what the engine is told of its KV cache.
+    """
+
+    method: bytes
+    path: bytes
+    headers: Mapping[bytes, bytes]
+    request_id: bytes
+    body: bytes
+    parsed: GenerateBody | None
+    token_ids: bool = False
+    cache: Mapping[str, str] | None = None
+
+
+def request_bytes(
+    outgoing: Outgoing, replica: TableReplica, *, rank_s: float, stream_options: bool
+) -> bytes:
+    """The request as this replica gets it.
 
     ``stream_options``: whether it knows that option.
     """
-    body, parsed = relay.body
+    body, parsed = outgoing.body, outgoing.parsed
     if parsed is not None:
         body = with_fields(
             parsed,
-            priority=engine_priority(relay.rank) if replica.accepts_priority else None,
+            priority=engine_priority(rank_s) if replica.accepts_priority else None,
             model=replica.model,
-            token_ids=relay.moving is not None,
-            cache=relay.cache_fields if replica.endpoint.caches else None,
+            token_ids=outgoing.token_ids,
+            cache=outgoing.cache if replica.endpoint.caches else None,
         )
         if parsed.stream and not stream_options:
             body = _changed(body, without="stream_options")
@@ -91,21 +107,23 @@ def request_bytes(relay: "Relay", replica: TableReplica, *, stream_options: bool
         b"%b %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\nx-request-id: %b\r\n"
         % (
-            relay.method,
+            outgoing.method,
             address.prefix,
-            relay.path,
+            outgoing.path,
             address.authority,
             len(body),
-            relay.request_id,
+            outgoing.request_id,
         )
     ]
-    own = {name.lower().encode() for name, _ in endpoint.headers}
-    lines += [
-        b"%b: %b\r\n" % (name, relay.headers[name])
-        for name in _FORWARDED
-        if name in relay.headers and name not in own
-    ]
-    lines += [b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in endpoint.headers]
+    headers = outgoing.headers
+    forwarded = _FORWARDED_NAMES & headers.keys()
+    if forwarded:
+        own = {name.lower().encode() for name, _ in endpoint.headers}
+        lines += [b"%b: %b\r\n" % (name, headers[name]) for name in forwarded - own]
+    if endpoint.headers:
+        lines += [
+            b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in endpoint.headers
+        ]
     if endpoint.api_key:
         lines.append(b"authorization: Bearer %b\r\n" % endpoint.api_key.encode())
     return b"".join((*lines, b"\r\n", body))

@@ -10,7 +10,7 @@ from oserve.core.faults import fault
 _log = logging.getLogger("oserve.gateway")
 
 
-class Turns:
+class YieldQueue:
     """Pieces of work in order; each waits until the loop has gone round once more."""
 
     def __init__(self) -> None:

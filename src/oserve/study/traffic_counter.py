@@ -4,7 +4,7 @@ from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan
 from oserve.evaluate.simulator import SimulatedTraffic
-from oserve.gateway.estimator import Expected, Foresight
+from oserve.gateway.estimator import RequestEstimate, RequestEstimator
 from oserve.sim.types import Status
 from oserve.study.policy import Moment
 from oserve.workload.output import KnownAtArrival
@@ -15,8 +15,8 @@ class TrafficCounter:
 
     def __init__(self, plan: DeploymentPlan, traffic: SimulatedTraffic) -> None:
         self._traffic = traffic
-        self._foresight = Foresight()
-        self._foresight.follow(
+        self._estimator = RequestEstimator()
+        self._estimator.follow(
             RoutingTable(
                 plan_id=plan.id,
                 length_classes=plan.length_classes,
@@ -25,24 +25,24 @@ class TrafficCounter:
                 planned_types=plan.planned_types,
             )
         )
-        self._open: dict[int, Expected] = {}
+        self._open: dict[int, RequestEstimate] = {}
 
     def batch(self, moment: Moment) -> Batch:
         """The counts of the requests that arrived and ended since the last batch."""
-        foresight, traffic = self._foresight, self._traffic
+        estimator, traffic = self._estimator, self._traffic
         for number in range(*moment.came):
             known = KnownAtArrival(prompt_tokens=int(traffic.prompt_tokens[number]))
-            expected = foresight.expected(known, arrived_s=float(traffic.arrival_s[number]))
-            foresight.tally.arrived(expected.arrived_s, expected.chances)
+            expected = estimator.estimate_known(known, arrived_s=float(traffic.arrival_s[number]))
+            estimator.tally.arrived(expected.arrived_s, expected.chances)
             self._open[number] = expected
         for number, status in moment.ended:
-            foresight.ended(
+            estimator.ended(
                 self._open.pop(number),
                 completed=status == Status.COMPLETED,
                 prompt_tokens=int(traffic.prompt_tokens[number]),
                 output_tokens=int(traffic.output_tokens[number]),
                 now_s=moment.now_s,
             )
-        taken = foresight.tally.take()
-        foresight.tally.acknowledge(taken.number)
+        taken = estimator.tally.take()
+        estimator.tally.acknowledge(taken.number)
         return taken

@@ -67,7 +67,7 @@ class Answers:
                 total = max(made + 1.0, state.forecast.beyond(made))
                 entry.outgrown(total - state.booked_tokens, self._life.now_s)
                 state.booked_tokens = int(total)
-                self._life.emit(do.Forward(state.number, state.booked_tokens))
+                self._life.emit(do.Forward(state.number, state.booked_tokens, True))
 
     def refused(self, event: on.Refused) -> None:
         """The replica answered with an error; another may do better."""
@@ -154,7 +154,7 @@ class Answers:
             state.phase = RESUMING
             self._life.enter(state)
         elif event.can_end:
-            self._life.emit(do.Forward(state.number, UNLIMITED_TOKENS))
+            self._life.emit(do.ShowError(state.number))
         elif event.cause is not Cause.HANDED_OVER:
             self._life.refuse(state, Refusal.REPLICA_FAILED, reason=event.reason)
 

@@ -14,57 +14,64 @@ class Command(msgspec.Struct, frozen=True, tag=True):
     """One command."""
 
 
-class Send(Command, frozen=True, kw_only=True):
-    """Send the request to a replica; ``resumes``: the continuation of its stream.
-
-    ``reason`` and ``cached_tokens`` say why there; ``reason`` is ``None`` for auxiliary calls.
-    """
+class RequestCommand(Command, frozen=True):
+    """One that is about a request."""
 
     number: int
+
+
+class Send(RequestCommand, frozen=True, kw_only=True):
+    """Send the request to a replica; ``resumes``: the continuation of its stream.
+
+    ``rank_s`` orders it among those at the replica. ``reason`` and ``cached_tokens`` say why there;
+    ``reason`` is ``None`` for auxiliary calls.
+    """
+
     replica: TableReplica
+    rank_s: float = 0.0
     reason: RouteReason | None = None
     cached_tokens: int = 0
     resumes: bool = False
 
 
-class Hold(Command, frozen=True):
+class Hold(RequestCommand, frozen=True):
     """The request waits in the queue; nothing to carry out, but something to tell."""
 
-    number: int
 
+class Forward(RequestCommand, frozen=True):
+    """Show the client what came and what follows, up to ``credit_tokens`` output tokens.
 
-class Forward(Command, frozen=True):
-    """Show the client what came and what follows, up to ``credit_tokens`` output tokens."""
+    ``outgrown``: the answer is longer than was expected.
+    """
 
-    number: int
     credit_tokens: int
+    outgrown: bool = False
 
 
-class LetGo(Command, frozen=True):
+class ShowError(RequestCommand, frozen=True):
+    """Show the client the error that its stream's replica tells, and what follows."""
+
+
+class LetGo(RequestCommand, frozen=True):
     """Drop the connection to the replica, whose answer is not wanted any more."""
 
-    number: int
 
-
-class Retry(Command, frozen=True):
+class Retry(RequestCommand, frozen=True):
     """As ``LetGo``, since that replica failed; a ``Send`` follows, now or later."""
 
-    number: int
     replica: str
     reason: str
 
 
-class Depart(Command, frozen=True):
+class Depart(RequestCommand, frozen=True):
     """Report the request as ``Broken``, handed over: it is to go on elsewhere."""
 
-    number: int
     with_cache: bool
 
 
-class Resume(Command, frozen=True):
+class Resume(RequestCommand, frozen=True):
     """The stream leaves its replica and goes on elsewhere; a ``Send`` follows, now or later."""
 
-    number: int
     cause: Cause
     replica: str
     with_cache: bool
@@ -93,13 +100,12 @@ class Refusal(StrEnum):
     INTERNAL = "internal"
 
 
-class Refuse(Command, frozen=True, kw_only=True):
+class Refuse(RequestCommand, frozen=True, kw_only=True):
     """Answer with an error, in whatever form is still possible.
 
     ``status``: that of the replica's answer, for ``REFUSED_UNHEARD``.
     """
 
-    number: int
     refusal: Refusal
     replica: str = ""
     reason: str = ""
@@ -107,16 +113,13 @@ class Refuse(Command, frozen=True, kw_only=True):
     retry_after_s: int = 0
 
 
-class Demote(Command, frozen=True):
+class Demote(RequestCommand, frozen=True):
     """The request cannot have its first token in time any more and is served last; only told."""
 
-    number: int
 
-
-class Record(Command, frozen=True, kw_only=True):
+class Record(RequestCommand, frozen=True, kw_only=True):
     """The request has ended: count it, learn from it, keep its row."""
 
-    number: int
     status: FinishStatus
     replica: str
     moves: int

@@ -16,7 +16,7 @@ from oserve.core import FinishStatus, Request
 class OutputForecast(Protocol):
     """What is expected of an answer's length."""
 
-    def beyond(self, made_tokens: float) -> float:
+    def beyond(self, made_tokens: int) -> float:
         """Expected output tokens in all, given that there are so many already."""
         ...
 

@@ -95,10 +95,10 @@ class Fleet:
             prompt_tokens=request.prompt_tokens,
             prefix_tokens=state.prefix_tokens,
         )
+        self.breakers.sent(name, now_s)
         entry = self.ledger.admit(
             name, request, now_s, cached_tokens=choice.cached_tokens, streams=state.streams
         )
-        self.breakers.sent(name, now_s)
         return Booking(choice.replica, entry)
 
     def any_open(self, state: RequestState, now_s: float) -> TableReplica | None:

@@ -22,6 +22,7 @@ from oserve.control.dispatch.state import (
 from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
 from oserve.core import FinishStatus
+from oserve.core.faults import fault
 
 _REJECTIONS = {
     Refusal.NO_REPLICA,
@@ -114,20 +115,23 @@ class Lifecycle:
         request = state.request
         if request is None:
             return NoRoute.NO_REPLICA
-        choice = self.fleet.choose(state, request, self.now_s)
-        if isinstance(choice, NoRoute):
-            return choice
-        self._place(
-            state,
-            self.fleet.book(state, request, choice, self.now_s),
-            do.Send(
-                number=state.number,
-                replica=choice.replica,
-                reason=choice.route.reason,
-                cached_tokens=choice.cached_tokens,
-                resumes=isinstance(state.phase, Resuming),
-            ),
+        try:
+            choice = self.fleet.choose(state, request, self.now_s)
+            if isinstance(choice, NoRoute):
+                return choice
+            booking = self.fleet.book(state, request, choice, self.now_s)
+        except Exception as error:  # a fault that one request brings out ends that one alone
+            self.refuse(state, Refusal.INTERNAL, reason=fault(error))
+            return None
+        send = do.Send(
+            number=state.number,
+            replica=choice.replica,
+            rank_s=state.rank_s,
+            reason=choice.route.reason,
+            cached_tokens=choice.cached_tokens,
+            resumes=isinstance(state.phase, Resuming),
         )
+        self._place(state, booking, send)
         return None
 
     def _send_auxiliary(self, state: RequestState) -> None:

@@ -6,6 +6,7 @@ together anew without reading what is in them, so nothing in a body can keep it 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,7 +215,7 @@ def with_fields(
     priority: int | None,
     model: str,
     token_ids: bool = False,
-    cache: dict[str, str] | None = None,
+    cache: Mapping[str, str] | None = None,
 ) -> bytes:
     """The body to send to a replica: priority set, usage reported, model renamed if need be.
 

@@ -1,9 +1,11 @@
 """Errors in OpenAI's form, and the HTTP status each kind travels with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
+from oserve.control.dispatch.commands import Refusal, Refuse
 from oserve.wire import Exchange
 
 
@@ -108,3 +110,29 @@ def send_error(
     if error.retry_after_s is not None:
         headers = (*headers, (b"retry-after", b"%d" % error.retry_after_s))
     exchange.respond(error.status, error.body(), headers=headers, close=close)
+
+
+def refusal_error(command: Refuse) -> ApiError:
+    """What a client is told when the request machine refuses its request."""
+    return _REFUSALS[command.refusal](command)
+
+
+_REFUSALS: dict[Refusal, Callable[[Refuse], ApiError]] = {
+    Refusal.NO_REPLICA: lambda _: unavailable("No replica can serve now, and none is starting"),
+    Refusal.NONE_READY_IN_TIME: lambda _: unavailable("No replica became ready in time"),
+    Refusal.QUEUE_FULL: lambda told: overloaded(
+        "Too many requests are waiting", retry_after_s=told.retry_after_s
+    ),
+    Refusal.SHED: lambda told: overloaded(
+        "It waited too long", retry_after_s=told.retry_after_s, code="shed"
+    ),
+    Refusal.REPLICA_FAILED: lambda told: upstream_failed(
+        f"Replica {told.replica} failed: {told.reason}"
+    ),
+    Refusal.REFUSED_UNHEARD: lambda told: with_status(
+        told.status, "The replica refused the request, and its reasons were lost"
+    ),
+    Refusal.DEADLINE: lambda _: timed_out("The request exceeded the server's time limit"),
+    Refusal.SHUTTING_DOWN: lambda _: unavailable("The server is shutting down"),
+    Refusal.INTERNAL: lambda _: internal(),
+}

@@ -1,11 +1,6 @@
 """The headers of an answer: the replica's, as far as they are for the client, and our own."""
 
-from typing import TYPE_CHECKING
-
 from oserve.wire import Dechunker, ResponseHead
-
-if TYPE_CHECKING:
-    from oserve.gateway.relay import Relay
 
 _DROPPED = {
     b"connection",
@@ -78,12 +73,12 @@ def _named(head: ResponseHead) -> set[bytes]:
     }
 
 
-def own_headers(relay: "Relay") -> Headers:
-    """Which request it is, and where it went first."""
-    fields = [(b"x-request-id", relay.request_id)]
-    if relay.replica is not None:
-        fields.append((b"x-oserve-replica", relay.replica.id.encode()))
-    if relay.request is not None:
-        fields.append((b"x-oserve-workload-type", relay.request.workload_type.encode()))
-    fields.append((b"x-oserve-plan-id", relay.dispatcher.table.plan_id.encode()))
+def own_headers(request_id: bytes, *, replica: str, workload_type: str, plan_id: str) -> Headers:
+    """Which request it is, and where it went first; empty names are left out."""
+    fields = [(b"x-request-id", request_id)]
+    if replica:
+        fields.append((b"x-oserve-replica", replica.encode()))
+    if workload_type:
+        fields.append((b"x-oserve-workload-type", workload_type.encode()))
+    fields.append((b"x-oserve-plan-id", plan_id.encode()))
     return tuple(fields)

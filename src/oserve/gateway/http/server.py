@@ -16,7 +16,6 @@ from oserve import __version__
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import Request
 from oserve.core.faults import fault
-from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.http.body import GenerateBody, parse_body
 from oserve.gateway.http.errors import (
     ApiError,
@@ -30,8 +29,9 @@ from oserve.gateway.http.errors import (
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.metrics import exposition
 from oserve.gateway.records import RecordStore
-from oserve.gateway.relay import Relay
+from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.stream.session import Session
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 from oserve.workload.output import OutputEstimator
@@ -63,7 +63,7 @@ class Gateway:
         records: RecordStore | None = None,
         estimator: OutputEstimator | None = None,
     ) -> None:
-        self.dispatcher = Dispatcher(settings, records, estimator)
+        self.runner = RequestRunner(settings, records, estimator)
         self._settings = settings
         self._models = models
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
@@ -121,9 +121,9 @@ class Gateway:
         if self._server is not None:
             self._server.stop_listening()
         deadline_s = time.monotonic() + self._settings.shutdown_grace_s
-        while self.dispatcher.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        while self.runner.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-        self.dispatcher.close()
+        self.runner.close()
         if self._server is not None:
             await self._server.close()
 
@@ -174,7 +174,7 @@ class Gateway:
         error: ApiError,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        self.dispatcher.metrics.count("oserve_request_errors", error.code or error.type)
+        self.runner.metrics.count("oserve_request_errors", error.code or error.type)
         request_id = exchange.headers[b"x-request-id"]
         send_error(exchange, error, (*headers, (b"x-request-id", request_id)))
 
@@ -188,10 +188,10 @@ class Gateway:
     def _generate(self, exchange: Exchange) -> None:
         parsed = self._parsed(exchange)
         size = prompt_size(parsed)
-        prompt_tokens = self.dispatcher.lengths.estimate(size)
-        if not self.dispatcher.table.length_classes:
+        prompt_tokens = self.runner.lengths.estimate(size)
+        if not self.runner.table.length_classes:
             raise unavailable("No deployment plan is in force yet")
-        expected = self.dispatcher.foresight.expect(
+        estimate = self.runner.estimator.estimate(
             parsed,
             path=exchange.path.partition(b"?")[0],
             headers=exchange.headers,
@@ -200,33 +200,36 @@ class Gateway:
         )
         now_s = time.monotonic()
         request_id = exchange.headers[b"x-request-id"]
-        relay = Relay(
-            self.dispatcher,
+        session = Session(
+            self.runner.context,
             exchange,
+            number=self.runner.next_number(),
+            request_id=request_id,
             parsed=parsed,
             request=Request(
                 id=request_id.decode("latin-1"),
                 arrival_s=now_s,
-                workload_type=expected.kind,
+                workload_type=estimate.kind,
                 prompt_tokens=prompt_tokens,
-                output_tokens=expected.output_tokens,
-                chances=expected.chances if self.dispatcher.table.planned_types else (),
+                output_tokens=estimate.output_tokens,
+                chances=estimate.chances if self.runner.table.planned_types else (),
             ),
-            expected=expected,
-            request_id=request_id,
-            rank=rank_s(
-                self._order,
-                arrival_s=now_s,
-                prompt_tokens=prompt_tokens,
-                client_priority=_priority(exchange, parsed),
-            )
-            if self._ordered
-            else now_s,
-            stream=parsed.stream,
-            hide_usage=parsed.stream and not parsed.wants_usage,
+            estimate=estimate,
             prompt_size=size,
         )
-        self.dispatcher.accept(relay)
+        self.runner.accept(session, self._rank_s(exchange, parsed, now_s, prompt_tokens))
+
+    def _rank_s(
+        self, exchange: Exchange, parsed: GenerateBody, now_s: float, prompt_tokens: int
+    ) -> float:
+        if not self._ordered:
+            return now_s
+        return rank_s(
+            self._order,
+            arrival_s=now_s,
+            prompt_tokens=prompt_tokens,
+            client_priority=_priority(exchange, parsed),
+        )
 
     def _parsed(self, exchange: Exchange) -> GenerateBody:
         """The body, where engines would take one of this type for this model."""
@@ -253,13 +256,19 @@ class Gateway:
         request_id = exchange.headers[b"x-request-id"]
         parsed = self._parsed(exchange)
         parsed.stream = False
-        relay = Relay(self.dispatcher, exchange, request=None, request_id=request_id, parsed=parsed)
-        self.dispatcher.accept(relay)
+        session = Session(
+            self.runner.context,
+            exchange,
+            number=self.runner.next_number(),
+            request_id=request_id,
+            parsed=parsed,
+        )
+        self.runner.accept(session, 0.0)
 
     # -- what is answered here ------------------------------------------------------------------
     def _answer_models(self, exchange: Exchange) -> None:
         lengths = [
-            item.max_model_len for item in self.dispatcher.serving.values() if item.max_model_len
+            item.max_model_len for item in self.runner.serving.values() if item.max_model_len
         ]
         entries = [
             {
@@ -276,7 +285,7 @@ class Gateway:
         exchange.respond(200, msgspec.json.encode({"object": "list", "data": entries}))
 
     def _answer_health(self, exchange: Exchange) -> None:
-        if self.dispatcher.serving:
+        if self.runner.serving:
             exchange.respond(200, b"{}")
         else:
             send_error(exchange, unavailable("No replica can serve now"))
@@ -286,7 +295,7 @@ class Gateway:
 
     def _answer_status(self, exchange: Exchange) -> None:
         """What the control loop told last; how long ago, where it is out of reach."""
-        status = bytes(self.dispatcher.picture.status)
+        status = bytes(self.runner.snapshot.status)
         away_s = self.away_s() if self.away_s is not None else 0.0
         if away_s:
             status = msgspec.json.encode(
@@ -296,7 +305,7 @@ class Gateway:
 
     def _answer_switches(self, exchange: Exchange) -> None:
         """All of them, or the one whose id follows."""
-        known = bytes(self.dispatcher.picture.switches)
+        known = bytes(self.runner.snapshot.switches)
         path = exchange.path.partition(b"?")[0]
         if path == _SWITCHES:
             exchange.respond(200, b'{"switches":' + known + b"}")
@@ -356,19 +365,19 @@ class Gateway:
             self._expose(exchange)
 
     def _expose(self, exchange: Exchange) -> None:
-        dispatcher = self.dispatcher
+        runner = self.runner
         gauges: dict[str, dict[tuple[str, ...], float]] = {}
-        for name, labels, value in dispatcher.picture.gauges:
+        for name, labels, value in runner.snapshot.gauges:
             gauges.setdefault(name, {})[tuple(labels)] = value
-        inflight = {name: float(count) for name, (_, count) in dispatcher.outstanding().items()}
-        for name, (_, count) in dispatcher.picture.elsewhere.items():
+        inflight = {name: float(count) for name, (_, count) in runner.outstanding().items()}
+        for name, (_, count) in runner.snapshot.elsewhere.items():
             inflight[name] = inflight.get(name, 0.0) + count
         gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
-        queued = dispatcher.queued + dispatcher.picture.queued
+        queued = runner.queued + runner.snapshot.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
         alone = self.away_s is not None and self.away_s() > 0.0
-        told = {} if alone else dispatcher.picture.metrics
-        text = exposition(told or dispatcher.metrics.snapshot(), gauges)
+        told = {} if alone else runner.snapshot.metrics
+        text = exposition(told or runner.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 

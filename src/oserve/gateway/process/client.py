@@ -7,7 +7,6 @@ import time
 import aiohttp
 import msgspec
 
-from oserve.gateway.dispatch import Dispatcher
 from oserve.gateway.process.messages import (
     MESSAGE_PATH,
     HubMessage,
@@ -17,6 +16,7 @@ from oserve.gateway.process.messages import (
     ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.runner import RequestRunner
 
 SYNC_INTERVAL_S = 0.1
 # A report that the hub has not answered by then has failed.
@@ -32,13 +32,13 @@ class HubClient:
     """Reports to the hub and applies its replies. Set ``port`` once the process listens."""
 
     def __init__(
-        self, unix_socket: str, dispatcher: Dispatcher, incarnation: int | None = None
+        self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
     ) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
         self._heard_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
-        self._dispatcher = dispatcher
+        self._runner = runner
         self._version = 0
         # Replies are applied in the order of their reports: state never goes back in time.
         self._lock = asyncio.Lock()
@@ -52,25 +52,25 @@ class HubClient:
                 self._apply(reply)
 
     def _report(self) -> WorkerReport:
-        dispatcher = self._dispatcher
+        runner = self._runner
         return WorkerReport(
             incarnation=self._incarnation,
-            counts=dispatcher.foresight.tally.take(time.time()),
-            outstanding=dispatcher.outstanding(),
-            metrics=dispatcher.metrics.snapshot(),
-            queued=dispatcher.queued,
+            counts=runner.estimator.tally.take(time.time()),
+            outstanding=runner.outstanding(),
+            metrics=runner.metrics.snapshot(),
+            queued=runner.queued,
             table=self._version,
             port=self.port,
-            set_aside=dispatcher.breakers.told(time.monotonic()),
+            set_aside=runner.set_aside(),
         )
 
     def _apply(self, reply: HubReply) -> None:
         self._heard_s = time.monotonic()
         self._version = reply.version
-        self._dispatcher.foresight.tally.acknowledge(reply.counted)
-        self._dispatcher.tell(reply.picture)
+        self._runner.estimator.tally.acknowledge(reply.counted)
+        self._runner.tell(reply.snapshot)
         if reply.table is not None:
-            self._dispatcher.update(reply.table)
+            self._runner.update(reply.table)
 
     def away_s(self) -> float:
         """For how many seconds the hub has been out of reach; 0 while it answers."""

@@ -16,7 +16,6 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.metrics import merged
 from oserve.gateway.process.messages import (
     MESSAGE_PATH,
@@ -26,6 +25,7 @@ from oserve.gateway.process.messages import (
     ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import Server
 
@@ -40,7 +40,7 @@ OperatorCallHandler = Callable[[OperatorCall], Awaitable[OperatorAnswer]]
 
 
 class Hub:
-    """Holds the current table and picture, and the latest report of each process.
+    """Holds the current table and snapshot, and the latest report of each process.
 
     ``operate`` answers the operators' calls that gateway processes pass on.
     """
@@ -53,7 +53,7 @@ class Hub:
         self._table: RoutingTable | None = None
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
-        self._picture = Picture()
+        self._snapshot = ClusterSnapshot()
         # By incarnation: a process that ends slowly may still report beside its successor.
         self._reports: dict[int, WorkerReport] = {}
         self._forgotten: set[int] = set()
@@ -71,15 +71,15 @@ class Hub:
             unix_socket=unix_socket,
         )
 
-    def publish(self, table: RoutingTable, picture: Picture) -> None:
-        """Send this table and picture to each process with its next report."""
+    def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
+        """Send this table and snapshot to each process with its next report."""
         if table != self._table:
             self._table = table
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
             self._hand_overs = {name: told for name, told in pending if (name, told[0]) in present}
-        self._picture = picture
+        self._snapshot = snapshot
 
     def expect(self, incarnation: int) -> "asyncio.Future[int]":
         """Completes with the port of the process with that id once it reports one."""
@@ -153,8 +153,8 @@ class Hub:
         if report.port and listening is not None and not listening.done():
             listening.set_result(report.port)
         others = [r for r in self._reports.values() if r.incarnation != report.incarnation]
-        picture = msgspec.structs.replace(
-            self._picture,
+        snapshot = msgspec.structs.replace(
+            self._snapshot,
             elsewhere=_outstanding(others),
             metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
@@ -163,7 +163,7 @@ class Hub:
         return HubReply(
             version=self._version,
             counted=report.counts.number,
-            picture=picture,
+            snapshot=snapshot,
             table=self._table if report.table != self._version else None,
         )
 

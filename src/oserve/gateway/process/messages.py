@@ -10,8 +10,8 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
 
 MESSAGE_PATH = b"/message"
 
@@ -59,7 +59,7 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
 
     version: int
     counted: int
-    picture: Picture
+    snapshot: ClusterSnapshot
     table: RoutingTable | None = None
 
 

@@ -15,11 +15,11 @@ import msgspec
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import OServeError
-from oserve.gateway.dispatch import Picture
 from oserve.gateway.process.hub import Hub, OperatorCallHandler
 from oserve.gateway.process.keeper import KeptProcess, ProcessKeeper
 from oserve.gateway.process.messages import WorkerConfig
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
 
 _log = logging.getLogger("oserve.app")
 
@@ -147,9 +147,9 @@ class GatewaySupervisor:
             with contextlib.suppress(OServeError):
                 await self._start(index)
 
-    def publish(self, table: RoutingTable, picture: Picture) -> None:
-        """Send this table and picture to all processes."""
-        self._hub.publish(table, picture)
+    def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
+        """Send this table and snapshot to all processes."""
+        self._hub.publish(table, snapshot)
 
     def hand_over(self, replica: str, within_s: float) -> None:
         """Have all processes migrate the running requests of a replica within ``within_s``."""

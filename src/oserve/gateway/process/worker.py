@@ -34,7 +34,7 @@ async def _run(config: WorkerConfig) -> None:
         records=records,
         estimator=None if config.estimator is None else OutputEstimator.restored(config.estimator),
     )
-    client = HubClient(config.hub, gateway.dispatcher)
+    client = HubClient(config.hub, gateway.runner)
     gateway.refresh = client.sync
     gateway.away_s = client.away_s
     gateway.operate = client.operate

@@ -30,7 +30,7 @@ class Choice(msgspec.Struct):
     prompt_token_ids: msgspec.Raw = NOTHING
 
 
-class Answer(msgspec.Struct):
+class ReplicaAnswer(msgspec.Struct):
     """An event of a stream, or an answer that came whole. ``object`` is "error" in an older form
     of vLLM's, ``error_type`` goes with TGI's errors."""
 
@@ -60,11 +60,11 @@ class Trouble:
         return 400 <= self.status < 500 and self.status not in {408, 424, 429}
 
 
-_decoder = msgspec.json.Decoder(Answer)
+_decoder = msgspec.json.Decoder(ReplicaAnswer)
 _any = msgspec.json.Decoder()
 
 
-def read_answer(data: bytes) -> Answer | None:
+def read_answer(data: bytes) -> ReplicaAnswer | None:
     """What a piece of JSON holds of an answer; ``None`` if it is none."""
     try:
         return _decoder.decode(data)
@@ -72,7 +72,7 @@ def read_answer(data: bytes) -> Answer | None:
         return _lenient(data)
 
 
-def _lenient(data: bytes) -> Answer | None:
+def _lenient(data: bytes) -> ReplicaAnswer | None:
     """Of a server that writes something else where an answer has its fields, or almost JSON."""
     fields = _decoded(data)
     if not isinstance(fields, dict):
@@ -83,7 +83,7 @@ def _lenient(data: bytes) -> Answer | None:
         if name in fields
     }
     kind = fields.get("object")
-    return Answer(
+    return ReplicaAnswer(
         choices=_choices(fields.get("choices")),
         object=kind if isinstance(kind, str) else None,
         **raw,
@@ -126,12 +126,12 @@ def _encoded(value: Any) -> bytes:
         return json.dumps(value).encode()
 
 
-def has_usage(answer: Answer) -> bool:
+def has_usage(answer: ReplicaAnswer) -> bool:
     """Whether it reports token counts."""
     return bytes(answer.usage) not in _ABSENT
 
 
-def has_ids(answer: Answer) -> bool:
+def has_ids(answer: ReplicaAnswer) -> bool:
     """Whether it tells token ids, of prompt or answer."""
     if bytes(answer.prompt_token_ids) not in _ABSENT:
         return True
@@ -141,7 +141,7 @@ def has_ids(answer: Answer) -> bool:
     )
 
 
-def trouble_of(answer: Answer) -> Trouble | None:
+def trouble_of(answer: ReplicaAnswer) -> Trouble | None:
     """The error that it tells, if it does."""
     if bytes(answer.error) not in _ABSENT:
         error = _decoded(answer.error)
@@ -173,7 +173,7 @@ def _trouble(fields: dict[str, Any]) -> Trouble:
     return Trouble(status=status, message=str(fields.get("message", ""))[:200])
 
 
-def shown(data: bytes, answer: Answer, *, hide_usage: bool, hide_ids: bool) -> bytes | None:
+def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: bool) -> bytes | None:
     """The event's data as the client gets it; ``None``: it does not get this one at all.
 
     An event that reports usage and has no choices is there only because we asked for usage.
@@ -199,28 +199,28 @@ def shown(data: bytes, answer: Answer, *, hide_usage: bool, hide_ids: bool) -> b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class TokenUsage:
     """Token counts as a server reported them; ``None`` where it did not."""
 
     prompt_tokens: int | None = None
     output_tokens: int | None = None
 
 
-def usage_of(raw: bytes | msgspec.Raw) -> Usage:
+def usage_of(raw: bytes | msgspec.Raw) -> TokenUsage:
     """From the value of a usage field."""
     fields = _decoded(raw)
     if not isinstance(fields, dict):
-        return Usage()
-    return Usage(
+        return TokenUsage()
+    return TokenUsage(
         prompt_tokens=_count(fields.get("prompt_tokens")),
         output_tokens=_count(fields.get("completion_tokens")),
     )
 
 
-def usage_in(tail: bytes) -> Usage:
+def usage_in(tail: bytes) -> TokenUsage:
     """From the last bytes of an answer too long to be read whole."""
     prompt, output = _PROMPT_TOKENS.findall(tail), _COMPLETION_TOKENS.findall(tail)
-    return Usage(
+    return TokenUsage(
         prompt_tokens=_count(int(prompt[-1][:15])) if prompt else None,
         output_tokens=_count(int(output[-1][:15])) if output else None,
     )

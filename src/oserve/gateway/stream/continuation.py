@@ -39,7 +39,7 @@ class BrokenError(Exception):
     """The engine gave the answer up: it says so in an event."""
 
 
-class Mark(NamedTuple):
+class StreamMark(NamedTuple):
     """A moment at which text grew: tokens, ``T``, and whether no character was left unfinished."""
 
     tokens: int
@@ -47,7 +47,7 @@ class Mark(NamedTuple):
     clean: bool
 
 
-class Carried:
+class Continuation:
     """One stream: follows the events of the replica that serves it, whichever that is.
 
     ``fields`` are those of the client's body. ``prompt`` and ``tokens`` are ids; ``shown`` is the
@@ -88,7 +88,7 @@ class Carried:
         self._usage_told = False
         self._shown_ids: list[int] = []
         self._position = 0
-        self._marks: list[Mark] = []
+        self._marks: list[StreamMark] = []
         self._offsets: list[int] = []
         self._next_offset = 0
 
@@ -139,7 +139,7 @@ class Carried:
         self._position += len(text)
         if text:
             clean = len(ids) == 1 or (self._sampled and self.shown.isascii())
-            self._marks.append(Mark(len(self.tokens), self._position + self._held, clean))
+            self._marks.append(StreamMark(len(self.tokens), self._position + self._held, clean))
         self.finished = choice.get("finish_reason") is not None
         self._note_offsets(choice.get("logprobs"), fresh)
         return new, fresh
@@ -155,7 +155,7 @@ class Carried:
         """Go back to the last moment from which the rest can be generated without a seam."""
         limit = self._position - self._looked_back
         marks = [mark for mark in self._marks if mark.clean and mark.text <= limit]
-        kept = marks[-1] if marks else Mark(0, 0, True)
+        kept = marks[-1] if marks else StreamMark(0, 0, True)
         self._marks = marks
         del self.tokens[kept.tokens :]
         self._position = kept.text

@@ -13,15 +13,15 @@ from collections import deque
 import msgspec
 
 from oserve.gateway.stream.answer import (
-    Answer,
     Choice,
+    ReplicaAnswer,
     Trouble,
     has_usage,
     read_answer,
     shown,
     trouble_of,
 )
-from oserve.gateway.stream.replay_buffer import Kept
+from oserve.gateway.stream.replay_buffer import ReplayBuffer
 from oserve.wire import Dechunker, chunk
 from oserve.wire.events import Event, EventReader, data_event
 
@@ -33,10 +33,10 @@ _IDS_BYTES = len(_IDS)
 # As long as the list that they stand for, so that the chunk's size still holds; a shorter one, of a
 # single digit, leaves no room.
 _BLANKS = {size: b"null" + b" " * (size - 4) for size in range(4, 256)}
-_decode = msgspec.json.Decoder(Answer).decode
+_decode = msgspec.json.Decoder(ReplicaAnswer).decode
 
 
-class Passing:
+class PassThrough:
     """Of one stream from one server.
 
     ``kept``: what is kept of it, so that it can move; its token ids are shown to ``shows_ids``
@@ -69,7 +69,7 @@ class Passing:
         self,
         *,
         hide_usage: bool,
-        kept: Kept | None = None,
+        kept: ReplayBuffer | None = None,
         shows_ids: bool = True,
         plain: bool = False,
     ) -> None:

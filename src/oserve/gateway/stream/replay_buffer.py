@@ -2,14 +2,14 @@
 
 import msgspec
 
-from oserve.gateway.stream.continuation import Carried, Event
+from oserve.gateway.stream.continuation import Continuation, Event
 from oserve.gateway.stream.continuation_fields import UnmovableError
 
 _BLOCK_BYTES = 16 * 1024
 _decoder = msgspec.json.Decoder(Event)
 
 
-class Budget:
+class ReplayBudget:
     """Bytes that streams of one gateway process may keep in all, and each of them."""
 
     def __init__(self, total_bytes: int, stream_bytes: int) -> None:
@@ -28,7 +28,7 @@ class Budget:
         self._left_bytes += size
 
 
-class Kept:
+class ReplayBuffer:
     """The answer of one stream so far: the data of its events, less ``[DONE]``, which is ``done``.
 
     ``full`` when it grew past a bound: then nothing is kept, and the stream does not move.
@@ -36,7 +36,7 @@ class Kept:
 
     __slots__ = ("_budget", "_bytes", "_events", "_granted", "done", "full")
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: ReplayBudget) -> None:
         self._budget = budget
         self._events: list[bytes] = []
         self._bytes = 0
@@ -71,7 +71,7 @@ class Kept:
         self._granted = self._bytes = 0
         self._events = []
 
-    def read_into(self, carried: Carried) -> None:
+    def read_into(self, carried: Continuation) -> None:
         """Tell all events; UnmovableError where they cannot be made sense of."""
         if self.full:
             raise UnmovableError("its answer is longer than may be kept")

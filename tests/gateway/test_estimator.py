@@ -41,9 +41,9 @@ async def test_types_are_told_by_answers_counted_and_recorded(
 ) -> None:
     store = RecordStore(tmp_path / "r.sqlite", max_records=100)
     front = await make_front(EmulatedEngine(), EmulatedEngine(), records=store)
-    dispatcher = front.gateway.dispatcher
-    table = dispatcher.table
-    dispatcher.update(table_of(*table.replicas, planned_types=TYPES))
+    runner = front.gateway.runner
+    table = runner.table
+    runner.update(table_of(*table.replicas, planned_types=TYPES))
     for _ in range(6):
         status, headers, _ = await front.post("/v1/completions", body(6))
         assert status == 200
@@ -51,7 +51,7 @@ async def test_types_are_told_by_answers_counted_and_recorded(
         assert headers["x-oserve-replica"] == "r0"
     status, headers, _ = await front.post("/v1/completions", body(300, ignore_eos=True))
     assert headers["x-oserve-replica"] == "r1"
-    batch = dispatcher.foresight.tally.take()
+    batch = runner.estimator.tally.take()
     assert batch.names == ("brief", "lengthy")
     counts = [sum(row[kind] for row in batch.arrivals.values()) for kind in (0, 1)]
     assert [round(count, 6) for count in counts] == [6.0, 1.0]
@@ -102,10 +102,10 @@ async def test_a_first_token_lets_the_next_prompt_in(make_front: Make) -> None:
     engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.05, tpot_s=0.02))
     front = await make_front(engine, settings=settings)
     long = asyncio.ensure_future(front.lines("/v1/completions", body(2000, stream=True)))
-    outstanding = front.gateway.dispatcher.outstanding
+    outstanding = front.gateway.runner.outstanding
     await until(lambda: outstanding()["r0"][1])
     short = asyncio.ensure_future(front.post("/v1/completions", body(1)))
-    await until(lambda: front.gateway.dispatcher.queued)
+    await until(lambda: front.gateway.runner.queued)
     # No end, but a first token of the one before lets it go.
     assert (await short)[0] == 200
     assert not long.done()
@@ -119,7 +119,7 @@ async def test_shedding_refuses_with_a_time_to_come_back(make_front: Make) -> No
     engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.5))
     front = await make_front(engine, settings=settings, max_inflight=1)
     first = asyncio.ensure_future(front.post("/v1/completions", body(2)))
-    await until(lambda: front.gateway.dispatcher.outstanding()["r0"][1])
+    await until(lambda: front.gateway.runner.outstanding()["r0"][1])
     status, headers, document = await front.post("/v1/completions", body(2))
     assert status == 429
     assert document["error"]["code"] == "shed"

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oserve.gateway.stream.answer import read_answer, shown, trouble_of, usage_in, usage_of
-from oserve.gateway.stream.pass_through import Passing
-from oserve.gateway.stream.replay_buffer import Budget, Kept
+from oserve.gateway.stream.pass_through import PassThrough
+from oserve.gateway.stream.replay_buffer import ReplayBudget, ReplayBuffer
 from oserve.wire import Dechunker, chunk
 from oserve.wire.events import EventReader
 from oserve.wire.framing import LAST_CHUNK
@@ -70,7 +70,7 @@ def cut(data: bytes, marks: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(points)]
 
 
-def passed(passing: Passing, pieces: list[bytes], *, chunked: bool) -> bytes:
+def passed(passing: PassThrough, pieces: list[bytes], *, chunked: bool) -> bytes:
     """The client's body, its chunks taken off."""
     told = b""
     for piece in pieces:
@@ -127,8 +127,8 @@ def test_the_fast_way_and_the_slow_way_tell_the_same(
         cuts = blocks if chunks in {"whole", "several"} else [p for p in cut(payload, marks) if p]
         body = b"".join(map(chunk, cuts)) + LAST_CHUNK
         pieces = [*map(chunk, cuts), LAST_CHUNK] if chunks == "whole" else cut(body, marks)
-    kept = Kept(Budget(1 << 20, 1 << 20)) if keeps else None
-    passing = Passing(hide_usage=hide_usage, kept=kept, shows_ids=shows_ids or not keeps)
+    kept = ReplayBuffer(ReplayBudget(1 << 20, 1 << 20)) if keeps else None
+    passing = PassThrough(hide_usage=hide_usage, kept=kept, shows_ids=shows_ids or not keeps)
     hide_ids = keeps and not shows_ids
     # Where the client's body is in chunks, so is what it gets of a body without.
     got = heard(passed(passing, pieces, chunked=chunks != "none"))
@@ -154,10 +154,10 @@ def test_vllms_form_passes_as_the_bytes_it_came_in() -> None:
     piece = chunk(b"data: " + text + b"\n\n")
     for kept, shows, after in (
         (None, True, piece),
-        (Kept(Budget(9999, 9999)), True, piece),
-        (Kept(Budget(9999, 9999)), False, piece.replace(b"[1234]", b"null  ")),
+        (ReplayBuffer(ReplayBudget(9999, 9999)), True, piece),
+        (ReplayBuffer(ReplayBudget(9999, 9999)), False, piece.replace(b"[1234]", b"null  ")),
     ):
-        passing = Passing(hide_usage=True, kept=kept, shows_ids=shows)
+        passing = PassThrough(hide_usage=True, kept=kept, shows_ids=shows)
         # The first is read the slow way: it might begin with a byte order mark.
         assert passing.take(piece, chunked=True)
         for count in (1, 3):
@@ -170,7 +170,7 @@ def test_trouble_is_held_back_until_it_is_let_through(end: bytes, name: bytes) -
     trouble = b'{"error": {"message": "died", "code": 500}}'
     for before in range(3):
         texts = [b'{"choices": [{"text": "a"}]}'] * before + [trouble, b"[DONE]"]
-        passing = Passing(hide_usage=True)
+        passing = PassThrough(hide_usage=True)
         told = passing.take(b"".join(name + text + end for text in texts), chunked=False)
         assert told.count(b"choices") == before
         assert b"died" not in told
@@ -278,7 +278,7 @@ def test_no_json_makes_it_stumble(value: Any) -> None:
             fields = json.loads(told)
             assert fields.get("usage") is None
             assert fields.get("prompt_token_ids") is None
-    got = passed(Passing(hide_usage=True), [b"data: " + text + b"\n\n"], chunked=False)
+    got = passed(PassThrough(hide_usage=True), [b"data: " + text + b"\n\n"], chunked=False)
     assert got == b"" or got.startswith(b"data: ") or isinstance(value, dict)
 
 

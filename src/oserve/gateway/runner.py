@@ -1,0 +1,388 @@
+"""Drives the request machine: what happens on sockets becomes events, commands are carried out.
+
+One for each gateway process. It holds the connections to replicas and the one timer; what becomes
+of a request is the machine's decision. What a step of a request raises ends that request alone.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from oserve.control.dispatch import commands as do
+from oserve.control.dispatch import events as on
+from oserve.control.dispatch.commands import RequestCommand
+from oserve.control.dispatch.events import Event
+from oserve.control.dispatch.machine import RequestMachine
+from oserve.control.dispatch.overload import OverloadPolicy
+from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.router import RouteReason
+from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.draining import decide_exits
+from oserve.core import Endpoint, FinishStatus
+from oserve.core.faults import fault
+from oserve.gateway.accounting import Accounting
+from oserve.gateway.estimator import RequestEstimator
+from oserve.gateway.http.errors import refusal_error, shown
+from oserve.gateway.metrics import Metrics
+from oserve.gateway.records import RecordStore
+from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
+from oserve.gateway.stream.replay_buffer import ReplayBudget
+from oserve.gateway.stream.session import Session, SessionContext
+from oserve.gateway.upstream_request import pool_of, request_bytes
+from oserve.gateway.yield_queue import YieldQueue
+from oserve.switch.kv import Way
+from oserve.wire import UpstreamPool
+from oserve.workload import PromptLengthEstimator
+from oserve.workload.output import OutputEstimator
+
+_log = logging.getLogger("oserve.gateway")
+
+_NEVER_S = float("inf")
+_SOONEST_S = 0.001
+# Errors of engines that clients were shown, by how the request ended.
+_SHOWN_ERRORS = {
+    FinishStatus.CLIENT_ERROR: "engine_refused",
+    FinishStatus.FAILED: "engine_failed",
+}
+
+Start = tuple[str, float]
+
+
+def policy_of(settings: GatewaySettings) -> DispatchPolicy:
+    """The machine's policy by the gateway's settings."""
+    overload, move = settings.overload, settings.move
+    return DispatchPolicy(
+        max_queued=settings.max_queued,
+        max_attempts=settings.max_attempts,
+        max_moves=move.max_moves,
+        request_timeout_s=settings.request_timeout_s,
+        no_replica_wait_s=settings.no_replica_wait_s,
+        overflow_s=settings.overflow_s,
+        drain_limit_s=move.drain_limit_s,
+        overload=OverloadPolicy(
+            ttft_s=overload.ttft_ms / 1e3 if overload.demote and overload.ttft_ms else None,
+            shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
+        ),
+        processes=settings.processes,
+    )
+
+
+class RequestRunner:
+    """Everything between admission and the replicas, for one gateway process."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        records: RecordStore | None,
+        estimator: OutputEstimator | None = None,
+    ) -> None:
+        self.machine = RequestMachine(policy_of(settings), decide_exits)
+        self.metrics = Metrics()
+        self.snapshot = ClusterSnapshot()
+        self.lengths = PromptLengthEstimator()
+        self.estimator = RequestEstimator(estimator)
+        self.active: dict[int, Session] = {}
+        self.records = records
+        self._accounting = Accounting(self.metrics, self.estimator, self.lengths, records)
+        self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
+        # Starts of attached servers that refused stream_options.
+        self._without_options: set[Start] = set()
+        self._number = 0
+        self._events: deque[Event] = deque()
+        self._working = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = _NEVER_S
+        move = settings.move
+        budget = ReplayBudget(move.max_bytes, move.max_stream_bytes)
+        self.context = SessionContext(
+            report=self.report,
+            crashed=self._crashed,
+            later=YieldQueue(),
+            budget=budget if move.max_moves else None,
+            observe=self.metrics.inter_token.observe,
+            drop_options=self._drop_options,
+            plan_id=lambda: self.machine.table.plan_id,
+        )
+        self._steps: dict[type[RequestCommand], Callable[[Any, Session], None]] = {
+            do.Send: self._send,
+            do.Hold: self._hold,
+            do.Forward: self._forward,
+            do.ShowError: self._show_error,
+            do.LetGo: self._let_go,
+            do.Retry: self._retry,
+            do.Depart: self._depart,
+            do.Resume: self._resume,
+            do.Refuse: self._refuse,
+            do.Demote: self._demote,
+            do.Record: self._record,
+        }
+
+    # -- the deployment -------------------------------------------------------------------------
+    @property
+    def table(self) -> RoutingTable:
+        """The routing table in force."""
+        return self.machine.table
+
+    @property
+    def serving(self) -> dict[str, TableReplica]:
+        """Replicas that take new requests, by id."""
+        return self.machine.serving
+
+    def update(self, table: RoutingTable) -> None:
+        """Replace the routing table; requests on replicas that are gone are given to others."""
+        previous = self._pools
+        self._without_options &= {(item.id, item.started_s) for item in table.replicas}
+        self.estimator.follow(table)
+        self._pools = {}
+        for replica in table.replicas:
+            key = (replica.id, replica.endpoint)
+            self._pools[key] = previous.get(key) or pool_of(replica.endpoint)
+        self.report(on.TableChanged(table))
+        for key, pool in previous.items():
+            if key not in self._pools:
+                pool.fail_all()
+
+    def hand_over(self, replica: str, within_s: float, started_s: float | None = None) -> None:
+        """Have a replica's running requests go on elsewhere within so many seconds.
+
+        It gets no new ones; those that cannot move drain. ``started_s``: that start of it only.
+        """
+        self.report(on.Vacate(replica=replica, within_s=within_s, started_s=started_s))
+
+    def tell(self, snapshot: ClusterSnapshot) -> None:
+        """Take in what other parts of OServe know."""
+        self.snapshot = snapshot
+        self.report(on.LoadElsewhere(snapshot.elsewhere))
+        for name, (started_s, within_s) in snapshot.hand_overs.items():
+            self.hand_over(name, within_s, started_s)
+
+    def outstanding(self) -> dict[str, tuple[float, int]]:
+        """Work (prior seconds) and requests this process has at each replica."""
+        return self.machine.fleet.ledger.own()
+
+    @property
+    def queued(self) -> int:
+        """Requests waiting here."""
+        return len(self.machine.waiting)
+
+    def set_aside(self) -> dict[str, tuple[str, float]]:
+        """Replicas whose circuit breaker is open: why, and for how many seconds more."""
+        return self.machine.fleet.breakers.told(monotonic())
+
+    # -- requests -------------------------------------------------------------------------------
+    def next_number(self) -> int:
+        """A number for a request; they grow in the order of arrival."""
+        self._number += 1
+        return self._number
+
+    def accept(self, session: Session, rank_s: float) -> None:
+        """Take a request in."""
+        estimate = session.estimate
+        if estimate is not None:
+            self.estimator.tally.arrived(estimate.arrived_s, estimate.chances)
+        self.active[session.number] = session
+        if estimate is None:
+            self.report(on.Arrived(number=session.number, request=None))
+            return
+        self.report(
+            on.Arrived(
+                number=session.number,
+                request=session.request,
+                rank_s=rank_s,
+                streams=session.streams,
+                session=estimate.known.session,
+                prefix=estimate.known.system,
+                prefix_tokens=estimate.prefix_tokens,
+                forecast=estimate.output,
+            )
+        )
+
+    def report(self, event: Event) -> None:
+        """Tell the machine; what it asks for is done before this returns.
+
+        Unless a command is being carried out: then once that is done.
+        """
+        self._events.append(event)
+        if self._working:
+            return
+        self._working = True
+        try:
+            while self._events:
+                self._handle(self._events.popleft())
+        finally:
+            self._working = False
+        if self.machine.due_s < self._timer_s:
+            self._arm()
+
+    def _handle(self, event: Event) -> None:
+        try:
+            commands = self.machine.handle(event, monotonic())
+        except Exception as error:  # a fault of the machine ends the request that it is about
+            self._stumbled(event, error)
+            return
+        for command in commands:
+            if isinstance(command, do.Survey):
+                self._survey(command)
+            elif isinstance(command, RequestCommand):
+                self._carry_out(command)
+
+    def _carry_out(self, command: RequestCommand) -> None:
+        session = self.active.get(command.number)
+        if session is not None:
+            try:
+                self._steps[type(command)](command, session)
+            except Exception as error:  # whatever it was, it ends this request alone
+                self._failed(command, session, error)
+
+    def _failed(self, command: RequestCommand, session: Session, error: Exception) -> None:
+        """A command could not be carried out."""
+        id_ = shown(session.request_id)
+        if isinstance(command, do.Record):
+            _log.error("request %s could not be accounted for: %s", id_, fault(error))
+        elif isinstance(command, do.Refuse):
+            _log.error("request %s broke off: %s", id_, fault(error))
+            session.exchange.abort()
+        else:
+            self._crashed(session.number, error)
+
+    def _stumbled(self, event: Event, error: Exception) -> None:
+        number = getattr(event, "number", None)
+        session = None if number is None else self.active.get(number)
+        if session is None or isinstance(event, on.Crashed):
+            _log.error("an event could not be handled: %s", fault(error))
+            return
+        self._crashed(session.number, error)
+        if session.number not in self.machine.requests:
+            self._carry_out(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
+            ending = do.Record(
+                number=session.number, status=FinishStatus.FAILED, replica="", moves=0
+            )
+            self._carry_out(ending)
+
+    def _crashed(self, number: int, error: Exception) -> None:
+        """A step of a request raised: it ends with an error, and nothing else does."""
+        session = self.active.get(number)
+        if session is not None:
+            id_ = shown(session.request_id)
+            _log.error("request %s failed in the gateway: %s", id_, fault(error))
+            self.report(on.Crashed(number))
+
+    # -- time -----------------------------------------------------------------------------------
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_s = self.machine.due_s
+        wait_s = max(_SOONEST_S, self._timer_s - monotonic())
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer, self._timer_s = None, _NEVER_S
+        self.report(on.Tick())
+
+    # -- commands -------------------------------------------------------------------------------
+    def _send(self, command: do.Send, session: Session) -> None:
+        replica, request = command.replica, session.request
+        if request is not None:
+            metrics, kind = self.metrics, request.workload_type
+            metrics.count("oserve_route", kind, replica.id)
+            if command.reason not in {None, RouteReason.POOL}:
+                metrics.count("oserve_route_fallback", str(command.reason))
+            if command.cached_tokens:
+                metrics.count("oserve_route_cached")
+            waited_s = monotonic() - session.arrival_s
+            metrics.histogram("oserve_queue_seconds", kind).observe(waited_s)
+        if session.left is not None:
+            _log.warning("request moves on from replica %s: %s", *session.left)
+            session.left = None
+        outgoing, reader = session.send(command)
+        start = (replica.id, replica.started_s)
+        options = replica.stream_options and start not in self._without_options
+        message = request_bytes(outgoing, replica, rank_s=command.rank_s, stream_options=options)
+        self._pools[replica.id, replica.endpoint].send(message, reader)
+
+    def _hold(self, command: do.Hold, session: Session) -> None:
+        if session.left is not None:
+            _log.warning("request leaves replica %s and waits for another: %s", *session.left)
+
+    def _forward(self, command: do.Forward, session: Session) -> None:
+        if command.outgrown:
+            self.metrics.count("oserve_requests_outgrown")
+        session.forward(command)
+
+    def _show_error(self, command: do.ShowError, session: Session) -> None:
+        session.show_error()
+
+    def _let_go(self, command: do.LetGo, session: Session) -> None:
+        session.let_go()
+
+    def _retry(self, command: do.Retry, session: Session) -> None:
+        self.metrics.count("oserve_requests_retried", command.replica)
+        session.let_go()
+        session.left = (command.replica, command.reason)
+
+    def _depart(self, command: do.Depart, session: Session) -> None:
+        session.depart(command)
+
+    def _resume(self, command: do.Resume, session: Session) -> None:
+        way = Way.MOVE if session.resume(command) else Way.REPLAY
+        self.metrics.count("oserve_requests_moved", command.cause.value, way.value)
+        session.left = (command.replica, command.cause.value)
+
+    def _refuse(self, command: do.Refuse, session: Session) -> None:
+        error = refusal_error(command)
+        if command.refusal is do.Refusal.INTERNAL and command.reason:
+            id_ = shown(session.request_id)
+            _log.error("request %s failed in the gateway: %s", id_, command.reason)
+        if command.refusal is do.Refusal.SHED:
+            self.metrics.count("oserve_requests_shed")
+        unheard = command.refusal is do.Refusal.REFUSED_UNHEARD
+        reason = "engine_refused" if unheard else error.code or "error"
+        self.metrics.count("oserve_request_errors", reason)
+        try:
+            session.fail(error)
+        finally:
+            if not session.exchange.done:
+                session.exchange.abort()
+
+    def _demote(self, command: do.Demote, session: Session) -> None:
+        self.metrics.count("oserve_requests_demoted")
+
+    def _survey(self, command: do.Survey) -> None:
+        progress = {
+            number: self.active[number].progress()
+            for number in command.numbers
+            if number in self.active
+        }
+        self.report(on.Surveyed(command.replica, command.started_s, progress))
+
+    def _record(self, command: do.Record, session: Session) -> None:
+        del self.active[session.number]
+        session.end()
+        reason = _SHOWN_ERRORS.get(command.status)
+        if reason is not None and not session.refused:
+            self.metrics.count("oserve_request_errors", reason)
+        if session.estimate is not None:
+            self._accounting.ended(session, session.estimate, command)
+
+    def _drop_options(self, replica: TableReplica) -> bool:
+        """A server refused ``stream_options`` and is not sent it any more; whether that is news."""
+        start = (replica.id, replica.started_s)
+        if start in self._without_options or not replica.stream_options:
+            return False
+        self._without_options.add(start)
+        _log.info("replica %s knows no stream_options; it is asked without", replica.id)
+        return True
+
+    def close(self) -> None:
+        """Break off what is left, and finish writing records."""
+        self.report(on.ShutDown())
+        for pool in self._pools.values():
+            pool.fail_all()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.records is not None:
+            self.records.close()

@@ -1,0 +1,20 @@
+"""What a gateway process is told of the rest of OServe."""
+
+import msgspec
+
+
+class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """For status, switches, metrics and load.
+
+    ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
+    ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
+    ``hand_overs``: replicas that give up their requests: when they started, within what seconds.
+    """
+
+    status: msgspec.Raw = msgspec.Raw(b"{}")
+    gauges: list[tuple[str, list[str], float]] = []
+    elsewhere: dict[str, tuple[float, int]] = {}
+    metrics: dict[str, dict[str, list[float]]] = {}
+    switches: msgspec.Raw = msgspec.Raw(b"[]")
+    queued: int = 0
+    hand_overs: dict[str, tuple[float, float]] = {}

@@ -1,0 +1,105 @@
+"""Reads the answer of a replica that goes on with a stream, and turns it into the client's.
+
+Its events are read one by one and kept by the continuation, so that the stream can move again.
+"""
+
+from oserve.control.dispatch import events as on
+from oserve.control.dispatch.events import Cause
+from oserve.gateway.stream.continuation import BrokenError, Continuation, DivergedError
+from oserve.gateway.stream.continuation_fields import UnmovableError
+from oserve.gateway.stream.owner import AnswerOwner
+from oserve.gateway.stream.pass_through import DONE
+from oserve.gateway.stream.replay_buffer import read_event
+from oserve.wire import Dechunker, ResponseHead, chunk
+from oserve.wire.events import EventReader, EventsError
+from oserve.wire.framing import FramingError
+from oserve.wire.upstream import UpstreamConnection
+
+_OK = 200
+
+
+class ContinuationReader:
+    """A sink of the answer of one replica that goes on with a stream."""
+
+    def __init__(self, owner: AnswerOwner, continuation: Continuation) -> None:
+        self._owner = owner
+        self._continuation = continuation
+        self._plain = owner.exchange.http_1_0
+        self._head: ResponseHead | None = None
+        self._dechunker: Dechunker | None = None
+        self._reader = EventReader()
+        self._connection: UpstreamConnection | None = None
+        self._begun = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the answer is not wanted any more."""
+        return not self._owner.wanted or not self._owner.reads(self)
+
+    def attached(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        self._owner.attached(connection)
+
+    def crashed(self, error: Exception) -> None:
+        """Reading raised."""
+        self._owner.crashed(error)
+
+    def forward(self) -> None:
+        """The client has part of the stream already."""
+
+    def show_error(self) -> None:
+        """An error of a replica that goes on with a stream is not in the client's form."""
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._head = head
+        self._dechunker = Dechunker() if head.chunked else None
+
+    def on_data(self, data: bytes) -> None:
+        owner = self._owner
+        if self._head is None or self._head.status != _OK:
+            return
+        owner.passed_on(0)
+        if not self._begun:
+            self._begun = True
+            owner.report(on.Began(owner.number))
+        try:
+            payload = data if self._dechunker is None else self._dechunker.feed(data)
+            events = self._reader.feed(payload)
+        except (EventsError, FramingError) as error:
+            if self._connection is not None:
+                self._connection.abort()
+            self.on_error(str(error))
+            return
+        found = [event.data for event in events if event.data is not None]
+        if found:
+            self._translate(found)
+
+    def _translate(self, found: list[bytes]) -> None:
+        continuation = self._continuation
+        told = []
+        cause: Cause | None = None
+        try:
+            for data in found:
+                if data.strip() != DONE:
+                    told.append(continuation.go_on(read_event(data)))
+        except BrokenError:
+            cause = Cause.ABORTED
+        except DivergedError:
+            cause = Cause.DIVERGED
+        except UnmovableError:
+            cause = Cause.FAILED
+        payload = b"".join(told)
+        if payload:
+            self._owner.exchange.write(payload if self._plain else chunk(payload))
+        if continuation.finished:
+            self._owner.conclude()
+        elif cause is not None:
+            self._owner.broken(cause, f"the stream could not go on there: {cause}")
+
+    def on_end(self) -> None:
+        status = self._head.status if self._head is not None else 0
+        self.on_error(f"it answered with status {status}" if status != _OK else "it stopped short")
+
+    def on_error(self, reason: str) -> None:
+        if not self.cancelled:
+            self._owner.broken(Cause.LOST, reason)

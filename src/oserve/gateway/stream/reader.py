@@ -1,0 +1,319 @@
+"""Reads one replica's answer to a request, and tells what it means.
+
+Until the first event has gone to the client, or a whole answer, the replica may be found to have
+failed, and another is tried. Streams are passed on event by event (``pass_through``); answers that
+come whole are held until they are, and pass as they are.
+"""
+
+from oserve.control.dispatch import events as on
+from oserve.control.dispatch.breaker import retry_after_s
+from oserve.control.dispatch.events import Cause
+from oserve.control.dispatch.table import TableReplica
+from oserve.core import FinishStatus
+from oserve.gateway.http.headers import tells_events, told_headers
+from oserve.gateway.stream.answer import Trouble, read_answer, trouble_of, usage_in, usage_of
+from oserve.gateway.stream.owner import AnswerOwner
+from oserve.gateway.stream.pass_through import PassThrough
+from oserve.wire import Dechunker, Framing, ResponseHead
+from oserve.wire.events import EventsError
+from oserve.wire.framing import LAST_CHUNK, FramingError
+from oserve.wire.upstream import UpstreamConnection
+
+_HOLD_BYTES = 1024 * 1024
+_TAIL_BYTES = 4096
+# They are looked through again with each piece that comes.
+_BLANK_BYTES = 16 * 1024
+_OK, _CLIENT_ERROR, _SERVER_ERROR = 200, 400, 500
+_OPTION = b"stream_options"
+_OPTION_REFUSALS = {400, 422}
+
+
+class AnswerReader:
+    """A sink of the replica's answer; the request drops it when it lets go of the replica."""
+
+    def __init__(self, owner: AnswerOwner, replica: TableReplica) -> None:
+        self._owner = owner
+        self._replica = replica
+        self._connection: UpstreamConnection | None = None
+        self._head: ResponseHead | None = None
+        self._chunked = False
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._tail = b""
+        self._dechunker: Dechunker | None = None
+        self._trouble: Trouble | None = None
+        self._may_show = False
+        self._stream: PassThrough | None = None
+
+    @property
+    def events(self) -> int:
+        """Events with text that the replica has sent, about a token each."""
+        return self._stream.events if self._stream is not None else 0
+
+    # -- the replica (Sink) ---------------------------------------------------------------------
+    @property
+    def cancelled(self) -> bool:
+        """Whether the answer is not wanted any more."""
+        return not self._owner.wanted or not self._owner.reads(self)
+
+    def attached(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        self._owner.attached(connection)
+
+    def crashed(self, error: Exception) -> None:
+        """Reading raised."""
+        self._owner.crashed(error)
+
+    @property
+    def _framing(self) -> Framing | None:
+        return self._connection.framing if self._connection is not None else None
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._head = head
+        self._chunked = head.chunked
+        if head.chunked and self._owner.exchange.http_1_0:
+            self._dechunker = Dechunker()
+
+    def on_data(self, data: bytes) -> None:
+        if self._stream is not None:
+            self._take(self._stream, data)
+        elif self._head is None:
+            self.on_error("its answer has no head")
+        elif self._owner.committed:
+            self._tail = (self._tail + data)[-_TAIL_BYTES:]
+            self._owner.exchange.write(self._framed(data))
+        else:
+            self._hold(self._head, data)
+
+    def _hold(self, head: ResponseHead, data: bytes) -> None:
+        """Keep what came until it is known whether it is for the client."""
+        owner = self._owner
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if owner.streams and head.status == _OK:
+            kind = tells_events(head, b"".join(self._held))
+            if kind:
+                self._begin_events()
+            elif kind is None and self._held_bytes > _BLANK_BYTES:
+                self._break_off("it sends nothing but white space")
+            if kind is not False:
+                return
+        framing = self._framing
+        # Of an answer that comes in one piece, the machine hears when it is over.
+        begins = self._held_bytes == len(data) and (framing is None or not framing.complete)
+        if begins and head.status < _CLIENT_ERROR:
+            owner.first_byte()
+            owner.report(on.Began(owner.number))
+        if self._held_bytes > _HOLD_BYTES:
+            owner.report(on.Shown(owner.number))
+            self._commit(head)
+
+    # -- a stream of events ---------------------------------------------------------------------
+    def _begin_events(self) -> None:
+        migration = self._owner.migration
+        self._stream = PassThrough(
+            hide_usage=self._owner.hides_usage,
+            kept=migration.buffer if migration is not None else None,
+            shows_ids=migration is None or migration.shows_ids,
+            plain=self._owner.exchange.http_1_0,
+        )
+        held, self._held = b"".join(self._held), []
+        self._held_bytes = 0
+        self._take(self._stream, held)
+
+    def _break_off(self, reason: str) -> None:
+        """Read no more of an answer that makes no sense."""
+        if self._connection is not None:
+            self._connection.abort()
+        self.on_error(reason)
+
+    def _take(self, stream: PassThrough, data: bytes) -> None:
+        owner = self._owner
+        try:
+            told = stream.take(data, chunked=self._chunked)
+        except (EventsError, FramingError) as error:
+            self._break_off(str(error))
+            return
+        if owner.committed:
+            owner.passed_on(stream.events)
+            if told:
+                owner.exchange.write(told)
+            if stream.trouble is not None:
+                self._troubled(stream.trouble)
+            return
+        if told:
+            self._held.append(told)
+            self._held_bytes += len(told)
+        # Comments keep a connection alive; they are no answer.
+        if stream.begun:
+            self._begin_answer(stream)
+        elif self._held_bytes > _HOLD_BYTES:
+            self._break_off("it sends nothing but comments")
+
+    def _begin_answer(self, stream: PassThrough) -> None:
+        """The first events came: the client gets them, unless another replica is tried."""
+        owner, head = self._owner, self._head
+        if stream.trouble is not None:
+            self._report_refused(stream.trouble)
+        else:
+            owner.report(on.Streams(owner.number))
+        if not self._may_show or head is None:
+            return
+        owner.first_byte()
+        self._commit(head)
+        if stream.trouble is not None:
+            self._troubled(stream.trouble)
+
+    def forward(self) -> None:
+        """The client may have what came."""
+        self._may_show = True
+
+    def show_error(self) -> None:
+        """The client gets the error that its stream tells, and what follows."""
+        stream = self._stream
+        if stream is not None and stream.trouble is not None:
+            self._trouble = stream.trouble
+            told = stream.give_in()
+            if told:
+                self._owner.exchange.write(told)
+
+    def _troubled(self, trouble: Trouble) -> None:
+        """A stream that the client has part of tells an error: it goes on elsewhere, or ends so."""
+        if trouble.of_client:
+            self.show_error()
+        else:
+            cause = Cause.ABORTED if trouble.aborted else Cause.FAILED
+            self._owner.broken(cause, trouble.message, can_end=True)
+
+    def _end_events(self, stream: PassThrough) -> None:
+        owner = self._owner
+        told = stream.end()
+        if told:
+            (owner.exchange.write if owner.committed else self._held.append)(told)
+        trouble = stream.trouble
+        if not owner.committed:
+            if trouble is None and not stream.begun:
+                self.on_error("its stream was empty")
+                return
+            self._begin_answer(stream)
+            if not owner.committed:
+                return
+        elif trouble is not None:
+            self._troubled(trouble)
+        if not owner.reads(self) or (trouble is not None and self._trouble is None):
+            return
+        if self._framing is None and not (stream.done or stream.finished or self._trouble):
+            # Only the end of the connection says that the answer is over.
+            self.on_error("it stopped short")
+            return
+        owner.usage = usage_of(stream.usage)
+        if not owner.exchange.http_1_0:
+            owner.exchange.write(LAST_CHUNK)
+        self._end(_OK)
+
+    # -- an answer that comes whole -------------------------------------------------------------
+    def _framed(self, data: bytes) -> bytes:
+        return data if self._dechunker is None else self._dechunker.feed(data)
+
+    def _end_whole(self, head: ResponseHead) -> None:
+        """An answer has come whole: the client gets it, unless another replica is tried."""
+        owner = self._owner
+        body = b"".join(self._held)
+        if head.chunked:
+            body = Dechunker().feed(body)
+        if head.status >= _CLIENT_ERROR:
+            if self._refuses_stream_options(head.status, body):
+                owner.report(on.Reworded(owner.number))
+                return
+            self._trouble = Trouble(status=head.status, message="")
+        elif owner.generates:
+            answer = read_answer(body)
+            if answer is None and self._framing is None:
+                # Only the end of the connection says that it is whole.
+                self.on_error("it stopped short")
+                return
+            if answer is not None:
+                owner.usage = usage_of(answer.usage)
+                self._trouble = trouble_of(answer)
+        if self._trouble is not None:
+            self._report_refused(self._trouble)
+            if not self._may_show:
+                return
+        owner.first_byte()
+        self._commit(head)
+        self._end(head.status)
+
+    def _refuses_stream_options(self, status: int, body: bytes) -> bool:
+        """Whether a server refused the option by which usage is asked for, and is asked again."""
+        if not (self._replica.attached and self._owner.streams and status in _OPTION_REFUSALS):
+            return False
+        return _OPTION in body and self._owner.drops_options()
+
+    # -- outcomes -------------------------------------------------------------------------------
+    def _report_refused(self, trouble: Trouble) -> None:
+        head = self._head
+        asked = dict(head.headers).get(b"retry-after", b"") if head is not None else b""
+        reason = f"it answered with status {trouble.status}"
+        self._owner.report(
+            on.Refused(
+                number=self._owner.number,
+                status=trouble.status,
+                reason=trouble.message if trouble.aborted else reason,
+                aborted=trouble.aborted,
+                retry_after_s=retry_after_s(asked),
+            )
+        )
+
+    def _commit(self, head: ResponseHead) -> None:
+        """Send the head and what was held; from here on no other replica is tried."""
+        owner = self._owner
+        events = self._stream is not None
+        fields, close = told_headers(head, plain=owner.exchange.http_1_0, events=events)
+        owner.commit(head.status, fields, close=close, events=events)
+        held, self._held = b"".join(self._held), []
+        if not events:
+            self._tail = held[-_TAIL_BYTES:]
+            held = self._framed(held)
+        if held:
+            owner.exchange.write(held)
+
+    def on_end(self) -> None:
+        owner, head = self._owner, self._head
+        if head is None:
+            self.on_error("its answer has no head")
+        elif self._stream is not None:
+            self._end_events(self._stream)
+        elif owner.committed:
+            owner.usage = usage_in(self._tail)
+            self._end(head.status)
+        elif owner.streams and head.status == _OK and tells_events(head, b""):
+            self.on_error("its stream was empty")
+        else:
+            self._end_whole(head)
+
+    def _end(self, status: int) -> None:
+        """The answer is over; ``status`` is what it amounts to where it told no trouble."""
+        trouble, owner = self._trouble, self._owner
+        owner.exchange.finish()
+        if trouble is None and status < _CLIENT_ERROR:
+            owner.report(on.Finished(owner.number))
+            return
+        of_client = status < _SERVER_ERROR if trouble is None else trouble.of_client
+        finish = FinishStatus.CLIENT_ERROR if of_client else FinishStatus.FAILED
+        owner.report(on.Finished(owner.number, finish))
+
+    def on_error(self, reason: str) -> None:
+        owner, head = self._owner, self._head
+        if self.cancelled:
+            return
+        if owner.committed:
+            owner.broken_later(Cause.LOST, reason)
+            return
+        owner.report(
+            on.Lost(
+                number=owner.number,
+                reason=reason,
+                status=head.status if head is not None else 0,
+                connected=self._connection is not None,
+            )
+        )
