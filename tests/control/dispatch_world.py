@@ -7,6 +7,7 @@ what the client has been shown is the beginning of its answer.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
