@@ -12,8 +12,8 @@ from oserve.control.tally import Tally
 from oserve.gateway.http.body import GenerateBody
 from oserve.gateway.http.prompt import system_prefix
 from oserve.workload import classify
-from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
+from oserve.workload.type_probabilities import TypeProbabilities
 
 # Until so many answers were seen, what the plan says is usual is the better guess.
 _ENOUGH_ANSWERS = 20
@@ -45,7 +45,7 @@ class RequestEstimator:
         self.estimator = estimator or OutputEstimator()
         self.tally = Tally()
         self._table: RoutingTable | None = None
-        self._kinds: TypeChances | None = None
+        self._kinds: TypeProbabilities | None = None
 
     def follow(self, table: RoutingTable) -> None:
         """Another plan may have other types."""
@@ -53,7 +53,7 @@ class RequestEstimator:
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
         if before is None or centres != _centres(before):
-            self._kinds = TypeChances(centres) if centres else None
+            self._kinds = TypeProbabilities(centres) if centres else None
         self.tally.follow(names)
 
     def estimate(

@@ -5,15 +5,15 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator
+from oserve.workload.type_probabilities import TypeProbabilities
 
 CENTRES = [(50.0, 40.0), (60.0, 600.0), (3000.0, 50.0), (4000.0, 900.0)]
 
 
 @given(st.integers(1, 50_000), st.one_of(st.none(), st.integers(1, 4000)))
 def test_they_are_chances_and_respect_the_limit(prompt: int, limit: int | None) -> None:
-    kinds = TypeChances(CENTRES)
+    kinds = TypeProbabilities(CENTRES)
     known = KnownAtArrival(prompt_tokens=prompt, max_tokens=limit)
     chances = kinds.of(prompt, OutputEstimator(500.0).expect(known), limit)
     assert math.isclose(sum(chances), 1.0, rel_tol=1e-9)
@@ -23,7 +23,7 @@ def test_they_are_chances_and_respect_the_limit(prompt: int, limit: int | None) 
 
 
 def test_what_was_learned_shows() -> None:
-    kinds = TypeChances(CENTRES)
+    kinds = TypeProbabilities(CENTRES)
     estimator = OutputEstimator()
     known = KnownAtArrival(prompt_tokens=55)
     for _ in range(300):

@@ -13,7 +13,7 @@ from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_b
 _PER_DOUBLING = 4
 
 
-class TypeChances:
+class TypeProbabilities:
     """The probabilities of types with these centres, (prompt, output) in tokens; at least one."""
 
     def __init__(self, centres: Sequence[tuple[float, float]]) -> None:
