@@ -8,8 +8,8 @@ from enum import StrEnum
 class Request:
     """A request at the time of routing. Lengths are estimates, in tokens.
 
-    ``chances``: the probabilities that the request is of each of the plan's types, in their order;
-    empty where the plan has none. ``workload_type`` is then the most likely one.
+    ``probabilities``: those of the plan's types, in their order; empty if the plan has none.
+    ``workload_type`` is then the most likely one.
     """
 
     id: str
@@ -17,7 +17,7 @@ class Request:
     workload_type: str
     prompt_tokens: int
     output_tokens: int
-    chances: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
 
 
 class FinishStatus(StrEnum):

@@ -113,9 +113,9 @@ def lengths_by_type(
 
     ``centres`` of the types are (prompt, output) in tokens.
     """
-    chances = TypeProbabilities(centres)
+    probabilities = TypeProbabilities(centres)
     lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
-    kinds = np.array([chances.kind(prompt, output) for prompt, output in lengths])
+    kinds = np.array([probabilities.kind(prompt, output) for prompt, output in lengths])
     return [
         LengthSamples(
             prompt_tokens=traffic.prompt_tokens[kinds == kind],

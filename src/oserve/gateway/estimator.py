@@ -22,7 +22,7 @@ _MOST_KEY_BYTES = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEstimate:
-    """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
+    """Of one request. ``probabilities`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
     about how long the system prompt is, as far as it was looked at. ``arrived_s`` is Unix time.
@@ -31,7 +31,7 @@ class RequestEstimate:
     known: KnownAtArrival
     output: OutputExpectation | None
     names: tuple[str, ...]
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     kind: str
     output_tokens: int
     prefix_tokens: int
@@ -97,14 +97,14 @@ class RequestEstimator:
         """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
-        chances = self._chances(prompt_tokens, output, limit)
+        probabilities = self._chances(prompt_tokens, output, limit)
         names = self.tally.names
         return RequestEstimate(
             known=known,
             output=output,
             names=names,
-            chances=chances,
-            kind=names[chances.index(max(chances))],
+            probabilities=probabilities,
+            kind=names[probabilities.index(max(probabilities))],
             output_tokens=self._output_tokens(prompt_tokens, output, limit),
             prefix_tokens=prefix_tokens,
             arrived_s=arrived_s,
@@ -155,7 +155,7 @@ class RequestEstimator:
         self.tally.ended(
             now_s,
             arrival_s=estimate.arrived_s,
-            chances=estimate.chances if current else (),
+            probabilities=estimate.probabilities if current else (),
             kind=kind,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
