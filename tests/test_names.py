@@ -16,15 +16,14 @@ MOST_LINES = 400
 # The lists below name what still breaks a rule. They only ever get shorter.
 # fmt: off
 SHARED_NAMES: frozenset[str] = frozenset({
-    "Array", "Choice", "EngineFacts", "Event", "Fleet", "Held", "Parameter", "Phase", "Progress",
-    "Rates", "Refusal", "Way", "WorkerConfig",
+    "Event", "MemoryFit", "Refusal",
 })
 # fmt: on
 ROOMS_WITH_CIRCLES: frozenset[str] = frozenset()
 LONG_FILES: frozenset[str] = frozenset()
 HIDDEN_IMPORTS = 0
-NARROWING_ASSERTS = 9
-BROAD_EXCEPTS = 11
+NARROWING_ASSERTS = 6
+BROAD_EXCEPTS = 10
 
 
 @cache

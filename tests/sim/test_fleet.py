@@ -14,12 +14,12 @@ from oserve.perf.costs import measured_costs
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import (
-    Fleet,
     GatewayOptions,
     Rebalance,
     RequestTable,
     RoutingPolicy,
     SimLink,
+    SimulatedFleet,
     Status,
     step_tables,
 )
@@ -51,8 +51,8 @@ def fleet_of(
     rebalance: Rebalance | None = None,
     closed_loop: int = 0,
     roles: dict[str, Role] | None = None,
-) -> Fleet:
-    fleet = Fleet(
+) -> SimulatedFleet:
+    fleet = SimulatedFleet(
         table, gateway=gateway, rebalance=rebalance, closed_loop=closed_loop, compiled=False
     )
     for name in names:

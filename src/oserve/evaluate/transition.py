@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from oserve.control.evaluation import Leg
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.evaluate.simulator import LATEST_S, SimulatedServing, SimulatedTraffic, Simulator
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.results import FleetResults
 
 _ROUND_S = 1.0
@@ -34,7 +34,12 @@ class SwitchExecution:
     """
 
     def __init__(
-        self, simulator: Simulator, serving: SimulatedServing, fleet: Fleet, *, drain_limit_s: float
+        self,
+        simulator: Simulator,
+        serving: SimulatedServing,
+        fleet: SimulatedFleet,
+        *,
+        drain_limit_s: float,
     ) -> None:
         self._simulator = simulator
         self._levers = serving.levers
