@@ -5,7 +5,8 @@ known at arrival (``workload.output``). Of texts and keys only hashes are kept.
 """
 
 import hashlib
-from dataclasses import dataclass
+
+import msgspec
 
 from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable
 from oserve.control.tally import Tally
@@ -20,8 +21,7 @@ _ENOUGH_ANSWERS = 20
 _MOST_KEY_BYTES = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestEstimate:
+class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is

@@ -10,8 +10,9 @@ a replica has cached of a prompt makes the request cost less there.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from oserve.control.dispatch.pick import (
     ALL_FULL,
@@ -52,8 +53,7 @@ _REASONS = {
 _NO_ROUTES = {NO_REPLICA: NoRoute.NO_REPLICA, ALL_FULL: NoRoute.ALL_FULL}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The pick; ``work_s`` is what the request adds to the replica's expected work."""
 
     replica: str
