@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from oserve.control.progress import Activity, Progress, ProgressSample
+from oserve.control.progress import Activity, ProgressSample, ProgressTracker
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
 from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
@@ -237,8 +237,8 @@ class VllmReplica(ReplicaTask):
             await self.clock.sleep(self.settings.health_interval_s)
 
     # -- once it serves -------------------------------------------------------------------------
-    def _progress(self) -> Progress:
-        return Progress(
+    def _progress(self) -> ProgressTracker:
+        return ProgressTracker(
             after_s=self.settings.hang_after_s,
             steps=self.settings.hang_steps,
             interval_s=self.settings.health_interval_s,

@@ -31,7 +31,7 @@ class AttachedServer:
         return f"{line}; {found.doubt}" if found.doubt else line
 
 
-async def ask_attached(
+async def check_attached(
     plan: DeploymentPlan, variables: Mapping[str, str], *, model: str
 ) -> list[AttachedServer]:
     """Check that every attached server is healthy, serves the model and answers a request.
@@ -58,7 +58,7 @@ async def _ask(
     return AttachedServer(spec=spec, url=backend.url, finding=finding)
 
 
-def refuse_troubled(asked: list[AttachedServer], *, place: str) -> None:
+def refuse_unhealthy(asked: list[AttachedServer], *, place: str) -> None:
     """Raise OServeError if an attached server cannot serve."""
     troubled = [item for item in asked if item.finding.trouble]
     if troubled:
