@@ -152,7 +152,7 @@ async def whole_answers(front: Behind) -> None:
 
 
 async def streams(front: Behind) -> None:
-    """A stream says the same, in one form, and reports usage to those who ask for it only."""
+    """A stream says the same, in one form, and reports usage only on request."""
     base = front.backend.url.removesuffix("/v1")
     for path in PATHS:
         body = wish(path)

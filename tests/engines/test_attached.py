@@ -103,7 +103,7 @@ async def test_what_is_wrong_is_told_with_its_remedy(
         assert "check the value" in found.remedy
 
 
-async def test_doubts_keep_nobody_from_serving() -> None:
+async def test_a_doubtful_server_still_serves() -> None:
     card = ProbeReply(status=200, body=b'{"data": [{"id": "other"}]}')
     found, _ = await look("http://h", v1__models=card, v1__completions=200)
     assert found.trouble == ""

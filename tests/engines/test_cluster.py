@@ -1,4 +1,4 @@
-"""The live cluster with made-up processes and a clock that is told the time."""
+"""The live cluster with fake processes and a virtual clock."""
 
 import asyncio
 import signal
@@ -132,7 +132,7 @@ class FakeProbe:
 
 
 class Stage:
-    """A cluster, and the strings that move it."""
+    """A cluster and its fakes."""
 
     def __init__(self, run_dir: Path, **settings: Any) -> None:
         self.clock = VirtualClock()
@@ -257,7 +257,7 @@ async def test_devices_stay_taken_until_the_processes_are_gone(stage: Stage) -> 
     await stage.start(spec("b"))
 
 
-async def test_an_end_nobody_asked_for_is_counted(stage: Stage) -> None:
+async def test_unexpected_exits_are_counted(stage: Stage) -> None:
     for count in (1, 2):
         await stage.start(spec())
         log = stage.run_dir / "logs" / "r.log"
@@ -296,7 +296,7 @@ async def test_a_killed_engine_is_not_blamed_on_its_log(stage: Stage) -> None:
     assert (await stage.cluster.observe()).failures["r"].reason == "ended by SIGKILL"
 
 
-async def test_a_good_while_wipes_the_slate(stage: Stage) -> None:
+async def test_stable_service_clears_the_failures(stage: Stage) -> None:
     await stage.start(spec())
     stage.launcher.processes[-1].end(1)
     await stage.clock.advance(0)
@@ -307,7 +307,7 @@ async def test_a_good_while_wipes_the_slate(stage: Stage) -> None:
     assert not (await stage.cluster.observe()).failures
 
 
-async def test_a_changed_spec_wipes_the_slate(stage: Stage) -> None:
+async def test_a_changed_spec_clears_the_failures(stage: Stage) -> None:
     await stage.start(spec())
     stage.launcher.processes[-1].end(1)
     await stage.clock.advance(0)
@@ -342,13 +342,13 @@ async def test_stop_while_the_launcher_is_busy(stage: Stage) -> None:
     assert stage.launcher.processes == []
 
 
-async def test_a_launcher_that_cannot(stage: Stage) -> None:
+async def test_a_failed_launch_is_a_failed_start(stage: Stage) -> None:
     stage.launcher.error = OServeError("no", place="engines", remedy="try")
     await stage.start(spec(), ready=False)
     assert (await stage.cluster.observe()).failures["r"].reason == "engines: no (try)"
 
 
-async def test_a_wish_that_cannot_be_met_is_a_failed_start(stage: Stage) -> None:
+async def test_an_impossible_spec_is_a_failed_start(stage: Stage) -> None:
     await stage.start(spec("r", "cpu:0", precision=Precision.INT4), ready=False)
     reason = (await stage.cluster.observe()).failures["r"].reason
     assert reason.startswith("engines.variants.int4: ")

@@ -1,4 +1,4 @@
-"""The keeper as a process, what it leaves when it is killed, and whose leftovers are ended."""
+"""The keeper as a process, and how the next one ends what a killed keeper has left."""
 
 import asyncio
 import os
@@ -94,7 +94,7 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
 
 
 @pytest.mark.slow
-async def test_one_of_another_environment_ends_first(
+async def test_a_keeper_of_another_environment_ends_first(
     engines: HeldEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await engines.launch("a-1", [], {}, [], tmp_path / "log", None)
@@ -106,7 +106,7 @@ async def test_one_of_another_environment_ends_first(
     await again.close()
 
 
-async def test_a_program_that_is_not_there_is_told(engines: HeldEngines, tmp_path: Path) -> None:
+async def test_a_missing_program_is_reported(engines: HeldEngines, tmp_path: Path) -> None:
     with pytest.raises(OServeError, match="no-such-program"):
         await engines.hold("p:0", ["no-such-program"], "", tmp_path / "log", 0.0, None)
 

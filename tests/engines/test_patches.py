@@ -31,7 +31,7 @@ SUSPECT = re.compile(
 )
 
 ORIGINAL = '''
-"""A package that somebody else wrote."""
+"""A foreign package."""
 
 
 def plus(a, b):
@@ -276,7 +276,7 @@ def test_the_command_tells_what_is_here(
     assert all(patch.name in told for patch in PATCHES)
     assert ("oserve[cpu]" if found is None else " ".join(found)) in told
     assert (f"{changed_name} is refused" in told) == (found is not None)
-    # Who serves is told only of another version, so that nobody reads files at each start.
+    # Serving names misfits of another version only, so that a start need not read vLLM's files.
     expected = found == ("vllm", "9.9.9")
     assert [changed_name in note for note in command.notes()] == [True] * expected
 
@@ -310,7 +310,7 @@ def root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def test_nobody_else_changes_what_is_not_ours() -> None:
+def test_no_other_module_assigns_to_foreign_ones() -> None:
     found = {}
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")

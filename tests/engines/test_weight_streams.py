@@ -1,4 +1,4 @@
-"""Weights between ranks: what arrives, what is made of it, and how a transfer ends that cannot."""
+"""Weights between ranks: what arrives, how it is converted, and how a failed transfer ends."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def test_bytes_go_through_whatever_the_pace(pair: Pair) -> None:
         assert got == data
 
 
-def test_strangers_and_disorder_are_refused(listener: Listener, pair: Pair) -> None:
+def test_other_transfers_and_wrong_order_are_refused(listener: Listener, pair: Pair) -> None:
     deadline_s = time.monotonic() + 20
     with contextlib.closing(ShardStream.call(listener.path, "other", 3, deadline_s)) as stranger:
         caller, called = pair()
@@ -95,7 +95,7 @@ def test_a_peer_that_ends_or_is_silent(listener: Listener, pair: Pair) -> None:
         ShardStream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
 
 
-def test_closing_wakes_who_waits(pair: Pair) -> None:
+def test_closing_wakes_a_waiting_thread(pair: Pair) -> None:
     _, called = pair()
     failed: list[Exception] = []
 
@@ -221,7 +221,7 @@ def shown(tensors: dict[str, Any]) -> Any:
 
 
 @pytest.mark.extra
-def test_what_others_can_map_is_copied_and_the_rest_sent(tmp_path: Path) -> None:
+def test_mapped_parts_are_copied_and_the_others_sent(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     source = {

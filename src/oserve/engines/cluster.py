@@ -29,7 +29,7 @@ from oserve.core import (
 )
 from oserve.engines.adoption import EngineNote, end, highest_number, sorted_out
 from oserve.engines.attached import AttachedReplica
-from oserve.engines.engine_starts import EngineFacts, EngineFiles, EngineStarter
+from oserve.engines.engine_starts import EngineFiles, EngineStarter, LaunchFacts
 from oserve.engines.group import group_activity
 from oserve.engines.holding import HeldEngines
 from oserve.engines.keeper_connection import HeldProcess
@@ -79,7 +79,7 @@ class LocalCluster:
         self._served_model_name = served_model_name
         self._api_keys = api_keys or {}
         self._keeper = keeper
-        facts = EngineFacts(
+        facts = LaunchFacts(
             model=model,
             served_model_name=served_model_name,
             settings=self._settings,

@@ -22,7 +22,7 @@ from oserve.engines.group import CACHES_FOLDER
 from oserve.engines.holding import HeldEngines
 from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.logs import open_log
-from oserve.engines.room import cache_sized, unsized
+from oserve.engines.memory_fit import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
@@ -33,7 +33,7 @@ _LONGEST_NAME = "x" * _MAX_NAME_BYTES + "-999999"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
+class LaunchFacts:
     """What all engines of a cluster have in common.
 
     ``model`` is a folder or a hub name; ``served_model_name`` the name in requests. ``sized``: the
@@ -64,7 +64,7 @@ class EngineStarter:
 
     def __init__(
         self,
-        facts: EngineFacts,
+        facts: LaunchFacts,
         run_dir: Path,
         keeper: HeldEngines | None,
         launcher: Launcher | None,
@@ -172,7 +172,7 @@ class EngineStarter:
         shutil.rmtree(self._sockets, ignore_errors=True)
 
 
-def _launcher_of(facts: EngineFacts, log_dir: Path) -> Launcher:
+def _launcher_of(facts: LaunchFacts, log_dir: Path) -> Launcher:
     method = facts.settings.method(on_cpu=facts.platform == "cpu")
     return launcher_for(method, log_dir / "zygote.log")
 

@@ -33,7 +33,7 @@ from oserve.engines.rank_commands import (
 )
 from oserve.engines.weights.cuda import CudaTransfer
 from oserve.engines.weights.jobs import Job
-from oserve.engines.weights.model_types import ModelRunner, WorkerConfig
+from oserve.engines.weights.model_types import ModelRunner, VllmConfig
 from oserve.engines.weights.raw import RawWeights, raw_weights
 from oserve.engines.weights.sockets import Listener, TransferError
 from oserve.engines.weights.sums import Checksums
@@ -46,7 +46,7 @@ class RankWeights:
     ``runner`` holds the model; ``config`` is the worker's.
     """
 
-    def __init__(self, rank: int, runner: ModelRunner, config: WorkerConfig) -> None:
+    def __init__(self, rank: int, runner: ModelRunner, config: VllmConfig) -> None:
         self._rank = rank
         self._runner = runner
         self._config = config
@@ -130,7 +130,7 @@ class WorkerExtension:
 
     rank: int
     model_runner: ModelRunner
-    vllm_config: WorkerConfig
+    vllm_config: VllmConfig
 
     _oserve_weights: RankWeights | None = None
 

@@ -22,8 +22,8 @@ from oserve.core import (
 )
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
+from oserve.engines.memory_fit import MemoryFit
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.engines.room import Room
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
@@ -120,7 +120,7 @@ def prepare(settings: Settings) -> ServerDeployment:
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=(*first.notes, *room.words(plan.replicas)),
+        notes=(*first.notes, *room.notes(plan.replicas)),
         costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,
@@ -169,7 +169,7 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, room: MemoryFit, stamp: str) -> FirstPlan | None:
     """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():

@@ -10,15 +10,15 @@ No other module of OServe assigns to a foreign one. Importing this package does 
 
 from oserve.engines.patches.applying import PATCHES, VLLM, apply
 from oserve.engines.patches.installed import engine_package, left_out
-from oserve.engines.patches.patch import Patch, PatchError, PatchTarget, Stage
+from oserve.engines.patches.patch import Patch, PatchError, PatchStage, PatchTarget
 
 __all__ = [
     "PATCHES",
     "VLLM",
     "Patch",
     "PatchError",
+    "PatchStage",
     "PatchTarget",
-    "Stage",
     "apply",
     "engine_package",
     "left_out",

@@ -8,7 +8,7 @@ from oserve.engines.patches.forked_workers import FORKED_WORKERS
 from oserve.engines.patches.kept_weights import KEPT_WEIGHTS
 from oserve.engines.patches.kernel_overrides import KERNEL_OVERRIDES
 from oserve.engines.patches.model_inspection import MODEL_INSPECTION
-from oserve.engines.patches.patch import Patch, PatchError, Stage, misfit, put_in_place
+from oserve.engines.patches.patch import Patch, PatchError, PatchStage, misfit, put_in_place
 from oserve.engines.patches.pipeline_buffer import PIPELINE_BUFFER
 from oserve.engines.patches.segment_names import SEGMENT_NAMES
 from oserve.engines.patches.waiting import WAITING
@@ -35,7 +35,7 @@ def _to_log(text: str) -> None:
 
 
 def apply(
-    stage: Stage,
+    stage: PatchStage,
     patches: Sequence[Patch] = PATCHES,
     *,
     say: Callable[[str], None] = _to_log,

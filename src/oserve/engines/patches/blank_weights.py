@@ -14,7 +14,7 @@ from oserve.engines.weights.model_types import (
     LinearInput,
     LinearLayer,
     LinearWeight,
-    Parameter,
+    ModelParameter,
     SharedWeights,
     WeightModule,
 )
@@ -33,7 +33,7 @@ class _Blank:
         self._numbers = itertools.count(1)
 
     def filling(self, _original: object) -> Callable[..., None]:
-        def fill(param: Parameter, *_bounds: object, **_named: object) -> None:
+        def fill(param: ModelParameter, *_bounds: object, **_named: object) -> None:
             if param.device.type == "meta":
                 return
             if (value := getattr(param, "dummy_weight_value", None)) is not None:
@@ -108,14 +108,14 @@ BLANK_WEIGHTS = Patch(
         ),
     ),
     reason=(
-        "An engine that will be given its weights starts with dummy ones: vLLM fills all their "
-        "memory with random numbers and packs it, which takes time and, beside the engines that "
-        "serve, memory that may not be there. The patch leaves the memory of large parameters "
-        "untouched and unpacked until weights have come."
+        "An engine that will receive its weights starts with dummy ones: vLLM fills all their "
+        "memory with random numbers and packs it. That takes time and, beside the engines that "
+        "serve, memory that may not be free. The patch leaves the memory of large parameters "
+        "untouched and unpacked until the weights have arrived."
     ),
-    without="new engines of a switch take longer to come up, and more memory while they do",
+    without="new engines of a switch start more slowly, and take more memory meanwhile",
     upstream=(
-        "dummy weights are meant to be like real ones, for measurements; reports are about their "
-        "cost ([#54712](https://github.com/vllm-project/vllm/issues/54712))"
+        "dummy weights are meant to resemble real ones, for measurements; there are reports of "
+        "their cost ([#54712](https://github.com/vllm-project/vllm/issues/54712))"
     ),
 )

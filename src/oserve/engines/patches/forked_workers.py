@@ -32,14 +32,14 @@ FORKED_WORKERS = Patch(
         ),
     ),
     reason=(
-        "vLLM's CPU platform sets VLLM_WORKER_MULTIPROC_METHOD to spawn, whatever it was, so that "
-        "each engine core and worker imports vLLM again: three quarters of a minute. Here they "
-        "are forked from a process that has one thread and has imported it, which is safe. The "
-        "patch sets the variable back."
+        "vLLM's CPU platform always sets VLLM_WORKER_MULTIPROC_METHOD to spawn, so that each "
+        "engine core and worker imports vLLM again: three quarters of a minute. OServe forks them "
+        "from a process with one thread that has imported vLLM, which is safe. The patch sets the "
+        "variable back to fork."
     ),
-    without="engines are started from nothing instead (engines.start_method: spawn)",
+    without="each engine starts a new interpreter instead (engines.start_method: spawn)",
     upstream=(
-        "on purpose: OpenMP reads its variables when it is loaded, and fork is not safe in general "
-        "([#19649](https://github.com/vllm-project/vllm/pull/19649))"
+        "on purpose: OpenMP reads its variables when it is loaded, and fork is not safe in "
+        "general ([#19649](https://github.com/vllm-project/vllm/pull/19649))"
     ),
 )

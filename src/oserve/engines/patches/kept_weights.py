@@ -80,19 +80,20 @@ KEPT_WEIGHTS = Patch(
         ),
     ),
     reason=(
-        "After loading, kernels replace weights by packed ones, from which no way leads back; on "
-        "CPU nothing else is left of linear layers. The patch takes hold of all parameters just "
-        "before, and on CPU has them lie in memory that other engines can map: this is what is "
-        "moved in a switch."
+        "After loading, kernels replace weights by packed ones, which cannot be unpacked; on CPU "
+        "linear layers keep nothing else. The patch keeps references to all parameters just "
+        "before, and on CPU moves them to memory that other engines can map. A switch transfers "
+        "these parameters."
     ),
     without=(
-        "weights cannot be moved, and switches that would are taken back: with "
-        "engines.keep_weights: false plans are rolled out by restarts"
+        "weights cannot move, and switches that would move them are rolled back: with "
+        "engines.keep_weights: false OServe rolls plans out by restarts"
     ),
     upstream=(
-        "weights that come from outside are worked on for training "
+        "work on weights from outside is aimed at training "
         "([#54477](https://github.com/vllm-project/vllm/issues/54477), open, on reloading in "
-        "place); nothing there gives out weights as loaded. A load format of our own "
-        "(`register_model_loader`) could do the same without a patch, for that format only"
+        "place); vLLM has no interface that gives out weights as loaded. A load format of "
+        "OServe's own (`register_model_loader`) could do the same without a patch, for that "
+        "format only"
     ),
 )

@@ -28,13 +28,14 @@ KERNEL_OVERRIDES = Patch(
         ),
     ),
     reason=(
-        "Each worker looks through everything in every loaded module for Triton kernels to replace "
-        "by CPU ones: a second of computing. The patch does it once, in the zygote, whose forks "
+        "Each worker searches every loaded module for Triton kernels to replace by CPU kernels, "
+        "which takes a second of CPU time. The patch does it once, in the zygote, whose forks "
         "inherit the result."
     ),
-    without="each worker takes about a second longer to come up",
+    without="each worker starts about a second later",
     upstream=(
         "the dispatcher is new ([#43048](https://github.com/vllm-project/vllm/pull/43048), "
-        "[#45133](https://github.com/vllm-project/vllm/issues/45133)); no report of its cost found"
+        "[#45133](https://github.com/vllm-project/vllm/issues/45133)); no report of its cost "
+        "found"
     ),
 )

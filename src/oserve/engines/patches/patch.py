@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
 
-Stage = Literal["zygote", "engine", "worker"]
+PatchStage = Literal["zygote", "engine", "worker"]
 """Where patches are applied: in the zygote once vLLM is imported; in an engine's first process,
 right after the fork; in each worker, when it loads the worker extension."""
 
@@ -83,7 +83,7 @@ class Patch:
     """
 
     name: str
-    stage: Stage
+    stage: PatchStage
     made_for: str
     targets: tuple[PatchTarget, ...]
     reason: str

@@ -67,10 +67,10 @@ PIPELINE_BUFFER = Patch(
         ),
     ),
     reason=(
-        "The buffer in which a later pipeline stage receives its input is allocated by the dummy "
-        "run only. On CPU that run is left out when execution is eager and the KV cache size is "
-        "given, as OServe does, and the first request ends the engine with an AssertionError. "
-        "The patch allocates the buffer on first use."
+        "Only the dummy run allocates the buffer in which a later pipeline stage receives its "
+        "input. On CPU vLLM skips that run when execution is eager and the KV cache size is "
+        "given, as OServe does, and the first request ends the engine with an AssertionError. The "
+        "patch allocates the buffer on first use."
     ),
     without="engines with pipeline stages may end at their first request",
     upstream="no report found",

@@ -37,10 +37,10 @@ SEGMENT_NAMES = Patch(
         ),
     ),
     reason=(
-        "Python names shared memory at random, so that nobody can tell whose a segment is that a "
-        "killed engine left in /dev/shm. The patch puts the engine's process id into the names, "
-        "and what is left of an engine that has ended is freed."
+        "Python gives shared memory random names, so that no process can tell which engine owns a "
+        "segment that a killed engine has left in /dev/shm. The patch puts the engine's process "
+        "id into the names, and OServe frees the segments of engines that have ended."
     ),
     without="shared memory of killed engines may stay in /dev/shm until it is removed by hand",
-    upstream="names can be given only by who makes a segment, which here is vLLM",
+    upstream="only the code that creates a segment can name it, which here is vLLM",
 )

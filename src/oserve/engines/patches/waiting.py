@@ -41,13 +41,13 @@ WAITING = Patch(
         ),
     ),
     reason=(
-        "For a second after each message vLLM's processes ask for the next one without pause, "
-        "holding the interpreter's lock. On CPU these cores are what computes: an engine's core "
-        "process took half of them. Later they wait for a notice, which may get lost where "
-        "processes have just been forked, and ask again after five seconds. The patch has them "
-        "sleep 0.2 ms at a time, and look again after 100 ms."
+        "For a second after each message, vLLM's processes poll for the next one without pause "
+        "and hold the interpreter's lock. On CPU they take these cores from the computation: an "
+        "engine's core process took half of them. After that second they wait for a notification, "
+        "which can get lost in processes that have just been forked, and poll again after five "
+        "seconds. The patch makes them sleep 0.2 ms between polls, and poll again after 100 ms."
     ),
-    without="engines that wait take a core from those that compute",
+    without="idle engines take cores from engines that compute",
     upstream=(
         "[#52916](https://github.com/vllm-project/vllm/issues/52916), "
         "[#52814](https://github.com/vllm-project/vllm/pull/52814) and "

@@ -44,7 +44,7 @@ class TensorDevice(Protocol):
     type: str
 
 
-class Parameter(Protocol):
+class ModelParameter(Protocol):
     """A ``torch.nn.Parameter``; ``data`` is the tensor without gradients."""
 
     data: WeightTensor
@@ -99,15 +99,15 @@ class WeightModule(Protocol):
     """A ``torch.nn.Module``; only layers with weights have a ``quant_method``."""
 
     quant_method: QuantMethod
-    _parameters: dict[str, Parameter]
+    _parameters: dict[str, ModelParameter]
 
     def modules(self) -> Iterator["WeightModule"]: ...
 
-    def parameters(self, recurse: bool = True) -> Iterator[Parameter]: ...
+    def parameters(self, recurse: bool = True) -> Iterator[ModelParameter]: ...
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True
-    ) -> Iterator[tuple[str, Parameter]]: ...
+    ) -> Iterator[tuple[str, ModelParameter]]: ...
 
 
 class ModelConfig(Protocol):
@@ -116,7 +116,7 @@ class ModelConfig(Protocol):
     dtype: object
 
 
-class WorkerConfig(Protocol):
+class VllmConfig(Protocol):
     """A ``vllm.config.VllmConfig``."""
 
     model_config: ModelConfig
@@ -133,6 +133,6 @@ class SharedWeights(Protocol):
 
     descriptor: int
 
-    def holds(self, tensor: WeightTensor | Parameter) -> bool: ...
+    def holds(self, tensor: WeightTensor | ModelParameter) -> bool: ...
 
     def places(self, tensors: Mapping[str, WeightTensor]) -> dict[str, TensorPlace]: ...

@@ -12,11 +12,11 @@ layers are left out.
 from dataclasses import dataclass
 
 from oserve.engines.weights.model_types import (
-    Parameter,
+    ModelParameter,
     SharedWeights,
+    VllmConfig,
     WeightModule,
     WeightTensor,
-    WorkerConfig,
 )
 
 _ATTRIBUTE = "_oserve_raw_weights"
@@ -33,7 +33,7 @@ class _Processed:
 
     module: WeightModule
     quantised: bool
-    parameters: dict[str, tuple[Parameter, WeightTensor]]
+    parameters: dict[str, tuple[ModelParameter, WeightTensor]]
 
 
 class RawWeights:
@@ -71,7 +71,7 @@ class RawWeights:
             if id(parameter) not in left
         }
 
-    def repack(self, config: WorkerConfig) -> None:
+    def repack(self, config: VllmConfig) -> None:
         """Have kernels repack what was written. The engine must not compute meanwhile."""
         from vllm.config import set_current_vllm_config
         from vllm.utils.torch_utils import set_default_torch_dtype

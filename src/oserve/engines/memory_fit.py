@@ -44,7 +44,7 @@ _CONTEXT = "engines.max_model_len"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class MemoryFit:
     """Devices of one kind, their memory, and the model to serve on them.
 
     ``free_bytes``: of main memory, for all engines together; unused on GPUs. ``model`` is ``None``
@@ -146,7 +146,7 @@ class Room:
             if missed is not None and _is_judged(spec):
                 raise missed
 
-    def words(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
+    def notes(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
         """Notes for the user on the caches of these replicas; none on GPUs."""
         size = self.settings.kv_cache_memory_bytes
         shapes = [spec.shape for spec in specs if _is_judged(spec)]
@@ -328,18 +328,18 @@ def cache_sized(
     """Settings for an engine without a cache size: on CPU with the size that fits now."""
     if settings.kv_cache_memory_bytes or shape.kv_cache_memory_bytes:
         return settings
-    room = Room(
+    fit = MemoryFit(
         settings=settings,
         devices=tuple(devices),
         model=known_model(model),
         free_bytes=float(available_memory_bytes()),
     )
-    return room.sized([shape])[0]
+    return fit.sized([shape])[0]
 
 
-def with_settings(room: Room, settings: EngineSettings) -> Room:
+def with_settings(room: MemoryFit, settings: EngineSettings) -> MemoryFit:
     """The same devices and memory under other settings."""
-    return Room(
+    return MemoryFit(
         settings=settings, devices=room.devices, model=room.model, free_bytes=room.free_bytes
     )
 
