@@ -7,6 +7,7 @@ what the client has been shown is the beginning of its answer.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -69,9 +70,9 @@ class World:
         """Play it; every command and every settled moment is checked."""
         self._later(0, None, lambda: on.TableChanged(self.table))
         for change in self.scenario.changes:
-            self._later(change.at, None, lambda change=change: self._change(change))
+            self._later(change.at, None, partial(self._change, change))
         for number, ask in enumerate(sorted(self.scenario.asks, key=lambda ask: ask.at)):
-            self._later(ask.at, number, lambda number=number, ask=ask: self._ask(number, ask))
+            self._later(ask.at, number, partial(self._ask, number, ask))
         ticks = 0
         for _ in range(_MOST_STEPS):
             next_s = min(self._queue[0][0] if self._queue else _NEVER_S, self.machine.due_s)

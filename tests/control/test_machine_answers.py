@@ -1,5 +1,7 @@
 """What follows when replicas fail, refuse, break off, or do not understand."""
 
+from typing import Any
+
 import pytest
 
 from oserve.control.dispatch import commands as do
@@ -23,7 +25,7 @@ def broken(number: int, cause: Cause, rest: Rest | None = REST, **fields: bool) 
     return on.Broken(number=number, cause=cause, rest=rest, reason="broke", **fields)
 
 
-def streaming(*replicas: TableReplica, **settings: int) -> Driver:
+def streaming(*replicas: TableReplica, **settings: Any) -> Driver:
     """A machine with a request that streams at the first replica."""
     driver = Driver(*replicas, policy=DispatchPolicy(**settings))
     driver.ask(0.0, 1)

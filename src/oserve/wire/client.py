@@ -57,14 +57,14 @@ class _Collector:
 
 
 async def post(
-    pool: UpstreamPool, path: str, body: bytes, *, timeout_s: float
+    pool: UpstreamPool, path: bytes, body: bytes, *, timeout_s: float | None
 ) -> tuple[int, bytes]:
     """Status and body of the answer to a POST of JSON.
 
-    Raises ConnectionError where the server cannot be reached or breaks off, TimeoutError.
+    Raises ConnectionError if the server cannot be reached or breaks off, and TimeoutError.
     """
     collector = _Collector()
-    head = b"POST %b HTTP/1.1\r\nhost: oserve\r\ncontent-type: application/json\r\n" % path.encode()
+    head = b"POST %b HTTP/1.1\r\nhost: oserve\r\ncontent-type: application/json\r\n" % path
     pool.send(head + b"content-length: %d\r\n\r\n%b" % (len(body), body), collector)
     try:
         async with asyncio.timeout(timeout_s):

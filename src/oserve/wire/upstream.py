@@ -119,7 +119,7 @@ class UpstreamConnection(asyncio.Protocol):
         elif self._head is not None and self.framing is None:
             sink.on_end()  # the body ended with the connection, as its head announced
         else:
-            sink.on_error("the connection to the replica broke")
+            sink.on_error("the connection broke")
 
     def data_received(self, data: bytes) -> None:
         sink, framing = self._sink, self.framing
@@ -176,13 +176,13 @@ class UpstreamConnection(asyncio.Protocol):
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
             if len(buffer) > _MAX_HEAD_BYTES:
-                self._broken(sink, "the replica's response head is too long")
+                self._broken(sink, "the response head is too long")
             return b""
         rest = buffer[end + 4 :]
         try:
             head = read_head(buffer[:end])
         except ValueError as error:
-            self._broken(sink, f"the replica's response head is malformed: {error}")
+            self._broken(sink, f"the response head is malformed: {error}")
             return b""
         if head.status < _FINAL:
             self._buffer = rest
@@ -273,7 +273,7 @@ class UpstreamPool:
                     )
         except (OSError, TimeoutError) as error:
             if not _unwanted(sink, instead_of):
-                reason = f"cannot connect to the replica: {error or 'timed out'}"
+                reason = f"cannot connect: {error or 'timed out'}"
                 _tell(sink, lambda: sink.on_error(reason))
             return
         if _unwanted(sink, instead_of):
