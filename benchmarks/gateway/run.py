@@ -3,11 +3,14 @@
     python benchmarks/gateway/run.py [--vllm-router PATH] [--other SRC] [--rounds 3] [--json FILE]
 
 The router runs alone on core 0; backend and client share core 1. Rounds alternate between the
-contenders, so that a drift of the machine hits all of them; medians over rounds are printed.
-``--other`` is the ``src`` folder of another version of OServe, which runs beside this one.
+contenders, so that a drift of the machine hits all of them; medians over rounds are printed, then
+the ratios to vllm-router in one table. CPU is that of all processes of a router, in user and kernel
+mode, from the scheduler's accounts. ``--other`` is the ``src`` folder of another version of OServe,
+which runs beside this one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
-from client import Load, Result
+from client import Ask, ClosedLoad, Load, Result, SteadyLoad, ask
 
 from oserve.engines.registry import read_registry
 
 HERE = Path(__file__).resolve().parent
 PLANS = "oserve/config/plan.py"
+RUST = "vllm-router (Rust)"
 
 
 @dataclass
@@ -68,12 +72,13 @@ def wait_until_up(port: int, log: Path) -> None:
 
 
 def cpu_s(pids: list[int]) -> float:
-    """User and system seconds used by these processes so far."""
-    total = 0.0
+    """User and system seconds used by the threads of these processes so far."""
+    used_ns = 0
     for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                used_ns += int((task / "schedstat").read_text().split()[0])
+    return used_ns / 1e9
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -81,11 +86,9 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(
-    contender: Contender, connections: int, load: Callable[[int], Load]
-) -> dict[str, float]:
+def measure(contender: Contender, load: Callable[[int], Load]) -> dict[str, float]:
     used_s = cpu_s(contender.pids)
-    result: Result = uvloop.run(load(contender.port).run(connections))
+    result: Result = uvloop.run(started(load, contender.port))
     used_s = cpu_s(contender.pids) - used_s
     if result.failed:
         sys.exit(f"{contender.name}: {result.failed} answers were wrong")
@@ -94,6 +97,7 @@ def measure(
         "chunks_per_s": result.chunks / result.wall_s,
         "answer_p50_ms": 1e3 * percentile(result.answer_s, 0.5),
         "answer_p99_ms": 1e3 * percentile(result.answer_s, 0.99),
+        "router_cpu_us_per_request": 1e6 * used_s / result.answers,
         "router_cpu_us_per_chunk": 1e6 * used_s / result.chunks,
     }
     if result.chunk_s:
@@ -102,30 +106,65 @@ def measure(
     return row
 
 
-def loads(scale: float) -> dict[str, tuple[int, Callable[[int], Load]]]:
-    """Name -> connections, load for a port."""
+async def started(load: Callable[[int], Load], port: int) -> Result:
+    return await load(port).run()
 
-    def load(total: int, *, chunks: int = 1, stream: bool = False, step_us: int = 0, timed=False):  # type: ignore[no-untyped-def]
-        size = max(1, int(total * scale))
-        return lambda port: Load(
-            port, total=size, stream=stream, chunks=chunks, step_us=step_us, timed=timed
-        )
+
+ANSWERS = "answers, 64 connections, as fast as possible"
+ONE = "answers, 1 connection"
+STREAMS = "streams of 200, 64 connections, as fast as possible"
+PACED = "streams of 100, 32 connections, a chunk each 10 ms"
+MANY_PACED = "streams of 200, 128 connections, a chunk each 10 ms"
+STEADY = "steady mix, 100 requests/s: half answers, half streams of 50, a chunk each 10 ms"
+# Load, measurement, and whether more of it is better.
+TABLE = (
+    (ANSWERS, "requests_per_s", True),
+    (ANSWERS, "router_cpu_us_per_request", False),
+    (ANSWERS, "answer_p99_ms", False),
+    (ONE, "answer_p50_ms", False),
+    (ONE, "answer_p99_ms", False),
+    (STREAMS, "chunks_per_s", True),
+    (STREAMS, "router_cpu_us_per_chunk", False),
+    (PACED, "router_cpu_us_per_chunk", False),
+    (PACED, "chunk_p99_ms", False),
+    (MANY_PACED, "router_cpu_us_per_chunk", False),
+    (MANY_PACED, "chunk_p99_ms", False),
+    (STEADY, "router_cpu_us_per_request", False),
+    (STEADY, "answer_p99_ms", False),
+    (STEADY, "chunk_p99_ms", False),
+)
+
+
+def loads(scale: float) -> dict[str, Callable[[int], Load]]:
+    """Name -> load for a port."""
+
+    def closed(
+        total: int,
+        connections: int,
+        *,
+        chunks: int = 1,
+        stream: bool = False,
+        step_us: int = 0,
+    ) -> Callable[[int], Load]:
+        def made(port: int) -> Load:
+            wanted = ask(port, stream=stream, chunks=chunks, step_us=step_us, timed=step_us > 0)
+            return ClosedLoad(
+                port, wanted, total=max(1, int(total * scale)), connections=connections
+            )
+
+        return made
+
+    def steady(port: int) -> Load:
+        mix: list[Ask] = [ask(port), ask(port, stream=True, chunks=50, step_us=10_000, timed=True)]
+        return SteadyLoad(port, mix, rate_per_s=100.0, seconds=20.0 * scale)
 
     return {
-        "answers, 64 connections, as fast as possible": (64, load(20_000)),
-        "answers, 1 connection": (1, load(3_000)),
-        "streams of 200, 64 connections, as fast as possible": (
-            64,
-            load(1_500, chunks=200, stream=True),
-        ),
-        "streams of 100, 32 connections, a chunk each 10 ms": (
-            32,
-            load(200, chunks=100, stream=True, step_us=10_000, timed=True),
-        ),
-        "streams of 200, 128 connections, a chunk each 10 ms": (
-            128,
-            load(500, chunks=200, stream=True, step_us=10_000, timed=True),
-        ),
+        ANSWERS: closed(20_000, 64),
+        ONE: closed(3_000, 1),
+        STREAMS: closed(1_500, 64, chunks=200, stream=True),
+        PACED: closed(200, 32, chunks=100, stream=True, step_us=10_000),
+        MANY_PACED: closed(500, 128, chunks=200, stream=True, step_us=10_000),
+        STEADY: steady,
     }
 
 
@@ -167,7 +206,7 @@ def contenders(
         command += ["--prometheus-port", str(metrics), "--prometheus-host", "127.0.0.1"]
         processes.append(start(command, 0, log))
         wait_until_up(port, log)
-        found.append(Contender("vllm-router (Rust)", port, [processes[-1].pid]))
+        found.append(Contender(RUST, port, [processes[-1].pid]))
     return found, processes
 
 
@@ -184,16 +223,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, processes = contenders(Path(folder), wanted.vllm_router, wanted.other)
         try:
-            for name, (connections, load) in loads(wanted.scale).items():
+            for name, load in loads(wanted.scale).items():
                 taken: dict[str, list[dict[str, float]]] = {item.name: [] for item in found}
                 for _ in range(wanted.rounds):
                     for item in found:
-                        taken[item.name].append(measure(item, connections, load))
+                        taken[item.name].append(measure(item, load))
                 rows[name] = {
                     who: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
                     for who, runs in taken.items()
                 }
                 show(name, rows[name])
+            compare(rows, found)
         finally:
             for process in processes:
                 process.terminate()
@@ -208,9 +248,29 @@ def main() -> None:
 def show(name: str, row: dict[str, dict[str, float]]) -> None:
     print(f"\n{name}")
     keys = list(row["no router"])
-    print(f"  {'':22}" + "".join(f"{key:>25}" for key in keys))
+    print(f"  {'':22}" + "".join(f"{key:>27}" for key in keys))
     for who, values in row.items():
-        print(f"  {who:22}" + "".join(f"{values[key]:>25.3f}" for key in keys), flush=True)
+        print(f"  {who:22}" + "".join(f"{values[key]:>27.3f}" for key in keys), flush=True)
+
+
+def compare(rows: dict[str, dict[str, dict[str, float]]], found: list[Contender]) -> None:
+    """Each router beside vllm-router; OServe is ahead where a ratio is bold."""
+    names = [item.name for item in found if item.pids]
+    if RUST not in names:
+        return
+    others = [name for name in names if name != RUST]
+    print("\n| load | | vllm-router | " + " | ".join(f"{name} | ratio" for name in others) + " |")
+    print("|---|---|---|" + "---|---|" * len(others))
+    for load, key, more in TABLE:
+        rust = rows[load][RUST][key]
+        cells = []
+        for name in others:
+            ratio = rows[load][name][key] / rust
+            ahead = ratio > 1 if more else ratio < 1
+            cells.append(
+                f"{rows[load][name][key]:,.2f} | {f'**{ratio:.2f}**' if ahead else f'{ratio:.2f}'}"
+            )
+        print(f"| {load} | {key} | {rust:,.2f} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

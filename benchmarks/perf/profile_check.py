@@ -25,7 +25,7 @@ from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
 from oserve.profiler.client import EngineClient, MeasuredStream
 from oserve.profiler.contention import foreign_cpu_s
-from oserve.profiler.profile import engine_hall, profile_devices, started_engine
+from oserve.profiler.profile import profile_devices, started_engine, temporary_cluster
 
 LIMITS = ((256, 8), (1024, 32))
 # Prompt tokens, output tokens, requests in flight.
@@ -91,7 +91,7 @@ async def check(wanted: argparse.Namespace) -> float:
         f"{'TPOT ms':>7} {'told':>7} {'error':>6} | others' cores"
     )
     rates, tpots = [], []
-    async with engine_hall(settings, devices) as cluster:
+    async with temporary_cluster(settings, devices) as cluster:
         for tp, pp, precision in [entry.key for entry in source.profile.entries]:
             if wanted.only and f"tp{tp}pp{pp}-{precision}" not in wanted.only:
                 continue

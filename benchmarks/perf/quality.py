@@ -15,7 +15,7 @@ from pathlib import Path
 from oserve.cli.serve import settings_from
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.control import EngineControl
-from oserve.profiler.profile import engine_hall, limited, profile_devices, started_engine
+from oserve.profiler.profile import limited, profile_devices, started_engine, temporary_cluster
 
 PAGE = Path(__file__).with_name("page.txt")
 NAME = "profiled"
@@ -28,7 +28,7 @@ async def measured(wanted: argparse.Namespace) -> dict[Precision, float]:
     variants = [Precision(name) for name in settings.engines.variants]
     text = wanted.text.read_text(encoding="utf-8")
     found: dict[Precision, float] = {}
-    async with engine_hall(settings, devices) as hall:
+    async with temporary_cluster(settings, devices) as hall:
         for precision in (Precision.FP32, Precision.BF16, *variants):
             shape = limited(ReplicaShape(precision=precision), cpu=devices[0].kind == "cpu")
             async with (

@@ -27,7 +27,8 @@ from oserve.sim.compiled import HAS_NUMBA
 from oserve.traces import TraceRequest, read_trace, synthesise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from sim.reference import PS, Engine, Job, Reference
+from sim.engine_reference import PS, Engine, Job
+from sim.reference import Reference
 
 SHAPE = ReplicaShape(
     tensor_parallel_size=4, max_num_batched_tokens=2048, max_num_seqs=128, device_kind="H100"

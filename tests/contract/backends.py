@@ -14,7 +14,7 @@ import openai
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
-from oserve.engines.attached import Look
+from oserve.engines.attached import AttachedProbe
 from oserve.engines.probe import Probe
 from oserve.gateway.http.server import Gateway
 from oserve.gateway.settings import GatewaySettings
@@ -152,7 +152,7 @@ async def whole_answers(front: Behind) -> None:
 
 
 async def streams(front: Behind) -> None:
-    """A stream says the same, in one form, and reports usage to those who ask for it only."""
+    """A stream says the same, in one form, and reports usage only on request."""
     base = front.backend.url.removesuffix("/v1")
     for path in PATHS:
         body = wish(path)
@@ -205,7 +205,7 @@ async def is_found_well(front: Behind) -> None:
     """Its health path is found, and its name among its models where it lists them."""
     backend = front.backend
     async with Probe(backend.endpoint, timeout_s=300) as probe:
-        found = await Look(probe, backend.endpoint, backend.model).try_out()
+        found = await AttachedProbe(probe, backend.endpoint, backend.model).try_out()
     assert (found.trouble, found.doubt) == ("", "")
     assert found.health == backend.health
 

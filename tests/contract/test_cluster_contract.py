@@ -1,4 +1,4 @@
-"""What every cluster behind the door promises: one suite, on a simulated and on a real one."""
+"""What every implementation of the cluster API promises: one suite, simulated and real."""
 
 import asyncio
 import os
@@ -175,8 +175,8 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
     with pytest.raises(ValueError, match=r"cpu:9|not there"):
         await cluster.apply(StartReplica(spec=spec("b", "cpu:9")))
     # What is unknown is nothing to drain or stop.
-    await cluster.apply(DrainReplica(replica="nobody"))
-    await cluster.apply(StopReplica(replica="nobody"))
+    await cluster.apply(DrainReplica(replica="unknown"))
+    await cluster.apply(StopReplica(replica="unknown"))
     await cluster.apply(DrainReplica(replica="a"))
     await subject.phase("a", ReplicaPhase.DRAINING)
     await cluster.apply(DrainReplica(replica="a"))
@@ -184,7 +184,7 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
     observation = await subject.phase("a", ReplicaPhase.GONE)
     assert observation.failures == {}
     await cluster.apply(StopReplica(replica="a"))
-    # An end nobody asked for is counted, and its devices are free again.
+    # An unexpected exit is counted, and its devices are free again.
     await cluster.apply(StartReplica(spec=spec("c", "cpu:0")))
     await subject.phase("c", ReplicaPhase.READY)
     await subject.crash("c")
@@ -220,7 +220,7 @@ async def test_standby_beside_others_until_it_is_committed(subject: Subject) -> 
         await cluster.apply(CommitReplicas(ready=("wide",), drain=("a",)))
     observation = await subject.phase("wide", ReplicaPhase.STANDBY)
     assert observation.replica("a") is not None
-    commit = CommitReplicas(ready=("wide",), drain=("a", "nobody"))
+    commit = CommitReplicas(ready=("wide",), drain=("a", "unknown"))
     for _ in range(2):
         await cluster.apply(commit)
         observation = await cluster.observe()

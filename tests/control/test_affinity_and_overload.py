@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from oserve.control.dispatch.affinity import Affinity
 from oserve.control.dispatch.ledger import WorkLedger
-from oserve.control.dispatch.overload import OverloadPolicy, shed_in_s, too_late
+from oserve.control.dispatch.overload import OverloadPolicy, shed_at_s, too_late
 from oserve.control.dispatch.router import Route, Router
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import Endpoint, ReplicaLoad, ReplicaPhase, Request
@@ -104,6 +104,5 @@ def test_too_late_is_when_even_the_quickest_would_miss_it() -> None:
     assert not too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.4)
     assert too_late(policy, arrival_s=10.0, now_s=11.0, prefill_s=0.6)
     assert not too_late(OverloadPolicy(), arrival_s=0.0, now_s=1e9, prefill_s=1.0)
-    assert shed_in_s(policy, arrival_s=10.0, now_s=12.0) == 3.0
-    assert shed_in_s(policy, arrival_s=10.0, now_s=99.0) == 0.0
-    assert shed_in_s(OverloadPolicy(), arrival_s=0.0, now_s=1.0) is None
+    assert shed_at_s(policy, arrival_s=10.0) == 15.0
+    assert shed_at_s(OverloadPolicy(), arrival_s=0.0) is None

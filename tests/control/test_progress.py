@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.progress import Activity, Progress, ProgressSample
+from oserve.control.progress import Activity, ProgressSample, ProgressTracker
 
 AFTER_S = 10.0
 STEPS = 4.0
 
 
-def fresh(step_s: float = 0.0) -> Progress:
-    return Progress(after_s=AFTER_S, steps=STEPS, interval_s=1.0, step_s=step_s)
+def fresh(step_s: float = 0.0) -> ProgressTracker:
+    return ProgressTracker(after_s=AFTER_S, steps=STEPS, interval_s=1.0, step_s=step_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Stretch:
     seen: bool = True
 
 
-def played(progress: Progress, stretches: Iterable[Stretch]) -> tuple[str, float]:
+def played(progress: ProgressTracker, stretches: Iterable[Stretch]) -> tuple[str, float]:
     """The first reason to end it, and how long it had been silent by then."""
     now_s = work_s = 0.0
     progress.observe(ProgressSample(now_s=now_s, answered=True))

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from oserve.engines.adoption import read_note
 from oserve.engines.group import group_members, start_ticks
 from oserve.engines.registry import read_registry
 
@@ -89,7 +90,8 @@ def held(folder: Path) -> list[tuple[str, tuple[str, ...], int]]:
     registry = read_registry(folder / "keeper.json")
     entries = [] if registry is None else registry.held
     engines = [entry for entry in entries if entry.engine]
-    return [(e.note["replica"], tuple(e.note["devices"]), e.pid) for e in engines]
+    notes = [(read_note(entry.note), entry.pid) for entry in engines]
+    return [(note.replica, note.devices, pid) for note, pid in notes if note is not None]
 
 
 async def watch_devices(folder: Path) -> None:

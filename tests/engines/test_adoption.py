@@ -1,4 +1,4 @@
-"""Servers come and go; the keeper and what it holds stay: made-up processes, a real line."""
+"""Servers come and go while the keeper holds their engines: fake processes, a real socket."""
 
 import asyncio
 import random
@@ -21,6 +21,7 @@ from oserve.core import (
     StopReplica,
     VirtualClock,
 )
+from oserve.engines.adoption import read_note
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.holding import HeldEngines, identity_of
@@ -75,7 +76,7 @@ class World:
                 await asyncio.sleep(0)
 
     async def server(self, **settings: Any) -> tuple[list[str], list[str]]:
-        """Another server: the one before is gone without a word."""
+        """Another server, after the previous one was killed."""
         if hasattr(self, "engines"):
             await self.vanish()
         grace_s = float(settings.pop("orphan_grace_s", 600.0))
@@ -104,9 +105,8 @@ class World:
     async def vanish(self) -> None:
         line = self.engines._line
         assert line is not None
-        line.send = lambda ask: None  # type: ignore[method-assign]
+        # A replica's task that is cancelled ends its engine: on a broken line no keeper hears that.
         line._writer.transport.abort()
-        # Told to end, a replica's task ends its engine: here nobody hears that.
         tasks = [line.lost, *(task for _, task in self.cluster._running.values())]
         while not all(task.done() for task in tasks):
             for task in tasks:
@@ -151,7 +151,8 @@ class World:
         """Devices in the registry on disk."""
         registry = read_registry(self.folder / "keeper.json")
         assert registry is not None
-        return [device for entry in registry.held for device in entry.note["devices"]]
+        notes = [read_note(entry.note) for entry in registry.held]
+        return [device for note in notes if note is not None for device in note.devices]
 
     def alive(self) -> list[FakeProcess]:
         return [process for process in self.launcher.processes if not process.ended.done()]
@@ -175,7 +176,7 @@ def spec(name: str, *devices: str, chunk: int = 256) -> ReplicaSpec:
     )
 
 
-async def test_what_fits_goes_on_as_it_was(world: World) -> None:
+async def test_a_fitting_engine_is_taken_over_as_it_was(world: World) -> None:
     assert await world.server() == ([], [])
     await world.start(spec("a"))
     await world.start(spec("b", "cpu:1", "cpu:2"), ready=False)
@@ -199,7 +200,9 @@ async def test_what_fits_goes_on_as_it_was(world: World) -> None:
     assert len({process.pid for process in world.launcher.processes}) == 3
 
 
-async def test_other_settings_of_engines_end_them_and_others_do_not(world: World) -> None:
+async def test_changed_engine_settings_end_engines_and_changed_monitoring_does_not(
+    world: World,
+) -> None:
     await world.server()
     await world.start(spec("a"))
     assert await world.server(health_interval_s=2.0, orphan_grace_s=5.0) == (["a"], [])
@@ -215,7 +218,7 @@ async def test_other_settings_of_engines_end_them_and_others_do_not(world: World
     await world.start(spec("b"))
 
 
-async def test_what_nobody_knows_is_ended_before_anything_starts(world: World) -> None:
+async def test_unknown_engines_are_ended_before_any_engine_starts(world: World) -> None:
     await world.server()
     await world.start(spec("a"))
     for name, note in (("x-7", {"odd": 1}), ("a-8", world.engines.engines()["a-1"].entry.note)):
@@ -228,7 +231,7 @@ async def test_what_nobody_knows_is_ended_before_anything_starts(world: World) -
     assert "b-9" in world.engines.engines()
 
 
-async def test_one_that_was_ending_ends_and_keeps_its_devices_until_then(world: World) -> None:
+async def test_an_ending_engine_keeps_its_devices_until_it_is_gone(world: World) -> None:
     await world.server()
     await world.start(spec("a"))
     process = world.launcher.processes[0]
@@ -244,7 +247,7 @@ async def test_one_that_was_ending_ends_and_keeps_its_devices_until_then(world: 
     assert process.signals == ["TERM", "TERM", "KILL"]
 
 
-async def test_one_that_is_only_starting_is_found_too(world: World) -> None:
+async def test_a_starting_engine_is_taken_over(world: World) -> None:
     await world.server()
     world.launcher.gate.clear()
     await world.cluster.apply(StartReplica(spec=spec("a")))
@@ -266,7 +269,7 @@ async def test_one_that_is_only_starting_is_found_too(world: World) -> None:
     assert len(world.alive()) == 1
 
 
-async def test_an_engine_that_died_meanwhile_is_gone(world: World) -> None:
+async def test_an_engine_that_exits_between_servers_is_gone(world: World) -> None:
     await world.server()
     await world.start(spec("a"))
     await world.vanish()
@@ -276,7 +279,7 @@ async def test_an_engine_that_died_meanwhile_is_gone(world: World) -> None:
     assert world.booked() == []
 
 
-async def test_a_launcher_that_cannot_is_told(world: World) -> None:
+async def test_a_failed_launch_is_reported(world: World) -> None:
     await world.server()
     world.launcher.error = OServeError("no", place="engines", remedy="try")
     await world.cluster.apply(StartReplica(spec=spec("a")))
@@ -286,7 +289,7 @@ async def test_a_launcher_that_cannot_is_told(world: World) -> None:
     assert world.booked() == []
 
 
-async def test_left_alone_it_ends_everything(tmp_path: Path) -> None:
+async def test_without_a_server_the_keeper_ends_everything(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.begun()
     await world.server(orphan_grace_s=0.0)
@@ -298,7 +301,7 @@ async def test_left_alone_it_ends_everything(tmp_path: Path) -> None:
     assert not world.run.exists()
 
 
-async def test_a_normal_end_leaves_nothing(tmp_path: Path) -> None:
+async def test_closing_leaves_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.begun()
     await world.server()
@@ -312,7 +315,7 @@ async def test_a_normal_end_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
-async def test_whatever_happens_no_device_is_booked_twice(world: World, seed: int) -> None:
+async def test_no_device_is_ever_taken_twice(world: World, seed: int) -> None:
     draw = random.Random(seed)
     await world.server()
     for _ in range(60):
@@ -344,7 +347,7 @@ async def test_whatever_happens_no_device_is_booked_twice(world: World, seed: in
         assert set(booked) <= set(taken)
 
 
-async def test_a_size_of_caches_that_was_computed_is_no_setting(world: World) -> None:
+async def test_a_computed_cache_size_does_not_end_engines(world: World) -> None:
     """Free memory is never twice the same: engines go on with the cache they have."""
     await world.server(kv_cache_memory_bytes=1 << 20, sized=True)
     await world.start(spec("a"))

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from oserve.core import AttachedBackend, Endpoint
-from oserve.engines.attached import Finding, Look, health_paths
-from oserve.engines.probe import Answer
+from oserve.engines.attached import AttachedProbe, Finding, health_paths
+from oserve.engines.probe import ProbeReply
 
 CARDS = b'{"data": [{"id": "m", "max_model_len": 9}]}'
 
@@ -14,16 +14,18 @@ CARDS = b'{"data": [{"id": "m", "max_model_len": 9}]}'
 class Scripted:
     """Answers by path; 404 to all others."""
 
-    def __init__(self, **answers: int | Answer) -> None:
+    def __init__(self, **answers: int | ProbeReply) -> None:
         self.asked: list[str] = []
         self.answers = {
-            "/" + path.replace("__", "/"): item if isinstance(item, Answer) else Answer(status=item)
+            "/" + path.replace("__", "/"): item
+            if isinstance(item, ProbeReply)
+            else ProbeReply(status=item)
             for path, item in answers.items()
         }
 
-    async def ask(self, method: str, path: str, body: Any = None) -> Answer:
+    async def ask(self, method: str, path: str, body: Any = None) -> ProbeReply:
         self.asked.append(path)
-        return self.answers.get(path, Answer(status=404))
+        return self.answers.get(path, ProbeReply(status=404))
 
 
 async def look(
@@ -31,7 +33,7 @@ async def look(
 ) -> tuple[Finding, list[str]]:
     probe = Scripted(**answers)
     endpoint = Endpoint(url=url, health=given, api_key=key)
-    found = await getattr(Look(probe, endpoint, "m"), how)()  # type: ignore[arg-type]
+    found = await getattr(AttachedProbe(probe, endpoint, "m"), how)()  # type: ignore[arg-type]
     return found, probe.asked
 
 
@@ -39,7 +41,7 @@ async def look(
     ("url", "answers", "health"),
     [
         ("http://h", {"health": 200}, "/health"),
-        ("http://h/v1", {"v1__models": Answer(status=200, body=CARDS)}, "/v1/models"),
+        ("http://h/v1", {"v1__models": ProbeReply(status=200, body=CARDS)}, "/v1/models"),
         ("http://h", {"ping": 200}, "/ping"),
         ("http://h", {"v2__health__ready": 204}, "/v2/health/ready"),
         ("http://h/a", {"a__health": 200, "health": 200}, "/a/health"),
@@ -60,31 +62,31 @@ async def test_torchserve_is_asked_nothing_that_it_takes_for_a_prediction() -> N
 
 async def test_a_path_that_was_found_is_asked_alone_until_it_is_gone() -> None:
     probe = Scripted(ping=200)
-    watch = Look(probe, Endpoint(url="http://h"), "m")  # type: ignore[arg-type]
+    watch = AttachedProbe(probe, Endpoint(url="http://h"), "m")  # type: ignore[arg-type]
     await watch.health()
     probe.asked.clear()
     assert not (await watch.health()).trouble
     assert probe.asked == ["/ping"]
-    probe.answers = {"/health": Answer(status=200)}
+    probe.answers = {"/health": ProbeReply(status=200)}
     assert (await watch.health()).health == "/health"
-    probe.answers = {"/health": Answer(status=503)}
-    assert "not well" in (await watch.health()).trouble
+    probe.answers = {"/health": ProbeReply(status=503)}
+    assert "not healthy" in (await watch.health()).trouble
 
 
 @pytest.mark.parametrize(
     ("answers", "trouble", "remedy"),
     [
-        ({"health": Answer(status=0, why="cannot connect")}, "cannot connect", "start it"),
-        ({}, "no path says", "attach.health"),
+        ({"health": ProbeReply(status=0, why="cannot connect")}, "cannot connect", "start it"),
+        ({}, "no path tells its health", "attach.health"),
         ({"health": 401}, "/health answers 401", "api_key_env"),
-        ({"health": 503}, "not well", "its own log"),
+        ({"health": 503}, "not healthy", "its own log"),
         ({"health": 200, "v1__models": 403}, "/v1/models answers 403", "api_key_env"),
         ({"health": 200, "v1__completions": 401}, "answers 401", "api_key_env"),
         ({"health": 200}, "answers 404 for the model 'm'", "attach.model"),
         ({"health": 200, "v1__completions": 500}, "answers 500", "its own log"),
         ({"health": 200, "v1__completions": 429}, "answers 429", "its own log"),
         (
-            {"health": 200, "v1__completions": Answer(status=0, why="no answer within 5 s")},
+            {"health": 200, "v1__completions": ProbeReply(status=0, why="no answer within 5 s")},
             "no answer",
             "its own log",
         ),
@@ -101,15 +103,15 @@ async def test_what_is_wrong_is_told_with_its_remedy(
         assert "check the value" in found.remedy
 
 
-async def test_doubts_keep_nobody_from_serving() -> None:
-    card = Answer(status=200, body=b'{"data": [{"id": "other"}]}')
+async def test_a_doubtful_server_still_serves() -> None:
+    card = ProbeReply(status=200, body=b'{"data": [{"id": "other"}]}')
     found, _ = await look("http://h", v1__models=card, v1__completions=200)
     assert found.trouble == ""
     assert "lists other and not m" in found.doubt
     found, _ = await look("http://h", v1__models=card, v1__completions=400)
     assert "answers 400" in found.doubt
     for body in (b"", b"<html>", b"[]", b'{"data": {}}', b'{"choices": []}'):
-        odd = Answer(status=200, body=body)
+        odd = ProbeReply(status=200, body=body)
         found, _ = await look("http://h", v1__models=odd, v1__completions=200)
         assert (found.trouble, found.doubt, found.models) == ("", "", None)
 

@@ -1,4 +1,4 @@
-"""The live cluster with made-up processes and a clock that is told the time."""
+"""The live cluster with fake processes and a virtual clock."""
 
 import asyncio
 import signal
@@ -23,10 +23,10 @@ from oserve.core import (
     StopReplica,
     VirtualClock,
 )
-from oserve.engines import cluster as cluster_module
+from oserve.engines import replica_states
 from oserve.engines.cluster import LocalCluster
 from oserve.engines.devices import split_cores
-from oserve.engines.probe import Answer, EngineLoad, ServedModel
+from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -118,15 +118,21 @@ class FakeProbe:
         self.completed += 1
         return self.completes
 
-    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        return Answer(status=200, body=self.cards) if self.well else Answer(status=0, why="gone")
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> ProbeReply:
+        return (
+            ProbeReply(status=200, body=self.cards)
+            if self.well
+            else ProbeReply(status=0, why="gone")
+        )
 
     async def close(self) -> None:
         self.closed = True
 
 
 class Stage:
-    """A cluster, and the strings that move it."""
+    """A cluster and its fakes."""
 
     def __init__(self, run_dir: Path, **settings: Any) -> None:
         self.clock = VirtualClock()
@@ -251,7 +257,7 @@ async def test_devices_stay_taken_until_the_processes_are_gone(stage: Stage) -> 
     await stage.start(spec("b"))
 
 
-async def test_an_end_nobody_asked_for_is_counted(stage: Stage) -> None:
+async def test_unexpected_exits_are_counted(stage: Stage) -> None:
     for count in (1, 2):
         await stage.start(spec())
         log = stage.run_dir / "logs" / "r.log"
@@ -265,7 +271,32 @@ async def test_an_end_nobody_asked_for_is_counted(stage: Stage) -> None:
     assert len((await stage.cluster.observe()).replicas) == 1
 
 
-async def test_a_good_while_wipes_the_slate(stage: Stage) -> None:
+async def test_an_exit_is_reported_with_the_replica_whatever_its_id_and_reason(
+    stage: Stage,
+) -> None:
+    ids = ("a", "start a: b", "gateway:0", "a:")
+    for number, name in enumerate(ids):
+        await stage.start(spec(name, f"cpu:{number}"))
+        log = stage.run_dir / "logs" / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
+        log.write_text(f"ValueError: start {ids[0]}: no: {name}\n")
+        stage.launcher.processes[-1].end(1)
+        await stage.clock.advance(0)
+    failures = (await stage.cluster.observe()).failures
+    assert list(failures) == list(ids)
+    for number, name in enumerate(ids):
+        assert failures[name].spec == spec(name, f"cpu:{number}")
+        assert failures[name].reason == f"ended with status 1: ValueError: start a: no: {name}"
+
+
+async def test_a_killed_engine_is_not_blamed_on_its_log(stage: Stage) -> None:
+    await stage.start(spec())
+    (stage.run_dir / "logs" / "r.log").write_text("ValueError: out of luck\n")
+    stage.launcher.processes[-1].end(-signal.SIGKILL)
+    await stage.clock.advance(0)
+    assert (await stage.cluster.observe()).failures["r"].reason == "ended by SIGKILL"
+
+
+async def test_stable_service_clears_the_failures(stage: Stage) -> None:
     await stage.start(spec())
     stage.launcher.processes[-1].end(1)
     await stage.clock.advance(0)
@@ -276,7 +307,7 @@ async def test_a_good_while_wipes_the_slate(stage: Stage) -> None:
     assert not (await stage.cluster.observe()).failures
 
 
-async def test_a_changed_spec_wipes_the_slate(stage: Stage) -> None:
+async def test_a_changed_spec_clears_the_failures(stage: Stage) -> None:
     await stage.start(spec())
     stage.launcher.processes[-1].end(1)
     await stage.clock.advance(0)
@@ -311,13 +342,13 @@ async def test_stop_while_the_launcher_is_busy(stage: Stage) -> None:
     assert stage.launcher.processes == []
 
 
-async def test_a_launcher_that_cannot(stage: Stage) -> None:
+async def test_a_failed_launch_is_a_failed_start(stage: Stage) -> None:
     stage.launcher.error = OServeError("no", place="engines", remedy="try")
     await stage.start(spec(), ready=False)
     assert (await stage.cluster.observe()).failures["r"].reason == "engines: no (try)"
 
 
-async def test_a_wish_that_cannot_be_met_is_a_failed_start(stage: Stage) -> None:
+async def test_an_impossible_spec_is_a_failed_start(stage: Stage) -> None:
     await stage.start(spec("r", "cpu:0", precision=Precision.INT4), ready=False)
     reason = (await stage.cluster.observe()).failures["r"].reason
     assert reason.startswith("engines.variants.int4: ")
@@ -357,7 +388,7 @@ async def test_attached_servers_come_and_go(stage: Stage) -> None:
 
 
 async def test_what_is_remembered_is_bounded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "_MAX_REMEMBERED", 3)
+    monkeypatch.setattr(replica_states, "_MAX_REMEMBERED", 3)
     for number in range(6):
         await stage.start(spec(f"r{number}"))
         stage.launcher.processes[-1].end(1)

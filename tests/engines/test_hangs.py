@@ -73,7 +73,7 @@ async def test_going_on_before_the_limit_changes_nothing(stage: Stage) -> None:
         assert await phase_after(stage, 3) is ReplicaPhase.READY
     assert stage.changes == changes
     assert not (await stage.cluster.observe()).failures
-    # What somebody else's signal has lengthened is not taken for a step.
+    # A step that a signal has lengthened does not count.
     assert (await stage.state("r")).patience_s == 10.0
 
 

@@ -1,4 +1,4 @@
-"""The keeper as a process, what it leaves when it is killed, and whose leftovers are ended."""
+"""The keeper as a process, and how the next one ends what a killed keeper has left."""
 
 import asyncio
 import os
@@ -14,7 +14,13 @@ import pytest
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
 from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
-from oserve.engines.registry import Entry, Registry, end_leftovers, read_registry, write_registry
+from oserve.engines.registry import (
+    Registry,
+    RegistryEntry,
+    end_leftovers,
+    read_registry,
+    write_registry,
+)
 from oserve.startup.lock import StateLock
 
 # A leader that says it is up, and a child that ignores TERM.
@@ -88,7 +94,7 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
 
 
 @pytest.mark.slow
-async def test_one_of_another_environment_ends_first(
+async def test_a_keeper_of_another_environment_ends_first(
     engines: HeldEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await engines.launch("a-1", [], {}, [], tmp_path / "log", None)
@@ -100,7 +106,7 @@ async def test_one_of_another_environment_ends_first(
     await again.close()
 
 
-async def test_a_program_that_is_not_there_is_told(engines: HeldEngines, tmp_path: Path) -> None:
+async def test_a_missing_program_is_reported(engines: HeldEngines, tmp_path: Path) -> None:
     with pytest.raises(OServeError, match="no-such-program"):
         await engines.hold("p:0", ["no-such-program"], "", tmp_path / "log", 0.0, None)
 
@@ -121,8 +127,8 @@ def group(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> Entry:
-    return Entry(
+def entry_of(process: "subprocess.Popen[bytes]", folder: Path, ticks: int = 0) -> RegistryEntry:
+    return RegistryEntry(
         name="a-1",
         engine=True,
         log="",
@@ -185,7 +191,7 @@ def test_the_folder_for_sockets_is_ours_alone(tmp_path: Path) -> None:
     assert len(str(folder)) < 30
     assert private_folder(tmp_path) == folder
     folder.chmod(0o755)
-    with pytest.raises(OServeError, match="not ours alone"):
+    with pytest.raises(OServeError, match="other users"):
         private_folder(tmp_path)
     folder.rmdir()
 

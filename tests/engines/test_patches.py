@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.engines.patches import PATCHES, VLLM, Patch, PatchError, Target, apply
+from oserve.engines.patches import PATCHES, VLLM, Patch, PatchError, PatchTarget, apply
 from oserve.engines.patches import patch as patches
 from oserve.engines.patches.segment_names import SEGMENT_NAMES
 
@@ -31,7 +31,7 @@ SUSPECT = re.compile(
 )
 
 ORIGINAL = '''
-"""A package that somebody else wrote."""
+"""A foreign package."""
 
 
 def plus(a, b):
@@ -89,14 +89,16 @@ def made(*, needed: bool = False) -> Patch:
         made_for="foreign 1",
         needed=needed,
         targets=(
-            Target(
+            PatchTarget(
                 place="foreign.use:plus",
                 source="foreign.work:plus",
                 digest=digests["plus"],
                 replace=lambda original: lambda a, b: original(a, b) + 10,
             ),
-            Target(place="foreign.work:Engine.wait", digest=digests["Engine.wait"], replace=more),
-            Target(
+            PatchTarget(
+                place="foreign.work:Engine.wait", digest=digests["Engine.wait"], replace=more
+            ),
+            PatchTarget(
                 place="foreign.use:Other.run",
                 source="foreign.work:Engine.run",
                 digest=digests["Engine.run"],
@@ -188,7 +190,7 @@ def test_what_is_not_wanted_here_is_not_even_looked_at(package: Callable[[str], 
         made_for="foreign 1",
         needed=True,
         wanted=lambda: False,
-        targets=(Target(place="nowhere:nothing", digest="", replace=lambda _original: None),),
+        targets=(PatchTarget(place="nowhere:nothing", digest="", replace=lambda _original: None),),
         reason="",
         without="",
         upstream="",
@@ -274,7 +276,7 @@ def test_the_command_tells_what_is_here(
     assert all(patch.name in told for patch in PATCHES)
     assert ("oserve[cpu]" if found is None else " ".join(found)) in told
     assert (f"{changed_name} is refused" in told) == (found is not None)
-    # Who serves is told only of another version, so that nobody reads files at each start.
+    # Serving names misfits of another version only, so that a start need not read vLLM's files.
     expected = found == ("vllm", "9.9.9")
     assert [changed_name in note for note in command.notes()] == [True] * expected
 
@@ -308,7 +310,7 @@ def root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def test_nobody_else_changes_what_is_not_ours() -> None:
+def test_no_other_module_assigns_to_foreign_ones() -> None:
     found = {}
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")

@@ -175,7 +175,7 @@ async def test_any_layout_takes_any_other_s_cache(cluster: LocalCluster) -> None
             [*prompt, *begun], TOKENS - len(begun), giving(new_name()) | taking(name)
         )
         assert [*begun, *rest] == expected
-    # What nobody ever gave is computed.
+    # A cache that no engine has written is computed.
     rest = await engines["wide"].tokens(PROMPT, 5, taking(new_name()))
     assert rest == whole[:5]
     # What is given up unasked leaves nothing, and what was taken in is gone.

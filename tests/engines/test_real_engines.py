@@ -88,7 +88,7 @@ def texts_of(folder: Path, pattern: str) -> list[str]:
 
 
 def left_memory() -> set[str]:
-    """Shared memory of engines that nobody uses any more."""
+    """Shared memory of engines that no process has mapped."""
     names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_dist_"))}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:

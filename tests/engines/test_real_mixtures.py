@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from engines.mixtures import make_mixture_variant
 from engines.stage import plan_of, replica, staged
 from oserve.engines.spawner import Launcher
-from oserve.engines.tiny import make_mixture_variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

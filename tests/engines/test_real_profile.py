@@ -11,9 +11,14 @@ from oserve.config import load_settings
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.devices import split_cores
 from oserve.perf.model import find_model
-from oserve.profiler.brief import measure_briefly, what_to_measure
+from oserve.profiler.brief import measure_briefly, shapes_to_measure
 from oserve.profiler.client import EngineClient
-from oserve.profiler.profile import ProfileReporter, engine_hall, measure_engine, started_engine
+from oserve.profiler.profile import (
+    ProfileReporter,
+    measure_engine,
+    started_engine,
+    temporary_cluster,
+)
 from oserve.startup.deployment import prepare
 
 pytestmark = pytest.mark.engine
@@ -37,7 +42,7 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
     done: list[int] = []
     report = ProfileReporter(begin=lambda _name, steps: begun.append(steps), advance=done.append)
     async with (
-        engine_hall(settings, devices) as cluster,
+        temporary_cluster(settings, devices) as cluster,
         started_engine(cluster, devices, shape) as state,
     ):
         entry, facts = await measure_engine(
@@ -67,14 +72,14 @@ async def test_a_brief_measurement_is_kept_and_planned_with(
         "planning.precisions": ["bf16"],
     }
     settings = load_settings(None, given, environment={})
-    shapes = what_to_measure(settings)
+    shapes = shapes_to_measure(settings)
     lines: list[str] = []
     # Long, since this must not fail on a slow machine: with time enough nothing is left out.
     await measure_briefly(
         settings, shapes, report=ProfileReporter(line=lines.append), limit_s=300.0
     )
     assert not [line for line in lines if "left out" in line], lines
-    assert what_to_measure(settings) == ()
+    assert shapes_to_measure(settings) == ()
     deployment = prepare(settings)
     assert "measured briefly" in deployment.why
     assert {spec.shape.precision for spec in deployment.plan.replicas} == {Precision.BF16}

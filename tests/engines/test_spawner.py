@@ -1,4 +1,4 @@
-"""Launchers with stand-in servers: no process survives, whoever dies first."""
+"""Launchers with stand-in servers: no process survives, whichever ends first."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Weights between ranks: what arrives, what is made of it, and how a transfer ends that cannot."""
+"""Weights between ranks: what arrives, how it is converted, and how a failed transfer ends."""
 
 import contextlib
 import os
@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from oserve.engines.weights.sockets import Listener, Stream, Throttle, TransferError
+from oserve.engines.rank_commands import COMMANDS, JobReport, MoveShards
+from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
 
 FREE = threading.Event()
 
@@ -23,7 +25,7 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
     listener.close()
 
 
-Pair = Callable[..., tuple[Stream, Stream]]
+Pair = Callable[..., tuple[ShardStream, ShardStream]]
 
 
 @pytest.fixture
@@ -31,9 +33,9 @@ def pair(listener: Listener) -> Iterator[Pair]:
     """Makes both ends of a stream; all of them are closed afterwards."""
     with contextlib.ExitStack() as opened:
 
-        def made(limit_s: float = 20.0) -> tuple[Stream, Stream]:
+        def made(limit_s: float = 20.0) -> tuple[ShardStream, ShardStream]:
             deadline_s = time.monotonic() + limit_s
-            caller = Stream.call(listener.path, "t", 3, deadline_s)
+            caller = ShardStream.call(listener.path, "t", 3, deadline_s)
             opened.callback(caller.close)
             called = listener.accept("t", [3], deadline_s)[3]
             opened.callback(called.close)
@@ -56,14 +58,14 @@ def test_bytes_go_through_whatever_the_pace(pair: Pair) -> None:
         assert got == data
 
 
-def test_strangers_and_disorder_are_refused(listener: Listener, pair: Pair) -> None:
+def test_other_transfers_and_wrong_order_are_refused(listener: Listener, pair: Pair) -> None:
     deadline_s = time.monotonic() + 20
-    with contextlib.closing(Stream.call(listener.path, "other", 3, deadline_s)) as stranger:
+    with contextlib.closing(ShardStream.call(listener.path, "other", 3, deadline_s)) as stranger:
         caller, called = pair()
         with pytest.raises(TransferError):
             stranger.take(1)
     caller.send(0, memoryview(b"abc"), Throttle(0, FREE))
-    with pytest.raises(TransferError, match="operation 0 of 3 bytes"):
+    with pytest.raises(TransferError, match="part 0 of 3 bytes"):
         called.receive(1, memoryview(bytearray(3)))
 
 
@@ -74,7 +76,7 @@ def test_a_caller_that_leaves_before_its_name_is_whole_keeps_nothing_open(
         caller.connect(listener.path)
         caller.send(b"\0\0")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(TransferError, match="hung up"):
+    with pytest.raises(TransferError, match="closed the connection"):
         listener.accept("t", [3], time.monotonic() + 20)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -85,15 +87,15 @@ def test_a_peer_that_ends_or_is_silent(listener: Listener, pair: Pair) -> None:
         called.take(1)
     caller, called = pair()
     caller.close()
-    with pytest.raises(TransferError, match="hung up"):
+    with pytest.raises(TransferError, match="closed the connection"):
         called.take(1)
-    with pytest.raises(TransferError, match="rank 5 did not call"):
+    with pytest.raises(TransferError, match="rank 5 did not connect"):
         listener.accept("t", [5], time.monotonic() + 0.05)
-    with pytest.raises(TransferError, match="nobody listens"):
-        Stream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
+    with pytest.raises(TransferError, match="no rank listens"):
+        ShardStream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
 
 
-def test_closing_wakes_who_waits(pair: Pair) -> None:
+def test_closing_wakes_a_waiting_thread(pair: Pair) -> None:
     _, called = pair()
     failed: list[Exception] = []
 
@@ -122,13 +124,11 @@ class Ranks:
         self.listeners = [Listener(path) for path in self.paths]
 
     def run(self, orders: list[dict[str, Any]], limit_s: float = 20.0) -> list[Any]:
-        from oserve.engines.weights.transfer import Order, Transfer  # noqa: PLC0415
+        from oserve.engines.weights.transfer import Transfer  # noqa: PLC0415
 
         jobs = [
             Transfer(
-                Order(
-                    **{"name": "t", "rank": n, "addresses": self.paths, "limit_s": limit_s, **own}
-                ),
+                command_of(n, self.paths, limit_s, own),
                 self.tensors[n],
                 self.listeners[n],
                 self.memories.get(n),
@@ -140,10 +140,26 @@ class Ranks:
         self.jobs = jobs
         return jobs
 
-    def wait(self) -> list[dict[str, Any]]:
+    def wait(self) -> list[JobReport]:
         while any(job.state == "running" for job in self.jobs):
             time.sleep(0.01)
-        return [job.document() for job in self.jobs]
+        return [job.report() for job in self.jobs]
+
+
+def command_of(
+    number: int, addresses: list[str], limit_s: float, fields: dict[str, Any]
+) -> MoveShards:
+    """The command with these fields of an order, as the rank reads it."""
+    own = dict(fields)
+    command = {"bytes_per_s": own.pop("bytes_per_s", 0.0)}
+    for way in ("sends", "receives"):
+        own[way] = {str(peer): parts for peer, parts in own.get(way, [])}
+    own |= {"replica": "r", "rank": number}
+    command |= {"type": "MoveShards", "name": "t", "number": number, "addresses": addresses}
+    text = msgspec.json.encode({**command, "limit_s": limit_s, "order": own}).decode()
+    read = COMMANDS.decode(text)
+    assert isinstance(read, MoveShards)
+    return read
 
 
 @pytest.mark.extra
@@ -179,7 +195,7 @@ def test_rows_shared_by_ranks_are_quantised_alike(tmp_path: Path) -> None:
             ),
         ]
     )
-    assert [document["state"] for document in ranks.wait()] == ["done"] * 3
+    assert [report.state for report in ranks.wait()] == ["done"] * 3
     scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
     scale[scale == 0] = 1
     whole = torch.clamp(torch.round(weight.float() / scale), -127, 127).to(torch.int8)
@@ -193,10 +209,10 @@ def shown(tensors: dict[str, Any]) -> Any:
     """The memory that these tensors lie in from now on, with what they were."""
     import torch  # noqa: PLC0415
 
-    from oserve.engines.weights.memory import Memory  # noqa: PLC0415
+    from oserve.engines.weights.memory import WeightMemory  # noqa: PLC0415
 
     before = {name: one.clone() for name, one in tensors.items()}
-    memory = Memory(tensors.values(), kept_bytes=8)
+    memory = WeightMemory(tensors.values(), kept_bytes=8)
     for name, tensor in tensors.items():
         lost = memory.holds(tensor) and tensor.nbytes > 8
         assert torch.equal(tensor, torch.zeros_like(tensor) if lost else before[name])
@@ -205,7 +221,7 @@ def shown(tensors: dict[str, Any]) -> Any:
 
 
 @pytest.mark.extra
-def test_what_others_can_map_is_copied_and_the_rest_sent(tmp_path: Path) -> None:
+def test_mapped_parts_are_copied_and_the_others_sent(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     source = {
@@ -255,9 +271,9 @@ def test_what_others_can_map_is_copied_and_the_rest_sent(tmp_path: Path) -> None
             },
         ]
     )
-    documents = ranks.wait()
-    assert [document["state"] for document in documents] == ["done"] * 2
-    assert documents[0]["sent_bytes"] == documents[1]["received_bytes"] == 64 * 24 * 2 + 196 + 96
+    reports = ranks.wait()
+    assert [report.state for report in reports] == ["done"] * 2
+    assert reports[0].sent_bytes == reports[1].received_bytes == 64 * 24 * 2 + 196 + 96
     assert torch.equal(target["v"], source["w"][:, 24:])
     for name in ("norm", "t", "scale"):
         assert torch.equal(target[name], source[name])
@@ -301,10 +317,10 @@ def test_one_that_fails_or_is_aborted_ends_the_others(tmp_path: Path, show: bool
         if how == "abort":
             ranks.jobs[1 if show else 0].abort()
         giver, taker = ranks.wait()
-        assert taker["state"] == "failed"
+        assert taker.state == "failed"
         # Whoever only shows what it has may be done before.
-        assert giver["state"] in ({"done", "failed"} if show else {"failed"})
-        assert all(one["reason"] for one in (giver, taker) if one["state"] == "failed")
+        assert giver.state in ({"done", "failed"} if show else {"failed"})
+        assert all(one.reason for one in (giver, taker) if one.state == "failed")
 
 
 @pytest.mark.extra

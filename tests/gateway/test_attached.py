@@ -14,7 +14,7 @@ import pytest
 from gateway.conftest import Front, Make, table_of, table_replica
 from oserve.control.dispatch.breaker import BreakerPolicy, Breakers
 from oserve.core import Endpoint
-from oserve.engines.attached import Look
+from oserve.engines.attached import AttachedProbe
 from oserve.engines.probe import Probe
 from oserve.gateway.upstream_request import address_of
 from oserve.sim import DIALECTS, EmulatedEngine, Mishap
@@ -438,7 +438,9 @@ async def test_https_with_an_authority_of_its_own(make_front: Make) -> None:
         got, _, body = await front.post("/v1/completions", TEXT)
         assert got == status, body
         async with Probe(Endpoint(url=url, ca_file=ca_file), timeout_s=30) as probe:
-            found = await Look(probe, Endpoint(url=url, ca_file=ca_file), "emulated").whole()
+            found = await AttachedProbe(
+                probe, Endpoint(url=url, ca_file=ca_file), "emulated"
+            ).whole()
         assert bool(found.trouble) is (status != 200)
     assert "certificate" in body["error"]["message"].lower()
     server.close()

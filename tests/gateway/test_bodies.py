@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from gateway.conftest import Front, Make, table_of, until
 from oserve.gateway.estimator import RequestEstimator
-from oserve.gateway.http.body import GenerateBody, as_flag, as_integer, parse_body, with_fields
+from oserve.gateway.http.body import (
+    BodyFields,
+    GenerateBody,
+    as_flag,
+    as_integer,
+    parse_body,
+    read_leniently,
+    with_fields,
+)
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.stream.continuation import Continuation
@@ -29,12 +37,21 @@ from oserve.workload import PromptLengthEstimator
 
 JSON = {"content-type": "application/json"}
 LATIN_1 = '"prompt":"señor"'.encode("latin-1")
+TRANSFERS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs")
+OWN = giving(new_name())
 TEXT = b'"model":"emulated","prompt":"a b c","max_tokens":3'
 
 
 def parsed(body: bytes) -> GenerateBody | ApiError:
     try:
         return parse_body(body)
+    except ApiError as error:
+        return error
+
+
+def one_by_one(body: bytes) -> BodyFields | ApiError:
+    try:
+        return read_leniently(body)
     except ApiError as error:
         return error
 
@@ -68,6 +85,62 @@ def test_what_is_not_refused_can_be_written_judged_and_perhaps_moved(body: bytes
             continue
         carried.prompt = [1]
         json.loads(carried.continuation())
+
+
+NAMES = (*msgspec.structs.asdict(BodyFields()), "temperature", "seed")
+SPELT = (
+    st.sampled_from(
+        [
+            *(b"null", b"true", b"0", b"1.0", b"7", b"1e3", b"1e400", b"-1", b'"yes"', b'"5"'),
+            *(b'"\\ud83d\\ude00"', b"{}", b"[]", b'{"include_usage":true}', b"9" * 30, b"9" * 500),
+        ]
+    )
+    | st.integers().map(lambda number: b"%d" % number)
+    | st.text(max_size=5).map(msgspec.json.encode)
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), SPELT), max_size=6))
+def test_a_body_read_at_once_is_what_reading_field_by_field_finds(
+    members: list[tuple[str, bytes]],
+) -> None:
+    body = b"{%b}" % b", ".join(b'"%b": %b' % (name.encode(), raw) for name, raw in members)
+    found = parsed(body)
+    lenient = one_by_one(body)
+    if isinstance(lenient, ApiError):
+        assert isinstance(found, ApiError)
+        assert found.param == lenient.param
+        return
+    if isinstance(found, ApiError):
+        # Of what is read only where it is given.
+        assert (found.param or "").partition(".")[0] in {*TRANSFERS, "stream_options"}
+        return
+    for name, value in msgspec.structs.asdict(lenient).items():
+        one = getattr(found.read, name)
+        assert (bytes(one) == bytes(value)) if isinstance(value, msgspec.Raw) else one == value, (
+            name
+        )
+
+
+@given(
+    st.dictionaries(st.sampled_from(["prompt", "user", "x", "seed"]), st.text(max_size=4)),
+    st.sampled_from([None, 0, 7]),
+    st.booleans(),
+    st.sampled_from(["{}", " {}\n", "%s"]),
+)
+def test_fields_are_added_as_if_the_body_were_written_anew(
+    fields: dict[str, str], priority: int | None, stream: bool, form: str
+) -> None:
+    given_ = {**fields, "stream": stream}
+    text = form % json.dumps(given_) if "%" in form else form
+    body = parse_body(text.encode())
+    sent = json.loads(with_fields(body, priority=priority, model="", token_ids=True, cache=OWN))
+    expected = {**json.loads(text), "return_token_ids": True, FIELD: OWN}
+    if priority is not None:
+        expected["priority"] = priority
+    if body.stream:
+        expected["stream_options"] = {"include_usage": True}
+    assert sent == expected
 
 
 VALUES = (
@@ -133,6 +206,12 @@ def test_refusals_name_the_place(body: bytes, words: str) -> None:
     error = parsed(body)
     assert isinstance(error, ApiError)
     assert words in error.message
+
+
+@pytest.mark.parametrize("stop", [b"1", b"[1]", b"{}", b'["a",null]', b"true"])
+def test_a_stop_that_is_no_text_keeps_a_stream_from_moving(stop: bytes) -> None:
+    with pytest.raises(UnmovableError, match="stop"):
+        Continuation(parse_body(b'{"prompt":"a","stop":%b}' % stop).fields, chat=False)
 
 
 def test_engines_spellings_are_understood() -> None:

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
+import msgspec
 import pytest
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
@@ -153,4 +155,26 @@ async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_pa
     finally:
         for client in clients:
             await client.close()
+        await hub.close()
+
+
+async def test_a_message_that_is_none_is_refused_and_the_hub_goes_on(tmp_path: Path) -> None:
+    socket = str(tmp_path / "hub.sock")
+    hub = Hub()
+    await hub.listen(socket)
+    hub.publish(TABLE, ClusterSnapshot())
+    session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket))
+    try:
+        for body in (b"", b"{}", b'{"type": "report"}', b'{"type": "other"}'):
+            async with session.post("http://hub/message", data=body) as answer:
+                assert answer.status == 400
+        async with session.post("http://hub/other", data=b"{}") as answer:
+            assert answer.status == 404
+        # Without a server behind it, an operator's call is answered all the same.
+        call = msgspec.json.encode(OperatorCall(path="/oserve/v1/plan", body=b""))
+        async with session.post("http://hub/message", data=call) as answer:
+            found = msgspec.json.decode(await answer.read(), type=OperatorAnswer)
+        assert found.status == 503
+    finally:
+        await session.close()
         await hub.close()

@@ -16,7 +16,7 @@ from oserve.perf.model import find_model
 from oserve.perf.profile import ProfileStep, shape_key, shipped_profile, write_profile
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.roofline import Coefficients, Roofline
-from oserve.profiler.brief import Pace, brief_series, what_to_measure
+from oserve.profiler.brief import Pace, brief_series, shapes_to_measure
 from oserve.profiler.profile import profile_devices
 from oserve.profiler.series import EngineBounds, MeasuredPoint
 from oserve.startup.first_plan import brief_file
@@ -135,40 +135,40 @@ def test_a_model_that_nothing_is_known_of_is_measured(
         **{"cluster.cpu_flags": cpu_flags, "engines.variants": {"int8": "elsewhere"}},
     )
     fast = Precision.BF16 if "bf16" in cpu_flags else Precision.FP32
-    keys = [shape_key(shape) for shape in what_to_measure(given)]
+    keys = [shape_key(shape) for shape in shapes_to_measure(given)]
     assert keys == [(1, 1, fast), (1, 1, Precision.INT8), (2, 1, fast), (2, 1, Precision.INT8)]
 
 
 def test_what_is_known_is_not_measured_again(model: str, tmp_path: Path, cpu_flags: str) -> None:
     """The shipped profile holds fp32: good enough on any CPU, unless other ones are asked for."""
     given = settings(model, tmp_path, **{"cluster.cpu_flags": cpu_flags})
-    assert what_to_measure(given) == ()
+    assert shapes_to_measure(given) == ()
     bf16 = settings(
         model,
         tmp_path,
         **{"cluster.cpu_flags": cpu_flags, "planning.precisions": ["bf16"]},
     )
-    assert {shape.precision for shape in what_to_measure(bf16)} == {Precision.BF16}
+    assert {shape.precision for shape in shapes_to_measure(bf16)} == {Precision.BF16}
 
 
 def test_it_is_measured_once_a_machine(odd: str, tmp_path: Path) -> None:
     given = settings(odd, tmp_path)
     shipped = shipped_profile(replace(find_model(odd), layers=4), "cpu")
     assert shipped is not None
-    assert what_to_measure(given)
+    assert shapes_to_measure(given)
     cores = len(profile_devices(given)[0].cores)
     for machine, known in ((find_processor().name, True), ("another one", False)):
         made = msgspec.structs.replace(
             shipped[1], model=find_model(odd), machine=machine, cores_per_device=cores
         )
         write_profile(brief_file(given), made)
-        assert (what_to_measure(given) == ()) is known
+        assert (shapes_to_measure(given) == ()) is known
 
 
 def test_nothing_is_measured_where_it_is_not_wanted(odd: str, tmp_path: Path) -> None:
     never = settings(odd, tmp_path, **{"planning.measure": "never"})
-    assert what_to_measure(never) == ()
+    assert shapes_to_measure(never) == ()
     planned = settings(odd, tmp_path, plan="plan.yaml")
-    assert what_to_measure(planned) == ()
+    assert shapes_to_measure(planned) == ()
     unknown = settings("someone/unheard-of", tmp_path)
-    assert what_to_measure(unknown) == ()
+    assert shapes_to_measure(unknown) == ()

@@ -119,7 +119,7 @@ class Reference:
     def table(self) -> RoutingTable:
         return RoutingTable(
             plan_id="",
-            workload_types=(),
+            length_classes=(),
             routing_shares=self.shares,
             replicas=tuple(
                 TableReplica(

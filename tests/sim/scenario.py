@@ -317,7 +317,7 @@ def told_by_fleet(fleet: Fleet) -> list[Any]:
         )
         for n in range(len(results.status))
     ]
-    rows += [(name, *fleet.books(name)) for name in results.replica_names]
+    rows += [(name, *fleet.outstanding(name)) for name in results.replica_names]
     if fleet.ended == len(results.status):
         rows += [round(totals.busy_s * PS) for totals in results.totals]
     return rows
@@ -325,6 +325,9 @@ def told_by_fleet(fleet: Fleet) -> list[Any]:
 
 # -- strategies ---------------------------------------------------------------------------------
 _round = st.integers(0, 40).map(lambda n: 50 * n)
+_burst = st.integers(0, 12).map(lambda n: 25 * n)
+_LIVE_OPERATIONS = ["drain", "hang", "crash", "crash", "crash", "lose"]
+_OPERATIONS = ["look", *_LIVE_OPERATIONS, *["migrate"] * 6]
 
 
 def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
@@ -362,25 +365,31 @@ def scenarios(
     sessions: bool = False,
     gateway: bool = False,
     operations: bool = False,
+    live: bool = False,
 ) -> Scenario:
-    count = draw(st.integers(1, 24))
+    """``live``: the live router under load, with replicas that leave, hang and break down."""
+    count = draw(st.integers(8 if live else 1, 32 if live else 24))
     lengths = st.sampled_from([1, 2, 5, 15, 16, 17, 30, 33, 60])
     requests = []
-    for arrival in sorted(draw(st.lists(_round, min_size=count, max_size=count))):
+    arrivals = _burst if live else _round
+    for arrival in sorted(draw(st.lists(arrivals, min_size=count, max_size=count))):
         prompt, output = draw(lengths), draw(lengths)
         rank = arrival + draw(st.sampled_from([0, 0, 50, 100]))
         session = draw(st.integers(-1, 2)) if sessions else -1
         requests.append(
             (arrival, prompt, output, draw(lengths), draw(st.integers(0, 1)), rank, session)
         )
-    fleet = draw(st.lists(specs(roles=roles, stages=stages), min_size=1, max_size=replicas))
+    least = 2 if live else 1
+    fleet = draw(st.lists(specs(roles=roles, stages=stages), min_size=least, max_size=replicas))
     names = _names(len(fleet))
     shares = draw(
         st.dictionaries(
             st.integers(0, 1), st.dictionaries(st.sampled_from(names), st.sampled_from([0.3, 0.7]))
         )
     )
-    closed = draw(st.sampled_from([0, 0, 1, 3])) if gateway else 0
+    closed = draw(st.sampled_from([0, 0, 1, 3])) if gateway and not live else 0
+    ttft = draw(st.sampled_from([None, 40, 80, 160, 640])) if gateway else None
+    shed = draw(st.sampled_from([None, 200, 500, 1500])) if gateway and not closed else None
     asked: list[Operation] = []
     if operations:
         asked = draw(
@@ -389,9 +398,7 @@ def scenarios(
                     Operation,
                     # At any time, and often at the very end of a step.
                     at=st.one_of(st.integers(0, 3000), st.integers(0, 60).map(lambda n: 50 * n)),
-                    kind=st.sampled_from(
-                        ["look", "drain", "hang", "crash", "crash", "lose"] + ["migrate"] * 4
-                    ),
+                    kind=st.sampled_from(_LIVE_OPERATIONS if live else _OPERATIONS),
                     replica=st.integers(0, len(fleet) - 1),
                     request=st.integers(0, count - 1),
                 ),
@@ -401,13 +408,14 @@ def scenarios(
     return Scenario(
         requests=requests,
         replicas=fleet,
-        policy=draw(st.sampled_from(list(POLICIES))),
+        policy="pools" if live else draw(st.sampled_from(list(POLICIES))),
         shares=shares,
         operations=sorted(asked, key=lambda item: item.at),
         overflow=draw(st.sampled_from([0, 100, 10**6])),
         max_queued=draw(st.sampled_from([0, 3, 1000])) if gateway else 1000,
-        ttft=draw(st.sampled_from([None, 80, 160, 640])) if gateway else None,
-        shed=draw(st.sampled_from([None, 500, 1500])) if gateway and not closed else None,
+        ttft=ttft,
+        # Nothing is shed before it could be demoted.
+        shed=None if shed is None else max(shed, ttft or 0),
         closed_loop=closed,
         max_attempts=draw(st.sampled_from([1, 2, 10**6])) if operations else 10**6,
         max_moves=draw(st.sampled_from([0, 1, 10**6])) if operations else 10**6,

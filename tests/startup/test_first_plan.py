@@ -12,7 +12,13 @@ from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import find_model
 from oserve.perf.profile import Profile, shipped_profile, write_profile
 from oserve.startup.deployment import prepare
-from oserve.startup.first_plan import FirstPlan, first_plan, know, plan_request_for
+from oserve.startup.first_plan import (
+    FirstPlan,
+    StepTimes,
+    find_step_times,
+    first_plan,
+    plan_request_for,
+)
 
 SLOTS = tuple(Device(id=f"cpu:{index}", kind="cpu") for index in range(2))
 
@@ -34,9 +40,9 @@ def settings(model: str, tmp_path: Path, **more: object) -> Settings:
 
 def planned(given: Settings) -> FirstPlan:
     plain = plain_precisions(SLOTS, find_processor(given.cluster.cpu_flags))
-    knowledge = know(given, SLOTS)
-    assert knowledge.source is not None
-    return first_plan(plan_request_for(given, SLOTS, knowledge.source, knowledge.context, plain))
+    times = find_step_times(given, SLOTS)
+    assert isinstance(times, StepTimes)
+    return first_plan(plan_request_for(given, SLOTS, times, plain))
 
 
 def profile_of(model: str, *precisions: Precision) -> Profile:
@@ -181,5 +187,5 @@ def test_a_bad_profile_that_was_asked_for_is_an_error(model: str, tmp_path: Path
     file.write_text('{"format": 1, "model": 7}')
     given = settings(model, tmp_path, **{"planning.profile": str(file)})
     with pytest.raises(OServeError) as caught:
-        know(given, SLOTS)
+        find_step_times(given, SLOTS)
     assert "profile.json" in caught.value.place

@@ -1,4 +1,4 @@
-"""Costs fitted to measured switches: what made them is found again, and told to those who ask."""
+"""Costs fitted to measured switches: the constants that made the phases are found again."""
 
 from dataclasses import replace
 from pathlib import Path

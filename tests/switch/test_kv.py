@@ -1,4 +1,4 @@
-"""Running requests: who drains, who moves, who is computed again; caches between layouts."""
+"""Running requests drain, move or are computed again; caches move between layouts."""
 
 import random
 from dataclasses import replace

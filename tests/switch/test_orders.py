@@ -7,8 +7,9 @@ import pytest
 
 from oserve.core import OServeError, Precision
 from oserve.switch.layout import Layout, ShardPlacement
-from oserve.switch.orders import RankOrder, rank_orders
+from oserve.switch.orders import rank_orders
 from oserve.switch.precision import WeightFormat, format_of
+from oserve.switch.rank_order import RankOrder
 from oserve.switch.transfer import fill_reason, plan_transfer
 from switch.arrays import UNSET, Memory, empty, loaded, tiny, wholes
 from switch.test_reassembly import cluster, placed, same

@@ -23,13 +23,13 @@ from oserve.switch.journal import (
 from oserve.switch.transaction import (
     Cancelled,
     Event,
-    Failed,
     FailedTask,
-    Finished,
     Instruction,
     Phase,
     SwitchTarget,
     Task,
+    TaskFailed,
+    TaskFinished,
     Ticked,
     TransactionState,
     advance,
@@ -119,7 +119,7 @@ def step(state: TransactionState, journal: list[TransactionLine], event: Event) 
     if line is not None:
         journal.append(kept(line))
     assert restored(journal) == after
-    assert advance(after, event) is after or isinstance(event, Failed)
+    assert advance(after, event) is after or isinstance(event, TaskFailed)
     return after
 
 
@@ -167,7 +167,7 @@ def test_ends_whole_under_any_fate(seed: int, target: SwitchTarget) -> None:
 def told(world: World, instruction: Instruction, now: float, mischief: float) -> Event:
     """Carries it out, or half of it, and answers."""
     if 0.3 <= mischief < 0.5:
-        return Failed(
+        return TaskFailed(
             transaction=instruction.transaction,
             task=instruction.task,
             replica=instruction.replica,
@@ -179,8 +179,8 @@ def told(world: World, instruction: Instruction, now: float, mischief: float) ->
     return finished(instruction, now)
 
 
-def finished(instruction: Instruction, now: float) -> Finished:
-    return Finished(
+def finished(instruction: Instruction, now: float) -> TaskFinished:
+    return TaskFinished(
         transaction=instruction.transaction,
         task=instruction.task,
         replica=instruction.replica,
@@ -201,7 +201,7 @@ def test_rolls_back_before_the_commit(phase: Phase) -> None:
     events: list[Event] = [
         Ticked(transaction="s1.0", at_s=10_000.0),
         Cancelled(transaction="s1.0", at_s=2.0, reason="no longer wanted"),
-        Failed(
+        TaskFailed(
             transaction="s1.0",
             task=instructions(state)[0].task,
             replica=instructions(state)[0].replica,
@@ -225,7 +225,7 @@ def test_rolls_forward_after_it(phase: Phase) -> None:
         first = instructions(state)[0]
         state = advance(
             state,
-            Failed(
+            TaskFailed(
                 transaction="s1.0",
                 task=first.task,
                 replica=first.replica,
@@ -245,7 +245,7 @@ def test_a_failure_is_tried_again_a_few_times() -> None:
     for attempt in (1, 2, 3):
         first = instructions(state)[0]
         assert (state.phase, first.attempt) == (Phase.TRANSFER, attempt)
-        failed = Failed(
+        failed = TaskFailed(
             transaction="s1.0",
             task=Task.FILL,
             replica=first.replica,
@@ -260,9 +260,9 @@ def test_a_failure_is_tried_again_a_few_times() -> None:
 def test_events_of_others_change_nothing() -> None:
     state = run_to(Phase.TRANSFER)
     for event in (
-        Finished(transaction="other", task=Task.FILL, replica="new0", at_s=2.0),
-        Finished(transaction="s1.0", task=Task.CHECK, replica="new0", at_s=2.0),
-        Finished(transaction="s1.0", task=Task.FILL, replica="who", at_s=2.0),
+        TaskFinished(transaction="other", task=Task.FILL, replica="new0", at_s=2.0),
+        TaskFinished(transaction="s1.0", task=Task.CHECK, replica="new0", at_s=2.0),
+        TaskFinished(transaction="s1.0", task=Task.FILL, replica="who", at_s=2.0),
         Ticked(transaction="s1.0", at_s=2.0),
     ):
         assert advance(state, event) is state

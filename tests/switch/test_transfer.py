@@ -1,4 +1,4 @@
-"""Transfer plans: complete, once, from those who have it, in little more than the least time."""
+"""Transfer plans: each byte once, from a holder, in little more than the least time."""
 
 import random
 from dataclasses import replace

@@ -264,6 +264,17 @@ def test_released_caches_make_room() -> None:
     assert (wave.release, wave.stop, wave.start, wave.sources) == (("o0",), (), ("n0",), ("o0",))
 
 
+def test_a_standby_engine_without_a_cache_fits_beside_a_released_one() -> None:
+    old = [standing("o0", ("d0", "d1", "d2", "d3"), (1.0,))]
+    new = [standing("n0", ("d0", "d1", "d3", "d2"), (1.0,))]
+    memory = {f"d{index}": MEMORY for index in range(4)}
+    policy = WavePolicy(floor_rps=(0.0,), memory_bytes=memory, releases_cache=True)
+    with pytest.raises(OServeError, match="would have to stop"):
+        order_switch(old, new, policy)
+    (wave,) = order_switch(old, new, replace(policy, standby_without_cache=True)).waves
+    assert (wave.release, wave.stop, wave.start, wave.sources) == (("o0",), (), ("n0",), ("o0",))
+
+
 def test_what_is_in_both_stays() -> None:
     old = [standing("o0", ("d0", "d1"), (1.0,)), standing("o1", ("d2", "d3"), (1.0,))]
     new = [standing("other-name", ("d0", "d1"), (1.0,))]

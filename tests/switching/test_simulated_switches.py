@@ -254,7 +254,7 @@ async def ends_whole(
     return world
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     plans=st.lists(st.sampled_from(PLANS), min_size=2, max_size=4),
     seed=st.integers(0, 2**16),

@@ -36,7 +36,7 @@ from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.switch.interim import between, renamed
 from oserve.switch.journal import JournalLine
 from oserve.switch.layout import shard_map
-from oserve.switch.orders import RankOrder
+from oserve.switch.rank_order import RankOrder
 from oserve.switch.transaction import Phase
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import FileJournal, Journal, journals

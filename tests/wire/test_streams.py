@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from oserve.wire import Exchange, ServerLimits
 from oserve.wire.connection import Connections, ServerConnection
 from oserve.wire.head import origin_form
+from oserve.wire.known import KnownHeads
 from wire.streams import (
     AMBIGUOUS,
     CHUNKS,
@@ -43,7 +44,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def ours(found: Heard) -> asyncio.Protocol:
+def ours(found: Heard, known: KnownHeads | None = None) -> asyncio.Protocol:
     def handle(exchange: Exchange) -> None:
         path = exchange.path.partition(b"?")[0].decode()
         found.asked.append((exchange.method.decode(), path, exchange.body))
@@ -52,7 +53,10 @@ def ours(found: Heard) -> asyncio.Protocol:
     def refuse(exchange: Exchange, status: int, message: str) -> None:
         exchange.respond(status, message.encode(), close=True)
 
-    return ServerConnection(Connections(handle, refuse, ServerLimits()))
+    connections = Connections(handle, refuse, ServerLimits())
+    if known is not None:
+        connections.known = known
+    return ServerConnection(connections)
 
 
 def uvicorns(protocol: Any) -> Made:
@@ -182,6 +186,47 @@ async def test_how_the_bytes_are_cut_makes_no_difference() -> None:
         whole = await heard(ours, [data])
         bytewise = [data[at : at + 1] for at in range(len(data))]
         assert await heard(ours, bytewise) == whole, name
+
+
+async def test_heads_that_were_read_before_make_no_difference() -> None:
+    known = KnownHeads()
+    cold = {name: await heard(ours, [data]) for name, data in STREAMS.items()}
+    for _ in range(2):
+        for name, data in STREAMS.items():
+            assert await heard(lambda found: ours(found, known), [data]) == cold[name], name
+    assert known.get(GET) is not None
+    # A longer body than the head tells, a shorter one, and one that comes later.
+    head = post(b"content-length: 3\r\n", b"")
+    for pieces in (
+        [head + b"abc"],
+        [head + b"ab"],
+        [head + b"abcd"],
+        [head, b"abc"],
+        [head + NEXT],
+    ):
+        for _ in range(2):
+            warm = await heard(lambda found: ours(found, known), pieces)
+            assert warm == await heard(ours, pieces)
+
+
+@given(
+    st.lists(st.sampled_from(sorted({**CHUNKS, **AMBIGUOUS, "": GET}.values())), max_size=4),
+    st.lists(st.integers(0, 2000), max_size=6),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_known_heads_never_change_where_a_request_ends(
+    streams: list[bytes], marks: list[int]
+) -> None:
+    """Of streams run together, however cut, after each of them was read alone."""
+
+    async def play() -> None:
+        known = KnownHeads()
+        for stream in streams:
+            await heard(lambda found: ours(found, known), [stream])
+        pieces = _cut(b"".join(streams), marks)
+        assert await heard(lambda found: ours(found, known), pieces) == await heard(ours, pieces)
+
+    asyncio.run(play())
 
 
 def _cut(data: bytes, marks: Sequence[int]) -> list[bytes]:

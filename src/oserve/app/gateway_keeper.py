@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oserve.engines.adoption import end
-from oserve.engines.holding import HeldEngines, HeldProcess
+from oserve.engines.holding import HeldEngines
+from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.logs import open_log, telling_line
 
 

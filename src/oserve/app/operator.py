@@ -17,7 +17,7 @@ from oserve.switching.switcher import Switcher
 _SWITCH_PATH = "/oserve/v1/switch"
 
 
-class RefusedError(Exception):
+class CallRefusedError(Exception):
     """This server cannot do it; the text says why."""
 
 
@@ -47,7 +47,7 @@ class OperatorApi:
                 document = await self._switch(given)
             else:
                 document = await self._evaluate(given)
-        except RefusedError as refused:
+        except CallRefusedError as refused:
             return _answer(409, {"error": {"message": str(refused)}})
         except OServeError as error:
             return _answer(400, {"error": {"message": str(error)}})
@@ -61,7 +61,7 @@ class OperatorApi:
 
     async def _switch(self, given: DeploymentPlan | None) -> dict[str, Any]:
         if given is None:
-            raise RefusedError("a switch needs a plan")
+            raise CallRefusedError("a switch needs a plan")
         observation = self._view.observation
         if self._decisions is not None and observation is not None:
             return await self._decisions.decide(observation, Trigger.MANUAL, given)
@@ -72,7 +72,7 @@ class OperatorApi:
     async def _evaluate(self, given: DeploymentPlan | None) -> dict[str, Any]:
         observation = self._view.observation
         if observation is None or (self._decisions is None and given is None):
-            raise RefusedError("there is no controller here (control.mode is off)")
+            raise CallRefusedError("there is no controller here (control.mode is off)")
         found: dict[str, Any] = {
             "switched": False,
             "line": "there is no controller to evaluate it",

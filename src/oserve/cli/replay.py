@@ -11,7 +11,7 @@ import typer
 from oserve.cli.options import OverrideOption
 from oserve.config import Settings, load_settings, parse_override
 from oserve.control.decision import Mode
-from oserve.startup.replay import recorded, replayed_decisions
+from oserve.startup.replay import replayed_decisions, saved_context
 
 
 def replay(
@@ -21,9 +21,9 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Feed recorded observations to the controller and print its decisions with their numbers."""
-    context = recorded(Path(file))
+    context = saved_context(Path(file))
     overrides = dict(parse_override(item) for item in override or [])
-    settings: Settings = load_settings(None, overrides, {}, base=context["settings"])
+    settings: Settings = load_settings(None, overrides, {}, base=context.settings)
     for decision in replayed_decisions(Path(file), settings, context, mode=mode):
         if as_json:
             print(json.dumps(msgspec.to_builtins(decision)))

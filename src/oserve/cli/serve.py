@@ -25,7 +25,7 @@ from oserve.cli.options import (
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
-from oserve.profiler.brief import LIMIT_S, measure_briefly, what_to_measure
+from oserve.profiler.brief import LIMIT_S, measure_briefly, shapes_to_measure
 from oserve.startup.deployment import ServerDeployment, prepare
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -85,7 +85,7 @@ def serve(
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:
     """Measure briefly if no performance data exists; with ``dry_run`` only announce it."""
-    shapes = what_to_measure(settings)
+    shapes = shapes_to_measure(settings)
     if not shapes:
         return
     names = ", ".join(shape.name for shape in shapes)

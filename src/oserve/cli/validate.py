@@ -15,7 +15,7 @@ from oserve.cli.options import (
 )
 from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
-from oserve.startup.attached import ask_attached, refuse_troubled
+from oserve.startup.attached import check_attached, refuse_unhealthy
 from oserve.startup.deployment import prepare
 
 
@@ -46,10 +46,10 @@ def validate(
     deployment = prepare(settings)
     if ask:
         variables = backend_keys(deployment.plan)
-        asked = asyncio.run(ask_attached(deployment.plan, variables, model=deployment.models[0]))
+        asked = asyncio.run(check_attached(deployment.plan, variables, model=deployment.models[0]))
         for item in asked:
             print(item.line)
-        refuse_troubled(asked, place=deployment.settings.plan or "plan")
+        refuse_unhealthy(asked, place=deployment.settings.plan or "plan")
     replicas = len(deployment.plan.replicas)
     print(
         f"ok: {replicas} replicas on {len(deployment.devices)} devices "

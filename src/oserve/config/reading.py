@@ -10,13 +10,15 @@ import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import yaml
 
 from oserve.core import OServeError
 from oserve.core.json_keys import refuse_doubled_keys
+
+Converted = TypeVar("Converted")
 
 _MAX_NODES = 200_000
 """Most values of a document with its aliases expanded; enough for thousands of replicas."""
@@ -95,7 +97,7 @@ def parse_json(text: str, *, place: str) -> dict[str, Any]:
     return _mapping(loaded, place)
 
 
-def convert(value: Any, kind: Any, *, place: str) -> Any:
+def convert(value: object, kind: type[Converted], *, place: str) -> Converted:
     """``value`` as the type ``kind``, strictly; raises OServeError naming the path in ``place``."""
     try:
         return msgspec.convert(value, kind, strict=True)

@@ -151,8 +151,7 @@ def load_settings(
     for path, value in overrides.items():
         _check_path(path, place=f"--set {path}")
         _put(merged, path, value, place=f"--set {path}")
-    settings: Settings = convert(merged, Settings, place="settings")
-    return settings
+    return convert(merged, Settings, place="settings")
 
 
 def api_keys(

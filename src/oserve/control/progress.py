@@ -106,7 +106,7 @@ def loading_limits(after_s: float) -> ProgressLimits:
     return ProgressLimits(stopped_s=after_s, idle_s=idle_s, working_s=inf, stalled_s=inf)
 
 
-class Progress:
+class ProgressTracker:
     """Follows one engine, sampled every ``interval_s``; ``step_s``: time of a whole chunk."""
 
     def __init__(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from oserve.control.reconcile import ReconcilePolicy, given_up, restart_wait_s
 from oserve.core import (
     Action,
@@ -21,9 +23,29 @@ from oserve.core import (
 # Shorter silences are ordinary steps.
 _SILENT_S = 3.0
 _NOTES = {
-    ReplicaPhase.STANDBY.value: "gets its weights from others",
-    ReplicaPhase.HUNG.value: "is being stopped",
+    ReplicaPhase.STANDBY: "gets its weights from others",
+    ReplicaPhase.HUNG: "is being stopped",
 }
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica in the status document; the last field says what happens to it next."""
+
+    id: str
+    shape: dict[str, str | int | None]
+    devices: list[str]
+    phase: ReplicaPhase = ReplicaPhase.GONE
+    phase_s: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    max_model_len: int = 0
+    pid: int = 0
+    silent_s: float = 0.0
+    patience_s: float = 0.0
+    detail: str = ""
+    url: str = ""
+    note: str = ""
 
 
 def status_document(
@@ -35,30 +57,23 @@ def status_document(
     version: str,
     set_aside: Mapping[str, tuple[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Plain data for ``/oserve/v1/status`` and ``oserve status``.
+    """JSON values for ``/oserve/v1/status`` and ``oserve status``.
 
     ``set_aside``: replicas that get no requests now: the reason, and the seconds left.
     """
-    lost = given_up(plan, observation, policy)
-    wished = {spec.id for spec in plan.replicas}
-    shown = [_replica(state, observation.now_s) for state in observation.replicas]
-    seen = {state.spec.id for state in observation.replicas}
-    shown += [_absent(spec) for spec in plan.replicas if spec.id not in seen]
-    for entry in shown:
-        entry["note"] = _note(entry, plan, observation, policy)
-        if entry["id"] in (set_aside or {}) and entry["phase"] == ReplicaPhase.READY.value:
-            entry["note"] = _aside(*(set_aside or {})[entry["id"]])
+    replicas = _replicas(plan, observation, policy, set_aside or {})
     serving = any(
-        state.phase is ReplicaPhase.READY and state.spec.id in wished
-        for state in observation.replicas
+        item.phase is ReplicaPhase.READY and plan.replica(item.id) is not None for item in replicas
     )
     return {
         "version": version,
         "model": model,
         "plan_id": plan.id,
         "serving": serving,
-        "replicas": shown,
-        "given_up": {name: failures.reason for name, failures in lost.items()},
+        "replicas": msgspec.to_builtins(replicas),
+        "given_up": {
+            name: failures.reason for name, failures in given_up(plan, observation, policy).items()
+        },
         "workload_types": [
             {
                 "name": kind.name,
@@ -75,7 +90,26 @@ def status_document(
     }
 
 
-def _shape(spec: ReplicaSpec) -> dict[str, Any]:
+def _replicas(
+    plan: DeploymentPlan,
+    observation: Observation,
+    policy: ReconcilePolicy,
+    set_aside: Mapping[str, tuple[str, float]],
+) -> list[ReplicaStatus]:
+    """The observed replicas, then those of the plan that were not observed, with their notes."""
+    seen = {state.spec.id for state in observation.replicas}
+    found = [_observed(state, observation.now_s) for state in observation.replicas]
+    found += [_absent(spec) for spec in plan.replicas if spec.id not in seen]
+    replicas = []
+    for item in found:
+        note = _note(item, plan, observation, policy)
+        if item.id in set_aside and item.phase is ReplicaPhase.READY:
+            note = _set_aside(*set_aside[item.id])
+        replicas.append(msgspec.structs.replace(item, note=note))
+    return replicas
+
+
+def _shape(spec: ReplicaSpec) -> dict[str, str | int | None]:
     shape = spec.shape
     return {
         "tensor_parallel_size": shape.tensor_parallel_size,
@@ -87,23 +121,33 @@ def _shape(spec: ReplicaSpec) -> dict[str, Any]:
     }
 
 
-def _replica(state: ReplicaState, now_s: float) -> dict[str, Any]:
-    return {
-        "id": state.spec.id,
-        "shape": _shape(state.spec),
-        "devices": list(state.spec.devices),
-        "phase": state.phase.value,
-        "phase_s": round(now_s - state.since_s, 1),
-        "running": state.running,
-        "waiting": state.waiting,
-        "kv_cache_usage": round(state.kv_cache_usage, 4),
-        "max_model_len": state.max_model_len,
-        "pid": state.pid,
-        "silent_s": round(state.silent_s, 1),
-        "patience_s": round(state.patience_s, 1),
-        "detail": state.detail,
-        "url": _url(state.spec),
-    }
+def _observed(state: ReplicaState, now_s: float) -> ReplicaStatus:
+    return ReplicaStatus(
+        id=state.spec.id,
+        shape=_shape(state.spec),
+        devices=list(state.spec.devices),
+        phase=state.phase,
+        phase_s=round(now_s - state.since_s, 1),
+        running=state.running,
+        waiting=state.waiting,
+        kv_cache_usage=round(state.kv_cache_usage, 4),
+        max_model_len=state.max_model_len,
+        pid=state.pid,
+        silent_s=round(state.silent_s, 1),
+        patience_s=round(state.patience_s, 1),
+        detail=state.detail,
+        url=_url(state.spec),
+    )
+
+
+def _absent(spec: ReplicaSpec) -> ReplicaStatus:
+    return ReplicaStatus(
+        id=spec.id,
+        shape=_shape(spec),
+        devices=list(spec.devices),
+        detail="not started yet",
+        url=_url(spec),
+    )
 
 
 def _url(spec: ReplicaSpec) -> str:
@@ -111,44 +155,25 @@ def _url(spec: ReplicaSpec) -> str:
     return spec.backend.url if isinstance(spec.backend, AttachedBackend) else ""
 
 
-def _absent(spec: ReplicaSpec) -> dict[str, Any]:
-    return {
-        "id": spec.id,
-        "shape": _shape(spec),
-        "devices": list(spec.devices),
-        "phase": ReplicaPhase.GONE.value,
-        "phase_s": 0.0,
-        "running": 0,
-        "waiting": 0,
-        "kv_cache_usage": 0.0,
-        "max_model_len": 0,
-        "pid": 0,
-        "silent_s": 0.0,
-        "patience_s": 0.0,
-        "detail": "not started yet",
-        "url": _url(spec),
-    }
-
-
-def _aside(reason: str, left_s: float) -> str:
+def _set_aside(reason: str, left_s: float) -> str:
     when = f"for {left_s:.0f} s" if left_s >= 1 else "until its next answer"
     return f"set aside {when}: {reason}"
 
 
 def _note(
-    entry: Mapping[str, Any],
+    item: ReplicaStatus,
     plan: DeploymentPlan,
     observation: Observation,
     policy: ReconcilePolicy,
 ) -> str:
     """What happens next to a replica that does not serve as planned."""
-    if entry["phase"] in _NOTES:
-        return _NOTES[entry["phase"]]
-    spec = plan.replica(str(entry["id"]))
+    if item.phase in _NOTES:
+        return _NOTES[item.phase]
+    spec = plan.replica(item.id)
     if spec is None:
         return "not in the plan"
-    if entry["phase"] != ReplicaPhase.GONE.value:
-        return _silence(entry)
+    if item.phase is not ReplicaPhase.GONE:
+        return _silence(item)
     failures = observation.failures.get(spec.id)
     if failures is None or failures.spec != spec:
         return "waiting for its devices"
@@ -158,11 +183,10 @@ def _note(
     return f"restarts in {wait_s:.0f} s after failure {failures.count}: {failures.reason}"
 
 
-def _silence(entry: Mapping[str, Any]) -> str:
-    silent_s, patience_s = entry["silent_s"], entry["patience_s"]
-    if silent_s < _SILENT_S:
+def _silence(item: ReplicaStatus) -> str:
+    if item.silent_s < _SILENT_S:
         return ""
-    return f"no sign of life for {silent_s:.0f} s; after {patience_s:.0f} s it is ended"
+    return f"no sign of life for {item.silent_s:.0f} s; after {item.patience_s:.0f} s it is stopped"
 
 
 def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:

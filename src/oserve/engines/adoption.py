@@ -1,30 +1,30 @@
-"""What a server notes of an engine, so that the next can tell whether to go on with it."""
+"""What a server notes with the keeper of an engine, so that the next server can take it over."""
 
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from oserve import __version__
 from oserve.core import Device, ReplicaShape, ReplicaSpec, VllmBackend
-from oserve.engines.holding import HeldProcess
+from oserve.engines.keeper_connection import HeldProcess
+from oserve.engines.registry import ProcessNote
 from oserve.engines.settings import EngineSettings
 
-# Settings of whoever looks after an engine: the engine is the same whatever they are.
-_ABOUT_WATCHING = {
+# Settings of monitoring, which do not change the engine itself.
+_MONITORING = {
     *("start_timeout_s", "health_interval_s", "health_timeout_s", "hang_after_s", "hang_steps"),
     *("stop_grace_s", "stable_s", "orphan_grace_s", "log_dir"),
 }
 
 
 class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's spec, and ``stamp`` of all else that it was started with.
+    """An engine's spec, and a ``stamp`` of everything else that it was started with.
 
     ``ready_s``: when it became ready, on the machine's monotonic clock; ``None`` before.
-    ``standby``: it was started without weights of its own. ``step_s``: what a whole chunk took it.
+    ``standby``: it was started without weights. ``step_s``: seconds that a whole chunk took.
     """
 
     replica: str
@@ -39,26 +39,26 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def spec(self) -> ReplicaSpec:
-        """The replica that it is an incarnation of."""
+        """The replica that the engine serves."""
         backend = VllmBackend(engine_args=self.engine_args)
         return ReplicaSpec(id=self.replica, shape=self.shape, devices=self.devices, backend=backend)
 
 
 def note_of(spec: ReplicaSpec, stamp: str, *, standby: bool = False) -> EngineNote:
     """The note of an engine that is about to start."""
-    assert isinstance(spec.backend, VllmBackend)
+    backend = spec.backend
     return EngineNote(
         replica=spec.id,
         shape=spec.shape,
         devices=spec.devices,
-        engine_args=spec.backend.engine_args,
+        engine_args=backend.engine_args if isinstance(backend, VllmBackend) else (),
         stamp=stamp,
         standby=standby,
     )
 
 
-def read_note(note: Any) -> EngineNote | None:
-    """The note of an engine that was found; ``None`` where it cannot be read."""
+def read_note(note: ProcessNote) -> EngineNote | None:
+    """The note of an engine that was found; ``None`` if this version cannot read it."""
     try:
         return msgspec.convert(note, EngineNote)
     except msgspec.ValidationError:
@@ -68,11 +68,11 @@ def read_note(note: Any) -> EngineNote | None:
 def stamp_of(
     model: str, served_model_name: str, settings: EngineSettings, devices: Sequence[Device]
 ) -> str:
-    """Of the model (a folder's files too), the settings and the devices of one engine."""
+    """A digest of an engine's model (of a folder's files too), settings and devices."""
     given = {
         name: value
         for name, value in msgspec.to_builtins(settings).items()
-        if name not in _ABOUT_WATCHING
+        if name not in _MONITORING
     }
     facts = (
         *(__version__, model, served_model_name, given),
@@ -85,9 +85,9 @@ def stamp_of(
 def sorted_out(
     found: Mapping[str, HeldProcess],
 ) -> tuple[dict[str, tuple[EngineNote, HeldProcess]], list[HeldProcess]]:
-    """Engines by the replica that they are, and those that nobody can tell or that there are twice.
+    """Engines by replica, and those that cannot be assigned: without a readable note, or doubled.
 
-    Of two, one that was not told to end comes first.
+    Of two engines of one replica, one that was not told to end is kept.
     """
     known: dict[str, tuple[EngineNote, HeldProcess]] = {}
     strange = []
@@ -101,7 +101,7 @@ def sorted_out(
 
 
 async def end(process: HeldProcess, *, grace_s: float) -> None:
-    """TERM, ``grace_s`` seconds, KILL; returns when it is gone."""
+    """Send TERM, after ``grace_s`` seconds KILL; returns when the process is gone."""
     process.terminate()
     try:
         async with asyncio.timeout(grace_s):
@@ -112,13 +112,16 @@ async def end(process: HeldProcess, *, grace_s: float) -> None:
 
 
 def highest_number(names: Sequence[str]) -> int:
-    """The highest last part of names under which engines are held, 0 without any."""
+    """The highest number at the end of the names of held engines; 0 without any.
+
+    Folders go by these names: a new engine must not find the folder of another.
+    """
     digits = [name.rpartition("-")[2] for name in names]
     return max((int(word) for word in digits if word.isdigit()), default=0)
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of what is in a model's folder."""
+    """Name, size and modification time of the files in a model's folder."""
     if not folder.is_dir():
         return []
     found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]

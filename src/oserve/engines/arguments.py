@@ -1,4 +1,4 @@
-"""From a replica as wished for to vLLM's command line and environment: pure; all flags are here."""
+"""From a replica's spec to vLLM's command line and environment. Pure; it holds every flag."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,11 +13,11 @@ _DTYPES = {
     Precision.BF16: "bfloat16",
     Precision.FP16: "float16",
 }
-# Read by the extension in an engine's workers.
+# The worker extension reads it.
 KEEP_WEIGHTS = "OSERVE_KEEP_WEIGHTS"
-# Folder through which KV caches go from engine to engine.
+# The folder through which KV caches move between engines.
 CACHES = "OSERVE_CACHES"
-# What cannot be taken in is computed again.
+# A cache that cannot be read is computed again.
 _CONNECTOR = (
     '{"kv_connector":"Connector","kv_connector_module_path":"oserve.engines.caches",'
     '"kv_role":"kv_both","kv_load_failure_policy":"recompute"}'
@@ -36,11 +36,11 @@ def engine_arguments(
     standby: bool = False,
     moves_caches: bool = False,
 ) -> list[str]:
-    """Arguments of vLLM's API server, the replica's own last so that they win.
+    """Arguments of vLLM's API server; the replica's own come last and win.
 
-    ``standby``: the weights will come from other engines, so none are loaded. ``moves_caches``:
-    KV caches can go to and come from other engines.
-    Raises ``OServeError`` when the precision needs a checkpoint that the settings do not name.
+    ``standby``: other engines will send the weights, so none are loaded. ``moves_caches``: KV
+    caches can move to and from other engines. Raises ``OServeError`` if the precision needs a
+    checkpoint that the settings do not name.
     """
     shape = spec.shape
     arguments = [
@@ -51,17 +51,17 @@ def engine_arguments(
         *("--pipeline-parallel-size", str(shape.pipeline_parallel_size)),
         *("--max-num-seqs", str(shape.max_num_seqs)),
         *("--max-num-batched-tokens", str(shape.max_num_batched_tokens)),
-        # Without priorities in the requests this is first come, first served.
+        # Requests without a priority are served first come, first served.
         *("--scheduling-policy", "priority"),
         *("--worker-extension-cls", _EXTENSION),
-        # One line per request in the log is the gateway's business, and costs engine time.
+        # The gateway keeps records of requests; a log line for each would cost engine time.
         "--disable-uvicorn-access-log",
         "--enable-request-id-headers",
     ]
     kv_cache_memory_bytes = shape.kv_cache_memory_bytes
     if kv_cache_memory_bytes is None:
-        # On CPU somebody sets it (see ``room``): left to itself, vLLM asks for a share of the
-        # machine's whole memory per engine.
+        # On CPU the settings have a size (``memory_fit``): without one, each engine would take a
+        # share of the machine's whole memory.
         kv_cache_memory_bytes = settings.kv_cache_memory_bytes
     if kv_cache_memory_bytes:
         arguments += ["--kv-cache-memory-bytes", str(kv_cache_memory_bytes)]
@@ -82,7 +82,7 @@ def engine_arguments(
 def _weights(
     spec: ReplicaSpec, model: str, platform: Platform, settings: EngineSettings
 ) -> list[str]:
-    """Which checkpoint to load and in which type."""
+    """The arguments for the checkpoint and its type."""
     precision = spec.shape.precision
     if precision in _DTYPES:
         return ["--model", model, "--dtype", _DTYPES[precision]]
@@ -99,7 +99,7 @@ def _weights(
 
 
 def runs_eagerly(arguments: Sequence[str]) -> bool:
-    """Whether these engine arguments leave compilation out; the last word wins."""
+    """Whether these arguments turn compilation off; the last one wins."""
     words = [word for word in arguments if word in {"--enforce-eager", "--no-enforce-eager"}]
     return bool(words) and words[-1] == "--enforce-eager"
 
@@ -116,11 +116,11 @@ def engine_environment(
 ) -> dict[str, str]:
     """Environment variables to add for one engine on these devices (in rank order).
 
-    ``local_model``: the model is a folder, so nothing needs to be asked of any model hub.
-    ``eager``: nothing is to be compiled. ``folder``: for sockets and other files of this engine
-    alone (under 69 bytes, since socket paths must stay under 108); whoever starts it removes it.
-    ``keep_weights``: as loaded, so that they can be moved to other engines. ``caches``: the folder
-    through which KV caches go.
+    ``local_model``: the model is a folder, so that no model hub is needed. ``eager``: nothing is
+    compiled. ``folder``: for sockets and other files of this engine alone (under 69 bytes, since
+    socket paths must stay under 108); the process that starts the engine removes it.
+    ``keep_weights``: keep them as loaded, so that they can move to other engines. ``caches``: the
+    folder through which KV caches move.
     """
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -128,7 +128,7 @@ def engine_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "TMPDIR": folder,
         "VLLM_RPC_BASE_PATH": folder,
-        # Control routes on the engine's private socket; the gateway passes none of them on.
+        # Adds control routes to the engine's private socket; the gateway exposes none of them.
         "VLLM_SERVER_DEV_MODE": "1",
     }
     if keep_weights:
@@ -139,23 +139,23 @@ def engine_environment(
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if platform == "cuda":
         indices = ",".join(device.id.partition(":")[2] for device in devices)
-        # Without the bus order CUDA may number GPUs otherwise than nvidia-smi does.
+        # By default CUDA may number GPUs differently from nvidia-smi.
         return environment | {"CUDA_VISIBLE_DEVICES": indices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if eager:
-        # vLLM compiles some small functions all the same, on first use: half a minute of g++ in the
-        # middle of a request, with the whole engine waiting.
+        # vLLM would still compile some small functions on first use: half a minute of g++ during a
+        # request, while the whole engine waits.
         environment["TORCHDYNAMO_DISABLE"] = "1"
     threads = max(1, len(engine_cores(devices)) // max(1, len(devices)))
     return environment | {
         "OMP_NUM_THREADS": str(threads),
-        # vLLM's own binding puts every engine of a machine on the same cores.
+        # vLLM's own binding would put every engine of a machine on the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Ranks of one engine share this machine: no name look-ups, no outside interface.
+        # All ranks are on this machine: no name look-ups, no external interface.
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
 
 
 def engine_cores(devices: Sequence[Device]) -> tuple[int, ...]:
-    """CPU cores that an engine on these devices may use; empty means any."""
+    """CPU cores that an engine on these devices may use; empty for any."""
     return tuple(sorted({core for device in devices for core in device.cores}))

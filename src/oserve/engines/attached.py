@@ -1,22 +1,21 @@
-"""A server that others run: asked how it is, and watched; never started or ended.
+"""A server that OServe did not start: it is probed and monitored, and never started or ended.
 
-What each answer means is decided in pure functions; ``Look`` asks the questions in turn.
+Pure functions decide what each reply means; ``AttachedProbe`` sends the requests in turn.
 """
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 from oserve.core import Endpoint, ReplicaPhase
-from oserve.engines.probe import Answer, ServedModel, base_url, served_models
-from oserve.engines.replica import Prober, ReplicaTask, cancel
+from oserve.engines.probe import ProbeReply, ServedModel, base_url, served_models
+from oserve.engines.replica import Prober, ReplicaTask, UnexpectedExit, cancel
 
-# One that does not answer is only taken out of the pool, not ended, so little is lost by doing it
-# early.
+# A server that does not answer gets no requests, but is not ended: acting early costs little.
 _UNHEALTHY_AFTER = 3
 _PATHS = ("/health", "/v1/models", "/ping", "/health/ready", "/v2/health/ready")
-# TorchServe passes whatever is under this to the model, as a request for a prediction.
+# TorchServe passes every path below this to the model, as a request for a prediction.
 _PREDICTIONS = "/predictions/"
 _PING = "/ping"
 _OK, _MULTIPLE = 200, 300
@@ -26,10 +25,10 @@ _NO_KEY = frozenset({401, 403, 407})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """How a server was found. ``trouble``, with its ``remedy``: why it cannot serve, or nothing.
+    """What probing a server has shown. ``trouble`` and ``remedy``: why it cannot serve, or empty.
 
-    ``health``: the path that tells so. ``models`` it lists; ``None`` if it lists none. ``doubt``:
-    what may be wrong though it is well.
+    ``health``: the path that tells its health. ``models``: those that it lists, or ``None``.
+    ``doubt``: what may be wrong although it is healthy.
     """
 
     trouble: str = ""
@@ -40,7 +39,7 @@ class Finding:
 
 
 def health_paths(url: str) -> list[str]:
-    """Paths, from the server's root, that may tell whether it is well; the likeliest first."""
+    """Paths, from the server's root, that may tell its health; the likeliest first."""
     prefix = urlsplit(base_url(url)).path
     if prefix.startswith(_PREDICTIONS):
         return [_PING]
@@ -49,36 +48,36 @@ def health_paths(url: str) -> list[str]:
 
 
 def answers_questions(url: str) -> bool:
-    """Whether paths under its own are more than requests for predictions."""
+    """Whether its paths serve more than predictions."""
     return not urlsplit(base_url(url)).path.startswith(_PREDICTIONS)
 
 
-def of_health(path: str, answer: Answer, *, has_key: bool) -> Finding:
-    """What the answer of a health path says."""
-    if answer.status == 0:
+def of_health(path: str, reply: ProbeReply, *, has_key: bool) -> Finding:
+    """What the reply of a health path means."""
+    if reply.status == 0:
         return Finding(
-            trouble=answer.why or "it does not answer",
+            trouble=reply.why or "it does not answer",
             remedy="start it, or correct attach.url (and attach.ca_file for https)",
         )
-    if answer.status in _NO_KEY:
-        return Finding(trouble=f"{path} answers {answer.status}", remedy=_key_remedy(has_key))
-    if _OK <= answer.status < _MULTIPLE:
+    if reply.status in _NO_KEY:
+        return Finding(trouble=f"{path} answers {reply.status}", remedy=_key_remedy(has_key))
+    if _OK <= reply.status < _MULTIPLE:
         return Finding(health=path)
-    if answer.status in _NO_PATH:
+    if reply.status in _NO_PATH:
         return Finding(
-            trouble=f"{path} answers {answer.status}",
-            remedy="set attach.health to a path that says whether it is well",
+            trouble=f"{path} answers {reply.status}",
+            remedy="set attach.health to a path that tells its health",
         )
     return Finding(
-        trouble=f"it is not well: {path} answers {answer.status}", remedy="look at its own log"
+        trouble=f"it is not healthy: {path} answers {reply.status}", remedy="look at its own log"
     )
 
 
-def of_models(found: Finding, answer: Answer, *, wanted: str, has_key: bool) -> Finding:
-    """The same, with what its list of models says. Servers without such a list are well."""
-    if answer.status in _NO_KEY:
-        return Finding(trouble=f"/v1/models answers {answer.status}", remedy=_key_remedy(has_key))
-    models = (served_models(answer.body) if answer.status == _OK else ()) or None
+def of_models(found: Finding, reply: ProbeReply, *, wanted: str, has_key: bool) -> Finding:
+    """``found`` with the models that it lists. A server without such a list is healthy."""
+    if reply.status in _NO_KEY:
+        return Finding(trouble=f"/v1/models answers {reply.status}", remedy=_key_remedy(has_key))
+    models = (served_models(reply.body) if reply.status == _OK else ()) or None
     doubt = ""
     if models and wanted and wanted not in [model.name for model in models]:
         names = ", ".join(model.name for model in models[:5])
@@ -86,12 +85,12 @@ def of_models(found: Finding, answer: Answer, *, wanted: str, has_key: bool) -> 
     return Finding(health=found.health, models=models, doubt=doubt)
 
 
-def of_completion(answer: Answer, *, model: str, has_key: bool) -> Finding:
-    """What a request for one token says: the last word on path, key and model."""
-    status = answer.status
-    said = answer.body[:200].decode(errors="replace").strip()
+def of_completion(reply: ProbeReply, *, model: str, has_key: bool) -> Finding:
+    """What a request for one token shows: whether path, key and model are right."""
+    status = reply.status
+    said = reply.body[:200].decode(errors="replace").strip()
     if status == 0:
-        return Finding(trouble=answer.why or "it gave no answer", remedy="look at its own log")
+        return Finding(trouble=reply.why or "it gave no answer", remedy="look at its own log")
     if status in _NO_KEY:
         return Finding(trouble=f"it answers {status}: {said}", remedy=_key_remedy(has_key))
     if status in {404, 405}:
@@ -112,8 +111,8 @@ def _key_remedy(has_key: bool) -> str:
     return "set attach.api_key_env (or attach.headers) to what it asks for"
 
 
-class Look:
-    """Asks one server; remembers which path told of its health. ``wanted``: the model's name."""
+class AttachedProbe:
+    """Probes one server, and remembers the path that told its health. ``wanted``: the model."""
 
     def __init__(self, probe: Prober, endpoint: Endpoint, wanted: str) -> None:
         self._probe = probe
@@ -123,7 +122,7 @@ class Look:
         self._has_key = bool(endpoint.api_key or endpoint.headers)
 
     async def health(self) -> Finding:
-        """Whether it is well."""
+        """Probe its health."""
         if self._path:
             answer = await self._probe.ask("GET", self._path)
             if answer.status not in _NO_PATH or self._endpoint.health:
@@ -140,13 +139,13 @@ class Look:
             if answer.status not in _NO_PATH and worst is None:
                 worst = found
         return worst or Finding(
-            trouble="no path says whether it is well; asked were "
+            trouble="no path tells its health; probed were "
             + ", ".join(health_paths(self._endpoint.url)),
             remedy="set attach.health to one that does",
         )
 
     async def whole(self) -> Finding:
-        """The same, and which models it lists."""
+        """Probe its health, and the models that it lists."""
         found = await self.health()
         if found.trouble or not answers_questions(self._endpoint.url):
             return found
@@ -155,15 +154,15 @@ class Look:
         return of_models(found, answer, wanted=self._wanted, has_key=self._has_key)
 
     async def try_out(self) -> Finding:
-        """The same, and whether it answers a request for one token."""
+        """Probe that, and whether it answers a request for one token."""
         found = await self.whole()
         if found.trouble:
             return found
         prefix = urlsplit(base_url(self._endpoint.url)).path
-        body: dict[str, Any] = {"model": self._wanted, "max_tokens": 1}
+        body: dict[str, object] = {"model": self._wanted, "max_tokens": 1}
         answer = await self._probe.ask("POST", prefix + "/v1/completions", {**body, "prompt": "Hi"})
         if answer.status in {404, 405}:
-            # It may speak in chats only.
+            # It may serve chats only.
             messages = [{"role": "user", "content": "Hi"}]
             chat = {**body, "messages": messages}
             answer = await self._probe.ask("POST", prefix + "/v1/chat/completions", chat)
@@ -175,26 +174,28 @@ class Look:
 
 @dataclass(kw_only=True)
 class AttachedReplica(ReplicaTask):
-    """The task that watches it. ``wanted``: the model's name there."""
+    """The task that monitors it. ``wanted``: the model's name there."""
 
     endpoint: Endpoint
     wanted: str = ""
 
-    async def run(self) -> str | None:
-        """See ``ReplicaTask.run``; it never ends by itself."""
+    async def run(self) -> UnexpectedExit | None:
+        """See ``ReplicaTask.run``; an attached server never ends by itself."""
         stopped = asyncio.create_task(self.stop.wait())
         watch = asyncio.create_task(self._watch())
         try:
             await asyncio.wait({watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return None if stopped.done() else watch.result()
+            if not stopped.done():
+                watch.result()  # it ends by an error only
+            return None
         finally:
             await cancel(watch, stopped)
             await self.probe.close()
 
-    async def _watch(self) -> str:
+    async def _watch(self) -> NoReturn:
         failed = 0
         ready = measures = False
-        look = Look(self.probe, self.endpoint, self.wanted)
+        look = AttachedProbe(self.probe, self.endpoint, self.wanted)
         while True:
             found = await (look.health() if ready else look.whole())
             if not found.trouble:
@@ -204,7 +205,7 @@ class AttachedReplica(ReplicaTask):
                     self.report(phase=ReplicaPhase.READY, max_model_len=length, detail=found.doubt)
                     ready = measures = True
                 if measures and answers_questions(self.endpoint.url):
-                    # Few have vLLM's metrics; the others need not be asked each second.
+                    # Few servers have vLLM's metrics; the others are asked only once.
                     load = await self.probe.load()
                     measures = load is not None
                     if load is not None:

@@ -1,21 +1,20 @@
-"""Inside vLLM's engines: the KV caches of requests that go on at another engine.
+"""Inside vLLM's engines: moves the KV caches of requests that continue on another engine.
 
-A KV connector (``--kv-transfer-config``), in the scheduler's process and each worker's. A request
-that is given up while somebody asks for its cache keeps its blocks until every worker has written
-its share of them to a folder; a request that begins with such a cache waits until the parts are
-there and read, in a thread, while the others go on. Layers and KV heads decide who writes and reads
-what, so the two engines may be of different tensor and pipeline sizes. Blocks are copied whole: the
-two must have the same model, type and block size (``form``). Anything else is computed again.
+A KV connector (``--kv-transfer-config``) runs in the scheduler's process and in each worker's. If a
+request ends whose cache was asked for, it keeps its blocks until every worker has written its share
+of them to a folder. A request that starts with such a cache waits until the workers have read its
+parts, in a thread, while other requests go on. Each worker writes and reads its own layers and KV
+heads, so the two engines may differ in tensor and pipeline size. Blocks are copied whole: model,
+type and block size (``form``) must be the same. Any other cache is computed again.
 
-Caches lie as vLLM's CPU attention has them: (blocks, KV heads, tokens of a block, key and value).
-See ``wire.caches`` for what lies in the folder.
+Caches have the layout of vLLM's CPU attention: (blocks, KV heads, tokens of a block, key and
+value). ``wire.caches`` describes the folder.
 """
 
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,18 +26,27 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from oserve.engines.arguments import CACHES
+from oserve.engines.cache_types import (
+    CacheParallelConfig,
+    ConnectorConfig,
+    RequestBlocks,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    TensorSlice,
+)
 from oserve.wire.caches import CacheFolder, Note, own_name, taken_name
 
-# An engine in the middle of a long step gives a request up only after it.
+# The other engine ends a request only after its present step, which may be long.
 _WAIT_S = 10.0
-# With nothing to compute the engine would ask again at once, on cores that others need.
+# An idle engine would poll without pause, on cores that other engines need.
 _PAUSE_S = 0.003
 _FORGOTTEN_S = 120.0
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Blocks of a request, ``first`` being the place of the first one among them."""
+class CacheCopy:
+    """Blocks of a request to copy; ``first`` is the place of the first one in its cache."""
 
     request: str
     name: str
@@ -48,17 +56,19 @@ class Copy:
 
 
 @dataclass
-class Orders(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler has the workers do."""
+class CacheCommands(KVConnectorMetadata):  # type: ignore[misc]
+    """What the scheduler tells the workers: caches to write, and caches to read."""
 
-    gives: list[Copy] = field(default_factory=list)
-    takes: list[Copy] = field(default_factory=list)
+    writes: list[CacheCopy] = field(default_factory=list)
+    reads: list[CacheCopy] = field(default_factory=list)
 
 
 class Connector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Both sides in one class, as vLLM wants it."""
+    """The scheduler's side and the worker's, in one class as vLLM requires."""
 
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+    def __init__(
+        self, vllm_config: ConnectorConfig, role: KVConnectorRole, kv_cache_config: object = None
+    ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._folder = CacheFolder(os.environ[CACHES])
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -78,25 +88,26 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         )
         if role == KVConnectorRole.WORKER:
             self._worker = _Worker(self._folder, parallel, self._all_heads)
-        # Of the scheduler: what requests wait for and since when, and what goes on.
-        self._orders = Orders()
+        # Of the scheduler: commands for the next step; by request, since when it waits, the cache
+        # that it can read, and the cache that it reads; requests whose caches are being written.
+        self._commands = CacheCommands()
         self._since_s: dict[str, float] = {}
         self._ready: dict[str, tuple[str, Note, int]] = {}
-        self._taking: dict[str, str] = {}
-        self._giving: set[str] = set()
-        # Requests that compute all by themselves, though they were to begin with a cache.
+        self._reading: dict[str, str] = {}
+        self._writing: set[str] = set()
+        # Requests that compute their whole prompt, although they named a cache.
         self._computing: set[str] = set()
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache that is lost is computed again."""
+        """False: a lost cache is computed again."""
         return False
 
-    # -- the scheduler: taking in ---------------------------------------------------------------
+    # -- the scheduler: requests that start -----------------------------------------------------
     def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
+        self, request: ScheduledRequest, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """How many tokens come from elsewhere; ``None``: that is not known yet."""
+        """The number of tokens to read from a cache; ``None`` while that is not known."""
         name = taken_name(request.kv_transfer_params)
         if not name or request.request_id in self._computing:
             return 0, False
@@ -106,18 +117,20 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
             return None, False
         del self._since_s[request.request_id]
         fits = note is not None and note.form == self._form
-        # At least one token is computed, to go on from.
+        # The engine computes at least one token, to continue from.
         tokens = min(note.tokens, request.num_tokens - 1) if note is not None and fits else 0
         if note is None or tokens <= num_computed_tokens:
-            # There may be no room yet: then it comes here again.
+            # Without free blocks, vLLM calls this again later.
             self._computing.add(request.request_id)
             self._folder.remove(name)
             return 0, False
         self._ready[request.request_id] = name, note, num_computed_tokens
         return tokens - num_computed_tokens, True
 
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """There is room for the cache: have the workers read it."""
+    def update_state_after_alloc(
+        self, request: ScheduledRequest, blocks: RequestBlocks, num_external_tokens: int
+    ) -> None:
+        """Blocks for the cache are allocated: have the workers read it."""
         found = self._ready.pop(request.request_id, None)
         if found is None or num_external_tokens == 0:
             return
@@ -125,16 +138,16 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
         first = computed // self._block_tokens
         last = -(-(computed + num_external_tokens) // self._block_tokens)
         numbers = blocks.get_block_ids()[0][first:last]
-        self._orders.takes.append(
-            Copy(request.request_id, name, list(numbers), first=first, parts=note.parts)
+        self._commands.reads.append(
+            CacheCopy(request.request_id, name, list(numbers), first=first, parts=note.parts)
         )
-        self._taking[request.request_id] = name
+        self._reading[request.request_id] = name
 
-    # -- the scheduler: giving up ---------------------------------------------------------------
+    # -- the scheduler: requests that end -------------------------------------------------------
     def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """A request ends here; its blocks stay until the workers have written what is asked for."""
+        self, request: ScheduledRequest, block_ids: list[int]
+    ) -> tuple[bool, dict[str, object] | None]:
+        """A request ends; True keeps its blocks until the workers have written its cache."""
         self._since_s.pop(request.request_id, None)
         self._ready.pop(request.request_id, None)
         self._computing.discard(request.request_id)
@@ -148,57 +161,57 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
             self._folder.put_note(name, Note())
             return False, None
         self._folder.put_note(name, Note(tokens=tokens, parts=self._parts, form=self._form))
-        self._orders.gives.append(Copy(request.request_id, name, block_ids[:count]))
-        self._giving.add(request.request_id)
+        self._commands.writes.append(CacheCopy(request.request_id, name, block_ids[:count]))
+        self._writing.add(request.request_id)
         return True, None
 
     def has_pending_push_work(self) -> bool:
-        """Whether steps are needed though no request runs."""
-        return bool(self._giving)
+        """Whether vLLM must run steps although no request runs."""
+        return bool(self._writing)
 
-    def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        """What was found since the last step."""
-        if not scheduler_output.total_num_scheduled_tokens and (self._since_s or self._giving):
+    def build_connector_meta(self, scheduler_output: StepPlan) -> CacheCommands:
+        """The commands since the last step."""
+        if not scheduler_output.total_num_scheduled_tokens and (self._since_s or self._writing):
             time.sleep(_PAUSE_S)
-        orders, self._orders = self._orders, Orders()
-        return orders
+        commands, self._commands = self._commands, CacheCommands()
+        return commands
 
-    def update_connector_output(self, connector_output: Any) -> None:
-        """The workers have written or read what they were told to."""
-        self._giving -= set(connector_output.finished_sending or ())
+    def update_connector_output(self, connector_output: StepResult) -> None:
+        """Take up which commands the workers have carried out."""
+        self._writing -= set(connector_output.finished_sending or ())
         for request in connector_output.finished_recving or ():
-            name = self._taking.pop(request, "")
+            name = self._reading.pop(request, "")
             if name:
                 self._folder.remove(name)
 
     # -- the workers ----------------------------------------------------------------------------
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The tensors of the layers that are here."""
+        """Take the tensors of this worker's layers."""
         self._worker.layers = kv_caches
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin what was ordered for this step."""
+    def start_load_kv(self, forward_context: object, **kwargs: object) -> None:
+        """Begin the commands of this step."""
         del forward_context, kwargs
         self._worker.begin(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nobody computes with what is not there yet."""
+        """Nothing to wait for: a request is scheduled only once its cache has been read."""
 
     def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+        self, layer_name: str, kv_layer: object, attn_metadata: object, **kwargs: object
     ) -> None:
-        """Caches are written when a request ends, not layer by layer."""
+        """Nothing to do: caches are written when a request ends, not layer by layer."""
 
     def wait_for_save(self) -> None:
-        """Blocks stay until they are written."""
+        """Nothing to wait for: blocks stay until they are written."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
-        """Requests whose cache was written, and those whose was read."""
+        """Requests whose caches were written, and requests whose caches were read."""
         del finished_req_ids
         return self._worker.done()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that have to be computed after all."""
+        """Blocks that could not be read and must be computed."""
         failed, self._worker.failed = self._worker.failed, set()
         return failed
 
@@ -209,24 +222,24 @@ class Connector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 class _Worker:
-    """Writes and reads this rank's share of caches, one after the other in a thread."""
+    """Writes and reads this rank's share of caches, one at a time, in a thread."""
 
-    def __init__(self, folder: CacheFolder, parallel: Any, all_heads: int) -> None:
+    def __init__(self, folder: CacheFolder, parallel: CacheParallelConfig, all_heads: int) -> None:
         self.layers: dict[str, torch.Tensor] = {}
         self.failed: set[int] = set()
         self._folder = folder
         self._rank = int(parallel.rank)
         ranks = int(parallel.tensor_parallel_size)
-        # More ranks than heads: some hold the same one.
+        # With more ranks than heads, several ranks hold the same head.
         self._first_head = (self._rank % ranks) * all_heads // ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="caches")
         self._writing: dict[str, Future[None]] = {}
-        self._reading: dict[str, tuple[Future[None], Copy]] = {}
+        self._reading: dict[str, tuple[Future[None], CacheCopy]] = {}
 
-    def begin(self, orders: Orders) -> None:
-        for copy in orders.gives:
+    def begin(self, commands: CacheCommands) -> None:
+        for copy in commands.writes:
             self._writing[copy.request] = self._thread.submit(self._write, copy)
-        for copy in orders.takes:
+        for copy in commands.reads:
             self._reading[copy.request] = self._thread.submit(self._read, copy), copy
 
     def done(self) -> tuple[set[str], set[str]]:
@@ -240,7 +253,7 @@ class _Worker:
                 self.failed |= set(copy.blocks)
         return written, read
 
-    def _write(self, copy: Copy) -> None:
+    def _write(self, copy: CacheCopy) -> None:
         try:
             index = torch.tensor(copy.blocks)
             held = {name: layer.index_select(0, index) for name, layer in self.layers.items()}
@@ -251,7 +264,7 @@ class _Worker:
         except (OSError, RuntimeError):
             self._folder.lose(copy.name)
 
-    def _read(self, copy: Copy) -> None:
+    def _read(self, copy: CacheCopy) -> None:
         index = torch.tensor(copy.blocks)
         missing = {
             (name, self._first_head + head)
@@ -264,12 +277,12 @@ class _Worker:
                 for name in set(part.keys()) & self.layers.keys():
                     missing -= self._take(part.get_slice(name), name, first_head, copy, index)
         if missing:
-            raise LookupError(f"nobody had {sorted(missing)[:3]}")
+            raise LookupError(f"no part has the heads {sorted(missing)[:3]}")
 
     def _take(
-        self, held: Any, name: str, first_head: int, copy: Copy, index: torch.Tensor
+        self, held: TensorSlice, name: str, first_head: int, copy: CacheCopy, index: torch.Tensor
     ) -> set[tuple[str, int]]:
-        """Copy the heads that both have; tells which those are."""
+        """Copy the heads that both ranks have; returns them."""
         layer = self.layers[name]
         heads = held.get_shape()[1]
         low = max(first_head, self._first_head)

@@ -1,19 +1,56 @@
-"""Orders to a running engine over its private socket: what the gateway never passes on.
+"""Calls to a running engine over its private socket: routes that the gateway never passes on.
 
-Every call has a time limit; what an engine refuses or does not answer is an ``EngineControlError``.
+Every call has a time limit. A call that the engine refuses, does not answer or answers in an
+unknown form raises ``EngineControlError``.
 """
 
-import contextlib
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import aiohttp
+import msgspec
 
 from oserve.core import Endpoint
+from oserve.engines.rank_commands import (
+    METHOD,
+    REPLIES,
+    CommandDone,
+    CommandRefused,
+    JobReport,
+    LayoutReply,
+    ListenerReply,
+    RankCommand,
+)
+
+Reply = TypeVar("Reply", LayoutReply, ListenerReply, JobReport, CommandDone)
+ControlAnswer = TypeVar("ControlAnswer", bound=msgspec.Struct)
 
 
 class EngineControlError(Exception):
-    """An engine did not do as asked; the text says why."""
+    """An engine did not do what it was asked; the text says why."""
+
+
+class _RankReplies(msgspec.Struct):
+    results: list[str]
+
+
+class _PrefixReset(msgspec.Struct):
+    success: bool = False
+
+
+class _TokenLogprob(msgspec.Struct):
+    logprob: float
+
+
+class _Choice(msgspec.Struct):
+    text: str
+    # One entry per prompt token, by token id; the first token has none.
+    prompt_logprobs: list[dict[str, _TokenLogprob] | None] | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
 
 
 class EngineControl:
@@ -36,41 +73,67 @@ class EngineControl:
         await self.close()
 
     async def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """A method of every worker at once, by name; the answers in rank order."""
-        body = {"method": method, "args": list(arguments)}
-        answer = await self._post("/collective_rpc", body, timeout_s)
-        results = answer.get("results")
-        if not isinstance(results, list):
-            raise EngineControlError(f"{method} had no answer")
-        return results
+    async def command(
+        self,
+        commands: RankCommand | Sequence[RankCommand],
+        expected: type[Reply],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Reply]:
+        """Have every rank carry out its command, one for each or one for all; replies by rank.
+
+        Raises EngineControlError if a rank refuses, or does not reply with ``expected``.
+        """
+        listed = [commands] if isinstance(commands, msgspec.Struct) else list(commands)
+        body = {
+            "method": METHOD,
+            "args": [[msgspec.json.encode(command).decode() for command in listed]],
+        }
+        answer = await self._post("/collective_rpc", body, _RankReplies, timeout_s)
+        replies: list[Reply] = []
+        for text in answer.results:
+            try:
+                reply = REPLIES.decode(text)
+            except msgspec.DecodeError as error:
+                raise EngineControlError(
+                    f"a reply cannot be read ({error}); the engine may run another version of "
+                    "OServe: restart it"
+                ) from None
+            if isinstance(reply, CommandRefused):
+                raise EngineControlError(reply.reason)
+            if not isinstance(reply, expected):
+                raise EngineControlError(
+                    f"a {expected.__name__} was expected, and a {type(reply).__name__} came"
+                )
+            replies.append(reply)
+        return replies
 
     async def forget_prefixes(self, timeout_s: float | None = None) -> bool:
-        """Drop what is cached of prompts; False while a request still uses some of it."""
-        answer = await self._post("/reset_prefix_cache", None, timeout_s)
-        return bool(answer.get("success"))
+        """Empty the prefix cache; False while a running request uses some of it."""
+        answer = await self._post("/reset_prefix_cache", None, _PrefixReset, timeout_s)
+        return answer.success
 
     async def complete(
         self, model: str, prompt: list[int], max_tokens: int, timeout_s: float
     ) -> str:
-        """One greedy completion."""
+        """The text of one greedy completion."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        answer = await self._post("/v1/completions", body, timeout_s)
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            return str(answer["choices"][0]["text"])
-        raise EngineControlError("its first request had no answer")
+        answer = await self._post("/v1/completions", body, _Completion, timeout_s)
+        if not answer.choices:
+            raise EngineControlError("a completion came without a choice")
+        return answer.choices[0].text
 
     async def surprise(
         self, model: str, text: str, *, most_tokens: int, timeout_s: float | None = None
     ) -> float:
-        """Mean negative logarithm of the chances it gives to a text's tokens, nats a token.
+        """Mean negative log-likelihood of a text under its model, in nats per token.
 
-        Of its last ``most_tokens``; perplexity is the exponential of it.
+        Of the last ``most_tokens`` tokens; the exponential of it is the perplexity.
         """
         body = {
             "model": model,
@@ -80,19 +143,23 @@ class EngineControl:
             "prompt_logprobs": 0,
             "truncate_prompt_tokens": most_tokens,
         }
-        answer = await self._post("/v1/completions", body, timeout_s)
-        with contextlib.suppress(KeyError, IndexError, TypeError, AttributeError):
-            # The first token has no chance; of each other one only its own is told.
-            found = [
-                float(entry["logprob"])
-                for token in answer["choices"][0]["prompt_logprobs"][1:]
-                for entry in token.values()
-            ]
-            if found:
-                return -sum(found) / len(found)
-        raise EngineControlError("it told no chances of the tokens of a prompt")
+        answer = await self._post("/v1/completions", body, _Completion, timeout_s)
+        logprobs = answer.choices[0].prompt_logprobs if answer.choices else None
+        # With prompt_logprobs=0 each entry has the prompt's own token only.
+        found = [
+            token.logprob for entry in (logprobs or [])[1:] if entry for token in entry.values()
+        ]
+        if not found:
+            raise EngineControlError("a completion came without log-probabilities of its prompt")
+        return -sum(found) / len(found)
 
-    async def _post(self, path: str, body: Any, timeout_s: float | None) -> dict[str, Any]:
+    async def _post(
+        self,
+        path: str,
+        body: Mapping[str, object] | None,
+        expected: type[ControlAnswer],
+        timeout_s: float | None,
+    ) -> ControlAnswer:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(path=self._socket)
@@ -102,10 +169,13 @@ class EngineControl:
             async with self._session.post(
                 "http://engine" + path, json=body, timeout=limit
             ) as answer:
+                content = await answer.read()
                 if answer.status != 200:
-                    text = (await answer.text())[:300]
+                    text = content.decode(errors="replace")[:300]
                     raise EngineControlError(f"{path} answered {answer.status}: {text}")
-                found = await answer.json(content_type=None)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EngineControlError(f"no answer to {path}: {error or 'timed out'}") from None
-        return found if isinstance(found, dict) else {}
+        try:
+            return msgspec.json.decode(content or b"{}", type=expected)
+        except msgspec.DecodeError as error:
+            raise EngineControlError(f"{path} answered in an unknown form: {error}") from None

@@ -1,4 +1,4 @@
-"""What this machine has to serve with: NVIDIA GPUs, or slots of CPU cores."""
+"""The devices of this machine: NVIDIA GPUs, or slots of CPU cores."""
 
 import os
 import re
@@ -11,15 +11,15 @@ from oserve.engines.main_memory import total_memory_bytes
 _QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 _MIB = 1024 * 1024
 _QUERY_TIMEOUT_S = 30.0
-# Words of a product name that say nothing about which GPU it is.
+# Words of product names that do not tell one GPU from another.
 _NOISE = {"nvidia", "geforce", "tesla", "quadro", "graphics", "device"}
 
 
 def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Device, ...]:
     """Devices of this machine; ``kind`` is ``auto`` (GPUs if there are any), ``gpu`` or ``cpu``.
 
-    ``cpu_slots``: into how many slots the usable cores are split; by default one a core, at least
-    two and at most eight. Raises ``OServeError`` when GPUs are asked for and there are none.
+    ``cpu_slots``: the number of slots that share the usable cores; by default one per core, at
+    least two and at most eight. Raises ``OServeError`` if ``gpu`` is asked for and there is none.
     """
     if kind not in {"auto", "gpu", "cpu"}:
         raise OServeError(
@@ -39,7 +39,7 @@ def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Devi
 
 
 def parse_gpus(listing: str) -> tuple[Device, ...]:
-    """Devices from ``index, name, MiB`` lines; lines that are none are passed over."""
+    """Devices from lines of ``index, name, MiB``; other lines are skipped."""
     devices = []
     for line in listing.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -55,7 +55,7 @@ def parse_gpus(listing: str) -> tuple[Device, ...]:
 def split_cores(
     cores: Sequence[int], slots: int | None = None, memory_bytes: int = 0
 ) -> tuple[Device, ...]:
-    """Cores dealt to slots as evenly as can be; with more slots than cores, slots share them.
+    """Divide cores among slots as evenly as possible; more slots than cores share them.
 
     Raises ``OServeError`` unless there is at least one slot.
     """

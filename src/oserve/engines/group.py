@@ -1,9 +1,9 @@
-"""One engine's processes as a whole: a process group led by the API server.
+"""The processes of one engine as a process group, which its API server leads.
 
-vLLM is several processes; ending the first is not enough, and ending all at once loses the helper
-that frees their shared memory. No sessions: Linux shares processors out by session first
-(``sched_autogroup_enabled``), which makes priorities mean nothing between them, and starves an
-engine that comes up beside one that is busy. Linux only. It does not import vLLM.
+vLLM runs several processes. Ending the first is not enough, and ending all at once also ends the
+helper that frees their shared memory. Engines share one session: Linux divides CPU time between
+sessions first (``sched_autogroup_enabled``), so that priorities have no effect across sessions and
+a busy engine starves one that starts. Linux only. It does not import vLLM.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from pathlib import Path
 from oserve.control.progress import Activity
 
 CACHES_FOLDER = "caches"
-"""Beside the folders of engines, which have a number at the end: for KV caches on their way."""
+"""The folder for KV caches that move, beside the folders of engines, whose names end in numbers."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 SHARED_MEMORY_PREFIX = "psm_oserve_"
 _SHARED_MEMORY = "/dev/shm"
-# States of threads: by a signal, or by a debugger; and those that no signal reaches.
+# States of threads: stopped by a signal or by a debugger; in a call that no signal interrupts.
 _STOPPED = {"T", "t"}
 _BLOCKED = "D"
-# What a process has read and written by system calls, and what was read for it from disks.
+# Bytes that a process has read and written by system calls, and read from disks.
 _MOVED = ("rchar", "wchar", "read_bytes")
 _POLL_S = 0.02
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Have the kernel send this process signal ``number`` when its parent ends.
 
-    ``parent``: the process that should be the parent; if it has ended already, so does this one.
+    ``parent``: the expected parent; if it has ended already, this process gets the signal now.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -43,15 +43,15 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
 
 
 def fork_group() -> int:
-    """Fork; the child leads a process group of its own before either goes on. 0 in the child.
+    """Fork; before either process continues, the child leads a process group. 0 in the child.
 
-    Whoever hears of the child's id may signal its group at once, and finds it.
+    The parent may signal the group as soon as this returns.
     """
     heard, told = os.pipe()
     pid = os.fork()
     if pid:
         os.close(told)
-        # The child closes its end, if only by ending.
+        # The child closes its end, at the latest when it ends.
         os.read(heard, 1)
         os.close(heard)
         return pid
@@ -62,9 +62,9 @@ def fork_group() -> int:
 
 
 def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if it is not there or has ended.
+    """When a process started, in clock ticks since boot; 0 if there is none or it has ended.
 
-    With ``boot_id`` it tells a process from a later one that was given the same number.
+    With ``boot_id`` it tells a process from a later one with the same id.
     """
     with contextlib.suppress(OSError, IndexError, ValueError):
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -74,25 +74,25 @@ def start_ticks(pid: int) -> int:
 
 
 def boot_id() -> str:
-    """Differs after each start of the machine; empty where the kernel does not say."""
+    """An id of this boot of the machine; empty if the kernel does not tell."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ended, so that they can be reaped."""
+    """Become the parent of descendants whose own parent has ended, so that they can be reaped."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def group_members(group: int) -> list[int]:
-    """Process ids of the group that have not ended (zombies are left out)."""
+    """Ids of the group's processes that have not ended; no zombies."""
     members = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
                 text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
-                # The command in brackets may hold anything, so count from its end.
+                # The command in brackets may hold any character, so count from its end.
                 fields = text.rpartition(")")[2].split()
                 if int(fields[2]) == group and fields[0] not in {"Z", "X"}:
                     members.append(int(entry))
@@ -103,7 +103,7 @@ def signal_group(group: int, number: int, *, spare_tracker: bool = False) -> Non
     """Send a signal to every process of the group.
 
     ``spare_tracker``: leave out Python's resource tracker, which frees the shared memory of the
-    others once they are gone and then ends by itself.
+    other processes once they have ended, and then ends by itself.
     """
     for pid in group_members(group):
         if spare_tracker and _is_tracker(pid):
@@ -113,9 +113,9 @@ def signal_group(group: int, number: int, *, spare_tracker: bool = False) -> Non
 
 
 def end_group(group: int, *, grace_s: float) -> None:
-    """End what is left of a group: TERM, ``grace_s`` seconds, KILL; returns when it is empty.
+    """End a group: TERM, after ``grace_s`` seconds KILL; returns when it is empty.
 
-    Blocks for at most a few seconds more than ``grace_s``; reaps what are children of the caller.
+    Blocks for at most a few seconds more than ``grace_s``, and reaps children of the caller.
     """
     segments = group_segments(group)
     if grace_s > 0:
@@ -133,11 +133,11 @@ def end_group(group: int, *, grace_s: float) -> None:
 def release_leftovers(group: int, folder: str) -> None:
     """Free the shared memory and the temporary ``folder`` of a group that has ended.
 
-    vLLM kills its own helpers when it ends, and with them what would have freed it.
+    When vLLM ends it kills its own helpers, among them the one that would free the memory.
     """
     prefixes = [f"{SHARED_MEMORY_PREFIX}{group}_"]
     if folder and os.path.isdir(folder):
-        # Ranks name their shared memory after the file by which they found each other.
+        # Ranks name their shared memory after the file by which they rendezvous.
         prefixes += [name for name in os.listdir(folder) if name.startswith("vllm_dist_")]
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -148,7 +148,7 @@ def release_leftovers(group: int, folder: str) -> None:
 
 
 def remove_if_unused(folder: str) -> None:
-    """Remove what held engines' folders, if none is left; caches of requests may be."""
+    """Remove the parent folder of engines' folders if only the folder for caches is left in it."""
     with contextlib.suppress(OSError):
         if set(os.listdir(folder)) <= {CACHES_FOLDER}:
             shutil.rmtree(folder, ignore_errors=True)
@@ -167,7 +167,7 @@ def group_segments(group: int) -> set[str]:
 
 
 def group_activity(group: int, log: Path | None = None) -> Activity | None:
-    """What the processes of the group do; ``None`` if there are none. ``log``: where they write."""
+    """The activity of a group's processes, ``None`` without any. ``log``: where they write."""
     stopped, blocked, work_ns, moved = 0, False, 0, 0
     members = group_members(group)
     for pid in members:
@@ -191,14 +191,14 @@ def group_activity(group: int, log: Path | None = None) -> Activity | None:
 
 
 def _thread(folder: str) -> tuple[str, int]:
-    """A thread's state, and nanoseconds in which it computed or waited for a processor."""
+    """A thread's state, and nanoseconds in which it ran or waited for a processor."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         text = Path(f"{folder}/stat").read_text(encoding="utf-8", errors="replace")
         fields = text.rpartition(")")[2].split()
         with contextlib.suppress(OSError, IndexError, ValueError):
             ran, waited, *_ = Path(f"{folder}/schedstat").read_text(encoding="ascii").split()
             return fields[0], int(ran) + int(waited)
-        # Kernels without that count ticks only.
+        # Without CONFIG_SCHEDSTATS there are only clock ticks.
         ticks = int(fields[11]) + int(fields[12])
         return fields[0], ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     return "", 0

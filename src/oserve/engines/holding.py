@@ -1,7 +1,8 @@
-"""A server's side of its keeper: find it or start it, have it hold processes, take them up again.
+"""The server's side of its keeper: find or start it, and have it hold processes.
 
-Engines that ``HeldEngines`` starts outlive this process for as long as the keeper waits. Should the
-keeper itself be killed, all that it held ends, and the next start makes another keeper.
+Engines that ``HeldEngines`` starts outlive this process for as long as the keeper waits for another
+server, which can take them over. If the keeper is killed, every process that it held ends, and the
+next start makes another keeper.
 """
 
 import asyncio
@@ -10,32 +11,28 @@ import fcntl
 import hashlib
 import logging
 import os
-import select
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from oserve import __version__
 from oserve.core import OServeError
-from oserve.engines import registry as lines
-from oserve.engines.group import end_group
 from oserve.engines.keeper import HELD_ELSEWHERE
-from oserve.engines.registry import Entry
+from oserve.engines.keeper_connection import HeldProcess, KeeperConnection, no_start
+from oserve.engines.keeper_messages import EngineStart, ProcessStart, ServerHello
+from oserve.engines.registry import ProcessNote
 from oserve.engines.spawner import surroundings
 
 _log = logging.getLogger("oserve.engines")
 
 _POLL_S = 0.05
 _ENDING_POLL_S = 0.3
-_EXIT_LIMIT_S = 30.0
 _REACH_LIMIT_S = 120.0
-# The environment that engines go by; the rest of a shell's changes from one login to the next.
+# Variables that engines read; the others differ from one login to the next.
 _PREFIXES = (
     *("VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "HF_", "TORCH", "OMP_", "MKL_", "GLOO_"),
     *("PYTHON", "LD_", "TRITON_", "FLASHINFER_", "XDG_CACHE"),
@@ -43,16 +40,16 @@ _PREFIXES = (
 
 
 def private_name(state_dir: Path) -> str:
-    """Of the folder that ``private_folder`` makes; one for each user and state folder."""
+    """The name of the folder that ``private_folder`` makes: one per user and state folder."""
     owner = f"{os.getuid()} {state_dir.resolve()}".encode()
     return f"oserve-{hashlib.blake2b(owner, digest_size=5).hexdigest()}"
 
 
 def private_folder(state_dir: Path) -> Path:
-    """Where the sockets of a state folder's server are; short, since socket paths must be.
+    """The folder for the sockets of a state folder's server; short, since socket paths must be.
 
-    It is the same for whoever comes later, so the temporary directory of the environment does not
-    count. Raises ``OServeError`` where somebody else has it.
+    Later servers must find the same folder, so it does not follow the environment's temporary
+    directory. Raises ``OServeError`` if other users can reach it.
     """
     folder = Path("/tmp") / private_name(state_dir)
     with contextlib.suppress(FileExistsError):
@@ -60,13 +57,15 @@ def private_folder(state_dir: Path) -> Path:
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
         raise OServeError(
-            "it is not ours alone", place=str(folder), remedy="remove it, or set --state-dir"
+            "other users can reach this folder",
+            place=str(folder),
+            remedy="remove it, or set --state-dir",
         )
     return folder
 
 
 def keeper_runs(state_dir: Path) -> bool:
-    """Whether a keeper holds what a server in that folder has left, or is ending it."""
+    """Whether a keeper holds, or is ending, the processes of a server in that folder."""
     try:
         descriptor = os.open(state_dir / "keeper.lock", os.O_RDWR)
     except OSError:
@@ -81,9 +80,9 @@ def keeper_runs(state_dir: Path) -> bool:
 
 
 def identity_of(method: str, log_dir: Path) -> str:
-    """What must be the same for one server to take up what another's keeper holds.
+    """A digest of what two servers must share for one to take over the other's processes.
 
-    The current folder is in it, since names of models may start from there.
+    It covers the current folder, since names of models may be relative to it.
     """
     environment = sorted(item for item in surroundings().items() if item[0].startswith(_PREFIXES))
     folders = (str(Path.cwd()), str(log_dir.resolve()))
@@ -91,151 +90,11 @@ def identity_of(method: str, log_dir: Path) -> str:
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 
-class HeldProcess:
-    """One process that the keeper holds; an ``EngineProcess`` where it is an engine."""
-
-    def __init__(self, line: "_Line", entry: Entry) -> None:
-        loop = asyncio.get_running_loop()
-        self._line = line
-        self.entry = entry
-        self.ended: asyncio.Future[int] = loop.create_future()
-        self._begun: asyncio.Future[int] = loop.create_future()
-        if entry.pid:
-            self._begun.set_result(entry.pid)
-
-    @property
-    def pid(self) -> int:
-        return self.entry.pid
-
-    async def begun(self) -> "HeldProcess":
-        """Wait until it is there. Raises ``OServeError`` where it could not be started.
-
-        If this is cancelled before, it is ended, and that is waited for.
-        """
-        try:
-            await asyncio.shield(self._begun)
-        except asyncio.CancelledError:
-            if not self._begun.done():
-                self.kill()
-            with contextlib.suppress(OServeError):
-                await self._begun
-                self.kill()
-                await self.wait()
-            raise
-        return self
-
-    async def wait(self) -> int:
-        return await asyncio.shield(self.ended)
-
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def mark(self, note: Any) -> None:
-        """Replace its note."""
-        self.entry.note = note
-        if not self.ended.done():
-            self._line.send(lines.Mark(name=self.entry.name, note=note))
-
-    def _signal(self, number: int) -> None:
-        if not self.ended.done():
-            self.entry.ending = True
-            self._line.send(lines.Signal(name=self.entry.name, number=number))
-
-    # -- what the line hears --------------------------------------------------------------------
-    def heard(self, message: lines.Started | lines.Refused | lines.Ended) -> None:
-        match message:
-            case lines.Started(pid=pid):
-                self.entry.pid = pid
-                if not self._begun.done():
-                    self._begun.set_result(pid)
-            case lines.Refused(reason=reason):
-                if not self._begun.done():
-                    self._begun.set_exception(_no_start(reason))
-                    self._begun.exception()
-                self._finish(-signal.SIGKILL)
-            case lines.Ended(status=status):
-                self._finish(status)
-
-    def _finish(self, status: int) -> None:
-        if not self.ended.done():
-            self.ended.set_result(status)
-
-
-class _Line:
-    """The connection to one keeper."""
-
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hello: lines.Hello
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self.hello = hello
-        self.held = {entry.name: HeldProcess(self, entry) for entry in hello.held}
-        self._decoder = msgspec.json.Decoder(lines.Tell)
-        self.lost: asyncio.Task[None] = asyncio.create_task(self._listen())
-
-    @classmethod
-    async def open(cls, path: Path) -> "_Line | None":
-        """``None`` where no keeper answers."""
-        try:
-            reader, writer = await asyncio.open_unix_connection(
-                str(path), limit=lines.MAX_LINE_BYTES
-            )
-            hello = await reader.readline()
-            return cls(reader, writer, msgspec.json.decode(hello, type=lines.Hello))
-        except (OSError, msgspec.DecodeError):
-            return None
-
-    def send(self, ask: lines.Ask) -> None:
-        if not self.lost.done():
-            self._writer.write(msgspec.json.encode(ask) + b"\n")
-
-    def hold(self, ask: lines.Start | lines.Hold) -> HeldProcess:
-        engine = isinstance(ask, lines.Start)
-        entry = Entry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
-        process = self.held[ask.name] = HeldProcess(self, entry)
-        self.send(ask)
-        return process
-
-    async def close(self) -> None:
-        """Have the keeper end everything and itself; returns when it is gone."""
-        self.send(lines.Close())
-        await asyncio.wait({self.lost}, timeout=_EXIT_LIMIT_S)
-        if self.hello.pid == os.getpid():
-            return
-        gone = await asyncio.to_thread(_await_exit, self.hello.pid, _EXIT_LIMIT_S)
-        if not gone:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.hello.pid, signal.SIGKILL)
-        await self.lost
-
-    async def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
-            while line := await self._reader.readline():
-                message = self._decoder.decode(line)
-                if isinstance(message, lines.Hello) or message.name not in self.held:
-                    continue
-                self.held[message.name].heard(message)
-                if not isinstance(message, lines.Started):
-                    del self.held[message.name]
-        self._writer.close()
-        for process in list(self.held.values()):
-            # Everything ends with its keeper; this covers helpers that lost their parent.
-            if process.entry.engine and process.pid:
-                await asyncio.to_thread(end_group, process.pid, grace_s=0)
-            reason = lines.Refused(name=process.entry.name, reason="the keeper ended")
-            process.heard(reason)
-        self.held.clear()
-
-
 class HeldEngines:
-    """A launcher whose engines a keeper holds; it holds other processes too.
+    """Starts engines and other processes that a keeper holds.
 
     ``folder`` is for its socket, ``state_dir`` for its registry, ``log_dir`` for its log.
-    ``grace_s``: for how long all is held when this process is gone.
+    ``grace_s``: how long the keeper holds them when this process has ended.
     """
 
     def __init__(
@@ -247,15 +106,16 @@ class HeldEngines:
         self._method = method
         self._grace_s = grace_s
         self._identity = identity_of(method, log_dir)
-        self._line: _Line | None = None
+        self._line: KeeperConnection | None = None
         self._lock = asyncio.Lock()
         self._started: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     async def connect(self) -> None:
-        """Find the keeper of the server before this one, or start one.
+        """Find the previous server's keeper, or start one.
 
-        One of another version or environment is told to end everything first.
+        A keeper of another version or environment is told to end everything first. Raises
+        ``OServeError`` if no keeper can be reached.
         """
         await self._ensure()
 
@@ -264,7 +124,7 @@ class HeldEngines:
         return {name: item for name, item in self._held().items() if item.entry.engine}
 
     def processes(self) -> dict[str, HeldProcess]:
-        """What else it holds."""
+        """Other processes that the keeper holds now, by name."""
         return {name: item for name, item in self._held().items() if not item.entry.engine}
 
     def _held(self) -> dict[str, HeldProcess]:
@@ -277,11 +137,11 @@ class HeldEngines:
         env: Mapping[str, str],
         cores: Sequence[int],
         log_path: Path,
-        note: Any,
+        note: ProcessNote,
     ) -> HeldProcess:
         """Start an engine; see ``spawner.Launcher``. ``log_path`` is absolute."""
         line = await self._ensure()
-        ask = lines.Start(
+        command = EngineStart(
             name=name,
             argv=list(argv),
             env=dict(env),
@@ -289,55 +149,64 @@ class HeldEngines:
             log=str(log_path),
             note=note,
         )
-        return await line.hold(ask).begun()
+        return await line.hold(command).begun()
 
     async def hold(
-        self, name: str, argv: Sequence[str], orders: str, log_path: Path, grace_s: float, note: Any
+        self,
+        name: str,
+        argv: Sequence[str],
+        first_line: str,
+        log_path: Path,
+        grace_s: float,
+        note: ProcessNote,
     ) -> HeldProcess:
-        """Start another process; see ``registry.Hold``."""
+        """Start another process; see ``keeper_messages.ProcessStart``."""
         line = await self._ensure()
-        ask = lines.Hold(
+        command = ProcessStart(
             name=name,
             argv=list(argv),
-            orders=orders,
+            first_line=first_line,
             log=str(log_path),
             grace_s=grace_s,
             note=note,
         )
-        return await line.hold(ask).begun()
+        return await line.hold(command).begun()
 
     async def close(self) -> None:
-        """End everything that is held, and the keeper."""
+        """End every process that the keeper holds, and the keeper."""
         self._closed = True
         async with self._lock:
             if self._line is not None:
                 await self._line.close()
                 self._line = None
             if self._started is not None:
-                # It has ended: this only takes note of it.
+                # It has ended: this only reaps it.
                 await asyncio.to_thread(self._started.wait)
 
-    async def _ensure(self) -> _Line:
+    async def _ensure(self) -> KeeperConnection:
         async with self._lock:
             if self._closed:
-                raise _no_start("the server is ending")
+                raise no_start("the server is ending")
             if self._line is None or self._line.lost.done():
                 self._line = await self._reach()
-                self._line.send(lines.Greet(grace_s=self._grace_s))
+                self._line.send(ServerHello(grace_s=self._grace_s))
             return self._line
 
-    async def _reach(self) -> _Line:
-        """One that ends is waited for: as long as its gateway processes have grace."""
+    async def _reach(self) -> KeeperConnection:
+        """Wait for a keeper that is ending: for as long as its gateway processes have grace."""
         path = self._folder / "keeper.sock"
         ours: subprocess.Popen[bytes] | None = None
         deadline_s = time.monotonic() + _REACH_LIMIT_S
         while time.monotonic() < deadline_s:
-            line = await _Line.open(path)
-            if line is not None and line.hello.identity == self._identity:
-                self._started = ours if ours and ours.pid == line.hello.pid else None
+            line = await KeeperConnection.open(path, self._identity)
+            if line is not None and not line.difference:
+                self._started = ours if ours and ours.pid == line.keeper.pid else None
                 return line
             if line is not None:
-                _log.warning("what runs is of another version or environment: it is ended first")
+                _log.warning(
+                    "a keeper runs here whose processes cannot be taken over (%s): it is ended",
+                    line.difference,
+                )
                 await line.close()
                 continue
             if ours is None:
@@ -348,14 +217,14 @@ class HeldEngines:
             elif ours.poll() is not None:
                 break
             await asyncio.sleep(_POLL_S)
-        raise _no_start(f"no keeper came up; see {self._log_dir / 'keeper.log'}")
+        raise no_start(f"no keeper came up; see {self._log_dir / 'keeper.log'}")
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            # Nothing of this process' may stay open in one that outlives it.
+            # No file of this process may stay open in one that outlives it.
             with (self._log_dir / "keeper.log").open("ab") as output:
-                # Not one of asyncio's: those kill their process when they are thrown away.
+                # asyncio's own objects kill their process when they are collected.
                 return subprocess.Popen(
                     [
                         *(sys.executable, "-m", "oserve.engines.keeper"),
@@ -371,26 +240,4 @@ class HeldEngines:
                     process_group=0,
                 )
         except OSError as error:
-            raise _no_start(str(error)) from error
-
-
-def _await_exit(pid: int, limit_s: float) -> bool:
-    """Whether a process, which need not be a child, ended in time."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(limit_s * 1e3))
-    finally:
-        os.close(descriptor)
-
-
-def _no_start(reason: str) -> OServeError:
-    return OServeError(
-        f"cannot start a process: {reason}",
-        place="engines",
-        remedy="read the log; check that the engine packages are installed (oserve[cpu] or [gpu])",
-    )
+            raise no_start(str(error)) from error

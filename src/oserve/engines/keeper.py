@@ -1,10 +1,10 @@
 """The process that holds engines and gateway processes while servers come and go.
 
 Runs as ``python -m oserve.engines.keeper``, one for each state folder. One server at a time talks
-to it over a Unix socket, in JSON lines (``registry.Ask``, ``registry.Tell``). When that line breaks
-it keeps everything running for ``grace_s``; if no server has come by then, it ends it all. What it
-holds are its own children, so a number that was reused cannot be mistaken for one of them, and none
-outlives it, even if it is killed.
+to it over a Unix socket (see ``keeper_messages``). When that connection breaks, the keeper keeps
+every process running for ``grace_s``; if no server connects by then, it ends them all. They are its
+own children, so that a reused process id cannot be mistaken for one of them, and no child outlives
+the keeper, even if the keeper is killed.
 """
 
 import argparse
@@ -20,12 +20,27 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from oserve.core import OServeError
-from oserve.engines import registry as lines
 from oserve.engines.group import adopt_orphans, start_ticks
-from oserve.engines.registry import Entry, end_leftovers, write_registry
+from oserve.engines.keeper_messages import (
+    MAX_LINE_BYTES,
+    CloseKeeper,
+    EngineStart,
+    KeeperCommand,
+    KeeperEvent,
+    KeeperHello,
+    MessageRejected,
+    NoteUpdate,
+    ProcessExited,
+    ProcessSignal,
+    ProcessStart,
+    ProcessStarted,
+    ServerHello,
+    StartRefused,
+    command_of,
+    encoded,
+)
+from oserve.engines.registry import RegistryEntry, end_leftovers, write_registry
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 _log = logging.getLogger("oserve.keeper")
@@ -35,28 +50,48 @@ _HURRIED_S = 2.0
 _POLL_S = 0.02
 
 
+class _PlainProcess:
+    """A process that is no engine, behind the same protocol."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
 @dataclass(eq=False, slots=True)
 class _Child:
-    entry: Entry
+    """``process`` is ``None`` while it starts; ``task`` lives from its start to its end."""
+
+    entry: RegistryEntry
     grace_s: float = 0.0
-    engine: EngineProcess | None = None
-    process: asyncio.subprocess.Process | None = None
+    process: EngineProcess | None = None
     task: asyncio.Task[None] | None = None
 
     def signal(self, number: int) -> None:
-        """To all of it; one that is only starting does not come."""
+        """Signal all of it; a child that has not started yet is cancelled."""
         self.entry.ending = True
-        if self.engine is not None:
-            (self.engine.kill if number == signal.SIGKILL else self.engine.terminate)()
-        elif self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
-        elif self.task is not None:
-            self.task.cancel()
+        if self.process is None:
+            if self.task is not None:
+                self.task.cancel()
+        elif number == signal.SIGKILL:
+            self.process.kill()
+        else:
+            self.process.terminate()
 
 
 class Keeper:
-    """The loop: one server's line, many children. ``folder`` is made, and removed at the end."""
+    """Serves one server and holds many children. It makes ``folder``, and removes it at the end."""
 
     def __init__(
         self, *, folder: Path, registry: Path, launcher: Launcher, identity: str, grace_s: float
@@ -72,15 +107,14 @@ class Keeper:
         self._timer: asyncio.TimerHandle | None = None
         self._ending = asyncio.Event()
         self._patient = True
-        self._decoder = msgspec.json.Decoder(lines.Ask)
 
     async def run(self) -> None:
-        """Until told to close, or left alone for too long; nothing is left afterwards."""
+        """Serve until told to close, or without a server for too long; leaves nothing behind."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / "keeper.sock"
         path.unlink(missing_ok=True)
         self._write()
-        server = await asyncio.start_unix_server(self._serve, str(path), limit=lines.MAX_LINE_BYTES)
+        server = await asyncio.start_unix_server(self._serve, str(path), limit=MAX_LINE_BYTES)
         self._left_alone()
         await self._ending.wait()
         server.close()
@@ -93,115 +127,118 @@ class Keeper:
             await asyncio.wait({self._serving}, timeout=_HURRIED_S)
 
     def stop(self, *, patient: bool) -> None:
-        """End; ``patient``: running requests of gateway processes get their grace."""
+        """End; ``patient``: gateway processes get their grace to finish running requests."""
         self._patient = patient
         self._ending.set()
 
-    # -- the line -------------------------------------------------------------------------------
+    # -- the connection -------------------------------------------------------------------------
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._writer is not None:
-            # Servers lock their state folder: one that comes means that the other is gone.
+            # Servers lock their state folder: a new one means that the previous one has ended.
             self._writer.close()
         self._writer = writer
         self._serving = asyncio.current_task()
         if self._timer is not None:
             self._timer.cancel()
-        self._tell(
-            lines.Hello(
-                identity=self._identity,
-                pid=os.getpid(),
-                held=[child.entry for child in self._children.values()],
-            )
-        )
-        with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
+        held = [child.entry for child in self._children.values()]
+        self._send(KeeperHello(identity=self._identity, pid=os.getpid(), held=held))
+        # ValueError: the line is longer than the limit.
+        with contextlib.suppress(OSError, ValueError):
             while line := await reader.readline():
-                self._hear(self._decoder.decode(line))
+                self._handle(command_of(line))
         if self._writer is writer and not self._ending.is_set():
             writer.close()
             self._writer = None
             self._left_alone()
 
     def _left_alone(self) -> None:
-        _log.info("no server; everything ends in %g s unless one comes", self._grace_s)
+        _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._grace_s, lambda: self.stop(patient=True))
 
-    def _tell(self, message: lines.Tell) -> None:
+    def _send(self, event: KeeperEvent) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(msgspec.json.encode(message) + b"\n")
+            self._writer.write(encoded(event))
 
-    def _hear(self, ask: lines.Ask) -> None:
-        match ask:
-            case lines.Greet(grace_s=grace_s):
+    def _handle(self, command: KeeperCommand | MessageRejected) -> None:
+        match command:
+            case ServerHello(grace_s=grace_s):
                 self._grace_s = grace_s
-            case lines.Close():
+            case CloseKeeper():
                 self.stop(patient=False)
-            case lines.Start() | lines.Hold():
-                self._start(ask)
-            case lines.Mark(name=name, note=note):
+            case EngineStart() | ProcessStart():
+                self._start(command)
+            case NoteUpdate(name=name, note=note):
                 if name in self._children:
                     self._children[name].entry.note = note
                     self._write()
-            case lines.Signal(name=name, number=number):
+            case ProcessSignal(name=name, number=number):
                 if name in self._children:
                     self._children[name].signal(number)
                     self._write()
+            case MessageRejected(reason=reason):
+                _log.error("%s", reason)
+                self._send(command)
 
     # -- children -------------------------------------------------------------------------------
     def _write(self) -> None:
         write_registry(self._registry, [child.entry for child in self._children.values()])
 
-    def _start(self, ask: lines.Start | lines.Hold) -> None:
-        if ask.name in self._children or self._ending.is_set():
-            self._tell(lines.Refused(name=ask.name, reason="it is held already, or all is ending"))
+    def _start(self, command: EngineStart | ProcessStart) -> None:
+        if command.name in self._children or self._ending.is_set():
+            reason = "the keeper holds it already, or is ending"
+            self._send(StartRefused(name=command.name, reason=reason))
             return
-        engine = isinstance(ask, lines.Start)
-        entry = Entry(name=ask.name, engine=engine, log=ask.log, note=ask.note)
-        child = self._children[ask.name] = _Child(entry)
-        if isinstance(ask, lines.Start):
-            entry.folder = ask.env.get("TMPDIR", "")
-        else:
-            child.grace_s = ask.grace_s
-        # Its devices are written down as taken before anything is on them.
+        entry = RegistryEntry(
+            name=command.name,
+            engine=isinstance(command, EngineStart),
+            log=command.log,
+            note=command.note,
+        )
+        child = self._children[command.name] = _Child(entry)
+        match command:
+            case EngineStart():
+                entry.folder = command.env.get("TMPDIR", "")
+            case ProcessStart():
+                child.grace_s = command.grace_s
+        # The registry names its devices as taken before a process uses them.
         self._write()
-        child.task = asyncio.ensure_future(self._keep(child, ask))
+        child.task = asyncio.ensure_future(self._keep(child, command))
 
-    async def _keep(self, child: _Child, ask: lines.Start | lines.Hold) -> None:
-        """From a child's start to its end."""
+    async def _keep(self, child: _Child, command: EngineStart | ProcessStart) -> None:
+        """Hold a child from its start to its end."""
         name = child.entry.name
         try:
-            if isinstance(ask, lines.Start):
-                child.engine = await self._launcher.start(
-                    ask.argv, ask.env, ask.cores, Path(ask.log)
-                )
-                pid = child.engine.pid
-            else:
-                child.process = await _process(ask)
-                pid = child.process.pid
+            process = await self._started(command)
         except (OServeError, OSError) as error:
-            self._forget(name, lines.Refused(name=name, reason=str(error)))
+            self._forget(name, StartRefused(name=name, reason=str(error)))
             return
         except asyncio.CancelledError:
-            self._forget(name, lines.Refused(name=name, reason="it was told to end"))
+            self._forget(name, StartRefused(name=name, reason="it was told to end"))
             return
-        child.entry.pid = pid
-        child.entry.started_ticks = start_ticks(pid)
+        child.process = process
+        child.entry.pid = process.pid
+        child.entry.started_ticks = start_ticks(process.pid)
         self._write()
-        self._tell(lines.Started(name=name, pid=pid))
-        if child.engine is not None:
-            status = await child.engine.wait()
-        else:
-            assert child.process is not None
-            status = await child.process.wait()
-        self._forget(name, lines.Ended(name=name, status=status))
+        self._send(ProcessStarted(name=name, pid=process.pid))
+        self._forget(name, ProcessExited(name=name, status=await process.wait()))
 
-    def _forget(self, name: str, message: lines.Tell) -> None:
+    async def _started(self, command: EngineStart | ProcessStart) -> EngineProcess:
+        match command:
+            case EngineStart():
+                return await self._launcher.start(
+                    command.argv, command.env, command.cores, Path(command.log)
+                )
+            case ProcessStart():
+                return await _start_process(command)
+
+    def _forget(self, name: str, event: StartRefused | ProcessExited) -> None:
         del self._children[name]
         self._write()
-        self._tell(message)
+        self._send(event)
 
     async def _end_all(self) -> None:
-        """Gateway processes first, so that running requests can end; then every engine."""
+        """End gateway processes first, so that running requests can finish; then the engines."""
         others = [child for child in self._children.values() if not child.entry.engine]
         for child in others:
             child.signal(signal.SIGTERM)
@@ -211,20 +248,20 @@ class Keeper:
             child.signal(signal.SIGKILL)
         engines = [child for child in self._children.values() if child.entry.engine]
         for child in engines:
-            if child.engine is None:
+            if child.process is None:
                 child.signal(signal.SIGTERM)
         await self._launcher.close()
         await _all([*others, *engines], 2 * _HURRIED_S)
 
 
-async def _process(ask: lines.Hold) -> asyncio.subprocess.Process:
-    with open(ask.log, "ab") as output:  # noqa: ASYNC230
+async def _start_process(command: ProcessStart) -> EngineProcess:
+    with open(command.log, "ab") as output:  # noqa: ASYNC230
         process = await asyncio.create_subprocess_exec(
-            *ask.argv, stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output
+            *command.argv, stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output
         )
-    assert process.stdin is not None
-    process.stdin.write(ask.orders.encode() + b"\n")
-    return process
+    if process.stdin is not None:  # which a pipe for standard input ensures
+        process.stdin.write(command.first_line.encode() + b"\n")
+    return _PlainProcess(process)
 
 
 async def _all(children: list[_Child], limit_s: float) -> None:
@@ -235,7 +272,7 @@ async def _all(children: list[_Child], limit_s: float) -> None:
 
 async def _main(arguments: argparse.Namespace) -> None:
     for name in await asyncio.to_thread(end_leftovers, arguments.registry):
-        _log.warning("ended %s, which a keeper that was killed has left", name)
+        _log.warning("ended %s, left by a keeper that was killed", name)
     keeper = Keeper(
         folder=arguments.folder,
         registry=arguments.registry,
@@ -249,13 +286,17 @@ async def _main(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Entry point; ``HELD_ELSEWHERE`` if there is a keeper for that state folder already."""
+    """Entry point; ``HELD_ELSEWHERE`` if the state folder has a keeper already."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for sockets; short")
-    parser.add_argument("--registry", type=Path, required=True, help="where it writes what it has")
+    parser.add_argument(
+        "--registry", type=Path, required=True, help="file that lists what it holds"
+    )
     parser.add_argument("--logs", type=Path, required=True, help="folder for the zygote's log")
     parser.add_argument("--method", choices=["zygote", "spawn"], required=True)
-    parser.add_argument("--identity", required=True, help="only a server that says the same stays")
+    parser.add_argument(
+        "--identity", required=True, help="only a server of the same identity keeps what it holds"
+    )
     parser.add_argument("--grace", type=float, required=True, help="seconds without a server")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -273,7 +314,7 @@ def main() -> int:
 
 
 def _reap(limit_s: float) -> None:
-    """Take note of the ends of what came to this process when its own parent ended."""
+    """Reap the orphans that this process has adopted."""
     end_s = time.monotonic() + limit_s
     with contextlib.suppress(ChildProcessError):
         while time.monotonic() < end_s:

@@ -1,4 +1,4 @@
-"""The logs engines leave: one file per replica, and the one line that says why it ended."""
+"""The logs of engines: one file per replica, and the line that tells why an engine ended."""
 
 import contextlib
 import re
@@ -12,13 +12,13 @@ _PREFIX = re.compile(
     r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR)\s+\S+\s+\S+\s+\[[^\]]*\]\s*)?"
 )
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b.*:|^error:|: error: ")
-# What vLLM says after the fact, far below the line that tells the cause.
+# Lines that are no cause; and errors that vLLM logs later, far below the cause.
 _NOISE = ("warnings.warn(", "resource_tracker:")
 _AFTERMATH = ("Engine core initialization failed", "EngineDeadError", "Engine process failed")
 
 
 def open_log(folder: Path, name: str) -> Path:
-    """Path of a fresh log; the one before is kept as ``NAME.log.1``, older ones are not."""
+    """The path of a new log; the previous log becomes ``NAME.log.1``, older ones are removed."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{name}.log"
     with contextlib.suppress(FileNotFoundError):
@@ -27,7 +27,7 @@ def open_log(folder: Path, name: str) -> Path:
 
 
 def telling_line(path: Path) -> str:
-    """The last line that names an error, else the last line; empty when there is no log."""
+    """The last line that names an error, else the last line; empty without a log."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -42,6 +42,6 @@ def telling_line(path: Path) -> str:
     if not lines:
         return ""
     found = (causes or errors or [len(lines) - 1])[-1]
-    # Validation errors say only on the lines after them what was wrong.
+    # Validation errors tell their cause on the lines that follow.
     last = found + 3 if "validation error" in lines[found] else found + 1
     return " ".join(lines[found:last])[:_MAX_REASON_CHARS]

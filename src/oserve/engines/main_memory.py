@@ -1,8 +1,8 @@
-"""Main memory that engines can have: of the machine, or of the control groups they are in.
+"""Main memory that engines can use: of the machine, or of the control groups that they are in.
 
-A group's bound, and that of each group around it, holds for all its processes together. Its own
-count includes file pages that the kernel drops when asked; those count as free, as in
-``MemAvailable``. Versions 1 and 2 of control groups keep the same facts under other names.
+The limit of a group, and of each group around it, holds for all its processes together. Its usage
+includes file pages that the kernel can drop; they count as free, as in ``MemAvailable``. Versions 1
+and 2 of control groups have the same figures under different names.
 """
 
 import contextlib
@@ -33,20 +33,20 @@ _FIRST = _Names(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """``bound_bytes`` of one control group, and what its processes hold and cannot drop."""
+    """The limit of one control group, and the memory of its processes that cannot be dropped."""
 
     bound_bytes: int
     held_bytes: int
 
 
 def total_memory_bytes(root: Path = Path("/")) -> int:
-    """Of the machine, or the least bound of this process's control groups."""
+    """The machine's memory, or the smallest limit of this process's control groups."""
     total = _meminfo(root, "MemTotal")
     return min([total, *(group.bound_bytes for group in _groups(root))])
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
-    """What new processes may fill: of the machine, or of this process's control groups."""
+    """Memory that new processes may use, of the machine or of this process's control groups."""
     free = _meminfo(root, "MemAvailable")
     return max(0, min([free, *(group.bound_bytes - group.held_bytes for group in _groups(root))]))
 
@@ -58,7 +58,7 @@ def _meminfo(root: Path, name: str) -> int:
 
 
 def _groups(root: Path) -> Iterator[_Group]:
-    """Those with a bound that this process is in, from its own outwards."""
+    """The control groups of this process that have a limit, innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def _groups(root: Path) -> Iterator[_Group]:
         names = _FIRST if controllers else _SECOND
         top = root / _GROUPS / names.folder
         own = top / path.strip("/")
-        # Inside a container the path may be that outside, of which only the top can be seen.
+        # In a container the path may be that of the host, of which only the top is visible.
         for folder in (own, *own.parents):
             if not folder.is_relative_to(top):
                 break

@@ -1,20 +1,35 @@
-"""Has engines move weights among themselves: opens, starts, watches, ends; all or nothing.
+"""Has engines transfer weights among themselves: all of a transfer, or none of it.
 
-What moves is given as rank orders (``oserve.switch.orders``); bytes never pass through here. A
-failure of any rank ends the transfer on all of them, and every step has a time limit.
+Rank orders (``oserve.switch.orders``) say what moves; bytes never pass through this process. If one
+rank fails, the transfer ends on all of them. Every step has a time limit.
 """
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import TypeVar
 
 from oserve.core import Clock, Endpoint
 from oserve.engines.control import EngineControl, EngineControlError
-from oserve.switch.orders import RankOrder
+from oserve.engines.rank_commands import (
+    AbortJob,
+    CommandDone,
+    DescribeLayout,
+    JobReport,
+    LayoutReply,
+    ListenerReply,
+    MoveShards,
+    OpenListener,
+    RankCommand,
+    ReportJob,
+    SumShards,
+    TakeUpWeights,
+)
+from oserve.switch.rank_order import RankOrder, ShardPart
 from oserve.switching.weights import Moved, MoveError
+
+Value = TypeVar("Value")
 
 _POLL_S = 0.05
 _ROUNDS = 20
@@ -34,13 +49,13 @@ PROBE = (
     "Water boils at 100 degrees Celsius at sea level; on a mountain of 3,000 metres it does so at "
     "about 90. Question: why does rice take longer to cook up there? Answer: because"
 )
-"""What replicas are compared by whose weights were made on the way: prose, code, a question."""
+"""Prose, code and a question: the text by whose perplexity converted weights are checked."""
 
 
 class Mover:
     """Moves weights between the engines at these endpoints, by replica.
 
-    ``bytes_per_s`` bounds what each rank sends, and what it takes (0: no bound).
+    ``bytes_per_s`` bounds what each rank sends, and what it receives (0: no bound).
     """
 
     def __init__(
@@ -51,16 +66,16 @@ class Mover:
         self._engines = {name: EngineControl(place) for name, place in endpoints.items()}
 
     async def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         await asyncio.gather(*(engine.close() for engine in self._engines.values()))
 
     async def layouts(self, replica: str) -> list[dict[str, tuple[int, ...]]]:
         """Names and shapes of what each rank of a replica holds. Raises MoveError."""
         try:
-            found = await self._engines[replica].call("oserve_weights_layout")
+            found = await self._engines[replica].command(DescribeLayout(), LayoutReply)
         except EngineControlError as error:
             raise MoveError(f"{replica}: {error}") from None
-        return [{name: tuple(one[0]) for name, one in rank.items()} for rank in found]
+        return [{name: one.shape for name, one in rank.parameters.items()} for rank in found]
 
     async def generate(self, replica: str, model: str, *, limit_s: float) -> None:
         """One short greedy completion. Raises MoveError if there is none."""
@@ -70,7 +85,10 @@ class Mover:
             raise MoveError(f"{replica}: {error}") from None
 
     async def surprise(self, replica: str, model: str, *, limit_s: float) -> float:
-        """How little a replica expects of a text, nats a token. Raises MoveError."""
+        """Mean negative log-likelihood of ``PROBE`` at a replica, in nats per token.
+
+        Raises MoveError.
+        """
         try:
             return await self._engines[replica].surprise(
                 model, PROBE, most_tokens=_PROBE_TOKENS, timeout_s=limit_s
@@ -86,153 +104,166 @@ class Mover:
         limit_s: float,
         progress: Callable[[int], None] = lambda _bytes: None,
     ) -> Moved:
-        """Carry it out; ``progress`` hears how many bytes have come. Raises MoveError.
+        """Carry the orders out; ``progress`` receives the bytes so far. Raises MoveError.
 
-        When it returns, the targets compute with what came, and have forgotten what they cached.
+        When it returns, the targets compute with the new weights, and their prefix caches are
+        empty.
         """
         replicas = list(dict.fromkeys(order.replica for order in orders))
         targets = [name for name in replicas if any(o.receives for o in _of(orders, name))]
         started_s = self._clock.now()
         try:
-            opened = await self._all(replicas, lambda one: one.call("oserve_weights_open"))
-            addresses = [answer["address"] for answer in itertools.chain(*opened)]
-            documents = [
-                _document(order, number, name, addresses, limit_s, self._bytes_per_s)
-                for number, order in enumerate(orders)
-            ]
-            await self._tell(
-                "oserve_weights_move",
-                [(one, (_part_of(documents, orders, one),)) for one in replicas],
-            )
-            size = await self._watch(replicas, started_s + limit_s, progress)
+            await self._start(name, orders, replicas, limit_s)
+            reports = await self._reports(replicas, started_s + limit_s, progress)
             moved_s = self._clock.now() - started_s
             left_s = max(1.0, limit_s - moved_s)
             await self._all(
-                targets, lambda one: one.call("oserve_weights_take_up", timeout_s=left_s)
+                targets, lambda one: one.command(TakeUpWeights(), CommandDone, timeout_s=left_s)
             )
             await self._all(targets, self._forget)
-        except BaseException:
+        except BaseException:  # also when this is cancelled: no rank goes on alone
             await self._abort(replicas)
             raise
+        size = sum(report.received_bytes for report in reports)
         taken_s = self._clock.now() - started_s - moved_s
         return Moved(size_bytes=size, seconds=moved_s, take_up_s=taken_s)
 
+    async def _start(
+        self, name: str, orders: Sequence[RankOrder], replicas: Sequence[str], limit_s: float
+    ) -> None:
+        """Open a listener on every rank, then start the transfer on all of them."""
+        opened = await self._all(replicas, lambda one: one.command(OpenListener(), ListenerReply))
+        addresses = [reply.address for reply in itertools.chain(*opened)]
+        commands = [
+            MoveShards(
+                name=name,
+                number=number,
+                addresses=addresses,
+                limit_s=limit_s,
+                order=order,
+                bytes_per_s=self._bytes_per_s,
+            )
+            for number, order in enumerate(orders)
+        ]
+        await self._command(replicas, orders, commands)
+
     async def check(self, name: str, orders: Sequence[RankOrder], *, limit_s: float) -> int:
-        """Compare checksums of each part at both ends; how many parts. Raises MoveError."""
-        parts = [_checked(order) for order in orders]
+        """Compare the checksums of every part at both ends; the number of parts.
+
+        Raises MoveError if one differs.
+        """
         replicas = list(dict.fromkeys(order.replica for order in orders))
         deadline_s = self._clock.now() + limit_s
-        await self._tell(
-            "oserve_weights_sums",
-            [(one, (name, _part_of(parts, orders, one), True)) for one in replicas],
-        )
-        documents = await self._documents(replicas, deadline_s)
-        sums = [document["sums"] for document in documents]
-        given = {
-            (number, peer): _slice(order.sends, peer, sums[number])
+        commands = [
+            SumShards(name=name, parts=_all_parts(order), as_received=True) for order in orders
+        ]
+        await self._command(replicas, orders, commands)
+        sums = [report.sums for report in await self._reports(replicas, deadline_s)]
+        sent = {
+            (number, peer): _sums_of(order.sends, peer, sums[number])
             for number, order in enumerate(orders)
             for peer in order.sends
         }
         count = 0
         for number, order in enumerate(orders):
-            own = sums[number][sum(map(len, order.sends.values())) :]
-            for peer in order.receives:
-                got = _slice(order.receives, peer, own)
-                for (part, _), mine, theirs in zip(
-                    order.receives[peer], got, given[peer, number], strict=True
-                ):
+            received = sums[number][sum(map(len, order.sends.values())) :]
+            for peer, parts in order.receives.items():
+                own = _sums_of(order.receives, peer, received)
+                for part, mine, theirs in zip(parts, own, sent[peer, number], strict=True):
                     count += 1
                     if mine != theirs:
                         raise MoveError(
-                            f"the checksum of {part} on {order.replica} rank {order.rank} differs "
-                            f"from that on {orders[peer].replica}"
+                            f"the checksum of {part.parameter} on {order.replica} rank "
+                            f"{order.rank} differs from that on {orders[peer].replica}"
                         )
         return count
 
-    async def _watch(
-        self, replicas: Sequence[str], deadline_s: float, progress: Callable[[int], None]
-    ) -> int:
-        documents = await self._documents(replicas, deadline_s, progress)
-        return sum(document["received_bytes"] for document in documents)
-
-    async def _documents(
+    async def _reports(
         self,
         replicas: Sequence[str],
         deadline_s: float,
         progress: Callable[[int], None] = lambda _bytes: None,
-    ) -> list[dict[str, Any]]:
-        """What each rank says when all are done.
+    ) -> list[JobReport]:
+        """The reports of all ranks once all are done. Raises MoveError.
 
-        Who is done is asked now and then only whether it lives: each question holds up an engine
-        that serves.
+        A replica that is done is polled in every ``_ROUNDS``-th round only: each call interrupts an
+        engine that serves.
         """
-        told: dict[str, list[dict[str, Any]]] = {}
-        rounds = 0
-        while True:
-            everybody = rounds % _ROUNDS == 0
-            asked = [one for one in replicas if everybody or not _done(told.get(one, ()))]
-            rounds += 1
-            answers = await self._all(asked, lambda one: one.call("oserve_weights_status"))
+        last: dict[str, list[JobReport]] = {}
+        for round_ in itertools.count():
+            asked = [
+                one for one in replicas if round_ % _ROUNDS == 0 or not _done(last.get(one, ()))
+            ]
+            answers = await self._all(asked, lambda one: one.command(ReportJob(), JobReport))
             for replica, ranks in zip(asked, answers, strict=True):
-                told[replica] = ranks
-                for rank, document in enumerate(ranks):
-                    if document["state"] not in {"running", "done"}:
-                        reason = document.get("reason") or document["state"]
-                        raise MoveError(f"{replica} rank {rank}: {reason}")
-            documents = list(itertools.chain(*(told[replica] for replica in replicas)))
-            progress(sum(document.get("received_bytes", 0) for document in documents))
-            if all(document["state"] == "done" for document in documents):
-                return documents
+                last[replica] = ranks
+                for rank, report in enumerate(ranks):
+                    if report.state not in {"running", "done"}:
+                        raise MoveError(f"{replica} rank {rank}: {report.reason or report.state}")
+            reports = list(itertools.chain(*(last[replica] for replica in replicas)))
+            progress(sum(report.received_bytes for report in reports))
+            if _done(reports):
+                break
             if self._clock.now() >= deadline_s:
-                raise MoveError("it took longer than it may")
+                raise MoveError("the ranks were not done within the time limit")
             await self._clock.sleep(_POLL_S)
+        return reports
 
     async def _forget(self, engine: EngineControl) -> None:
         for _ in range(_FORGET_TRIES):
             if await engine.forget_prefixes():
                 return
             await self._clock.sleep(_POLL_S)
-        raise EngineControlError("its prefix cache could not be emptied")
+        raise EngineControlError("its prefix cache stays in use and cannot be emptied")
 
-    async def _tell(self, method: str, asked: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
-        """Replicas with their own arguments."""
-        calls = [self._engines[name].call(method, *arguments) for name, arguments in asked]
-        await _answers([name for name, _ in asked], calls)
+    async def _command(
+        self, replicas: Sequence[str], orders: Sequence[RankOrder], commands: Sequence[RankCommand]
+    ) -> None:
+        """Send every rank its own command; both sequences are by number of rank."""
+        calls = [
+            self._engines[name].command(_of_replica(commands, orders, name), CommandDone)
+            for name in replicas
+        ]
+        await _answers(replicas, calls)
 
     async def _all(
-        self, replicas: Sequence[str], ask: Callable[[EngineControl], Awaitable[Any]]
-    ) -> list[Any]:
-        return await _answers(replicas, [ask(self._engines[name]) for name in replicas])
+        self,
+        replicas: Sequence[str],
+        call: Callable[[EngineControl], Coroutine[None, None, Value]],
+    ) -> list[Value]:
+        return await _answers(replicas, [call(self._engines[name]) for name in replicas])
 
     async def _abort(self, replicas: Sequence[str]) -> None:
         async def end(name: str) -> None:
             with contextlib.suppress(EngineControlError):
-                await self._engines[name].call("oserve_weights_abort", timeout_s=_ABORT_S)
+                await self._engines[name].command(AbortJob(), CommandDone, timeout_s=_ABORT_S)
 
         await asyncio.gather(*(end(name) for name in replicas))
 
 
-async def _answers(replicas: Sequence[str], calls: Sequence[Awaitable[Any]]) -> list[Any]:
-    """All at once; the first that failed is the failure."""
+async def _answers(replicas: Sequence[str], calls: Sequence[Awaitable[Value]]) -> list[Value]:
+    """Await all; the first that failed is the failure."""
     answers = await asyncio.gather(*calls, return_exceptions=True)
+    found: list[Value] = []
     for name, answer in zip(replicas, answers, strict=True):
         if isinstance(answer, EngineControlError):
             raise MoveError(f"{name}: {answer}")
         if isinstance(answer, BaseException):
             raise answer
-    return list(answers)
+        found.append(answer)
+    return found
 
 
-def _done(documents: Sequence[Mapping[str, Any]]) -> bool:
-    return bool(documents) and all(document["state"] == "done" for document in documents)
+def _done(reports: Sequence[JobReport]) -> bool:
+    return bool(reports) and all(report.state == "done" for report in reports)
 
 
 def _of(orders: Sequence[RankOrder], replica: str) -> list[RankOrder]:
     return [order for order in orders if order.replica == replica]
 
 
-def _part_of(values: Sequence[Any], orders: Sequence[RankOrder], replica: str) -> list[Any]:
-    """Of values by number of rank, those of a replica, in its rank order."""
+def _of_replica(values: Sequence[Value], orders: Sequence[RankOrder], replica: str) -> list[Value]:
+    """Of values by number of rank, those of a replica, by its own ranks."""
     own = [
         (order.rank, value)
         for order, value in zip(orders, values, strict=True)
@@ -241,35 +272,15 @@ def _part_of(values: Sequence[Any], orders: Sequence[RankOrder], replica: str) -
     return [value for _, value in sorted(own, key=lambda item: item[0])]
 
 
-def _document(
-    order: RankOrder,
-    number: int,
-    name: str,
-    addresses: Sequence[str],
-    limit_s: float,
-    bytes_per_s: float,
-) -> dict[str, Any]:
-    """The order as ``weights.transfer.Order`` takes it."""
-    fields = asdict(order)
-    del fields["replica"], fields["rank"]
-    return {
-        **fields,
-        "name": name,
-        "rank": number,
-        "addresses": addresses,
-        "limit_s": limit_s,
-        "bytes_per_s": bytes_per_s,
-        "sends": list(order.sends.items()),
-        "receives": list(order.receives.items()),
-    }
-
-
-def _checked(order: RankOrder) -> list[Any]:
-    """All parts of a rank: what it sends, then what it receives."""
+def _all_parts(order: RankOrder) -> list[ShardPart]:
+    """The parts that a rank sends, then those that it receives."""
     return [*itertools.chain(*order.sends.values()), *itertools.chain(*order.receives.values())]
 
 
-def _slice(parts: Mapping[int, Sequence[Any]], peer: int, sums: Sequence[int]) -> Sequence[int]:
+def _sums_of(
+    parts: Mapping[int, Sequence[ShardPart]], peer: int, sums: Sequence[int]
+) -> Sequence[int]:
+    """Of the sums of all parts, those of a peer's."""
     start = 0
     for other, own in parts.items():
         if other == peer:

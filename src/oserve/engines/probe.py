@@ -1,14 +1,13 @@
-"""Questions to a running server: is it well, what does it serve, how busy is it.
+"""Probes a running server: its health, its models, its load.
 
-Speaks HTTP over a Unix socket or TCP. Every question has a time limit, and a server that does not
-answer is an answer: ``None`` or ``False``, never an exception.
+It speaks HTTP over a Unix socket or TCP. Every probe has a time limit. A server that does not
+answer gives ``None`` or ``False``, never an exception.
 """
 
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,8 +22,8 @@ _GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_cache_usage",
 }
-# One observation per step, of the tokens that it computed of prompts and gave out; and one per
-# token but the first of each answer, of the time since the one before.
+# Histograms. One observation per step: the prompt and output tokens that it computed. One per
+# output token but each request's first: the time since the token before.
 _COUNTERS = {
     "vllm:prompt_tokens_total": "all_prompt_tokens",
     "vllm:iteration_tokens_total_count": "steps",
@@ -33,16 +32,16 @@ _COUNTERS = {
     "vllm:inter_token_latency_seconds_count": "gaps",
     "vllm:inter_token_latency_seconds_sum": "gap_s",
 }
-# A core that computes a step answers after it.
+# An engine's core answers only after its present step.
 _ANSWER_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Requests in the engine, filled fraction of its KV cache, tokens and work since its start.
+    """Requests in the engine, the used fraction of its KV cache, tokens and work since its start.
 
-    vLLM counts tokens, and iterations, only of steps that yield a token: while one long prompt is
-    computed in parts nothing but its cache grows.
+    vLLM counts tokens and iterations only of steps that yield a token: while it computes one long
+    prompt in chunks, only the use of its cache grows.
     """
 
     running: int = 0
@@ -53,21 +52,21 @@ class EngineLoad:
 
     @property
     def counts(self) -> tuple[float, ...]:
-        """What changes only when its core has done something."""
+        """Figures that change only when the engine's core makes progress."""
         return (self.running, self.waiting, self.kv_cache_usage, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model a server offers; ``max_model_len`` (tokens) is 0 where it does not say."""
+    """A model that a server lists; ``max_model_len`` (tokens) is 0 if it does not say."""
 
     name: str
     max_model_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a server said; ``status`` 0 where no whole answer came in time, and ``why``."""
+class ProbeReply:
+    """A server's reply; ``status`` 0 and ``why`` if no whole reply came in time."""
 
     status: int
     body: bytes = b""
@@ -84,7 +83,7 @@ class _Cards(msgspec.Struct):
 
 
 class Probe:
-    """Asks one server. Use as an async context manager, or call ``close``."""
+    """Probes one server. Use as an async context manager, or call ``close``."""
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float = 5.0) -> None:
         self._endpoint = endpoint
@@ -103,35 +102,35 @@ class Probe:
         await self.close()
 
     async def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def healthy(self) -> bool:
-        """Whether ``/health`` says so; servers without one are well if they list their models."""
+        """Whether ``/health``, or without it ``/v1/models``, answers 200."""
         status, _ = await self._ask("GET", "/health")
         if status == 404:
             status, _ = await self._ask("GET", "/v1/models")
         return status == 200
 
     async def models(self) -> tuple[ServedModel, ...] | None:
-        """What ``/v1/models`` lists; ``None`` if there is no answer."""
+        """The models that ``/v1/models`` lists; ``None`` without an answer."""
         status, body = await self._ask("GET", "/v1/models")
         if status != 200:
             return None
         return served_models(body)
 
     async def load(self) -> EngineLoad | None:
-        """vLLM's own figures from ``/metrics``; ``None`` if there is no answer."""
+        """vLLM's own figures from ``/metrics``; ``None`` without an answer."""
         status, body = await self._ask("GET", "/metrics")
         return parse_load(body.decode(errors="replace")) if status == 200 else None
 
     async def alive(self) -> bool | None:
-        """Whether the engine's core answers; ``None`` if the server passes no such question on.
+        """Whether the engine's core answers; ``None`` if the server has no route that asks it.
 
-        vLLM's control routes do. ``/health`` and ``/metrics`` are answered by its API process
-        alone, though the core hangs.
+        vLLM's control routes ask the core. Its API process answers ``/health`` and ``/metrics``
+        alone, even while the core hangs.
         """
         status, _ = await self._ask("GET", "/is_sleeping", timeout_s=_ANSWER_LIMIT_S)
         return None if status in {404, 405} else status == 200
@@ -139,7 +138,7 @@ class Probe:
     async def complete(
         self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float
     ) -> bool:
-        """One greedy completion: the first one makes an engine allocate what it puts off."""
+        """One greedy completion. An engine's first one makes it allocate memory."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         status, _ = await self._ask("POST", "/v1/completions", body, timeout_s)
         return status == 200
@@ -148,10 +147,10 @@ class Probe:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         timeout_s: float | None = None,
-    ) -> Answer:
-        """Any question; ``path`` is from the server's root."""
+    ) -> ProbeReply:
+        """Any request; ``path`` is from the server's root."""
         parts = urlsplit(self._endpoint.url)
         return await self._send(method, f"{parts.scheme}://{parts.netloc}{path}", body, timeout_s)
 
@@ -159,17 +158,17 @@ class Probe:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         timeout_s: float | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body; status 0 when there is no (whole) answer in time."""
+        """Status and body; status 0 if no whole reply came in time."""
         base = "http://engine" if self._endpoint.unix_socket else base_url(self._endpoint.url)
         answer = await self._send(method, base + path, body, timeout_s)
         return answer.status, answer.body
 
     async def _send(
-        self, method: str, url: str, body: Mapping[str, Any] | None, timeout_s: float | None
-    ) -> Answer:
+        self, method: str, url: str, body: Mapping[str, object] | None, timeout_s: float | None
+    ) -> ProbeReply:
         limit_s = timeout_s or self._timeout_s
         try:
             if self._session is None:
@@ -181,13 +180,13 @@ class Probe:
                 timeout=aiohttp.ClientTimeout(total=limit_s),
                 allow_redirects=False,
             ) as answer:
-                return Answer(status=answer.status, body=await _read(answer))
+                return ProbeReply(status=answer.status, body=await _read(answer))
         except TimeoutError:
-            return Answer(status=0, why=f"it gave no answer within {limit_s:.0f} s")
+            return ProbeReply(status=0, why=f"it gave no answer within {limit_s:.0f} s")
         except aiohttp.ClientConnectorError as error:
-            return Answer(status=0, why=f"cannot connect: {error.os_error or error}")
+            return ProbeReply(status=0, why=f"cannot connect: {error.os_error or error}")
         except _NO_ANSWER as error:
-            return Answer(status=0, why=str(error) or type(error).__name__)
+            return ProbeReply(status=0, why=str(error) or type(error).__name__)
 
     def _connect(self) -> aiohttp.ClientSession:
         headers = dict(self._endpoint.headers)
@@ -205,7 +204,7 @@ class Probe:
 
 
 def served_models(body: bytes) -> tuple[ServedModel, ...]:
-    """The models that an answer of ``/v1/models`` lists."""
+    """The models that a reply of ``/v1/models`` lists."""
     try:
         cards = msgspec.json.decode(body, type=_Cards)
     except msgspec.DecodeError:
@@ -220,7 +219,7 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     async for part in answer.content.iter_any():
         size += len(part)
         if size > _MAX_BODY_BYTES:
-            raise ValueError("the answer is too long to be one")
+            raise ValueError(f"the reply exceeds {_MAX_BODY_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
 
@@ -231,18 +230,18 @@ def base_url(url: str) -> str:
 
 
 def parse_load(metrics: str) -> EngineLoad:
-    """Gauges and counters of a Prometheus page; several engines behind one server are added up."""
+    """Gauges and counters of a Prometheus page; those of several engines are added up."""
     names = _GAUGES | _COUNTERS
     sums = dict.fromkeys(names.values(), 0.0)
     for name, field in names.items():
         start = 0
-        # A page holds thousands of histogram lines: look for ours instead of parsing all.
+        # A page holds thousands of histogram lines: search for these instead of parsing all.
         while (start := metrics.find(f"\n{name}", start)) >= 0:
             end = metrics.find("\n", start + 1)
             line = metrics[start + 1 : end if end >= 0 else len(metrics)]
             start += 1
             if line[len(name) : len(name) + 1] not in {"{", " "}:
-                continue  # a longer name that begins alike
+                continue  # a longer name with the same prefix
             value = line[line.rindex("}") + 1 if "}" in line else len(name) :].split()
             try:
                 sums[field] += float(value[0])
@@ -262,7 +261,7 @@ def _work(sums: Mapping[str, float]) -> EngineWork:
     return EngineWork(
         steps=int(sums["steps"]),
         prompt_tokens=max(0, int(sums["step_tokens"]) - output_tokens),
-        # Each answer's first token ends its prompt, and has no gap before it.
+        # The first token of each request ends its prompt and has no gap before it.
         prompts=max(0, output_tokens - gaps),
         output_tokens=output_tokens,
         gaps=gaps,

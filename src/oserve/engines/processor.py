@@ -1,7 +1,7 @@
-"""This machine's processor: its name, and which precisions it computes in without detours.
+"""This machine's processor: its name, and the precisions that it computes in directly.
 
-The only place that asks. ``cluster.cpu_flags`` takes the place of what the system says, so that a
-machine can be tried as if it were another.
+No other module reads it. ``cluster.cpu_flags`` replaces the flags that the system reports, to try a
+configuration for another machine.
 """
 
 import re
@@ -20,21 +20,21 @@ _FLAG = re.compile(r"^[a-z0-9_]+$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
-    """``name`` as the system calls it; ``flags``: instruction sets as /proc/cpuinfo spells them."""
+    """``name`` as the system reports it; ``flags``: instruction sets as in /proc/cpuinfo."""
 
     name: str = "CPU"
     flags: frozenset[str] = frozenset()
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies in bf16 rather than emulating it."""
+        """Whether it has instructions for bf16, which is otherwise emulated."""
         return bool(self.flags & _BF16_FLAGS)
 
 
 def find_processor(flags: str = AUTO) -> Processor:
-    """The machine's, with ``flags`` (separated by spaces or commas) unless they are ``auto``.
+    """The machine's processor, with ``flags`` (separated by spaces or commas) unless ``auto``.
 
-    Raises OServeError for what cannot be a flag.
+    Raises OServeError for a word that cannot be a flag.
     """
     try:
         text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
@@ -47,15 +47,15 @@ def find_processor(flags: str = AUTO) -> Processor:
     for flag in named:
         if flag == AUTO or not _FLAG.match(flag):
             raise OServeError(
-                f"{flag!r} is no flag of a processor",
+                f"{flag!r} is not a processor flag",
                 place="cluster.cpu_flags",
-                remedy="auto, or flags as /proc/cpuinfo spells them, such as 'avx2 avx512f'",
+                remedy="give auto, or flags as in /proc/cpuinfo, such as 'avx2 avx512f'",
             )
     return Processor(name=found.name, flags=frozenset(named))
 
 
 def parse_cpuinfo(text: str) -> Processor:
-    """Of the first core in the text of /proc/cpuinfo; x86 says flags, Arm Features."""
+    """The first core in the text of /proc/cpuinfo; x86 has flags, Arm Features."""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
     return Processor(
@@ -65,9 +65,9 @@ def parse_cpuinfo(text: str) -> Processor:
 
 
 def plain_precisions(devices: Sequence[Device], processor: Processor) -> tuple[Precision, ...]:
-    """What the model's own checkpoint can be run in, fastest first.
+    """The precisions in which the model's own checkpoint can run, fastest first.
 
-    Without instructions for it, bf16 is slower on a CPU than fp32; with them fp32 still runs.
+    On a CPU without instructions for bf16, it is slower than fp32 and is left out.
     """
     if not devices or devices[0].kind != "cpu":
         return (Precision.BF16,)

@@ -1,7 +1,8 @@
-"""What a keeper holds, on disk and on its line: the file is replaced whole with each change.
+"""The keeper's registry on disk: each change replaces the whole file.
 
-While the keeper lives, its word counts; the file is for whoever comes after it was killed, to end
-what may be left on devices, and for people. It does not know replicas: ``note`` is the server's.
+While the keeper lives, its memory counts. The file lets the next keeper end what one that was
+killed has left on devices, and people see what runs. ``note`` is the server's; the keeper stores it
+without reading it.
 """
 
 import contextlib
@@ -22,9 +23,12 @@ from oserve.engines.group import (
 
 _GRACE_S = 2.0
 
+ProcessNote = dict[str, Any] | str | None
+"""What a server stores with a process, as plain JSON: see ``adoption.EngineNote``."""
 
-class Entry(msgspec.Struct, kw_only=True):
-    """One engine, or one other process. ``pid`` is 0 until it is there.
+
+class RegistryEntry(msgspec.Struct, kw_only=True):
+    """An engine, or another process. ``pid`` is 0 until it has started.
 
     ``started_ticks``: see ``group.start_ticks``. ``folder``: its temporary folder.
     ``ending``: it was told to end.
@@ -37,103 +41,19 @@ class Entry(msgspec.Struct, kw_only=True):
     started_ticks: int = 0
     folder: str = ""
     ending: bool = False
-    note: Any = None
+    note: ProcessNote = None
 
 
 class Registry(msgspec.Struct, kw_only=True):
-    """All that one keeper holds."""
+    """All processes that one keeper holds. ``boot``: see ``group.boot_id``."""
 
     boot: str
     pid: int
-    held: list[Entry]
+    held: list[RegistryEntry]
 
 
-class Start(msgspec.Struct, kw_only=True, tag=True):
-    """Start an engine; see ``spawner.Launcher``."""
-
-    name: str
-    argv: list[str]
-    env: dict[str, str]
-    cores: list[int]
-    log: str
-    note: Any = None
-
-
-class Hold(msgspec.Struct, kw_only=True, tag=True):
-    """Start another process and write ``orders`` to its standard input, which stays open.
-
-    At the end it gets ``grace_s`` between TERM and KILL.
-    """
-
-    name: str
-    argv: list[str]
-    orders: str
-    log: str
-    grace_s: float
-    note: Any = None
-
-
-class Mark(msgspec.Struct, kw_only=True, tag=True):
-    """Replace a note."""
-
-    name: str
-    note: Any
-
-
-class Signal(msgspec.Struct, kw_only=True, tag=True):
-    """Send a signal to every process of what has that name."""
-
-    name: str
-    number: int
-
-
-class Greet(msgspec.Struct, kw_only=True, tag=True):
-    """A server's first word: for how long all is to be held once it is gone."""
-
-    grace_s: float
-
-
-class Close(msgspec.Struct, kw_only=True, tag=True):
-    """End everything, at once, then the keeper."""
-
-
-class Hello(msgspec.Struct, kw_only=True, tag=True):
-    """The keeper's first word."""
-
-    identity: str
-    pid: int
-    held: list[Entry]
-
-
-class Started(msgspec.Struct, kw_only=True, tag=True):
-    """It runs."""
-
-    name: str
-    pid: int
-
-
-class Refused(msgspec.Struct, kw_only=True, tag=True):
-    """It could not be started."""
-
-    name: str
-    reason: str
-
-
-class Ended(msgspec.Struct, kw_only=True, tag=True):
-    """Nothing of it is left; a negative status is a signal."""
-
-    name: str
-    status: int
-
-
-Ask = Start | Hold | Mark | Signal | Greet | Close
-Tell = Hello | Started | Refused | Ended
-# A gateway process' orders hold what it is to know of earlier requests.
-MAX_LINE_BYTES = 64 * 1024 * 1024
-
-
-def write_registry(path: Path, held: list[Entry]) -> None:
-    """Replace the file in one step. A full disk must not end serving: then it stays as it was."""
+def write_registry(path: Path, held: list[RegistryEntry]) -> None:
+    """Replace the file in one step. If the disk is full the file stays as it was."""
     registry = Registry(boot=boot_id(), pid=os.getpid(), held=held)
     fresh = path.with_suffix(".new")
     with contextlib.suppress(OSError):
@@ -144,7 +64,7 @@ def write_registry(path: Path, held: list[Entry]) -> None:
 
 
 def read_registry(path: Path) -> Registry | None:
-    """What was written last; ``None`` where there is nothing that can be read."""
+    """The last state written; ``None`` if there is no readable file."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Registry)
     except (OSError, msgspec.DecodeError):
@@ -152,10 +72,10 @@ def read_registry(path: Path) -> Registry | None:
 
 
 def end_leftovers(path: Path) -> list[str]:
-    """End what a keeper that was killed has left; returns names. Blocks for seconds at most.
+    """End the engines that a killed keeper has left; returns their names. Blocks for seconds.
 
-    Only what is surely its own is touched: a process that started when the file says, or one of a
-    leader's group that has the engine's folder in its environment.
+    It touches only processes that are surely the keeper's: one that started when the file says, or
+    members of such a leader's group that have the engine's folder in their environment.
     """
     registry = read_registry(path)
     if registry is None or registry.boot != boot_id():
@@ -178,13 +98,13 @@ def end_leftovers(path: Path) -> list[str]:
     return ended
 
 
-def _has_members(entry: Entry) -> bool:
-    """Whether helpers of an engine outlived its leader."""
+def _has_members(entry: RegistryEntry) -> bool:
+    """Whether helper processes of an engine outlived its leader."""
     if not entry.folder or start_ticks(entry.pid):
         return False
-    mark = b"TMPDIR=" + entry.folder.encode()
+    variable = b"TMPDIR=" + entry.folder.encode()
     for pid in group_members(entry.pid):
         with contextlib.suppress(OSError):
-            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 return True
     return False

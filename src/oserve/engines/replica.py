@@ -1,7 +1,7 @@
-"""One incarnation of one replica, from start to end: a task that starts, asks and ends it.
+"""The task of one replica, from the start of its engine to its end: it starts, probes and ends it.
 
-It reports what it sees through a callback and returns why it ended; what follows from that is the
-cluster's and the control loop's business.
+The task reports what it sees through a callback, and returns why the engine ended. The cluster and
+the control loop decide what follows.
 """
 
 import asyncio
@@ -9,23 +9,24 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from oserve.control.progress import Activity, Progress, ProgressSample
+from oserve.control.progress import Activity, ProgressSample, ProgressTracker
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.logs import telling_line
-from oserve.engines.probe import Answer, EngineLoad, ServedModel
+from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
+from oserve.engines.replica_states import StateReport
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
 _LOADING_POLL_S = 0.1
-# Any token will do; a whole chunk of them makes the engine allocate what a full step needs.
+# Any token will do; a whole chunk makes the engine allocate the memory of a full step.
 _WARM_UP_TOKEN = 5
 _MAX_WARM_UP_PROMPT = 8192
-# One that waits for its weights does so beside engines that serve, which need the processors.
+# A standby engine shares its cores with engines that serve.
 _MAX_STANDBY_PROMPT = 32
 _WARM_UP_TOKENS = 2
-# Until gateways have heard that it gets no more requests, and have its streams go on elsewhere.
+# Time for gateways to hear that it gets no more requests and to resume its streams elsewhere.
 _LEAVE_S = 0.3
 
 
@@ -45,31 +46,42 @@ class Prober(Protocol):
     ) -> bool: ...
 
     async def ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> Answer: ...
+        self, method: str, path: str, body: Mapping[str, object] | None = None
+    ) -> ProbeReply: ...
 
     async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnexpectedExit:
+    """Why a replica ended, or must be ended, though it was not told to stop.
+
+    ``hangs``: it does not react, so that asking it to end is useless.
+    """
+
+    reason: str
+    hangs: bool = False
 
 
 @dataclass(kw_only=True)
 class ReplicaTask:
     """What both kinds of replica need. Set ``stop`` to end it; ``run`` then returns ``None``.
 
-    ``report`` takes fields of ``ReplicaState`` that changed; ``stable`` is called whenever the
-    replica has been ready without a break for ``settings.stable_s``. ``standby``: when it can
-    serve, it is not ready but waits for its weights.
+    ``report`` takes the fields of ``ReplicaState`` that changed; ``stable`` is called whenever the
+    replica has been ready without a break for ``settings.stable_s``. ``standby``: once it can
+    serve, the replica is not ready but waits for its weights.
     """
 
     clock: Clock
     settings: EngineSettings
     probe: Prober
-    report: Callable[..., None]
+    report: StateReport
     stable: Callable[[], None]
     standby: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def run(self) -> str | None:
-        """Live until stopped (``None``) or ended by itself (why, for people to read)."""
+    async def run(self) -> UnexpectedExit | None:
+        """Run until told to stop (``None``), or until the replica ends by itself."""
         raise NotImplementedError
 
     async def _measure(self) -> EngineLoad | None:
@@ -84,21 +96,13 @@ class ReplicaTask:
         return load
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Verdict:
-    """Why an engine must be ended; one that hangs does not hear that it should end."""
-
-    reason: str
-    hangs: bool = False
-
-
 @dataclass(kw_only=True)
 class VllmReplica(ReplicaTask):
-    """A vLLM engine: ``start`` makes its processes, ``log_path`` is where they write.
+    """A vLLM engine: ``start`` starts its processes, which write to ``log_path``.
 
-    ``chunk_tokens``: what one of its steps may compute. ``was_ready``: it served before this task.
-    ``step_s``: what a whole chunk is known to take; ``learned`` hears of seconds a prompt token.
-    ``look``: what the processes of a group do.
+    ``chunk_tokens``: tokens that one step may compute. ``was_ready``: it served before this task
+    began. ``step_s``: seconds that a whole chunk is known to take; ``learned`` receives seconds per
+    prompt token. ``look``: the activity of the processes of a group.
     """
 
     start: Callable[[], Awaitable[EngineProcess]]
@@ -110,7 +114,7 @@ class VllmReplica(ReplicaTask):
     was_ready: bool = False
     step_s: float = 0.0
 
-    async def run(self) -> str | None:
+    async def run(self) -> UnexpectedExit | None:
         """See ``ReplicaTask.run``; no process is left when this returns."""
         stopped = asyncio.create_task(self.stop.wait())
         starting = asyncio.ensure_future(self.start())
@@ -120,12 +124,14 @@ class VllmReplica(ReplicaTask):
                 return None
             return await self._live(starting.result(), stopped)
         except (OServeError, OSError) as error:
-            return str(error)
+            return UnexpectedExit(reason=str(error))
         finally:
             await cancel(starting, stopped)
             await self.probe.close()
 
-    async def _live(self, process: EngineProcess, stopped: "asyncio.Task[Any]") -> str | None:
+    async def _live(
+        self, process: EngineProcess, stopped: "asyncio.Task[Literal[True]]"
+    ) -> UnexpectedExit | None:
         self.report(pid=process.pid)
         ended = asyncio.create_task(process.wait())
         watch = asyncio.create_task(self._watch(process.pid))
@@ -135,14 +141,14 @@ class VllmReplica(ReplicaTask):
             if stopped.done():
                 return None
             if ended.done():
-                return self._because(_ending(ended.result()))
-            verdict = watch.result()
-            hangs = verdict.hangs
+                return self._exited(ended.result())
+            found = watch.result()
+            hangs = found.hangs
             if hangs:
-                # First it leaves: its streams go on elsewhere even if no signal reaches it.
-                self.report(phase=ReplicaPhase.HUNG, detail=verdict.reason)
+                # First it leaves: its streams resume elsewhere even if no signal reaches it.
+                self.report(phase=ReplicaPhase.HUNG, detail=found.reason)
                 await self._passes(_LEAVE_S, ended)
-            return verdict.reason
+            return found
         finally:
             await cancel(watch)
             await self._end(process, ended, kindly=not hangs)
@@ -150,7 +156,7 @@ class VllmReplica(ReplicaTask):
     async def _end(
         self, process: EngineProcess, ended: "asyncio.Task[int]", *, kindly: bool
     ) -> None:
-        """TERM and the grace period, if ``kindly``, KILL; returns when the processes are gone."""
+        """Send TERM and wait, if ``kindly``, then KILL; returns when the processes are gone."""
         if ended.done():
             return
         try:
@@ -164,7 +170,7 @@ class VllmReplica(ReplicaTask):
         await ended
 
     async def _passes(self, seconds: float, ended: "asyncio.Task[int]") -> None:
-        """So many seconds, or until it has ended."""
+        """Wait so many seconds, or until it has ended."""
         passed = asyncio.ensure_future(self.clock.sleep(seconds))
         try:
             await asyncio.wait({ended, passed}, return_when=asyncio.FIRST_COMPLETED)
@@ -172,27 +178,27 @@ class VllmReplica(ReplicaTask):
             await cancel(passed)
 
     # -- while it loads -------------------------------------------------------------------------
-    async def _watch(self, pid: int) -> _Verdict:
-        """Wait until it is ready, then look after it; returns why it must be ended."""
+    async def _watch(self, pid: int) -> UnexpectedExit:
+        """Wait until it is ready, then monitor it; returns why it must be ended."""
         if not self.was_ready:
             coming = asyncio.create_task(self._come_up())
             guard = asyncio.create_task(self._guard(pid))
             try:
                 await asyncio.wait({coming, guard}, return_when=asyncio.FIRST_COMPLETED)
-                verdict = coming.result() if coming.done() else guard.result()
+                found = coming.result() if coming.done() else guard.result()
             finally:
                 await cancel(coming, guard)
-            if verdict is not None:
-                return verdict
-        return await self._look_after(pid)
+            if found is not None:
+                return found
+        return await self._monitor(pid)
 
-    async def _come_up(self) -> _Verdict | None:
-        """Until it serves, or stands by; why it must be ended, if it does not come so far."""
+    async def _come_up(self) -> UnexpectedExit | None:
+        """Wait until it serves or is on standby; returns why it must be ended if it does not."""
         limit_s = self.settings.start_timeout_s
         deadline_s = self.clock.now() + limit_s
         while not await self.probe.healthy():
             if self.clock.now() >= deadline_s:
-                return _Verdict(reason=self._because(f"not ready after {limit_s:.0f} s"))
+                return self._failed(f"not ready after {limit_s:.0f} s")
             await self.clock.sleep(_LOADING_POLL_S)
         models = await self.probe.models() or (ServedModel(name=self.model),)
         began_s = self.clock.now()
@@ -206,9 +212,9 @@ class VllmReplica(ReplicaTask):
         length = max(1, length)
         prompt = [_WARM_UP_TOKEN] * length
         if not await self.probe.complete(name, prompt, _WARM_UP_TOKENS, left_s):
-            return _Verdict(reason=self._because("did not answer its first request"))
+            return self._failed("did not answer its first request")
         if not self.standby:
-            # Few tokens would tell only what the first request costs beside them.
+            # Of a short prompt, the first request's fixed costs would be most of the time.
             token_s = (self.clock.now() - began_s) / length
             self.step_s = token_s * self.chunk_tokens
             self.learned(token_s)
@@ -216,8 +222,8 @@ class VllmReplica(ReplicaTask):
         self.report(phase=phase, max_model_len=models[0].max_model_len)
         return None
 
-    async def _guard(self, pid: int) -> _Verdict:
-        """Look at the processes of one that loads; returns when they do nothing any more."""
+    async def _guard(self, pid: int) -> UnexpectedExit:
+        """Monitor the processes of an engine that loads; returns when they stop making progress."""
         progress = self._progress()
         while True:
             activity = self.look(pid)
@@ -227,22 +233,22 @@ class VllmReplica(ReplicaTask):
                 activity=activity,
             )
             if reason := progress.observe(look, loading=True):
-                return _Verdict(reason=self._because(reason), hangs=True)
+                return UnexpectedExit(reason=reason, hangs=True)
             await self.clock.sleep(self.settings.health_interval_s)
 
     # -- once it serves -------------------------------------------------------------------------
-    def _progress(self) -> Progress:
-        return Progress(
+    def _progress(self) -> ProgressTracker:
+        return ProgressTracker(
             after_s=self.settings.hang_after_s,
             steps=self.settings.hang_steps,
             interval_s=self.settings.health_interval_s,
             step_s=self.step_s,
         )
 
-    async def _look_after(self, pid: int) -> _Verdict:
-        """Ask and judge until it hangs.
+    async def _monitor(self, pid: int) -> UnexpectedExit:
+        """Probe it until it hangs.
 
-        Each question waits as long as it must, so that one without an answer holds up no other.
+        Each probe waits as long as it needs, so that one without an answer delays no other.
         """
         signs = _Signs()
         tasks = [
@@ -255,19 +261,19 @@ class VllmReplica(ReplicaTask):
         finally:
             await cancel(*tasks)
 
-    async def _ask_core(self, signs: "_Signs") -> _Verdict:
+    async def _ask_core(self, signs: "_Signs") -> UnexpectedExit:
         while True:
             await self.clock.sleep(self.settings.health_interval_s)
             alive = await self.probe.alive()
             signs.asks = alive is not None
             signs.answered = signs.answered or bool(alive)
 
-    async def _ask_load(self, signs: "_Signs") -> _Verdict:
+    async def _ask_load(self, signs: "_Signs") -> UnexpectedExit:
         while True:
             await self.clock.sleep(self.settings.health_interval_s)
             signs.load = await self._measure()
 
-    async def _judge(self, pid: int, signs: "_Signs") -> _Verdict:
+    async def _judge(self, pid: int, signs: "_Signs") -> UnexpectedExit:
         progress = self._progress()
         ready_s = self.clock.now()
         while True:
@@ -276,29 +282,34 @@ class VllmReplica(ReplicaTask):
             if progress.silent_s > 0.0 or not look.answered:
                 look = replace(look, activity=self.look(pid))
             if reason := progress.observe(look, standby=self.standby):
-                return _Verdict(reason=self._because(reason), hangs=True)
+                return UnexpectedExit(reason=reason, hangs=True)
             self.report(silent_s=progress.silent_s, patience_s=progress.limit_s)
             if progress.silent_s > 0.5 * progress.limit_s:
                 ready_s = self.clock.now()
             elif self.clock.now() - ready_s >= self.settings.stable_s:
                 self.stable()
 
-    def _because(self, what: str) -> str:
-        untold = "SIGKILL" in what or what.startswith("hangs")
-        cause = "" if untold else telling_line(self.log_path)
-        return f"{what}: {cause}" if cause else what
+    def _exited(self, status: int) -> UnexpectedExit:
+        if status == -signal.SIGKILL:
+            return UnexpectedExit(reason=_ending(status))  # a killed process logs no cause
+        return self._failed(_ending(status))
+
+    def _failed(self, what: str) -> UnexpectedExit:
+        """With the cause that its log names, if any."""
+        cause = telling_line(self.log_path)
+        return UnexpectedExit(reason=f"{what}: {cause}" if cause else what)
 
 
 @dataclass(slots=True)
 class _Signs:
-    """What questions to an engine have brought. ``asks``: its core can be asked."""
+    """What probes of an engine have found. ``asks``: its core can be probed."""
 
     asks: bool = True
     answered: bool = False
     load: EngineLoad | None = None
 
     def taken(self, now_s: float) -> ProgressSample:
-        """As one look; the next has what comes from now on."""
+        """One sample; the next one has what is found from now on."""
         load = self.load
         look = ProgressSample(
             now_s=now_s,
@@ -321,7 +332,7 @@ def _ending(status: int) -> str:
 
 
 async def cancel(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel and wait; how they ended is of no interest any more."""
+    """Cancel tasks and wait for them; their results and errors are dropped."""
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)

@@ -10,24 +10,27 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How vLLM engines are started, watched and ended.
+    """How vLLM engines are started, monitored and ended.
 
     ``variants``: precision (``fp8``, ``int8``, ``int4``) to the path or name of a checkpoint of the
-    same model in that precision. ``kv_cache_memory_bytes``: per device, where the shape names none;
-    unset or 0, it follows from memory and context on CPU and is left to vLLM on GPUs (see
-    ``room``). ``enforce_eager``: skip compilation; unset means
-    on CPU only. ``max_model_len``: tokens; unset leaves the model's own. ``start_method``:
-    ``zygote`` forks engines from one process that has imported vLLM, ``spawn`` starts each from
-    nothing, ``auto`` takes the first on CPU.
-    ``hang_after_s``: an engine that shows no sign of life for so long is ended, at the earliest;
-    one that may be at a long step after ``hang_steps`` times the longest known (see
-    ``control.progress``). It is looked at each ``health_interval_s``; an answer may take
-    ``health_timeout_s``. ``stop_grace_s``: from TERM to KILL.
-    ``orphan_grace_s``: for how long engines are held when the server was killed, until another one
-    takes them up. ``keep_weights``: as they were loaded, beside what kernels made of them, so that
-    they can go to other engines while this one serves; on CPU a second copy of them in memory.
-    ``move_caches``: KV caches of running requests can go to other engines, on CPU.
-    ``log_dir``: one file per replica; unset means ``logs`` in the run folder.
+    same model in that precision. ``kv_cache_memory_bytes``: per device, if the shape names none;
+    unset or 0, it follows from memory and context on CPU, and vLLM chooses it on GPUs (see
+    ``memory_fit``). ``enforce_eager``: skip compilation; unset: on CPU only. ``max_model_len``:
+    tokens; unset: the model's own. ``start_method``: ``zygote`` forks engines from one process
+    that has imported vLLM, ``spawn`` starts a new interpreter for each, ``auto`` means ``zygote``
+    on CPU and ``spawn`` on GPUs.
+
+    ``hang_after_s``: an engine without a sign of life for so long is ended, at the earliest; an
+    engine that may be at a long step is ended after ``hang_steps`` times the longest known one (see
+    ``control.progress``). It is probed every ``health_interval_s``; an answer may take
+    ``health_timeout_s``. ``stop_grace_s``: from TERM to KILL. ``stable_s``: after so long without
+    a break its failures are forgotten. ``orphan_grace_s``: how long the keeper holds engines after
+    the server was killed, for another server to take them over.
+
+    ``keep_weights``: keep them as loaded, beside what kernels have made of them, so that they can
+    move to other engines while this one serves; on CPU they then take memory twice.
+    ``move_caches``: KV caches of running requests can move to other engines, on CPU. ``log_dir``:
+    for one file per replica; unset means ``logs`` in the run folder.
     """
 
     variants: Mapping[str, str] = {}
@@ -48,8 +51,8 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     log_dir: str = ""
 
     def method(self, *, on_cpu: bool) -> str:
-        """How engines are started, ``zygote`` or ``spawn``."""
+        """The start method: ``zygote`` or ``spawn``."""
         if self.start_method != "auto":
             return self.start_method
-        # Forking is safe only while the parent has not touched the GPU: not tried there.
+        # Forking is safe only while the parent has not used the GPU; not tested there.
         return "zygote" if on_cpu else "spawn"

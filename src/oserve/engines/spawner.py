@@ -1,12 +1,11 @@
-"""Two ways to bring an engine's processes up, behind one small protocol.
+"""Two ways to start an engine's processes, behind one protocol.
 
-``ZygoteLauncher`` forks from a process that has imported vLLM already; ``SpawnLauncher`` starts
-from nothing. Either way no process of an engine outlives this one. It does not know replicas.
+``ZygoteLauncher`` forks from a process that has imported vLLM; ``SpawnLauncher`` starts a new
+interpreter. Either way no process of an engine outlives this one. It does not know replicas.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -14,10 +13,23 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+import msgspec
 
 from oserve.core import OServeError
 from oserve.engines.group import end_group, group_members, signal_group
+from oserve.engines.process_messages import (
+    EngineExited,
+    EngineFork,
+    EngineForked,
+    ForkRefused,
+    ZygoteEvent,
+    ZygoteReady,
+    encoded,
+    supervisor_ready_of,
+    zygote_event_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +37,7 @@ _SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 _REPORT_LIMIT_S = 30.0
 _IMPORT_LIMIT_S = 180.0
 _CLOSE_LIMIT_S = 10.0
-# These are the front's own, or would make engines refuse OServe itself.
+# The server's own settings, and a key that would make engines refuse OServe itself.
 _WITHHELD_PREFIXES = ("OSERVE_", "VLLM_API_KEY")
 
 
@@ -63,7 +75,7 @@ class Launcher(Protocol):
 
 
 class _Group:
-    """The part both ways share: signals to everyone in the group."""
+    """What both ways share: signals to every process of the group."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -111,24 +123,25 @@ class SpawnLauncher:
             )
         except OSError as error:
             raise _no_start(str(error)) from error
-        assert supervisor.stdout is not None
         try:
             async with asyncio.timeout(_REPORT_LIMIT_S):
-                line = await supervisor.stdout.readline()
-        except BaseException:
+                # There is a stream, since standard output is a pipe.
+                line = await supervisor.stdout.readline() if supervisor.stdout else b""
+        except BaseException:  # also when this is cancelled: no supervisor is left behind
             with contextlib.suppress(ProcessLookupError):
                 supervisor.terminate()
             raise
-        if not line.strip().isdigit():
+        ready = supervisor_ready_of(line)
+        if ready is None:
             await supervisor.wait()
-            raise _no_start("the supervisor did not come up")
-        group = _Group(int(line))
+            raise _no_start("the supervisor ended before it started the engine")
+        group = _Group(ready.pid)
         self._groups[group] = asyncio.create_task(self._watch(supervisor, group))
         return group
 
     async def _watch(self, supervisor: asyncio.subprocess.Process, group: _Group) -> None:
         status = await supervisor.wait()
-        # The supervisor itself may have been killed: then nobody has cleared up.
+        # A supervisor that was killed has not cleared up.
         if group_members(group.pid):
             await asyncio.to_thread(end_group, group.pid, grace_s=0)
         group.finish(128 - status if status > 128 else status)
@@ -168,15 +181,7 @@ class ZygoteLauncher:
             line = await self._ensure()
         if line is None:
             return await self._fallback.start(argv, env, cores, log_path)
-        return await line.start(
-            {
-                "argv": list(argv),
-                "env": dict(env),
-                "cores": list(cores),
-                "threads": int(env.get("OMP_NUM_THREADS", "1")),
-                "log": str(log_path),
-            }
-        )
+        return await line.start(argv, env, cores, log_path)
 
     async def _ensure(self) -> "_ZygoteLine | None":
         if self._broken:
@@ -200,7 +205,7 @@ class ZygoteLauncher:
 
 
 class _ZygoteLine:
-    """The control line to one zygote process."""
+    """The connection to one zygote process. ``lost`` is done when it has broken."""
 
     def __init__(
         self,
@@ -239,7 +244,7 @@ class _ZygoteLine:
         try:
             async with asyncio.timeout(_IMPORT_LIMIT_S):
                 greeting = await reader.readline()
-        except BaseException as error:
+        except BaseException as error:  # also when this is cancelled: no zygote is left behind
             writer.close()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -253,20 +258,35 @@ class _ZygoteLine:
             raise _no_start(f"the zygote ended with status {status}; see {log_path}")
         return cls(process, reader, writer)
 
-    async def start(self, request: dict[str, Any]) -> _Group:
+    async def start(
+        self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
+    ) -> _Group:
         self._count += 1
         name = str(self._count)
         if self.lost.done():
             raise _no_start("the zygote ended")
         answer: asyncio.Future[_Group] = asyncio.get_running_loop().create_future()
         self._asked[name] = answer
-        self._writer.write(json.dumps({"start": name, **request}).encode() + b"\n")
+        request = EngineFork(
+            name=name,
+            argv=list(argv),
+            env=dict(env),
+            cores=list(cores),
+            threads=int(env.get("OMP_NUM_THREADS", "1")),
+            log=str(log_path),
+        )
+        self._writer.write(encoded(request))
         return await answer
 
     async def _listen(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while line := await self._reader.readline():
-                self._hear(json.loads(line))
+                self._handle(zygote_event_of(line))
+        except OSError:
+            pass
+        except (msgspec.DecodeError, ValueError) as error:
+            # Its engines cannot be told apart any more: it ends, and they with it.
+            log.error("cannot read a message of the zygote, which is ended: %s", error)
         self._writer.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
@@ -280,20 +300,27 @@ class _ZygoteLine:
             group.finish(-signal.SIGKILL)
         self._groups.clear()
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        if "started" in message:
-            name = message["started"]
-            group = self._groups[name] = _Group(message["pid"])
-            answer = self._asked.pop(name)
-            if answer.cancelled():
-                group.kill()
-            else:
-                answer.set_result(group)
-        elif "ended" in message:
-            self._groups.pop(message["ended"]).finish(message["status"])
+    def _handle(self, event: ZygoteEvent) -> None:
+        match event:
+            case EngineForked(name=name, pid=pid):
+                group = self._groups[name] = _Group(pid)
+                answer = self._asked.pop(name)
+                if answer.cancelled():
+                    group.kill()
+                else:
+                    answer.set_result(group)
+            case EngineExited(name=name, status=status):
+                self._groups.pop(name).finish(status)
+            case ForkRefused(name=name, reason=reason):
+                log.error("%s", reason)
+                refused = self._asked.pop(name, None)
+                if refused is not None and not refused.done():
+                    refused.set_exception(_no_start(reason))
+            case ZygoteReady():
+                pass  # read before this line was made
 
     async def close(self) -> None:
-        """Hang up: the zygote ends its engines and itself."""
+        """Disconnect: the zygote ends its engines and itself."""
         with contextlib.suppress(OSError):
             if self._writer.can_write_eof():
                 self._writer.write_eof()
@@ -313,7 +340,7 @@ def launcher_for(method: str, zygote_log: Path) -> Launcher:
 
 
 def surroundings() -> dict[str, str]:
-    """The environment that engines are started in, but for what is their own."""
+    """The environment that engines inherit from this process."""
     return {
         name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD_PREFIXES)
     }

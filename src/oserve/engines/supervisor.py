@@ -1,8 +1,8 @@
-"""Runs one command as the leader of its own group, and sees that nothing of it survives.
+"""Runs one command as the leader of a process group, and lets no process of it survive.
 
-Runs as ``python -m oserve.engines.supervisor --parent PID --log PATH -- command``. It prints the
-command's process id, and ends the whole group when its own parent dies (even by KILL), when TERM
-comes, or when the command ends; the command's exit status is passed on.
+Runs as ``python -m oserve.engines.supervisor --parent PID --log PATH -- command``. It prints
+``SupervisorReady``, and ends the whole group when its own parent dies (even by KILL), on TERM, or
+when the command ends; it exits with the command's status.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from oserve.engines.group import (
     release_leftovers,
     remove_if_unused,
 )
+from oserve.engines.process_messages import SupervisorReady, encoded
 
 _GRACE_S = 2.0
 _BLOCKED = {signal.SIGTERM, signal.SIGINT}
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--folder", default="", help="its temporary folder, removed at the end")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
-    # A key pressed in the terminal is for who started this one.
+    # Ctrl-C in the terminal is for the process that started this one.
     os.setpgid(0, 0)
     # Until the handlers below know the child, a signal would leave it behind.
     signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
@@ -49,7 +50,8 @@ def main() -> int:
     die_with_parent(signal.SIGTERM, parent=arguments.parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
     with contextlib.suppress(BrokenPipeError):
-        print(pid, flush=True)
+        sys.stdout.buffer.write(encoded(SupervisorReady(pid=pid)))
+        sys.stdout.flush()
     status = 1
     with contextlib.suppress(ChildProcessError):
         _, raw = os.waitpid(pid, 0)
@@ -57,7 +59,7 @@ def main() -> int:
     end_group(pid, grace_s=0)
     release_leftovers(pid, arguments.folder)
     if arguments.folder and os.getppid() != arguments.parent:
-        # Nobody else is left to remove what held the folder.
+        # The parent has ended and cannot remove the folder that holds it.
         remove_if_unused(os.path.dirname(arguments.folder))
     return status if status >= 0 else 128 - status
 

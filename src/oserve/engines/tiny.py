@@ -1,10 +1,10 @@
-"""A tiny Llama with made-up weights: a model that can be served anywhere, in seconds, offline.
+"""A tiny Llama with random weights: a model that can be served anywhere, in seconds, offline.
 
-One token is one byte, so token counts can be read off a prompt. One residual dimension is kept
-constant (every embedding holds the same value there and no layer writes to it), which turns its
-column of ``lm_head`` into a bias per token: that bias keeps answers to printable ASCII, with
-letters about as frequent as in English, and gives the end-of-answer token a steady chance. It does
-not know engines, and needs no torch, which alone would take longer than all that is done here.
+One token is one byte, so that a prompt's length is its number of tokens. One residual dimension is
+constant: every embedding holds the same value there, and no layer writes to it. Its column of
+``lm_head`` is therefore a bias per token, which limits answers to printable ASCII, with letters
+about as frequent as in English, and gives the end token a constant probability. It does not know
+engines. It needs no torch, whose import would take longer than everything here.
 """
 
 import math
@@ -14,17 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, copy_others, once, write_json
+from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, once, write_json
 from oserve.engines.checkpoints.int8 import make_int8_variant
-from oserve.engines.checkpoints.tensors import (
-    AnyArray,
-    Array,
-    read_tensors,
-    tensor,
-    write_tensors,
-)
+from oserve.engines.checkpoints.tensors import AnyArray, Array, tensor, write_tensors
 
-_Tensors = dict[str, AnyArray]
+Tensors = dict[str, AnyArray]
 
 HIDDEN = 256
 INTERMEDIATE = 704  # a multiple of 32 per shard up to TP=2, which 4-bit packing asks for
@@ -58,108 +52,15 @@ def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
     """
 
     def write(folder: Path) -> None:
-        _save(folder, _weights(seed))
-        _write_tokenizer(folder)
-        write_json(folder / CONFIG, _config())
+        save_weights(folder, _weights(seed))
+        write_tokenizer(folder)
+        write_json(folder / CONFIG, tiny_config())
 
     return once(path, write)
 
 
-def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
-    """Write a larger one, of hidden size 1024: 504 MB in bf16, for what must take a while.
-
-    Its weights are noise, so that its answers mean nothing. Otherwise as ``make_tiny_model``.
-    """
-
-    def write(folder: Path) -> None:
-        hidden, wide, key_rows = 1024, 4096, 512
-        source = np.random.default_rng(seed)
-
-        def normal(rows: int, columns: int) -> Array:
-            return source.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.03)
-
-        ones = np.ones(hidden, dtype=np.float32)
-        tensors: _Tensors = {
-            "model.embed_tokens.weight": normal(VOCAB, hidden),
-            "model.norm.weight": ones,
-            "lm_head.weight": normal(VOCAB, hidden),
-        }
-        for layer in range(layers):
-            prefix = f"model.layers.{layer}."
-            for name, rows, columns in (
-                ("self_attn.q_proj", hidden, hidden),
-                ("self_attn.k_proj", key_rows, hidden),
-                ("self_attn.v_proj", key_rows, hidden),
-                ("self_attn.o_proj", hidden, hidden),
-                ("mlp.gate_proj", wide, hidden),
-                ("mlp.up_proj", wide, hidden),
-                ("mlp.down_proj", hidden, wide),
-            ):
-                tensors[f"{prefix}{name}.weight"] = normal(rows, columns)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{prefix}{name}.weight"] = ones
-        _save(folder, tensors)
-        _write_tokenizer(folder)
-        config = _config() | {
-            "hidden_size": hidden,
-            "intermediate_size": wide,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-        }
-        write_json(folder / CONFIG, config)
-
-    return once(path, write)
-
-
-def make_mixture_variant(path: Path, out: Path, *, experts: int = 4) -> Path:
-    """Write a mixture of experts (Mixtral) made of the tiny model in ``path`` to ``out``.
-
-    Each layer's experts are its MLP with rows turned up and down at random, two of them a token.
-    Idempotent, as ``make_tiny_model``.
-    """
-
-    def write(folder: Path) -> None:
-        source = np.random.default_rng(0)
-        tensors: _Tensors = {}
-        for name, item in read_tensors(path / WEIGHTS).items():
-            weight = item.make()
-            prefix, found, kind = name.partition("mlp.")
-            if not found:
-                tensors[name] = weight
-                continue
-            block = prefix + "block_sparse_moe."
-            own = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[kind]
-            for expert in range(experts):
-                turned = source.uniform(0.5, 1.5, (weight.shape[0], 1)).astype(np.float32)
-                tensors[f"{block}experts.{expert}.{own}.weight"] = weight * turned
-            if own == "w1":
-                router = source.standard_normal((experts, weight.shape[1])) / 4
-                tensors[block + "gate.weight"] = router.astype(np.float32)
-        _save(folder, tensors)
-        copy_others(path, folder)
-        config = {
-            name: value
-            for name, value in _config().items()
-            if name not in {"attention_bias", "mlp_bias"}
-        }
-        write_json(
-            folder / CONFIG,
-            config
-            | {
-                "architectures": ["MixtralForCausalLM"],
-                "model_type": "mixtral",
-                "num_local_experts": experts,
-                "num_experts_per_tok": 2,
-                "sliding_window": None,
-            },
-        )
-
-    return once(out, write)
-
-
-def _config() -> dict[str, Any]:
+def tiny_config() -> dict[str, Any]:
+    """The model's ``config.json``."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -184,8 +85,8 @@ def _config() -> dict[str, Any]:
     }
 
 
-def _weights(seed: int) -> _Tensors:
-    """Names to float arrays. Spreads were chosen so that attention is peaked and answers vary."""
+def _weights(seed: int) -> Tensors:
+    """Float arrays by name. The spreads make attention peaked and answers varied."""
     source = np.random.default_rng(seed)
 
     def normal(rows: int, columns: int, spread: float) -> Array:
@@ -194,7 +95,7 @@ def _weights(seed: int) -> _Tensors:
     embedding = normal(VOCAB, HIDDEN, 1.0)
     embedding[:, _CONSTANT] = _CONSTANT_VALUE
     ones = np.ones(HIDDEN, dtype=np.float32)
-    tensors: _Tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones}
+    tensors: Tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones}
     key_rows = KV_HEADS * HIDDEN // HEADS
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
@@ -217,7 +118,8 @@ def _weights(seed: int) -> _Tensors:
     return tensors
 
 
-def _save(folder: Path, tensors: _Tensors) -> None:
+def save_weights(folder: Path, tensors: Tensors) -> None:
+    """Write named float arrays as the checkpoint of ``folder``."""
     write_tensors(folder / WEIGHTS, {name: tensor(values) for name, values in tensors.items()})
 
 
@@ -237,7 +139,8 @@ def _biases() -> list[float]:
     return bias
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Write the byte-level tokenizer, its chat template and the generation defaults."""
     # It comes with the engine packages.
     from tokenizers import (  # noqa: PLC0415
         AddedToken,
@@ -274,7 +177,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
+    """The character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in plain}
     for offset, byte in enumerate(sorted(set(range(256)) - set(plain))):

@@ -1,10 +1,8 @@
 """A process that has imported vLLM once and forks engines: seconds instead of most of a minute.
 
-Runs as ``python -m oserve.engines.zygote --fd N`` where N is one end of a socket pair. It speaks
-JSON lines: out ``{"ready"}``; in ``{"start", argv, env, cores, threads, log}``; out
-``{"started", "pid"}``, later ``{"ended", "status"}`` (negative: the signal) once nothing is left of
-that engine. It ends with its client: when the other end closes, on SIGTERM, or when its parent
-dies, it ends every engine first. It stays single-threaded, since only then is forking safe.
+Runs as ``python -m oserve.engines.zygote --fd N``, where N is one end of a socket pair that carries
+``process_messages``. It ends with its client: when the other end closes, on SIGTERM, or when its
+parent dies, it first ends every engine. It stays single-threaded, since only then is forking safe.
 """
 
 # vLLM takes long to import, and must not be before the process is set up for it.
@@ -14,7 +12,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import json
 import os
 import random
 import selectors
@@ -23,7 +20,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from oserve.engines.group import (
     adopt_orphans,
@@ -35,6 +32,16 @@ from oserve.engines.group import (
     signal_group,
 )
 from oserve.engines.patches import PatchError, apply
+from oserve.engines.process_messages import (
+    EngineExited,
+    EngineFork,
+    EngineForked,
+    ForkRefused,
+    ZygoteEvent,
+    ZygoteReady,
+    encoded,
+    fork_of,
+)
 
 _MODULES = (
     "torch",
@@ -47,11 +54,11 @@ _MODULES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.llama",
-    # What an engine would import by itself each time: a second of computing.
+    # Without these each engine imports them itself: a second of computing.
     "compressed_tensors",
     "model_hosting_container_standards.sagemaker",
     "oserve.engines.caches",
-    "oserve.engines.weights.raw",
+    "oserve.engines.weights.cuda",
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
     "vllm.entrypoints.anthropic.api_router",
@@ -68,8 +75,8 @@ _MODULES = (
     "vllm.v1.attention.backends.cpu_attn",
 )
 _GRACE_S = 2.0
-# Engines that compute on the cores of the gateway and the controller must not starve these: a
-# token that waits there helps nobody, and a controller that hears late decides late.
+# Engines share cores with the gateway and the controller and must not starve them: tokens would
+# wait in the gateway, and the controller would observe and decide late.
 _NICE = 5
 
 
@@ -79,7 +86,7 @@ class Zygote:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._buffer = b""
-        self._engines: dict[int, dict[str, Any]] = {}
+        self._engines: dict[int, EngineFork] = {}
         self._folders: set[str] = set()
         self._over = False
         self._wakeup, self._waker = os.pipe()
@@ -87,7 +94,7 @@ class Zygote:
             os.set_blocking(descriptor, False)
 
     def run(self) -> None:
-        """Serve until the client goes away or SIGTERM comes; then leave nothing behind."""
+        """Serve until the client disconnects or on SIGTERM; leaves nothing behind."""
         signal.set_wakeup_fd(self._waker)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
@@ -95,7 +102,7 @@ class Zygote:
         selector = selectors.DefaultSelector()
         selector.register(self._control, selectors.EVENT_READ)
         selector.register(self._wakeup, selectors.EVENT_READ)
-        self._send({"ready": True})
+        self._send(ZygoteReady())
         while not self._over:
             for key, _ in selector.select():
                 if key.fileobj is self._control:
@@ -109,15 +116,15 @@ class Zygote:
         for pid in list(self._engines):
             self._clear(pid, grace_s=_GRACE_S)
         for folder in self._folders:
-            # The client may have been killed: then nobody else removes what held the folders.
+            # A client that was killed does not remove the folder that held the engines' folders.
             remove_if_unused(folder)
 
     def _stop(self) -> None:
         self._over = True
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, event: ZygoteEvent) -> None:
         try:
-            self._control.sendall(json.dumps(message).encode() + b"\n")
+            self._control.sendall(encoded(event))
         except OSError:
             self._stop()
 
@@ -130,15 +137,19 @@ class Zygote:
             return self._stop()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
-            self._start(json.loads(line), selector)
+            request = fork_of(line)
+            if isinstance(request, ForkRefused):
+                self._send(request)
+            else:
+                self._start(request, selector)
         return None
 
-    def _start(self, request: dict[str, Any], selector: selectors.BaseSelector) -> None:
+    def _start(self, request: EngineFork, selector: selectors.BaseSelector) -> None:
         parent = os.getpid()
         pid = fork_group()
         if pid:
             self._engines[pid] = request
-            self._send({"started": request["start"], "pid": pid})
+            self._send(EngineForked(name=request.name, pid=pid))
             return
         try:
             signal.set_wakeup_fd(-1)
@@ -160,34 +171,34 @@ class Zygote:
             if pid == 0:
                 return
             if pid in self._engines:
-                name = self._engines[pid]["start"]
+                name = self._engines[pid].name
                 self._clear(pid, grace_s=0)
-                self._send({"ended": name, "status": os.waitstatus_to_exitcode(status)})
+                self._send(EngineExited(name=name, status=os.waitstatus_to_exitcode(status)))
 
     def _clear(self, pid: int, *, grace_s: float) -> None:
         request = self._engines.pop(pid)
         end_group(pid, grace_s=grace_s)
-        folder = request["env"].get("TMPDIR", "")
+        folder = request.env.get("TMPDIR", "")
         release_leftovers(pid, folder)
         self._folders.add(os.path.dirname(folder))
 
 
-def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
-    """In the child: leave the zygote's surroundings and run vLLM's API server to its end."""
+def _become_engine(request: EngineFork, parent: int) -> NoReturn:
+    """In the child: leave the zygote's set-up and run vLLM's API server to its end."""
     die_with_parent(parent=parent)
     # The engine core and the workers are forked too: each ends with the one above it.
     os.register_at_fork(after_in_child=die_with_parent)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.environ.update(request["env"])
+    os.environ.update(request.env)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    if request["cores"]:
-        os.sched_setaffinity(0, request["cores"])
+    if request.cores:
+        os.sched_setaffinity(0, request.cores)
     random.seed()
     tempfile.tempdir = None
     apply("engine")
@@ -197,17 +208,17 @@ def _become_engine(request: dict[str, Any], parent: int) -> NoReturn:
         from vllm.entrypoints.launchers.api_server.entry import main
 
         # OpenMP and torch.compile read their variables when loaded: too late for those here.
-        torch.set_num_threads(request["threads"])
+        torch.set_num_threads(request.threads)
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             torch.compiler.set_stance("force_eager")
-        sys.argv = ["vllm", *request["argv"]]
+        sys.argv = ["vllm", *request.argv]
         main()
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
-        status = 130  # vLLM's word for a TERM that came before it was up
-    except BaseException:
+        status = 130  # vLLM raises it for a TERM that comes before it serves
+    except BaseException:  # whatever vLLM raises ends up in the engine's log
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -237,7 +248,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="control socket, inherited")
     parser.add_argument("--parent", type=int, required=True, help="process to end with")
     arguments = parser.parse_args()
-    # A key pressed in the terminal is for who started this one.
+    # Ctrl-C in the terminal is for the process that started this one.
     os.setpgid(0, 0)
     die_with_parent(signal.SIGTERM, parent=arguments.parent)
     adopt_orphans()

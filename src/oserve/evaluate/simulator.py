@@ -306,12 +306,11 @@ class Simulator:
         options, overload = serving.levers.gateway, serving.levers.overload
         if overload == OverloadPolicy():
             return options
-        costs = [self.costs(shape).prefill_s_per_token for shape, _ in serving.shapes]
         return replace(
             options,
             demote_after_s=overload.late_after_s,
             shed_after_s=overload.shed_after_s,
-            prompt_s_per_token=min(costs, default=0.0),
+            prompt_s_per_token=None,
         )
 
     def _link(self, shape: ReplicaShape) -> tuple[SimLink, float]:

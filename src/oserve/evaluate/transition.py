@@ -91,7 +91,7 @@ class SwitchExecution:
             self._retired = waiting
 
     def _is_busy(self, spec: ReplicaSpec) -> bool:
-        _, inflight = self._fleet.books(spec.id)
+        _, inflight = self._fleet.outstanding(spec.id)
         return inflight > 0
 
 

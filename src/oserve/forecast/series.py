@@ -38,30 +38,30 @@ class SeriesOptions:
     sort: bool = False
 
 
-def load_series(path: Path, wanted: SeriesOptions, skipped: Skipped | None = None) -> Series:
+def load_series(path: Path, options: SeriesOptions, skipped: Skipped | None = None) -> Series:
     """The series of a request trace or a counts file. Raises OServeError as their readers do."""
     if path.is_file() and is_counts(path):
-        return series_of_counts(read_counts(path), wanted, source=str(path))
+        return series_of_counts(read_counts(path), options, source=str(path))
     requests = read_trace(
         path,
-        limit=wanted.limit,
-        until_s=wanted.until_s,
-        bad_rows=wanted.bad_rows,
-        time_unit=wanted.time_unit,
-        sort=wanted.sort,
+        limit=options.limit,
+        until_s=options.until_s,
+        bad_rows=options.bad_rows,
+        time_unit=options.time_unit,
+        sort=options.sort,
         skipped=skipped,
     )
-    return series_of_requests(requests, wanted, source=str(path))
+    return series_of_requests(requests, options, source=str(path))
 
 
 def series_of_requests(
-    requests: Iterable[TraceRequest], wanted: SeriesOptions, *, source: str
+    requests: Iterable[TraceRequest], options: SeriesOptions, *, source: str
 ) -> Series:
     """The series of a stream of requests, in whole windows aligned to multiples of the interval.
 
     Raises OServeError for no requests or too few windows.
     """
-    interval_s = 60.0 if wanted.interval_s is None else wanted.interval_s
+    interval_s = 60.0 if options.interval_s is None else options.interval_s
     columns = columns_of(requests)
     times = columns.arrival_s
     if not len(times):
@@ -72,7 +72,7 @@ def series_of_requests(
         )
     start_s = float(times[0] // interval_s) * interval_s
     windows = int((times[-1] - start_s) // interval_s)
-    if windows < MIN_WINDOWS or windows * PARTS * wanted.types > _MAX_CELLS:
+    if windows < MIN_WINDOWS or windows * PARTS * options.types > _MAX_CELLS:
         raise OServeError(
             f"{windows} whole windows of {interval_s:g} s",
             place=source,
@@ -80,7 +80,10 @@ def series_of_requests(
         )
     first = times < start_s + windows // 2 * interval_s
     model = fit_types(
-        columns.prompt_tokens[first], columns.output_tokens[first], k=wanted.types, seed=wanted.seed
+        columns.prompt_tokens[first],
+        columns.output_tokens[first],
+        k=options.types,
+        seed=options.seed,
     )
     rates = arrival_rates(
         times,
@@ -98,13 +101,13 @@ def series_of_requests(
     )
 
 
-def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -> Series:
+def series_of_counts(table: CountTable, options: SeriesOptions, *, source: str) -> Series:
     """The ``types`` series with the largest counts in the first half.
 
     Raises OServeError for an interval that is no multiple of the file's step, or too few windows.
     """
     step = table.window_s
-    interval_s = step if wanted.interval_s is None else wanted.interval_s
+    interval_s = step if options.interval_s is None else options.interval_s
     size = round(interval_s / step)
     if size < 1 or abs(size * step - interval_s) > 1e-6 * interval_s:
         raise OServeError(
@@ -113,8 +116,8 @@ def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -
             remedy=f"give {step:g}, {2 * step:g}, ...",
         )
     counts: Floats = table.counts
-    if wanted.until_s is not None:
-        counts = counts[: int(wanted.until_s // step)]
+    if options.until_s is not None:
+        counts = counts[: int(options.until_s // step)]
     windows = len(counts) // size
     if windows < MIN_WINDOWS:
         raise OServeError(
@@ -123,7 +126,7 @@ def series_of_counts(table: CountTable, wanted: SeriesOptions, *, source: str) -
             remedy=f"give an --interval-s that makes at least {MIN_WINDOWS}",
         )
     half = windows // 2 * size
-    order = np.argsort(-np.nansum(counts[:half], axis=0), kind="stable")[: wanted.types]
+    order = np.argsort(-np.nansum(counts[:half], axis=0), kind="stable")[: options.types]
     parts = counts[: windows * size, order].reshape(windows, size, len(order))
     return Series(
         names=tuple(table.names[place] for place in order),

@@ -1,7 +1,7 @@
 """Counters of the request path, cheap to raise, mergeable over processes, exposed to Prometheus.
 
-Plain dictionaries and lists: raising one costs a fraction of a microsecond, which counts where
-every chunk of every stream is timed.
+Counters and histograms are plain numbers in slots and lists, rendered when they are scraped: every
+chunk of every stream is timed. A caller may hold on to a ``Counter`` or ``Histogram``.
 """
 
 from bisect import bisect_left
@@ -52,6 +52,15 @@ GAUGES: dict[str, tuple[str, Labels]] = {
 }
 
 
+class Counter:
+    """One number; the hot path adds to ``value``."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
 class Histogram:
     """Bucket counts and a sum; ``observe`` is the hot path."""
 
@@ -70,14 +79,21 @@ class Metrics:
     """All counters and histograms of one process."""
 
     def __init__(self) -> None:
-        self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
+        self._counters: dict[str, dict[Labels, Counter]] = {name: {} for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self.inter_token = self.histogram("oserve_inter_token_latency_seconds")
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Raise a counter. Labels are few by construction: types, replicas, reasons."""
-        values = self._counters[name]
-        values[labels] = values.get(labels, 0.0) + by
+        found = self._counters[name].get(labels)
+        (self.counter(name, *labels) if found is None else found).value += by
+
+    def counter(self, name: str, *labels: str) -> Counter:
+        """The counter of these labels, made at first use."""
+        found = self._counters[name].get(labels)
+        if found is None:
+            found = self._counters[name][labels] = Counter()
+        return found
 
     def histogram(self, name: str, *labels: str) -> Histogram:
         """The histogram of these labels, made at first use."""
@@ -90,7 +106,7 @@ class Metrics:
         """Everything as plain data: name -> labels joined by a tab -> numbers (sum last)."""
         plain: dict[str, dict[str, list[float]]] = {}
         for name, values in self._counters.items():
-            plain[name] = {"\t".join(labels): [value] for labels, value in values.items()}
+            plain[name] = {"\t".join(labels): [item.value] for labels, item in values.items()}
         for name, histograms in self._histograms.items():
             plain[name] = {
                 "\t".join(labels): [*histogram.counts, histogram.sum]

@@ -25,22 +25,22 @@ from oserve.perf.profile import (
     shape_key,
     write_profile,
 )
-from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.client import EngineClient, EngineDescription
 from oserve.profiler.measure import StepMeter
 from oserve.profiler.profile import (
     ProfileReporter,
     default_shapes,
     engine_bounds,
-    engine_hall,
     fitted_entry,
     make_profile,
     profile_devices,
     started_engine,
+    temporary_cluster,
 )
 from oserve.profiler.series import EngineBounds, MeasuredPoint
-from oserve.startup.first_plan import brief_file, know, wanted_precisions
+from oserve.startup.first_plan import StepTimes, brief_file, find_step_times, wanted_precisions
 from oserve.startup.lock import StateLock
-from oserve.startup.sizing import fitting
+from oserve.startup.sizing import shapes_that_fit
 
 # One minute, less the time to end the engines.
 LIMIT_S = 55.0
@@ -101,12 +101,12 @@ def brief_series(bounds: EngineBounds) -> tuple[int | MeasuredPoint, ...]:
         own = replace(wanted, seqs=max(1, count))
         longest = own.context + 8 * _WINDOW
         if longest <= bounds.max_model_len and own.seqs * longest <= bounds.kv_tokens // 2:
-            fitting = tuple(n for n in own.prompts if n + own.seqs <= bounds.chunk and count >= 1)
-            series.append(replace(own, prompts=fitting))
+            prompts = tuple(n for n in own.prompts if n + own.seqs <= bounds.chunk and count >= 1)
+            series.append(replace(own, prompts=prompts))
     return tuple(dict.fromkeys(series))
 
 
-def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
+def shapes_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
     """Shapes to measure before a plan can be computed; none if enough is known, or it is off.
 
     Raises OServeError if the profile in the settings is invalid, or no shape fits.
@@ -121,14 +121,15 @@ def what_to_measure(settings: Settings) -> tuple[ReplicaShape, ...]:
         model = find_model(settings.model)
     except OServeError:
         return ()
-    source = know(settings, devices).source
-    if source is not None:
+    times = find_step_times(settings, devices)
+    if isinstance(times, StepTimes):
+        source = times.source
         plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
         usable = {key[2] for key in source.keys()} if isinstance(source, ProfileSource) else set()  # noqa: SIM118
         stale = isinstance(source, ProfileSource) and _stale(settings, source.profile, devices)
         if usable & set(wanted_precisions(settings, source, plain)[0]) and not stale:
             return ()
-    return fitting(settings, devices, default_shapes(settings, devices, model))
+    return shapes_that_fit(settings, devices, default_shapes(settings, devices, model))
 
 
 def _stale(settings: Settings, used: Profile, devices: Sequence[Device]) -> bool:
@@ -172,13 +173,13 @@ async def _measured(
     end_s = loop.time() + limit_s
     entries: list[ProfileEntry] = []
     version = ""
-    async with engine_hall(settings, devices) as cluster:
+    async with temporary_cluster(settings, devices) as cluster:
         for index, shape in enumerate(shapes):
             if end_s - loop.time() < _LEAST_S:
                 report.line(f"{shape.name} is left out: no time left")
                 continue
             steps: list[ProfileStep] = []
-            facts: EngineFacts | None = None
+            facts: EngineDescription | None = None
             report.line(f"starting {shape.name}")
             try:
                 async with (
@@ -201,7 +202,7 @@ async def _measured(
 
 async def _collect(
     client: EngineClient,
-    facts: EngineFacts,
+    facts: EngineDescription,
     shape: ReplicaShape,
     steps: list[ProfileStep],
     report: ProfileReporter,
@@ -228,7 +229,7 @@ def _entry(
     model: ModelFacts,
     devices: Sequence[Device],
     shape: ReplicaShape,
-    facts: EngineFacts,
+    facts: EngineDescription,
     steps: Sequence[ProfileStep],
     report: ProfileReporter,
 ) -> ProfileEntry | None:

@@ -17,7 +17,7 @@ _COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
+class EngineDescription:
     """What an engine reports of itself. Bytes per device; ``None`` if the engine chose the size."""
 
     model: str
@@ -68,7 +68,7 @@ class EngineClient:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def facts(self) -> EngineFacts:
+    async def facts(self) -> EngineDescription:
         """Read the engine's facts; raises OServeError if it does not report its KV capacity."""
         cards = msgspec.json.decode(await self._read("/v1/models"))["data"]
         metrics = (await self._read("/metrics")).decode(errors="replace")
@@ -88,7 +88,7 @@ class EngineClient:
         version = msgspec.json.decode(await self._read("/version")).get("version", "")
         self._model = self._model or cards[0]["id"]
         size = labels.get("kv_cache_memory_bytes", "")
-        return EngineFacts(
+        return EngineDescription(
             model=self._model,
             max_model_len=cards[0].get("max_model_len") or 4096,
             kv_tokens=int(tokens),

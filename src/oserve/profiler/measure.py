@@ -23,7 +23,7 @@ from msgspec.structs import astuple
 
 from oserve.core import OServeError
 from oserve.perf.profile import ProfileStep
-from oserve.profiler.client import EngineClient, EngineFacts, MeasuredStream
+from oserve.profiler.client import EngineClient, EngineDescription, MeasuredStream
 from oserve.profiler.contention import foreign_cpu_s
 from oserve.profiler.series import WINDOW_TOKENS, MeasuredPoint, StepSeries
 
@@ -58,7 +58,7 @@ class StepMeter:
     def __init__(
         self,
         client: EngineClient,
-        facts: EngineFacts,
+        facts: EngineDescription,
         *,
         stages: int = 1,
         watch: bool = True,

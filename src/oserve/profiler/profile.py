@@ -29,7 +29,7 @@ from oserve.perf.model import ModelFacts, find_model
 from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits
-from oserve.profiler.client import EngineClient, EngineFacts
+from oserve.profiler.client import EngineClient, EngineDescription
 from oserve.profiler.measure import StepMeter
 from oserve.profiler.series import EngineBounds, plan_series
 
@@ -79,7 +79,7 @@ def limited(
 
 
 @asynccontextmanager
-async def engine_hall(
+async def temporary_cluster(
     settings: Settings, devices: tuple[Device, ...]
 ) -> AsyncIterator[LocalCluster]:
     """A cluster for engines that are started one after another.
@@ -189,7 +189,7 @@ async def profile_started(
     entries: list[ProfileEntry] = []
     failures: list[OServeError] = []
     version = ""
-    async with engine_hall(settings, devices) as cluster:
+    async with temporary_cluster(settings, devices) as cluster:
         for shape in shapes:
             report.line(f"starting {shape.name}")
             try:
@@ -233,7 +233,7 @@ async def measure_engine(
     rounds: int,
     report: ProfileReporter,
     watch: bool = True,
-) -> tuple[ProfileEntry, EngineFacts]:
+) -> tuple[ProfileEntry, EngineDescription]:
     """Measure and fit; ``watch``: see ``StepMeter``."""
     async with EngineClient(endpoint, vocab=model.vocab) as client:
         facts = await client.facts()
@@ -254,7 +254,7 @@ def fitted_entry(
     model: ModelFacts,
     device_kind: str,
     shape: ReplicaShape,
-    facts: EngineFacts,
+    facts: EngineDescription,
     steps: tuple[ProfileStep, ...],
 ) -> ProfileEntry:
     """The measured steps and a model fitted to them.
@@ -279,7 +279,7 @@ def fitted_entry(
     )
 
 
-def engine_bounds(shape: ReplicaShape, facts: EngineFacts) -> EngineBounds:
+def engine_bounds(shape: ReplicaShape, facts: EngineDescription) -> EngineBounds:
     """What an engine of this shape can hold."""
     return EngineBounds(
         chunk=shape.max_num_batched_tokens,

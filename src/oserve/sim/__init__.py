@@ -1,9 +1,9 @@
-"""Sim: engines and clusters that are not there, behind the same doors as the real ones.
+"""Simulated engines and clusters, behind the same interfaces as the real ones.
 
 ``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
-``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is ever used twice;
-those of ``FleetCluster`` are a fleet's and serve. ``EmulatedEngine`` speaks OpenAI's API at a speed
-of your choice, without a model, in the ways of one of several servers (``DIALECTS``).
+``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is used twice at a
+time; the replicas of a ``FleetCluster`` belong to a fleet and serve. ``EmulatedEngine`` speaks
+OpenAI's API without a model, at a chosen speed, as one of several servers does (``DIALECTS``).
 """
 
 from oserve.sim.cluster import SimulatedCluster

@@ -1,4 +1,4 @@
-"""The kernel's arrays, made and grown: requests, and one replica after another."""
+"""Builds the kernel's arrays: those of requests, and one replica after another."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _LONGEST = 1 << 20
 
 
 def picoseconds(seconds: float) -> int:
-    """Nearest whole picosecond, and never for what lies beyond all time."""
+    """Nearest whole picosecond; ``NEVER`` beyond the end of time."""
     return round(seconds * at.PS) if seconds < _ALL_TIME_S else at.NEVER
 
 
@@ -82,7 +82,7 @@ def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: i
 
 
 def session_numbers(sessions: Ints) -> Ints:
-    """Sessions counted from 0; -1 stays."""
+    """Sessions renumbered from 0; -1 stays."""
     own = sessions >= 0
     numbers = np.full(len(sessions), at.NONE, dtype=np.int64)
     numbers[own] = np.unique(sessions[own], return_inverse=True)[1]
@@ -109,7 +109,7 @@ def replica_rows(
     kv_bytes_per_token: float,
     link: SimLink,
 ) -> Ints:
-    """One replica's part of the ``mem`` array, loading."""
+    """One replica's part of the ``mem`` array, in phase loading."""
     seqs, stages = shape.max_num_seqs, shape.pipeline_parallel_size
     budget = shape.max_num_batched_tokens
     if budget < seqs:

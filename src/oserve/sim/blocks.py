@@ -1,7 +1,7 @@
-"""Blocks of KV cache: taken, given back, and kept for the next turn of a session.
+"""Blocks of KV cache: allocated, freed, and kept for the next turn of a session.
 
-What a session's last turn left behind counts as free. It is used up from the least recent session
-on, and of one session from its end, as vLLM's queue of free blocks does.
+Blocks that a session's last turn left behind count as free. They are evicted from the least recent
+session on, and within a session from its end, as in vLLM's queue of free blocks.
 """
 
 from oserve.sim.compiled import compiled
@@ -31,7 +31,7 @@ def blocks_of(tokens: int) -> int:
 
 @compiled
 def take(mem: Flat, ses: Flat, at: int, blocks: int) -> None:
-    """Take blocks that are there, from old sessions if none are empty."""
+    """Allocate blocks that are free, by eviction from old sessions if none are empty."""
     mem[at + FREE] -= blocks
     while mem[at + FREE] < 0:
         session = mem[at + RECENT]
@@ -45,7 +45,7 @@ def take(mem: Flat, ses: Flat, at: int, blocks: int) -> None:
 
 @compiled
 def forget(mem: Flat, ses: Flat, at: int, session: int) -> None:
-    """What this replica holds of a session becomes empty blocks."""
+    """Evict all blocks that this replica holds of a session."""
     mem[at + REUSABLE] -= ses[session * SESSION + HELD_BLOCKS]
     mem[at + FREE] += ses[session * SESSION + HELD_BLOCKS]
     ses[session * SESSION + HELD_BLOCKS] = 0
@@ -65,7 +65,7 @@ def forget(mem: Flat, ses: Flat, at: int, session: int) -> None:
 
 @compiled
 def retain(mem: Flat, ses: Flat, where: Flat, at: int, session: int, tokens: int) -> None:
-    """Give back the blocks of ``tokens``; the full ones stay readable for the session."""
+    """Free the blocks of ``tokens``; the full ones stay cached for the session."""
     mem[at + FREE] += blocks_of(tokens)
     if session == NONE:
         return
@@ -92,9 +92,9 @@ def retain(mem: Flat, ses: Flat, where: Flat, at: int, session: int, tokens: int
 
 @compiled
 def claim(mem: Flat, ses: Flat, at: int, session: int, tokens: int) -> int:
-    """Tokens at the start of a prompt of ``tokens`` that need not be computed, if any.
+    """Cached tokens at the start of a prompt of ``tokens``, which need not be computed.
 
-    Their blocks become empty ones, for the caller to take at once. The last token is always
+    Their blocks become empty ones, and the caller allocates them at once. The last token is always
     computed, since its output is needed.
     """
     if session == NONE or ses[session * SESSION + HELD_BY] != mem[at + INDEX]:

@@ -27,7 +27,7 @@ from oserve.sim.phases import Faults, Phases
 
 @dataclass(slots=True, kw_only=True)
 class Life:
-    """A replica from its start to its end (seconds; ``None`` while it lives)."""
+    """A replica from its start to its end, in seconds; ``None`` while it lives."""
 
     spec: ReplicaSpec
     start_s: float
@@ -109,7 +109,7 @@ class SimulatedCluster:
         return all(item.state.phase in done for item in self._alive())
 
     def catch_up(self, now_s: float) -> None:
-        """Let replicas come up, fail to, hang and crash, each at its moment."""
+        """Let replicas come up, fail, hang and crash, each at its moment."""
         while self._scheduled and self._scheduled[-1][0] <= now_s:
             at_s, name, fault = self._scheduled.pop()
             self._come_up(at_s)

@@ -1,8 +1,8 @@
-"""What the end of a step brings: tokens, ends, and sequences that go on elsewhere.
+"""The end of a step: tokens, completions, and sequences that go on elsewhere.
 
-Also the books of work owed: a request owes what the router expects of it, pays for its prompt with
-its first token and for the rest when it leaves, as the live ledger has it. (The live ledger also
-learns how fast each replica is; here the costs are taken as right.)
+It also keeps the ledger of outstanding work: a replica owes the work that the router expects of a
+request, the first token pays for the prompt and the request's end for the rest, as in the live
+ledger. (The live ledger also learns how fast each replica is; here the costs are exact.)
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
@@ -87,7 +87,7 @@ from oserve.sim.state import Flat, KernelState
 
 @compiled
 def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -> None:
-    """A replica owes ``whole`` picoseconds of work more, ``prompt`` of them for a prompt."""
+    """Book ``whole`` picoseconds of work at a replica, ``prompt`` of them for the prompt."""
     base = request * REQUEST
     req[base + BOOKED] = whole
     req[base + BOOKED_PROMPT] = prompt
@@ -108,7 +108,7 @@ def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
 
 @compiled
 def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
-    """A request has ended, one way or another; a closed loop lets the next one in."""
+    """End a request with a status; a closed loop lets the next one in."""
     req[request * REQUEST + STATUS] = status
     req[request * REQUEST + FINISH] = now
     glob[ENDED] += 1
@@ -121,7 +121,7 @@ def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
 
 @compiled
 def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
-    """Into the queue of an engine."""
+    """Enter the queue of an engine."""
     req[request * REQUEST + STATUS] = WAITING
     if mem[at + ORDERED] == 0:
         insert_before(req, mem, at + WAIT, request, NONE)
@@ -133,7 +133,7 @@ def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
 
 @compiled
 def heir_of(s: KernelState, request: int, source: int) -> int:
-    """The decoding replica that would be done first with a request, or none."""
+    """The decoding replica that would finish a request first, or ``NONE``."""
     req, mem = s.req, s.mem
     base = request * REQUEST
     blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
@@ -152,16 +152,16 @@ def heir_of(s: KernelState, request: int, source: int) -> int:
 
 @compiled
 def decode_ps(s: KernelState, request: int, index: int) -> int:
-    """Work that the rest of a request's output is expected to be at a replica."""
+    """Expected work of the rest of a request's output at a replica."""
     left = max(1, s.req[request * REQUEST + EXPECTED] - s.req[request * REQUEST + MADE])
     return int(left * s.costs[2 * index + 1] * PS + 0.5)
 
 
 @compiled
 def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
-    """Hand a running sequence over: its KV goes by this replica's link, one after another.
+    """Send a running sequence to another replica: transfers over a link follow one another.
 
-    What a live migration has copied beforehand need not go again.
+    KV that a live migration has copied before is not sent again.
     """
     req, mem = s.req, s.mem
     request = entry(mem, at, RUN_ID, slot)
@@ -182,7 +182,7 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
 
 @compiled
 def receive(s: KernelState, now: int) -> int:
-    """The next request on the move arrives; it, if it finds nobody, or ``NONE``."""
+    """A moving request arrives; returns it if its source or target is gone, else ``NONE``."""
     req, mem = s.req, s.mem
     request = pop(req, s.moves, MOVED_AT)
     base = request * REQUEST
@@ -193,7 +193,7 @@ def receive(s: KernelState, now: int) -> int:
             cut(mem, source, now)
         touch(mem, source, now)
     target = s.where[req[base + MOVED_TO]]
-    # Its source broke down on the way, or its target did.
+    # Its source was lost during the transfer, or its target.
     if req[base + MOVED_FROM] == NONE or mem[target + PHASE] == GONE:
         unbook(req, mem, s.glob, target, request)
         return request
@@ -203,7 +203,7 @@ def receive(s: KernelState, now: int) -> int:
 
 @compiled
 def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
-    """The first token that a sequence emits on this replica."""
+    """A sequence emits its first token on this replica."""
     req, mem = s.req, s.mem
     base = entry(mem, at, RUN_ID, slot) * REQUEST
     if req[base + FIRST] == NEVER:
@@ -218,7 +218,7 @@ def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
 
 @compiled
 def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
-    """Whether a sequence that just emitted a token leaves, to end or to go on elsewhere."""
+    """Whether a sequence that just emitted a token leaves: it completes, or goes on elsewhere."""
     req, mem = s.req, s.mem
     request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
@@ -248,7 +248,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
 
 @compiled
 def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
-    """Let those leave that must, of the sequences that were in this step."""
+    """Remove those sequences of this step that complete or go on elsewhere."""
     mem = s.mem
     batches, left = column(mem, at, RUN_BATCH), column(mem, at, RUN_LEFT)
     states = column(mem, at, RUN_STATE)
@@ -266,7 +266,7 @@ def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
 
 @compiled
 def end_together(s: KernelState, at: int, now: int) -> None:
-    """The end of steps in lockstep: some steady sequences end, prompts bring their first token."""
+    """The end of steps in lockstep: steady sequences complete, prompts yield first tokens."""
     mem = s.mem
     settle(mem, s.ses, at, mem[at + JUMP])
     mem[at + FAST] = 0
@@ -301,7 +301,7 @@ def end_together(s: KernelState, at: int, now: int) -> None:
 
 @compiled
 def emit(mem: Flat, at: int, batch: int) -> None:
-    """Every sequence whose last known token was in this step has a new one."""
+    """Every sequence whose last known token was in this step emits a new one."""
     batches, goal = column(mem, at, RUN_BATCH), column(mem, at, RUN_GOAL)
     left = column(mem, at, RUN_LEFT)
     emitted = 0
@@ -315,7 +315,7 @@ def emit(mem: Flat, at: int, batch: int) -> None:
 
 @compiled
 def end_step(s: KernelState, at: int, now: int) -> None:
-    """The oldest step on its way, or the jump, is over."""
+    """The oldest step in flight, or the jump, ends."""
     mem = s.mem
     if mem[at + JUMP] > 0:
         end_together(s, at, now)

@@ -1,7 +1,8 @@
-"""How servers of different make say the same answer; for an emulated engine that speaks as they do.
+"""The response formats of different servers, for an emulated engine that imitates them.
 
-Each is what the real server was seen to send, or what its documentation says (docs/backends.md).
-It is about form only: bytes of events, health and errors, and which fields are known.
+Each is what the real server was observed to send, or what its documentation says
+(docs/backends.md). A dialect covers form only: bytes of events, health and errors, and the fields
+that the server accepts.
 """
 
 import json
@@ -14,7 +15,7 @@ import msgspec
 
 
 class UsageForm(StrEnum):
-    """Where a stream reports its token counts, when asked."""
+    """Where a stream reports its token counts, if asked."""
 
     LAST_EVENT = "last event, its choices empty"
     WITHOUT_CHOICES = "last event, which has no choices"
@@ -24,15 +25,16 @@ class UsageForm(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """One server's ways. Paths are from its root; ``prefix`` comes before ``/v1``.
+    """One server's format. Paths start at its root; ``prefix`` comes before ``/v1``.
 
-    ``begins``: how a data line does; ``before_end``: what stands between JSON and line end;
-    ``ends``: the line end. ``spaced`` and ``ascii``: how its JSON is written. ``usage_null``: each
-    event has a usage field. ``always_usage``: it reports usage unasked. ``pings``: comments between
-    events. ``chunked``: its streams are, else they end with the connection; ``chunk_bytes``: chunks
-    are of this size, wherever events begin; 0: one chunk an event. ``reason``: its status lines
-    have reason phrases. ``refused``: fields that it answers with 400. ``token_ids``: it tells them.
-    ``error_status``: of a request that makes no sense. ``bare_errors``: they are a text and a type.
+    ``begins``: start of a data line; ``before_end``: bytes between JSON and line end; ``ends``: the
+    line end. ``spaced`` and ``ascii``: its JSON style. ``usage_null``: each event has a usage
+    field. ``always_usage``: it reports usage unasked. ``pings``: comments between events.
+    ``chunked``: streams are chunked, else they end with the connection; ``chunk_bytes``: size of a
+    chunk, regardless of events; 0: one chunk per event. ``reason``: status lines have reason
+    phrases. ``refused``: fields that it refuses with 400. ``token_ids``: it supports vLLM's
+    ``return_token_ids``. ``error_status``: status for an invalid request. ``bare_errors``: errors
+    are a text and a type.
     """
 
     name: str
@@ -60,14 +62,14 @@ class Dialect:
     stream_headers: tuple[tuple[str, str], ...] = ()
 
     def text(self, document: Mapping[str, Any]) -> bytes:
-        """A document as it writes JSON."""
+        """A document in its JSON style."""
         if not self.spaced and not self.ascii:
             return msgspec.json.encode(document)
         separators = (", ", ": ") if self.spaced else (",", ":")
         return json.dumps(document, ensure_ascii=self.ascii, separators=separators).encode()
 
     def event(self, data: bytes) -> bytes:
-        """An event with this data, and a comment before it if it is wont to."""
+        """An event with this data, after a comment if the server sends those."""
         ping = b": ping - 2026-01-01" + 2 * self.ends if self.pings else b""
         return ping + self.begins + data + self.before_end + 2 * self.ends
 

@@ -1,8 +1,8 @@
-"""A fleet of simulated replicas behind a simulated gateway, which can be stopped at any moment.
+"""A fleet of simulated replicas behind a simulated gateway, which can be paused at any moment.
 
 The engine model is vLLM's V1 scheduler with step times from a performance model; see ``schedule``.
-What happens is exact to the picosecond and the same with and without numba. The routers' view is
-the live one: of a request's output it knows ``expected_output_tokens``, nothing more.
+Results are exact to the picosecond and the same with and without numba. Routers see what the live
+router sees: of a request's output they know ``expected_output_tokens``, nothing more.
 """
 
 import math
@@ -35,8 +35,8 @@ from oserve.sim.types import (
 class Fleet:
     """Requests, a gateway and replicas on a clock of their own, which starts at 0 s.
 
-    ``classes`` bounds ``class_index`` of the requests. ``closed_loop``: so many requests in flight
-    at any time, whatever their arrival times say; the next comes when one ends. ``compiled`` of
+    ``classes`` bounds ``class_index`` of the requests. ``closed_loop``: the number of requests in
+    flight at any time, regardless of arrival times; the next arrives when one ends. ``compiled`` of
     ``False`` runs without numba, ``skip`` of ``False`` step by step: neither changes any result.
     """
 
@@ -76,12 +76,12 @@ class Fleet:
 
     @property
     def now_s(self) -> float:
-        """The moment reached."""
+        """The present, in seconds."""
         return float(self._state.glob[layout.NOW] / layout.PS)
 
     @property
     def ended(self) -> int:
-        """Requests that have ended, one way or another."""
+        """Requests that have ended, with any status."""
         return int(self._state.glob[layout.ENDED])
 
     @property
@@ -104,12 +104,12 @@ class Fleet:
         kv_bytes_per_token: float = 0.0,
         link: SimLink | None = None,
     ) -> None:
-        """A replica that loads until ``ready_at_s``; ``shape.role`` is its role.
+        """Add a replica that loads until ``ready_at_s``; ``shape.role`` is its role.
 
-        ``ordered``: its engine serves by rank, not first come. ``costs`` are what the router takes
-        its speed to be. The gateway hands it ``max_inflight`` requests at most (default: twice its
-        sequences), and none while it owes ``max_prompt_s`` of prompts. Its KV leaves by ``link``.
-        Raises ValueError for a name in use, or limits that make no sense.
+        ``ordered``: its engine serves by rank, not first come. ``costs`` are the router's estimate
+        of its speed. The gateway sends it at most ``max_inflight`` requests (default: twice its
+        sequences), and none while it owes ``max_prompt_s`` of prompts. ``link`` carries its KV.
+        Raises ValueError for a name in use, or invalid limits.
         """
         if name in self._names and self._phase(name) != layout.GONE:
             raise ValueError(f"there is a replica {name} already")
@@ -147,7 +147,7 @@ class Fleet:
         self._dirty = True
 
     def drain(self, name: str) -> None:
-        """Hand it no more requests; what it has it brings to an end. Nothing if it is gone."""
+        """Dispatch no more requests to it; those it has complete. No effect if it is gone."""
         if name not in self._names:
             return
         place = self._place(name)
@@ -167,13 +167,13 @@ class Fleet:
             self._dirty = True
 
     def hang(self, name: str) -> None:
-        """It stands still: it takes requests, and neither they nor those it has get any further."""
+        """It hangs: it accepts requests, but neither they nor those it has make progress."""
         if name in self._names and self._phase(name) != layout.GONE:
             self._kernel.run(entry.HANG, self._index(name), self._state.glob[layout.NOW])
             self._dirty = True
 
     def remove(self, name: str, *, replay: bool = True) -> None:
-        """It ends at once: its requests start over elsewhere with the tokens they have, or fail."""
+        """Remove it at once: its requests go on elsewhere with the tokens they have, or fail."""
         if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
@@ -202,7 +202,7 @@ class Fleet:
         return bool(self._kernel.run(entry.MIGRATE, request, target, now))
 
     def advance(self, until_s: float) -> None:
-        """Let everything up to and at that time happen. Times in the past do nothing."""
+        """Simulate up to and including that time. Times in the past have no effect."""
         end = picoseconds(until_s)
         if self._rebalance is not None:
             step = picoseconds(self._rebalance.interval_s)
@@ -213,7 +213,7 @@ class Fleet:
         self._advance(end)
 
     def run(self, limit_s: float = math.inf) -> None:
-        """Advance until all requests have ended or nothing can happen, at most to ``limit_s``."""
+        """Advance until all requests have ended or no event is due, at most to ``limit_s``."""
         limit = picoseconds(limit_s)
         while self.ended < len(self._requests):
             self._flush()
@@ -259,15 +259,15 @@ class Fleet:
         return ordered
 
     def ended_among(self, requests: Ints) -> Ints:
-        """Those of these that have ended, one way or another, and their statuses: (2, n)."""
+        """Those of these requests that have ended, and their statuses: (2, n)."""
         rows = readout.request_rows_of(self._state)
         status = rows[requests, layout.STATUS]
         over = status >= layout.COMPLETED
         found: Ints = np.stack([requests[over], status[over]])
         return found
 
-    def books(self, name: str) -> tuple[int, int]:
-        """What a replica owes, in picoseconds of expected work and in requests."""
+    def outstanding(self, name: str) -> tuple[int, int]:
+        """Outstanding work of a replica, in picoseconds of expected work and in requests."""
         at = self._place(name)
         return int(self._state.mem[at + layout.OWED]), int(self._state.mem[at + layout.INFLIGHT])
 
@@ -283,7 +283,7 @@ class Fleet:
             self._kernel.run(entry.FLUSH, self._skip)
 
     def _share(self, *, keep_credit: bool) -> None:
-        """Lay the shares out for the replicas there are."""
+        """Set the share and credit arrays for the present replicas."""
         count = len(self._names)
         shares, credit = np.zeros((self._classes, count)), np.zeros((self._classes, count))
         for kind, row in self._shares.items():

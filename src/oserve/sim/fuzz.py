@@ -1,7 +1,7 @@
-"""Bodies that no client should send and some do: for tests of whatever reads requests.
+"""Fuzzed request bodies, for tests of parsers.
 
-Arbitrary bytes, and JSON in which any field may hold anything: numbers no float holds, halves of
-surrogate pairs, Latin-1, keys twice, lists a thousand deep, well-formed requests cut anywhere.
+Arbitrary bytes, and JSON in which any field may hold any value: numbers beyond floats, lone
+surrogates, Latin-1, duplicate keys, lists a thousand deep, well-formed requests cut anywhere.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _FIELDS = (
     *("truncate_prompt_tokens", "response_format", "documents", "chat_template_kwargs"),
     *("stream_interval", "include_stop_str_in_output", "presence_penalty", "prompt_embeds"),
 )
-# Fields that nobody reads, or that take any value.
+# Fields that no server reads, or that take any value.
 _FREE = ("x", "metadata", "logit_bias", "tools", "documents", "response_format", "service_tier")
 _TOKENS = (
     *(b"null", b"null", b"null", b"true", b"false", b"0", b"1", b"-1", b"16", b"3.0", b"0.5"),
@@ -53,7 +53,7 @@ def _noise(draw: Random) -> bytes:
 
 
 def _almost(draw: Random) -> bytes:
-    """A good request with odd fields besides."""
+    """A valid request with odd fields added."""
     more = b"".join(b"," + _member(draw) for _ in range(draw.randint(0, 4)))
     stream = b',"stream":true' if draw.random() < 0.5 else b""
     return draw.choice(_GOOD) % (stream + more)
@@ -71,7 +71,7 @@ def _member(draw: Random) -> bytes:
 
 
 def _spoiled(draw: Random) -> bytes:
-    """A good request with a few bytes changed, left out or doubled, or cut short."""
+    """A valid request with a few bytes changed, dropped or repeated, or truncated."""
     body = bytearray(_almost(draw))
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(body) + 1)
@@ -88,7 +88,7 @@ def _spoiled(draw: Random) -> bytes:
 
 
 def _coded(draw: Random) -> bytes:
-    """Good JSON, but not in UTF-8, or behind a mark of byte order."""
+    """Valid JSON, but not in UTF-8, or after a byte order mark."""
     text = '{"prompt":"señor","max_tokens":2,"priority":1}'
     coding = draw.choice(("latin-1", "utf-16", "utf-32", "utf-8-sig", "cp037", "utf-16-be"))
     return text.encode(coding)

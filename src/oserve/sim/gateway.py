@@ -1,9 +1,9 @@
 """The gateway before the replicas: a bounded queue by rank, demotion, shedding, retries and moves.
 
-This is ``control.dispatch.RequestMachine`` once more, in a form that numba compiles, for streams at
-replicas that never answer with an error. Tests hold the one to the other. As there, all that
-happens at one moment enters first; then requests are dispatched by rank; then those that entered
-and found the queue full are refused; then those that have waited too long are shed.
+It does what ``control.dispatch.RequestMachine`` does, in a form that numba compiles, for streams at
+replicas that never answer with an error; a property test compares the two. All requests of one
+moment enter the queue first; then the gateway dispatches by rank, refuses those that have just
+entered and exceed the bound, and sheds those that have waited too long.
 """
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
@@ -77,7 +77,7 @@ def send(s: KernelState, request: int, index: int, now: int) -> None:
 
 @compiled
 def own_prompt_ps(s: KernelState, request: int) -> int:
-    """What a request's prompt takes at the quickest replica, where demotion looks at that."""
+    """Picoseconds of a request's prompt at the quickest replica, if demotion depends on it."""
     if s.glob[LIVE_COST] == 0:
         return 0
     least = NONE
@@ -103,7 +103,7 @@ def is_late(s: KernelState, request: int, now: int) -> bool:
 
 @compiled
 def demote(s: KernelState, request: int) -> None:
-    """The head of the queue goes behind all that are not late, first come first served."""
+    """Put the head of the queue behind all requests that are not late, first come first served."""
     base = request * REQUEST
     pop(s.req, s.queue, ORDER)
     s.req[base + IS_LATE] = 1
@@ -114,9 +114,9 @@ def demote(s: KernelState, request: int) -> None:
 
 @compiled
 def head(s: KernelState, now: int, alone: bool) -> int:
-    """The request to serve next, once late ones are demoted; ``NONE`` if none waits.
+    """The request to dispatch next, after demotion of late ones; ``NONE`` if none waits.
 
-    The machine tries a request that is ``alone`` without asking whether it is late.
+    The machine does not demote a request that enters ``alone``.
     """
     while s.queue[0] > 0:
         request = s.queue[1]
@@ -148,7 +148,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
 
 @compiled
 def enter(s: KernelState, request: int) -> None:
-    """Have a request wait, until ``settle``."""
+    """Put a request into the queue, until ``settle``."""
     base = request * REQUEST
     s.req[base + STATUS] = QUEUED
     if s.req[base + IS_LATE] == 1:
@@ -161,7 +161,7 @@ def enter(s: KernelState, request: int) -> None:
 def enter_again(s: KernelState, request: int, now: int) -> None:
     """A request whose replica is gone goes on elsewhere with the tokens it has, or is lost.
 
-    Before its first token that is one more attempt, after it one more move of its stream.
+    Before its first token that takes one more attempt, after it one more move of its stream.
     """
     base = request * REQUEST
     moves = s.req[base + MADE] > 0
@@ -186,11 +186,8 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
 
 @compiled
 def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
-    """Refuse a request that has just entered if too many wait; streams that resume may wait."""
-    base = request * REQUEST
-    if queued(s) <= s.glob[MAX_QUEUED] or s.req[base + MADE] > 0:
-        return
-    if s.req[base + STATUS] == QUEUED:
+    """Refuse a request that has just entered if too many wait."""
+    if queued(s) > s.glob[MAX_QUEUED] and s.req[request * REQUEST + STATUS] == QUEUED:
         withdraw(s, request)
         close(s.req, s.glob, request, REFUSED, now)
 
@@ -199,7 +196,8 @@ def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
 def settle(s: KernelState, first: int, now: int) -> None:
     """Dispatch by rank what waits, then refuse what has just entered and may not wait.
 
-    Requests from number ``first`` on have just arrived; others have entered again.
+    Requests from number ``first`` on have just arrived. Others have entered again in this round;
+    streams that resume are not among those, since they may wait beyond the bound.
     """
     entered = s.glob[ARRIVED] - first + s.glob[REENTERED]
     waiting = queued(s)

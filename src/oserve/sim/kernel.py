@@ -1,8 +1,8 @@
-"""Time goes on: all that happens at one moment, moment after moment.
+"""The event loop: all events of one moment, moment after moment.
 
-In one moment replicas become ready, then steps end, KV arrives at its new replica, requests come,
-waiting ones are handed over, and new steps begin; replicas in order of number, requests in order of
-arrival. What a caller does between two calls comes after all that.
+At one moment replicas become ready, then steps end, KV transfers end, requests arrive, the gateway
+dispatches waiting requests, refuses and sheds, and new steps begin; replicas in order of number,
+requests in order of arrival. The caller's changes between two calls come after all that.
 """
 
 from oserve.sim.access import column, entry, set_entry
@@ -68,7 +68,7 @@ from oserve.sim.state import KernelState
 
 @compiled
 def next_moment(s: KernelState) -> int:
-    """When something next happens of its own accord."""
+    """When the next event is due."""
     moment = NEVER
     for index in range(s.glob[REPLICAS]):
         moment = min(moment, s.mem[s.where[index] + DUE])
@@ -84,7 +84,7 @@ def next_moment(s: KernelState) -> int:
 
 @compiled
 def begin_steps(s: KernelState, now: int, skip: int) -> None:
-    """Engines that wait for it begin their next step, or many at once if ``skip``."""
+    """Engines that are due begin their next step, or many at once if ``skip``."""
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -112,7 +112,7 @@ def end_steps(s: KernelState, now: int) -> None:
 
 @compiled
 def advance(s: KernelState, until: int, skip: int) -> None:
-    """Everything up to and at a time happens, unless nothing more can."""
+    """Process all events up to and at a time."""
     while True:
         now = next_moment(s)
         if now > until or now == NEVER:
@@ -136,7 +136,7 @@ def advance(s: KernelState, until: int, skip: int) -> None:
 
 @compiled
 def observe(s: KernelState, now: int) -> None:
-    """Bring the numbers of replicas and their requests up to a time that has been reached."""
+    """Update the entries of replicas and their requests to a time that has been reached."""
     req, mem = s.req, s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -149,9 +149,9 @@ def observe(s: KernelState, now: int) -> None:
 
 @compiled
 def flush(s: KernelState, skip: int) -> None:
-    """What a caller's change makes possible at this very moment."""
+    """Dispatch and begin steps after a caller's change, at this moment."""
     now = s.glob[NOW]
-    # Steps that follow on one that ends right now have begun: what comes now is too late for them.
+    # A step that follows one that ends now has begun: a request that comes now is too late for it.
     observe(s, now)
     s.glob[FREED] = 1
     settle(s, s.glob[ARRIVED], now)
@@ -161,7 +161,7 @@ def flush(s: KernelState, skip: int) -> None:
 
 @compiled
 def own_numbers(s: KernelState, at: int, now: int) -> None:
-    """Let only the step on its way go on, and give every sequence its own numbers."""
+    """Cut a jump to the step in flight, and give every sequence its own entries."""
     catch_up(s.mem, s.ses, at, now)
     cut(s.mem, at, now + 1)
     unlock(s.mem, s.ses, at)
@@ -169,7 +169,7 @@ def own_numbers(s: KernelState, at: int, now: int) -> None:
 
 @compiled
 def lose(s: KernelState, request: int, again: int, now: int) -> None:
-    """A request's replica is gone: it starts over elsewhere, or is lost."""
+    """A request's replica is gone: it goes on elsewhere if ``again``, or is lost."""
     if again == 1:
         enter_again(s, request, now)
     else:
@@ -178,7 +178,7 @@ def lose(s: KernelState, request: int, again: int, now: int) -> None:
 
 @compiled
 def remove(s: KernelState, index: int, again: int, now: int) -> None:
-    """A replica ends at once. Its requests are replayed if ``again``, else lost."""
+    """Remove a replica at once. Its requests go on elsewhere if ``again``, else they are lost."""
     req, mem, at = s.req, s.mem, s.where[index]
     own_numbers(s, at, now)
     mem[at + PHASE] = GONE
@@ -201,7 +201,7 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
     while mem[at + RECENT_COUNT] > 0:
         forget(mem, s.ses, at, mem[at + RECENT])
     mem[at + FREE] = mem[at + BLOCKS]
-    # What is on its way out has lost its source, and starts over when it would have arrived.
+    # Requests in transfer have lost their source, and start over when they would have arrived.
     for place in range(1, s.moves[0] + 1):
         base = s.moves[place] * REQUEST
         if req[base + MOVED_FROM] == index:
@@ -210,7 +210,7 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
 
 @compiled
 def hang(s: KernelState, index: int, now: int) -> None:
-    """A replica stands still: no step of it ends or begins, and it does not become ready."""
+    """A replica hangs: no step of it ends or begins, and it does not become ready."""
     mem, at = s.mem, s.where[index]
     own_numbers(s, at, now)
     for stage in range(mem[at + STAGES]):

@@ -1,4 +1,4 @@
-"""Where the kernel keeps what: positions in flat arrays of 64-bit integers, and codes.
+"""The memory layout of the kernel: positions in flat arrays of 64-bit integers, and codes.
 
 All times and all work are whole picoseconds, so that a sum in closed form equals the sum step by
 step to the last bit.
@@ -17,12 +17,12 @@ NEVER: Final = 1 << 62
 NONE: Final = -1
 
 PS: Final = 10**12
-# Pairs of a prompt's queries and keys are so cheap that their rate is in 1/1024 ps.
+# A pair of a query and a key of a prompt is so cheap that its rate is in 1/1024 ps.
 PAIR_BITS: Final = 10
 # Tokens in one block of KV cache.
 BLOCK: Final = 16
 
-# What becomes of a request.
+# Statuses of a request.
 (PENDING, QUEUED, WAITING, RUNNING, MOVING, COMPLETED, REFUSED, SHED, LOST) = range(9)
 
 # Phases of a replica.
@@ -36,7 +36,9 @@ BLOCK: Final = 16
 
 # Fields of a request. PRIORITY orders it in engines, ORDER in the gateway's queue. COMPUTED and
 # MADE (tokens with KV, tokens emitted) are current only while it does not run. BOOKED is the work
-# that its replica still owes for it, BOOKED_PROMPT the part of that which its first token pays.
+# that its replica still owes for it, BOOKED_PROMPT the part that its first token pays. REPLAYS
+# counts how often its replica was lost, MOVES how often after its first token. ENTERED is the round
+# in which it entered the queue again. SENT_AT is its last dispatch.
 (
     ARRIVAL,
     PROMPT,
@@ -139,14 +141,16 @@ REQUEST: Final = 31
 ) = range(60)
 REPLICA: Final = 60
 
-# States of a running sequence: it has yet to emit a token here; it does; it does and will move.
+# States of a running sequence: before its first token here; decoding; decoding until it migrates.
 (NEW, STEADY, LEAVING) = range(3)
 
 # Fields of a session: the replica that holds its last turn, and how many blocks of it.
 HELD_BY, HELD_BLOCKS, SESSION_NEXT, SESSION_PREVIOUS = range(4)
 SESSION: Final = 4
 
-# The fleet's own numbers. RELEASED: requests let in so far, of a closed loop.
+# The fleet's own numbers. RELEASED: requests that a closed loop has let in. FREED: a replica may
+# have room for a waiting request. ROUND counts dispatches by rank, REENTERED the requests that have
+# entered the queue again in this one. No request before SHED_CURSOR may be shed.
 (
     NOW,
     ARRIVED,

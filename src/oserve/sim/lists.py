@@ -11,7 +11,7 @@ from oserve.sim.state import Flat
 
 @compiled
 def insert_before(req: Flat, mem: Flat, at: int, request: int, before: int) -> None:
-    """Into a list, before a member of it, or at its end with ``NONE``."""
+    """Insert into a list before one of its members, or at its end with ``NONE``."""
     previous = mem[at + 1] if before == NONE else req[before * REQUEST + PREVIOUS]
     req[request * REQUEST + PREVIOUS] = previous
     req[request * REQUEST + NEXT] = before
@@ -28,7 +28,7 @@ def insert_before(req: Flat, mem: Flat, at: int, request: int, before: int) -> N
 
 @compiled
 def unlink(req: Flat, mem: Flat, at: int, request: int) -> None:
-    """Out of the list it is in."""
+    """Remove from the list that it is in."""
     following = req[request * REQUEST + NEXT]
     previous = req[request * REQUEST + PREVIOUS]
     if previous == NONE:
@@ -44,14 +44,14 @@ def unlink(req: Flat, mem: Flat, at: int, request: int) -> None:
 
 @compiled
 def sooner(req: Flat, field: int, one: int, other: int) -> bool:
-    """By a field of requests, then by number, which is the order of arrival."""
+    """Whether one request precedes another by a field, then by number, the order of arrival."""
     first, second = req[one * REQUEST + field], req[other * REQUEST + field]
     return first < second or (first == second and one < other)
 
 
 @compiled
 def insert_ordered(req: Flat, mem: Flat, at: int, request: int) -> None:
-    """Into a list in order of priority."""
+    """Insert into a list in order of priority."""
     before = NONE
     last = mem[at + 1]
     while last != NONE and sooner(req, PRIORITY, request, last):
@@ -62,7 +62,7 @@ def insert_ordered(req: Flat, mem: Flat, at: int, request: int) -> None:
 
 @compiled
 def push(req: Flat, heap: Flat, field: int, request: int) -> None:
-    """Into a heap of requests ordered by a field."""
+    """Push to a heap of requests ordered by a field."""
     place = heap[0]
     heap[0] = place + 1
     while place > 0:
@@ -76,7 +76,7 @@ def push(req: Flat, heap: Flat, field: int, request: int) -> None:
 
 @compiled
 def pop(req: Flat, heap: Flat, field: int) -> int:
-    """Take the first out."""
+    """Pop the first of a heap."""
     first = heap[1]
     length = heap[0] - 1
     heap[0] = length

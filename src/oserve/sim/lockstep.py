@@ -1,17 +1,16 @@
-"""Steps in which all sequences decode in lockstep: their numbers change together, not one by one.
+"""Steps in which all sequences decode in lockstep, counted together instead of one by one.
 
-While nobody is thrown out, an engine without pipeline stages gives each decoding sequence one token
-in every step. So it is enough to count steps (TICK): of the first STEADY_RUN running sequences
-RUN_DONE holds the tokens done less the tick, RUN_LEFT the tick of the last token. What is needed of
-all of them is kept as totals: CONTEXT tokens attended to in the next step, the NEXT_END, and in
-PHASES how many take a new block at each tick modulo the block's tokens. The sequences behind them
-(part of a prompt, and those just admitted) have their own numbers. That is LOCKED; otherwise every
-sequence has its own numbers.
+While it preempts none, an engine without pipeline stages gives each decoding sequence one token in
+every step. So it is enough to count steps (TICK): for the first STEADY_RUN running sequences
+RUN_DONE holds the tokens done minus the tick, RUN_LEFT the tick of the last token. Totals over them
+are CONTEXT (tokens attended to in the next step), NEXT_END, and PHASES (how many need a new block
+at each tick modulo the tokens of a block). The sequences after them (a partial prompt, and those
+just admitted) have entries of their own. That is LOCKED; otherwise every sequence has its own.
 
-A step with prompts in it is FAST. With none, many steps can be taken at once, in closed form: with
-d sequences and c tokens step j (from 1) takes decodes[d] + kv_rate (c + d (j - 1)), so the first j
-take j (decodes[d] + kv_rate c) + kv_rate d j (j - 1) / 2. Such a JUMP goes on until a sequence ends
-or blocks run out. What comes meanwhile cuts it short at the end of a step.
+A step that contains prompts is FAST. Without prompts many steps are taken at once in closed form:
+with d sequences and c tokens step j (from 1) takes decodes[d] + kv_rate (c + d (j - 1)), so the
+first j take j (decodes[d] + kv_rate c) + kv_rate d j (j - 1) / 2. Such a JUMP lasts until a
+sequence ends or blocks run out. An event before that cuts it at the end of a step.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
@@ -74,7 +73,7 @@ def find_next_end(mem: Flat, at: int) -> None:
 
 @compiled
 def lock(mem: Flat, at: int) -> bool:
-    """Begin to count together, if all running sequences but the last decode."""
+    """Begin to count in lockstep, if all running sequences but the last decode."""
     seqs = mem[at + RUN]
     states, done = column(mem, at, RUN_STATE), column(mem, at, RUN_DONE)
     if seqs > 0 and mem[states + seqs - 1] == NEW:
@@ -99,9 +98,9 @@ def lock(mem: Flat, at: int) -> bool:
 
 @compiled
 def unlock(mem: Flat, ses: Flat, at: int) -> None:
-    """Give every sequence its own numbers again, and the step on its way as well.
+    """Give every sequence its own entries again, and the step in flight as well.
 
-    A jump must have been cut to that step before.
+    The caller has cut a jump to that step.
     """
     if mem[at + LOCKED] == 0:
         return
@@ -122,7 +121,7 @@ def unlock(mem: Flat, ses: Flat, at: int) -> None:
 
 @compiled
 def join(mem: Flat, at: int, slot: int) -> None:
-    """A sequence that has emitted a token becomes the next steady one, from its place or later."""
+    """A sequence that has emitted a token becomes the next steady one, from its slot or later."""
     place, tick = mem[at + STEADY_RUN], mem[at + TICK]
     done = entry(mem, at, RUN_DONE, slot)
     set_entry(mem, at, RUN_DONE, slot, done - tick)
@@ -143,7 +142,7 @@ def part(mem: Flat, at: int, slot: int) -> None:
 
 @compiled
 def blocks_in(mem: Flat, at: int, steps: int) -> int:
-    """Blocks that the steady sequences take in their next so many steps."""
+    """Blocks that the steady sequences allocate in their next ``steps``."""
     phases, tick = column(mem, at, PHASES), mem[at + TICK]
     blocks = mem[at + STEADY_RUN] * (steps // BLOCK)
     for step in range(steps % BLOCK):
@@ -153,9 +152,9 @@ def blocks_in(mem: Flat, at: int, steps: int) -> int:
 
 @compiled
 def steps_with_room(mem: Flat, at: int, most: int) -> int:
-    """Steps, at most ``most``, that all steady sequences can take with the blocks there are."""
+    """Steps, at most ``most``, for which the free blocks suffice."""
     seqs, room = mem[at + STEADY_RUN], mem[at + FREE] + mem[at + REUSABLE]
-    # Each takes one block in as many steps as a block has tokens.
+    # Each allocates one block in as many steps as a block has tokens.
     if seqs * ((most + BLOCK - 1) // BLOCK) <= room:
         return most
     phases, tick = column(mem, at, PHASES), mem[at + TICK]
@@ -171,7 +170,7 @@ def steps_with_room(mem: Flat, at: int, most: int) -> int:
 
 @compiled
 def jump_ps(mem: Flat, at: int, steps: int) -> int:
-    """Picoseconds of the next so many steps of decoding alone."""
+    """Picoseconds of the next ``steps`` of decoding alone."""
     rate, seqs = mem[at + KV_RATE], mem[at + STEADY_RUN]
     first = entry(mem, at, TABLE_DECODES, seqs) + rate * mem[at + CONTEXT]
     return steps * first + rate * seqs * (steps * (steps - 1) // 2)
@@ -179,9 +178,10 @@ def jump_ps(mem: Flat, at: int, steps: int) -> int:
 
 @compiled
 def begin_jump(req: Flat, mem: Flat, at: int, now: int) -> bool:
-    """Begin as many steps of decoding alone as can be foreseen; False if there are none.
+    """Begin as many steps of decoding alone as are certain; False if there are none.
 
-    A head of the queue that finds no room now finds none until something ends: blocks only shrink.
+    If the head of the queue has no room now, it has none until a sequence ends: free blocks only
+    become fewer.
     """
     seqs = mem[at + STEADY_RUN]
     if seqs == 0 or seqs < mem[at + RUN] or admissible(req, mem, at):
@@ -200,7 +200,7 @@ def begin_jump(req: Flat, mem: Flat, at: int, now: int) -> bool:
 
 @compiled
 def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
-    """Begin one step, with prompts in it; False if somebody must be thrown out for it."""
+    """Begin one step that contains prompts; False if it requires preemption."""
     seqs = mem[at + STEADY_RUN]
     budget = mem[at + BUDGET] - seqs
     blocks = blocks_in(mem, at, 1)
@@ -227,7 +227,7 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
 
 @compiled
 def begin(req: Flat, mem: Flat, ses: Flat, at: int, now: int, skip: int) -> None:
-    """Begin what an engine does next: many steps if that can be, or one."""
+    """Begin an engine's next step, or many at once if possible."""
     if skip == 1 and mem[at + STAGES] == 1 and (mem[at + LOCKED] == 1 or lock(mem, at)):
         if begin_jump(req, mem, at, now) or begin_fast(req, mem, ses, at, now):
             return
@@ -237,7 +237,7 @@ def begin(req: Flat, mem: Flat, ses: Flat, at: int, now: int, skip: int) -> None
 
 @compiled
 def set_end(mem: Flat, at: int) -> None:
-    """Note when the jump ends."""
+    """Set when the jump ends."""
     end = mem[at + JUMP_START] + jump_ps(mem, at, mem[at + JUMP])
     mem[at + END] = end
     set_entry(mem, at, BATCH_END, 0, end)
@@ -261,7 +261,7 @@ def steps_until(mem: Flat, at: int, now: int) -> int:
 
 @compiled
 def cut(mem: Flat, at: int, now: int) -> None:
-    """End the jump with the step that is on its way."""
+    """End the jump with the step in flight."""
     if mem[at + JUMP] > 1:
         mem[at + JUMP] = steps_until(mem, at, now)
         set_end(mem, at)
@@ -269,14 +269,14 @@ def cut(mem: Flat, at: int, now: int) -> None:
 
 @compiled
 def arrived(mem: Flat, at: int, now: int, request: int) -> None:
-    """A request came to the queue: cut the jump short if it could be admitted."""
+    """A request entered the queue: cut the jump if it could be admitted."""
     if mem[at + WAIT] == request and mem[at + RUN] < mem[at + SEQS]:
         cut(mem, at, now)
 
 
 @compiled
 def settle(mem: Flat, ses: Flat, at: int, steps: int) -> None:
-    """Account for the next so many steps, which are over."""
+    """Account for the next ``steps``, which are over."""
     seqs = mem[at + STEADY_RUN]
     if mem[at + FAST] == 0:
         take(mem, ses, at, blocks_in(mem, at, steps))
@@ -292,7 +292,7 @@ def settle(mem: Flat, ses: Flat, at: int, steps: int) -> None:
 
 @compiled
 def catch_up(mem: Flat, ses: Flat, at: int, now: int) -> None:
-    """Account for the steps of a jump that have ended; the one on its way stays."""
+    """Account for the steps of a jump that have ended; the one in flight stays."""
     if mem[at + JUMP] > 1:
         steps = steps_until(mem, at, now + 1) - 1
         if steps > 0:
@@ -310,7 +310,7 @@ def free_blocks(mem: Flat, at: int, now: int) -> int:
 
 @compiled
 def done_of(mem: Flat, at: int, slot: int) -> int:
-    """Tokens of a running sequence whose KV is there, or is being computed with its prompt."""
+    """Tokens of a running sequence that have KV, or are being computed with its prompt."""
     done = entry(mem, at, RUN_DONE, slot)
     return done + mem[at + TICK] if slot < steady(mem, at) else done
 
@@ -324,5 +324,5 @@ def left_of(mem: Flat, at: int, slot: int) -> int:
 
 @compiled
 def steady(mem: Flat, at: int) -> int:
-    """How many sequences are counted together."""
+    """How many sequences are counted in lockstep."""
     return mem[at + STEADY_RUN] if mem[at + LOCKED] == 1 else 0

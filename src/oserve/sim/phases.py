@@ -1,16 +1,16 @@
-"""How long a simulated replica takes to come up, and what may go wrong with it."""
+"""How long a simulated replica takes to start, and the faults injected into it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
-    """Seconds of a start, one after the other; draining lasts as long as running requests do.
+    """Seconds of a start, one phase after another; draining lasts as long as running requests do.
 
-    ``start_s``: processes and communicators. Weights come at ``read_bytes_per_s``, from disk or
+    ``start_s``: processes and communicators. Weights load at ``read_bytes_per_s``, from disk or
     from peers. ``warm_up_s``: compilation, profiling, graph capture. A replica on standby loads no
     weights: it takes ``standby_s``, and ``further_standby_s`` more for each other replica that
-    starts on its node. Devices of a stopped replica stay taken for ``stop_s``.
+    starts on its node. The devices of a stopped replica stay occupied for ``stop_s``.
     """
 
     start_s: float = 4.0
@@ -21,21 +21,20 @@ class Phases:
     further_standby_s: float = 1.0
 
     def load_s(self, weights_bytes: float) -> float:
-        """From the wish to the first request a replica may take; bytes are of the whole replica."""
+        """Seconds from the order to the first request; the bytes are those of the whole replica."""
         return self.start_s + weights_bytes / self.read_bytes_per_s + self.warm_up_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Chances in [0, 1], drawn from one seeded generator.
+    """Injected faults; probabilities in [0, 1] from one seeded generator.
 
-    Per action: that it is lost, or done twice. Per start: that it fails (when it should be done),
-    or takes ``slow_factor`` times as long. Per observation: that the last one is given again; an
-    action that follows from it and cannot be done is then ignored. Per transfer, and per check, of
-    a wave: that it fails halfway. ``crashes`` are moments
-    (seconds) and ids of replicas that end then, if they live; those of ``hangs`` stand still with
-    all that they have, and are ended ``hang_after_s`` later. ``replay``: requests of a replica that
-    ends start over elsewhere; otherwise they are lost.
+    Per action: it is lost, or carried out twice. Per start: it fails at its end, or takes
+    ``slow_factor`` times as long. Per observation: the previous one is returned again; an
+    impossible action that follows from it is ignored. Per transfer and per check of a wave: it
+    fails halfway. ``crashes`` are times (seconds) and ids of replicas that end then, if they live;
+    those of ``hangs`` stop making progress and are ended ``hang_after_s`` later. ``replay``:
+    requests of a replica that ends go on elsewhere; otherwise they are lost.
     """
 
     lost_action: float = 0.0

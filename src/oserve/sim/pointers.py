@@ -1,4 +1,4 @@
-"""Addresses of arrays as pointers that compiled functions index like arrays."""
+"""Pointers to arrays, which compiled functions index like arrays."""
 
 from typing import Any, cast
 

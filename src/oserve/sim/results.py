@@ -1,4 +1,4 @@
-"""What a simulated run came to, request by request, and in the words of every other measurement."""
+"""Results of a simulated run by request, and as the outcomes of any other measurement."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ _FAILED = (Status.REFUSED, Status.SHED, Status.LOST)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaTotals:
-    """What one replica has done. ``busy_s``: seconds that each of its devices computed.
+    """Counters of one replica. ``busy_s``: seconds for which each of its devices computed.
 
-    ``prompt_tokens`` counts what was computed, again where it had to be.
+    ``prompt_tokens`` counts computed tokens, recomputation included.
     """
 
     busy_s: float
@@ -55,9 +55,9 @@ class FleetResults:
     totals: tuple[ReplicaTotals, ...]
 
     def outcomes(self, mask: Mask | None = None) -> list[Outcome]:
-        """Requests that have come, or those of them in ``mask``, in the words of a replay.
+        """Outcomes of requests that have arrived, or of those in ``mask``.
 
-        Those still on their way count as truncated. Gaps between single tokens are not kept.
+        Unfinished requests count as truncated. Single inter-token latencies are not kept.
         """
         chosen = self.status != Status.PENDING
         if mask is not None:
@@ -65,7 +65,7 @@ class FleetResults:
         return [self._outcome(int(index)) for index in np.flatnonzero(chosen)]
 
     def summary(self, slo: Slo, mask: Mask | None = None) -> Summary:
-        """Latencies, rates and goodput, as of any other replay."""
+        """Latencies, rates and goodput, as for any other replay."""
         return summarise(self.outcomes(mask), slo)
 
     def _outcome(self, index: int) -> Outcome:

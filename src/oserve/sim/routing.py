@@ -50,9 +50,9 @@ HOPELESS: Final = -2
 
 @compiled
 def look(s: KernelState, request: int) -> int:
-    """Fill in what the policies need to know of each replica; how many may take the request.
+    """Fill in the policies' view of each replica; returns how many could take the request.
 
-    ``fits`` says which may: 1, or 2 if they have no room now.
+    ``fits`` is 1 for those.
     """
     base = request * REQUEST
     req, mem = s.req, s.mem
@@ -93,7 +93,7 @@ def hopeless(s: KernelState, request: int) -> bool:
 
 @compiled
 def least(s: KernelState, policy: int) -> int:
-    """The replica with least requests in flight, or least work."""
+    """The replica with the fewest requests in flight, or the least work."""
     best = NONE
     for index in range(s.glob[REPLICAS]):
         if s.fits[index] == 0 or s.inflight[index] >= s.most[index]:
@@ -120,9 +120,9 @@ def in_turn(s: KernelState) -> int:
 
 @compiled
 def by_share(s: KernelState, row: int) -> int:
-    """Smooth weighted round robin among those with a share; the others only if there are none.
+    """Smooth weighted round robin among replicas with a share; others only if there are none.
 
-    Each gains its share of credit in every turn, and the richest pays for all.
+    Each gains its share as credit in every turn, and the chosen one pays the total.
     """
     best, total, pooled = NONE, 0.0, False
     for index in range(s.glob[REPLICAS]):
@@ -149,13 +149,13 @@ def by_share(s: KernelState, row: int) -> int:
 
 @compiled
 def free_at(s: KernelState, index: int, now: int) -> int:
-    """Blocks that no request holds on a replica, before steps that begin now."""
+    """Free blocks of a replica, before steps that begin now."""
     return free_blocks(s.mem, s.where[index], now)
 
 
 @compiled
 def freeness(s: KernelState, index: int, now: int) -> float:
-    """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
+    """Llumnix: free blocks minus those that the queue needs, per running sequence."""
     at = s.where[index]
     free = free_blocks(s.mem, at, now)
     request = s.mem[at + WAIT]

@@ -1,12 +1,13 @@
-"""One engine step: what vLLM's V1 scheduler puts into it, and how long it takes.
+"""One engine step: the batch that vLLM's V1 scheduler makes, and how long it takes.
 
-Running sequences come first, in order of admission, each with what it has left to compute (one
-token when it decodes), as far as the budget goes. Where blocks run out the last admitted sequence
-(or that of the lowest priority) is thrown out and will be computed again. Only if nobody was, the
-queue's head is admitted while budget, places and blocks for all its known tokens last.
+Running sequences come first, in order of admission, each with the tokens it has left to compute
+(one if it decodes), within the token budget. Where blocks run out, the scheduler preempts the last
+admitted sequence (or that of the lowest priority), which will be recomputed. Only if it preempted
+none, it admits from the head of the queue while there are budget, places and blocks for all known
+tokens of that request.
 
 A sequence with one token left to compute counts as decoding, whatever that token is. With pipeline
-parallel as many steps as stages are on their way; a step spends an even share of its time in each.
+parallelism as many steps as stages are in flight; a step spends an equal share of its time in each.
 """
 
 from oserve.sim.access import column, entry, set_entry
@@ -72,7 +73,7 @@ from oserve.sim.state import Flat
 
 @compiled
 def refresh(mem: Flat, at: int) -> None:
-    """Note when something next happens of its own accord."""
+    """Set when the replica's next event is due."""
     due = min(mem[at + END], mem[at + BEGIN])
     if mem[at + PHASE] == LOADING:
         due = min(due, mem[at + READY_AT])
@@ -81,7 +82,7 @@ def refresh(mem: Flat, at: int) -> None:
 
 @compiled
 def touch(mem: Flat, at: int, now: int) -> None:
-    """Something changed: try to begin a step as soon as the first stage is free."""
+    """After a change: begin a step as soon as the first stage is free."""
     if mem[at + BATCHES] < mem[at + STAGES] and mem[at + RUN] + mem[at + WAIT_COUNT] > 0:
         mem[at + BEGIN] = max(now, entry(mem, at, STAGE_FREE, 0))
     refresh(mem, at)
@@ -89,7 +90,7 @@ def touch(mem: Flat, at: int, now: int) -> None:
 
 @compiled
 def step_ps(mem: Flat, at: int, prompts: int, decodes: int, context: int, pairs: int) -> int:
-    """Picoseconds of a step with so many prompt tokens and decoding sequences."""
+    """Picoseconds of a step with these numbers of prompt tokens and decoding sequences."""
     if prompts > 0:
         whole = entry(mem, at, TABLE_PROMPTS, prompts + decodes)
         whole += entry(mem, at, TABLE_JOINT, decodes)
@@ -100,7 +101,7 @@ def step_ps(mem: Flat, at: int, prompts: int, decodes: int, context: int, pairs:
 
 @compiled
 def move_slot(mem: Flat, at: int, source: int, target: int) -> None:
-    """Copy a running sequence's numbers to another place."""
+    """Copy a running sequence's entries to another slot."""
     for field in range(RUN_ID, RUN_CHUNK + 1):
         start = column(mem, at, field)
         mem[start + target] = mem[start + source]
@@ -108,7 +109,7 @@ def move_slot(mem: Flat, at: int, source: int, target: int) -> None:
 
 @compiled
 def drop_slot(mem: Flat, at: int, slot: int) -> None:
-    """Close the gap that a sequence leaves among the running ones."""
+    """Remove a running sequence and close the gap."""
     last = mem[at + RUN] - 1
     for place in range(slot, last):
         move_slot(mem, at, place + 1, place)
@@ -117,7 +118,7 @@ def drop_slot(mem: Flat, at: int, slot: int) -> None:
 
 @compiled
 def victim_of(req: Flat, mem: Flat, at: int) -> int:
-    """The place of the running sequence to throw out."""
+    """The slot of the running sequence to preempt."""
     last = mem[at + RUN] - 1
     if mem[at + ORDERED] == 0:
         return last
@@ -133,7 +134,7 @@ def victim_of(req: Flat, mem: Flat, at: int) -> int:
 
 @compiled
 def preempt(req: Flat, mem: Flat, at: int, slot: int) -> None:
-    """Throw a running sequence out, to the front of the queue (or where its priority puts it)."""
+    """Preempt a running sequence, to the front of the queue (or where its priority puts it)."""
     request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
     mem[at + FREE] += blocks_of(entry(mem, at, RUN_DONE, slot))
@@ -151,9 +152,9 @@ def preempt(req: Flat, mem: Flat, at: int, slot: int) -> None:
 
 @compiled
 def run_on(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
-    """Give running sequences their tokens; returns the budget left, and how many were thrown out.
+    """Schedule tokens of running sequences; returns the budget left and the number preempted.
 
-    A place's RUN_CHUNK is what it got in this step.
+    RUN_CHUNK of a slot is its number of tokens in this step.
     """
     budget, preempted, slot = mem[at + BUDGET], 0, 0
     done, goal = column(mem, at, RUN_DONE), column(mem, at, RUN_GOAL)
@@ -186,7 +187,7 @@ def run_on(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
 
 @compiled
 def admissible(req: Flat, mem: Flat, at: int) -> bool:
-    """Whether there are a place and blocks for the head of the queue."""
+    """Whether there are a slot and blocks for the head of the queue."""
     head = mem[at + WAIT]
     if head == NONE or mem[at + RUN] >= mem[at + SEQS]:
         return False
@@ -196,7 +197,7 @@ def admissible(req: Flat, mem: Flat, at: int) -> bool:
 
 @compiled
 def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
-    """Let the head of the queue in, with as many tokens as the budget allows."""
+    """Admit the head of the queue, with as many tokens as the budget allows."""
     request = mem[at + WAIT]
     base = request * REQUEST
     unlink(req, mem, at + WAIT, request)
@@ -221,7 +222,7 @@ def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
 
 @compiled
 def let_in(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
-    """Admit from the queue as long as all lasts; returns the budget left."""
+    """Admit from the queue while there is room; returns the budget left."""
     while budget > 0 and admissible(req, mem, at):
         admit(req, mem, ses, at, budget)
         budget -= entry(mem, at, RUN_CHUNK, mem[at + RUN] - 1)
@@ -230,7 +231,7 @@ def let_in(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
 
 @compiled
 def fill(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
-    """Put together the next step: tokens in it, and how many sequences were thrown out."""
+    """Form the next step: its number of tokens, and how many sequences were preempted."""
     budget, preempted = run_on(req, mem, ses, at)
     if preempted == 0:
         budget = let_in(req, mem, ses, at, budget)
@@ -239,9 +240,9 @@ def fill(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
 
 @compiled
 def cost(mem: Flat, at: int, batch: int, first: int, decodes: int, context: int) -> int:
-    """Picoseconds of the step just put together, whose new tokens wait for ``batch`` to end.
+    """Picoseconds of the step just formed, whose new tokens come when ``batch`` ends.
 
-    Sequences before place ``first`` decode: ``decodes`` of them, over ``context`` tokens.
+    Sequences before slot ``first`` decode: ``decodes`` of them, over ``context`` tokens.
     """
     done, goal = column(mem, at, RUN_DONE), column(mem, at, RUN_GOAL)
     chunks, batches = column(mem, at, RUN_CHUNK), column(mem, at, RUN_BATCH)
@@ -265,7 +266,7 @@ def cost(mem: Flat, at: int, batch: int, first: int, decodes: int, context: int)
 
 @compiled
 def send_through(mem: Flat, at: int, now: int, batch: int, whole: int) -> None:
-    """Send a step through the stages, each of which serves one after another."""
+    """Send a step through the stages, each of which runs one step at a time."""
     share = whole // mem[at + STAGES]
     stages = column(mem, at, STAGE_FREE)
     moment = now
@@ -283,7 +284,7 @@ def send_through(mem: Flat, at: int, now: int, batch: int, whole: int) -> None:
 def schedule(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> None:
     """Begin a step, if there is anything to compute."""
     tokens, preempted = fill(req, mem, ses, at)
-    # Where all that was running has been thrown out, what is first in the queue may go on at once.
+    # If all running sequences were preempted, the head of the queue may be admitted at once.
     while tokens == 0 and preempted > 0:
         tokens, preempted = fill(req, mem, ses, at)
     mem[at + BEGIN] = NEVER

@@ -1,18 +1,18 @@
-"""Types of the kernel's arguments: flat arrays of numpy where it is compiled, lists elsewhere."""
+"""Types of the kernel's arguments: numpy arrays where it is compiled, lists elsewhere."""
 
 from collections.abc import MutableSequence
 from typing import NamedTuple
 
-# Of 64-bit integers.
+# Flat sequences of 64-bit integers and floats.
 Flat = MutableSequence[int]
 Reals = MutableSequence[float]
 
 
 class KernelState(NamedTuple):
-    """All that a fleet is; see ``layout``.
+    """The whole state of a fleet; see ``layout``.
 
     ``shares`` and ``credit`` are [classes * replicas], ``costs`` [2 * replicas]: seconds per prompt
-    and per output token. What follows is scratch space, an entry for each replica.
+    and per output token. ``work`` and the arrays after it are scratch space [replicas].
     """
 
     req: Flat

@@ -1,4 +1,4 @@
-"""Step times as tables of integers, from any step model.
+"""Step times as integer tables, made from any step model.
 
     step = prompts[n + d] + joint[d]    n > 0 prompt tokens beside d decoding sequences
     step = decodes[d]                   nothing but decoding
@@ -6,7 +6,7 @@
 
 Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models
 that are affine in both and treat tokens of prompts and of decoding alike, as the roofline is.
-Tables of other models hold at a usual context.
+Tables of other models are exact at a usual context.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _USUAL_CONTEXT = 1024.0
 class StepTables:
     """``prompts`` [budget + 1], ``joint`` and ``decodes`` [most sequences + 1]: picoseconds.
 
-    Entry 0 means nothing. ``kv_rate``: ps per token; ``pair_rate``: 1/1024 ps per pair.
+    Entry 0 has no meaning. ``kv_rate``: ps per token; ``pair_rate``: 1/1024 ps per pair.
     """
 
     prompts: Ints
@@ -38,7 +38,7 @@ class StepTables:
     pair_rate: int
 
     def seconds(self, prompt: int, attended: int, decoding: int, cached: int) -> float:
-        """As ``StepModel.step_s``, of whole numbers within the tables."""
+        """As ``StepModel.step_s``, for whole numbers within the tables."""
         if prompt > 0:
             whole = int(self.prompts[prompt + decoding] + self.joint[decoding])
         else:
@@ -50,9 +50,9 @@ class StepTables:
 def step_tables(
     model: StepModel, shape: ReplicaShape, *, overhead_s: float = 0.0, factor: float = 1.0
 ) -> StepTables:
-    """Probe ``model`` within the limits of ``shape``.
+    """Sample ``model`` within the limits of ``shape``.
 
-    Every step takes ``factor`` times as long and ``overhead_s`` more than the model says.
+    Every step takes ``factor`` times the model's time, and ``overhead_s`` more.
     """
 
     def seconds(
@@ -75,7 +75,7 @@ def step_tables(
     seqs = np.arange(1.0, most + 1)
     prompts = seconds(tokens, usual, np.zeros(budget), 0.0) - pair_s * tokens * usual / 2
     decodes = seconds(np.zeros(most), 0.0, seqs, usual) - kv_s * seqs * usual
-    # Beside so many prompt tokens, as long as the tables reach.
+    # Beside so many prompt tokens, as far as the tables reach.
     beside = np.maximum(1.0, np.minimum(many, budget - seqs))
     mixed = seconds(beside, usual, seqs, usual)
     mixed = mixed - pair_s * beside * usual / 2 - kv_s * seqs * usual

@@ -1,4 +1,4 @@
-"""What a fleet is told and what it tells: requests, options, observations."""
+"""Inputs and outputs of a fleet: requests, options, observations."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from oserve.traces import TraceRequest
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-# Anything numpy makes an array of.
+# Anything that numpy makes an array of.
 Numbers = Sequence[float] | Sequence[int] | NDArray[Any]
 
 
@@ -36,10 +36,10 @@ class RoutingPolicy(IntEnum):
 
 
 class Status(IntEnum):
-    """What became of a request.
+    """Status of a request.
 
-    REFUSED: the gateway's queue was full, or no replica could ever hold it. SHED: it was late by
-    more than was allowed. LOST: its replica broke down.
+    REFUSED: the gateway's queue was full, or no replica could ever hold it. SHED: it waited longer
+    than allowed. LOST: its replica failed, and no other could take it.
     """
 
     PENDING = layout.PENDING
@@ -57,10 +57,10 @@ class Status(IntEnum):
 class RequestTable:
     """Requests in order of arrival, an entry each; lengths are in tokens, at least 1.
 
-    ``output_tokens`` are the true ones, which only engines learn; the router believes
-    ``expected_output_tokens``. ``class_index`` names the routing class. Lower ``rank_s`` goes
-    first where requests are ordered. ``session`` is -1 for requests on their own; the prompt of a
-    session's request begins with all tokens of the one before it.
+    ``output_tokens`` are the true lengths, which only engines see; the router assumes
+    ``expected_output_tokens``. ``class_index`` is the routing class. The lower ``rank_s`` goes
+    first where requests are ordered. ``session`` is -1 for requests without one; the prompt of a
+    session's request begins with all tokens of the request before it.
     """
 
     arrival_s: Floats
@@ -96,7 +96,7 @@ class RequestTable:
         rank_s: Numbers | None = None,
         session: Numbers | None = None,
     ) -> Self:
-        """Left out: outputs are expected to be their mean, one class, first come, no sessions."""
+        """Defaults: the mean as expected output, one class, first come first served, no session."""
         arrival = np.asarray(arrival_s, dtype=np.float64)
         output = np.asarray(output_tokens, dtype=np.int64)
         mean = max(1, round(float(output.mean()))) if len(output) else 1
@@ -125,7 +125,7 @@ class RequestTable:
         expected_output_tokens: Numbers | None = None,
         class_index: Numbers | None = None,
     ) -> Self:
-        """Requests of a trace; ``order`` ranks them as the live gateway does."""
+        """The requests of a trace; ``order`` ranks them as the live gateway does."""
         names: dict[str, int] = {}
         sessions = [names.setdefault(r.session, len(names)) if r.session else -1 for r in requests]
         ranks = None
@@ -173,7 +173,7 @@ class GatewayOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimLink:
-    """How KV leaves a replica; transfers follow one another."""
+    """A replica's link for KV transfers, which follow one another."""
 
     bytes_per_s: float = math.inf
     latency_s: float = 0.0
@@ -183,9 +183,9 @@ class SimLink:
 class Rebalance:
     """Llumnix's rebalancing: every ``interval_s`` running requests move to freer replicas.
 
-    From a replica with fewer than ``source_below`` free blocks per running sequence (queued demand
-    counts against it) to one with more than ``target_above``, the poorest to the richest, at most
-    ``moves`` a pair, those with the least KV first.
+    Requests move from replicas with fewer than ``source_below`` free blocks per running sequence
+    (less what the queue needs) to replicas with more than ``target_above``: from the fullest to the
+    freest, at most ``moves`` per pair, those with the least KV first.
     """
 
     interval_s: float = 1.0
@@ -196,11 +196,11 @@ class Rebalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaObservation:
-    """One replica at a moment; counters run from its start.
+    """One replica at a moment; counters start at its start.
 
-    ``inflight`` counts what the gateway has handed over and not got back, ``owed_s`` the engine
-    seconds expected for it. ``kv_usage`` is the used share of the KV cache. ``prompts``: requests
-    that had their first token there.
+    ``inflight`` counts requests dispatched to it and not ended, ``owed_s`` the engine seconds
+    expected for them. ``kv_usage`` is the used fraction of the KV cache. ``prompts``: requests that
+    had their first token there.
     """
 
     name: str

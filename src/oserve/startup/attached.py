@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError, ReplicaSpec
-from oserve.engines.attached import Finding, Look
+from oserve.engines.attached import AttachedProbe, Finding
 from oserve.engines.probe import Probe
 
 _ANSWER_S = 30.0
@@ -31,7 +31,7 @@ class AttachedServer:
         return f"{line}; {found.doubt}" if found.doubt else line
 
 
-async def ask_attached(
+async def check_attached(
     plan: DeploymentPlan, variables: Mapping[str, str], *, model: str
 ) -> list[AttachedServer]:
     """Check that every attached server is healthy, serves the model and answers a request.
@@ -54,11 +54,11 @@ async def _ask(
 ) -> AttachedServer:
     endpoint = backend.endpoint(variables)
     async with Probe(endpoint, timeout_s=_ANSWER_S) as probe:
-        finding = await Look(probe, endpoint, backend.model or model).try_out()
+        finding = await AttachedProbe(probe, endpoint, backend.model or model).try_out()
     return AttachedServer(spec=spec, url=backend.url, finding=finding)
 
 
-def refuse_troubled(asked: list[AttachedServer], *, place: str) -> None:
+def refuse_unhealthy(asked: list[AttachedServer], *, place: str) -> None:
     """Raise OServeError if an attached server cannot serve."""
     troubled = [item for item in asked if item.finding.trouble]
     if troubled:

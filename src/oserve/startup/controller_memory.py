@@ -1,4 +1,4 @@
-"""What the controller of a server remembers across restarts, and what a replay needs to know."""
+"""What the controller of a server remembers across restarts."""
 
 import asyncio
 import logging
@@ -18,6 +18,7 @@ from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.plan.planning import PlanRequest
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.saved_state import ReplayContext, SavedPlan, SavedSpeeds
 from oserve.startup.store import StateStore, StateUpdate
 from oserve.switch.learned import LearnedPhases
 
@@ -56,17 +57,17 @@ class ControllerMemory:
         """Restore what fits this deployment, and at most so many past ``decisions``."""
         parts = self._parts
         centres = parts.planner.facts.centres
-        memory = self._store.memory("controller")
-        if isinstance(memory, dict) and recall(parts.controller, memory, centres):
+        memory = self._store.saved("controller", dict[str, Any])
+        if memory is not None and recall(parts.controller, memory, centres):
             _log.info("the controller continues with the state of the last server")
             if same_types(memory, parts.controller.names, centres):
                 self._recall_seconds()
         parts.controller.decisions.extend(self._store.decisions(decisions))
-        starts = self._store.memory("starts")
-        if isinstance(starts, dict):
+        starts = self._store.saved("starts", dict[str, float])
+        if starts is not None:
             parts.starts.restore(starts)
-        phases = self._store.memory("switches")
-        if isinstance(phases, dict):
+        phases = self._store.saved("switches", dict[str, Any])
+        if phases is not None:
             parts.phases.restore(phases)
 
     def _recall_seconds(self) -> None:
@@ -102,31 +103,24 @@ class ControllerMemory:
         self._saved_s = end_s + 1
         return rows
 
-    def _state(self, plan: str) -> dict[str, Any]:
+    def _state(self, plan: str) -> dict[str, object]:
         parts = self._parts
         return {
             "controller": remembered(parts.controller, parts.planner.facts.centres),
-            "plan": {
-                "fingerprint": self._deployment.fingerprint,
-                "given": self._deployment.given,
-                "plan": plan,
-            },
+            "plan": SavedPlan(
+                fingerprint=self._deployment.fingerprint, given=self._deployment.given, plan=plan
+            ),
             "starts": parts.starts.state(),
             "switches": parts.phases.state(),
-            "speeds": {"source": self._request.source.origin, "seen": parts.speeds.state()},
-            "context": replay_context(self._deployment, self._request),
+            "speeds": SavedSpeeds(source=self._request.source.origin, seen=parts.speeds.state()),
+            "context": ReplayContext(
+                settings=msgspec.to_builtins(self._deployment.settings),
+                devices=self._deployment.devices,
+                demand=self._request.demand,
+                shapes=self._request.shapes,
+            ),
         }
 
-    def _write(self, update: StateUpdate, memory: dict[str, Any]) -> None:
+    def _write(self, update: StateUpdate, memory: dict[str, object]) -> None:
         encoded = {name: msgspec.json.encode(value) for name, value in memory.items()}
         self._store.save(replace(update, memory=encoded))
-
-
-def replay_context(deployment: ServerDeployment, request: PlanRequest) -> dict[str, Any]:
-    """What a replay must know of the server that was observed."""
-    return {
-        "settings": msgspec.to_builtins(deployment.settings),
-        "devices": msgspec.to_builtins(deployment.devices),
-        "demand": msgspec.to_builtins(request.demand),
-        "shapes": msgspec.to_builtins(request.shapes),
-    }

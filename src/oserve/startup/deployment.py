@@ -22,15 +22,23 @@ from oserve.core import (
 )
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
+from oserve.engines.memory_fit import MemoryFit
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.engines.room import Room
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
 from oserve.plan import check_plan, default_plan
 from oserve.plan.planning import PlanRequest
-from oserve.startup.first_plan import FirstPlan, Knowledge, first_plan, know, plan_request_for
+from oserve.startup.first_plan import (
+    FirstPlan,
+    NoStepTimes,
+    StepTimes,
+    find_step_times,
+    first_plan,
+    plan_request_for,
+)
 from oserve.startup.plan_check import check_engines
-from oserve.startup.sizing import checked, find_room, fitted
+from oserve.startup.saved_state import SavedPlan, SavedSpeeds
+from oserve.startup.sizing import find_room, fit_request, sized_for_plan
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import recovered_switch
 
@@ -78,19 +86,19 @@ def prepare(settings: Settings) -> ServerDeployment:
     settings = _located(settings)
     devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
     plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
-    knowledge = know(settings, devices)
-    mode = _mode(settings, knowledge)
+    times = find_step_times(settings, devices)
+    mode = _mode(settings, times)
     request = None
-    if knowledge.source is not None and (mode is not Mode.OFF or not settings.plan):
-        request = plan_request_for(settings, devices, knowledge.source, knowledge.context, plain)
+    if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
+        request = plan_request_for(settings, devices, times, plain)
     room = find_room(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
-        room, request = fitted(room, request, given)
+        room, request = fit_request(room, request, given)
     stamp = _fingerprint(settings, devices, plain)
     resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
-    first = _plan(settings, devices, plain, knowledge, request, resumed, speeds)
+    first = _plan(settings, devices, plain, _missing(times), request, resumed, speeds)
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
@@ -104,7 +112,7 @@ def prepare(settings: Settings) -> ServerDeployment:
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
     name = settings.served_model_name or _model_name(settings.model)
-    room = checked(room, plan, settings.plan or "plan")
+    room = sized_for_plan(room, plan, settings.plan or "plan")
     return ServerDeployment(
         settings=msgspec.structs.replace(settings, engines=room.settings),
         sized=room.settings != settings.engines,
@@ -112,8 +120,8 @@ def prepare(settings: Settings) -> ServerDeployment:
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=(*first.notes, *room.words(plan.replicas)),
-        costs=knowledge.costs,
+        notes=(*first.notes, *room.notes(plan.replicas)),
+        costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,
         fingerprint=stamp,
@@ -122,11 +130,16 @@ def prepare(settings: Settings) -> ServerDeployment:
     )
 
 
-def _mode(settings: Settings, knowledge: Knowledge) -> Mode:
+def _mode(settings: Settings, times: StepTimes | NoStepTimes) -> Mode:
     """The mode that is set; by default auto if the plan is computed, else off."""
-    if knowledge.source is None or not settings.model:
-        return _without_controller(settings, knowledge.missing or "no model is named")
+    if isinstance(times, NoStepTimes) or not settings.model:
+        return _without_controller(settings, _missing(times))
     return settings.control.mode or (Mode.OFF if settings.plan else Mode.AUTO)
+
+
+def _missing(times: StepTimes | NoStepTimes) -> str:
+    """Why no plan can be computed, if none can."""
+    return times.reason if isinstance(times, NoStepTimes) else "no model is named"
 
 
 def _without_controller(settings: Settings, why: str) -> Mode:
@@ -156,23 +169,23 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, room: Room, stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, room: MemoryFit, stamp: str) -> FirstPlan | None:
     """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
         return None
-    saved = StateStore(file).memory("plan")
-    if not isinstance(saved, dict) or saved.get("fingerprint") != stamp:
+    saved = StateStore(file).saved("plan", SavedPlan)
+    if saved is None or saved.fingerprint != stamp:
         return None
-    if settings.plan and saved.get("given") != _given(settings):
+    if settings.plan and saved.given != _given(settings):
         return None
     left = recovered_switch(settings, time.time())
     try:
-        plan = parse_plan(str(saved["plan"]), place=str(file)) if left is None else left.plan
+        plan = parse_plan(saved.plan, place=str(file)) if left is None else left.plan
         check_plan(plan, room.devices, place=str(file))
         check_engines(plan, room.devices, settings)
-        checked(room, plan, str(file))
-    except (OServeError, KeyError):
+        sized_for_plan(room, plan, str(file))
+    except OServeError:
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"
     return FirstPlan(plan=plan, why=f"plan {plan.id!r}, {why} (control.resume)")
@@ -182,18 +195,17 @@ def remembered_speeds(file: Path, request: PlanRequest | None) -> Speeds:
     """The speeds that an earlier server observed, if it planned from the same step times."""
     if request is None or not file.is_file():
         return Speeds()
-    saved = StateStore(file).memory("speeds")
-    if not isinstance(saved, dict) or saved.get("source") != request.source.origin:
+    saved = StateStore(file).saved("speeds", SavedSpeeds)
+    if saved is None or saved.source != request.source.origin:
         return Speeds()
-    seen = saved.get("seen")
-    return speeds_from(seen) if isinstance(seen, list) else Speeds()
+    return speeds_from(saved.seen)
 
 
 def _plan(
     settings: Settings,
     devices: tuple[Device, ...],
     plain: tuple[Precision, ...],
-    knowledge: Knowledge,
+    missing: str,
     request: PlanRequest | None,
     resumed: FirstPlan | None,
     speeds: Speeds,
@@ -209,7 +221,6 @@ def _plan(
     if settings.plan:
         plan = load_plan(settings.plan)
         return FirstPlan(plan=plan, why=f"plan {plan.id!r} from {settings.plan}")
-    missing = knowledge.missing or "no model is named"
     if settings.model and request is not None:
         try:
             return first_plan(request, speeds)

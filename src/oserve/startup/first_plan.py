@@ -44,17 +44,28 @@ class FirstPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Knowledge:
-    """The source of step times and the context length, or the reason why there is no source."""
+class StepTimes:
+    """A source of step times, and the context length in tokens that requests must fit."""
 
-    source: ProfileSource | RooflineSource | None
+    source: ProfileSource | RooflineSource
     context: int
-    missing: str = ""
 
     @property
     def costs(self) -> Callable[[ReplicaShape, str], TokenCosts]:
-        """Token costs for the router: from the source, or else the prior."""
-        return token_costs if self.source is None else costs_from(self.source)
+        """Token costs for the router, from the source."""
+        return costs_from(self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoStepTimes:
+    """Why there is no source of step times."""
+
+    reason: str
+
+    @property
+    def costs(self) -> Callable[[ReplicaShape, str], TokenCosts]:
+        """Token costs for the router, from the prior."""
+        return token_costs
 
 
 def brief_file(settings: Settings) -> Path:
@@ -62,7 +73,7 @@ def brief_file(settings: Settings) -> Path:
     return Path(settings.state_dir) / "profile-brief.json"
 
 
-def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
+def find_step_times(settings: Settings, devices: tuple[Device, ...]) -> StepTimes | NoStepTimes:
     """Find the source of step times for the settings.
 
     Raises OServeError if the profile file in the settings cannot be used.
@@ -81,15 +92,14 @@ def know(settings: Settings, devices: tuple[Device, ...]) -> Knowledge:
     except OServeError as error:
         if settings.planning.profile:
             raise
-        return Knowledge(source=None, context=0, missing=f"{error.message}; {error.remedy}")
-    return Knowledge(source=source, context=context)
+        return NoStepTimes(reason=f"{error.message}; {error.remedy}")
+    return StepTimes(source=source, context=context)
 
 
 def plan_request_for(
     settings: Settings,
     devices: tuple[Device, ...],
-    source: ProfileSource | RooflineSource,
-    context: int,
+    times: StepTimes,
     plain: Sequence[Precision],
     *,
     demand: Demand | None = None,
@@ -101,12 +111,12 @@ def plan_request_for(
     only without ``shapes``.
     """
     planning = settings.planning
-    demand = demand or _demand(settings, context)
+    demand = demand or _demand(settings, times.context)
     limits = LatencyLimits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
     )
-    precisions, notes = wanted_precisions(settings, source, plain)
+    precisions, notes = wanted_precisions(settings, times.source, plain)
     choices = ShapeChoices(
         precisions=precisions,
         max_num_batched_tokens=(),
@@ -117,8 +127,8 @@ def plan_request_for(
         model=settings.model,
         devices=devices,
         demand=demand,
-        source=source,
-        shapes=shapes or shapes_for(source, devices, choices),
+        source=times.source,
+        shapes=shapes or shapes_for(times.source, devices, choices),
         limits={kind.name: limits for kind in demand.types},
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from oserve.config import Settings, parse_plan
 from oserve.config.policies import control_policy
 from oserve.control.decision import Decision, DecisionVerdict, Mode
@@ -18,22 +16,22 @@ from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
-from oserve.core import DeploymentPlan, Device, OServeError, ReplicaShape
+from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.switch_scorer import SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
-from oserve.plan.demand import Demand
 from oserve.startup.deployment import remembered_speeds
-from oserve.startup.first_plan import know, plan_request_for
+from oserve.startup.first_plan import NoStepTimes, find_step_times, plan_request_for
+from oserve.startup.saved_state import ReplayContext
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import switch_facts
 from oserve.switch.learned import LearnedPhases
 from oserve.switching.prices import SwitchPrices
 
 
-def recorded(file: Path) -> dict[str, Any]:
+def saved_context(file: Path) -> ReplayContext:
     """The context that the server saved; raises OServeError if the file has none."""
-    context = StateStore(file).memory("context") if file.is_file() else None
-    if not isinstance(context, dict):
+    context = StateStore(file).saved("context", ReplayContext) if file.is_file() else None
+    if context is None:
         raise OServeError(
             "it contains no observations of a server",
             place=str(file),
@@ -43,23 +41,21 @@ def recorded(file: Path) -> dict[str, Any]:
 
 
 def replayed_decisions(
-    file: Path, settings: Settings, context: dict[str, Any], *, mode: Mode = Mode.AUTO
+    file: Path, settings: Settings, context: ReplayContext, *, mode: Mode = Mode.AUTO
 ) -> Iterator[Decision]:
     """Yield the decisions under ``settings``, in order of time."""
-    devices = tuple(msgspec.convert(item, Device) for item in context["devices"])
-    demand = msgspec.convert(context["demand"], Demand)
-    knowledge = know(settings, devices)
-    if knowledge.source is None:
-        raise OServeError(knowledge.missing, place="model", remedy="give its profile")
-    shapes = tuple(msgspec.convert(item, ReplicaShape) for item in context["shapes"])
+    devices = context.devices
+    times = find_step_times(settings, devices)
+    if isinstance(times, NoStepTimes):
+        raise OServeError(times.reason, place="model", remedy="give its profile")
     request = plan_request_for(
-        settings, devices, knowledge.source, knowledge.context, (), demand=demand, shapes=shapes
+        settings, devices, times, (), demand=context.demand, shapes=context.shapes
     )
     starts = StartTimes(settings.control.start_s)
     learned = LearnedPhases()
-    memory = StateStore(file).memory("switches")
-    if isinstance(memory, dict):
-        learned.restore(memory)
+    phases = StateStore(file).saved("switches", dict[str, Any])
+    if phases is not None:
+        learned.restore(phases)
     # The memory of the machine that replays must not matter.
     facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
     prices = SwitchPrices(facts)

@@ -8,12 +8,12 @@ from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
-from oserve.engines.room import Room, known_model, with_settings
+from oserve.engines.memory_fit import MemoryFit, known_model, with_settings
 from oserve.perf.profile import ProfileSource
 from oserve.plan.planning import PlanRequest
 
 
-def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
+def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryFit:
     """The memory available for engines on these devices.
 
     Engines that a killed server left running will be taken over, so their memory counts as free.
@@ -21,7 +21,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
     free = float(available_memory_bytes())
     if keeper_runs(Path(settings.state_dir)):
         free = max(free, float(sum(device.memory_bytes for device in devices)))
-    return Room(
+    return MemoryFit(
         settings=settings.engines,
         devices=devices,
         model=known_model(settings.model),
@@ -29,7 +29,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> Room:
     )
 
 
-def fitting(
+def shapes_that_fit(
     settings: Settings, devices: tuple[Device, ...], shapes: Sequence[ReplicaShape]
 ) -> tuple[ReplicaShape, ...]:
     """The shapes that fit; raises OServeError if none does."""
@@ -40,27 +40,27 @@ def fitting(
     return found
 
 
-def fitted(
-    room: Room, request: PlanRequest, specs: Iterable[ReplicaSpec]
-) -> tuple[Room, PlanRequest]:
+def fit_request(
+    room: MemoryFit, request: PlanRequest, specs: Iterable[ReplicaSpec]
+) -> tuple[MemoryFit, PlanRequest]:
     """The room with KV caches sized for all that may run, and the request with shapes that fit.
 
     ``specs``: replicas of a given plan. Raises OServeError if no shape fits.
     """
-    engines, fitting = room.sized(request.shapes, specs)
+    engines, shapes = room.sized(request.shapes, specs)
     sized = with_settings(room, engines)
-    if not fitting:
+    if not shapes:
         raise room.refusal(room.closest(request.shapes))
-    kept = set(fitting)
+    kept = set(shapes)
     left_out = sized.left_out(shape for shape in request.shapes if shape not in kept)
     source = request.source
     if isinstance(source, ProfileSource):
         source = source.sized(engines.kv_cache_memory_bytes or 0)
     notes = tuple(note for note in (*request.notes, left_out) if note)
-    return sized, replace(request, shapes=fitting, source=source, notes=notes)
+    return sized, replace(request, shapes=shapes, source=source, notes=notes)
 
 
-def checked(room: Room, plan: DeploymentPlan, place: str) -> Room:
+def sized_for_plan(room: MemoryFit, plan: DeploymentPlan, place: str) -> MemoryFit:
     """The room with KV caches sized for a plan.
 
     Raises OServeError if the plan does not fit, with the setting to change.

@@ -9,12 +9,14 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from oserve.control.decision import Decision
 from oserve.core import OServeError
+
+SavedT = TypeVar("SavedT")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -78,14 +80,14 @@ class StateStore:
                     (most,),
                 )
 
-    def memory(self, name: str) -> Any:
-        """The decoded value saved under a name; ``None`` if there is none, or none readable."""
+    def saved(self, name: str, kind: type[SavedT]) -> SavedT | None:
+        """The value saved under a name; ``None`` if there is none, or it is not of this kind."""
         with contextlib.suppress(sqlite3.Error, msgspec.DecodeError):
             with contextlib.closing(self._connect()) as connection:
                 row = connection.execute(
                     "SELECT value FROM memory WHERE name = ?", (name,)
                 ).fetchone()
-            return None if row is None else msgspec.json.decode(row[0])
+            return None if row is None else msgspec.json.decode(row[0], type=kind)
         return None
 
     def decisions(self, most: int) -> list[Decision]:

@@ -18,14 +18,14 @@ from oserve.study.ours import OServeTuner
 from oserve.study.policy import Conduct, PolicyStart, PolicyView
 
 _SOLVE_S = 5.0
-# Fewer recent requests say nothing.
+# With fewer recent requests no decision is made.
 _ENOUGH = 20
-# A plan must gain this share of the goodput before it is worth a look at what it costs.
+# A plan must gain this share of the goodput before its cost is considered.
 _LEAST_GAIN = 0.02
 
 
 def window_types(tuner: OServeTuner, seen: PolicyView) -> tuple[WorkloadType, ...]:
-    """The scene's workload types at the rates of the recent requests (last value)."""
+    """Return the scene's workload types at the rates of the recent requests (last value)."""
     scene = tuner.scene
     model_types = scene.demand.types
     centres = np.log1p([[kind.prompt_tokens, kind.output_tokens] for kind in model_types])
@@ -39,15 +39,15 @@ def window_types(tuner: OServeTuner, seen: PolicyView) -> tuple[WorkloadType, ..
 
 
 def goodput(tuner: OServeTuner, serving: SimulatedServing, traffic: SimulatedTraffic) -> float:
-    """Requests of a short trace that meet the SLO, on warm replicas."""
+    """Return how many requests of a short trace meet the SLO, on warm replicas."""
     return float(met(tuner.simulator.run(serving, traffic), tuner.scene.slo).sum())
 
 
 def switch_cost(tuner: OServeTuner, seen: PolicyView, target: DeploymentPlan) -> float:
-    """Requests that miss their SLO since changed replicas load, at the recent rate.
+    """Return how many requests miss their SLO while changed replicas load, at the recent rate.
 
-    Devices that move serve nothing for the load time; while they are away their share of the
-    requests is taken as lost, which is what happens near capacity.
+    Devices of changed replicas serve nothing while they load; their share of the requests counts as
+    lost, which is what happens near capacity.
     """
     now = set(seen.plan.replicas)
     changed = [spec for spec in target.replicas if spec not in now]
@@ -63,7 +63,7 @@ def switch_cost(tuner: OServeTuner, seen: PolicyView, target: DeploymentPlan) ->
 def replaced(
     tuner: OServeTuner, serving: SimulatedServing, current: DeploymentPlan
 ) -> DeploymentPlan:
-    """The deployment of a serving, laid over the devices so that common replicas stay."""
+    """Return the deployment of a serving, placed so that common replicas stay."""
     placed = place_replicas(serving.shapes, tuner.scene.devices, current=current)
     shares = serving.plan.routing_shares
     if not shares:
@@ -87,10 +87,10 @@ def replaced(
 
 @dataclass(slots=True, kw_only=True)
 class Switching:
-    """Re-plans each interval for last-value rates; changes only what pays within ``horizon_s``.
+    """Plans each interval for last-value rates; switches only if that pays within ``horizon_s``.
 
-    Candidates are the programme's plan for the recent rates and ``library``, deployments that
-    did well in tuning. Each is simulated on the recent requests, as is what runs.
+    Candidates are the linear programme's plan for the recent rates, and ``library``: deployments
+    that did well in tuning. Each is simulated on the recent requests, and so is the present plan.
     """
 
     tuner: OServeTuner
@@ -135,7 +135,7 @@ class Switching:
 
 
 def programme_plan(tuner: OServeTuner, seen: PolicyView) -> DeploymentPlan | None:
-    """The linear programme's best plan for the recent rates, close to what runs."""
+    """Return the linear programme's best plan for the recent rates, close to the present one."""
     found = planned_for(tuner, seen)
     if found is None:
         return None
@@ -144,10 +144,10 @@ def programme_plan(tuner: OServeTuner, seen: PolicyView) -> DeploymentPlan | Non
 
 
 def planned_for(tuner: OServeTuner, seen: PolicyView) -> tuple[PlanProblem, Planned] | None:
-    """The search's answer for the recent rates; ``None`` where nothing came.
+    """Return the search's result for the recent rates; ``None`` if no request arrived.
 
     Of each form (tensor and pipeline parallel size, precision, kind) only the chunk budget and
-    sequences that serve these rates best alone take part, or solving would take seconds.
+    sequences that serve these rates best alone are candidates; more would take seconds to solve.
     """
     types = window_types(tuner, seen)
     if sum(kind.arrival_rate_rps for kind in types) <= 0:
@@ -171,7 +171,7 @@ def planned_for(tuner: OServeTuner, seen: PolicyView) -> tuple[PlanProblem, Plan
 
 
 def scale_alone(option: ShapePerformance, types: Sequence[WorkloadType]) -> float:
-    """The multiple of the rates that one replica serves: 1 / sum of rate / capacity."""
+    """Return the multiple of the rates that one replica serves: 1 / sum of rate / capacity."""
     load = 0.0
     for kind, capacity in zip(types, option.capacity_rps, strict=True):
         if kind.arrival_rate_rps > 0:
@@ -181,10 +181,9 @@ def scale_alone(option: ShapePerformance, types: Sequence[WorkloadType]) -> floa
 
 @dataclass(slots=True, kw_only=True)
 class Reload:
-    """The best homogeneous deployment for last-value rates, by the linear model, each interval.
+    """Reloads the best homogeneous deployment for last-value rates, by the linear model.
 
-    All replicas are stopped and started cold at once. Only a predicted gain of ``min_gain`` is
-    worth that.
+    All replicas stop and start cold at once, each interval that predicts a gain of ``min_gain``.
     """
 
     tuner: OServeTuner
@@ -216,10 +215,10 @@ class Reload:
 
 @dataclass(slots=True, kw_only=True)
 class Oracle:
-    """Knows the requests of the coming interval and output lengths; switches cost nothing.
+    """Knows the requests of the next interval and all output lengths; switches cost nothing.
 
-    Not a bound in the strict sense: the best of its ``library`` for each interval by itself, with
-    the levers of the best static setting.
+    Not a strict bound: it chooses the best of its ``library`` for each interval by itself, with the
+    levers of the best static setting.
     """
 
     tuner: OServeTuner

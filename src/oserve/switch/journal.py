@@ -15,10 +15,10 @@ from oserve.core import OServeError
 from oserve.switch.transaction import (
     Cancelled,
     Event,
-    Failed,
-    Finished,
     SwitchTarget,
     Task,
+    TaskFailed,
+    TaskFinished,
     Ticked,
     TransactionState,
     advance,
@@ -53,7 +53,7 @@ class BeginLine(WaveLine, frozen=True, kw_only=True, tag="begin"):
 
 
 class FinishedLine(WaveLine, frozen=True, kw_only=True, tag="finished"):
-    """See ``transaction.Finished``."""
+    """See ``transaction.TaskFinished``."""
 
     transaction: str
     task: Task
@@ -61,7 +61,7 @@ class FinishedLine(WaveLine, frozen=True, kw_only=True, tag="finished"):
 
 
 class FailedLine(WaveLine, frozen=True, kw_only=True, tag="failed"):
-    """See ``transaction.Failed``."""
+    """See ``transaction.TaskFailed``."""
 
     transaction: str
     task: Task
@@ -150,7 +150,7 @@ def restored(lines: Sequence[TransactionLine]) -> TransactionState:
 
 def _line_of(event: Event, wave: int, sequence: int) -> EventLine:
     match event:
-        case Finished(transaction=transaction, task=task, replica=replica, at_s=at_s):
+        case TaskFinished(transaction=transaction, task=task, replica=replica, at_s=at_s):
             return FinishedLine(
                 wave=wave,
                 sequence=sequence,
@@ -159,7 +159,7 @@ def _line_of(event: Event, wave: int, sequence: int) -> EventLine:
                 task=task,
                 replica=replica,
             )
-        case Failed(transaction=transaction, task=task, replica=replica, at_s=at_s):
+        case TaskFailed(transaction=transaction, task=task, replica=replica, at_s=at_s):
             return FailedLine(
                 wave=wave,
                 sequence=sequence,
@@ -181,9 +181,9 @@ def _line_of(event: Event, wave: int, sequence: int) -> EventLine:
 def _event_of(line: EventLine) -> Event:
     match line:
         case FinishedLine(transaction=transaction, task=task, replica=replica, at_s=at_s):
-            return Finished(transaction=transaction, task=task, replica=replica, at_s=at_s)
+            return TaskFinished(transaction=transaction, task=task, replica=replica, at_s=at_s)
         case FailedLine(transaction=transaction, task=task, replica=replica, at_s=at_s):
-            return Failed(
+            return TaskFailed(
                 transaction=transaction,
                 task=task,
                 replica=replica,

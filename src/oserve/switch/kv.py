@@ -121,7 +121,7 @@ def _verdict(
         return MoveVerdict(
             request=request.id,
             way=Way.DRAIN,
-            reason=f"its state cannot move, though it needs about {drain_s:.1f} s",
+            reason=f"its state cannot be carried over, though it needs about {drain_s:.1f} s",
         )
     if room is None:
         return MoveVerdict(

@@ -12,8 +12,9 @@ from oserve.switch.costs import PhaseSeconds
 
 # Weight of the last switch, once there was an earlier one.
 _LEARNING_RATE = 0.5
-# A shorter phase tells nothing, and no factor is larger than the second.
+# A shorter phase tells nothing.
 _LEAST_S = 0.05
+# Bound of a factor, and of its inverse.
 _MOST_FACTOR = 30.0
 _LEARNED = tuple(field.name for field in fields(PhaseSeconds) if field.name != "room_s")
 

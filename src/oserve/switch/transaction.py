@@ -91,7 +91,7 @@ class SwitchTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class TaskFinished:
     """A task is done for a replica (``""`` for ROUTE). Times are Unix seconds."""
 
     transaction: str
@@ -101,7 +101,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
+class TaskFailed:
     """A task failed; ``final``: a retry would not help."""
 
     transaction: str
@@ -129,7 +129,7 @@ class Ticked:
     at_s: float
 
 
-Event = Finished | Failed | Cancelled | Ticked
+Event = TaskFinished | TaskFailed | Cancelled | Ticked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,9 +203,9 @@ def advance(state: TransactionState, event: Event) -> TransactionState:
     if event.transaction != state.target.id or state.phase.ended:
         return state
     match event:
-        case Finished():
+        case TaskFinished():
             return _finished(state, event)
-        case Failed():
+        case TaskFailed():
             return _failed(state, event)
         case Cancelled():
             return _aborted(state, event.reason, event.at_s)
@@ -306,13 +306,13 @@ def _asked(state: TransactionState, task: Task, replica: str) -> bool:
     return replica in work[1] and replica not in state.done
 
 
-def _finished(state: TransactionState, event: Finished) -> TransactionState:
+def _finished(state: TransactionState, event: TaskFinished) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     return _settled(replace(state, done=state.done | {event.replica}), event.at_s)
 
 
-def _failed(state: TransactionState, event: Failed) -> TransactionState:
+def _failed(state: TransactionState, event: TaskFailed) -> TransactionState:
     if not _asked(state, event.task, event.replica):
         return state
     failures = dict(state.failures)

@@ -18,13 +18,13 @@ from oserve.switch.transaction import (
     DEADLINES_S,
     Cancelled,
     Event,
-    Failed,
     FailedTask,
-    Finished,
     Instruction,
     Phase,
     SwitchTarget,
     Task,
+    TaskFailed,
+    TaskFinished,
     Ticked,
     TransactionState,
     instructions,
@@ -240,7 +240,7 @@ class _WaveDriver:
 
     def _advance(self, state: TransactionState, event: Event) -> TransactionState:
         """Return the state after an event, once the journal holds the event."""
-        if isinstance(event, Failed):
+        if isinstance(event, TaskFailed):
             _log.warning(
                 "switch %s: %s %s: %s", event.transaction, event.task, event.replica, event.reason
             )
@@ -318,13 +318,13 @@ class _WaveDriver:
     def _ended(self, instruction: Instruction, failed: TaskFailedError | None) -> Event:
         at_s = self._facts.unix_s()
         if failed is None:
-            return Finished(
+            return TaskFinished(
                 transaction=instruction.transaction,
                 task=instruction.task,
                 replica=instruction.replica,
                 at_s=at_s,
             )
-        return Failed(
+        return TaskFailed(
             transaction=instruction.transaction,
             task=instruction.task,
             replica=instruction.replica,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from oserve.control.cluster import Cluster
 from oserve.core import Endpoint, OServeError, ReplicaPhase
 from oserve.switch.layout import differences, shard_map
-from oserve.switch.orders import RankOrder, rank_orders
+from oserve.switch.orders import rank_orders
 from oserve.switch.programme import ProgrammeStep, SwitchProgramme
+from oserve.switch.rank_order import RankOrder
 from oserve.switching.tasks import TaskFailedError
 from oserve.switching.weights import MoveError, WeightMover
 

@@ -1,9 +1,9 @@
 """Reads from a checkpoint's folder what must be known of a model to move its weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from oserve.core import OServeError, Precision
 from oserve.perf.model import find_model
@@ -35,8 +35,7 @@ def movable_model(
         )
     facts = find_model(name)
     config = _config(name)
-    architectures = config.get("architectures") or [""]
-    architecture = architecture_of(facts, str(architectures[0]))
+    architecture = architecture_of(facts, (config.architectures or [""])[0])
     if facts.experts > 1 and not on_cpu:
         raise OServeError(
             "weights of mixtures are not moved between GPUs, where kernels shuffle them",
@@ -51,23 +50,46 @@ def movable_model(
     return MovableModel(architecture=architecture, formats=formats)
 
 
-def _config(model: str) -> dict[str, Any]:
-    """The model's config.json; empty where it is not in a folder."""
-    file = Path(model) / "config.json"
+class _QuantisedWeights(msgspec.Struct):
+    group_size: int | None = None
+
+
+class _ConfigGroup(msgspec.Struct):
+    weights: _QuantisedWeights | None = None
+
+
+class _QuantisationConfig(msgspec.Struct):
+    """As compressed-tensors writes it."""
+
+    config_groups: dict[str, _ConfigGroup] = {}
+
+
+class _ModelConfig(msgspec.Struct):
+    """The fields of a Hugging Face config.json that are read here."""
+
+    architectures: list[str] | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
+    quantization_config: _QuantisationConfig | None = None
+
+
+def _config(model: str) -> _ModelConfig:
+    """Return the model's config.json; an empty one if its folder has none that can be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return msgspec.json.decode((Path(model) / "config.json").read_bytes(), type=_ModelConfig)
+    except (OSError, msgspec.DecodeError):
+        return _ModelConfig()
 
 
-def _format(precision: Precision, config: Mapping[str, Any]) -> WeightFormat:
-    """Of a quantised checkpoint, as far as its config.json tells."""
-    plain = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype")), Precision.BF16)
-    held = WeightFormat(precision=precision, plain=plain)
-    groups = config.get("quantization_config", {}).get("config_groups", {})
-    for group in groups.values():
-        size = group.get("weights", {}).get("group_size")
-        if size:
-            return WeightFormat(precision=precision, plain=plain, group_size=int(size))
-    return held
+def _format(precision: Precision, config: _ModelConfig) -> WeightFormat:
+    """Return the format of a quantised checkpoint, as far as its config.json tells."""
+    plain = _FLOATS.get(config.torch_dtype or config.dtype or "", Precision.BF16)
+    quantised = config.quantization_config or _QuantisationConfig()
+    sizes = [
+        group.weights.group_size
+        for group in quantised.config_groups.values()
+        if group.weights is not None and group.weights.group_size
+    ]
+    if not sizes:
+        return WeightFormat(precision=precision, plain=plain)
+    return WeightFormat(precision=precision, plain=plain, group_size=sizes[0])

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from oserve.switch.orders import RankOrder
 from oserve.switch.programme import ProgrammeStep
+from oserve.switch.rank_order import RankOrder
 
 
 class MoveError(Exception):

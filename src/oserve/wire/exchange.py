@@ -1,28 +1,36 @@
-"""One request that a server connection handed over, and its answer."""
+"""One request of a server connection, and its answer."""
 
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Protocol
 
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_STATUS_LINES = {
+    status.value: b"HTTP/1.1 %d %b" % (status.value, status.phrase.encode())
+    for status in HTTPStatus
+}
 
 
 class Answering(Protocol):
-    """The connection that an answer goes out on."""
+    """The connection that an answer is written to."""
 
-    def send(self, data: bytes) -> None: ...
+    def send(self, data: bytes, /) -> None:
+        """Write bytes of the answer."""
 
-    def finished(self, *, close: bool) -> None: ...
+    def finished(self, *, close: bool) -> None:
+        """The answer is complete; ``close``: the connection takes no other request."""
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Break the connection off."""
 
 
 class Exchange:
     """One request and its answer.
 
-    ``path`` is the target's path and query; of headers that came twice the first counts.
-    ``on_disconnect`` is called if the client goes before the answer is complete; ``on_pause`` with
-    ``True`` when the client reads too slowly, with ``False`` when it has caught up.
+    ``path`` is the path and query of the target; of a repeated header the first value counts.
+    ``on_disconnect`` is called if the client disconnects before the answer is complete;
+    ``on_pause`` is called with ``True`` when the client reads too slowly and with ``False`` when it
+    has caught up. Both are dropped once the answer is complete, which also breaks the reference
+    cycle between an exchange and its handler.
     """
 
     __slots__ = (
@@ -67,29 +75,36 @@ class Exchange:
             (b"content-length", b"%d" % len(body)),
             *headers,
         )
-        self.start(status, fields, close=close)
-        self.write(b"" if self.method == b"HEAD" else body)
+        self.start(status, fields, b"" if self.method == b"HEAD" else body, close=close)
         self.finish()
 
     def start(
-        self, status: int, headers: tuple[tuple[bytes, bytes], ...], *, close: bool = False
+        self,
+        status: int,
+        headers: tuple[tuple[bytes, bytes], ...],
+        body: bytes = b"",
+        *,
+        close: bool = False,
     ) -> None:
-        """Status line and headers; the body follows in ``write``, framed as the headers say."""
+        """Send status line, headers and the first bytes of the ``body`` in one write.
+
+        The rest follows in ``write``; the caller frames the body as the headers say.
+        """
         if self.done:
             return
         self.started = True
         self.keep_alive = self.keep_alive and not close
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
-        lines += [b"%b: %b\r\n" % field for field in headers]
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown" % status]
+        lines += map(b": ".join, headers)
         if not self.keep_alive:
-            lines.append(b"connection: close\r\n")
+            lines.append(b"connection: close")
         elif self.http_1_0:
-            lines.append(b"connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        self._connection.send(b"".join(lines))
+            lines.append(b"connection: keep-alive")
+        lines += (b"", body)
+        self._connection.send(b"\r\n".join(lines))
 
     def write(self, data: bytes) -> None:
-        """Raw bytes of the answer's body."""
+        """Send more bytes of the body."""
         if not self.done:
             self._connection.send(data)
 
@@ -97,10 +112,12 @@ class Exchange:
         """The answer is complete."""
         if not self.done:
             self.done = True
+            self.on_disconnect = self.on_pause = None
             self._connection.finished(close=close or not self.keep_alive)
 
     def abort(self) -> None:
         """Break the connection off: the answer cannot be completed."""
         if not self.done:
             self.done = True
+            self.on_disconnect = self.on_pause = None
             self._connection.abort()

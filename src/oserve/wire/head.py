@@ -8,6 +8,7 @@ _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01
 _AUTHORITY = re.compile(
     rb"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?"
 )
+_VERSIONS = frozenset({"1.0", "1.1"})
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -17,10 +18,10 @@ def valid_host(value: bytes) -> bool:
 
 
 def origin_form(target: bytes, method: bytes) -> bytes:
-    """Path and query that a request target names; empty where its form is none that is served.
+    """Path and query that a request target names; empty if its form is not served.
 
-    Of the absolute form the host is left out: one service answers under every name. Escapes of
-    characters that need none are undone, so that two spellings of a path are one; others stay.
+    The host of the absolute form is dropped: one service answers under every name. Escapes of
+    unreserved characters are undone, so that two spellings of a path are one; others stay.
     """
     if target == b"*":
         return target if method == b"OPTIONS" else b""
@@ -45,26 +46,20 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
 def fault_of_head(
     method: bytes, path: bytes, version: str, headers: Mapping[bytes, bytes]
 ) -> tuple[int, str] | None:
-    """Status and words for a head that is not HTTP/1.1 as served here, or is read in two ways.
+    """Status and message for a head that is not HTTP/1.1 as served here, or that is ambiguous.
 
-    ``path`` is what ``origin_form`` made of the target.
+    ``path`` is what ``origin_form`` returned for the target.
     """
-    host, coding = headers.get(b"host"), headers.get(b"transfer-encoding")
-    old = version == "1.0"
-    faults = (
-        (version not in {"1.0", "1.1"}, 505, "this server speaks HTTP/1.1"),
-        (method == b"CONNECT", 501, "this server is no proxy"),
-        (
-            (host is None and not old) or not valid_host(host or b""),
-            400,
-            "a request needs one Host field that names a host",
-        ),
-        (old and coding is not None, 400, "HTTP/1.0 has no transfer codings"),
-        (
-            coding is not None and coding.lower() != b"chunked",
-            501,
-            "the only transfer coding understood is chunked",
-        ),
-        (not path, 400, "the request target is not of a form that is served here"),
-    )
-    return next(((status, words) for wrong, status, words in faults if wrong), None)
+    if version not in _VERSIONS:
+        return 505, "this server speaks HTTP/1.1"
+    if method == b"CONNECT":
+        return 501, "this server is no proxy"
+    host = headers.get(b"host")
+    if (host is None and version != "1.0") or not valid_host(host or b""):
+        return 400, "a request needs one Host field that names a host"
+    coding = headers.get(b"transfer-encoding")
+    if coding is not None and version == "1.0":
+        return 400, "HTTP/1.0 has no transfer codings"
+    if coding is not None and coding.lower() != b"chunked":
+        return 501, "the only transfer coding understood is chunked"
+    return None if path else (400, "the request target is not of a form that is served here")

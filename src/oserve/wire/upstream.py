@@ -1,42 +1,27 @@
 """The client side: pooled connections to one server, responses handed on as the bytes they are."""
 
 import asyncio
-import re
 import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 from oserve.wire.framing import Framing, FramingError
+from oserve.wire.response import ResponseHead, read_head
 
 _MAX_HEAD_BYTES = 64 * 1024
 _CONNECT_TIMEOUT_S = 5.0
-_VERSIONS = {b"HTTP/1.1", b"HTTP/1.0"}
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(rb"[\x00\r\n]")
-_CONTINUE, _SWITCHING, _OK = 100, 101, 200
-_BODILESS = {204, 304}
+_FINAL = 200
 _MAX_IDLE = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseHead:
-    """``length`` is the Content-Length; ``None`` for a chunked or close-delimited body."""
-
-    status: int
-    headers: tuple[tuple[bytes, bytes], ...]
-    length: int | None
-    chunked: bool
-
-
 class Sink(Protocol):
-    """Whoever takes a response. After ``on_end`` or ``on_error`` nothing more comes.
+    """Receives one response. Nothing is called after ``on_end`` or ``on_error``.
 
-    What any of these raises goes to ``crashed``, which itself must not raise.
+    An exception of any of these methods is passed to ``crashed``, which itself must not raise.
 
-    ``cancelled`` is read before a new connection is used; ``attached`` hands the connection over,
-    through which the response can be paused or the request dropped.
+    ``cancelled`` is read before a new connection is used; ``attached`` passes the connection, by
+    which the caller pauses the response or drops the request.
     """
 
     @property
@@ -70,17 +55,17 @@ class UpstreamConnection(asyncio.Protocol):
         self.dropped = False
         self.framing: Framing | None = None
 
-    # -- used by whoever sent the request -------------------------------------------------------
+    # -- used by the sender of the request ------------------------------------------------------
     def abort(self) -> None:
-        """Drop the request: the connection closes, which tells the server."""
+        """Drop the request: the server sees that the connection closes."""
         self._sink = None
-        # The request may be about to be sent once more, on a connection in place of this one.
+        # The pool may be about to send the request again on another connection.
         self.dropped = True
         if self._transport is not None:
             self._transport.abort()
 
     def sever(self) -> None:
-        """Break the connection; whoever waits on it is told."""
+        """Break the connection; its sink gets ``on_error``."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -129,41 +114,46 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _lost(self, sink: Sink) -> None:
         if self._head is None and not self._buffer and self._reused:
-            # The server closed an idle connection as we took it up: the request was not read.
+            # The server closed an idle connection just as it was reused: it read no request.
             self._pool.send_fresh(self._request, sink, instead_of=self)
         elif self._head is not None and self.framing is None:
             sink.on_end()  # the body ended with the connection, as its head announced
         else:
-            sink.on_error("the connection to the replica broke")
+            sink.on_error("the connection broke")
 
     def data_received(self, data: bytes) -> None:
-        sink = self._sink
+        sink, framing = self._sink, self.framing
         if sink is None:
             return
         try:
-            self._received(sink, data)
+            if framing is None:
+                self._received_unframed(sink, data)
+            else:
+                self._received(sink, framing, data)
         except Exception as error:
+            # A fault of the sink ends its own request.
             self._sink = None
             self.close()
             sink.crashed(error)
 
-    def _received(self, sink: Sink, data: bytes) -> None:
+    def _received_unframed(self, sink: Sink, data: bytes) -> None:
+        """Bytes of the head, or of a body that ends with the connection."""
         if self._head is None:
-            self._buffer += data
+            self._buffer = self._buffer + data if self._buffer else data
             data = self._parse_head(sink)
-            if self._head is None or self._sink is None:
+            if self._sink is None:
                 return
         framing = self.framing
-        if framing is None:
-            if data:
-                sink.on_data(data)
-            return
+        if framing is not None:
+            self._received(sink, framing, data)
+        elif data and self._head is not None:
+            sink.on_data(data)
+
+    def _received(self, sink: Sink, framing: Framing, data: bytes) -> None:
         try:
             used = framing.feed(data)
         except FramingError as error:
-            self._sink = None
-            self.close()
-            sink.on_error(str(error))
+            self._broken(sink, str(error))
             return
         if used:
             sink.on_data(data if used == len(data) else data[:used])
@@ -173,7 +163,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, sink: Sink, *, clean: bool) -> None:
         self._sink = None
         if self._keep_alive and clean and self._transport is not None:
-            # A slow client may have had us paused; whoever comes next must not be.
+            # The response may have been paused for a slow client; the next one is not.
             self._transport.resume_reading()
             self._pool.give_back(self)
         else:
@@ -182,33 +172,27 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _parse_head(self, sink: Sink) -> bytes:
         """Take the head off the buffer; returns the bytes after it."""
-        end = self._buffer.find(b"\r\n\r\n")
+        buffer = self._buffer
+        end = buffer.find(b"\r\n\r\n")
         if end < 0:
-            if len(self._buffer) > _MAX_HEAD_BYTES:
-                self._broken(sink, "the replica's response head is too long")
+            if len(buffer) > _MAX_HEAD_BYTES:
+                self._broken(sink, "the response head is too long")
             return b""
-        rest = self._buffer[end + 4 :]
+        rest = buffer[end + 4 :]
         try:
-            version, code, headers = _head(self._buffer[:end])
+            head = read_head(buffer[:end])
         except ValueError as error:
-            self._broken(sink, f"the replica's response head is malformed: {error}")
+            self._broken(sink, f"the response head is malformed: {error}")
             return b""
-        if 100 <= code < _OK:
+        if head.status < _FINAL:
             self._buffer = rest
             return self._parse_head(sink) if rest else b""
         self._buffer = b""
-        fields = dict(headers)
-        chunked = b"chunked" in fields.get(b"transfer-encoding", b"").lower()
-        close = b"close" in fields.get(b"connection", b"").lower() or version == b"HTTP/1.0"
-        length = fields.get(b"content-length")
-        body_length = None if length is None or chunked else int(length)
-        if code in _BODILESS:
-            chunked, body_length = False, 0
-        self._keep_alive = not close
-        self._head = ResponseHead(status=code, headers=headers, length=body_length, chunked=chunked)
-        if chunked or body_length is not None:
-            self.framing = Framing(body_length)
-        sink.on_head(self._head)
+        self._keep_alive = head.keep_alive
+        self._head = head
+        if head.chunked or head.length is not None:
+            self.framing = Framing(head.length)
+        sink.on_head(head)
         if self.framing is not None and self.framing.complete and self._sink is sink:
             self._complete(sink, clean=not rest)
         return rest
@@ -219,40 +203,13 @@ class UpstreamConnection(asyncio.Protocol):
         sink.on_error(reason)
 
 
-def _head(text: bytes) -> tuple[bytes, int, tuple[tuple[bytes, bytes], ...]]:
-    """Version, status and fields of a response (RFC 9112, 4); ValueError says what is wrong.
-
-    Servers may leave the reason phrase out, some with the space before it.
-    """
-    first, *lines = text.split(b"\r\n")
-    version, _, status = first.partition(b" ")
-    code = status[:3]
-    if version not in _VERSIONS or not code.isdigit() or status[3:4] not in {b"", b" "}:
-        raise ValueError("status line")
-    headers = tuple(map(_field, lines))
-    lengths = {value for name, value in headers if name == b"content-length"}
-    if len(lengths) > 1 or not all(value.isdigit() and len(value) < 16 for value in lengths):
-        raise ValueError("content-length")
-    if int(code) < _CONTINUE or int(code) == _SWITCHING:
-        raise ValueError("status")
-    return version, int(code), headers
-
-
-def _field(line: bytes) -> tuple[bytes, bytes]:
-    name, colon, value = line.partition(b":")
-    # A line end or NUL within would become another field where it is passed on.
-    if not colon or not _NAME.fullmatch(name) or _CONTROL.search(value):
-        raise ValueError("header")
-    return name.lower(), value.strip(b" \t")
-
-
 def client_context(ca_file: str = "") -> ssl.SSLContext:
     """For servers whose certificate the system's authorities vouch for, or those in ``ca_file``."""
     return ssl.create_default_context(cafile=ca_file or None)
 
 
 def _unwanted(sink: Sink, replaced: UpstreamConnection | None) -> bool:
-    """Whether nobody waits for a connection that has just been made."""
+    """Whether a connection that has just been made is not wanted any more."""
     return sink.cancelled or (replaced is not None and replaced.dropped)
 
 
@@ -295,7 +252,7 @@ class UpstreamPool:
     def send_fresh(
         self, request: bytes, sink: Sink, *, instead_of: UpstreamConnection | None = None
     ) -> None:
-        """Send on a connection made for this request, unless that which it replaces is dropped."""
+        """Send on a new connection, unless the connection that it replaces has been dropped."""
         work = self._connect(request, sink, instead_of)
         task = asyncio.get_running_loop().create_task(work)
         self._connecting.add(task)
@@ -316,7 +273,7 @@ class UpstreamPool:
                     )
         except (OSError, TimeoutError) as error:
             if not _unwanted(sink, instead_of):
-                reason = f"cannot connect to the replica: {error or 'timed out'}"
+                reason = f"cannot connect: {error or 'timed out'}"
                 _tell(sink, lambda: sink.on_error(reason))
             return
         if _unwanted(sink, instead_of):

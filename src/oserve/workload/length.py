@@ -49,24 +49,28 @@ _FEW = 3
 class _Median:
     """The median of the last reports, robust to outliers in up to half of them."""
 
+    __slots__ = ("_most", "_recent", "_sorted", "_usual", "value")
+
     def __init__(self, usual: float, most: float) -> None:
         self._usual = usual
         self._most = most
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._sorted: list[float] = []
+        self.value = usual
 
     def learn(self, value: float) -> None:
         value = min(self._most, max(0.0, value))
-        if len(self._recent) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._recent[0])]
-        self._recent.append(value)
-        insort(self._sorted, value)
-
-    @property
-    def value(self) -> float:
-        if len(self._sorted) < _FEW:
-            return median((*self._sorted, self._usual))
-        return self._sorted[len(self._sorted) // 2]
+        recent, ordered = self._recent, self._sorted
+        if len(recent) == _REMEMBERED:
+            oldest = recent[0]
+            if oldest == value:
+                recent.append(oldest)
+                return
+            del ordered[bisect_left(ordered, oldest)]
+        recent.append(value)
+        insort(ordered, value)
+        few = len(ordered) < _FEW
+        self.value = median((*ordered, self._usual)) if few else ordered[len(ordered) // 2]
 
 
 class _Ratio:
@@ -85,9 +89,12 @@ class _Ratio:
 
     def at(self, size_bytes: int) -> float:
         """The ratio learned from texts of about this size, or of the nearest size."""
+        step = size_bytes.bit_length() // 3
+        found = self._by_size.get(step)
+        if found is not None:
+            return found.value
         if not self._by_size:
             return self._usual
-        step = size_bytes.bit_length() // 3
         return self._by_size[min(self._by_size, key=lambda known: abs(known - step))].value
 
 
@@ -118,6 +125,9 @@ class PromptLengthEstimator:
         return max(1, round(expected))
 
     def _text_tokens(self, size: PromptSize, *, less: str = "") -> float:
+        if len(size.text_bytes) == 1:
+            [(name, count)] = size.text_bytes.items()
+            return 0.0 if name == less else count * self.tokens_per_byte(name, count)
         return math.fsum(
             count * self.tokens_per_byte(name, count)
             for name, count in size.text_bytes.items()
@@ -136,5 +146,7 @@ class PromptLengthEstimator:
         if most <= 0:
             return
         left = prompt_tokens - size.tokens - self._text_tokens(size, less=name)
-        ratio = self._ratios.setdefault(name, _Ratio(_USUAL_OF.get(name, _USUAL)))
+        ratio = self._ratios.get(name)
+        if ratio is None:
+            ratio = self._ratios[name] = _Ratio(_USUAL_OF.get(name, _USUAL))
         ratio.learn(most, left / most)

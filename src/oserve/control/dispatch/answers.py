@@ -44,7 +44,7 @@ class Answers:
         if found is not None and not isinstance(found[1], Streaming):
             state, phase = found
             if event.well:
-                self._life.fleet.served(phase.booking.replica)
+                self._life.served(phase.booking.replica)
             self._life.forward(state, phase)
 
     def shown(self, event: on.Shown) -> None:
@@ -77,13 +77,12 @@ class Answers:
         state, phase = found
         replica = phase.booking.replica
         if not worth_elsewhere(event.status, attached=replica.attached):
-            self._life.fleet.served(replica)
+            self._life.served(replica)
             self._life.forward(state, phase)
             return
         if not event.aborted and state.request is not None:
-            self._life.fleet.failed(
+            self._life.failed(
                 replica,
-                self._life.now_s,
                 event.reason,
                 at_once=refuses(event.status),
                 retry_after_s=event.retry_after_s,
@@ -108,9 +107,7 @@ class Answers:
             # It was answered, and would be again; only the words are lost.
             self._life.refuse(state, Refusal.REFUSED_UNHEARD, status=event.status)
             return
-        self._life.fleet.failed(
-            replica, self._life.now_s, event.reason, at_once=not event.connected
-        )
+        self._life.failed(replica, event.reason, at_once=not event.connected)
         if not self._life.retry(state, phase, event.reason, died=True):
             self._life.refuse(state, Refusal.REPLICA_FAILED, reason=event.reason)
 
@@ -134,7 +131,7 @@ class Answers:
         replica, rest = booking.replica, event.rest
         again = event.cause is Cause.DIVERGED
         if event.cause is Cause.LOST:
-            self._life.fleet.failed(replica, self._life.now_s, event.reason)
+            self._life.failed(replica, event.reason)
         if (
             rest is not None
             and state.original is not None
@@ -146,6 +143,7 @@ class Answers:
             )
             self._life.release(state, phase, tried=not again)
             state.moves += 1
+            state.made_tokens = rest.made_tokens
             state.request = replace(
                 state.original,
                 prompt_tokens=rest.context_tokens,
@@ -163,7 +161,7 @@ class Answers:
         match self._life.at_replica(event.number):
             case state, phase:
                 done = event.status is FinishStatus.COMPLETED
-                if done and not isinstance(phase, Streaming):
-                    self._life.fleet.served(phase.booking.replica)
+                if done:
+                    self._life.served(phase.booking.replica)
                 self._life.release(state, phase, tried=False, done=done)
                 self._life.end(state, event.status)

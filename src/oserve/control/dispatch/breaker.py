@@ -8,6 +8,7 @@ through as a trial; its outcome closes the breaker or opens it again.
 ``Retry-After`` (RFC 9110, 10.2.3) is honoured where it asks for longer, up to a bound.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,9 +94,15 @@ class Breakers:
             item.trial_until_s = 0.0
             item.reason = reason
 
-    def served(self, replica: str) -> None:
-        """It answered a request."""
-        self._breakers.pop(replica, None)
+    def next_s(self, now_s: float) -> float:
+        """When one that is set aside may be given a request again; infinite if none is."""
+        ends = (max(item.until_s, item.trial_until_s) for item in self._breakers.values())
+        return min((end_s for end_s in ends if end_s > now_s), default=math.inf)
+
+    def served(self, replica: str) -> bool:
+        """It answered a request; whether its breaker was open."""
+        item = self._breakers.pop(replica, None)
+        return item is not None and item.opened > 0
 
     def let_go(self, replica: str) -> None:
         """A request left it without an outcome; if that was the trial, another may be."""

@@ -30,11 +30,14 @@ class Departures:
         numbers = tuple(
             number for number, (_, booking) in self._at(start).items() if booking.entry is not None
         )
-        if numbers:
-            self._life.fleet.vacating.look_later(start, self._life.now_s)
-            self._life.emit(do.Survey(*start, numbers))
-        else:
-            self._life.fleet.vacating.look_no_more(start)
+        vacating = self._life.fleet.vacating
+        if not numbers:
+            vacating.look_no_more(start)
+            return
+        vacating.looked(start, self._life.now_s)
+        rest = tuple(number for number in numbers if number not in vacating.asked(start))
+        if rest:
+            self._life.emit(do.Survey(*start, rest))
 
     def _at(self, start: ReplicaStart) -> dict[int, tuple[RequestState, Booking]]:
         return {
@@ -46,10 +49,12 @@ class Departures:
     def surveyed(self, event: on.Surveyed) -> None:
         """Have those leave that should, a few at a time, so that other streams are not held up."""
         start = (event.replica, event.started_s)
-        left_s = self._life.fleet.vacating.left_s(start, self._life.now_s)
+        vacating = self._life.fleet.vacating
+        left_s = vacating.left_s(start, self._life.now_s)
+        present = self._at(start)
         running = [
             (state, self._candidate(state, booking, event.progress[number]))
-            for number, (state, booking) in self._at(start).items()
+            for number, (state, booking) in present.items()
             if number in event.progress
         ]
         if not running:
@@ -57,15 +62,19 @@ class Departures:
         exits = self._drain(
             [candidate for _, candidate in running], list(self._life.fleet.serving.values()), left_s
         )
-        leaving = 0
+        under_way = len(vacating.asked(start) & present.keys())
+        leaving: list[int] = []
         for (state, _), leaves in zip(running, exits, strict=True):
-            if leaves is Exit.STAY or (left_s > 0.0 and not self._has_room(state, start[0])):
+            others = under_way + len(leaving)
+            if leaves is Exit.STAY or (left_s > 0.0 and not self._has_room(state, start, others)):
                 continue
-            if leaving == _LEAVE_AT_ONCE:
-                self._life.fleet.vacating.look_at_once(start, self._life.now_s)
+            if len(leaving) == _LEAVE_AT_ONCE:
+                vacating.go_on(start, self._life.now_s)
                 break
-            leaving += self._depart(state, with_cache=leaves is Exit.WITH_CACHE)
-        self._life.due_s = min(self._life.due_s, self._life.fleet.vacating.next_s)
+            if self._depart(state, with_cache=leaves is Exit.WITH_CACHE):
+                leaving.append(state.number)
+        vacating.ask(start, leaving)
+        self._life.due_s = min(self._life.due_s, vacating.next_s)
 
     def _candidate(
         self, state: RequestState, booking: Booking, progress: on.Progress
@@ -83,9 +92,11 @@ class Departures:
             tpot_s=progress.tpot_s or booking.replica.decode_s_per_token,
         )
 
-    def _has_room(self, state: RequestState, present: str) -> bool:
+    def _has_room(self, state: RequestState, present: ReplicaStart, leaving: int) -> bool:
         request = state.request
-        return request is not None and self._life.fleet.has_room(state, request, present)
+        return request is not None and self._life.fleet.has_room(
+            state, request, present[0], leaving=leaving
+        )
 
     def _depart(self, state: RequestState, *, with_cache: bool) -> bool:
         """Have a request leave its replica; whether it was asked to."""

@@ -131,14 +131,29 @@ class Fleet:
         """Whether some replica could take a request once it has room."""
         return bool(self.serving.keys() - self.closed(state, now_s))
 
-    def has_room(self, state: RequestState, request: Request, present: str) -> bool:
-        """Whether a replica other than the present one would take a running request at once."""
-        route = self._router.pick(
-            request,
-            self.ledger.loads(self.serving),
-            exclude=self.excluded(state, present=present),
+    @property
+    def any_room(self) -> bool:
+        """Whether some replica would take a request."""
+        loads = self.ledger.loads(self.serving).values()
+        return any(load.inflight < load.max_inflight for load in loads)
+
+    def has_room(
+        self, state: RequestState, request: Request, present: str, *, leaving: int
+    ) -> bool:
+        """Whether a replica other than the present one would take a running request at once.
+
+        ``leaving``: others that are on their way to such replicas.
+        """
+        loads = self.ledger.loads(self.serving)
+        excluded = self.excluded(state, present=present)
+        free = sum(
+            load.max_inflight - load.inflight
+            for name, load in loads.items()
+            if name not in excluded and load.inflight < load.max_inflight
         )
-        return not isinstance(route, NoRoute)
+        if free <= leaving:
+            return False
+        return not isinstance(self._router.pick(request, loads, exclude=excluded), NoRoute)
 
     def may_retry(self, state: RequestState, present: str, *, died: bool) -> bool:
         """Whether another replica may try a request.
@@ -180,10 +195,9 @@ class Fleet:
                 replica.id, now_s, reason, at_once=at_once, retry_after_s=retry_after_s
             )
 
-    def served(self, replica: TableReplica) -> None:
-        """A replica answered a request."""
-        if self._still_serves(replica):
-            self.breakers.served(replica.id)
+    def served(self, replica: TableReplica) -> bool:
+        """A replica answered a request; whether that closes its breaker."""
+        return self._still_serves(replica) and self.breakers.served(replica.id)
 
     def _still_serves(self, replica: TableReplica) -> bool:
         now = self.serving.get(replica.id)

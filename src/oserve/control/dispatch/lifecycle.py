@@ -3,6 +3,8 @@
 The steps that handlers of events are made of. Each keeps phase, queue and bookings in agreement.
 """
 
+import math
+
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch.commands import Command, Refusal
 from oserve.control.dispatch.fleet import Fleet
@@ -19,6 +21,7 @@ from oserve.control.dispatch.state import (
     Sent,
     Streaming,
 )
+from oserve.control.dispatch.table import TableReplica
 from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
 from oserve.core import FinishStatus
@@ -78,6 +81,7 @@ class Lifecycle:
             if refused is not None:
                 self.waiting.push(state)
                 self._wait(state, no_replica=refused is NoRoute.NO_REPLICA)
+                self._wake()
             return
         if entered:
             self._entered = []
@@ -88,14 +92,21 @@ class Lifecycle:
             return
         self._freed = False
         self._pump()
-        for state in entered:
+        # If the queue is full, those are refused that came last.
+        for state in sorted(entered, key=lambda item: -item.number):
             if state in self.waiting:
                 self._wait(state, no_replica=not self.fleet.may_serve(state, self.now_s))
+        self._wake()
 
     def may_settle(self) -> None:
         """A replica may have room for a waiting request."""
         if self.waiting:
             self._freed = True
+
+    def _wake(self) -> None:
+        """Have a ``Tick`` come when a back-off is over that a request waits for."""
+        if self.waiting:
+            self.due_s = min(self.due_s, self.fleet.breakers.next_s(self.now_s))
 
     def _wait(self, state: RequestState, *, no_replica: bool) -> None:
         """A request stays in the queue, if it may. ``no_replica``: there is none, full or not."""
@@ -106,7 +117,7 @@ class Lifecycle:
         else:
             give_up_s = self.now_s + self.policy.no_replica_wait_s
             state.give_up_s = give_up_s if no_replica else None
-            self.waiting.watch(state, self.now_s)
+            self.waiting.watch(state)
             self.due_s = min(self.due_s, self.waiting.next_s)
             self.emit(do.Hold(state.number))
 
@@ -146,24 +157,47 @@ class Lifecycle:
         state.replica = booking.replica.id
         state.phase = Streaming(booking, False) if send.resumes else Sent(booking)
         if state.request is not None:
-            state.booked_tokens = state.request.output_tokens
+            state.booked_tokens = state.made_tokens + state.request.output_tokens
         self.waiting.discard(state)
         self.emit(send)
 
     def _pump(self) -> None:
-        """Send waiting requests, best rank first, until there is no room for one."""
-        fleet = self.fleet
+        """Send waiting requests, best rank first, while there is room for one of them.
+
+        A request passes those that wait for other replicas: they would not have had its slot.
+        """
+        passed: list[RequestState] = []
+        # The shortest prompt that may go to any replica, and for which none has room.
+        blocked_tokens = math.inf
         while (state := self.waiting.head()) is not None:
-            if self.waiting.demotes and state.request is not None:
-                prefill_s = state.request.prompt_tokens * fleet.least_prefill_s_per_token
-                late = self.waiting.demote_if_late(
-                    state, self.now_s, prefill_s, fleet.ledger.first_token_s
-                )
-                if late:
-                    self.emit(do.Demote(state.number))
+            tokens = state.request.prompt_tokens if state.request is not None else 0
+            if self._demoted(state, tokens):
+                continue
+            anywhere = not (state.tried or state.moves)
+            if not anywhere or tokens < blocked_tokens:
+                if self._try_send(state) is None:
                     continue
-            if self._try_send(state) is not None:
-                return
+                if not self.fleet.any_room:
+                    break
+                if anywhere:
+                    blocked_tokens = tokens
+            self.waiting.skip()
+            passed.append(state)
+        for state in passed:
+            if state in self.waiting:
+                self.waiting.push(state)
+
+    def _demoted(self, state: RequestState, prompt_tokens: int) -> bool:
+        """Put a request last that is late; whether it has just become so."""
+        if not self.waiting.demotes:
+            return False
+        fleet = self.fleet
+        prefill_s = prompt_tokens * fleet.least_prefill_s_per_token
+        first_token_s = fleet.ledger.first_token_s
+        late = self.waiting.demote_if_late(state, self.now_s, prefill_s, first_token_s)
+        if late:
+            self.emit(do.Demote(state.number))
+        return late
 
     def retry_after_s(self) -> int:
         """When a refused client may try again."""
@@ -192,6 +226,23 @@ class Lifecycle:
             booking.entry.first_byte(self.now_s)
             if self.waiting.demotes:
                 self.may_settle()
+
+    def served(self, replica: TableReplica) -> None:
+        """A replica answered a request; it may get others again."""
+        if self.fleet.served(replica):
+            self.may_settle()
+
+    def failed(
+        self,
+        replica: TableReplica,
+        reason: str,
+        *,
+        at_once: bool = False,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        """A replica did not answer a request well. If none does, all get requests all the same."""
+        self.fleet.failed(replica, self.now_s, reason, at_once=at_once, retry_after_s=retry_after_s)
+        self.may_settle()
 
     def retry(self, state: RequestState, phase: Placed, reason: str, *, died: bool) -> bool:
         """Give a request, of whose answer nothing was shown, to another replica if one may try."""

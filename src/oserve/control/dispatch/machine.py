@@ -161,6 +161,7 @@ class RequestMachine:
             self._life.waiting.next_s,
             self._life.fleet.vacating.next_s,
         )
+        self._life.may_settle()
 
     def _waited(self, state: RequestState) -> None:
         """A request may have waited long enough."""
@@ -177,6 +178,7 @@ class RequestMachine:
 
     def _load_elsewhere(self, event: on.LoadElsewhere) -> None:
         self._life.fleet.ledger.set_elsewhere(event.loads)
+        self._life.may_settle()
 
     def _vacate(self, event: on.Vacate) -> None:
         self._life.fleet.vacate(event.replica, event.within_s, event.started_s, self._life.now_s)
@@ -187,7 +189,7 @@ class RequestMachine:
             for state in self._life.waiting:
                 if state.give_up_s is None:
                     state.give_up_s = self._life.now_s + self._life.policy.no_replica_wait_s
-                    self._life.waiting.watch(state, self._life.now_s)
+                    self._life.waiting.watch(state)
         self._life.due_s = min(
             self._life.due_s, self._life.waiting.next_s, self._life.fleet.vacating.next_s
         )

@@ -90,8 +90,6 @@ def too_late(
     return now_s + needed_s > arrival_s + policy.ttft_s
 
 
-def shed_in_s(policy: OverloadPolicy, *, arrival_s: float, now_s: float) -> float | None:
-    """Seconds from now after which a request that still waits is refused; ``None``: never."""
-    if policy.shed_after_s is None:
-        return None
-    return max(0.0, arrival_s + policy.shed_after_s - now_s)
+def shed_at_s(policy: OverloadPolicy, *, arrival_s: float) -> float | None:
+    """When a request that still waits is refused; ``None``: never."""
+    return None if policy.shed_after_s is None else arrival_s + policy.shed_after_s

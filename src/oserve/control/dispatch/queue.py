@@ -45,6 +45,10 @@ class RankQueue:
         """Let a request go, if it waits."""
         self._waiting.pop(state.number, None)
 
+    def skip(self) -> None:
+        """Drop the entry of the head, which waits on and is to be pushed again."""
+        heapq.heappop(self._heap)
+
     def head(self) -> RequestState | None:
         """The request to be served next."""
         while self._heap:

@@ -82,6 +82,7 @@ class RequestState:
         "demoted",
         "forecast",
         "give_up_s",
+        "made_tokens",
         "moves",
         "number",
         "original",
@@ -121,7 +122,8 @@ class RequestState:
         self.tried: set[ReplicaStart] = set()
         self.attempts = 0
         self.moves = 0
-        # Output tokens booked at its replica.
+        # Output tokens when it last left a replica, and those that it is booked to reach.
+        self.made_tokens = 0
         self.booked_tokens = 0
         self.demoted = False
         # When it is refused if no replica has become ready by then.

@@ -4,7 +4,8 @@ Requests that are nearly done stay. The others leave as soon as another replica 
 and in any case when the time is up.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
 
 from oserve.control.dispatch.state import ReplicaStart
 from oserve.control.dispatch.table import RoutingTable, TableReplica
@@ -16,8 +17,12 @@ NEVER_S = float("inf")
 
 @dataclass(slots=True)
 class _Vacancy:
+    """``asked``: requests that were told to leave, at this look or, if it ``goes_on``, before."""
+
     deadline_s: float
     look_s: float
+    asked: set[int] = field(default_factory=set)
+    goes_on: bool = False
 
 
 class Vacating:
@@ -62,14 +67,33 @@ class Vacating:
         vacancy = self._vacancies.get(start)
         return max(0.0, vacancy.deadline_s - now_s) if vacancy is not None else 0.0
 
-    def look_later(self, start: ReplicaStart, now_s: float) -> None:
+    def asked(self, start: ReplicaStart) -> Set[int]:
+        """Requests that have been told to leave, of those that are looked at now."""
+        vacancy = self._vacancies.get(start)
+        return vacancy.asked if vacancy is not None else frozenset()
+
+    def ask(self, start: ReplicaStart, numbers: Iterable[int]) -> None:
+        """These have been told to leave, and are not told again before the next look."""
+        vacancy = self._vacancies.get(start)
+        if vacancy is not None:
+            vacancy.asked.update(numbers)
+
+    def looked(self, start: ReplicaStart, now_s: float) -> None:
         """Look again at an interval, or when the time is up."""
         left_s = self.left_s(start, now_s)
         self._look_at(start, now_s + (min(_LOOK_S, left_s) if left_s > 0.0 else _LOOK_S))
+        vacancy = self._vacancies.get(start)
+        if vacancy is not None:
+            if not vacancy.goes_on:
+                vacancy.asked.clear()
+            vacancy.goes_on = False
 
-    def look_at_once(self, start: ReplicaStart, now_s: float) -> None:
-        """Look again as soon as other work has had its turn."""
+    def go_on(self, start: ReplicaStart, now_s: float) -> None:
+        """Look at those who were not told to leave, as soon as other work has had its turn."""
         self._look_at(start, now_s)
+        vacancy = self._vacancies.get(start)
+        if vacancy is not None:
+            vacancy.goes_on = True
 
     def look_no_more(self, start: ReplicaStart) -> None:
         """No request is left there."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from oserve.control.dispatch.overload import (
     DEMOTED_S,
     OverloadPolicy,
-    shed_in_s,
+    shed_at_s,
     too_late,
 )
 from oserve.control.dispatch.queue import RankQueue
@@ -57,15 +57,19 @@ class WaitingRoom:
         """The request to be served next."""
         return self._queue.head()
 
+    def skip(self) -> None:
+        """Have the one after it be the head; it waits on, and is to be pushed again."""
+        self._queue.skip()
+
     # -- time -----------------------------------------------------------------------------------
-    def watch(self, state: RequestState, now_s: float) -> None:
+    def watch(self, state: RequestState) -> None:
         """Have ``due`` tell of a request when it may have waited long enough."""
         if state.give_up_s is not None:
             self._remind(state, state.give_up_s)
         if isinstance(state.phase, Queued):
-            shed_s = shed_in_s(self._overload, arrival_s=state.arrival_s, now_s=now_s)
+            shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
             if shed_s is not None:
-                self._remind(state, now_s + shed_s)
+                self._remind(state, shed_s)
 
     def _remind(self, state: RequestState, at_s: float) -> None:
         if len(self._timers) > 4 * len(self._queue) + _MOST_STALE:
@@ -90,8 +94,8 @@ class WaitingRoom:
         """Whether a waiting request has waited too long."""
         if not isinstance(state.phase, Queued):
             return False
-        left_s = shed_in_s(self._overload, arrival_s=state.arrival_s, now_s=now_s)
-        return left_s is not None and left_s <= 0.0
+        shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
+        return shed_s is not None and shed_s <= now_s
 
     @property
     def demotes(self) -> bool:

@@ -1,21 +1,20 @@
-"""Model folders: seen complete or not at all."""
+"""Model folders, which appear complete or not at all."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
 def once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a temporary folder and rename it, so that a half-written model is never seen.
+    """Fill a temporary folder and rename it, so that no process finds a half-written model.
 
-    A folder that has a ``config.json`` is left as it is: that file is to be written last. Raises
-    ``OSError`` where the folder cannot be written.
+    A folder with a ``config.json`` is left as it is: ``write`` must write that file last. Raises
+    ``OSError`` if the folder cannot be written.
     """
     if (path / CONFIG).exists():
         return path
@@ -35,13 +34,13 @@ def once(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """One field a line, as people write such files."""
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON with one field per line."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """All files of a model folder but weights and configuration."""
+    """Copy all files of a model folder but its weights and configuration."""
     for extra in source.iterdir():
         if extra.is_file() and extra.name not in {WEIGHTS, CONFIG}:
             shutil.copy(extra, target / extra.name)

@@ -1,9 +1,9 @@
-"""Llama models out of GGUF files, as llama.cpp writes them: tensors, configuration, tokenizer.
+"""Reads Llama models from GGUF files of llama.cpp: tensors, configuration, tokenizer.
 
-GGUF keeps its own names, lists what a configuration says as metadata, quantises in blocks of 32
-values, and stores the rows of query and key projections for rotary embeddings of neighbouring
-pairs, where Hugging Face's rotate halves: both orders are the same rows. What a file holds that is
-not known here is refused, since a model that lacks a part answers all the same.
+GGUF has its own tensor names, holds the configuration as metadata and quantises in blocks of 32
+values. Its query and key projections order rows for rotary embeddings of neighbouring pairs,
+Hugging Face's for embeddings that rotate halves. A file with an unknown tensor is refused: a model
+that lacks a part would still answer.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, write_json
-from oserve.engines.checkpoints.tensors import Array, Tensor, write_tensors
+from oserve.engines.checkpoints.tensors import Array, CheckpointTensor, write_tensors
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -37,7 +37,7 @@ _REMEDY = "give a Llama model whose tokenizer is a byte-level BPE (gpt2), writte
 
 
 class GgufModel:
-    """A model in a GGUF file. Raises ``OServeError`` for what is no such file.
+    """A model in a GGUF file. Raises ``OServeError`` for a file that is none.
 
     Needs gguf, and tokenizers for ``write``.
     """
@@ -68,7 +68,7 @@ class GgufModel:
         write_json(folder / CONFIG, self.config())
 
     def config(self) -> dict[str, Any]:
-        """As ``LlamaConfig`` takes it."""
+        """The fields of ``LlamaConfig``."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -80,7 +80,7 @@ class GgufModel:
             "head_dim": self._hidden // self._heads,
             "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
             "max_position_embeddings": self._count("context_length"),
-            # Kept in GGUF as 32-bit floats, whose own digits nobody wrote down.
+            # GGUF stores 32-bit floats; the shortest decimal is the one that was meant.
             "rms_norm_eps": _plain(self._field("llama.attention.layer_norm_rms_epsilon")),
             "rope_theta": _plain(self._fields.get("llama.rope.freq_base", 10_000.0)),
             "hidden_act": "silu",
@@ -91,8 +91,8 @@ class GgufModel:
             **self._special_ids(),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By their Hugging Face names; values are unpacked when they are asked for."""
+    def tensors(self) -> dict[str, CheckpointTensor]:
+        """Tensors by their Hugging Face names; ``make`` dequantises the values."""
         layers = self._count("block_count")
         wanted = dict(_OUTSIDE)
         if "output.weight" not in self._tensors:
@@ -102,10 +102,12 @@ class GgufModel:
                 wanted[f"blk.{layer}.{own}.weight"] = f"model.layers.{layer}.{name}.weight"
         odd = sorted(set(self._tensors) - set(wanted))
         if odd:
-            raise self._refused(f"the tensor {odd[0]!r} is of no Llama model that is known here")
+            raise self._refused(
+                f"the tensor {odd[0]!r} is in no Llama model that this version knows"
+            )
         return {name: self._unpacked(own) for own, name in wanted.items()}
 
-    def _unpacked(self, name: str) -> Tensor:
+    def _unpacked(self, name: str) -> CheckpointTensor:
         item = self._tensor(name)
         # GGUF names the fastest dimension first.
         shape = tuple(int(size) for size in reversed(item.shape))
@@ -118,7 +120,7 @@ class GgufModel:
             found = values if heads is None else unpaired(values, heads)
             return found.astype(np.float32, copy=False)
 
-        return Tensor(kind="BF16", shape=shape, make=make)
+        return CheckpointTensor(kind="BF16", shape=shape, make=make)
 
     def _write_tokenizer(self, folder: Path) -> None:
         from tokenizers import AddedToken, Tokenizer, decoders, models  # noqa: PLC0415
@@ -132,8 +134,8 @@ class GgufModel:
         vocabulary = {token: number for number, token in enumerate(tokens)}
         try:
             tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-        except Exception as error:
-            raise self._refused(f"its tokenizer makes no sense: {error}") from None
+        except Exception as error:  # tokenizers raises this very class for a bad vocabulary
+            raise self._refused(f"its tokenizer is not valid: {error}") from None
         tokenizer.pre_tokenizer = self._pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(
@@ -158,7 +160,7 @@ class GgufModel:
         write_json(folder / "generation_config.json", ids)
 
     def _pre_tokenizer(self) -> Any:
-        """How text is split before merges apply, by the name that llama.cpp gives it."""
+        """How text is split before merges apply, by llama.cpp's name for it."""
         from tokenizers import pre_tokenizers  # noqa: PLC0415
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -169,7 +171,7 @@ class GgufModel:
         }
         kind = self._fields.get("tokenizer.ggml.pre", "gpt-2")
         if kind not in known:
-            raise self._refused(f"its tokenizer splits text in a way not known here ({kind!r})")
+            raise self._refused(f"its tokenizer splits text in an unknown way ({kind!r})")
         return known[kind]
 
     def _special_ids(self) -> dict[str, int]:
@@ -197,19 +199,19 @@ class GgufModel:
 
 
 def paired(weight: Array, heads: int) -> Array:
-    """Rows of a query or key projection as GGUF has them: the halves of each head interleaved."""
+    """Rows of a query or key projection in GGUF's order: the halves of each head interleaved."""
     outputs, inputs = weight.shape
     halves = weight.reshape(heads, 2, outputs // heads // 2, inputs)
     return halves.swapaxes(1, 2).reshape(outputs, inputs)
 
 
 def unpaired(weight: Array, heads: int) -> Array:
-    """The reverse of ``paired``: rows as Hugging Face has them."""
+    """The reverse of ``paired``: rows in Hugging Face's order."""
     outputs, inputs = weight.shape
     pairs = weight.reshape(heads, outputs // heads // 2, 2, inputs)
     return pairs.swapaxes(1, 2).reshape(outputs, inputs)
 
 
 def _plain(value: float) -> float:
-    """The shortest decimal that is the same 32-bit float."""
+    """The shortest decimal of the same 32-bit float."""
     return float(str(np.float32(value)))

@@ -7,7 +7,6 @@ run time. Embeddings and the LM head keep their precision.
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, copy_others, once
 from oserve.engines.checkpoints.tensors import (
     AnyArray,
     Array,
-    Tensor,
+    CheckpointTensor,
     read_tensors,
     write_tensors,
 )
@@ -31,13 +30,15 @@ def make_int8_variant(path: Path, out: Path) -> Path:
     """
 
     def write(folder: Path) -> None:
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, CheckpointTensor] = {}
         for name, item in read_tensors(path / WEIGHTS).items():
             if not name.endswith(_LINEAR):
                 tensors[name] = item
                 continue
-            tensors[name] = Tensor(kind="I8", shape=item.shape, make=partial(_rounded, item))
-            tensors[name.removesuffix("weight") + "weight_scale"] = Tensor(
+            tensors[name] = CheckpointTensor(
+                kind="I8", shape=item.shape, make=partial(_rounded, item)
+            )
+            tensors[name.removesuffix("weight") + "weight_scale"] = CheckpointTensor(
                 kind="F32", shape=(item.shape[0], 1), make=partial(_scales, item)
             )
         write_tensors(folder / WEIGHTS, tensors)
@@ -50,22 +51,22 @@ def make_int8_variant(path: Path, out: Path) -> Path:
 
 
 def scales(weight: Array) -> Array:
-    """Of each output channel of a weight (outputs x inputs): the largest value becomes 127."""
+    """The scale of each output channel of a weight (outputs x inputs): its largest value is 127."""
     scale: Array = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1  # all-zero rows must not divide by zero
     return scale
 
 
-def _scales(item: Tensor) -> Array:
+def _scales(item: CheckpointTensor) -> Array:
     return scales(item.make())
 
 
-def _rounded(item: Tensor) -> AnyArray:
+def _rounded(item: CheckpointTensor) -> AnyArray:
     weight = item.make()
     return np.clip(np.rint(weight / scales(weight)), -127, 127).astype(np.int8)
 
 
-def _quantization_config() -> dict[str, Any]:
+def _quantization_config() -> dict[str, object]:
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

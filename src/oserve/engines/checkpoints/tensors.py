@@ -23,8 +23,8 @@ _MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    """One tensor of a file: ``make`` gives its values when they are wanted, fp32 or int8.
+class CheckpointTensor:
+    """One tensor of a file; ``make`` reads or computes its values, fp32 or int8.
 
     ``kind`` is its type in the file: ``BF16``, ``F32`` or ``I8``.
     """
@@ -35,24 +35,24 @@ class Tensor:
 
     @property
     def byte_count(self) -> int:
-        """In the file."""
+        """Its size in the file."""
         count = _SIZES[self.kind]
         for size in self.shape:
             count *= size
         return count
 
 
-def tensor(values: AnyArray, *, kind: str = "") -> Tensor:
-    """Of values at hand; without a ``kind`` floats are stored as bf16."""
+def tensor(values: AnyArray, *, kind: str = "") -> CheckpointTensor:
+    """A tensor of these values; without a ``kind`` floats are stored as bf16."""
     kind = kind or ("I8" if values.dtype == np.int8 else "BF16")
-    return Tensor(kind=kind, shape=values.shape, make=lambda: values)
+    return CheckpointTensor(kind=kind, shape=values.shape, make=lambda: values)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write them in this order, making one after another.
+def write_tensors(path: Path, tensors: Mapping[str, CheckpointTensor]) -> None:
+    """Write tensors in this order, with the values of one at a time in memory.
 
-    Raises ``OServeError`` where a tensor is not of the shape that was said, ``OSError`` where the
-    file cannot be written.
+    Raises ``OServeError`` if values do not have their tensor's shape, ``OSError`` if the file
+    cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -74,8 +74,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(_stored(values, item.kind).tobytes())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; raises ``OServeError`` for one that this cannot read, or cut short."""
+def read_tensors(path: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of a file. Raises ``OServeError`` for other types, or a truncated file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -93,17 +93,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def parameter_count(tensors: Iterable[Tensor]) -> int:
-    """Values in all of them."""
+def parameter_count(tensors: Iterable[CheckpointTensor]) -> int:
+    """The number of values in all of them."""
     return sum(item.byte_count // _SIZES[item.kind] for item in tensors)
 
 
-def _read(path: Path, data: int, entry: Mapping[str, Any], size: int) -> Tensor:
+def _read(path: Path, data: int, entry: Mapping[str, Any], size: int) -> CheckpointTensor:
     kind, shape = entry["dtype"], tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    made = Tensor(kind=kind, shape=shape, make=lambda: _values(path, data + first, kind, shape))
+    made = CheckpointTensor(
+        kind=kind, shape=shape, make=lambda: _values(path, data + first, kind, shape)
+    )
     if made.byte_count != last - first or data + last > size:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return made
 
 

@@ -1,24 +1,24 @@
-"""What OServe replaces in vLLM, and in Python, while a process runs: all of it is here.
+"""Everything that OServe replaces in vLLM, and in Python, while a process runs.
 
-One small module each says what is replaced, in which version, why, and what is known upstream;
-``PATCHES`` lists them and ``apply`` puts them in place. Whatever the version, a patch is applied
-only where the code that it replaces reads as it did when the patch was written. Else it is left out
-with a line in the log, or, where engines cannot be started so without it, refused.
+Each patch is a small module that says what it replaces, in which version, why, and what is known
+upstream. ``PATCHES`` lists them; ``apply`` applies them. A patch is applied only if the code that
+it replaces still is the code that it was written for, whatever the version. Otherwise it is left
+out with a line in the log, or, if engines need it, the process does not start.
 
-No other module of OServe assigns to a foreign one. It does not import vLLM by being imported.
+No other module of OServe assigns to a foreign one. Importing this package does not import vLLM.
 """
 
 from oserve.engines.patches.applying import PATCHES, VLLM, apply
 from oserve.engines.patches.installed import engine_package, left_out
-from oserve.engines.patches.patch import Patch, PatchError, Stage, Target
+from oserve.engines.patches.patch import Patch, PatchError, PatchStage, PatchTarget
 
 __all__ = [
     "PATCHES",
     "VLLM",
     "Patch",
     "PatchError",
-    "Stage",
-    "Target",
+    "PatchStage",
+    "PatchTarget",
     "apply",
     "engine_package",
     "left_out",

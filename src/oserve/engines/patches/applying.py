@@ -1,4 +1,4 @@
-"""All patches in the order in which they are applied, and applying them."""
+"""All patches, in the order in which ``apply`` applies them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from oserve.engines.patches.forked_workers import FORKED_WORKERS
 from oserve.engines.patches.kept_weights import KEPT_WEIGHTS
 from oserve.engines.patches.kernel_overrides import KERNEL_OVERRIDES
 from oserve.engines.patches.model_inspection import MODEL_INSPECTION
-from oserve.engines.patches.patch import Patch, PatchError, Stage, misfit, put_in_place
+from oserve.engines.patches.patch import Patch, PatchError, PatchStage, misfit, put_in_place
 from oserve.engines.patches.pipeline_buffer import PIPELINE_BUFFER
 from oserve.engines.patches.segment_names import SEGMENT_NAMES
 from oserve.engines.patches.waiting import WAITING
@@ -35,14 +35,14 @@ def _to_log(text: str) -> None:
 
 
 def apply(
-    stage: Stage,
+    stage: PatchStage,
     patches: Sequence[Patch] = PATCHES,
     *,
     say: Callable[[str], None] = _to_log,
 ) -> None:
-    """Put the patches of a stage in place, each once in a process; ``say`` hears what is left out.
+    """Apply the patches of a stage, each once per process; ``say`` receives those left out.
 
-    Raises PatchError where one that is needed does not fit.
+    Raises PatchError if a needed one does not fit.
     """
     for patch in patches:
         if patch.stage != stage or patch.name in _applied or not patch.wanted():

@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
+
+P = ParamSpec("P")
+Checked = TypeVar("Checked")
 
 
-def _forking(original: Callable[..., Any]) -> Callable[..., Any]:
-    def check_and_update_config(cls: Any, *arguments: Any, **named: Any) -> Any:
-        answer = original(cls, *arguments, **named)
+def _forking(original: Callable[P, Checked]) -> Callable[P, Checked]:
+    def check_and_update_config(*arguments: P.args, **named: P.kwargs) -> Checked:
+        checked = original(*arguments, **named)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        return answer
+        return checked
 
     return check_and_update_config
 
@@ -22,21 +25,21 @@ FORKED_WORKERS = Patch(
     made_for="vLLM 0.32.0",
     needed=True,
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
             digest="43fdc40c8fef51b1",
             replace=_forking,
         ),
     ),
     reason=(
-        "vLLM's CPU platform sets VLLM_WORKER_MULTIPROC_METHOD to spawn, whatever it was, so that "
-        "each engine core and worker imports vLLM again: three quarters of a minute. Here they "
-        "are forked from a process that has one thread and has imported it, which is safe. The "
-        "patch sets the variable back."
+        "vLLM's CPU platform always sets VLLM_WORKER_MULTIPROC_METHOD to spawn, so that each "
+        "engine core and worker imports vLLM again: three quarters of a minute. OServe forks them "
+        "from a process with one thread that has imported vLLM, which is safe. The patch sets the "
+        "variable back to fork."
     ),
-    without="engines are started from nothing instead (engines.start_method: spawn)",
+    without="each engine starts a new interpreter instead (engines.start_method: spawn)",
     upstream=(
-        "on purpose: OpenMP reads its variables when it is loaded, and fork is not safe in general "
-        "([#19649](https://github.com/vllm-project/vllm/pull/19649))"
+        "on purpose: OpenMP reads its variables when it is loaded, and fork is not safe in "
+        "general ([#19649](https://github.com/vllm-project/vllm/pull/19649))"
     ),
 )

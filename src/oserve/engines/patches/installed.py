@@ -1,4 +1,4 @@
-"""The vLLM that is installed here, and which patches would not fit it. Imports nothing of it."""
+"""The installed vLLM, and the patches that do not fit it. Imports nothing of vLLM."""
 
 from importlib import metadata
 
@@ -19,9 +19,9 @@ def engine_package() -> tuple[str, str] | None:
 
 
 def left_out(*, of_known_version: bool = True) -> dict[str, str]:
-    """Patches that do not fit what is installed, and why.
+    """Patches that do not fit the installed package, and why.
 
-    Without ``of_known_version`` nothing is read where the version is the one they were made for.
+    Unless ``of_known_version``, the version that they were made for is trusted without reading it.
     """
     found = engine_package()
     if found is None or (not of_known_version and found[1] == VLLM.split()[1]):

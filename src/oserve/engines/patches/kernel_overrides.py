@@ -1,17 +1,16 @@
 """Kernels are replaced once, before engines are forked."""
 
 from collections.abc import Callable
-from typing import Any
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 
-def _done_already(original: Callable[..., Any]) -> Callable[..., Any]:
+def _done_already(original: Callable[[object], None]) -> Callable[[object], None]:
     from vllm.platforms.cpu import CpuPlatform  # noqa: PLC0415 - not before it is asked
 
     original(CpuPlatform)
 
-    def register_triton_kernel_overrides(_cls: Any) -> None:
+    def register_triton_kernel_overrides(_cls: object) -> None:
         return None
 
     return register_triton_kernel_overrides
@@ -22,20 +21,21 @@ KERNEL_OVERRIDES = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
             digest="33b2b92b16ba15eb",
             replace=_done_already,
         ),
     ),
     reason=(
-        "Each worker looks through everything in every loaded module for Triton kernels to replace "
-        "by CPU ones: a second of computing. The patch does it once, in the zygote, whose forks "
+        "Each worker searches every loaded module for Triton kernels to replace by CPU kernels, "
+        "which takes a second of CPU time. The patch does it once, in the zygote, whose forks "
         "inherit the result."
     ),
-    without="each worker takes about a second longer to come up",
+    without="each worker starts about a second later",
     upstream=(
         "the dispatcher is new ([#43048](https://github.com/vllm-project/vllm/pull/43048), "
-        "[#45133](https://github.com/vllm-project/vllm/issues/45133)); no report of its cost found"
+        "[#45133](https://github.com/vllm-project/vllm/issues/45133)); no report of its cost "
+        "found"
     ),
 )

@@ -1,8 +1,8 @@
-"""What a patch is, and whether the code that it replaces still reads as it did.
+"""What a patch is, and whether the code that it replaces still is what it was written for.
 
-A target is known by a digest of its source: tokens only, so that comments, docstrings and layout
-may change. It is taken of the loaded function where the patch is applied, and of the installed
-files, importing nothing, where somebody only asks. It imports neither torch nor vLLM.
+A digest of its source identifies a target: of tokens only, so that comments, docstrings and layout
+may change. A process that applies the patch takes it of the loaded function; ``installed_misfit``
+takes it of the installed files and imports nothing. This module imports neither torch nor vLLM.
 """
 
 import ast
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
 
-Stage = Literal["zygote", "engine", "worker"]
+PatchStage = Literal["zygote", "engine", "worker"]
 """Where patches are applied: in the zygote once vLLM is imported; in an engine's first process,
 right after the fork; in each worker, when it loads the worker extension."""
 
@@ -35,12 +35,15 @@ _LAYOUT = {
 }
 
 
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
 class PatchError(Exception):
-    """A patch that is needed and does not fit; the text says which, and why."""
+    """A needed patch that does not fit; the text says which, and why."""
 
 
 class _MisfitError(Exception):
-    """Why a target is not as it was."""
+    """Why a target is not the code that the patch was written for."""
 
 
 def _always() -> bool:
@@ -48,23 +51,24 @@ def _always() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class PatchTarget:
     """One attribute that is replaced.
 
-    ``place``: ``module:qualified.name`` of the attribute. ``source``: of the function that is read
-    to see whether the target is as it was, where that is not ``place`` (a name that was imported
-    or inherited, a constant). ``digest``: of that function, see ``digest_of``. ``replace`` is given
-    what stands there (of a class method, its function) and returns what shall.
+    ``place``: ``module:qualified.name`` of the attribute. ``source``: the function whose digest is
+    compared, where that is not ``place`` (a name that was imported or inherited, a constant).
+    ``digest``: of that function, see ``digest_of``. ``replace`` receives the present value (of a
+    class method, its function) and returns the new one.
     """
 
     place: str
     digest: str
+    # A function, a class method's function or a constant: each replacement knows which.
     replace: Callable[[Any], Any]
     source: str = ""
 
     @property
     def read(self) -> str:
-        """The function that the digest is of."""
+        """The function whose digest is compared."""
         return self.source or self.place
 
 
@@ -72,16 +76,16 @@ class Target:
 class Patch:
     """Targets that are replaced together or not at all.
 
-    ``reason``: what is wrong without it. ``without``: what happens where it is left out.
-    ``upstream``: what is known of the matter there. ``made_for``: the version of the package that
-    the digests were taken from. ``needed``: an engine is not started this way without it.
-    ``wanted``: whether it applies here; asked in the process that applies it.
+    ``reason``: the problem that it solves. ``without``: the effect of leaving it out.
+    ``upstream``: reports and changes there. ``made_for``: the version of the package that the
+    digests were taken from. ``needed``: engines are not started this way without it. ``wanted``:
+    whether it applies, called in the process that applies it.
     """
 
     name: str
-    stage: Stage
+    stage: PatchStage
     made_for: str
-    targets: tuple[Target, ...]
+    targets: tuple[PatchTarget, ...]
     reason: str
     without: str
     upstream: str
@@ -90,7 +94,7 @@ class Patch:
 
 
 def misfit(patch: Patch) -> str:
-    """Why a patch does not fit the code loaded here; empty where it does. Imports its modules."""
+    """Why a patch does not fit the loaded code; empty if it fits. Imports its modules."""
     try:
         for target in patch.targets:
             look_up(target.place)
@@ -101,7 +105,7 @@ def misfit(patch: Patch) -> str:
 
 
 def installed_misfit(patch: Patch) -> str:
-    """As ``misfit``, but of the installed files; nothing of the package is imported."""
+    """As ``misfit``, but of the installed files; imports nothing of the package."""
     try:
         for target in patch.targets:
             module, _, name = target.place.partition(":")
@@ -113,8 +117,8 @@ def installed_misfit(patch: Patch) -> str:
     return ""
 
 
-def put_in_place(target: Target) -> None:
-    """Replace it, whatever stands there."""
+def put_in_place(target: PatchTarget) -> None:
+    """Replace the attribute; the caller has checked ``misfit``."""
     module, _, name = target.place.partition(":")
     holder, _, last = name.rpartition(".")
     owner = look_up(f"{module}:{holder}") if holder else importlib.import_module(module)
@@ -125,11 +129,11 @@ def put_in_place(target: Target) -> None:
         setattr(owner, last, target.replace(found))
 
 
-def look_up(place: str) -> Any:
-    """What stands at ``module:qualified.name``; a class method's function."""
+def look_up(place: str) -> object:
+    """The value at ``module:qualified.name``; of a class method, its function."""
     module, _, name = place.partition(":")
     try:
-        found = importlib.import_module(module)
+        found: object = importlib.import_module(module)
         for part in name.split("."):
             found = inspect.getattr_static(found, part)
     except (ImportError, AttributeError) as error:
@@ -138,9 +142,9 @@ def look_up(place: str) -> Any:
 
 
 def digest_of(source: str) -> str:
-    """Sixteen hexadecimal digits of a function's tokens: layout, comments, docstring left out.
+    """Sixteen hexadecimal digits of a function's tokens, without layout, comments and docstring.
 
-    White space inside tokens is left out too, since Python 3.12 cuts f-strings otherwise.
+    White space inside tokens is left out too, since Python 3.12 splits f-strings differently.
     """
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     text = "".join(one.string for one in _without_docstring(tokens))
@@ -150,23 +154,28 @@ def digest_of(source: str) -> str:
 def installed_source(place: str) -> str:
     """The text of a function in the installed files."""
     module, _, name = place.partition(":")
-    node: Any = _tree(module)
+    body: list[ast.stmt] = _tree(module).body
+    node: _Definition | None = None
     for part in name.split("."):
-        node = next((one for one in node.body if getattr(one, "name", None) == part), None)
+        definitions = (one for one in body if isinstance(one, _Definition))
+        node = next((one for one in definitions if one.name == part), None)
         if node is None:
             raise _MisfitError(f"there is no {place}")
+        body = node.body
+    if node is None:
+        raise _MisfitError(f"{place} names no function")
     lines = _file(module).read_text(encoding="utf-8").splitlines(keepends=True)
     first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
     return "".join(lines[first - 1 : node.end_lineno])
 
 
-def _compare(target: Target, source: str, made_for: str) -> None:
+def _compare(target: PatchTarget, source: str, made_for: str) -> None:
     if digest_of(source) != target.digest:
         raise _MisfitError(f"{target.read} is not what it was in {made_for}")
 
 
-def _loaded_source(found: Any) -> str:
-    function = inspect.unwrap(found)
+def _loaded_source(found: object) -> str:
+    function = inspect.unwrap(found) if callable(found) else found
     if not isinstance(function, FunctionType):
         raise _MisfitError(f"{found!r} is not a function written in Python")
     # Not inspect.getsource: it looks through every loaded module first.
@@ -178,7 +187,7 @@ def _loaded_source(found: Any) -> str:
 
 
 def _without_docstring(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
-    """Tokens that mean something; a string that is a statement of its own does not."""
+    """Tokens with an effect; a string that is a statement of its own has none."""
     statement_begins = True
     for one in tokens:
         if one.type in _LAYOUT:

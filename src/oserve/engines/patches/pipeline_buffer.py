@@ -1,14 +1,41 @@
 """The buffer of later pipeline stages, on CPU."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 from oserve.engines.patches.platforms import on_cpu
 
+P = ParamSpec("P")
+Gathered = TypeVar("Gathered")
 
-def _allocating(original: Callable[..., Any]) -> Callable[..., Any]:
-    def sync_and_gather(self: Any, *arguments: Any, **named: Any) -> Any:
+
+class _Stage(Protocol):
+    """A model that receives hidden states from the stage before it."""
+
+    def make_empty_intermediate_tensors(
+        self, *, batch_size: int, dtype: object, device: object
+    ) -> object: ...
+
+
+class _ModelConfig(Protocol):
+    dtype: object
+
+
+class _Runner(Protocol):
+    """vLLM's model runner."""
+
+    intermediate_tensors: object | None
+    model: _Stage
+    max_num_tokens: int
+    model_config: _ModelConfig
+    device: object
+
+
+def _allocating(
+    original: Callable[Concatenate[_Runner, P], Gathered],
+) -> Callable[Concatenate[_Runner, P], Gathered]:
+    def sync_and_gather(self: _Runner, /, *arguments: P.args, **named: P.kwargs) -> Gathered:
         if self.intermediate_tensors is None:
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens,
@@ -26,7 +53,7 @@ PIPELINE_BUFFER = Patch(
     made_for="vLLM 0.32.0",
     wanted=on_cpu,
     targets=(
-        Target(
+        PatchTarget(
             place=(
                 "vllm.v1.worker.cpu_model_runner:"
                 "CPUModelRunner.sync_and_gather_intermediate_tensors"
@@ -40,10 +67,10 @@ PIPELINE_BUFFER = Patch(
         ),
     ),
     reason=(
-        "The buffer in which a later pipeline stage receives its input is allocated by the dummy "
-        "run only. On CPU that run is left out when execution is eager and the KV cache size is "
-        "given, as OServe does, and the first request ends the engine with an AssertionError. "
-        "The patch allocates the buffer on first use."
+        "Only the dummy run allocates the buffer in which a later pipeline stage receives its "
+        "input. On CPU vLLM skips that run when execution is eager and the KV cache size is "
+        "given, as OServe does, and the first request ends the engine with an AssertionError. The "
+        "patch allocates the buffer on first use."
     ),
     without="engines with pipeline stages may end at their first request",
     upstream="no report found",

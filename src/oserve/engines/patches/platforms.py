@@ -1,4 +1,4 @@
-"""Which platform vLLM found; vLLM alone knows."""
+"""The platform that vLLM has chosen."""
 
 
 def on_cpu() -> bool:

@@ -2,16 +2,25 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
-from oserve.engines.patches.patch import Patch, Target
+from oserve.engines.patches.patch import Patch, PatchTarget
 
 _NAP_S = 0.0002
 _ASK_AGAIN_MS = 100
 
 
-def _napping(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wait(self: Any, timeout_ms: int | None = None) -> None:
+class _SpinCondition(Protocol):
+    """vLLM's; the times are in seconds."""
+
+    last_read: float
+    busy_loop_s: float
+
+
+def _napping(
+    original: Callable[[_SpinCondition, int], None],
+) -> Callable[[_SpinCondition, int | None], None]:
+    def wait(self: _SpinCondition, timeout_ms: int | None = None) -> None:
         if time.monotonic() <= self.last_read + self.busy_loop_s:
             time.sleep(_NAP_S)
         else:
@@ -25,20 +34,20 @@ WAITING = Patch(
     stage="zygote",
     made_for="vLLM 0.32.0",
     targets=(
-        Target(
+        PatchTarget(
             place="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
             digest="68ef15b26ab57770",
             replace=_napping,
         ),
     ),
     reason=(
-        "For a second after each message vLLM's processes ask for the next one without pause, "
-        "holding the interpreter's lock. On CPU these cores are what computes: an engine's core "
-        "process took half of them. Later they wait for a notice, which may get lost where "
-        "processes have just been forked, and ask again after five seconds. The patch has them "
-        "sleep 0.2 ms at a time, and look again after 100 ms."
+        "For a second after each message, vLLM's processes poll for the next one without pause "
+        "and hold the interpreter's lock. On CPU they take these cores from the computation: an "
+        "engine's core process took half of them. After that second they wait for a notification, "
+        "which can get lost in processes that have just been forked, and poll again after five "
+        "seconds. The patch makes them sleep 0.2 ms between polls, and poll again after 100 ms."
     ),
-    without="engines that wait take a core from those that compute",
+    without="idle engines take cores from engines that compute",
     upstream=(
         "[#52916](https://github.com/vllm-project/vllm/issues/52916), "
         "[#52814](https://github.com/vllm-project/vllm/pull/52814) and "

@@ -1,47 +1,51 @@
-"""A model's parameters as they are before kernels repack them, and repacking after a change.
+"""A model's parameters before kernels repack them, and repacking after they have changed.
 
-Kernels replace what was loaded (CPU linears keep packed weights only, int4 is shuffled), so the
-tensors are taken hold of just before. Where a kernel packs, that is a second copy of the weights;
-where it leaves them alone, it is the same memory. On GPUs, whose memory is dear, quantised layers
-are left out.
+Kernels replace the loaded tensors (CPU linear layers keep packed weights only, int4 is shuffled),
+so this module keeps references to them just before. Where a kernel packs, they are a second copy of
+the weights; where it does not, they are the same memory. On GPUs, where memory is scarce, quantised
+layers are left out.
 """
 
-# torch and vLLM are loaded by the engine, which this module must not do before it.
+# The engine loads torch and vLLM; this module must not load them first.
 # ruff: noqa: PLC0415
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from oserve.engines.weights.memory import Memory
+from oserve.engines.weights.model_types import (
+    ModelParameter,
+    SharedWeights,
+    VllmConfig,
+    WeightModule,
+    WeightTensor,
+)
 
 _ATTRIBUTE = "_oserve_raw_weights"
 _BLANK = "_oserve_blank"
 _MEMORY = "_oserve_memory"
 LARGE_BYTES = 1 << 20
-"""Dummy parameters of more than this are left as they are: zero, and not in memory."""
+"""Larger dummy parameters are not filled: they read as zero and take no memory."""
 _DONE = "_already_called_process_weights_after_loading"
 
 
 @dataclass(frozen=True, slots=True)
 class _Processed:
-    """A module whose parameters (by own name: the object and its raw tensor) a kernel repacks."""
+    """A module that a kernel repacks; ``parameters``: each object and its raw tensor, by name."""
 
-    module: Any
+    module: WeightModule
     quantised: bool
-    parameters: dict[str, tuple[Any, Any]]
+    parameters: dict[str, tuple[ModelParameter, WeightTensor]]
 
 
 class RawWeights:
-    """``tensors``: raw tensors by the model's parameter names; written to, then ``repack``.
+    """``tensors``: raw tensors by the model's parameter names. Write to them, then ``repack``.
 
-    ``copies``: quantised layers are kept too, which takes their memory twice. ``memory``: where
-    others of this machine can read them, if anywhere.
+    ``copies``: keep quantised layers too, which takes their memory twice. ``memory``: where other
+    engines of the machine can map the tensors; ``None`` if they cannot.
     """
 
-    def __init__(self, model: Any, *, copies: bool) -> None:
+    def __init__(self, model: WeightModule, *, copies: bool) -> None:
         self.memory = memory_of(model)
-        raw: dict[int, Any] = {}
+        raw: dict[int, WeightTensor] = {}
         left: set[int] = set()
         self._rebuilds = copies
         self._modules: list[_Processed] = []
@@ -61,17 +65,14 @@ class RawWeights:
                     # Some kernels repack these in place.
                     parameter.data = tensor.clone()
             self._modules.append(_Processed(module, quantised, parameters))
-        self.tensors: dict[str, Any] = {
+        self.tensors: dict[str, WeightTensor] = {
             name: raw.get(id(parameter), parameter.data)
             for name, parameter in model.named_parameters()
             if id(parameter) not in left
         }
 
-    def repack(self, config: Any) -> None:
-        """Have kernels take up what was written; ``config`` is the worker's ``VllmConfig``.
-
-        The engine must not compute meanwhile.
-        """
+    def repack(self, config: VllmConfig) -> None:
+        """Have kernels repack what was written. The engine must not compute meanwhile."""
         from vllm.config import set_current_vllm_config
         from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -85,46 +86,41 @@ class RawWeights:
                     if hasattr(module, mark):
                         delattr(module, mark)
                 if self._rebuilds and getattr(module.quant_method, "moe_kernel", None) is not None:
-                    # Experts' kernels on CPU pack when they are built, and only then.
+                    # On CPU the kernels of experts pack only when they are built.
                     module.quant_method.moe_kernel = None
                 module.quant_method.process_weights_after_loading(module)
 
 
-def raw_weights(model: Any) -> RawWeights:
-    """Of a model whose weights are kept (``kept-weights``). Raises RuntimeError for any other."""
-    found = getattr(model, _ATTRIBUTE, None)
+def raw_weights(model: WeightModule) -> RawWeights:
+    """Those of a model that keeps them (patch ``kept-weights``). Raises RuntimeError otherwise."""
+    found: RawWeights | None = getattr(model, _ATTRIBUTE, None)
     if found is None:
         raise RuntimeError("this engine does not keep its weights as loaded")
-    assert isinstance(found, RawWeights)
     return found
 
 
-def keep_raw(model: Any, *, copies: bool) -> None:
-    """Take hold of a model's parameters, just before kernels repack them; see ``RawWeights``."""
+def keep_raw(model: WeightModule, *, copies: bool) -> None:
+    """Keep a model's parameters, just before kernels repack them; see ``RawWeights``."""
     setattr(model, _ATTRIBUTE, RawWeights(model, copies=copies))
 
 
-def keep_memory(model: Any, *, kept_bytes: float) -> None:
-    """Have a new model's parameters lie where others can map them; see ``Memory``.
-
-    Raises OSError where there is no such memory.
-    """
-    from oserve.engines.weights.memory import Memory
-
-    setattr(model, _MEMORY, Memory(model.parameters(), kept_bytes=kept_bytes))
+def attach_memory(model: WeightModule, memory: SharedWeights) -> None:
+    """Note where a new model's parameters lie; see ``memory.keep_memory``."""
+    setattr(model, _MEMORY, memory)
 
 
-def memory_of(model: Any) -> "Memory | None":
-    """What ``keep_memory`` made, if it was asked to."""
-    return getattr(model, _MEMORY, None)
+def memory_of(model: WeightModule) -> SharedWeights | None:
+    """Where other engines can map a model's parameters; ``None`` if they cannot."""
+    found: SharedWeights | None = getattr(model, _MEMORY, None)
+    return found
 
 
-def mark_blank(model: Any) -> None:
-    """The weights of all its modules are still to come."""
+def mark_blank(model: WeightModule) -> None:
+    """Mark all modules of a model as waiting for their weights."""
     for module in model.modules():
         setattr(module, _BLANK, True)
 
 
-def is_blank(module: Any) -> bool:
-    """Whether its weights are still to come; no longer once ``repack`` has taken them up."""
+def is_blank(module: object) -> bool:
+    """Whether a module waits for its weights; ``repack`` ends that."""
     return getattr(module, _BLANK, False) is True

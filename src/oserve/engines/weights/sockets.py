@@ -1,11 +1,11 @@
-"""Bytes between workers of one machine: a Unix socket for each pair and direction.
+"""Bytes between workers of one machine: a Unix socket for each pair of ranks and direction.
 
-The sockets are in the engines' private folders, so that nobody else can listen or speak. Closing
-one from another thread ends whatever waits on it at once.
+The sockets lie in the engines' private folders, so that no other user can listen or connect.
+Closing a socket from another thread wakes a thread that waits on it.
 
-They block in the kernel, which keeps the deadline and goes on until all of a chunk is over. A call
-that returns after each bufferful must wait for the interpreter's lock each time, and in an engine
-that serves that wait takes many times as long as the copying.
+Calls block in the kernel, which keeps the deadline and transfers whole chunks. A call that returned
+after each buffer would wait for the interpreter's lock each time, and in an engine that serves that
+wait takes many times as long as the copy.
 """
 
 import contextlib
@@ -19,12 +19,14 @@ from collections.abc import Sequence
 _CHUNK_BYTES = 16 << 20
 _BUFFER_BYTES = 4 << 20
 _POLL_S = 0.02
-# Who calls (rank), for which transfer (bytes of its name that follow).
+# The caller's rank, and the length of the transfer's name that follows.
 _HELLO = struct.Struct("!II")
 _MAX_NAME_BYTES = 256
-# The number of an operation and its bytes.
+_LENGTH = struct.Struct("!Q")
+_MAX_MESSAGE_BYTES = 1 << 30
+# The number of a part, and its length in bytes.
 _HEAD = struct.Struct("!QQ")
-# Seconds and microseconds, as the kernel has them.
+# The kernel's struct timeval: seconds and microseconds.
 _TIME = struct.Struct("@ll")
 
 
@@ -33,24 +35,23 @@ class TransferError(Exception):
 
 
 class Throttle:
-    """Holds the threads of one worker to ``bytes_per_s`` in all (0: no limit) until ``stopped``."""
+    """Limits the threads of one worker to ``bytes_per_s`` in all (0: no limit) until ``stopped``.
+
+    ``chunk_bytes``: what to send in one call. ``limits``: whether there is a limit to wait for.
+    """
 
     def __init__(self, bytes_per_s: float, stopped: threading.Event) -> None:
         self._bytes_per_s = bytes_per_s
+        self.limits = bytes_per_s > 0
+        most = int(bytes_per_s / 10) if self.limits else _CHUNK_BYTES
+        self.chunk_bytes = max(1, min(_CHUNK_BYTES, most))
         self._stopped = stopped
         self._lock = threading.Lock()
         self._free_s = time.monotonic()
 
-    @property
-    def chunk_bytes(self) -> int:
-        """What to send at a time."""
-        if not self._bytes_per_s:
-            return _CHUNK_BYTES
-        return max(1, min(_CHUNK_BYTES, int(self._bytes_per_s / 10)))
-
     def wait(self, size: int) -> None:
-        """Until that many bytes may go."""
-        if not self._bytes_per_s:
+        """Wait until that many bytes may be sent."""
+        if not self.limits:
             return
         with self._lock:
             now_s = time.monotonic()
@@ -61,7 +62,7 @@ class Throttle:
 
 
 class Listener:
-    """Where one rank is called by those that send to it."""
+    """The socket at which other ranks connect to this one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -71,20 +72,22 @@ class Listener:
         self._socket.bind(path)
         self._socket.listen(128)
 
-    def accept(self, name: str, callers: Sequence[int], deadline_s: float) -> dict[int, "Stream"]:
-        """A stream from each caller. Raises TransferError if one does not call in time."""
-        found: dict[int, Stream] = {}
+    def accept(
+        self, name: str, callers: Sequence[int], deadline_s: float
+    ) -> dict[int, "ShardStream"]:
+        """A stream from each caller. Raises TransferError if one does not connect in time."""
+        found: dict[int, ShardStream] = {}
         try:
             while len(found) < len(callers):
                 missing = sorted(set(callers) - set(found))
-                self._socket.settimeout(_left_s(deadline_s, f"rank {missing[0]} did not call"))
+                self._socket.settimeout(_left_s(deadline_s, f"rank {missing[0]} did not connect"))
                 try:
                     caller, _ = self._socket.accept()
                 except TimeoutError:
                     continue
                 except OSError as error:
                     raise TransferError(f"waiting for rank {missing[0]}: {error}") from None
-                stream = Stream(caller, deadline_s)
+                stream = ShardStream(caller, deadline_s)
                 try:
                     rank = stream.greeted(name)
                 except TransferError:
@@ -101,7 +104,7 @@ class Listener:
         return found
 
     def close(self) -> None:
-        """Nobody can call any more."""
+        """Accept no more connections."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -109,7 +112,7 @@ class Listener:
             os.unlink(self.path)
 
 
-class Stream:
+class ShardStream:
     """One direction between two ranks. Errors and deadlines are ``TransferError``."""
 
     def __init__(self, connection: socket.socket, deadline_s: float) -> None:
@@ -120,10 +123,10 @@ class Stream:
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
     @classmethod
-    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "Stream":
-        """To the rank that listens at ``path``, which may be about to."""
+    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "ShardStream":
+        """Connect to the rank at ``path``, which may not listen yet. Raises TransferError."""
         while True:
-            left_s = _left_s(deadline_s, f"nobody listens at {path}")
+            left_s = _left_s(deadline_s, f"no rank listens at {path}")
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 connection.settimeout(left_s)
@@ -141,14 +144,14 @@ class Stream:
             return stream
 
     def greeted(self, name: str) -> int:
-        """The rank of who calls for this transfer, or -1 for whoever calls for another."""
+        """The caller's rank; -1 if it calls for another transfer."""
         rank, length = _HELLO.unpack(self.take(_HELLO.size))
         if length > _MAX_NAME_BYTES or self.take(length) != name.encode():
             return -1
         return int(rank)
 
     def send(self, number: int, data: memoryview, throttle: Throttle) -> None:
-        """One operation's bytes."""
+        """Send one part's bytes."""
         self.give(memoryview(_HEAD.pack(number, len(data))))
         step = throttle.chunk_bytes
         for start in range(0, len(data), step):
@@ -157,16 +160,16 @@ class Stream:
             self.give(part)
 
     def receive(self, number: int, data: memoryview) -> None:
-        """One operation's bytes, into ``data``, all of it."""
+        """Receive one part's bytes into the whole of ``data``."""
         told, size = _HEAD.unpack(self.take(_HEAD.size))
         if (told, size) != (number, len(data)):
             raise TransferError(
-                f"operation {told} of {size} bytes came, not {number} of {len(data)}"
+                f"part {told} of {size} bytes came, not part {number} of {len(data)}"
             )
         self._fill(data)
 
     def give(self, data: memoryview) -> None:
-        """All of it."""
+        """Send raw bytes, all of them."""
         try:
             while data:
                 self._limit(socket.SO_SNDTIMEO, "not all could be sent")
@@ -176,28 +179,39 @@ class Stream:
             raise TransferError(f"sending: {error}") from None
 
     def take(self, size: int) -> bytes:
-        """That many bytes."""
+        """Receive that many raw bytes."""
         data = bytearray(size)
         self._fill(memoryview(data))
         return bytes(data)
 
+    def give_message(self, message: bytes) -> None:
+        """Send bytes with their length before them."""
+        self.give(memoryview(_LENGTH.pack(len(message)) + message))
+
+    def take_message(self) -> bytes:
+        """Receive what ``give_message`` sent."""
+        (size,) = _LENGTH.unpack(self.take(_LENGTH.size))
+        if size > _MAX_MESSAGE_BYTES:
+            raise TransferError(f"a message of {size} bytes came")
+        return self.take(size)
+
     def give_descriptor(self, descriptor: int) -> None:
-        """An open file, for the other side to have as well."""
+        """Pass an open file to the other process."""
         try:
-            self._limit(socket.SO_SNDTIMEO, "a file could not be handed over")
+            self._limit(socket.SO_SNDTIMEO, "a file could not be passed on")
             socket.send_fds(self._socket, [b"\0"], [descriptor])
         except OSError as error:
-            raise TransferError(f"handing over a file: {error}") from None
+            raise TransferError(f"passing on a file: {error}") from None
 
     def take_descriptor(self) -> int:
-        """What ``give_descriptor`` gave; the caller closes it."""
+        """Receive the file of ``give_descriptor``; the caller closes it."""
         try:
             self._limit(socket.SO_RCVTIMEO, "a file did not come")
             _, found, _, _ = socket.recv_fds(self._socket, 1, 1)
         except OSError as error:
-            raise TransferError(f"taking over a file: {error}") from None
+            raise TransferError(f"receiving a file: {error}") from None
         if len(found) != 1:
-            raise TransferError("the sender hung up")
+            raise TransferError("the sender closed the connection")
         os.set_inheritable(found[0], False)
         return found[0]
 
@@ -208,21 +222,21 @@ class Stream:
                 with contextlib.suppress(BlockingIOError):
                     size = self._socket.recv_into(data[:_CHUNK_BYTES], flags=socket.MSG_WAITALL)
                     if size == 0:
-                        raise TransferError("the sender hung up")
+                        raise TransferError("the sender closed the connection")
                     data = data[size:]
         except OSError as error:
             raise TransferError(f"receiving: {error}") from None
 
     def _limit(self, option: int, what: str) -> None:
-        """Have the kernel end the next call at the deadline (it then says that it would block)."""
+        """Have the kernel end the next call at the deadline (with ``BlockingIOError``)."""
         left_s = _left_s(self._deadline_s, what)
         whole_s = int(left_s)
-        # No time at all would mean no limit.
+        # Zero would mean no limit.
         rest_us = max(1, int((left_s - whole_s) * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(whole_s, rest_us))
 
     def close(self) -> None:
-        """Hang up; whoever waits on either side is told."""
+        """Close; a thread that waits on either side gets an error."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

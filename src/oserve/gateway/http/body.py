@@ -1,13 +1,12 @@
-"""What the gateway must know of a request body, and the few fields it adds before passing it on.
+"""What the gateway reads of a request body, and the few fields it adds before passing it on.
 
-A body is proved once, when it comes: UTF-8, one JSON object, the few fields that are read here of
-the type they must be. From then on it is kept as the JSON of its fields. Rewriting puts those
-together anew without reading what is in them, so nothing in a body can keep it from being written.
+A body is validated once, when it arrives: UTF-8, one JSON object, each field that is read here of a
+type that engines take. Rewriting copies the JSON of the other fields as it is, so nothing in a body
+can keep it from being written.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,84 +15,164 @@ from oserve.gateway.http.errors import ApiError, bad_request
 from oserve.wire.caches import FIELD
 
 Fields = dict[str, msgspec.Raw]
+ABSENT = msgspec.Raw(b"")
 
 
-@dataclass(slots=True, kw_only=True)
-class GenerateBody:
-    """A body: ``source`` as it came, its ``fields`` as JSON, and those that are read here.
+class BodyFields(msgspec.Struct, kw_only=True):
+    """The fields of a body that the gateway reads; lengths in tokens. ``ABSENT``: not given.
 
-    ``options`` are the fields of ``stream_options``. Lengths in tokens.
+    Fields whose content is not read, or only seldom, stay JSON.
     """
 
-    source: bytes = b""
-    fields: Fields = field(default_factory=dict)
-    options: Fields = field(default_factory=dict)
     model: str | None = None
-    stream: bool = False
-    wants_usage: bool = False
+    stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    truncated_tokens: int | None = None
-    ignore_eos: bool = False
-    priority: int | None = None
-    return_token_ids: bool = False
-    echo: bool = False
+    truncate_prompt_tokens: int | None = None
+    ignore_eos: bool | None = None
+    priority: int | msgspec.UnsetType | None = msgspec.UNSET
+    return_token_ids: bool | msgspec.UnsetType | None = msgspec.UNSET
+    echo: bool | None = None
     user: str | None = None
-    session: str | None = None
+    session_id: str | None = None
+    prompt: msgspec.Raw = ABSENT
+    messages: msgspec.Raw = ABSENT
+    prompt_embeds: msgspec.Raw = ABSENT
+    tools: msgspec.Raw = ABSENT
+    documents: msgspec.Raw = ABSENT
+    chat_template_kwargs: msgspec.Raw = ABSENT
+    response_format: msgspec.Raw = ABSENT
+    stream_options: msgspec.Raw = ABSENT
+    kv_transfer_params: msgspec.Raw = ABSENT
+    ec_transfer_params: msgspec.Raw = ABSENT
+    vllm_xargs: msgspec.Raw = ABSENT
+
+
+class GenerateBody:
+    """A body as it arrived (``source``), what is read of it, and the fields of its ``options``."""
+
+    __slots__ = ("_fields", "options", "read", "source", "stream", "wants_usage")
+
+    def __init__(
+        self, source: bytes, read: BodyFields, options: Fields, *, wants_usage: bool
+    ) -> None:
+        self.source = source
+        self.read = read
+        self.options = options
+        self.stream = read.stream is True
+        self.wants_usage = wants_usage
+        self._fields: Fields | None = None
+
+    @property
+    def fields(self) -> Fields:
+        """The JSON of every field, by its name."""
+        if self._fields is None:
+            self._fields = _fields.decode(self.source)
+        return self._fields
+
+    @property
+    def model(self) -> str | None:
+        return self.read.model
+
+    @property
+    def user(self) -> str | None:
+        return self.read.user
+
+    @property
+    def session(self) -> str | None:
+        return self.read.session_id
+
+    @property
+    def ignore_eos(self) -> bool:
+        return self.read.ignore_eos is True
+
+    @property
+    def echo(self) -> bool:
+        return self.read.echo is True
+
+    @property
+    def return_token_ids(self) -> bool:
+        return self.read.return_token_ids is True
+
+    @property
+    def priority(self) -> int | None:
+        priority = self.read.priority
+        return None if priority is msgspec.UNSET else priority
+
+    @property
+    def truncated_tokens(self) -> int | None:
+        """The length that the prompt is cut to; -1 stands for the context, which is no limit."""
+        limit = self.read.truncate_prompt_tokens
+        return limit if limit is not None and limit > 0 else None
 
     @property
     def output_limit(self) -> int | None:
         """Most tokens the client wants, if it said so; within what can be computed with."""
-        limit = self.max_completion_tokens
+        limit = self.read.max_completion_tokens
         if limit is None:
-            limit = self.max_tokens
+            limit = self.read.max_tokens
         return None if limit is None else max(1, min(_MOST_TOKENS, limit))
 
     @property
     def may_tell_ids(self) -> bool:
         """Whether token ids may be asked for: a stream whose text they do not change."""
-        return self.stream and not self.echo and bytes(self.fields.get("tools", b"")) in _NO_TOOLS
+        return self.stream and not self.echo and bytes(self.read.tools) in _NO_TOOLS
 
 
 _BOM = b"\xef\xbb\xbf"
-# Past this no engine goes, and floats count exactly.
+# No engine generates more, and floats are exact up to here.
 _MOST_TOKENS = 1 << 31
 _NO_TOOLS = {b"", b"null", b"[]"}
 _HALF_PAIR = re.compile(
     rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
 )
-_TRANSFERS = (FIELD, "ec_transfer_params")
+_EC_FIELD = "ec_transfer_params"
 _EXTRA = "vllm_xargs"
-# As the engines read them: what a form or a shell script would write is taken.
+# Spellings that engines take, too, as forms and shell scripts write them.
 _TRUE = {"1", "on", "t", "true", "y", "yes"}
 _FALSE = {"0", "off", "f", "false", "n", "no"}
 _INTEGER = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0*)?\s*")
 
 _fields = msgspec.json.Decoder(Fields)
+_read = msgspec.json.Decoder(BodyFields)
+_RAW = tuple(item.name for item in msgspec.structs.fields(BodyFields) if item.default is ABSENT)
 
 
 def parse_body(body: bytes) -> GenerateBody:
-    """Read a body, or raise the ApiError that names what is wrong with it, and where."""
+    """Validate a body; ApiError says what is wrong with it, and where."""
     body = body.removeprefix(_BOM)
+    try:
+        if not body.isascii():
+            body.decode()
+        read = _read.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        # It is at fault, or spelt in a way that only engines take.
+        read = read_leniently(body)
+    _refuse_transfers(read)
+    options = _object(read.stream_options, "stream_options")
+    wants_usage = bool(options) and _flag(options, "include_usage", within="stream_options") is True
+    return GenerateBody(body, read, options, wants_usage=wants_usage)
+
+
+def read_leniently(body: bytes) -> BodyFields:
+    """Read a body field by field, in every spelling that engines take; raises ApiError."""
     fields = _fields_of(body)
-    _refuse_transfers(fields)
-    options = _object(fields, "stream_options")
-    return GenerateBody(
-        source=body,
-        fields=fields,
-        options=options,
+    raw = {name: fields[name] for name in _RAW if name in fields}
+    return BodyFields(
         model=_text(fields, "model"),
         stream=_flag(fields, "stream"),
-        wants_usage=_flag(options, "include_usage", within="stream_options"),
         max_tokens=_integer(fields, "max_tokens"),
         max_completion_tokens=_integer(fields, "max_completion_tokens"),
-        truncated_tokens=_truncated(fields),
+        truncate_prompt_tokens=_integer(fields, "truncate_prompt_tokens"),
         ignore_eos=_flag(fields, "ignore_eos"),
-        priority=_integer(fields, "priority"),
-        return_token_ids=_flag(fields, "return_token_ids"),
+        priority=_integer(fields, "priority") if "priority" in fields else msgspec.UNSET,
+        return_token_ids=_flag(fields, "return_token_ids")
+        if "return_token_ids" in fields
+        else msgspec.UNSET,
         echo=_flag(fields, "echo"),
         user=_text(fields, "user"),
-        session=_text(fields, "session_id"),
+        session_id=_text(fields, "session_id"),
+        **raw,
     )
 
 
@@ -141,10 +220,10 @@ def _text(fields: Fields, name: str) -> str | None:
     raise _wrong(name, "", "Expected a string")
 
 
-def _flag(fields: Fields, name: str, *, within: str = "") -> bool:
+def _flag(fields: Fields, name: str, *, within: str = "") -> bool | None:
     value = _value(fields, name, within)
     if value is None or isinstance(value, bool):
-        return bool(value)
+        return value
     try:
         return as_flag(value)
     except ValueError as error:
@@ -178,15 +257,8 @@ def as_integer(value: object) -> int:
     return int(found[1])
 
 
-def _truncated(fields: Fields) -> int | None:
-    """What a prompt is cut to; -1 is the context, which is no news."""
-    limit = _integer(fields, "truncate_prompt_tokens")
-    return limit if limit is not None and limit > 0 else None
-
-
-def _object(fields: Fields, name: str) -> Fields:
-    raw = fields.get(name)
-    if raw is None or bytes(raw) == b"null":
+def _object(raw: msgspec.Raw, name: str) -> Fields:
+    if not raw or bytes(raw) == b"null":
         return {}
     try:
         return _fields.decode(raw)
@@ -194,18 +266,22 @@ def _object(fields: Fields, name: str) -> Fields:
         raise _wrong(name, "", "Expected an object") from None
 
 
-def _refuse_transfers(fields: Fields) -> None:
-    """Caches that engines hand over are OServe's business; what asks for none passes.
+def _refuse_transfers(read: BodyFields) -> None:
+    """Refuse requests that tell an engine which KV cache to take; those that ask for none pass.
 
     A client could else have an engine begin with what was computed for another prompt.
     """
-    for name in _TRANSFERS:
-        for key, raw in _object(fields, name).items():
+    kv, ec, extra = read.kv_transfer_params, read.ec_transfer_params, read.vllm_xargs
+    if not (kv or ec or extra):
+        return
+    for name, given in ((FIELD, kv), (_EC_FIELD, ec)):
+        for key, raw in _object(given, name).items():
             if bytes(raw) not in {b"null", b"false"}:
-                reason = "engines hand over caches at OServe's word only; leave it out"
+                reason = "only OServe tells engines to hand over caches; leave it out"
                 raise _wrong(key[:64], name, reason)
-    for key in _TRANSFERS:
-        if _EXTRA in fields and key in _object(fields, _EXTRA):
+    arguments = _object(extra, _EXTRA)
+    for key in (FIELD, _EC_FIELD):
+        if key in arguments:
             raise _wrong(key, _EXTRA, "this is no extra argument; leave it out")
 
 
@@ -217,31 +293,47 @@ def with_fields(
     token_ids: bool = False,
     cache: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The body to send to a replica: priority set, usage reported, model renamed if need be.
+    """The body for a replica: its priority, usage reported, the model's name there (if not "").
 
-    ``token_ids``: have the ids of prompt and answer told. ``cache``: what an engine that moves KV
-    caches is told of this request's (see ``wire.caches``).
+    ``token_ids``: the engine reports the ids of prompt and answer. ``cache``: what an engine that
+    moves KV caches is told of this request's (see ``wire.caches``).
     """
-    given = parsed.fields
+    read = parsed.read
     added: dict[str, Any] = {}
+    # Whether a field that is given has to be replaced or removed.
+    replaces = bool(model)
     if model:
         added["model"] = model
     if priority is not None:
         added["priority"] = priority
+    replaces = replaces or read.priority is not msgspec.UNSET
     if parsed.stream and not parsed.wants_usage:
         added["stream_options"] = _with_usage(parsed.options)
+        replaces = replaces or bool(read.stream_options)
     if token_ids and not parsed.return_token_ids:
         added["return_token_ids"] = True
+        replaces = replaces or read.return_token_ids is not msgspec.UNSET
     if cache:
         added[FIELD] = cache
-    if "priority" in given and priority is None:
-        given = {name: raw for name, raw in given.items() if name != "priority"}
-    elif not added:
+        replaces = replaces or bool(read.kv_transfer_params)
+    if not added and (read.priority is msgspec.UNSET or priority is not None):
         return parsed.source
-    return msgspec.json.encode({**given, **added})
+    return _replaced(parsed, added) if replaces else _appended(parsed.source, added)
+
+
+def _replaced(parsed: GenerateBody, added: dict[str, Any]) -> bytes:
+    kept = {name: raw for name, raw in parsed.fields.items() if name != "priority"}
+    return msgspec.json.encode({**kept, **added})
+
+
+def _appended(source: bytes, added: dict[str, Any]) -> bytes:
+    """The object with more fields at its end, none of which it has."""
+    given = source.rstrip()[:-1].rstrip()
+    comma = b"" if given.endswith(b"{") else b","
+    return given + comma + msgspec.json.encode(added)[1:]
 
 
 def _with_usage(options: Fields) -> dict[str, Any]:
-    """Usage at the end, for us; a client that did not ask for it gets none in between either."""
+    """Report usage at the end; in between only to a client that asked for usage itself."""
     off = {"continuous_usage_stats": False} if "continuous_usage_stats" in options else {}
     return {**options, "include_usage": True, **off}

@@ -7,7 +7,7 @@ import msgspec
 from oserve.gateway.http.body import GenerateBody
 from oserve.workload import PromptSize
 
-# Fields of a chat that some models' templates put into the prompt.
+# Fields of a chat request that some models' templates put into the prompt.
 _RENDERED = ("tools", "documents", "chat_template_kwargs", "response_format")
 # Written as an escape a character takes six bytes, else about three where it is no ASCII.
 _ESCAPE = b"\\u"
@@ -16,6 +16,7 @@ _ESCAPE_EXCESS_BYTES = 3
 _LIST = re.compile(rb'"content"\s*:\s*\[')
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
 _SYSTEM = re.compile(rb'\[\s*\{\s*"role"\s*:\s*"(?:system|developer)"\s*,\s*"content"\s*:\s*"')
+_NO_PROMPT = {b"", b"null"}
 _HEAD_BYTES = 256
 _PREFIX_BYTES = 2048
 _BACKSLASH = ord("\\")
@@ -37,22 +38,23 @@ _part = msgspec.json.Decoder(_Part)
 
 def prompt_size(parsed: GenerateBody) -> PromptSize:
     """What the prompt is made from: texts, media, token ids."""
-    fields, most = parsed.fields, parsed.truncated_tokens
-    prompt = bytes(fields.get("prompt", b"null"))
-    if prompt != b"null":
+    read, most = parsed.read, parsed.truncated_tokens
+    prompt = bytes(read.prompt)
+    if prompt not in _NO_PROMPT:
         if prompt.startswith(b"[") and prompt.lstrip(b"[ \t\r\n")[:1].isdigit():
             # Ids, of one prompt or of several; each but the last is followed by a comma.
             return PromptSize(tokens=prompt.count(b",") + 1, most_tokens=most)
         return PromptSize(text_bytes={"prompt": _text_bytes(prompt)}, most_tokens=most)
-    if "messages" not in fields:
-        embeds = len(memoryview(fields.get("prompt_embeds", b"")))
+    messages = bytes(read.messages)
+    if not messages:
+        embeds = len(memoryview(read.prompt_embeds))
         return PromptSize(text_bytes={"prompt_embeds": embeds}, most_tokens=most)
-    messages = bytes(fields["messages"])
     media_bytes, parts = _media(messages) if _LIST.search(messages) else (0, 0)
     sizes = {"messages": max(0, _text_bytes(messages) - media_bytes)}
     for name in _RENDERED:
-        if name in fields:
-            sizes[name] = _text_bytes(bytes(fields[name]))
+        raw: msgspec.Raw = getattr(read, name)
+        if raw:
+            sizes[name] = _text_bytes(bytes(raw))
     return PromptSize(text_bytes=sizes, parts=parts, most_tokens=most)
 
 
@@ -83,7 +85,7 @@ def system_prefix(parsed: GenerateBody) -> bytes:
 
     Requests that share it share what engines have cached of it, and often how long answers are.
     """
-    raw = memoryview(parsed.fields.get("messages", b""))
+    raw = memoryview(parsed.read.messages)
     found = _SYSTEM.match(raw[:_HEAD_BYTES])
     if found is None:
         return b""

@@ -4,7 +4,6 @@ import asyncio
 import os
 import time
 
-import aiohttp
 import msgspec
 
 from oserve.gateway.process.messages import (
@@ -17,6 +16,8 @@ from oserve.gateway.process.messages import (
     WorkerReport,
 )
 from oserve.gateway.runner import RequestRunner
+from oserve.wire import UpstreamPool
+from oserve.wire.client import post
 
 SYNC_INTERVAL_S = 0.1
 # A report that the hub has not answered by then has failed.
@@ -25,7 +26,6 @@ _SYNC_LIMIT_S = 5.0
 _AWAY_S = 1.0
 
 _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
-_URL = "http://hub" + MESSAGE_PATH.decode()
 
 
 class HubClient:
@@ -34,7 +34,7 @@ class HubClient:
     def __init__(
         self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
     ) -> None:
-        self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(unix_socket))
+        self._hub = UpstreamPool(unix_socket=unix_socket)
         self._heard_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
@@ -46,8 +46,7 @@ class HubClient:
     async def sync(self) -> None:
         """One report and its reply; raises ConnectionError if the hub does not answer."""
         async with self._lock:
-            limit = aiohttp.ClientTimeout(total=_SYNC_LIMIT_S)
-            reply = await self._ask(self._report(), limit)
+            reply = await self._ask(self._report(), _SYNC_LIMIT_S)
             if isinstance(reply, HubReply):
                 self._apply(reply)
 
@@ -84,18 +83,15 @@ class HubClient:
             return answer.status, answer.body
         raise ConnectionError("the hub answered with another message")
 
-    async def _ask(
-        self, message: ProcessMessage, limit: aiohttp.ClientTimeout | None
-    ) -> HubMessage:
+    async def _ask(self, message: ProcessMessage, limit_s: float | None) -> HubMessage:
         try:
-            async with self._session.post(
-                _URL, data=msgspec.json.encode(message), timeout=limit
-            ) as answer:
-                body = await answer.read()
+            _, body = await post(
+                self._hub, MESSAGE_PATH, msgspec.json.encode(message), timeout_s=limit_s
+            )
             return _DECODER.decode(body)
-        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError) as error:
             raise ConnectionError(f"the hub does not answer: {error}") from None
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._session.close()
+        self._hub.close_idle()

@@ -16,7 +16,7 @@ from oserve.gateway.snapshot import ClusterSnapshot
 MESSAGE_PATH = b"/message"
 
 
-class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+class GatewayWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway process needs at its start: one JSON line on its standard input.
 
     ``hub`` is the path of the hub's Unix socket. ``estimator`` is the state of an

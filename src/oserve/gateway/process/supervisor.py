@@ -17,11 +17,11 @@ from oserve.control.tally import Batch
 from oserve.core import OServeError
 from oserve.gateway.process.hub import Hub, OperatorCallHandler
 from oserve.gateway.process.keeper import KeptProcess, ProcessKeeper
-from oserve.gateway.process.messages import WorkerConfig
+from oserve.gateway.process.messages import GatewayWorkerConfig
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
-_log = logging.getLogger("oserve.app")
+_log = logging.getLogger("oserve.gateway")
 
 # Importing takes a second or two, more on a busy machine.
 _LISTEN_LIMIT_S = 60.0
@@ -82,7 +82,7 @@ class GatewaySupervisor:
 
     async def _start(self, index: int) -> int:
         """Take over the process with this index, or start one; returns its port."""
-        config = WorkerConfig(
+        config = GatewayWorkerConfig(
             process=index,
             hub=str(self._socket),
             models=self._options.models,

@@ -1,8 +1,8 @@
 """A gateway process: ``python -m oserve.gateway.process.worker``, held by the keeper.
 
-It reads its ``WorkerConfig`` as one JSON line from standard input and ends when that closes, so it
-cannot outlive the keeper. The hub sends it the routing table; while no hub answers, it serves on
-with the last one.
+It reads its ``GatewayWorkerConfig`` as one JSON line from standard input and ends when that closes,
+so it cannot outlive the keeper. The hub sends it the routing table; while no hub answers, it serves
+on with the last one.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ import uvloop
 from oserve.gateway.http.server import Gateway
 from oserve.gateway.process.client import SYNC_INTERVAL_S, HubClient
 from oserve.gateway.process.collection import rare_collections
-from oserve.gateway.process.messages import WorkerConfig
+from oserve.gateway.process.messages import GatewayWorkerConfig
 from oserve.gateway.records import RecordStore
 from oserve.workload.output import OutputEstimator
 
 
-async def _run(config: WorkerConfig) -> None:
+async def _run(config: GatewayWorkerConfig) -> None:
     settings = config.settings
     records = RecordStore(Path(settings.records_file), max_records=settings.max_records)
     gateway = Gateway(
@@ -78,7 +78,7 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     rare_collections()
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=GatewayWorkerConfig)
     uvloop.run(_run(config))
 
 

@@ -113,10 +113,18 @@ def values_of(fields: Fields, *, chat: bool) -> dict[str, Any]:
                 value = float(value)
             elif name == "stream_options" and value is not None:
                 value = {key: as_flag(flag) for key, flag in value.items() if flag is not None}
+            elif name == "stop" and value is not None:
+                _check_texts(value)
         except (msgspec.DecodeError, RecursionError, ValueError, AttributeError):
             raise UnmovableError(f"`{name[:64]}` cannot be read here") from None
         found[name] = value
     return found
+
+
+def _check_texts(value: object) -> None:
+    """ValueError for what is neither a text nor a list of texts."""
+    if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+        raise ValueError("Expected a text or several")
 
 
 def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:

@@ -53,8 +53,10 @@ class AnswerOwner(Protocol):
         """More of a stream came: so many events by now."""
         ...
 
-    def commit(self, status: int, headers: Headers, *, close: bool, events: bool) -> None:
-        """Send the head; ``events``: a stream of events follows."""
+    def commit(
+        self, status: int, headers: Headers, body: bytes, *, close: bool, events: bool
+    ) -> None:
+        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
         ...
 
     def drops_options(self) -> bool:

@@ -269,13 +269,11 @@ class AnswerReader:
         owner = self._owner
         events = self._stream is not None
         fields, close = told_headers(head, plain=owner.exchange.http_1_0, events=events)
-        owner.commit(head.status, fields, close=close, events=events)
         held, self._held = b"".join(self._held), []
         if not events:
             self._tail = held[-_TAIL_BYTES:]
             held = self._framed(held)
-        if held:
-            owner.exchange.write(held)
+        owner.commit(head.status, fields, held, close=close, events=events)
 
     def on_end(self) -> None:
         owner, head = self._owner, self._head

@@ -67,6 +67,7 @@ class Session:
         "_connection",
         "_context",
         "_credit_tokens",
+        "_ended_tokens",
         "_events",
         "_first_reader",
         "_paused",
@@ -136,6 +137,7 @@ class Session:
         self._connection: UpstreamConnection | None = None
         self._reader: AnswerReader | ContinuationReader | None = None
         self._first_reader: AnswerReader | None = None
+        self._ended_tokens = 0
         exchange.on_disconnect = self._disconnected
         exchange.on_pause = self._pause
 
@@ -148,11 +150,13 @@ class Session:
         if self._connection is not None:
             self._connection.pause(paused)
 
-    def commit(self, status: int, headers: Headers, *, close: bool, events: bool) -> None:
-        """Send the head; ``events``: a stream of events follows."""
+    def commit(
+        self, status: int, headers: Headers, body: bytes, *, close: bool, events: bool
+    ) -> None:
+        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
         self.committed = True
         self._events = events
-        self.exchange.start(status, (*headers, *self._own_headers()), close=close)
+        self.exchange.start(status, (*headers, *self._own_headers()), body, close=close)
         if self.migration is not None and not events:
             self.migration.release()
             self.migration = None
@@ -182,7 +186,10 @@ class Session:
 
     def end(self) -> None:
         """The request has ended."""
+        self._ended_tokens = self.made_tokens
         self.ended = True
+        # Readers refer to the session; the cycle would wait for a garbage collection.
+        self._reader = self._first_reader = None
         if self.migration is not None:
             self.migration.release()
 
@@ -365,6 +372,8 @@ class Session:
     @property
     def made_tokens(self) -> int:
         """Output tokens so far; of a stream that has not moved about so many."""
+        if self.ended:
+            return self._ended_tokens
         if self.migration is not None and self.migration.continuation is not None:
             return len(self.migration.continuation.tokens)
         return self._first_reader.events if self._first_reader is not None else 0

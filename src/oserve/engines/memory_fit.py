@@ -1,9 +1,9 @@
-"""Is there room? Sizes KV caches, and says what does not fit before any engine starts.
+"""Whether engines fit in memory: sizes KV caches, and refuses what does not fit before it starts.
 
-On CPU all engines share main memory: a cache's size follows from what is free of it and from the
-model's context. On GPUs vLLM takes what its device has left; whether that is enough can be told.
-Arguments that a replica hands to vLLM verbatim are its own affair: one that sets memory, context or
-types itself is not judged. Neither is a model of which no sizes are known.
+On CPU all engines share main memory: the size of a cache follows from the free memory and from the
+model's context. On GPUs vLLM uses what its device has left, and this module checks that it is
+enough. It does not check replicas whose own vLLM arguments set memory, context or types, nor models
+of unknown size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,18 +37,18 @@ _DECISIVE = (
     "--hf-overrides",
     "--block-size",
 )
-# A context that nobody would be helped with is not proposed.
+# Shorter contexts are of no use and are not proposed.
 _LEAST_CONTEXT = 256
 _SIZE = "engines.kv_cache_memory_bytes"
 _CONTEXT = "engines.max_model_len"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """The devices of one kind, their memory, and the model that is to be served on them.
+class MemoryFit:
+    """Devices of one kind, their memory, and the model to serve on them.
 
-    ``free_bytes``: of main memory, for all engines together; on GPUs of no account. ``model`` is
-    ``None`` where nothing is known of its sizes.
+    ``free_bytes``: of main memory, for all engines together; unused on GPUs. ``model`` is ``None``
+    if its sizes are unknown.
     """
 
     settings: EngineSettings
@@ -63,9 +63,9 @@ class Room:
     def sized(
         self, shapes: Sequence[ReplicaShape], specs: Iterable[ReplicaSpec] = ()
     ) -> tuple[EngineSettings, tuple[ReplicaShape, ...]]:
-        """Settings with the size of caches, and those of the shapes that fit.
+        """Settings with a cache size, and those of ``shapes`` that fit.
 
-        ``shapes`` may be used on any devices, up to all; ``specs`` are replicas of a plan. A size
+        ``shapes`` may run on any number of devices; ``specs`` are the replicas of a plan. A size
         that is set stays.
         """
         fitting = tuple(shape for shape in shapes if self._misses(shape) is None)
@@ -88,7 +88,7 @@ class Room:
         return self._with(size), fitting
 
     def left_out(self, shapes: Iterable[ReplicaShape]) -> str:
-        """In a line, why these shapes are not used; empty where there are none."""
+        """One line on why these shapes are not used; empty if there are none."""
         first: dict[str, ReplicaShape] = {}
         for shape in shapes:
             first.setdefault(shape.name.rpartition("-")[0], shape)
@@ -98,7 +98,7 @@ class Room:
         return f"{', '.join(first)} left out: {error.message}"
 
     def closest(self, shapes: Sequence[ReplicaShape]) -> ReplicaShape:
-        """Of shapes that do not fit, the one that misses least."""
+        """Of shapes that do not fit, the one that lacks the least memory."""
 
         def missing(shape: ReplicaShape) -> float:
             memory = self._of(shape)
@@ -110,19 +110,29 @@ class Room:
 
     def refusal(self, shape: ReplicaShape, name: str = "") -> OServeError:
         """Why the shape does not fit, and what to set."""
-        return self._misses(shape, name) or self._crowded(shape, name)
+        missed = self._misses(shape, name)
+        if missed is not None:
+            return missed
+        memory = self._of(shape)
+        if memory is None:
+            return OServeError(
+                f"{name or shape.name}: the model's sizes are unknown",
+                place="memory",
+                remedy="give a model whose sizes are known",
+            )
+        return self._crowded(memory, shape, name)
 
     def check(self, specs: Iterable[ReplicaSpec], place: str = "plan") -> None:
         """Raise ``OServeError`` for the first replica that cannot start, or for too many.
 
-        To be asked of settings that are sized.
+        The settings must have a cache size (see ``sized``).
         """
         specs = [spec for spec in specs if _is_judged(spec)]
         self.check_contexts(specs)
         if self.model is None or not specs:
             return
         if self.on_cpu:
-            self._check_together(specs, place)
+            self._check_together(self._memory(self.free_bytes, self.model), specs, place)
             return
         for spec in specs:
             missed = self._missed_memory(spec.shape, f"replica {spec.id}")
@@ -130,14 +140,14 @@ class Room:
                 raise missed
 
     def check_contexts(self, specs: Iterable[ReplicaSpec]) -> None:
-        """Raise ``OServeError`` for the first replica whose cache is set and holds no request."""
+        """Raise ``OServeError`` for the first replica whose set cache size holds no request."""
         for spec in specs:
             missed = self._missed_context(spec.shape, f"replica {spec.id}")
             if missed is not None and _is_judged(spec):
                 raise missed
 
-    def words(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
-        """What to know about caches that were sized for replicas; nothing on GPUs."""
+    def notes(self, specs: Iterable[ReplicaSpec]) -> tuple[str, ...]:
+        """Notes for the user on the caches of these replicas; none on GPUs."""
         size = self.settings.kv_cache_memory_bytes
         shapes = [spec.shape for spec in specs if _is_judged(spec)]
         if not size or not self.on_cpu or not shapes:
@@ -182,7 +192,7 @@ class Room:
         return self._missed_context(shape, name) or self._missed_memory(shape, name)
 
     def _missed_context(self, shape: ReplicaShape, name: str) -> OServeError | None:
-        """A cache that is set and holds no request of the whole context."""
+        """The error of a set cache size that holds no request of the whole context."""
         memory, wanted = self._of(shape), self._set_bytes(shape)
         if memory is None or not wanted or memory.request_bytes(shape) <= wanted:
             return None
@@ -203,11 +213,9 @@ class Room:
         if memory is None:
             return None
         need = max(memory.request_bytes(shape), self._set_bytes(shape))
-        return None if need <= memory.room_bytes(shape) else self._crowded(shape, name)
+        return None if need <= memory.room_bytes(shape) else self._crowded(memory, shape, name)
 
-    def _crowded(self, shape: ReplicaShape, name: str) -> OServeError:
-        memory = self._of(shape)
-        assert memory is not None
+    def _crowded(self, memory: EngineMemory, shape: ReplicaShape, name: str) -> OServeError:
         need = max(memory.request_bytes(shape), self._set_bytes(shape))
         where = "free" if self.on_cpu else "there"
         share = f", {len(self.devices)} of them sharing main memory" if self.on_cpu else ""
@@ -220,7 +228,7 @@ class Room:
         )
 
     def _remedies(self, memory: EngineMemory, shape: ReplicaShape) -> list[str]:
-        """Each suffices alone; where none does, what the machine lacks."""
+        """Remedies, each of which suffices alone; if none does, what the machine lacks."""
         room = memory.room_bytes(shape)
         found = []
         if self._set_bytes(shape) > room >= memory.request_bytes(shape):
@@ -251,9 +259,10 @@ class Room:
         return found
 
     # -- what all need together -----------------------------------------------------------------
-    def _check_together(self, specs: Sequence[ReplicaSpec], place: str) -> None:
-        assert self.model is not None
-        memory = self._memory(self.free_bytes, self.model)
+    def _check_together(
+        self, memory: EngineMemory, specs: Sequence[ReplicaSpec], place: str
+    ) -> None:
+        """Raise ``OServeError`` if the engines of a plan need more main memory than is free."""
 
         def total(cache: Mapping[str, int]) -> float:
             return sum(
@@ -273,7 +282,7 @@ class Room:
             most = max(int(spare / devices), *least.values())
             if total(dict.fromkeys(wanted, most)) <= usable:
                 remedies.append(f"set {_SIZE} to at most {most}")
-        context = self._common_context(specs, usable)
+        context = _common_context(memory, specs, usable)
         if context:
             out = f", and leave {_SIZE} out" if wanted != least else ""
             remedies.append(f"set {_CONTEXT} to at most {context}{out}")
@@ -285,22 +294,21 @@ class Room:
             remedy="; or ".join(remedies),
         )
 
-    def _common_context(self, specs: Sequence[ReplicaSpec], usable: float) -> int:
-        """The longest context of which each replica can hold one request; 0 for none."""
-        assert self.model is not None
-        memory = self._memory(self.free_bytes, self.model)
-        fixed = sum(spec.shape.device_count * memory.fixed_bytes(spec.shape) for spec in specs)
-        devices = sum(spec.shape.device_count for spec in specs)
-        each = (usable - fixed) / devices
-        held = min(memory.held_tokens(spec.shape, each) for spec in specs)
-        return held if _LEAST_CONTEXT <= held < memory.context_tokens else 0
-
     def _with(self, cache_bytes: int) -> EngineSettings:
         return msgspec.structs.replace(self.settings, kv_cache_memory_bytes=cache_bytes or None)
 
 
+def _common_context(memory: EngineMemory, specs: Sequence[ReplicaSpec], usable: float) -> int:
+    """The longest context of which each replica can hold one request; 0 for none."""
+    fixed = sum(spec.shape.device_count * memory.fixed_bytes(spec.shape) for spec in specs)
+    devices = sum(spec.shape.device_count for spec in specs)
+    each = (usable - fixed) / devices
+    held = min(memory.held_tokens(spec.shape, each) for spec in specs)
+    return held if _LEAST_CONTEXT <= held < memory.context_tokens else 0
+
+
 def known_model(name: str) -> ModelFacts | None:
-    """Sizes of a model where they are known; of no name nothing is."""
+    """The sizes of a model; ``None`` if they are unknown, or without a name."""
     if not name:
         return None
     try:
@@ -310,28 +318,28 @@ def known_model(name: str) -> ModelFacts | None:
 
 
 def unsized(settings: EngineSettings) -> EngineSettings:
-    """Without a size of caches."""
+    """The settings without a cache size."""
     return msgspec.structs.replace(settings, kv_cache_memory_bytes=None)
 
 
 def cache_sized(
     settings: EngineSettings, model: str, devices: Sequence[Device], shape: ReplicaShape
 ) -> EngineSettings:
-    """Settings for an engine that nobody has sized: with what fits these devices now, on CPU."""
+    """Settings for an engine without a cache size: on CPU with the size that fits now."""
     if settings.kv_cache_memory_bytes or shape.kv_cache_memory_bytes:
         return settings
-    room = Room(
+    fit = MemoryFit(
         settings=settings,
         devices=tuple(devices),
         model=known_model(model),
         free_bytes=float(available_memory_bytes()),
     )
-    return room.sized([shape])[0]
+    return fit.sized([shape])[0]
 
 
-def with_settings(room: Room, settings: EngineSettings) -> Room:
-    """The same room under other settings."""
-    return Room(
+def with_settings(room: MemoryFit, settings: EngineSettings) -> MemoryFit:
+    """The same devices and memory under other settings."""
+    return MemoryFit(
         settings=settings, devices=room.devices, model=room.model, free_bytes=room.free_bytes
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from oserve.config import load_settings
 from oserve.core import Device
-from oserve.profiler.profile import engine_hall
+from oserve.profiler.profile import temporary_cluster
 
 SLOTS = (Device(id="cpu:0", kind="cpu"),)
 
@@ -24,7 +24,7 @@ async def test_who_is_told_to_end_clears_up_first(number: signal.Signals) -> Non
     before = folders()
 
     async def measure() -> None:
-        async with engine_hall(load_settings(None, {"model": "some/model"}, {}), SLOTS):
+        async with temporary_cluster(load_settings(None, {"model": "some/model"}, {}), SLOTS):
             assert folders() > before
             os.kill(os.getpid(), number)
             await asyncio.Event().wait()
@@ -41,7 +41,7 @@ async def test_whoever_cancels_it_hears_of_it() -> None:
     before = folders()
 
     async def measure() -> None:
-        async with engine_hall(load_settings(None, {"model": "some/model"}, {}), SLOTS):
+        async with temporary_cluster(load_settings(None, {"model": "some/model"}, {}), SLOTS):
             await asyncio.Event().wait()
 
     task = asyncio.create_task(measure())

@@ -1,0 +1,168 @@
+"""The protocol between a server and its keeper: JSON lines over a Unix socket.
+
+A server sends ``KeeperCommand``, the keeper ``KeeperEvent``. Each line is one message, which its
+``type`` tells apart. The keeper speaks first (``KeeperHello``). Every version reads two things
+alike: ``KeeperIdentity``, which is part of that greeting, and ``CloseKeeper``. With them a newer
+server recognises an older keeper and ends it. The keeper answers a message of unknown type or form
+with ``MessageRejected``.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from oserve.engines.registry import ProcessNote, RegistryEntry
+
+PROTOCOL_VERSION: Final = 1
+"""Raised whenever a message changes in a way that the other side cannot read."""
+
+MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+"""Of one message: the first line of a gateway process holds what earlier requests taught."""
+
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+# -- from the server ------------------------------------------------------------------------------
+class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="Greet"):
+    """The server has connected. ``grace_s``: how long the keeper waits for the next one."""
+
+    grace_s: _Seconds
+
+
+class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
+    """Start an engine; see ``spawner.Launcher``."""
+
+    name: _Name
+    argv: list[str]
+    env: dict[str, str]
+    cores: list[int]
+    log: str
+    note: ProcessNote = None
+
+
+class ProcessStart(msgspec.Struct, frozen=True, kw_only=True, tag="Hold"):
+    """Start another process and write ``first_line`` to its standard input, which stays open.
+
+    When the keeper ends, the process gets ``grace_s`` between TERM and KILL.
+    """
+
+    name: _Name
+    argv: list[str]
+    first_line: str
+    log: str
+    grace_s: _Seconds
+    note: ProcessNote = None
+
+
+class NoteUpdate(msgspec.Struct, frozen=True, kw_only=True, tag="Mark"):
+    """Replace the note of a process."""
+
+    name: _Name
+    note: ProcessNote
+
+
+class ProcessSignal(msgspec.Struct, frozen=True, kw_only=True, tag="Signal"):
+    """Send a signal to a process; of an engine, to its whole group."""
+
+    name: _Name
+    number: int
+
+
+class CloseKeeper(msgspec.Struct, frozen=True, tag="Close"):
+    """End every process at once, then the keeper. Every version of the keeper reads this."""
+
+
+KeeperCommand = ServerHello | EngineStart | ProcessStart | NoteUpdate | ProcessSignal | CloseKeeper
+
+
+# -- from the keeper ------------------------------------------------------------------------------
+class KeeperIdentity(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):
+    """What every server can read of a keeper's greeting; ``version`` 0 names none.
+
+    ``identity``: see ``holding.identity_of``.
+    """
+
+    identity: str
+    pid: int
+    version: int = 0
+
+
+class KeeperHello(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):
+    """The keeper's first message, with all that it holds."""
+
+    identity: str
+    pid: int
+    held: list[RegistryEntry]
+    version: int = PROTOCOL_VERSION
+
+
+class ProcessStarted(msgspec.Struct, frozen=True, kw_only=True, tag="Started"):
+    """The process runs."""
+
+    name: str
+    pid: int
+
+
+class StartRefused(msgspec.Struct, frozen=True, kw_only=True, tag="Refused"):
+    """The process could not be started; nothing of it is left."""
+
+    name: str
+    reason: str
+
+
+class ProcessExited(msgspec.Struct, frozen=True, kw_only=True, tag="Ended"):
+    """No process of that name is left; a negative status is a signal."""
+
+    name: str
+    status: int
+
+
+class MessageRejected(msgspec.Struct, frozen=True, kw_only=True, tag="Rejected"):
+    """The keeper could not read a message; ``name`` is that of the process, if it names one."""
+
+    reason: str
+    name: str = ""
+
+
+ProcessEvent = ProcessStarted | StartRefused | ProcessExited
+KeeperEvent = KeeperHello | ProcessEvent | MessageRejected
+
+_COMMANDS: Final[msgspec.json.Decoder[KeeperCommand]] = msgspec.json.Decoder(KeeperCommand)
+_EVENTS: Final[msgspec.json.Decoder[KeeperEvent]] = msgspec.json.Decoder(KeeperEvent)
+_IDENTITY: Final = msgspec.json.Decoder(KeeperIdentity)
+
+
+class _Named(msgspec.Struct):
+    name: str = ""
+
+
+def encoded(message: KeeperCommand | KeeperEvent) -> bytes:
+    """One line."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def command_of(line: bytes) -> KeeperCommand | MessageRejected:
+    """A server's message, or the answer to one that this version cannot read."""
+    try:
+        return _COMMANDS.decode(line)
+    except msgspec.DecodeError as error:
+        reason = f"the keeper (protocol {PROTOCOL_VERSION}) cannot read a message: {error}"
+        return MessageRejected(name=_name_in(line), reason=reason)
+
+
+def event_of(line: bytes) -> KeeperEvent:
+    """A keeper's message. Raises ``msgspec.DecodeError`` if this version cannot read it."""
+    return _EVENTS.decode(line)
+
+
+def identity_in(line: bytes) -> KeeperIdentity:
+    """The keeper that greets. Raises ``msgspec.DecodeError`` if the line is no greeting."""
+    return _IDENTITY.decode(line)
+
+
+def _name_in(line: bytes) -> str:
+    try:
+        return msgspec.json.decode(line, type=_Named).name
+    except msgspec.DecodeError:
+        return ""

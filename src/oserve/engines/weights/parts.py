@@ -1,0 +1,143 @@
+"""Parts of tensors: views, bytes and slices of them, sent and received over a stream.
+
+The sender shows the memory that holds some of the parts; the receiver copies those by itself, and
+only the other parts go through the socket.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from oserve.engines.weights.jobs import ByteCounter
+from oserve.engines.weights.memory import mapped
+from oserve.engines.weights.model_types import SharedWeights, TensorPlace
+from oserve.engines.weights.sockets import ShardStream, Throttle, TransferError
+from oserve.switch.rank_order import ShardPart
+
+_COPY_BYTES = 8 << 20
+
+
+class ShownMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sender's memory holds of the parts.
+
+    ``places``: of parameters in the file. ``parts``: by their numbers in the sender's order.
+    """
+
+    places: dict[str, TensorPlace] = {}
+    parts: dict[int, ShardPart] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyLimits:
+    """Bounds of copying: the rate, the end (on the monotonic clock), and an abort."""
+
+    throttle: Throttle
+    deadline_s: float
+    stopped: threading.Event
+
+
+def part_key(part: ShardPart) -> str:
+    """A key for a part."""
+    return f"{part.parameter}{[list(edge) for edge in part.box]}"
+
+
+def part_of(tensors: Mapping[str, torch.Tensor], part: ShardPart) -> torch.Tensor:
+    """A view of the part's box. Raises TransferError for a parameter that is not in ``tensors``."""
+    tensor = tensors.get(part.parameter)
+    if tensor is None:
+        raise TransferError(f"this rank has no parameter {part.parameter}")
+    return tensor[tuple(slice(start, stop) for start, stop in part.box)]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def pieces(tensor: torch.Tensor, size_bytes: int) -> Iterator[torch.Tensor]:
+    """Slices of rows, of at most ``size_bytes`` if one row is no larger."""
+    if tensor.nbytes <= size_bytes:
+        yield tensor
+        return
+    rows = max(1, tensor.shape[0] * size_bytes // tensor.nbytes)
+    for start in range(0, tensor.shape[0], rows):
+        yield tensor[start : start + rows]
+
+
+def send_parts(
+    stream: ShardStream,
+    parts: Sequence[ShardPart],
+    tensors: Mapping[str, torch.Tensor],
+    memory: SharedWeights | None,
+    throttle: Throttle,
+    sent: ByteCounter,
+) -> None:
+    """Show the parts that ``memory`` holds, and send the others. Raises TransferError."""
+    values = [part_of(tensors, part) for part in parts]
+    shown = ShownMemory()
+    if memory is not None:
+        places = memory.places({part.parameter: tensors[part.parameter] for part in parts})
+        held = {n: part for n, part in enumerate(parts) if part.parameter in places}
+        shown = ShownMemory(places=places, parts=held)
+    stream.give_message(msgspec.json.encode(shown))
+    if memory is not None and shown.places:
+        stream.give_descriptor(memory.descriptor)
+    for number, value in enumerate(values):
+        if number not in shown.parts:
+            stream.send(number, bytes_of(value.contiguous()), throttle)
+        with sent.lock:
+            sent.total += value.nbytes
+
+
+def receive_parts(
+    stream: ShardStream,
+    parts: Sequence[ShardPart],
+    targets: Sequence[torch.Tensor],
+    limits: CopyLimits,
+    received: ByteCounter,
+) -> None:
+    """Receive parts, or copy them from the sender's memory. Raises TransferError."""
+    shown = _shown(stream)
+    for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
+        if number in shown:
+            _copy(part, shown[number], target, limits)
+        else:
+            whole = target if target.is_contiguous() else torch.empty_like(target)
+            stream.receive(number, bytes_of(whole))
+            if whole is not target:
+                target.copy_(whole)
+        with received.lock:
+            received.total += target.nbytes
+
+
+def _shown(stream: ShardStream) -> Mapping[int, torch.Tensor]:
+    """Views of the parts in the memory that the sender shows, by number."""
+    try:
+        shown = msgspec.json.decode(stream.take_message(), type=ShownMemory)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"cannot read what the sender shows: {error}") from None
+    if not shown.places:
+        return {}
+    tensors = mapped(stream.take_descriptor(), shown.places)
+    return {number: part_of(tensors, part) for number, part in shown.parts.items()}
+
+
+def _copy(part: ShardPart, source: torch.Tensor, target: torch.Tensor, limits: CopyLimits) -> None:
+    if (target.shape, target.dtype) != (source.shape, source.dtype):
+        raise TransferError(
+            f"{part.parameter}: {list(source.shape)} {source.dtype} came, "
+            f"not {list(target.shape)} {target.dtype}"
+        )
+    size = min(_COPY_BYTES, limits.throttle.chunk_bytes)
+    for to, of in zip(pieces(target, size), pieces(source, size), strict=True):
+        if limits.stopped.is_set():
+            raise TransferError("aborted")
+        if time.monotonic() >= limits.deadline_s:
+            raise TransferError("not all was copied within the deadline")
+        if limits.throttle.limits:
+            limits.throttle.wait(of.nbytes)
+        to.copy_(of)
