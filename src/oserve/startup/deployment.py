@@ -22,7 +22,7 @@ from oserve.core import (
 )
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
-from oserve.engines.memory_fit import MemoryFit
+from oserve.engines.memory_check import MemoryCheck
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
@@ -169,7 +169,7 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, room: MemoryFit, stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, room: MemoryCheck, stamp: str) -> FirstPlan | None:
     """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():

@@ -8,12 +8,12 @@ from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
-from oserve.engines.memory_fit import MemoryFit, known_model, with_settings
+from oserve.engines.memory_check import MemoryCheck, known_model, with_settings
 from oserve.perf.profile import ProfileSource
 from oserve.plan.planning import PlanRequest
 
 
-def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryFit:
+def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryCheck:
     """The memory available for engines on these devices.
 
     Engines that a killed server left running will be taken over, so their memory counts as free.
@@ -21,7 +21,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryFit:
     free = float(available_memory_bytes())
     if keeper_runs(Path(settings.state_dir)):
         free = max(free, float(sum(device.memory_bytes for device in devices)))
-    return MemoryFit(
+    return MemoryCheck(
         settings=settings.engines,
         devices=devices,
         model=known_model(settings.model),
@@ -41,8 +41,8 @@ def shapes_that_fit(
 
 
 def fit_request(
-    room: MemoryFit, request: PlanRequest, specs: Iterable[ReplicaSpec]
-) -> tuple[MemoryFit, PlanRequest]:
+    room: MemoryCheck, request: PlanRequest, specs: Iterable[ReplicaSpec]
+) -> tuple[MemoryCheck, PlanRequest]:
     """The room with KV caches sized for all that may run, and the request with shapes that fit.
 
     ``specs``: replicas of a given plan. Raises OServeError if no shape fits.
@@ -60,7 +60,7 @@ def fit_request(
     return sized, replace(request, shapes=shapes, source=source, notes=notes)
 
 
-def sized_for_plan(room: MemoryFit, plan: DeploymentPlan, place: str) -> MemoryFit:
+def sized_for_plan(room: MemoryCheck, plan: DeploymentPlan, place: str) -> MemoryCheck:
     """The room with KV caches sized for a plan.
 
     Raises OServeError if the plan does not fit, with the setting to change.
