@@ -5,7 +5,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -27,6 +26,7 @@ from oserve.gateway.http.errors import (
     with_status,
 )
 from oserve.gateway.http.prompt import prompt_size
+from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.metrics import exposition
 from oserve.gateway.records import RecordStore
 from oserve.gateway.runner import RequestRunner
@@ -73,6 +73,7 @@ class Gateway:
         self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
         self.away_s: Callable[[], float] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = RequestIds()
         order = settings.order
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
@@ -130,7 +131,7 @@ class Gateway:
     # -- requests -------------------------------------------------------------------------------
     def _handle(self, exchange: Exchange) -> None:
         """Answer a request, or see to it that it will be; never raises."""
-        request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
+        request_id = (exchange.headers.get(b"x-request-id") or self._ids.take())[:_REQUEST_ID_BYTES]
         exchange.headers[b"x-request-id"] = request_id
         try:
             self._route(exchange)
@@ -385,7 +386,3 @@ def _priority(exchange: Exchange, parsed: GenerateBody) -> int:
     """What a client asked for; as with vLLM its header, where it is a number, outdoes the body."""
     given = exchange.headers.get(_PRIORITY, b"")
     return int(given) if _INTEGER.fullmatch(given) else parsed.priority or 0
-
-
-def _new_id() -> bytes:
-    return secrets.token_hex(16).encode()
