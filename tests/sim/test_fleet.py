@@ -170,6 +170,33 @@ def test_a_full_queue_refuses() -> None:
     assert counts[Status.COMPLETED] + counts[Status.REFUSED] == 300
 
 
+def test_a_small_request_passes_one_that_waits_for_a_larger_replica() -> None:
+    # 3,200 tokens fit into the large replica only, which has no room before its first one ends.
+    table = RequestTable.of([0.0, 0.1, 0.2], [3000, 3000, 100], [200, 200, 20])
+    fleet = Fleet(table, compiled=False)
+    for name, kv_tokens in (("small", 2000), ("large", 8000)):
+        fleet.add_replica(name, SHAPE, TABLES, kv_tokens=kv_tokens, costs=COSTS, max_inflight=1)
+    fleet.run()
+    results = fleet.results()
+    assert results.replica.tolist() == [1, 1, 0]
+    assert results.dispatch_s[2] == pytest.approx(0.2)
+    assert results.dispatch_s[1] == results.finish_s[0]
+
+
+def test_a_request_is_shed_at_its_limit_wherever_it_waits() -> None:
+    # The second has the better rank, so the first is never the head of the queue.
+    table = RequestTable.of(
+        [0.0, 0.0, 1.0, 1.5], [3000, 100, 100, 100], [400, 400, 10, 10], rank_s=[0, 0, 9, 2]
+    )
+    options = GatewayOptions(shed_after_s=1.0, max_queued=2)
+    fleet = Fleet(table, compiled=False, gateway=options)
+    fleet.add_replica("a", SHAPE, TABLES, kv_tokens=40_000, costs=COSTS, max_inflight=2)
+    fleet.advance(2.0)
+    results = fleet.results()
+    assert results.status.tolist()[2:] == [Status.SHED, Status.QUEUED]
+    assert results.finish_s[2] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_a_crash_replays_or_loses_what_was_there(replay: bool) -> None:
     fleet = fleet_of(table_of(100, 20.0))

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from oserve.traces import FailureKind, OutcomeStatus
-from oserve.wire.events import Event, EventReader
+from oserve.wire.events import EventReader, ServerSentEvent
 
 _REASONING = ("reasoning", "reasoning_content")
 _ANSWER = ("content", "tool_calls", "function_call", "refusal", "audio")
@@ -118,7 +118,7 @@ class BenchAnswer:
         if self.failure is None:
             self.failure, self.error = kind, error
 
-    def _take(self, received: Event, now_s: float) -> None:
+    def _take(self, received: ServerSentEvent, now_s: float) -> None:
         payload = received.data
         if payload is None:
             return

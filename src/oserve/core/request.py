@@ -1,11 +1,14 @@
-"""A request as the router sees it, and the record of a finished request."""
+"""A request as the router sees it, and the record of a finished request.
 
-from dataclasses import dataclass
+Both are made for every request, and structs are made many times faster than frozen dataclasses.
+"""
+
 from enum import StrEnum
 
+import msgspec
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request at the time of routing. Lengths are estimates, in tokens.
 
     ``chances``: the probabilities that the request is of each of the plan's types, in their order;
@@ -30,8 +33,7 @@ class FinishStatus(StrEnum):
     DISCONNECTED = "disconnected"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One finished request. The record holds nothing of its prompt or answer.
 
     ``arrival_s`` is Unix time. ``ttft_s`` includes queueing; ``tpot_s`` is

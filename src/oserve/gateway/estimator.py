@@ -5,9 +5,10 @@ known at arrival (``workload.output``). Of texts and keys only hashes are kept.
 """
 
 import hashlib
-from dataclasses import dataclass
 
-from oserve.control.dispatch.table import RoutingTable
+import msgspec
+
+from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable
 from oserve.control.tally import Tally
 from oserve.gateway.http.body import GenerateBody
 from oserve.gateway.http.prompt import system_prefix
@@ -20,8 +21,7 @@ _ENOUGH_ANSWERS = 20
 _MOST_KEY_BYTES = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestEstimate:
+class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
@@ -44,7 +44,7 @@ class RequestEstimator:
     def __init__(self, estimator: OutputEstimator | None = None) -> None:
         self.estimator = estimator or OutputEstimator()
         self.tally = Tally()
-        self._table: RoutingTable | None = None
+        self._table = EMPTY_TABLE
         self._kinds: TypeChances | None = None
 
     def follow(self, table: RoutingTable) -> None:
@@ -52,7 +52,7 @@ class RequestEstimator:
         before, self._table = self._table, table
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
-        if before is None or centres != _centres(before):
+        if centres != _centres(before):
             self._kinds = TypeChances(centres) if centres else None
         self.tally.follow(names)
 
@@ -66,7 +66,6 @@ class RequestEstimator:
         arrived_s: float,
     ) -> RequestEstimate:
         """Of a request that has just come; the table must have types."""
-        assert self._table is not None
         limit = parsed.output_limit
         prefix = system_prefix(parsed)
         session = (parsed.session or "").encode() or headers.get(b"x-session-id", b"")
@@ -114,7 +113,6 @@ class RequestEstimator:
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> tuple[float, ...]:
         """Of the plan's types; of its length classes one is certain."""
-        assert self._table is not None
         if self._kinds is None:
             classes = self._table.length_classes
             held = classify(prompt_tokens, classes)
@@ -127,7 +125,6 @@ class RequestEstimator:
     def _output_tokens(
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> int:
-        assert self._table is not None
         most = max(1, limit) if limit is not None else 1 << 30
         if output is None:
             return most

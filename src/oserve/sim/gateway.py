@@ -8,6 +8,7 @@ entered and exceed the bound, and sheds those that have waited too long.
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.control.dispatch.overload import DEMOTED_S
+from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at
 from oserve.sim.layout import (
@@ -17,20 +18,28 @@ from oserve.sim.layout import (
     DECODE,
     DEMOTE_AT,
     ENTERED,
+    FIXED_SHARES,
     FREED,
+    INFLIGHT,
     IS_LATE,
     LIVE_COST,
     LOST,
     MADE,
     MAX_ATTEMPTS,
+    MAX_INFLIGHT,
     MAX_MOVES,
+    MAX_PROMPT,
     MAX_QUEUED,
     MOVES,
     NEVER,
+    NEXT,
     NONE,
     ON,
     ORDER,
+    OUTPUT,
+    OWED_PROMPT,
     PHASE,
+    POLICY,
     PRIORITY,
     PROMPT,
     PS,
@@ -127,23 +136,55 @@ def head(s: KernelState, now: int, alone: bool) -> int:
 
 
 @compiled
+def any_room(s: KernelState) -> bool:
+    """Whether any replica could take a further request."""
+    for index in range(s.glob[REPLICAS]):
+        at = s.where[index]
+        if s.mem[at + PHASE] != READY or s.mem[at + ROLE] == DECODE:
+            continue
+        if s.mem[at + INFLIGHT] >= s.mem[at + MAX_INFLIGHT]:
+            continue
+        if s.mem[at + OWED_PROMPT] < s.mem[at + MAX_PROMPT]:
+            return True
+    return False
+
+
+@compiled
 def dispatch(s: KernelState, now: int, alone: bool) -> None:
-    """Send waiting requests, best rank first, until there is no room for one."""
+    """Send waiting requests, best rank first, while there is room for one of them.
+
+    A request passes those that wait for larger replicas: they would not have had its slot.
+    """
+    passed, blocked = NONE, NEVER
     while True:
         request = head(s, now, alone)
         if request == NONE:
-            return
-        index = choose(s, request, now)
-        if index == NONE:
-            return
-        if s.req[request * REQUEST + IS_LATE] == 1:
+            break
+        base = request * REQUEST
+        blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
+        index = NONE
+        if blocks < blocked:
+            index = choose(s, request, now)
+            if index == NONE:
+                # Fixed shares wait for their replicas in the order of the queue.
+                if s.glob[POLICY] == FIXED_SHARES or not any_room(s):
+                    break
+                blocked = blocks
+        if s.req[base + IS_LATE] == 1:
             pop(s.req, s.late, ARRIVAL)
         else:
             pop(s.req, s.queue, ORDER)
-        if index == HOPELESS:
+        if index == NONE:
+            s.req[base + NEXT] = passed
+            passed = request
+        elif index == HOPELESS:
             close(s.req, s.glob, request, REFUSED, now)
         else:
             send(s, request, index, now)
+    while passed != NONE:
+        request = passed
+        passed = s.req[request * REQUEST + NEXT]
+        enter(s, request)
 
 
 @compiled
@@ -194,7 +235,7 @@ def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
 
 @compiled
 def settle(s: KernelState, first: int, now: int) -> None:
-    """Dispatch by rank what waits, then refuse what has just entered and may not wait.
+    """Dispatch by rank what waits, then refuse what has just entered and may not wait, last first.
 
     Requests from number ``first`` on have just arrived. Others have entered again in this round;
     streams that resume are not among those, since they may wait beyond the bound.
@@ -203,12 +244,12 @@ def settle(s: KernelState, first: int, now: int) -> None:
     waiting = queued(s)
     if waiting > 0 and (entered > 0 or s.glob[FREED] == 1):
         dispatch(s, now, entered == 1 and waiting == 1)
+        for request in range(s.glob[ARRIVED] - 1, first - 1, -1):
+            refuse_beyond_bound(s, request, now)
         if s.glob[REENTERED] > 0 and queued(s) > s.glob[MAX_QUEUED]:
-            for request in range(first):
+            for request in range(first - 1, -1, -1):
                 if s.req[request * REQUEST + ENTERED] == s.glob[ROUND]:
                     refuse_beyond_bound(s, request, now)
-        for request in range(first, s.glob[ARRIVED]):
-            refuse_beyond_bound(s, request, now)
     s.glob[FREED] = s.glob[REENTERED] = 0
     s.glob[ROUND] += 1
 

@@ -14,8 +14,9 @@ holds no text, only numbers and hashes, and per feature only the most recent val
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 _PER_DOUBLING = 2
 BINS = 2 * 18
@@ -28,8 +29,7 @@ _SHARED = 0.01
 _RATE = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownAtArrival:
+class KnownAtArrival(msgspec.Struct, frozen=True, kw_only=True):
     """The features of a request at its arrival.
 
     ``max_tokens`` is ``None`` if the client sets no limit; unknown features are empty.
@@ -43,8 +43,7 @@ class KnownAtArrival:
     session: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputExpectation:
+class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
     """The distribution of an output length.
 
     The probabilities of the bins (they sum to 1), the mean output of each bin in tokens, and the

@@ -33,7 +33,7 @@ from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.stream.session import Session
 from oserve.wire import Exchange, ServerLimits, serve
-from oserve.wire.server import Server
+from oserve.wire.server import HttpServer
 from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
@@ -68,7 +68,7 @@ class Gateway:
         self._models = models
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
         self._started_s = int(time.time())
-        self._server: Server | None = None
+        self._server: HttpServer | None = None
         self.refresh: Callable[[], Awaitable[None]] | None = None
         self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
         self.away_s: Callable[[], float] | None = None

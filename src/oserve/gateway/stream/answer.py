@@ -198,8 +198,7 @@ def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: boo
     return _encoded(fields)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenUsage:
+class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts as a server reported them; ``None`` where it did not."""
 
     prompt_tokens: int | None = None
