@@ -32,7 +32,7 @@ def helm(scorer: Scorer | None) -> ControllerRuntime:
 
 
 def question(made: ControllerRuntime, rates: Rates) -> DecisionInput:
-    step = ForecastStep(seconds=20.0, chances={rates: 1.0}, expected=rates)
+    step = ForecastStep(seconds=20.0, probabilities={rates: 1.0}, expected=rates)
     return replace(
         made.controller.decision_input(0.0), steps=(step,), plan_for=(rates,), now_rps=rates
     )

@@ -19,7 +19,7 @@ NOW, BEFORE = (20.0, 1.0), (5.0, 4.0)
 
 def question(**fields: object) -> DecisionInput:
     plan = DeploymentPlan(id="x", replicas=(), length_classes=(), routing_shares={})
-    step = ForecastStep(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
+    step = ForecastStep(seconds=60.0, probabilities={NOW: 1.0}, expected=NOW)
     given: dict[str, object] = {
         "at_s": 0.0,
         "current": plan,
@@ -53,7 +53,7 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     assert ahead.lasting_s <= 900.0
     assert not ahead.later.any()
     nothing = question(
-        steps=(ForecastStep(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
+        steps=(ForecastStep(seconds=60.0, probabilities={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
     )
     assert len(evaluation_workload(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
 

@@ -83,12 +83,12 @@ class SwitchPlanner(Protocol):
 class ForecastStep:
     """One step of the forecast, ``seconds`` long.
 
-    ``chances``: rates with their probabilities, which sum to 1. ``expected``: the mean rates; empty
-    where only the probabilities count.
+    ``probabilities``: rates with their probabilities, which sum to 1. ``expected``: the mean rates;
+    empty if only the distribution counts.
     """
 
     seconds: float
-    chances: Mapping[Rates, float]
+    probabilities: Mapping[Rates, float]
     expected: Rates = ()
 
 
@@ -238,7 +238,7 @@ def score_candidate(
     price = switch_price(
         old,
         new,
-        asked.steps[0].chances,
+        asked.steps[0].probabilities,
         planner,
         drain_s=asked.drain_s,
         drain_limit_s=asked.drain_limit_s,
@@ -277,7 +277,7 @@ def _served(
         left_s -= seconds
         if seconds <= 0:
             continue
-        for rates_rps, chance in step.chances.items():
+        for rates_rps, chance in step.probabilities.items():
             part = chance * seconds / lasts_s
             current += part * planner.served_rps(old, rates_rps)
             candidate += part * planner.served_rps(new, rates_rps)
@@ -325,7 +325,7 @@ def _late(
     most_s: float,
 ) -> float:
     """Requests that arrive while the new replicas serve such a backlog, within ``most_s``."""
-    rates = step.expected or max(step.chances, key=lambda key: step.chances[key])
+    rates = step.expected or max(step.probabilities, key=lambda key: step.probabilities[key])
     rate_rps = sum(rates)
     if backlog <= 0:
         return 0.0

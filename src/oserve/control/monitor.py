@@ -209,12 +209,16 @@ class TrafficMonitor:
         rates = np.nan_to_num(found.quantile_counts / found.interval_s)
         steps = []
         for step in range(rates.shape[1]):
-            chances: dict[Rates, float] = {}
+            probabilities: dict[Rates, float] = {}
             for level, (low, high) in enumerate(pairwise(ends)):
                 key = tuple(rates[level, step].tolist())
-                chances[key] = chances.get(key, 0.0) + high - low
+                probabilities[key] = probabilities.get(key, 0.0) + high - low
             expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
-            steps.append(ForecastStep(seconds=found.interval_s, chances=chances, expected=expected))
+            steps.append(
+                ForecastStep(
+                    seconds=found.interval_s, probabilities=probabilities, expected=expected
+                )
+            )
         return tuple(steps)
 
     # -- memory ---------------------------------------------------------------------------------

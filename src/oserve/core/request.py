@@ -11,8 +11,8 @@ import msgspec
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request at the time of routing. Lengths are estimates, in tokens.
 
-    ``chances``: the probabilities that the request is of each of the plan's types, in their order;
-    empty where the plan has none. ``workload_type`` is then the most likely one.
+    ``probabilities``: those of the plan's types, in their order; empty if the plan has none.
+    ``workload_type`` is then the most likely one.
     """
 
     id: str
@@ -20,7 +20,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     workload_type: str
     prompt_tokens: int
     output_tokens: int
-    chances: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
 
 
 class FinishStatus(StrEnum):

@@ -13,8 +13,8 @@ from oserve.control.tally import Tally
 from oserve.gateway.http.body import GenerateBody
 from oserve.gateway.http.prompt import system_prefix
 from oserve.workload import classify
-from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
+from oserve.workload.type_probabilities import TypeProbabilities
 
 # Until so many answers were seen, what the plan says is usual is the better guess.
 _ENOUGH_ANSWERS = 20
@@ -22,7 +22,7 @@ _MOST_KEY_BYTES = 128
 
 
 class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
+    """Of one request. ``probabilities`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
     about how long the system prompt is, as far as it was looked at. ``arrived_s`` is Unix time.
@@ -31,7 +31,7 @@ class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
     known: KnownAtArrival
     output: OutputExpectation | None
     names: tuple[str, ...]
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     kind: str
     output_tokens: int
     prefix_tokens: int
@@ -45,7 +45,7 @@ class RequestEstimator:
         self.estimator = estimator or OutputEstimator()
         self.tally = Tally()
         self._table = EMPTY_TABLE
-        self._kinds: TypeChances | None = None
+        self._kinds: TypeProbabilities | None = None
 
     def follow(self, table: RoutingTable) -> None:
         """Another plan may have other types."""
@@ -53,7 +53,7 @@ class RequestEstimator:
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
         if centres != _centres(before):
-            self._kinds = TypeChances(centres) if centres else None
+            self._kinds = TypeProbabilities(centres) if centres else None
         self.tally.follow(names)
 
     def estimate(
@@ -96,20 +96,20 @@ class RequestEstimator:
         """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
-        chances = self._chances(prompt_tokens, output, limit)
+        probabilities = self._probabilities(prompt_tokens, output, limit)
         names = self.tally.names
         return RequestEstimate(
             known=known,
             output=output,
             names=names,
-            chances=chances,
-            kind=names[chances.index(max(chances))],
+            probabilities=probabilities,
+            kind=names[probabilities.index(max(probabilities))],
             output_tokens=self._output_tokens(prompt_tokens, output, limit),
             prefix_tokens=prefix_tokens,
             arrived_s=arrived_s,
         )
 
-    def _chances(
+    def _probabilities(
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> tuple[float, ...]:
         """Of the plan's types; of its length classes one is certain."""
@@ -152,7 +152,7 @@ class RequestEstimator:
         self.tally.ended(
             now_s,
             arrival_s=estimate.arrived_s,
-            chances=estimate.chances if current else (),
+            probabilities=estimate.probabilities if current else (),
             kind=kind,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,

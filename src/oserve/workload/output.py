@@ -50,18 +50,18 @@ class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
     mean over all.
     """
 
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     lengths: tuple[float, ...]
 
     @property
     def mean_tokens(self) -> float:
         """Expected output tokens."""
-        return sum(p * tokens for p, tokens in zip(self.chances, self.lengths, strict=True))
+        return sum(p * tokens for p, tokens in zip(self.probabilities, self.lengths, strict=True))
 
     def quantile(self, chance: float) -> float:
         """The quantile of the output length at this probability, to the bin."""
         total = 0.0
-        for p, tokens in zip(self.chances, self.lengths, strict=True):
+        for p, tokens in zip(self.probabilities, self.lengths, strict=True):
             total += p
             if total >= chance:
                 return tokens
@@ -71,7 +71,7 @@ class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
         """Expected output of an answer with ``made_tokens`` so far; at least one more."""
         left = [
             (p, tokens)
-            for p, tokens in zip(self.chances, self.lengths, strict=True)
+            for p, tokens in zip(self.probabilities, self.lengths, strict=True)
             if tokens > made_tokens
         ]
         total = sum(p for p, _ in left)
@@ -138,7 +138,7 @@ class OutputEstimator:
         limit = known.max_tokens
         if limit is not None:
             lengths = [min(tokens, float(max(1, limit))) for tokens in lengths]
-        return OutputExpectation(chances=tuple(mixed), lengths=tuple(lengths))
+        return OutputExpectation(probabilities=tuple(mixed), lengths=tuple(lengths))
 
     def learn(self, known: KnownAtArrival, output_tokens: int) -> None:
         """Learn from one finished request."""

@@ -5,8 +5,8 @@ replica with the least expected work wins, in seconds and not in requests. When 
 further from idle than the overflow threshold and a replica outside the pool would be sooner done,
 the request goes there. Shares are never followed blindly: under live load fixed shares are unsafe.
 
-A request whose type its answer will decide has the shares of the types mixed by their chances. What
-a replica has cached of a prompt makes the request cost less there.
+If its answer determines a request's type, the router mixes the shares of the types by their
+probabilities. A cached prefix of the prompt makes the request cost less on that replica.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -64,7 +64,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 class Router:
     """Pure: the same request and loads give the same pick.
 
-    ``type_shares``: those of the plan's types, in their order, for requests that have chances.
+    ``type_shares``: those of the plan's types, in their order, for requests with probabilities.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class Router:
         return Route(replica=allowed[index], reason=_REASONS[code], work_s=own_s[index])
 
     def shares(self, request: Request) -> Mapping[str, float]:
-        """By replica; those of types mixed by the request's chances, less what is too small."""
-        chances = request.chances
-        if not chances or len(chances) != len(self._type_shares):
+        """Shares by replica, mixed by the request's type probabilities, without negligible ones."""
+        probabilities = request.probabilities
+        if not probabilities or len(probabilities) != len(self._type_shares):
             return self._shares.get(request.workload_type, _NO_SHARES)
         mixed: dict[str, float] = {}
-        for chance, shares in zip(chances, self._type_shares, strict=True):
+        for chance, shares in zip(probabilities, self._type_shares, strict=True):
             if chance >= _LEAST_CHANCE:
                 for name, share in shares.items():
                     mixed[name] = mixed.get(name, 0.0) + chance * share

@@ -212,7 +212,7 @@ class Gateway:
                 workload_type=estimate.kind,
                 prompt_tokens=prompt_tokens,
                 output_tokens=estimate.output_tokens,
-                chances=estimate.chances if self.runner.table.planned_types else (),
+                probabilities=estimate.probabilities if self.runner.table.planned_types else (),
             ),
             estimate=estimate,
             prompt_size=size,
