@@ -256,7 +256,7 @@ def _in_processes(
                     for (at, name), row in zip(group, future.result(), strict=True):
                         found[at, name] = row
                         progress(at, name)
-        except BaseException:
+        except BaseException:  # an interrupt ends the workers as well
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return found

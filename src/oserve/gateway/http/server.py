@@ -137,7 +137,7 @@ class Gateway:
             self._route(exchange)
         except ApiError as error:
             self._refuse(exchange, error)
-        except Exception as error:
+        except Exception as error:  # a fault of ours ends this request alone
             self._failed(exchange, error)
 
     def _failed(self, exchange: Exchange, error: Exception) -> None:
@@ -328,7 +328,7 @@ class Gateway:
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:
+            except Exception as error:  # a fault of ours ends this request alone
                 self._failed(exchange, error)
 
         task = asyncio.ensure_future(guarded())
