@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.evaluation import DecisionInput, ForecastStep, Rates
+from oserve.control.evaluation import DecisionInput, ForecastStep, TypeRates
 from oserve.core import DeploymentPlan
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.workload import evaluation_workload, poisson_stages
@@ -63,7 +63,7 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     st.integers(0, 2**31),
 )
 def test_arrivals_stay_in_their_stage(parts: list[tuple[float, float, float]], seed: int) -> None:
-    stages: list[tuple[Rates, float]] = [((a, b), seconds) for a, b, seconds in parts]
+    stages: list[tuple[TypeRates, float]] = [((a, b), seconds) for a, b, seconds in parts]
     traffic = poisson_stages(LENGTHS, stages, seed=seed)
     assert len(traffic) == 0 or traffic.arrival_s[-1] <= sum(item[1] for item in stages)
     start_s = 0.0

@@ -31,7 +31,7 @@ from typing import Protocol
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.perf.corrected import Speeds
 
-Rates = tuple[float, ...]
+TypeRates = tuple[float, ...]
 
 # Running requests finish while their replica drains. Each loses its prefix cache and little else.
 TOUCHED = 0.05
@@ -58,15 +58,15 @@ class Leg:
 class SwitchPlanner(Protocol):
     """What evaluation needs to know. Rates are requests/s, in the order of the workload types."""
 
-    def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
+    def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """Plans for these rates, the best first, close to the current one; empty if none serves."""
         ...
 
-    def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
+    def floor(self, rates_rps: TypeRates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
         """The current plan cut to the ``replicas`` replicas that serve these rates best."""
         ...
 
-    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The requests/s that these replicas serve of these rates within limits."""
         ...
 
@@ -74,7 +74,7 @@ class SwitchPlanner(Protocol):
         """The switch from one set of replicas to another, leg by leg."""
         ...
 
-    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean seconds that a request stays on a replica, which is the time to drain it."""
         ...
 
@@ -88,8 +88,8 @@ class ForecastStep:
     """
 
     seconds: float
-    probabilities: Mapping[Rates, float]
-    expected: Rates = ()
+    probabilities: Mapping[TypeRates, float]
+    expected: TypeRates = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +111,10 @@ class DecisionInput:
 
     at_s: float
     current: DeploymentPlan
-    now_rps: Rates
+    now_rps: TypeRates
     steps: tuple[ForecastStep, ...]
     lasts_s: float
-    plan_for: tuple[Rates, ...]
+    plan_for: tuple[TypeRates, ...]
     lasting: Mapping[str, float] = field(default_factory=dict)
     version: int = 0
     given: DeploymentPlan | None = None
@@ -122,13 +122,13 @@ class DecisionInput:
     drain_s: float = 0.0
     drain_limit_s: float = math.inf
     in_order: bool = False
-    past: tuple[tuple[Rates, float], ...] = ()
-    before: Rates = ()
+    past: tuple[tuple[TypeRates, float], ...] = ()
+    before: TypeRates = ()
     back_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
 
     @property
-    def expected_rps(self) -> Rates:
+    def expected_rps(self) -> TypeRates:
         """The mean rates of the first forecast step."""
         return self.steps[0].expected
 
@@ -349,7 +349,7 @@ def signature(plan: DeploymentPlan) -> str:
 def switch_price(
     old: Sequence[ReplicaSpec],
     new: Sequence[ReplicaSpec],
-    rates: Mapping[Rates, float],
+    rates: Mapping[TypeRates, float],
     planner: SwitchPlanner,
     *,
     drain_s: float = 0.0,

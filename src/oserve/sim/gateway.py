@@ -226,9 +226,9 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
 
 
 @compiled
-def refuse_beyond_bound(s: KernelState, request: int, now: int) -> None:
-    """Refuse a request that has just entered if too many wait."""
-    if queued(s) > s.glob[MAX_QUEUED] and s.req[request * REQUEST + STATUS] == QUEUED:
+def refuse(s: KernelState, request: int, now: int) -> None:
+    """Refuse a request that has just entered, if it still waits and too many do."""
+    if s.req[request * REQUEST + STATUS] == QUEUED and queued(s) > s.glob[MAX_QUEUED]:
         withdraw(s, request)
         close(s.req, s.glob, request, REFUSED, now)
 
@@ -241,24 +241,24 @@ def settle(s: KernelState, first: int, now: int) -> None:
     streams that resume are not among those, since they may wait beyond the bound.
     """
     entered = s.glob[ARRIVED] - first + s.glob[REENTERED]
-    waiting = queued(s)
-    if waiting > 0 and (entered > 0 or s.glob[FREED] == 1):
-        dispatch(s, now, entered == 1 and waiting == 1)
+    if entered > 0 or s.glob[FREED] == 1:
+        dispatch(s, now, entered == 1 and queued(s) == 1)
+    if entered > 0 and queued(s) > s.glob[MAX_QUEUED]:
         for request in range(s.glob[ARRIVED] - 1, first - 1, -1):
-            refuse_beyond_bound(s, request, now)
-        if s.glob[REENTERED] > 0 and queued(s) > s.glob[MAX_QUEUED]:
+            refuse(s, request, now)
+        if s.glob[REENTERED] > 0:
             for request in range(first - 1, -1, -1):
                 if s.req[request * REQUEST + ENTERED] == s.glob[ROUND]:
-                    refuse_beyond_bound(s, request, now)
+                    refuse(s, request, now)
     s.glob[FREED] = s.glob[REENTERED] = 0
     s.glob[ROUND] += 1
+    if s.glob[SHEDS] == 1:
+        shed(s, now)
 
 
 @compiled
 def next_to_shed(s: KernelState) -> int:
-    """The waiting request whose time is up first; all have the same, so the one that came first."""
-    if s.glob[SHEDS] == 0 or queued(s) == 0:
-        return NONE
+    """The waiting request whose time is up first: all may wait equally long, so the oldest."""
     request = s.glob[SHED_CURSOR]
     while request < s.glob[ARRIVED]:
         base = request * REQUEST

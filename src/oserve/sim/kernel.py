@@ -9,7 +9,7 @@ from oserve.sim.access import column, entry, set_entry
 from oserve.sim.blocks import blocks_of, forget
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import close, end_step, receive, unbook
-from oserve.sim.gateway import enter, enter_again, next_to_shed, settle, shed
+from oserve.sim.gateway import enter, enter_again, next_to_shed, settle
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
@@ -53,6 +53,7 @@ from oserve.sim.layout import (
     RUN_STATE,
     RUNNING,
     SHED_AT,
+    SHEDS,
     STAGE_FREE,
     STAGES,
     STATUS,
@@ -76,9 +77,10 @@ def next_moment(s: KernelState) -> int:
         moment = min(moment, s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL])
     if s.moves[0] > 0:
         moment = min(moment, s.req[s.moves[1] * REQUEST + MOVED_AT])
-    waiting = next_to_shed(s)
-    if waiting != NONE:
-        moment = min(moment, s.req[waiting * REQUEST + SHED_AT])
+    if s.glob[SHEDS] == 1 and s.queue[0] + s.late[0] > 0:
+        waiting = next_to_shed(s)
+        if waiting != NONE:
+            moment = min(moment, s.req[waiting * REQUEST + SHED_AT])
     return moment
 
 
@@ -129,8 +131,8 @@ def advance(s: KernelState, until: int, skip: int) -> None:
         ):
             s.glob[ARRIVED] += 1
             enter(s, s.glob[ARRIVED] - 1)
-        settle(s, first, now)
-        shed(s, now)
+        if s.queue[0] + s.late[0] > 0:
+            settle(s, first, now)
         begin_steps(s, now, skip)
 
 
@@ -153,9 +155,9 @@ def flush(s: KernelState, skip: int) -> None:
     now = s.glob[NOW]
     # A step that follows one that ends now has begun: a request that comes now is too late for it.
     observe(s, now)
-    s.glob[FREED] = 1
-    settle(s, s.glob[ARRIVED], now)
-    shed(s, now)
+    if s.queue[0] + s.late[0] > 0:
+        s.glob[FREED] = 1
+        settle(s, s.glob[ARRIVED], now)
     begin_steps(s, now, skip)
 
 

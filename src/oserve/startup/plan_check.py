@@ -26,8 +26,8 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
             )
     # Free memory is not checked here: running engines hold part of it.
     model = known_model(settings.model)
-    room = MemoryCheck(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
-    room.check_contexts(plan.replicas)
+    memory = MemoryCheck(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
+    memory.check_contexts(plan.replicas)
 
 
 def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]) -> DeploymentPlan:

@@ -13,7 +13,7 @@ from oserve.perf.profile import ProfileSource
 from oserve.plan.planning import PlanRequest
 
 
-def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryCheck:
+def find_memory_check(settings: Settings, devices: tuple[Device, ...]) -> MemoryCheck:
     """The memory available for engines on these devices.
 
     Engines that a killed server left running will be taken over, so their memory counts as free.
@@ -33,24 +33,24 @@ def shapes_that_fit(
     settings: Settings, devices: tuple[Device, ...], shapes: Sequence[ReplicaShape]
 ) -> tuple[ReplicaShape, ...]:
     """The shapes that fit; raises OServeError if none does."""
-    room = find_room(settings, devices)
-    found = room.sized(shapes)[1]
+    memory = find_memory_check(settings, devices)
+    found = memory.sized(shapes)[1]
     if not found:
-        raise room.refusal(room.closest(shapes))
+        raise memory.refusal(memory.closest(shapes))
     return found
 
 
 def fit_request(
-    room: MemoryCheck, request: PlanRequest, specs: Iterable[ReplicaSpec]
+    memory: MemoryCheck, request: PlanRequest, specs: Iterable[ReplicaSpec]
 ) -> tuple[MemoryCheck, PlanRequest]:
-    """The room with KV caches sized for all that may run, and the request with shapes that fit.
+    """The memory check with sized KV caches, and the request with the shapes that fit.
 
     ``specs``: replicas of a given plan. Raises OServeError if no shape fits.
     """
-    engines, shapes = room.sized(request.shapes, specs)
-    sized = with_settings(room, engines)
+    engines, shapes = memory.sized(request.shapes, specs)
+    sized = with_settings(memory, engines)
     if not shapes:
-        raise room.refusal(room.closest(request.shapes))
+        raise memory.refusal(memory.closest(request.shapes))
     kept = set(shapes)
     left_out = sized.left_out(shape for shape in request.shapes if shape not in kept)
     source = request.source
@@ -60,12 +60,12 @@ def fit_request(
     return sized, replace(request, shapes=shapes, source=source, notes=notes)
 
 
-def sized_for_plan(room: MemoryCheck, plan: DeploymentPlan, place: str) -> MemoryCheck:
-    """The room with KV caches sized for a plan.
+def sized_for_plan(memory: MemoryCheck, plan: DeploymentPlan, place: str) -> MemoryCheck:
+    """The memory check with KV caches sized for a plan.
 
     Raises OServeError if the plan does not fit, with the setting to change.
     """
-    engines, _ = room.sized((), plan.replicas)
-    sized = with_settings(room, engines)
+    engines, _ = memory.sized((), plan.replicas)
+    sized = with_settings(memory, engines)
     sized.check(plan.replicas, place)
     return sized

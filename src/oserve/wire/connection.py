@@ -43,13 +43,13 @@ def _drop(_data: bytes) -> None:
 
 
 Handler = Callable[[Exchange], None]
-Refusal = Callable[[Exchange, int, str], None]
+RefusalHandler = Callable[[Exchange, int, str], None]
 
 
 class Connections:
     """What the connections of one server share."""
 
-    def __init__(self, handler: Handler, refuse: Refusal, limits: ServerLimits) -> None:
+    def __init__(self, handler: Handler, refuse: RefusalHandler, limits: ServerLimits) -> None:
         self.handler = handler
         self.refuse = refuse
         self.limits = limits

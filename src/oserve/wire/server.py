@@ -3,7 +3,13 @@
 import asyncio
 import socket
 
-from oserve.wire.connection import Connections, Handler, Refusal, ServerConnection, ServerLimits
+from oserve.wire.connection import (
+    Connections,
+    Handler,
+    RefusalHandler,
+    ServerConnection,
+    ServerLimits,
+)
 
 
 class HttpServer:
@@ -35,7 +41,7 @@ class HttpServer:
 async def serve(
     handler: Handler,
     *,
-    refuse: Refusal,
+    refuse: RefusalHandler,
     limits: ServerLimits,
     host: str = "127.0.0.1",
     port: int = 0,

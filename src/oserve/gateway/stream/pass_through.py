@@ -13,7 +13,7 @@ from collections import deque
 import msgspec
 
 from oserve.gateway.stream.answer import (
-    Choice,
+    AnswerChoice,
     ReplicaAnswer,
     Trouble,
     has_usage,
@@ -219,7 +219,7 @@ def _is_size(line: bytes, size: int) -> bool:
         return False
 
 
-def _without_ids(data: bytes, choice: Choice) -> bytes:
+def _without_ids(data: bytes, choice: AnswerChoice) -> bytes:
     """The chunk with null for its token ids, as long as it was; empty: it is not that simple."""
     if choice.prompt_token_ids and bytes(choice.prompt_token_ids) != _NULL:
         return b""
