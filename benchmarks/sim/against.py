@@ -32,11 +32,12 @@ CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
 
 def work() -> None:
     """Build and run one case for each line of input; answer with seconds and a digest."""
+    from oserve import sim  # noqa: PLC0415
     from oserve.core import ReplicaShape  # noqa: PLC0415 - of the checkout that is measured
     from oserve.perf.costs import measured_costs  # noqa: PLC0415
     from oserve.perf.model import find_model  # noqa: PLC0415
     from oserve.perf.source import RooflineSource  # noqa: PLC0415
-    from oserve.sim import Fleet, GatewayOptions, RequestTable, step_tables  # noqa: PLC0415
+    from oserve.sim import GatewayOptions, RequestTable, step_tables  # noqa: PLC0415
     from oserve.traces import synthesise  # noqa: PLC0415
 
     shape = ReplicaShape(
@@ -45,6 +46,8 @@ def work() -> None:
     source = RooflineSource(find_model("llama-2-70b"))
     model = source.step_model(shape)
     tables, costs = step_tables(model, shape), measured_costs(model, shape)
+    # A checkout to compare with may still call it Fleet.
+    fleet_type = vars(sim).get("SimulatedFleet") or vars(sim)["Fleet"]
     for line in sys.stdin:
         _, count, replicas, compiled, options = CASES[int(line)]
         rate_rps = (2.2 if options else 1.8) * replicas
@@ -52,7 +55,7 @@ def work() -> None:
         table = RequestTable.from_trace(
             [request for request, _ in zip(made, range(count), strict=False)]
         )
-        fleet = Fleet(table, compiled=compiled, gateway=GatewayOptions(**options))
+        fleet = fleet_type(table, compiled=compiled, gateway=GatewayOptions(**options))
         for index in range(replicas):
             fleet.add_replica(
                 f"r{index:02}", shape, tables, kv_tokens=source.kv_tokens(shape), costs=costs

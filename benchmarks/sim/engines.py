@@ -34,7 +34,7 @@ from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan
 from oserve.perf.costs import measured_costs
 from oserve.perf.profile import ProfileSource, read_profile
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.steps import step_tables
 from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy
 from oserve.traces import TraceRequest
@@ -126,7 +126,7 @@ def simulated(seen: Sequence[Seen], plan: DeploymentPlan, source: ProfileSource)
         expected_output_tokens=[item.output_tokens for item in seen],
         class_index=classes,
     )
-    fleet = Fleet(table, classes=len(kinds), gateway=GatewayOptions())
+    fleet = SimulatedFleet(table, classes=len(kinds), gateway=GatewayOptions())
     for spec in plan.replicas:
         model = source.step_model(spec.shape)
         fleet.add_replica(

@@ -22,7 +22,7 @@ from oserve.core import ReplicaShape
 from oserve.perf.costs import measured_costs
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
-from oserve.sim import Fleet, RequestTable, StepTables, step_tables
+from oserve.sim import RequestTable, SimulatedFleet, StepTables, step_tables
 from oserve.sim.compiled import HAS_NUMBA
 from oserve.traces import TraceRequest, read_trace, synthesise
 
@@ -46,8 +46,8 @@ def requests(trace: Path | None, count: int, rate_rps: float) -> list[TraceReque
 
 def fleet(
     table: RequestTable, tables: StepTables, replicas: int, *, compiled: bool, skip: bool
-) -> Fleet:
-    made = Fleet(table, compiled=compiled, skip=skip)
+) -> SimulatedFleet:
+    made = SimulatedFleet(table, compiled=compiled, skip=skip)
     for index in range(replicas):
         made.add_replica(
             f"r{index:02}", SHAPE, tables, kv_tokens=SOURCE.kv_tokens(SHAPE), costs=COSTS
@@ -108,7 +108,7 @@ def contender(
 ) -> tuple[float, list[int]]:
     """Seconds, and every request's end in picoseconds."""
 
-    def make() -> Fleet:
+    def make() -> SimulatedFleet:
         return fleet(table, tables, replicas, compiled=compiled, skip=skip)
 
     spent_s = timed(lambda: make().run, rounds if compiled else 1)

@@ -19,7 +19,7 @@ from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import find_model
-from oserve.sim import Fleet, RequestTable, step_tables
+from oserve.sim import RequestTable, SimulatedFleet, step_tables
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.perf.silicon import (
@@ -43,7 +43,7 @@ def simulate(
     model = step_model(kind, shape, provider)
     count = ROUNDS * inflight
     table = RequestTable.of([0.0] * count, [prompt] * count, [output] * count)
-    fleet = Fleet(table, closed_loop=inflight)
+    fleet = SimulatedFleet(table, closed_loop=inflight)
     fleet.add_replica(
         "one",
         shape,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from oserve.engines.checkpoints.folder import CONFIG, once, write_json
-from oserve.engines.checkpoints.tensors import Array
+from oserve.engines.checkpoints.tensors import FloatArray
 from oserve.engines.tiny import VOCAB, Tensors, save_weights, tiny_config, write_tokenizer
 
 
@@ -19,7 +19,7 @@ def make_mid_model(path: Path, *, layers: int = 16, seed: int = 0) -> Path:
         hidden, wide, key_rows = 1024, 4096, 512
         source = np.random.default_rng(seed)
 
-        def normal(rows: int, columns: int) -> Array:
+        def normal(rows: int, columns: int) -> FloatArray:
             return source.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.03)
 
         ones = np.ones(hidden, dtype=np.float32)

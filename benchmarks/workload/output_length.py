@@ -73,7 +73,7 @@ def main() -> None:
         told["mean of all"].append(overall.tell(0))
         told["class mean"].append(classes.tell(kind))
         told["histogram"].append(doublings.tell(doubling))
-        bits.append(-math.log2(max(1e-12, expected.chances[length_bin(output)])))
+        bits.append(-math.log2(max(1e-12, expected.probabilities[length_bin(output)])))
         for means, key in ((overall, 0), (classes, kind), (doublings, doubling)):
             means.learn(key, output)
     skip = len(requests) // 10

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, said
+from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, error_message
 from oserve.traces import FailureKind, OutcomeStatus
 
 LOOSE = ApiDialect(done=False, usage=False, exact=False)
@@ -162,5 +162,5 @@ def test_any_bytes_are_a_stream_or_a_failure(parts: list[bytes]) -> None:
     ],
 )
 def test_messages_of_errors(body: bytes, words: str) -> None:
-    assert words in said(body)
-    assert len(said(body)) <= 200
+    assert words in error_message(body)
+    assert len(error_message(body)) <= 200

@@ -36,7 +36,7 @@ from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
 from oserve.perf import TokenCosts
 from oserve.sim import SimulatedCluster
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.steps import StepTables
 from oserve.sim.types import RequestTable
@@ -85,7 +85,7 @@ def fleet_cluster(clock: VirtualClock) -> FleetCluster:
     shape = ReplicaShape(max_num_batched_tokens=64, max_num_seqs=4)
     steps = np.full(65, 10**10, dtype=np.int64)
     tables = StepTables(prompts=steps, joint=steps[:5], decodes=steps[:5], kv_rate=0, pair_rate=0)
-    fleet = Fleet(RequestTable.of([0.0], [10], [100]))
+    fleet = SimulatedFleet(RequestTable.of([0.0], [10], [100]))
 
     def add(spec: ReplicaSpec, ready_at_s: float) -> None:
         fleet.add_replica(

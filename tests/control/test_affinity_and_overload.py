@@ -56,14 +56,14 @@ def test_memory_is_bounded(sent: list[tuple[str, str]]) -> None:
 def test_shares_are_mixed_by_the_chances_of_types() -> None:
     router = Router({}, type_shares=[{"a": 1.0}, {"b": 1.0}, {"c": 1.0}])
 
-    def shares(*chances: float) -> dict[str, float]:
+    def shares(*probabilities: float) -> dict[str, float]:
         request = Request(
             id="x",
             arrival_s=0.0,
             workload_type="t",
             prompt_tokens=10,
             output_tokens=10,
-            chances=chances,
+            probabilities=probabilities,
         )
         return dict(router.shares(request))
 

@@ -48,13 +48,13 @@ def test_counts_end_at_the_truth_whatever_is_lost_or_repeated_on_the_way(
             tally.acknowledge(batch.number)
 
     for second, chance, kind, later in sorted(given_requests):
-        chances = (chance, 1 - chance)
-        tally.arrived(second + 0.2, chances)
+        probabilities = (chance, 1 - chance)
+        tally.arrived(second + 0.2, probabilities)
         exchange()
         tally.ended(
             second + later,
             arrival_s=second + 0.2,
-            chances=chances,
+            probabilities=probabilities,
             kind=kind,
             prompt_tokens=10,
             output_tokens=5,

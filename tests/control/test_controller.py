@@ -303,7 +303,7 @@ async def test_other_types_inherit_the_history() -> None:
 
 def question(current: DeploymentPlan, rates: tuple[float, float], **more: float) -> DecisionInput:
     asked = make_controller(current).decision_input(0.0)
-    step = ForecastStep(seconds=60.0, chances={rates: 1.0}, expected=rates)
+    step = ForecastStep(seconds=60.0, probabilities={rates: 1.0}, expected=rates)
     return replace(asked, steps=(step,), now_rps=rates, **more)  # type: ignore[arg-type]
 
 
@@ -334,12 +334,12 @@ def test_a_gain_at_rare_rates_alone_is_none() -> None:
     old, new = plan_of(0, 0, 0, 1), plan_of(1, 1, 0, 1)
     usual, rare = (4.0, 2.0), (4.0, 40.0)
     asked = question(old, usual)
-    wide = ForecastStep(seconds=60.0, chances={usual: 0.8, rare: 0.2}, expected=usual)
+    wide = ForecastStep(seconds=60.0, probabilities={usual: 0.8, rare: 0.2}, expected=usual)
     made = planner()
     found = score_candidate(replace(asked, steps=(wide,)), new, made)
     assert found.candidate_rps > found.current_rps
     assert found.gain == pytest.approx(0.0, abs=1e-6)
-    certain = replace(wide, chances={rare: 1.0}, expected=rare)
+    certain = replace(wide, probabilities={rare: 1.0}, expected=rare)
     assert score_candidate(replace(asked, steps=(certain,)), new, made).gain > 0
 
 

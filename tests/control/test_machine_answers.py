@@ -1,7 +1,5 @@
 """What follows when replicas fail, refuse, break off, or do not understand."""
 
-from typing import Any
-
 import pytest
 
 from oserve.control.dispatch import commands as do
@@ -25,9 +23,9 @@ def broken(number: int, cause: Cause, rest: Rest | None = REST, **fields: bool) 
     return on.Broken(number=number, cause=cause, rest=rest, reason="broke", **fields)
 
 
-def streaming(*replicas: TableReplica, **settings: Any) -> Driver:
+def streaming(*replicas: TableReplica, max_moves: int = 3) -> Driver:
     """A machine with a request that streams at the first replica."""
-    driver = Driver(*replicas, policy=DispatchPolicy(**settings))
+    driver = Driver(*replicas, policy=DispatchPolicy(max_moves=max_moves))
     driver.ask(0.0, 1)
     assert names(driver.at(1.0, on.Streams(1))) == ["Forward"]
     return driver
@@ -108,6 +106,42 @@ def test_a_trial_that_succeeds_lets_the_others_follow() -> None:
     assert driver.waiting == {4}
     driver.at(1.5, on.Streams(3))
     assert driver.place(4) == "r0"
+
+
+def test_if_all_replicas_are_set_aside_they_get_requests_all_the_same() -> None:
+    one = Fake(most=1)
+    driver = Driver(
+        replica_of("r0", one), replica_of("r1", one), policy=DispatchPolicy(max_attempts=1)
+    )
+    driver.ask(0.0, 1, 2, 3)
+    driver.at(0.5, on.Lost(number=1, reason="refused", connected=False))
+    assert driver.waiting == {3}
+    driver.at(0.6, on.Refused(number=2, status=429, reason="429"))
+    assert driver.place(3) == "r0"
+
+
+def test_a_trial_without_outcome_makes_room_for_another() -> None:
+    driver = Driver(*BOTH)
+    driver.ask(0.0, 1)
+    driver.at(0.0, on.Lost(number=1, reason="refused", connected=False))
+    driver.ask(0.0, 2, 3, 4)
+    driver.at(1.0, on.Tick())
+    assert driver.place(3) == "r0"
+    driver.at(1.2, on.ClientGone(3))
+    assert driver.place(4) == "r0"
+
+
+def test_an_answer_that_ends_well_closes_the_breaker() -> None:
+    driver = Driver(*BOTH)
+    driver.ask(0.0, 1)
+    driver.at(0.0, on.Lost(number=1, reason="refused", connected=False))
+    assert driver.machine.fleet.breakers.told(1.0).keys() == {"r0"}
+    driver.ask(1.0, 2, ask=Ask(kind="long"))
+    assert driver.place(2) == "r0"
+    driver.at(1.1, on.Began(2))
+    driver.at(1.2, on.Shown(2))
+    driver.at(1.3, on.Finished(2))
+    assert driver.machine.fleet.breakers.told(1.3) == {}
 
 
 def test_an_engine_that_gives_a_request_up_is_not_set_aside() -> None:

@@ -58,7 +58,7 @@ def plans(draw: st.DrawFn, name: str) -> DeploymentPlan:
     return plan_of(*groups, name=name)
 
 
-chances = st.sampled_from([0.0, 0.2, 0.5])
+probabilities = st.sampled_from([0.0, 0.2, 0.5])
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,8 +67,8 @@ chances = st.sampled_from([0.0, 0.2, 0.5])
     plans("b"),
     st.builds(
         Faults,
-        lost_action=chances,
-        repeated_action=chances,
+        lost_action=probabilities,
+        repeated_action=probabilities,
         failed_start=st.sampled_from([0.0, 0.3]),
         seed=st.integers(0, 1000),
     ),

@@ -8,8 +8,8 @@ from oserve.control.evaluation import (
     CandidateScore,
     DecisionInput,
     ForecastStep,
-    Rates,
     SimulatedScore,
+    TypeRates,
 )
 from oserve.control.policy import ControlPolicy
 from oserve.control.runtime import ControllerRuntime, Scorer
@@ -31,8 +31,8 @@ def helm(scorer: Scorer | None) -> ControllerRuntime:
     )
 
 
-def question(made: ControllerRuntime, rates: Rates) -> DecisionInput:
-    step = ForecastStep(seconds=20.0, chances={rates: 1.0}, expected=rates)
+def question(made: ControllerRuntime, rates: TypeRates) -> DecisionInput:
+    step = ForecastStep(seconds=20.0, probabilities={rates: 1.0}, expected=rates)
     return replace(
         made.controller.decision_input(0.0), steps=(step,), plan_for=(rates,), now_rps=rates
     )

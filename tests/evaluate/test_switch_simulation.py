@@ -46,7 +46,7 @@ def request_(model: str, tmp_path: Path) -> PlanRequest:
 
 
 def asked_of(plan: DeploymentPlan, rates: tuple[float, ...], **fields: object) -> DecisionInput:
-    step = ForecastStep(seconds=60.0, chances={rates: 1.0}, expected=rates)
+    step = ForecastStep(seconds=60.0, probabilities={rates: 1.0}, expected=rates)
     asked = DecisionInput(
         at_s=0.0, current=plan, now_rps=rates, steps=(step,), lasts_s=60.0, plan_for=(rates,)
     )

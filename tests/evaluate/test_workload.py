@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.control.evaluation import DecisionInput, ForecastStep, Rates
+from oserve.control.evaluation import DecisionInput, ForecastStep, TypeRates
 from oserve.core import DeploymentPlan
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.workload import evaluation_workload, poisson_stages
@@ -19,7 +19,7 @@ NOW, BEFORE = (20.0, 1.0), (5.0, 4.0)
 
 def question(**fields: object) -> DecisionInput:
     plan = DeploymentPlan(id="x", replicas=(), length_classes=(), routing_shares={})
-    step = ForecastStep(seconds=60.0, chances={NOW: 1.0}, expected=NOW)
+    step = ForecastStep(seconds=60.0, probabilities={NOW: 1.0}, expected=NOW)
     given: dict[str, object] = {
         "at_s": 0.0,
         "current": plan,
@@ -53,7 +53,7 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     assert ahead.lasting_s <= 900.0
     assert not ahead.later.any()
     nothing = question(
-        steps=(ForecastStep(seconds=60.0, chances={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
+        steps=(ForecastStep(seconds=60.0, probabilities={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
     )
     assert len(evaluation_workload(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
 
@@ -63,7 +63,7 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     st.integers(0, 2**31),
 )
 def test_arrivals_stay_in_their_stage(parts: list[tuple[float, float, float]], seed: int) -> None:
-    stages: list[tuple[Rates, float]] = [((a, b), seconds) for a, b, seconds in parts]
+    stages: list[tuple[TypeRates, float]] = [((a, b), seconds) for a, b, seconds in parts]
     traffic = poisson_stages(LENGTHS, stages, seed=seed)
     assert len(traffic) == 0 or traffic.arrival_s[-1] <= sum(item[1] for item in stages)
     start_s = 0.0

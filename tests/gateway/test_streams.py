@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gateway.conftest import Front, Make, table_of, table_replica, until
@@ -398,6 +399,6 @@ async def test_records_of_an_earlier_version_gain_the_column(tmp_path: Path) -> 
     old.close()
     (kept,) = read_records(path)
     store = RecordStore(path, max_records=10)
-    store.put(replace(kept, moves=2))
+    store.put(msgspec.structs.replace(kept, moves=2))
     store.close()
     assert [record.moves for record in read_records(path)] == [0, 2]

@@ -9,14 +9,13 @@ import math
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
-from oserve.control.dispatch.fleet import EMPTY_TABLE
 from oserve.control.dispatch.fleet import Fleet as MachineFleet
 from oserve.control.dispatch.machine import RequestMachine
 from oserve.control.dispatch.order import engine_priority
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import Router
 from oserve.control.dispatch.state import Booking, Streaming
-from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable, TableReplica
 from oserve.control.dispatch.witness import Witness
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request
 from sim.engine_reference import BLOCK, PS, Engine, Job, Transfer, blocks

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.steps import StepTables
 from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy, SimLink, Status
 from sim.engine_reference import PS, Engine, Job
@@ -94,7 +94,7 @@ class Spec:
             phase="loading" if self.ready_at else "ready",
         )
 
-    def add_to(self, fleet: Fleet, name: str, overload: OverloadPolicy) -> None:
+    def add_to(self, fleet: SimulatedFleet, name: str, overload: OverloadPolicy) -> None:
         fleet.add_replica(
             name,
             ReplicaShape(
@@ -217,9 +217,9 @@ def run_reference(scenario: Scenario, end: int) -> Reference:
 
 def run_fleet(
     scenario: Scenario, end: int, *, compiled: bool, skip: bool = True, watch: bool = False
-) -> Fleet:
+) -> SimulatedFleet:
     columns = list(zip(*scenario.requests, strict=True))
-    fleet = Fleet(
+    fleet = SimulatedFleet(
         RequestTable.of(
             np.array(columns[0]) * UNIT / PS,
             columns[1],
@@ -297,7 +297,7 @@ def told_by_reference(reference: Reference) -> list[Any]:
     return rows
 
 
-def told_by_fleet(fleet: Fleet) -> list[Any]:
+def told_by_fleet(fleet: SimulatedFleet) -> list[Any]:
     """The same of a fleet."""
     results = fleet.results()
 

@@ -14,12 +14,12 @@ from oserve.perf.costs import measured_costs
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import (
-    Fleet,
     GatewayOptions,
     Rebalance,
     RequestTable,
     RoutingPolicy,
     SimLink,
+    SimulatedFleet,
     Status,
     step_tables,
 )
@@ -51,8 +51,8 @@ def fleet_of(
     rebalance: Rebalance | None = None,
     closed_loop: int = 0,
     roles: dict[str, Role] | None = None,
-) -> Fleet:
-    fleet = Fleet(
+) -> SimulatedFleet:
+    fleet = SimulatedFleet(
         table, gateway=gateway, rebalance=rebalance, closed_loop=closed_loop, compiled=False
     )
     for name in names:
@@ -173,7 +173,7 @@ def test_a_full_queue_refuses() -> None:
 def test_a_small_request_passes_one_that_waits_for_a_larger_replica() -> None:
     # 3,200 tokens fit into the large replica only, which has no room before its first one ends.
     table = RequestTable.of([0.0, 0.1, 0.2], [3000, 3000, 100], [200, 200, 20])
-    fleet = Fleet(table, compiled=False)
+    fleet = SimulatedFleet(table, compiled=False)
     for name, kv_tokens in (("small", 2000), ("large", 8000)):
         fleet.add_replica(name, SHAPE, TABLES, kv_tokens=kv_tokens, costs=COSTS, max_inflight=1)
     fleet.run()
@@ -189,7 +189,7 @@ def test_a_request_is_shed_at_its_limit_wherever_it_waits() -> None:
         [0.0, 0.0, 1.0, 1.5], [3000, 100, 100, 100], [400, 400, 10, 10], rank_s=[0, 0, 9, 2]
     )
     options = GatewayOptions(shed_after_s=1.0, max_queued=2)
-    fleet = Fleet(table, compiled=False, gateway=options)
+    fleet = SimulatedFleet(table, compiled=False, gateway=options)
     fleet.add_replica("a", SHAPE, TABLES, kv_tokens=40_000, costs=COSTS, max_inflight=2)
     fleet.advance(2.0)
     results = fleet.results()

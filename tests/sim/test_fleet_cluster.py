@@ -21,7 +21,7 @@ from oserve.core import (
 )
 from oserve.perf import TokenCosts
 from oserve.sim import Faults, Phases, SimulatedCluster
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables
@@ -45,7 +45,7 @@ class World:
         self, requests: RequestTable, *, phases: Phases, faults: Faults | None = None
     ) -> None:
         self.clock = VirtualClock()
-        self.fleet = Fleet(requests)
+        self.fleet = SimulatedFleet(requests)
         self.cluster = FleetCluster(
             self.fleet,
             self._add,

@@ -22,15 +22,15 @@ from oserve.switch.journal import (
 )
 from oserve.switch.transaction import (
     Cancelled,
-    Event,
     FailedTask,
     Instruction,
-    Phase,
     SwitchTarget,
     Task,
     TaskFailed,
     TaskFinished,
     Ticked,
+    TransactionEvent,
+    TransactionPhase,
     TransactionState,
     advance,
     begin,
@@ -101,8 +101,8 @@ class World:
         self.routed.discard(name)
         self.alive.discard(name)
 
-    def check_end(self, phase: Phase, old: set[str]) -> None:
-        assert self.routed == (set(self.target.serves) if phase is Phase.DONE else old)
+    def check_end(self, phase: TransactionPhase, old: set[str]) -> None:
+        assert self.routed == (set(self.target.serves) if phase is TransactionPhase.DONE else old)
         assert self.alive == self.routed
         assert not self.released & self.alive
 
@@ -114,7 +114,9 @@ def kept(line: TransactionLine) -> TransactionLine:
     return line
 
 
-def step(state: TransactionState, journal: list[TransactionLine], event: Event) -> TransactionState:
+def step(
+    state: TransactionState, journal: list[TransactionLine], event: TransactionEvent
+) -> TransactionState:
     after, line = recorded(state, event, len(journal))
     if line is not None:
         journal.append(kept(line))
@@ -133,7 +135,7 @@ def test_ends_whole_under_any_fate(seed: int, target: SwitchTarget) -> None:
     state, first = opened(target, 0.0)
     journal: list[TransactionLine] = [kept(first)]
     now = 0.0
-    past: list[Event] = []
+    past: list[TransactionEvent] = []
     committed = False
     for number in range(600):
         if state.phase.ended:
@@ -157,14 +159,18 @@ def test_ends_whole_under_any_fate(seed: int, target: SwitchTarget) -> None:
                 state = step(state, journal, answer)
             past.append(answer)
         if committed:
-            assert state.phase not in {Phase.ABORT, Phase.ROLLED_BACK}
-        committed = committed or state.phase in {Phase.COMMIT, Phase.DRAIN, Phase.DONE}
+            assert state.phase not in {TransactionPhase.ABORT, TransactionPhase.ROLLED_BACK}
+        committed = committed or state.phase in {
+            TransactionPhase.COMMIT,
+            TransactionPhase.DRAIN,
+            TransactionPhase.DONE,
+        }
         assert old - set(target.release) - set(target.stop) <= world.alive or committed
     assert state.phase.ended
     world.check_end(state.phase, old)
 
 
-def told(world: World, instruction: Instruction, now: float, mischief: float) -> Event:
+def told(world: World, instruction: Instruction, now: float, mischief: float) -> TransactionEvent:
     """Carries it out, or half of it, and answers."""
     if 0.3 <= mischief < 0.5:
         return TaskFailed(
@@ -188,17 +194,19 @@ def finished(instruction: Instruction, now: float) -> TaskFinished:
     )
 
 
-def run_to(phase: Phase, target: SwitchTarget = TARGET) -> TransactionState:
+def run_to(phase: TransactionPhase, target: SwitchTarget = TARGET) -> TransactionState:
     state = begin(target, 0.0)
     while state.phase is not phase:
         state = advance(state, finished(instructions(state)[0], 1.0))
     return state
 
 
-@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.TRANSFER, Phase.VERIFY])
-def test_rolls_back_before_the_commit(phase: Phase) -> None:
+@pytest.mark.parametrize(
+    "phase", [TransactionPhase.PREPARE, TransactionPhase.TRANSFER, TransactionPhase.VERIFY]
+)
+def test_rolls_back_before_the_commit(phase: TransactionPhase) -> None:
     state = run_to(phase)
-    events: list[Event] = [
+    events: list[TransactionEvent] = [
         Ticked(transaction="s1.0", at_s=10_000.0),
         Cancelled(transaction="s1.0", at_s=2.0, reason="no longer wanted"),
         TaskFailed(
@@ -212,13 +220,13 @@ def test_rolls_back_before_the_commit(phase: Phase) -> None:
     ]
     for event in events:
         after = advance(state, event)
-        assert after.phase is Phase.ABORT
+        assert after.phase is TransactionPhase.ABORT
         assert after.reason
         assert {one.task for one in instructions(after)} == {Task.UNDO}
 
 
-@pytest.mark.parametrize("phase", [Phase.COMMIT, Phase.DRAIN])
-def test_rolls_forward_after_it(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", [TransactionPhase.COMMIT, TransactionPhase.DRAIN])
+def test_rolls_forward_after_it(phase: TransactionPhase) -> None:
     state = run_to(phase)
     for _ in range(5):
         state = advance(state, Cancelled(transaction="s1.0", at_s=2.0, reason="too late"))
@@ -241,10 +249,10 @@ def test_rolls_forward_after_it(phase: Phase) -> None:
 
 
 def test_a_failure_is_tried_again_a_few_times() -> None:
-    state = run_to(Phase.TRANSFER)
+    state = run_to(TransactionPhase.TRANSFER)
     for attempt in (1, 2, 3):
         first = instructions(state)[0]
-        assert (state.phase, first.attempt) == (Phase.TRANSFER, attempt)
+        assert (state.phase, first.attempt) == (TransactionPhase.TRANSFER, attempt)
         failed = TaskFailed(
             transaction="s1.0",
             task=Task.FILL,
@@ -253,12 +261,12 @@ def test_a_failure_is_tried_again_a_few_times() -> None:
             reason="a peer is gone",
         )
         state = advance(state, failed)
-    assert state.phase is Phase.ABORT
+    assert state.phase is TransactionPhase.ABORT
     assert state.reason == "fill new0: a peer is gone"
 
 
 def test_events_of_others_change_nothing() -> None:
-    state = run_to(Phase.TRANSFER)
+    state = run_to(TransactionPhase.TRANSFER)
     for event in (
         TaskFinished(transaction="other", task=Task.FILL, replica="new0", at_s=2.0),
         TaskFinished(transaction="s1.0", task=Task.CHECK, replica="new0", at_s=2.0),
@@ -319,7 +327,7 @@ def test_old_journals_are_still_read() -> None:
     assert isinstance(last, EndLine)
     state = restored([line for line in wave if isinstance(line, TransactionLine)])
     assert len(wave) == 3
-    assert (state.phase, state.reason) == (Phase.ABORT, "fill w: cut")
+    assert (state.phase, state.reason) == (TransactionPhase.ABORT, "fill w: cut")
     assert state.cause == FailedTask(task=Task.FILL, replica="w")
 
 

@@ -26,7 +26,7 @@ from oserve.core import (
 from oserve.perf import TokenCosts
 from oserve.perf.model import find_model
 from oserve.sim import Faults, FleetCluster, Phases
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.modelled_weights import ModelledWeightFacts, ModelledWeights
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables
@@ -86,7 +86,7 @@ class World:
     def __init__(self, first: DeploymentPlan, faults: Faults, *, releases: bool) -> None:
         arrivals = np.linspace(0.0, 120.0, COUNT)
         self.clock = VirtualClock()
-        self.fleet = Fleet(RequestTable.of(arrivals, [20] * COUNT, [300] * COUNT))
+        self.fleet = SimulatedFleet(RequestTable.of(arrivals, [20] * COUNT, [300] * COUNT))
         # What serves from the start comes up without a fault.
         later = replace(
             faults,

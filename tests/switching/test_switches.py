@@ -37,7 +37,7 @@ from oserve.switch.interim import between, renamed
 from oserve.switch.journal import JournalLine
 from oserve.switch.layout import shard_map
 from oserve.switch.rank_order import RankOrder
-from oserve.switch.transaction import Phase
+from oserve.switch.transaction import TransactionPhase
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import FileJournal, Journal, journals
 from oserve.switching.prices import SwitchPrices
@@ -279,14 +279,16 @@ async def test_all_goes_well(scene: Scene) -> None:
     facts = scene.movable
     assert not isinstance(facts, str)
     took = report.durations_s(0)
-    factor = took[Phase.TRANSFER] / document["programme"]["waves"][0]["phases_s"]["transfer"]
+    factor = (
+        took[TransactionPhase.TRANSFER] / document["programme"]["waves"][0]["phases_s"]["transfer"]
+    )
     assert facts.learned.factor("transfer") == pytest.approx(factor, rel=0.05)
     prices = SwitchPrices(facts)
     (leg,) = prices.legs(NEW.replicas, OLD.replicas) or ()
     assert {spec.id for spec in leg.started} == {"a", "b"}
     assert [spec.id for spec in leg.retired] == ["w"]
     assert not leg.leaving
-    assert leg.seconds >= took[Phase.TRANSFER] / 2
+    assert leg.seconds >= took[TransactionPhase.TRANSFER] / 2
     odd = replace(OLD.replicas[0], backend=VllmBackend(engine_args=("--dtype", "half")))
     assert prices.legs(NEW.replicas, [odd]) is None
     # And back, with the name that is free again.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oserve.core import OServeError
 from oserve.traces import BadRows, Skipped, TimeUnit, TraceRequest, read_trace
-from oserve.traces.units import AmbiguousUnitError, conclude, unit_of_name
+from oserve.traces.units import AmbiguousUnitError, infer_unit, unit_of_name
 
 UNITS: list[TimeUnit] = [unit for unit in TimeUnit if unit is not TimeUnit.AUTO]
 
@@ -140,7 +140,7 @@ def test_unix_times_tell_units_and_begin_at_zero(tmp_path: Path, unit: TimeUnit)
 @given(st.floats(0.2, 1000.0), st.integers(0, 9))
 def test_fractions_speak_for_seconds(rate_rps: float, seed: int) -> None:
     times = arrivals(rate_rps, seed=seed)
-    found = conclude(times, usual=None, whose="")
+    found = infer_unit(times, usual=None, whose="")
     assert found.unit is TimeUnit.SECONDS
     assert "requests/s" in found.why
 
@@ -149,7 +149,7 @@ def test_fractions_speak_for_seconds(rate_rps: float, seed: int) -> None:
 def test_a_unit_is_concluded_or_refused(stamps: list[float]) -> None:
     for usual in (None, TimeUnit.SECONDS, TimeUnit.MILLISECONDS):
         try:
-            found = conclude(stamps, usual=usual, whose="X's timestamps")
+            found = infer_unit(stamps, usual=usual, whose="X's timestamps")
         except AmbiguousUnitError:
             continue
         assert found.why

@@ -8,12 +8,12 @@ import pytest
 from oserve.wire import Exchange, ServerLimits, UpstreamPool, serve
 from oserve.wire.client import post
 from oserve.wire.framing import LAST_CHUNK, chunk
-from oserve.wire.server import Server
+from oserve.wire.server import HttpServer
 
 CHUNKED = ((b"transfer-encoding", b"chunked"),)
 
 
-async def served(path: Path) -> Server:
+async def served(path: Path) -> HttpServer:
     """Echoes a body; in chunks, never, or not at all, as the path says."""
 
     def handle(exchange: Exchange) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oserve.wire import Dechunker, chunk
-from oserve.wire.events import Event, EventReader, EventsError
+from oserve.wire.events import EventReader, EventsError, ServerSentEvent
 from oserve.wire.framing import LAST_CHUNK, FramingError
 
 ENDS = (b"\n", b"\r", b"\r\n")
@@ -66,7 +66,7 @@ def test_any_events_with_any_line_ends_in_any_pieces(
             text += line + end
             used += 1
     reader = EventReader()
-    found: list[Event] = []
+    found: list[ServerSentEvent] = []
     for piece in cut(text, marks):
         found += reader.feed(piece)
     assert reader.end() is None
@@ -97,7 +97,7 @@ def test_the_last_event_may_lack_its_empty_line() -> None:
     for rest in (b"data: [DONE]", b"data: [DONE]\n", b"data: [DONE]\r\n"):
         reader = EventReader()
         assert reader.feed(b"data: 1\n\n" + rest)[0].data == b"1"
-        assert reader.end() == Event(b"data: [DONE]\n\n", b"[DONE]")
+        assert reader.end() == ServerSentEvent(b"data: [DONE]\n\n", b"[DONE]")
         assert reader.end() is None
 
 

@@ -27,8 +27,8 @@ def test_it_is_a_distribution_within_the_limit(
 ) -> None:
     estimator = learned([(KnownAtArrival(prompt_tokens=p), o) for p, o in seen])
     found = estimator.expect(KnownAtArrival(prompt_tokens=prompt, max_tokens=limit))
-    assert math.isclose(sum(found.chances), 1.0, rel_tol=1e-9)
-    assert min(found.chances) >= 0.0
+    assert math.isclose(sum(found.probabilities), 1.0, rel_tol=1e-9)
+    assert min(found.probabilities) >= 0.0
     assert found.mean_tokens >= 1.0 - 1e-9
     assert limit is None or found.mean_tokens <= limit + 1e-6
     assert found.quantile(0.1) <= found.quantile(0.9)
@@ -91,7 +91,7 @@ def test_an_answer_that_outgrows_its_expectation_is_expected_to_be_longer() -> N
     found = learned([(known, 10), (known, 1000)] * 200).expect(known)
     assert found.mean_tokens < 700
     assert found.beyond(20) > 800
-    beyond_all = OutputExpectation(chances=(1.0,), lengths=(10.0,)).beyond(100)
+    beyond_all = OutputExpectation(probabilities=(1.0,), lengths=(10.0,)).beyond(100)
     assert beyond_all > 100
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,10 @@ class DecisionLoop:
         switcher: Switcher,
         view: ClusterView,
         clock: Clock,
+        unix_s: Callable[[], float] = time.time,
     ) -> None:
         self.controller = controller
+        self._unix_s = unix_s
         self._gateway = gateway
         self._loop = loop
         self._switcher = switcher
@@ -61,16 +63,21 @@ class DecisionLoop:
         deciding: asyncio.Task[None] | None = None
         self._spawn(self._refine())
         # A server that is killed before its first decision is followed by one with this plan.
-        await controller.save(time.time())
+        await controller.save(self._unix_s())
         saved_s = self._clock.now()
         while True:
             await self._clock.sleep(_INTERVAL_S)
             if self._clock.now() - saved_s >= _SAVE_S:
                 saved_s = self._clock.now()
-                await controller.save_seconds(time.time())
+                await controller.save_seconds(self._unix_s())
             trigger = self._count()
             if trigger is not None and (deciding is None or deciding.done()):
                 deciding = self._spawn(self._try_decide(trigger))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a decision is being made or saved."""
+        return bool(self._tasks)
 
     async def close(self) -> None:
         """End its tasks and the simulation."""
@@ -83,7 +90,7 @@ class DecisionLoop:
         """Count what came since the last second, and save everything."""
         observation = self._view.observation
         if observation is not None:
-            now_s = time.time()
+            now_s = self._unix_s()
             self.controller.observe(now_s, self._gateway.batches(), observation)
             await self.controller.save(now_s)
 
@@ -94,7 +101,7 @@ class DecisionLoop:
             failed = self.controller.controller.plan.replica(cause.replica)
             self.controller.bar([] if failed is None else [failed])
         self.controller.reached(outcome.plan)
-        self._spawn(self.controller.save(time.time()))
+        self._spawn(self.controller.save(self._unix_s()))
 
     async def decide(
         self, observation: Observation, trigger: Trigger, given: DeploymentPlan | None = None
@@ -109,7 +116,7 @@ class DecisionLoop:
         ready = [s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY]
         self.controller.bar([spec for spec in plan.replicas if spec.id in lost])
         decision, weighed = await self.controller.decide(
-            time.time(),
+            self._unix_s(),
             trigger,
             given=given,
             present=ready if lost and not switching else (),
@@ -139,7 +146,7 @@ class DecisionLoop:
         observation = self._view.observation
         if observation is None:
             return None
-        now_s = time.time()
+        now_s = self._unix_s()
         batches = self._gateway.batches()
         # Counts that arrive late must not look like a silence: time waits for them.
         until_s = min(now_s, self._gateway.counted_until_s + _INTERVAL_S)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from oserve.traces import FailureKind, OutcomeStatus
-from oserve.wire.events import Event, EventReader
+from oserve.wire.events import EventReader, ServerSentEvent
 
 _REASONING = ("reasoning", "reasoning_content")
 _ANSWER = ("content", "tool_calls", "function_call", "refusal", "audio")
@@ -118,7 +118,7 @@ class BenchAnswer:
         if self.failure is None:
             self.failure, self.error = kind, error
 
-    def _take(self, received: Event, now_s: float) -> None:
+    def _take(self, received: ServerSentEvent, now_s: float) -> None:
         payload = received.data
         if payload is None:
             return
@@ -126,7 +126,7 @@ class BenchAnswer:
             self.done = True
             return
         if received.kind == b"error":
-            self.fail(FailureKind.ERROR_EVENT, f"error event: {said(payload)}")
+            self.fail(FailureKind.ERROR_EVENT, f"error event: {error_message(payload)}")
             return
         try:
             event = _decoder.decode(payload)
@@ -134,7 +134,7 @@ class BenchAnswer:
             self.fail(FailureKind.BAD_EVENT, f"bad event: {error}")
             return
         if event.error is not None or event.object == "error":
-            self.fail(FailureKind.ERROR_EVENT, f"error event: {said(payload)}")
+            self.fail(FailureKind.ERROR_EVENT, f"error event: {error_message(payload)}")
             return
         self.usage = event.usage or self.usage
         for choice in event.choices or ():
@@ -179,7 +179,7 @@ class BenchAnswer:
         return dialect.exact or self.finish_reason == "length"
 
 
-def said(body: bytes) -> str:
+def error_message(body: bytes) -> str:
     """The message of an error body of OpenAI, FastAPI and others; else the text itself."""
     text = body.decode(errors="replace").strip()
     try:

@@ -36,16 +36,16 @@ from oserve.cli.options import (
     TpotOption,
     TraceArgument,
     TraceOption,
-    TraceWish,
+    TraceSelection,
     TtftOption,
     UrlOption,
+    argument_or_option,
     check_over_zero,
-    once,
     read_requests,
     slo_from,
     url_from,
 )
-from oserve.cli.picture import draw
+from oserve.cli.plot import draw
 from oserve.cli.prompts import PromptWriter
 from oserve.cli.target import BenchTarget, calibrated_writer, find_target, warmed_up
 from oserve.config import API_KEYS, environment_value
@@ -66,7 +66,7 @@ _MOST_SYNTHETIC = 5_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class _BenchOptions:
     url: str
     model: str
     rate_scale: float
@@ -146,7 +146,7 @@ def bench(
     )
     slo = slo_from(slo_ttft_ms, slo_tpot_ms, slo_e2e_ms)
     bounds = _bounds(classes)
-    wanted = _Wanted(
+    wanted = _BenchOptions(
         url=url_from(url),
         model=model,
         rate_scale=rate_scale,
@@ -160,14 +160,14 @@ def bench(
         timeout_s=timeout_s,
         warmup=warmup,
     )
-    wish = TraceWish(
+    wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
         skip_bad_rows=skip_bad_rows,
         sort=sort,
     )
-    trace = once(trace_argument, trace, name="--trace")
+    trace = argument_or_option(trace_argument, trace, name="--trace")
     requests = _requests(trace, synthetic, wish, seed=seed)
     target, outcomes = uvloop.run(_replay(requests, wanted))
     summary = summarise(outcomes, slo)
@@ -210,7 +210,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _requests(
-    trace: str | None, synthetic: str | None, wish: TraceWish, *, seed: int
+    trace: str | None, synthetic: str | None, wish: TraceSelection, *, seed: int
 ) -> list[TraceRequest]:
     if trace is not None and synthetic is None:
         return read_requests(trace, wish)
@@ -259,7 +259,7 @@ def _bounds(classes: str | None) -> list[int] | None:
 
 
 async def _replay(
-    requests: list[TraceRequest], wanted: _Wanted
+    requests: list[TraceRequest], wanted: _BenchOptions
 ) -> tuple[BenchTarget, list[Outcome]]:
     async with new_session() as session:
         target = await find_target(

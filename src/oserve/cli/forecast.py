@@ -20,9 +20,9 @@ from oserve.cli.options import (
     TimeUnitOption,
     TraceArgument,
     TraceOption,
-    TraceWish,
-    once,
-    say_how_read,
+    TraceSelection,
+    argument_or_option,
+    report_reading,
 )
 from oserve.core import OServeError
 from oserve.forecast.backtest import BacktestReport, Series, backtest, filled
@@ -90,14 +90,16 @@ def forecast(
 
     Takes a trace of requests or a CSV of counts. `oserve forecast train` trains the LSTM.
     """
-    wish = TraceWish(
+    wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
         skip_bad_rows=skip_bad_rows,
         sort=sort,
     )
-    series = _series(once(trace_argument, trace, name="--trace"), interval_s, types, seed, wish)
+    series = _series(
+        argument_or_option(trace_argument, trace, name="--trace"), interval_s, types, seed, wish
+    )
     if not 1 <= steps <= MAX_STEPS:
         raise OServeError(f"it is {steps}", place="--steps", remedy=f"give 1 to {MAX_STEPS}")
     names = [] if models == "none" else [name.strip() for name in models.split(",")]
@@ -108,7 +110,7 @@ def forecast(
     )
     report = backtest(series, names, steps=steps, timer=time.perf_counter, settings=settings)
     if plot:
-        from oserve.cli.forecast_picture import draw  # noqa: PLC0415 - matplotlib is an extra
+        from oserve.cli.forecast_plot import draw  # noqa: PLC0415 - matplotlib is an extra
 
         draw(series, report.walks[0], plot)
     if as_json:
@@ -135,14 +137,16 @@ def train(
     sort: SortOption = False,
 ) -> None:
     """Train the paper's LSTM, one small network per type, on a trace: requests or a counts CSV."""
-    wish = TraceWish(
+    wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
         skip_bad_rows=skip_bad_rows,
         sort=sort,
     )
-    series = _series(once(trace_argument, trace, name="--trace"), interval_s, types, seed, wish)
+    series = _series(
+        argument_or_option(trace_argument, trace, name="--trace"), interval_s, types, seed, wish
+    )
     with Progress(console=_console) as progress:
         task = progress.add_task("training", total=len(series.names))
         weights = train_lstm(
@@ -201,7 +205,7 @@ def document(series: Series, report: BacktestReport) -> dict[str, Any]:
 
 
 def _series(
-    trace: str | None, interval_s: float | None, types: int, seed: int, wish: TraceWish
+    trace: str | None, interval_s: float | None, types: int, seed: int, wish: TraceSelection
 ) -> Series:
     if trace is None:
         raise OServeError("there is no trace", place="--trace", remedy="name a file")
@@ -225,7 +229,7 @@ def _series(
         sort=wish.sort,
     )
     series = load_series(Path(trace), wanted, skipped)
-    say_how_read(trace, skipped)
+    report_reading(trace, skipped)
     return series
 
 

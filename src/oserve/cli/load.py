@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import BenchAnswer, said
+from oserve.cli.answers import BenchAnswer, error_message
 from oserve.cli.prompts import PromptWriter
 from oserve.cli.remote import reason_of
 from oserve.cli.target import BenchTarget
@@ -105,7 +105,7 @@ class Replay:
             if got.status != 200:
                 whole = await got.read()
                 kind = FailureKind.CLIENT_ERROR if got.status < 500 else FailureKind.SERVER_ERROR
-                answer.fail(kind, f"status {got.status}: {said(whole)}")
+                answer.fail(kind, f"status {got.status}: {error_message(whole)}")
                 return
             async for data in got.content.iter_any():
                 answer.feed(data, time.perf_counter())

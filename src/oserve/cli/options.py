@@ -98,7 +98,7 @@ def url_from(text: str | None) -> str:
     return server_url(own, place="OSERVE_URL") if own else _DEFAULT_URL
 
 
-def once(argument: str | None, option: str | None, *, name: str) -> str | None:
+def argument_or_option(argument: str | None, option: str | None, *, name: str) -> str | None:
     """The value of an argument or of the option ``name``. Raises OServeError if both are given."""
     if argument is not None and option is not None:
         raise OServeError(
@@ -131,7 +131,7 @@ def slo_from(ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TraceWish:
+class TraceSelection:
     """The part of a trace to read, and how to read it."""
 
     limit: int | None = None
@@ -149,7 +149,7 @@ class TraceWish:
         return BadRows.SKIP if self.skip_bad_rows else BadRows.REFUSE
 
 
-def read_requests(path: str, wish: TraceWish) -> list[TraceRequest]:
+def read_requests(path: str, wish: TraceSelection) -> list[TraceRequest]:
     """The requests of a trace, at least one; reports assumptions and skips on standard error."""
     skipped = Skipped()
     found = list(
@@ -163,7 +163,7 @@ def read_requests(path: str, wish: TraceWish) -> list[TraceRequest]:
             skipped=skipped,
         )
     )
-    say_how_read(path, skipped)
+    report_reading(path, skipped)
     if not found:
         raise OServeError(
             "zero traffic: the trace has no requests", place=path, remedy="give one that has"
@@ -171,7 +171,7 @@ def read_requests(path: str, wish: TraceWish) -> list[TraceRequest]:
     return found
 
 
-def say_how_read(path: str, skipped: Skipped) -> None:
+def report_reading(path: str, skipped: Skipped) -> None:
     """Report what the reader assumed or skipped."""
     if skipped.assumed:
         _console.print(f"note: {path}: {skipped.assumed}; override with --time-unit", markup=False)

@@ -23,10 +23,10 @@ from oserve.cli.options import (
     TpotOption,
     TraceArgument,
     TraceOption,
-    TraceWish,
+    TraceSelection,
     TtftOption,
     UrlOption,
-    once,
+    argument_or_option,
     read_requests,
     url_from,
 )
@@ -134,7 +134,7 @@ def plan(
     api_key: ApiKeyOption = None,
 ) -> None:
     """Plan replicas for a model, devices and traffic; show the plan beside the best homogeneous."""
-    trace = once(trace_argument, trace, name="--trace")
+    trace = argument_or_option(trace_argument, trace, name="--trace")
     if live:
         live_plan(url_from(url), api_key=api_key, as_json=as_json, output=output)
         return
@@ -145,7 +145,7 @@ def plan(
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MAX_TYPES}")
     if not 0 <= min_gain < math.inf:
         raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
-    wish = TraceWish(
+    wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
@@ -217,7 +217,7 @@ def _give(
     output: str | None,
 ) -> None:
     if plot:
-        from oserve.cli.flow_picture import draw  # noqa: PLC0415 - matplotlib is an extra
+        from oserve.cli.flow_plot import draw  # noqa: PLC0415 - matplotlib is an extra
 
         draw(found, Path(plot))
     if output:
@@ -249,7 +249,7 @@ def _cluster(text: str | None) -> ClusterSpec:
 def _demand(
     trace: str | None,
     rates: str | None,
-    wish: TraceWish,
+    wish: TraceSelection,
     *,
     max_model_len: int,
     k: int | None,

@@ -16,7 +16,7 @@ from oserve.cli.options import (
     ModelArgument,
     ModelOption,
     OverrideOption,
-    once,
+    argument_or_option,
 )
 from oserve.cli.serve import settings_from
 from oserve.config import environment_value
@@ -76,7 +76,7 @@ def profile(
     Without --shape it measures every available precision (fp32 or bf16, and engines.variants) on
     one device and on two. With --url the shape's limits must be those of the running engine.
     """
-    model = once(model_argument, model, name="--model")
+    model = argument_or_option(model_argument, model, name="--model")
     if model is None:
         raise OServeError("no model is named", place="--model", remedy="name a model")
     server = None if url is None else server_url(url)

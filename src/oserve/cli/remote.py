@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import said
+from oserve.cli.answers import error_message
 from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 
@@ -45,12 +45,14 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
                     "it requires an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
                 )
             if answer.status in {400, 409}:
-                raise OServeError(said(answered), place=url, remedy="see docs/control.md")
+                raise OServeError(error_message(answered), place=url, remedy="see docs/control.md")
             if answer.status == 503:
-                raise OServeError(said(answered), place=url, remedy="try again in a moment")
+                raise OServeError(
+                    error_message(answered), place=url, remedy="try again in a moment"
+                )
             if answer.status != 200:
                 raise OServeError(
-                    f"it answered with status {answer.status}: {said(answered)[:100]}",
+                    f"it answered with status {answer.status}: {error_message(answered)[:100]}",
                     place=url,
                     remedy="is this an OServe server?",
                 )

@@ -20,7 +20,7 @@ from oserve.cli.options import (
     ModelArgument,
     ModelOption,
     OverrideOption,
-    once,
+    argument_or_option,
 )
 from oserve.config import Settings, environment_value, load_settings, parse_override
 from oserve.core import AttachedBackend, OServeError
@@ -63,7 +63,7 @@ def serve(
 ) -> None:
     """Start replicas as planned and serve them behind one OpenAI-compatible endpoint."""
     options = {
-        "model": once(model_argument, model, name="--model"),
+        "model": argument_or_option(model_argument, model, name="--model"),
         "plan": plan,
         "gateway.host": host,
         "gateway.port": port,

@@ -22,10 +22,10 @@ from oserve.cli.options import (
     TpotOption,
     TraceArgument,
     TraceOption,
-    TraceWish,
+    TraceSelection,
     TtftOption,
+    argument_or_option,
     check_over_zero,
-    once,
     read_requests,
     slo_from,
 )
@@ -101,14 +101,14 @@ def simulate(
         learn_s=learn_s,
         jobs=jobs,
     )
-    part = TraceWish(
+    part = TraceSelection(
         limit=limit,
         duration_s=duration_s,
         time_unit=time_unit,
         skip_bad_rows=skip_bad_rows,
         sort=sort,
     )
-    trace = once(trace_argument, trace, name="--trace")
+    trace = argument_or_option(trace_argument, trace, name="--trace")
     names = policy_names(policies)
     spec = load_cluster(cluster)
     requests, source = _traffic(trace, part, seed)
@@ -158,7 +158,7 @@ def simulate(
         _console.print(f"written: {report}", markup=False)
 
 
-def _traffic(trace: str | None, wish: TraceWish, seed: int) -> tuple[list[TraceRequest], str]:
+def _traffic(trace: str | None, wish: TraceSelection, seed: int) -> tuple[list[TraceRequest], str]:
     if trace is not None:
         return read_requests(trace, wish), trace
     duration_s = wish.duration_s or _SYNTHETIC_S

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, once, url_from
+from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, argument_or_option, url_from
 from oserve.cli.remote import call, decode
 from oserve.config.reading import read_text
 from oserve.core import OServeError
@@ -34,7 +34,7 @@ def switch(
     Running requests complete on their replicas. --dry-run shows bytes per link and the duration of
     each phase.
     """
-    plan = once(plan, to, name="--to")
+    plan = argument_or_option(plan, to, name="--to")
     if plan is None:
         raise OServeError("there is no plan", place="--to", remedy="name a plan file")
     url = url_from(url)
@@ -48,14 +48,14 @@ def switch(
         print(json.dumps(document, indent=2))
         return
     _console.print(document["line"], markup=False)
-    if "foreseen" in document:
-        for line in foreseen(document["foreseen"]):
+    if "describe_switch" in document:
+        for line in describe_switch(document["describe_switch"]):
             _console.print(line, markup=False)
     elif document.get("switch"):
         _console.print(f"switch {document['switch']}: follow it with oserve status", markup=False)
 
 
-def foreseen(document: dict[str, Any]) -> list[str]:
+def describe_switch(document: dict[str, Any]) -> list[str]:
     """Lines that describe the planned switch."""
     if document["method"] == "restart":
         return [f"by restarts: {document['reason']}"]

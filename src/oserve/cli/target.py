@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, said
+from oserve.cli.answers import USUAL, ApiDialect, BenchAnswer, error_message
 from oserve.cli.prompts import PromptWriter, sample_text
 from oserve.cli.remote import unreachable
 from oserve.core import OServeError
@@ -90,7 +90,7 @@ async def find_target(
     status, body = await _ask(session, target, "/v1/models")
     if status in {401, 403}:
         raise OServeError(
-            f"it rejects the API key, or requires one: {said(body)}",
+            f"it rejects the API key, or requires one: {error_message(body)}",
             place=target.url,
             remedy="give --api-key, or set OPENAI_API_KEY",
         )
@@ -156,7 +156,7 @@ async def warmed_up(
     elif status in {401, 403}:
         remedy = "give --api-key, or set OPENAI_API_KEY"
     raise OServeError(
-        f"it rejects requests: status {status} to {target.path}: {said(body)}",
+        f"it rejects requests: status {status} to {target.path}: {error_message(body)}",
         place=target.url,
         remedy=remedy,
     )

@@ -11,7 +11,7 @@ from oserve.cli.options import (
     ModelArgument,
     ModelOption,
     OverrideOption,
-    once,
+    argument_or_option,
 )
 from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
@@ -38,7 +38,7 @@ def validate(
     """
     options = {
         "plan": plan,
-        "model": once(model_argument, model, name="--model"),
+        "model": argument_or_option(model_argument, model, name="--model"),
         "cluster.cpu_slots": cpu_slots,
     }
     settings = settings_from(config, options, override)

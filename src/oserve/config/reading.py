@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from oserve.core import OServeError
-from oserve.core.json_keys import refuse_doubled_keys
+from oserve.core.json_keys import refuse_duplicate_keys
 
 Converted = TypeVar("Converted")
 
@@ -93,7 +93,7 @@ def parse_json(text: str, *, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise OServeError(reason, place=place, remedy="correct the JSON") from None
-    refuse_doubled_keys(text, place=place)
+    refuse_duplicate_keys(text, place=place)
     return _mapping(loaded, place)
 
 

@@ -31,7 +31,7 @@ from typing import Protocol
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.perf.corrected import Speeds
 
-Rates = tuple[float, ...]
+TypeRates = tuple[float, ...]
 
 # Running requests finish while their replica drains. Each loses its prefix cache and little else.
 TOUCHED = 0.05
@@ -58,15 +58,15 @@ class Leg:
 class SwitchPlanner(Protocol):
     """What evaluation needs to know. Rates are requests/s, in the order of the workload types."""
 
-    def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
+    def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """Plans for these rates, the best first, close to the current one; empty if none serves."""
         ...
 
-    def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
+    def floor(self, rates_rps: TypeRates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
         """The current plan cut to the ``replicas`` replicas that serve these rates best."""
         ...
 
-    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The requests/s that these replicas serve of these rates within limits."""
         ...
 
@@ -74,7 +74,7 @@ class SwitchPlanner(Protocol):
         """The switch from one set of replicas to another, leg by leg."""
         ...
 
-    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean seconds that a request stays on a replica, which is the time to drain it."""
         ...
 
@@ -83,13 +83,13 @@ class SwitchPlanner(Protocol):
 class ForecastStep:
     """One step of the forecast, ``seconds`` long.
 
-    ``chances``: rates with their probabilities, which sum to 1. ``expected``: the mean rates; empty
-    where only the probabilities count.
+    ``probabilities``: rates with their probabilities, which sum to 1. ``expected``: the mean rates;
+    empty if only the distribution counts.
     """
 
     seconds: float
-    chances: Mapping[Rates, float]
-    expected: Rates = ()
+    probabilities: Mapping[TypeRates, float]
+    expected: TypeRates = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +111,10 @@ class DecisionInput:
 
     at_s: float
     current: DeploymentPlan
-    now_rps: Rates
+    now_rps: TypeRates
     steps: tuple[ForecastStep, ...]
     lasts_s: float
-    plan_for: tuple[Rates, ...]
+    plan_for: tuple[TypeRates, ...]
     lasting: Mapping[str, float] = field(default_factory=dict)
     version: int = 0
     given: DeploymentPlan | None = None
@@ -122,13 +122,13 @@ class DecisionInput:
     drain_s: float = 0.0
     drain_limit_s: float = math.inf
     in_order: bool = False
-    past: tuple[tuple[Rates, float], ...] = ()
-    before: Rates = ()
+    past: tuple[tuple[TypeRates, float], ...] = ()
+    before: TypeRates = ()
     back_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
 
     @property
-    def expected_rps(self) -> Rates:
+    def expected_rps(self) -> TypeRates:
         """The mean rates of the first forecast step."""
         return self.steps[0].expected
 
@@ -238,7 +238,7 @@ def score_candidate(
     price = switch_price(
         old,
         new,
-        asked.steps[0].chances,
+        asked.steps[0].probabilities,
         planner,
         drain_s=asked.drain_s,
         drain_limit_s=asked.drain_limit_s,
@@ -277,7 +277,7 @@ def _served(
         left_s -= seconds
         if seconds <= 0:
             continue
-        for rates_rps, chance in step.chances.items():
+        for rates_rps, chance in step.probabilities.items():
             part = chance * seconds / lasts_s
             current += part * planner.served_rps(old, rates_rps)
             candidate += part * planner.served_rps(new, rates_rps)
@@ -325,7 +325,7 @@ def _late(
     most_s: float,
 ) -> float:
     """Requests that arrive while the new replicas serve such a backlog, within ``most_s``."""
-    rates = step.expected or max(step.chances, key=lambda key: step.chances[key])
+    rates = step.expected or max(step.probabilities, key=lambda key: step.probabilities[key])
     rate_rps = sum(rates)
     if backlog <= 0:
         return 0.0
@@ -349,7 +349,7 @@ def signature(plan: DeploymentPlan) -> str:
 def switch_price(
     old: Sequence[ReplicaSpec],
     new: Sequence[ReplicaSpec],
-    rates: Mapping[Rates, float],
+    rates: Mapping[TypeRates, float],
     planner: SwitchPlanner,
     *,
     drain_s: float = 0.0,

@@ -12,7 +12,7 @@ import numpy as np
 
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
-from oserve.control.evaluation import ForecastStep, Rates
+from oserve.control.evaluation import ForecastStep, TypeRates
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector
@@ -130,7 +130,7 @@ class TrafficMonitor:
             due = True
         return due
 
-    def now_rps(self) -> Rates:
+    def now_rps(self) -> TypeRates:
         """Current requests/s of each type, over seconds after the last change only."""
         end_s = max(1, self.collector.newest_s)
         width_s = min(self._policy.now_s, max(_FEWEST_S, end_s - self.began_s))
@@ -164,14 +164,14 @@ class TrafficMonitor:
             for index, name in enumerate(found.names)
         )
 
-    def past(self) -> tuple[tuple[Rates, float], ...]:
+    def past(self) -> tuple[tuple[TypeRates, float], ...]:
         """Recent rates, each with the seconds it held.
 
         They start where a period of the queue's freshest-first order starts.
         """
         end_s = self.collector.newest_s
         first_s = end_s - end_s % _PERIOD_S - _PERIOD_S
-        found: list[tuple[Rates, float]] = []
+        found: list[tuple[TypeRates, float]] = []
         for start_s in range(max(0, first_s), end_s, _PIECE_S):
             width_s = min(_PIECE_S, end_s - start_s)
             rates = self.collector.rates_rps(start_s + width_s, width_s)
@@ -179,7 +179,7 @@ class TrafficMonitor:
                 found.append((tuple(np.nan_to_num(rates).tolist()), float(width_s)))
         return tuple(found)
 
-    def before_rps(self) -> Rates:
+    def before_rps(self) -> TypeRates:
         """Requests/s of each type before the last change; empty if unknown."""
         held = range(1, self.collector.size_s - (self.collector.newest_s - self.began_s))
         for width_s in _BEFORE_S if self.began_s > 0 else ():
@@ -189,7 +189,7 @@ class TrafficMonitor:
                     return tuple(rates.tolist())
         return ()
 
-    def likely(self) -> tuple[Rates, ...]:
+    def likely(self) -> tuple[TypeRates, ...]:
         """Rates to plan for: the expected ones, and a high quantile."""
         found = self._forecaster.forecast()
         high_rps = found.quantile_counts[-2].mean(axis=0) / found.interval_s
@@ -198,7 +198,7 @@ class TrafficMonitor:
             for rates in (found.rates_rps.mean(axis=0), high_rps)
         )
 
-    def usual(self) -> tuple[Rates, ...]:
+    def usual(self) -> tuple[TypeRates, ...]:
         """Rates to plan for while no requests come: the usual ones."""
         return (tuple(self._usual.tolist()),)
 
@@ -209,12 +209,16 @@ class TrafficMonitor:
         rates = np.nan_to_num(found.quantile_counts / found.interval_s)
         steps = []
         for step in range(rates.shape[1]):
-            chances: dict[Rates, float] = {}
+            probabilities: dict[TypeRates, float] = {}
             for level, (low, high) in enumerate(pairwise(ends)):
                 key = tuple(rates[level, step].tolist())
-                chances[key] = chances.get(key, 0.0) + high - low
+                probabilities[key] = probabilities.get(key, 0.0) + high - low
             expected = tuple(np.nan_to_num(found.rates_rps[step]).tolist())
-            steps.append(ForecastStep(seconds=found.interval_s, chances=chances, expected=expected))
+            steps.append(
+                ForecastStep(
+                    seconds=found.interval_s, probabilities=probabilities, expected=expected
+                )
+            )
         return tuple(steps)
 
     # -- memory ---------------------------------------------------------------------------------

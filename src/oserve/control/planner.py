@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oserve.control.evaluation import Leg, Rates
+from oserve.control.evaluation import Leg, TypeRates
 from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
@@ -126,7 +126,7 @@ class TablePlanner:
         )
 
     # -- plans ----------------------------------------------------------------------------------
-    def candidates(self, rates_rps: Rates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
+    def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """The best plan for these rates, then homogeneous ones that come near it.
 
         Empty where no shape serves these rates.
@@ -187,7 +187,7 @@ class TablePlanner:
         )
         return self.with_shares(plan, placed.routing_shares)
 
-    def floor(self, rates_rps: Rates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
+    def floor(self, rates_rps: TypeRates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
         """Cut the current plan to the replicas that serve most of these rates, chosen greedily."""
         rates = rates_rps if sum(rates_rps) > 0 else tuple(1.0 for _ in rates_rps)
         kept: list[ReplicaSpec] = []
@@ -229,7 +229,7 @@ class TablePlanner:
         )
 
     # -- values ---------------------------------------------------------------------------------
-    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def served_rps(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """See ``SwitchPlanner``. Replicas of unknown shapes serve nothing."""
         counts = Counter(spec.shape for spec in replicas if self._row(spec) is not None)
         key = tuple(sorted(counts.items(), key=lambda item: repr(item[0])))
@@ -243,7 +243,7 @@ class TablePlanner:
         return serving.served_rps(rates_rps)
 
     def shares(
-        self, replicas: Sequence[ReplicaSpec], rates_rps: Rates
+        self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates
     ) -> dict[str, dict[str, float]]:
         """Routing shares of each type over replicas that serve now, for these rates.
 
@@ -263,7 +263,7 @@ class TablePlanner:
         return {kind.name: dict(even) for kind in self.facts.types}
 
     def _solved_shares(
-        self, ids: Mapping[ReplicaShape, Sequence[str]], rates_rps: Rates
+        self, ids: Mapping[ReplicaShape, Sequence[str]], rates_rps: TypeRates
     ) -> dict[str, dict[str, float]] | None:
         """Shares by the linear programme; ``None`` where no shape serves any type."""
         table = tuple(self._rows[shape] for shape in ids)
@@ -298,7 +298,7 @@ class TablePlanner:
             for stage in stages(old, new)
         ]
 
-    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: Rates) -> float:
+    def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean latency of the types at these rates, over the replicas that serve them."""
         rows = [row for spec in replicas if (row := self._row(spec)) is not None]
         total = weight = 0.0
@@ -321,7 +321,7 @@ class TablePlanner:
         return row
 
     def _rated(
-        self, rates_rps: Rates, table: Sequence[ShapePerformance]
+        self, rates_rps: TypeRates, table: Sequence[ShapePerformance]
     ) -> tuple[WorkloadType, ...]:
         """The types at these rates; 0 for noise and for types that no shape serves."""
         least = max(_LEAST_RPS, _LEAST_PART * sum(rates_rps))

@@ -1,8 +1,8 @@
 """What one gateway process counted, second by second, and how it travels without loss.
 
-A request is typed before its answer exists, so it counts as its chances over types until it ends;
-then the count of the second it came in is corrected to the one type it was. Batches are sent until
-they are acknowledged and have numbers, so that one that comes twice is counted once.
+A request is classified before its answer exists, so it counts by its type probabilities until it
+ends; then the count of its arrival second is corrected to its actual type. Batches are numbered and
+resent until acknowledged, so that a duplicate counts once.
 """
 
 from collections.abc import Sequence
@@ -49,30 +49,34 @@ class Tally:
             self.names = tuple(names)
             self._arrivals = {}
 
-    def arrived(self, at_s: float, chances: Sequence[float]) -> None:
-        """A request came, of the types with these chances."""
+    def arrived(self, at_s: float, probabilities: Sequence[float]) -> None:
+        """A request came, of the types with these probabilities."""
         second = int(at_s)
         row = self._arrivals.get(second)
         if row is None:
-            self._arrivals[second] = list(chances)
+            self._arrivals[second] = list(probabilities)
             if len(self._arrivals) > _MOST_SECONDS:
                 del self._arrivals[next(iter(self._arrivals))]
         else:
-            self._arrivals[second] = [a + p for a, p in zip(row, chances, strict=True)]
+            self._arrivals[second] = [a + p for a, p in zip(row, probabilities, strict=True)]
 
     def ended(
         self,
         at_s: float,
         *,
         arrival_s: float,
-        chances: Sequence[float],
+        probabilities: Sequence[float],
         kind: int | None,
         prompt_tokens: int,
         output_tokens: int,
     ) -> None:
         """A request that came at ``arrival_s`` ended; ``None`` where its type never showed."""
-        if kind is not None and len(chances) == len(self.names) and chances[kind] != 1.0:
-            change = [-p for p in chances]
+        if (
+            kind is not None
+            and len(probabilities) == len(self.names)
+            and probabilities[kind] != 1.0
+        ):
+            change = [-p for p in probabilities]
             change[kind] += 1.0
             self.arrived(arrival_s, change)
         ended = self._tokens.setdefault(int(at_s), [0.0, 0.0, 0.0])

@@ -8,7 +8,7 @@ from oserve.core.errors import OServeError
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
 
 
-def refuse_doubled_keys(text: str, *, place: str) -> None:
+def refuse_duplicate_keys(text: str, *, place: str) -> None:
     """Raise OServeError for the first duplicate key of a valid JSON text; it names both lines."""
     # One entry per open object (its keys and their offsets) or array (None).
     open_: list[dict[str, int] | None] = []

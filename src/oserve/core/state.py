@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from oserve.core.endpoint import Endpoint
 from oserve.core.plan import ReplicaSpec
 from oserve.core.shape import Device
@@ -97,8 +99,7 @@ class Observation:
         return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLoad:
+class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     """The router's view of one replica that accepts requests.
 
     ``work_s``: outstanding engine time in seconds. ``prefill_s_per_token`` and

@@ -60,7 +60,7 @@ def engine_arguments(
     ]
     kv_cache_memory_bytes = shape.kv_cache_memory_bytes
     if kv_cache_memory_bytes is None:
-        # On CPU the settings have a size (``memory_fit``): without one, each engine would take a
+        # On CPU the settings have a size (``memory_check``): without one, each engine would take a
         # share of the machine's whole memory.
         kv_cache_memory_bytes = settings.kv_cache_memory_bytes
     if kv_cache_memory_bytes:

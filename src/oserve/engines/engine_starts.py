@@ -22,7 +22,7 @@ from oserve.engines.group import CACHES_FOLDER
 from oserve.engines.holding import HeldEngines
 from oserve.engines.keeper_connection import HeldProcess
 from oserve.engines.logs import open_log
-from oserve.engines.memory_fit import cache_sized, unsized
+from oserve.engines.memory_check import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 

@@ -15,7 +15,7 @@ class EngineSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
     ``variants``: precision (``fp8``, ``int8``, ``int4``) to the path or name of a checkpoint of the
     same model in that precision. ``kv_cache_memory_bytes``: per device, if the shape names none;
     unset or 0, it follows from memory and context on CPU, and vLLM chooses it on GPUs (see
-    ``memory_fit``). ``enforce_eager``: skip compilation; unset: on CPU only. ``max_model_len``:
+    ``memory_check``). ``enforce_eager``: skip compilation; unset: on CPU only. ``max_model_len``:
     tokens; unset: the model's own. ``start_method``: ``zygote`` forks engines from one process
     that has imported vLLM, ``spawn`` starts a new interpreter for each, ``auto`` means ``zygote``
     on CPU and ``spawn`` on GPUs.

@@ -16,7 +16,7 @@ import numpy as np
 
 from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, once, write_json
 from oserve.engines.checkpoints.int8 import make_int8_variant
-from oserve.engines.checkpoints.tensors import AnyArray, Array, tensor, write_tensors
+from oserve.engines.checkpoints.tensors import AnyArray, FloatArray, tensor, write_tensors
 
 Tensors = dict[str, AnyArray]
 
@@ -89,7 +89,7 @@ def _weights(seed: int) -> Tensors:
     """Float arrays by name. The spreads make attention peaked and answers varied."""
     source = np.random.default_rng(seed)
 
-    def normal(rows: int, columns: int, spread: float) -> Array:
+    def normal(rows: int, columns: int, spread: float) -> FloatArray:
         return (source.standard_normal((rows, columns)) * spread).astype(np.float32)
 
     embedding = normal(VOCAB, HIDDEN, 1.0)

@@ -25,7 +25,7 @@ from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.traces import Slo
-from oserve.workload.chances import TypeChances
+from oserve.workload.type_probabilities import TypeProbabilities
 
 # A run lasts so many times as long as a request stays, so that most of it is steady.
 _STAYS = 5.0
@@ -113,9 +113,9 @@ def lengths_by_type(
 
     ``centres`` of the types are (prompt, output) in tokens.
     """
-    chances = TypeChances(centres)
+    probabilities = TypeProbabilities(centres)
     lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
-    kinds = np.array([chances.kind(prompt, output) for prompt, output in lengths])
+    kinds = np.array([probabilities.kind(prompt, output) for prompt, output in lengths])
     return [
         LengthSamples(
             prompt_tokens=traffic.prompt_tokens[kinds == kind],

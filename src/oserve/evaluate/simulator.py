@@ -21,7 +21,7 @@ from oserve.perf.corrected import uncorrected
 from oserve.perf.costs import measured_costs
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
 from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink, Status
@@ -212,16 +212,18 @@ class Simulator:
             rank_s=ranks,
         )
 
-    def fleet(self, serving: SimulatedServing, requests: RequestTable) -> Fleet:
+    def fleet(self, serving: SimulatedServing, requests: RequestTable) -> SimulatedFleet:
         """A fleet without replicas."""
-        return Fleet(
+        return SimulatedFleet(
             requests,
             classes=len(serving.plan.length_classes),
             gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
 
-    def add(self, fleet: Fleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float) -> None:
+    def add(
+        self, fleet: SimulatedFleet, spec: ReplicaSpec, levers: Levers, *, ready_at_s: float
+    ) -> None:
         """Add a replica to a fleet; it serves from ``ready_at_s`` on."""
         shape, most = spec.shape, levers.inflight_per_device
         sends = levers.rebalance is not None or shape.role is Role.PREFILL
@@ -244,7 +246,7 @@ class Simulator:
             link=link,
         )
 
-    def route(self, fleet: Fleet, plan: DeploymentPlan, levers: Levers) -> None:
+    def route(self, fleet: SimulatedFleet, plan: DeploymentPlan, levers: Levers) -> None:
         """Route by the shares of a plan from now on."""
         shares = {
             index: dict(plan.routing_shares.get(item.name, {}))
@@ -259,7 +261,7 @@ class Simulator:
         *,
         expected: Ints | None = None,
         kinds: Ints | None = None,
-    ) -> Fleet:
+    ) -> SimulatedFleet:
         """A fleet at 0 s, whose replicas serve; for ``expected`` and ``kinds`` see ``requests``."""
         requests = self.requests(serving, traffic, expected=expected, kinds=kinds)
         fleet = self.fleet(serving, requests)

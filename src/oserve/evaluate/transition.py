@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from oserve.control.evaluation import Leg
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.evaluate.simulator import LATEST_S, SimulatedServing, SimulatedTraffic, Simulator
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.results import FleetResults
 
 _ROUND_S = 1.0
@@ -34,23 +34,30 @@ class SwitchExecution:
     """
 
     def __init__(
-        self, simulator: Simulator, serving: SimulatedServing, fleet: Fleet, *, drain_limit_s: float
+        self,
+        simulator: Simulator,
+        serving: SimulatedServing,
+        fleet: SimulatedFleet,
+        *,
+        drain_limit_s: float,
     ) -> None:
         self._simulator = simulator
         self._levers = serving.levers
         self._fleet = fleet
         self._drain_limit_s = drain_limit_s
+        # The fleet rounds its time to picoseconds, so loops must not wait for its clock.
+        self._now_s = fleet.now_s
         # Replicas that drain while the switch goes on, with the times at which they are stopped.
         self._retired: list[tuple[float, ReplicaSpec]] = []
 
     def run(self, legs: Sequence[RoutedLeg], *, until_s: float) -> None:
         """Carry out all legs, but not past ``until_s``."""
         for item in legs:
-            if self._fleet.now_s >= until_s:
+            if self._now_s >= until_s:
                 return
             self._route(item.during)
             self._stop(item.leg.leaving, until_s)
-            ready_at_s = self._fleet.now_s + item.leg.seconds
+            ready_at_s = self._now_s + item.leg.seconds
             for spec in item.leg.started:
                 self._simulator.add(self._fleet, spec, self._levers, ready_at_s=ready_at_s)
             if item.leg.started:
@@ -58,9 +65,9 @@ class SwitchExecution:
             self._route(item.after)
             for spec in item.leg.retired:
                 self._fleet.drain(spec.id)
-                self._retired.append((self._fleet.now_s + self._drain_limit_s, spec))
-        while self._retired and self._fleet.now_s < until_s:
-            self._advance(min(self._fleet.now_s + _ROUND_S, until_s))
+                self._retired.append((self._now_s + self._drain_limit_s, spec))
+        while self._retired and self._now_s < until_s:
+            self._advance(min(self._now_s + _ROUND_S, until_s))
 
     def _route(self, plan: DeploymentPlan) -> None:
         self._simulator.route(self._fleet, plan, self._levers)
@@ -69,19 +76,20 @@ class SwitchExecution:
         """Drain replicas, wait for their requests up to the drain limit, and stop them."""
         for spec in specs:
             self._fleet.drain(spec.id)
-        limit_s = min(self._fleet.now_s + self._drain_limit_s, until_s)
-        while self._fleet.now_s < limit_s and any(self._is_busy(spec) for spec in specs):
-            self._advance(min(self._fleet.now_s + _ROUND_S, limit_s))
+        limit_s = min(self._now_s + self._drain_limit_s, until_s)
+        while self._now_s < limit_s and any(self._is_busy(spec) for spec in specs):
+            self._advance(min(self._now_s + _ROUND_S, limit_s))
         for spec in specs:
             self._fleet.remove(spec.id)
 
     def _advance(self, until_s: float) -> None:
         """Let time pass, and stop retired replicas that are empty or out of time."""
-        while self._fleet.now_s < until_s:
-            self._fleet.advance(min(self._fleet.now_s + _ROUND_S, until_s))
+        while self._now_s < until_s:
+            self._now_s = min(self._now_s + _ROUND_S, until_s)
+            self._fleet.advance(self._now_s)
             waiting = []
             for limit_s, spec in self._retired:
-                if self._is_busy(spec) and self._fleet.now_s < limit_s:
+                if self._is_busy(spec) and self._now_s < limit_s:
                     waiting.append((limit_s, spec))
                 else:
                     self._fleet.remove(spec.id)

@@ -20,18 +20,18 @@ from oserve.core import OServeError
 _NICE = 15
 _END_S = 5.0
 
-Held = TypeVar("Held")
+Resource = TypeVar("Resource")
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
 
 
-class WorkerProcess(Generic[Held]):
+class WorkerProcess(Generic[Resource]):
     """The first call starts the process, in which ``make`` makes the object.
 
     ``make``, the called functions, their arguments and results must be picklable.
     """
 
-    def __init__(self, make: Callable[[], Held]) -> None:
+    def __init__(self, make: Callable[[], Resource]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._process: SpawnProcess | None = None
@@ -40,7 +40,7 @@ class WorkerProcess(Generic[Held]):
 
     def call(
         self,
-        function: Callable[Concatenate[Held, Given], Returned],
+        function: Callable[Concatenate[Resource, Given], Returned],
         *arguments: Given.args,
         **named: Given.kwargs,
     ) -> Returned:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oserve.control.evaluation import DecisionInput, Rates
+from oserve.control.evaluation import DecisionInput, TypeRates
 from oserve.evaluate.capacities import LengthSamples, merged
 from oserve.evaluate.simulator import Mask, SimulatedTraffic
 
@@ -65,7 +65,7 @@ def evaluation_workload(
 
 
 def poisson_stages(
-    lengths: Sequence[LengthSamples], stages: Sequence[tuple[Rates, float]], *, seed: int
+    lengths: Sequence[LengthSamples], stages: Sequence[tuple[TypeRates, float]], *, seed: int
 ) -> SimulatedTraffic:
     """Poisson arrivals of all types, stage after stage.
 

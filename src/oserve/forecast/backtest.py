@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oserve.core import OServeError
-from oserve.forecast.experts import Combination
 from oserve.forecast.forecaster import QUANTILES, Forecast, Forecaster
 from oserve.forecast.lstm_train import train_lstm
-from oserve.forecast.models import DEFAULT, ModelSettings, known, make_model
+from oserve.forecast.models import DEFAULT, ModelSettings, known, make_default, make_model
 from oserve.workload.columns import Floats
 
 MIN_WINDOWS = 8
@@ -234,8 +233,7 @@ def _walk_default(
     series: Series, settings: ModelSettings, steps: int, timer: Callable[[], float]
 ) -> tuple[Walk, Floats, tuple[str, ...], Forecast]:
     """The walk, each expert's forecasts (n, m, k), their names, and the forecast after the end."""
-    model = make_model(DEFAULT, settings)
-    assert isinstance(model, Combination)
+    model = make_default(settings)
     forecaster = _forecaster(model, series, steps)
     said: list[Floats] = []
     walk = _walk(DEFAULT, forecaster, series, timer, lambda: said.append(model.experts(1)[:, 0]))

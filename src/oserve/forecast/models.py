@@ -53,6 +53,11 @@ SIMPLE = ("last-value", "moving-average", "smoothing", "holt", "seasonal-naive",
 """The models besides the default that need no optional package."""
 
 
+def make_default(settings: ModelSettings) -> Combination:
+    """Make the default model."""
+    return Combination(settings.k, periods_of(settings.interval_s))
+
+
 def make_model(name: str, settings: ModelSettings) -> PointModel:
     """Make a model. Raises OServeError for an unknown name or a missing dependency."""
     if name not in MODELS:

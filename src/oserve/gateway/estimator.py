@@ -5,24 +5,24 @@ known at arrival (``workload.output``). Of texts and keys only hashes are kept.
 """
 
 import hashlib
-from dataclasses import dataclass
 
-from oserve.control.dispatch.table import RoutingTable
+import msgspec
+
+from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable
 from oserve.control.tally import Tally
 from oserve.gateway.http.body import GenerateBody
 from oserve.gateway.http.prompt import system_prefix
 from oserve.workload import classify
-from oserve.workload.chances import TypeChances
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
+from oserve.workload.type_probabilities import TypeProbabilities
 
 # Until so many answers were seen, what the plan says is usual is the better guess.
 _ENOUGH_ANSWERS = 20
 _MOST_KEY_BYTES = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestEstimate:
-    """Of one request. ``chances`` of the types called ``names``; ``kind`` is the likeliest.
+class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one request. ``probabilities`` of the types called ``names``; ``kind`` is the likeliest.
 
     ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
     about how long the system prompt is, as far as it was looked at. ``arrived_s`` is Unix time.
@@ -31,7 +31,7 @@ class RequestEstimate:
     known: KnownAtArrival
     output: OutputExpectation | None
     names: tuple[str, ...]
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     kind: str
     output_tokens: int
     prefix_tokens: int
@@ -44,16 +44,16 @@ class RequestEstimator:
     def __init__(self, estimator: OutputEstimator | None = None) -> None:
         self.estimator = estimator or OutputEstimator()
         self.tally = Tally()
-        self._table: RoutingTable | None = None
-        self._kinds: TypeChances | None = None
+        self._table = EMPTY_TABLE
+        self._kinds: TypeProbabilities | None = None
 
     def follow(self, table: RoutingTable) -> None:
         """Another plan may have other types."""
         before, self._table = self._table, table
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
-        if before is None or centres != _centres(before):
-            self._kinds = TypeChances(centres) if centres else None
+        if centres != _centres(before):
+            self._kinds = TypeProbabilities(centres) if centres else None
         self.tally.follow(names)
 
     def estimate(
@@ -66,7 +66,6 @@ class RequestEstimator:
         arrived_s: float,
     ) -> RequestEstimate:
         """Of a request that has just come; the table must have types."""
-        assert self._table is not None
         limit = parsed.output_limit
         prefix = system_prefix(parsed)
         session = (parsed.session or "").encode() or headers.get(b"x-session-id", b"")
@@ -97,24 +96,23 @@ class RequestEstimator:
         """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
-        chances = self._chances(prompt_tokens, output, limit)
+        probabilities = self._probabilities(prompt_tokens, output, limit)
         names = self.tally.names
         return RequestEstimate(
             known=known,
             output=output,
             names=names,
-            chances=chances,
-            kind=names[chances.index(max(chances))],
+            probabilities=probabilities,
+            kind=names[probabilities.index(max(probabilities))],
             output_tokens=self._output_tokens(prompt_tokens, output, limit),
             prefix_tokens=prefix_tokens,
             arrived_s=arrived_s,
         )
 
-    def _chances(
+    def _probabilities(
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> tuple[float, ...]:
         """Of the plan's types; of its length classes one is certain."""
-        assert self._table is not None
         if self._kinds is None:
             classes = self._table.length_classes
             held = classify(prompt_tokens, classes)
@@ -127,7 +125,6 @@ class RequestEstimator:
     def _output_tokens(
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> int:
-        assert self._table is not None
         most = max(1, limit) if limit is not None else 1 << 30
         if output is None:
             return most
@@ -155,7 +152,7 @@ class RequestEstimator:
         self.tally.ended(
             now_s,
             arrival_s=estimate.arrived_s,
-            chances=estimate.chances if current else (),
+            probabilities=estimate.probabilities if current else (),
             kind=kind,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,

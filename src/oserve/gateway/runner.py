@@ -183,7 +183,7 @@ class RequestRunner:
         """Take a request in."""
         estimate = session.estimate
         if estimate is not None:
-            self.estimator.tally.arrived(estimate.arrived_s, estimate.chances)
+            self.estimator.tally.arrived(estimate.arrived_s, estimate.probabilities)
         self.active[session.number] = session
         if estimate is None:
             self.report(on.Arrived(number=session.number, request=None))

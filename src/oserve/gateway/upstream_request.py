@@ -64,8 +64,7 @@ def pool_of(endpoint: Endpoint) -> UpstreamPool:
     return UpstreamPool(host=address.host, port=address.port, tls=tls)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     """A request on its way to a replica. ``parsed`` describes ``body``; ``None``: it is opaque.
 
     ``token_ids``: the answer is to tell them. ``cache``: what the engine is told of its KV cache.

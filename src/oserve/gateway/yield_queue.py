@@ -25,7 +25,7 @@ class YieldQueue:
     def _take(self) -> None:
         try:
             self._work[0]()
-        except Exception as error:
+        except Exception as error:  # the next piece is another request's
             _log.error("a piece of work failed: %s", fault(error))
         finally:
             self._work.popleft()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oserve.core import OServeError
-from oserve.core.json_keys import refuse_doubled_keys
+from oserve.core.json_keys import refuse_duplicate_keys
 from oserve.perf.catalogue import catalogue, nearest
 
 # Other kinds of attention have caches of other sizes; an error is better than a guess.
@@ -111,7 +111,7 @@ def _read_config(file: Path) -> ModelFacts:
             place=str(file),
             remedy="give a Hugging Face config.json",
         ) from None
-    refuse_doubled_keys(text, place=str(file))
+    refuse_duplicate_keys(text, place=str(file))
     if not isinstance(config, dict):
         raise OServeError("it is not an object", place=str(file), remedy="give a config.json")
     return model_from_config(config, name=file.parent.resolve().name, place=str(file))

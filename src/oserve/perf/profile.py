@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
-from oserve.core.json_keys import refuse_doubled_keys
+from oserve.core.json_keys import refuse_duplicate_keys
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
@@ -122,7 +122,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
         profile = msgspec.json.decode(content, type=Profile)
     except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
-    refuse_doubled_keys(content.decode(), place=place)
+    refuse_duplicate_keys(content.decode(), place=place)
     seen: set[ProfileKey] = set()
     for index, entry in enumerate(profile.entries):
         where = f"{place}: entries[{index}]"

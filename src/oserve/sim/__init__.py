@@ -1,6 +1,6 @@
 """Simulated engines and clusters, behind the same interfaces as the real ones.
 
-``Fleet`` serves requests on simulated replicas behind a simulated gateway, exactly and fast.
+``SimulatedFleet`` serves requests on simulated replicas behind a simulated gateway, exactly, fast.
 ``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is used twice at a
 time; the replicas of a ``FleetCluster`` belong to a fleet and serve. ``EmulatedEngine`` speaks
 OpenAI's API without a model, at a chosen speed, as one of several servers does (``DIALECTS``).
@@ -9,7 +9,7 @@ OpenAI's API without a model, at a chosen speed, as one of several servers does 
 from oserve.sim.cluster import SimulatedCluster
 from oserve.sim.dialects import DIALECTS, Dialect
 from oserve.sim.engine import EmulatedEngine
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Faults, Phases
 from oserve.sim.responses import EngineSpeed, Mishap
@@ -32,7 +32,6 @@ __all__ = [
     "EmulatedEngine",
     "EngineSpeed",
     "Faults",
-    "Fleet",
     "FleetCluster",
     "FleetObservation",
     "FleetResults",
@@ -45,6 +44,7 @@ __all__ = [
     "RoutingPolicy",
     "SimLink",
     "SimulatedCluster",
+    "SimulatedFleet",
     "Status",
     "StepTables",
     "step_tables",

@@ -14,7 +14,7 @@ from oserve.sim.documents import GenerationRequest
 from oserve.sim.responses import EmulatedResponse, EngineSpeed, Mishap, send_whole
 from oserve.sim.tokenizer_stub import CountingTokenizer, TokenizerStub
 from oserve.wire import Exchange, ServerLimits, serve
-from oserve.wire.server import Server
+from oserve.wire.server import HttpServer
 
 
 class EmulatedEngine:
@@ -51,7 +51,7 @@ class EmulatedEngine:
         self._max_model_len = max_model_len
         self._most_tokens = most_tokens
         self._keep_bodies = keep_bodies
-        self._server: Server | None = None
+        self._server: HttpServer | None = None
         self.tokenizer = tokenizer or CountingTokenizer()
         self.mishaps: deque[Mishap | None] = deque()
         self.seen: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from oserve.sim.compiled import compiled, entry_point, plain
 from oserve.sim.pointers import integers, reals
 from oserve.sim.state import Flat, KernelState, Reals
 
-Array = NDArray[np.int64 | np.float64]
+StateArray = NDArray[np.int64 | np.float64]
 Addresses = NDArray[np.int64]
 """Of the state's arrays, in the order of its fields."""
 
@@ -118,13 +118,13 @@ class Kernel:
     ``compiled`` of ``False`` keeps lists and runs plain Python.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], *, compiled: bool) -> None:
+    def __init__(self, arrays: Mapping[str, StateArray], *, compiled: bool) -> None:
         self._compiled = compiled
-        self._arrays: dict[str, Array] = {}
+        self._arrays: dict[str, StateArray] = {}
         self._values: dict[str, Flat | Reals] = {}
         self.change(arrays)
 
-    def change(self, arrays: Mapping[str, Array]) -> None:
+    def change(self, arrays: Mapping[str, StateArray]) -> None:
         """Replace some of the state's arrays, by name; they are copied."""
         for name, values in arrays.items():
             own = np.ascontiguousarray(values).copy()

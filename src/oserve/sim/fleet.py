@@ -32,7 +32,7 @@ from oserve.sim.types import (
 )
 
 
-class Fleet:
+class SimulatedFleet:
     """Requests, a gateway and replicas on a clock of their own, which starts at 0 s.
 
     ``classes`` bounds ``class_index`` of the requests. ``closed_loop``: the number of requests in

@@ -20,7 +20,7 @@ from oserve.core import (
     ReplicaState,
 )
 from oserve.sim.cluster import SimulatedCluster
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.phases import Faults, Phases
 from oserve.sim.types import ReplicaObservation
 
@@ -40,7 +40,7 @@ class FleetCluster(SimulatedCluster):
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: SimulatedFleet,
         add: Add,
         devices: tuple[Device, ...],
         clock: Clock,

@@ -22,7 +22,7 @@ from oserve.core import (
 )
 from oserve.engines.devices import find_devices
 from oserve.engines.holding import keeper_runs
-from oserve.engines.memory_fit import MemoryFit
+from oserve.engines.memory_check import MemoryCheck
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
@@ -38,7 +38,7 @@ from oserve.startup.first_plan import (
 )
 from oserve.startup.plan_check import check_engines
 from oserve.startup.saved_state import SavedPlan, SavedSpeeds
-from oserve.startup.sizing import find_room, fit_request, sized_for_plan
+from oserve.startup.sizing import find_memory_check, fit_request, sized_for_plan
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import recovered_switch
 
@@ -91,12 +91,12 @@ def prepare(settings: Settings) -> ServerDeployment:
     request = None
     if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
         request = plan_request_for(settings, devices, times, plain)
-    room = find_room(settings, devices)
+    memory = find_memory_check(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
-        room, request = fit_request(room, request, given)
+        memory, request = fit_request(memory, request, given)
     stamp = _fingerprint(settings, devices, plain)
-    resumed = _resumed(settings, room, stamp) if mode is not Mode.OFF else None
+    resumed = _resumed(settings, memory, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
     first = _plan(settings, devices, plain, _missing(times), request, resumed, speeds)
     plan = first.plan
@@ -112,15 +112,15 @@ def prepare(settings: Settings) -> ServerDeployment:
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
     name = settings.served_model_name or _model_name(settings.model)
-    room = sized_for_plan(room, plan, settings.plan or "plan")
+    memory = sized_for_plan(memory, plan, settings.plan or "plan")
     return ServerDeployment(
-        settings=msgspec.structs.replace(settings, engines=room.settings),
-        sized=room.settings != settings.engines,
+        settings=msgspec.structs.replace(settings, engines=memory.settings),
+        sized=memory.settings != settings.engines,
         devices=devices,
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=(*first.notes, *room.notes(plan.replicas)),
+        notes=(*first.notes, *memory.notes(plan.replicas)),
         costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,
@@ -169,7 +169,7 @@ def _given(settings: Settings) -> str:
     return hashlib.blake2b(read_text(Path(settings.plan)).encode(), digest_size=8).hexdigest()
 
 
-def _resumed(settings: Settings, room: MemoryFit, stamp: str) -> FirstPlan | None:
+def _resumed(settings: Settings, memory: MemoryCheck, stamp: str) -> FirstPlan | None:
     """The plan in force when the last server with this fingerprint ended, if there was one."""
     file = state_file(settings)
     if not stamp or not settings.control.resume or not file.is_file():
@@ -182,9 +182,9 @@ def _resumed(settings: Settings, room: MemoryFit, stamp: str) -> FirstPlan | Non
     left = recovered_switch(settings, time.time())
     try:
         plan = parse_plan(saved.plan, place=str(file)) if left is None else left.plan
-        check_plan(plan, room.devices, place=str(file))
-        check_engines(plan, room.devices, settings)
-        sized_for_plan(room, plan, str(file))
+        check_plan(plan, memory.devices, place=str(file))
+        check_engines(plan, memory.devices, settings)
+        sized_for_plan(memory, plan, str(file))
     except OServeError:
         return None
     why = "which was in force when it last ran" if left is None else f"since {left.reason}"

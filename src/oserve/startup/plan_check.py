@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from oserve.config import Settings, parse_plan
 from oserve.core import AttachedBackend, DeploymentPlan, Device, OServeError, VllmBackend
 from oserve.engines.arguments import engine_arguments
-from oserve.engines.memory_fit import MemoryFit, known_model
+from oserve.engines.memory_check import MemoryCheck, known_model
 from oserve.plan import check_plan
 
 _PLACE = "plan"
@@ -26,8 +26,8 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
             )
     # Free memory is not checked here: running engines hold part of it.
     model = known_model(settings.model)
-    room = MemoryFit(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
-    room.check_contexts(plan.replicas)
+    memory = MemoryCheck(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
+    memory.check_contexts(plan.replicas)
 
 
 def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]) -> DeploymentPlan:

@@ -8,12 +8,12 @@ from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
-from oserve.engines.memory_fit import MemoryFit, known_model, with_settings
+from oserve.engines.memory_check import MemoryCheck, known_model, with_settings
 from oserve.perf.profile import ProfileSource
 from oserve.plan.planning import PlanRequest
 
 
-def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryFit:
+def find_memory_check(settings: Settings, devices: tuple[Device, ...]) -> MemoryCheck:
     """The memory available for engines on these devices.
 
     Engines that a killed server left running will be taken over, so their memory counts as free.
@@ -21,7 +21,7 @@ def find_room(settings: Settings, devices: tuple[Device, ...]) -> MemoryFit:
     free = float(available_memory_bytes())
     if keeper_runs(Path(settings.state_dir)):
         free = max(free, float(sum(device.memory_bytes for device in devices)))
-    return MemoryFit(
+    return MemoryCheck(
         settings=settings.engines,
         devices=devices,
         model=known_model(settings.model),
@@ -33,24 +33,24 @@ def shapes_that_fit(
     settings: Settings, devices: tuple[Device, ...], shapes: Sequence[ReplicaShape]
 ) -> tuple[ReplicaShape, ...]:
     """The shapes that fit; raises OServeError if none does."""
-    room = find_room(settings, devices)
-    found = room.sized(shapes)[1]
+    memory = find_memory_check(settings, devices)
+    found = memory.sized(shapes)[1]
     if not found:
-        raise room.refusal(room.closest(shapes))
+        raise memory.refusal(memory.closest(shapes))
     return found
 
 
 def fit_request(
-    room: MemoryFit, request: PlanRequest, specs: Iterable[ReplicaSpec]
-) -> tuple[MemoryFit, PlanRequest]:
-    """The room with KV caches sized for all that may run, and the request with shapes that fit.
+    memory: MemoryCheck, request: PlanRequest, specs: Iterable[ReplicaSpec]
+) -> tuple[MemoryCheck, PlanRequest]:
+    """The memory check with sized KV caches, and the request with the shapes that fit.
 
     ``specs``: replicas of a given plan. Raises OServeError if no shape fits.
     """
-    engines, shapes = room.sized(request.shapes, specs)
-    sized = with_settings(room, engines)
+    engines, shapes = memory.sized(request.shapes, specs)
+    sized = with_settings(memory, engines)
     if not shapes:
-        raise room.refusal(room.closest(request.shapes))
+        raise memory.refusal(memory.closest(request.shapes))
     kept = set(shapes)
     left_out = sized.left_out(shape for shape in request.shapes if shape not in kept)
     source = request.source
@@ -60,12 +60,12 @@ def fit_request(
     return sized, replace(request, shapes=shapes, source=source, notes=notes)
 
 
-def sized_for_plan(room: MemoryFit, plan: DeploymentPlan, place: str) -> MemoryFit:
-    """The room with KV caches sized for a plan.
+def sized_for_plan(memory: MemoryCheck, plan: DeploymentPlan, place: str) -> MemoryCheck:
+    """The memory check with KV caches sized for a plan.
 
     Raises OServeError if the plan does not fit, with the setting to change.
     """
-    engines, _ = room.sized((), plan.replicas)
-    sized = with_settings(room, engines)
+    engines, _ = memory.sized((), plan.replicas)
+    sized = with_settings(memory, engines)
     sized.check(plan.replicas, place)
     return sized

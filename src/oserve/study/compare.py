@@ -197,7 +197,7 @@ def _queue(results: FleetResults) -> tuple[tuple[float, int], ...]:
 
 
 # -- over processes -----------------------------------------------------------------------------
-Progress = Callable[[int, str], None]
+ProgressCallback = Callable[[int, str], None]
 """Called with the index of the scene and the name of the policy that is done."""
 
 _scenes: tuple[Scene, ...] = ()
@@ -210,7 +210,7 @@ def compare(
     wish: CompareOptions | Sequence[CompareOptions],
     *,
     jobs: int = 1,
-    progress: Progress = lambda _scene, _name: None,
+    progress: ProgressCallback = lambda _scene, _name: None,
 ) -> list[list[Row]]:
     """Rows by scene, in the order of ``names``. ``wish``: one for all scenes, or one each."""
     wishes = [wish] * len(scenes) if isinstance(wish, CompareOptions) else list(wish)
@@ -231,7 +231,7 @@ def _in_processes(
     tasks: Sequence[tuple[int, str]],
     wishes: Sequence[CompareOptions],
     jobs: int,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> dict[tuple[int, str], Row]:
     found: dict[tuple[int, str], Row] = {}
     context = multiprocessing.get_context("spawn")
@@ -256,7 +256,7 @@ def _in_processes(
                     for (at, name), row in zip(group, future.result(), strict=True):
                         found[at, name] = row
                         progress(at, name)
-        except BaseException:
+        except BaseException:  # an interrupt ends the workers as well
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return found

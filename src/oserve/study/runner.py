@@ -24,7 +24,7 @@ from oserve.evaluate.simulator import (
     surely_failed,
 )
 from oserve.sim.cluster import Life
-from oserve.sim.fleet import Fleet
+from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
 from oserve.sim.results import FleetResults
@@ -115,7 +115,7 @@ class _Checks:
         """The next check; infinite after the last."""
         return self._left[0] if self._left else np.inf
 
-    def fails(self, now_s: float, fleet: Fleet) -> bool:
+    def fails(self, now_s: float, fleet: SimulatedFleet) -> bool:
         """Make the check that is due, if one is."""
         if now_s < self.next_s:
             return False

@@ -33,7 +33,7 @@ class TrafficCounter:
         for number in range(*moment.came):
             known = KnownAtArrival(prompt_tokens=int(traffic.prompt_tokens[number]))
             expected = estimator.estimate_known(known, arrived_s=float(traffic.arrival_s[number]))
-            estimator.tally.arrived(expected.arrived_s, expected.chances)
+            estimator.tally.arrived(expected.arrived_s, expected.probabilities)
             self._open[number] = expected
         for number, status in moment.ended:
             estimator.ended(

@@ -14,12 +14,12 @@ import msgspec
 from oserve.core import OServeError
 from oserve.switch.transaction import (
     Cancelled,
-    Event,
     SwitchTarget,
     Task,
     TaskFailed,
     TaskFinished,
     Ticked,
+    TransactionEvent,
     TransactionState,
     advance,
     begin,
@@ -124,7 +124,7 @@ def opened(
 
 
 def recorded(
-    state: TransactionState, event: Event, sequence: int, *, wave: int = 0
+    state: TransactionState, event: TransactionEvent, sequence: int, *, wave: int = 0
 ) -> tuple[TransactionState, EventLine | None]:
     """Return the state after an event and the line to write first; None if nothing changed.
 
@@ -148,7 +148,7 @@ def restored(lines: Sequence[TransactionLine]) -> TransactionState:
     return state
 
 
-def _line_of(event: Event, wave: int, sequence: int) -> EventLine:
+def _line_of(event: TransactionEvent, wave: int, sequence: int) -> EventLine:
     match event:
         case TaskFinished(transaction=transaction, task=task, replica=replica, at_s=at_s):
             return FinishedLine(
@@ -178,7 +178,7 @@ def _line_of(event: Event, wave: int, sequence: int) -> EventLine:
             return TickedLine(wave=wave, sequence=sequence, at_s=at_s, transaction=transaction)
 
 
-def _event_of(line: EventLine) -> Event:
+def _event_of(line: EventLine) -> TransactionEvent:
     match line:
         case FinishedLine(transaction=transaction, task=task, replica=replica, at_s=at_s):
             return TaskFinished(transaction=transaction, task=task, replica=replica, at_s=at_s)

@@ -24,7 +24,7 @@ class Direction(StrEnum):
 
 
 # One direction of one link, by the device or node that it belongs to.
-Way = tuple[Direction, str]
+LinkDirection = tuple[Direction, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +55,10 @@ class Links:
             )
         return self.ports[device]
 
-    def ways(self, source: str, target: str) -> tuple[Way, ...]:
+    def ways(self, source: str, target: str) -> tuple[LinkDirection, ...]:
         """Return the links that a transfer between two devices passes."""
         own, other = self.port(source).node, self.port(target).node
-        inside: tuple[Way, ...] = (
+        inside: tuple[LinkDirection, ...] = (
             (Direction.DEVICE_OUT, source),
             (Direction.DEVICE_IN, target),
         )
@@ -66,7 +66,7 @@ class Links:
             return inside
         return (*inside, (Direction.NODE_OUT, own), (Direction.NODE_IN, other))
 
-    def rate(self, way: Way) -> float:
+    def rate(self, way: LinkDirection) -> float:
         """Return bytes per second."""
         direction, owner = way
         if direction in {Direction.NODE_OUT, Direction.NODE_IN}:
@@ -115,9 +115,9 @@ def links_of(
     return Links(ports=ports, node_bandwidth=outside, node_latency_s=network.latency_s)
 
 
-def link_bytes(traffic: LinkTraffic, links: Links) -> dict[Way, float]:
+def link_bytes(traffic: LinkTraffic, links: Links) -> dict[LinkDirection, float]:
     """Return the bytes on each direction of each link that is used."""
-    loads: dict[Way, float] = {}
+    loads: dict[LinkDirection, float] = {}
     for (source, target), size in traffic.pairs.items():
         for way in links.ways(source, target):
             loads[way] = loads.get(way, 0.0) + size
@@ -141,7 +141,7 @@ def local_s(local: Mapping[str, int], links: Links) -> float:
 
 def latency_s(pairs: Iterable[tuple[str, str]], links: Links) -> float:
     """Return the latency of messages: one batch per pair, one after the other on each device."""
-    waits: dict[Way, float] = {}
+    waits: dict[LinkDirection, float] = {}
     for source, target in pairs:
         own, other = links.port(source), links.port(target)
         inside = own.node == other.node

@@ -18,7 +18,7 @@ from enum import StrEnum
 from oserve.switch.waves import WaveOrder
 
 
-class Phase(StrEnum):
+class TransactionPhase(StrEnum):
     """The phases of a transaction."""
 
     PREPARE = "prepare"
@@ -33,12 +33,16 @@ class Phase(StrEnum):
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen."""
-        return self in {Phase.DONE, Phase.ROLLED_BACK}
+        return self in {TransactionPhase.DONE, TransactionPhase.ROLLED_BACK}
 
     @property
     def may_abort(self) -> bool:
         """Whether the commit is not decided yet."""
-        return self in {Phase.PREPARE, Phase.TRANSFER, Phase.VERIFY}
+        return self in {
+            TransactionPhase.PREPARE,
+            TransactionPhase.TRANSFER,
+            TransactionPhase.VERIFY,
+        }
 
 
 class Task(StrEnum):
@@ -62,13 +66,13 @@ class Task(StrEnum):
     RESTORE = "restore"
 
 
-DEADLINES_S: Mapping[Phase, float] = {
-    Phase.PREPARE: 180.0,
-    Phase.TRANSFER: 60.0,
-    Phase.VERIFY: 60.0,
-    Phase.COMMIT: 10.0,
-    Phase.DRAIN: 600.0,
-    Phase.ABORT: 120.0,
+DEADLINES_S: Mapping[TransactionPhase, float] = {
+    TransactionPhase.PREPARE: 180.0,
+    TransactionPhase.TRANSFER: 60.0,
+    TransactionPhase.VERIFY: 60.0,
+    TransactionPhase.COMMIT: 10.0,
+    TransactionPhase.DRAIN: 600.0,
+    TransactionPhase.ABORT: 120.0,
 }
 
 
@@ -87,7 +91,7 @@ class SwitchTarget:
     release: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     attempts: int = 3
-    deadlines_s: Mapping[Phase, float] = field(default_factory=lambda: DEADLINES_S)
+    deadlines_s: Mapping[TransactionPhase, float] = field(default_factory=lambda: DEADLINES_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,7 @@ class Ticked:
     at_s: float
 
 
-Event = TaskFinished | TaskFailed | Cancelled | Ticked
+TransactionEvent = TaskFinished | TaskFailed | Cancelled | Ticked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +164,7 @@ class TransactionState:
     """
 
     target: SwitchTarget
-    phase: Phase
+    phase: TransactionPhase
     entered_s: float
     step: int = 0
     done: frozenset[str] = frozenset()
@@ -172,7 +176,9 @@ class TransactionState:
 
 def begin(target: SwitchTarget, at_s: float) -> TransactionState:
     """Return a transaction at its start, at ``at_s`` Unix seconds."""
-    return _settled(TransactionState(target=target, phase=Phase.PREPARE, entered_s=at_s), at_s)
+    return _settled(
+        TransactionState(target=target, phase=TransactionPhase.PREPARE, entered_s=at_s), at_s
+    )
 
 
 def instructions(state: TransactionState) -> tuple[Instruction, ...]:
@@ -195,7 +201,7 @@ def instructions(state: TransactionState) -> tuple[Instruction, ...]:
     )
 
 
-def advance(state: TransactionState, event: Event) -> TransactionState:
+def advance(state: TransactionState, event: TransactionEvent) -> TransactionState:
     """Return the state after an event; the very same state if the event changes nothing.
 
     Events of other transactions, of steps that are over and of other replicas change nothing.
@@ -238,20 +244,22 @@ def transactions_of(
     return tuple(targets)
 
 
-def _steps(target: SwitchTarget, phase: Phase) -> tuple[tuple[Task, tuple[str, ...]], ...]:
+def _steps(
+    target: SwitchTarget, phase: TransactionPhase
+) -> tuple[tuple[Task, tuple[str, ...]], ...]:
     """Return the steps of a phase, each a task and its replicas."""
-    steps: dict[Phase, tuple[tuple[Task, tuple[str, ...]], ...]] = {
-        Phase.PREPARE: (
+    steps: dict[TransactionPhase, tuple[tuple[Task, tuple[str, ...]], ...]] = {
+        TransactionPhase.PREPARE: (
             (Task.RELEASE, target.release),
             (Task.STOP, target.stop),
             (Task.START, target.start),
         ),
-        Phase.TRANSFER: ((Task.FILL, target.start),),
-        Phase.VERIFY: ((Task.CHECK, target.start),),
-        Phase.COMMIT: ((Task.ROUTE, ("",)),),
-        Phase.DRAIN: ((Task.RETIRE, target.retire),),
+        TransactionPhase.TRANSFER: ((Task.FILL, target.start),),
+        TransactionPhase.VERIFY: ((Task.CHECK, target.start),),
+        TransactionPhase.COMMIT: ((Task.ROUTE, ("",)),),
+        TransactionPhase.DRAIN: ((Task.RETIRE, target.retire),),
         # New engines stop first: old ones may need their memory.
-        Phase.ABORT: (
+        TransactionPhase.ABORT: (
             (Task.UNDO, target.start),
             (Task.RESTORE, (*target.release, *target.stop)),
         ),
@@ -260,12 +268,12 @@ def _steps(target: SwitchTarget, phase: Phase) -> tuple[tuple[Task, tuple[str, .
 
 
 _NEXT = {
-    Phase.PREPARE: Phase.TRANSFER,
-    Phase.TRANSFER: Phase.VERIFY,
-    Phase.VERIFY: Phase.COMMIT,
-    Phase.COMMIT: Phase.DRAIN,
-    Phase.DRAIN: Phase.DONE,
-    Phase.ABORT: Phase.ROLLED_BACK,
+    TransactionPhase.PREPARE: TransactionPhase.TRANSFER,
+    TransactionPhase.TRANSFER: TransactionPhase.VERIFY,
+    TransactionPhase.VERIFY: TransactionPhase.COMMIT,
+    TransactionPhase.COMMIT: TransactionPhase.DRAIN,
+    TransactionPhase.DRAIN: TransactionPhase.DONE,
+    TransactionPhase.ABORT: TransactionPhase.ROLLED_BACK,
 }
 
 
@@ -287,7 +295,7 @@ def _settled(state: TransactionState, at_s: float) -> TransactionState:
     return state
 
 
-def _entered(state: TransactionState, phase: Phase, at_s: float) -> TransactionState:
+def _entered(state: TransactionState, phase: TransactionPhase, at_s: float) -> TransactionState:
     return replace(
         state,
         phase=phase,
@@ -324,7 +332,7 @@ def _failed(state: TransactionState, event: TaskFailed) -> TransactionState:
         cause = FailedTask(task=event.task, replica=event.replica)
         return _aborted(state, reason, event.at_s, cause)
     # An aborted transaction keeps the reason of its abort, whatever else fails.
-    told = state.reason if state.phase is Phase.ABORT else reason
+    told = state.reason if state.phase is TransactionPhase.ABORT else reason
     return replace(state, failures=tuple(sorted(failures.items())), reason=told)
 
 
@@ -333,7 +341,7 @@ def _aborted(
 ) -> TransactionState:
     if not state.phase.may_abort:
         return state
-    aborted = replace(_entered(state, Phase.ABORT, at_s), reason=reason, cause=cause)
+    aborted = replace(_entered(state, TransactionPhase.ABORT, at_s), reason=reason, cause=cause)
     return _settled(aborted, at_s)
 
 

@@ -17,15 +17,15 @@ from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.transaction import (
     DEADLINES_S,
     Cancelled,
-    Event,
     FailedTask,
     Instruction,
-    Phase,
     SwitchTarget,
     Task,
     TaskFailed,
     TaskFinished,
     Ticked,
+    TransactionEvent,
+    TransactionPhase,
     TransactionState,
     instructions,
     transactions_of,
@@ -64,7 +64,7 @@ class DriverFacts:
     clock: Clock
     unix_s: Callable[[], float]
     plan_text: Callable[[DeploymentPlan], str]
-    transfer_limit_s: float = DEADLINES_S[Phase.TRANSFER]
+    transfer_limit_s: float = DEADLINES_S[TransactionPhase.TRANSFER]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ class SwitchDriver:
                 return SwitchOutcome(plan=plan, reason=_unwritable(error))
             finally:
                 self._wave = None
-            if state.phase is Phase.ROLLED_BACK:
+            if state.phase is TransactionPhase.ROLLED_BACK:
                 return SwitchOutcome(plan=plan, reason=state.reason, cause=state.cause)
             plan = step.plan
             moved += step.moved_bytes
@@ -204,10 +204,10 @@ class _WaveDriver:
     ) -> None:
         self._facts = facts
         self._step = step
-        limits = {**DEADLINES_S, Phase.TRANSFER: step.limit_s(facts.transfer_limit_s)}
+        limits = {**DEADLINES_S, TransactionPhase.TRANSFER: step.limit_s(facts.transfer_limit_s)}
         self._target = replace(target, deadlines_s=limits)
         self._journal = journal
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[TransactionEvent] = asyncio.Queue()
         self._running: dict[tuple[Task, str], _RunningTask] = {}
         self._written = 0
 
@@ -238,7 +238,7 @@ class _WaveDriver:
             await tasks.close()
         return state
 
-    def _advance(self, state: TransactionState, event: Event) -> TransactionState:
+    def _advance(self, state: TransactionState, event: TransactionEvent) -> TransactionState:
         """Return the state after an event, once the journal holds the event."""
         if isinstance(event, TaskFailed):
             _log.warning(
@@ -263,10 +263,10 @@ class _WaveDriver:
             "switch %s: %s%s",
             state.target.id,
             state.phase,
-            f" ({state.reason})" if state.phase is Phase.ABORT else "",
+            f" ({state.reason})" if state.phase is TransactionPhase.ABORT else "",
         )
 
-    async def _next(self, state: TransactionState) -> Event:
+    async def _next(self, state: TransactionState) -> TransactionEvent:
         """Wait for an event, or for the deadline of the phase."""
         if state.late:
             return await self._events.get()
@@ -315,7 +315,7 @@ class _WaveDriver:
             del self._running[task, replica]
         self._events.put_nowait(self._ended(instruction, failed))
 
-    def _ended(self, instruction: Instruction, failed: TaskFailedError | None) -> Event:
+    def _ended(self, instruction: Instruction, failed: TaskFailedError | None) -> TransactionEvent:
         at_s = self._facts.unix_s()
         if failed is None:
             return TaskFinished(

@@ -20,7 +20,7 @@ from oserve.switch.journal import (
     encode_line,
     restored,
 )
-from oserve.switch.transaction import Phase
+from oserve.switch.transaction import TransactionPhase
 
 # Files kept; the oldest go first.
 _MOST_FILES = 100
@@ -123,7 +123,7 @@ def _recovered(lines: list[JournalLine], read_plan: Callable[[str], DeploymentPl
         if not 0 <= wave < len(head.plans):
             raise _torn(f"wave {wave} has no plan")
         state = restored(waves[wave])
-        if state.phase in {Phase.COMMIT, Phase.DRAIN, Phase.DONE}:
+        if state.phase in {TransactionPhase.COMMIT, TransactionPhase.DRAIN, TransactionPhase.DONE}:
             plan = head.plans[wave]
             reason = f"the server ended after wave {wave} was committed"
         else:

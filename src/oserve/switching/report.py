@@ -6,7 +6,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-from oserve.switch.transaction import Phase
+from oserve.switch.transaction import TransactionPhase
 
 
 class SwitchMethod(StrEnum):
@@ -33,7 +33,7 @@ class PhaseEntry:
     """A wave enters a phase, at Unix seconds."""
 
     wave: int
-    phase: Phase
+    phase: TransactionPhase
     at_s: float
 
 
@@ -50,14 +50,14 @@ class SwitchReport:
     reason: str = ""
     wave: int = 0
     waves: int = 0
-    phase: Phase | None = None
+    phase: TransactionPhase | None = None
     moved_bytes: int = 0
     total_bytes: int = 0
     ended_s: float | None = None
     phases: list[PhaseEntry] = field(default_factory=list)
     programme: Mapping[str, Any] = field(default_factory=dict)
 
-    def entered(self, wave: int, phase: Phase, at_s: float) -> None:
+    def entered(self, wave: int, phase: TransactionPhase, at_s: float) -> None:
         """A wave enters a phase."""
         self.phase = phase
         self.phases.append(PhaseEntry(wave=wave, phase=phase, at_s=at_s))

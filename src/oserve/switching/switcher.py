@@ -19,7 +19,7 @@ from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, OServeError
 from oserve.switch.preview import programme_document
 from oserve.switch.programme import ProgrammeStep, SwitchFacts, SwitchProgramme, prepare_switch
-from oserve.switch.transaction import Phase
+from oserve.switch.transaction import TransactionPhase
 from oserve.switching.driver import DriverFacts, SwitchDriver, SwitchOutcome
 from oserve.switching.journal import FileJournal, Journal, prune
 from oserve.switching.report import SwitchMethod, SwitchReport, SwitchStatus
@@ -219,11 +219,11 @@ class Switcher:
             return
         for step in programme.steps:
             took_s = report.durations_s(step.number)
-            if Phase.DONE not in took_s:
+            if TransactionPhase.DONE not in took_s:
                 continue
             if step.wave.stop or step.wave.release:
                 # How much of it was draining is not known.
-                took_s.pop(Phase.PREPARE, None)
+                took_s.pop(TransactionPhase.PREPARE, None)
             movable.learned.observe(step.predicted, took_s)
 
     def _driver_facts(self, report: SwitchReport, prepared: _PreparedSwitch) -> DriverFacts:

@@ -19,7 +19,7 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 _RESULTS = "replay the trace that was measured with instead"
 
 
-def say_what_it_is(path: Path, start: bytes) -> None:
+def refuse_foreign_file(path: Path, start: bytes) -> None:
     """Raise OServeError if a file with this start is of a known kind other than a trace."""
     for mark, what, remedy in _KNOWN:
         if start.startswith(mark):

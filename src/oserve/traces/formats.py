@@ -26,7 +26,7 @@ from typing import Any
 from oserve.traces.clocks import StampReader, Ticks, WallClock, is_stamp
 from oserve.traces.request import TraceRequest
 from oserve.traces.rows import BadRowError, number, request
-from oserve.traces.units import AmbiguousUnitError, TimeUnit, conclude, unit_of_name
+from oserve.traces.units import AmbiguousUnitError, TimeUnit, infer_unit, unit_of_name
 
 Parse = Callable[[str], TraceRequest | None]
 """Parses one line to a request; ``None`` for a request that failed when it was recorded.
@@ -196,7 +196,7 @@ def _clock(
         except BadRowError:
             continue
     try:
-        found = conclude(values, usual=dialect.unit, whose=f"{dialect.name} timestamps")
+        found = infer_unit(values, usual=dialect.unit, whose=f"{dialect.name} timestamps")
     except AmbiguousUnitError as error:
         raise BadRowError(
             str(error),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from oserve.core import OServeError
-from oserve.traces.foreign import say_what_it_is
+from oserve.traces.foreign import refuse_foreign_file
 from oserve.traces.formats import Parse, find_format
 from oserve.traces.records import MAGIC, record_rows
 from oserve.traces.request import TraceRequest
@@ -166,7 +166,7 @@ def _rows(
             return
         packed = start.startswith(b"\x1f\x8b")
         if not packed:
-            say_what_it_is(path, start)
+            refuse_foreign_file(path, start)
         unpacked = gzip.GzipFile(fileobj=raw) if packed else raw
         with io.TextIOWrapper(unpacked, encoding="utf-8", newline="") as lines:
             yield from _text_rows(path, lines, time_unit, skipped)
@@ -190,7 +190,7 @@ def _text_rows(
         if not header.strip():
             reason = BadRowError("the trace is empty", remedy=f"a trace is {FORMATS}")
             raise _error(path, 1, reason)
-        say_what_it_is(path, header[:256].encode())
+        refuse_foreign_file(path, header[:256].encode())
         # The unit of the timestamps is inferred from the first rows.
         sample = list(itertools.islice(numbered, _SAMPLE_ROWS))
         try:

@@ -63,7 +63,7 @@ class AmbiguousUnitError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Conclusion:
+class InferredUnit:
     """A unit and the reason for it; ``why`` is empty if the file or the user states the unit."""
 
     unit: TimeUnit
@@ -79,7 +79,7 @@ def unit_of_name(name: str) -> tuple[str, TimeUnit | None]:
     return name, None
 
 
-def conclude(stamps: Sequence[float], *, usual: TimeUnit | None, whose: str) -> Conclusion:
+def infer_unit(stamps: Sequence[float], *, usual: TimeUnit | None, whose: str) -> InferredUnit:
     """Infer the unit of a file's first timestamps.
 
     ``usual`` is the unit of the format ``whose``; it holds unless the arrival rate would be
@@ -98,20 +98,20 @@ def conclude(stamps: Sequence[float], *, usual: TimeUnit | None, whose: str) -> 
                 f"in {usual.word}, as {whose} are, its first {len(stamps):,} requests would come "
                 f"at {_shown(rate)}{_others(stamps, usual)}"
             )
-        return Conclusion(usual, f"as {whose} are")
+        return InferredUnit(usual, f"as {whose} are")
     lowest = min(stamps, default=0.0)
     for unit in _UNITS:
         if _EPOCH_S[0] <= lowest / unit.per_s < _EPOCH_S[1]:
-            return Conclusion(unit, "as Unix times of this century")
+            return InferredUnit(unit, "as Unix times of this century")
     rates = {unit: _rate_rps(stamps, unit) for unit in _UNITS}
     if rates[TimeUnit.SECONDS] is None:
-        return Conclusion(TimeUnit.SECONDS, "though there is no telling: it never advances")
+        return InferredUnit(TimeUnit.SECONDS, "though there is no telling: it never advances")
     likely = [unit for unit, rate in rates.items() if _LEAST_RPS <= (rate or 0.0) <= _MOST_RPS]
     if len(likely) == 1:
-        return Conclusion(likely[0], f"since that makes {_shown(rates[likely[0]] or 0.0)}")
+        return InferredUnit(likely[0], f"since that makes {_shown(rates[likely[0]] or 0.0)}")
     rate = rates[TimeUnit.SECONDS] or 0.0
     if broken and _LEAST_WITH_FRACTIONS_RPS <= rate <= _MOST_RPS:
-        return Conclusion(TimeUnit.SECONDS, f"since they have fractions: {_shown(rate)}")
+        return InferredUnit(TimeUnit.SECONDS, f"since they have fractions: {_shown(rate)}")
     raise AmbiguousUnitError("the unit of its timestamps cannot be told" + _others(stamps, None))
 
 

@@ -1,10 +1,10 @@
-"""How gateway and engines hand the KV cache of a running request from one engine to another.
+"""How the gateway and engines hand the KV cache of a running request from one engine to another.
 
-Every request that may move carries a name of its own (``giving``). Whoever takes it away from an
-engine first leaves that name in a folder (``CacheFolder.ask``); the engine, told to give the
-request up, finds it there and puts the cache beside it: a part from each of its workers and a note
-that says what they hold. The request goes on elsewhere with that name (``taking``), by which the
-other engine takes the parts in. What is missing or does not fit is computed again.
+Every request that may move carries a name for its cache (``giving``). Before the gateway aborts the
+request, it asks for the cache in a folder (``CacheFolder.ask``). The engine finds the name there
+and writes the cache beside it: a part from each of its workers, and a note that describes them. The
+request continues on another engine with that name (``taking``), and that engine loads the parts. It
+recomputes whatever is missing or does not fit.
 """
 
 import contextlib
@@ -17,34 +17,34 @@ from pathlib import Path
 import msgspec
 
 FIELD = "kv_transfer_params"
-"""vLLM's field of a request for whatever moves caches."""
+"""vLLM's request field for KV cache transfer."""
 
 _OWN, _FROM = "oserve", "oserve_from"
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 def new_name() -> str:
-    """Of one request's cache; nobody can guess it."""
+    """A name for one request's cache that cannot be guessed."""
     return uuid.uuid4().hex
 
 
 def giving(name: str) -> dict[str, str]:
-    """What a request says whose cache may be asked for by this name."""
+    """The field of a request whose cache may be asked for by this name."""
     return {_OWN: name}
 
 
 def taking(name: str) -> dict[str, str]:
-    """What a request says besides that begins with the cache of this name."""
+    """The field of a request that starts from the cache of this name."""
     return {_FROM: name}
 
 
 def own_name(fields: object) -> str:
-    """The name of its own that a request carries, or nothing; a client may send anything."""
+    """The name for the request's own cache, or ""; ``fields`` may be anything a client sends."""
     return _name(fields, _OWN)
 
 
 def taken_name(fields: object) -> str:
-    """The name of the cache that a request begins with, or nothing."""
+    """The name of the cache that the request starts from, or ""."""
     return _name(fields, _FROM)
 
 
@@ -54,7 +54,7 @@ def _name(fields: object, key: str) -> str:
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a cache: ``tokens`` from the beginning, in so many parts, and in what form.
+    """Describes a cache: its first ``tokens``, in so many ``parts``, and their ``form``.
 
     ``form`` is equal for engines that can take in each other's caches. No parts: it is lost.
     """
@@ -65,17 +65,17 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheFolder:
-    """Where caches lie between two engines of one machine; names are checked by who reads them."""
+    """Holds caches on their way between two engines of one machine. Callers validate names."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
 
     def ask(self, name: str) -> None:
-        """Have the engine keep the cache of a request that it is about to be told to give up."""
+        """Ask the engine to keep the cache of a request before that request is aborted."""
         (self._path / f"{name}.asked").touch()
 
     def asked(self, name: str) -> bool:
-        """Whether somebody wants it; tells so once."""
+        """Whether the cache was asked for; true once."""
         try:
             (self._path / f"{name}.asked").unlink()
         except OSError:
@@ -83,14 +83,14 @@ class CacheFolder:
         return True
 
     def put_note(self, name: str, note: Note) -> None:
-        """Tell what the parts hold."""
+        """Write the note that describes the parts."""
         path = self._path / f"{name}.note"
         partial = path.with_suffix(".new")
         partial.write_bytes(msgspec.json.encode(note))
         partial.replace(path)
 
     def note(self, name: str) -> Note | None:
-        """What is told of a cache, once all parts are there or it is known that none will be."""
+        """The note of a cache, once all its parts are there or it is known to be lost."""
         try:
             found = msgspec.json.decode((self._path / f"{name}.note").read_bytes(), type=Note)
         except (OSError, msgspec.DecodeError):
@@ -101,22 +101,22 @@ class CacheFolder:
         return found if there else None
 
     def part(self, name: str, number: int) -> Path:
-        """What one worker held; it appears whole."""
+        """The path of one worker's part, which appears whole."""
         return self._path / f"{name}.{number}"
 
     def lose(self, name: str) -> None:
-        """A part could not be put there."""
+        """Mark a cache as lost: a part could not be written."""
         with contextlib.suppress(OSError):
             (self._path / f"{name}.lost").touch()
 
     def remove(self, name: str) -> None:
-        """All of a cache that was taken in, or that nobody waits for."""
+        """Remove all files of a cache that was loaded or is not wanted any more."""
         for path in self._path.glob(f"{name}.*"):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def sweep(self, older_s: float) -> None:
-        """Remove what has lain there for so long: who wanted it is gone."""
+        """Remove files older than ``older_s``: no engine will load them."""
         now_s = time.time()
         with os.scandir(self._path) as entries:
             for entry in entries:

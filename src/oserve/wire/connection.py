@@ -43,13 +43,13 @@ def _drop(_data: bytes) -> None:
 
 
 Handler = Callable[[Exchange], None]
-Refusal = Callable[[Exchange, int, str], None]
+RefusalHandler = Callable[[Exchange, int, str], None]
 
 
 class Connections:
     """What the connections of one server share."""
 
-    def __init__(self, handler: Handler, refuse: Refusal, limits: ServerLimits) -> None:
+    def __init__(self, handler: Handler, refuse: RefusalHandler, limits: ServerLimits) -> None:
         self.handler = handler
         self.refuse = refuse
         self.limits = limits
@@ -116,14 +116,14 @@ class ServerConnection(asyncio.Protocol):
     def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
         try:
             callback(*arguments)
-        except Exception as error:
+        except Exception as error:  # whatever a handler's callback raises ends this connection
             _log.error("a client connection could not be followed: %s", fault(error))
             self.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
             self._received(data)
-        except Exception as error:
+        except Exception as error:  # a fault of ours ends this connection, not the event loop
             _log.error("a client connection broke off: %s", fault(error))
             self.abort()
 
@@ -168,7 +168,7 @@ class ServerConnection(asyncio.Protocol):
         self._current = request
         try:
             self._server.handler(request)
-        except Exception as error:
+        except Exception as error:  # whatever the handler raises ends its own request
             _log.error("a request could not be handled: %s", fault(error))
             if request.started:
                 request.abort()
@@ -178,36 +178,36 @@ class ServerConnection(asyncio.Protocol):
     def _answer(self, exchange: Exchange, status: int, message: str) -> None:
         try:
             self._server.refuse(exchange, status, message)
-        except Exception as error:
+        except Exception as error:  # the handler of refusals may be at fault as well
             _log.error("a request could not be refused: %s", fault(error))
             self.abort()
 
     def finished(self, *, close: bool) -> None:
         """The answer is complete."""
         self._current = None
-        if self._transport is None:
+        transport = self._transport
+        if transport is None:
             return
         if close:
-            self._end()
+            self._end(transport)
         elif self._pending or self._refusal is not None:
             self._loop.call_soon(self._next)
         else:
             self.continue_wanted()
             self._timers.set(self, self._limits.idle_timeout_s)
 
-    def _end(self) -> None:
+    def _end(self, transport: asyncio.Transport) -> None:
         """Close, but not before a client that still sends can have read the answer."""
-        assert self._transport is not None
         self._pending.clear()
         self._refusal = None
-        if (self._refused or self._lingered_bytes > 0) and self._transport.can_write_eof():
-            self._transport.write_eof()
+        if (self._refused or self._lingered_bytes > 0) and transport.can_write_eof():
+            transport.write_eof()
             self._resume_reading()
             self._timers.set(self, _LINGER_S)
             return
-        # What is still in the send buffer gets as long as any stalled reader.
+        # The send buffer may take as long to drain as that of any stalled client.
         self._timers.set(self, self._limits.stall_s)
-        self._transport.close()
+        transport.close()
 
     def _next(self) -> None:
         """Begin with the next request, if the client takes the answers in."""

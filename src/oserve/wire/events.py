@@ -1,7 +1,7 @@
-"""Server-sent events, read as the WHATWG HTML standard says (section 9.2.6).
+"""Server-sent events, read by the WHATWG HTML standard (section 9.2.6).
 
-Pure: bytes in, in whatever pieces; whole events out. Lines end in LF, CR or CRLF; a byte order mark
-at the start, comments and fields that nobody knows do no harm. It does not know what events mean.
+Pure: pieces of bytes in, whole events out. Lines end in LF, CR or CRLF; a leading byte order mark,
+comments and unknown fields are allowed. The reader does not interpret the data of an event.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ _MAX_EVENT_BYTES = 64 * 1024 * 1024
 
 
 class EventsError(ValueError):
-    """A stream of events that cannot be read on."""
+    """A stream of events that cannot be read any further."""
 
 
-class Event(NamedTuple):
+class ServerSentEvent(NamedTuple):
     """One event, or comments alone.
 
     ``text``: its lines, each ended by LF, and the empty line at its end. ``data``: its data lines
-    joined by LF; ``None`` where it has none, so that clients see nothing of it.
+    joined by LF; ``None`` if it has none: clients ignore such an event.
     """
 
     text: bytes
@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 class EventReader:
-    """Follows one stream. ``idle``: nothing of an event that is not whole has been read."""
+    """Reads one stream. ``idle``: no part of an incomplete event is buffered."""
 
     __slots__ = ("_buffer", "_scanned", "_skip_lf", "_started")
 
@@ -49,10 +49,10 @@ class EventReader:
     def idle(self) -> bool:
         return not self._buffer and not self._skip_lf and self._started
 
-    def feed(self, payload: bytes) -> list[Event]:
-        """Take bytes in; returns the events that are whole now. Raises EventsError."""
+    def feed(self, payload: bytes) -> list[ServerSentEvent]:
+        """Take bytes in; return the events that are complete now. Raises EventsError."""
         if self._skip_lf and payload:
-            # A CR at the end of what came before was a line end already.
+            # The last piece ended in CR, which already ended the line.
             payload = payload.removeprefix(b"\n")
             self._skip_lf = False
         if b"\r" in payload:
@@ -68,7 +68,7 @@ class EventReader:
                 del buffer[: len(_BOM)]
         return self._split()
 
-    def _split(self) -> list[Event]:
+    def _split(self) -> list[ServerSentEvent]:
         buffer = self._buffer
         events = []
         start, scan = 0, self._scanned
@@ -87,10 +87,10 @@ class EventReader:
         self._scanned = max(0, len(buffer) - 1)
         return events
 
-    def end(self) -> Event | None:
-        """The stream has ended: an event whose empty line did not come any more, if there is one.
+    def end(self) -> ServerSentEvent | None:
+        """The stream ended: return the last event if its empty line is missing.
 
-        The standard drops it, and with it the last words of servers that forget that line.
+        The standard drops it, but some servers forget that line.
         """
         if not self._buffer.strip(b"\n"):
             return None
@@ -100,16 +100,16 @@ class EventReader:
 
 
 def data_event(data: bytes) -> bytes:
-    """An event of one line of data, as vLLM writes it."""
+    """An event with one line of data, in vLLM's format."""
     return b"data: %b\n\n" % data
 
 
-def _event(text: bytes) -> Event:
+def _event(text: bytes) -> ServerSentEvent:
     if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2:
-        return Event(text, text[6:-2])
+        return ServerSentEvent(text, text[6:-2])
     lines = []
     for line in text.split(b"\n"):
         name, colon, value = line.partition(b":")
         if name == b"data":
             lines.append(value.removeprefix(b" ") if colon else b"")
-    return Event(text, b"\n".join(lines) if lines else None)
+    return ServerSentEvent(text, b"\n".join(lines) if lines else None)

@@ -1,4 +1,4 @@
-"""Where the body of an HTTP/1.1 message ends, without looking at what is in it (RFC 9112, 6-7)."""
+"""Finds the end of an HTTP/1.1 message body without reading its content (RFC 9112, 6-7)."""
 
 import re
 
@@ -30,9 +30,9 @@ def dechunk(data: bytes) -> bytes:
 
 
 class Dechunker:
-    """Takes the chunked transfer coding off, however the bytes are cut up.
+    """Decodes the chunked transfer coding, however the bytes are cut up.
 
-    ``idle``: what came so far ended with a chunk. After the last chunk nothing is payload.
+    ``idle``: the bytes so far ended with a whole chunk. No payload follows the last chunk.
     """
 
     __slots__ = ("_ended", "_left", "_line")
@@ -73,11 +73,11 @@ class Dechunker:
 
 
 class Framing:
-    """Follows one body through the bytes that carry it.
+    """Tracks the framing of one body.
 
     ``length`` is the Content-Length, or ``None`` for a chunked body. ``chunks`` counts the chunks
-    begun, which for a server that writes one event a chunk is the number of events. ``boundary``
-    is the offset, in the bytes last fed, after the last chunk that ended there (0 if none did).
+    begun: the number of events if a server writes one event a chunk. ``boundary``: the offset in
+    the bytes last fed just after the last chunk that ended there (0 if none did).
     """
 
     __slots__ = ("_in_trailer", "_left", "_line", "boundary", "chunked", "chunks", "complete")
@@ -93,11 +93,11 @@ class Framing:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether a chunk could be inserted here without breaking the framing."""
+        """Whether a chunk could be inserted here and leave the framing valid."""
         return self.chunked and self._left == 0 and not self._line and not self._in_trailer
 
     def feed(self, data: bytes) -> int:
-        """Take bytes in; return how many belong to this body. Sets ``complete`` at its end."""
+        """Take bytes in; return how many belong to this body. Set ``complete`` at its end."""
         if not self.chunked:
             used = min(self._left, len(data))
             self._left -= used
@@ -105,7 +105,7 @@ class Framing:
             return used
         size = len(data)
         if self._left == 0 and not self._line and not self._in_trailer:
-            # The usual case by far: one whole chunk, of a size seen before.
+            # By far the most frequent case: one whole chunk of a known size.
             line_end = data.find(b"\r\n", 0, 12)
             length = _known_sizes.get(data[:line_end], 0) if line_end > 0 else 0
             if length and line_end + length + 4 == size:
@@ -135,7 +135,7 @@ class Framing:
         return position
 
     def _feed_line(self, data: bytes, position: int) -> int:
-        """A size or trailer line that reached us in pieces."""
+        """Take in a size or trailer line that arrives in pieces."""
         line = self._line + data[position:]
         line_end = line.find(b"\r\n")
         if line_end < 0:
@@ -165,7 +165,7 @@ class Framing:
         self.complete = not line
 
 
-# Chunks of a stream are nearly all of a few sizes.
+# Most chunks of a stream have one of a few sizes.
 _known_sizes: dict[bytes, int] = {}
 _MAX_KNOWN = 4096
 _HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")

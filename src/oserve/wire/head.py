@@ -1,4 +1,4 @@
-"""What the head of a request asks for, and what is wrong with it (RFC 9112; RFC 3986). Pure."""
+"""The target of a request and the faults of its head (RFC 9112; RFC 3986). Pure."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def valid_host(value: bytes) -> bool:
-    """Whether a Host field names a host, and perhaps a port; it may be empty."""
+    """Whether a Host field is a host with an optional port; it may be empty."""
     return _AUTHORITY.fullmatch(value) is not None
 
 

@@ -1,12 +1,18 @@
-"""The server side: listening, and the connections that are open."""
+"""The server side: a listening socket and its open connections."""
 
 import asyncio
 import socket
 
-from oserve.wire.connection import Connections, Handler, Refusal, ServerConnection, ServerLimits
+from oserve.wire.connection import (
+    Connections,
+    Handler,
+    RefusalHandler,
+    ServerConnection,
+    ServerLimits,
+)
 
 
-class Server:
+class HttpServer:
     """A listening server; ``close`` ends it and every connection."""
 
     def __init__(self, server: asyncio.AbstractServer, connections: Connections) -> None:
@@ -35,13 +41,13 @@ class Server:
 async def serve(
     handler: Handler,
     *,
-    refuse: Refusal,
+    refuse: RefusalHandler,
     limits: ServerLimits,
     host: str = "127.0.0.1",
     port: int = 0,
     unix_socket: str = "",
     reuse_port: bool = False,
-) -> Server:
+) -> HttpServer:
     """Listen on a TCP port or a Unix socket.
 
     ``handler`` is called with each request, ``refuse`` to answer one that breaks a limit (its
@@ -61,4 +67,4 @@ async def serve(
             backlog=4096,
             family=socket.AF_UNSPEC,
         )
-    return Server(server, connections)
+    return HttpServer(server, connections)

@@ -80,14 +80,16 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- used by the pool -----------------------------------------------------------------------
     def begin(self, request: bytes, sink: Sink, *, reused: bool) -> None:
-        assert self._transport is not None
         self._sink = sink
         self._request = request
         self._reused = reused
         self._head = None
         self.framing = None
         self._buffer = b""
-        self._transport.write(request)
+        if self._transport is None:
+            self.connection_lost(None)
+        else:
+            self._transport.write(request)
 
     @property
     def usable(self) -> bool:
@@ -109,7 +111,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         try:
             self._lost(sink)
-        except Exception as error:
+        except Exception as error:  # a fault of the sink ends its own request
             sink.crashed(error)
 
     def _lost(self, sink: Sink) -> None:
@@ -130,8 +132,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._received_unframed(sink, data)
             else:
                 self._received(sink, framing, data)
-        except Exception as error:
-            # A fault of the sink ends its own request.
+        except Exception as error:  # a fault of the sink ends its own request
             self._sink = None
             self.close()
             sink.crashed(error)
@@ -216,7 +217,7 @@ def _unwanted(sink: Sink, replaced: UpstreamConnection | None) -> bool:
 def _tell(sink: Sink, step: Callable[[], None]) -> None:
     try:
         step()
-    except Exception as error:
+    except Exception as error:  # a fault of the sink ends its own request
         sink.crashed(error)
 
 

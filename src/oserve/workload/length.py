@@ -4,8 +4,9 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import median
+
+import msgspec
 
 from oserve.core import LengthClass
 
@@ -19,8 +20,7 @@ def classify(prompt_tokens: int, classes: Sequence[LengthClass]) -> LengthClass:
     return classes[-1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSize:
+class PromptSize(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes of a prompt's components.
 
     ``text_bytes``: bytes of JSON text by field of the request. ``parts``: number of images, sounds
@@ -28,7 +28,7 @@ class PromptSize:
     the engine truncates the prompt.
     """
 
-    text_bytes: Mapping[str, int] = field(default_factory=dict)
+    text_bytes: Mapping[str, int] = msgspec.field(default_factory=dict)
     parts: int = 0
     tokens: int = 0
     most_tokens: int | None = None

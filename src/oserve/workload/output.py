@@ -14,8 +14,9 @@ holds no text, only numbers and hashes, and per feature only the most recent val
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 _PER_DOUBLING = 2
 BINS = 2 * 18
@@ -28,8 +29,7 @@ _SHARED = 0.01
 _RATE = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownAtArrival:
+class KnownAtArrival(msgspec.Struct, frozen=True, kw_only=True):
     """The features of a request at its arrival.
 
     ``max_tokens`` is ``None`` if the client sets no limit; unknown features are empty.
@@ -43,26 +43,25 @@ class KnownAtArrival:
     session: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputExpectation:
+class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
     """The distribution of an output length.
 
     The probabilities of the bins (they sum to 1), the mean output of each bin in tokens, and the
     mean over all.
     """
 
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     lengths: tuple[float, ...]
 
     @property
     def mean_tokens(self) -> float:
         """Expected output tokens."""
-        return sum(p * tokens for p, tokens in zip(self.chances, self.lengths, strict=True))
+        return sum(p * tokens for p, tokens in zip(self.probabilities, self.lengths, strict=True))
 
     def quantile(self, chance: float) -> float:
         """The quantile of the output length at this probability, to the bin."""
         total = 0.0
-        for p, tokens in zip(self.chances, self.lengths, strict=True):
+        for p, tokens in zip(self.probabilities, self.lengths, strict=True):
             total += p
             if total >= chance:
                 return tokens
@@ -72,7 +71,7 @@ class OutputExpectation:
         """Expected output of an answer with ``made_tokens`` so far; at least one more."""
         left = [
             (p, tokens)
-            for p, tokens in zip(self.chances, self.lengths, strict=True)
+            for p, tokens in zip(self.probabilities, self.lengths, strict=True)
             if tokens > made_tokens
         ]
         total = sum(p for p, _ in left)
@@ -139,7 +138,7 @@ class OutputEstimator:
         limit = known.max_tokens
         if limit is not None:
             lengths = [min(tokens, float(max(1, limit))) for tokens in lengths]
-        return OutputExpectation(chances=tuple(mixed), lengths=tuple(lengths))
+        return OutputExpectation(probabilities=tuple(mixed), lengths=tuple(lengths))
 
     def learn(self, known: KnownAtArrival, output_tokens: int) -> None:
         """Learn from one finished request."""

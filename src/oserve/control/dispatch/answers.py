@@ -1,6 +1,6 @@
 """What replicas do with the requests that they were sent: answer, refuse, fail, break off."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on

@@ -10,11 +10,10 @@ from oserve.control.dispatch.ledger import WorkLedger
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import NoRoute, Route, Router
 from oserve.control.dispatch.state import Booking, RequestState
-from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable, TableReplica
 from oserve.control.dispatch.vacating import Vacating
 from oserve.core import ReplicaPhase, Request
 
-EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
 _NONE: Set[str] = frozenset()
 
 

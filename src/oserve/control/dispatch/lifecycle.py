@@ -4,6 +4,7 @@ The steps that handlers of events are made of. Each keeps phase, queue and booki
 """
 
 import math
+from bisect import insort
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch.commands import Command, Refusal
@@ -162,37 +163,43 @@ class Lifecycle:
         self.emit(send)
 
     def _pump(self) -> None:
-        """Send waiting requests, best rank first, while there is room for one of them.
+        """Send waiting requests, best rank first, while there is room for one of them."""
+        while (state := self.waiting.head()) is not None:
+            if self._demoted(state) or self._try_send(state) is None:
+                continue
+            if self.fleet.any_room:
+                self._pump_past()
+            return
 
-        A request passes those that wait for other replicas: they would not have had its slot.
+    def _pump_past(self) -> None:
+        """Send requests that wait behind some which only full replicas may serve, by rank.
+
+        Those lose nothing: they would not have had the slot.
         """
-        passed: list[RequestState] = []
         # The shortest prompt that may go to any replica, and for which none has room.
         blocked_tokens = math.inf
-        while (state := self.waiting.head()) is not None:
-            tokens = state.request.prompt_tokens if state.request is not None else 0
-            if self._demoted(state, tokens):
-                continue
+        order = self.waiting.in_order()
+        # It grows at its end while requests are demoted.
+        for _, number in order:
+            state = self.requests[number]
             anywhere = not (state.tried or state.moves)
-            if not anywhere or tokens < blocked_tokens:
-                if self._try_send(state) is None:
-                    continue
+            if anywhere and state.prompt_tokens >= blocked_tokens:
+                continue
+            if self._demoted(state):
+                insort(order, (state.rank_s, number))
+                continue
+            if self._try_send(state) is not None:
                 if not self.fleet.any_room:
-                    break
+                    return
                 if anywhere:
-                    blocked_tokens = tokens
-            self.waiting.skip()
-            passed.append(state)
-        for state in passed:
-            if state in self.waiting:
-                self.waiting.push(state)
+                    blocked_tokens = state.prompt_tokens
 
-    def _demoted(self, state: RequestState, prompt_tokens: int) -> bool:
+    def _demoted(self, state: RequestState) -> bool:
         """Put a request last that is late; whether it has just become so."""
         if not self.waiting.demotes:
             return False
         fleet = self.fleet
-        prefill_s = prompt_tokens * fleet.least_prefill_s_per_token
+        prefill_s = state.prompt_tokens * fleet.least_prefill_s_per_token
         first_token_s = fleet.ledger.first_token_s
         late = self.waiting.demote_if_late(state, self.now_s, prefill_s, first_token_s)
         if late:

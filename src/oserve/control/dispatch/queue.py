@@ -45,9 +45,9 @@ class RankQueue:
         """Let a request go, if it waits."""
         self._waiting.pop(state.number, None)
 
-    def skip(self) -> None:
-        """Drop the entry of the head, which waits on and is to be pushed again."""
-        heapq.heappop(self._heap)
+    def in_order(self) -> list[tuple[float, int]]:
+        """Ranks and numbers of all that wait, in the order in which they are served."""
+        return sorted((item.rank_s, item.number) for item in self._waiting.values())
 
     def head(self) -> RequestState | None:
         """The request to be served next."""

@@ -5,13 +5,14 @@ replica with the least expected work wins, in seconds and not in requests. When 
 further from idle than the overflow threshold and a replica outside the pool would be sooner done,
 the request goes there. Shares are never followed blindly: under live load fixed shares are unsafe.
 
-A request whose type its answer will decide has the shares of the types mixed by their chances. What
-a replica has cached of a prompt makes the request cost less there.
+If its answer determines a request's type, the router mixes the shares of the types by their
+probabilities. A cached prefix of the prompt makes the request cost less on that replica.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from oserve.control.dispatch.pick import (
     ALL_FULL,
@@ -52,8 +53,7 @@ _REASONS = {
 _NO_ROUTES = {NO_REPLICA: NoRoute.NO_REPLICA, ALL_FULL: NoRoute.ALL_FULL}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The pick; ``work_s`` is what the request adds to the replica's expected work."""
 
     replica: str
@@ -64,7 +64,7 @@ class Route:
 class Router:
     """Pure: the same request and loads give the same pick.
 
-    ``type_shares``: those of the plan's types, in their order, for requests that have chances.
+    ``type_shares``: those of the plan's types, in their order, for requests with probabilities.
     """
 
     def __init__(
@@ -91,19 +91,31 @@ class Router:
         ``cached``: tokens of the prompt that replicas have already, by name.
         """
         # By name, which so decides between equals.
-        allowed = sorted(name for name in loads if name not in exclude)
+        allowed = sorted(loads.keys() - exclude if exclude else loads)
         if not allowed:
             return NoRoute.NO_REPLICA
-        given = [loads[name] for name in allowed]
         shares = self.shares(request)
-        own_s = [work_s(request, load, cached.get(load.replica, 0)) for load in given]
+        prompt_tokens, output_tokens = request.prompt_tokens, request.output_tokens
+        given, share, outstanding_s, own_s, inflight, most = [], [], [], [], [], []
+        # One loop: for a few replicas that is quicker than a comprehension for each list.
+        for name in allowed:
+            load = loads[name]
+            given.append(load)
+            share.append(shares.get(name, 0.0))
+            outstanding_s.append(load.work_s)
+            prompt = prompt_tokens - cached.get(name, 0) if cached else prompt_tokens
+            own_s.append(
+                prompt * load.prefill_s_per_token + output_tokens * load.decode_s_per_token
+            )
+            inflight.append(load.inflight)
+            most.append(load.max_inflight)
         index, code = pick(
-            [shares.get(name, 0.0) for name in allowed],
-            [load.work_s for load in given],
+            share,
+            outstanding_s,
             own_s,
-            [load.inflight for load in given],
-            [load.max_inflight for load in given],
-            _fitting(request, given),
+            inflight,
+            most,
+            _fitting(prompt_tokens + 1, given),
             self._overflow_s,
             replicas=len(given),
             row=0,
@@ -113,12 +125,12 @@ class Router:
         return Route(replica=allowed[index], reason=_REASONS[code], work_s=own_s[index])
 
     def shares(self, request: Request) -> Mapping[str, float]:
-        """By replica; those of types mixed by the request's chances, less what is too small."""
-        chances = request.chances
-        if not chances or len(chances) != len(self._type_shares):
+        """Shares by replica, mixed by the request's type probabilities, without negligible ones."""
+        probabilities = request.probabilities
+        if not probabilities or len(probabilities) != len(self._type_shares):
             return self._shares.get(request.workload_type, _NO_SHARES)
         mixed: dict[str, float] = {}
-        for chance, shares in zip(chances, self._type_shares, strict=True):
+        for chance, shares in zip(probabilities, self._type_shares, strict=True):
             if chance >= _LEAST_CHANCE:
                 for name, share in shares.items():
                     mixed[name] = mixed.get(name, 0.0) + chance * share
@@ -133,14 +145,13 @@ def work_s(request: Request, load: ReplicaLoad, cached_tokens: int = 0) -> float
     ) * load.prefill_s_per_token + request.output_tokens * load.decode_s_per_token
 
 
-def _fitting(request: Request, loads: list[ReplicaLoad]) -> list[bool]:
+def _fitting(needed_tokens: int, loads: list[ReplicaLoad]) -> list[bool]:
     """Replicas whose context holds the request; if none does, those with the longest context.
 
     The length is an estimate, so the engine, which counts, has the last word on what is too long.
     """
-    needed = request.prompt_tokens + 1
-    fits = [load.max_model_len == 0 or load.max_model_len >= needed for load in loads]
-    if any(fits):
+    fits = [load.max_model_len == 0 or load.max_model_len >= needed_tokens for load in loads]
+    if True in fits:
         return fits
     longest = max(load.max_model_len for load in loads)
     return [load.max_model_len == longest for load in loads]

@@ -134,6 +134,11 @@ class RequestState:
         """Its workload type, empty for auxiliary calls."""
         return self.request.workload_type if self.request is not None else ""
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of what is asked now; 0 for auxiliary calls."""
+        return self.request.prompt_tokens if self.request is not None else 0
+
     def remaining_tokens(self, made_tokens: int) -> float:
         """Output tokens still to come, at least one."""
         if self.forecast is not None:

@@ -48,3 +48,7 @@ class RoutingTable:
     replicas: tuple[TableReplica, ...]
     expected: bool = True
     planned_types: tuple[PlannedType, ...] = ()
+
+
+EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
+"""Before there is a plan."""

@@ -57,9 +57,9 @@ class WaitingRoom:
         """The request to be served next."""
         return self._queue.head()
 
-    def skip(self) -> None:
-        """Have the one after it be the head; it waits on, and is to be pushed again."""
-        self._queue.skip()
+    def in_order(self) -> list[tuple[float, int]]:
+        """Ranks and numbers of all that wait, in the order in which they are served."""
+        return self._queue.in_order()
 
     # -- time -----------------------------------------------------------------------------------
     def watch(self, state: RequestState) -> None:

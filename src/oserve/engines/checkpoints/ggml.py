@@ -13,7 +13,7 @@ import numpy as np
 
 from oserve.core import OServeError
 from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, write_json
-from oserve.engines.checkpoints.tensors import Array, CheckpointTensor, write_tensors
+from oserve.engines.checkpoints.tensors import CheckpointTensor, FloatArray, write_tensors
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -113,7 +113,7 @@ class GgufModel:
         shape = tuple(int(size) for size in reversed(item.shape))
         heads = {"attn_q": self._heads, "attn_k": self._kv_heads}.get(name.split(".")[-2])
 
-        def make() -> Array:
+        def make() -> FloatArray:
             from gguf import dequantize  # noqa: PLC0415
 
             values = dequantize(item.data, item.tensor_type).reshape(shape)
@@ -198,14 +198,14 @@ class GgufModel:
         return OServeError(why, place=self._place, remedy=_REMEDY)
 
 
-def paired(weight: Array, heads: int) -> Array:
+def paired(weight: FloatArray, heads: int) -> FloatArray:
     """Rows of a query or key projection in GGUF's order: the halves of each head interleaved."""
     outputs, inputs = weight.shape
     halves = weight.reshape(heads, 2, outputs // heads // 2, inputs)
     return halves.swapaxes(1, 2).reshape(outputs, inputs)
 
 
-def unpaired(weight: Array, heads: int) -> Array:
+def unpaired(weight: FloatArray, heads: int) -> FloatArray:
     """The reverse of ``paired``: rows in Hugging Face's order."""
     outputs, inputs = weight.shape
     pairs = weight.reshape(heads, outputs // heads // 2, 2, inputs)

@@ -13,8 +13,8 @@ import numpy as np
 from oserve.engines.checkpoints.folder import CONFIG, WEIGHTS, copy_others, once, write_json
 from oserve.engines.checkpoints.tensors import (
     AnyArray,
-    Array,
     CheckpointTensor,
+    FloatArray,
     read_tensors,
     write_tensors,
 )
@@ -50,14 +50,14 @@ def make_int8_variant(path: Path, out: Path) -> Path:
     return once(out, write)
 
 
-def scales(weight: Array) -> Array:
+def scales(weight: FloatArray) -> FloatArray:
     """The scale of each output channel of a weight (outputs x inputs): its largest value is 127."""
-    scale: Array = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
+    scale: FloatArray = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1  # all-zero rows must not divide by zero
     return scale
 
 
-def _scales(item: CheckpointTensor) -> Array:
+def _scales(item: CheckpointTensor) -> FloatArray:
     return scales(item.make())
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from oserve.core import OServeError
 
-Array = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 AnyArray = NDArray[Any]
 
 _SIZES = {"BF16": 2, "F32": 4, "I8": 1}

@@ -239,7 +239,7 @@ def _integer(fields: Fields, name: str) -> int | None:
 
 
 def as_flag(value: object) -> bool:
-    """A value as engines take it for a truth value; ValueError if they do not."""
+    """A value that engines accept as a boolean; ValueError if they do not."""
     word = str(value).lower() if isinstance(value, str | int | float) else ""
     word = word.removesuffix(".0")
     if word in _TRUE or word in _FALSE:
@@ -248,7 +248,7 @@ def as_flag(value: object) -> bool:
 
 
 def as_integer(value: object) -> int:
-    """A value as engines take it for an integer; ValueError if they do not."""
+    """A value that engines accept as an integer; ValueError if they do not."""
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     found = _INTEGER.fullmatch(value) if isinstance(value, str) else None

@@ -1,5 +1,7 @@
 """The headers of an answer: the replica's, as far as they are for the client, and our own."""
 
+from functools import lru_cache
+
 from oserve.wire import Dechunker, ResponseHead
 
 _DROPPED = {
@@ -36,6 +38,8 @@ def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
     return text[:1] not in {b"{", b"[", b"<", b'"'} if text else None
 
 
+# Heads that are equal byte by byte are one object (see ``wire.response``).
+@lru_cache(maxsize=256)
 def told_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
     """Those of the replica, and whether the connection must close at the end of the answer.
 

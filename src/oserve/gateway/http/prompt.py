@@ -1,4 +1,4 @@
-"""How large the prompt of a request is, without tokenizing it, and how its system prompt begins."""
+"""The size of a prompt without tokenizing it, and the beginning of its system prompt."""
 
 import re
 
@@ -37,7 +37,7 @@ _part = msgspec.json.Decoder(_Part)
 
 
 def prompt_size(parsed: GenerateBody) -> PromptSize:
-    """What the prompt is made from: texts, media, token ids."""
+    """The texts, media and token ids that the prompt is built from."""
     read, most = parsed.read, parsed.truncated_tokens
     prompt = bytes(read.prompt)
     if prompt not in _NO_PROMPT:
@@ -63,7 +63,7 @@ def _text_bytes(raw: bytes) -> int:
 
 
 def _media(messages: bytes) -> tuple[int, int]:
-    """Bytes and number of message parts that are no text; what cannot be read counts as text."""
+    """Bytes and number of message parts other than text; unreadable parts count as text."""
     size = count = 0
     try:
         for message in _messages.decode(messages):
@@ -81,9 +81,9 @@ def _media(messages: bytes) -> tuple[int, int]:
 
 
 def system_prefix(parsed: GenerateBody) -> bytes:
-    """The beginning of the system prompt as it stands in the JSON, at most 2 KiB; empty: none.
+    """The first 2 KiB of the system prompt as JSON text; empty if there is none.
 
-    Requests that share it share what engines have cached of it, and often how long answers are.
+    Requests that share it share the engines' cached prefix, and often the length of answers.
     """
     raw = memoryview(parsed.read.messages)
     found = _SYSTEM.match(raw[:_HEAD_BYTES])

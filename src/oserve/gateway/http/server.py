@@ -5,7 +5,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -27,13 +26,14 @@ from oserve.gateway.http.errors import (
     with_status,
 )
 from oserve.gateway.http.prompt import prompt_size
+from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.metrics import exposition
 from oserve.gateway.records import RecordStore
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.stream.session import Session
 from oserve.wire import Exchange, ServerLimits, serve
-from oserve.wire.server import Server
+from oserve.wire.server import HttpServer
 from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
@@ -68,11 +68,12 @@ class Gateway:
         self._models = models
         self._keys = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
         self._started_s = int(time.time())
-        self._server: Server | None = None
+        self._server: HttpServer | None = None
         self.refresh: Callable[[], Awaitable[None]] | None = None
         self.operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]] | None = None
         self.away_s: Callable[[], float] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = RequestIds()
         order = settings.order
         self._order = OrderPolicy(
             penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
@@ -130,13 +131,13 @@ class Gateway:
     # -- requests -------------------------------------------------------------------------------
     def _handle(self, exchange: Exchange) -> None:
         """Answer a request, or see to it that it will be; never raises."""
-        request_id = (exchange.headers.get(b"x-request-id") or _new_id())[:_REQUEST_ID_BYTES]
+        request_id = (exchange.headers.get(b"x-request-id") or self._ids.take())[:_REQUEST_ID_BYTES]
         exchange.headers[b"x-request-id"] = request_id
         try:
             self._route(exchange)
         except ApiError as error:
             self._refuse(exchange, error)
-        except Exception as error:
+        except Exception as error:  # a fault of ours ends this request alone
             self._failed(exchange, error)
 
     def _failed(self, exchange: Exchange, error: Exception) -> None:
@@ -212,7 +213,7 @@ class Gateway:
                 workload_type=estimate.kind,
                 prompt_tokens=prompt_tokens,
                 output_tokens=estimate.output_tokens,
-                chances=estimate.chances if self.runner.table.planned_types else (),
+                probabilities=estimate.probabilities if self.runner.table.planned_types else (),
             ),
             estimate=estimate,
             prompt_size=size,
@@ -327,7 +328,7 @@ class Gateway:
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:
+            except Exception as error:  # a fault of ours ends this request alone
                 self._failed(exchange, error)
 
         task = asyncio.ensure_future(guarded())
@@ -385,7 +386,3 @@ def _priority(exchange: Exchange, parsed: GenerateBody) -> int:
     """What a client asked for; as with vLLM its header, where it is a number, outdoes the body."""
     given = exchange.headers.get(_PRIORITY, b"")
     return int(given) if _INTEGER.fullmatch(given) else parsed.priority or 0
-
-
-def _new_id() -> bytes:
-    return secrets.token_hex(16).encode()

@@ -27,7 +27,7 @@ from oserve.gateway.process.messages import (
 )
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
-from oserve.wire.server import Server
+from oserve.wire.server import HttpServer
 
 # Batches that the control loop does not take are dropped beyond this number, oldest first.
 _MOST_BATCHES = 10_000
@@ -60,7 +60,7 @@ class Hub:
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
-        self._server: Server | None = None
+        self._server: HttpServer | None = None
 
     async def listen(self, unix_socket: str) -> None:
         """Open the socket that gateway processes connect to."""

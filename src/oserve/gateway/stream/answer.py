@@ -22,7 +22,7 @@ _STATUS_DIGITS = 3
 _MAX_TOKENS = 1 << 40
 
 
-class Choice(msgspec.Struct):
+class AnswerChoice(msgspec.Struct):
     """Of an answer; lists of token ids stay as they are written."""
 
     finish_reason: str | None = None
@@ -34,7 +34,7 @@ class ReplicaAnswer(msgspec.Struct):
     """An event of a stream, or an answer that came whole. ``object`` is "error" in an older form
     of vLLM's, ``error_type`` goes with TGI's errors."""
 
-    choices: list[Choice] | None = None
+    choices: list[AnswerChoice] | None = None
     usage: msgspec.Raw = NOTHING
     error: msgspec.Raw = NOTHING
     prompt_token_ids: msgspec.Raw = NOTHING
@@ -90,7 +90,7 @@ def _lenient(data: bytes) -> ReplicaAnswer | None:
     )
 
 
-def _choices(found: Any) -> list[Choice] | None:
+def _choices(found: Any) -> list[AnswerChoice] | None:
     if not isinstance(found, list):
         return None
     choices = []
@@ -102,7 +102,9 @@ def _choices(found: Any) -> list[Choice] | None:
             for name in ("token_ids", "prompt_token_ids")
             if name in fields
         }
-        choices.append(Choice(finish_reason=reason if isinstance(reason, str) else None, **ids))
+        choices.append(
+            AnswerChoice(finish_reason=reason if isinstance(reason, str) else None, **ids)
+        )
     return choices
 
 
@@ -198,8 +200,7 @@ def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: boo
     return _encoded(fields)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenUsage:
+class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts as a server reported them; ``None`` where it did not."""
 
     prompt_tokens: int | None = None

@@ -20,7 +20,7 @@ from oserve.gateway.stream.continuation_fields import (
     values_of,
 )
 
-Event = dict[str, Any]
+EventObject = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
 # One token is never so many characters; vLLM says a prompt again that ends within a character.
@@ -79,7 +79,7 @@ class Continuation:
         included = bool(body.get("include_stop_str_in_output"))
         self._held = 0 if included else max(0, longest - 1)
         self._looked_back = max(0, longest - 1) if included else 0
-        self._head: Event = {}
+        self._head: EventObject = {}
         self.prompt: list[int] = []
         self.tokens: list[int] = []
         self.shown = ""
@@ -93,14 +93,14 @@ class Continuation:
         self._next_offset = 0
 
     # -- following ------------------------------------------------------------------------------
-    def follow(self, event: Event) -> None:
+    def follow(self, event: EventObject) -> None:
         """Take in an event of the stream's first replica, which the client has as it is."""
         try:
             self._follow(event)
         except _FOREIGN:
             raise UnmovableError(_FORM) from None
 
-    def _follow(self, event: Event) -> None:
+    def _follow(self, event: EventObject) -> None:
         choice = _choice_of(event)
         if not self._head and "id" in event:
             self._head = {key: event.get(key) for key in ("id", "object", "created", "model")}
@@ -120,7 +120,7 @@ class Continuation:
             raise UnmovableError("a parser makes its text into something else")
         self._take(choice, ids, text or "")
 
-    def _take(self, choice: Event, ids: list[int], text: str) -> tuple[str, int]:
+    def _take(self, choice: EventObject, ids: list[int], text: str) -> tuple[str, int]:
         """Note tokens and text; returns what is new to the client: text, number of tokens."""
         overlap = self.shown[self._position : self._position + len(text)]
         if text[: len(overlap)] != overlap or len(text) > _TOKEN_CHARS * (
@@ -144,7 +144,7 @@ class Continuation:
         self._note_offsets(choice.get("logprobs"), fresh)
         return new, fresh
 
-    def _note_offsets(self, logprobs: Event | None, fresh: int) -> None:
+    def _note_offsets(self, logprobs: EventObject | None, fresh: int) -> None:
         offsets = (logprobs or {}).get("text_offset")
         if offsets and fresh and logprobs is not None:
             self._offsets += offsets[len(offsets) - fresh :]
@@ -176,7 +176,7 @@ class Continuation:
         """Prompt and output so far."""
         return len(self.prompt) + len(self.tokens)
 
-    def go_on(self, event: Event) -> bytes:
+    def go_on(self, event: EventObject) -> bytes:
         """Turn an event of a continuation into the client's, as payload; empty: nothing new.
 
         Raises BrokenError where the engine gives up, DivergedError where the seam does not fit.
@@ -186,7 +186,7 @@ class Continuation:
         except _FOREIGN:
             raise UnmovableError(_FORM) from None
 
-    def _go_on(self, event: Event) -> bytes:
+    def _go_on(self, event: EventObject) -> bytes:
         choice = _choice_of(event)
         if choice is None:
             return b""
@@ -201,7 +201,9 @@ class Continuation:
         text, fresh = self._take(choice, ids, choice["text"])
         if not text and not fresh and not self.finished:
             return b""
-        shown: Event = {"index": 0, "delta": {"content": text}} if self._chat else dict(choice)
+        shown: EventObject = (
+            {"index": 0, "delta": {"content": text}} if self._chat else dict(choice)
+        )
         if self._chat:
             shown["finish_reason"] = choice["finish_reason"]
             if self.finished:
@@ -214,7 +216,7 @@ class Continuation:
         more = {"usage": self._usage()} if self._wants_running_usage else {}
         return self._payload([shown], **more)
 
-    def _newest(self, logprobs: Event | None, fresh: int) -> Event | None:
+    def _newest(self, logprobs: EventObject | None, fresh: int) -> EventObject | None:
         if not logprobs:
             return None
         first = len(logprobs["tokens"]) - fresh
@@ -232,7 +234,7 @@ class Continuation:
             ]
         }
 
-    def _usage(self) -> Event:
+    def _usage(self) -> EventObject:
         made = len(self.tokens)
         return {
             "prompt_tokens": len(self.prompt),
@@ -250,15 +252,15 @@ class Continuation:
             return b""
         return (self.usage() if self._wants_usage and not self._usage_told else b"") + DONE
 
-    def _payload(self, choices: list[Event], **more: Any) -> bytes:
+    def _payload(self, choices: list[EventObject], **more: Any) -> bytes:
         event = {**self._head, "choices": choices, **more}
         return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
-def _choice_of(event: Event) -> Event | None:
+def _choice_of(event: EventObject) -> EventObject | None:
     if event.get("error") is not None:
         raise BrokenError("the replica told an error")
-    choices: list[Event] = event.get("choices") or []
+    choices: list[EventObject] = event.get("choices") or []
     if not choices:
         return None
     choice = choices[0]
@@ -269,8 +271,8 @@ def _choice_of(event: Event) -> Event | None:
     return choice
 
 
-def _delta_text(choice: Event) -> str | None:
-    delta: Event = choice.get("delta") or {}
+def _delta_text(choice: EventObject) -> str | None:
+    delta: EventObject = choice.get("delta") or {}
     for key, value in delta.items():
         if value and key not in {"role", "content"}:
             raise UnmovableError(f"its answer has {key}")
@@ -278,9 +280,9 @@ def _delta_text(choice: Event) -> str | None:
     return text
 
 
-def _logprob(token: str, value: float) -> Event:
+def _logprob(token: str, value: float) -> EventObject:
     return {"token": token, "logprob": value, "bytes": list(token.encode(errors="replace"))}
 
 
-def _top(top: Event | None, most: int) -> list[Event]:
+def _top(top: EventObject | None, most: int) -> list[EventObject]:
     return [_logprob(token, value) for token, value in list((top or {}).items())[:most]]

@@ -1,7 +1,7 @@
-"""Which fields of a request a continuation takes over, and which keep a stream from moving.
+"""Which fields of a request a continuation copies, and which prevent a stream from moving.
 
-Everything not listed here, given and not null, keeps it from moving: an engine may hold state for
-it that nobody can carry.
+Any other field that is given and not null prevents it: an engine may hold state for that field, and
+OServe cannot transfer it.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from oserve.gateway.http.body import Fields, as_flag, as_integer
 
 
 class UnmovableError(Exception):
-    """Why a stream cannot go on elsewhere."""
+    """Why a stream cannot continue on another replica."""
 
 
-# Stateless, or looking at prompt and output alike (repetition_penalty).
+# Stateless, or treating prompt and output alike (repetition_penalty).
 _CARRIED = frozenset(
     {
         "model",
@@ -42,7 +42,7 @@ _CARRIED = frozenset(
         "stream_interval",
     }
 )
-# Of use in making the prompt, or told anew.
+# Used only to build the prompt, or set anew.
 _DROPPED = frozenset(
     {
         "messages",
@@ -90,15 +90,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
     "mm_processor_kwargs": ({},),
 }
-# What completions generate at most if the request does not say.
+# The default limit of completions, in tokens.
 _USUAL_LIMIT = 16
-# Read here; engines take other spellings of them too.
+# Converted here, since engines accept other spellings.
 _INTEGERS = ("max_tokens", "max_completion_tokens", "min_tokens", "seed", "top_logprobs")
 _FLAGS = ("include_stop_str_in_output", "return_token_ids")
 
 
 def values_of(fields: Fields, *, chat: bool) -> dict[str, Any]:
-    """What the fields of a body hold; UnmovableError where that cannot be read here."""
+    """The values of a body's fields; UnmovableError if one cannot be converted."""
     found: dict[str, Any] = {}
     flags = (*_FLAGS, "logprobs") if chat else _FLAGS
     integers = _INTEGERS if chat else (*_INTEGERS, "logprobs")
@@ -128,7 +128,7 @@ def _check_texts(value: object) -> None:
 
 
 def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:
-    """Why a request cannot go on elsewhere, or nothing."""
+    """Why a request cannot continue on another replica, or ""."""
     for key, value in body.items():
         if value is None or key in _CARRIED or key in _DROPPED or value in _NEUTRAL.get(key, ()):
             continue
@@ -148,10 +148,10 @@ def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:
 
 
 def carried_fields(body: dict[str, Any], *, chat: bool, made: int, sampled: bool) -> dict[str, Any]:
-    """The fields of a text completion that goes on after ``made`` tokens.
+    """The fields of a text completion that continues after ``made`` tokens.
 
-    Seeded sampling starts anew, from a seed that differs with the place: an engine's generator
-    cannot be carried.
+    Seeded sampling restarts from a seed that depends on the position, since the state of an
+    engine's generator cannot be transferred.
     """
     fields = {key: body[key] for key in _CARRIED if body.get(key) is not None}
     limit = output_limit(body, chat=chat)
@@ -168,7 +168,7 @@ def carried_fields(body: dict[str, Any], *, chat: bool, made: int, sampled: bool
 
 
 def output_limit(body: dict[str, Any], *, chat: bool) -> int | None:
-    """Most tokens of the answer; ``None``: what the context leaves."""
+    """The limit of the answer, in tokens; ``None``: the rest of the context."""
     limit: int | None = body.get("max_tokens", None if chat else _USUAL_LIMIT)
     if chat and body.get("max_completion_tokens") is not None:
         limit = body["max_completion_tokens"]

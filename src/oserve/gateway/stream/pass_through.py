@@ -13,7 +13,7 @@ from collections import deque
 import msgspec
 
 from oserve.gateway.stream.answer import (
-    Choice,
+    AnswerChoice,
     ReplicaAnswer,
     Trouble,
     has_usage,
@@ -23,7 +23,7 @@ from oserve.gateway.stream.answer import (
 )
 from oserve.gateway.stream.replay_buffer import ReplayBuffer
 from oserve.wire import Dechunker, chunk
-from oserve.wire.events import Event, EventReader, data_event
+from oserve.wire.events import EventReader, ServerSentEvent, data_event
 
 DONE = b"[DONE]"
 _FIELD = b"data: "
@@ -81,7 +81,7 @@ class PassThrough:
         self._dechunker = Dechunker()
         # Whether the next byte begins a chunk and an event.
         self._clean = False
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[ServerSentEvent] = deque()
         self._told_trouble = False
         self.begun = False
         self.done = False
@@ -178,7 +178,7 @@ class PassThrough:
         told = b"".join(parts)
         return told if self._plain or not told else chunk(told)
 
-    def _pass(self, event: Event) -> bytes:
+    def _pass(self, event: ServerSentEvent) -> bytes:
         """One event as the client gets it; sets ``trouble`` if it tells any."""
         data = event.data
         if data is None:
@@ -219,7 +219,7 @@ def _is_size(line: bytes, size: int) -> bool:
         return False
 
 
-def _without_ids(data: bytes, choice: Choice) -> bytes:
+def _without_ids(data: bytes, choice: AnswerChoice) -> bytes:
     """The chunk with null for its token ids, as long as it was; empty: it is not that simple."""
     if choice.prompt_token_ids and bytes(choice.prompt_token_ids) != _NULL:
         return b""

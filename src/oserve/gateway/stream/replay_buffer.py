@@ -2,11 +2,11 @@
 
 import msgspec
 
-from oserve.gateway.stream.continuation import Continuation, Event
+from oserve.gateway.stream.continuation import Continuation, EventObject
 from oserve.gateway.stream.continuation_fields import UnmovableError
 
 _BLOCK_BYTES = 16 * 1024
-_decoder = msgspec.json.Decoder(Event)
+_decoder = msgspec.json.Decoder(EventObject)
 
 
 class ReplayBudget:
@@ -80,7 +80,7 @@ class ReplayBuffer:
         carried.done = self.done
 
 
-def read_event(data: bytes) -> Event:
+def read_event(data: bytes) -> EventObject:
     """The JSON of an event; UnmovableError if it is none."""
     try:
         return _decoder.decode(data)

@@ -44,7 +44,7 @@ _CONTEXT = "engines.max_model_len"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryFit:
+class MemoryCheck:
     """Devices of one kind, their memory, and the model to serve on them.
 
     ``free_bytes``: of main memory, for all engines together; unused on GPUs. ``model`` is ``None``
@@ -328,7 +328,7 @@ def cache_sized(
     """Settings for an engine without a cache size: on CPU with the size that fits now."""
     if settings.kv_cache_memory_bytes or shape.kv_cache_memory_bytes:
         return settings
-    fit = MemoryFit(
+    fit = MemoryCheck(
         settings=settings,
         devices=tuple(devices),
         model=known_model(model),
@@ -337,9 +337,9 @@ def cache_sized(
     return fit.sized([shape])[0]
 
 
-def with_settings(room: MemoryFit, settings: EngineSettings) -> MemoryFit:
+def with_settings(room: MemoryCheck, settings: EngineSettings) -> MemoryCheck:
     """The same devices and memory under other settings."""
-    return MemoryFit(
+    return MemoryCheck(
         settings=settings, devices=room.devices, model=room.model, free_bytes=room.free_bytes
     )
 

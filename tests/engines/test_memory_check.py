@@ -16,7 +16,7 @@ from oserve.core import (
     ReplicaSpec,
     VllmBackend,
 )
-from oserve.engines.memory_fit import MemoryFit, cache_sized, with_settings
+from oserve.engines.memory_check import MemoryCheck, cache_sized, with_settings
 from oserve.engines.settings import EngineSettings
 from oserve.perf.model import ModelFacts, find_model
 
@@ -55,8 +55,8 @@ def spec(name: str, own: ReplicaShape, *arguments: str) -> ReplicaSpec:
 
 def room(
     free: float, *, slots: int = 2, model: ModelFacts | None = SMOLLM2, **settings: object
-) -> MemoryFit:
-    return MemoryFit(
+) -> MemoryCheck:
+    return MemoryCheck(
         settings=msgspec.convert(settings, EngineSettings),
         devices=tuple(Device(id=f"cpu:{n}", kind="cpu") for n in range(slots)),
         model=model,
@@ -64,11 +64,11 @@ def room(
     )
 
 
-def sized(given: MemoryFit, *specs: ReplicaSpec) -> MemoryFit:
+def sized(given: MemoryCheck, *specs: ReplicaSpec) -> MemoryCheck:
     return with_settings(given, given.sized((), specs)[0])
 
 
-def refused(given: MemoryFit, *specs: ReplicaSpec) -> OServeError:
+def refused(given: MemoryCheck, *specs: ReplicaSpec) -> OServeError:
     with pytest.raises(OServeError) as caught:
         sized(given, *specs).check(specs)
     assert caught.value.remedy
@@ -126,7 +126,7 @@ def test_what_is_proposed_helps(
         assert again is None or (small and again.place != error.place)
 
 
-def fault(given: MemoryFit, specs: list[ReplicaSpec]) -> OServeError | None:
+def fault(given: MemoryCheck, specs: list[ReplicaSpec]) -> OServeError | None:
     try:
         sized(given, *specs).check(specs)
     except OServeError as error:
@@ -200,7 +200,7 @@ def test_on_gpus_what_vllm_will_have_left_must_hold_a_request() -> None:
     devices = tuple(
         Device(id=f"gpu:{n}", kind="L4", memory_bytes=24 * 10**9, node="n") for n in range(2)
     )
-    given = MemoryFit(settings=EngineSettings(), devices=devices, model=model, free_bytes=0.0)
+    given = MemoryCheck(settings=EngineSettings(), devices=devices, model=model, free_bytes=0.0)
     wide = ReplicaShape(
         precision=Precision.BF16, max_num_batched_tokens=2048, max_num_seqs=64, device_kind="L4"
     )
@@ -214,7 +214,7 @@ def test_on_gpus_what_vllm_will_have_left_must_hold_a_request() -> None:
     short = EngineSettings(max_model_len=int(found[1]))
     with_settings(given, short).check([spec("a", wide)])
     # Of a device that does not tell its memory nothing is known.
-    silent = MemoryFit(
+    silent = MemoryCheck(
         settings=EngineSettings(),
         devices=(Device(id="gpu:0", kind="L4"),),
         model=model,
@@ -224,7 +224,7 @@ def test_on_gpus_what_vllm_will_have_left_must_hold_a_request() -> None:
 
 
 def test_an_engine_that_nobody_sized_gets_what_fits_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oserve.engines.memory_fit.available_memory_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr("oserve.engines.memory_check.available_memory_bytes", lambda: 16 * GIB)
     devices = [Device(id="cpu:0", kind="cpu")]
     found = cache_sized(EngineSettings(), "nobody/knows", devices, shape())
     assert found.kv_cache_memory_bytes == int(0.2 * 16 * GIB)

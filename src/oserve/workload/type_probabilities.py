@@ -13,7 +13,7 @@ from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_b
 _PER_DOUBLING = 4
 
 
-class TypeChances:
+class TypeProbabilities:
     """The probabilities of types with these centres, (prompt, output) in tokens; at least one."""
 
     def __init__(self, centres: Sequence[tuple[float, float]]) -> None:
@@ -39,10 +39,10 @@ class TypeChances:
             middle = 2.0 ** (place / _PER_DOUBLING) - 1.0
             row = tuple(self.kind(middle, bin_tokens(index)) for index in range(BINS))
             self._rows[place] = row
-        chances = [0.0] * len(self._centres)
+        probabilities = [0.0] * len(self._centres)
         last = BINS - 1 if limit is None else length_bin(max(1, limit))
         # Longer answers end at the limit.
-        for kind, p in zip(row[:last], expected.chances[:last], strict=True):
-            chances[kind] += p
-        chances[row[last]] += sum(expected.chances[last:])
-        return tuple(chances)
+        for kind, p in zip(row[:last], expected.probabilities[:last], strict=True):
+            probabilities[kind] += p
+        probabilities[row[last]] += sum(expected.probabilities[last:])
+        return tuple(probabilities)
