@@ -322,6 +322,7 @@ class RequestRunner:
     def _retry(self, command: do.Retry, session: Session) -> None:
         self.metrics.count("oserve_requests_retried", command.replica)
         session.let_go()
+        session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
 
     def _depart(self, command: do.Depart, session: Session) -> None:
