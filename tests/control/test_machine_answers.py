@@ -145,7 +145,7 @@ def test_an_answer_that_ends_well_closes_the_breaker() -> None:
 
 
 def test_streams_that_end_do_not_hide_that_new_requests_fail() -> None:
-    driver = Driver(replica_of("r0"))
+    driver = Driver(replica_of("r0", Fake(most=8)))
     driver.ask(0.0, 1, 2, 3)
     for number in (1, 2, 3):
         driver.at(0.1, on.Streams(number))
