@@ -18,6 +18,7 @@ from oserve.engines.attached import AttachedProbe
 from oserve.engines.probe import Probe
 from oserve.gateway.upstream_request import address_of
 from oserve.sim import DIALECTS, EmulatedEngine, Mishap
+from oserve.wire import Exchange
 
 TEXT: dict[str, Any] = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
 TLS = Path(__file__).parent / "tls"
@@ -165,6 +166,38 @@ async def test_one_without_stream_options_is_asked_without(
     attach(front, stream_options=False)
     await front.lines("/v1/completions", body)
     assert ["stream_options" in seen for seen in engine.seen] == [False]
+
+
+async def test_requests_under_way_are_asked_without_stream_options_as_well(
+    make_front: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EmulatedEngine()
+    held: list[Exchange] = []
+    generate = engine._generate
+
+    def hold(exchange: Exchange, *, chat: bool) -> None:
+        held.append(exchange)
+
+    monkeypatch.setattr(engine, "_generate", hold)
+    front = await make_front(engine)
+    attach(front)
+    body = {**TEXT, "stream": True}
+    calls = [asyncio.ensure_future(front.lines("/v1/completions", body)) for _ in range(3)]
+    await until(lambda: len(held) == 3)
+    monkeypatch.setattr(engine, "_generate", generate)
+    refusal = b'{"error": {"message": "stream_options: unknown"}}'
+    for exchange in held:
+        exchange.respond(400, refusal)
+    for call in calls:
+        assert (await call)[-1] == b"data: [DONE]"
+    assert statuses(front) == {"completed": 3.0}
+    assert ["stream_options" in seen for seen in engine.seen] == [False] * 3
+    # One that was asked without them and still speaks of them is believed.
+    monkeypatch.setattr(engine, "_generate", hold)
+    refused = asyncio.ensure_future(front.post("/v1/completions", body))
+    await until(lambda: len(held) == 4)
+    held[-1].respond(400, refusal)
+    assert (await refused)[0] == 400
 
 
 async def test_options_that_make_no_sense_teach_nothing(make_front: Make) -> None:

@@ -301,6 +301,7 @@ class RequestRunner:
         outgoing, reader = session.send(command)
         start = (replica.id, replica.started_s)
         options = replica.stream_options and start not in self._without_options
+        session.asks_options = options
         message = request_bytes(outgoing, replica, rank_s=command.rank_s, stream_options=options)
         self._pools[replica.id, replica.endpoint].send(message, reader)
 
@@ -369,14 +370,12 @@ class RequestRunner:
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 
-    def _drop_options(self, replica: TableReplica) -> bool:
-        """A server refused ``stream_options`` and is not sent it any more; whether that is news."""
+    def _drop_options(self, replica: TableReplica) -> None:
+        """A server refused ``stream_options`` and is not sent it any more."""
         start = (replica.id, replica.started_s)
-        if start in self._without_options or not replica.stream_options:
-            return False
-        self._without_options.add(start)
-        _log.info("replica %s knows no stream_options; it is asked without", replica.id)
-        return True
+        if start not in self._without_options:
+            self._without_options.add(start)
+            _log.info("replica %s knows no stream_options; it is asked without", replica.id)
 
     def close(self) -> None:
         """Break off what is left, and finish writing records."""
