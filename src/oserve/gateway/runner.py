@@ -5,6 +5,7 @@ of a request is the machine's decision. What a step of a request raises ends tha
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
-from oserve.control.dispatch.commands import RequestCommand
+from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
 from oserve.control.dispatch.overload import OverloadPolicy
@@ -111,10 +112,10 @@ class RequestRunner:
             do.Send: self._send,
             do.Hold: self._hold,
             do.Forward: self._forward,
-            do.ShowError: self._show_error,
-            do.LetGo: self._let_go,
+            do.ShowError: lambda _, session: session.show_error(),
+            do.LetGo: lambda _, session: session.let_go(),
             do.Retry: self._retry,
-            do.Depart: self._depart,
+            do.Depart: lambda command, session: session.depart(command),
             do.Resume: self._resume,
             do.Refuse: self._refuse,
             do.Demote: self._demote,
@@ -222,8 +223,13 @@ class RequestRunner:
         try:
             commands = self.machine.handle(event, monotonic())
         except Exception as error:  # a fault of the machine ends the request that it is about
+            # Other requests wait for what was asked for before the fault.
+            self._carry_out_all(self.machine.emitted)
             self._stumbled(event, error)
             return
+        self._carry_out_all(commands)
+
+    def _carry_out_all(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, do.Survey):
                 self._survey(command)
@@ -252,10 +258,17 @@ class RequestRunner:
     def _stumbled(self, event: Event, error: Exception) -> None:
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
-        if session is None or isinstance(event, on.Crashed):
+        if session is None:
             _log.error("an event could not be handled: %s", fault(error))
             return
-        self._crashed(session.number, error)
+        if isinstance(event, on.Crashed):
+            id_ = shown(session.request_id)
+            _log.error("request %s could not be ended: %s", id_, fault(error))
+            session.let_go()
+            with contextlib.suppress(Exception):  # its client is told all the same
+                self.machine.forget(session.number)
+        else:
+            self._crashed(session.number, error)
         if session.number not in self.machine.requests:
             self._carry_out(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
             ending = do.Record(
@@ -301,6 +314,7 @@ class RequestRunner:
         outgoing, reader = session.send(command)
         start = (replica.id, replica.started_s)
         options = replica.stream_options and start not in self._without_options
+        session.asks_options = options
         message = request_bytes(outgoing, replica, rank_s=command.rank_s, stream_options=options)
         self._pools[replica.id, replica.endpoint].send(message, reader)
 
@@ -313,19 +327,11 @@ class RequestRunner:
             self.metrics.count("oserve_requests_outgrown")
         session.forward(command)
 
-    def _show_error(self, command: do.ShowError, session: Session) -> None:
-        session.show_error()
-
-    def _let_go(self, command: do.LetGo, session: Session) -> None:
-        session.let_go()
-
     def _retry(self, command: do.Retry, session: Session) -> None:
         self.metrics.count("oserve_requests_retried", command.replica)
         session.let_go()
+        session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
-
-    def _depart(self, command: do.Depart, session: Session) -> None:
-        session.depart(command)
 
     def _resume(self, command: do.Resume, session: Session) -> None:
         way = Way.MOVE if session.resume(command) else Way.REPLAY
@@ -352,11 +358,14 @@ class RequestRunner:
         self.metrics.count("oserve_requests_demoted")
 
     def _survey(self, command: do.Survey) -> None:
-        progress = {
-            number: self.active[number].progress()
-            for number in command.numbers
-            if number in self.active
-        }
+        progress: dict[int, on.Progress] = {}
+        for number in command.numbers:
+            session = self.active.get(number)
+            if session is not None:
+                try:
+                    progress[number] = session.progress()
+                except Exception as error:  # the others of that replica are to leave it
+                    self._crashed(number, error)
         self.report(on.Surveyed(command.replica, command.started_s, progress))
 
     def _record(self, command: do.Record, session: Session) -> None:
@@ -368,14 +377,12 @@ class RequestRunner:
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 
-    def _drop_options(self, replica: TableReplica) -> bool:
-        """A server refused ``stream_options`` and is not sent it any more; whether that is news."""
+    def _drop_options(self, replica: TableReplica) -> None:
+        """A server refused ``stream_options`` and is not sent it any more."""
         start = (replica.id, replica.started_s)
-        if start in self._without_options or not replica.stream_options:
-            return False
-        self._without_options.add(start)
-        _log.info("replica %s knows no stream_options; it is asked without", replica.id)
-        return True
+        if start not in self._without_options:
+            self._without_options.add(start)
+            _log.info("replica %s knows no stream_options; it is asked without", replica.id)
 
     def close(self) -> None:
         """Break off what is left, and finish writing records."""

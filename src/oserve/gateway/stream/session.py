@@ -43,8 +43,8 @@ class SessionContext:
     ``report`` tells the request machine of an event; its commands are carried out before it
     returns. ``crashed`` is told what a step of a request raised. ``later``: work that is long, a
     piece a turn. ``budget``: for streams that may move; ``None``: none may. ``observe``: seconds
-    between two pieces of a stream. ``drop_options``: a replica refused ``stream_options``; whether
-    that is news. ``plan_id`` of the plan in force.
+    between two pieces of a stream. ``drop_options``: a replica refused ``stream_options``.
+    ``plan_id`` of the plan in force.
     """
 
     report: Callable[[Event], None]
@@ -52,7 +52,7 @@ class SessionContext:
     later: YieldQueue
     budget: ReplayBudget | None
     observe: Callable[[float], None]
-    drop_options: Callable[[TableReplica], bool]
+    drop_options: Callable[[TableReplica], None]
     plan_id: Callable[[], str]
 
 
@@ -73,6 +73,7 @@ class Session:
         "_paused",
         "_reader",
         "arrival_s",
+        "asks_options",
         "committed",
         "ended",
         "estimate",
@@ -124,6 +125,8 @@ class Session:
         self.migration: StreamMigration | None = None
         self.usage = TokenUsage()
         self.committed = False
+        # Whether its replica was sent ``stream_options``.
+        self.asks_options = False
         self.ended = False
         # Whether an error of OServe's own was its answer.
         self.refused = False
@@ -248,8 +251,12 @@ class Session:
 
     def resume(self, command: do.Resume) -> bool:
         """The stream leaves its replica; whether its KV cache goes along."""
+        # The engine looks for the wish for the cache when it is told to give the request up.
+        takes_cache = self.migration is not None and self.migration.leave(
+            with_cache=command.with_cache
+        )
         self.let_go()
-        return self.migration is not None and self.migration.leave(with_cache=command.with_cache)
+        return takes_cache
 
     def forward(self, command: do.Forward) -> None:
         """The client may have what came, and what follows up to so many tokens."""
@@ -301,9 +308,10 @@ class Session:
 
     def drops_options(self) -> bool:
         """The replica refused ``stream_options``; whether to ask again without them."""
-        if self.replica is None or not asks_plainly(self.parsed):
+        if self.replica is None or not self.asks_options or not asks_plainly(self.parsed):
             return False
-        return self._context.drop_options(self.replica)
+        self._context.drop_options(self.replica)
+        return True
 
     def broken_later(self, cause: Cause, reason: str) -> None:
         """A replica that dies breaks many streams at once; each is read in its turn."""
