@@ -175,9 +175,9 @@ def test_each_fault_of_the_books_and_of_the_queue_is_found() -> None:
     machine.waiting.push(machine.requests[2])
     # One that has ended is kept.
     machine.requests[2].phase = Ended(FinishStatus.FAILED)
-    assert (2, "a request has ended and is still kept") in faults(machine)
-    # One that is not known waits.
+    assert (2, "an ended request is still open") in faults(machine)
+    # An unknown request waits.
     state = machine.requests.pop(2)
-    assert (2, "a request waits that is not known") in faults(machine)
-    assert driver.witness.story(2).startswith("request 2: it is not known\nevent   Arrived(")
+    assert (2, "an unknown request is in the queue") in faults(machine)
+    assert driver.witness.story(2).startswith("request 2: unknown\nevent   Arrived(")
     machine.requests[2] = state

@@ -44,7 +44,7 @@ def routing_table(
                 max_inflight=INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
-                tells_token_ids=attached is None or attached.token_ids,
+                returns_token_ids=attached is None or attached.token_ids,
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
                 kv_bytes_per_token=own.kv_bytes_per_token,

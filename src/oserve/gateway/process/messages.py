@@ -51,10 +51,10 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
-    """What a gateway process needs to know of the rest.
+    """The state of the cluster for a gateway process.
 
     ``version`` is that of the current routing table; ``table`` is present only if the process has
-    another version. ``counted`` is the number of the batch that the hub took.
+    another version. ``counted`` is the number of the batch that the hub acknowledges.
     """
 
     version: int

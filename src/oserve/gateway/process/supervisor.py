@@ -31,7 +31,7 @@ _RESTART_DELAY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorOptions:
-    """What gateway processes serve, and who holds them.
+    """What gateway processes serve, and which keeper holds them.
 
     ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
     state of an ``OutputEstimator`` that has learned from earlier requests.
@@ -188,5 +188,5 @@ def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
     return OServeError(
         f"cannot listen on {settings.host}:{settings.port}: {reason}",
         place="gateway.port",
-        remedy="choose another --port, or end what uses this one",
+        remedy="choose another --port, or stop the program that uses this one",
     )

@@ -229,7 +229,7 @@ class Session:
             self.migration.release()
         self.migration = None
         parsed, budget = self.parsed, self._context.budget
-        if budget is None or not (replica.tells_token_ids and parsed.may_tell_ids):
+        if budget is None or not (replica.returns_token_ids and parsed.may_tell_ids):
             return
         self.migration = StreamMigration(
             parsed.fields,
@@ -316,7 +316,7 @@ class Session:
             if reader is not None and self.reads(reader):
                 try:
                     self.broken(cause, reason)
-                except Exception as error:  # a fault of ours ends this request alone
+                except Exception as error:  # an unforeseen fault ends this request alone
                     self.crashed(error)
 
         self._context.later(broken)
