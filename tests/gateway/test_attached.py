@@ -25,7 +25,7 @@ DIALECT = {dialect.name: dialect for dialect in DIALECTS}
 
 
 def statuses(front: Front) -> dict[str, float]:
-    """Requests ended, by how."""
+    """Ended requests by status."""
     return {
         name: value[0]
         for name, value in front.gateway.runner.metrics.snapshot()["oserve_requests"].items()

@@ -22,7 +22,7 @@ _MOST_KEY_BYTES = 128
 
 
 class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The estimate of one request. ``probabilities`` of the types ``names``; ``kind``: the likeliest.
+    """The estimate of one request: ``probabilities`` of types ``names``, ``kind`` the likeliest.
 
     ``output``: ``None`` if the client fixes the output length. ``prefix_tokens``: the approximate
     length of the system prompt, as far as it was read. ``arrived_s``: Unix time.
@@ -39,7 +39,7 @@ class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestEstimator:
-    """The estimator of one gateway process. ``estimator`` may have learned from earlier requests."""
+    """The estimator of one gateway process. ``estimator`` may have learned before."""
 
     def __init__(self, estimator: OutputEstimator | None = None) -> None:
         self.estimator = estimator or OutputEstimator()

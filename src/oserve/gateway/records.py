@@ -81,7 +81,7 @@ class RecordStore:
         connection = sqlite3.connect(self._path, timeout=30.0)
         connection.execute("PRAGMA synchronous=NORMAL")
         written = 0
-        # The thread polls: to wake it for each record would cost the request path more.
+        # The thread polls: waking it for each record would cost the request path more.
         while not self._ended.wait(_FLUSH_S) or self._backlog:
             batch = [self._backlog.popleft() for _ in range(len(self._backlog))]
             if not batch:

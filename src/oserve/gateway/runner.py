@@ -375,7 +375,7 @@ class RequestRunner:
         if start in self._without_options or not replica.stream_options:
             return False
         self._without_options.add(start)
-        _log.info("replica %s does not support stream_options; OServe no longer sends it", replica.id)
+        _log.info("replica %s refuses stream_options; OServe stops sending it", replica.id)
         return True
 
     def close(self) -> None:

@@ -322,8 +322,8 @@ def with_fields(
 
 
 def _replaced(parsed: GenerateBody, added: dict[str, Any]) -> bytes:
-    kept = {name: raw for name, raw in parsed.fields.items() if name != "priority"}
-    return msgspec.json.encode({**kept, **added})
+    others = {name: raw for name, raw in parsed.fields.items() if name != "priority"}
+    return msgspec.json.encode({**others, **added})
 
 
 def _appended(source: bytes, added: dict[str, Any]) -> bytes:

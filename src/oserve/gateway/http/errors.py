@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and the HTTP status each kind travels with."""
+"""Errors in OpenAI's form, with their HTTP status."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,17 +120,17 @@ def refusal_error(command: Refuse) -> ApiError:
 _REFUSALS: dict[Refusal, Callable[[Refuse], ApiError]] = {
     Refusal.NO_REPLICA: lambda _: unavailable("No replica can serve now, and none is starting"),
     Refusal.NONE_READY_IN_TIME: lambda _: unavailable("No replica became ready in time"),
-    Refusal.QUEUE_FULL: lambda told: overloaded(
-        "Too many requests are waiting", retry_after_s=told.retry_after_s
+    Refusal.QUEUE_FULL: lambda refusal: overloaded(
+        "Too many requests are waiting", retry_after_s=refusal.retry_after_s
     ),
-    Refusal.SHED: lambda told: overloaded(
-        "The request waited too long and was shed", retry_after_s=told.retry_after_s, code="shed"
+    Refusal.SHED: lambda refusal: overloaded(
+        "The request waited too long and was shed", retry_after_s=refusal.retry_after_s, code="shed"
     ),
-    Refusal.REPLICA_FAILED: lambda told: upstream_failed(
-        f"Replica {told.replica} failed: {told.reason}"
+    Refusal.REPLICA_FAILED: lambda refusal: upstream_failed(
+        f"Replica {refusal.replica} failed: {refusal.reason}"
     ),
-    Refusal.REFUSED_WITHOUT_BODY: lambda told: with_status(
-        told.status, "The replica refused the request, but the connection broke before it gave a reason"
+    Refusal.REFUSED_WITHOUT_BODY: lambda refusal: with_status(
+        refusal.status, "The replica refused the request; its error message was lost"
     ),
     Refusal.DEADLINE: lambda _: timed_out("The request exceeded the server's time limit"),
     Refusal.SHUTTING_DOWN: lambda _: unavailable("The server is shutting down"),

@@ -22,7 +22,7 @@ _EVENTS = b"text/event-stream"
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
-def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
+def is_event_stream(head: ResponseHead, begin: bytes) -> bool | None:
     """Whether the answer to a streaming request is an event stream; ``None``: not known yet.
 
     ``begin``: the bytes of its body so far. With a missing or wrong content type the first
@@ -40,7 +40,7 @@ def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
 
 # Heads that are equal byte by byte are one object (see ``wire.response``).
 @lru_cache(maxsize=256)
-def told_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
+def client_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
     """The replica's headers for the client, and whether to close the connection after the answer.
 
     ``plain``: the client speaks HTTP/1.0, which has no chunked encoding. ``events``: an event

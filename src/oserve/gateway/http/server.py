@@ -377,8 +377,8 @@ class Gateway:
         queued = runner.queued + runner.snapshot.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
         alone = self.away_s is not None and self.away_s() > 0.0
-        told = {} if alone else runner.snapshot.metrics
-        text = exposition(told or runner.metrics.snapshot(), gauges)
+        merged_metrics = {} if alone else runner.snapshot.metrics
+        text = exposition(merged_metrics or runner.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 

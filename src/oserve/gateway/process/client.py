@@ -35,7 +35,7 @@ class HubClient:
         self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
     ) -> None:
         self._hub = UpstreamPool(unix_socket=unix_socket)
-        self._heard_s = time.monotonic()
+        self._last_reply_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
         self._runner = runner
@@ -64,7 +64,7 @@ class HubClient:
         )
 
     def _apply(self, reply: HubReply) -> None:
-        self._heard_s = time.monotonic()
+        self._last_reply_s = time.monotonic()
         self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
         self._runner.tell(reply.snapshot)
@@ -73,7 +73,7 @@ class HubClient:
 
     def away_s(self) -> float:
         """Seconds for which the hub has been unreachable; 0 while it answers."""
-        silent_s = time.monotonic() - self._heard_s
+        silent_s = time.monotonic() - self._last_reply_s
         return silent_s if silent_s > _AWAY_S else 0.0
 
     async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:

@@ -78,7 +78,9 @@ class Hub:
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
-            self._hand_overs = {name: told for name, told in pending if (name, told[0]) in present}
+            self._hand_overs = {
+                name: order for name, order in pending if (name, order[0]) in present
+            }
         self._snapshot = snapshot
 
     def expect(self, incarnation: int) -> "asyncio.Future[int]":
@@ -95,9 +97,9 @@ class Hub:
         """Replicas that some process sends no requests: the reason, and the seconds left."""
         found: dict[str, tuple[str, float]] = {}
         for report in self._reports.values():
-            for name, told in report.set_aside.items():
-                if name not in found or told[1] > found[name][1]:
-                    found[name] = told
+            for name, reason in report.set_aside.items():
+                if name not in found or reason[1] > found[name][1]:
+                    found[name] = reason
         return found
 
     @property
