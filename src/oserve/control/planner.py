@@ -258,7 +258,7 @@ class TablePlanner:
             if found is not None:
                 even = _even([spec.id for spec in replicas])
                 return {name: _whole(own) or dict(even) for name, own in found.items()}
-        # With one shape all replicas are equal; without any, nothing tells them apart.
+        # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
         even = _even([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
 

@@ -81,8 +81,8 @@ def staged(
     if not retiring:
         return target
     kept = _kept(retiring, _next_retired(target, alive, retiring, lost))
-    wished = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
-    return replace(target, replicas=(*wished, *kept))
+    desired = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
+    return replace(target, replicas=(*desired, *kept))
 
 
 def _retiring(target: DeploymentPlan, alive: Sequence[ReplicaState]) -> list[ReplicaState]:
@@ -118,7 +118,7 @@ def _next_retired(
 
 
 def _kept(retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]) -> list[ReplicaSpec]:
-    """Replicas outside the target that go on serving; a draining one does not."""
+    """Replicas outside the target that continue to serve; draining ones do not."""
     draining = {state.spec.id for state in retiring if state.phase is ReplicaPhase.DRAINING}
     specs = [state.spec for state in retiring if state.spec not in retired]
     return [spec for spec in specs if spec.id not in draining]

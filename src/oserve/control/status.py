@@ -23,13 +23,13 @@ from oserve.core import (
 # Shorter silences are ordinary steps.
 _SILENT_S = 3.0
 _NOTES = {
-    ReplicaPhase.STANDBY: "gets its weights from others",
+    ReplicaPhase.STANDBY: "receives its weights from other replicas",
     ReplicaPhase.HUNG: "is being stopped",
 }
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica in the status document; the last field says what happens to it next."""
+    """One replica in the status document; the last field tells what happens next."""
 
     id: str
     shape: dict[str, str | int | None]
@@ -157,7 +157,7 @@ def _url(spec: ReplicaSpec) -> str:
 
 def _set_aside(reason: str, left_s: float) -> str:
     when = f"for {left_s:.0f} s" if left_s >= 1 else "until its next answer"
-    return f"set aside {when}: {reason}"
+    return f"circuit breaker open {when}: {reason}"
 
 
 def _note(

@@ -44,13 +44,13 @@ from oserve.sim.state import KernelState
 # The live router's choice, compiled.
 pick = compiled(plain_pick)
 
-# No replica can ever serve it.
+# No replica can ever serve the request.
 HOPELESS: Final = -2
 
 
 @compiled
 def look(s: KernelState, request: int) -> int:
-    """Fill in the policies' view of each replica; returns how many could take the request.
+    """Fill in the policies' view of each replica; returns the number that can take the request.
 
     ``fits`` is 1 for those.
     """
@@ -122,7 +122,7 @@ def in_turn(s: KernelState) -> int:
 def by_share(s: KernelState, row: int) -> int:
     """Smooth weighted round robin among replicas with a share; others only if there are none.
 
-    Each gains its share as credit in every turn, and the chosen one pays the total.
+    Each replica gains its share as credit in every turn; the chosen one pays the total.
     """
     best, total, pooled = NONE, 0.0, False
     for index in range(s.glob[REPLICAS]):
