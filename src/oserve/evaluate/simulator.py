@@ -104,7 +104,7 @@ def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Sim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levers:
-    """How gateway and replicas serve: all settings beside the plan.
+    """How gateway and replicas serve: all settings except the plan.
 
     ``order``: by prompt length with ageing, in gateway and engines; ``None``: in order of arrival.
     ``inflight_per_device``: the most requests in flight on a replica, per device. Others wait in

@@ -31,8 +31,8 @@ from oserve.profiler.series import WINDOW_TOKENS, MeasuredPoint, StepSeries
 _AFTER = 4
 _WARM_TOKENS = 4
 _PROMPT_REPEATS = 3
-# Cores that other processes may use during a measurement, how long a check takes, and how long all
-# waiting may take.
+# Cores that other processes may use during a measurement, the seconds of a check, and the bound on
+# all waiting.
 _CALM_CORES = 0.2
 _CALM_CHECK_S = 0.25
 _PATIENCE_S = 120.0

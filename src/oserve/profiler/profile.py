@@ -280,7 +280,7 @@ def fitted_entry(
 
 
 def engine_bounds(shape: ReplicaShape, facts: EngineDescription) -> EngineBounds:
-    """What an engine of this shape can hold."""
+    """The limits of an engine of this shape."""
     return EngineBounds(
         chunk=shape.max_num_batched_tokens,
         seqs=shape.max_num_seqs,

@@ -54,7 +54,7 @@ class Hub:
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
-        # By incarnation: a process that ends slowly may still report beside its successor.
+        # By incarnation: a process that ends slowly may still report while its successor runs.
         self._reports: dict[int, WorkerReport] = {}
         self._forgotten: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
