@@ -89,7 +89,7 @@ def test_life_of_a_breaker() -> None:
     # A trial that ends without outcome, or never, makes room for another.
     breakers.sent("a", 3.2)
     assert breakers.open(3.3) == {"a"}
-    breakers.let_go("a")
+    breakers.release("a")
     assert breakers.open(3.3) == set()
     breakers.sent("a", 4.0)
     assert breakers.open(4.0 + POLICY.trial_s) == set()

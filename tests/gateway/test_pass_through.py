@@ -177,7 +177,7 @@ def test_trouble_is_held_back_until_it_is_let_through(end: bytes, name: bytes) -
         assert passing.trouble is not None
         assert passing.trouble.status == 500
         assert passing.take(b": more" + end, chunked=False) == b""
-        rest = Dechunker().feed(passing.give_in())
+        rest = Dechunker().feed(passing.forward_error())
         assert rest.index(b"died") < rest.index(b"[DONE]") < rest.index(b"more")
 
 

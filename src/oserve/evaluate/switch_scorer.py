@@ -105,7 +105,7 @@ class SwitchScorer:
         # speeds of the source.
         self._as_measured = self._simulator = Simulator(model.source)
         self._speeds = _AS_MEASURED
-        self._kept: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
+        self._cached: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
     def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
         """The promising rows with simulated capacities; unchanged where there are no limits."""
@@ -171,9 +171,9 @@ class SwitchScorer:
     def _met_without(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
         """The requests that the current plan serves in time; the same for all candidates."""
         key = (replace(case, candidate=case.current, legs=(), lasts_s=0.0), ahead.lasting_s)
-        if self._kept[0] != key:
-            self._kept = key, self.met(case.current, ahead.traffic, case.inputs.speeds)
-        return self._kept[1]
+        if self._cached[0] != key:
+            self._cached = key, self.met(case.current, ahead.traffic, case.inputs.speeds)
+        return self._cached[1]
 
     def _met_with(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
         """The requests served in time if the switch begins at the time of the decision."""

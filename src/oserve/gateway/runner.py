@@ -318,11 +318,11 @@ class RequestRunner:
         session.show_error()
 
     def _let_go(self, command: do.LetGo, session: Session) -> None:
-        session.let_go()
+        session.release()
 
     def _retry(self, command: do.Retry, session: Session) -> None:
         self.metrics.count("oserve_requests_retried", command.replica)
-        session.let_go()
+        session.release()
         session.left = (command.replica, command.reason)
 
     def _depart(self, command: do.Depart, session: Session) -> None:

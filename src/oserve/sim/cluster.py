@@ -87,17 +87,17 @@ class SimulatedCluster:
     async def observe(self) -> Observation:
         """Process all due events, then observe; a fault may return the last observation again."""
         self.catch_up(self._clock.now())
-        if self._last is not None and self.strikes(self.faults.stale_observation):
+        if self._last is not None and self.draws_fault(self.faults.stale_observation):
             return self._last
         self._last = self._observation()
         return self._last
 
     async def apply(self, action: Action) -> None:
         """Execute an action; a fault may lose or repeat it."""
-        if self.strikes(self.faults.lost_action):
+        if self.draws_fault(self.faults.lost_action):
             return
         self._do(action)
-        if self.strikes(self.faults.repeated_action):
+        if self.draws_fault(self.faults.repeated_action):
             self._do(action)
 
     @property
@@ -112,9 +112,9 @@ class SimulatedCluster:
         """Let replicas become ready, fail, hang and crash, each at its time."""
         while self._scheduled and self._scheduled[-1][0] <= now_s:
             at_s, name, fault = self._scheduled.pop()
-            self._come_up(at_s)
+            self._become_ready(at_s)
             fault(name)
-        self._come_up(now_s)
+        self._become_ready(now_s)
 
     def hang(self, name: str) -> None:
         """Make a replica hang, until the cluster detects that and ends it."""
@@ -137,7 +137,7 @@ class SimulatedCluster:
         )
         self._end(item)
 
-    def strikes(self, chance: float) -> bool:
+    def draws_fault(self, chance: float) -> bool:
         """Draw whether a fault of this probability occurs."""
         return self._random.random() < chance
 
@@ -183,7 +183,7 @@ class SimulatedCluster:
             failures=dict(self._failures),
         )
 
-    def _come_up(self, now_s: float) -> None:
+    def _become_ready(self, now_s: float) -> None:
         self.on_advance(now_s)
         for item in self._alive():
             state = item.state
@@ -239,9 +239,9 @@ class SimulatedCluster:
             raise ValueError(wrong)
         now_s = self._clock.now()
         load_s = 0.0 if self.warm else self._load_s(spec, standby=standby)
-        if self.strikes(self.faults.slow_start):
+        if self.draws_fault(self.faults.slow_start):
             load_s *= self.faults.slow_factor
-        fails = self.strikes(self.faults.failed_start)
+        fails = self.draws_fault(self.faults.failed_start)
         life = Life(spec=spec, start_s=now_s)
         self.lives.append(life)
         self._replicas[spec.id] = _Replica(

@@ -132,7 +132,7 @@ def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
 
 
 @compiled
-def heir_of(s: KernelState, request: int, source: int) -> int:
+def decode_target(s: KernelState, request: int, source: int) -> int:
     """The decode replica that would finish a request first, or ``NONE``."""
     req, mem = s.req, s.mem
     base = request * REQUEST
@@ -233,7 +233,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
         return True
     target = NONE
     if state == NEW and mem[at + ROLE] == PREFILL:
-        target = heir_of(s, request, mem[at + INDEX])
+        target = decode_target(s, request, mem[at + INDEX])
     elif state == LEAVING and now >= req[base + MOVED_AT]:
         target = req[base + MOVED_TO]
         if mem[s.where[target] + PHASE] != READY:

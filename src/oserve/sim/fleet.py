@@ -230,12 +230,12 @@ class SimulatedFleet:
     def observe(self) -> FleetObservation:
         """The present state of the fleet, without replicas that have ended."""
         state = self._state
-        came = self._requests.class_index[self._reported : state.glob[layout.ARRIVED]]
+        arrived = self._requests.class_index[self._reported : state.glob[layout.ARRIVED]]
         self._reported = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
             queued=self.queued,
-            arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
+            arrivals=np.bincount(arrived, minlength=self._classes).astype(np.int64),
             replicas=self.replicas(),
         )
 

@@ -60,7 +60,7 @@ from oserve.sim.layout import (
     STATUS,
 )
 from oserve.sim.lists import pop, push
-from oserve.sim.routing import HOPELESS, choose
+from oserve.sim.routing import UNSERVABLE, choose
 from oserve.sim.state import KernelState
 
 
@@ -177,7 +177,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
         if index == NONE:
             s.req[base + NEXT] = passed
             passed = request
-        elif index == HOPELESS:
+        elif index == UNSERVABLE:
             close(s.req, s.glob, request, REFUSED, now)
         else:
             send(s, request, index, now)

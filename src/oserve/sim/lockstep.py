@@ -57,7 +57,7 @@ from oserve.sim.layout import (
     TICK,
     WAIT,
 )
-from oserve.sim.schedule import admissible, cost, let_in, refresh, schedule, send_through
+from oserve.sim.schedule import admissible, admit_waiting, cost, refresh, schedule, send_through
 from oserve.sim.state import Flat
 
 
@@ -215,7 +215,7 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
         set_entry(mem, at, RUN_DONE, seqs, have + chunk)
         set_entry(mem, at, RUN_CHUNK, seqs, chunk)
         budget -= chunk
-    budget = let_in(req, mem, ses, at, budget)
+    budget = admit_waiting(req, mem, ses, at, budget)
     mem[at + BEGIN] = NEVER
     if budget < mem[at + BUDGET]:
         whole = cost(mem, at, mem[at + BATCH], seqs, seqs, mem[at + CONTEXT])

@@ -19,7 +19,7 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelledWeightFacts:
-    """``strikes`` draws whether a fault of the given probability occurs.
+    """``draws_fault`` draws whether a fault of the given probability occurs.
 
     ``failed_transfer``: the probability that a transfer, or a check, fails halfway.
     """
@@ -27,7 +27,7 @@ class ModelledWeightFacts:
     cluster: Cluster
     clock: Clock
     costs: SwitchCosts
-    strikes: Callable[[float], bool] = lambda _chance: False
+    draws_fault: Callable[[float], bool] = lambda _chance: False
     failed_transfer: float = 0.0
 
 
@@ -54,7 +54,7 @@ class ModelledWeights:
 
     async def _pass(self, step: ProgrammeStep, seconds: float) -> None:
         facts = self._facts
-        fails = facts.strikes(facts.failed_transfer)
+        fails = facts.draws_fault(facts.failed_transfer)
         end_s = facts.clock.now() + (seconds / 2 if fails else seconds)
         while True:
             observation = await facts.cluster.observe()

@@ -209,9 +209,9 @@ class WaveTasks:
         try:
             await work.wait()
         except MoveError as error:
-            raise TaskFailedError(str(error), final=await self._hopeless()) from None
+            raise TaskFailedError(str(error), final=await self._is_final()) from None
 
-    async def _hopeless(self) -> bool:
+    async def _is_final(self) -> bool:
         """Whether a participating replica has ended."""
         observation = await self._facts.cluster.observe()
         states = [observation.replica(name) for name in self._step.participants]

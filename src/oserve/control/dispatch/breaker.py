@@ -104,7 +104,7 @@ class Breakers:
         item = self._breakers.pop(replica, None)
         return item is not None and item.opened > 0
 
-    def let_go(self, replica: str) -> None:
+    def release(self, replica: str) -> None:
         """Record that a request left without an outcome; the next one may be the trial."""
         item = self._breakers.get(replica)
         if item is not None:

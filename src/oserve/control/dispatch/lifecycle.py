@@ -305,7 +305,7 @@ class Lifecycle:
         booking = phase.booking
         if booking.entry is not None:
             booking.entry.close(self.now_s, done=done)
-            self.fleet.breakers.let_go(booking.replica.id)
+            self.fleet.breakers.release(booking.replica.id)
             self.may_settle()
         if tried:
             state.tried.add(booking.start)

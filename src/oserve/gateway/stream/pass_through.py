@@ -43,7 +43,7 @@ class PassThrough:
 
     ``begun``: an event that is no comment came. ``events``: the number of events with choices,
     about one token each. ``finished`` and ``done``: the last token and ``[DONE]`` came.
-    ``trouble``: an error in the stream; nothing from there on is forwarded before ``give_in``.
+    ``trouble``: an error in the stream; only ``forward_error`` forwards it and what follows.
     """
 
     __slots__ = (
@@ -161,7 +161,7 @@ class PassThrough:
             self._waiting.append(last)
         return self._pass_waiting()
 
-    def give_in(self) -> bytes:
+    def forward_error(self) -> bytes:
         """Forward the error after all, and what follows it."""
         self.trouble = None
         self._trouble_sent = True

@@ -42,7 +42,7 @@ class AnswerReader:
         self._tail = b""
         self._dechunker: Dechunker | None = None
         self._trouble: Trouble | None = None
-        self._may_show = False
+        self._forwarding = False
         self._stream: PassThrough | None = None
 
     @property
@@ -157,7 +157,7 @@ class AnswerReader:
             self._report_refused(stream.trouble)
         else:
             owner.report(on.Streams(owner.number))
-        if not self._may_show or head is None:
+        if not self._forwarding or head is None:
             return
         owner.first_byte()
         self._commit(head)
@@ -166,14 +166,14 @@ class AnswerReader:
 
     def forward(self) -> None:
         """Forward the held answer to the client."""
-        self._may_show = True
+        self._forwarding = True
 
     def show_error(self) -> None:
         """Forward the error in the stream, and what follows it."""
         stream = self._stream
         if stream is not None and stream.trouble is not None:
             self._trouble = stream.trouble
-            output = stream.give_in()
+            output = stream.forward_error()
             if output:
                 self._owner.exchange.write(output)
 
@@ -237,7 +237,7 @@ class AnswerReader:
                 self._trouble = trouble_of(answer)
         if self._trouble is not None:
             self._report_refused(self._trouble)
-            if not self._may_show:
+            if not self._forwarding:
                 return
         owner.first_byte()
         self._commit(head)

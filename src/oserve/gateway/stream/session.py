@@ -238,7 +238,7 @@ class Session:
         )
         self.migration.sent_to(replica)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop the connection to the replica."""
         self._reader = None
         connection, self._connection = self._connection, None
@@ -247,7 +247,7 @@ class Session:
 
     def resume(self, command: do.Resume) -> bool:
         """Detach the stream from its replica; returns whether its KV cache migrates, too."""
-        self.let_go()
+        self.release()
         return self.migration is not None and self.migration.leave(with_cache=command.with_cache)
 
     def forward(self, command: do.Forward) -> None:
@@ -355,7 +355,7 @@ class Session:
             self._conclude(self.migration.continuation)
 
     def _conclude(self, continuation: Continuation) -> None:
-        self.let_go()
+        self.release()
         self.usage = TokenUsage(
             prompt_tokens=len(continuation.prompt), output_tokens=len(continuation.tokens)
         )
