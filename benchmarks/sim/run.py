@@ -5,9 +5,9 @@
 
 One replica serves Llama-2-70B on four H100s (roofline), then sixteen do. All contenders run the
 same requests in this one process, after a warm-up; the best of several rounds counts, without
-building the fleet. "step by step" is the kernel taking every step; "reference" is the separate
-implementation of the tests. Results are compared request by request. The last row is a million
-synthetic requests on 32 GPUs, each routed by load.
+building the fleet. "step by step" is the kernel taking every step; "reference" is the gateway's
+request machine before the iteration-level engines of the tests. Results are compared request by
+request. The last row is a million synthetic requests on 32 GPUs, each routed by load.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def reference(table: RequestTable, tables: StepTables, replicas: int) -> Referen
         [
             Job(number=n, arrival=arrival, prompt=p, output=o, expected=expected, rank=arrival)
             for n, (arrival, (p, o)) in enumerate(zip(arrivals, lengths, strict=True))
-        ]
+        ],
+        watched=False,
     )
     for index in range(replicas):
         made.engines.append(

@@ -86,7 +86,10 @@ def route_by(fleet: MachineFleet, router: Router) -> None:
 
 
 class Reference:
-    """A fleet. ``policy``: pools (the live router), work, requests, turn, freeness."""
+    """A fleet. ``policy``: pools (the live router), work, requests, turn, freeness.
+
+    ``watched``: the machine's invariants are checked at every moment.
+    """
 
     def __init__(
         self,
@@ -96,11 +99,12 @@ class Reference:
         policy: str = "pools",
         shares: dict[int, dict[str, float]] | None = None,
         closed_loop: int = 0,
+        watched: bool = True,
     ) -> None:
         self.jobs = jobs
         self.engines: list[Engine] = []
         self.machine = SteppedMachine(dispatch)
-        self.witness = Witness(self.machine)
+        self.witness = Witness(self.machine) if watched else None
         self.peer = None if policy == "pools" else PeerRouter(policy, self.engines)
         if self.peer is not None:
             route_by(self.machine.fleet, self.peer)

@@ -202,16 +202,19 @@ class SwitchScorer:
 
 
 def _pays_after_s(ahead: EvaluationWorkload, kept: Mask, moved: Mask) -> float:
-    """When the switch has gained more than it cost, whenever the traffic changes after that."""
+    """When the gain has made up for the switch, should the traffic change back after that.
+
+    The cost is the deepest point of the cumulative difference, and what the candidate serves less
+    once the earlier rates are back. A time in which a backlog makes all late with the switch and
+    without it costs nothing, so it is no reason to wait and let the backlog grow.
+    """
     expected = ahead.expected
+    gained = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int))
     later = min(0, int((moved & ahead.later).sum()) - int((kept & ahead.later).sum()))
-    gained = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int)) + later
-    if not len(gained) or gained[-1] <= 0:
+    if not len(gained) or gained[-1] + later <= 0:
         return math.inf
-    behind = np.flatnonzero(gained <= 0)
-    if not len(behind):
-        return 0.0
-    return float(ahead.traffic.arrival_s[expected][behind[-1]]) - ahead.now_s
+    cost = max(0, -int(gained.min())) - later
+    return cost * ahead.lasting_s / float(gained[-1])
 
 
 def _one_length(prompt_tokens: float, output_tokens: float) -> LengthSamples:

@@ -123,7 +123,7 @@ def demote(s: KernelState, request: int) -> None:
 
 @compiled
 def head(s: KernelState, now: int, alone: bool) -> int:
-    """The request to dispatch next, after demotion of late ones; ``NONE`` if the queue is empty.
+    """The request to dispatch next, after demotion of late ones; the queue must not be empty.
 
     Like the machine, it does not demote a request that enters ``alone``.
     """
@@ -132,7 +132,7 @@ def head(s: KernelState, now: int, alone: bool) -> int:
         if alone or not is_late(s, request, now):
             return request
         demote(s, request)
-    return s.late[1] if s.late[0] > 0 else NONE
+    return s.late[1]
 
 
 @compiled
@@ -156,10 +156,8 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
     A request overtakes those that wait for larger replicas, which cannot use its slot.
     """
     passed, blocked = NONE, NEVER
-    while True:
+    while s.queue[0] + s.late[0] > 0:
         request = head(s, now, alone)
-        if request == NONE:
-            break
         base = request * REQUEST
         blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
         index = NONE
