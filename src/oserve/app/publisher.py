@@ -54,7 +54,7 @@ class StatusPublisher:
             self._policy,
             model=self._deployment.models[0],
             version=__version__,
-            set_aside=self._gateway.set_aside,
+            open_breakers=self._gateway.open_breakers,
         )
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()

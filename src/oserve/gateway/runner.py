@@ -154,7 +154,7 @@ class RequestRunner:
         """
         self.report(on.Vacate(replica=replica, within_s=within_s, started_s=started_s))
 
-    def tell(self, snapshot: ClusterSnapshot) -> None:
+    def apply(self, snapshot: ClusterSnapshot) -> None:
         """Apply a new cluster snapshot."""
         self.snapshot = snapshot
         self.report(on.LoadElsewhere(snapshot.elsewhere))
@@ -170,7 +170,7 @@ class RequestRunner:
         """The number of waiting requests."""
         return len(self.machine.waiting)
 
-    def set_aside(self) -> dict[str, tuple[str, float]]:
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas with an open circuit breaker: the reason, and the seconds left."""
         return self.machine.fleet.breakers.report(monotonic())
 
@@ -223,15 +223,15 @@ class RequestRunner:
         try:
             commands = self.machine.handle(event, monotonic())
         except Exception as error:  # a fault of the machine ends only the request concerned
-            self._stumbled(event, error)
+            self._machine_failed(event, error)
             return
         for command in commands:
             if isinstance(command, do.Survey):
                 self._survey(command)
             elif isinstance(command, RequestCommand):
-                self._carry_out(command)
+                self._execute(command)
 
-    def _carry_out(self, command: RequestCommand) -> None:
+    def _execute(self, command: RequestCommand) -> None:
         session = self.active.get(command.number)
         if session is not None:
             try:
@@ -250,7 +250,7 @@ class RequestRunner:
         else:
             self._crashed(session.number, error)
 
-    def _stumbled(self, event: Event, error: Exception) -> None:
+    def _machine_failed(self, event: Event, error: Exception) -> None:
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
         if session is None or isinstance(event, on.Crashed):
@@ -258,11 +258,11 @@ class RequestRunner:
             return
         self._crashed(session.number, error)
         if session.number not in self.machine.requests:
-            self._carry_out(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
+            self._execute(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
             ending = do.Record(
                 number=session.number, status=FinishStatus.FAILED, replica="", moves=0
             )
-            self._carry_out(ending)
+            self._execute(ending)
 
     def _crashed(self, number: int, error: Exception) -> None:
         """End a request in which an exception was raised; no other request is affected."""
@@ -340,8 +340,8 @@ class RequestRunner:
             _log.error("request %s failed in the gateway: %s", id_, command.reason)
         if command.refusal is do.Refusal.SHED:
             self.metrics.count("oserve_requests_shed")
-        unheard = command.refusal is do.Refusal.REFUSED_WITHOUT_BODY
-        reason = "engine_refused" if unheard else error.code or "error"
+        refused = command.refusal is do.Refusal.REFUSED_WITHOUT_BODY
+        reason = "engine_refused" if refused else error.code or "error"
         self.metrics.count("oserve_request_errors", reason)
         try:
             session.fail(error)

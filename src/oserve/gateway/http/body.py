@@ -114,7 +114,7 @@ class GenerateBody:
         return None if limit is None else max(1, min(_MOST_TOKENS, limit))
 
     @property
-    def may_tell_ids(self) -> bool:
+    def may_return_ids(self) -> bool:
         """Whether OServe may request token ids: a stream whose text they do not change."""
         return self.stream and not self.echo and bytes(self.read.tools) in _NO_TOOLS
 

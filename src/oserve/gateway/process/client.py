@@ -60,14 +60,14 @@ class HubClient:
             queued=runner.queued,
             table=self._version,
             port=self.port,
-            set_aside=runner.set_aside(),
+            open_breakers=runner.open_breakers(),
         )
 
     def _apply(self, reply: HubReply) -> None:
         self._last_reply_s = time.monotonic()
         self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
-        self._runner.tell(reply.snapshot)
+        self._runner.apply(reply.snapshot)
         if reply.table is not None:
             self._runner.update(reply.table)
 

@@ -93,11 +93,11 @@ class Hub:
         return taken
 
     @property
-    def set_aside(self) -> dict[str, tuple[str, float]]:
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas that some process sends no requests: the reason, and the seconds left."""
         found: dict[str, tuple[str, float]] = {}
         for report in self._reports.values():
-            for name, reason in report.set_aside.items():
+            for name, reason in report.open_breakers.items():
                 if name not in found or reason[1] > found[name][1]:
                     found[name] = reason
         return found

@@ -36,7 +36,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
     ``incarnation`` is the process id. ``counts`` are sent until the hub acknowledges them.
     ``outstanding``: seconds of work and requests per replica. ``table`` is the version of the
-    routing table in use. ``port``: where the process listens, 0 before it does. ``set_aside``:
+    routing table in use. ``port``: where the process listens, 0 before it does. ``open_breakers``:
     replicas whose circuit breaker is open, with the reason and the seconds left.
     """
 
@@ -47,7 +47,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     queued: int
     table: int
     port: int = 0
-    set_aside: dict[str, tuple[str, float]] = {}
+    open_breakers: dict[str, tuple[str, float]] = {}
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

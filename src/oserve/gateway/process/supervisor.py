@@ -160,9 +160,9 @@ class GatewaySupervisor:
         return self._hub.batches()
 
     @property
-    def set_aside(self) -> dict[str, tuple[str, float]]:
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas that get no requests now: the reason, and the seconds left."""
-        return self._hub.set_aside
+        return self._hub.open_breakers
 
     @property
     def counted_until_s(self) -> float:

@@ -58,7 +58,7 @@ class ContinuationReader:
         owner = self._owner
         if self._head is None or self._head.status != _OK:
             return
-        owner.passed_on(0)
+        owner.progressed(0)
         if not self._begun:
             self._begun = True
             owner.report(on.Began(owner.number))

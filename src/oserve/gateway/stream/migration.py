@@ -45,9 +45,9 @@ class StreamMigration:
         # The KV cache at the present replica, and the one that the continuation loads.
         self._cache_folder = ""
         self._cache = ""
-        self._taken = ""
+        self._requested = ""
 
-    def sent_to(self, replica: TableReplica) -> None:
+    def use_replica(self, replica: TableReplica) -> None:
         """Use a replica; its engine gets a key under which this request's cache can be fetched."""
         self._cache_folder = replica.endpoint.caches
         self._cache = new_name() if self._cache_folder else ""
@@ -56,7 +56,7 @@ class StreamMigration:
     def cache_fields(self) -> dict[str, str]:
         """The parameters of the KV cache transfer for the engine."""
         own = giving(self._cache) if self._cache else {}
-        return own | (taking(self._taken) if self._taken else {})
+        return own | (taking(self._requested) if self._requested else {})
 
     def prepare(self) -> Continuation | Unmovable:
         """Parse the replay buffer into the continuation; the stream runs on until it leaves."""
@@ -79,10 +79,10 @@ class StreamMigration:
         self.continuation = self._prepared
         if self.continuation is not None:
             self.continuation.rewind()
-        self._taken = self._ask_for_cache() if with_cache else ""
-        return bool(self._taken)
+        self._requested = self._request_cache() if with_cache else ""
+        return bool(self._requested)
 
-    def _ask_for_cache(self) -> str:
+    def _request_cache(self) -> str:
         if not self._cache:
             return ""
         try:

@@ -49,7 +49,7 @@ class AnswerOwner(Protocol):
         """Record that the replica has begun to answer."""
         ...
 
-    def passed_on(self, events: int) -> None:
+    def progressed(self, events: int) -> None:
         """Record progress of a stream: its events so far."""
         ...
 
@@ -59,7 +59,7 @@ class AnswerOwner(Protocol):
         """Send the head and the first bytes of the body; ``events``: it is an event stream."""
         ...
 
-    def drops_options(self) -> bool:
+    def retries_without_options(self) -> bool:
         """Handle a refusal of ``stream_options``; returns whether to retry without them."""
         ...
 

@@ -95,7 +95,7 @@ class AnswerReader:
             if kind:
                 self._begin_events()
             elif kind is None and self._held_bytes > _BLANK_BYTES:
-                self._break_off("it sends nothing but white space")
+                self._reject("it sends nothing but white space")
             if kind is not False:
                 return
         framing = self._framing
@@ -121,7 +121,7 @@ class AnswerReader:
         self._held_bytes = 0
         self._take(self._stream, held)
 
-    def _break_off(self, reason: str) -> None:
+    def _reject(self, reason: str) -> None:
         """Stop reading an invalid answer."""
         if self._connection is not None:
             self._connection.abort()
@@ -132,14 +132,14 @@ class AnswerReader:
         try:
             output = stream.take(data, chunked=self._chunked)
         except (EventsError, FramingError) as error:
-            self._break_off(str(error))
+            self._reject(str(error))
             return
         if owner.committed:
-            owner.passed_on(stream.events)
+            owner.progressed(stream.events)
             if output:
                 owner.exchange.write(output)
             if stream.trouble is not None:
-                self._troubled(stream.trouble)
+                self._report_trouble(stream.trouble)
             return
         if output:
             self._held.append(output)
@@ -148,7 +148,7 @@ class AnswerReader:
         if stream.begun:
             self._begin_answer(stream)
         elif self._held_bytes > _HOLD_BYTES:
-            self._break_off("it sends nothing but comments")
+            self._reject("it sends nothing but comments")
 
     def _begin_answer(self, stream: PassThrough) -> None:
         """Report the first events: the machine forwards them or retries on another replica."""
@@ -162,7 +162,7 @@ class AnswerReader:
         owner.first_byte()
         self._commit(head)
         if stream.trouble is not None:
-            self._troubled(stream.trouble)
+            self._report_trouble(stream.trouble)
 
     def forward(self) -> None:
         """Forward the held answer to the client."""
@@ -177,7 +177,7 @@ class AnswerReader:
             if output:
                 self._owner.exchange.write(output)
 
-    def _troubled(self, trouble: Trouble) -> None:
+    def _report_trouble(self, trouble: Trouble) -> None:
         """Report an error in a stream that has reached the client: it migrates, or ends with it."""
         if trouble.of_client:
             self.show_error()
@@ -199,7 +199,7 @@ class AnswerReader:
             if not owner.committed:
                 return
         elif trouble is not None:
-            self._troubled(trouble)
+            self._report_trouble(trouble)
         if not owner.reads(self) or (trouble is not None and self._trouble is None):
             return
         if self._framing is None and not (stream.done or stream.finished or self._trouble):
@@ -247,12 +247,12 @@ class AnswerReader:
         """Whether a server refused ``stream_options``, and the request is sent without them."""
         if not (self._replica.attached and self._owner.streams and status in _OPTION_REFUSALS):
             return False
-        return _OPTION in body and self._owner.drops_options()
+        return _OPTION in body and self._owner.retries_without_options()
 
     # -- outcomes -------------------------------------------------------------------------------
     def _report_refused(self, trouble: Trouble) -> None:
         head = self._head
-        asked = dict(head.headers).get(b"retry-after", b"") if head is not None else b""
+        header = dict(head.headers).get(b"retry-after", b"") if head is not None else b""
         reason = f"it answered with status {trouble.status}"
         self._owner.report(
             on.Refused(
@@ -260,7 +260,7 @@ class AnswerReader:
                 status=trouble.status,
                 reason=trouble.message if trouble.aborted else reason,
                 aborted=trouble.aborted,
-                retry_after_s=retry_after_s(asked),
+                retry_after_s=retry_after_s(header),
             )
         )
 

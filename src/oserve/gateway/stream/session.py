@@ -199,7 +199,7 @@ class Session:
         self.replica = replica
         migration = self.migration
         if command.resumes and migration is not None and migration.continuation is not None:
-            migration.sent_to(replica)
+            migration.use_replica(replica)
             self._reader = ContinuationReader(self, migration.continuation)
             body = migration.continuation.continuation()
             return self._outgoing(b"/v1/completions", body, parse_body(body)), self._reader
@@ -228,7 +228,7 @@ class Session:
             self.migration.release()
         self.migration = None
         parsed, budget = self.parsed, self._context.budget
-        if budget is None or not (replica.returns_token_ids and parsed.may_tell_ids):
+        if budget is None or not (replica.returns_token_ids and parsed.may_return_ids):
             return
         self.migration = StreamMigration(
             parsed.fields,
@@ -236,7 +236,7 @@ class Session:
             chat=self.exchange.path.startswith(b"/v1/chat/"),
             shows_ids=parsed.return_token_ids,
         )
-        self.migration.sent_to(replica)
+        self.migration.use_replica(replica)
 
     def release(self) -> None:
         """Drop the connection to the replica."""
@@ -290,7 +290,7 @@ class Session:
         if not self.first_byte_s:
             self.first_byte_s = self.last_chunk_s = monotonic()
 
-    def passed_on(self, events: int) -> None:
+    def progressed(self, events: int) -> None:
         """Record progress of a stream: its events so far, about one token each."""
         now_s = monotonic()
         self._context.observe(now_s - self.last_chunk_s)
@@ -298,7 +298,7 @@ class Session:
         if events > self._credit_tokens:
             self.report(on.Progressed(self.number, events))
 
-    def drops_options(self) -> bool:
+    def retries_without_options(self) -> bool:
         """Handle a refusal of ``stream_options``; returns whether to retry without them."""
         if self.replica is None or not requests_only_usage(self.parsed):
             return False
