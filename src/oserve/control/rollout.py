@@ -80,7 +80,7 @@ def staged(
     retiring = _retiring(target, alive)
     if not retiring:
         return target
-    kept = _kept(retiring, _next_retired(target, alive, retiring, lost))
+    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost))
     desired = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
     return replace(target, replicas=(*desired, *kept))
 
@@ -117,7 +117,9 @@ def _next_retired(
     return next_stage(specs, missing, len(alive)).retired
 
 
-def _kept(retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]) -> list[ReplicaSpec]:
+def _remaining(
+    retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]
+) -> list[ReplicaSpec]:
     """Replicas outside the target that continue to serve; draining ones do not."""
     draining = {state.spec.id for state in retiring if state.phase is ReplicaPhase.DRAINING}
     specs = [state.spec for state in retiring if state.spec not in retired]

@@ -211,7 +211,9 @@ async def _collect(
     """Add steps while there is time; steps that would take too long are skipped."""
     series = brief_series(engine_bounds(shape, facts))
     stages = shape.pipeline_parallel_size
-    meter = StepMeter(client, facts, stages=stages, watch=False, window=_WINDOW, repeats=_REPEATS)
+    meter = StepMeter(
+        client, facts, stages=stages, check_contention=False, window=_WINDOW, repeats=_REPEATS
+    )
     pace = Pace()
     report.begin(key_name(shape_key(shape)), len(series))
     loop = asyncio.get_running_loop()

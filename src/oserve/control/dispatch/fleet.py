@@ -54,9 +54,9 @@ class Fleet:
         )
         self.vacating.follow(table, now_s)
         self.ledger.follow(table.replicas)
-        self._serve()
+        self._update_serving()
 
-    def _serve(self) -> None:
+    def _update_serving(self) -> None:
         self.serving = {
             replica.id: replica
             for replica in self.table.replicas
@@ -68,7 +68,7 @@ class Fleet:
         for replica in self.table.replicas:
             if replica.id == name and started_s in {None, replica.started_s}:
                 self.vacating.begin((name, replica.started_s), within_s, now_s)
-        self._serve()
+        self._update_serving()
 
     # -- routing --------------------------------------------------------------------------------
     def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:

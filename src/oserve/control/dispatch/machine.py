@@ -152,7 +152,7 @@ class RequestMachine:
         for number in self._life.waiting.due(self._life.now_s):
             waiting = self._life.requests.get(number)
             if waiting is not None and waiting in self._life.waiting:
-                self._waited(waiting)
+                self._check_wait(waiting)
         for start in self._life.fleet.vacating.due(self._life.now_s):
             self._departures.check(start)
         oldest = next(iter(self._life.requests.values()), None)
@@ -163,8 +163,8 @@ class RequestMachine:
         )
         self._life.may_settle()
 
-    def _waited(self, state: RequestState) -> None:
-        """Demote or refuse a request whose waiting time is up."""
+    def _check_wait(self, state: RequestState) -> None:
+        """Refuse a request whose waiting time is up."""
         if self._life.waiting.sheds(state, self._life.now_s):
             self._life.refuse(state, Refusal.SHED, retry_after_s=self._life.retry_after_s())
         elif state.give_up_s is not None and state.give_up_s <= self._life.now_s:

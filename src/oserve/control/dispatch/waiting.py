@@ -63,15 +63,15 @@ class WaitingRoom:
 
     # -- time -----------------------------------------------------------------------------------
     def set_timers(self, state: RequestState) -> None:
-        """Set a request's timers for demotion and shedding."""
+        """Set the timers for shedding a request, and for its wait without any replica."""
         if state.give_up_s is not None:
-            self._remind(state, state.give_up_s)
+            self._add_timer(state, state.give_up_s)
         if isinstance(state.phase, Queued):
             shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
             if shed_s is not None:
-                self._remind(state, shed_s)
+                self._add_timer(state, shed_s)
 
-    def _remind(self, state: RequestState, at_s: float) -> None:
+    def _add_timer(self, state: RequestState, at_s: float) -> None:
         if len(self._timers) > 4 * len(self._queue) + _MOST_STALE:
             alive = {item.number for item in self._queue}
             self._timers = [item for item in self._timers if item[1] in alive]

@@ -56,7 +56,7 @@ class Hub:
         self._snapshot = ClusterSnapshot()
         # By incarnation: a process that ends slowly may still report while its successor runs.
         self._reports: dict[int, WorkerReport] = {}
-        self._forgotten: set[int] = set()
+        self._ended_incarnations: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
@@ -112,7 +112,7 @@ class Hub:
 
     def forget(self, incarnation: int) -> None:
         """A process has ended: drop its outstanding work, keep its metrics in the sum."""
-        self._forgotten.add(incarnation)
+        self._ended_incarnations.add(incarnation)
         self._counted.pop(incarnation, None)
         self._listening.pop(incarnation, None)
         report = self._reports.pop(incarnation, None)
@@ -149,7 +149,7 @@ class Hub:
 
     def _reply(self, report: WorkerReport) -> HubReply:
         self._count(report)
-        if report.incarnation not in self._forgotten:
+        if report.incarnation not in self._ended_incarnations:
             self._reports[report.incarnation] = report
         listening = self._listening.get(report.incarnation)
         if report.port and listening is not None and not listening.done():

@@ -78,7 +78,7 @@ class Continuation:
         )
         included = bool(body.get("include_stop_str_in_output"))
         self._held = 0 if included else max(0, longest - 1)
-        self._looked_back = max(0, longest - 1) if included else 0
+        self._lookback = max(0, longest - 1) if included else 0
         self._head: EventObject = {}
         self.prompt: list[int] = []
         self.tokens: list[int] = []
@@ -153,7 +153,7 @@ class Continuation:
     # -- continuing -----------------------------------------------------------------------------
     def rewind(self) -> None:
         """Go back to the last point from which another replica can generate the rest."""
-        limit = self._position - self._looked_back
+        limit = self._position - self._lookback
         marks = [mark for mark in self._marks if mark.clean and mark.text <= limit]
         mark = marks[-1] if marks else StreamMark(0, 0, True)
         self._marks = marks
