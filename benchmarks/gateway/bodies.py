@@ -87,9 +87,9 @@ async def serve(seed: int) -> None:
 async def table_of(engines: list[EmulatedEngine]) -> RoutingTable:
     """Three replicas that differ in all that changes how a body is written; few places each."""
     more: tuple[dict[str, Any], ...] = (
-        {"accepts_priority": True, "tells_token_ids": True},
-        {"accepts_priority": False, "tells_token_ids": True, "model": "renamed"},
-        {"accepts_priority": True, "tells_token_ids": True},
+        {"accepts_priority": True, "returns_token_ids": True},
+        {"accepts_priority": False, "returns_token_ids": True, "model": "renamed"},
+        {"accepts_priority": True, "returns_token_ids": True},
     )
     ports = [await engine.start() for engine in engines]
     replicas = tuple(

@@ -185,7 +185,7 @@ async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serv
         assert await counted(session, served.url) == 2
         code, said = await cli("switch", str(served.folder / "plan.yaml"), "--url", served.url)
         assert code == 2
-        assert "out of reach" in said
+        assert "unreachable" in said
         engine_port = served.engine_url.rsplit(":", 1)[1]
         again = await serve("--port", served.url.rsplit(":", 1)[1], engine_port=int(engine_port))
         assert gateways(again) == before

@@ -80,7 +80,7 @@ async def behind(backend: Backend, **fields: Any) -> AsyncIterator[Behind]:
         max_inflight=64,
         max_model_len=0,
         accepts_priority=False,
-        tells_token_ids=False,
+        returns_token_ids=False,
         prefill_s_per_token=1e-4,
         decode_s_per_token=1e-3,
         model=backend.model,

@@ -115,7 +115,7 @@ def replica_of(
         max_inflight=fake.most,
         max_model_len=fake.context,
         accepts_priority=True,
-        tells_token_ids=fake.resumes,
+        returns_token_ids=fake.resumes,
         prefill_s_per_token=0.01,
         decode_s_per_token=0.1,
         attached=fake.attached,

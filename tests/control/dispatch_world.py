@@ -227,7 +227,7 @@ class World:
         assert self.machine.serving[replica.id] is replica
         assert (replica.id, replica.started_s) not in client.tried, story
         assert command.resumes == (client.moves > 0)
-        assert replica.tells_token_ids or not command.resumes
+        assert replica.returns_token_ids or not command.resumes
         client.sends += 1
         tries = client.sends - client.free_sends - client.moves
         assert tries <= self.scenario.policy.max_attempts, story

@@ -85,7 +85,7 @@ def test_an_outgrown_answer_weighs_on_its_replica() -> None:
                 max_inflight=8,
                 max_model_len=0,
                 accepts_priority=False,
-                tells_token_ids=False,
+                returns_token_ids=False,
                 prefill_s_per_token=1e-3,
                 decode_s_per_token=1e-2,
             )

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from oserve.control.dispatch.breaker import (
     BreakerPolicy,
     Breakers,
-    concerns_us,
+    concerns_oserve,
     refuses,
     retry_after_s,
-    worth_elsewhere,
+    retryable_elsewhere,
 )
 from oserve.control.dispatch.ledger import WorkLedger
 from oserve.control.dispatch.router import Route, Router
@@ -28,7 +28,7 @@ def replica(name: str) -> TableReplica:
         max_inflight=8,
         max_model_len=0,
         accepts_priority=False,
-        tells_token_ids=False,
+        returns_token_ids=False,
         prefill_s_per_token=1e-4,
         decode_s_per_token=1e-2,
     )
@@ -78,7 +78,7 @@ def test_life_of_a_breaker() -> None:
         assert breakers.open(0.0) == set()
     breakers.failed("a", 0.0, "500")
     assert breakers.open(0.9) == {"a"}
-    assert breakers.told(0.25) == {"a": ("500", 0.75)}
+    assert breakers.report(0.25) == {"a": ("500", 0.75)}
     # Its time has come: one request is the trial, and no other goes there meanwhile.
     assert breakers.open(1.0) == set()
     breakers.sent("a", 1.0)
@@ -89,20 +89,20 @@ def test_life_of_a_breaker() -> None:
     # A trial that ends without outcome, or never, makes room for another.
     breakers.sent("a", 3.2)
     assert breakers.open(3.3) == {"a"}
-    breakers.let_go("a")
+    breakers.release("a")
     assert breakers.open(3.3) == set()
     breakers.sent("a", 4.0)
     assert breakers.open(4.0 + POLICY.trial_s) == set()
     breakers.served("a")
-    assert breakers.told(4.0) == {}
+    assert breakers.report(4.0) == {}
     breakers.failed("a", 5.0, "500")
     assert breakers.open(5.0) == set()
     breakers.follow(["b"])
-    assert breakers.told(5.0) == {}
+    assert breakers.report(5.0) == {}
 
 
 def test_retry_after_is_honoured_within_bounds() -> None:
-    for asked, least in ((20.0, 20.0), (0.5, 1.0), (1e9, POLICY.most_asked_s)):
+    for asked, least in ((20.0, 20.0), (0.5, 1.0), (1e9, POLICY.max_retry_after_s)):
         breakers = Breakers()
         breakers.failed("a", 0.0, "429", at_once=True, retry_after_s=asked)
         assert breakers.open(least - 0.01) == {"a"}
@@ -139,14 +139,14 @@ def test_it_always_comes_back(course: list[tuple[str, float]]) -> None:
 
 def test_what_another_replica_may_answer() -> None:
     for status in (500, 502, 503, 408, 424, 429):
-        assert worth_elsewhere(status, attached=False)
+        assert retryable_elsewhere(status, attached=False)
     for status in (401, 403, 404, 405):
-        assert worth_elsewhere(status, attached=True)
-        assert not worth_elsewhere(status, attached=False)
+        assert retryable_elsewhere(status, attached=True)
+        assert not retryable_elsewhere(status, attached=False)
         assert refuses(status)
-        assert concerns_us(status)
+        assert concerns_oserve(status)
     for status in (200, 400, 413, 422):
-        assert not worth_elsewhere(status, attached=True)
+        assert not retryable_elsewhere(status, attached=True)
         assert not refuses(status)
     assert refuses(429)
-    assert not concerns_us(429)
+    assert not concerns_oserve(429)

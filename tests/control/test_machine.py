@@ -134,7 +134,7 @@ def test_a_failure_tells_the_story_of_its_request() -> None:
     with pytest.raises(InvariantError) as caught:
         driver.at(2.0, on.Streams(1))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "a request is at a replica and its slot is free"
+    assert lines[0] == "a request at a replica has no booked slot"
     assert lines[1].startswith("after (Streams(number=1")
     assert lines[2].startswith("request 1: Streaming(")
     story = [" ".join(line.partition("(")[0].split()) for line in lines[3:]]
@@ -164,7 +164,7 @@ def test_each_fault_of_the_books_and_of_the_queue_is_found() -> None:
     found = [fault for _, fault in faults(machine)]
     assert found == [
         "2 slots of r0 are booked, 1 used",
-        "the work owed by r0 is not that of its requests",
+        "the work booked at r0 differs from that of its requests",
     ]
     entry.close(0.0, done=False)
     # A request that waits though it is not in the queue; one that is at a replica and in the queue.
@@ -175,9 +175,9 @@ def test_each_fault_of_the_books_and_of_the_queue_is_found() -> None:
     machine.waiting.push(machine.requests[2])
     # One that has ended is kept.
     machine.requests[2].phase = Ended(FinishStatus.FAILED)
-    assert (2, "a request has ended and is still kept") in faults(machine)
-    # One that is not known waits.
+    assert (2, "an ended request is still open") in faults(machine)
+    # An unknown request waits.
     state = machine.requests.pop(2)
-    assert (2, "a request waits that is not known") in faults(machine)
-    assert driver.witness.story(2).startswith("request 2: it is not known\nevent   Arrived(")
+    assert (2, "an unknown request is in the queue") in faults(machine)
+    assert driver.witness.story(2).startswith("request 2: unknown\nevent   Arrived(")
     machine.requests[2] = state

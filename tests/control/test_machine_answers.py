@@ -66,9 +66,9 @@ def test_what_every_replica_would_refuse_is_refused(status: int) -> None:
     # Its words are lost: the client is told that much.
     commands = driver.at(1.0, on.Lost(number=2, reason="broke", status=status))
     refuse = only(commands, do.Refuse)
-    assert (refuse.refusal, refuse.status) == (Refusal.REFUSED_UNHEARD, status)
+    assert (refuse.refusal, refuse.status) == (Refusal.REFUSED_WITHOUT_BODY, status)
     assert only(commands, do.Record).status is FinishStatus.CLIENT_ERROR
-    assert driver.machine.fleet.breakers.told(1.0) == {}
+    assert driver.machine.fleet.breakers.report(1.0) == {}
 
 
 def test_what_an_attached_server_holds_against_us_is_not_for_the_client() -> None:
@@ -135,13 +135,13 @@ def test_an_answer_that_ends_well_closes_the_breaker() -> None:
     driver = Driver(*BOTH)
     driver.ask(0.0, 1)
     driver.at(0.0, on.Lost(number=1, reason="refused", connected=False))
-    assert driver.machine.fleet.breakers.told(1.0).keys() == {"r0"}
+    assert driver.machine.fleet.breakers.report(1.0).keys() == {"r0"}
     driver.ask(1.0, 2, ask=Ask(kind="long"))
     assert driver.place(2) == "r0"
     driver.at(1.1, on.Began(2))
     driver.at(1.2, on.Shown(2))
     driver.at(1.3, on.Finished(2))
-    assert driver.machine.fleet.breakers.told(1.3) == {}
+    assert driver.machine.fleet.breakers.report(1.3) == {}
 
 
 def test_streams_that_end_do_not_hide_that_new_requests_fail() -> None:
@@ -150,12 +150,12 @@ def test_streams_that_end_do_not_hide_that_new_requests_fail() -> None:
     for number in (1, 2, 3):
         driver.at(0.1, on.Streams(number))
     for number in (4, 5, 6):
-        assert driver.machine.fleet.breakers.told(1.0) == {}
+        assert driver.machine.fleet.breakers.report(1.0) == {}
         driver.ask(1.0, number)
         driver.at(1.0, on.Refused(number=number, status=500, reason="500"))
         driver.at(1.0, on.Finished(number, FinishStatus.FAILED))
         driver.at(1.0, on.Finished(number - 3))
-    assert driver.machine.fleet.breakers.told(1.0).keys() == {"r0"}
+    assert driver.machine.fleet.breakers.report(1.0).keys() == {"r0"}
 
 
 def test_an_engine_that_gives_a_request_up_is_not_set_aside() -> None:
@@ -167,7 +167,7 @@ def test_an_engine_that_gives_a_request_up_is_not_set_aside() -> None:
         )
         assert driver.place(number) == "r1"
         driver.at(number + 0.5, on.Finished(number))
-    assert driver.machine.fleet.breakers.told(6.0) == {}
+    assert driver.machine.fleet.breakers.report(6.0) == {}
 
 
 def test_what_is_better_worded_is_no_attempt() -> None:

@@ -145,7 +145,7 @@ def replica_of(name: str) -> TableReplica:
         max_inflight=8,
         max_model_len=0,
         accepts_priority=True,
-        tells_token_ids=True,
+        returns_token_ids=True,
         prefill_s_per_token=1e-3,
         decode_s_per_token=1e-2,
     )

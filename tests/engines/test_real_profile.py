@@ -46,7 +46,7 @@ async def test_an_engine_is_measured(tiny_model: Path, tmp_path: Path) -> None:
         started_engine(cluster, devices, shape) as state,
     ):
         entry, facts = await measure_engine(
-            state.endpoint, model, "cpu", shape, rounds=1, report=report, watch=False
+            state.endpoint, model, "cpu", shape, rounds=1, report=report, check_contention=False
         )
         async with EngineClient(state.endpoint, vocab=model.vocab) as client:
             assert await client.facts() == facts

@@ -96,7 +96,7 @@ def test_it_scores_switches_with_simulated_capacities(request_: PlanRequest) -> 
         worker.close()
     # Earlier requests are served first, and do not count.
     crowd = tuple(400.0 * rate for rate in RATES)
-    crowded = replace(case, asked=replace(case.asked, past=((crowd, 5.0),)))
+    crowded = replace(case, inputs=replace(case.inputs, past=((crowd, 5.0),)))
     assert good_rps(scorer, crowded) < 0.5 * good_rps(scorer, case)
 
 

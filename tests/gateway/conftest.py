@@ -33,7 +33,7 @@ def table_replica(name: str, url: str, **fields: Any) -> TableReplica:
         "max_inflight": 64,
         "max_model_len": 8192,
         "accepts_priority": True,
-        "tells_token_ids": True,
+        "returns_token_ids": True,
         "prefill_s_per_token": 1e-4,
         "decode_s_per_token": 1e-3,
     }

@@ -26,7 +26,7 @@ DIALECT = {dialect.name: dialect for dialect in DIALECTS}
 
 
 def statuses(front: Front) -> dict[str, float]:
-    """Requests ended, by how."""
+    """Ended requests by status."""
     return {
         name: value[0]
         for name, value in front.gateway.runner.metrics.snapshot()["oserve_requests"].items()
@@ -90,7 +90,7 @@ async def test_one_that_fails_at_once_draws_little(
     assert len(good.seen) == 30
     assert statuses(front) == {"completed": 30.0}
     assert (
-        front.gateway.runner.machine.fleet.breakers.told(0.0)["r0"][0]
+        front.gateway.runner.machine.fleet.breakers.report(0.0)["r0"][0]
         == f"it answered with status {status}"
     )
     # It is tried again when its time has come, and trusted again when it answers.
@@ -101,7 +101,7 @@ async def test_one_that_fails_at_once_draws_little(
         (await front.post("/v1/completions", TEXT))[1]["x-oserve-replica"] for _ in range(4)
     }
     assert "r0" in answered
-    assert front.gateway.runner.machine.fleet.breakers.told(0.0) == {}
+    assert front.gateway.runner.machine.fleet.breakers.report(0.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ async def test_tokenize_is_renamed(make_front: Make) -> None:
     other = table_replica("a", f"http://127.0.0.1:{port}", attached=True)
     front.gateway.runner.update(table_of(other, *table.replicas))
     assert (await front.post("/tokenize", {"prompt": "a b"}))[0] == 200
-    assert front.gateway.runner.machine.fleet.breakers.told(0.0) == {}
+    assert front.gateway.runner.machine.fleet.breakers.report(0.0) == {}
     front.gateway.runner.update(table_of(other))
     assert (await front.post("/tokenize", {"prompt": "a b"}))[0] == 404
 
@@ -252,7 +252,7 @@ async def test_an_error_event_that_blames_the_server_is_tried_elsewhere(
     make_front: Make, dialect: str
 ) -> None:
     engines = [EmulatedEngine(dialect=DIALECT[dialect]) for _ in range(2)]
-    front = await make_front(*engines, tells_token_ids=False)
+    front = await make_front(*engines, returns_token_ids=False)
     attach(front, stream_options=False)
     engines[0].mishaps.append(Mishap(after=0, how="error"))
     lines = await front.lines("/v1/completions", {**TEXT, "stream": True})

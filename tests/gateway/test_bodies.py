@@ -346,7 +346,7 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
         {},
         {"max_inflight": 1},
         {"accepts_priority": False, "model": "renamed"},
-        {"tells_token_ids": False, "max_inflight": 1},
+        {"returns_token_ids": False, "max_inflight": 1},
     ],
 )
 async def test_every_body_is_answered_and_every_slot_freed(

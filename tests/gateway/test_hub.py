@@ -123,7 +123,7 @@ async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_pa
                 max_inflight=1,
                 max_model_len=0,
                 accepts_priority=False,
-                tells_token_ids=True,
+                returns_token_ids=True,
                 prefill_s_per_token=1e-4,
                 decode_s_per_token=1e-3,
                 started_s=started_s,

@@ -128,7 +128,7 @@ def test_the_fast_way_and_the_slow_way_tell_the_same(
         body = b"".join(map(chunk, cuts)) + LAST_CHUNK
         pieces = [*map(chunk, cuts), LAST_CHUNK] if chunks == "whole" else cut(body, marks)
     kept = ReplayBuffer(ReplayBudget(1 << 20, 1 << 20)) if keeps else None
-    passing = PassThrough(hide_usage=hide_usage, kept=kept, shows_ids=shows_ids or not keeps)
+    passing = PassThrough(hide_usage=hide_usage, replay=kept, shows_ids=shows_ids or not keeps)
     hide_ids = keeps and not shows_ids
     # Where the client's body is in chunks, so is what it gets of a body without.
     got = heard(passed(passing, pieces, chunked=chunks != "none"))
@@ -157,7 +157,7 @@ def test_vllms_form_passes_as_the_bytes_it_came_in() -> None:
         (ReplayBuffer(ReplayBudget(9999, 9999)), True, piece),
         (ReplayBuffer(ReplayBudget(9999, 9999)), False, piece.replace(b"[1234]", b"null  ")),
     ):
-        passing = PassThrough(hide_usage=True, kept=kept, shows_ids=shows)
+        passing = PassThrough(hide_usage=True, replay=kept, shows_ids=shows)
         # The first is read the slow way: it might begin with a byte order mark.
         assert passing.take(piece, chunked=True)
         for count in (1, 3):
@@ -177,7 +177,7 @@ def test_trouble_is_held_back_until_it_is_let_through(end: bytes, name: bytes) -
         assert passing.trouble is not None
         assert passing.trouble.status == 500
         assert passing.take(b": more" + end, chunked=False) == b""
-        rest = Dechunker().feed(passing.give_in())
+        rest = Dechunker().feed(passing.forward_error())
         assert rest.index(b"died") < rest.index(b"[DONE]") < rest.index(b"more")
 
 

@@ -367,7 +367,7 @@ async def test_sampled_streams_go_on_without_a_seam(make_front: Make) -> None:
 
 
 async def test_a_replica_that_tells_no_ids_is_left_alone(make_front: Make) -> None:
-    front = await make_front(*engines(2), tells_token_ids=False)
+    front = await make_front(*engines(2), returns_token_ids=False)
     front.engines[0].mishaps.append(Mishap(after=5))
     front.engines[1].mishaps.append(Mishap(after=5))
     lines = await front.lines("/v1/completions", {**TEXT, "stream": True, "max_tokens": 9})

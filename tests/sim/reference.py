@@ -134,7 +134,7 @@ class Reference:
                     max_inflight=engine.max_inflight,
                     max_model_len=0,
                     accepts_priority=engine.ordered,
-                    tells_token_ids=True,
+                    returns_token_ids=True,
                     prefill_s_per_token=engine.prefill_s,
                     decode_s_per_token=engine.decode_s,
                 )

@@ -126,17 +126,17 @@ def test_only_precisions_that_can_be_had_are_planned(model: str, tmp_path: Path)
     assert {spec.shape.precision for spec in found.plan.replicas} == {Precision.FP32}
 
 
-def test_several_shapes_are_planned_where_they_are_asked_for(model: str, tmp_path: Path) -> None:
+def test_several_shapes_are_planned_where_they_are_required(model: str, tmp_path: Path) -> None:
     """Whatever they are worth, which is said."""
     variants = {"engines.variants": {"int8": "elsewhere"}, "cluster.cpu_flags": "avx2 fma avx512f"}
     plain = planned(settings(model, tmp_path, **variants))
     assert "planning.min_shapes" not in plain.why
     found = planned(settings(model, tmp_path, **variants, **{"planning.min_shapes": 2}))
     assert len({spec.shape.name for spec in found.plan.replicas}) == 2
-    assert "2 different shapes were asked for (planning.min_shapes)" in found.why
+    assert "2 different shapes are required (planning.min_shapes)" in found.why
     # Two slots hold no three replicas.
     three = planned(settings(model, tmp_path, **variants, **{"planning.min_shapes": 3}))
-    assert "3 different shapes (planning.min_shapes) cannot be had here" in three.why
+    assert "3 different shapes (planning.min_shapes) do not fit these devices" in three.why
     assert [spec.shape for spec in three.plan.replicas] == [
         spec.shape for spec in plain.plan.replicas
     ]

@@ -127,7 +127,7 @@ class World:
             cluster=self.cluster,
             clock=self.clock,
             costs=costs,
-            strikes=self.cluster.strikes,
+            draws_fault=self.cluster.draws_fault,
             failed_transfer=self.faults.failed_transfer,
         )
         return Switcher(

@@ -398,7 +398,7 @@ async def test_a_kill_at_any_moment_leaves_a_journal_that_tells(scene: Scene) ->
     assert journals(scene.folder) == []
 
 
-async def test_the_last_wish_wins(scene: Scene) -> None:
+async def test_the_last_request_wins(scene: Scene) -> None:
     first = scene.switcher.want(NEW, "test")
     await asyncio.sleep(0.05)
     await scene.spend(1)

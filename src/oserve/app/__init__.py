@@ -1,1 +1,1 @@
-"""App: wiring. Everything is built here, once, and nothing is decided here."""
+"""App: wires the server together, and decides nothing."""

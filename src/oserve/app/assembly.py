@@ -1,4 +1,4 @@
-"""The parts of a server, made from what it is to run."""
+"""Builds the parts of a server from its deployment."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -26,7 +26,7 @@ from oserve.switching.switcher import Switcher, SwitcherFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFolders:
-    """``state`` survives the server, ``run`` holds its sockets, ``log`` a file per process."""
+    """``state`` outlives the server, ``run`` holds its sockets, ``log`` one file per process."""
 
     state: Path
     run: Path
@@ -34,7 +34,7 @@ class ServerFolders:
 
 
 def server_folders(settings: Settings) -> ServerFolders:
-    """The folders of a server, made if they are missing."""
+    """The folders of a server, created if missing."""
     state = Path(settings.state_dir)
     return ServerFolders(
         state=state, run=private_folder(state), log=Path(settings.engines.log_dir).resolve()
@@ -61,7 +61,7 @@ def engine_cluster(
     clock: Clock,
     on_change: Callable[[ReplicaState], None],
 ) -> LocalCluster:
-    """The engines of this machine as a cluster; ``on_change`` hears of each change of a replica."""
+    """The engines of this machine as a cluster; each change of a replica calls ``on_change``."""
     settings = deployment.settings
     return LocalCluster(
         deployment.devices,
@@ -108,7 +108,7 @@ def plan_switcher(
     settle: Callable[[SwitchOutcome], None],
     publish: Callable[[], Awaitable[None]],
 ) -> Switcher:
-    """Carries switches out on the cluster; see ``SwitcherFacts`` for the arguments."""
+    """The switcher of the cluster; see ``SwitcherFacts`` for the arguments."""
     settings = deployment.settings
     weights = EngineWeightFacts(
         cluster=cluster,

@@ -1,7 +1,7 @@
-"""The controller of a live server: what it is fed, where it computes, what it saves.
+"""The controller of a live server: its inputs, its thread, its saved state.
 
-The slow part of a decision runs in a thread. Between decisions the routing shares are solved again
-from present rates, since changing them costs nothing.
+The slow part of a decision runs in a thread. Between decisions the controller solves the routing
+shares again from present rates, since changing them costs nothing.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ _DECISIONS_SHOWN = 10
 class ControllerService:
     """Feeds a controller and asks it for decisions; ``now_s`` is Unix time throughout.
 
-    ``request`` is what the controller plans from. ``legs`` tells how long switches without restarts
-    take, ``learned`` how long their phases took so far.
+    ``request`` is what the controller plans from. ``legs`` predicts the durations of switches
+    without restarts, ``learned`` has the durations of their phases so far.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ControllerService:
     async def refine(self) -> None:
         """Replace the model's capacities by simulated ones; takes seconds once, in a thread.
 
-        The controller makes no decision of its own before.
+        Until then the controller makes no decision by itself.
         """
         async with self._refining:
             if self._scoring is None or self._refined:
@@ -144,7 +144,7 @@ class ControllerService:
             return decision, weighed
 
     def reached(self, plan: DeploymentPlan) -> None:
-        """A switch ended in this plan, which may differ from the one decided on."""
+        """Record that a switch ended in this plan, which may differ from the decided one."""
         self.controller.reached(self._runtime.typed(plan))
 
     def bar(self, failed: Sequence[ReplicaSpec]) -> None:
@@ -161,13 +161,13 @@ class ControllerService:
         await self._memory.save_seconds(now_s)
 
     def close(self) -> None:
-        """End the worker process that simulates."""
+        """End the worker process of simulations."""
         if self._scoring is not None:
             self._scoring.close()
 
     # -- reporting ------------------------------------------------------------------------------
     def costs(self, shape: ReplicaShape, device_kind: str) -> TokenCosts:
-        """The cost of a token for the router, at the speed the replicas really have."""
+        """The cost of a token for the router, at the observed speeds of replicas."""
         return self._deployment.costs(shape, device_kind).at(
             self.planner.speeds.of(replace(shape, device_kind=device_kind))
         )

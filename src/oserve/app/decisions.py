@@ -1,4 +1,4 @@
-"""The controller's work on a live server: count each second, decide when due, start switches."""
+"""The decision loop of a live server: count each second, decide when due, start switches."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ class ClusterView:
 
 
 class DecisionLoop:
-    """Runs one controller. Its errors are logged: serving goes on with the plan in force."""
+    """Runs one controller. Its errors are logged: serving continues with the plan in force."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class DecisionLoop:
         controller = self.controller
         deciding: asyncio.Task[None] | None = None
         self._spawn(self._refine())
-        # A server that is killed before its first decision is followed by one with this plan.
+        # If the server is killed before its first decision, the next one starts with this plan.
         await controller.save(self._unix_s())
         saved_s = self._clock.now()
         while True:
@@ -87,7 +87,7 @@ class DecisionLoop:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def save_last(self) -> None:
-        """Count what came since the last second, and save everything."""
+        """Count the arrivals since the last second, and save everything."""
         observation = self._view.observation
         if observation is not None:
             now_s = self._unix_s()
@@ -95,7 +95,7 @@ class DecisionLoop:
             await self.controller.save(now_s)
 
     def switch_ended(self, outcome: SwitchOutcome) -> None:
-        """Continue from the plan in force. A shape that could not be started is not tried again."""
+        """Continue from the plan in force, without shapes that failed to start."""
         cause = outcome.cause
         if cause is not None and cause.task is Task.START:
             failed = self.controller.controller.plan.replica(cause.replica)
@@ -138,9 +138,9 @@ class DecisionLoop:
     async def _refine(self) -> None:
         try:
             await self.controller.refine()
-        # Whatever is wrong with the simulation, the linear model's capacities can be used.
+        # After any fault of the simulation the linear model's capacities stay in use.
         except Exception:
-            _log.exception("capacities could not be simulated; those of the linear model stay")
+            _log.exception("the simulation of capacities failed; those of the linear model stay")
 
     def _count(self) -> Trigger | None:
         observation = self._view.observation
@@ -148,13 +148,13 @@ class DecisionLoop:
             return None
         now_s = self._unix_s()
         batches = self._gateway.batches()
-        # Counts that arrive late must not look like a silence: time waits for them.
+        # Late counts must not look like an idle time, so the clock waits for them.
         until_s = min(now_s, self._gateway.counted_until_s + _INTERVAL_S)
         try:
             return self.controller.observe(max(until_s, now_s - _WAIT_S), batches, observation)
-        # Serving must not end because counting fails.
+        # An unforeseen fault in counting must not end serving.
         except Exception:
-            _log.exception("a second could not be counted")
+            _log.exception("counting a second failed")
             return None
 
     async def _try_decide(self, trigger: Trigger) -> None:
@@ -163,6 +163,6 @@ class DecisionLoop:
             return
         try:
             await self.decide(observation, trigger)
-        # Serving must not end because a decision fails.
+        # An unforeseen fault in a decision must not end serving.
         except Exception:
-            _log.exception("a decision could not be made")
+            _log.exception("a decision failed")

@@ -1,4 +1,4 @@
-"""The keeper of engines as the gateway supervisor sees it."""
+"""Adapts the keeper of engines to the interface of the gateway supervisor."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from oserve.engines.logs import open_log, telling_line
 
 
 class KeptGatewayProcess:
-    """A ``KeptProcess`` of the gateway room."""
+    """Implements ``gateway.process.keeper.KeptProcess``."""
 
     def __init__(self, process: HeldProcess) -> None:
         self._process = process
@@ -36,7 +36,7 @@ class KeptGatewayProcess:
 
 
 class GatewayKeeper:
-    """A ``ProcessKeeper`` of the gateway room; each process has a log in ``log_dir``."""
+    """Implements ``gateway.process.keeper.ProcessKeeper``; logs are in ``log_dir``."""
 
     def __init__(self, keeper: HeldEngines, log_dir: Path) -> None:
         self._keeper = keeper

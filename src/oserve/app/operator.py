@@ -18,7 +18,7 @@ _SWITCH_PATH = "/oserve/v1/switch"
 
 
 class CallRefusedError(Exception):
-    """This server cannot do it; the text says why."""
+    """This server refuses the call; the message gives the reason."""
 
 
 class OperatorApi:
@@ -40,7 +40,7 @@ class OperatorApi:
         self._view = view
 
     async def answer(self, call: OperatorCall) -> OperatorAnswer:
-        """Carry a call out; errors become the answer."""
+        """Execute a call; errors become the answer."""
         try:
             given = self._given(call.body) if call.body.strip() else None
             if call.path == _SWITCH_PATH:

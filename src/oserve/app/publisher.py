@@ -1,4 +1,4 @@
-"""What a server tells of its cluster: the gateway gets tables and status, a person the phases."""
+"""Publishes the cluster: routing tables and status to gateways, phases to the operator."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from oserve.startup.deployment import ServerDeployment
 
 
 class StatusPublisher:
-    """Publishes what was observed; ``changed`` gets a line whenever a replica's phase changes."""
+    """Publishes observations; ``changed`` gets a line whenever a replica's phase changes."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class StatusPublisher:
         switches: list[dict[str, Any]],
         now_s: float,
     ) -> None:
-        """Tell of ``observation``, made at ``now_s`` Unix time while ``plan`` was in force.
+        """Publish ``observation``, made at ``now_s`` Unix time with ``plan`` in force.
 
-        ``lost``: replicas given up, with the reason. ``switches``: their documents, oldest first.
+        ``lost``: replicas given up, with the reason. ``switches``: their reports, oldest first.
         """
         document = status_document(
             plan,
@@ -54,7 +54,7 @@ class StatusPublisher:
             self._policy,
             model=self._deployment.models[0],
             version=__version__,
-            set_aside=self._gateway.set_aside,
+            open_breakers=self._gateway.open_breakers,
         )
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()

@@ -1,4 +1,4 @@
-"""A server from its start to its end: signals, readiness, the grace of running requests."""
+"""Runs a server: signals, readiness, and the grace period of running requests."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
 """The running server: a control loop that keeps the cluster at a plan, and a gateway in front.
 
-With a controller, the plan follows the traffic; see ``decisions``.
+With a controller, the plan adapts to the traffic; see ``decisions``.
 """
 
 import asyncio
@@ -116,12 +116,12 @@ class OServeServer:
         await self._keeper.connect()
         kept, ended = await self._cluster.adopt()
         if kept or ended:
-            _log.info("taken over: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
+            _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
         await self._loop.step()
         return await self._gateway.listen()
 
     async def run(self) -> None:
-        """Keep the cluster at the plan, and the plan good, until cancelled."""
+        """Run the control loop and the controller until cancelled."""
         if self._decisions is not None:
             self._deciding = asyncio.ensure_future(self._decisions.run())
         while True:
@@ -131,7 +131,7 @@ class OServeServer:
                 await asyncio.wait_for(self._woken.wait(), self._interval_s)
 
     async def close(self) -> None:
-        """End: no new requests, a grace for running ones, then every process ends."""
+        """End: refuse new requests, drain within the grace period, then end every process."""
         if self._deciding is not None:
             self._deciding.cancel()
             await asyncio.gather(self._deciding, return_exceptions=True)
@@ -146,7 +146,7 @@ class OServeServer:
             await self._cluster.close()
             self._lock.release()
 
-    # -- what the parts call --------------------------------------------------------------------
+    # -- callbacks ------------------------------------------------------------------------------
     async def _operate(self, call: OperatorCall) -> OperatorAnswer:
         return await self._operator.answer(call)
 
@@ -185,7 +185,7 @@ class OServeServer:
 def _controller(
     deployment: ServerDeployment, movable: SwitchFacts | str, learned: LearnedPhases
 ) -> ControllerService | None:
-    """The controller, if there is to be one; it knows of a switch that a killed server left."""
+    """The controller, if the mode needs one; it gets the unfinished switch of a killed server."""
     now_s = time.time()
     left = recovered_switch(deployment.settings, now_s)
     if left is not None:

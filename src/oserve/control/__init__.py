@@ -1,4 +1,5 @@
-"""Control: policy. Observation in, actions out; the router; the loop; the door to a cluster.
+"""Control: policy. From observations to actions: controller, control loop and cluster API.
 
-It does not know vLLM, HTTP or the wall clock: a shell or the simulator stands behind the door.
+It does not know vLLM, HTTP or the wall clock. The live cluster and the simulator implement its
+cluster API.
 """

@@ -16,7 +16,7 @@ from oserve.workload.columns import Floats
 # After a longer pause between two ticks, the seconds between them count as not seen.
 _LONGEST_TICK_S = 5
 # A window with a smaller fraction of seen seconds is a gap.
-_LEAST_SEEN = 0.5
+_MIN_COVERAGE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +63,7 @@ class Collector:
                 self._tokens[place] += numbers
 
     def tick(self, now_s: float, gauges: Mapping[str, float] | None = None) -> None:
-        """It is ``now_s``, and all whole seconds since the last tick were counted.
+        """Advance to ``now_s``; all whole seconds since the last tick were counted.
 
         ``gauges``: current values, such as queue length, KV cache usage, running and waiting.
         """
@@ -85,14 +85,14 @@ class Collector:
         Counts are scaled up by the fraction of seen seconds; below one half they are NaN.
         """
         if width_s % parts:
-            raise ValueError(f"{width_s} s cannot be cut into {parts} equal parts")
+            raise ValueError(f"{width_s} s cannot be divided into {parts} equal parts")
         counts, seen = self._span(end_s - width_s, width_s)
         cut = counts.reshape(parts, width_s // parts, len(self.names)).sum(axis=1)
         share = seen.reshape(parts, width_s // parts).mean(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            pieces = np.where(share[:, None] >= _LEAST_SEEN, cut / share[:, None], np.nan)
+            pieces = np.where(share[:, None] >= _MIN_COVERAGE, cut / share[:, None], np.nan)
             whole = counts.sum(axis=0) / seen.mean()
-        if seen.mean() < _LEAST_SEEN:
+        if seen.mean() < _MIN_COVERAGE:
             whole = np.full(len(self.names), np.nan)
         # A correction may arrive before the count that it corrects.
         return Window(
@@ -147,7 +147,7 @@ class Collector:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what an earlier collector held; types that no longer exist are ignored."""
+        """Restore the seconds of an earlier collector; types that no longer exist are ignored."""
         names = tuple(str(name) for name in state["names"])
         pairs = [(index, names.index(n)) for index, n in enumerate(self.names) if n in names]
         rows = zip(state["second"], state["counts"], state["tokens"], strict=True)

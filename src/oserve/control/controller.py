@@ -111,7 +111,7 @@ class Controller:
     # -- the decision ---------------------------------------------------------------------------
     def decide(
         self,
-        asked: DecisionInput,
+        inputs: DecisionInput,
         score: CandidateScore | None,
         *,
         now_s: float,
@@ -123,13 +123,13 @@ class Controller:
         ``switching``: the last switch has not ended. If the input is of another plan than the one
         in force, the verdict is to keep the latter.
         """
-        switching = switching or asked.version != self._version
-        if score is not None and asked.given is None and not asked.shrink_to:
+        switching = switching or inputs.version != self._version
+        if score is not None and inputs.given is None and not inputs.shrink_to:
             self._compare(score, now_s, switching=switching)
         context = self._context(now_s, trigger, switching=switching)
-        reason = reason_for(self.policy, context, asked, score)
+        reason = reason_for(self.policy, context, inputs, score)
         verdict = verdict_for(self.policy, trigger, reason)
-        decision = self._record(asked, score, now_s, trigger, verdict, reason)
+        decision = self._record(inputs, score, now_s, trigger, verdict, reason)
         if verdict is DecisionVerdict.SWITCH and score is not None:
             self._switch(score, now_s, reason)
         return decision
@@ -180,7 +180,7 @@ class Controller:
 
     def _record(
         self,
-        asked: DecisionInput,
+        inputs: DecisionInput,
         score: CandidateScore | None,
         now_s: float,
         trigger: Trigger,
@@ -194,7 +194,7 @@ class Controller:
             trigger=trigger,
             verdict=verdict,
             reason=reason,
-            current_plan=asked.current.id,
+            current_plan=inputs.current.id,
             forecast=self.monitor.forecast(),
         )
         if score is not None:

@@ -1,6 +1,6 @@
-"""Which running requests leave a replica that is vacated: the decision of a switch, for gateways.
+"""The drain decision of the gateways: which running requests leave a vacated replica.
 
-Requests that end soon stay. Where engines cannot move caches, the others are computed again.
+Requests that end soon stay. Where engines cannot move KV caches, the other requests are recomputed.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from oserve.control.dispatch.policy import DrainCandidate, Exit
 from oserve.control.dispatch.table import TableReplica
 from oserve.switch.kv import DrainPolicy, RunningRequest, TargetRoom, Way, decide_requests
 
-# What a cache moves at through files in memory.
+# The bandwidth of cache transfers through files in memory.
 _MOVE_BYTES_PER_S = 1e9
 _ANY_TOKENS = 1 << 40
 _EXITS = {Way.DRAIN: Exit.STAY, Way.REPLAY: Exit.REPLAY, Way.MOVE: Exit.WITH_CACHE}
@@ -19,13 +19,13 @@ _EXITS = {Way.DRAIN: Exit.STAY, Way.REPLAY: Exit.REPLAY, Way.MOVE: Exit.WITH_CAC
 def decide_exits(
     running: Sequence[DrainCandidate], others: Sequence[TableReplica], left_s: float
 ) -> Sequence[Exit]:
-    """For each running request, given the replicas that serve on and the seconds left."""
+    """The decision for each running request, given the remaining replicas and the seconds left."""
     if not running:
         return []
     target = min((replica.id for replica in others), default="")
     folders = {item.endpoint.caches for item in others} - {""}
     moves = any(item.replica.endpoint.caches in folders for item in running)
-    # Whichever way a request goes on, the engine lets it wait until there is room.
+    # With either way the engine queues the request until it has room.
     tokens = _ANY_TOKENS if moves else 0
     room = TargetRoom(
         kv_tokens=tokens,

@@ -56,7 +56,7 @@ class Leg:
 
 
 class SwitchPlanner(Protocol):
-    """What evaluation needs to know. Rates are requests/s, in the order of the workload types."""
+    """The planner of an evaluation. Rates are requests/s, in the order of the workload types."""
 
     def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
         """Plans for these rates, the best first, close to the current one; empty if none serves."""
@@ -96,7 +96,7 @@ class ForecastStep:
 class DecisionInput:
     """All that one decision is based on.
 
-    ``steps`` of the forecast; the last one goes on for as long as needed. ``lasts_s``: how long a
+    ``steps`` of the forecast; the last one lasts as long as needed. ``lasts_s``: how long a
     candidate is expected to stay the best; ``lasting`` has the same by signature, for plans with a
     history. ``plan_for``: rates to make candidates for. ``given``: the operator's plan, evaluated
     in place of candidates. ``version`` counts the plans that were in force. ``shrink_to``: keep
@@ -150,7 +150,7 @@ class SwitchPrice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedScore:
-    """A switch as a simulation has it: requests/s within limits without the switch and with it.
+    """The simulated score of a switch: requests/s within limits without the switch and with it.
 
     ``net_gain``: requests that the switch gains after its cost. ``pays_after_s``: when the gain
     has made up for the cost; ``inf`` if it never does.
@@ -204,57 +204,57 @@ class CandidateScore:
         )
 
 
-def best_candidate(asked: DecisionInput, planner: SwitchPlanner) -> CandidateScore | None:
+def best_candidate(inputs: DecisionInput, planner: SwitchPlanner) -> CandidateScore | None:
     """The candidate with the largest net gain; ``None`` where the planner has none."""
-    return next(iter(score_candidates(asked, planner)), None)
+    return next(iter(score_candidates(inputs, planner)), None)
 
 
-def score_candidates(asked: DecisionInput, planner: SwitchPlanner) -> list[CandidateScore]:
+def score_candidates(inputs: DecisionInput, planner: SwitchPlanner) -> list[CandidateScore]:
     """All candidates, the one with the largest net gain first."""
-    found = [score_candidate(asked, plan, planner) for plan in _candidates(asked, planner)]
+    found = [score_candidate(inputs, plan, planner) for plan in _candidates(inputs, planner)]
     return sorted(found, key=lambda item: item.net_gain, reverse=True)
 
 
-def _candidates(asked: DecisionInput, planner: SwitchPlanner) -> list[DeploymentPlan]:
-    if asked.given is not None:
-        return [asked.given]
-    if asked.shrink_to:
-        return [planner.floor(asked.plan_for[0], asked.current, asked.shrink_to)]
+def _candidates(inputs: DecisionInput, planner: SwitchPlanner) -> list[DeploymentPlan]:
+    if inputs.given is not None:
+        return [inputs.given]
+    if inputs.shrink_to:
+        return [planner.floor(inputs.plan_for[0], inputs.current, inputs.shrink_to)]
     found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
-    for rates in asked.plan_for:
+    for rates in inputs.plan_for:
         if sum(rates) > 0:
-            for plan in planner.candidates(rates, asked.current):
+            for plan in planner.candidates(rates, inputs.current):
                 found.setdefault(frozenset(plan.replicas), plan)
     return list(found.values())
 
 
 def score_candidate(
-    asked: DecisionInput, plan: DeploymentPlan, planner: SwitchPlanner
+    inputs: DecisionInput, plan: DeploymentPlan, planner: SwitchPlanner
 ) -> CandidateScore:
     """One candidate against the current plan, by the linear model."""
-    old, new = asked.current.replicas, plan.replicas
-    lasts_s = asked.lasting.get(signature(plan), asked.lasts_s)
-    current, candidate, likely = _served(asked, old, new, planner, lasts_s=lasts_s)
+    old, new = inputs.current.replicas, plan.replicas
+    lasts_s = inputs.lasting.get(signature(plan), inputs.lasts_s)
+    current, candidate, likely = _served(inputs, old, new, planner, lasts_s=lasts_s)
     price = switch_price(
         old,
         new,
-        asked.steps[0].probabilities,
+        inputs.steps[0].probabilities,
         planner,
-        drain_s=asked.drain_s,
-        drain_limit_s=asked.drain_limit_s,
+        drain_s=inputs.drain_s,
+        drain_limit_s=inputs.drain_limit_s,
     )
-    if asked.in_order:
-        late = _late(price.lost, asked.steps[0], old, new, planner, most_s=lasts_s)
+    if inputs.in_order:
+        late = _late(price.lost, inputs.steps[0], old, new, planner, most_s=lasts_s)
         price = replace(price, lost=price.lost + late)
     more_rps = min(candidate - current, likely)
-    missed = _missed_after(asked, new, planner)
+    missed = _missed_after(inputs, new, planner)
     return CandidateScore(
         plan=plan,
         lasts_s=lasts_s,
         current_rps=current,
         candidate_rps=candidate,
-        current_now_rps=planner.served_rps(old, asked.now_rps),
-        candidate_now_rps=planner.served_rps(new, asked.now_rps),
+        current_now_rps=planner.served_rps(old, inputs.now_rps),
+        candidate_now_rps=planner.served_rps(new, inputs.now_rps),
         gain=more_rps * max(0.0, lasts_s - price.seconds) - missed,
         cost=price,
         pays_after_s=_pays_after_s(more_rps, price, missed),
@@ -262,7 +262,7 @@ def score_candidate(
 
 
 def _served(
-    asked: DecisionInput,
+    inputs: DecisionInput,
     old: Sequence[ReplicaSpec],
     new: Sequence[ReplicaSpec],
     planner: SwitchPlanner,
@@ -272,8 +272,8 @@ def _served(
     """Mean requests/s of the old and the new replicas, and the gain at the expected rates."""
     current = candidate = likely = 0.0
     left_s = lasts_s
-    for number, step in enumerate(asked.steps, 1):
-        seconds = left_s if number == len(asked.steps) else min(left_s, step.seconds)
+    for number, step in enumerate(inputs.steps, 1):
+        seconds = left_s if number == len(inputs.steps) else min(left_s, step.seconds)
         left_s -= seconds
         if seconds <= 0:
             continue
@@ -293,13 +293,13 @@ def _pays_after_s(more_rps: float, price: SwitchPrice, missed: float) -> float:
 
 
 def _missed_after(
-    asked: DecisionInput, new: Sequence[ReplicaSpec], planner: SwitchPlanner
+    inputs: DecisionInput, new: Sequence[ReplicaSpec], planner: SwitchPlanner
 ) -> float:
     """Requests that the new replicas serve less when the rates of before return."""
-    if not asked.before or asked.back_s <= 0:
+    if not inputs.before or inputs.back_s <= 0:
         return 0.0
-    old_rps = planner.served_rps(asked.current.replicas, asked.before)
-    return max(0.0, old_rps - planner.served_rps(new, asked.before)) * asked.back_s
+    old_rps = planner.served_rps(inputs.current.replicas, inputs.before)
+    return max(0.0, old_rps - planner.served_rps(new, inputs.before)) * inputs.back_s
 
 
 def _gain_at_expected(
@@ -341,7 +341,7 @@ def _late(
 
 
 def signature(plan: DeploymentPlan) -> str:
-    """A text that is the same for deployments of the same shapes, whatever their devices."""
+    """A string that is equal for deployments of equal shapes, regardless of their devices."""
     counts = Counter(repr(spec.shape) for spec in plan.replicas)
     return "; ".join(f"{count} x {shape}" for shape, count in sorted(counts.items()))
 

@@ -32,7 +32,7 @@ class Lifetime:
         self._since_s = 0.0
 
     def prefers(self, signature: str, now_s: float) -> None:
-        """Record the best deployment now. A signature is any name that tells deployments apart."""
+        """Record the best deployment now. A signature is any name that identifies a deployment."""
         if not self._preferred:
             self._preferred, self._since_s = signature, now_s
         elif signature != self._preferred:

@@ -42,8 +42,8 @@ class ControlLoop:
         """One round; returns its actions."""
         observation = await self._cluster.observe()
         lost = frozenset(given_up(self.plan, observation, self._policy))
-        wished = self._rollout(self.plan, observation, lost, self.held)
-        actions = reconcile(wished, observation, self._policy, self.held)
+        desired = self._rollout(self.plan, observation, lost, self.held)
+        actions = reconcile(desired, observation, self._policy, self.held)
         for action in actions:
             await self._cluster.apply(action)
         self._observed(observation, actions)

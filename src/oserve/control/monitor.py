@@ -51,7 +51,7 @@ class TrafficMonitor:
         self._window_end_s = -1
         self._detected_s = -1
         self._change_s: float | None = None
-        self._again_s: float | None = None
+        self._recheck_s: float | None = None
         self._usual: Floats = np.zeros(len(forecaster.names))
 
     def observe(
@@ -80,10 +80,10 @@ class TrafficMonitor:
         if self._change_s is not None and now_s >= self._change_s + settle_s:
             self._change_s = None
             self._shift()
-            self._look_again(now_s)
+            self._schedule_recheck(now_s)
             return Trigger.CHANGE
-        if self._again_s is not None and now_s >= self._again_s:
-            self._look_again(now_s)
+        if self._recheck_s is not None and now_s >= self._recheck_s:
+            self._schedule_recheck(now_s)
             return Trigger.CHANGE
         # While a change settles, the forecast is still that of the traffic before it.
         return Trigger.INTERVAL if due and self._change_s is None else None
@@ -98,16 +98,16 @@ class TrafficMonitor:
         if changes or (arrived and self.shrunk):
             if self._change_s is None:
                 self._change_s = now_s
-                self._again_s = None
+                self._recheck_s = None
             self.began_s = end_s - min((change.ticks for change in changes), default=1)
 
-    def _look_again(self, now_s: float) -> None:
+    def _schedule_recheck(self, now_s: float) -> None:
         """Schedule another decision when the change is half as old again.
 
         By then another plan may have been better for long enough. The interval may come first.
         """
         age_s = now_s - self.began_s
-        self._again_s = now_s + age_s / 2 if age_s < self._policy.interval_s else None
+        self._recheck_s = now_s + age_s / 2 if age_s < self._policy.interval_s else None
 
     def _shift(self) -> None:
         """Set the forecaster to the rates since the change."""

@@ -152,12 +152,12 @@ class TablePlanner:
         except OServeError:
             return ()
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
-        for deployment in self._worth_a_look(problem, planned):
+        for deployment in self._near_best(problem, planned):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
         return tuple(found.values())
 
-    def _worth_a_look(self, problem: PlanProblem, planned: Planned) -> list[DeploymentCandidate]:
+    def _near_best(self, problem: PlanProblem, planned: Planned) -> list[DeploymentCandidate]:
         """The best deployment, and the homogeneous ones that come near it."""
         best, plain = planned.best, planned.homogeneous[0]
         if self.facts.min_shapes > 1 and problem.is_varied(best.counts):
@@ -258,7 +258,7 @@ class TablePlanner:
             if found is not None:
                 even = _even([spec.id for spec in replicas])
                 return {name: _whole(own) or dict(even) for name, own in found.items()}
-        # With one shape all replicas are equal; without any, nothing tells them apart.
+        # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
         even = _even([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
 

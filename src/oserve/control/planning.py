@@ -33,7 +33,7 @@ def planner_for(
         )
 
     def row_of(spec: ReplicaSpec) -> ShapePerformance | None:
-        """Performance of a shape outside the table; its devices tell their kind."""
+        """Performance of a shape outside the table, on the kind of its devices."""
         kind = kinds.get(spec.devices[0]) if spec.devices else None
         if kind is None:
             return None

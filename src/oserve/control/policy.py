@@ -10,7 +10,7 @@ from oserve.control.evaluation import CandidateScore, DecisionInput, signature
 HOUR_S = 3600.0
 
 
-def _knows_none(signature: str) -> bool:
+def _no_history(signature: str) -> bool:
     del signature
     return False
 
@@ -65,13 +65,13 @@ class DecisionContext:
     watched: bool
     held: bool
     missed: float = math.inf
-    known: Callable[[str], bool] = _knows_none
+    known: Callable[[str], bool] = _no_history
 
 
 def reason_for(
     policy: ControlPolicy,
     context: DecisionContext,
-    asked: DecisionInput,
+    inputs: DecisionInput,
     score: CandidateScore | None,
 ) -> Reason:
     """The first reason that applies, the strongest first."""
@@ -80,8 +80,8 @@ def reason_for(
     if score is None:
         return Reason.NO_PLAN if context.watched else Reason.NO_DATA
     checks = (
-        *_guards(policy, context, asked, score),
-        *_margins(policy, asked, score),
+        *_guards(policy, context, inputs, score),
+        *_margins(policy, inputs, score),
         (_too_early(context, score), Reason.NOT_LONG_ENOUGH),
         (True, Reason.GAIN_EXCEEDS_COST),
     )
@@ -89,7 +89,7 @@ def reason_for(
 
 
 def _guards(
-    policy: ControlPolicy, context: DecisionContext, asked: DecisionInput, score: CandidateScore
+    policy: ControlPolicy, context: DecisionContext, inputs: DecisionInput, score: CandidateScore
 ) -> Iterator[tuple[bool, Reason]]:
     recent = [at_s for at_s in context.switches if context.now_s - at_s < HOUR_S]
     # The first requests after an idle time must not wait for the replicas that were stopped.
@@ -98,7 +98,7 @@ def _guards(
     )
     yield not context.watched, Reason.NO_DATA
     yield context.switching, Reason.SWITCH_UNDER_WAY
-    same = set(score.plan.replicas) == set(asked.current.replicas)
+    same = set(score.plan.replicas) == set(inputs.current.replicas)
     yield same, Reason.SAME_PLAN
     yield context.held, Reason.HELD
     yield dwelling, Reason.MINIMUM_DWELL
@@ -106,9 +106,9 @@ def _guards(
 
 
 def _margins(
-    policy: ControlPolicy, asked: DecisionInput, score: CandidateScore
+    policy: ControlPolicy, inputs: DecisionInput, score: CandidateScore
 ) -> Iterator[tuple[bool, Reason]]:
-    yield asked.shrink_to > 0, Reason.ZERO_TRAFFIC
+    yield inputs.shrink_to > 0, Reason.ZERO_TRAFFIC
     need = score.current_now_rps * (1 - 1e-6) - 1e-9
     yield score.candidate_now_rps < need, Reason.BELOW_PRESENT_NEED
     least = policy.min_gain * score.current_rps * score.lasts_s

@@ -12,8 +12,7 @@ processes do meanwhile:
 The longest step is the time of a whole chunk at warm-up, or the longest silence that ended by
 itself. An engine has *stalled* if its core answers but its running requests do not advance.
 
-A sample that comes late counts little: answers may have waited for the same processor as the
-observer did.
+A late sample counts little: answers may have waited for the same processor as the observer.
 """
 
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ class ProgressSample:
     """One sample of an engine. ``answered``: its core answered since the last sample.
 
     ``counts``: counters that change only when it computes; ``None`` if they could not be read.
-    ``running``: requests in its batch. ``owes``: it owes an answer or progress of a request.
+    ``running``: requests in its batch. ``owes``: an answer, or progress of a request, is due.
     """
 
     now_s: float
@@ -176,7 +175,7 @@ class ProgressTracker:
         return min(max(0.0, now_s - last_s), _LATE * self._interval_s)
 
     def _worked(self, activity: Activity | None, passed_s: float) -> bool:
-        """Whether any of its processes computed since the last sample."""
+        """Whether any of the engine's processes computed since the last sample."""
         before_s, self._work_s = self._work_s, activity.work_s if activity is not None else None
         if before_s is None or self._work_s is None:
             return False
@@ -226,5 +225,5 @@ class ProgressTracker:
             doing = "though it computes" if works else "and computes nothing"
             return f"hangs: it has shown no sign of life for {silent_s:.0f} s {doing}"
         if reached["stalled"] >= 1.0:
-            return f"hangs: {sample.running} running requests stand for {self._stalled_s:.0f} s"
+            return f"hangs: {sample.running} running requests stalled for {self._stalled_s:.0f} s"
         return ""

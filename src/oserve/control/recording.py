@@ -62,7 +62,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedSecond:
-    """What a controller runtime is told in one second.
+    """The input of a controller runtime in one second.
 
     ``queued`` requests wait at the gateway. ``switching``: a switch has not ended.
     """
@@ -75,7 +75,7 @@ class ObservedSecond:
 
 
 class ObservationRecorder:
-    """Keeps up to ``most_s`` seconds; later ones are dropped."""
+    """Records up to ``most_s`` seconds; later ones are dropped."""
 
     def __init__(self, most_s: int = 86_400) -> None:
         self._most_s = most_s
@@ -131,7 +131,7 @@ def observed_seconds(data: bytes) -> Iterator[ObservedSecond]:
 def decide_second(
     runtime: ControllerRuntime, second: ObservedSecond
 ) -> tuple[Decision, CandidateScore | None] | None:
-    """Tell a runtime one second; make a decision if one is due."""
+    """Pass one second to a runtime; make a decision if one is due."""
     trigger = runtime.observe(second.now_s, second.batches, second.observation, second.queued)
     if trigger is None:
         return None

@@ -80,9 +80,9 @@ def staged(
     retiring = _retiring(target, alive)
     if not retiring:
         return target
-    kept = _kept(retiring, _next_retired(target, alive, retiring, lost))
-    wished = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
-    return replace(target, replicas=(*wished, *kept))
+    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost))
+    desired = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
+    return replace(target, replicas=(*desired, *kept))
 
 
 def _retiring(target: DeploymentPlan, alive: Sequence[ReplicaState]) -> list[ReplicaState]:
@@ -117,8 +117,10 @@ def _next_retired(
     return next_stage(specs, missing, len(alive)).retired
 
 
-def _kept(retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]) -> list[ReplicaSpec]:
-    """Replicas outside the target that go on serving; a draining one does not."""
+def _remaining(
+    retiring: Sequence[ReplicaState], retired: tuple[ReplicaSpec, ...]
+) -> list[ReplicaSpec]:
+    """Replicas outside the target that continue to serve; draining ones do not."""
     draining = {state.spec.id for state in retiring if state.phase is ReplicaPhase.DRAINING}
     specs = [state.spec for state in retiring if state.spec not in retired]
     return [spec for spec in specs if spec.id not in draining]

@@ -6,10 +6,10 @@ from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import AttachedBackend, DeploymentPlan, Observation, ReplicaPhase, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 
-# What an engine holds beyond its running batch stays short, so that the gateway, which sees all
-# replicas, decides for most of the queue.
+# Few requests wait in an engine beyond its running batch, so that most wait in the gateway, which
+# can choose among all replicas.
 INFLIGHT_PER_SEQ = 2
-# Its next step begins before the gateway has heard of the last one's first tokens.
+# The engine begins its next step before the gateway receives the first tokens of the last one.
 _STEPS_AHEAD = 2
 
 
@@ -24,7 +24,7 @@ def routing_table(
     """The table for a plan on a cluster as observed.
 
     ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
-    ``costs``: of a shape on a kind of device.
+    ``costs`` returns the costs of a shape on a kind of device.
     """
     kinds = {device.id: device.kind for device in observation.devices}
     replicas = []
@@ -44,7 +44,7 @@ def routing_table(
                 max_inflight=INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
-                tells_token_ids=attached is None or attached.token_ids,
+                returns_token_ids=attached is None or attached.token_ids,
                 prefill_s_per_token=own.prefill_s_per_token,
                 decode_s_per_token=own.decode_s_per_token,
                 kv_bytes_per_token=own.kv_bytes_per_token,

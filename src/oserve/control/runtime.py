@@ -121,36 +121,36 @@ class ControllerRuntime:
     def decide(
         self, now_s: float, trigger: Trigger, *, switching: bool = False
     ) -> tuple[Decision, CandidateScore | None]:
-        """Make a whole decision at once; the score tells what it was based on."""
-        asked = self.controller.decision_input(now_s)
-        score = self.evaluate(asked)
+        """Make a whole decision at once; returns it with the score it is based on."""
+        inputs = self.controller.decision_input(now_s)
+        score = self.evaluate(inputs)
         decision = self.controller.decide(
-            asked, score, now_s=now_s, trigger=trigger, switching=switching
+            inputs, score, now_s=now_s, trigger=trigger, switching=switching
         )
         return decision, score
 
-    def evaluate(self, asked: DecisionInput) -> CandidateScore | None:
+    def evaluate(self, inputs: DecisionInput) -> CandidateScore | None:
         """Return the best candidate with its score. This is the slow part of a decision."""
-        asked = replace(asked, speeds=self.planner.speeds)
-        found = score_candidates(asked, self.planner)
-        automatic = asked.given is None and not asked.shrink_to
+        inputs = replace(inputs, speeds=self.planner.speeds)
+        found = score_candidates(inputs, self.planner)
+        automatic = inputs.given is None and not inputs.shrink_to
         if self._scorer is not None and automatic:
-            found = self._simulated(asked, found[:_MOST_SIMULATED], self._scorer)
+            found = self._simulated(inputs, found[:_MOST_SIMULATED], self._scorer)
         best = max(found, key=lambda item: item.net_gain, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
 
     def _simulated(
-        self, asked: DecisionInput, found: Sequence[CandidateScore], scorer: Scorer
+        self, inputs: DecisionInput, found: Sequence[CandidateScore], scorer: Scorer
     ) -> list[CandidateScore]:
         """Simulate the candidates; stop once the current plan serves what no other can exceed."""
-        enough_rps = sum(asked.expected_rps) / (1.0 + self.controller.policy.min_gain)
-        current = set(asked.current.replicas)
+        enough_rps = sum(inputs.expected_rps) / (1.0 + self.controller.policy.min_gain)
+        current = set(inputs.current.replicas)
         scores = []
         for item in found:
             if set(item.plan.replicas) == current:
                 scores.append(item)
                 continue
-            score = scorer(asked, replace(item, plan=self.typed(item.plan)))
+            score = scorer(inputs, replace(item, plan=self.typed(item.plan)))
             scores.append(item.as_simulated(score))
             if score.current_rps >= enough_rps:
                 break

@@ -1,7 +1,7 @@
 """The real speed of replicas, estimated from the work of their engines: a factor for each shape.
 
 The mean step time over some seconds of work is compared with what the source of step times predicts
-for such steps. Only counts are known: P prompt tokens of F prompts in n steps beside d decoding
+for such steps. Only counts are known: P prompt tokens of F prompts in n steps with d decoding
 sequences are taken for F equal prompts, each in as few steps as the chunk budget allows. Idle time
 between steps does not count, so any load will do. Fuller batches weigh more, since a single stream
 waits mostly for overheads outside the model.
@@ -30,11 +30,11 @@ _KEPT = 60
 _MOST_SAMPLES = 20
 _FEWEST_SAMPLES = 5
 # Without a sample for this long, a shape is not observed any more; later its samples are stale.
-_SEEN_S = 8.0
+_FRESH_S = 8.0
 _OLD_S = 30.0
 # Batches of this many sequences have full weight.
 _FULL_SEQS = 8.0
-# A smaller change is not worth new tables: the estimate itself errs by some per cent.
+# A smaller change is ignored, since the estimate itself errs by some per cent.
 _SLACK = 1.08
 _PAUSE_S = 5.0
 
@@ -144,7 +144,7 @@ class SpeedEstimator:
         fresh = {
             key: item.median()
             for key, item in self._samples.items()
-            if len(item.rows) >= _FEWEST_SAMPLES and now_s - item.last_s <= _SEEN_S
+            if len(item.rows) >= _FEWEST_SAMPLES and now_s - item.last_s <= _FRESH_S
         }
         moved = [speed / known[key] for key, speed in fresh.items() if key in known]
         drift = statistics.median(moved) if moved else 1.0

@@ -23,13 +23,13 @@ from oserve.core import (
 # Shorter silences are ordinary steps.
 _SILENT_S = 3.0
 _NOTES = {
-    ReplicaPhase.STANDBY: "gets its weights from others",
+    ReplicaPhase.STANDBY: "receives its weights from other replicas",
     ReplicaPhase.HUNG: "is being stopped",
 }
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica in the status document; the last field says what happens to it next."""
+    """One replica in the status document; the last field tells what happens next."""
 
     id: str
     shape: dict[str, str | int | None]
@@ -55,13 +55,13 @@ def status_document(
     *,
     model: str,
     version: str,
-    set_aside: Mapping[str, tuple[str, float]] | None = None,
+    open_breakers: Mapping[str, tuple[str, float]] | None = None,
 ) -> dict[str, Any]:
     """JSON values for ``/oserve/v1/status`` and ``oserve status``.
 
-    ``set_aside``: replicas that get no requests now: the reason, and the seconds left.
+    ``open_breakers``: replicas that get no requests now: the reason, and the seconds left.
     """
-    replicas = _replicas(plan, observation, policy, set_aside or {})
+    replicas = _replicas(plan, observation, policy, open_breakers or {})
     serving = any(
         item.phase is ReplicaPhase.READY and plan.replica(item.id) is not None for item in replicas
     )
@@ -94,7 +94,7 @@ def _replicas(
     plan: DeploymentPlan,
     observation: Observation,
     policy: ReconcilePolicy,
-    set_aside: Mapping[str, tuple[str, float]],
+    open_breakers: Mapping[str, tuple[str, float]],
 ) -> list[ReplicaStatus]:
     """The observed replicas, then those of the plan that were not observed, with their notes."""
     seen = {state.spec.id for state in observation.replicas}
@@ -103,8 +103,8 @@ def _replicas(
     replicas = []
     for item in found:
         note = _note(item, plan, observation, policy)
-        if item.id in set_aside and item.phase is ReplicaPhase.READY:
-            note = _set_aside(*set_aside[item.id])
+        if item.id in open_breakers and item.phase is ReplicaPhase.READY:
+            note = _breaker_note(*open_breakers[item.id])
         replicas.append(msgspec.structs.replace(item, note=note))
     return replicas
 
@@ -155,9 +155,9 @@ def _url(spec: ReplicaSpec) -> str:
     return spec.backend.url if isinstance(spec.backend, AttachedBackend) else ""
 
 
-def _set_aside(reason: str, left_s: float) -> str:
+def _breaker_note(reason: str, left_s: float) -> str:
     when = f"for {left_s:.0f} s" if left_s >= 1 else "until its next answer"
-    return f"set aside {when}: {reason}"
+    return f"circuit breaker open {when}: {reason}"
 
 
 def _note(

@@ -1,4 +1,4 @@
-"""What one gateway process counted, second by second, and how it travels without loss.
+"""The tally of one gateway process: counts by second, sent in batches without loss.
 
 A request is classified before its answer exists, so it counts by its type probabilities until it
 ends; then the count of its arrival second is corrected to its actual type. Batches are numbered and
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-# Past so many seconds that nobody took, the oldest are given up: nobody asks for them any more.
+# Beyond this many unsent seconds the oldest are dropped.
 _MOST_SECONDS = 7200
 
 
@@ -17,8 +17,8 @@ class Batch(msgspec.Struct, kw_only=True):
     """Counts by second (Unix time) to be added: ``arrivals[second]`` has one number per type.
 
     ``tokens[second]``: requests that ended in it, their prompt and their output tokens. Numbers
-    may be negative where they correct what was sent before. ``until_s``: everything that came
-    before then is in this batch or an earlier one.
+    may be negative where they correct earlier counts. ``until_s``: this batch and the earlier ones
+    contain all counts before then.
     """
 
     number: int = 0
@@ -44,13 +44,13 @@ class Tally:
         self._number = 0
 
     def follow(self, names: Sequence[str]) -> None:
-        """Count these types from now on; what was counted of others and not taken is dropped."""
+        """Count these types from now on; unsent counts of other types are dropped."""
         if tuple(names) != self.names:
             self.names = tuple(names)
             self._arrivals = {}
 
     def arrived(self, at_s: float, probabilities: Sequence[float]) -> None:
-        """A request came, of the types with these probabilities."""
+        """Count the arrival of a request, by the probabilities of its types."""
         second = int(at_s)
         row = self._arrivals.get(second)
         if row is None:
@@ -70,7 +70,7 @@ class Tally:
         prompt_tokens: int,
         output_tokens: int,
     ) -> None:
-        """A request that came at ``arrival_s`` ended; ``None`` where its type never showed."""
+        """Count the end of a request that arrived at ``arrival_s``; ``None``: type unknown."""
         if (
             kind is not None
             and len(probabilities) == len(self.names)
@@ -87,7 +87,7 @@ class Tally:
             del self._tokens[next(iter(self._tokens))]
 
     def take(self, now_s: float = 0.0) -> Batch:
-        """What is to be sent: the batch that is not acknowledged yet, else all that is new."""
+        """The batch to send: the unacknowledged one, or else a new one with all new counts."""
         if self._sent is None:
             self._number += 1
             self._sent = Batch(
@@ -101,6 +101,6 @@ class Tally:
         return self._sent
 
     def acknowledge(self, number: int) -> None:
-        """The batch of that number has been added."""
+        """Acknowledge the batch of that number."""
         if self._sent is not None and self._sent.number == number:
             self._sent = None

@@ -27,11 +27,11 @@ from oserve.plan.place import place_replicas
 from oserve.traces import Slo
 from oserve.workload.type_probabilities import TypeProbabilities
 
-# A run lasts so many times as long as a request stays, so that most of it is steady.
+# The length of a run in multiples of the stay of a request, so that most of it is steady.
 _STAYS = 5.0
 _FEWEST, _MOST = 1000, 10_000
-# Shapes are left out that the model gives less than this part of the best, by device, for every
-# type: the model does not err by that much.
+# Shapes below this fraction of the best modelled capacity per device, for every type, are left out;
+# the error of the model is smaller.
 _WORTH = 0.75
 _TOLERANCE = 0.03
 _EVALUATIONS = 10

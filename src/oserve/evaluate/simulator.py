@@ -104,7 +104,7 @@ def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Sim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levers:
-    """How gateway and replicas serve: all settings beside the plan.
+    """How gateway and replicas serve: all settings except the plan.
 
     ``order``: by prompt length with ageing, in gateway and engines; ``None``: in order of arrival.
     ``inflight_per_device``: the most requests in flight on a replica, per device. Others wait in
@@ -144,7 +144,7 @@ def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints
 
 
 def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
-    """``control.order.rank_s`` of all requests at once."""
+    """``control.dispatch.order.rank_s`` of all requests at once."""
     arrival, window_s = traffic.arrival_s, order.freshest_first_s
     if window_s > 0.0:
         arrival = (2.0 * np.floor(arrival / window_s) + 1.0) * window_s - arrival

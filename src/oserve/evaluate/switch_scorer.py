@@ -44,7 +44,7 @@ _AS_MEASURED = Speeds()
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationModel:
-    """What scores depend on beside the switch; picklable.
+    """The inputs of scores, except the switch itself; picklable.
 
     ``lengths``: request lengths by workload type. ``levers``: how replicas serve. ``min_gain``: the
     gain, as a ratio of what the current plan serves, below which a switch is not simulated.
@@ -89,7 +89,7 @@ class SwitchCase:
     from one to the other. ``lasts_s``: how long the candidate is taken to stay the best.
     """
 
-    asked: DecisionInput
+    inputs: DecisionInput
     current: DeploymentPlan
     candidate: DeploymentPlan
     legs: tuple[RoutedLeg, ...]
@@ -105,7 +105,7 @@ class SwitchScorer:
         # speeds of the source.
         self._as_measured = self._simulator = Simulator(model.source)
         self._speeds = _AS_MEASURED
-        self._kept: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
+        self._cached: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
 
     def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
         """The promising rows with simulated capacities; unchanged where there are no limits."""
@@ -130,14 +130,14 @@ class SwitchScorer:
         """
         found = self._score(case)
         best_rps = max(found.current_rps, found.candidate_rps)
-        if not case.asked.past or best_rps > _BACKLOGGED * sum(case.asked.expected_rps):
+        if not case.inputs.past or best_rps > _BACKLOGGED * sum(case.inputs.expected_rps):
             return found
-        return self._score(replace(case, asked=replace(case.asked, past=())))
+        return self._score(replace(case, inputs=replace(case.inputs, past=())))
 
     def workload(self, case: SwitchCase) -> EvaluationWorkload:
         """The traffic on which the switch is simulated."""
         model = self._model
-        return evaluation_workload(case.asked, case.lasts_s, model.lengths, seed=model.seed)
+        return evaluation_workload(case.inputs, case.lasts_s, model.lengths, seed=model.seed)
 
     def met(
         self, plan: DeploymentPlan, traffic: SimulatedTraffic, speeds: Speeds = _AS_MEASURED
@@ -154,7 +154,7 @@ class SwitchScorer:
             return SimulatedScore(current_rps=0.0, candidate_rps=0.0, net_gain=0.0)
         kept = self._met_without(case, ahead)
         served = int((kept & ahead.expected).sum())
-        moved = self.met(case.candidate, ahead.traffic, case.asked.speeds)
+        moved = self.met(case.candidate, ahead.traffic, case.inputs.speeds)
         pays_after_s = math.inf
         if (moved & ahead.expected).sum() > (1.0 + self._model.min_gain) * served:
             moved = self._met_with(case, ahead)
@@ -171,20 +171,20 @@ class SwitchScorer:
     def _met_without(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
         """The requests that the current plan serves in time; the same for all candidates."""
         key = (replace(case, candidate=case.current, legs=(), lasts_s=0.0), ahead.lasting_s)
-        if self._kept[0] != key:
-            self._kept = key, self.met(case.current, ahead.traffic, case.asked.speeds)
-        return self._kept[1]
+        if self._cached[0] != key:
+            self._cached = key, self.met(case.current, ahead.traffic, case.inputs.speeds)
+        return self._cached[1]
 
     def _met_with(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
         """The requests served in time if the switch begins at the time of the decision."""
-        self._correct(case.asked.speeds)
+        self._correct(case.inputs.speeds)
         results = simulate_switch(
             self._simulator,
             SimulatedServing(plan=case.current, levers=self._model.levers),
             case.legs,
             ahead.traffic,
             at_s=ahead.now_s,
-            drain_limit_s=case.asked.drain_limit_s,
+            drain_limit_s=case.inputs.drain_limit_s,
             latest_s=self._latest_s,
         )
         return met(results, self._model.slo)

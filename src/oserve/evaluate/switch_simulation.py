@@ -1,4 +1,4 @@
-"""The switch simulation of a controller: what its runtime asks for capacities and scores.
+"""The switch simulation of a controller: simulated capacities and scores for its runtime.
 
 The linear model ranks deployments with errors of some per cent, which is about what most switches
 gain; some that it recommends lose (see docs/results.md). So capacities are simulated once, after
@@ -20,7 +20,7 @@ from oserve.perf import ShapePerformance
 
 
 class Scoring(Protocol):
-    """What computes scores: a ``SwitchScorer``, or one in another process."""
+    """The interface of a scorer: a ``SwitchScorer``, or one in another process."""
 
     def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
         """See ``SwitchScorer``."""
@@ -68,10 +68,10 @@ class SwitchSimulation:
         self._scoring = scoring
         self._planner = planner
 
-    def __call__(self, asked: DecisionInput, found: CandidateScore) -> SimulatedScore:
+    def __call__(self, inputs: DecisionInput, found: CandidateScore) -> SimulatedScore:
         """Score a switch by simulation; what cannot be simulated keeps the linear model's score."""
         try:
-            return self._scoring.score(self.case(asked, found.plan, found.lasts_s))
+            return self._scoring.score(self.case(inputs, found.plan, found.lasts_s))
         except OServeError:
             return SimulatedScore(
                 current_rps=found.current_rps,
@@ -80,44 +80,44 @@ class SwitchSimulation:
                 pays_after_s=found.pays_after_s,
             )
 
-    def case(self, asked: DecisionInput, candidate: DeploymentPlan, lasts_s: float) -> SwitchCase:
+    def case(self, inputs: DecisionInput, candidate: DeploymentPlan, lasts_s: float) -> SwitchCase:
         """The switch from the current plan to a candidate, with routing for the expected rates."""
-        old, new = asked.current.replicas, candidate.replicas
+        old, new = inputs.current.replicas, candidate.replicas
         legs = []
         there = list(old)
         for leg in self._planner.legs(old, new):
             left = [spec for spec in there if spec not in leg.leaving]
             staying = [spec for spec in left if spec not in leg.retired]
             there = [*staying, *leg.started]
-            legs.append(self._routed(asked, leg, during=left, after=there))
+            legs.append(self._routed(inputs, leg, during=left, after=there))
         return SwitchCase(
-            asked=asked,
-            current=self._shared(asked, asked.current, old),
-            candidate=self._shared(asked, candidate, new),
+            inputs=inputs,
+            current=self._shared(inputs, inputs.current, old),
+            candidate=self._shared(inputs, candidate, new),
             legs=tuple(legs),
             lasts_s=lasts_s,
         )
 
     def _routed(
         self,
-        asked: DecisionInput,
+        inputs: DecisionInput,
         leg: Leg,
         *,
         during: Sequence[ReplicaSpec],
         after: Sequence[ReplicaSpec],
     ) -> RoutedLeg:
-        plan = asked.current
+        plan = inputs.current
         return RoutedLeg(
             leg=leg,
-            during=self._shared(asked, plan, during),
-            after=self._shared(asked, plan, after),
+            during=self._shared(inputs, plan, during),
+            after=self._shared(inputs, plan, after),
         )
 
     def _shared(
-        self, asked: DecisionInput, plan: DeploymentPlan, replicas: Sequence[ReplicaSpec]
+        self, inputs: DecisionInput, plan: DeploymentPlan, replicas: Sequence[ReplicaSpec]
     ) -> DeploymentPlan:
         """A plan of these replicas, with the routing shares that they get at the expected rates."""
         if not replicas:
             return replace(plan, replicas=(), routing_shares={})
-        shares = self._planner.shares(replicas, asked.expected_rps)
+        shares = self._planner.shares(replicas, inputs.expected_rps)
         return self._planner.with_shares(replace(plan, replicas=tuple(replicas)), shares)

@@ -27,7 +27,7 @@ class RoutedLeg:
 
 
 class SwitchExecution:
-    """Carries a switch out on a fleet that serves ``serving``.
+    """Executes a switch on a fleet that serves ``serving``.
 
     Requests that still run on a draining replica ``drain_limit_s`` after its drain began move to
     other replicas with the tokens that they have.
@@ -47,11 +47,11 @@ class SwitchExecution:
         self._drain_limit_s = drain_limit_s
         # The fleet rounds its time to picoseconds, so loops must not wait for its clock.
         self._now_s = fleet.now_s
-        # Replicas that drain while the switch goes on, with the times at which they are stopped.
+        # Replicas that drain while the switch proceeds, with the times at which they are stopped.
         self._retired: list[tuple[float, ReplicaSpec]] = []
 
     def run(self, legs: Sequence[RoutedLeg], *, until_s: float) -> None:
-        """Carry out all legs, but not past ``until_s``."""
+        """Execute all legs, but not past ``until_s``."""
         for item in legs:
             if self._now_s >= until_s:
                 return

@@ -1,8 +1,7 @@
-"""An object in a worker process of its own, where long computations disturb no one else.
+"""An object in a worker process, so that long computations do not disturb serving.
 
-In a thread they would hold the interpreter lock that the gateway needs, and take cores from engines
-that run on CPUs. The worker process has the lowest priority. It ends with its parent, however that
-ends.
+In a thread they would hold the interpreter lock, and take cores from engines that run on CPUs. The
+worker process has the lowest priority. It ends with its parent, even after a kill.
 """
 
 import contextlib
@@ -67,7 +66,7 @@ class WorkerProcess(Generic[Resource]):
         return result
 
     def close(self) -> None:
-        """End the process whatever it does; a call that waits for it fails."""
+        """End the process at once; a waiting call fails."""
         self._closed = True
         if self._process is not None:
             self._process.terminate()

@@ -23,7 +23,7 @@ _MOST_REQUESTS = 60_000
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationWorkload:
-    """``now_s``: the time of the decision. From ``then_s`` on, the rates of before are back."""
+    """``now_s``: the time of the decision. From ``then_s`` on, the rates before the change hold."""
 
     traffic: SimulatedTraffic
     now_s: float
@@ -47,17 +47,17 @@ class EvaluationWorkload:
 
 
 def evaluation_workload(
-    asked: DecisionInput, lasts_s: float, lengths: Sequence[LengthSamples], *, seed: int
+    inputs: DecisionInput, lasts_s: float, lengths: Sequence[LengthSamples], *, seed: int
 ) -> EvaluationWorkload:
     """The workload for a candidate that is taken to stay the best for ``lasts_s`` seconds.
 
     ``lengths``: request lengths by workload type.
     """
-    rates = asked.expected_rps
-    past = asked.past or ((rates, _WARM_S),)
+    rates = inputs.expected_rps
+    past = inputs.past or ((rates, _WARM_S),)
     most_s = _MOST_REQUESTS / max(sum(rates), 1e-9)
     lasts_s = min(lasts_s, _MOST_SIMULATED_S, most_s)
-    stages = [*past, (rates, lasts_s), (asked.before, asked.back_s)]
+    stages = [*past, (rates, lasts_s), (inputs.before, inputs.back_s)]
     now_s = sum(seconds for _, seconds in past)
     return EvaluationWorkload(
         traffic=poisson_stages(lengths, stages, seed=seed), now_s=now_s, then_s=now_s + lasts_s

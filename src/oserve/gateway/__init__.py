@@ -1,5 +1,5 @@
-"""Gateway: the OpenAI-compatible HTTP front - parse, admit, route, stream, record.
+"""Gateway: the OpenAI-compatible HTTP API - parse, admit, route, stream, record.
 
-It does not know engines or plans beyond the routing table it is handed, and never looks inside the
-chunks it passes on unless it must.
+It knows engines and plans only by the routing table, and parses forwarded chunks only where it
+must.
 """

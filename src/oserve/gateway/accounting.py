@@ -1,4 +1,4 @@
-"""What is counted, learned and recorded of a request when it has ended."""
+"""Accounting of ended requests: metrics, estimators and records."""
 
 import time
 
@@ -12,7 +12,7 @@ from oserve.workload import PromptLengthEstimator
 
 
 class Accounting:
-    """Of one gateway process. ``records`` is ``None`` where no rows are kept."""
+    """The accounting of one gateway process. ``records``: ``None`` without a record store."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Accounting:
 
 
 def token_counts(session: Session, ending: do.Record) -> tuple[int, int]:
-    """Prompt and output tokens: as the engine reported them, else our best count."""
+    """Prompt and output tokens as the engine reported them, or else as estimated."""
     usage = session.usage
     estimate = session.request.prompt_tokens if session.request is not None else 0
     # Without a report, each event of a stream carried about one token.

@@ -1,7 +1,7 @@
-"""What a gateway process expects of a request when it comes, learns when it ends, and counts.
+"""The request estimator: output length and workload type at arrival, learned from ended requests.
 
-The answer decides how much work a request is and of which type; both are estimated from what is
-known at arrival (``workload.output``). Of texts and keys only hashes are kept.
+The output length determines the work and the type of a request. Both are estimated from what is
+known at arrival (``workload.output``). The estimator stores only hashes of texts and keys.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from oserve.workload import classify
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
 from oserve.workload.type_probabilities import TypeProbabilities
 
-# Until so many answers were seen, what the plan says is usual is the better guess.
+# Below this many observed answers, the mean of the plan is the better estimate.
 _ENOUGH_ANSWERS = 20
 _MOST_KEY_BYTES = 128
 
 
 class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one request. ``probabilities`` of the types called ``names``; ``kind`` is the likeliest.
+    """The estimate of one request: ``probabilities`` of types ``names``, ``kind`` the likeliest.
 
-    ``output`` is ``None`` where the client says how long the answer will be. ``prefix_tokens`` is
-    about how long the system prompt is, as far as it was looked at. ``arrived_s`` is Unix time.
+    ``output``: ``None`` if the client fixes the output length. ``prefix_tokens``: the approximate
+    length of the system prompt, as far as it was read. ``arrived_s``: Unix time.
     """
 
     known: KnownAtArrival
@@ -39,7 +39,7 @@ class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestEstimator:
-    """One per gateway process. ``estimator`` may have learned before."""
+    """The estimator of one gateway process. ``estimator`` may have learned before."""
 
     def __init__(self, estimator: OutputEstimator | None = None) -> None:
         self.estimator = estimator or OutputEstimator()
@@ -48,7 +48,7 @@ class RequestEstimator:
         self._kinds: TypeProbabilities | None = None
 
     def follow(self, table: RoutingTable) -> None:
-        """Another plan may have other types."""
+        """Use the workload types of a new table."""
         before, self._table = self._table, table
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
         centres = _centres(table)
@@ -65,7 +65,7 @@ class RequestEstimator:
         prompt_tokens: int,
         arrived_s: float,
     ) -> RequestEstimate:
-        """Of a request that has just come; the table must have types."""
+        """The estimate of a request that has just arrived; the table must have types."""
         limit = parsed.output_limit
         prefix = system_prefix(parsed)
         session = (parsed.session or "").encode() or headers.get(b"x-session-id", b"")
@@ -93,7 +93,7 @@ class RequestEstimator:
         prefix_tokens: int = 0,
         arrived_s: float,
     ) -> RequestEstimate:
-        """Of a request of which this is known; ``certain``: its answer is as long as its limit."""
+        """The estimate from these facts; ``certain``: the answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
         probabilities = self._probabilities(prompt_tokens, output, limit)
@@ -112,7 +112,7 @@ class RequestEstimator:
     def _probabilities(
         self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
     ) -> tuple[float, ...]:
-        """Of the plan's types; of its length classes one is certain."""
+        """Probabilities of the plan's types; with length classes one is certain."""
         if self._kinds is None:
             classes = self._table.length_classes
             held = classify(prompt_tokens, classes)
@@ -141,7 +141,7 @@ class RequestEstimator:
         output_tokens: int,
         now_s: float,
     ) -> str:
-        """A request ended (``now_s``: Unix time); returns the name of the type that it was."""
+        """Learn from an ended request (``now_s``: Unix time); returns the name of its type."""
         kind = None
         current = estimate.names is self.tally.names
         if completed and output_tokens > 0:

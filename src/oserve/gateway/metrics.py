@@ -1,7 +1,7 @@
-"""Counters of the request path, cheap to raise, mergeable over processes, exposed to Prometheus.
+"""Counters of the request path: cheap to increment, mergeable over processes, for Prometheus.
 
-Counters and histograms are plain numbers in slots and lists, rendered when they are scraped: every
-chunk of every stream is timed. A caller may hold on to a ``Counter`` or ``Histogram``.
+Every chunk of every stream is timed, so counters and histograms are plain numbers, rendered only
+when they are scraped. A caller may keep a ``Counter`` or ``Histogram``.
 """
 
 from bisect import bisect_left
@@ -20,35 +20,35 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 Labels = tuple[str, ...]
 
 COUNTERS: dict[str, tuple[str, Labels]] = {
-    "oserve_requests": ("Requests ended, by how.", ("status",)),
-    "oserve_request_errors": ("Requests answered with an error, by reason.", ("reason",)),
-    "oserve_requests_retried": ("Requests sent again because a replica failed.", ("replica",)),
-    "oserve_requests_moved": ("Streams that went on at another replica.", ("reason", "way")),
-    "oserve_route": ("Requests sent, by type and replica.", ("workload_type", "replica")),
-    "oserve_route_fallback": ("Requests that left their type's pool, by reason.", ("reason",)),
-    "oserve_requests_demoted": ("Waiting requests that became too late for their TTFT.", ()),
-    "oserve_requests_shed": ("Waiting requests that were refused under overload.", ()),
-    "oserve_requests_outgrown": ("Answers that grew longer than was expected.", ()),
-    "oserve_route_cached": ("Requests sent to a replica that had part of them cached.", ()),
+    "oserve_requests": ("Ended requests by status.", ("status",)),
+    "oserve_request_errors": ("Error responses by reason.", ("reason",)),
+    "oserve_requests_retried": ("Retries by the replica that failed.", ("replica",)),
+    "oserve_requests_moved": ("Streams that migrated to another replica.", ("reason", "way")),
+    "oserve_route": ("Requests dispatched by type and replica.", ("workload_type", "replica")),
+    "oserve_route_fallback": ("Requests dispatched outside their pool, by reason.", ("reason",)),
+    "oserve_requests_demoted": ("Waiting requests that can no longer meet their TTFT.", ()),
+    "oserve_requests_shed": ("Waiting requests shed under overload.", ()),
+    "oserve_requests_outgrown": ("Answers longer than expected.", ()),
+    "oserve_route_cached": ("Requests dispatched to a replica with a cached prefix.", ()),
     "oserve_prompt_tokens": ("Prompt tokens of finished requests.", ("workload_type",)),
     "oserve_output_tokens": ("Output tokens of finished requests.", ("workload_type",)),
-    "oserve_records_dropped": ("Request records lost because the store was slow.", ()),
+    "oserve_records_dropped": ("Request records dropped because the backlog was full.", ()),
 }
 HISTOGRAMS: dict[str, tuple[str, Labels]] = {
     "oserve_time_to_first_token_seconds": ("Arrival to first byte.", ("workload_type",)),
     "oserve_inter_token_latency_seconds": ("Gap between chunks of a stream.", ()),
     "oserve_request_duration_seconds": ("Arrival to last byte.", ("workload_type",)),
-    "oserve_queue_seconds": ("Arrival to being handed to a replica.", ("workload_type",)),
+    "oserve_queue_seconds": ("Arrival to dispatch.", ("workload_type",)),
 }
 GAUGES: dict[str, tuple[str, Labels]] = {
-    "oserve_requests_inflight": ("Requests handed to replicas and not ended.", ("replica",)),
+    "oserve_requests_inflight": ("Requests dispatched and not ended.", ("replica",)),
     "oserve_requests_queued": ("Requests waiting in the gateway.", ()),
     "oserve_replicas": ("Replicas, by shape and phase.", ("shape", "state")),
     "oserve_devices": ("Devices, used by a replica or free.", ("state",)),
-    "oserve_requests_running": ("Requests an engine is computing.", ("replica",)),
-    "oserve_requests_waiting": ("Requests an engine has queued.", ("replica",)),
-    "oserve_kv_cache_usage_ratio": ("Part of an engine's KV cache in use.", ("replica",)),
-    "oserve_replica_silent_seconds": ("Since an engine last showed a sign of life.", ("replica",)),
+    "oserve_requests_running": ("Requests that an engine is computing.", ("replica",)),
+    "oserve_requests_waiting": ("Requests that wait in an engine.", ("replica",)),
+    "oserve_kv_cache_usage_ratio": ("Used fraction of an engine's KV cache.", ("replica",)),
+    "oserve_replica_silent_seconds": ("Time since an engine's last sign of life.", ("replica",)),
 }
 
 
@@ -84,26 +84,26 @@ class Metrics:
         self.inter_token = self.histogram("oserve_inter_token_latency_seconds")
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
-        """Raise a counter. Labels are few by construction: types, replicas, reasons."""
+        """Increment a counter. Labels are few by construction: types, replicas, reasons."""
         found = self._counters[name].get(labels)
         (self.counter(name, *labels) if found is None else found).value += by
 
     def counter(self, name: str, *labels: str) -> Counter:
-        """The counter of these labels, made at first use."""
+        """The counter of these labels, created at first use."""
         found = self._counters[name].get(labels)
         if found is None:
             found = self._counters[name][labels] = Counter()
         return found
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """The histogram of these labels, made at first use."""
+        """The histogram of these labels, created at first use."""
         found = self._histograms[name].get(labels)
         if found is None:
             found = self._histograms[name][labels] = Histogram()
         return found
 
     def snapshot(self) -> dict[str, dict[str, list[float]]]:
-        """Everything as plain data: name -> labels joined by a tab -> numbers (sum last)."""
+        """All metrics as plain data: name -> tab-joined labels -> numbers (sum last)."""
         plain: dict[str, dict[str, list[float]]] = {}
         for name, values in self._counters.items():
             plain[name] = {"\t".join(labels): [item.value] for labels, item in values.items()}
@@ -137,7 +137,7 @@ GaugeValues = Mapping[str, Mapping[Labels, float]]
 
 
 class _Exposition:
-    """Adapter from plain numbers to prometheus_client's families."""
+    """Adapts plain numbers to prometheus_client's metric families."""
 
     def __init__(
         self, snapshot: Mapping[str, Mapping[str, list[float]]], gauges: GaugeValues
@@ -173,7 +173,7 @@ def _split(key: str, labels: Labels) -> list[str]:
 
 
 def exposition(snapshot: Mapping[str, Mapping[str, list[float]]], gauges: GaugeValues) -> bytes:
-    """Prometheus' text format."""
+    """All metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Exposition(snapshot, gauges))
     return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""One row for each finished request, in SQLite; a limit on rows; no text of prompts or answers."""
+"""The record store: one SQLite row per finished request, bounded, without any text."""
 
 import contextlib
 import sqlite3
@@ -27,7 +27,7 @@ CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
 """
 _ADD_MOVES = "ALTER TABLE requests ADD COLUMN moves INTEGER NOT NULL DEFAULT 0"
 _ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-# SQLite may be built to take 999 parameters and no more.
+# Some builds of SQLite take at most 999 parameters.
 _ROWS_AT_ONCE = 96
 _INSERT = f"INSERT INTO requests VALUES {_ROW}"
 _INSERT_MANY = f"INSERT INTO requests VALUES {', '.join([_ROW] * _ROWS_AT_ONCE)}"
@@ -36,7 +36,7 @@ _BACKLOG = 50_000
 
 
 class RecordStore:
-    """Rows go through a bounded backlog to a writer thread, so the request path never waits.
+    """Writes records in a thread, behind a bounded backlog, so the request path never waits.
 
     Several processes may write one file.
     """
@@ -53,7 +53,7 @@ class RecordStore:
             connection.executescript(_SCHEMA)
             columns = [row[1] for row in connection.execute("PRAGMA table_info(requests)")]
             if "moves" not in columns:
-                # A file of an earlier version.
+                # The file is of an earlier version.
                 connection.execute(_ADD_MOVES)
             connection.close()
         except (OSError, sqlite3.Error) as error:
@@ -81,7 +81,7 @@ class RecordStore:
         connection = sqlite3.connect(self._path, timeout=30.0)
         connection.execute("PRAGMA synchronous=NORMAL")
         written = 0
-        # The thread polls: to wake it for each record would cost the request path more.
+        # The thread polls: waking it for each record would cost the request path more.
         while not self._ended.wait(_FLUSH_S) or self._backlog:
             batch = [self._backlog.popleft() for _ in range(len(self._backlog))]
             if not batch:
@@ -105,10 +105,10 @@ class RecordStore:
 
 
 def _insert(connection: sqlite3.Connection, rows: list[tuple[object, ...]]) -> None:
-    """Insert many rows by few statements.
+    """Insert many rows with few statements.
 
-    The interpreter's lock is released and taken again for each statement. While the request path is
-    busy, it takes up to the switch interval (5 ms) to get the lock back, and interrupts that path.
+    Each statement releases the interpreter lock and takes it again. While the request path is busy,
+    that takes up to the switch interval (5 ms) and interrupts the request path.
     """
     whole = len(rows) - len(rows) % _ROWS_AT_ONCE
     for start in range(0, whole, _ROWS_AT_ONCE):
@@ -133,7 +133,7 @@ def _row(record: RequestRecord) -> tuple[object, ...]:
 
 
 def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestRecord]:
-    """The records of a store, or the ``last`` so many of them, oldest first."""
+    """The records of a store, or its ``last`` ones, oldest first."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     first = "0" if last is None else "(SELECT max(rowid) FROM requests) - :last"
     query = f"SELECT * FROM requests WHERE rowid > {first} ORDER BY rowid"

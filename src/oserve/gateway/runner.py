@@ -1,7 +1,7 @@
-"""Drives the request machine: what happens on sockets becomes events, commands are carried out.
+"""Drives the request machine: turns socket callbacks into events, and executes commands.
 
-One for each gateway process. It holds the connections to replicas and the one timer; what becomes
-of a request is the machine's decision. What a step of a request raises ends that request alone.
+Each gateway process has one runner. It holds the connections to replicas and the only timer; the
+machine decides. An exception in one request ends only that request.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ _log = logging.getLogger("oserve.gateway")
 
 _NEVER_S = float("inf")
 _SOONEST_S = 0.001
-# Errors of engines that clients were shown, by how the request ended.
+# Engine errors that reached clients, by the final status of the request.
 _SHOWN_ERRORS = {
     FinishStatus.CLIENT_ERROR: "engine_refused",
     FinishStatus.FAILED: "engine_failed",
@@ -54,7 +54,7 @@ Start = tuple[str, float]
 
 
 def policy_of(settings: GatewaySettings) -> DispatchPolicy:
-    """The machine's policy by the gateway's settings."""
+    """The dispatch policy that follows from the gateway's settings."""
     overload, move = settings.overload, settings.move
     return DispatchPolicy(
         max_queued=settings.max_queued,
@@ -73,7 +73,7 @@ def policy_of(settings: GatewaySettings) -> DispatchPolicy:
 
 
 class RequestRunner:
-    """Everything between admission and the replicas, for one gateway process."""
+    """The request path of one gateway process, from admission to the replicas."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RequestRunner:
         self.records = records
         self._accounting = Accounting(self.metrics, self.estimator, self.lengths, records)
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
-        # Starts of attached servers that refused stream_options.
+        # Attached servers, by their start, that refused stream_options.
         self._without_options: set[Start] = set()
         self._number = 0
         self._events: deque[Event] = deque()
@@ -113,7 +113,7 @@ class RequestRunner:
             do.Hold: self._hold,
             do.Forward: self._forward,
             do.ShowError: lambda _, session: session.show_error(),
-            do.LetGo: lambda _, session: session.let_go(),
+            do.LetGo: lambda _, session: session.release(),
             do.Retry: self._retry,
             do.Depart: lambda command, session: session.depart(command),
             do.Resume: self._resume,
@@ -134,7 +134,7 @@ class RequestRunner:
         return self.machine.serving
 
     def update(self, table: RoutingTable) -> None:
-        """Replace the routing table; requests on replicas that are gone are given to others."""
+        """Replace the routing table; requests of removed replicas go to others."""
         previous = self._pools
         self._without_options &= {(item.id, item.started_s) for item in table.replicas}
         self.estimator.follow(table)
@@ -148,40 +148,41 @@ class RequestRunner:
                 pool.fail_all()
 
     def hand_over(self, replica: str, within_s: float, started_s: float | None = None) -> None:
-        """Have a replica's running requests go on elsewhere within so many seconds.
+        """Vacate a replica: migrate its running requests within so many seconds.
 
-        It gets no new ones; those that cannot move drain. ``started_s``: that start of it only.
+        It gets no new requests; those that cannot migrate drain. ``started_s``: only the engine
+        started then.
         """
         self.report(on.Vacate(replica=replica, within_s=within_s, started_s=started_s))
 
-    def tell(self, snapshot: ClusterSnapshot) -> None:
-        """Take in what other parts of OServe know."""
+    def apply(self, snapshot: ClusterSnapshot) -> None:
+        """Apply a new cluster snapshot."""
         self.snapshot = snapshot
         self.report(on.LoadElsewhere(snapshot.elsewhere))
         for name, (started_s, within_s) in snapshot.hand_overs.items():
             self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
-        """Work (prior seconds) and requests this process has at each replica."""
+        """Outstanding work (prior seconds) and requests of this process, per replica."""
         return self.machine.fleet.ledger.own()
 
     @property
     def queued(self) -> int:
-        """Requests waiting here."""
+        """The number of waiting requests."""
         return len(self.machine.waiting)
 
-    def set_aside(self) -> dict[str, tuple[str, float]]:
-        """Replicas whose circuit breaker is open: why, and for how many seconds more."""
-        return self.machine.fleet.breakers.told(monotonic())
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
+        """Replicas with an open circuit breaker: the reason, and the seconds left."""
+        return self.machine.fleet.breakers.report(monotonic())
 
     # -- requests -------------------------------------------------------------------------------
     def next_number(self) -> int:
-        """A number for a request; they grow in the order of arrival."""
+        """A new request number; numbers grow in order of arrival."""
         self._number += 1
         return self._number
 
     def accept(self, session: Session, rank_s: float) -> None:
-        """Take a request in."""
+        """Admit a request."""
         estimate = session.estimate
         if estimate is not None:
             self.estimator.tally.arrived(estimate.arrived_s, estimate.probabilities)
@@ -203,9 +204,9 @@ class RequestRunner:
         )
 
     def report(self, event: Event) -> None:
-        """Tell the machine; what it asks for is done before this returns.
+        """Report an event to the machine, and execute its commands before returning.
 
-        Unless a command is being carried out: then once that is done.
+        During the execution of another command, the event waits until that is done.
         """
         self._events.append(event)
         if self._working:
@@ -222,62 +223,62 @@ class RequestRunner:
     def _handle(self, event: Event) -> None:
         try:
             commands = self.machine.handle(event, monotonic())
-        except Exception as error:  # a fault of the machine ends the request that it is about
-            # Other requests wait for what was asked for before the fault.
-            self._carry_out_all(self.machine.emitted)
-            self._stumbled(event, error)
+        except Exception as error:  # a fault of the machine ends only the request concerned
+            # Other requests depend on the commands from before the fault.
+            self._execute_all(self.machine.emitted)
+            self._machine_failed(event, error)
             return
-        self._carry_out_all(commands)
+        self._execute_all(commands)
 
-    def _carry_out_all(self, commands: list[Command]) -> None:
+    def _execute_all(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, do.Survey):
                 self._survey(command)
             elif isinstance(command, RequestCommand):
-                self._carry_out(command)
+                self._execute(command)
 
-    def _carry_out(self, command: RequestCommand) -> None:
+    def _execute(self, command: RequestCommand) -> None:
         session = self.active.get(command.number)
         if session is not None:
             try:
                 self._steps[type(command)](command, session)
-            except Exception as error:  # whatever it was, it ends this request alone
+            except Exception as error:  # an unforeseen fault ends this request alone
                 self._failed(command, session, error)
 
     def _failed(self, command: RequestCommand, session: Session, error: Exception) -> None:
-        """A command could not be carried out."""
+        """Handle an exception in the execution of a command."""
         id_ = shown(session.request_id)
         if isinstance(command, do.Record):
-            _log.error("request %s could not be accounted for: %s", id_, fault(error))
+            _log.error("the accounting of request %s failed: %s", id_, fault(error))
         elif isinstance(command, do.Refuse):
-            _log.error("request %s broke off: %s", id_, fault(error))
+            _log.error("request %s aborted: %s", id_, fault(error))
             session.exchange.abort()
         else:
             self._crashed(session.number, error)
 
-    def _stumbled(self, event: Event, error: Exception) -> None:
+    def _machine_failed(self, event: Event, error: Exception) -> None:
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
         if session is None:
-            _log.error("an event could not be handled: %s", fault(error))
+            _log.error("the request machine failed to handle an event: %s", fault(error))
             return
         if isinstance(event, on.Crashed):
             id_ = shown(session.request_id)
             _log.error("request %s could not be ended: %s", id_, fault(error))
-            session.let_go()
+            session.release()
             with contextlib.suppress(Exception):  # its client is told all the same
                 self.machine.forget(session.number)
         else:
             self._crashed(session.number, error)
         if session.number not in self.machine.requests:
-            self._carry_out(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
+            self._execute(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
             ending = do.Record(
                 number=session.number, status=FinishStatus.FAILED, replica="", moves=0
             )
-            self._carry_out(ending)
+            self._execute(ending)
 
     def _crashed(self, number: int, error: Exception) -> None:
-        """A step of a request raised: it ends with an error, and nothing else does."""
+        """End a request in which an exception was raised; no other request is affected."""
         session = self.active.get(number)
         if session is not None:
             id_ = shown(session.request_id)
@@ -329,7 +330,7 @@ class RequestRunner:
 
     def _retry(self, command: do.Retry, session: Session) -> None:
         self.metrics.count("oserve_requests_retried", command.replica)
-        session.let_go()
+        session.release()
         session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
 
@@ -345,8 +346,8 @@ class RequestRunner:
             _log.error("request %s failed in the gateway: %s", id_, command.reason)
         if command.refusal is do.Refusal.SHED:
             self.metrics.count("oserve_requests_shed")
-        unheard = command.refusal is do.Refusal.REFUSED_UNHEARD
-        reason = "engine_refused" if unheard else error.code or "error"
+        refused = command.refusal is do.Refusal.REFUSED_WITHOUT_BODY
+        reason = "engine_refused" if refused else error.code or "error"
         self.metrics.count("oserve_request_errors", reason)
         try:
             session.fail(error)
@@ -378,14 +379,14 @@ class RequestRunner:
             self._accounting.ended(session, session.estimate, command)
 
     def _drop_options(self, replica: TableReplica) -> None:
-        """A server refused ``stream_options`` and is not sent it any more."""
+        """Stop sending ``stream_options`` to a server."""
         start = (replica.id, replica.started_s)
         if start not in self._without_options:
             self._without_options.add(start)
-            _log.info("replica %s knows no stream_options; it is asked without", replica.id)
+            _log.info("replica %s refuses stream_options; OServe stops sending it", replica.id)
 
     def close(self) -> None:
-        """Break off what is left, and finish writing records."""
+        """Abort the running requests, and finish writing records."""
         self.report(on.ShutDown())
         for pool in self._pools.values():
             pool.fail_all()

@@ -11,9 +11,9 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Order of waiting requests. ``policy``: ``priority`` (short first, with ageing) or ``fcfs``.
 
-    ``penalty_s_per_1000_tokens``: how much later a prompt of 1,000 tokens may be served than an
-    empty one that arrived with it, at most ``max_penalty_s``. ``freshest_first_s``: within windows
-    of so many seconds the latest arrival goes first. See control.order.
+    ``penalty_s_per_1000_tokens``: the rank penalty of a prompt of 1,000 tokens, at most
+    ``max_penalty_s``. ``freshest_first_s``: the window within which the latest arrival goes first.
+    See ``control.dispatch.order``.
     """
 
     policy: Annotated[str, msgspec.Meta(pattern="^(priority|fcfs)$")] = "priority"
@@ -25,12 +25,12 @@ class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """When more comes than can be served. See control.overload.
+    """Overload control. See ``control.dispatch.overload``.
 
-    ``ttft_ms``: a waiting request that would get its first token later than this is served last,
-    and replicas that owe prompts for an eighth of it get no more (``demote``); unset:
-    ``planning.slo_ttft_ms``. ``shed_after_ms``: one that has waited so long is
-    refused with 429 and Retry-After; unset: never.
+    ``ttft_ms``: the wanted time to first token. With ``demote`` a waiting request that would miss
+    it is served last, and a replica whose prompts owed exceed an eighth of it gets no more; unset:
+    ``planning.slo_ttft_ms``. ``shed_after_ms``: the waiting time after which a request is refused
+    with 429 and Retry-After; unset: never.
     """
 
     demote: bool = True
@@ -39,11 +39,12 @@ class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
 
 
 class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """When a running stream goes on at another replica. See gateway.moving.
+    """Migration of running streams. See ``gateway.stream.migration``.
 
-    ``max_moves`` of one request; 0: none moves. ``max_bytes`` of running answers are kept in each
-    gateway process for that, ``max_stream_bytes`` of one; what is longer does not move.
-    ``drain_limit_s``: how long a draining replica keeps those that can move; unset: to the end.
+    ``max_moves`` bounds the migrations of one stream; 0: none. The replay buffers of a gateway
+    process hold up to ``max_bytes``, that of one stream ``max_stream_bytes``; a longer stream
+    cannot migrate. ``drain_limit_s``: how long a draining replica keeps streams that can migrate;
+    unset: to their end.
     """
 
     max_moves: Annotated[int, msgspec.Meta(ge=0)] = 3
@@ -53,11 +54,12 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
 
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The HTTP front.
+    """The gateway.
 
-    ``max_queued`` bounds requests that wait because every replica is full; past it clients get 429.
-    ``no_replica_wait_s``: how long a request waits for a replica that is on its way before 503.
-    ``overflow_s``: expected work, in seconds, past which a request may leave its type's pool.
+    ``max_queued`` bounds the requests that wait because every replica is full; beyond it clients
+    get 429. ``no_replica_wait_s``: how long a request waits for a replica that is starting before
+    it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
+    type's pool.
     API keys come from ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file`` (one a line);
     without any the gateway is open.
     """

@@ -1,14 +1,14 @@
-"""What a gateway process is told of the rest of OServe."""
+"""The cluster snapshot that a gateway process serves with."""
 
 import msgspec
 
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """For status, switches, metrics and load.
+    """Status, switches, metrics and load of the cluster.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
-    ``hand_overs``: replicas that give up their requests: when they started, within what seconds.
+    ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")

@@ -1,4 +1,4 @@
-"""The request as a replica gets it: its path, host and headers, and the fields that it knows."""
+"""The request as sent to a replica: path, host, headers, and the fields that it supports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from oserve.gateway.http.body import Fields, GenerateBody, with_fields
 from oserve.wire import UpstreamPool
 from oserve.wire.upstream import client_context
 
-# What else a client may tell an engine. Not its rank of data parallelism, since who computes is
-# decided here, nor its priority, which is part of the rank that goes in the body.
+# Further headers that clients may send to engines. Not the data-parallel rank, since OServe routes,
+# nor the priority, which is part of the rank in the body.
 _FORWARDED_NAMES = {
     b"traceparent",
     b"tracestate",
@@ -30,7 +30,7 @@ _fields = msgspec.json.Decoder(Fields)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where requests for an endpoint go. ``authority``: what its Host header says."""
+    """The address of an endpoint. ``authority``: the value of the Host header."""
 
     host: str = ""
     port: int = 0
@@ -41,7 +41,7 @@ class Address:
 
 @lru_cache(maxsize=4096)
 def address_of(endpoint: Endpoint) -> Address:
-    """Of a URL: ``http[s]://host[:port][/path]``, where the path may end in ``/v1``."""
+    """Parse ``http[s]://host[:port][/path]``; the path may end in ``/v1``."""
     if endpoint.unix_socket:
         return Address()
     parts = urlsplit(endpoint.url)
@@ -56,7 +56,7 @@ def address_of(endpoint: Endpoint) -> Address:
 
 
 def pool_of(endpoint: Endpoint) -> UpstreamPool:
-    """Connections to it."""
+    """A connection pool for an endpoint."""
     if endpoint.unix_socket:
         return UpstreamPool(unix_socket=endpoint.unix_socket)
     address = address_of(endpoint)
@@ -65,9 +65,9 @@ def pool_of(endpoint: Endpoint) -> UpstreamPool:
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
-    """A request on its way to a replica. ``parsed`` describes ``body``; ``None``: it is opaque.
+    """A request for a replica. ``parsed`` describes ``body``; ``None``: the body is opaque.
 
-    ``token_ids``: the answer is to tell them. ``cache``: what the engine is told of its KV cache.
+    ``token_ids``: request token ids. ``cache``: the parameters of a KV cache transfer.
     """
 
     method: bytes
@@ -83,9 +83,9 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 def request_bytes(
     outgoing: Outgoing, replica: TableReplica, *, rank_s: float, stream_options: bool
 ) -> bytes:
-    """The request as this replica gets it.
+    """The HTTP request for this replica.
 
-    ``stream_options``: whether it knows that option.
+    ``stream_options``: whether the replica supports that option.
     """
     body, parsed = outgoing.body, outgoing.parsed
     if parsed is not None:
@@ -128,13 +128,13 @@ def request_bytes(
     return b"".join((*lines, b"\r\n", body))
 
 
-def asks_plainly(parsed: GenerateBody) -> bool:
-    """Whether nothing but ``include_usage`` is asked of a stream, which is what we would ask."""
+def requests_only_usage(parsed: GenerateBody) -> bool:
+    """Whether the stream options hold nothing but ``include_usage``, which OServe would add."""
     return all(name == "include_usage" for name in parsed.options)
 
 
 def _changed(body: bytes, *, model: str = "", without: str = "") -> bytes:
-    """A body with another model, or without a field; as it is where it is no JSON object."""
+    """The body with another model, or without a field; unchanged if it is no JSON object."""
     try:
         fields = _fields.decode(body)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Work that may hold up the event loop, a piece a turn."""
+"""A queue of long work, one piece per turn of the event loop."""
 
 import asyncio
 import logging
@@ -11,13 +11,13 @@ _log = logging.getLogger("oserve.gateway")
 
 
 class YieldQueue:
-    """Pieces of work in order; each waits until the loop has gone round once more."""
+    """Runs pieces of work in order, one per turn of the event loop."""
 
     def __init__(self) -> None:
         self._work: deque[Callable[[], None]] = deque()
 
     def __call__(self, work: Callable[[], None]) -> None:
-        """Do a piece of work in its turn."""
+        """Queue a piece of work."""
         self._work.append(work)
         if len(self._work) == 1:
             asyncio.get_running_loop().call_soon(self._take)
@@ -25,7 +25,7 @@ class YieldQueue:
     def _take(self) -> None:
         try:
             self._work[0]()
-        except Exception as error:  # the next piece is another request's
+        except Exception as error:  # the next piece belongs to another request
             _log.error("a piece of work failed: %s", fault(error))
         finally:
             self._work.popleft()

@@ -1,4 +1,4 @@
-"""A brief measurement before the first plan, if nothing was measured of a model on this CPU.
+"""A brief measurement before the first plan, if no profile of the model on this CPU exists.
 
 It takes at most a minute, starts of engines included, and measures first what a plan needs most:
 every precision on one device, then on two. A fit to so few steps is coarse; while serving, OServe
@@ -188,7 +188,7 @@ async def _measured(
                     EngineClient(state.endpoint, vocab=model.vocab) as client,
                 ):
                     facts = await client.facts()
-                    # Time that one shape leaves, the next may use.
+                    # The next shape may use the time that this one leaves.
                     share_s = (end_s - loop.time()) / (len(shapes) - index)
                     until_s = min(end_s, loop.time() + max(_LEAST_S, share_s))
                     await _collect(client, facts, shape, steps, report, until_s)
@@ -211,7 +211,9 @@ async def _collect(
     """Add steps while there is time; steps that would take too long are skipped."""
     series = brief_series(engine_bounds(shape, facts))
     stages = shape.pipeline_parallel_size
-    meter = StepMeter(client, facts, stages=stages, watch=False, window=_WINDOW, repeats=_REPEATS)
+    meter = StepMeter(
+        client, facts, stages=stages, check_contention=False, window=_WINDOW, repeats=_REPEATS
+    )
     pace = Pace()
     report.begin(key_name(shape_key(shape)), len(series))
     loop = asyncio.get_running_loop()

@@ -18,7 +18,7 @@ _COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDescription:
-    """What an engine reports of itself. Bytes per device; ``None`` if the engine chose the size."""
+    """The facts that an engine reports. Bytes per device; ``None`` if the engine chose the size."""
 
     model: str
     max_model_len: int

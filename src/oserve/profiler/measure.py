@@ -31,10 +31,10 @@ from oserve.profiler.series import WINDOW_TOKENS, MeasuredPoint, StepSeries
 _AFTER = 4
 _WARM_TOKENS = 4
 _PROMPT_REPEATS = 3
-# Cores that other processes may use during a measurement, how long a check takes, and how long all
-# waiting may take.
-_CALM_CORES = 0.2
-_CALM_CHECK_S = 0.25
+# Cores that other processes may use during a measurement, the seconds of a check, and the bound on
+# all waiting.
+_MAX_FOREIGN_CORES = 0.2
+_CONTENTION_CHECK_S = 0.25
 _PATIENCE_S = 120.0
 
 
@@ -49,10 +49,10 @@ class _Sample:
 class StepMeter:
     """Measures the steps of a series on one engine.
 
-    ``stages``: pipeline stages. ``progress`` is called after each step of each round. ``watch``:
-    check for CPU contention, wait within limits until it ends, and prefer samples without it.
-    ``window``: tokens of each stream that one sample of the gap spans; ``repeats``: how often each
-    prompt is sent.
+    ``stages``: pipeline stages. ``progress`` is called after each step of each round.
+    ``check_contention``: measure CPU contention, wait within limits until it ends, and prefer
+    samples without it. ``window``: tokens of each stream that one sample of the gap spans;
+    ``repeats``: how often each prompt is sent.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StepMeter:
         facts: EngineDescription,
         *,
         stages: int = 1,
-        watch: bool = True,
+        check_contention: bool = True,
         progress: Callable[[int], None] = lambda _count: None,
         window: int = WINDOW_TOKENS,
         repeats: int = _PROMPT_REPEATS,
@@ -69,7 +69,7 @@ class StepMeter:
         self._client = client
         self._facts = facts
         self._stages = stages
-        self._watch = watch
+        self._check_contention = check_contention
         self._progress = progress
         self._window = window
         self._repeats = repeats
@@ -81,11 +81,11 @@ class StepMeter:
         await self._prompts(series.prompts[0])
         for _ in range(series.rounds):
             for tokens in series.prompts:
-                found = await self._watched(partial(self._prompts, tokens))
+                found = await self._uncontended(partial(self._prompts, tokens))
                 samples.setdefault((tokens, 0), []).extend(found)
                 self._progress(1)
             for point in series.points:
-                found = await self._watched(partial(self._point, point))
+                found = await self._uncontended(partial(self._point, point))
                 for index, sample in enumerate(found):
                     samples.setdefault((point, index), []).append(sample)
                 self._progress(len(found))
@@ -97,26 +97,30 @@ class StepMeter:
             return tuple(sample.step for sample in await self._point(wanted))
         return (_median_step(await self._prompts(wanted)),)
 
-    async def _watched(self, measure: Callable[[], Awaitable[list[_Sample]]]) -> list[_Sample]:
+    async def _uncontended(self, measure: Callable[[], Awaitable[list[_Sample]]]) -> list[_Sample]:
         """The samples, with the cores that other processes used meanwhile."""
-        if not self._watch:
+        if not self._check_contention:
             return await measure()
-        await self._calm()
+        await self._await_low_contention()
         before, begin_s = foreign_cpu_s(), time.perf_counter()
         found = await measure()
         after, wall_s = foreign_cpu_s(), time.perf_counter() - begin_s
         foreign = 0.0 if before is None or after is None else (after - before) / wall_s
         return [replace(sample, foreign=foreign) for sample in found]
 
-    async def _calm(self) -> None:
+    async def _await_low_contention(self) -> None:
         """Wait until CPU contention is low, within ``_PATIENCE_S`` over the whole measurement."""
         while self._patience_s > 0:
             before = foreign_cpu_s()
-            await asyncio.sleep(_CALM_CHECK_S)
+            await asyncio.sleep(_CONTENTION_CHECK_S)
             after = foreign_cpu_s()
-            if before is None or after is None or after - before <= _CALM_CORES * _CALM_CHECK_S:
+            if (
+                before is None
+                or after is None
+                or after - before <= _MAX_FOREIGN_CORES * _CONTENTION_CHECK_S
+            ):
                 return
-            self._patience_s -= _CALM_CHECK_S
+            self._patience_s -= _CONTENTION_CHECK_S
 
     async def _prompts(self, length: int) -> list[_Sample]:
         """Seconds to the first token of a prompt alone, measured a few times."""
@@ -223,7 +227,7 @@ def _sample(
 
 def _median_step(samples: Sequence[_Sample]) -> ProfileStep:
     """The median over samples without CPU contention, else over the third with the least."""
-    calm = [item for item in samples if item.foreign <= _CALM_CORES]
+    calm = [item for item in samples if item.foreign <= _MAX_FOREIGN_CORES]
     fewest = sorted(samples, key=lambda item: item.foreign)[: max(1, len(samples) // 3)]
     rows = [astuple(item.step) for item in calm or fewest]
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]

@@ -219,7 +219,13 @@ async def profile_running(
 ) -> Profile:
     """Measure a running engine of this ``shape``."""
     entry, facts = await measure_engine(
-        endpoint, model, devices[0].kind, shape, rounds=rounds, report=report, watch=False
+        endpoint,
+        model,
+        devices[0].kind,
+        shape,
+        rounds=rounds,
+        report=report,
+        check_contention=False,
     )
     return make_profile(model, devices, [entry], facts.version)
 
@@ -232,9 +238,9 @@ async def measure_engine(
     *,
     rounds: int,
     report: ProfileReporter,
-    watch: bool = True,
+    check_contention: bool = True,
 ) -> tuple[ProfileEntry, EngineDescription]:
-    """Measure and fit; ``watch``: see ``StepMeter``."""
+    """Measure and fit; ``check_contention``: see ``StepMeter``."""
     async with EngineClient(endpoint, vocab=model.vocab) as client:
         facts = await client.facts()
         series = plan_series(engine_bounds(shape, facts), rounds=rounds)
@@ -243,7 +249,7 @@ async def measure_engine(
             client,
             facts,
             stages=shape.pipeline_parallel_size,
-            watch=watch,
+            check_contention=check_contention,
             progress=report.advance,
         )
         steps = await meter.run(series)
@@ -280,7 +286,7 @@ def fitted_entry(
 
 
 def engine_bounds(shape: ReplicaShape, facts: EngineDescription) -> EngineBounds:
-    """What an engine of this shape can hold."""
+    """The limits of an engine of this shape."""
     return EngineBounds(
         chunk=shape.max_num_batched_tokens,
         seqs=shape.max_num_seqs,

@@ -1,4 +1,4 @@
-"""Which steps of an engine are measured: prompts alone, and points of decoding streams."""
+"""The measured steps of an engine: prompts alone, and points of decoding streams."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class MeasuredPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSeries:
-    """What is measured, ``rounds`` times: prompts alone, by length, and points."""
+    """The steps measured ``rounds`` times: prompts alone, by length, and points."""
 
     prompts: tuple[int, ...]
     points: tuple[MeasuredPoint, ...]
@@ -42,7 +42,7 @@ class StepSeries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBounds:
-    """What an engine can hold: ``chunk`` tokens per step, ``seqs`` sequences, and a KV cache.
+    """The limits of an engine: ``chunk`` tokens per step, ``seqs`` sequences, and a KV cache.
 
     ``stages``: its pipeline stages.
     """
@@ -102,7 +102,7 @@ def _fits(context: int, count: int, bounds: EngineBounds) -> bool:
 def _joined(counts: Sequence[int], bounds: EngineBounds) -> dict[int, tuple[int, ...]]:
     """Lengths of prompts that join so many streams.
 
-    In a pipeline a prompt delays each micro-batch differently, which cannot be told apart.
+    In a pipeline a prompt delays each micro-batch differently, which cannot be distinguished.
     """
     if bounds.stages > 1:
         return {}

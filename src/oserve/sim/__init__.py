@@ -1,9 +1,9 @@
 """Simulated engines and clusters, behind the same interfaces as the real ones.
 
-``SimulatedFleet`` serves requests on simulated replicas behind a simulated gateway, exactly, fast.
-``SimulatedCluster`` keeps replicas on a virtual clock and checks that no device is used twice at a
-time; the replicas of a ``FleetCluster`` belong to a fleet and serve. ``EmulatedEngine`` speaks
-OpenAI's API without a model, at a chosen speed, as one of several servers does (``DIALECTS``).
+``SimulatedFleet`` is an exact and fast simulation of replicas behind a gateway.
+``SimulatedCluster`` runs replicas on a virtual clock and checks that no device is used twice at a
+time. The replicas of a ``FleetCluster`` belong to a fleet and serve requests. ``EmulatedEngine``
+serves OpenAI's API without a model, at a chosen speed, in the format of a server (``DIALECTS``).
 """
 
 from oserve.sim.cluster import SimulatedCluster

@@ -31,7 +31,7 @@ def blocks_of(tokens: int) -> int:
 
 @compiled
 def take(mem: Flat, ses: Flat, at: int, blocks: int) -> None:
-    """Allocate blocks that are free, by eviction from old sessions if none are empty."""
+    """Allocate free blocks; if none are empty, evict those of old sessions."""
     mem[at + FREE] -= blocks
     while mem[at + FREE] < 0:
         session = mem[at + RECENT]
@@ -45,7 +45,7 @@ def take(mem: Flat, ses: Flat, at: int, blocks: int) -> None:
 
 @compiled
 def forget(mem: Flat, ses: Flat, at: int, session: int) -> None:
-    """Evict all blocks that this replica holds of a session."""
+    """Evict all blocks of a session on this replica."""
     mem[at + REUSABLE] -= ses[session * SESSION + HELD_BLOCKS]
     mem[at + FREE] += ses[session * SESSION + HELD_BLOCKS]
     ses[session * SESSION + HELD_BLOCKS] = 0

@@ -27,7 +27,7 @@ from oserve.sim.phases import Faults, Phases
 
 @dataclass(slots=True, kw_only=True)
 class Life:
-    """A replica from its start to its end, in seconds; ``None`` while it lives."""
+    """The lifetime of a replica, in seconds; its end is ``None`` while it lives."""
 
     spec: ReplicaSpec
     start_s: float
@@ -46,13 +46,13 @@ class _Replica:
 
 
 class SimulatedCluster:
-    """Raises ValueError if a device is ever given to two live replicas.
+    """A cluster on a virtual clock. Raises ValueError if two live replicas share a device.
 
-    ``weights_bytes`` returns what a replica of a shape must load; see ``Phases``. ``overlapping``:
-    draining replicas are hidden and their devices count as free, which no real cluster can do; it
-    bounds what quicker switches could gain. Replicas started while ``warm`` is set serve at once,
-    for what serves before the first second. ``lives`` holds every replica there ever was, in order
-    of their starts. The methods ``on_...`` are for clusters whose replicas really serve.
+    ``weights_bytes`` returns the bytes that a replica of a shape loads; see ``Phases``.
+    ``overlapping``: draining replicas are hidden and their devices count as free, which no real
+    cluster can do; it bounds the gain from faster switches. Replicas started while ``warm`` is set
+    serve at once, for those that serve from the beginning. ``lives`` holds all replicas, past ones
+    included, in order of their starts. Subclasses whose replicas serve override ``on_...``.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ class SimulatedCluster:
         self._last: Observation | None = None
 
     async def observe(self) -> Observation:
-        """Let everything due happen, then return what there is; a fault may return the last one."""
+        """Process all due events, then observe; a fault may return the last observation again."""
         self.catch_up(self._clock.now())
-        if self._last is not None and self.strikes(self.faults.stale_observation):
+        if self._last is not None and self.draws_fault(self.faults.stale_observation):
             return self._last
-        self._last = self._seen()
+        self._last = self._observation()
         return self._last
 
     async def apply(self, action: Action) -> None:
-        """Carry an action out; a fault may lose or repeat it."""
-        if self.strikes(self.faults.lost_action):
+        """Execute an action; a fault may lose or repeat it."""
+        if self.draws_fault(self.faults.lost_action):
             return
         self._do(action)
-        if self.strikes(self.faults.repeated_action):
+        if self.draws_fault(self.faults.repeated_action):
             self._do(action)
 
     @property
@@ -109,15 +109,15 @@ class SimulatedCluster:
         return all(item.state.phase in done for item in self._alive())
 
     def catch_up(self, now_s: float) -> None:
-        """Let replicas come up, fail, hang and crash, each at its moment."""
+        """Let replicas become ready, fail, hang and crash, each at its time."""
         while self._scheduled and self._scheduled[-1][0] <= now_s:
             at_s, name, fault = self._scheduled.pop()
-            self._come_up(at_s)
+            self._become_ready(at_s)
             fault(name)
-        self._come_up(now_s)
+        self._become_ready(now_s)
 
     def hang(self, name: str) -> None:
-        """A replica makes no progress from now on, until the cluster notices and ends it."""
+        """Make a replica hang, until the cluster detects that and ends it."""
         item = self._replicas.get(name)
         if item is None or item.state.phase is ReplicaPhase.GONE or math.isfinite(item.found_at_s):
             return
@@ -126,7 +126,7 @@ class SimulatedCluster:
         self.on_hang(name)
 
     def crash(self, name: str, reason: str = "crashed") -> None:
-        """A replica exits unexpectedly."""
+        """Make a replica exit unexpectedly."""
         item = self._replicas.get(name)
         if item is None or item.state.phase is ReplicaPhase.GONE:
             return
@@ -137,13 +137,13 @@ class SimulatedCluster:
         )
         self._end(item)
 
-    def strikes(self, chance: float) -> bool:
-        """Draw whether a fault of this chance happens."""
+    def draws_fault(self, chance: float) -> bool:
+        """Draw whether a fault of this probability occurs."""
         return self._random.random() < chance
 
-    # -- for a cluster whose replicas really serve ---------------------------------------------
+    # -- hooks of clusters whose replicas serve ------------------------------------------------
     def on_advance(self, now_s: float) -> None:
-        """Time has come to ``now_s``; phases follow."""
+        """The clock has reached ``now_s``; changes of phases follow."""
 
     def on_start(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         """A replica starts. It can serve from ``ready_at_s`` on; infinite: once committed."""
@@ -155,17 +155,17 @@ class SimulatedCluster:
         """A replica takes no more requests."""
 
     def on_hang(self, name: str) -> None:
-        """A replica makes no progress."""
+        """A replica hangs."""
 
     def on_end(self, name: str) -> None:
-        """A replica is gone."""
+        """A replica has ended."""
 
     def observed(self, state: ReplicaState) -> ReplicaState:
-        """Return the state of a live replica with what is known of its requests."""
+        """Return the state of a live replica with its load."""
         return state
 
     # -- phases ---------------------------------------------------------------------------------
-    def _seen(self) -> Observation:
+    def _observation(self) -> Observation:
         states = []
         for item in self._replicas.values():
             state = item.state
@@ -183,7 +183,7 @@ class SimulatedCluster:
             failures=dict(self._failures),
         )
 
-    def _come_up(self, now_s: float) -> None:
+    def _become_ready(self, now_s: float) -> None:
         self.on_advance(now_s)
         for item in self._alive():
             state = item.state
@@ -220,7 +220,7 @@ class SimulatedCluster:
         able = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
         items = [self._replicas.get(name) for name in ready]
         if any(item is None or item.state.phase not in able for item in items):
-            raise ValueError(f"not all of {list(ready)} stand by")
+            raise ValueError(f"not all of {list(ready)} are on standby")
         for item in items:
             if item is not None and item.state.phase is ReplicaPhase.STANDBY:
                 item.standby = False
@@ -239,9 +239,9 @@ class SimulatedCluster:
             raise ValueError(wrong)
         now_s = self._clock.now()
         load_s = 0.0 if self.warm else self._load_s(spec, standby=standby)
-        if self.strikes(self.faults.slow_start):
+        if self.draws_fault(self.faults.slow_start):
             load_s *= self.faults.slow_factor
-        fails = self.strikes(self.faults.failed_start)
+        fails = self.draws_fault(self.faults.failed_start)
         life = Life(spec=spec, start_s=now_s)
         self.lives.append(life)
         self._replicas[spec.id] = _Replica(
@@ -260,7 +260,7 @@ class SimulatedCluster:
         self.on_start(spec, math.inf if fails or standby else now_s + load_s)
 
     def _load_s(self, spec: ReplicaSpec, *, standby: bool) -> float:
-        """Return the seconds that a replica loads which starts now."""
+        """Return the seconds that a replica takes to load if it starts now."""
         if not standby:
             return self._phases.load_s(self._weights_bytes(spec.shape))
         nodes = {device.id: device.node for device in self._devices}
@@ -273,7 +273,7 @@ class SimulatedCluster:
         return self._phases.standby_s + others * self._phases.further_standby_s
 
     def _stop(self, item: _Replica) -> None:
-        """The replica's processes end now; its devices are free ``stop_s`` later."""
+        """End the replica's processes; its devices become free ``stop_s`` later."""
         if self._phases.stop_s <= 0.0:
             self._end(item)
         elif math.isinf(item.stopped_at_s):
@@ -286,13 +286,13 @@ class SimulatedCluster:
         if isinstance(spec.backend, AttachedBackend):
             return ""
         if not set(spec.devices) <= {device.id for device in self._devices}:
-            return f"replica {spec.id} names a device that is not there"
+            return f"replica {spec.id} names a device that does not exist"
         if set(spec.devices) & self._taken(standby=standby):
-            return f"replica {spec.id} names a device that is taken"
+            return f"replica {spec.id} names a device that is in use"
         return ""
 
     def _taken(self, *, standby: bool) -> set[str]:
-        """Return devices on which no replica may start; on standby it may stand beside others."""
+        """Return devices on which no replica may start; a standby may share devices."""
         return {
             device
             for item in self._alive()

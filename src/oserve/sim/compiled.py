@@ -1,10 +1,10 @@
-"""One source at two speeds: numba compiles kernel functions where it is installed.
+"""Compiles kernel functions with numba if it is installed; otherwise they run in Python.
 
-Kernel functions are plain Python over flat sequences of integers. Without numba they run as they
-are, on lists. ``plain`` gives that slow form even where numba is installed, and
-``NUMBA_DISABLE_JIT=1`` gives it everywhere: a short run ends before the kernel is compiled. numba
-caches compiled code on disk beside its source. It checks only the file of a function and not those
-of its callees, so this module deletes cached code that is older than any of the sources.
+Kernel functions are plain Python over flat sequences of integers. Without numba they run
+uncompiled, on lists. ``plain`` returns the uncompiled form even if numba is installed, and
+``NUMBA_DISABLE_JIT=1`` disables compilation: a short run ends before the kernel is compiled. numba
+caches compiled code next to its source. It checks only the file of a function and not those of its
+callees, so this module deletes cached code that is older than any of the sources.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def compiled(function: _Function[_Parameters, _Result]) -> _Function[_Parameters
     """Compile a kernel function, if numba is installed; only compiled functions may call it."""
     if numba is None:
         return function
-    # Python never calls it, so it needs no wrappers, which take a third of the time to compile.
+    # Python never calls it, so skip the wrappers, which take a third of the compilation time.
     made = numba.njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
     return cast("_Function[_Parameters, _Result]", made(function))
 
@@ -53,7 +53,7 @@ def plain(function: _Function[_Parameters, _Result]) -> _Function[_Parameters, _
     return cast("_Function[_Parameters, _Result]", _plain(function, _CLONES))
 
 
-# numba's compiled functions have no type of their own that a checker knows.
+# numba's compiled functions have no static type.
 def _plain(function: Any, clones: dict[types.FunctionType, types.FunctionType]) -> Any:
     python = getattr(function, "py_func", function)
     if python in clones:

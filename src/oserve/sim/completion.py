@@ -1,8 +1,8 @@
-"""The end of a step: tokens, completions, and sequences that go on elsewhere.
+"""The end of a step: tokens, completions and migrations; and the ledger of outstanding work.
 
-It also keeps the ledger of outstanding work: a replica owes the work that the router expects of a
-request, the first token pays for the prompt and the request's end for the rest, as in the live
-ledger. (The live ledger also learns how fast each replica is; here the costs are exact.)
+As in the live ledger, a replica owes the expected work of its requests. The first token pays for
+the prompt, and the end of the request pays for the rest. The live ledger also learns the speed of
+each replica; here the costs are exact.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
@@ -99,7 +99,7 @@ def book(req: Flat, mem: Flat, at: int, request: int, prompt: int, whole: int) -
 
 @compiled
 def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
-    """A request leaves its replica, which may have room for another."""
+    """Free a request's slot at its replica, which may then have room for another."""
     glob[FREED] = 1
     mem[at + OWED] -= req[request * REQUEST + BOOKED]
     mem[at + OWED_PROMPT] -= req[request * REQUEST + BOOKED_PROMPT]
@@ -108,7 +108,7 @@ def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
 
 @compiled
 def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
-    """End a request with a status; a closed loop lets the next one in."""
+    """End a request with a status; a closed loop then admits the next one."""
     req[request * REQUEST + STATUS] = status
     req[request * REQUEST + FINISH] = now
     glob[ENDED] += 1
@@ -121,7 +121,7 @@ def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
 
 @compiled
 def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
-    """Enter the queue of an engine."""
+    """Add a request to the queue of an engine."""
     req[request * REQUEST + STATUS] = WAITING
     if mem[at + ORDERED] == 0:
         insert_before(req, mem, at + WAIT, request, NONE)
@@ -132,8 +132,8 @@ def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
 
 
 @compiled
-def heir_of(s: KernelState, request: int, source: int) -> int:
-    """The decoding replica that would finish a request first, or ``NONE``."""
+def decode_target(s: KernelState, request: int, source: int) -> int:
+    """The decode replica that would finish a request first, or ``NONE``."""
     req, mem = s.req, s.mem
     base = request * REQUEST
     blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
@@ -159,9 +159,9 @@ def decode_ps(s: KernelState, request: int, index: int) -> int:
 
 @compiled
 def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
-    """Send a running sequence to another replica: transfers over a link follow one another.
+    """Send a running sequence to another replica; a link runs one transfer at a time.
 
-    KV that a live migration has copied before is not sent again.
+    A live migration does not copy KV again that it has copied before.
     """
     req, mem = s.req, s.mem
     request = entry(mem, at, RUN_ID, slot)
@@ -182,7 +182,7 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
 
 @compiled
 def receive(s: KernelState, now: int) -> int:
-    """A moving request arrives; returns it if its source or target is gone, else ``NONE``."""
+    """Complete a transfer; returns the request if its source or target has ended, else ``NONE``."""
     req, mem = s.req, s.mem
     request = pop(req, s.moves, MOVED_AT)
     base = request * REQUEST
@@ -203,7 +203,7 @@ def receive(s: KernelState, now: int) -> int:
 
 @compiled
 def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
-    """A sequence emits its first token on this replica."""
+    """Emit the first token of a sequence on this replica."""
     req, mem = s.req, s.mem
     base = entry(mem, at, RUN_ID, slot) * REQUEST
     if req[base + FIRST] == NEVER:
@@ -218,7 +218,7 @@ def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
 
 @compiled
 def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
-    """Whether a sequence that just emitted a token leaves: it completes, or goes on elsewhere."""
+    """Whether a sequence that just emitted a token completes or migrates."""
     req, mem = s.req, s.mem
     request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
@@ -233,7 +233,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
         return True
     target = NONE
     if state == NEW and mem[at + ROLE] == PREFILL:
-        target = heir_of(s, request, mem[at + INDEX])
+        target = decode_target(s, request, mem[at + INDEX])
     elif state == LEAVING and now >= req[base + MOVED_AT]:
         target = req[base + MOVED_TO]
         if mem[s.where[target] + PHASE] != READY:
@@ -248,7 +248,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
 
 @compiled
 def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
-    """Remove those sequences of this step that complete or go on elsewhere."""
+    """Remove the sequences of this step that complete or migrate."""
     mem = s.mem
     batches, left = column(mem, at, RUN_BATCH), column(mem, at, RUN_LEFT)
     states = column(mem, at, RUN_STATE)
@@ -266,7 +266,7 @@ def sweep(s: KernelState, at: int, batch: int, now: int) -> None:
 
 @compiled
 def end_together(s: KernelState, at: int, now: int) -> None:
-    """The end of steps in lockstep: steady sequences complete, prompts yield first tokens."""
+    """End steps in lockstep: steady sequences complete, prompts emit first tokens."""
     mem = s.mem
     settle(mem, s.ses, at, mem[at + JUMP])
     mem[at + FAST] = 0
@@ -301,7 +301,7 @@ def end_together(s: KernelState, at: int, now: int) -> None:
 
 @compiled
 def emit(mem: Flat, at: int, batch: int) -> None:
-    """Every sequence whose last known token was in this step emits a new one."""
+    """Emit a token for every sequence whose last known token was in this step."""
     batches, goal = column(mem, at, RUN_BATCH), column(mem, at, RUN_GOAL)
     left = column(mem, at, RUN_LEFT)
     emitted = 0
@@ -315,7 +315,7 @@ def emit(mem: Flat, at: int, batch: int) -> None:
 
 @compiled
 def end_step(s: KernelState, at: int, now: int) -> None:
-    """The oldest step in flight, or the jump, ends."""
+    """End the oldest step in flight, or the jump."""
     mem = s.mem
     if mem[at + JUMP] > 0:
         end_together(s, at, now)

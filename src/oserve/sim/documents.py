@@ -24,7 +24,7 @@ class GenerationRequest:
 
     @property
     def streams(self) -> bool:
-        """Whether the answer comes as events."""
+        """Whether the answer is an event stream."""
         return bool(self.body.get("stream"))
 
     @property
@@ -34,7 +34,7 @@ class GenerationRequest:
 
     @property
     def stream_options(self) -> Json:
-        """OpenAI's options of a stream, empty if it has none."""
+        """OpenAI's ``stream_options``; empty if absent."""
         options = self.body.get("stream_options")
         return options if isinstance(options, dict) else {}
 
@@ -57,7 +57,7 @@ class Documents:
         stop_reason: str | int | None,
         tokens: Sequence[int] | None = None,
     ) -> dict[str, object]:
-        """``content``: a text, or a chat's delta or message. ``tokens``: told where asked for."""
+        """``content``: a text, or a chat's delta or message. ``tokens``: included on request."""
         chat = self._request.chat
         choice: dict[str, object] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
         if finish_reason is not None or not chat:
@@ -73,7 +73,7 @@ class Documents:
         return choice
 
     def logprobs(self, tokens: Sequence[int]) -> Json | None:
-        """Invented log probabilities, ``None`` where the request does not ask for them."""
+        """Synthetic log probabilities; ``None`` unless requested."""
         body = self._request.body
         wanted = body.get("logprobs")
         if wanted is None or wanted is False:

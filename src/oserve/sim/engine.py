@@ -1,6 +1,6 @@
-"""An engine without a model: OpenAI's API, deterministic tokens, a speed of your choice.
+"""An engine without a model for tests and benchmarks of gateways.
 
-It serves tests and benchmarks of gateways.
+It serves OpenAI's API with deterministic tokens at a chosen speed.
 """
 
 import json
@@ -18,14 +18,13 @@ from oserve.wire.server import HttpServer
 
 
 class EmulatedEngine:
-    """Serves one model name. ``seen`` keeps request bodies, ``aborted`` counts clients that left.
+    """Serves one model. ``seen`` holds request bodies, ``aborted`` counts clients that left.
 
     ``max_model_len`` is in tokens; a word of a prompt counts as one. No answer has more than
-    ``most_tokens``. Each answer takes the next of ``mishaps``, while there are any. ``dialect``:
-    the server that it imitates. ``heads`` keeps paths and headers of the last requests. ``hosts``:
-    host names that it answers to, all others get 403; empty: it answers to all. With an ``api_key``
-    it asks requests for that key. ``status``, if set, is its answer to every generation, and
-    ``extra`` are headers of that answer.
+    ``most_tokens``. Each answer takes the next of ``mishaps``, if any. ``dialect``: the server that
+    it imitates. ``heads`` holds paths and headers of the last requests. ``hosts``: accepted host
+    names, all others get 403; empty: all are accepted. ``api_key``, if set, is required.
+    ``status``, if set, answers every generation, with ``extra`` headers.
     """
 
     def __init__(
@@ -71,13 +70,13 @@ class EmulatedEngine:
         return self._server.port
 
     async def stop(self) -> None:
-        """End at once: every connection breaks, as when a process is killed."""
+        """Abort all connections, as when a process is killed."""
         if self._server is not None:
             await self._server.close()
 
     @property
     def path(self) -> str:
-        """What its URL has after the port."""
+        """The path of its URL."""
         return self.dialect.prefix
 
     def _handle(self, exchange: Exchange) -> None:
@@ -129,7 +128,7 @@ class EmulatedEngine:
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
         dialect = self.dialect
         try:
-            # vLLM reads more than strict JSON: numbers out of range, for one.
+            # vLLM accepts more than strict JSON, such as numbers out of range.
             body = json.loads(exchange.body)
             checked = msgspec.convert(body, _Checked, strict=False)
         except (ValueError, RecursionError) as error:
@@ -215,7 +214,7 @@ _CHECKED = frozenset(_Checked.__struct_fields__)
 
 
 def _wrong(body: dict[str, Any], dialect: Dialect) -> str:
-    """Why the engine refuses the body; empty if it does not."""
+    """The reason why the engine refuses the body; empty if it accepts it."""
     unknown = dialect.refused & body.keys()
     if unknown:
         return f"Extra inputs are not permitted: {', '.join(sorted(unknown))}"

@@ -1,8 +1,8 @@
-"""The kernel's entry points: what Python may ask of a fleet's state, compiled or not.
+"""The kernel's entry points for Python, compiled or not.
 
-numba counts references to every array at every call, which takes longer than most kernel functions
-do. It does not count references to pointers, so compiled functions get the addresses of the arrays,
-and the caller keeps the arrays alive.
+numba counts the references to every array at every call, which takes longer than most kernel
+functions. It does not count pointers. So compiled functions get the addresses of the arrays, and
+the caller keeps the arrays alive.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from oserve.sim.state import Flat, KernelState, Reals
 
 StateArray = NDArray[np.int64 | np.float64]
 Addresses = NDArray[np.int64]
-"""Of the state's arrays, in the order of its fields."""
+"""Addresses of the state's arrays, in the order of its fields."""
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -27,7 +27,7 @@ _Result = TypeVar("_Result")
 
 @compiled
 def state_at(addresses: Addresses) -> KernelState:
-    """A state of pointers."""
+    """A state made of pointers."""
     return KernelState(
         integers(addresses[0]),
         integers(addresses[1]),
@@ -129,7 +129,7 @@ class Kernel:
         for name, values in arrays.items():
             own = np.ascontiguousarray(values).copy()
             self._arrays[name] = own
-            # Compiled code and the rest of Python index an array as they do a list.
+            # Compiled code and Python index arrays and lists in the same way.
             self._values[name] = cast("Flat", own) if self._compiled else own.tolist()
         self.state = KernelState._make(self._values[name] for name in KernelState._fields)
         if self._compiled:

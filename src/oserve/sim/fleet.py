@@ -1,8 +1,8 @@
-"""A fleet of simulated replicas behind a simulated gateway, which can be paused at any moment.
+"""A fleet of simulated replicas behind a simulated gateway, which can be paused at any time.
 
 The engine model is vLLM's V1 scheduler with step times from a performance model; see ``schedule``.
-Results are exact to the picosecond and the same with and without numba. Routers see what the live
-router sees: of a request's output they know ``expected_output_tokens``, nothing more.
+Results are exact to the picosecond, with and without numba. Like the live router, routers know
+only ``expected_output_tokens`` of a request's output.
 """
 
 import math
@@ -33,7 +33,7 @@ from oserve.sim.types import (
 
 
 class SimulatedFleet:
-    """Requests, a gateway and replicas on a clock of their own, which starts at 0 s.
+    """Requests, a gateway and replicas on their own clock, which starts at 0 s.
 
     ``classes`` bounds ``class_index`` of the requests. ``closed_loop``: the number of requests in
     flight at any time, regardless of arrival times; the next arrives when one ends. ``compiled`` of
@@ -64,7 +64,7 @@ class SimulatedFleet:
         self._rounds = 0
         self._names: list[str] = []
         self._roles: list[Role] = []
-        self._seen = 0
+        self._reported = 0
         self._dirty = False
         self._shares: Mapping[int, Mapping[str, float]] = {}
         arrays = fleet_arrays(requests, options, classes=classes, closed_loop=closed_loop)
@@ -76,7 +76,7 @@ class SimulatedFleet:
 
     @property
     def now_s(self) -> float:
-        """The present, in seconds."""
+        """The current time, in seconds."""
         return float(self._state.glob[layout.NOW] / layout.PS)
 
     @property
@@ -147,7 +147,7 @@ class SimulatedFleet:
         self._dirty = True
 
     def drain(self, name: str) -> None:
-        """Dispatch no more requests to it; those it has complete. No effect if it is gone."""
+        """Dispatch no more requests to it; its running ones complete. No effect if it has ended."""
         if name not in self._names:
             return
         place = self._place(name)
@@ -159,7 +159,7 @@ class SimulatedFleet:
             self._dirty = True
 
     def serve(self, name: str) -> None:
-        """A replica that loads is ready now. Nothing happens to any other."""
+        """Make a loading replica ready now. No effect on a replica in another phase."""
         if name in self._names and self._phase(name) == layout.LOADING:
             place = self._place(name)
             self._state.mem[place + layout.PHASE] = layout.READY
@@ -167,13 +167,13 @@ class SimulatedFleet:
             self._dirty = True
 
     def hang(self, name: str) -> None:
-        """It hangs: it accepts requests, but neither they nor those it has make progress."""
+        """Make it hang: it accepts requests, but none of its requests makes progress."""
         if name in self._names and self._phase(name) != layout.GONE:
             self._kernel.run(entry.HANG, self._index(name), self._state.glob[layout.NOW])
             self._dirty = True
 
     def remove(self, name: str, *, replay: bool = True) -> None:
-        """Remove it at once: its requests go on elsewhere with the tokens they have, or fail."""
+        """Remove it at once: its requests migrate with the tokens they have, or fail."""
         if name not in self._names or self._phase(name) == layout.GONE:
             return
         now = self._state.glob[layout.NOW]
@@ -185,7 +185,7 @@ class SimulatedFleet:
         policy: RoutingPolicy = RoutingPolicy.POOLS,
         shares: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
-        """``shares[class][replica]`` are fractions; replicas yet to come may be named."""
+        """``shares[class][replica]`` are fractions; future replicas may be named."""
         self._state.glob[layout.POLICY] = int(policy)
         self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
         self._share(keep_credit=False)
@@ -194,8 +194,8 @@ class SimulatedFleet:
     def migrate(self, request: int, to: str) -> bool:
         """Move a running request to another replica while it decodes; False if it cannot be.
 
-        It pauses for the link's latency and for the KV that was made while the rest was copied. It
-        stays if it ends before, or if the target no longer takes requests then.
+        It pauses for the link's latency and for the KV that was computed during the copy. It stays
+        if it ends before, or if the target then no longer takes requests.
         """
         now = self._state.glob[layout.NOW]
         target = self._index(to)
@@ -228,19 +228,19 @@ class SimulatedFleet:
             self._advance(limit)
 
     def observe(self) -> FleetObservation:
-        """The fleet now; replicas that are gone are left out."""
+        """The present state of the fleet, without replicas that have ended."""
         state = self._state
-        came = self._requests.class_index[self._seen : state.glob[layout.ARRIVED]]
-        self._seen = int(state.glob[layout.ARRIVED])
+        arrived = self._requests.class_index[self._reported : state.glob[layout.ARRIVED]]
+        self._reported = int(state.glob[layout.ARRIVED])
         return FleetObservation(
             now_s=self.now_s,
             queued=self.queued,
-            arrivals=np.bincount(came, minlength=self._classes).astype(np.int64),
+            arrivals=np.bincount(arrived, minlength=self._classes).astype(np.int64),
             replicas=self.replicas(),
         )
 
     def replicas(self) -> tuple[ReplicaObservation, ...]:
-        """Replicas that are not gone, as they are now."""
+        """The present state of the replicas that have not ended."""
         self._flush()
         self._kernel.run(entry.OBSERVE, self._state.glob[layout.NOW])
         return readout.observations(self._kernel, self._names, self._roles)
@@ -251,7 +251,7 @@ class SimulatedFleet:
         return readout.results(self._state, self._requests, self._names)
 
     def running(self, name: str) -> Ints:
-        """Requests that run on a replica, those with the least KV first."""
+        """Requests that run on a replica, in ascending order of KV."""
         rows = readout.request_rows_of(self._state)
         running = rows[:, layout.STATUS] == layout.RUNNING
         here = np.flatnonzero(running & (rows[:, layout.ON] == self._index(name)))
@@ -271,7 +271,7 @@ class SimulatedFleet:
         at = self._place(name)
         return int(self._state.mem[at + layout.OWED]), int(self._state.mem[at + layout.INFLIGHT])
 
-    # -- within ---------------------------------------------------------------------------------
+    # -- internals ------------------------------------------------------------------------------
     def _advance(self, end: int) -> None:
         self._flush()
         self._kernel.run(entry.ADVANCE, end, self._skip)

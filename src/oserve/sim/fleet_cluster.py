@@ -1,8 +1,7 @@
-"""The cluster API over a fleet: what controllers ask for happens to replicas that serve requests.
+"""The cluster API over a fleet: actions of a controller change replicas that serve requests.
 
-A replica takes requests from the moment it has loaded, or is committed, whenever the controller
-looks next, and drains as long as its requests run. The fleet catches up with the clock whenever the
-cluster is observed or acted upon.
+A replica takes requests as soon as it has loaded, or is committed, and drains as long as its
+requests run. The fleet advances to the clock whenever the cluster is observed or acted upon.
 """
 
 import math
@@ -25,17 +24,17 @@ from oserve.sim.phases import Faults, Phases
 from oserve.sim.types import ReplicaObservation
 
 Add = Callable[[ReplicaSpec, float], None]
-"""Adds a replica to the fleet, ready at a moment in seconds."""
+"""Adds a replica to the fleet, ready at a time in seconds."""
 
-# As good as never, in the fleet's picoseconds.
+# Practically never, in the fleet's picoseconds.
 _NEVER_S = 4e6
 
 
 class FleetCluster(SimulatedCluster):
-    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` puts one into it.
+    """A ``SimulatedCluster`` whose replicas are those of ``fleet``; ``add`` adds one to it.
 
-    ``moves_after_s``: requests of a replica that has drained so long go on elsewhere, as the
-    gateway has it, with the tokens that they have.
+    ``moves_after_s``: the drain limit, after which requests migrate with the tokens that they have,
+    as in the gateway.
     """
 
     def __init__(
@@ -68,18 +67,18 @@ class FleetCluster(SimulatedCluster):
         self._serving: dict[str, ReplicaObservation] = {}
 
     async def observe(self) -> Observation:
-        """Let everything due happen, then return what there is."""
+        """Process all due events, then observe."""
         self.catch_up(self._clock.now())
         self._serving = {item.name: item for item in self._fleet.observe().replicas}
         return await super().observe()
 
     async def apply(self, action: Action) -> None:
-        """Carry an action out at the clock's time."""
+        """Execute an action at the clock's time."""
         self.catch_up(self._clock.now())
         await super().apply(action)
 
     def on_advance(self, now_s: float) -> None:
-        """Move requests off replicas that drain too long, each at its moment."""
+        """Migrate requests of replicas that reach the drain limit, each at its time."""
         due = sorted(
             (since_s + self._moves_after_s, name) for name, since_s in self._draining.items()
         )
@@ -95,32 +94,32 @@ class FleetCluster(SimulatedCluster):
         self._add(spec, min(ready_at_s, _NEVER_S))
 
     def on_commit(self, name: str) -> None:
-        """The fleet's replica is ready now."""
+        """Make the fleet's replica ready now."""
         self._fleet.serve(name)
 
     def on_drain(self, name: str) -> None:
-        """The fleet's replica takes no more requests."""
+        """Let the fleet's replica drain."""
         self._fleet.drain(name)
         self._draining[name] = self._clock.now()
 
     def on_hang(self, name: str) -> None:
-        """The fleet's replica makes no progress."""
+        """Make the fleet's replica hang."""
         self._fleet.hang(name)
 
     def on_end(self, name: str) -> None:
-        """The fleet's replica ends; its requests start over elsewhere or are lost."""
+        """Remove the fleet's replica; its requests start over elsewhere or are lost."""
         self._draining.pop(name, None)
         self._fleet.remove(name, replay=self.faults.replay)
 
     def observed(self, state: ReplicaState) -> ReplicaState:
-        """Add what the fleet knows of a replica's requests."""
+        """Add the fleet's load of a replica."""
         item = self._serving.get(state.spec.id)
         if item is None:
             return state
         return replace(
             state,
             running=item.running,
-            # What is on its way between replicas still needs both.
+            # A transfer between replicas still needs both.
             waiting=max(item.waiting, item.inflight - item.running),
             kv_cache_usage=item.kv_usage,
             work=_work(item, state.spec),
@@ -128,7 +127,7 @@ class FleetCluster(SimulatedCluster):
 
 
 def _work(item: ReplicaObservation, spec: ReplicaSpec) -> EngineWork:
-    """Return work as an engine counts it: each step goes through every pipeline stage."""
+    """Return work as an engine counts it: each step passes every pipeline stage."""
     return EngineWork(
         steps=item.steps,
         prompt_tokens=item.prompt_tokens,

@@ -1,9 +1,9 @@
-"""The gateway before the replicas: a bounded queue by rank, demotion, shedding, retries and moves.
+"""The simulated gateway: a bounded queue by rank, demotion, shedding, retries and migrations.
 
-It does what ``control.dispatch.RequestMachine`` does, in a form that numba compiles, for streams at
-replicas that never answer with an error; a property test compares the two. All requests of one
-moment enter the queue first; then the gateway dispatches by rank, refuses those that have just
-entered and exceed the bound, and sheds those that have waited too long.
+It implements ``control.dispatch.RequestMachine`` in a form that numba compiles, for streams on
+replicas that never answer with an error; a property test compares the two. All requests of one time
+enter the queue first. Then the gateway dispatches by rank, refuses new requests beyond the bound,
+and sheds those that have waited too long.
 """
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
@@ -60,7 +60,7 @@ from oserve.sim.layout import (
     STATUS,
 )
 from oserve.sim.lists import pop, push
-from oserve.sim.routing import HOPELESS, choose
+from oserve.sim.routing import UNSERVABLE, choose
 from oserve.sim.state import KernelState
 
 
@@ -86,7 +86,7 @@ def send(s: KernelState, request: int, index: int, now: int) -> None:
 
 @compiled
 def own_prompt_ps(s: KernelState, request: int) -> int:
-    """Picoseconds of a request's prompt at the quickest replica, if demotion depends on it."""
+    """Picoseconds of a request's prompt at the fastest replica, if demotion depends on it."""
     if s.glob[LIVE_COST] == 0:
         return 0
     least = NONE
@@ -103,7 +103,7 @@ def own_prompt_ps(s: KernelState, request: int) -> int:
 
 @compiled
 def is_late(s: KernelState, request: int, now: int) -> bool:
-    """Whether a waiting request would miss its first token; streams that resume have had it."""
+    """Whether a waiting request would miss its TTFT; resuming streams have their first token."""
     base = request * REQUEST
     if s.req[base + DEMOTE_AT] == NEVER or s.req[base + MADE] > 0:
         return False
@@ -112,7 +112,7 @@ def is_late(s: KernelState, request: int, now: int) -> bool:
 
 @compiled
 def demote(s: KernelState, request: int) -> None:
-    """Put the head of the queue behind all requests that are not late, first come first served."""
+    """Demote the head of the queue: it follows all requests that are not late, in arrival order."""
     base = request * REQUEST
     pop(s.req, s.queue, ORDER)
     s.req[base + IS_LATE] = 1
@@ -123,9 +123,9 @@ def demote(s: KernelState, request: int) -> None:
 
 @compiled
 def head(s: KernelState, now: int, alone: bool) -> int:
-    """The request to dispatch next, after demotion of late ones; some request waits.
+    """The request to dispatch next, after demotion of late ones; the queue must not be empty.
 
-    The machine does not demote a request that enters ``alone``.
+    Like the machine, it does not demote a request that enters ``alone``.
     """
     while s.queue[0] > 0:
         request = s.queue[1]
@@ -137,7 +137,7 @@ def head(s: KernelState, now: int, alone: bool) -> int:
 
 @compiled
 def any_room(s: KernelState) -> bool:
-    """Whether any replica could take a further request."""
+    """Whether any replica has room for a further request."""
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
         if s.mem[at + PHASE] != READY or s.mem[at + ROLE] == DECODE:
@@ -151,9 +151,9 @@ def any_room(s: KernelState) -> bool:
 
 @compiled
 def dispatch(s: KernelState, now: int, alone: bool) -> None:
-    """Send waiting requests, best rank first, while there is room for one of them.
+    """Send waiting requests, best rank first, while a replica has room for one of them.
 
-    A request passes those that wait for larger replicas: they would not have had its slot.
+    A request overtakes those that wait for larger replicas, which cannot use its slot.
     """
     passed, blocked = NONE, NEVER
     while s.queue[0] + s.late[0] > 0:
@@ -164,7 +164,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
         if blocks < blocked:
             index = choose(s, request, now)
             if index == NONE:
-                # Fixed shares wait for their replicas in the order of the queue.
+                # With fixed shares, requests wait for their replicas in the order of the queue.
                 if s.glob[POLICY] == FIXED_SHARES or not any_room(s):
                     break
                 blocked = blocks
@@ -175,7 +175,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
         if index == NONE:
             s.req[base + NEXT] = passed
             passed = request
-        elif index == HOPELESS:
+        elif index == UNSERVABLE:
             close(s.req, s.glob, request, REFUSED, now)
         else:
             send(s, request, index, now)
@@ -187,7 +187,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
 
 @compiled
 def enter(s: KernelState, request: int) -> None:
-    """Put a request into the queue, until ``settle``."""
+    """Add a request to the queue, until ``settle``."""
     base = request * REQUEST
     s.req[base + STATUS] = QUEUED
     if s.req[base + IS_LATE] == 1:
@@ -198,9 +198,9 @@ def enter(s: KernelState, request: int) -> None:
 
 @compiled
 def enter_again(s: KernelState, request: int, now: int) -> None:
-    """A request whose replica is gone goes on elsewhere with the tokens it has, or is lost.
+    """Retry or resume a request whose replica has ended, or end it as lost.
 
-    Before its first token that takes one more attempt, after it one more move of its stream.
+    Before its first token that costs an attempt, after it a migration of its stream.
     """
     base = request * REQUEST
     moves = s.req[base + MADE] > 0
@@ -225,7 +225,7 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
 
 @compiled
 def refuse(s: KernelState, request: int, now: int) -> None:
-    """Refuse a request that has just entered, if it still waits and too many do."""
+    """Refuse a new request that still waits, if the queue exceeds its bound."""
     if s.req[request * REQUEST + STATUS] == QUEUED and queued(s) > s.glob[MAX_QUEUED]:
         withdraw(s, request)
         close(s.req, s.glob, request, REFUSED, now)
@@ -233,10 +233,10 @@ def refuse(s: KernelState, request: int, now: int) -> None:
 
 @compiled
 def settle(s: KernelState, first: int, now: int) -> None:
-    """Dispatch by rank what waits, then refuse what has just entered and may not wait, last first.
+    """Dispatch by rank, then refuse new requests beyond the bound, the latest first.
 
     Requests from number ``first`` on have just arrived. Others have entered again in this round;
-    streams that resume are not among those, since they may wait beyond the bound.
+    resuming streams are not among those, since the bound does not apply to them.
     """
     entered = s.glob[ARRIVED] - first + s.glob[REENTERED]
     if entered > 0 or s.glob[FREED] == 1:
@@ -256,7 +256,7 @@ def settle(s: KernelState, first: int, now: int) -> None:
 
 @compiled
 def next_to_shed(s: KernelState) -> int:
-    """The waiting request whose time is up first: all may wait equally long, so the oldest."""
+    """The waiting request to shed next: the oldest, since the limit is the same for all."""
     request = s.glob[SHED_CURSOR]
     while request < s.glob[ARRIVED]:
         base = request * REQUEST
@@ -269,7 +269,7 @@ def next_to_shed(s: KernelState) -> int:
 
 @compiled
 def shed(s: KernelState, now: int) -> None:
-    """Refuse waiting requests that have waited too long."""
+    """Shed requests that have waited too long."""
     while True:
         request = next_to_shed(s)
         if request == NONE or s.req[request * REQUEST + SHED_AT] > now:
@@ -280,7 +280,7 @@ def shed(s: KernelState, now: int) -> None:
 
 @compiled
 def withdraw(s: KernelState, request: int) -> None:
-    """Take a request out of the middle of its queue."""
+    """Remove a request from its queue."""
     base = request * REQUEST
     demoted = s.req[base + IS_LATE] == 1
     heap, field = (s.late, ARRIVAL) if demoted else (s.queue, ORDER)

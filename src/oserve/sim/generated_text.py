@@ -1,7 +1,7 @@
 """The text that an emulated engine generates, token by token, by vLLM's rules.
 
-Characters come out whole, and text that may become a stop string is held back. A prompt that ends
-within a character is generated again, as by vLLM's detokenizer.
+Only complete characters are sent, and text that may become a stop string is held back. A prompt
+that ends within a character is repeated, as by vLLM's detokenizer.
 """
 
 import itertools
@@ -13,7 +13,7 @@ _seeds = itertools.count()
 
 
 class GeneratedText:
-    """``text`` is what the client may see in the end, ``tokens`` are those generated so far."""
+    """``text``: the client's text, held back parts included; ``tokens``: those generated so far."""
 
     def __init__(
         self, tokenizer: TokenizerStub, body: Mapping[str, object], prompt: Sequence[int]
@@ -41,7 +41,7 @@ class GeneratedText:
         self.stop_reason: str | int | None = None
 
     def _unfinished(self) -> bytes:
-        """The whole prompt's bytes if it ends within a character."""
+        """The bytes of the whole prompt if it ends within a character."""
         pieces = [self._tokenizer.piece(token) for token in self._context[-1:]]
         try:
             b"".join(pieces).decode()
@@ -51,7 +51,7 @@ class GeneratedText:
         return b""
 
     def generate(self, limit: int) -> tuple[str, str | None]:
-        """Generate the next token: text to show, and the finish reason if it is the last."""
+        """Generate the next token; returns the text to send, and the finish reason at the end."""
         seed = None if self._seed is None else self._seed + len(self.tokens)
         token = self._tokenizer.following(self._context, seed)
         self._context.append(token)

@@ -1,8 +1,8 @@
-"""The event loop: all events of one moment, moment after moment.
+"""The event loop of the kernel.
 
-At one moment replicas become ready, then steps end, KV transfers end, requests arrive, the gateway
-dispatches waiting requests, refuses and sheds, and new steps begin; replicas in order of number,
-requests in order of arrival. The caller's changes between two calls come after all that.
+The events of one time have a fixed order: replicas become ready, steps end, KV transfers end,
+requests arrive, the gateway dispatches, refuses and sheds, new steps begin. Replicas go in order of
+number, requests in order of arrival. Changes by the caller between two calls come last.
 """
 
 from oserve.sim.access import column, entry, set_entry
@@ -69,7 +69,7 @@ from oserve.sim.state import KernelState
 
 @compiled
 def next_moment(s: KernelState) -> int:
-    """When the next event is due."""
+    """The time of the next event."""
     moment = NEVER
     for index in range(s.glob[REPLICAS]):
         moment = min(moment, s.mem[s.where[index] + DUE])
@@ -86,7 +86,7 @@ def next_moment(s: KernelState) -> int:
 
 @compiled
 def begin_steps(s: KernelState, now: int, skip: int) -> None:
-    """Engines that are due begin their next step, or many at once if ``skip``."""
+    """Begin the next step of each engine that is due, or many steps at once if ``skip``."""
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -96,7 +96,7 @@ def begin_steps(s: KernelState, now: int, skip: int) -> None:
 
 @compiled
 def end_steps(s: KernelState, now: int) -> None:
-    """Replicas become ready, steps end."""
+    """Make replicas ready and end steps."""
     mem = s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -138,7 +138,7 @@ def advance(s: KernelState, until: int, skip: int) -> None:
 
 @compiled
 def observe(s: KernelState, now: int) -> None:
-    """Update the entries of replicas and their requests to a time that has been reached."""
+    """Update the entries of replicas and their requests to the present time."""
     req, mem = s.req, s.mem
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -151,9 +151,9 @@ def observe(s: KernelState, now: int) -> None:
 
 @compiled
 def flush(s: KernelState, skip: int) -> None:
-    """Dispatch and begin steps after a caller's change, at this moment."""
+    """Dispatch and begin steps after a change by the caller, at the present time."""
     now = s.glob[NOW]
-    # A step that follows one that ends now has begun: a request that comes now is too late for it.
+    # If a step ended now, the next one has begun, and a request that enters now misses it.
     observe(s, now)
     if s.queue[0] + s.late[0] > 0:
         s.glob[FREED] = 1
@@ -171,7 +171,7 @@ def own_numbers(s: KernelState, at: int, now: int) -> None:
 
 @compiled
 def lose(s: KernelState, request: int, again: int, now: int) -> None:
-    """A request's replica is gone: it goes on elsewhere if ``again``, or is lost."""
+    """Retry or resume a request whose replica has ended if ``again``, else end it as lost."""
     if again == 1:
         enter_again(s, request, now)
     else:
@@ -180,7 +180,7 @@ def lose(s: KernelState, request: int, again: int, now: int) -> None:
 
 @compiled
 def remove(s: KernelState, index: int, again: int, now: int) -> None:
-    """Remove a replica at once. Its requests go on elsewhere if ``again``, else they are lost."""
+    """Remove a replica at once. Its requests continue if ``again``, else they are lost."""
     req, mem, at = s.req, s.mem, s.where[index]
     own_numbers(s, at, now)
     mem[at + PHASE] = GONE
@@ -212,7 +212,7 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
 
 @compiled
 def hang(s: KernelState, index: int, now: int) -> None:
-    """A replica hangs: no step of it ends or begins, and it does not become ready."""
+    """Make a replica hang: none of its steps ends or begins, and it does not become ready."""
     mem, at = s.mem, s.where[index]
     own_numbers(s, at, now)
     for stage in range(mem[at + STAGES]):
@@ -223,7 +223,7 @@ def hang(s: KernelState, index: int, now: int) -> None:
 
 @compiled
 def migrate(s: KernelState, request: int, target: int, now: int) -> bool:
-    """Begin to copy a running request's KV to another replica, while it goes on decoding."""
+    """Begin to copy a running request's KV to another replica, while it continues to decode."""
     req, mem = s.req, s.mem
     base = request * REQUEST
     if req[base + STATUS] != RUNNING or req[base + ON] == target:

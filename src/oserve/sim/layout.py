@@ -17,7 +17,7 @@ NEVER: Final = 1 << 62
 NONE: Final = -1
 
 PS: Final = 10**12
-# A pair of a query and a key of a prompt is so cheap that its rate is in 1/1024 ps.
+# A query-key pair of a prompt is so cheap that its rate is in 1/1024 ps.
 PAIR_BITS: Final = 10
 # Tokens in one block of KV cache.
 BLOCK: Final = 16
@@ -35,10 +35,10 @@ BLOCK: Final = 16
 (POOLS, LEAST_WORK, LEAST_REQUESTS, ROUND_ROBIN, FIXED_SHARES, FREENESS) = range(6)
 
 # Fields of a request. PRIORITY orders it in engines, ORDER in the gateway's queue. COMPUTED and
-# MADE (tokens with KV, tokens emitted) are current only while it does not run. BOOKED is the work
-# that its replica still owes for it, BOOKED_PROMPT the part that its first token pays. REPLAYS
-# counts how often its replica was lost, MOVES how often after its first token. ENTERED is the round
-# in which it entered the queue again. SENT_AT is its last dispatch.
+# MADE (tokens with KV, tokens emitted) are current only while it does not run. BOOKED is its
+# outstanding work at its replica, BOOKED_PROMPT the part that its first token pays. REPLAYS counts
+# the losses of its replica, MOVES those after its first token. ENTERED is the round in which it
+# entered the queue again. SENT_AT is the time of its last dispatch.
 (
     ARRIVAL,
     PROMPT,
@@ -148,7 +148,7 @@ REPLICA: Final = 60
 HELD_BY, HELD_BLOCKS, SESSION_NEXT, SESSION_PREVIOUS = range(4)
 SESSION: Final = 4
 
-# The fleet's own numbers. RELEASED: requests that a closed loop has let in. FREED: a replica may
+# The fleet's own numbers. RELEASED: requests that a closed loop has admitted. FREED: a replica may
 # have room for a waiting request. ROUND counts dispatches by rank, REENTERED the requests that have
 # entered the queue again in this one. No request before SHED_CURSOR may be shed.
 (

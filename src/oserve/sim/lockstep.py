@@ -1,4 +1,4 @@
-"""Steps in which all sequences decode in lockstep, counted together instead of one by one.
+"""Lockstep decoding: steps in which all sequences decode, counted together.
 
 While it preempts none, an engine without pipeline stages gives each decoding sequence one token in
 every step. So it is enough to count steps (TICK): for the first STEADY_RUN running sequences
@@ -10,7 +10,7 @@ just admitted) have entries of their own. That is LOCKED; otherwise every sequen
 A step that contains prompts is FAST. Without prompts many steps are taken at once in closed form:
 with d sequences and c tokens step j (from 1) takes decodes[d] + kv_rate (c + d (j - 1)), so the
 first j take j (decodes[d] + kv_rate c) + kv_rate d j (j - 1) / 2. Such a JUMP lasts until a
-sequence ends or blocks run out. An event before that cuts it at the end of a step.
+sequence ends or blocks run out. An earlier event cuts it at the end of a step.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
@@ -57,7 +57,7 @@ from oserve.sim.layout import (
     TICK,
     WAIT,
 )
-from oserve.sim.schedule import admissible, cost, let_in, refresh, schedule, send_through
+from oserve.sim.schedule import admissible, admit_waiting, cost, refresh, schedule, send_through
 from oserve.sim.state import Flat
 
 
@@ -121,7 +121,7 @@ def unlock(mem: Flat, ses: Flat, at: int) -> None:
 
 @compiled
 def join(mem: Flat, at: int, slot: int) -> None:
-    """A sequence that has emitted a token becomes the next steady one, from its slot or later."""
+    """Add a sequence that has emitted a token to the steady ones, from its slot or later."""
     place, tick = mem[at + STEADY_RUN], mem[at + TICK]
     done = entry(mem, at, RUN_DONE, slot)
     set_entry(mem, at, RUN_DONE, slot, done - tick)
@@ -134,7 +134,7 @@ def join(mem: Flat, at: int, slot: int) -> None:
 
 @compiled
 def part(mem: Flat, at: int, slot: int) -> None:
-    """A steady sequence leaves the totals."""
+    """Remove a steady sequence from the totals."""
     base = entry(mem, at, RUN_DONE, slot)
     add_to_entry(mem, at, PHASES, (-base) % BLOCK, -1)
     mem[at + CONTEXT] -= base + mem[at + TICK] + 1
@@ -154,7 +154,7 @@ def blocks_in(mem: Flat, at: int, steps: int) -> int:
 def steps_with_room(mem: Flat, at: int, most: int) -> int:
     """Steps, at most ``most``, for which the free blocks suffice."""
     seqs, room = mem[at + STEADY_RUN], mem[at + FREE] + mem[at + REUSABLE]
-    # Each allocates one block in as many steps as a block has tokens.
+    # Each sequence allocates one block every BLOCK steps.
     if seqs * ((most + BLOCK - 1) // BLOCK) <= room:
         return most
     phases, tick = column(mem, at, PHASES), mem[at + TICK]
@@ -180,8 +180,8 @@ def jump_ps(mem: Flat, at: int, steps: int) -> int:
 def begin_jump(req: Flat, mem: Flat, at: int, now: int) -> bool:
     """Begin as many steps of decoding alone as are certain; False if there are none.
 
-    If the head of the queue has no room now, it has none until a sequence ends: free blocks only
-    become fewer.
+    If there is no room for the head of the queue now, there is none until a sequence ends, since
+    free blocks only decrease.
     """
     seqs = mem[at + STEADY_RUN]
     if seqs == 0 or seqs < mem[at + RUN] or admissible(req, mem, at):
@@ -215,7 +215,7 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
         set_entry(mem, at, RUN_DONE, seqs, have + chunk)
         set_entry(mem, at, RUN_CHUNK, seqs, chunk)
         budget -= chunk
-    budget = let_in(req, mem, ses, at, budget)
+    budget = admit_waiting(req, mem, ses, at, budget)
     mem[at + BEGIN] = NEVER
     if budget < mem[at + BUDGET]:
         whole = cost(mem, at, mem[at + BATCH], seqs, seqs, mem[at + CONTEXT])
@@ -237,7 +237,7 @@ def begin(req: Flat, mem: Flat, ses: Flat, at: int, now: int, skip: int) -> None
 
 @compiled
 def set_end(mem: Flat, at: int) -> None:
-    """Set when the jump ends."""
+    """Set the time at which the jump ends."""
     end = mem[at + JUMP_START] + jump_ps(mem, at, mem[at + JUMP])
     mem[at + END] = end
     set_entry(mem, at, BATCH_END, 0, end)
@@ -269,7 +269,7 @@ def cut(mem: Flat, at: int, now: int) -> None:
 
 @compiled
 def arrived(mem: Flat, at: int, now: int, request: int) -> None:
-    """A request entered the queue: cut the jump if it could be admitted."""
+    """Cut the jump if a request that entered the queue could be admitted."""
     if mem[at + WAIT] == request and mem[at + RUN] < mem[at + SEQS]:
         cut(mem, at, now)
 
@@ -301,7 +301,7 @@ def catch_up(mem: Flat, ses: Flat, at: int, now: int) -> None:
 
 @compiled
 def free_blocks(mem: Flat, at: int, now: int) -> int:
-    """Blocks that no request holds at a moment, before steps that begin then."""
+    """Blocks that no request holds at a time, before steps that begin then."""
     free = mem[at + FREE] + mem[at + REUSABLE]
     if mem[at + JUMP] > 0 and mem[at + FAST] == 0:
         free -= blocks_in(mem, at, steps_until(mem, at, now))
@@ -324,5 +324,5 @@ def left_of(mem: Flat, at: int, slot: int) -> int:
 
 @compiled
 def steady(mem: Flat, at: int) -> int:
-    """How many sequences are counted in lockstep."""
+    """The number of sequences counted in lockstep."""
     return mem[at + STEADY_RUN] if mem[at + LOCKED] == 1 else 0

@@ -1,6 +1,7 @@
-"""Weights of a wave on simulated replicas: transfers take what the links' model says.
+"""Weights of a wave on simulated replicas, with modelled transfer times.
 
-The transfer plan is the one that engines would carry out; its seconds pass on the cluster's clock.
+The transfer plan is the one that engines would execute; it takes its modelled seconds on the
+cluster's clock.
 """
 
 from collections.abc import Callable
@@ -12,21 +13,21 @@ from oserve.switch.costs import SwitchCosts, transfer_s, verify_s
 from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switching.weights import MoveError
 
-# How often a transfer looks whether a replica that takes part has ended.
+# How often a transfer checks whether a participating replica has ended.
 _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelledWeightFacts:
-    """``strikes``: draws whether something of the given chance happens.
+    """``draws_fault`` draws whether a fault of the given probability occurs.
 
-    ``failed_transfer``: the chance that a transfer, or a check, fails halfway.
+    ``failed_transfer``: the probability that a transfer, or a check, fails halfway.
     """
 
     cluster: Cluster
     clock: Clock
     costs: SwitchCosts
-    strikes: Callable[[float], bool] = lambda _chance: False
+    draws_fault: Callable[[float], bool] = lambda _chance: False
     failed_transfer: float = 0.0
 
 
@@ -38,22 +39,22 @@ class ModelledWeights:
         self._facts = facts
 
     async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
-        """Let the seconds of the transfer pass. Raises MoveError."""
+        """Wait the seconds of the transfer. Raises MoveError."""
         await self._pass(step, transfer_s(step.transfer, self._facts.costs))
         progress(step.moved_bytes)
 
     async def check(self, step: ProgrammeStep) -> None:
-        """Let the seconds of verifying pass. Raises MoveError."""
+        """Wait the seconds of the verification. Raises MoveError."""
         await self._pass(step, verify_s(step.transfer, self._facts.costs))
 
     async def release(self, replica: str) -> None:
-        """Let the seconds of freeing a cache pass."""
+        """Wait the seconds of freeing a cache."""
         del replica
         await self._facts.clock.sleep(self._facts.costs.room_s)
 
     async def _pass(self, step: ProgrammeStep, seconds: float) -> None:
         facts = self._facts
-        fails = facts.strikes(facts.failed_transfer)
+        fails = facts.draws_fault(facts.failed_transfer)
         end_s = facts.clock.now() + (seconds / 2 if fails else seconds)
         while True:
             observation = await facts.cluster.observe()

@@ -1,11 +1,11 @@
-"""How long a simulated replica takes to start, and the faults injected into it."""
+"""The phases of a simulated start, and injected faults."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
-    """Seconds of a start, one phase after another; draining lasts as long as running requests do.
+    """The seconds of each phase of a start; draining lasts as long as running requests do.
 
     ``start_s``: processes and communicators. Weights load at ``read_bytes_per_s``, from disk or
     from peers. ``warm_up_s``: compilation, profiling, graph capture. A replica on standby loads no
@@ -29,12 +29,12 @@ class Phases:
 class Faults:
     """Injected faults; probabilities in [0, 1] from one seeded generator.
 
-    Per action: it is lost, or carried out twice. Per start: it fails at its end, or takes
+    Per action: it is lost, or executed twice. Per start: it fails at its end, or takes
     ``slow_factor`` times as long. Per observation: the previous one is returned again; an
     impossible action that follows from it is ignored. Per transfer and per check of a wave: it
     fails halfway. ``crashes`` are times (seconds) and ids of replicas that end then, if they live;
     those of ``hangs`` stop making progress and are ended ``hang_after_s`` later. ``replay``:
-    requests of a replica that ends go on elsewhere; otherwise they are lost.
+    requests of a replica that ends continue elsewhere; otherwise they are lost.
     """
 
     lost_action: float = 0.0

@@ -25,9 +25,9 @@ if HAS_NUMBA:
 else:
 
     def integers(address: int) -> Flat:
-        """Of 64-bit integers."""
+        """A pointer to 64-bit integers."""
         return cast("Flat", address)
 
     def reals(address: int) -> Reals:
-        """Of 64-bit floats."""
+        """A pointer to 64-bit floats."""
         return cast("Reals", address)

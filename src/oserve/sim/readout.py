@@ -1,4 +1,4 @@
-"""What a fleet's state says: observations of replicas, and the results of all requests."""
+"""Reads a fleet's state: observations of replicas, and the results of all requests."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,13 @@ PHASES = {
 
 
 def as_array(values: Flat) -> Ints:
-    """A flat array of the state; a copy where the state keeps lists."""
+    """A flat array of the state; a copy if the state holds lists."""
     found: Ints = np.asarray(values, dtype=np.int64)
     return found
 
 
 def request_rows_of(state: KernelState) -> Ints:
-    """[requests, ``layout.REQUEST``]."""
+    """The rows of all requests, [requests, ``layout.REQUEST``]."""
     return as_array(state.req).reshape(-1, layout.REQUEST)
 
 
@@ -43,7 +43,7 @@ def replica_totals(state: KernelState, index: int) -> ReplicaTotals:
 
 
 def first_tokens(state: KernelState, replicas: int) -> Ints:
-    """Requests that have had their first token, by the replica that had them last."""
+    """The number of requests with a first token, by their last replica."""
     rows = request_rows_of(state)[: state.glob[layout.ARRIVED]]
     on = rows[(rows[:, layout.FIRST] < layout.NEVER) & (rows[:, layout.ON] >= 0), layout.ON]
     counts: Ints = np.bincount(on, minlength=replicas)
@@ -53,7 +53,7 @@ def first_tokens(state: KernelState, replicas: int) -> Ints:
 def observations(
     kernel: entry.Kernel, names: Sequence[str], roles: Sequence[Role]
 ) -> tuple[ReplicaObservation, ...]:
-    """Replicas that are not gone; the kernel has observed the present moment."""
+    """Replicas that have not ended; the kernel must have observed the present time."""
     state = kernel.state
     prompts = first_tokens(state, len(names))
     return tuple(
@@ -68,7 +68,7 @@ def _observation(
 ) -> ReplicaObservation:
     state = kernel.state
     mem, at, now = state.mem, state.where[index], state.glob[layout.NOW]
-    # The step on its way has taken its blocks.
+    # The step in flight has allocated its blocks.
     free = kernel.run(entry.FREE_AT, index, now + 1)
     totals = replica_totals(state, index)
     return ReplicaObservation(
@@ -91,7 +91,7 @@ def _observation(
 
 
 def results(state: KernelState, requests: RequestTable, names: Sequence[str]) -> FleetResults:
-    """Of every request so far; the kernel has observed the present moment."""
+    """The results of all requests so far; the kernel must have observed the present time."""
     rows = request_rows_of(state)
     return FleetResults(
         now_s=float(state.glob[layout.NOW] / layout.PS),

@@ -7,7 +7,7 @@ from oserve.sim.types import Ints, Rebalance, ReplicaObservation
 
 
 class Migrations(Protocol):
-    """The fleet, as far as a round of rebalancing needs it."""
+    """The interface of the fleet for a round of rebalancing."""
 
     def replicas(self) -> tuple[ReplicaObservation, ...]: ...
 
@@ -17,7 +17,7 @@ class Migrations(Protocol):
 
 
 def rebalance(fleet: Migrations, wanted: Rebalance) -> None:
-    """One round: the fullest replica gives to the freest, the second to the second, and so on."""
+    """One round: the fullest replica sends to the freest, the second to the second, and so on."""
     ready = [item for item in fleet.replicas() if item.phase is ReplicaPhase.READY]
     full = sorted((i for i in ready if i.freeness < wanted.source_below), key=_freeness)
     free = sorted((i for i in ready if i.freeness > wanted.target_above), key=_freeness)

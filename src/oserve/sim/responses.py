@@ -36,7 +36,7 @@ class Mishap:
 
 
 def send_head(exchange: Exchange, dialect: Dialect, status: int, headers: Headers) -> None:
-    """The head of a response; some servers send no reason phrase."""
+    """Send the head of a response; some servers send no reason phrase."""
     if dialect.reason:
         exchange.start(status, headers)
         return
@@ -47,7 +47,7 @@ def send_head(exchange: Exchange, dialect: Dialect, status: int, headers: Header
 def send_whole(
     exchange: Exchange, dialect: Dialect, status: int, body: bytes, headers: Headers = ()
 ) -> None:
-    """A response whose body is known."""
+    """Send a response whose body is complete."""
     kind = b"application/json" if dialect.content_type else b""
     fields = ((b"content-type", kind),) if kind else ()
     length = ((b"content-length", b"%d" % len(body)),)
@@ -97,7 +97,7 @@ class EmulatedResponse:
         self._later(self._speed.ttft_s)
 
     def cancel(self) -> None:
-        """The client left."""
+        """Stop, since the client left."""
         self._on_end(True)
         if self._timer is not None:
             self._timer.cancel()
@@ -110,7 +110,7 @@ class EmulatedResponse:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._generate)
 
     def _generate(self) -> None:
-        """Tokens until the answer ends, or until its pace makes it wait."""
+        """Generate tokens until the answer ends, or must wait for its pace."""
         streams = self._request.streams
         if streams and self._request.chat and not self._text.tokens:
             self._event([self._choice({"role": "assistant", "content": ""}, None)], first=True)
@@ -128,7 +128,7 @@ class EmulatedResponse:
                 return
 
     def _emit(self) -> str | None:
-        """One event's tokens; returns the finish reason if they are the last."""
+        """Generate one event's tokens; returns the finish reason if they are the last."""
         before = len(self._text.tokens)
         interval = self._request.body.get("stream_interval")
         # vLLM sends the first token at once.
@@ -219,7 +219,7 @@ class EmulatedResponse:
         self._send(self._dialect.event(self._documents.document(choices, **more)))
 
     def _send(self, payload: bytes) -> None:
-        """Events, in chunks as this kind of server makes them."""
+        """Encode events in chunks as this kind of server does."""
         dialect = self._dialect
         if not dialect.chunked:
             self._exchange.write(payload)

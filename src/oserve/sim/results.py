@@ -31,10 +31,9 @@ class ReplicaTotals:
 class FleetResults:
     """An entry per request; times are NaN for what did not happen.
 
-    ``dispatch_s`` is when the gateway sent the request to a replica last, ``replica`` indexes
-    ``replica_names`` (the last replica that had the request, or -1), ``status`` holds ``Status``
-    values, ``made_tokens`` output tokens so far, ``reused_tokens`` prompt tokens found in the
-    cache. ``totals`` are per replica.
+    ``dispatch_s`` is the time of the last dispatch. ``replica`` indexes ``replica_names`` (the last
+    replica of the request, or -1). ``status`` holds ``Status`` values, ``made_tokens`` output
+    tokens so far, ``reused_tokens`` prompt tokens found in the cache. ``totals`` are per replica.
     """
 
     now_s: float

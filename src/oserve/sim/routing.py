@@ -44,13 +44,13 @@ from oserve.sim.state import KernelState
 # The live router's choice, compiled.
 pick = compiled(plain_pick)
 
-# No replica can ever serve it.
-HOPELESS: Final = -2
+# No replica can ever serve the request.
+UNSERVABLE: Final = -2
 
 
 @compiled
-def look(s: KernelState, request: int) -> int:
-    """Fill in the policies' view of each replica; returns how many could take the request.
+def fill_views(s: KernelState, request: int) -> int:
+    """Fill in the policies' view of each replica; returns the number that can take the request.
 
     ``fits`` is 1 for those.
     """
@@ -77,7 +77,7 @@ def look(s: KernelState, request: int) -> int:
 
 
 @compiled
-def hopeless(s: KernelState, request: int) -> bool:
+def unservable(s: KernelState, request: int) -> bool:
     """Whether no replica, not even one still loading, could ever hold the request."""
     base = request * REQUEST
     blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
@@ -122,7 +122,7 @@ def in_turn(s: KernelState) -> int:
 def by_share(s: KernelState, row: int) -> int:
     """Smooth weighted round robin among replicas with a share; others only if there are none.
 
-    Each gains its share as credit in every turn, and the chosen one pays the total.
+    Each replica gains its share as credit in every turn; the chosen one pays the total.
     """
     best, total, pooled = NONE, 0.0, False
     for index in range(s.glob[REPLICAS]):
@@ -182,8 +182,8 @@ def freest(s: KernelState, now: int) -> int:
 @compiled
 def choose(s: KernelState, request: int, now: int) -> int:
     """The replica that takes a request now; ``NONE`` if it must wait."""
-    if look(s, request) == 0:
-        return HOPELESS if hopeless(s, request) else NONE
+    if fill_views(s, request) == 0:
+        return UNSERVABLE if unservable(s, request) else NONE
     policy, replicas = s.glob[POLICY], s.glob[REPLICAS]
     row = s.req[request * REQUEST + CLASS] * replicas
     if policy == POOLS:

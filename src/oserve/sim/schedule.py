@@ -221,7 +221,7 @@ def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
 
 
 @compiled
-def let_in(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
+def admit_waiting(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> int:
     """Admit from the queue while there is room; returns the budget left."""
     while budget > 0 and admissible(req, mem, at):
         admit(req, mem, ses, at, budget)
@@ -234,7 +234,7 @@ def fill(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
     """Form the next step: its number of tokens, and how many sequences were preempted."""
     budget, preempted = run_on(req, mem, ses, at)
     if preempted == 0:
-        budget = let_in(req, mem, ses, at, budget)
+        budget = admit_waiting(req, mem, ses, at, budget)
     return mem[at + BUDGET] - budget, preempted
 
 

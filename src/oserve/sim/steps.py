@@ -1,8 +1,8 @@
 """Step times as integer tables, made from any step model.
 
-    step = prompts[n + d] + joint[d]    n > 0 prompt tokens beside d decoding sequences
-    step = decodes[d]                   nothing but decoding
-    ... + kv_rate * (tokens that decoding attends to) + pair_rate * (pairs of prompts' tokens)
+    step = prompts[n + d] + joint[d]    n > 0 prompt tokens with d decoding sequences
+    step = decodes[d]                   only decoding
+    ... + kv_rate * (tokens that decoding attends to) + pair_rate * (query-key pairs of prompts)
 
 Times are picoseconds; ``pair_rate`` is in 1/1024 of a picosecond. This is exact for step models
 that are affine in both and treat tokens of prompts and of decoding alike, as the roofline is.
@@ -75,7 +75,7 @@ def step_tables(
     seqs = np.arange(1.0, most + 1)
     prompts = seconds(tokens, usual, np.zeros(budget), 0.0) - pair_s * tokens * usual / 2
     decodes = seconds(np.zeros(most), 0.0, seqs, usual) - kv_s * seqs * usual
-    # Beside so many prompt tokens, as far as the tables reach.
+    # With so many prompt tokens, as far as the tables reach.
     beside = np.maximum(1.0, np.minimum(many, budget - seqs))
     mixed = seconds(beside, usual, seqs, usual)
     mixed = mixed - pair_s * beside * usual / 2 - kv_s * seqs * usual

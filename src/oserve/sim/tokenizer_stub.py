@@ -1,7 +1,7 @@
 """Tokenizers without a vocabulary file, and greedy decoding without a model.
 
 Each token follows from the tokens before it, as in greedy decoding. So a continuation whose prompt
-holds the tokens generated so far goes on exactly as the undisturbed answer would have.
+holds the tokens generated so far equals the rest of the undisturbed answer.
 """
 
 import zlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _FIRST = 1000
-_WORDS = 900
+_VOCABULARY = 900
 _WHOLE_CHARACTERS = ("a", "b", "ab", " the", " end", "\n", " STOP", "x y", ".", " é", "ST", "OP")
 _SPLIT_CHARACTERS = ("ö", "日", "🙂", "本 ")
 
@@ -28,7 +28,7 @@ class CountingTokenizer:
     """The n-th generated token is `` tn``."""
 
     def encode(self, text: str) -> list[int]:
-        return [1 + zlib.crc32(word.encode()) % _WORDS for word in text.split()]
+        return [1 + zlib.crc32(word.encode()) % _VOCABULARY for word in text.split()]
 
     def following(self, context: Sequence[int], seed: int | None) -> int:
         del seed

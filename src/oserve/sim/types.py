@@ -96,7 +96,7 @@ class RequestTable:
         rank_s: Numbers | None = None,
         session: Numbers | None = None,
     ) -> Self:
-        """Defaults: the mean as expected output, one class, first come first served, no session."""
+        """Defaults: the mean as expected output, one class, in order of arrival, no session."""
         arrival = np.asarray(arrival_s, dtype=np.float64)
         output = np.asarray(output_tokens, dtype=np.int64)
         mean = max(1, round(float(output.mean()))) if len(output) else 1
@@ -149,12 +149,12 @@ class RequestTable:
 class GatewayOptions:
     """The gateway before the replicas; see ``control.dispatch``.
 
-    At most ``max_queued`` requests wait there. ``overflow_s``: see the router. A waiting request is
-    late for its first token after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token``
-    and then served after all others, first come; ``prompt_s_per_token`` of ``None`` takes the least
-    cost of the replicas that serve at that moment. One that still waits ``shed_after_s`` after its
-    arrival is refused. ``None`` turns either off. A request is sent to at most ``max_attempts``
-    replicas before its first token, and its stream goes on elsewhere at most ``max_moves`` times.
+    At most ``max_queued`` requests wait. ``overflow_s``: see the router. A waiting request is
+    demoted after ``arrival + demote_after_s - prompt tokens * prompt_s_per_token``: it is served
+    after all others, in order of arrival. ``prompt_s_per_token`` of ``None`` takes the least cost
+    of the replicas that serve at that time. A request that still waits ``shed_after_s`` after its
+    arrival is shed. ``None`` disables either. A request is sent to at most ``max_attempts``
+    replicas before its first token, and its stream migrates at most ``max_moves`` times.
     """
 
     max_queued: int = 1_000_000
@@ -173,7 +173,7 @@ class GatewayOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimLink:
-    """A replica's link for KV transfers, which follow one another."""
+    """A replica's link for KV transfers, one at a time."""
 
     bytes_per_s: float = math.inf
     latency_s: float = 0.0
@@ -184,8 +184,8 @@ class Rebalance:
     """Llumnix's rebalancing: every ``interval_s`` running requests move to freer replicas.
 
     Requests move from replicas with fewer than ``source_below`` free blocks per running sequence
-    (less what the queue needs) to replicas with more than ``target_above``: from the fullest to the
-    freest, at most ``moves`` per pair, those with the least KV first.
+    (less the blocks that the queue needs) to replicas with more than ``target_above``: from the
+    fullest to the freest, at most ``moves`` per pair, in ascending order of KV.
     """
 
     interval_s: float = 1.0
@@ -196,7 +196,7 @@ class Rebalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaObservation:
-    """One replica at a moment; counters start at its start.
+    """One replica at one time; counters begin at its start.
 
     ``inflight`` counts requests dispatched to it and not ended, ``owed_s`` the engine seconds
     expected for them. ``kv_usage`` is the used fraction of the KV cache. ``prompts``: requests that
@@ -222,7 +222,7 @@ class ReplicaObservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FleetObservation:
-    """A fleet at a moment. ``arrivals`` counts by class since the last observation."""
+    """A fleet at one time. ``arrivals``: by class since the last observation."""
 
     now_s: float
     queued: int

@@ -1,4 +1,4 @@
-"""What the controller of a server remembers across restarts."""
+"""The state of the controller that survives restarts of a server."""
 
 import asyncio
 import logging

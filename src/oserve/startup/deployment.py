@@ -1,4 +1,4 @@
-"""What a server is to run: devices, plan and controller, decided before anything starts."""
+"""The deployment of a server: devices, plan and controller, decided before anything starts."""
 
 import hashlib
 import time

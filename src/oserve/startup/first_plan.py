@@ -22,7 +22,7 @@ from oserve.plan.planning import PlanRequest, PlanResult, compute_plan, used_sha
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 
-# Fewer records come from someone who tries the server, not from its traffic.
+# Fewer records come from a trial of the server, not from its traffic.
 _ENOUGH_RECORDS = 500
 _MOST_RECORDS = 100_000
 _ASSUMED_S = 1800.0
@@ -237,6 +237,6 @@ def _variety(found: PlanResult) -> str:
     if least == 1:
         return ""
     if not found.problem.is_varied(found.planned.best.counts):
-        return f"; {least} different shapes (planning.min_shapes) cannot be had here"
+        return f"; {least} different shapes (planning.min_shapes) do not fit these devices"
     change = 100 * (found.gain - 1)
-    return f"; {least} different shapes were asked for (planning.min_shapes): {change:+.1f} %"
+    return f"; {least} different shapes are required (planning.min_shapes): {change:+.1f} %"

@@ -24,7 +24,7 @@ class StateLock:
             raise OServeError(
                 f"another server uses it (process {holder or 'unknown'})",
                 place=str(state_dir),
-                remedy="end that one, or choose another --state-dir",
+                remedy="stop that server, or choose another --state-dir",
             ) from None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)

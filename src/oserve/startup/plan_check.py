@@ -1,4 +1,4 @@
-"""Plans that this machine cannot run, or that may not come from outside, are refused."""
+"""Checks of plans: whether this machine can run them, and whether a client may propose them."""
 
 from collections.abc import Sequence
 
@@ -33,9 +33,9 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
 def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]) -> DeploymentPlan:
     """The plan in the body of a call, if its sender may propose it.
 
-    Whoever may send requests may send plans, so such a plan must not reach beyond the replicas:
-    engine arguments, attached servers and the variables that hold their keys must be in force
-    already. Raises OServeError for a plan that is invalid or goes further.
+    Every client may send plans, so such a plan may change only replicas: engine arguments, attached
+    servers and the variables that hold their keys must be in force already. Raises OServeError for
+    a plan that is invalid or changes more.
     """
     plan = parse_plan(body.decode("utf-8", errors="replace"), place=_PLACE)
     check_plan(plan, devices, place=_PLACE)
@@ -44,7 +44,7 @@ def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]
         if spec.backend not in known:
             field = "attach" if isinstance(spec.backend, AttachedBackend) else "engine_args"
             raise OServeError(
-                "a plan from outside may not bring one that is not in force already",
+                "a plan from a client may not add it",
                 place=f"{_PLACE}.replicas[{index}].{field}",
                 remedy="start the server with this plan",
             )

@@ -1,4 +1,4 @@
-"""What a server saves by name in its ``StateStore``."""
+"""The values that a server saves by name in its ``StateStore``."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class SavedSpeeds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplayContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replay must know of the server that was observed; ``settings`` as read from YAML."""
+    """The facts of the observed server that a replay needs; ``settings`` as read from YAML."""
 
     settings: dict[str, Any]
     devices: tuple[Device, ...]

@@ -57,7 +57,7 @@ class StateStore:
         return sqlite3.connect(self._path, timeout=30.0)
 
     def save(self, save: StateUpdate) -> None:
-        """Save all or nothing. If the disk is full, nothing is saved and serving goes on."""
+        """Save all or nothing. If the disk is full, nothing is saved and serving continues."""
         with (
             contextlib.suppress(sqlite3.Error),
             contextlib.closing(self._connect()) as connection,

@@ -21,7 +21,7 @@ def switch_facts(
 ) -> SwitchFacts | str:
     """The facts for switches that move weights, or the reason why weights cannot be moved."""
     if settings.switch.method == "restart":
-        return "switch.method says so"
+        return "switch.method requires restarts"
     try:
         on_cpu = all(device.kind == "cpu" for device in devices)
         model = movable_model(

@@ -62,7 +62,7 @@ def scene_switcher(switching: SceneSwitching) -> Switcher:
         cluster=switching.cluster,
         clock=clock,
         costs=scene.switch_costs,
-        strikes=switching.cluster.strikes,
+        draws_fault=switching.cluster.draws_fault,
         failed_transfer=switching.cluster.faults.failed_transfer,
     )
     return Switcher(

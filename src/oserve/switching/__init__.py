@@ -1,6 +1,6 @@
-"""Switches of a live server: prepared, journalled, carried out wave by wave, told of.
+"""Executes switches: prepared, journalled, wave by wave, with a report.
 
-``driver`` carries the waves of a programme (``switch.programme``) out as transactions, ``tasks``
-does their tasks on a cluster, ``journal`` keeps them on disk, ``switcher`` decides between this and
-a roll-out by restarts, one switch at a time.
+``driver`` executes the waves of a programme (``switch.programme``) as transactions. ``tasks`` runs
+their tasks on a cluster. ``journal`` stores them on disk. ``switcher`` runs one switch at a time,
+by moving weights or by a roll-out with restarts.
 """

@@ -37,7 +37,7 @@ from oserve.switching.tasks import TaskFailedError
 _log = logging.getLogger("oserve.switch")
 
 _RETRY_S = 0.2
-# A deadline is looked at a little after it, so that rounding cannot make it look early.
+# A deadline is checked slightly late, so that rounding cannot make it appear early.
 _AFTER_S = 0.01
 
 
@@ -51,10 +51,10 @@ class TaskRunner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverFacts:
-    """``tasks`` makes the runner of a wave, given the bytes that waves before it moved.
+    """``tasks`` makes the runner of a wave, given the bytes that earlier waves moved.
 
-    ``plan_text`` writes a plan as the text of a plan file. ``transfer_limit_s``: the least time
-    limit of a transfer.
+    ``plan_text`` formats a plan as a plan file. ``transfer_limit_s``: the lower bound on the
+    deadline of a transfer.
     """
 
     programme: SwitchProgramme
@@ -69,9 +69,9 @@ class DriverFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchOutcome:
-    """``plan`` is in force after a switch; ``reason`` says why it is not the one wished for.
+    """``plan`` is in force after a switch; ``reason``: why it is not the requested one.
 
-    ``cause``: the task whose failure rolled the switch back, if one did.
+    ``cause``: the task whose failure rolled the switch back, if any.
     """
 
     plan: DeploymentPlan
@@ -89,11 +89,11 @@ class SwitchDriver:
 
     @property
     def programme(self) -> SwitchProgramme:
-        """The switch that is driven."""
+        """The switch that this drives."""
         return self._facts.programme
 
     def cancel(self, reason: str) -> None:
-        """Roll the present wave back if its commit is not decided; begin no further wave."""
+        """Roll the present wave back unless its commit is decided; begin no further wave."""
         self._cancelled = self._cancelled or reason
         if self._wave is not None:
             self._wave.cancel(self._cancelled)
@@ -113,7 +113,7 @@ class SwitchDriver:
             outcome = replace(outcome, reason=_unwritable(error))
         done = not outcome.reason
         if done and not programme.steps:
-            # The same replicas: only shares and names differ.
+            # The replicas are the same; only shares and names differ.
             outcome = replace(outcome, plan=programme.target)
         status = SwitchStatus.DONE if done else SwitchStatus.ROLLED_BACK
         report.ended(status, outcome.reason, facts.unix_s())
@@ -154,20 +154,20 @@ class SwitchDriver:
 
 
 class _GuardedJournal:
-    """A journal that takes no further line of a wave once one could not be written."""
+    """A journal that accepts no further line of a wave after a failed write."""
 
     def __init__(self, inner: Journal) -> None:
         self._inner = inner
         self._error: OSError | None = None
 
     def start(self, line: JournalLine) -> None:
-        """Write the line without which a switch or a wave must not begin. Raises OSError."""
+        """Write the line that begins a switch or a wave. Raises OSError if it must not begin."""
         if self._error is not None:
             raise self._error
         self._inner.write(line)
 
     def write(self, line: JournalLine) -> str:
-        """Write a line; return why it could not be written, or "". Later calls return ""."""
+        """Write a line; returns why the write failed, or "". Later calls return ""."""
         if self._error is not None:
             return ""
         try:
@@ -178,7 +178,7 @@ class _GuardedJournal:
         return ""
 
     def close(self, end: EndLine) -> None:
-        """Write the last line, if that is possible."""
+        """Write the last line if possible."""
         with contextlib.suppress(OSError):
             self._inner.write(end)
         self._inner.close()
@@ -186,7 +186,7 @@ class _GuardedJournal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RunningTask:
-    """A task that runs; ``late``: without waiting for requests."""
+    """A running task; ``late``: past its deadline, it does not wait for requests."""
 
     task: asyncio.Task[None]
     late: bool
@@ -225,16 +225,16 @@ class _WaveDriver:
         tasks = self._facts.tasks(self._step, moved_before)
         try:
             while not state.phase.ended:
-                self._begin_tasks(tasks, state)
+                self._start_tasks(tasks, state)
                 event = await self._next(state)
                 before = state
                 state = self._advance(state, event)
                 if state.phase is not before.phase or state.step != before.step:
-                    await self._end_tasks(state)
+                    await self._cancel_tasks(state)
                 if state.phase is not before.phase:
                     self._note(state)
         finally:
-            await self._end_tasks(None)
+            await self._cancel_tasks(None)
             await tasks.close()
         return state
 
@@ -250,7 +250,7 @@ class _WaveDriver:
         problem = self._journal.write(line)
         self._written += 1
         if problem and state.phase.may_abort:
-            # A change that the journal does not hold is not decided: a restart would undo it.
+            # A change is decided only once the journal holds it; a restart would undo it otherwise.
             cancelled = Cancelled(
                 transaction=event.transaction, at_s=self._facts.unix_s(), reason=problem
             )
@@ -284,8 +284,8 @@ class _WaveDriver:
             deadline.cancel()
 
     # -- tasks ----------------------------------------------------------------------------------
-    def _begin_tasks(self, tasks: TaskRunner, state: TransactionState) -> None:
-        """Start the tasks that are asked for and do not run; past the deadline, anew."""
+    def _start_tasks(self, tasks: TaskRunner, state: TransactionState) -> None:
+        """Start the requested tasks that do not run; past the deadline, restart them."""
         for instruction in instructions(state):
             key = instruction.task, instruction.replica
             running = self._running.get(key)
@@ -298,14 +298,14 @@ class _WaveDriver:
             )
 
     async def _run_task(self, tasks: TaskRunner, instruction: Instruction) -> None:
-        """Run a task and put how it ended into the queue."""
+        """Run a task and queue its outcome as an event."""
         task, replica = instruction.task, instruction.replica
         failed: TaskFailedError | None = None
         try:
             await tasks.run(task, replica, late=instruction.late)
         except TaskFailedError as error:
             failed = error
-        except Exception as error:  # a fault of the program must not leave the switch half-way
+        except Exception as error:  # an unforeseen fault must not leave the switch incomplete
             _log.exception("switch %s: %s %s", instruction.transaction, task, replica)
             failed = TaskFailedError(f"{type(error).__name__}: {error}", final=True)
         if failed is not None:
@@ -333,10 +333,10 @@ class _WaveDriver:
             final=failed.final,
         )
 
-    async def _end_tasks(self, state: TransactionState | None) -> None:
-        """End the tasks that are not asked for any more."""
-        asked = () if state is None else instructions(state)
-        wanted = {(instruction.task, instruction.replica) for instruction in asked}
+    async def _cancel_tasks(self, state: TransactionState | None) -> None:
+        """Cancel the tasks that are no longer requested."""
+        requested = () if state is None else instructions(state)
+        wanted = {(instruction.task, instruction.replica) for instruction in requested}
         ended = [self._running.pop(key).task for key in list(self._running) if key not in wanted]
         for task in ended:
             task.cancel()

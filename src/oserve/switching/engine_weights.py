@@ -23,11 +23,10 @@ _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineWeightFacts:
-    """``model``: the name that engines serve under. ``mover`` connects to engines at endpoints.
+    """``model``: the name under which engines serve. ``mover`` connects to engines at endpoints.
 
-    ``transfer_limit_s``: the least time limit of a transfer. ``max_perplexity_rise``: by what share
-    a replica whose weights were converted on the way may find a text less likely than its source
-    does.
+    ``transfer_limit_s``: the lower bound on the deadline of a transfer. ``max_perplexity_rise``:
+    the accepted relative rise of the perplexity if weights are converted during the transfer.
     """
 
     cluster: Cluster
@@ -38,7 +37,7 @@ class EngineWeightFacts:
 
 
 class EngineWeights:
-    """See ``weights.WaveWeights``. Raises OServeError for a conversion that engines cannot do."""
+    """See ``weights.WaveWeights``. Raises OServeError for an unsupported conversion."""
 
     def __init__(self, facts: EngineWeightFacts, switch: str, programme: SwitchProgramme) -> None:
         self._facts = facts
@@ -63,7 +62,7 @@ class EngineWeights:
         finally:
             await mover.close()
         _log.info(
-            "switch %s: %.0f MB moved in %.2f s, taken up in %.2f s",
+            "switch %s: %.0f MB moved in %.2f s, loaded in %.2f s",
             self._switch,
             moved.size_bytes / 1e6,
             moved.seconds,
@@ -85,8 +84,8 @@ class EngineWeights:
             await mover.close()
 
     async def release(self, replica: str) -> None:
-        """Raises TaskFailedError: no engine can."""
-        raise TaskFailedError(f"{replica} cannot give up its cache alone", final=True)
+        """Raises TaskFailedError, since no engine supports it."""
+        raise TaskFailedError(f"{replica} cannot free its cache and keep its weights", final=True)
 
     async def _connected(self, step: ProgrammeStep) -> WeightMover:
         observation = await self._facts.cluster.observe()
@@ -109,13 +108,13 @@ class EngineWeights:
                 found = differences(expected, live)
                 if found:
                     raise TaskFailedError(
-                        f"{replica} rank {rank} holds its weights otherwise than expected: "
+                        f"{replica} rank {rank} has another weight layout than expected: "
                         + "; ".join(found[:3]),
                         final=True,
                     )
 
     async def _compare_quality(self, mover: WeightMover, step: ProgrammeStep, made: str) -> None:
-        """Refuse weights whose conversion on the way raises perplexity too much."""
+        """Refuse converted weights that raise the perplexity too much."""
         facts = self._facts
         source = _source_of(self._orders[step.number], made)
         if source is None:
@@ -134,7 +133,7 @@ class EngineWeights:
         )
         if not rise <= facts.max_perplexity_rise:
             raise TaskFailedError(
-                f"the weights of {made}, made on the way, raise perplexity by {100 * rise:.1f} %; "
+                f"the converted weights of {made} raise perplexity by {100 * rise:.1f} %; "
                 f"switch.max_perplexity_rise allows {100 * facts.max_perplexity_rise:.1f} %",
                 final=True,
             )

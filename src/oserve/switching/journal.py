@@ -1,6 +1,6 @@
-"""Journal files: one for each switch, a JSON object a line, each on disk before it is acted on.
+"""Journal files: one per switch, one JSON object per line, each synced before it takes effect.
 
-A file without an end tells which plan holds when the server starts again.
+A file without an end record determines the plan of the next server.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from oserve.switch.journal import (
 )
 from oserve.switch.transaction import TransactionPhase
 
-# Files kept; the oldest go first.
+# The number of files kept; the oldest are deleted first.
 _MOST_FILES = 100
 
 
 class Journal(Protocol):
-    """Takes lines; raises OSError where one cannot be kept."""
+    """Appends lines; raises OSError if a write fails."""
 
     def write(self, line: JournalLine) -> None: ...
 
@@ -35,7 +35,7 @@ class Journal(Protocol):
 
 
 class FileJournal:
-    """A new file, which must not exist yet."""
+    """A new journal file, which must not exist yet."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class FileJournal:
         _sync_folder(path.parent)
 
     def write(self, line: JournalLine) -> None:
-        """Write a line; it is on disk when this returns."""
+        """Write a line and sync it to disk."""
         data = encode_line(line) + b"\n"
         while data:
             data = data[os.write(self._file, data) :]
@@ -57,7 +57,7 @@ class FileJournal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """An unfinished switch: the plan that holds, and why it is that one."""
+    """An unfinished switch: the plan in force, and the reason."""
 
     id: str
     plan: DeploymentPlan
@@ -72,11 +72,10 @@ def journal_folder(state_dir: str) -> Path:
 def recover(
     folder: Path, at_s: float, read_plan: Callable[[str], DeploymentPlan]
 ) -> Recovered | None:
-    """Return the switch that was under way when a server last ended, and end its journal.
+    """Return the switch that was running when the last server ended, and close its journal.
 
-    Its engines are gone, or are observed anew. The plan that holds is that of the last wave whose
-    commit was decided. A journal that cannot be read is renamed. ``read_plan`` reads the text of a
-    plan file.
+    Its engines have stopped, or are observed again. The plan in force is that of the last wave with
+    a decided commit. An unreadable journal is renamed. ``read_plan`` parses a plan file.
     """
     for path in reversed(journals(folder)):
         try:
@@ -97,7 +96,7 @@ def recover(
 
 
 def journals(folder: Path) -> list[Path]:
-    """Return the files of all switches, oldest first."""
+    """The journal files of all switches, oldest first."""
     return sorted(folder.glob("*.jsonl"))
 
 
@@ -109,14 +108,14 @@ def prune(folder: Path) -> None:
 
 
 def _recovered(lines: list[JournalLine], read_plan: Callable[[str], DeploymentPlan]) -> Recovered:
-    """Raises OServeError for lines that make no sense."""
+    """Raises OServeError for invalid lines."""
     head = lines[0] if lines else None
     if not isinstance(head, SwitchLine):
         raise _torn("its first line holds no plans")
     waves: dict[int, list[TransactionLine]] = {}
     for line in lines[1:]:
         if isinstance(line, SwitchLine | EndLine):
-            raise _torn("it goes on after its end")
+            raise _torn("it has lines after its end")
         waves.setdefault(line.wave, []).append(line)
     plan, reason = head.before, "the server ended before anything was decided"
     for wave in sorted(waves):
@@ -132,7 +131,7 @@ def _recovered(lines: list[JournalLine], read_plan: Callable[[str], DeploymentPl
 
 
 def _lines(path: Path) -> list[JournalLine]:
-    """Return all whole lines; the driver never acted on a last line that is torn."""
+    """Return all complete lines; the driver never acted on an incomplete last line."""
     found = []
     with contextlib.suppress(OSError):
         for data in path.read_bytes().split(b"\n"):

@@ -1,4 +1,4 @@
-"""Reads from a checkpoint's folder what must be known of a model to move its weights."""
+"""Reads the facts of a model that weight transfers need from its checkpoint folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +24,12 @@ def movable_model(
     """Return the facts of a served model. Raises OServeError if its weights cannot be moved.
 
     ``name``: the checkpoint's folder, or a name that ``perf.model`` knows. ``keep_weights``:
-    engines keep their weights as loaded. ``variants``: folders of quantised checkpoints by
-    precision; on GPUs these are not kept as loaded, so they are left out.
+    engines hold raw weights. ``variants``: folders of quantised checkpoints by precision; they are
+    left out on GPUs, whose kernels repack them.
     """
     if not keep_weights:
         raise OServeError(
-            "engines do not keep their weights as loaded",
+            "engines do not keep raw weights",
             place="engines.keep_weights",
             remedy="set it to true",
         )
@@ -38,7 +38,7 @@ def movable_model(
     architecture = architecture_of(facts, (config.architectures or [""])[0])
     if facts.experts > 1 and not on_cpu:
         raise OServeError(
-            "weights of mixtures are not moved between GPUs, where kernels shuffle them",
+            "weights of mixtures do not move between GPUs, whose kernels repack them",
             place="model",
             remedy="roll out by restarts",
         )
@@ -59,13 +59,13 @@ class _ConfigGroup(msgspec.Struct):
 
 
 class _QuantisationConfig(msgspec.Struct):
-    """As compressed-tensors writes it."""
+    """The quantisation config of compressed-tensors."""
 
     config_groups: dict[str, _ConfigGroup] = {}
 
 
 class _ModelConfig(msgspec.Struct):
-    """The fields of a Hugging Face config.json that are read here."""
+    """The fields of a Hugging Face config.json that weight transfers need."""
 
     architectures: list[str] | None = None
     torch_dtype: str | None = None
@@ -74,7 +74,7 @@ class _ModelConfig(msgspec.Struct):
 
 
 def _config(model: str) -> _ModelConfig:
-    """Return the model's config.json; an empty one if its folder has none that can be read."""
+    """Return the model's config.json; an empty one if it is missing or unreadable."""
     try:
         return msgspec.json.decode((Path(model) / "config.json").read_bytes(), type=_ModelConfig)
     except (OSError, msgspec.DecodeError):
@@ -82,7 +82,7 @@ def _config(model: str) -> _ModelConfig:
 
 
 def _format(precision: Precision, config: _ModelConfig) -> WeightFormat:
-    """Return the format of a quantised checkpoint, as far as its config.json tells."""
+    """Return the format of a quantised checkpoint, as far as its config.json describes it."""
     plain = _FLOATS.get(config.torch_dtype or config.dtype or "", Precision.BF16)
     quantised = config.quantization_config or _QuantisationConfig()
     sizes = [

@@ -1,6 +1,6 @@
-"""Prices of switches for the controller: the way from replicas to others, leg by leg.
+"""Prices of switches for the controller, leg by leg.
 
-The programme is the one of the switch itself, so a decision weighs what would be done.
+They come from the programme of the switch itself, so a decision prices what would be executed.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from oserve.switch.programme import SwitchFacts, prepare_switch
 
 
 class SwitchPrices:
-    """``facts``: what switches are prepared from, or why weights cannot be moved."""
+    """``facts``: the facts for preparing switches, or the reason why weights cannot be moved."""
 
     def __init__(self, facts: SwitchFacts | str) -> None:
         self._facts = facts
@@ -19,7 +19,7 @@ class SwitchPrices:
     def legs(
         self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]
     ) -> tuple[Leg, ...] | None:
-        """Return a leg for each wave; ``None`` where these replicas must restart."""
+        """Return a leg per wave; ``None`` if these replicas must restart."""
         if isinstance(self._facts, str):
             return None
         try:

@@ -1,4 +1,4 @@
-"""How a switch stands, for people and for the next prediction."""
+"""The report of a switch, for operators and for the next prediction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from oserve.switch.transaction import TransactionPhase
 
 
 class SwitchMethod(StrEnum):
-    """How a plan is reached: weights move between replicas, or replicas restart."""
+    """The method of a switch: weights move between replicas, or replicas restart."""
 
     TRANSFER = "transfer"
     RESTART = "restart"
@@ -30,7 +30,7 @@ class SwitchStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEntry:
-    """A wave enters a phase, at Unix seconds."""
+    """The entry of a wave into a phase, at Unix seconds."""
 
     wave: int
     phase: TransactionPhase
@@ -39,7 +39,7 @@ class PhaseEntry:
 
 @dataclass(kw_only=True)
 class SwitchReport:
-    """A switch as it goes on; times are Unix seconds. ``programme``: see ``switch.preview``."""
+    """The progress of a switch; times are Unix seconds. ``programme``: see ``switch.preview``."""
 
     id: str
     plan: str
@@ -58,12 +58,12 @@ class SwitchReport:
     programme: Mapping[str, Any] = field(default_factory=dict)
 
     def entered(self, wave: int, phase: TransactionPhase, at_s: float) -> None:
-        """A wave enters a phase."""
+        """Record that a wave enters a phase."""
         self.phase = phase
         self.phases.append(PhaseEntry(wave=wave, phase=phase, at_s=at_s))
 
     def ended(self, state: SwitchStatus, reason: str, at_s: float) -> None:
-        """The switch ends in this state."""
+        """Record that the switch ends in this state."""
         self.state, self.reason, self.ended_s = state, reason, at_s
 
     def durations_s(self, wave: int) -> dict[str, float]:

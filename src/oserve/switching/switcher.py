@@ -1,7 +1,7 @@
 """Switches from plan to plan: one at a time, by moving weights or by restarts.
 
-The last plan wished for wins: a switch under way is rolled back unless its commit is decided. Where
-weights cannot be moved the control loop rolls the plan out, and the report says why.
+The last requested plan wins: a running switch is rolled back unless its commit is decided. If
+weights cannot be moved, the control loop rolls the plan out, and the report gives the reason.
 """
 
 import asyncio
@@ -44,19 +44,19 @@ async def at_once(work: Callable[[], _T], /) -> _T:
 
 
 async def in_thread(work: Callable[[], _T], /) -> _T:
-    """Run a computation beside the event loop."""
+    """Run a computation in a thread."""
     return await asyncio.to_thread(work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitcherFacts:
-    """What a switcher works on. ``folder``: of the journals.
+    """The dependencies of a switcher. ``folder``: of the journals.
 
-    ``movable``: what switches are prepared from, or why weights cannot be moved. ``settle`` hears
-    how each switch ended, in the event loop. ``publish``: runs the control loop's next round now.
-    ``weights`` makes what moves the weights of a switch, by its id. ``plan_text`` writes a plan as
-    the text of a plan file. ``transfer_limit_s``: the least time limit of a transfer. The cluster
-    is looked at each ``poll_s`` during a switch.
+    ``movable``: the facts for preparing switches, or why weights cannot be moved. ``settle`` gets
+    the outcome of each switch, in the event loop. ``publish`` starts the next round of the control
+    loop. ``weights`` makes the ``WaveWeights`` of a switch from its id. ``plan_text`` formats a
+    plan as a plan file. ``transfer_limit_s``: the lower bound on the deadline of a transfer. A
+    switch polls the cluster every ``poll_s``.
     """
 
     folder: Path
@@ -76,8 +76,8 @@ class SwitcherFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
-    """A plan that is to take the place of the one in force."""
+class _SwitchRequest:
+    """A requested plan, to replace the one in force."""
 
     report: SwitchReport
     plan: DeploymentPlan
@@ -85,7 +85,7 @@ class _Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PreparedSwitch:
-    """A switch that can be driven."""
+    """A switch that is ready to run."""
 
     programme: SwitchProgramme
     weights: WaveWeights
@@ -93,59 +93,59 @@ class _PreparedSwitch:
 
 
 class Switcher:
-    """Takes wishes and carries them out, one after the other."""
+    """Accepts requested plans and executes their switches one after another."""
 
     def __init__(self, facts: SwitcherFacts) -> None:
         self._facts = facts
         self._reports: deque[SwitchReport] = deque(maxlen=_MOST_REPORTS)
-        self._wish: _Wish | None = None
+        self._request: _SwitchRequest | None = None
         self._driver: SwitchDriver | None = None
         self._task: asyncio.Task[None] | None = None
         self._count = 0
 
     @property
     def active(self) -> bool:
-        """Whether a switch by moving weights is wished for or under way."""
+        """Whether a switch by moving weights is requested or running."""
         return self._task is not None and not self._task.done()
 
     @property
     def programme(self) -> SwitchProgramme | None:
-        """The switch that is being driven."""
+        """The running switch."""
         return None if self._driver is None else self._driver.programme
 
     def want(self, plan: DeploymentPlan, by: str) -> SwitchReport:
-        """Go to this plan; the report follows what comes of it."""
+        """Request a switch to this plan; the returned report follows its progress."""
         now_s = self._facts.unix_s()
         self._count += 1
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_s))
         report = SwitchReport(id=f"{stamp}-{self._count}", plan=plan.id, by=by, began_s=now_s)
         self._reports.append(report)
-        if self._wish is not None:
-            reason = f"plan {plan.id} was wished for instead"
-            self._wish.report.ended(SwitchStatus.SUPERSEDED, reason, now_s)
-        self._wish = _Wish(report=report, plan=plan)
+        if self._request is not None:
+            reason = f"plan {plan.id} was requested instead"
+            self._request.report.ended(SwitchStatus.SUPERSEDED, reason, now_s)
+        self._request = _SwitchRequest(report=report, plan=plan)
         if self._driver is not None:
-            self._driver.cancel(f"plan {plan.id} is wished for instead")
+            self._driver.cancel(f"plan {plan.id} was requested instead")
         if not self.active:
             self._task = asyncio.ensure_future(self._run_all())
         return report
 
     def cancel(self, reason: str) -> bool:
-        """Roll back the switch under way; False if there is none."""
+        """Roll back the running switch; False if there is none."""
         if self._driver is None:
             return False
         self._driver.cancel(reason)
         return True
 
     async def close(self) -> None:
-        """Break off; the journal tells the next server which plan holds."""
+        """Stop at once; the journal determines the plan of the next server."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     # -- documents ------------------------------------------------------------------------------
     def foresee(self, plan: DeploymentPlan, observation: Observation) -> dict[str, Any]:
-        """Return JSON values: what a switch to this plan would do now."""
+        """The preview of a switch to this plan, as JSON values."""
         try:
             programme = self._programme(plan, observation)
         except OServeError as error:
@@ -154,7 +154,7 @@ class Switcher:
         return {"method": SwitchMethod.TRANSFER.value, **document}
 
     def observe(self, observation: Observation) -> None:
-        """End the switches that the control loop has rolled out, or that another one superseded."""
+        """Close the reports of roll-outs that are complete or superseded."""
         plan = self._facts.loop.plan
         for report in self._reports:
             if report.state is not SwitchStatus.ROLLING_OUT:
@@ -165,19 +165,19 @@ class Switcher:
                 report.ended(SwitchStatus.DONE, report.reason, self._facts.unix_s())
 
     def documents(self) -> list[dict[str, Any]]:
-        """JSON values of all switches that are remembered, oldest first."""
+        """The reports of recent switches as JSON values, oldest first."""
         return [report.document() for report in self._reports]
 
-    # -- carrying out ---------------------------------------------------------------------------
+    # -- execution ------------------------------------------------------------------------------
     async def _run_all(self) -> None:
-        while self._wish is not None:
-            wish, self._wish = self._wish, None
+        while self._request is not None:
+            request, self._request = self._request, None
             try:
-                await self._run(wish.report, wish.plan)
-            except Exception as error:  # serving goes on with whatever plan is in force
-                _log.exception("switch %s", wish.report.id)
+                await self._run(request.report, request.plan)
+            except Exception as error:  # an unforeseen fault: serving continues as before
+                _log.exception("switch %s", request.report.id)
                 reason = f"{type(error).__name__}: {error}"
-                wish.report.ended(SwitchStatus.FAILED, reason, self._facts.unix_s())
+                request.report.ended(SwitchStatus.FAILED, reason, self._facts.unix_s())
                 self._facts.loop.held = frozenset()
             finally:
                 self._driver = None
@@ -198,7 +198,7 @@ class Switcher:
         self._learn(report, prepared.programme)
         if facts.loop.plan is not outcome.plan:
             facts.loop.plan = outcome.plan
-        if self._wish is None:
+        if self._request is None:
             facts.settle(outcome)
         await facts.publish()
         _log.info("switch %s: %s %s", report.id, report.state, report.reason)
@@ -206,14 +206,14 @@ class Switcher:
 
     async def _roll_out(self, report: SwitchReport, plan: DeploymentPlan, reason: str) -> None:
         """Leave the plan to the control loop."""
-        _log.info("switch %s: restarts, since %s", report.id, reason)
+        _log.info("switch %s: by restarts, since %s", report.id, reason)
         report.method, report.state = SwitchMethod.RESTART, SwitchStatus.ROLLING_OUT
         report.reason = reason
         self._facts.loop.plan = plan
         await self._facts.publish()
 
     def _learn(self, report: SwitchReport, programme: SwitchProgramme) -> None:
-        """Learn from waves that came to their end what the phases of the next ones take."""
+        """Learn the durations of phases from completed waves."""
         movable = self._facts.movable
         if isinstance(movable, str):
             return
@@ -222,7 +222,7 @@ class Switcher:
             if TransactionPhase.DONE not in took_s:
                 continue
             if step.wave.stop or step.wave.release:
-                # How much of it was draining is not known.
+                # The part of it that was draining is unknown.
                 took_s.pop(TransactionPhase.PREPARE, None)
             movable.learned.observe(step.predicted, took_s)
 
@@ -277,7 +277,7 @@ class Switcher:
         try:
             journal = self._facts.journal(path)
         except OSError as error:
-            raise _by_restarts(f"its journal cannot be kept: {error.strerror}") from None
+            raise _by_restarts(f"its journal cannot be written: {error.strerror}") from None
         return _PreparedSwitch(programme=programme, weights=weights, journal=journal)
 
     def _programme(self, plan: DeploymentPlan, observation: Observation) -> SwitchProgramme:
@@ -287,7 +287,7 @@ class Switcher:
             raise _by_restarts(movable)
         current = self._facts.loop.plan
         if not settled(current, observation, frozenset()):
-            raise _by_restarts("not all replicas of the present plan serve, or others do")
+            raise _by_restarts("the serving replicas are not those of the present plan")
         return prepare_switch(movable, current, plan)
 
 

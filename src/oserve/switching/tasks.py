@@ -1,8 +1,8 @@
-"""The tasks of a wave on a cluster: standby replicas, weights, routing, ends.
+"""The tasks of a wave on a cluster: start standbys, move weights, route, stop replicas.
 
-The same on engines and on simulated replicas: replicas come and go through the cluster API, and
-``WaveWeights`` moves the weights. After the commit the control loop drains and stops whatever the
-plan in force does not have; the tasks here only wait for it.
+They are the same on engines and on simulated replicas: the cluster API starts and stops replicas,
+and ``WaveWeights`` moves the weights. After the commit the control loop drains and stops replicas
+outside the plan in force; the tasks only wait for that.
 """
 
 import asyncio
@@ -41,10 +41,10 @@ class TaskFailedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveTaskFacts:
-    """``hold``: tells the control loop which replicas to leave alone from now on.
+    """``hold`` tells the control loop which replicas the switch controls from now on.
 
-    ``route``: puts a plan in force, in all that routes and reconciles. ``progress`` hears the bytes
-    that have arrived since the switch began. The cluster is looked at each ``poll_s``.
+    ``route`` puts a plan in force, for gateways and the control loop. ``progress`` gets the bytes
+    that have arrived since the switch began. The tasks poll the cluster every ``poll_s``.
     """
 
     programme: SwitchProgramme
@@ -58,7 +58,7 @@ class WaveTaskFacts:
 
 
 class WaveTasks:
-    """The tasks of one wave, which may each be asked for again. See ``transaction.Task``."""
+    """The tasks of one wave; each may be requested again. See ``transaction.Task``."""
 
     def __init__(self, facts: WaveTaskFacts, step: ProgrammeStep, moved_before: int) -> None:
         self._facts = facts
@@ -70,7 +70,7 @@ class WaveTasks:
         self._hold(frozenset((*wave.start, *wave.stop, *wave.release)))
 
     async def close(self) -> None:
-        """End what still runs; the control loop has all replicas again."""
+        """Cancel what still runs; return all replicas to the control loop."""
         await self._filling.cancel()
         await self._checking.cancel()
         self._hold(frozenset())
@@ -129,7 +129,7 @@ class WaveTasks:
             await self._poll()
 
     async def _drain(self, replica: str, *, late: bool) -> None:
-        """Wait until a replica takes no requests and has none; at once if it is gone or late."""
+        """Wait until a replica has drained; return at once if it stopped or the task is late."""
         began_s = self._facts.clock.now()
         while not late and (state := await self._state(replica)) is not None:
             if state.phase is ReplicaPhase.READY:
@@ -167,7 +167,7 @@ class WaveTasks:
             await self._poll()
 
     async def _restore(self, replica: str, *, late: bool) -> None:
-        """The control loop starts it, since the plan in force has it."""
+        """Wait for the control loop to start the replica, since the plan in force has it."""
         self._hold(self._held - {replica})
         while not late:
             state = await self._state(replica)
@@ -192,7 +192,7 @@ class WaveTasks:
             state = observation.replica(name)
             if state is not None and state.phase is ReplicaPhase.STANDBY:
                 # The control loop would stop a replica on standby that no switch holds.
-                raise TaskFailedError(f"{name} still stands by")
+                raise TaskFailedError(f"{name} is still on standby")
         self._hold(frozenset())
         await self._facts.route(step.plan)
 
@@ -209,24 +209,24 @@ class WaveTasks:
         try:
             await work.wait()
         except MoveError as error:
-            raise TaskFailedError(str(error), final=await self._hopeless()) from None
+            raise TaskFailedError(str(error), final=await self._is_final()) from None
 
-    async def _hopeless(self) -> bool:
-        """Whether a replica that takes part has ended."""
+    async def _is_final(self) -> bool:
+        """Whether a participating replica has ended."""
         observation = await self._facts.cluster.observe()
         states = [observation.replica(name) for name in self._step.participants]
         return any(state is None or state.phase not in _ALIVE for state in states)
 
 
 class _Shared:
-    """Work that all replicas of a wave wait for. After its end a new wait starts it again."""
+    """Work that all replicas of a wave wait for. A wait after its end starts it again."""
 
     def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
         self._work = work
         self._task: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
-        """Wait for the work; a waiter that is cancelled ends it for all."""
+        """Wait for the work; the cancellation of one waiter cancels it for all."""
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._work())
         try:
@@ -236,7 +236,7 @@ class _Shared:
             raise
 
     async def cancel(self) -> None:
-        """End the work if it runs."""
+        """Cancel the work if it runs."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What moves the weights of a switch: for a whole wave, and between engines."""
+"""The interfaces that move the weights of a switch: for a wave, and between engines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from oserve.switch.rank_order import RankOrder
 
 
 class MoveError(Exception):
-    """A transfer or a check that failed; the text says why."""
+    """A transfer or a check failed; the message gives the reason."""
 
 
 class WaveWeights(Protocol):
-    """Fills and checks the new replicas of a wave: by engines, or modelled on a virtual clock.
+    """Loads and checks the new replicas of a wave: by engines, or modelled on a virtual clock.
 
-    All raise MoveError where a retry may help, and TaskFailedError (``final``) where it does not.
-    All may be cancelled, and then leave nothing running.
+    All methods raise MoveError if a retry may help, else TaskFailedError (``final``). A cancelled
+    call leaves nothing running.
     """
 
     async def fill(self, step: ProgrammeStep, *, progress: Callable[[int], None]) -> None:
-        """Move the weights of the wave; ``progress`` hears the bytes that have arrived."""
+        """Move the weights of the wave; ``progress`` gets the bytes that have arrived."""
         ...
 
     async def check(self, step: ProgrammeStep) -> None:
-        """Compare the weights at both ends, and let each new replica generate."""
+        """Compare the weights at both ends, and generate once on each new replica."""
         ...
 
     async def release(self, replica: str) -> None:
@@ -34,7 +34,7 @@ class WaveWeights(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """Bytes over links and inside devices; seconds of the slowest rank, and of taking it up."""
+    """Bytes over links and within devices; seconds of the slowest rank, and of loading."""
 
     size_bytes: int
     seconds: float

@@ -1,8 +1,8 @@
-"""Which replicas have the beginning of a request cached: by its session, by its system prompt.
+"""Prefix affinity: which replicas hold a request's prefix in cache, by session or system prompt.
 
-What is cached need not be computed again, so a replica that has it costs less for this request, by
-the tokens it has. The router adds that to what it knows of load: a session stays where it is until
-the queue there is longer than computing everything anew elsewhere. Memory is bounded.
+A replica does not compute cached tokens again, so the request costs less there. The router adds
+this saving to the load: a session stays at its replica until the queue there takes longer than
+recomputing the prompt elsewhere. Memory is bounded.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ _REPLICAS_PER_KEY = 4
 
 
 class Affinity:
-    """Remembers ``most`` sessions and as many shared prefixes, those used last."""
+    """Least-recently-used maps of ``most`` sessions and ``most`` shared prefixes to replicas."""
 
     def __init__(self, most: int = 16384) -> None:
         self._most = most
@@ -21,7 +21,7 @@ class Affinity:
         self._prefixes: OrderedDict[str, dict[str, int]] = OrderedDict()
 
     def cached(self, session: str, prefix: str, prompt_tokens: int) -> Mapping[str, int]:
-        """Tokens of this prompt that replicas have, by their names; empty keys are none."""
+        """Cached tokens of this prompt by replica name; an empty key matches nothing."""
         shared = self._prefixes.get(prefix, _NOTHING) if prefix else _NOTHING
         own = self._sessions.get(session, _NOTHING) if session else _NOTHING
         if not own and not shared:
@@ -35,14 +35,14 @@ class Affinity:
     def sent(
         self, session: str, prefix: str, replica: str, *, prompt_tokens: int, prefix_tokens: int
     ) -> None:
-        """A request goes to a replica, which has its prompt from then on."""
+        """Record that a request was sent to a replica, which then has its prompt in cache."""
         if session:
             self._keep(self._sessions, session, replica, prompt_tokens)
         if prefix:
             self._keep(self._prefixes, prefix, replica, prefix_tokens)
 
     def forget(self, replicas: Iterable[str]) -> None:
-        """These replicas are gone, or new ones under their name."""
+        """Drop the entries of replicas that stopped or restarted."""
         gone = set(replicas)
         if not gone:
             return

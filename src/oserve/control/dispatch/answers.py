@@ -1,10 +1,10 @@
-"""What replicas do with the requests that they were sent: answer, refuse, fail, break off."""
+"""Handlers of the replicas' answers: responses, refusals, failures and broken connections."""
 
 from msgspec.structs import replace
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
-from oserve.control.dispatch.breaker import concerns_us, refuses, worth_elsewhere
+from oserve.control.dispatch.breaker import concerns_oserve, refuses, retryable_elsewhere
 from oserve.control.dispatch.commands import Refusal
 from oserve.control.dispatch.events import Cause
 from oserve.control.dispatch.lifecycle import Lifecycle
@@ -23,13 +23,13 @@ _CLIENT_ERROR, _SERVER_ERROR = 400, 500
 
 
 class Answers:
-    """Handlers of what replicas do."""
+    """Handles the events that report a replica's answer to a request."""
 
     def __init__(self, life: Lifecycle) -> None:
         self._life = life
 
     def began(self, event: on.Began) -> None:
-        """The replica has begun to answer."""
+        """Hold the answer back until the first tokens show that it is good."""
         match self._life.at_replica(event.number):
             case state, Sent(booking):
                 self._life.first_byte(booking)
@@ -39,7 +39,7 @@ class Answers:
                 state.phase = Streaming(booking)
 
     def streams(self, event: on.Streams) -> None:
-        """A stream has begun: the client may have it."""
+        """Forward a stream that has begun to the client."""
         found = self._life.at_replica(event.number)
         if found is not None and not isinstance(found[1], Streaming):
             state, phase = found
@@ -48,7 +48,7 @@ class Answers:
             self._life.forward(state, phase)
 
     def shown(self, event: on.Shown) -> None:
-        """The client has part of an answer that is no stream."""
+        """The client has part of a non-streaming answer."""
         found = self._life.at_replica(event.number)
         if found is not None and not isinstance(found[1], Streaming):
             state, phase = found
@@ -57,7 +57,7 @@ class Answers:
             state.phase = Streaming(phase.booking)
 
     def progressed(self, event: on.Progressed) -> None:
-        """Book what is expected of an answer that is this long already."""
+        """Extend the booking of an answer that is longer than expected."""
         match self._life.at_replica(event.number):
             case state, Streaming(Booking(_, entry)):
                 if entry is None or state.forecast is None or state.request is None:
@@ -70,13 +70,13 @@ class Answers:
                 self._life.emit(do.Forward(state.number, state.booked_tokens, True))
 
     def refused(self, event: on.Refused) -> None:
-        """The replica answered with an error; another may do better."""
+        """The replica answered with an error: retry on another replica, or forward the error."""
         found = self._life.at_replica(event.number)
         if found is None or isinstance(found[1], Streaming):
             return
         state, phase = found
         replica = phase.booking.replica
-        if not worth_elsewhere(event.status, attached=replica.attached):
+        if not retryable_elsewhere(event.status, attached=replica.attached):
             self._life.served(replica)
             self._life.forward(state, phase)
             return
@@ -89,30 +89,30 @@ class Answers:
             )
         if self._life.retry(state, phase, event.reason, died=False):
             return
-        if state.request is not None and replica.attached and concerns_us(event.status):
+        if state.request is not None and replica.attached and concerns_oserve(event.status):
             reason = f"it refuses OServe's request with status {event.status}"
             self._life.refuse(state, Refusal.REPLICA_FAILED, reason=reason)
         else:
             self._life.forward(state, phase)
 
     def lost(self, event: on.Lost) -> None:
-        """The answer broke off before the client had any of it."""
+        """The connection broke before the client had any of the answer: retry, or refuse."""
         found = self._life.at_replica(event.number)
         if found is None or isinstance(found[1], Streaming):
             return
         state, phase = found
         replica = phase.booking.replica
         refused = _CLIENT_ERROR <= event.status < _SERVER_ERROR
-        if refused and not worth_elsewhere(event.status, attached=replica.attached):
-            # It was answered, and would be again; only the words are lost.
-            self._life.refuse(state, Refusal.REFUSED_UNHEARD, status=event.status)
+        if refused and not retryable_elsewhere(event.status, attached=replica.attached):
+            # The replica refused the request and would again; only the error's text is lost.
+            self._life.refuse(state, Refusal.REFUSED_WITHOUT_BODY, status=event.status)
             return
         self._life.failed(replica, event.reason, at_once=not event.connected)
         if not self._life.retry(state, phase, event.reason, died=True):
             self._life.refuse(state, Refusal.REPLICA_FAILED, reason=event.reason)
 
     def reworded(self, event: on.Reworded) -> None:
-        """Asked once more, better worded: that is no failed attempt."""
+        """Send the request again without the refused option; this counts as no failed attempt."""
         match self._life.at_replica(event.number):
             case state, (Sent() | Held()) as phase:
                 self._life.emit(do.LetGo(state.number))
@@ -122,7 +122,7 @@ class Answers:
                 self._life.enter(state)
 
     def broken(self, event: on.Broken) -> None:
-        """A stream that the client has part of goes on elsewhere, or ends."""
+        """Resume a broken stream on another replica, or end it."""
         match self._life.at_replica(event.number):
             case state, Streaming(booking) as phase:
                 pass
@@ -157,7 +157,7 @@ class Answers:
             self._life.refuse(state, Refusal.REPLICA_FAILED, reason=event.reason)
 
     def finished(self, event: on.Finished) -> None:
-        """The answer is over."""
+        """Record a complete answer."""
         match self._life.at_replica(event.number):
             case state, phase:
                 done = event.status is FinishStatus.COMPLETED

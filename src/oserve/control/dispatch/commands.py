@@ -1,4 +1,4 @@
-"""What the machine asks for. Commands are carried out in order; none of them decides anything."""
+"""Commands of the request machine. The gateway executes them in order and decides nothing."""
 
 from enum import StrEnum
 
@@ -15,16 +15,16 @@ class Command(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestCommand(Command, frozen=True):
-    """One that is about a request."""
+    """A command for one request."""
 
     number: int
 
 
 class Send(RequestCommand, frozen=True, kw_only=True):
-    """Send the request to a replica; ``resumes``: the continuation of its stream.
+    """Send the request to a replica; ``resumes``: as the continuation of its stream.
 
-    ``rank_s`` orders it among those at the replica. ``reason`` and ``cached_tokens`` say why there;
-    ``reason`` is ``None`` for auxiliary calls.
+    ``rank_s`` orders requests in the engine's queue. ``reason`` and ``cached_tokens`` explain the
+    choice of the replica; ``reason`` is ``None`` for auxiliary calls.
     """
 
     replica: TableReplica
@@ -35,13 +35,13 @@ class Send(RequestCommand, frozen=True, kw_only=True):
 
 
 class Hold(RequestCommand, frozen=True):
-    """The request waits in the queue; nothing to carry out, but something to tell."""
+    """The request waits in the queue. For information only."""
 
 
 class Forward(RequestCommand, frozen=True):
-    """Show the client what came and what follows, up to ``credit_tokens`` output tokens.
+    """Forward the held and the following output to the client, up to ``credit_tokens`` tokens.
 
-    ``outgrown``: the answer is longer than was expected.
+    ``outgrown``: the answer is longer than expected.
     """
 
     credit_tokens: int
@@ -49,28 +49,28 @@ class Forward(RequestCommand, frozen=True):
 
 
 class ShowError(RequestCommand, frozen=True):
-    """Show the client the error that its stream's replica tells, and what follows."""
+    """Forward the error in the replica's stream, and what follows it, to the client."""
 
 
 class LetGo(RequestCommand, frozen=True):
-    """Drop the connection to the replica, whose answer is not wanted any more."""
+    """Close the connection to the replica, whose answer is no longer needed."""
 
 
 class Retry(RequestCommand, frozen=True):
-    """As ``LetGo``, since that replica failed; a ``Send`` follows, now or later."""
+    """Close the connection to a replica that failed; a ``Send`` follows, now or later."""
 
     replica: str
     reason: str
 
 
 class Depart(RequestCommand, frozen=True):
-    """Report the request as ``Broken``, handed over: it is to go on elsewhere."""
+    """Report the request as ``Broken`` with its progress, so that it migrates."""
 
     with_cache: bool
 
 
 class Resume(RequestCommand, frozen=True):
-    """The stream leaves its replica and goes on elsewhere; a ``Send`` follows, now or later."""
+    """Detach the stream from its replica; a ``Send`` resumes it on another one, now or later."""
 
     cause: Cause
     replica: str
@@ -94,16 +94,16 @@ class Refusal(StrEnum):
     QUEUE_FULL = "queue_full"
     SHED = "shed"
     REPLICA_FAILED = "replica_failed"
-    REFUSED_UNHEARD = "refused_unheard"
+    REFUSED_WITHOUT_BODY = "refused_without_body"
     DEADLINE = "deadline"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
 
 
 class Refuse(RequestCommand, frozen=True, kw_only=True):
-    """Answer with an error, in whatever form is still possible.
+    """End the request with an error response, or with an error event if its stream has begun.
 
-    ``status``: that of the replica's answer, for ``REFUSED_UNHEARD``.
+    ``status``: the replica's HTTP status, for ``REFUSED_WITHOUT_BODY``.
     """
 
     refusal: Refusal
@@ -114,11 +114,14 @@ class Refuse(RequestCommand, frozen=True, kw_only=True):
 
 
 class Demote(RequestCommand, frozen=True):
-    """The request cannot have its first token in time any more and is served last; only told."""
+    """The request has missed its deadline for the first token and is served last.
+
+    For information only.
+    """
 
 
 class Record(RequestCommand, frozen=True, kw_only=True):
-    """The request has ended: count it, learn from it, keep its row."""
+    """The request has ended: count it, update the estimators, write its record."""
 
     status: FinishStatus
     replica: str

@@ -1,4 +1,4 @@
-"""Requests that leave a replica which is vacated, a few at a time."""
+"""Running requests leave a vacated replica, a few at a time."""
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
@@ -14,27 +14,27 @@ from oserve.control.dispatch.state import (
     Streaming,
 )
 
-# Each is read whole before it leaves, and other streams are not to be held up by that.
+# A departing request is parsed in full first; small batches keep that from delaying other streams.
 _LEAVE_AT_ONCE = 4
 
 
 class Departures:
-    """Handlers of replicas that are vacated. ``drain`` decides which requests leave, and how."""
+    """Handles vacated replicas. ``drain`` decides which requests leave, and how."""
 
     def __init__(self, life: Lifecycle, drain: DrainDecision) -> None:
         self._life = life
         self._drain = drain
 
-    def look(self, start: ReplicaStart) -> None:
-        """Ask how far the requests at a replica have come."""
+    def check(self, start: ReplicaStart) -> None:
+        """Ask for the progress of the requests at a replica."""
         numbers = tuple(
             number for number, (_, booking) in self._at(start).items() if booking.entry is not None
         )
         vacating = self._life.fleet.vacating
         if not numbers:
-            vacating.look_no_more(start)
+            vacating.stop_checks(start)
             return
-        vacating.looked(start, self._life.now_s)
+        vacating.checked(start, self._life.now_s)
         rest = tuple(number for number in numbers if number not in vacating.asked(start))
         if rest:
             self._life.emit(do.Survey(*start, rest))
@@ -47,7 +47,7 @@ class Departures:
         }
 
     def surveyed(self, event: on.Surveyed) -> None:
-        """Have those leave that should, a few at a time, so that other streams are not held up."""
+        """Make the selected requests leave, a few at a time."""
         start = (event.replica, event.started_s)
         vacating = self._life.fleet.vacating
         left_s = vacating.left_s(start, self._life.now_s)
@@ -99,12 +99,12 @@ class Departures:
         )
 
     def _depart(self, state: RequestState, *, with_cache: bool) -> bool:
-        """Have a request leave its replica; whether it was asked to."""
+        """Make a request leave its replica; returns whether it was asked to leave."""
         match state.phase:
             case Streaming():
                 self._life.emit(do.Depart(state.number, with_cache))
                 return True
             case (Sent() | Held()) as phase:
-                return self._life.retry(state, phase, "it hands over", died=True)
+                return self._life.retry(state, phase, "it is being vacated", died=True)
             case _:
                 return False

@@ -1,7 +1,7 @@
-"""What can happen to requests. An event says what was seen; the machine decides what follows.
+"""Events of the request machine. An event reports an observation; the machine decides.
 
-``number`` names a request; numbers grow in the order of arrival and are never used again. Events
-about a request that has ended are ignored: the world may tell of it late.
+``number`` identifies a request; numbers grow in order of arrival and are never reused. The machine
+ignores events of a request that has ended, since they may arrive late.
 """
 
 from enum import StrEnum
@@ -14,10 +14,10 @@ from oserve.core import FinishStatus, Request
 
 
 class OutputForecast(Protocol):
-    """What is expected of an answer's length."""
+    """Forecasts the output length of a request."""
 
     def beyond(self, made_tokens: int) -> float:
-        """Expected output tokens in all, given that there are so many already."""
+        """Expected total output tokens, given that ``made_tokens`` exist already."""
         ...
 
 
@@ -26,11 +26,11 @@ class Event(msgspec.Struct, frozen=True, tag=True):
 
 
 class Arrived(Event, frozen=True, kw_only=True):
-    """A request came. ``request`` is ``None`` for auxiliary calls, which are not booked or queued.
+    """A request arrived. ``request`` is ``None`` for auxiliary calls, which skip ledger and queue.
 
-    ``rank_s`` orders it among waiting requests (``order.rank_s``). ``session`` and ``prefix`` are
-    keys of what replicas may have cached of its prompt, empty where there is none; the shared
-    prefix has about ``prefix_tokens``. ``forecast``: where the client does not fix the length.
+    ``rank_s`` orders waiting requests (``order.rank_s``). ``session`` and ``prefix`` are cache keys
+    of the prompt, empty if it has none; the shared prefix has about ``prefix_tokens`` tokens.
+    ``forecast``: of the output length, unless the client fixes that.
     """
 
     number: int
@@ -44,26 +44,26 @@ class Arrived(Event, frozen=True, kw_only=True):
 
 
 class Began(Event, frozen=True):
-    """Its replica has begun an answer, of which the client has nothing yet."""
+    """The replica has begun to answer; the client has nothing yet."""
 
     number: int
 
 
 class Streams(Event, frozen=True):
-    """The first tokens of a stream came. ``well``: it does not tell an error."""
+    """The first event of a stream arrived. ``well``: it is not an error."""
 
     number: int
     well: bool = True
 
 
 class Shown(Event, frozen=True):
-    """The client has part of an answer that is no stream of events."""
+    """The client has part of a non-streaming answer."""
 
     number: int
 
 
 class Progressed(Event, frozen=True):
-    """A stream has about so many output tokens, more than its credit."""
+    """A stream exceeds its credit; it has about so many output tokens."""
 
     number: int
     made_tokens: int
@@ -72,8 +72,8 @@ class Progressed(Event, frozen=True):
 class Refused(Event, frozen=True, kw_only=True):
     """The replica answered with an error before the client had anything.
 
-    ``aborted``: its engine gave the request up, which says nothing against the request.
-    ``retry_after_s``: what the answer asked for. ``reason`` is for logs.
+    ``aborted``: the engine aborted the request, which is not the request's fault.
+    ``retry_after_s``: from the Retry-After header. ``reason`` is for logs.
     """
 
     number: int
@@ -84,9 +84,9 @@ class Refused(Event, frozen=True, kw_only=True):
 
 
 class Lost(Event, frozen=True, kw_only=True):
-    """The connection to the replica broke, or what it sent made no sense.
+    """The connection to the replica broke, or the replica sent an invalid answer.
 
-    ``status``: of the answer's head, 0 if none came. ``connected``: there was a connection.
+    ``status``: of the answer's head, 0 without one. ``connected``: a connection existed.
     """
 
     number: int
@@ -96,7 +96,7 @@ class Lost(Event, frozen=True, kw_only=True):
 
 
 class Cause(StrEnum):
-    """Why a stream that the client has part of leaves its replica."""
+    """Why a stream that has reached the client leaves its replica."""
 
     LOST = "lost"
     FAILED = "failed"
@@ -106,17 +106,17 @@ class Cause(StrEnum):
 
 
 class Rest(msgspec.Struct, frozen=True):
-    """What a stream goes on with: its context (prompt and output so far), its output so far."""
+    """Where a stream resumes: its context (prompt and output so far) and its output, in tokens."""
 
     context_tokens: int
     made_tokens: int
 
 
 class Broken(Event, frozen=True, kw_only=True):
-    """A stream that the client has part of cannot stay. ``rest`` is ``None`` if it cannot move.
+    """A stream that has reached the client must leave. ``rest`` is ``None`` if it cannot migrate.
 
-    ``with_cache``: its KV cache goes with it. ``can_end``: the replica itself tells an error, which
-    the client may be shown instead. ``reason`` is for logs and the client.
+    ``with_cache``: its KV cache migrates, too. ``can_end``: the replica's stream holds an error,
+    which the client may get instead. ``reason`` is for logs and the client.
     """
 
     number: int
@@ -128,13 +128,13 @@ class Broken(Event, frozen=True, kw_only=True):
 
 
 class Reworded(Event, frozen=True):
-    """The replica refused an option of ours; the request is to be asked again without it."""
+    """The replica refused an option that OServe added; OServe sends the request without it."""
 
     number: int
 
 
 class Finished(Event, frozen=True):
-    """The answer is over and the client has all of it."""
+    """The client has the complete answer."""
 
     number: int
     status: FinishStatus = FinishStatus.COMPLETED
@@ -147,17 +147,17 @@ class ClientGone(Event, frozen=True):
 
 
 class Crashed(Event, frozen=True):
-    """Carrying out a command for this request raised."""
+    """Executing a command for this request raised an exception."""
 
     number: int
 
 
 class Tick(Event, frozen=True):
-    """Time has passed: ``RequestMachine.due_s`` is over."""
+    """``RequestMachine.due_s`` has passed."""
 
 
 class TableChanged(Event, frozen=True):
-    """Another routing table is in force."""
+    """A new routing table is in force."""
 
     table: RoutingTable
 
@@ -169,9 +169,9 @@ class LoadElsewhere(Event, frozen=True):
 
 
 class Vacate(Event, frozen=True, kw_only=True):
-    """A replica is to give up its running requests within so many seconds, and gets no new ones.
+    """Vacate a replica within so many seconds: its requests leave, and it gets no new ones.
 
-    ``started_s``: that start of it only; ``None``: the one that runs.
+    ``started_s``: only the engine started then; ``None``: the one that runs.
     """
 
     replica: str
@@ -180,7 +180,7 @@ class Vacate(Event, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a request has come. ``tpot_s`` is 0 where it has not been seen."""
+    """The progress of a request. ``tpot_s`` is 0 until it is measured."""
 
     made_tokens: int
     movable: bool
@@ -188,7 +188,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Surveyed(Event, frozen=True):
-    """Progress of the requests at a replica that is vacated, by number."""
+    """The progress of the requests at a vacated replica, by number."""
 
     replica: str
     started_s: float
@@ -196,4 +196,4 @@ class Surveyed(Event, frozen=True):
 
 
 class ShutDown(Event, frozen=True):
-    """The gateway ends: whatever still runs is broken off."""
+    """The gateway shuts down and aborts all running requests."""

@@ -1,4 +1,4 @@
-"""The replicas as the request machine sees them: which serve, how loaded, which are set aside."""
+"""The replicas as the request machine sees them: phase, load, caches and circuit breakers."""
 
 from collections.abc import Set
 
@@ -18,7 +18,7 @@ _NONE: Set[str] = frozenset()
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """A route, its replica, and the tokens of the prompt that it has cached."""
+    """A route, its replica, and the prompt tokens that the replica has in cache."""
 
     route: Route
     replica: TableReplica
@@ -41,7 +41,7 @@ class Fleet:
         self._affinity = Affinity()
 
     def follow(self, table: RoutingTable, now_s: float) -> None:
-        """Take another routing table."""
+        """Use a new routing table."""
         before = {replica.id: replica.started_s for replica in self.table.replicas}
         now = {replica.id: replica.started_s for replica in table.replicas}
         self._affinity.forget(name for name in before if now.get(name) != before[name])
@@ -54,9 +54,9 @@ class Fleet:
         )
         self.vacating.follow(table, now_s)
         self.ledger.follow(table.replicas)
-        self._serve()
+        self._update_serving()
 
-    def _serve(self) -> None:
+    def _update_serving(self) -> None:
         self.serving = {
             replica.id: replica
             for replica in self.table.replicas
@@ -64,15 +64,15 @@ class Fleet:
         }
 
     def vacate(self, name: str, within_s: float, started_s: float | None, now_s: float) -> None:
-        """Send nothing new to a replica, whose running requests are to leave."""
+        """Vacate a replica: send it no new requests, and let its running ones leave."""
         for replica in self.table.replicas:
             if replica.id == name and started_s in {None, replica.started_s}:
                 self.vacating.begin((name, replica.started_s), within_s, now_s)
-        self._serve()
+        self._update_serving()
 
     # -- routing --------------------------------------------------------------------------------
     def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
-        """The replica for a request, or why there is none."""
+        """The replica for a request, or the reason why there is none."""
         cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
         route = self._router.pick(
             request,
@@ -85,7 +85,7 @@ class Fleet:
         return Choice(route, self.serving[route.replica], cached.get(route.replica, 0))
 
     def book(self, state: RequestState, request: Request, choice: Choice, now_s: float) -> Booking:
-        """Book a request where it was chosen to go."""
+        """Book a request at the chosen replica."""
         name = choice.replica.id
         self._affinity.sent(
             state.session,
@@ -106,7 +106,7 @@ class Fleet:
         return next((item for name, item in self.serving.items() if name not in closed), None)
 
     def excluded(self, state: RequestState, *, present: str = "") -> Set[str]:
-        """Replicas that cannot serve a request: tried, unable to continue it, or ``present``."""
+        """Replicas that were tried, cannot continue the request, or are its ``present`` one."""
         if not (state.tried or state.moves or present):
             return _NONE
         return {
@@ -114,11 +114,11 @@ class Fleet:
             for name, replica in self.serving.items()
             if name == present
             or (name, replica.started_s) in state.tried
-            or (state.moves and not replica.tells_token_ids)
+            or (state.moves and not replica.returns_token_ids)
         }
 
     def closed(self, state: RequestState, now_s: float) -> Set[str]:
-        """As ``excluded``, with those whose breaker is open if there are others."""
+        """As ``excluded``, plus replicas with an open breaker if others remain."""
         excluded = self.excluded(state)
         open_ = self.breakers.open(now_s)
         if not open_:
@@ -127,21 +127,21 @@ class Fleet:
         return closed if self.serving.keys() - closed else excluded
 
     def may_serve(self, state: RequestState, now_s: float) -> bool:
-        """Whether some replica could take a request once it has room."""
+        """Whether some replica can take the request, now or once it has room."""
         return bool(self.serving.keys() - self.closed(state, now_s))
 
     @property
     def any_room(self) -> bool:
-        """Whether some replica would take a request."""
+        """Whether some replica has room for a request."""
         loads = self.ledger.loads(self.serving).values()
         return any(load.inflight < load.max_inflight for load in loads)
 
     def has_room(
         self, state: RequestState, request: Request, present: str, *, leaving: int
     ) -> bool:
-        """Whether a replica other than the present one would take a running request at once.
+        """Whether another replica has room for a running request now.
 
-        ``leaving``: others that are on their way to such replicas.
+        ``leaving``: requests that already migrate to such replicas.
         """
         loads = self.ledger.loads(self.serving)
         excluded = self.excluded(state, present=present)
@@ -157,8 +157,8 @@ class Fleet:
     def may_retry(self, state: RequestState, present: str, *, died: bool) -> bool:
         """Whether another replica may try a request.
 
-        If its replica ``died``, one that is starting is worth waiting for; if that answered with an
-        error, only others are.
+        If its replica ``died``, the request may also wait for one that is starting. After an
+        error response only replicas that serve now count.
         """
         others = self.serving.keys() - self.excluded(state) - {present}
         return bool(others) or (died and self.table.expected)
@@ -166,15 +166,15 @@ class Fleet:
     def may_continue(
         self, state: RequestState, present: str, context_tokens: int, *, again: bool
     ) -> bool:
-        """Whether a replica may go on with a stream of that context.
+        """Whether a replica can continue a stream of that context length.
 
-        ``again``: the present one may, too. One that is starting is waited for if there is none.
+        ``again``: the present one may, too. If no replica serves, one that is starting counts.
         """
         excluded = self.excluded(state, present="" if again else present)
         fits = [
             item.max_model_len == 0 or item.max_model_len > context_tokens
             for name, item in self.serving.items()
-            if name not in excluded and item.tells_token_ids
+            if name not in excluded and item.returns_token_ids
         ]
         return any(fits) if fits else self.table.expected
 
@@ -188,14 +188,14 @@ class Fleet:
         at_once: bool = False,
         retry_after_s: float = 0.0,
     ) -> None:
-        """A replica did not answer a request well; see ``Breakers.failed``."""
+        """Record a failure of a replica; see ``Breakers.failed``."""
         if self._still_serves(replica):
             self.breakers.failed(
                 replica.id, now_s, reason, at_once=at_once, retry_after_s=retry_after_s
             )
 
     def served(self, replica: TableReplica) -> bool:
-        """A replica answered a request; whether that closes its breaker."""
+        """Record a success of a replica; returns whether it closed its breaker."""
         return self._still_serves(replica) and self.breakers.served(replica.id)
 
     def _still_serves(self, replica: TableReplica) -> bool:
@@ -204,12 +204,12 @@ class Fleet:
 
     @property
     def least_work_s(self) -> float:
-        """Work that the least loaded replica owes, in seconds; 5 where there is none."""
+        """Outstanding work of the least loaded replica in seconds; 5 if no replica serves."""
         loads = self.ledger.loads(self.serving).values()
         return min((load.work_s for load in loads), default=5.0)
 
     @property
     def least_prefill_s_per_token(self) -> float:
-        """Prompt costs at the quickest replica."""
+        """Prefill seconds per prompt token at the fastest replica."""
         loads = self.ledger.loads(self.serving).values()
         return min((load.prefill_s_per_token for load in loads), default=0.0)

@@ -1,7 +1,7 @@
-"""The work each replica still owes, as one gateway process sees it.
+"""The ledger of outstanding work per replica, in one gateway process.
 
-Booked work is kept in whole picoseconds, so that what is booked and what is paid back balance to
-the last digit, and the simulator's books can be compared with these.
+The ledger counts work in whole picoseconds. So bookings and payments balance exactly, and the
+simulator's ledger can be compared with this one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from oserve.control.dispatch.table import TableReplica
 from oserve.core import ReplicaLoad, Request
 
 _PS = 10**12
-# The learned speed moves by this part of the difference per sample of a busy engine.
+# The learned speed moves by this fraction of the difference with each sample of a busy engine.
 _LEARNING_RATE = 0.2
 _SAMPLE_S = 0.5
 _SPEED_BOUNDS = (0.02, 50.0)
@@ -37,17 +37,17 @@ class _Account:
     busy_s: float = 0.0
     inflight_s: float = 0.0
     seen_s: float = 0.0
-    # The load as told last; dropped by whatever changes it.
+    # The load as computed last; every change of the account drops it.
     load: ReplicaLoad | None = None
 
 
 class WorkLedger:
-    """Outstanding work per replica; corrects the prior costs by the speed it observes.
+    """Outstanding work per replica; corrects the prior costs by the observed speed.
 
-    Work is booked in prior seconds (from perf) and divided by the replica's learned ``speed``:
-    prior seconds it completes per second of being busy. Time is passed in by the caller.
-    A replica that owes more prompts than ``overload`` allows, by this one of the gateway's
-    ``processes``, shows as full. ``learns``: without it the prior costs are taken as right.
+    The ledger books work in prior seconds (from perf) and divides it by the replica's learned
+    ``speed``: prior seconds completed per busy second. Time is passed in by the caller. A replica
+    that owes more prompts than ``overload`` allows this one of the gateway's ``processes`` counts
+    as full. ``learns``: false freezes the speeds, so that the prior costs hold.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class WorkLedger:
 
     @property
     def first_token_s(self) -> float:
-        """Upper quantile of the seconds from dispatch to first token."""
+        """The upper quantile of the seconds from dispatch to first token."""
         return self._first_tokens.seconds
 
     def follow(self, replicas: Iterable[TableReplica]) -> None:
@@ -84,7 +84,7 @@ class WorkLedger:
                     max_model_len=replica.max_model_len,
                 )
             if account.prefill_s_per_token != replica.prefill_s_per_token:
-                # Booked work keeps its price, which is the price it is paid back at.
+                # Booked work keeps the price at which it was booked.
                 dearer = replica.prefill_s_per_token / account.prefill_s_per_token
                 low, high = _SPEED_BOUNDS
                 account.speed = min(high, max(low, account.speed * dearer))
@@ -98,17 +98,17 @@ class WorkLedger:
         self._accounts = accounts
 
     def set_elsewhere(self, elsewhere: Mapping[str, tuple[float, int]]) -> None:
-        """Work (prior seconds) and requests that other gateway processes have there."""
+        """Set the work (prior seconds) and requests of other gateway processes, per replica."""
         for replica, account in self._accounts.items():
             account.elsewhere_s, account.elsewhere_inflight = elsewhere.get(replica, (0.0, 0))
             account.load = None
 
     def own(self) -> dict[str, tuple[float, int]]:
-        """What this process has outstanding: prior seconds and requests, per replica."""
+        """This process's outstanding prior seconds and requests, per replica."""
         return {name: (acc.owed_ps / _PS, acc.inflight) for name, acc in self._accounts.items()}
 
     def holds(self, entry: "WorkEntry") -> bool:
-        """Whether an entry is with an engine that is followed, and not with one before it."""
+        """Whether an entry belongs to an engine in the table, and not to an earlier start."""
         return self._accounts.get(entry.account.name) is entry.account
 
     def loads(self, replicas: Iterable[str]) -> dict[str, ReplicaLoad]:
@@ -144,10 +144,10 @@ class WorkLedger:
         cached_tokens: int = 0,
         streams: bool = True,
     ) -> "WorkEntry":
-        """Book a request that is dispatched to a replica, which has some of it cached.
+        """Book a request at a replica, which has ``cached_tokens`` of its prompt.
 
-        The end of the prompt of a request that does not stream cannot be seen: it counts as work
-        only, not among the prompts owed.
+        The prefill of a request that does not stream ends unseen, so it counts as work only, not
+        as a prompt owed.
         """
         account = self._accounts[replica]
         self._tick(account, now_s)
@@ -173,7 +173,7 @@ class WorkLedger:
         if self._learns:
             low, high = _SPEED_BOUNDS
             sample = min(high, max(low, account.done_ps / _PS / account.busy_s))
-            # A single stream leaves the batch empty and says little of what the engine can do.
+            # A single stream leaves the batch almost empty and shows little of the engine's speed.
             fullness = min(1.0, account.inflight_s / account.busy_s / 4.0)
             account.speed += _LEARNING_RATE * fullness * (sample - account.speed)
             account.load = None
@@ -182,20 +182,20 @@ class WorkLedger:
 
     # -- called by entries ----------------------------------------------------------------------
     def pay(self, account: _Account, paid_ps: int, now_s: float) -> None:
-        """Work has been done."""
+        """Subtract completed work."""
         account.owed_ps -= paid_ps
         account.done_ps += paid_ps
         account.load = None
         self._tick(account, now_s)
 
-    def owe(self, account: _Account, more_ps: int, now_s: float) -> None:
-        """There is more work than was booked."""
+    def add(self, account: _Account, more_ps: int, now_s: float) -> None:
+        """Add work to an entry that was booked too low."""
         self._tick(account, now_s)
         account.owed_ps += more_ps
         account.load = None
 
     def close(self, account: _Account, left_ps: int, now_s: float, *, done: bool) -> None:
-        """A request left its replica; unfinished work is written off, not counted as speed."""
+        """Close an entry; unfinished work is written off and does not count as speed."""
         self._tick(account, now_s)
         account.owed_ps -= left_ps
         account.inflight -= 1
@@ -204,18 +204,18 @@ class WorkLedger:
             account.done_ps += left_ps
 
     def prompt_done(self, account: _Account, prompt_ps: int) -> None:
-        """A prompt is no longer owed."""
+        """Subtract a prompt from the prompts owed."""
         account.prompt_ps -= prompt_ps
         account.load = None
 
     def first_token(self, took_s: float) -> None:
-        """A stream had its first token so long after its dispatch."""
+        """Record the seconds from the dispatch of a stream to its first token."""
         if self._learns:
             self._first_tokens.observe(took_s)
 
 
 class WorkEntry:
-    """What one request owes at its replica. ``given_s``: when it was dispatched, if it streams."""
+    """The booking of one request. ``given_s``: the time of dispatch, for requests that stream."""
 
     __slots__ = ("_given_s", "_ledger", "_left_ps", "_open", "_prefill_ps", "account", "prompt_ps")
 
@@ -242,11 +242,11 @@ class WorkEntry:
 
     @property
     def left_s(self) -> float:
-        """Work that is still owed for it (prior seconds)."""
+        """Its outstanding work in prior seconds."""
         return self._left_ps / _PS
 
     def first_byte(self, now_s: float) -> None:
-        """The prompt has been computed."""
+        """The engine has computed the prompt."""
         self._left_ps -= self._prefill_ps
         self._prompt_done()
         self._ledger.pay(self.account, self._prefill_ps, now_s)
@@ -254,14 +254,14 @@ class WorkEntry:
             self._ledger.first_token(now_s - self._given_s)
 
     def outgrown(self, more_tokens: float, now_s: float) -> None:
-        """The answer is longer than was booked: so many tokens more are expected now."""
+        """Book so many more output tokens, since the answer is longer than expected."""
         if self._open:
             more_ps = _ps(more_tokens * self.account.decode_s_per_token)
             self._left_ps += more_ps
-            self._ledger.owe(self.account, more_ps, now_s)
+            self._ledger.add(self.account, more_ps, now_s)
 
     def close(self, now_s: float, *, done: bool) -> None:
-        """The request left the replica; harmless when repeated."""
+        """Free the slot. Idempotent."""
         if self._open:
             self._open = False
             self._prompt_done()

@@ -1,6 +1,6 @@
-"""What may happen to a request: dispatched, held, forwarded, tried again, refused, ended.
+"""The transitions of a request: dispatch, hold, forward, retry, refuse, end.
 
-The steps that handlers of events are made of. Each keeps phase, queue and bookings in agreement.
+The event handlers are composed of these. Each keeps phase, queue and bookings consistent.
 """
 
 import math
@@ -38,10 +38,10 @@ _REJECTIONS = {
 
 
 class Lifecycle:
-    """Requests, queue and replicas of one gateway process, with the commands of one event.
+    """Requests, queue and replicas of one gateway process, and the commands of one event.
 
-    ``requests``: those that have not ended, by number, in order of arrival. ``now_s`` is the time
-    of the event at hand, ``due_s`` when a ``Tick`` is wanted.
+    ``requests``: open requests by number, in order of arrival. ``now_s``: the time of the current
+    event. ``due_s``: when the next ``Tick`` is needed.
     """
 
     def __init__(self, policy: DispatchPolicy) -> None:
@@ -52,31 +52,31 @@ class Lifecycle:
         self.now_s = 0.0
         self.due_s = NEVER_S
         self.commands: list[Command] = []
-        # Requests of this moment that have no replica yet; whether a slot came free.
+        # Requests that entered with these events; whether a slot became free.
         self._entered: list[RequestState] = []
         self._freed = False
 
     def emit(self, command: Command) -> None:
-        """Ask for something, after what was asked for before."""
+        """Append a command."""
         self.commands.append(command)
 
     # -- dispatch -------------------------------------------------------------------------------
     def enter(self, state: RequestState) -> None:
-        """Have a request wait, until ``settle``; an auxiliary call is sent or refused at once."""
+        """Enter a request, which waits until ``settle``. Auxiliary calls are dispatched at once."""
         if state.request is None:
             self._send_auxiliary(state)
         else:
             self._entered.append(state)
 
     def settle(self) -> None:
-        """Send what can be sent, by rank; hold or refuse what has just entered and cannot.
+        """Dispatch by rank; hold or refuse new requests for which no replica has room.
 
-        Once for each event, or for all events of a moment: so it is rank that decides among those
-        which enter together, and not the order of the events.
+        Called once per batch of events, so that the rank decides between requests that enter
+        together, not the order of the events.
         """
         entered = self._entered
         if len(entered) == 1 and not self.waiting:
-            # As below, without a queue of one.
+            # As below, without the detour through an empty queue.
             state = entered.pop()
             refused = self._try_send(state) if state.number in self.requests else None
             if refused is not None:
@@ -93,24 +93,24 @@ class Lifecycle:
             return
         self._freed = False
         self._pump()
-        # If the queue is full, those are refused that came last.
+        # If the queue is full, the latest arrivals are refused.
         for state in sorted(entered, key=lambda item: -item.number):
             if state in self.waiting:
                 self._wait(state, no_replica=not self.fleet.may_serve(state, self.now_s))
         self._wake()
 
     def may_settle(self) -> None:
-        """A replica may have room for a waiting request."""
+        """Let ``settle`` dispatch: a replica may have room for a waiting request."""
         if self.waiting:
             self._freed = True
 
     def _wake(self) -> None:
-        """Have a ``Tick`` come when a back-off is over that a request waits for."""
+        """Schedule a ``Tick`` for the end of a back-off that a request waits for."""
         if self.waiting:
             self.due_s = min(self.due_s, self.fleet.breakers.next_s(self.now_s))
 
     def _wait(self, state: RequestState, *, no_replica: bool) -> None:
-        """A request stays in the queue, if it may. ``no_replica``: there is none, full or not."""
+        """Keep a request in the queue, or refuse it. ``no_replica``: not even a full one serves."""
         if no_replica and not self.fleet.table.expected:
             self.refuse(state, Refusal.NO_REPLICA)
         elif self.waiting.full and not isinstance(state.phase, Resuming):
@@ -118,12 +118,12 @@ class Lifecycle:
         else:
             give_up_s = self.now_s + self.policy.no_replica_wait_s
             state.give_up_s = give_up_s if no_replica else None
-            self.waiting.watch(state)
+            self.waiting.set_timers(state)
             self.due_s = min(self.due_s, self.waiting.next_s)
             self.emit(do.Hold(state.number))
 
     def _try_send(self, state: RequestState) -> NoRoute | None:
-        """Send a request to the replica that the router picks; returns why not, if so."""
+        """Send a request to the replica that the router picks; returns the reason if none can."""
         request = state.request
         if request is None:
             return NoRoute.NO_REPLICA
@@ -132,7 +132,7 @@ class Lifecycle:
             if isinstance(choice, NoRoute):
                 return choice
             booking = self.fleet.book(state, request, choice, self.now_s)
-        except Exception as error:  # a fault that one request brings out ends that one alone
+        except Exception as error:  # an unforeseen fault in routing one request ends only that one
             self.refuse(state, Refusal.INTERNAL, reason=fault(error))
             return None
         send = do.Send(
@@ -163,7 +163,7 @@ class Lifecycle:
         self.emit(send)
 
     def _pump(self) -> None:
-        """Send waiting requests, best rank first, while there is room for one of them."""
+        """Send waiting requests, best rank first, while a replica has room for the first one."""
         while (state := self.waiting.head()) is not None:
             if self._demoted(state) or self._try_send(state) is None:
                 continue
@@ -172,14 +172,14 @@ class Lifecycle:
             return
 
     def _pump_past(self) -> None:
-        """Send requests that wait behind some which only full replicas may serve, by rank.
+        """Send requests past those that only full replicas can serve, by rank.
 
-        Those lose nothing: they would not have had the slot.
+        The passed requests lose nothing: they cannot use the free slots.
         """
-        # The shortest prompt that may go to any replica, and for which none has room.
+        # The shortest unrestricted prompt for which no replica has room.
         blocked_tokens = math.inf
         order = self.waiting.in_order()
-        # It grows at its end while requests are demoted.
+        # Demoted requests are appended to the list.
         for _, number in order:
             state = self.requests[number]
             anywhere = not (state.tried or state.moves)
@@ -195,7 +195,7 @@ class Lifecycle:
                     blocked_tokens = state.prompt_tokens
 
     def _demoted(self, state: RequestState) -> bool:
-        """Put a request last that is late; whether it has just become so."""
+        """Demote a late request; returns whether that happened now."""
         if not self.waiting.demotes:
             return False
         fleet = self.fleet
@@ -207,18 +207,18 @@ class Lifecycle:
         return late
 
     def retry_after_s(self) -> int:
-        """When a refused client may try again."""
+        """Whole seconds after which a refused client may retry."""
         return max(1, min(60, round(self.fleet.least_work_s)))
 
     def at_replica(self, number: int) -> tuple[RequestState, Placed] | None:
-        """A request with its phase, if it is at a replica."""
+        """The request and its phase if it is at a replica, else ``None``."""
         state = self.requests.get(number)
         if state is None or not isinstance(state.phase, Placed):
             return None
         return state, state.phase
 
     def forward(self, state: RequestState, phase: Placed) -> None:
-        """The client gets what came, and what follows as far as it was booked."""
+        """Forward the answer to the client, up to the booked output tokens."""
         if isinstance(phase, Sent):
             self.first_byte(phase.booking)
         state.phase = Streaming(phase.booking)
@@ -228,14 +228,14 @@ class Lifecycle:
         self.emit(do.Forward(state.number, credit))
 
     def first_byte(self, booking: Booking) -> None:
-        """Its replica has computed the prompt, and may have room for another."""
+        """The replica has computed the prompt, and may have room for another request."""
         if booking.entry is not None:
             booking.entry.first_byte(self.now_s)
             if self.waiting.demotes:
                 self.may_settle()
 
     def served(self, replica: TableReplica) -> None:
-        """A replica answered a request; it may get others again."""
+        """Record a success; if it closes the breaker, waiting requests may go there."""
         if self.fleet.served(replica):
             self.may_settle()
 
@@ -247,12 +247,12 @@ class Lifecycle:
         at_once: bool = False,
         retry_after_s: float = 0.0,
     ) -> None:
-        """A replica did not answer a request well. If none does, all get requests all the same."""
+        """Record a failure. If every breaker is open, all replicas get requests all the same."""
         self.fleet.failed(replica, self.now_s, reason, at_once=at_once, retry_after_s=retry_after_s)
         self.may_settle()
 
     def retry(self, state: RequestState, phase: Placed, reason: str, *, died: bool) -> bool:
-        """Give a request, of whose answer nothing was shown, to another replica if one may try."""
+        """Retry a request, whose client has nothing yet, on another replica if one may try."""
         name = phase.booking.replica.id
         if state.attempts >= self.policy.max_attempts:
             return False
@@ -288,12 +288,12 @@ class Lifecycle:
         finish = FinishStatus.FAILED
         if refusal in _REJECTIONS:
             finish = FinishStatus.REJECTED
-        elif refusal is Refusal.REFUSED_UNHEARD:
+        elif refusal is Refusal.REFUSED_WITHOUT_BODY:
             finish = FinishStatus.CLIENT_ERROR
         self.end(state, finish)
 
     def leave(self, state: RequestState) -> None:
-        """Let go of the replica, if there is one."""
+        """Release the replica, if the request is at one."""
         if isinstance(state.phase, Placed):
             self.emit(do.LetGo(state.number))
             self.release(state, state.phase, tried=False)
@@ -301,17 +301,17 @@ class Lifecycle:
     def release(
         self, state: RequestState, phase: Placed, *, tried: bool, done: bool = False
     ) -> None:
-        """Free the slot at a replica; ``tried``: it is not asked again."""
+        """Free the slot at a replica; ``tried``: never send the request there again."""
         booking = phase.booking
         if booking.entry is not None:
             booking.entry.close(self.now_s, done=done)
-            self.fleet.breakers.let_go(booking.replica.id)
+            self.fleet.breakers.release(booking.replica.id)
             self.may_settle()
         if tried:
             state.tried.add(booking.start)
 
     def end(self, state: RequestState, status: FinishStatus) -> None:
-        """Forget a request that has let go of its replica."""
+        """End a request that has released its replica, and drop its state."""
         state.phase = Ended(status)
         self.waiting.discard(state)
         del self.requests[state.number]

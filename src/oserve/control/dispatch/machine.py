@@ -1,16 +1,16 @@
-"""The life of requests at one gateway process: events in, commands out.
+"""The request machine of one gateway process: events in, commands out.
 
-No socket, clock or task is here: the caller says what happened and when, and carries out what is
-asked. The gateway drives it with connections, tests with random events, and the simulator's kernel
-is held to it.
+It has no sockets, clocks or tasks: the caller reports events with their time and executes the
+commands. The gateway drives it with connections, and tests drive it with random events. Tests also
+check that the simulator's kernel behaves in the same way.
 
     Queued -> Sent -> Held -> Streaming -> Ended
        ^------+---------+       |   ^
-        (another replica)       v   |
+         (other replica)        v   |
                               Resuming
 
-Until the client has part of an answer, a replica that fails means another try on another one. After
-that a stream goes on elsewhere where it can, else it ends with an error.
+While the client has nothing of an answer, a failed request is retried on another replica. After
+that a stream resumes on another replica if it can, and else ends with an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ Observer = Callable[[Sequence[Event], list[Command]], None]
 
 
 class RequestMachine:
-    """All requests of one gateway process. ``observer`` is told of events and what followed."""
+    """All requests of one gateway process. ``observer`` gets each call's events and commands."""
 
     def __init__(self, policy: DispatchPolicy, drain: DrainDecision = all_leave) -> None:
         self.observer: Observer | None = None
@@ -64,11 +64,11 @@ class RequestMachine:
         }
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
-        """What follows from an event at ``now_s``, on the caller's monotonic clock."""
+        """The commands that follow from an event at ``now_s``, on the caller's monotonic clock."""
         return self.handle_all((event,), now_s)
 
     def handle_all(self, events: Sequence[Event], now_s: float) -> list[Command]:
-        """What follows from events of one moment; requests are sent after the last, by rank."""
+        """The commands for simultaneous events; dispatch, by rank, follows the last event."""
         life = self._life
         life.now_s = now_s
         commands: list[Command] = []
@@ -82,7 +82,7 @@ class RequestMachine:
         return commands
 
     def forget(self, number: int) -> None:
-        """Drop a request that cannot be ended, as a step of that raises."""
+        """Drop a request that cannot be ended because a step of that raises."""
         state = self._life.requests.pop(number, None)
         if state is None:
             return
@@ -90,7 +90,7 @@ class RequestMachine:
         if isinstance(state.phase, Placed) and state.phase.booking.entry is not None:
             state.phase.booking.entry.close(self._life.now_s, done=False)
 
-    # -- what others may look at ----------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------
     @property
     def emitted(self) -> list[Command]:
         """Where the last call raised, what it had asked for until then."""
@@ -98,17 +98,17 @@ class RequestMachine:
 
     @property
     def due_s(self) -> float:
-        """By when the caller reports a ``Tick``; infinite if there is no need."""
+        """When the caller must report a ``Tick``; infinite if none is needed."""
         return self._life.due_s
 
     @property
     def requests(self) -> dict[int, RequestState]:
-        """Those that have not ended, by number, in order of arrival."""
+        """Open requests by number, in order of arrival."""
         return self._life.requests
 
     @property
     def waiting(self) -> WaitingRoom:
-        """Those that wait for a replica."""
+        """The requests that wait for a replica."""
         return self._life.waiting
 
     @property
@@ -167,9 +167,9 @@ class RequestMachine:
         for number in self._life.waiting.due(self._life.now_s):
             waiting = self._life.requests.get(number)
             if waiting is not None and waiting in self._life.waiting:
-                self._waited(waiting)
+                self._check_wait(waiting)
         for start in self._life.fleet.vacating.due(self._life.now_s):
-            self._departures.look(start)
+            self._departures.check(start)
         oldest = next(iter(self._life.requests.values()), None)
         self._life.due_s = min(
             oldest.arrival_s + timeout_s if oldest is not None else NEVER_S,
@@ -178,8 +178,8 @@ class RequestMachine:
         )
         self._life.may_settle()
 
-    def _waited(self, state: RequestState) -> None:
-        """A request may have waited long enough."""
+    def _check_wait(self, state: RequestState) -> None:
+        """Refuse a request whose waiting time is up."""
         if self._life.waiting.sheds(state, self._life.now_s):
             self._life.refuse(state, Refusal.SHED, retry_after_s=self._life.retry_after_s())
         elif state.give_up_s is not None and state.give_up_s <= self._life.now_s:
@@ -204,7 +204,7 @@ class RequestMachine:
             for state in self._life.waiting:
                 if state.give_up_s is None:
                     state.give_up_s = self._life.now_s + self._life.policy.no_replica_wait_s
-                    self._life.waiting.watch(state)
+                    self._life.waiting.set_timers(state)
         self._life.due_s = min(
             self._life.due_s, self._life.waiting.next_s, self._life.fleet.vacating.next_s
         )

@@ -1,14 +1,13 @@
 """The order in which waiting requests are served: short prompts first, with ageing.
 
-A request's rank is a moment: its arrival plus a penalty that grows with its prompt. Whoever has
-the earlier rank goes first. Since the penalty is bounded, a request is passed only by requests
-that arrive within that bound after it: nothing starves, and no output length is needed.
+A request's rank is a time: its arrival plus a penalty that grows with its prompt. The earliest rank
+goes first. The penalty is bounded, so only requests that arrive within that bound can overtake a
+request: none starves. The order needs no output lengths.
 
-When more comes than can be served in time, first come, first served makes everyone late. With
-``freshest_first_s`` the arrivals of each window of so many seconds are served latest first: who has
-waited too long already lets those pass who can still be served in time, and his turn comes when the
-burst is over or the next window's requests are due. Nobody is passed by what arrives more than two
-windows (and the penalties) later.
+Under overload, first come, first served makes every request late. With ``freshest_first_s`` the
+arrivals of each window of so many seconds are served latest first. Requests that are late already
+let those pass that can still be in time; they are served when the burst ends or the next window
+begins. No request is overtaken by one that arrives more than two windows (plus the penalty) later.
 """
 
 import math
@@ -19,9 +18,9 @@ PRIORITY_PER_S = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderPolicy:
-    """``penalty_s_per_token`` * prompt tokens, at most ``max_penalty_s``.
+    """The penalty is ``penalty_s_per_token`` * prompt tokens, at most ``max_penalty_s``.
 
-    ``freshest_first_s``: within windows of so many seconds the latest arrival goes first; 0: never.
+    ``freshest_first_s``: the window in which the latest arrival goes first; 0: no windows.
 
     A client's own ``priority`` (lower is more urgent) moves the rank by ``client_step_s`` a step,
     at most ``max_client_steps`` either way.
@@ -37,7 +36,7 @@ class OrderPolicy:
 def rank_s(
     policy: OrderPolicy, *, arrival_s: float, prompt_tokens: int, client_priority: int = 0
 ) -> float:
-    """The moment that orders a request among those waiting; lower goes first."""
+    """The rank of a request in seconds; the lowest is served first."""
     penalty_s = min(policy.max_penalty_s, policy.penalty_s_per_token * prompt_tokens)
     bound = policy.max_client_steps
     steps = max(-bound, min(bound, client_priority))

@@ -1,38 +1,38 @@
-"""Under overload: whom to serve last, whom not at all, and who waits where that can be decided.
+"""Overload control: demotion, shedding, and a bound on the prompts owed by a replica.
 
-A request that waits for a replica and can no longer have its first token in time is served when
-nobody else waits, first come (demotion): serving it first would make the next one late as well, and
-the one after that. Past a second limit, if one is set, it is refused with Retry-After (shedding).
+A waiting request that can no longer meet its deadline for the first token is demoted: it is served
+after all others, in order of arrival. Serving it first would make the following requests late, too.
+Past a second limit, if one is set, it is shed: refused with Retry-After.
 
-What an engine holds is out of the gateway's hands, so a replica is given no further request while
-it owes a good deal of prompts: those handed over have their first token soon, and the rest waits
-where it can be demoted or go to another replica. Answers under way do not count, so the batch stays
-as large as the engine can make it.
+The gateway cannot reorder what an engine holds. So a replica gets no further request while its
+prompts owed exceed a bound. Dispatched requests then get their first token soon, and the others
+wait in the gateway, which can demote them or choose another replica. Running decodes do not count,
+so the batch stays as large as the engine can make it.
 """
 
 from dataclasses import dataclass
 
 DEMOTED_S = 1e6
-"""What demotion adds to a request's arrival to make its rank: more than any other difference."""
+"""Demotion adds this to the arrival time for the rank; it exceeds any other difference."""
 
-# Of the time to first token that is wanted: how much of it a replica may owe in prompts, and after
-# how much a request that was not handed over counts as late. The rest is for the engine, where a
-# prompt shares its steps with answers under way.
+# Fractions of the wanted time to first token: the prompts that a replica may owe, and the time
+# after which an undispatched request is late. The remainder is for the engine, where a prompt
+# shares its steps with running decodes.
 _OWED_OF_TTFT = 1 / 8
 _LATE_AT = 3 / 4
-# What is taken for the time from hand-over to first token: all but so many were quicker.
+# The share of requests above the estimated quantile of dispatch to first token.
 _SLOW = 0.1
-# A step of that estimate, as a part of the time to first token that is wanted.
+# A step of that estimate, as a fraction of the wanted time to first token.
 _STEP = 0.02
-# Something is always left in which to wait.
+# The estimate is capped, so that some time to wait always remains.
 _MOST_OF_TTFT = 3 / 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverloadPolicy:
-    """``ttft_s``: the time to first token that is wanted; ``None``: nobody is demoted.
+    """``ttft_s``: the wanted time to first token; ``None``: no request is demoted.
 
-    ``shed_after_s``: seconds of waiting after which a request is refused; ``None``: never.
+    ``shed_after_s``: seconds of waiting after which a request is shed; ``None``: never.
     """
 
     ttft_s: float | None = None
@@ -40,14 +40,15 @@ class OverloadPolicy:
 
     @property
     def late_after_s(self) -> float | None:
-        """Seconds within which a request must be handed over and its prompt alone computed."""
+        """Seconds from arrival within which dispatch plus the prefill alone must fit."""
         return None if self.ttft_s is None else _LATE_AT * self.ttft_s
 
 
 def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_token: float) -> float:
-    """Seconds of prompts that a replica may owe before it is given another; inf: no matter.
+    """The bound on a replica's prompts owed, in seconds of prefill; inf: no bound.
 
-    ``step_tokens``: what its steps under way hold at most. With less they would run half empty.
+    ``step_tokens``: the most that its running steps hold. A lower bound would leave them half
+    empty.
     """
     if policy.ttft_s is None:
         return float("inf")
@@ -55,10 +56,10 @@ def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_toke
 
 
 class FirstTokens:
-    """How long first tokens take from the hand-over on: a high quantile, followed in small steps.
+    """P90 of dispatch to first token, estimated by stochastic approximation in fixed steps.
 
-    A slow engine, or one that shares its cores, needs more than what ``OverloadPolicy`` leaves it,
-    and who waits up to that would be served just too late, one after the other.
+    A slow engine, or one that shares its cores, may need more time than ``OverloadPolicy`` reserves
+    for it. Without this estimate, requests would be dispatched just too late, one after another.
     """
 
     def __init__(self, policy: OverloadPolicy) -> None:
@@ -67,7 +68,7 @@ class FirstTokens:
         self.seconds = 0.0
 
     def observe(self, took_s: float) -> None:
-        """One more had its first token."""
+        """Add the seconds from dispatch to first token of one request."""
         step = 1.0 - _SLOW if took_s > self.seconds else -_SLOW
         self.seconds = min(self._most_s, max(0.0, self.seconds + step * self._step_s))
 
@@ -80,9 +81,9 @@ def too_late(
     prefill_s: float,
     first_token_s: float = 0.0,
 ) -> bool:
-    """Whether a request sent now, its prompt taking ``prefill_s``, would miss its time.
+    """Whether a request sent now, with ``prefill_s`` of prefill, would miss its deadline.
 
-    ``first_token_s``: what is known to pass until first tokens (``FirstTokens``).
+    ``first_token_s``: the estimated quantile of dispatch to first token (``FirstTokens``).
     """
     if policy.ttft_s is None:
         return False
@@ -91,5 +92,5 @@ def too_late(
 
 
 def shed_at_s(policy: OverloadPolicy, *, arrival_s: float) -> float | None:
-    """When a request that still waits is refused; ``None``: never."""
+    """When a waiting request is shed; ``None``: never."""
     return None if policy.shed_after_s is None else arrival_s + policy.shed_after_s

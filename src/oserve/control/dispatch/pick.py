@@ -1,7 +1,7 @@
-"""The choice among replicas, on plain numbers: what the live router and the simulator share.
+"""The choice of a replica, on plain numbers, shared by the live router and the simulator.
 
-Soft pools: replicas with a share of the request's type form its pool, and there the one that would
-be done first wins. Only arithmetic and indexing happen here, so that the simulator may compile it.
+Replicas with a share of the request's type form its soft pool; the one with the earliest expected
+completion wins. The code is only arithmetic and indexing, so that the simulator can compile it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ POOL_UNAVAILABLE: Final = 2
 NO_REPLICA: Final = 3
 ALL_FULL: Final = 4
 
-# Expected ends are compared in steps of 0.1 ms: closer than that they count as equal.
+# Expected completions are compared in steps of 0.1 ms; closer ones count as equal.
 _STEPS_PER_S: Final = 1e4
 
 
@@ -28,11 +28,11 @@ def pick(
     replicas: int,
     row: int,
 ) -> tuple[int, int]:
-    """Index of the replica that takes the request, and why (a code above); -1 if none can.
+    """The index of the chosen replica and the reason (a code above); -1 if none can take it.
 
-    One entry per replica: its routing share of the request's type (from entry ``row`` on), the
-    work it owes, what the request would add, requests in flight and their limit, and whether it
-    may take the request. Between equals the larger share wins, then the lower index.
+    One entry per replica: its routing share of the request's type (from entry ``row`` on), its
+    outstanding work, the work that the request would add, the requests in flight and their limit,
+    and whether it may take the request. Ties go to the larger share, then to the lower index.
     """
     pool = out = -1
     pool_end = out_end = 0.0

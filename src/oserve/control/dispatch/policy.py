@@ -1,4 +1,4 @@
-"""What the request machine is told to do, and the one decision that it leaves to others."""
+"""The limits of the request machine, and the drain decision that it delegates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ _NO_OVERLOAD = OverloadPolicy()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchPolicy:
-    """Limits and policies of one gateway process, of ``processes``.
+    """Limits and policies of one of the gateway's ``processes``.
 
-    ``max_queued`` bounds waiting requests, ``max_attempts`` the replicas tried for one, and
-    ``max_moves`` how often one stream goes on elsewhere. ``no_replica_wait_s``: how long a request
-    waits for a replica that is starting. ``overflow_s``: work past which a request may leave its
-    type's pool. ``drain_limit_s``: how long a draining replica keeps requests that could move;
-    ``None``: to the end. ``learns_speed``: without it the costs of the table are taken as right.
+    ``max_queued`` bounds the waiting requests, ``max_attempts`` the replicas tried for a request,
+    and ``max_moves`` the migrations of a stream. ``no_replica_wait_s``: how long a request waits
+    for a replica that is starting. ``overflow_s``: outstanding work of its pool past which a
+    request may leave the pool. ``drain_limit_s``: how long a draining replica keeps requests that
+    could migrate; ``None``: to their end. ``learns_speed``: false freezes the costs of the table.
     """
 
     max_queued: int = 4096
@@ -35,7 +35,7 @@ class DispatchPolicy:
 
 
 class Exit(StrEnum):
-    """How a running request leaves a replica that is vacated."""
+    """How a running request leaves a vacated replica."""
 
     STAY = "stay"
     REPLAY = "replay"
@@ -44,7 +44,7 @@ class Exit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainCandidate:
-    """A request at a replica that is vacated. Counts are in tokens, ``tpot_s`` in seconds."""
+    """A request at a vacated replica. Counts are in tokens, ``tpot_s`` in seconds."""
 
     replica: TableReplica
     context_tokens: int
@@ -54,7 +54,7 @@ class DrainCandidate:
 
 
 class DrainDecision(Protocol):
-    """Decides for each running request, given the replicas that serve on and the seconds left."""
+    """Decides for each running request, given the remaining replicas and the seconds left."""
 
     def __call__(
         self, running: Sequence[DrainCandidate], others: Sequence[TableReplica], left_s: float
@@ -64,5 +64,5 @@ class DrainDecision(Protocol):
 def all_leave(
     running: Sequence[DrainCandidate], others: Sequence[TableReplica], left_s: float
 ) -> Sequence[Exit]:
-    """Whatever can move goes on elsewhere."""
+    """All requests that can migrate do."""
     return [Exit.REPLAY if item.movable else Exit.STAY for item in running]

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 from oserve.control.dispatch.state import RequestState
 
-# Entries of requests that left, beyond which the heap is made anew.
+# The heap is rebuilt once it holds more stale entries than this.
 _MOST_STALE = 64
 
 
 class RankQueue:
-    """A heap by rank, then by number of arrival. Entries of requests that left fall out late."""
+    """A heap by rank, then by arrival number, with lazy deletion of stale entries."""
 
     __slots__ = ("_heap", "_waiting")
 
@@ -29,11 +29,11 @@ class RankQueue:
 
     @property
     def entries(self) -> int:
-        """Entries held, of requests that left as well."""
+        """Entries in the heap, stale ones included."""
         return len(self._heap)
 
     def push(self, state: RequestState) -> None:
-        """Let a request wait; also after its rank has changed."""
+        """Add a request, or move it after a change of its rank."""
         self._waiting[state.number] = state
         if len(self._heap) > 2 * len(self._waiting) + _MOST_STALE:
             self._heap = [(item.rank_s, item.number) for item in self._waiting.values()]
@@ -42,15 +42,15 @@ class RankQueue:
             heapq.heappush(self._heap, (state.rank_s, state.number))
 
     def discard(self, state: RequestState) -> None:
-        """Let a request go, if it waits."""
+        """Remove a request if it waits here."""
         self._waiting.pop(state.number, None)
 
     def in_order(self) -> list[tuple[float, int]]:
-        """Ranks and numbers of all that wait, in the order in which they are served."""
+        """Ranks and numbers of the waiting requests, in order of service."""
         return sorted((item.rank_s, item.number) for item in self._waiting.values())
 
     def head(self) -> RequestState | None:
-        """The request to be served next."""
+        """The request to serve next."""
         while self._heap:
             rank_s, number = self._heap[0]
             state = self._waiting.get(number)

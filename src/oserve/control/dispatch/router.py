@@ -1,12 +1,12 @@
-"""Which replica serves a request: soft pools from routing shares, live load decides inside.
+"""The router: soft pools from routing shares; the live load decides within a pool.
 
-The plan's shares say which replicas suit a workload type; those form its pool. Within the pool the
-replica with the least expected work wins, in seconds and not in requests. When even that one is
-further from idle than the overflow threshold and a replica outside the pool would be sooner done,
-the request goes there. Shares are never followed blindly: under live load fixed shares are unsafe.
+Replicas with a routing share of a workload type form its soft pool. The replica of the pool with
+the least expected work, in seconds, wins. If even that exceeds the overflow threshold, and a
+replica outside the pool would complete the request sooner, the request overflows to it. Fixed
+shares alone would be unsafe, since the live load differs from the planned one.
 
-If its answer determines a request's type, the router mixes the shares of the types by their
-probabilities. A cached prefix of the prompt makes the request cost less on that replica.
+If the type of a request depends on its output, the router mixes the shares of the types by their
+probabilities. A cached prefix reduces the cost of the request at that replica.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -26,7 +26,7 @@ from oserve.core import ReplicaLoad, Request
 
 
 class RouteReason(StrEnum):
-    """Why a request went where it went."""
+    """Why the router chose a replica."""
 
     POOL = "pool"
     OVERFLOW = "overflow"
@@ -42,7 +42,7 @@ class NoRoute(StrEnum):
 
 _NO_SHARES: Mapping[str, float] = {}
 _NOTHING_CACHED: Mapping[str, int] = {}
-# A type less likely than this, or a mixed share below this part of the largest, makes no pool.
+# Types less likely than this, and mixed shares below this fraction of the largest, are ignored.
 _LEAST_CHANCE = 0.01
 _LEAST_OF_LARGEST = 0.1
 _REASONS = {
@@ -54,7 +54,7 @@ _NO_ROUTES = {NO_REPLICA: NoRoute.NO_REPLICA, ALL_FULL: NoRoute.ALL_FULL}
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """The pick; ``work_s`` is what the request adds to the replica's expected work."""
+    """The chosen replica; ``work_s``: the expected work that the request adds to it."""
 
     replica: str
     reason: RouteReason
@@ -62,9 +62,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Router:
-    """Pure: the same request and loads give the same pick.
+    """Pure: the same request and loads give the same choice.
 
-    ``type_shares``: those of the plan's types, in their order, for requests with probabilities.
+    ``type_shares``: shares of the plan's types, in order, for requests with type probabilities.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ class Router:
         exclude: Set[str] = frozenset(),
         cached: Mapping[str, int] = _NOTHING_CACHED,
     ) -> Route | NoRoute:
-        """Choose among ``loads`` (replicas that may take requests), leaving out ``exclude``.
+        """Choose among ``loads`` (replicas that may take requests) without ``exclude``.
 
-        ``cached``: tokens of the prompt that replicas have already, by name.
+        ``cached``: cached tokens of the prompt by replica name.
         """
-        # By name, which so decides between equals.
+        # Sorted by name, which breaks ties.
         allowed = sorted(loads.keys() - exclude if exclude else loads)
         if not allowed:
             return NoRoute.NO_REPLICA
         shares = self.shares(request)
         prompt_tokens, output_tokens = request.prompt_tokens, request.output_tokens
         given, share, outstanding_s, own_s, inflight, most = [], [], [], [], [], []
-        # One loop: for a few replicas that is quicker than a comprehension for each list.
+        # For a few replicas one loop is faster than a comprehension for each list.
         for name in allowed:
             load = loads[name]
             given.append(load)
@@ -139,7 +139,7 @@ class Router:
 
 
 def work_s(request: Request, load: ReplicaLoad, cached_tokens: int = 0) -> float:
-    """Engine seconds that ``request`` is expected to occupy on that replica."""
+    """Expected engine seconds of the request on that replica."""
     return (
         request.prompt_tokens - cached_tokens
     ) * load.prefill_s_per_token + request.output_tokens * load.decode_s_per_token
@@ -148,7 +148,7 @@ def work_s(request: Request, load: ReplicaLoad, cached_tokens: int = 0) -> float
 def _fitting(needed_tokens: int, loads: list[ReplicaLoad]) -> list[bool]:
     """Replicas whose context holds the request; if none does, those with the longest context.
 
-    The length is an estimate, so the engine, which counts, has the last word on what is too long.
+    The length is an estimate; only the engine, which counts tokens, refuses a prompt as too long.
     """
     fits = [load.max_model_len == 0 or load.max_model_len >= needed_tokens for load in loads]
     if True in fits:

@@ -1,7 +1,7 @@
-"""A request in the machine: what is known of it, and the phase that it is in.
+"""The state of a request in the machine: its facts and its phase.
 
-The phase is a union, so that what cannot be cannot be written: only a request at a replica has a
-booking there, and only one that waits is in the queue.
+The phase is a tagged union, so that invalid states cannot be represented: only a request at a
+replica has a booking, and only a waiting request is in the queue.
 """
 
 import msgspec
@@ -29,29 +29,29 @@ class Booking(msgspec.Struct, frozen=True):
 
 
 class Queued(msgspec.Struct, frozen=True):
-    """It waits for a replica; the client has nothing of an answer."""
+    """The request waits for a replica; the client has nothing yet."""
 
 
 class Resuming(msgspec.Struct, frozen=True):
-    """The client has part of its stream, and it waits for a replica that goes on with it."""
+    """The client has part of the stream; the request waits for a replica that resumes it."""
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """A replica has it, and has not begun to answer."""
+    """A replica has the request and has not begun to answer."""
 
     booking: Booking
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A replica answers; all of that is held back, so that another replica may still be tried."""
+    """A replica answers; the gateway holds the answer back, so that a retry stays possible."""
 
     booking: Booking
 
 
 class Streaming(msgspec.Struct, frozen=True):
-    """The client has part of the answer, and a replica goes on with it.
+    """The client has part of the answer, and a replica generates the rest.
 
-    ``answering``: that replica has sent a part. It has not where it has just taken the stream over.
+    ``answering``: this replica has sent a part; false just after it took the stream over.
     """
 
     booking: Booking
@@ -59,7 +59,7 @@ class Streaming(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """It is over."""
+    """The request has ended."""
 
     status: FinishStatus
 
@@ -73,7 +73,7 @@ RESUMING = Resuming()
 
 
 class RequestState:
-    """One request. ``request`` is what is asked now; of a resumed stream that is the rest."""
+    """One request. ``request``: the present demand; of a resumed stream, its remainder."""
 
     __slots__ = (
         "arrival_s",
@@ -117,30 +117,30 @@ class RequestState:
         self.prefix = ""
         self.prefix_tokens = 0
         self.phase: Phase = QUEUED
-        # The replica that had it last, for its record.
+        # The last replica, for the record.
         self.replica = ""
         self.tried: set[ReplicaStart] = set()
         self.attempts = 0
         self.moves = 0
-        # Output tokens when it last left a replica, and those that it is booked to reach.
+        # Output tokens when it last left a replica, and the booked total.
         self.made_tokens = 0
         self.booked_tokens = 0
         self.demoted = False
-        # When it is refused if no replica has become ready by then.
+        # The deadline for a replica to become ready; then the request is refused.
         self.give_up_s: float | None = None
 
     @property
     def kind(self) -> str:
-        """Its workload type, empty for auxiliary calls."""
+        """The workload type; empty for auxiliary calls."""
         return self.request.workload_type if self.request is not None else ""
 
     @property
     def prompt_tokens(self) -> int:
-        """Of what is asked now; 0 for auxiliary calls."""
+        """Prompt tokens of the present demand; 0 for auxiliary calls."""
         return self.request.prompt_tokens if self.request is not None else 0
 
     def remaining_tokens(self, made_tokens: int) -> float:
-        """Output tokens still to come, at least one."""
+        """Expected output tokens still to come, at least one."""
         if self.forecast is not None:
             return max(1.0, self.forecast.beyond(made_tokens) - made_tokens)
         whole = self.original.output_tokens if self.original is not None else 1

@@ -1,6 +1,6 @@
-"""The routing table: all that the request path needs of plan and cluster, as one value.
+"""The routing table: all that the request path needs of plan and cluster, in one value.
 
-It is replaced whole, so a change of deployment is one atomic step for the gateway.
+The gateway replaces the whole value, so a change of deployment is atomic for it.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,11 @@ from oserve.core import Endpoint, LengthClass, PlannedType, ReplicaPhase
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableReplica:
-    """A replica the gateway may talk to; only those in phase ready are given new requests.
+    """A replica that the gateway can reach; only replicas in phase ready get new requests.
 
-    ``tells_token_ids``: it takes vLLM's ``return_token_ids``; ``stream_options``: OpenAI's field of
-    that name. ``attached``: others run it. ``started_s``: of its engine.
+    ``returns_token_ids``: it accepts vLLM's ``return_token_ids``. ``stream_options``: it accepts
+    OpenAI's field of that name. ``attached``: others run it. ``started_s``: when its engine
+    started.
     """
 
     id: str
@@ -24,7 +25,7 @@ class TableReplica:
     max_inflight: int
     max_model_len: int
     accepts_priority: bool
-    tells_token_ids: bool
+    returns_token_ids: bool
     prefill_s_per_token: float
     decode_s_per_token: float
     step_tokens: int = 0
@@ -37,9 +38,9 @@ class TableReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
-    """``expected`` says whether a replica that cannot serve now is on its way.
+    """``expected``: a replica that cannot serve now is starting.
 
-    ``planned_types`` have shares of their own; where there are any, requests are routed by these.
+    ``planned_types`` have their own shares; where they exist, requests are routed by them.
     """
 
     plan_id: str
@@ -51,4 +52,4 @@ class RoutingTable:
 
 
 EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())
-"""Before there is a plan."""
+"""The routing table before the first plan."""

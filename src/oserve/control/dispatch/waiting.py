@@ -1,4 +1,4 @@
-"""Requests that wait: in order, demoted or refused when late, never more than the bound."""
+"""Waiting requests: in order of rank, demoted or shed when late, bounded in number."""
 
 import heapq
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from oserve.control.dispatch.queue import RankQueue
 from oserve.control.dispatch.state import Queued, RequestState
 from oserve.control.dispatch.vacating import NEVER_S
 
-# Timers of requests that left, beyond which the list is made anew.
+# The list of timers is rebuilt once it holds more stale ones than this.
 _MOST_STALE = 64
 
 
 class WaitingRoom:
-    """The queue and its timers. Streams that resume are neither demoted nor refused for waiting."""
+    """The queue and its timers. Resuming streams are neither demoted nor shed."""
 
     def __init__(self, overload: OverloadPolicy, max_queued: int) -> None:
         self._overload = overload
@@ -37,41 +37,41 @@ class WaitingRoom:
 
     @property
     def entries(self) -> tuple[int, int]:
-        """Entries held in heap and timers, of requests that left as well."""
+        """Entries in heap and timers, stale ones included."""
         return self._queue.entries, len(self._timers)
 
     @property
     def full(self) -> bool:
-        """Whether no further request may wait."""
+        """Whether the queue has reached its bound."""
         return len(self._queue) > self._max_queued
 
     def push(self, state: RequestState) -> None:
-        """Let a request wait."""
+        """Add a request."""
         self._queue.push(state)
 
     def discard(self, state: RequestState) -> None:
-        """Let a request go, if it waits."""
+        """Remove a request if it waits here."""
         self._queue.discard(state)
 
     def head(self) -> RequestState | None:
-        """The request to be served next."""
+        """The request to serve next."""
         return self._queue.head()
 
     def in_order(self) -> list[tuple[float, int]]:
-        """Ranks and numbers of all that wait, in the order in which they are served."""
+        """Ranks and numbers of the waiting requests, in order of service."""
         return self._queue.in_order()
 
     # -- time -----------------------------------------------------------------------------------
-    def watch(self, state: RequestState) -> None:
-        """Have ``due`` tell of a request when it may have waited long enough."""
+    def set_timers(self, state: RequestState) -> None:
+        """Set the timers for shedding a request, and for its wait without any replica."""
         if state.give_up_s is not None:
-            self._remind(state, state.give_up_s)
+            self._add_timer(state, state.give_up_s)
         if isinstance(state.phase, Queued):
             shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
             if shed_s is not None:
-                self._remind(state, shed_s)
+                self._add_timer(state, shed_s)
 
-    def _remind(self, state: RequestState, at_s: float) -> None:
+    def _add_timer(self, state: RequestState, at_s: float) -> None:
         if len(self._timers) > 4 * len(self._queue) + _MOST_STALE:
             alive = {item.number for item in self._queue}
             self._timers = [item for item in self._timers if item[1] in alive]
@@ -80,18 +80,18 @@ class WaitingRoom:
 
     @property
     def next_s(self) -> float:
-        """When ``due`` may tell of a request next."""
+        """The time of the next timer."""
         return self._timers[0][0] if self._timers else NEVER_S
 
     def due(self, now_s: float) -> list[int]:
-        """Numbers of requests whose time may be up; some have left."""
+        """Numbers of requests whose timers have expired; some may have left the queue."""
         found = []
         while self._timers and self._timers[0][0] <= now_s:
             found.append(heapq.heappop(self._timers)[1])
         return found
 
     def sheds(self, state: RequestState, now_s: float) -> bool:
-        """Whether a waiting request has waited too long."""
+        """Whether a waiting request must be shed."""
         if not isinstance(state.phase, Queued):
             return False
         shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
@@ -99,13 +99,13 @@ class WaitingRoom:
 
     @property
     def demotes(self) -> bool:
-        """Whether late requests are put last."""
+        """Whether late requests are demoted."""
         return self._overload.ttft_s is not None
 
     def demote_if_late(
         self, state: RequestState, now_s: float, prefill_s: float, first_token_s: float
     ) -> bool:
-        """Put a request last that cannot have its first token in time any more; once."""
+        """Demote a request, once, if it can no longer meet its deadline for the first token."""
         if state.demoted or not isinstance(state.phase, Queued):
             return False
         late = too_late(

@@ -1,7 +1,6 @@
-"""Looks over a request machine's shoulder: what must hold after every event, and what went before.
+"""Checks the invariants of a request machine after every event, and keeps each request's story.
 
-For tests, and for anybody who looks for a fault. It costs time in proportion to all requests at
-every event.
+For tests and debugging: every event costs time proportional to the number of open requests.
 """
 
 from collections import deque
@@ -14,17 +13,17 @@ from oserve.control.dispatch.state import Ended, Placed, Queued, Resuming
 
 _MOST_STEPS = 200
 _MOST_STORIES = 4096
-# Entries of requests that left, which queue and timers may hold.
+# The most stale entries that queue and timers may hold.
 _STALE = 66
 _TINY_S = 1e-6
 
 
 class InvariantError(AssertionError):
-    """Something does not hold that must; with the story of the request, if it is about one."""
+    """An invariant is violated; the message has the story of the request, if it concerns one."""
 
 
 class Witness:
-    """Checks a machine after each event, and remembers each request's events and commands."""
+    """Checks a machine after each event, and records each request's events and commands."""
 
     def __init__(self, machine: RequestMachine, *, max_queued: int | None = None) -> None:
         self._machine = machine
@@ -51,23 +50,24 @@ class Witness:
         story.append(line)
 
     def story(self, number: int | None) -> str:
-        """What happened to a request and what was done about it, a line each."""
+        """The events and commands of a request, one per line."""
         if number is None:
             return ""
         state = self._machine.requests.get(number)
-        phase = "it is not known" if state is None else repr(state.phase)
+        phase = "unknown" if state is None else repr(state.phase)
         return "\n".join((f"request {number}: {phase}", *self._stories.get(number, ())))
 
 
 Fault = tuple[int | None, str]
-"""What does not hold, with the number of the request that it is about."""
+"""The number of the request, or ``None``, and the violated invariant."""
 
 
 def faults(machine: RequestMachine, max_queued: int | None = None) -> list[Fault]:
-    """What does not hold.
+    """The violated invariants.
 
-    Every request is in one phase, and waits exactly if that says so; every slot that is booked
-    belongs to one request at that replica, and the books balance; no queue exceeds its bound.
+    Every request is in one phase, and is in the queue exactly if its phase says so. Every booked
+    slot belongs to one request at that replica, and the ledger balances. No queue exceeds its
+    bound.
     """
     return [
         *_faults_of_phases(machine),
@@ -80,13 +80,13 @@ def _faults_of_phases(machine: RequestMachine) -> Iterator[Fault]:
     for number, state in machine.requests.items():
         phase = state.phase
         if isinstance(phase, Ended):
-            yield number, "a request has ended and is still kept"
+            yield number, "an ended request is still open"
         elif (state in machine.waiting) != isinstance(phase, Queued | Resuming):
-            yield number, "queue and phase of a request differ"
+            yield number, "the queue and the phase of a request disagree"
         elif isinstance(phase, Placed):
             entry = phase.booking.entry
             if entry is not None and not entry.open:
-                yield number, "a request is at a replica and its slot is free"
+                yield number, "a request at a replica has no booked slot"
 
 
 def _faults_of_books(machine: RequestMachine) -> Iterator[Fault]:
@@ -102,14 +102,14 @@ def _faults_of_books(machine: RequestMachine) -> Iterator[Fault]:
         if requests != len(left_s):
             yield None, f"{requests} slots of {name} are booked, {len(left_s)} used"
         if abs(work_s - sum(left_s)) > _TINY_S:
-            yield None, f"the work owed by {name} is not that of its requests"
+            yield None, f"the work booked at {name} differs from that of its requests"
 
 
 def _faults_of_queue(machine: RequestMachine, max_queued: int | None) -> Iterator[Fault]:
     waiting = machine.waiting
     for state in waiting:
         if state.number not in machine.requests:
-            yield state.number, "a request waits that is not known"
+            yield state.number, "an unknown request is in the queue"
     fresh = sum(isinstance(state.phase, Queued) for state in waiting)
     if max_queued is None:
         return

@@ -1,8 +1,8 @@
-"""What the gateway reads of a request body, and the few fields it adds before passing it on.
+"""Request bodies: the fields that the gateway reads, and those that it adds for a replica.
 
-A body is validated once, when it arrives: UTF-8, one JSON object, each field that is read here of a
-type that engines take. Rewriting copies the JSON of the other fields as it is, so nothing in a body
-can keep it from being written.
+The gateway validates a body once, on arrival: UTF-8, one JSON object, and every field that it reads
+of a type that engines accept. Rewriting copies the JSON of the other fields unchanged, so it cannot
+fail.
 """
 
 import re
@@ -21,7 +21,7 @@ ABSENT = msgspec.Raw(b"")
 class BodyFields(msgspec.Struct, kw_only=True):
     """The fields of a body that the gateway reads; lengths in tokens. ``ABSENT``: not given.
 
-    Fields whose content is not read, or only seldom, stay JSON.
+    Fields whose content the gateway seldom or never reads stay JSON.
     """
 
     model: str | None = None
@@ -49,7 +49,7 @@ class BodyFields(msgspec.Struct, kw_only=True):
 
 
 class GenerateBody:
-    """A body as it arrived (``source``), what is read of it, and the fields of its ``options``."""
+    """A body as received (``source``), its parsed fields, and its ``stream_options``."""
 
     __slots__ = ("_fields", "options", "read", "source", "stream", "wants_usage")
 
@@ -65,7 +65,7 @@ class GenerateBody:
 
     @property
     def fields(self) -> Fields:
-        """The JSON of every field, by its name."""
+        """The JSON of each field by name."""
         if self._fields is None:
             self._fields = _fields.decode(self.source)
         return self._fields
@@ -101,21 +101,21 @@ class GenerateBody:
 
     @property
     def truncated_tokens(self) -> int | None:
-        """The length that the prompt is cut to; -1 stands for the context, which is no limit."""
+        """The tokens to which the prompt is truncated; -1, the context length, sets no limit."""
         limit = self.read.truncate_prompt_tokens
         return limit if limit is not None and limit > 0 else None
 
     @property
     def output_limit(self) -> int | None:
-        """Most tokens the client wants, if it said so; within what can be computed with."""
+        """The client's limit of output tokens, if any, capped to exact floats."""
         limit = self.read.max_completion_tokens
         if limit is None:
             limit = self.read.max_tokens
         return None if limit is None else max(1, min(_MOST_TOKENS, limit))
 
     @property
-    def may_tell_ids(self) -> bool:
-        """Whether token ids may be asked for: a stream whose text they do not change."""
+    def may_return_ids(self) -> bool:
+        """Whether OServe may request token ids: a stream whose text they do not change."""
         return self.stream and not self.echo and bytes(self.read.tools) in _NO_TOOLS
 
 
@@ -128,7 +128,7 @@ _HALF_PAIR = re.compile(
 )
 _EC_FIELD = "ec_transfer_params"
 _EXTRA = "vllm_xargs"
-# Spellings that engines take, too, as forms and shell scripts write them.
+# Spellings that engines accept as well; forms and shell scripts write them.
 _TRUE = {"1", "on", "t", "true", "y", "yes"}
 _FALSE = {"0", "off", "f", "false", "n", "no"}
 _INTEGER = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0*)?\s*")
@@ -139,14 +139,14 @@ _RAW = tuple(item.name for item in msgspec.structs.fields(BodyFields) if item.de
 
 
 def parse_body(body: bytes) -> GenerateBody:
-    """Validate a body; ApiError says what is wrong with it, and where."""
+    """Validate a body; raises an ApiError that names the fault and its field."""
     body = body.removeprefix(_BOM)
     try:
         if not body.isascii():
             body.decode()
         read = _read.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        # It is at fault, or spelt in a way that only engines take.
+        # The body is invalid, or has a spelling that only engines accept.
         read = read_leniently(body)
     _refuse_transfers(read)
     options = _object(read.stream_options, "stream_options")
@@ -155,7 +155,7 @@ def parse_body(body: bytes) -> GenerateBody:
 
 
 def read_leniently(body: bytes) -> BodyFields:
-    """Read a body field by field, in every spelling that engines take; raises ApiError."""
+    """Read a body field by field, in every spelling that engines accept; raises ApiError."""
     fields = _fields_of(body)
     raw = {name: fields[name] for name in _RAW if name in fields}
     return BodyFields(
@@ -267,9 +267,9 @@ def _object(raw: msgspec.Raw, name: str) -> Fields:
 
 
 def _refuse_transfers(read: BodyFields) -> None:
-    """Refuse requests that tell an engine which KV cache to take; those that ask for none pass.
+    """Refuse requests that name a KV cache to load.
 
-    A client could else have an engine begin with what was computed for another prompt.
+    Otherwise a client could make an engine start from the cache of another prompt.
     """
     kv, ec, extra = read.kv_transfer_params, read.ec_transfer_params, read.vllm_xargs
     if not (kv or ec or extra):
@@ -277,7 +277,7 @@ def _refuse_transfers(read: BodyFields) -> None:
     for name, given in ((FIELD, kv), (_EC_FIELD, ec)):
         for key, raw in _object(given, name).items():
             if bytes(raw) not in {b"null", b"false"}:
-                reason = "only OServe tells engines to hand over caches; leave it out"
+                reason = "only OServe may request cache transfers; leave it out"
                 raise _wrong(key[:64], name, reason)
     arguments = _object(extra, _EXTRA)
     for key in (FIELD, _EC_FIELD):
@@ -293,14 +293,14 @@ def with_fields(
     token_ids: bool = False,
     cache: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The body for a replica: its priority, usage reported, the model's name there (if not "").
+    """The body for a replica, with a priority, a usage report, and its name of the model if not "".
 
-    ``token_ids``: the engine reports the ids of prompt and answer. ``cache``: what an engine that
-    moves KV caches is told of this request's (see ``wire.caches``).
+    ``token_ids``: request the token ids of prompt and answer. ``cache``: the parameters of a KV
+    cache transfer (see ``wire.caches``).
     """
     read = parsed.read
     added: dict[str, Any] = {}
-    # Whether a field that is given has to be replaced or removed.
+    # Whether a present field must be replaced or removed.
     replaces = bool(model)
     if model:
         added["model"] = model
@@ -322,18 +322,18 @@ def with_fields(
 
 
 def _replaced(parsed: GenerateBody, added: dict[str, Any]) -> bytes:
-    kept = {name: raw for name, raw in parsed.fields.items() if name != "priority"}
-    return msgspec.json.encode({**kept, **added})
+    others = {name: raw for name, raw in parsed.fields.items() if name != "priority"}
+    return msgspec.json.encode({**others, **added})
 
 
 def _appended(source: bytes, added: dict[str, Any]) -> bytes:
-    """The object with more fields at its end, none of which it has."""
+    """The JSON object with new fields appended; it must have none of them."""
     given = source.rstrip()[:-1].rstrip()
     comma = b"" if given.endswith(b"{") else b","
     return given + comma + msgspec.json.encode(added)[1:]
 
 
 def _with_usage(options: Fields) -> dict[str, Any]:
-    """Report usage at the end; in between only to a client that asked for usage itself."""
+    """Report usage at the end; interim reports only if the client requested usage itself."""
     off = {"continuous_usage_stats": False} if "continuous_usage_stats" in options else {}
     return {**options, "include_usage": True, **off}

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and the HTTP status each kind travels with."""
+"""Errors in OpenAI's form, with their HTTP status."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from oserve.control.dispatch.commands import Refusal, Refuse
 from oserve.wire import Exchange
 
 
-# Neither frozen nor slotted: whoever passes an exception on sets its traceback.
+# Neither frozen nor slotted: Python sets the traceback of an exception that propagates.
 @dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
-    """What went wrong, as clients of OpenAI's API expect to read it."""
+    """An error of the OpenAI API: message, type, code and parameter."""
 
     status: int
     message: str
@@ -35,12 +35,12 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """The request is at fault."""
+    """400: the request is invalid."""
     return ApiError(status=400, message=message, param=param, code=code)
 
 
 def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
-    """No replica can take it now."""
+    """503: no replica can serve now."""
     return ApiError(
         status=503,
         message=message,
@@ -51,7 +51,7 @@ def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
 
 
 def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") -> ApiError:
-    """Too much is waiting already."""
+    """429: too many requests wait."""
     return ApiError(
         status=429,
         message=message,
@@ -62,27 +62,27 @@ def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") ->
 
 
 def upstream_failed(message: str) -> ApiError:
-    """A replica failed and the request could not be saved."""
+    """502: a replica failed and the request could not be retried."""
     return ApiError(status=502, message=message, type="server_error", code="replica_failed")
 
 
 def internal() -> ApiError:
-    """Our own fault; the log says more."""
+    """500: a fault of the gateway, with details in its log."""
     return ApiError(
         status=500,
-        message="The gateway could not handle this request; its log says where",
+        message="The gateway failed to handle this request; see its log",
         type="server_error",
         code="internal_error",
     )
 
 
 def shown(request_id: bytes) -> str:
-    """A request's id as a log may have it: a client chose it."""
+    """A request id made safe for the log, since a client may choose it."""
     return ascii(request_id.decode("latin-1"))
 
 
 def timed_out(message: str) -> ApiError:
-    """It took longer than allowed."""
+    """504: the request exceeded its time limit."""
     return ApiError(status=504, message=message, type="server_error", code="deadline_exceeded")
 
 
@@ -90,7 +90,7 @@ _BY_STATUS = {401: "authentication_error", 404: "not_found_error", 413: "invalid
 
 
 def with_status(status: int, message: str, *, code: str | None = None) -> ApiError:
-    """Any other refusal."""
+    """An error with any other status."""
     return ApiError(
         status=status,
         message=message,
@@ -113,24 +113,24 @@ def send_error(
 
 
 def refusal_error(command: Refuse) -> ApiError:
-    """What a client is told when the request machine refuses its request."""
+    """The error for a request that the request machine refused."""
     return _REFUSALS[command.refusal](command)
 
 
 _REFUSALS: dict[Refusal, Callable[[Refuse], ApiError]] = {
     Refusal.NO_REPLICA: lambda _: unavailable("No replica can serve now, and none is starting"),
     Refusal.NONE_READY_IN_TIME: lambda _: unavailable("No replica became ready in time"),
-    Refusal.QUEUE_FULL: lambda told: overloaded(
-        "Too many requests are waiting", retry_after_s=told.retry_after_s
+    Refusal.QUEUE_FULL: lambda refusal: overloaded(
+        "Too many requests are waiting", retry_after_s=refusal.retry_after_s
     ),
-    Refusal.SHED: lambda told: overloaded(
-        "It waited too long", retry_after_s=told.retry_after_s, code="shed"
+    Refusal.SHED: lambda refusal: overloaded(
+        "The request waited too long and was shed", retry_after_s=refusal.retry_after_s, code="shed"
     ),
-    Refusal.REPLICA_FAILED: lambda told: upstream_failed(
-        f"Replica {told.replica} failed: {told.reason}"
+    Refusal.REPLICA_FAILED: lambda refusal: upstream_failed(
+        f"Replica {refusal.replica} failed: {refusal.reason}"
     ),
-    Refusal.REFUSED_UNHEARD: lambda told: with_status(
-        told.status, "The replica refused the request, and its reasons were lost"
+    Refusal.REFUSED_WITHOUT_BODY: lambda refusal: with_status(
+        refusal.status, "The replica refused the request; its error message was lost"
     ),
     Refusal.DEADLINE: lambda _: timed_out("The request exceeded the server's time limit"),
     Refusal.SHUTTING_DOWN: lambda _: unavailable("The server is shutting down"),

@@ -1,4 +1,4 @@
-"""The headers of an answer: the replica's, as far as they are for the client, and our own."""
+"""Response headers: the replica's end-to-end headers, and those that the gateway adds."""
 
 from functools import lru_cache
 
@@ -22,11 +22,11 @@ _EVENTS = b"text/event-stream"
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
-def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
-    """Whether the answer to a request for a stream is one of events; ``None``: more must come.
+def is_event_stream(head: ResponseHead, begin: bytes) -> bool | None:
+    """Whether the answer to a streaming request is an event stream; ``None``: not known yet.
 
-    ``begin``: the bytes of its body so far. Servers that say no content type, or a wrong one, are
-    told by their first character: JSON and HTML begin as no line of a stream of events does.
+    ``begin``: the bytes of its body so far. With a missing or wrong content type the first
+    character decides: no line of an event stream begins like JSON or HTML.
     """
     fields = dict(head.headers)
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -40,11 +40,11 @@ def tells_events(head: ResponseHead, begin: bytes) -> bool | None:
 
 # Heads that are equal byte by byte are one object (see ``wire.response``).
 @lru_cache(maxsize=256)
-def told_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
-    """Those of the replica, and whether the connection must close at the end of the answer.
+def client_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[Headers, bool]:
+    """The replica's headers for the client, and whether to close the connection after the answer.
 
-    ``plain``: the client speaks HTTP/1.0, which has no chunks. ``events``: what follows is a stream
-    of events, in chunks of our own.
+    ``plain``: the client speaks HTTP/1.0, which has no chunked encoding. ``events``: an event
+    stream follows, which the gateway chunks itself.
     """
     dropped = _DROPPED | _named(head)
     fields = [field for field in head.headers if field[0] not in dropped]
@@ -78,7 +78,7 @@ def _named(head: ResponseHead) -> set[bytes]:
 
 
 def own_headers(request_id: bytes, *, replica: str, workload_type: str, plan_id: str) -> Headers:
-    """Which request it is, and where it went first; empty names are left out."""
+    """Headers with the request id, its first replica, type and plan; empty names are left out."""
     fields = [(b"x-request-id", request_id)]
     if replica:
         fields.append((b"x-oserve-replica", replica.encode()))

@@ -9,7 +9,7 @@ from oserve.workload import PromptSize
 
 # Fields of a chat request that some models' templates put into the prompt.
 _RENDERED = ("tools", "documents", "chat_template_kwargs", "response_format")
-# Written as an escape a character takes six bytes, else about three where it is no ASCII.
+# An escaped character takes six bytes; an unescaped non-ASCII character takes about three.
 _ESCAPE = b"\\u"
 _ESCAPE_EXCESS_BYTES = 3
 # Messages with parts that are not text are lists.
@@ -37,12 +37,12 @@ _part = msgspec.json.Decoder(_Part)
 
 
 def prompt_size(parsed: GenerateBody) -> PromptSize:
-    """The texts, media and token ids that the prompt is built from."""
+    """The sizes of the texts, media and token ids that form the prompt."""
     read, most = parsed.read, parsed.truncated_tokens
     prompt = bytes(read.prompt)
     if prompt not in _NO_PROMPT:
         if prompt.startswith(b"[") and prompt.lstrip(b"[ \t\r\n")[:1].isdigit():
-            # Ids, of one prompt or of several; each but the last is followed by a comma.
+            # Token ids of one prompt or several; a comma follows each but the last.
             return PromptSize(tokens=prompt.count(b",") + 1, most_tokens=most)
         return PromptSize(text_bytes={"prompt": _text_bytes(prompt)}, most_tokens=most)
     messages = bytes(read.messages)
@@ -83,7 +83,7 @@ def _media(messages: bytes) -> tuple[int, int]:
 def system_prefix(parsed: GenerateBody) -> bytes:
     """The first 2 KiB of the system prompt as JSON text; empty if there is none.
 
-    Requests that share it share the engines' cached prefix, and often the length of answers.
+    Requests that share it share the cached prefix, and often have similar output lengths.
     """
     raw = memoryview(parsed.read.messages)
     found = _SYSTEM.match(raw[:_HEAD_BYTES])

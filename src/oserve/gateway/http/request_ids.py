@@ -1,4 +1,4 @@
-"""Ids for requests whose client gave none."""
+"""Ids for requests that arrive without one."""
 
 import os
 
@@ -7,10 +7,10 @@ _IDS_AT_ONCE = 256
 
 
 class RequestIds:
-    """Makes ids of 32 hexadecimal digits that cannot be guessed.
+    """Generates unguessable ids of 32 hexadecimal digits.
 
-    The randomness for many ids is read at once: a system call for each is a good part of what a
-    short answer costs.
+    One system call reads the random bytes of many ids; a call for each would be a large part of
+    the cost of a short answer.
     """
 
     __slots__ = ("_ids",)
@@ -19,7 +19,7 @@ class RequestIds:
         self._ids: list[bytes] = []
 
     def take(self) -> bytes:
-        """An id that was not given before."""
+        """A new id."""
         if not self._ids:
             digits = os.urandom(_ID_BYTES * _IDS_AT_ONCE).hex().encode()
             step = 2 * _ID_BYTES

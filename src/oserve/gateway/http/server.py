@@ -1,4 +1,4 @@
-"""The gateway's endpoints: who may ask, what is answered here, what is admitted."""
+"""The gateway's endpoints: authentication, its own routes, and admission of requests."""
 
 import asyncio
 import hashlib
@@ -48,10 +48,10 @@ _INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
 
 
 class Gateway:
-    """One gateway process. ``refresh``, if set, brings the picture up to date before a scrape.
+    """One gateway process. ``refresh``, if set, updates the cluster snapshot before a scrape.
 
-    ``operate``, if set, answers operators' calls: a path and a body, by a status and a body.
-    ``away_s``, if set, tells for how long the control loop has been out of reach; 0 if it is not.
+    ``operate``, if set, answers operators' calls: from path and body to status and body.
+    ``away_s``, if set, returns the seconds since the control loop became unreachable, or 0.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Gateway:
         return self._server.port
 
     async def close(self) -> None:
-        """Take no new connections, let running requests end within the grace, then break off."""
+        """Accept no new connections, drain within the grace period, then abort the remainder."""
         if self._server is not None:
             self._server.stop_listening()
         deadline_s = time.monotonic() + self._settings.shutdown_grace_s
@@ -130,18 +130,18 @@ class Gateway:
 
     # -- requests -------------------------------------------------------------------------------
     def _handle(self, exchange: Exchange) -> None:
-        """Answer a request, or see to it that it will be; never raises."""
+        """Handle one request; never raises."""
         request_id = (exchange.headers.get(b"x-request-id") or self._ids.take())[:_REQUEST_ID_BYTES]
         exchange.headers[b"x-request-id"] = request_id
         try:
             self._route(exchange)
         except ApiError as error:
             self._refuse(exchange, error)
-        except Exception as error:  # a fault of ours ends this request alone
+        except Exception as error:  # an unforeseen fault ends this request alone
             self._failed(exchange, error)
 
     def _failed(self, exchange: Exchange, error: Exception) -> None:
-        """A fault of our own ends one request."""
+        """End one request after a fault in the gateway."""
         request_id = exchange.headers[b"x-request-id"]
         _log.error("request %s failed in the gateway: %s", shown(request_id), fault(error))
         self._refuse(exchange, internal())
@@ -233,7 +233,7 @@ class Gateway:
         )
 
     def _parsed(self, exchange: Exchange) -> GenerateBody:
-        """The body, where engines would take one of this type for this model."""
+        """Validate content type and model of a request and return its body."""
         given = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if given != b"application/json":
             raise bad_request("The body must be JSON: send `Content-Type: application/json`")
@@ -242,12 +242,12 @@ class Gateway:
         return parsed
 
     def _check_model(self, model: str | None) -> None:
-        # To engines, too, no name is the model that is there.
+        # Like engines, accept a request without a model name.
         if model and model not in self._models:
             raise ApiError(
                 status=404,
                 message=f"The model `{model[:200]}` is not served here; "
-                f"there is {', '.join(f'`{name}`' for name in self._models)}",
+                f"available: {', '.join(f'`{name}`' for name in self._models)}",
                 type="not_found_error",
                 param="model",
                 code="model_not_found",
@@ -266,7 +266,7 @@ class Gateway:
         )
         self.runner.accept(session, 0.0)
 
-    # -- what is answered here ------------------------------------------------------------------
+    # -- routes of the gateway itself -----------------------------------------------------------
     def _answer_models(self, exchange: Exchange) -> None:
         lengths = [
             item.max_model_len for item in self.runner.serving.values() if item.max_model_len
@@ -295,7 +295,7 @@ class Gateway:
         exchange.respond(200, msgspec.json.encode({"version": __version__}))
 
     def _answer_status(self, exchange: Exchange) -> None:
-        """What the control loop told last; how long ago, where it is out of reach."""
+        """The last status of the control loop, with its age if the loop is unreachable."""
         status = bytes(self.runner.snapshot.status)
         away_s = self.away_s() if self.away_s is not None else 0.0
         if away_s:
@@ -305,7 +305,7 @@ class Gateway:
         exchange.respond(200, status)
 
     def _answer_switches(self, exchange: Exchange) -> None:
-        """All of them, or the one whose id follows."""
+        """All switches, or the one with the id in the path."""
         known = bytes(self.runner.snapshot.switches)
         path = exchange.path.partition(b"?")[0]
         if path == _SWITCHES:
@@ -328,7 +328,7 @@ class Gateway:
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:  # a fault of ours ends this request alone
+            except Exception as error:  # an unforeseen fault ends this request alone
                 self._failed(exchange, error)
 
         task = asyncio.ensure_future(guarded())
@@ -337,7 +337,7 @@ class Gateway:
 
     def _answer_operator(self, exchange: Exchange) -> None:
         if self.operate is None:
-            raise unavailable("Nobody operates this gateway")
+            raise unavailable("No control loop operates this gateway")
         self._later(exchange, self._operated(exchange, self.operate))
 
     async def _operated(
@@ -347,21 +347,21 @@ class Gateway:
             path = exchange.path.partition(b"?")[0].decode("latin-1")
             status, body = await operate(path, exchange.body)
         except OSError:
-            send_error(exchange, unavailable("The control loop is out of reach"))
+            send_error(exchange, unavailable("The control loop is unreachable"))
         else:
             exchange.respond(status, body)
 
     async def _refresh_and_expose(
         self, exchange: Exchange, refresh: Callable[[], Awaitable[None]]
     ) -> None:
-        """Of several processes any may be asked: only fresh sums never go backwards."""
+        """Any process may be scraped, so only fresh sums are monotonic."""
         try:
             await refresh()
         except OSError:
             if self._settings.processes == 1:
                 self._expose(exchange)
                 return
-            send_error(exchange, unavailable("The counters of all processes are out of reach"))
+            send_error(exchange, unavailable("The counters of the other processes are unreachable"))
         else:
             self._expose(exchange)
 
@@ -377,12 +377,12 @@ class Gateway:
         queued = runner.queued + runner.snapshot.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
         alone = self.away_s is not None and self.away_s() > 0.0
-        told = {} if alone else runner.snapshot.metrics
-        text = exposition(told or runner.metrics.snapshot(), gauges)
+        merged_metrics = {} if alone else runner.snapshot.metrics
+        text = exposition(merged_metrics or runner.metrics.snapshot(), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 
 def _priority(exchange: Exchange, parsed: GenerateBody) -> int:
-    """What a client asked for; as with vLLM its header, where it is a number, outdoes the body."""
+    """The client's priority; as in vLLM, a numeric header overrides the body."""
     given = exchange.headers.get(_PRIORITY, b"")
     return int(given) if _INTEGER.fullmatch(given) else parsed.priority or 0

@@ -20,7 +20,7 @@ from oserve.wire import UpstreamPool
 from oserve.wire.client import post
 
 SYNC_INTERVAL_S = 0.1
-# A report that the hub has not answered by then has failed.
+# The timeout of a report.
 _SYNC_LIMIT_S = 5.0
 # A busy server may answer late; a hub silent for longer than this counts as out of reach.
 _AWAY_S = 1.0
@@ -35,7 +35,7 @@ class HubClient:
         self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
     ) -> None:
         self._hub = UpstreamPool(unix_socket=unix_socket)
-        self._heard_s = time.monotonic()
+        self._last_reply_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
         self._runner = runner
@@ -60,28 +60,28 @@ class HubClient:
             queued=runner.queued,
             table=self._version,
             port=self.port,
-            set_aside=runner.set_aside(),
+            open_breakers=runner.open_breakers(),
         )
 
     def _apply(self, reply: HubReply) -> None:
-        self._heard_s = time.monotonic()
+        self._last_reply_s = time.monotonic()
         self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
-        self._runner.tell(reply.snapshot)
+        self._runner.apply(reply.snapshot)
         if reply.table is not None:
             self._runner.update(reply.table)
 
     def away_s(self) -> float:
-        """For how many seconds the hub has been out of reach; 0 while it answers."""
-        silent_s = time.monotonic() - self._heard_s
+        """Seconds for which the hub has been unreachable; 0 while it answers."""
+        silent_s = time.monotonic() - self._last_reply_s
         return silent_s if silent_s > _AWAY_S else 0.0
 
     async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Pass an operator's call on; raises ConnectionError if the hub does not answer."""
+        """Forward an operator's call; raises ConnectionError if the hub does not answer."""
         answer = await self._ask(OperatorCall(path=path, body=body), None)
         if isinstance(answer, OperatorAnswer):
             return answer.status, answer.body
-        raise ConnectionError("the hub answered with another message")
+        raise ConnectionError("the hub answered with a message of another type")
 
     async def _ask(self, message: ProcessMessage, limit_s: float | None) -> HubMessage:
         try:

@@ -54,9 +54,9 @@ class Hub:
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
-        # By incarnation: a process that ends slowly may still report beside its successor.
+        # By incarnation: a process that ends slowly may still report while its successor runs.
         self._reports: dict[int, WorkerReport] = {}
-        self._forgotten: set[int] = set()
+        self._ended_incarnations: set[int] = set()
         self._ended: dict[str, dict[str, list[float]]] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
@@ -78,7 +78,9 @@ class Hub:
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
-            self._hand_overs = {name: told for name, told in pending if (name, told[0]) in present}
+            self._hand_overs = {
+                name: order for name, order in pending if (name, order[0]) in present
+            }
         self._snapshot = snapshot
 
     def expect(self, incarnation: int) -> "asyncio.Future[int]":
@@ -91,13 +93,13 @@ class Hub:
         return taken
 
     @property
-    def set_aside(self) -> dict[str, tuple[str, float]]:
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas that some process sends no requests: the reason, and the seconds left."""
         found: dict[str, tuple[str, float]] = {}
         for report in self._reports.values():
-            for name, told in report.set_aside.items():
-                if name not in found or told[1] > found[name][1]:
-                    found[name] = told
+            for name, reason in report.open_breakers.items():
+                if name not in found or reason[1] > found[name][1]:
+                    found[name] = reason
         return found
 
     @property
@@ -110,7 +112,7 @@ class Hub:
 
     def forget(self, incarnation: int) -> None:
         """A process has ended: drop its outstanding work, keep its metrics in the sum."""
-        self._forgotten.add(incarnation)
+        self._ended_incarnations.add(incarnation)
         self._counted.pop(incarnation, None)
         self._listening.pop(incarnation, None)
         report = self._reports.pop(incarnation, None)
@@ -147,7 +149,7 @@ class Hub:
 
     def _reply(self, report: WorkerReport) -> HubReply:
         self._count(report)
-        if report.incarnation not in self._forgotten:
+        if report.incarnation not in self._ended_incarnations:
             self._reports[report.incarnation] = report
         listening = self._listening.get(report.incarnation)
         if report.port and listening is not None and not listening.done():

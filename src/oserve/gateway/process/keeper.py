@@ -1,4 +1,4 @@
-"""What the gateway supervisor asks of the keeper that holds its processes."""
+"""The interface of the keeper that holds the gateway processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -12,12 +12,12 @@ class KeptProcess(Protocol):
 
     @property
     def stamp(self) -> str:
-        """Identifies the configuration it was started with; empty if unknown."""
+        """A fingerprint of the configuration at its start; empty if unknown."""
         ...
 
     @property
     def ending(self) -> bool:
-        """Whether it was told to end."""
+        """Whether it was asked to end."""
         ...
 
     async def wait(self) -> int:

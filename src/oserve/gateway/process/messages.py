@@ -36,7 +36,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
     ``incarnation`` is the process id. ``counts`` are sent until the hub acknowledges them.
     ``outstanding``: seconds of work and requests per replica. ``table`` is the version of the
-    routing table in use. ``port``: where the process listens, 0 before it does. ``set_aside``:
+    routing table in use. ``port``: where the process listens, 0 before it does. ``open_breakers``:
     replicas whose circuit breaker is open, with the reason and the seconds left.
     """
 
@@ -47,14 +47,14 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     queued: int
     table: int
     port: int = 0
-    set_aside: dict[str, tuple[str, float]] = {}
+    open_breakers: dict[str, tuple[str, float]] = {}
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
-    """What a gateway process needs to know of the rest.
+    """The state of the cluster for a gateway process.
 
     ``version`` is that of the current routing table; ``table`` is present only if the process has
-    another version. ``counted`` is the number of the batch that the hub took.
+    another version. ``counted`` is the number of the batch that the hub acknowledges.
     """
 
     version: int

@@ -31,7 +31,7 @@ _RESTART_DELAY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorOptions:
-    """What gateway processes serve, and who holds them.
+    """What gateway processes serve, and which keeper holds them.
 
     ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
     state of an ``OutputEstimator`` that has learned from earlier requests.
@@ -62,7 +62,7 @@ class GatewaySupervisor:
         self._socket = options.run_dir / "hub.sock"
         self._hub = Hub(options.operate)
         self._processes: dict[int, KeptProcess] = {}
-        self._watchers: list[asyncio.Task[None]] = []
+        self._guards: list[asyncio.Task[None]] = []
         self._closing = False
 
     async def listen(self) -> int:
@@ -77,7 +77,7 @@ class GatewaySupervisor:
         held = self._keeper.processes()
         await self._end(process for name, process in held.items() if name not in names)
         ports = [await self._start(index) for index in range(count)]
-        self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(count)]
+        self._guards = [asyncio.ensure_future(self._guard(index)) for index in range(count)]
         return ports[0]
 
     async def _start(self, index: int) -> int:
@@ -136,7 +136,7 @@ class GatewaySupervisor:
         grace_s = self._settings.shutdown_grace_s + _RESTART_DELAY_S
         await asyncio.gather(*(process.end(grace_s) for process in processes))
 
-    async def _watch(self, index: int) -> None:
+    async def _guard(self, index: int) -> None:
         while True:
             await self._processes[index].wait()
             self._hub.forget(self._processes[index].pid)
@@ -160,9 +160,9 @@ class GatewaySupervisor:
         return self._hub.batches()
 
     @property
-    def set_aside(self) -> dict[str, tuple[str, float]]:
+    def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas that get no requests now: the reason, and the seconds left."""
-        return self._hub.set_aside
+        return self._hub.open_breakers
 
     @property
     def counted_until_s(self) -> float:
@@ -172,9 +172,9 @@ class GatewaySupervisor:
     async def close(self) -> None:
         """End all processes: they accept no new requests and get their grace for running ones."""
         self._closing = True
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for guard in self._guards:
+            guard.cancel()
+        await asyncio.gather(*self._guards, return_exceptions=True)
         await self._end(self._processes.values())
         await self._hub.close()
 
@@ -188,5 +188,5 @@ def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
     return OServeError(
         f"cannot listen on {settings.host}:{settings.port}: {reason}",
         place="gateway.port",
-        remedy="choose another --port, or end what uses this one",
+        remedy="choose another --port, or stop the program that uses this one",
     )

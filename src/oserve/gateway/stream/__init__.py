@@ -1,1 +1,1 @@
-"""Answers on their way from a replica to a client: read, passed through, kept, continued."""
+"""Answers from replicas to clients: reading, pass-through, replay buffer and continuation."""

@@ -1,7 +1,7 @@
-"""What the JSON of an answer means to a gateway: usage, errors, ends; whichever server wrote it.
+"""The fields of an answer that the gateway needs: usage, errors, finish reasons; of any server.
 
-Pure. One typed look per event tells which few are special; only those are read whole. JSON that is
-not an answer means nothing and passes.
+Pure. A typed decoder reads each event; only the few special ones are parsed in full. JSON that is
+no answer passes through unchanged.
 """
 
 import json
@@ -23,7 +23,7 @@ _MAX_TOKENS = 1 << 40
 
 
 class AnswerChoice(msgspec.Struct):
-    """Of an answer; lists of token ids stay as they are written."""
+    """A choice of an answer; lists of token ids stay JSON."""
 
     finish_reason: str | None = None
     token_ids: msgspec.Raw = NOTHING
@@ -31,8 +31,10 @@ class AnswerChoice(msgspec.Struct):
 
 
 class ReplicaAnswer(msgspec.Struct):
-    """An event of a stream, or an answer that came whole. ``object`` is "error" in an older form
-    of vLLM's, ``error_type`` goes with TGI's errors."""
+    """An event of a stream, or a whole answer.
+
+    ``object`` is "error" in older errors of vLLM; ``error_type`` belongs to errors of TGI.
+    """
 
     choices: list[AnswerChoice] | None = None
     usage: msgspec.Raw = NOTHING
@@ -45,9 +47,9 @@ class ReplicaAnswer(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """An error that a server tells within an answer. ``status``: the HTTP status it amounts to.
+    """An error within an answer. ``status``: the corresponding HTTP status.
 
-    ``aborted``: the engine gave the request up, which says nothing against the request.
+    ``aborted``: the engine aborted the request, which is not the request's fault.
     """
 
     status: int
@@ -56,7 +58,7 @@ class Trouble:
 
     @property
     def of_client(self) -> bool:
-        """Whether the request is at fault, so that no other server would answer it."""
+        """Whether the request is invalid, so that a retry would fail, too."""
         return 400 <= self.status < 500 and self.status not in {408, 424, 429}
 
 
@@ -65,7 +67,7 @@ _any = msgspec.json.Decoder()
 
 
 def read_answer(data: bytes) -> ReplicaAnswer | None:
-    """What a piece of JSON holds of an answer; ``None`` if it is none."""
+    """Decode an answer; ``None`` if the JSON is none."""
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError):
@@ -73,7 +75,7 @@ def read_answer(data: bytes) -> ReplicaAnswer | None:
 
 
 def _lenient(data: bytes) -> ReplicaAnswer | None:
-    """Of a server that writes something else where an answer has its fields, or almost JSON."""
+    """Decode an answer with fields of unexpected types, or in invalid JSON that Python accepts."""
     fields = _decoded(data)
     if not isinstance(fields, dict):
         return None
@@ -109,7 +111,7 @@ def _choices(found: Any) -> list[AnswerChoice] | None:
 
 
 def _decoded(data: bytes | msgspec.Raw) -> Any:
-    """JSON as Python's own module understands it, whose NaN and lone surrogates are none."""
+    """Decode with Python's json module, which accepts NaN and lone surrogates."""
     try:
         return _any.decode(data)
     except (msgspec.DecodeError, RecursionError):
@@ -124,17 +126,17 @@ def _encoded(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (OverflowError, ValueError):
-        # Numbers larger than it writes.
+        # msgspec does not encode such large numbers.
         return json.dumps(value).encode()
 
 
 def has_usage(answer: ReplicaAnswer) -> bool:
-    """Whether it reports token counts."""
+    """Whether the answer reports token counts."""
     return bytes(answer.usage) not in _ABSENT
 
 
 def has_ids(answer: ReplicaAnswer) -> bool:
-    """Whether it tells token ids, of prompt or answer."""
+    """Whether the answer has token ids, of prompt or output."""
     if bytes(answer.prompt_token_ids) not in _ABSENT:
         return True
     return any(
@@ -144,7 +146,7 @@ def has_ids(answer: ReplicaAnswer) -> bool:
 
 
 def trouble_of(answer: ReplicaAnswer) -> Trouble | None:
-    """The error that it tells, if it does."""
+    """The error in the answer, if any."""
     if bytes(answer.error) not in _ABSENT:
         error = _decoded(answer.error)
         fields = error if isinstance(error, dict) else {"message": str(error)}
@@ -154,12 +156,12 @@ def trouble_of(answer: ReplicaAnswer) -> Trouble | None:
     if answer.object == "error":
         return _trouble({"code": _decoded(answer.code)})
     if any(choice.finish_reason == "abort" for choice in answer.choices or ()):
-        return Trouble(status=503, message="it gave the request up", aborted=True)
+        return Trouble(status=503, message="the engine aborted the request", aborted=True)
     return None
 
 
 def _trouble(fields: dict[str, Any]) -> Trouble:
-    """Of vLLM's form (a numeric code), OpenAI's (a type) or TGI's (a message and a type)."""
+    """Parse an error of vLLM (a numeric code), OpenAI (a type) or TGI (a message and a type)."""
     code = fields.get("code", fields.get("http_status_code"))
     if isinstance(code, str) and code.isdecimal() and len(code) == _STATUS_DIGITS:
         code = int(code)
@@ -176,9 +178,9 @@ def _trouble(fields: dict[str, Any]) -> Trouble:
 
 
 def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: bool) -> bytes | None:
-    """The event's data as the client gets it; ``None``: it does not get this one at all.
+    """The event's data for the client; ``None``: the event is dropped.
 
-    An event that reports usage and has no choices is there only because we asked for usage.
+    OServe's own usage request causes the events that report usage and have no choices.
     """
     usage = hide_usage and has_usage(answer)
     if usage and not answer.choices:
@@ -201,14 +203,14 @@ def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: boo
 
 
 class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts as a server reported them; ``None`` where it did not."""
+    """Token counts as a server reported them; ``None``: not reported."""
 
     prompt_tokens: int | None = None
     output_tokens: int | None = None
 
 
 def usage_of(raw: bytes | msgspec.Raw) -> TokenUsage:
-    """From the value of a usage field."""
+    """Parse the value of a usage field."""
     fields = _decoded(raw)
     if not isinstance(fields, dict):
         return TokenUsage()
@@ -219,7 +221,7 @@ def usage_of(raw: bytes | msgspec.Raw) -> TokenUsage:
 
 
 def usage_in(tail: bytes) -> TokenUsage:
-    """From the last bytes of an answer too long to be read whole."""
+    """Find the usage in the last bytes of an answer that is too long to parse."""
     prompt, output = _PROMPT_TOKENS.findall(tail), _COMPLETION_TOKENS.findall(tail)
     return TokenUsage(
         prompt_tokens=_count(int(prompt[-1][:15])) if prompt else None,

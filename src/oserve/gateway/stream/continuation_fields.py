@@ -16,7 +16,7 @@ class UnmovableError(Exception):
 
 
 # Stateless, or treating prompt and output alike (repetition_penalty).
-_CARRIED = frozenset(
+_COPIED = frozenset(
     {
         "model",
         "temperature",
@@ -116,23 +116,23 @@ def values_of(fields: Fields, *, chat: bool) -> dict[str, Any]:
             elif name == "stop" and value is not None:
                 _check_texts(value)
         except (msgspec.DecodeError, RecursionError, ValueError, AttributeError):
-            raise UnmovableError(f"`{name[:64]}` cannot be read here") from None
+            raise UnmovableError(f"`{name[:64]}` cannot be parsed") from None
         found[name] = value
     return found
 
 
 def _check_texts(value: object) -> None:
-    """ValueError for what is neither a text nor a list of texts."""
+    """Raise ValueError unless the value is a string or a list of strings."""
     if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
-        raise ValueError("Expected a text or several")
+        raise ValueError("Expected a string or a list of strings")
 
 
-def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:
+def migration_obstacle(body: dict[str, Any], *, chat: bool) -> str:
     """Why a request cannot continue on another replica, or ""."""
     for key, value in body.items():
-        if value is None or key in _CARRIED or key in _DROPPED or value in _NEUTRAL.get(key, ()):
+        if value is None or key in _COPIED or key in _DROPPED or value in _NEUTRAL.get(key, ()):
             continue
-        return f"the state of `{key[:64]}` cannot be carried"
+        return f"the state of `{key[:64]}` cannot be transferred"
     if chat:
         for message in body.get("messages") or ():
             parts = message.get("content") if isinstance(message, dict) else None
@@ -147,13 +147,15 @@ def kept_from_moving(body: dict[str, Any], *, chat: bool) -> str:
     return ""
 
 
-def carried_fields(body: dict[str, Any], *, chat: bool, made: int, sampled: bool) -> dict[str, Any]:
+def completion_fields(
+    body: dict[str, Any], *, chat: bool, made: int, sampled: bool
+) -> dict[str, Any]:
     """The fields of a text completion that continues after ``made`` tokens.
 
     Seeded sampling restarts from a seed that depends on the position, since the state of an
     engine's generator cannot be transferred.
     """
-    fields = {key: body[key] for key in _CARRIED if body.get(key) is not None}
+    fields = {key: body[key] for key in _COPIED if body.get(key) is not None}
     limit = output_limit(body, chat=chat)
     fields["max_tokens"] = None if limit is None else limit - made
     if fields.get("min_tokens"):

@@ -1,6 +1,6 @@
-"""Reads the answer of a replica that goes on with a stream, and turns it into the client's.
+"""Reads the answer of a replica that continues a stream, and converts it to the client's.
 
-Its events are read one by one and kept by the continuation, so that the stream can move again.
+The continuation parses and stores every event, so that the stream can migrate again.
 """
 
 from oserve.control.dispatch import events as on
@@ -19,7 +19,7 @@ _OK = 200
 
 
 class ContinuationReader:
-    """A sink of the answer of one replica that goes on with a stream."""
+    """A sink for the answer of one replica that continues a stream."""
 
     def __init__(self, owner: AnswerOwner, continuation: Continuation) -> None:
         self._owner = owner
@@ -33,7 +33,7 @@ class ContinuationReader:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the answer is not wanted any more."""
+        """Whether the answer is no longer needed."""
         return not self._owner.wanted or not self._owner.reads(self)
 
     def attached(self, connection: UpstreamConnection) -> None:
@@ -41,14 +41,14 @@ class ContinuationReader:
         self._owner.attached(connection)
 
     def crashed(self, error: Exception) -> None:
-        """Reading raised."""
+        """Handle an exception raised while reading."""
         self._owner.crashed(error)
 
     def forward(self) -> None:
-        """The client has part of the stream already."""
+        """Does nothing: the client has part of the stream already."""
 
     def show_error(self) -> None:
-        """An error of a replica that goes on with a stream is not in the client's form."""
+        """Report an error; its form differs from that of the client's stream."""
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
@@ -58,7 +58,7 @@ class ContinuationReader:
         owner = self._owner
         if self._head is None or self._head.status != _OK:
             return
-        owner.passed_on(0)
+        owner.progressed(0)
         if not self._begun:
             self._begun = True
             owner.report(on.Began(owner.number))
@@ -76,29 +76,31 @@ class ContinuationReader:
 
     def _translate(self, found: list[bytes]) -> None:
         continuation = self._continuation
-        told = []
+        events = []
         cause: Cause | None = None
         try:
             for data in found:
                 if data.strip() != DONE:
-                    told.append(continuation.go_on(read_event(data)))
+                    events.append(continuation.convert(read_event(data)))
         except BrokenError:
             cause = Cause.ABORTED
         except DivergedError:
             cause = Cause.DIVERGED
         except UnmovableError:
             cause = Cause.FAILED
-        payload = b"".join(told)
+        payload = b"".join(events)
         if payload:
             self._owner.exchange.write(payload if self._plain else chunk(payload))
         if continuation.finished:
             self._owner.conclude()
         elif cause is not None:
-            self._owner.broken(cause, f"the stream could not go on there: {cause}")
+            self._owner.broken(cause, f"the replica could not continue the stream: {cause}")
 
     def on_end(self) -> None:
         status = self._head.status if self._head is not None else 0
-        self.on_error(f"it answered with status {status}" if status != _OK else "it stopped short")
+        self.on_error(
+            f"it answered with status {status}" if status != _OK else "the answer ended early"
+        )
 
     def on_error(self, reason: str) -> None:
         if not self.cancelled:

@@ -1,7 +1,8 @@
-"""What lets a stream go on at another replica: what is kept of it, and how it is continued.
+"""Stream migration: the replay buffer of a stream, and its continuation on another replica.
 
-The first replica's events pass through and are kept in a replay buffer. When the stream has to
-leave, ``prepare`` reads the buffer; from then on the continuation is known and follows by itself.
+The gateway passes the first replica's events through and stores them in a replay buffer. When the
+stream must leave, ``prepare`` parses the buffer into a continuation, which follows the stream from
+then on.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from oserve.gateway.http.body import Fields
 from oserve.gateway.stream.continuation import BrokenError, Continuation
 from oserve.gateway.stream.continuation_fields import (
     UnmovableError,
-    kept_from_moving,
+    migration_obstacle,
     values_of,
 )
 from oserve.gateway.stream.replay_buffer import ReplayBudget, ReplayBuffer
@@ -20,15 +21,15 @@ from oserve.wire.caches import CacheFolder, giving, new_name, taking
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmovable:
-    """Why a stream stays with its replica."""
+    """The reason why a stream cannot migrate."""
 
     reason: str
 
 
 class StreamMigration:
-    """Of one stream. ``shows_ids``: the client asked for token ids itself.
+    """The migration state of one stream. ``shows_ids``: the client requested token ids itself.
 
-    ``continuation`` is ``None`` while the first replica serves it.
+    ``continuation`` is ``None`` while the first replica serves the stream.
     """
 
     def __init__(
@@ -41,30 +42,30 @@ class StreamMigration:
         self._fields = fields
         self._chat = chat
         self._reason: str | None = None
-        # The KV cache at the replica that serves it, and the one that it goes on with.
+        # The KV cache at the present replica, and the one that the continuation loads.
         self._cache_folder = ""
         self._cache = ""
-        self._taken = ""
+        self._requested = ""
 
-    def sent_to(self, replica: TableReplica) -> None:
-        """A replica was chosen; its engine is told how this request's cache may be asked for."""
+    def use_replica(self, replica: TableReplica) -> None:
+        """Use a replica; its engine gets a key under which this request's cache can be fetched."""
         self._cache_folder = replica.endpoint.caches
         self._cache = new_name() if self._cache_folder else ""
 
     @property
     def cache_fields(self) -> dict[str, str]:
-        """What the engine is told of the request's KV cache."""
+        """The parameters of the KV cache transfer for the engine."""
         own = giving(self._cache) if self._cache else {}
-        return own | (taking(self._taken) if self._taken else {})
+        return own | (taking(self._requested) if self._requested else {})
 
     def prepare(self) -> Continuation | Unmovable:
-        """The stream so far, from what was kept of it; it goes on as it was until it leaves."""
+        """Parse the replay buffer into the continuation; the stream runs on until it leaves."""
         try:
             self._prepared = self.continuation or self._read()
         except (UnmovableError, BrokenError) as error:
             return Unmovable(reason=str(error))
         if not self._prepared.prompt:
-            return Unmovable(reason="nothing is known of its prompt")
+            return Unmovable(reason="its prompt is unknown")
         return self._prepared
 
     def _read(self) -> Continuation:
@@ -73,15 +74,15 @@ class StreamMigration:
         return continuation
 
     def leave(self, *, with_cache: bool) -> bool:
-        """The stream leaves its replica; whether its engine was asked to keep the KV cache."""
+        """Detach from the replica; returns whether its engine was asked to keep the KV cache."""
         self.buffer.drop()
         self.continuation = self._prepared
         if self.continuation is not None:
             self.continuation.rewind()
-        self._taken = self._ask_for_cache() if with_cache else ""
-        return bool(self._taken)
+        self._requested = self._request_cache() if with_cache else ""
+        return bool(self._requested)
 
-    def _ask_for_cache(self) -> str:
+    def _request_cache(self) -> str:
         if not self._cache:
             return ""
         try:
@@ -92,7 +93,7 @@ class StreamMigration:
 
     @property
     def movable(self) -> bool:
-        """Whether nothing that is known without reading the answer keeps it from moving."""
+        """Whether the stream can migrate, as far as is known without parsing the answer."""
         if self.buffer.full:
             return False
         if self._reason is None:
@@ -101,9 +102,9 @@ class StreamMigration:
             except UnmovableError as error:
                 self._reason = str(error)
             else:
-                self._reason = kept_from_moving(values, chat=self._chat)
+                self._reason = migration_obstacle(values, chat=self._chat)
         return not self._reason
 
     def release(self) -> None:
-        """The request has ended, or will not move."""
+        """Free the replay buffer: the request has ended, or will not migrate."""
         self.buffer.drop()

@@ -1,4 +1,4 @@
-"""What readers of answers know of the request that they read for."""
+"""The interface between the readers of an answer and its request."""
 
 from typing import Protocol
 
@@ -13,8 +13,8 @@ from oserve.wire.upstream import Sink, UpstreamConnection
 class AnswerOwner(Protocol):
     """A request whose answer is being read.
 
-    ``wanted``: somebody waits for the answer; ``committed``: the client has part of it;
-    ``streams`` and ``hides_usage``: it asked for a stream, and not for the usage report.
+    ``wanted``: the client still waits for the answer. ``committed``: it has part of the answer.
+    ``streams``, ``hides_usage``: it requested a stream, and no usage report.
     """
 
     number: int
@@ -30,47 +30,47 @@ class AnswerOwner(Protocol):
     def wanted(self) -> bool: ...
 
     def reads(self, sink: Sink) -> bool:
-        """Whether this is the reader whose answer counts."""
+        """Whether this reader belongs to the present replica."""
         ...
 
     def report(self, event: Event) -> None:
-        """Tell the request machine, whose commands are carried out before this returns."""
+        """Report an event to the request machine and execute its commands before returning."""
         ...
 
     def attached(self, connection: UpstreamConnection) -> None:
-        """A connection carries the answer."""
+        """Set the connection that receives the answer."""
         ...
 
     def crashed(self, error: Exception) -> None:
-        """Reading raised: that ends this request and nothing else."""
+        """End this request after an exception while reading."""
         ...
 
     def first_byte(self) -> None:
-        """The replica has begun to answer."""
+        """Record that the replica has begun to answer."""
         ...
 
-    def passed_on(self, events: int) -> None:
-        """More of a stream came: so many events by now."""
+    def progressed(self, events: int) -> None:
+        """Record progress of a stream: its events so far."""
         ...
 
     def commit(
         self, status: int, headers: Headers, body: bytes, *, close: bool, events: bool
     ) -> None:
-        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
+        """Send the head and the first bytes of the body; ``events``: it is an event stream."""
         ...
 
-    def drops_options(self) -> bool:
-        """The replica refused ``stream_options``; whether to ask again without them."""
+    def retries_without_options(self) -> bool:
+        """Handle a refusal of ``stream_options``; returns whether to retry without them."""
         ...
 
     def broken(self, cause: Cause, reason: str, *, can_end: bool = False) -> None:
-        """A stream that the client has part of cannot stay where it is."""
+        """Report that a stream must leave its replica."""
         ...
 
     def broken_later(self, cause: Cause, reason: str) -> None:
-        """As ``broken``, when other streams have had their turn."""
+        """As ``broken``, after other streams had their turn."""
         ...
 
     def conclude(self) -> None:
-        """All tokens of a continued stream have come."""
+        """Finish a continued stream after its last token."""
         ...

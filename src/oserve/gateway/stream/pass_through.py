@@ -1,11 +1,10 @@
-"""Events of an answer on their way to the client.
+"""The pass-through of an event stream to the client.
 
-They are read as the standard says and passed on in one form, whichever server wrote them: lines end
-in LF, JSON stays as it is written. What only we asked for is taken out: the usage report, token
-ids. vLLM's own form, one chunk that holds one event on one line, is passed on as the bytes it came
-in; that is the same for the client, only cheaper.
+It parses events by the standard and forwards them in one form: lines end in LF, JSON is unchanged.
+It removes what only OServe requested: usage reports and token ids. vLLM's own form, one chunk with
+one event on one line, is forwarded as the bytes received, which is cheaper and equivalent.
 
-Pure: bytes in, bytes out; no relay, no clock.
+Pure: bytes in, bytes out; no session, no clock.
 """
 
 from collections import deque
@@ -30,21 +29,21 @@ _FIELD = b"data: "
 _NULL = b"null"
 _IDS = b'"token_ids":'
 _IDS_BYTES = len(_IDS)
-# As long as the list that they stand for, so that the chunk's size still holds; a shorter one, of a
-# single digit, leaves no room.
+# ``null`` padded to the length of the list it replaces, so that the chunk's size stays valid. A
+# list of one single-digit id is too short for it.
 _BLANKS = {size: b"null" + b" " * (size - 4) for size in range(4, 256)}
 _decode = msgspec.json.Decoder(ReplicaAnswer).decode
 
 
 class PassThrough:
-    """Of one stream from one server.
+    """One stream from one server.
 
-    ``kept``: what is kept of it, so that it can move; its token ids are shown to ``shows_ids``
-    only. ``plain``: the client speaks HTTP/1.0, which has no chunks.
+    ``replay``: its replay buffer, if it may migrate. ``shows_ids``: the client gets token ids.
+    ``plain``: the client speaks HTTP/1.0, which has no chunked encoding.
 
-    ``begun`` once an event came that is more than a comment; ``events`` counts those with choices,
-    about a token each. ``finished`` and ``done``: so are the last token and ``[DONE]``. ``trouble``
-    is an error that the stream tells: nothing from there on is passed on before ``give_in``.
+    ``begun``: an event that is no comment came. ``events``: the number of events with choices,
+    about one token each. ``finished`` and ``done``: the last token and ``[DONE]`` came.
+    ``trouble``: an error in the stream; only ``forward_error`` forwards it and what follows.
     """
 
     __slots__ = (
@@ -52,10 +51,10 @@ class PassThrough:
         "_dechunker",
         "_hide_ids",
         "_hide_usage",
-        "_kept",
         "_plain",
         "_reader",
-        "_told_trouble",
+        "_replay",
+        "_trouble_sent",
         "_waiting",
         "begun",
         "done",
@@ -69,20 +68,20 @@ class PassThrough:
         self,
         *,
         hide_usage: bool,
-        kept: ReplayBuffer | None = None,
+        replay: ReplayBuffer | None = None,
         shows_ids: bool = True,
         plain: bool = False,
     ) -> None:
         self._hide_usage = hide_usage
         self._hide_ids = not shows_ids
-        self._kept = kept
+        self._replay = replay
         self._plain = plain
         self._reader = EventReader()
         self._dechunker = Dechunker()
-        # Whether the next byte begins a chunk and an event.
+        # Whether the next byte starts both a chunk and an event.
         self._clean = False
         self._waiting: deque[ServerSentEvent] = deque()
-        self._told_trouble = False
+        self._trouble_sent = False
         self.begun = False
         self.done = False
         self.finished = False
@@ -91,7 +90,7 @@ class PassThrough:
         self.usage = b""
 
     def take(self, data: bytes, *, chunked: bool) -> bytes:
-        """Bytes of the answer's body, ``chunked`` or not; returns the client's."""
+        """Add bytes of the answer's body, ``chunked`` or not; returns the client's bytes."""
         if not chunked:
             return self._read(data)
         if not self._clean:
@@ -103,12 +102,12 @@ class PassThrough:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _pass_chunks(self, data: bytes, parts: list[bytes]) -> int:
-        """Pass on the chunks that ``data`` begins with and that are in vLLM's form.
+        """Forward the leading chunks of ``data`` that are in vLLM's form.
 
-        Returns where the first one begins that is something else, or is not whole.
+        Returns the offset of the first chunk that is in another form or incomplete.
         """
         position, size = 0, len(data)
-        kept = self._kept
+        replay = self._replay
         while position < size:
             start = data.find(b"\n", position) + 1
             end = data.find(b"\n", start)
@@ -143,29 +142,29 @@ class PassThrough:
                 if not passed:
                     break
             self.events += 1
-            if kept is not None:
-                kept.keep(text)
+            if replay is not None:
+                replay.keep(text)
             parts.append(passed[start - position : -2] if self._plain else passed)
             position = after
         return position
 
     def _read(self, payload: bytes) -> bytes:
         self._waiting += self._reader.feed(payload)
-        told = self._pass_waiting()
+        output = self._pass_waiting()
         self._clean = self._reader.idle and self._dechunker.idle and not self._waiting
-        return told
+        return output
 
     def end(self) -> bytes:
-        """The body has ended."""
+        """End the body; returns the client's last bytes."""
         last = self._reader.end()
         if last is not None:
             self._waiting.append(last)
         return self._pass_waiting()
 
-    def give_in(self) -> bytes:
-        """Pass on the trouble after all, and what comes after it."""
+    def forward_error(self) -> bytes:
+        """Forward the error after all, and what follows it."""
         self.trouble = None
-        self._told_trouble = True
+        self._trouble_sent = True
         return self._pass_waiting()
 
     def _pass_waiting(self) -> bytes:
@@ -175,24 +174,24 @@ class PassThrough:
             if self.trouble is None:
                 self._waiting.popleft()
                 parts.append(part)
-        told = b"".join(parts)
-        return told if self._plain or not told else chunk(told)
+        output = b"".join(parts)
+        return output if self._plain or not output else chunk(output)
 
     def _pass(self, event: ServerSentEvent) -> bytes:
-        """One event as the client gets it; sets ``trouble`` if it tells any."""
+        """One event for the client; sets ``trouble`` if the event is an error."""
         data = event.data
         if data is None:
             return event.text
         self.begun = True
         if data.strip() == DONE:
             self.done = True
-            if self._kept is not None:
-                self._kept.done = True
+            if self._replay is not None:
+                self._replay.done = True
             return data_event(DONE)
         answer = read_answer(data)
         if answer is None:
             return event.text
-        if not self._told_trouble:
+        if not self._trouble_sent:
             self.trouble = trouble_of(answer)
             if self.trouble is not None:
                 return b""
@@ -203,8 +202,8 @@ class PassThrough:
             self.finished = self.finished or any(
                 choice.finish_reason is not None for choice in answer.choices
             )
-        if self._kept is not None:
-            self._kept.keep(data)
+        if self._replay is not None:
+            self._replay.keep(data)
         for_client = shown(data, answer, hide_usage=self._hide_usage, hide_ids=self._hide_ids)
         if for_client is None:
             return b""
@@ -212,7 +211,7 @@ class PassThrough:
 
 
 def _is_size(line: bytes, size: int) -> bool:
-    """Whether a chunk's size line says so; one with extensions is left to the slower way."""
+    """Whether a chunk's size line equals ``size``; one with extensions takes the slow path."""
     try:
         return int(line, 16) == size
     except ValueError:
@@ -220,7 +219,7 @@ def _is_size(line: bytes, size: int) -> bool:
 
 
 def _without_ids(data: bytes, choice: AnswerChoice) -> bytes:
-    """The chunk with null for its token ids, as long as it was; empty: it is not that simple."""
+    """The chunk with null for its token ids, at the same length; empty: use the slow path."""
     if choice.prompt_token_ids and bytes(choice.prompt_token_ids) != _NULL:
         return b""
     ids = bytes(choice.token_ids)

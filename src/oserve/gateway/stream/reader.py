@@ -1,8 +1,8 @@
-"""Reads one replica's answer to a request, and tells what it means.
+"""Reads one replica's answer to a request, and reports events to the request machine.
 
-Until the first event has gone to the client, or a whole answer, the replica may be found to have
-failed, and another is tried. Streams are passed on event by event (``pass_through``); answers that
-come whole are held until they are, and pass as they are.
+Until the client has the first event, or a whole answer, a failed request can be retried on another
+replica. Streams are forwarded event by event (``pass_through``). Other answers are held until they
+are complete, and forwarded unchanged.
 """
 
 from oserve.control.dispatch import events as on
@@ -10,7 +10,7 @@ from oserve.control.dispatch.breaker import retry_after_s
 from oserve.control.dispatch.events import Cause
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import FinishStatus
-from oserve.gateway.http.headers import tells_events, told_headers
+from oserve.gateway.http.headers import client_headers, is_event_stream
 from oserve.gateway.stream.answer import Trouble, read_answer, trouble_of, usage_in, usage_of
 from oserve.gateway.stream.owner import AnswerOwner
 from oserve.gateway.stream.pass_through import PassThrough
@@ -21,7 +21,7 @@ from oserve.wire.upstream import UpstreamConnection
 
 _HOLD_BYTES = 1024 * 1024
 _TAIL_BYTES = 4096
-# They are looked through again with each piece that comes.
+# Every further piece is scanned together with the held bytes, so their number is bounded.
 _BLANK_BYTES = 16 * 1024
 _OK, _CLIENT_ERROR, _SERVER_ERROR = 200, 400, 500
 _OPTION = b"stream_options"
@@ -29,7 +29,7 @@ _OPTION_REFUSALS = {400, 422}
 
 
 class AnswerReader:
-    """A sink of the replica's answer; the request drops it when it lets go of the replica."""
+    """A sink for the replica's answer; the session drops it when it leaves the replica."""
 
     def __init__(self, owner: AnswerOwner, replica: TableReplica) -> None:
         self._owner = owner
@@ -42,18 +42,18 @@ class AnswerReader:
         self._tail = b""
         self._dechunker: Dechunker | None = None
         self._trouble: Trouble | None = None
-        self._may_show = False
+        self._forwarding = False
         self._stream: PassThrough | None = None
 
     @property
     def events(self) -> int:
-        """Events with text that the replica has sent, about a token each."""
+        """The events with text so far, about one token each."""
         return self._stream.events if self._stream is not None else 0
 
     # -- the replica (Sink) ---------------------------------------------------------------------
     @property
     def cancelled(self) -> bool:
-        """Whether the answer is not wanted any more."""
+        """Whether the answer is no longer needed."""
         return not self._owner.wanted or not self._owner.reads(self)
 
     def attached(self, connection: UpstreamConnection) -> None:
@@ -61,7 +61,7 @@ class AnswerReader:
         self._owner.attached(connection)
 
     def crashed(self, error: Exception) -> None:
-        """Reading raised."""
+        """Handle an exception raised while reading."""
         self._owner.crashed(error)
 
     @property
@@ -86,20 +86,20 @@ class AnswerReader:
             self._hold(self._head, data)
 
     def _hold(self, head: ResponseHead, data: bytes) -> None:
-        """Keep what came until it is known whether it is for the client."""
+        """Hold bytes until it is clear whether the client gets them."""
         owner = self._owner
         self._held.append(data)
         self._held_bytes += len(data)
         if owner.streams and head.status == _OK:
-            kind = tells_events(head, b"".join(self._held))
+            kind = is_event_stream(head, b"".join(self._held))
             if kind:
                 self._begin_events()
             elif kind is None and self._held_bytes > _BLANK_BYTES:
-                self._break_off("it sends nothing but white space")
+                self._reject("it sends nothing but white space")
             if kind is not False:
                 return
         framing = self._framing
-        # Of an answer that comes in one piece, the machine hears when it is over.
+        # An answer in one piece is reported only once, at its end.
         begins = self._held_bytes == len(data) and (framing is None or not framing.complete)
         if begins and head.status < _CLIENT_ERROR:
             owner.first_byte()
@@ -113,7 +113,7 @@ class AnswerReader:
         migration = self._owner.migration
         self._stream = PassThrough(
             hide_usage=self._owner.hides_usage,
-            kept=migration.buffer if migration is not None else None,
+            replay=migration.buffer if migration is not None else None,
             shows_ids=migration is None or migration.shows_ids,
             plain=self._owner.exchange.http_1_0,
         )
@@ -121,8 +121,8 @@ class AnswerReader:
         self._held_bytes = 0
         self._take(self._stream, held)
 
-    def _break_off(self, reason: str) -> None:
-        """Read no more of an answer that makes no sense."""
+    def _reject(self, reason: str) -> None:
+        """Stop reading an invalid answer."""
         if self._connection is not None:
             self._connection.abort()
         self.on_error(reason)
@@ -130,55 +130,55 @@ class AnswerReader:
     def _take(self, stream: PassThrough, data: bytes) -> None:
         owner = self._owner
         try:
-            told = stream.take(data, chunked=self._chunked)
+            output = stream.take(data, chunked=self._chunked)
         except (EventsError, FramingError) as error:
-            self._break_off(str(error))
+            self._reject(str(error))
             return
         if owner.committed:
-            owner.passed_on(stream.events)
-            if told:
-                owner.exchange.write(told)
+            owner.progressed(stream.events)
+            if output:
+                owner.exchange.write(output)
             if stream.trouble is not None:
-                self._troubled(stream.trouble)
+                self._report_trouble(stream.trouble)
             return
-        if told:
-            self._held.append(told)
-            self._held_bytes += len(told)
-        # Comments keep a connection alive; they are no answer.
+        if output:
+            self._held.append(output)
+            self._held_bytes += len(output)
+        # Comments keep a connection alive, but do not count as an answer.
         if stream.begun:
             self._begin_answer(stream)
         elif self._held_bytes > _HOLD_BYTES:
-            self._break_off("it sends nothing but comments")
+            self._reject("it sends nothing but comments")
 
     def _begin_answer(self, stream: PassThrough) -> None:
-        """The first events came: the client gets them, unless another replica is tried."""
+        """Report the first events: the machine forwards them or retries on another replica."""
         owner, head = self._owner, self._head
         if stream.trouble is not None:
             self._report_refused(stream.trouble)
         else:
             owner.report(on.Streams(owner.number))
-        if not self._may_show or head is None:
+        if not self._forwarding or head is None:
             return
         owner.first_byte()
         self._commit(head)
         if stream.trouble is not None:
-            self._troubled(stream.trouble)
+            self._report_trouble(stream.trouble)
 
     def forward(self) -> None:
-        """The client may have what came."""
-        self._may_show = True
+        """Forward the held answer to the client."""
+        self._forwarding = True
 
     def show_error(self) -> None:
-        """The client gets the error that its stream tells, and what follows."""
+        """Forward the error in the stream, and what follows it."""
         stream = self._stream
         if stream is not None and stream.trouble is not None:
             self._trouble = stream.trouble
-            told = stream.give_in()
-            if told:
-                self._owner.exchange.write(told)
+            output = stream.forward_error()
+            if output:
+                self._owner.exchange.write(output)
 
-    def _troubled(self, trouble: Trouble) -> None:
-        """A stream that the client has part of tells an error: it goes on elsewhere, or ends so."""
+    def _report_trouble(self, trouble: Trouble) -> None:
+        """Report an error in a stream that has reached the client: it migrates, or ends with it."""
         if trouble.of_client:
             self.show_error()
         else:
@@ -187,9 +187,9 @@ class AnswerReader:
 
     def _end_events(self, stream: PassThrough) -> None:
         owner = self._owner
-        told = stream.end()
-        if told:
-            (owner.exchange.write if owner.committed else self._held.append)(told)
+        output = stream.end()
+        if output:
+            (owner.exchange.write if owner.committed else self._held.append)(output)
         trouble = stream.trouble
         if not owner.committed:
             if trouble is None and not stream.begun:
@@ -199,24 +199,24 @@ class AnswerReader:
             if not owner.committed:
                 return
         elif trouble is not None:
-            self._troubled(trouble)
+            self._report_trouble(trouble)
         if not owner.reads(self) or (trouble is not None and self._trouble is None):
             return
         if self._framing is None and not (stream.done or stream.finished or self._trouble):
-            # Only the end of the connection says that the answer is over.
-            self.on_error("it stopped short")
+            # Only the end of the connection marks the end of the answer.
+            self.on_error("the answer ended early")
             return
         owner.usage = usage_of(stream.usage)
         if not owner.exchange.http_1_0:
             owner.exchange.write(LAST_CHUNK)
         self._end(_OK)
 
-    # -- an answer that comes whole -------------------------------------------------------------
+    # -- a non-streaming answer -----------------------------------------------------------------
     def _framed(self, data: bytes) -> bytes:
         return data if self._dechunker is None else self._dechunker.feed(data)
 
     def _end_whole(self, head: ResponseHead) -> None:
-        """An answer has come whole: the client gets it, unless another replica is tried."""
+        """Report a complete answer: the machine forwards it or retries on another replica."""
         owner = self._owner
         body = b"".join(self._held)
         if head.chunked:
@@ -229,15 +229,15 @@ class AnswerReader:
         elif owner.generates:
             answer = read_answer(body)
             if answer is None and self._framing is None:
-                # Only the end of the connection says that it is whole.
-                self.on_error("it stopped short")
+                # Only the end of the connection marks the end of the answer.
+                self.on_error("the answer ended early")
                 return
             if answer is not None:
                 owner.usage = usage_of(answer.usage)
                 self._trouble = trouble_of(answer)
         if self._trouble is not None:
             self._report_refused(self._trouble)
-            if not self._may_show:
+            if not self._forwarding:
                 return
         if head.status < _CLIENT_ERROR:
             owner.first_byte()
@@ -245,15 +245,15 @@ class AnswerReader:
         self._end(head.status)
 
     def _refuses_stream_options(self, status: int, body: bytes) -> bool:
-        """Whether a server refused the option by which usage is asked for, and is asked again."""
+        """Whether a server refused ``stream_options``, and the request is sent without them."""
         if not (self._replica.attached and self._owner.streams and status in _OPTION_REFUSALS):
             return False
-        return _OPTION in body and self._owner.drops_options()
+        return _OPTION in body and self._owner.retries_without_options()
 
     # -- outcomes -------------------------------------------------------------------------------
     def _report_refused(self, trouble: Trouble) -> None:
         head = self._head
-        asked = dict(head.headers).get(b"retry-after", b"") if head is not None else b""
+        header = dict(head.headers).get(b"retry-after", b"") if head is not None else b""
         reason = f"it answered with status {trouble.status}"
         self._owner.report(
             on.Refused(
@@ -261,15 +261,15 @@ class AnswerReader:
                 status=trouble.status,
                 reason=trouble.message if trouble.aborted else reason,
                 aborted=trouble.aborted,
-                retry_after_s=retry_after_s(asked),
+                retry_after_s=retry_after_s(header),
             )
         )
 
     def _commit(self, head: ResponseHead) -> None:
-        """Send the head and what was held; from here on no other replica is tried."""
+        """Send the head and the held bytes; from here on no retry is possible."""
         owner = self._owner
         events = self._stream is not None
-        fields, close = told_headers(head, plain=owner.exchange.http_1_0, events=events)
+        fields, close = client_headers(head, plain=owner.exchange.http_1_0, events=events)
         held, self._held = b"".join(self._held), []
         if not events:
             self._tail = held[-_TAIL_BYTES:]
@@ -285,13 +285,13 @@ class AnswerReader:
         elif owner.committed:
             owner.usage = usage_in(self._tail)
             self._end(head.status)
-        elif owner.streams and head.status == _OK and tells_events(head, b""):
+        elif owner.streams and head.status == _OK and is_event_stream(head, b""):
             self.on_error("its stream was empty")
         else:
             self._end_whole(head)
 
     def _end(self, status: int) -> None:
-        """The answer is over; ``status`` is what it amounts to where it told no trouble."""
+        """Report the end of the answer; ``status``: how it ended unless it held an error."""
         trouble, owner = self._trouble, self._owner
         owner.exchange.finish()
         if trouble is None and status < _CLIENT_ERROR:

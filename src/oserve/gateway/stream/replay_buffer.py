@@ -1,4 +1,4 @@
-"""What is kept of a running stream: the JSON of its events, bounded, read only if it moves."""
+"""The replay buffer of a running stream: the JSON of its events, parsed only if it migrates."""
 
 import msgspec
 
@@ -10,28 +10,28 @@ _decoder = msgspec.json.Decoder(EventObject)
 
 
 class ReplayBudget:
-    """Bytes that streams of one gateway process may keep in all, and each of them."""
+    """The limits of the replay buffers of a gateway process in bytes: in all, and per stream."""
 
     def __init__(self, total_bytes: int, stream_bytes: int) -> None:
         self.stream_bytes = stream_bytes
         self._left_bytes = total_bytes
 
     def take(self, size: int) -> bool:
-        """Reserve so many bytes, if there are."""
+        """Reserve so many bytes; returns whether they are available."""
         if size > self._left_bytes:
             return False
         self._left_bytes -= size
         return True
 
     def give(self, size: int) -> None:
-        """Return what was reserved."""
+        """Return reserved bytes."""
         self._left_bytes += size
 
 
 class ReplayBuffer:
-    """The answer of one stream so far: the data of its events, less ``[DONE]``, which is ``done``.
+    """The answer of one stream so far: the data of its events. ``done``: ``[DONE]`` came.
 
-    ``full`` when it grew past a bound: then nothing is kept, and the stream does not move.
+    ``full``: it exceeded a bound; then it holds nothing, and the stream cannot migrate.
     """
 
     __slots__ = ("_budget", "_bytes", "_events", "_granted", "done", "full")
@@ -45,7 +45,7 @@ class ReplayBuffer:
         self.done = False
 
     def keep(self, data: bytes) -> None:
-        """Keep the data of one event."""
+        """Store the data of one event."""
         self._bytes += len(data)
         if self._bytes <= self._granted:
             self._events.append(data)
@@ -53,7 +53,7 @@ class ReplayBuffer:
             self._keep_more(data)
 
     def _keep_more(self, data: bytes) -> None:
-        """Fill another block, if that is granted."""
+        """Start another block if the budget allows it."""
         most = self._budget.stream_bytes
         more = -(-(self._bytes - self._granted) // _BLOCK_BYTES) * _BLOCK_BYTES
         more = min(more, most - self._granted)
@@ -66,22 +66,22 @@ class ReplayBuffer:
         self._events.append(data)
 
     def drop(self) -> None:
-        """Forget everything and return the room."""
+        """Drop everything and return the reserved bytes."""
         self._budget.give(self._granted)
         self._granted = self._bytes = 0
         self._events = []
 
     def read_into(self, carried: Continuation) -> None:
-        """Tell all events; UnmovableError where they cannot be made sense of."""
+        """Decode all events; raises UnmovableError if one is invalid."""
         if self.full:
-            raise UnmovableError("its answer is longer than may be kept")
+            raise UnmovableError("its answer exceeds the replay buffer")
         for data in self._events:
             carried.follow(read_event(data))
         carried.done = self.done
 
 
 def read_event(data: bytes) -> EventObject:
-    """The JSON of an event; UnmovableError if it is none."""
+    """Decode an event; raises UnmovableError if it is no JSON object."""
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError):

@@ -1,6 +1,6 @@
-"""One request between its client and a replica: what comes in is reported, what is asked is done.
+"""The request session: one request between its client and a replica.
 
-It decides nothing: the request machine does (``control.dispatch``).
+It reports events and executes commands; the request machine (``control.dispatch``) decides.
 """
 
 import logging
@@ -23,7 +23,7 @@ from oserve.gateway.stream.continuation_reader import ContinuationReader
 from oserve.gateway.stream.migration import StreamMigration, Unmovable
 from oserve.gateway.stream.reader import AnswerReader
 from oserve.gateway.stream.replay_buffer import ReplayBudget
-from oserve.gateway.upstream_request import Outgoing, asks_plainly
+from oserve.gateway.upstream_request import Outgoing, requests_only_usage
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.wire import Exchange, chunk
 from oserve.wire.events import data_event
@@ -40,11 +40,11 @@ _UNLIMITED_TOKENS = 1 << 60
 class SessionContext:
     """What all sessions of a gateway process share.
 
-    ``report`` tells the request machine of an event; its commands are carried out before it
-    returns. ``crashed`` is told what a step of a request raised. ``later``: work that is long, a
-    piece a turn. ``budget``: for streams that may move; ``None``: none may. ``observe``: seconds
-    between two pieces of a stream. ``drop_options``: a replica refused ``stream_options``.
-    ``plan_id`` of the plan in force.
+    ``report`` passes an event to the request machine and executes its commands before it returns.
+    ``crashed`` gets exceptions raised in a request. ``later``: the yield queue. ``budget``: of the
+    replay buffers; ``None``: streams cannot migrate. ``observe`` gets the seconds between two
+    pieces of a stream. ``drop_options`` is told of a replica that refused ``stream_options``.
+    ``plan_id``: of the plan in force.
     """
 
     report: Callable[[Event], None]
@@ -59,8 +59,8 @@ class SessionContext:
 class Session:
     """One request. ``request`` is ``None`` for auxiliary calls, which are not typed or recorded.
 
-    ``hides_usage``: the usage report is asked for by OServe, so the client does not get to see it.
-    ``first_byte_s`` and ``last_chunk_s``: on the monotonic clock, 0 before there were any.
+    ``hides_usage``: only OServe requested the usage report, so the client does not get it.
+    ``first_byte_s`` and ``last_chunk_s``: on the monotonic clock; 0: none yet.
     """
 
     __slots__ = (
@@ -128,9 +128,9 @@ class Session:
         # Whether its replica was sent ``stream_options``.
         self.asks_options = False
         self.ended = False
-        # Whether an error of OServe's own was its answer.
+        # Whether OServe answered with an error of its own.
         self.refused = False
-        # The replica that it had to leave, and why, until it has another.
+        # The replica that it had to leave and the reason, until it has another one.
         self.left: tuple[str, str] | None = None
         self.first_byte_s = 0.0
         self.last_chunk_s = 0.0
@@ -156,7 +156,7 @@ class Session:
     def commit(
         self, status: int, headers: Headers, body: bytes, *, close: bool, events: bool
     ) -> None:
-        """Send the head and the first bytes of the body; ``events``: it is a stream of events."""
+        """Send the head and the first bytes of the body; ``events``: it is an event stream."""
         self.committed = True
         self._events = events
         self.exchange.start(status, (*headers, *self._own_headers()), body, close=close)
@@ -173,37 +173,37 @@ class Session:
         )
 
     def fail(self, error: ApiError) -> None:
-        """Answer with an error, in whatever form is still possible."""
+        """End with an error response, or with an error event if the stream has begun."""
         self.refused = True
         exchange = self.exchange
         if not self.committed:
             send_error(exchange, error, self._own_headers())
         elif self._events:
-            # Whole events are passed on only, so that one can be added at any moment.
+            # The gateway forwards only whole events, so it can append one at any time.
             event = data_event(error.body())
             exchange.write(event if exchange.http_1_0 else chunk(event) + LAST_CHUNK)
-            # A client that keeps connections would have its next request broken off.
+            # A client that reuses the connection would lose its next request.
             exchange.finish(close=exchange.http_1_0)
         else:
             exchange.abort()
 
     def end(self) -> None:
-        """The request has ended."""
+        """End the request."""
         self._ended_tokens = self.made_tokens
         self.ended = True
-        # Readers refer to the session; the cycle would wait for a garbage collection.
+        # Break the reference cycle between readers and session, which only a collection would free.
         self._reader = self._first_reader = None
         if self.migration is not None:
             self.migration.release()
 
     # -- to a replica ---------------------------------------------------------------------------
     def send(self, command: do.Send) -> tuple[Outgoing, Sink]:
-        """Get ready for a replica: what it is sent, and who reads its answer."""
+        """Prepare the request for a replica, and the reader of its answer."""
         replica = command.replica
         self.replica = replica
         migration = self.migration
         if command.resumes and migration is not None and migration.continuation is not None:
-            migration.sent_to(replica)
+            migration.use_replica(replica)
             self._reader = ContinuationReader(self, migration.continuation)
             body = migration.continuation.continuation()
             return self._outgoing(b"/v1/completions", body, parse_body(body)), self._reader
@@ -227,12 +227,12 @@ class Session:
         )
 
     def _keep(self, replica: TableReplica) -> None:
-        """Keep what is needed to go on elsewhere, where this replica tells it."""
+        """Prepare for a later migration, if this replica reports token ids."""
         if self.migration is not None:
             self.migration.release()
         self.migration = None
         parsed, budget = self.parsed, self._context.budget
-        if budget is None or not (replica.tells_token_ids and parsed.may_tell_ids):
+        if budget is None or not (replica.returns_token_ids and parsed.may_return_ids):
             return
         self.migration = StreamMigration(
             parsed.fields,
@@ -240,9 +240,9 @@ class Session:
             chat=self.exchange.path.startswith(b"/v1/chat/"),
             shows_ids=parsed.return_token_ids,
         )
-        self.migration.sent_to(replica)
+        self.migration.use_replica(replica)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop the connection to the replica."""
         self._reader = None
         connection, self._connection = self._connection, None
@@ -250,71 +250,71 @@ class Session:
             connection.abort()
 
     def resume(self, command: do.Resume) -> bool:
-        """The stream leaves its replica; whether its KV cache goes along."""
-        # The engine looks for the wish for the cache when it is told to give the request up.
+        """Detach the stream from its replica; returns whether its KV cache migrates, too."""
+        # The engine looks for the request to keep the cache when the stream is aborted.
         takes_cache = self.migration is not None and self.migration.leave(
             with_cache=command.with_cache
         )
-        self.let_go()
+        self.release()
         return takes_cache
 
     def forward(self, command: do.Forward) -> None:
-        """The client may have what came, and what follows up to so many tokens."""
+        """Forward the held and the following output, up to so many tokens."""
         self._credit_tokens = command.credit_tokens
         if self._reader is not None:
             self._reader.forward()
 
     def show_error(self) -> None:
-        """The client gets the error that its stream's replica tells."""
+        """Forward the error in the replica's stream to the client."""
         if self._reader is not None:
             self._reader.show_error()
 
     def depart(self, command: do.Depart) -> None:
-        """The stream is to go on elsewhere, if it can."""
+        """Report that the stream is to migrate, with its progress."""
         self._broken(Cause.HANDED_OVER, "", with_cache=command.with_cache)
 
     # -- from a replica (AnswerOwner) -----------------------------------------------------------
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for the answer."""
+        """Whether the client still waits for the answer."""
         return not self.ended
 
     def reads(self, sink: Sink) -> bool:
-        """Whether this is the reader whose answer counts."""
+        """Whether this reader belongs to the present replica."""
         return self._reader is sink and not self.ended
 
     def attached(self, connection: UpstreamConnection) -> None:
-        """A connection carries the answer."""
+        """Set the connection that receives the answer."""
         self._connection = connection
         if self._paused:
             connection.pause(True)
 
     def crashed(self, error: Exception) -> None:
-        """Reading raised: that ends this request and nothing else."""
+        """End this request after an exception while reading."""
         self._context.crashed(self.number, error)
 
     def first_byte(self) -> None:
-        """The replica has begun to answer."""
+        """Record that the replica has begun to answer."""
         if not self.first_byte_s:
             self.first_byte_s = self.last_chunk_s = monotonic()
 
-    def passed_on(self, events: int) -> None:
-        """More of a stream came: so many events by now, about a token each."""
+    def progressed(self, events: int) -> None:
+        """Record progress of a stream: its events so far, about one token each."""
         now_s = monotonic()
         self._context.observe(now_s - self.last_chunk_s)
         self.last_chunk_s = now_s
         if events > self._credit_tokens:
             self.report(on.Progressed(self.number, events))
 
-    def drops_options(self) -> bool:
-        """The replica refused ``stream_options``; whether to ask again without them."""
-        if self.replica is None or not self.asks_options or not asks_plainly(self.parsed):
+    def retries_without_options(self) -> bool:
+        """Handle a refusal of ``stream_options``; returns whether to retry without them."""
+        if self.replica is None or not self.asks_options or not requests_only_usage(self.parsed):
             return False
         self._context.drop_options(self.replica)
         return True
 
     def broken_later(self, cause: Cause, reason: str) -> None:
-        """A replica that dies breaks many streams at once; each is read in its turn."""
+        """As ``broken``, through the yield queue: a dead replica breaks many streams at once."""
         reader = self._reader
         if self.migration is None:
             self.broken(cause, reason)
@@ -324,13 +324,13 @@ class Session:
             if reader is not None and self.reads(reader):
                 try:
                     self.broken(cause, reason)
-                except Exception as error:  # a fault of ours ends this request alone
+                except Exception as error:  # an unforeseen fault ends this request alone
                     self.crashed(error)
 
         self._context.later(broken)
 
     def broken(self, cause: Cause, reason: str, *, can_end: bool = False) -> None:
-        """A stream that the client has part of cannot stay where it is."""
+        """Report that a stream must leave its replica."""
         self._broken(cause, reason, can_end=can_end)
 
     def _broken(
@@ -359,12 +359,12 @@ class Session:
         )
 
     def conclude(self) -> None:
-        """All tokens of a continued stream have come."""
+        """Finish a continued stream after its last token."""
         if self.migration is not None and self.migration.continuation is not None:
             self._conclude(self.migration.continuation)
 
     def _conclude(self, continuation: Continuation) -> None:
-        self.let_go()
+        self.release()
         self.usage = TokenUsage(
             prompt_tokens=len(continuation.prompt), output_tokens=len(continuation.tokens)
         )
@@ -376,10 +376,10 @@ class Session:
         exchange.finish()
         self.report(on.Finished(self.number))
 
-    # -- how far it has come --------------------------------------------------------------------
+    # -- progress -------------------------------------------------------------------------------
     @property
     def made_tokens(self) -> int:
-        """Output tokens so far; of a stream that has not moved about so many."""
+        """Output tokens so far; approximate before the first migration."""
         if self.ended:
             return self._ended_tokens
         if self.migration is not None and self.migration.continuation is not None:
@@ -387,7 +387,7 @@ class Session:
         return self._first_reader.events if self._first_reader is not None else 0
 
     def progress(self) -> on.Progress:
-        """How far it has come, for a replica that is vacated."""
+        """The progress of the request, for a vacated replica."""
         made = self.made_tokens if self.committed else 0
         spent_s = self.last_chunk_s - self.first_byte_s
         return on.Progress(
