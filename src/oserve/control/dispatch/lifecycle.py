@@ -17,6 +17,7 @@ from oserve.control.dispatch.state import (
     Booking,
     Ended,
     Placed,
+    ReplicaStart,
     RequestState,
     Resuming,
     Sent,
@@ -176,14 +177,14 @@ class Lifecycle:
 
         Those lose nothing: they would not have had the slot.
         """
-        # The shortest prompt that may go to any replica, and for which none has room.
-        blocked_tokens = math.inf
+        # The shortest prompt for which no replica has room, of requests that may go to the same.
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool], float] = {}
         order = self.waiting.in_order()
         # It grows at its end while requests are demoted.
         for _, number in order:
             state = self.requests[number]
-            anywhere = not (state.tried or state.moves)
-            if anywhere and state.prompt_tokens >= blocked_tokens:
+            barred = frozenset(state.tried), state.moves > 0
+            if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):
                 insort(order, (state.rank_s, number))
@@ -191,8 +192,7 @@ class Lifecycle:
             if self._try_send(state) is not None:
                 if not self.fleet.any_room:
                     return
-                if anywhere:
-                    blocked_tokens = state.prompt_tokens
+                blocked_tokens[barred] = state.prompt_tokens
 
     def _demoted(self, state: RequestState) -> bool:
         """Put a request last that is late; whether it has just become so."""
