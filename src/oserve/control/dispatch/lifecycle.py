@@ -150,7 +150,8 @@ class Lifecycle:
     def _send_auxiliary(self, state: RequestState) -> None:
         found = self.fleet.any_open(state, self.now_s)
         if found is None:
-            self.refuse(state, Refusal.NO_REPLICA)
+            # It does not wait, even if a replica is starting.
+            self.refuse(state, Refusal.NO_REPLICA, reason="No replica can serve now")
         else:
             self._place(state, Booking(found, None), do.Send(number=state.number, replica=found))
 
