@@ -5,9 +5,13 @@ import pytest
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.commands import Refusal
+from oserve.control.dispatch.events import Cause, Rest
+from oserve.control.dispatch.fleet import Choice
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
-from oserve.core import FinishStatus
+from oserve.control.dispatch.router import NoRoute
+from oserve.control.dispatch.state import RequestState
+from oserve.core import FinishStatus, Request
 
 from .dispatch_driver import Driver, names, only
 from .dispatch_scenario import Ask, Fake, arrival, replica_of, table_of
@@ -192,3 +196,32 @@ def test_a_shut_down_breaks_off_all_requests() -> None:
     commands = driver.at(1.0, on.ShutDown(), arrival(3, 1.0))
     assert refusals(commands) == {1: Refusal.SHUTTING_DOWN, 2: Refusal.SHUTTING_DOWN}
     assert driver.place(3) == "r0"
+
+
+def test_streams_that_wait_for_the_same_replicas_are_not_all_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = replica_of("r0", Fake(most=50))
+    driver = Driver(first)
+    driver.ask(0.0, *range(50))
+    driver.at(0.1, *(on.Streams(number) for number in range(50)))
+    # Another goes on with one at a time; a third has room, and can go on with none.
+    others = replica_of("r1", ONE), replica_of("r2", Fake(most=9, resumes=False))
+    driver.table(0.2, first, *others)
+    for number in range(50):
+        rest = Rest(context_tokens=12, made_tokens=2)
+        driver.at(0.3, on.Broken(number=number, cause=Cause.LOST, rest=rest))
+    assert len(driver.waiting) == 49
+    fleet, chosen = driver.machine.fleet, []
+    choose = fleet.choose
+
+    def noted(state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
+        chosen.append(state.number)
+        return choose(state, request, now_s)
+
+    monkeypatch.setattr(fleet, "choose", noted)
+    driver.at(0.4, on.Finished(0))
+    assert driver.place(1) == "r1"
+    assert set(chosen) == {1, 2}
+    assert names(driver.ask(0.5, 50)) == ["Send"]
+    assert driver.place(50) == "r2"

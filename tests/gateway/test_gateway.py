@@ -287,6 +287,9 @@ async def test_waits_for_a_replica_on_its_way(make_front: Make) -> None:
     front.gateway.runner.update(replace(table, replicas=(), expected=True))
     waiting = asyncio.ensure_future(front.post("/v1/completions", TEXT))
     await until(lambda: front.gateway.runner.queued > 0)
+    # What counts tokens does not wait.
+    status, _, body = await front.post("/tokenize", {"model": "emulated", "prompt": "a"})
+    assert (status, body["error"]["message"]) == (503, "No replica can serve now")
     front.gateway.runner.update(table)
     assert (await waiting)[0] == 200
 

@@ -17,6 +17,7 @@ from oserve.control.dispatch.state import (
     Booking,
     Ended,
     Placed,
+    ReplicaStart,
     RequestState,
     Resuming,
     Sent,
@@ -149,7 +150,8 @@ class Lifecycle:
     def _send_auxiliary(self, state: RequestState) -> None:
         found = self.fleet.any_open(state, self.now_s)
         if found is None:
-            self.refuse(state, Refusal.NO_REPLICA)
+            # It does not wait, even if a replica is starting.
+            self.refuse(state, Refusal.NO_REPLICA, reason="No replica can serve now")
         else:
             self._place(state, Booking(found, None), do.Send(number=state.number, replica=found))
 
@@ -176,14 +178,14 @@ class Lifecycle:
 
         The passed requests lose nothing: they cannot use the free slots.
         """
-        # The shortest unrestricted prompt for which no replica has room.
-        blocked_tokens = math.inf
+        # By the replicas that are barred: the shortest prompt for which no replica has room.
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool], float] = {}
         order = self.waiting.in_order()
         # Demoted requests are appended to the list.
         for _, number in order:
             state = self.requests[number]
-            anywhere = not (state.tried or state.moves)
-            if anywhere and state.prompt_tokens >= blocked_tokens:
+            barred = frozenset(state.tried), state.moves > 0
+            if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):
                 insort(order, (state.rank_s, number))
@@ -191,8 +193,7 @@ class Lifecycle:
             if self._try_send(state) is not None:
                 if not self.fleet.any_room:
                     return
-                if anywhere:
-                    blocked_tokens = state.prompt_tokens
+                blocked_tokens[barred] = state.prompt_tokens
 
     def _demoted(self, state: RequestState) -> bool:
         """Demote a late request; returns whether that happened now."""

@@ -118,7 +118,9 @@ def refusal_error(command: Refuse) -> ApiError:
 
 
 _REFUSALS: dict[Refusal, Callable[[Refuse], ApiError]] = {
-    Refusal.NO_REPLICA: lambda _: unavailable("No replica can serve now, and none is starting"),
+    Refusal.NO_REPLICA: lambda told: unavailable(
+        told.reason or "No replica can serve now, and none is starting"
+    ),
     Refusal.NONE_READY_IN_TIME: lambda _: unavailable("No replica became ready in time"),
     Refusal.QUEUE_FULL: lambda refusal: overloaded(
         "Too many requests are waiting", retry_after_s=refusal.retry_after_s
