@@ -144,6 +144,20 @@ def test_an_answer_that_ends_well_closes_the_breaker() -> None:
     assert driver.machine.fleet.breakers.report(1.3) == {}
 
 
+def test_streams_that_end_do_not_hide_that_new_requests_fail() -> None:
+    driver = Driver(replica_of("r0", Fake(most=8)))
+    driver.ask(0.0, 1, 2, 3)
+    for number in (1, 2, 3):
+        driver.at(0.1, on.Streams(number))
+    for number in (4, 5, 6):
+        assert driver.machine.fleet.breakers.report(1.0) == {}
+        driver.ask(1.0, number)
+        driver.at(1.0, on.Refused(number=number, status=500, reason="500"))
+        driver.at(1.0, on.Finished(number, FinishStatus.FAILED))
+        driver.at(1.0, on.Finished(number - 3))
+    assert driver.machine.fleet.breakers.report(1.0).keys() == {"r0"}
+
+
 def test_an_engine_that_gives_a_request_up_is_not_set_aside() -> None:
     driver = Driver(*BOTH)
     for number in range(1, 6):

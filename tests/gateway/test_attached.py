@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from gateway.conftest import Front, Make, table_of, table_replica
+from gateway.conftest import Front, Make, table_of, table_replica, until
 from oserve.control.dispatch.breaker import BreakerPolicy, Breakers
 from oserve.core import Endpoint
 from oserve.engines.attached import AttachedProbe
 from oserve.engines.probe import Probe
 from oserve.gateway.upstream_request import address_of
 from oserve.sim import DIALECTS, EmulatedEngine, Mishap
+from oserve.wire import Exchange
 
 TEXT: dict[str, Any] = {"model": "emulated", "prompt": "hello there", "max_tokens": 5}
 TLS = Path(__file__).parent / "tls"
@@ -30,6 +31,12 @@ def statuses(front: Front) -> dict[str, float]:
         name: value[0]
         for name, value in front.gateway.runner.metrics.snapshot()["oserve_requests"].items()
     }
+
+
+def first_tokens(front: Front) -> float:
+    """How many first tokens were timed."""
+    found = front.gateway.runner.metrics.snapshot()["oserve_time_to_first_token_seconds"]
+    return sum(sum(values[:-1]) for values in found.values())
 
 
 def attach(front: Front, **fields: Any) -> None:
@@ -159,6 +166,38 @@ async def test_one_without_stream_options_is_asked_without(
     attach(front, stream_options=False)
     await front.lines("/v1/completions", body)
     assert ["stream_options" in seen for seen in engine.seen] == [False]
+
+
+async def test_requests_under_way_are_asked_without_stream_options_as_well(
+    make_front: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EmulatedEngine()
+    held: list[Exchange] = []
+    generate = engine._generate
+
+    def hold(exchange: Exchange, *, chat: bool) -> None:
+        held.append(exchange)
+
+    monkeypatch.setattr(engine, "_generate", hold)
+    front = await make_front(engine)
+    attach(front)
+    body = {**TEXT, "stream": True}
+    calls = [asyncio.ensure_future(front.lines("/v1/completions", body)) for _ in range(3)]
+    await until(lambda: len(held) == 3)
+    monkeypatch.setattr(engine, "_generate", generate)
+    refusal = b'{"error": {"message": "stream_options: unknown"}}'
+    for exchange in held:
+        exchange.respond(400, refusal)
+    for call in calls:
+        assert (await call)[-1] == b"data: [DONE]"
+    assert statuses(front) == {"completed": 3.0}
+    assert ["stream_options" in seen for seen in engine.seen] == [False] * 3
+    # One that was asked without them and still speaks of them is believed.
+    monkeypatch.setattr(engine, "_generate", hold)
+    refused = asyncio.ensure_future(front.post("/v1/completions", body))
+    await until(lambda: len(held) == 4)
+    held[-1].respond(400, refusal)
+    assert (await refused)[0] == 400
 
 
 async def test_options_that_make_no_sense_teach_nothing(make_front: Make) -> None:
@@ -342,6 +381,32 @@ async def test_a_whole_answer_to_a_request_for_a_stream_passes_whole(raw_front: 
     front = await raw_front(sized(b"HTTP/1.1 200 OK\r\n", WHOLE))
     status, _, body = await front.post("/v1/completions", {**TEXT, "stream": True})
     assert (status, body) == (200, json.loads(WHOLE))
+    assert first_tokens(front) == 1
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_an_error_that_comes_whole_is_no_first_token(
+    raw_front: RawFront, status: int
+) -> None:
+    front = await raw_front(sized(b"HTTP/1.1 %d No\r\n" % status, b"{}"))
+    assert (await front.post("/v1/completions", {**TEXT, "stream": True}))[0] == status
+    assert first_tokens(front) == 0
+
+
+async def test_an_answer_that_no_client_saw_begin_is_no_first_token(raw_front: RawFront) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"
+    front = await raw_front(head)
+    table = front.gateway.runner.table
+    front.gateway.runner.update(replace(table, expected=True))
+    call = asyncio.ensure_future(front.post("/v1/completions", {**TEXT, "stream": True}))
+    # It waits for a replica that is expected.
+    await until(lambda: front.gateway.runner.queued)
+    call.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await call
+    await until(lambda: statuses(front))
+    assert statuses(front) == {"disconnected": 1.0}
+    assert first_tokens(front) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ machine decides. An exception in one request ends only that request.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
-from oserve.control.dispatch.commands import RequestCommand
+from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
 from oserve.control.dispatch.overload import OverloadPolicy
@@ -111,10 +112,10 @@ class RequestRunner:
             do.Send: self._send,
             do.Hold: self._hold,
             do.Forward: self._forward,
-            do.ShowError: self._show_error,
-            do.LetGo: self._let_go,
+            do.ShowError: lambda _, session: session.show_error(),
+            do.LetGo: lambda _, session: session.release(),
             do.Retry: self._retry,
-            do.Depart: self._depart,
+            do.Depart: lambda command, session: session.depart(command),
             do.Resume: self._resume,
             do.Refuse: self._refuse,
             do.Demote: self._demote,
@@ -223,8 +224,13 @@ class RequestRunner:
         try:
             commands = self.machine.handle(event, monotonic())
         except Exception as error:  # a fault of the machine ends only the request concerned
+            # Other requests depend on the commands from before the fault.
+            self._execute_all(self.machine.emitted)
             self._machine_failed(event, error)
             return
+        self._execute_all(commands)
+
+    def _execute_all(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, do.Survey):
                 self._survey(command)
@@ -253,10 +259,17 @@ class RequestRunner:
     def _machine_failed(self, event: Event, error: Exception) -> None:
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
-        if session is None or isinstance(event, on.Crashed):
+        if session is None:
             _log.error("the request machine failed to handle an event: %s", fault(error))
             return
-        self._crashed(session.number, error)
+        if isinstance(event, on.Crashed):
+            id_ = shown(session.request_id)
+            _log.error("request %s could not be ended: %s", id_, fault(error))
+            session.release()
+            with contextlib.suppress(Exception):  # its client is told all the same
+                self.machine.forget(session.number)
+        else:
+            self._crashed(session.number, error)
         if session.number not in self.machine.requests:
             self._execute(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
             ending = do.Record(
@@ -302,6 +315,7 @@ class RequestRunner:
         outgoing, reader = session.send(command)
         start = (replica.id, replica.started_s)
         options = replica.stream_options and start not in self._without_options
+        session.asks_options = options
         message = request_bytes(outgoing, replica, rank_s=command.rank_s, stream_options=options)
         self._pools[replica.id, replica.endpoint].send(message, reader)
 
@@ -314,19 +328,11 @@ class RequestRunner:
             self.metrics.count("oserve_requests_outgrown")
         session.forward(command)
 
-    def _show_error(self, command: do.ShowError, session: Session) -> None:
-        session.show_error()
-
-    def _let_go(self, command: do.LetGo, session: Session) -> None:
-        session.release()
-
     def _retry(self, command: do.Retry, session: Session) -> None:
         self.metrics.count("oserve_requests_retried", command.replica)
         session.release()
+        session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
-
-    def _depart(self, command: do.Depart, session: Session) -> None:
-        session.depart(command)
 
     def _resume(self, command: do.Resume, session: Session) -> None:
         way = Way.MOVE if session.resume(command) else Way.REPLAY
@@ -353,11 +359,14 @@ class RequestRunner:
         self.metrics.count("oserve_requests_demoted")
 
     def _survey(self, command: do.Survey) -> None:
-        progress = {
-            number: self.active[number].progress()
-            for number in command.numbers
-            if number in self.active
-        }
+        progress: dict[int, on.Progress] = {}
+        for number in command.numbers:
+            session = self.active.get(number)
+            if session is not None:
+                try:
+                    progress[number] = session.progress()
+                except Exception as error:  # the others of that replica are to leave it
+                    self._crashed(number, error)
         self.report(on.Surveyed(command.replica, command.started_s, progress))
 
     def _record(self, command: do.Record, session: Session) -> None:
@@ -369,14 +378,12 @@ class RequestRunner:
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 
-    def _drop_options(self, replica: TableReplica) -> bool:
-        """Stop sending ``stream_options`` to a server; returns whether it was sent before."""
+    def _drop_options(self, replica: TableReplica) -> None:
+        """Stop sending ``stream_options`` to a server."""
         start = (replica.id, replica.started_s)
-        if start in self._without_options or not replica.stream_options:
-            return False
-        self._without_options.add(start)
-        _log.info("replica %s refuses stream_options; OServe stops sending it", replica.id)
-        return True
+        if start not in self._without_options:
+            self._without_options.add(start)
+            _log.info("replica %s refuses stream_options; OServe stops sending it", replica.id)
 
     def close(self) -> None:
         """Abort the running requests, and finish writing records."""

@@ -1,7 +1,8 @@
 """Heads of requests that were read before: clients send the same bytes again and again. Pure.
 
-Only a head whose end every reader finds at the same place is kept: whole lines, each ended by CRLF,
-no transfer coding, no upgrade, no expectation, and a connection that stays open.
+Only a head whose begin and end every reader finds at the same place is kept: it begins with its
+method, all lines are whole and end in CRLF, it has no transfer coding, no upgrade and no
+expectation, and its connection stays open.
 """
 
 from collections.abc import Mapping
@@ -47,8 +48,10 @@ class KnownHeads:
     def learn(self, raw: bytes, head: RequestHead) -> None:
         """Keep a head, if it is one that may be kept."""
         line_ends = raw.count(b"\r\n")
+        # Parsers skip empty lines before a request, so that the first empty line may be no end.
         if (
             len(raw) > _MAX_HEAD_BYTES
+            or not raw.startswith(head.method + b" ")
             or raw.count(b"\n") != line_ends
             or raw.count(b"\r") != line_ends
             or not _NOT_KEPT.isdisjoint(head.headers)

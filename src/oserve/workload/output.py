@@ -14,6 +14,7 @@ holds no text, only numbers and hashes, and per feature only the most recent val
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from operator import mul
 from typing import Any
 
 import msgspec
@@ -24,6 +25,10 @@ _SMOOTHING = 12.0
 # The effective number of answers in a histogram.
 _MEMORY = 2000.0
 _MAX_VALUES = 4096
+_LARGEST_UNIT = 1e12
+# Expectations are computed anew after this share of all answers that are remembered.
+_STALE = 1 / 200
+_MAX_RECENT = 1024
 # The fixed share that the weights return to all features after each answer; the learning rate.
 _SHARED = 0.01
 _RATE = 0.5
@@ -46,8 +51,7 @@ class KnownAtArrival(msgspec.Struct, frozen=True, kw_only=True):
 class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
     """The distribution of an output length.
 
-    The probabilities of the bins (they sum to 1), the mean output of each bin in tokens, and the
-    mean over all.
+    The probabilities of the bins (they sum to 1), and the mean output of each bin in tokens.
     """
 
     probabilities: tuple[float, ...]
@@ -56,7 +60,7 @@ class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def mean_tokens(self) -> float:
         """Expected output tokens."""
-        return sum(p * tokens for p, tokens in zip(self.probabilities, self.lengths, strict=True))
+        return float(sum(map(mul, self.probabilities, self.lengths)))
 
     def quantile(self, chance: float) -> float:
         """The quantile of the output length at this probability, to the bin."""
@@ -81,28 +85,59 @@ class OutputExpectation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Histogram:
-    """Decaying counts of answers by bin."""
+    """Decaying counts of answers by bin.
 
-    __slots__ = ("counts", "total")
+    Instead of all counts decaying with each answer, later answers count for more: ``counts`` and
+    ``total`` are in units of ``_unit``.
+    """
+
+    __slots__ = ("_unit", "counts", "total")
 
     def __init__(self, counts: Sequence[float] = ()) -> None:
         self.counts = list(counts) or [0.0] * BINS
         self.total = sum(self.counts)
+        self._unit = 1.0
+
+    @property
+    def answers(self) -> float:
+        """The effective number of answers."""
+        return self.total / self._unit
+
+    @property
+    def smoothing(self) -> float:
+        """What smoothing adds, in the units of ``counts``."""
+        return _SMOOTHING * self._unit
 
     def add(self, index: int) -> None:
-        if self.total >= _MEMORY:
-            keep = 1.0 - 1.0 / _MEMORY
-            self.counts = [count * keep for count in self.counts]
-            self.total *= keep
-        self.counts[index] += 1.0
-        self.total += 1.0
+        if self.total >= _MEMORY * self._unit:
+            self._unit /= 1.0 - 1.0 / _MEMORY
+            if self._unit > _LARGEST_UNIT:
+                self._rescale()
+        self.counts[index] += self._unit
+        self.total += self._unit
+
+    def _rescale(self) -> None:
+        self.counts = self.answers_by_bin()
+        self.total = sum(self.counts)
+        self._unit = 1.0
+
+    def answers_in(self, index: int) -> float:
+        """The effective number of answers in one bin."""
+        return self.counts[index] / self._unit
+
+    def answers_by_bin(self) -> list[float]:
+        """The effective number of answers in each bin."""
+        return [count / self._unit for count in self.counts]
 
     def chance(self, index: int, base: float) -> float:
         """The probability of one bin, smoothed towards ``base``."""
-        return (self.counts[index] + _SMOOTHING * base) / (self.total + _SMOOTHING)
+        smoothing = self.smoothing
+        return (self.counts[index] + smoothing * base) / (self.total + smoothing)
 
     def smoothed(self, base: Sequence[float]) -> list[float]:
-        return [self.chance(index, p) for index, p in enumerate(base)]
+        smoothing = self.smoothing
+        whole = self.total + smoothing
+        return [(n + smoothing * p) / whole for n, p in zip(self.counts, base, strict=True)]
 
 
 class OutputEstimator:
@@ -114,14 +149,29 @@ class OutputEstimator:
         self._lengths = [bin_tokens(index) for index in range(BINS)]
         self._views: list[OrderedDict[Hashable, _Histogram]] = [OrderedDict() for _ in _VIEWS]
         self._weights = [1.0 / (len(_VIEWS) + 1)] * (len(_VIEWS) + 1)
+        # Expectations by features and limit, until so many more answers have been learned.
+        self._recent: dict[Hashable, OutputExpectation] = {}
+        self._fresh_for = 0
 
     @property
     def seen(self) -> float:
         """The effective number of answers learned from."""
-        return self._all.total
+        return self._all.answers
 
     def expect(self, known: KnownAtArrival) -> OutputExpectation:
-        """The distribution of a request's output, truncated at its token limit."""
+        """The distribution of a request's output, truncated at its token limit.
+
+        It is that of a moment before, if fewer than ``_STALE`` of all answers came since.
+        """
+        key = (*(view(known) for view in _VIEWS), known.max_tokens)
+        found = self._recent.get(key)
+        if found is None:
+            if len(self._recent) >= _MAX_RECENT:
+                self._recent.clear()
+            found = self._recent[key] = self._expect(known)
+        return found
+
+    def _expect(self, known: KnownAtArrival) -> OutputExpectation:
         base = self._all.smoothed(self._prior)
         seen = self._seen(known)
         rest = sum(w for w, found in zip(self._weights[1:], seen, strict=True) if found is None)
@@ -129,9 +179,10 @@ class OutputEstimator:
         mixed = [weight * p for p in base]
         for w, found in zip(self._weights[1:], seen, strict=True):
             if found is not None:
-                own = w / (found.total + _SMOOTHING)
+                smoothing = found.smoothing
+                own = w / (found.total + smoothing)
                 mixed = [
-                    p + own * (count + _SMOOTHING * q)
+                    p + own * (count + smoothing * q)
                     for p, count, q in zip(mixed, found.counts, base, strict=True)
                 ]
         lengths = self._lengths
@@ -164,17 +215,21 @@ class OutputEstimator:
             values.move_to_end(value)
             values[value].add(index)
         self._all.add(index)
-        step = max(1.0 / _MEMORY, 1.0 / (self._all.counts[index] + 1.0))
+        step = max(1.0 / _MEMORY, 1.0 / (self._all.answers_in(index) + 1.0))
         self._lengths[index] += step * (output_tokens - self._lengths[index])
+        self._fresh_for -= 1
+        if self._fresh_for <= 0:
+            self._recent.clear()
+            self._fresh_for = int(_STALE * self.seen)
 
     def state(self) -> dict[str, Any]:
         """Plain data for ``restored``; of the features it holds only lengths."""
         by_length = self._views[0]
         return {
-            "all": list(self._all.counts),
+            "all": self._all.answers_by_bin(),
             "lengths": list(self._lengths),
             "weights": list(self._weights),
-            "by_prompt": [[key, list(item.counts)] for key, item in by_length.items()],
+            "by_prompt": [[key, item.answers_by_bin()] for key, item in by_length.items()],
         }
 
     @classmethod

@@ -161,7 +161,8 @@ class Answers:
         match self._life.at_replica(event.number):
             case state, phase:
                 done = event.status is FinishStatus.COMPLETED
-                if done:
+                # The end of a stream says nothing new: it counted when it began.
+                if done and not (state.streams and isinstance(phase, Streaming)):
                     self._life.served(phase.booking.replica)
                 self._life.release(state, phase, tried=False, done=done)
                 self._life.end(state, event.status)

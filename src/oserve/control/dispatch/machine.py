@@ -24,7 +24,7 @@ from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.fleet import Fleet
 from oserve.control.dispatch.lifecycle import Lifecycle
 from oserve.control.dispatch.policy import DispatchPolicy, DrainDecision, all_leave
-from oserve.control.dispatch.state import RequestState
+from oserve.control.dispatch.state import Placed, RequestState
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
@@ -78,9 +78,24 @@ class RequestMachine:
         life.settle()
         if self.observer is not None:
             self.observer(events, commands)
+        life.commands = []
         return commands
 
+    def forget(self, number: int) -> None:
+        """Drop a request that cannot be ended because a step of that raises."""
+        state = self._life.requests.pop(number, None)
+        if state is None:
+            return
+        self._life.waiting.discard(state)
+        if isinstance(state.phase, Placed) and state.phase.booking.entry is not None:
+            state.phase.booking.entry.close(self._life.now_s, done=False)
+
     # -- queries --------------------------------------------------------------------------------
+    @property
+    def emitted(self) -> list[Command]:
+        """Where the last call raised, what it had asked for until then."""
+        return self._life.commands
+
     @property
     def due_s(self) -> float:
         """When the caller must report a ``Tick``; infinite if none is needed."""

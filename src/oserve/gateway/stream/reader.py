@@ -239,7 +239,8 @@ class AnswerReader:
             self._report_refused(self._trouble)
             if not self._forwarding:
                 return
-        owner.first_byte()
+        if head.status < _CLIENT_ERROR:
+            owner.first_byte()
         self._commit(head)
         self._end(head.status)
 

@@ -43,7 +43,8 @@ class SessionContext:
     ``report`` passes an event to the request machine and executes its commands before it returns.
     ``crashed`` gets exceptions raised in a request. ``later``: the yield queue. ``budget``: of the
     replay buffers; ``None``: streams cannot migrate. ``observe`` gets the seconds between two
-    pieces of a stream. ``drop_options``: see ``RequestRunner``. ``plan_id``: of the plan in force.
+    pieces of a stream. ``drop_options`` is told of a replica that refused ``stream_options``.
+    ``plan_id``: of the plan in force.
     """
 
     report: Callable[[Event], None]
@@ -51,7 +52,7 @@ class SessionContext:
     later: YieldQueue
     budget: ReplayBudget | None
     observe: Callable[[float], None]
-    drop_options: Callable[[TableReplica], bool]
+    drop_options: Callable[[TableReplica], None]
     plan_id: Callable[[], str]
 
 
@@ -72,6 +73,7 @@ class Session:
         "_paused",
         "_reader",
         "arrival_s",
+        "asks_options",
         "committed",
         "ended",
         "estimate",
@@ -123,6 +125,8 @@ class Session:
         self.migration: StreamMigration | None = None
         self.usage = TokenUsage()
         self.committed = False
+        # Whether its replica was sent ``stream_options``.
+        self.asks_options = False
         self.ended = False
         # Whether OServe answered with an error of its own.
         self.refused = False
@@ -247,8 +251,12 @@ class Session:
 
     def resume(self, command: do.Resume) -> bool:
         """Detach the stream from its replica; returns whether its KV cache migrates, too."""
+        # The engine looks for the request to keep the cache when the stream is aborted.
+        takes_cache = self.migration is not None and self.migration.leave(
+            with_cache=command.with_cache
+        )
         self.release()
-        return self.migration is not None and self.migration.leave(with_cache=command.with_cache)
+        return takes_cache
 
     def forward(self, command: do.Forward) -> None:
         """Forward the held and the following output, up to so many tokens."""
@@ -300,9 +308,10 @@ class Session:
 
     def retries_without_options(self) -> bool:
         """Handle a refusal of ``stream_options``; returns whether to retry without them."""
-        if self.replica is None or not requests_only_usage(self.parsed):
+        if self.replica is None or not self.asks_options or not requests_only_usage(self.parsed):
             return False
-        return self._context.drop_options(self.replica)
+        self._context.drop_options(self.replica)
+        return True
 
     def broken_later(self, cause: Cause, reason: str) -> None:
         """As ``broken``, through the yield queue: a dead replica breaks many streams at once."""
