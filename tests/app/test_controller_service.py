@@ -231,7 +231,7 @@ def test_a_plan_from_outside_gives_no_new_powers(model: str, tmp_path: Path) -> 
         text = f"replicas: [{{id: a, devices: ['{first.devices[0]}'], {backend}}}]"
         if "attach" in backend:
             text = f"replicas: [{{id: a, {backend}}}]"
-        with pytest.raises(OServeError, match="not bring one"):
+        with pytest.raises(OServeError, match="not add one"):
             allowed_plan(text.encode(), given.plan, given.devices)
     same = replace(first, backend=VllmBackend(engine_args=("--seed", "7")))
     known = replace(given.plan, replicas=(same, *given.plan.replicas[1:]))

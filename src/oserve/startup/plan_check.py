@@ -44,7 +44,7 @@ def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]
         if spec.backend not in known:
             field = "attach" if isinstance(spec.backend, AttachedBackend) else "engine_args"
             raise OServeError(
-                "a plan from a client may not add it",
+                "a plan from a client may not add one that is not in force already",
                 place=f"{_PLACE}.replicas[{index}].{field}",
                 remedy="start the server with this plan",
             )
