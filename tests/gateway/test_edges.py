@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.conftest import Front, Make, until
+from oserve.gateway.http.errors import bad_request, unavailable
 from oserve.gateway.settings import GatewaySettings
 from oserve.sim import EmulatedEngine, EngineSpeed
 from oserve.wire import Exchange
@@ -242,3 +243,8 @@ async def test_the_log_says_moves_on_only_of_what_does(
     front = await make_front(EmulatedEngine(speed=slow), EmulatedEngine(), max_inflight=64)
     await lose(front, lambda: front.post("/v1/completions", TEXT))
     assert caplog.text.count("moves on from replica r0") == 1
+
+
+def test_an_error_says_what_it_is() -> None:
+    assert str(bad_request("no", code="odd")) == "400 odd: no"
+    assert str(unavailable("later")) == "503 no_capacity: later"

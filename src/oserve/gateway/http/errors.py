@@ -21,7 +21,11 @@ class ApiError(Exception):
     code: str | None = None
     retry_after_s: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.status} {self.code or self.type}: {self.message}"
+
     def body(self) -> bytes:
+        """The error as JSON."""
         return msgspec.json.encode(
             {
                 "error": {
