@@ -181,7 +181,7 @@ async def test_clients_are_served_while_the_server_is_killed_and_comes_back(serv
 
         await until(away)
         shown = await cli("status", "--url", served.url)
-        assert "the controller is away" in shown[1]
+        assert "the controller has been down" in shown[1]
         assert await counted(session, served.url) == 2
         code, said = await cli("switch", str(served.folder / "plan.yaml"), "--url", served.url)
         assert code == 2

@@ -135,10 +135,16 @@ async def test_openai_client_chats_streaming_and_not(served: Served) -> None:
 
 async def test_replicas_of_different_shape_serve_their_types(served: Served) -> None:
     async with aiohttp.ClientSession() as session:
-        document = await status_of(session, served.url)
+        document: dict[str, Any] = {}
+
+        async def all_ready() -> bool:
+            document.update(await status_of(session, served.url))
+            return {replica["phase"] for replica in document["replicas"]} == {"ready"}
+
+        # The status that gateways show is a moment old.
+        await until(all_ready)
         shapes = {r["id"]: r["shape"]["tensor_parallel_size"] for r in document["replicas"]}
         assert shapes == {"one": 1, "two": 2}
-        assert {r["phase"] for r in document["replicas"]} == {"ready"}
         seen = set()
         for prompt in ([5] * 20, [5] * 300):
             body = {**GREEDY, "prompt": prompt}

@@ -95,7 +95,7 @@ async def test_requests_that_stand_though_the_core_answers(stage: Stage) -> None
     stage.probes[0].advances = False
     assert await phase_after(stage, 50) is ReplicaPhase.READY
     await stage.clock.advance(20)
-    assert "2 running requests stand" in (await stage.cluster.observe()).failures["r"].reason
+    assert "2 running requests stalled" in (await stage.cluster.observe()).failures["r"].reason
 
 
 @pytest.mark.parametrize("standby", [False, True])

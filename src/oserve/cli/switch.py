@@ -48,8 +48,8 @@ def switch(
         print(json.dumps(document, indent=2))
         return
     _console.print(document["line"], markup=False)
-    if "describe_switch" in document:
-        for line in describe_switch(document["describe_switch"]):
+    if "foreseen" in document:
+        for line in describe_switch(document["foreseen"]):
             _console.print(line, markup=False)
     elif document.get("switch"):
         _console.print(f"switch {document['switch']}: follow it with oserve status", markup=False)
