@@ -138,6 +138,8 @@ def encoded(items: Sequence[object]) -> bytes:
     return msgspec.json.encode(msgspec.to_builtins(list(items)))
 
 
+# Without the compiled kernel it takes half a minute.
+@pytest.mark.slow
 def test_the_same_observations_give_the_same_bytes(model: str, tmp_path: Path) -> None:
     given = deployment(model, tmp_path)
     request = given.plan_request
