@@ -1,11 +1,12 @@
 """What a client gets of a stream does not depend on how the server wrote it."""
 
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oserve.gateway.stream.answer import read_answer, shown, trouble_of, usage_in, usage_of
@@ -264,6 +265,7 @@ def test_what_is_no_answer_means_nothing(text: bytes) -> None:
         max_leaves=12,
     )
 )
+@example({"usage": math.inf})
 def test_no_json_makes_it_stumble(value: Any) -> None:
     text = json.dumps(value).encode()
     answer = read_answer(text)

@@ -5,6 +5,7 @@ no answer passes through unchanged.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,9 @@ def _decoded(data: bytes | msgspec.Raw) -> Any:
 
 
 def _encoded(value: Any) -> bytes:
+    if isinstance(value, float) and not math.isfinite(value):
+        # msgspec writes null for it, which would be no value at all.
+        return json.dumps(value).encode()
     try:
         return msgspec.json.encode(value)
     except (OverflowError, ValueError):
