@@ -112,7 +112,8 @@ async def torchserve(folder: Path) -> AsyncIterator[Backend]:
     handler = ROOT / "tests" / "contract" / "torchserve" / "handler.py"
     archive = [str(commands / "torch-model-archiver"), "--model-name", "counter"]
     archive += ["--version", "1.0", "--handler", str(handler), "--export-path", str(store)]
-    path = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "TEMP": str(folder)}
+    # It leaves the number of its process behind where temporary files go.
+    path = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(folder)}
     archived(archive, {**os.environ, **path})
     ports = free_ports(5)
     names = ("inference_address", "management_address", "metrics_address")
