@@ -30,28 +30,7 @@ def test_chunked_bodies_end_where_they_should(
         used += framing.feed(piece)
     assert framing.complete
     assert used == len(body)
-    assert framing.chunks == len(parts)
     assert dechunk(body) == b"".join(parts)
-
-
-@given(payloads.filter(bool), st.lists(st.integers(0, 400), max_size=10))
-def test_boundary_tells_where_the_last_whole_chunk_ended(
-    parts: list[bytes], marks: list[int]
-) -> None:
-    body = b"".join(chunk(part) for part in parts)
-    ends = []
-    position = 0
-    for part in parts:
-        position += len(chunk(part))
-        ends.append(position)
-    framing = Framing(None)
-    start = 0
-    for piece in cut(body, marks):
-        framing.feed(piece)
-        inside = [end for end in ends if start < end <= start + len(piece)]
-        assert framing.boundary == (inside[-1] - start if inside else 0)
-        start += len(piece)
-        assert framing.at_boundary is (start in {0, *ends})
 
 
 @given(st.integers(0, 50), st.integers(0, 80))

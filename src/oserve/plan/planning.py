@@ -19,7 +19,6 @@ from oserve.core import (
 )
 from oserve.perf import ShapePerformance
 from oserve.perf.capacity import LatencyLimits
-from oserve.perf.shapes import ShapeChoices
 from oserve.perf.table import PerformanceSource, performance_table
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import PlacedReplicas, place_deployment
@@ -194,11 +193,6 @@ def used_shapes(
         for option, count in zip(problem.options, deployment.counts, strict=True)
         if count
     ]
-
-
-def default_choices(precisions: Sequence[Precision] = ()) -> ShapeChoices:
-    """The default dimensions of the shapes."""
-    return ShapeChoices(precisions=tuple(precisions) or (Precision.BF16,))
 
 
 def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentPlan:

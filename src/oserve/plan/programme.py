@@ -82,11 +82,6 @@ class LinearProgramme:
         indices = np.arange(first, first + len(lower), dtype=np.int32)
         self._highs.changeRowsBounds(len(lower), indices, lower, upper)
 
-    def set_columns(self, first: int, lower: Vector, upper: Vector) -> None:
-        """New bounds for consecutive columns from ``first`` on."""
-        indices = np.arange(first, first + len(lower), dtype=np.int32)
-        self._highs.changeColsBounds(len(lower), indices, lower, upper)
-
     def set_costs(self, costs: Vector) -> None:
         """New costs for all columns."""
         self._costs = costs

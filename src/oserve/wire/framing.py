@@ -73,28 +73,16 @@ class Dechunker:
 
 
 class Framing:
-    """Tracks the framing of one body.
+    """Finds the end of one body; ``length`` is its Content-Length, ``None`` for a chunked one."""
 
-    ``length`` is the Content-Length, or ``None`` for a chunked body. ``chunks`` counts the chunks
-    begun: the number of events if a server writes one event a chunk. ``boundary``: the offset in
-    the bytes last fed just after the last chunk that ended there (0 if none did).
-    """
-
-    __slots__ = ("_in_trailer", "_left", "_line", "boundary", "chunked", "chunks", "complete")
+    __slots__ = ("_in_trailer", "_left", "_line", "chunked", "complete")
 
     def __init__(self, length: int | None) -> None:
         self.chunked = length is None
         self.complete = length == 0
-        self.chunks = 0
-        self.boundary = 0
         self._left = length or 0
         self._line = b""
         self._in_trailer = False
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether a chunk could be inserted here and leave the framing valid."""
-        return self.chunked and self._left == 0 and not self._line and not self._in_trailer
 
     def feed(self, data: bytes) -> int:
         """Take bytes in; return how many belong to this body. Set ``complete`` at its end."""
@@ -109,17 +97,13 @@ class Framing:
             line_end = data.find(b"\r\n", 0, 12)
             length = _known_sizes.get(data[:line_end], 0) if line_end > 0 else 0
             if length and line_end + length + 4 == size:
-                self.chunks += 1
-                self.boundary = size
                 return size
-        position = self.boundary = 0
+        position = 0
         while position < size:
             if self._left:
                 step = min(self._left, size - position)
                 self._left -= step
                 position += step
-                if self._left == 0:
-                    self.boundary = position
                 continue
             line_end = data.find(b"\r\n", position)
             if self._line or line_end < 0:
@@ -158,7 +142,6 @@ class Framing:
         if length == 0:
             self._in_trailer = True
         else:
-            self.chunks += 1
             self._left = length + 2
 
     def _end_trailer(self, line: bytes) -> None:
