@@ -1,0 +1,146 @@
+"""Python that the gateway runs for an answer and for a chunk of a stream, without sockets.
+
+    python benchmarks/gateway/inside.py [--rounds 20] [--profile]
+
+Client and replica are connections without a transport: bytes go in, bytes come out. Prints the CPU
+time of the quickest round. The system calls and the event loop of a running gateway come on top.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import pstats
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from oserve.control.dispatch.table import RoutingTable, TableReplica
+from oserve.core import Endpoint, LengthClass, ReplicaPhase
+from oserve.gateway.http.errors import send_error, with_status
+from oserve.gateway.http.server import Gateway
+from oserve.gateway.settings import GatewaySettings
+from oserve.wire.connection import Connections, ServerConnection, ServerLimits
+from oserve.wire.upstream import UpstreamConnection, UpstreamPool
+
+ANSWERS, CHUNKS = 1000, 2000
+ANSWER = (
+    b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"bench","choices":[{"index":0,'
+    b'"text":" hello","logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":9,'
+    b'"total_tokens":25,"completion_tokens":16}}'
+)
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
+    len(ANSWER),
+    ANSWER,
+)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+class Silent:
+    """A transport that does nothing."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_arguments, **_named: None
+
+
+def asked(*, stream: bool) -> bytes:
+    body = (
+        b'{"model":"bench","prompt":"Write a short story about a dog.","max_tokens":4000,'
+        b'"temperature":0,"ignore_eos":true,"stream":%b}' % (b"true" if stream else b"false")
+    )
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+def event(index: int) -> bytes:
+    payload = (
+        b'data: {"id":"cmpl-9f3c0de2a1b24c5d8e7f","object":"text_completion","created":1700000000,'
+        b'"model":"bench","choices":[{"index":0,"text":" token","logprobs":null,"finish_reason":'
+        b'null,"stop_reason":null,"prompt_token_ids":%b,"token_ids":[%d]}]}\n\n'
+        % (b"[1,2,3]" if index == 0 else b"null", 30_000 + index)
+    )
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def connected() -> tuple[ServerConnection, UpstreamConnection]:
+    """A client connection to a gateway, and its connection to the one replica."""
+    settings = GatewaySettings(port=0, shutdown_grace_s=0.0)
+    gateway = Gateway(settings, models=("bench",))
+    replica = TableReplica(
+        id="r0",
+        shape="s",
+        phase=ReplicaPhase.READY,
+        endpoint=Endpoint(url="http://127.0.0.1:1"),
+        max_inflight=64,
+        max_model_len=8192,
+        accepts_priority=True,
+        returns_token_ids=True,
+        prefill_s_per_token=1e-4,
+        decode_s_per_token=1e-3,
+    )
+    table = RoutingTable(
+        plan_id="p",
+        length_classes=(LengthClass(name="all"),),
+        routing_shares={"all": {"r0": 1.0}},
+        replicas=(replica,),
+    )
+    gateway.runner.update(table)
+    pool: UpstreamPool = next(iter(gateway.runner._pools.values()))
+    refuse = lambda exchange, status, text: send_error(  # noqa: E731
+        exchange, with_status(status, text), close=True
+    )
+    client = ServerConnection(Connections(gateway._handle, refuse, ServerLimits()))
+    upstream = UpstreamConnection(pool)
+    for connection in (client, upstream):
+        connection.connection_made(cast(Any, Silent()))
+    pool.give_back(upstream)
+    return client, upstream
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="also the costliest functions")
+    wanted = parser.parse_args()
+    client, upstream = connected()
+    request, stream = asked(stream=False), asked(stream=True)
+    events = [event(index) for index in range(CHUNKS + 1)]
+
+    def answers() -> None:
+        for _ in range(ANSWERS):
+            client.data_received(request)
+            upstream.data_received(WHOLE)
+
+    def chunks() -> None:
+        for one in events[1:]:
+            upstream.data_received(one)
+
+    def least(work: Callable[[], None], count: int, *, streams: bool) -> float:
+        best_s = float("inf")
+        for _ in range(wanted.rounds):
+            if streams:
+                client.data_received(stream)
+                upstream.data_received(HEAD + events[0])
+            start_s = time.process_time()
+            work()
+            best_s = min(best_s, time.process_time() - start_s)
+            if streams:
+                upstream.data_received(END)
+        return 1e6 * best_s / count
+
+    answers()
+    print(f"an answer: {least(answers, ANSWERS, streams=False):.1f} us")
+    print(f"a chunk:   {least(chunks, CHUNKS, streams=True):.2f} us")
+    if wanted.profile:
+        profile = cProfile.Profile()
+        profile.runcall(answers)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(20)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
