@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oserve.core import EngineWork, ReplicaShape
+from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
 from oserve.perf.model import find_model
 from oserve.perf.power import ReplicaWork, replica_power_w, work_between
@@ -49,7 +50,7 @@ def test_a_started_replica_draws_between_context_and_limit(
     batch: float, busy: float, prompt_tokens: float, seconds: float, kind: str
 ) -> None:
     """And more work never draws less."""
-    power, step = find_device(kind).power, SOURCE.step_model(SHAPE)
+    power, costs = find_device(kind).power, measured_costs(SOURCE.step_model(SHAPE), SHAPE)
 
     def watts(batch: float, busy: float, prompt_tokens: float) -> float:
         work = ReplicaWork(
@@ -58,7 +59,7 @@ def test_a_started_replica_draws_between_context_and_limit(
             generated_tokens=batch * 10,
             steps=10,
         )
-        return replica_power_w(power, step, SHAPE, work, seconds)
+        return replica_power_w(power, costs, SHAPE, work, seconds)
 
     drawn = watts(batch, busy, prompt_tokens)
     slack = 1e-6

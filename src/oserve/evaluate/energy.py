@@ -16,7 +16,7 @@ from oserve.sim.results import ReplicaTotals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class HeldDevices:
     """A replica's devices for ``seconds``, and what the replica did in them."""
 
     shape: ReplicaShape
@@ -47,7 +47,10 @@ def work_of(totals: ReplicaTotals, before: ReplicaTotals | None = None) -> Repli
 
 
 def fleet_energy(
-    source: PerformanceSource, held: Iterable[Held], devices: Sequence[Device], seconds: float
+    source: PerformanceSource,
+    held: Iterable[HeldDevices],
+    devices: Sequence[Device],
+    seconds: float,
 ) -> FleetEnergy:
     """Joules of ``devices`` over ``seconds`` in which replicas held some of them."""
     serving_j = 0.0

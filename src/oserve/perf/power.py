@@ -4,7 +4,7 @@ A device draws ``idle_w`` without any process and ``context_w`` from the start o
 process until its end, whatever the engine holds in memory. While the device decodes, its power is
 affine in log2 of the batch, through the two measured points, up to ``max_w``. Prompts are bound by
 compute and draw ``max_w``. Two means over the interval are enough for that: the batch, which is
-generated tokens per step, and the share of the computing time that prompts take, by the step model.
+generated tokens per step, and the share of the computing time that prompts take, by their costs.
 
 The logarithm is concave, so the mean batch of an interval in which the load changes much overrates
 the power: sum over shorter intervals there.
@@ -13,8 +13,8 @@ the power: sum over shorter intervals there.
 from dataclasses import dataclass
 
 from oserve.core import EngineWork, ReplicaShape
+from oserve.perf.costs import TokenCosts
 from oserve.perf.device import PowerFacts
-from oserve.perf.roofline import StepModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,24 +54,16 @@ def work_between(before: EngineWork, after: EngineWork, shape: ReplicaShape) -> 
 
 
 def replica_power_w(
-    power: PowerFacts, step: StepModel, shape: ReplicaShape, work: ReplicaWork, seconds: float
+    power: PowerFacts, costs: TokenCosts, shape: ReplicaShape, work: ReplicaWork, seconds: float
 ) -> float:
     """Mean watts of all devices of a started replica over ``seconds`` in which it did ``work``."""
     if seconds <= 0:
         return shape.device_count * power.context_w
     busy_s = min(seconds, work.busy_s)
-    prefill_s = min(busy_s, work.prompt_tokens * _prompt_token_s(step, shape))
+    prefill_s = min(busy_s, work.prompt_tokens * costs.prefill_s_per_token)
     joules = (
         (seconds - busy_s) * power.context_w
         + (busy_s - prefill_s) * power.decode_w(work.batch)
         + prefill_s * power.max_w
     )
     return shape.device_count * joules / seconds
-
-
-def _prompt_token_s(step: StepModel, shape: ReplicaShape) -> float:
-    """Seconds for which each device computes a prompt token, in chunks of the shape's size."""
-    chunk = float(shape.max_num_batched_tokens)
-    return float(step.step_s(chunk, chunk * chunk / 2, 0.0, 0.0)) / (
-        chunk * shape.pipeline_parallel_size
-    )

@@ -22,6 +22,7 @@ import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.core.json_keys import refuse_duplicate_keys
+from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
@@ -287,7 +288,8 @@ class ProfileSource:
 
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         power = find_device(self._profile.device_kind).power
-        return replica_power_w(power, self.step_model(shape), shape, work, seconds)
+        costs = measured_costs(self.step_model(shape), shape)
+        return replica_power_w(power, costs, shape, work, seconds)
 
     def _entry(self, shape: ReplicaShape) -> ProfileEntry | None:
         if shape.device_kind not in {self._profile.device_kind, "any"}:

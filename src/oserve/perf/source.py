@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.aiconfigurator import AiConfigurator
 from oserve.perf.coefficients import find_coefficients
+from oserve.perf.costs import measured_costs
 from oserve.perf.device import DeviceFacts, Link, find_device, find_link
 from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
 from oserve.perf.model import ModelFacts
@@ -80,7 +81,8 @@ class RooflineSource:
 
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         power = _device(shape.device_kind).power
-        return replica_power_w(power, self.step_model(shape), shape, work, seconds)
+        costs = measured_costs(self.step_model(shape), shape)
+        return replica_power_w(power, costs, shape, work, seconds)
 
     def _make(self, shape: ReplicaShape) -> StepModel:
         kind = shape.device_kind

@@ -15,7 +15,7 @@ from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
 from oserve.core import DeploymentPlan, Observation, ReplicaSpec, VirtualClock
-from oserve.evaluate.energy import FleetEnergy, Held, fleet_energy, work_of
+from oserve.evaluate.energy import FleetEnergy, HeldDevices, fleet_energy, work_of
 from oserve.evaluate.simulator import (
     LATEST_S,
     Ints,
@@ -385,7 +385,7 @@ def _resources(
     """Device-seconds that replicas held, and the joules of all devices, up to ``end_s``."""
     # The fleet numbers replicas in the order in which they were started.
     held = [
-        Held(
+        HeldDevices(
             shape=life.spec.shape,
             seconds=max(0.0, min(end_s, life.end_s or end_s) - life.start_s),
             work=work_of(totals),

@@ -3,7 +3,7 @@
 import pytest
 
 from oserve.core import Device, ReplicaShape
-from oserve.evaluate.energy import Held, fleet_energy, work_of
+from oserve.evaluate.energy import HeldDevices, fleet_energy, work_of
 from oserve.perf.model import find_model
 from oserve.perf.power import ReplicaWork
 from oserve.perf.source import RooflineSource
@@ -15,7 +15,7 @@ DEVICES = [Device(id=f"n0/{k}", kind="H100", node="n0") for k in range(8)]
 
 
 def test_a_replica_that_only_loads_holds_its_devices_and_the_rest_is_idle() -> None:
-    held = [Held(shape=SHAPE, seconds=60.0, work=ReplicaWork())]
+    held = [HeldDevices(shape=SHAPE, seconds=60.0, work=ReplicaWork())]
     energy = fleet_energy(SOURCE, held, DEVICES, 100.0)
     assert energy.serving_j == 4 * 60 * 120
     assert energy.idle_j == (8 * 100 - 4 * 60) * 70
@@ -36,10 +36,10 @@ def test_hours_add_up_to_no_more_than_the_day() -> None:
         busy_s=100.0, prompt_tokens=0, generated_tokens=65_000, preemptions=0, steps=2000
     )
     parts = [
-        Held(shape=SHAPE, seconds=50.0, work=work_of(night)),
-        Held(shape=SHAPE, seconds=50.0, work=work_of(day, night)),
+        HeldDevices(shape=SHAPE, seconds=50.0, work=work_of(night)),
+        HeldDevices(shape=SHAPE, seconds=50.0, work=work_of(day, night)),
     ]
-    whole = [Held(shape=SHAPE, seconds=100.0, work=work_of(day))]
+    whole = [HeldDevices(shape=SHAPE, seconds=100.0, work=work_of(day))]
     by_part = fleet_energy(SOURCE, parts, DEVICES[:4], 100.0).serving_j
     assert by_part == pytest.approx(4 * 50 * (300 + 300 + 300 * 6 / 7))
     assert by_part < fleet_energy(SOURCE, whole, DEVICES[:4], 100.0).serving_j
