@@ -249,17 +249,17 @@ def test_without_counters_the_model_counts_and_says_so() -> None:
     assert it.observe(seen(0.0, None, ReplicaPhase.LOADING)) is None
     shown = it.observe(seen(5.0, None, ReplicaPhase.LOADING))
     assert shown == {
-        "power_w": 240.0,
-        "idle_power_w": 140.0,
+        "power_w": 244.0,
+        "idle_power_w": 144.0,
         "joules_per_output_token": None,
         "sources": ["model"],
-        "joules": {"model idle": 700.0, "model serving": 1200.0},
+        "joules": {"model idle": 720.0, "model serving": 1220.0},
     }
     assert it.ledger.gauges() == []
     # The process has ended: its devices are idle.
     shown = it.observe(seen(10.0, None, ReplicaPhase.GONE))
     assert shown is not None
-    assert (shown["power_w"], shown["idle_power_w"]) == (0.0, 280.0)
+    assert (shown["power_w"], shown["idle_power_w"]) == (0.0, 288.0)
 
 
 def test_counted_devices_are_not_modelled_and_tokens_divide_joules() -> None:
@@ -272,7 +272,7 @@ def test_counted_devices_are_not_modelled_and_tokens_divide_joules() -> None:
     assert joules["nvml\tserving"] == [6000.0]
     assert joules["nvml\tidle"] == [600.0]
     # The fourth device has no counter.
-    assert joules["model\tidle"] == [70.0 * 12]
+    assert joules["model\tidle"] == [72.0 * 12]
     assert it.ledger.gauges() == [("oserve_joules_per_output_token", [], 6000 / 1200)]
 
 
@@ -283,7 +283,7 @@ def test_a_reading_that_never_returns_leaves_the_model() -> None:
         it.observe(seen(float(now_s), None, ReplicaPhase.READY))
     assert len(hung) == 1
     joules = it.ledger.counters()["oserve_energy_joules"]
-    assert joules == {"model\tserving": [2 * 120.0 * 30], "model\tidle": [2 * 70.0 * 30]}
+    assert joules == {"model\tserving": [2 * 122.0 * 30], "model\tidle": [2 * 72.0 * 30]}
     # It returns after all: what it counted has been entered.
     hung[0]()
     it.observe(seen(31.0, None, ReplicaPhase.READY))
