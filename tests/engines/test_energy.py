@@ -22,7 +22,7 @@ from oserve.core import (
 from oserve.engines.energy import DeviceCounter, EnergyMeter, in_thread
 from oserve.engines.nvml import NvmlCounter
 from oserve.engines.rapl import RaplCounter
-from oserve.perf import token_costs
+from oserve.perf import TokenCosts, token_costs
 
 
 class FakeNvml:
@@ -297,6 +297,18 @@ def test_devices_of_an_unknown_kind_have_no_figure() -> None:
     devices = (Device(id="gpu:0", kind="RTX9090"), Device(id="gpu:1", kind="RTX9090"))
     it.observe(seen(0.0, None, ReplicaPhase.READY, devices=devices))
     assert it.observe(seen(5.0, None, ReplicaPhase.READY, devices=devices)) is None
+
+
+def test_a_fault_in_metering_is_logged_once_and_raises_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(shape: ReplicaShape, kind: str) -> TokenCosts:
+        raise RuntimeError(f"no costs of {shape.name} on {kind}")
+
+    it = EnergyMeter(GPUS, broken, counters=[])
+    for now_s in (0.0, 5.0, 10.0):
+        assert it.observe(seen(now_s, None, ReplicaPhase.READY)) is None
+    assert caplog.text.count("RuntimeError: no costs") == 1
 
 
 def test_readings_run_in_a_thread() -> None:
