@@ -42,7 +42,7 @@ from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
-from oserve.plan.problem import AmongEquals, Objective
+from oserve.plan.problem import AmongEquals, Maximise
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
 from oserve.traces import TimeUnit, TraceRequest
@@ -96,7 +96,7 @@ def plan(
         typer.Option(help="roofline, aiconfigurator, or a profile file (oserve profile)."),
     ] = None,
     search: Annotated[Search, typer.Option(help="How to search.")] = Search.EXACT,
-    objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.CAPACITY,
+    maximise: Annotated[Maximise, typer.Option(help="What to maximise.")] = Maximise.CAPACITY,
     among_equals: Annotated[
         AmongEquals, typer.Option(help="Tie-break between equal plans.")
     ] = AmongEquals.FEWEST_DEVICES,
@@ -187,7 +187,7 @@ def plan(
             shapes=shapes_for(source, spec.devices, choices),
             limits=_limits(demand, slo_ttft_ms, slo_tpot_ms, slo or []),
             search=search,
-            objective=objective,
+            maximise=maximise,
             among_equals=among_equals,
             enough_scale=headroom,
             current=load_plan(current) if current else None,

@@ -4,6 +4,7 @@ The live server and the simulated one share it: both feed it once a second and c
 decides. Time is passed in with each call.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,20 +18,27 @@ from oserve.control.evaluation import (
     SimulatedScore,
     score_candidates,
 )
+from oserve.control.following import FollowScore, follow, loads_of
+from oserve.control.ladder import Ladder, shapes_of
+from oserve.control.load_facts import LoadFacts
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.experts import Combination
-from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.forecaster import QUANTILES, Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
+_OVERLOAD_REST_S = 5.0
+# The mix of fewer requests is chance.
+_MIX_S, _FEWEST_REQUESTS = 600.0, 100
 
 Scorer = Callable[[DecisionInput, CandidateScore], SimulatedScore]
 """Scores a switch by simulation; its score replaces the one of the planner's linear model."""
@@ -43,10 +51,21 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
         plan,
         policy=policy,
         forecaster=Forecaster(
-            Combination(len(names), periods_of(interval_s)), names, interval_s=interval_s
+            Combination(len(names), periods_of(interval_s)),
+            names,
+            interval_s=interval_s,
+            quantiles=_quantiles(policy),
         ),
         detector=ChangeDetector(names),
     )
+
+
+def _quantiles(policy: ControlPolicy) -> tuple[float, ...]:
+    """The forecaster's quantiles, with the one that a deployment must hold."""
+    wanted = set(QUANTILES)
+    if policy.follow is not None:
+        wanted.add(policy.follow.quantile)
+    return tuple(sorted(wanted))
 
 
 class ControllerRuntime:
@@ -77,6 +96,9 @@ class ControllerRuntime:
         self._scorer = scorer
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
+        self.shelf = LadderShelf()
+        self._overload_s = -math.inf
+        self._lead_s = 0.0
 
     def observe(
         self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
@@ -95,7 +117,52 @@ class ControllerRuntime:
             self.planner.correct(speeds)
             # Solve the shares again at once.
             self._shared = None
-        return self.controller.monitor.observe(now_s, batches, gauges)
+        trigger = self.controller.monitor.observe(now_s, batches, gauges)
+        return trigger if trigger is not None else self._overload(now_s)
+
+    def _overload(self, now_s: float) -> Trigger | None:
+        """Whether more load arrives than the current plan holds; at most every few seconds."""
+        policy, ladder = self.controller.policy.follow, self.shelf.ladder
+        if policy is None or ladder is None or now_s - self._overload_s < _OVERLOAD_REST_S:
+            return None
+        present = ladder.find(shapes_of(self.controller.plan.replicas))
+        if present is None:
+            return None
+        facts = self.controller.monitor.load_facts(policy.quantile, policy.fall_after_s)
+        if loads_of(ladder, facts, policy, lead_s=0.0).present <= ladder.capacity(
+            present, policy.goal
+        ):
+            return None
+        self._overload_s = now_s
+        return Trigger.LOAD
+
+    # -- ladders --------------------------------------------------------------------------------
+    def ladder_need(self, now_s: float) -> LadderNeed | None:
+        """What the next ladder must be built for; ``None`` while the present one fits."""
+        follow = self.controller.policy.follow
+        if follow is None:
+            return None
+        monitor = self.controller.monitor
+        facts = monitor.load_facts(follow.quantile, follow.fall_after_s)
+        mix = facts.mix
+        if sum(mix) * _MIX_S < _FEWEST_REQUESTS:
+            mix = tuple(kind.arrival_rate_rps for kind in self.planner.facts.types)
+        mix = tuple(round(rate / sum(mix), 3) for rate in mix)
+        present = shapes_of(self.controller.plan.replicas)
+        speeds = self.planner.speeds
+        if not self.shelf.needs(mix, present, speeds, now_s):
+            return None
+        return LadderNeed(
+            mix=mix,
+            present=present,
+            speeds=speeds,
+            burstiness=tuple(round(item, 1) for item in facts.burstiness),
+            work=self.planner.work,
+        )
+
+    def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
+        """Use a ladder that was built for a need."""
+        self.shelf.add(ShelvedLadder(ladder=ladder, speeds=need.speeds))
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
@@ -111,8 +178,13 @@ class ControllerRuntime:
         if self._shared is not None and self._shared[0] == ready and fresh:
             return replace(self._shared[1], id=plan.id)
         serving = sorted(ready, key=lambda spec: spec.id)
-        shares = self.planner.shares(serving, rates)
-        routed = self.planner.with_shares(replace(plan, replicas=tuple(serving)), shares)
+        routed = replace(plan, replicas=tuple(serving))
+        if self.controller.policy.follow is None:
+            shares = self.planner.shares(serving, rates)
+            routed = self.planner.with_shares(routed, shares)
+        else:
+            # As the ladder's deployments were simulated.
+            routed = self.planner.evenly_shared(routed)
         self._shares_s = now_s
         self._shared = (ready, routed)
         return routed
@@ -120,7 +192,7 @@ class ControllerRuntime:
     # -- decisions ------------------------------------------------------------------------------
     def decide(
         self, now_s: float, trigger: Trigger, *, switching: bool = False
-    ) -> tuple[Decision, CandidateScore | None]:
+    ) -> tuple[Decision, CandidateScore | FollowScore | None]:
         """Make a whole decision at once; returns it with the score it is based on."""
         inputs = self.controller.decision_input(now_s)
         score = self.evaluate(inputs)
@@ -129,8 +201,10 @@ class ControllerRuntime:
         )
         return decision, score
 
-    def evaluate(self, inputs: DecisionInput) -> CandidateScore | None:
-        """Return the best candidate with its score. This is the slow part of a decision."""
+    def evaluate(self, inputs: DecisionInput) -> CandidateScore | FollowScore | None:
+        """Return the best candidate with its score. Without a ladder this is slow."""
+        if inputs.follows and inputs.load is not None:
+            return self._followed(inputs, inputs.load)
         inputs = replace(inputs, speeds=self.planner.speeds)
         found = score_candidates(inputs, self.planner)
         automatic = inputs.given is None and not inputs.shrink_to
@@ -138,6 +212,26 @@ class ControllerRuntime:
             found = self._simulated(inputs, found[:_MOST_SIMULATED], self._scorer)
         best = max(found, key=lambda item: item.net_gain, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
+
+    def _followed(self, inputs: DecisionInput, facts: LoadFacts) -> FollowScore | None:
+        """The place on the ladder; ``None`` without one that has the current plan."""
+        policy, ladder = self.controller.policy, self.shelf.ladder
+        if ladder is None or policy.follow is None:
+            return None
+        found = follow(
+            ladder,
+            facts,
+            policy.follow,
+            current=inputs.current,
+            switch=lambda shapes: self.planner.switch(inputs.current, shapes),
+            lead_s=self._lead_s + policy.interval_s,
+            drain_limit_s=inputs.drain_limit_s,
+        )
+        if found is None:
+            return None
+        if found.seconds > 0:
+            self._lead_s = found.seconds
+        return replace(found, plan=self.typed(found.plan))
 
     def _simulated(
         self, inputs: DecisionInput, found: Sequence[CandidateScore], scorer: Scorer
