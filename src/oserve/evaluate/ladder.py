@@ -22,6 +22,7 @@ from oserve.control.ladder import (
 from oserve.control.load_facts import LoadRates
 from oserve.core import DeploymentPlan, Device, LengthClass, Objective, OServeError, ReplicaShape
 from oserve.evaluate.capacities import LengthSamples
+from oserve.evaluate.energy import static_energy
 from oserve.evaluate.ladder_traffic import LadderTraffic, drawn_traffic
 from oserve.evaluate.simulator import (
     Floats,
@@ -265,11 +266,9 @@ class LadderBuilder:
         """Per request, of all replicas for the whole run."""
         ended = results.finish_s[np.isfinite(results.finish_s)]
         seconds = float(ended.max()) if len(ended) else results.now_s
-        total = 0.0
-        for spec, totals in zip(serving.plan.replicas, results.totals, strict=True):
-            busy = min(1.0, totals.busy_s / seconds)
-            total += seconds * self._simulator.source.power_w(spec.shape, busy)
-        return total / max(1, len(results.arrival_s))
+        source, devices = self._simulator.source, self._case.devices
+        energy = static_energy(source, serving.plan, results, devices, seconds)
+        return energy.serving_j / max(1, len(results.arrival_s))
 
     def _serving(self, shapes: Shapes) -> SimulatedServing:
         case = self._case
