@@ -203,6 +203,11 @@ class TrafficMonitor:
             for rates in (found.rates_rps.mean(axis=0), high_rps)
         )
 
+    def present_rates(self) -> tuple[TypeRates, TypeRates, float]:
+        """Rates over half a minute and over the last seconds, and how many seconds these are."""
+        end_s = max(1, self.collector.newest_s)
+        return self.now_rps(), _rates(self.collector.rates_rps(end_s, _LAST_S)), float(_LAST_S)
+
     def load_facts(self, quantile: float, fall_after_s: float) -> LoadFacts:
         """The facts for a controller that follows a ladder; ``quantile``: of the forecast."""
         collector, found = self.collector, self._forecaster.forecast()
@@ -225,6 +230,7 @@ class TrafficMonitor:
             peaks=tuple(rates(at_s, _PEAK_S) for at_s in pieces if at_s > _PEAK_S),
             mix=rates(end_s, mix_s),
             burstiness=self._burstiness(end_s),
+            watched_s=collector.watched_s,
         )
 
     def _burstiness(self, end_s: int) -> tuple[float, ...]:

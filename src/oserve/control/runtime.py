@@ -18,7 +18,7 @@ from oserve.control.evaluation import (
     SimulatedScore,
     score_candidates,
 )
-from oserve.control.following import FollowScore, follow, loads_of
+from oserve.control.following import FollowScore, follow, present_load
 from oserve.control.ladder import Ladder, shapes_of
 from oserve.control.load_facts import LoadFacts
 from oserve.control.planner import TablePlanner
@@ -128,10 +128,9 @@ class ControllerRuntime:
         present = ladder.find(shapes_of(self.controller.plan.replicas))
         if present is None:
             return None
-        facts = self.controller.monitor.load_facts(policy.quantile, policy.fall_after_s)
-        if loads_of(ladder, facts, policy, lead_s=0.0).present <= ladder.capacity(
-            present, policy.goal
-        ):
+        now, last, last_s = self.controller.monitor.present_rates()
+        load = present_load(ladder, now=now, last=last, last_s=last_s)
+        if load <= ladder.capacity(present, policy.goal):
             return None
         self._overload_s = now_s
         return Trigger.LOAD
