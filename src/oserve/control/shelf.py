@@ -17,7 +17,7 @@ TOLERANCE = 0.1
 # Another ladder is used instead if it fits better by this much.
 _BETTER = 0.03
 _MOST = 8
-# The time between two preparations for the mix alone.
+# The time between two preparations; one that failed is not tried again earlier.
 _REST_S = 120.0
 
 
@@ -73,7 +73,7 @@ class LadderShelf:
         return self.ladder
 
     def needs(self, mix: LoadRates, present: Shapes, speeds: Speeds, now_s: float) -> bool:
-        """Whether another ladder should be prepared now; asked again it says so after a while."""
+        """Whether another ladder should be prepared now; asked again it says so after a rest."""
         ladder = self.take(mix, present, speeds)
         fits = (
             ladder is not None
@@ -81,7 +81,7 @@ class LadderShelf:
             and self._held[-1].speeds == speeds
             and ladder.distance(mix) <= TOLERANCE
         )
-        if fits or (ladder is not None and now_s - self._asked_s < _REST_S):
+        if fits or now_s - self._asked_s < _REST_S:
             return False
         self._asked_s = now_s
         return True
