@@ -23,10 +23,19 @@ _REST_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShelvedLadder:
-    """A ladder, and the speeds of replicas that it was built for."""
+    """A ladder, with the speeds of replicas and the deployment that it was built for.
+
+    It may lack that deployment, if that cannot be simulated.
+    """
 
     ladder: Ladder
     speeds: Speeds
+    present: Shapes = ()
+
+    def suits(self, present: Shapes, speeds: Speeds) -> bool:
+        """Whether no other ladder would know more of this deployment at these speeds."""
+        known = self.present == present or self.ladder.find(present) is not None
+        return known and self.speeds == speeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +67,7 @@ class LadderShelf:
 
     def take(self, mix: LoadRates, present: Shapes, speeds: Speeds) -> Ladder | None:
         """Use the ladder that fits best; the last one if none fits."""
-        able = [
-            item
-            for item in self._held
-            if item.speeds == speeds and item.ladder.find(present) is not None
-        ]
+        able = [item for item in self._held if item.suits(present, speeds)]
         if able:
             best = min(able, key=lambda item: item.ladder.distance(mix))
             used = self._held[-1]
@@ -77,8 +82,7 @@ class LadderShelf:
         ladder = self.take(mix, present, speeds)
         fits = (
             ladder is not None
-            and ladder.find(present) is not None
-            and self._held[-1].speeds == speeds
+            and self._held[-1].suits(present, speeds)
             and ladder.distance(mix) <= TOLERANCE
         )
         if fits or now_s - self._asked_s < _REST_S:
