@@ -32,7 +32,7 @@ _BEFORE_S = (900, 300, 60, 10)
 _LIKELY = 0.9
 _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
-_LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
+LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
 _BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 12, 2.0
 # How long the longest request stays on a replica, in multiples of the mean.
 _LONGEST = 2.0
@@ -143,6 +143,10 @@ class TrafficMonitor:
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
 
+    def last_rps(self) -> TypeRates:
+        """Requests/s of each type over the last ``LAST_S`` seconds."""
+        return _rates(self.collector.rates_rps(max(1, self.collector.newest_s), LAST_S))
+
     def drain_s(self) -> float:
         """Seconds that a replica needs to drain now; 0 if unknown.
 
@@ -217,8 +221,8 @@ class TrafficMonitor:
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
             now=self.now_rps(),
-            last=rates(end_s, _LAST_S),
-            last_s=_LAST_S,
+            last=self.last_rps(),
+            last_s=LAST_S,
             expected=tuple(_rates(row) for row in found.rates_rps),
             upper=tuple(_rates(row) for row in upper),
             step_s=found.interval_s,

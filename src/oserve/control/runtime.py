@@ -18,9 +18,10 @@ from oserve.control.evaluation import (
     SimulatedScore,
     score_candidates,
 )
-from oserve.control.following import FollowScore, follow, loads_of
+from oserve.control.following import FollowScore, follow, present_load
 from oserve.control.ladder import Ladder, shapes_of
 from oserve.control.load_facts import LoadFacts
+from oserve.control.monitor import LAST_S
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
@@ -138,8 +139,8 @@ class ControllerRuntime:
         present = ladder.find(shapes_of(self.controller.plan.replicas))
         if present is None:
             return None
-        facts = self.controller.monitor.load_facts(policy.quantile, policy.fall_after_s)
-        load = loads_of(ladder, facts, policy, lead_s=0.0).present
+        monitor = self.controller.monitor
+        load = present_load(ladder, monitor.now_rps(), monitor.last_rps(), LAST_S)
         if load <= ladder.capacity(present, policy.goal):
             self._overload_rest_s = _OVERLOAD_REST_S
             return None
