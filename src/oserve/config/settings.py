@@ -116,7 +116,7 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     type_objectives: dict[str, Objective] = {}
     attainment: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
     headroom: Annotated[float, msgspec.Meta(ge=1)] = 1.1
-    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.95
+    quantile: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.95
     precisions: tuple[Precision, ...] = ()
     measure: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
     min_shapes: Count = 1

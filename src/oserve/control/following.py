@@ -102,7 +102,7 @@ class FollowScore:
 def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: float) -> Loads:
     """The loads to decide on; the forecast counts for ``lead_s`` seconds ahead."""
     now = ladder.load(facts.now)
-    present = present_load(ladder, now=facts.now, last=facts.last, last_s=facts.last_s)
+    present = present_load(ladder, facts.now, facts.last, facts.last_s)
     ahead = 1 + math.ceil(lead_s / facts.step_s)
     coming = [
         _upper(ladder, mean, high)
@@ -125,8 +125,8 @@ def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: 
     )
 
 
-def present_load(ladder: Ladder, *, now: LoadRates, last: LoadRates, last_s: float) -> float:
-    """The load now, or over the last ``last_s`` seconds as far as it exceeds chance."""
+def present_load(ladder: Ladder, now: LoadRates, last: LoadRates, last_s: float) -> float:
+    """The load now, or over the last ``last_s`` seconds as far as that is no chance."""
     sure = max(0.0, 1.0 - _SIGMAS / math.sqrt(max(1.0, sum(last) * last_s)))
     return max(ladder.load(now), sure * ladder.load(last))
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from oserve.control.following import FollowPolicy
+from oserve.control.ladder import Ladder
 from oserve.control.ladder_table import ladder_document
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.shelf import LadderNeed
@@ -25,10 +26,12 @@ class Ladders:
         self._follow = follow
         self._process = LadderProcess(ladder_model(request, follow.goal))
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._document: tuple[Ladder, dict[str, Any]] | None = None
 
     def prepare(self, now_s: float) -> None:
         """Start to build a ladder if the present one does not fit and none is being built."""
-        if self._task is not None and not self._task.done():
+        if self._closed or (self._task is not None and not self._task.done()):
             return
         need = self._runtime.ladder_need(now_s)
         if need is not None:
@@ -40,7 +43,8 @@ class Ladders:
             ladder = await asyncio.to_thread(self._process.ladder, need)
         # After any fault of the simulation the present plan stays.
         except Exception:
-            _log.exception("a ladder could not be prepared; the present plan stays")
+            if not self._closed:
+                _log.exception("a ladder could not be prepared; the present plan stays")
             return
         self._runtime.learn_ladder(need, ladder)
         _log.info(
@@ -55,8 +59,12 @@ class Ladders:
         ladder = self._runtime.shelf.ladder
         if ladder is None:
             return None
-        return ladder_document(ladder, self._follow.goal, headroom=self._follow.headroom)
+        if self._document is None or self._document[0] is not ladder:
+            goal, headroom = self._follow.goal, self._follow.headroom
+            self._document = ladder, ladder_document(ladder, goal, headroom=headroom)
+        return self._document[1]
 
     def close(self) -> None:
         """End the worker process; a ladder that is being built is dropped."""
+        self._closed = True
         self._process.close()
