@@ -75,7 +75,8 @@ def test_a_static_run_is_the_same_as_the_fleet_alone() -> None:
     # Every device is held from the first moment to the last.
     finish_s = float(np.nanmax(alone.finish_s))
     assert run.device_s == pytest.approx(4 * finish_s)
-    assert 4 * 60 * finish_s < run.energy_j < 4 * 800 * finish_s
+    assert 4 * 120 * finish_s < run.energy_j < 4 * 700 * finish_s
+    assert run.idle_j == 0.0
 
 
 @pytest.mark.parametrize("staged", [False, True])

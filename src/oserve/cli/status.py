@@ -60,8 +60,22 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_energy(console, document.get("energy"))
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
+
+
+def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:
+    """Show the present power, and joules per output token over the last minutes."""
+    if energy is None:
+        return
+    words = f"energy: {energy['power_w']:,.0f} W"
+    if energy["idle_power_w"]:
+        words += f", idle devices {energy['idle_power_w']:,.0f} W"
+    ratio = energy["joules_per_output_token"]
+    if ratio is not None:
+        words += f", {ratio:.3g} J per output token"
+    console.print(f"{words} (by {' and '.join(energy['sources'])})", soft_wrap=True)
 
 
 def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:

@@ -6,7 +6,6 @@ would do nothing (reconcile is level-triggered), so time advances to the next de
 
 import asyncio
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
 from oserve.core import DeploymentPlan, Observation, ReplicaSpec, VirtualClock
+from oserve.evaluate.energy import FleetEnergy, HeldDevices, fleet_energy, work_of
 from oserve.evaluate.simulator import (
     LATEST_S,
     Ints,
@@ -23,7 +23,6 @@ from oserve.evaluate.simulator import (
     Simulator,
     surely_failed,
 )
-from oserve.sim.cluster import Life
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
@@ -64,7 +63,8 @@ class Run:
     """The outcome of a run.
 
     ``failed_early``: the run was stopped because it could no longer reach the SLO attainment.
-    ``decisions`` are those of a controller, if there was one.
+    ``decisions`` are those of a controller, if there was one. ``energy_j``: of devices while a
+    replica held them; ``idle_j``: of the others.
     """
 
     results: FleetResults
@@ -73,6 +73,7 @@ class Run:
     switches: int
     device_s: float
     energy_j: float
+    idle_j: float
     failed_early: bool = False
     decisions: tuple[Decision, ...] = ()
 
@@ -347,14 +348,15 @@ class _PolicyRunner:
         results = self._fleet.results()
         finished = results.finish_s[np.isfinite(results.finish_s)]
         end_s = float(finished.max()) if len(finished) else results.now_s
-        device_s, energy_j = _resources(self._simulator, self._cluster.lives, results, end_s)
+        device_s, energy = _resources(self._simulator, self._cluster, results, end_s)
         return Run(
             results=results,
             traffic=self._traffic,
             changes=tuple(self._changes),
             switches=self._switches,
             device_s=device_s,
-            energy_j=energy_j,
+            energy_j=energy.serving_j,
+            idle_j=energy.idle_j,
             failed_early=failed,
             decisions=() if self._session is None else tuple(self._session.decisions),
         )
@@ -378,14 +380,17 @@ def _phases(scene: Scene, start: PolicyStart) -> Phases:
 
 
 def _resources(
-    simulator: Simulator, lives: Sequence[Life], results: FleetResults, end_s: float
-) -> tuple[float, float]:
-    """Device-seconds of all replicas, and the joules that they drew, up to ``end_s``."""
-    device_s = energy_j = 0.0
+    simulator: Simulator, cluster: FleetCluster, results: FleetResults, end_s: float
+) -> tuple[float, FleetEnergy]:
+    """Device-seconds that replicas held, and the joules of all devices, up to ``end_s``."""
     # The fleet numbers replicas in the order in which they were started.
-    for life, totals in zip(lives, results.totals, strict=True):
-        lived_s = max(0.0, min(end_s, life.end_s or end_s) - life.start_s)
-        busy = min(1.0, totals.busy_s / lived_s) if lived_s else 0.0
-        device_s += lived_s * len(life.spec.devices)
-        energy_j += lived_s * simulator.source.power_w(life.spec.shape, busy)
-    return device_s, energy_j
+    held = [
+        HeldDevices(
+            shape=life.spec.shape,
+            seconds=max(0.0, min(end_s, life.end_s or end_s) - life.start_s),
+            work=work_of(totals),
+        )
+        for life, totals in zip(cluster.lives, results.totals, strict=True)
+    ]
+    device_s = sum(item.seconds * item.shape.device_count for item in held)
+    return device_s, fleet_energy(simulator.source, held, cluster.devices, end_s)
