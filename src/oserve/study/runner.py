@@ -6,7 +6,7 @@ would do nothing (reconcile is level-triggered), so time advances to the next de
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,16 +57,17 @@ def run_policy(
     judge_only: bool = False,
     traffic: SimulatedTraffic | None = None,
     marks_s: Sequence[int] = (),
+    said: Callable[[float], None] = lambda _: None,
 ) -> Run:
     """Serve the scene's traffic ``scale`` times as fast.
 
     ``judge_only``: end as soon as more requests have missed the SLO than allowed (5 %).
     ``marks_s``: ascending seconds at which a period ends. They are whole, so that rounds, which
-    come each second, do not shift.
+    come each second, do not shift. ``said`` is called with each.
     """
     played = (scene.traffic if traffic is None else traffic).faster(scale)
     runner = _PolicyRunner(scene, policy, simulator, played, scale)
-    runner.marks_s = list(marks_s)
+    runner.marks_s, runner.said = list(marks_s), said
     return asyncio.run(runner.run(_Checks(played.duration_s, scene.slo) if judge_only else None))
 
 
@@ -139,6 +140,7 @@ class _PolicyRunner:
         self._switches = 0
         self._end_s = traffic.duration_s + LATEST_S
         self.marks_s: list[int] = []
+        self.said: Callable[[float], None] = lambda _: None
         self._snapshots: list[Snapshot] = []
 
     async def run(self, checks: _Checks | None = None) -> Run:
@@ -204,6 +206,7 @@ class _PolicyRunner:
         if self.marks_s and now_s >= self.marks_s[0]:
             self.marks_s = [at_s for at_s in self.marks_s if at_s > now_s]
             self._snapshots.append(Snapshot(at_s=now_s, totals=self._fleet.take_totals()))
+            self.said(now_s)
 
     def _add(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)

@@ -66,6 +66,33 @@ class PeriodUse:
         return max(means) * len(means) / total if total > 0 else 1.0
 
 
+def merged(periods: Sequence[PeriodUse]) -> PeriodUse:
+    """Consecutive periods as one; a replica that lived in several counts once."""
+    names = dict.fromkeys(item.name for period in periods for item in period.replicas)
+    replicas = []
+    for name in names:
+        parts = [item for period in periods for item in period.replicas if item.name == name]
+        seconds = sum(item.seconds for item in parts)
+        replicas.append(
+            ReplicaUse(
+                name=name,
+                seconds=seconds,
+                kv_mean=sum(item.kv_mean * item.seconds for item in parts) / seconds,
+                kv_peak=max(item.kv_peak for item in parts),
+            )
+        )
+    return PeriodUse(
+        start_s=periods[0].start_s,
+        end_s=periods[-1].end_s,
+        device_s=sum(item.device_s for item in periods),
+        energy=FleetEnergy(
+            serving_j=sum(item.energy.serving_j for item in periods),
+            idle_j=sum(item.energy.idle_j for item in periods),
+        ),
+        replicas=tuple(replicas),
+    )
+
+
 def period_uses(
     source: PerformanceSource,
     devices: Sequence[Device],
