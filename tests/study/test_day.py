@@ -128,7 +128,8 @@ def test_what_never_ends_counts_up_to_the_end() -> None:
 
 def test_ratios_are_geometric_and_skip_hours_without_requests() -> None:
     found = ratios([2.0, 8.0, 0.0], [1.0, 1.0, 1.0])
-    assert (found.mean, found.largest, found.smallest) == (pytest.approx(4.0), 8.0, 2.0)
+    assert found.mean == pytest.approx(4.0)
+    assert (found.largest, found.smallest) == (8.0, 2.0)
     assert ratios([], []).mean == 1.0
 
 
