@@ -22,7 +22,7 @@ from oserve.core import (
 from oserve.engines.energy import DeviceCounter, EnergyMeter, in_thread
 from oserve.engines.nvml import NvmlCounter
 from oserve.engines.rapl import RaplCounter
-from oserve.perf import token_costs
+from oserve.perf import TokenCosts, token_costs
 
 
 class FakeNvml:
@@ -249,17 +249,17 @@ def test_without_counters_the_model_counts_and_says_so() -> None:
     assert it.observe(seen(0.0, None, ReplicaPhase.LOADING)) is None
     shown = it.observe(seen(5.0, None, ReplicaPhase.LOADING))
     assert shown == {
-        "power_w": 240.0,
-        "idle_power_w": 140.0,
+        "power_w": 244.0,
+        "idle_power_w": 144.0,
         "joules_per_output_token": None,
         "sources": ["model"],
-        "joules": {"model idle": 700.0, "model serving": 1200.0},
+        "joules": {"model idle": 720.0, "model serving": 1220.0},
     }
     assert it.ledger.gauges() == []
     # The process has ended: its devices are idle.
     shown = it.observe(seen(10.0, None, ReplicaPhase.GONE))
     assert shown is not None
-    assert (shown["power_w"], shown["idle_power_w"]) == (0.0, 280.0)
+    assert (shown["power_w"], shown["idle_power_w"]) == (0.0, 288.0)
 
 
 def test_counted_devices_are_not_modelled_and_tokens_divide_joules() -> None:
@@ -272,7 +272,7 @@ def test_counted_devices_are_not_modelled_and_tokens_divide_joules() -> None:
     assert joules["nvml\tserving"] == [6000.0]
     assert joules["nvml\tidle"] == [600.0]
     # The fourth device has no counter.
-    assert joules["model\tidle"] == [70.0 * 12]
+    assert joules["model\tidle"] == [72.0 * 12]
     assert it.ledger.gauges() == [("oserve_joules_per_output_token", [], 6000 / 1200)]
 
 
@@ -283,7 +283,7 @@ def test_a_reading_that_never_returns_leaves_the_model() -> None:
         it.observe(seen(float(now_s), None, ReplicaPhase.READY))
     assert len(hung) == 1
     joules = it.ledger.counters()["oserve_energy_joules"]
-    assert joules == {"model\tserving": [2 * 120.0 * 30], "model\tidle": [2 * 70.0 * 30]}
+    assert joules == {"model\tserving": [2 * 122.0 * 30], "model\tidle": [2 * 72.0 * 30]}
     # It returns after all: what it counted has been entered.
     hung[0]()
     it.observe(seen(31.0, None, ReplicaPhase.READY))
@@ -297,6 +297,18 @@ def test_devices_of_an_unknown_kind_have_no_figure() -> None:
     devices = (Device(id="gpu:0", kind="RTX9090"), Device(id="gpu:1", kind="RTX9090"))
     it.observe(seen(0.0, None, ReplicaPhase.READY, devices=devices))
     assert it.observe(seen(5.0, None, ReplicaPhase.READY, devices=devices)) is None
+
+
+def test_a_fault_in_metering_is_logged_once_and_raises_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(shape: ReplicaShape, kind: str) -> TokenCosts:
+        raise RuntimeError(f"no costs of {shape.name} on {kind}")
+
+    it = EnergyMeter(GPUS, broken, counters=[])
+    for now_s in (0.0, 5.0, 10.0):
+        assert it.observe(seen(now_s, None, ReplicaPhase.READY)) is None
+    assert caplog.text.count("RuntimeError: no costs") == 1
 
 
 def test_readings_run_in_a_thread() -> None:

@@ -86,7 +86,7 @@ def test_the_meter_and_the_simulator_agree(every: int) -> None:
         simulated += fleet_energy(SOURCE, held, DEVICES, float(every)).total_j
     # A step counts when it begins, so one may reach into the next interval.
     assert metered(shown) == pytest.approx(simulated, rel=2e-3)
-    assert simulated > 30 * 8 * 70
+    assert simulated > 30 * 8 * 72
 
 
 def test_a_process_that_has_ended_draws_nothing_more() -> None:
@@ -95,4 +95,4 @@ def test_a_process_that_has_ended_draws_nothing_more() -> None:
         lambda shape, _kind: TokenCosts(prefill_s_per_token=1e-4, decode_s_per_token=1e-4)
     )
     last = [model.observe(item) for item in shown][-1]
-    assert set(last.values()) == {70.0}
+    assert set(last.values()) == {72.0}

@@ -4,6 +4,7 @@ Counters are read in a thread of their own, since a call into a broken driver ma
 meter then goes on with the model's figures. It never raises.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from oserve.control.energy import MODEL, CostsOf, Drawn, EnergyLedger, ModelledE
 from oserve.core import Device, Observation
 from oserve.engines.nvml import NvmlCounter
 from oserve.engines.rapl import POWERCAP, RaplCounter
+
+_log = logging.getLogger("oserve.engines")
 
 _INTERVAL_S = 5.0
 
@@ -66,10 +69,17 @@ class EnergyMeter:
         self._reading = False
         self._late = False
         self._read: dict[str, Drawn] | None = None
+        self._failed = False
 
     def observe(self, observation: Observation) -> dict[str, Any] | None:
         """Take a reading that has ended, begin the next when it is due; see ``document``."""
-        self._advance(observation)
+        try:
+            self._advance(observation)
+        # An unforeseen fault in metering must not end serving.
+        except Exception:
+            if not self._failed:
+                _log.exception("the energy of an interval is unknown")
+            self._failed = True
         return self.ledger.document()
 
     def _advance(self, observation: Observation) -> None:
@@ -103,7 +113,9 @@ class EnergyMeter:
         """Read the counters; runs in its thread."""
         read: dict[str, Drawn] = {}
         now_s = time.monotonic()
-        for counter in self._counters:
-            for name, joules in counter.drawn(now_s).items():
-                read[name] = Drawn(source=counter.source, joules=joules)
-        self._read = read
+        try:
+            for counter in self._counters:
+                for name, joules in counter.drawn(now_s).items():
+                    read[name] = Drawn(source=counter.source, joules=joules)
+        finally:
+            self._read = read

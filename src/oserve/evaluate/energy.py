@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from oserve.core import Device, ReplicaShape
+from oserve.core import DeploymentPlan, Device, ReplicaShape
 from oserve.perf.device import find_device
 from oserve.perf.power import ReplicaWork
 from oserve.perf.table import PerformanceSource
-from oserve.sim.results import ReplicaTotals
+from oserve.sim.results import FleetResults, ReplicaTotals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +64,19 @@ def fleet_energy(
         find_device(kind).power.idle_w * max(0.0, left_s) for kind, left_s in idle_s.items()
     )
     return FleetEnergy(serving_j=serving_j, idle_j=idle_j)
+
+
+def static_energy(
+    source: PerformanceSource,
+    plan: DeploymentPlan,
+    results: FleetResults,
+    devices: Sequence[Device],
+    seconds: float,
+) -> FleetEnergy:
+    """Joules of a run in which the plan's replicas held their devices from 0 to ``seconds``."""
+    totals = dict(zip(results.replica_names, results.totals, strict=True))
+    held = [
+        HeldDevices(shape=spec.shape, seconds=seconds, work=work_of(totals[spec.id]))
+        for spec in plan.replicas
+    ]
+    return fleet_energy(source, held, devices, seconds)

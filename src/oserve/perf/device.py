@@ -31,10 +31,13 @@ class PowerFacts:
     max_w: float
     source: str = ""
 
-    def decode_w(self, batch: float) -> float:
-        """Watts while decoding ``batch`` sequences; fewer than one count as one."""
-        share = math.log2(max(1.0, batch)) / math.log2(_BATCH)
-        return min(self.max_w, self.decode_1_w + share * (self.decode_128_w - self.decode_1_w))
+    def decode_w(self, sequences: float) -> float:
+        """Watts while decoding so many sequences per device, from ``context_w`` to ``max_w``."""
+        if sequences <= 0:
+            return self.context_w
+        share = math.log2(sequences) / math.log2(_BATCH)
+        power_w = self.decode_1_w + share * (self.decode_128_w - self.decode_1_w)
+        return min(self.max_w, max(self.context_w, power_w))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,11 @@
 """The power of a replica's devices, from the facts of the device kind and what the replica did.
 
 A device draws ``idle_w`` without any process and ``context_w`` from the start of an engine's
-process until its end, whatever the engine holds in memory. While the device decodes, its power is
-affine in log2 of the batch, through the two measured points, up to ``max_w``. Prompts are bound by
-compute and draw ``max_w``. Two means over the interval are enough for that: the batch, which is
-generated tokens per step, and the share of the computing time that prompts take, by their costs.
+process until its end, whatever the engine holds in memory. While it decodes, its power is affine in
+log2 of the sequences per tensor-parallel rank, through the two measured points, since a rank does
+only its share of a step and waits for the others. Prompts are bound by compute and draw ``max_w``.
+Two means over the interval are enough for that: the batch, which is generated tokens per step, and
+the share of the computing time that prompts take, by their costs.
 
 The logarithm is concave, so the mean batch of an interval in which the load changes much overrates
 the power: sum over shorter intervals there.
@@ -61,9 +62,11 @@ def replica_power_w(
         return shape.device_count * power.context_w
     busy_s = min(seconds, work.busy_s)
     prefill_s = min(busy_s, work.prompt_tokens * costs.prefill_s_per_token)
+    # A step that decodes has at least one sequence; steps of prompts alone do not.
+    per_rank = max(1.0, work.batch) / shape.tensor_parallel_size
     joules = (
         (seconds - busy_s) * power.context_w
-        + (busy_s - prefill_s) * power.decode_w(work.batch)
+        + (busy_s - prefill_s) * power.decode_w(per_rank)
         + prefill_s * power.max_w
     )
     return shape.device_count * joules / seconds

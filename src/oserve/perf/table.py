@@ -34,8 +34,8 @@ class ShapePerformance:
     kv_tokens: int = 0
 
     def energy_j(self, index: int) -> float:
-        """Joules per request of a type at capacity; infinite where it cannot be served."""
-        rate = self.capacity_rps[index]
+        """Joules per request of a type at the usual load; infinite where it cannot be served."""
+        rate = _BUSY * self.capacity_rps[index]
         return self.power_w / rate if rate > 0 else float("inf")
 
 
