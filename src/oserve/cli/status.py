@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from oserve.cli.ladder_status import show_ladder
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
 
@@ -109,6 +110,7 @@ def _show_control(console: Console, control: dict[str, Any]) -> None:
             f"{item['low_rps']:.2f} and {item['high_rps']:.2f}",
         )
     console.print(table)
+    show_ladder(console, control)
     for decision in control["decisions"][-5:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision["at_s"]))
         console.print(f"{at} {decision['line']}", markup=False, soft_wrap=True)
