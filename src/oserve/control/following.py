@@ -169,6 +169,9 @@ def follow(
     )
     at_expected = ladder.scores(max(loads.expected, loads.now) if rises else loads.expected)
     chosen = rung.index
+    if not rises and facts.watched_s < policy.fall_after_s:
+        # The highest load of that time is not known yet.
+        chosen = present
     if rises and not rung.holds:
         more = at_required.attainment[chosen] - at_required.attainment[present]
         if more < _LEAST_ATTAINMENT:

@@ -236,7 +236,8 @@ class Ladder:
         each = range(len(self.deployments))
         if all(item is Objective.CAPACITY for item in goal.objectives):
             able = np.array([max(self.capacity(index, goal), 1e-9) for index in each])
-            return able.max() / able
+            costs: NDArray[np.float64] = able.max() / able
+            return costs
         return np.array([at.objective(index, goal) for index in each])
 
     def _nearest(self, equal: Sequence[int], near: Shapes, costs: NDArray[np.float64]) -> int:

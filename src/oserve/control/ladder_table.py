@@ -26,6 +26,11 @@ class LadderRow:
     cost: float
     score: LoadScore
 
+    @property
+    def power_w(self) -> float:
+        """Of the devices that the deployment holds, on average."""
+        return self.rate_rps * self.score.joules
+
 
 def ladder_rows(
     ladder: Ladder, goal: Goal, loads: Sequence[float], *, headroom: float = 1.0
@@ -86,4 +91,5 @@ def row_document(row: LadderRow) -> dict[str, Any]:
         "p50_ttft_s": score.p50_ttft_s,
         "p99_ttft_s": score.p99_ttft_s,
         "joules_per_request": score.joules,
+        "power_w": row.power_w,
     }

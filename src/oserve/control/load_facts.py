@@ -14,6 +14,7 @@ class LoadFacts:
     ``upper``: means and upper quantiles of the forecast, by step of ``step_s`` seconds. ``peaks``:
     rates over pieces of the time that counts for a fall. ``mix``: over ``mix_s`` seconds.
     ``burstiness``, by type: the relative variance of the rate between pieces of ten seconds.
+    ``watched_s``: for how long requests were counted.
     """
 
     now: LoadRates
@@ -26,3 +27,4 @@ class LoadFacts:
     mix: LoadRates
     mix_s: float
     burstiness: tuple[float, ...]
+    watched_s: float

@@ -230,6 +230,7 @@ class TrafficMonitor:
             mix=rates(end_s, mix_s),
             mix_s=mix_s,
             burstiness=self._burstiness(end_s),
+            watched_s=collector.watched_s,
         )
 
     def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:

@@ -20,6 +20,7 @@ from oserve.control.evaluation import (
 )
 from oserve.control.following import FollowScore, follow, present_load
 from oserve.control.ladder import Ladder, shapes_of
+from oserve.control.ladder_table import ladder_rows
 from oserve.control.load_facts import LoadFacts
 from oserve.control.monitor import LAST_S
 from oserve.control.planner import TablePlanner
@@ -174,6 +175,19 @@ class ControllerRuntime:
             burstiness=tuple(round(item, 1) for item in facts.burstiness),
             work=self.planner.work,
         )
+
+    def prepare_switches(self) -> None:
+        """Place the rungs near the plan in force, and predict the switches to them.
+
+        Decisions find them; in a thread, since it may take a second.
+        """
+        follow, ladder = self.controller.policy.follow, self.shelf.ladder
+        if follow is None or ladder is None:
+            return
+        current = self.controller.plan
+        rows = ladder_rows(ladder, follow.goal, ladder.loads, headroom=follow.headroom)
+        for shapes in dict.fromkeys(row.shapes for row in rows):
+            self.planner.switch(current, shapes)
 
     def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
         """Use a ladder that was built for a need."""

@@ -27,6 +27,7 @@ class Ladders:
         self._process = LadderProcess(ladder_model(request, follow.goal))
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._prepared = ("", 0)
         self._document: tuple[Ladder, dict[str, Any]] | None = None
 
     def prepare(self, now_s: float) -> None:
@@ -36,6 +37,11 @@ class Ladders:
         need = self._runtime.ladder_need(now_s)
         if need is not None:
             self._task = asyncio.ensure_future(self._build(need))
+            return
+        plan, ladder = self._runtime.controller.plan, self._runtime.shelf.ladder
+        if ladder is not None and self._prepared != (plan.id, id(ladder)):
+            self._prepared = (plan.id, id(ladder))
+            self._task = asyncio.ensure_future(asyncio.to_thread(self._runtime.prepare_switches))
 
     async def _build(self, need: LadderNeed) -> None:
         began_s = time.monotonic()

@@ -18,7 +18,8 @@ from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Policy
-from oserve.study.runner import Run, deployment_of, run_policy
+from oserve.study.run import Run, deployment_of
+from oserve.study.runner import run_policy
 from oserve.study.scene import Scene
 
 _TOLERANCE = 0.01
