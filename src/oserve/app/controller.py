@@ -13,9 +13,8 @@ from typing import Any
 
 import msgspec
 
-from oserve.config import plan_yaml
 from oserve.config.policies import control_policy
-from oserve.control.decision import Decision, DecisionVerdict, Trigger
+from oserve.control.decision import Decision, Trigger
 from oserve.control.evaluation import CandidateScore
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
@@ -184,14 +183,3 @@ class ControllerService:
             "speeds": {"source": self._source, "seen": self._speeds.state()},
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
-
-
-def advised(decision: Decision, weighed: CandidateScore | None) -> dict[str, Any]:
-    """The answer to an operator: the decision, and the evaluated plan as a plan file."""
-    plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
-    return {
-        "decision": msgspec.to_builtins(decision),
-        "line": decision.line,
-        "switched": decision.verdict is DecisionVerdict.SWITCH,
-        "plan": plan,
-    }

@@ -7,12 +7,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oserve.app.controller import ControllerService, advised
+from oserve.app.controller import ControllerService
 from oserve.control.decision import DecisionVerdict, Trigger
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.startup.advice import advised
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher

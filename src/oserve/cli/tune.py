@@ -54,6 +54,7 @@ from oserve.evaluate.tuning_run import (
     WINDOWS,
     TuningChoice,
     TuningRun,
+    is_pooled,
     run_tuning,
 )
 from oserve.gateway.constants import constants_of
@@ -163,7 +164,7 @@ def tune(
         serving=ScoredServing(
             plan=found, slo=slo, ordered=settings.gateway.order.policy == "priority"
         ),
-        pooled=_pooled(found),
+        pooled=is_pooled(found),
         ttft_s=_demotes_by_s(settings),
         min_gain=min_gain,
         hold_out=hold_out,
@@ -275,14 +276,6 @@ def _computed_plan(
             seed=seed,
         )
     ).plan
-
-
-def _pooled(plan: DeploymentPlan) -> bool:
-    """Whether some replica is outside of some pool."""
-    return any(
-        sum(1 for share in shares.values() if share > 0.0) < len(plan.replicas)
-        for shares in plan.routing_shares.values()
-    )
 
 
 # -- the outcome --------------------------------------------------------------------------------

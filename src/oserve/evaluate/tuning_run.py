@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oserve.control.dispatch.constants import DispatchConstants
-from oserve.core import OServeError
+from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.part_score import (
     Loads,
     PartScore,
@@ -153,6 +153,14 @@ def summarised(score: PartScore) -> PartSummary:
         mean_e2e_s=_weighted(below, [row.mean_e2e_s for row in below]),
         p99_e2e_s=_weighted(below, [row.p99_e2e_s for row in below]),
         attainment_past=_weighted(past, [row.attainment for row in past]),
+    )
+
+
+def is_pooled(plan: DeploymentPlan) -> bool:
+    """Whether some replica is outside of some type's pool."""
+    return any(
+        sum(1 for share in shares.values() if share > 0.0) < len(plan.replicas)
+        for shares in plan.routing_shares.values()
     )
 
 

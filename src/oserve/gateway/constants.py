@@ -1,6 +1,4 @@
-"""The constants of dispatch and the settings that name them, both ways."""
-
-from collections.abc import Mapping
+"""The constants of dispatch that the settings of a gateway give."""
 
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.control.dispatch.order import OrderPolicy
@@ -32,18 +30,3 @@ def constants_of(settings: GatewaySettings) -> DispatchConstants:
         overflow_s=settings.overflow_s,
         inflight_per_device=settings.inflight_per_device,
     )
-
-
-def settings_of(constants: DispatchConstants) -> Mapping[str, float | bool | None]:
-    """Settings by dotted path that give these constants, where demotion has a wanted TTFT."""
-    order, overload = constants.order, constants.overload
-    return {
-        "gateway.order.penalty_s_per_1000_tokens": order.penalty_s_per_token * 1000.0,
-        "gateway.order.max_penalty_s": order.max_penalty_s,
-        "gateway.order.freshest_first_s": order.freshest_first_s,
-        "gateway.overload.demote": overload.ttft_s is not None,
-        "gateway.overload.owed_of_ttft": overload.owed_of_ttft,
-        "gateway.overload.late_of_ttft": overload.late_of_ttft,
-        "gateway.overflow_s": constants.overflow_s,
-        "gateway.inflight_per_device": constants.inflight_per_device,
-    }
