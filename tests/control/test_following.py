@@ -4,18 +4,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.control.decision import Decision, DecisionVerdict, Mode, Reason, Trigger
-from oserve.control.following import FollowPolicy, follow, loads_of
-from oserve.control.ladder import Goal, Ladder, LadderDeployment
+from oserve.control.decision import Reason, Trigger
+from oserve.control.following import FollowPolicy, FollowScore, follow, loads_of
+from oserve.control.ladder import Goal, Ladder
 from oserve.control.load_facts import LoadFacts
 from oserve.control.policy import HOUR_S
-from oserve.core import Objective, OServeError
+from oserve.core import Objective
 
 from .ladders import (
     CAPACITY,
@@ -26,11 +25,9 @@ from .ladders import (
     everywhere,
     follower,
     ladder_of,
-    learn,
     plan_for,
     planner,
     rung,
-    score,
     shape,
     three_rungs,
 )
@@ -67,6 +64,7 @@ def facts(
         mix=rates,
         mix_s=600.0,
         burstiness=(0.0,) * len(rates),
+        watched_s=600.0,
     )
 
 
@@ -118,10 +116,10 @@ def test_few_requests_in_a_few_seconds_are_chance() -> None:
         assert found.present == pytest.approx(present, rel=0.01)
 
 
-def scored(ladder: Ladder, seen: LoadFacts, current: int, goal: Goal = LATENCY):  # noqa: ANN201
+def scored(ladder: Ladder, seen: LoadFacts, current: int, goal: Goal = LATENCY) -> FollowScore:
     made = planner(len(goal.objectives))
     plan = plan_for(everywhere(current))
-    return follow(
+    found = follow(
         ladder,
         seen,
         FollowPolicy(goal=goal),
@@ -129,6 +127,8 @@ def scored(ladder: Ladder, seen: LoadFacts, current: int, goal: Goal = LATENCY):
         switch=lambda shapes: made.switch(plan, shapes),
         lead_s=30.0,
     )
+    assert found is not None  # the ladder has the current deployment
+    return found
 
 
 @given(
