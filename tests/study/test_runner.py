@@ -16,7 +16,8 @@ from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Conduct, Fixed, Policy, PolicyStart, PolicyView
-from oserve.study.runner import Run, run_policy
+from oserve.study.run import Run
+from oserve.study.runner import run_policy
 from oserve.study.switching import replaced
 from study.scenes import small_scene
 

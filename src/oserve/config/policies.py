@@ -34,13 +34,18 @@ def control_policy(settings: Settings, mode: Mode) -> ControlPolicy:
     )
 
 
-def ladder_goal(planning: PlanningSettings, names: Sequence[str]) -> Goal:
-    """The objective of each workload type. Raises OServeError for a type that does not exist."""
+def ladder_goal(
+    planning: PlanningSettings, names: Sequence[str], *, place: str = "planning.type_objectives"
+) -> Goal:
+    """The objective of each workload type.
+
+    Raises OServeError, at ``place``, for a type that does not exist.
+    """
     unknown = [name for name in planning.type_objectives if name not in names]
     if unknown:
         raise OServeError(
             f"no workload type is called {unknown[0]!r}",
-            place="planning.type_objectives",
+            place=place,
             remedy="the types are " + ", ".join(names),
         )
     return Goal(

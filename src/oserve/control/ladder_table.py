@@ -26,6 +26,11 @@ class LadderRow:
     cost: float
     score: LoadScore
 
+    @property
+    def power_w(self) -> float:
+        """Of the devices that the deployment holds, on average."""
+        return self.rate_rps * self.score.joules
+
 
 def ladder_rows(
     ladder: Ladder, goal: Goal, loads: Sequence[float], *, headroom: float = 1.0
@@ -63,6 +68,7 @@ def ladder_document(ladder: Ladder, goal: Goal, *, headroom: float = 1.0) -> dic
         "attainment": goal.attainment,
         "headroom": headroom,
         "deployments": len(ladder.deployments),
+        "reference_rps": ladder.reference_rps,
         "capacity_rps": max(capacities, default=0.0) * ladder.reference_rps,
         "rungs": [
             row_document(row) for row in ladder_rows(ladder, goal, ladder.loads, headroom=headroom)
@@ -86,4 +92,5 @@ def row_document(row: LadderRow) -> dict[str, Any]:
         "p50_ttft_s": score.p50_ttft_s,
         "p99_ttft_s": score.p99_ttft_s,
         "joules_per_request": score.joules,
+        "power_w": row.power_w,
     }
