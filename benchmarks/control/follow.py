@@ -19,7 +19,7 @@ and switches with their reasons, and what ``oserve status`` says in each phase.
 The SLO follows from the profile: ``--tpot`` times the decode step of a full replica of one core,
 and ``--ttft`` times that for the first token. Without --profile it measures one first (two
 minutes). Settings differ from the defaults so that the whole takes minutes, not hours: decisions
-every 5 s, a fall after 20 s. Bounded; everything stays on the loopback interface. It ends with 1 if
+every 10 s, a fall after 30 s. Bounded; everything stays on the loopback interface. It ends with 1 if
 a request failed or a text differed.
 """
 
@@ -232,8 +232,8 @@ def served(folder: Path, model: Path, wanted: argparse.Namespace, follows: bool)
         f"planning.rates=all:{PROMPT_TOKENS}x{OUTPUT_TOKENS}={rate:.3f}",
         f"planning.objective={'latency' if follows else 'capacity'}",
         f"control.mode={'auto' if follows else chr(34) + 'off' + chr(34)}",
-        "control.decision_interval_s=5",
-        "control.fall_after_s=20",
+        "control.decision_interval_s=10",
+        "control.fall_after_s=30",
         "control.min_dwell_s=10",
         "control.max_switches_per_hour=30",
         "control.start_s=10",
