@@ -46,7 +46,7 @@ from oserve.perf.profile import ProfileSource, read_profile
 
 sys.path.append(str(Path(__file__).parents[1] / "switch"))
 # It lies beside the benchmarks of switches, where mypy knows it by a longer name.
-from mid_model import make_mid_model  # type: ignore[import-not-found] # noqa: E402
+from mid_model import make_mid_model  # type: ignore[import-not-found]
 
 PROMPT_TOKENS, OUTPUT_TOKENS, SPREAD = 32, 96, 0.25
 LONGEST = round(OUTPUT_TOKENS * (1 + SPREAD))
@@ -145,7 +145,7 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(_VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(TEXTS)]
 
 
-# -- one request ------------------------------------------------------------------------------------
+# -- one request -----------------------------------------------------------------------------
 async def ask(
     session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], answer: Answer
 ) -> Answer:
@@ -197,7 +197,7 @@ async def known_texts(session: aiohttp.ClientSession, url: str, model: str) -> l
     return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts()))))
 
 
-# -- one server -------------------------------------------------------------------------------------
+# -- one server ------------------------------------------------------------------------------
 def profiled(folder: Path, model: Path) -> Path:
     """This machine's own step times: of a replica of one core, and of one of two."""
     path = folder / "profile.json"
@@ -290,18 +290,20 @@ async def watch(
         document = await status_of(session, url)
         run.seen.append({"at_s": now_s, **document})
         if len(run.said) < len(ends) and now_s >= ends[len(run.said)]:
-            command = [sys.executable, "-m", "oserve.cli", "status", "--url", url]
-            process = await asyncio.create_subprocess_exec(
-                *command, stdout=asyncio.subprocess.PIPE, env=_wide()
-            )
-            out, _ = await process.communicate()
+            out = await asyncio.to_thread(shown_status, url)
             name = phases[len(run.said)].name
-            run.said.append(f"[{name}, {now_s:.0f} s]\n{out.decode()}")
+            run.said.append(f"[{name}, {now_s:.0f} s]\n{out}")
         await asyncio.sleep(_SAMPLE_S)
 
 
-def _wide() -> dict[str, str]:
-    return {"COLUMNS": "150", "PYTHONPATH": ":".join(filter(None, sys.path))}
+def shown_status(url: str) -> str:
+    """What `oserve status` prints."""
+    command = [sys.executable, "-m", "oserve.cli", "status", "--url", url]
+    environment = {"COLUMNS": "150", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    shown = subprocess.run(
+        command, check=False, capture_output=True, timeout=60, env=environment, text=True
+    )
+    return shown.stdout + shown.stderr
 
 
 async def drive(
@@ -355,15 +357,23 @@ async def prepared(url: str, model: str, follows: bool, run: Run) -> tuple[list[
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         began_s = time.perf_counter()
         capacity_rps = 0.0
+        shapes = [item["shape"] for item in (await status_of(session, url))["replicas"]]
+        print(f"it begins with {', '.join(map(words_of, shapes))}")
         if follows:
             ladder = await ladder_of(session, url)
             run.ladder_s = time.perf_counter() - began_s
             capacity_rps = ladder["capacity_rps"]
+            print(f"the ladder was there {run.ladder_s:.0f} s after the server")
             show_ladder(ladder)
         return await known_texts(session, url, model), capacity_rps
 
 
-# -- what is printed --------------------------------------------------------------------------------
+def words_of(shape: dict[str, Any]) -> str:
+    size, seqs = shape["tensor_parallel_size"], shape["max_num_seqs"]
+    return f"TP{size} of {seqs} sequences, chunk {shape['max_num_batched_tokens']}"
+
+
+# -- what is printed -------------------------------------------------------------------------
 def show_ladder(ladder: dict[str, Any]) -> None:
     print(f"the ladder, {ladder['deployments']} deployments (simulated)")
     for row in ladder["rungs"]:
@@ -435,7 +445,9 @@ def show_course(run: Run) -> None:
             print(f"  {document['at_s']:6.0f} s {loads}  {place.get('rung', '')}: {replicas}")
             last = replicas
     words = ("a ladder", "decision", "switching", "switch ", "given up", "ERROR", "WARNING")
-    print("\nwhat the server logged of it; decisions to keep the plan once for each reason in a row")
+    print(
+        "\nwhat the server logged of it; decisions to keep the plan once for each reason in a row"
+    )
     before = ""
     for line in run.log:
         if any(word in line for word in words):
