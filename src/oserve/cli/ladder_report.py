@@ -83,7 +83,7 @@ def _rungs(answer: PlanLadder) -> Table:
     )
     before = None
     for row in answer.rows:
-        held = "" if row.holds else " (does not hold)"
+        held = "" if row.holds else f" ({_fault(answer, row)})"
         same = row.shapes == before
         before = row.shapes
         table.add_row(
@@ -94,6 +94,12 @@ def _rungs(answer: PlanLadder) -> Table:
             str(row.devices),
         )
     return table
+
+
+def _fault(answer: PlanLadder, row: LadderRow) -> str:
+    index = answer.ladder.find(row.shapes)
+    within = index is not None and answer.holds_at(index, row.load)
+    return "no headroom" if within else "does not hold"
 
 
 def _measures(row: LadderRow) -> tuple[str, ...]:
