@@ -102,8 +102,7 @@ class FollowScore:
 def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: float) -> Loads:
     """The loads to decide on; the forecast counts for ``lead_s`` seconds ahead."""
     now = ladder.load(facts.now)
-    sure = max(0.0, 1.0 - _SIGMAS / math.sqrt(max(1.0, sum(facts.last) * facts.last_s)))
-    present = max(now, sure * ladder.load(facts.last))
+    present = present_load(ladder, facts.now, facts.last, facts.last_s)
     ahead = 1 + math.ceil(lead_s / facts.step_s)
     coming = [
         _upper(ladder, mean, high)
@@ -124,6 +123,12 @@ def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: 
         fall_required=policy.headroom * max([required / policy.headroom, *peaks, *every]),
         rate_rps=sum(facts.expected[0]) if facts.expected else sum(facts.now),
     )
+
+
+def present_load(ladder: Ladder, now: LoadRates, last: LoadRates, last_s: float) -> float:
+    """The load now, or over the last ``last_s`` seconds as far as that is no chance."""
+    sure = max(0.0, 1.0 - _SIGMAS / math.sqrt(max(1.0, sum(last) * last_s)))
+    return max(ladder.load(now), sure * ladder.load(last))
 
 
 def _upper(ladder: Ladder, mean: LoadRates, high: LoadRates) -> float:
@@ -164,6 +169,9 @@ def follow(
     )
     at_expected = ladder.scores(max(loads.expected, loads.now) if rises else loads.expected)
     chosen = rung.index
+    if not rises and facts.watched_s < policy.fall_after_s:
+        # The highest load of that time is not known yet.
+        chosen = present
     if rises and not rung.holds:
         more = at_required.attainment[chosen] - at_required.attainment[present]
         if more < _LEAST_ATTAINMENT:

@@ -14,8 +14,9 @@ holds, the one with the largest attainment wins.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +179,17 @@ class Ladder:
                 return index
         return None
 
+    def without(self, barred: Collection[ReplicaShape], kept: Shapes) -> Self:
+        """The ladder without deployments that have a barred shape, except for ``kept``."""
+        if not barred:
+            return self
+        able = [
+            item
+            for item in self.deployments
+            if item.shapes == kept or not any(shape in barred for shape, _ in item.shapes)
+        ]
+        return replace(self, deployments=tuple(able))
+
     def scores(self, load: float) -> "LoadScores":
         """All deployments at one load."""
         return LoadScores(self, load)
@@ -213,17 +225,20 @@ class Ladder:
             return Rung(index=chosen, holds=False, cost=self.scores(expected).cost(chosen, goal))
         at = self.scores(expected)
         allowed = at.guarded(holding, goal)
-        costs = np.array([self._objective(at, index, goal) for index in range(len(at.attainment))])
+        costs = self._objectives(at, goal)
         least = min(costs[index] for index in allowed)
         equal = [index for index in allowed if costs[index] <= _SAME_SCORE * least]
         chosen = self._nearest(equal, near, costs)
         return Rung(index=chosen, holds=True, cost=float(costs[chosen]))
 
-    def _objective(self, at: "LoadScores", index: int, goal: Goal) -> float:
-        """The objective; where all types ask for capacity, the inverse of the capacity."""
+    def _objectives(self, at: "LoadScores", goal: Goal) -> NDArray[np.float64]:
+        """The objective of each; where all types ask for capacity, the largest one over its own."""
+        each = range(len(self.deployments))
         if all(item is Objective.CAPACITY for item in goal.objectives):
-            return 1.0 / max(self.capacity(index, goal), 1e-9)
-        return at.objective(index, goal)
+            able = np.array([max(self.capacity(index, goal), 1e-9) for index in each])
+            costs: NDArray[np.float64] = able.max() / able
+            return costs
+        return np.array([at.objective(index, goal) for index in each])
 
     def _nearest(self, equal: Sequence[int], near: Shapes, costs: NDArray[np.float64]) -> int:
         """The deployment with most devices in common with ``near``, then the least cost."""

@@ -8,12 +8,13 @@ LoadRates = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFacts:
-    """LoadRates by type.
+    """Rates by type.
 
     ``now``: over half a minute; ``last``: over the last ``last_s`` seconds. ``expected`` and
     ``upper``: means and upper quantiles of the forecast, by step of ``step_s`` seconds. ``peaks``:
-    rates over pieces of the time that counts for a fall. ``mix``: over several minutes.
+    rates over pieces of the time that counts for a fall. ``mix``: over ``mix_s`` seconds.
     ``burstiness``, by type: the relative variance of the rate between pieces of ten seconds.
+    ``watched_s``: for how long requests were counted.
     """
 
     now: LoadRates
@@ -24,4 +25,6 @@ class LoadFacts:
     step_s: float
     peaks: tuple[LoadRates, ...]
     mix: LoadRates
+    mix_s: float
     burstiness: tuple[float, ...]
+    watched_s: float

@@ -30,8 +30,9 @@ _PIECE_S, _PERIOD_S = 15, 300
 # Windows for the rates before a change; the longest that is available counts.
 _BEFORE_S = (900, 300, 60, 10)
 _LIKELY = 0.9
+_BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
-_LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
+LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
 _BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 12, 2.0
 # How long the longest request stays on a replica, in multiples of the mean.
 _LONGEST = 2.0
@@ -142,6 +143,10 @@ class TrafficMonitor:
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
 
+    def last_rps(self) -> TypeRates:
+        """Requests/s of each type over the last ``LAST_S`` seconds."""
+        return _rates(self.collector.rates_rps(max(1, self.collector.newest_s), LAST_S))
+
     def drain_s(self) -> float:
         """Seconds that a replica needs to drain now; 0 if unknown.
 
@@ -157,7 +162,7 @@ class TrafficMonitor:
         """The forecast of the next interval, by type."""
         found = self._forecaster.forecast()
         now = self.now_rps()
-        low, high = found.quantile_rps(found.quantiles[0]), found.quantile_rps(found.quantiles[-1])
+        low, high = (found.quantile_rps(level) for level in _BAND)
         return tuple(
             TypeForecast(
                 name=name,
@@ -212,20 +217,31 @@ class TrafficMonitor:
         def rates(before_s: int, width_s: int) -> TypeRates:
             return _rates(collector.rates_rps(before_s, width_s))
 
-        pieces = range(end_s - _PEAK_S, end_s - int(fall_after_s), -_PEAK_S)
         since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
             now=self.now_rps(),
-            last=rates(end_s, _LAST_S),
-            last_s=_LAST_S,
+            last=self.last_rps(),
+            last_s=LAST_S,
             expected=tuple(_rates(row) for row in found.rates_rps),
             upper=tuple(_rates(row) for row in upper),
             step_s=found.interval_s,
-            peaks=tuple(rates(at_s, _PEAK_S) for at_s in pieces if at_s > _PEAK_S),
+            peaks=self._peaks(end_s, fall_after_s),
             mix=rates(end_s, mix_s),
+            mix_s=mix_s,
             burstiness=self._burstiness(end_s),
+            watched_s=collector.watched_s,
         )
+
+    def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:
+        """Rates over pieces of the last ``fall_after_s`` seconds, as far as counts are held."""
+        last_s = end_s - _PEAK_S
+        longest_s = min(fall_after_s - _PEAK_S, last_s, self.collector.size_s - _PEAK_S)
+        pieces = int(longest_s) // _PEAK_S
+        if pieces < 1:
+            return ()
+        found = self.collector.window(last_s, pieces * _PEAK_S, parts=pieces).parts
+        return tuple(_rates(row / _PEAK_S) for row in found)
 
     def _burstiness(self, end_s: int) -> tuple[float, ...]:
         """The variance of the rate between pieces of ten seconds beyond chance, relative.
@@ -291,6 +307,11 @@ class TrafficMonitor:
         self.began_s = int(state["began_s"])
         self._window_end_s = int(state["window_end_s"])
         self.last_arrival_s = float(state["last_arrival_s"])
+
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """The levels of the forecast."""
+        return self._forecaster.levels
 
     def replay_history(self, history: Floats) -> None:
         """Feed windows of counts, (n, k), oldest first, to a forecaster that has seen none."""

@@ -5,7 +5,7 @@ decides. Time is passed in with each call.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +18,11 @@ from oserve.control.evaluation import (
     SimulatedScore,
     score_candidates,
 )
-from oserve.control.following import FollowScore, follow, loads_of
+from oserve.control.following import FollowScore, follow, present_load
 from oserve.control.ladder import Ladder, shapes_of
+from oserve.control.ladder_table import ladder_rows
 from oserve.control.load_facts import LoadFacts
+from oserve.control.monitor import LAST_S
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
@@ -38,7 +40,7 @@ from oserve.workload import classify
 _MOST_SIMULATED = 5
 _OVERLOAD_REST_S = 5.0
 # The mix of fewer requests is chance.
-_MIX_S, _FEWEST_REQUESTS = 600.0, 100
+_FEWEST_REQUESTS = 100
 
 Scorer = Callable[[DecisionInput, CandidateScore], SimulatedScore]
 """Scores a switch by simulation; its score replaces the one of the planner's linear model."""
@@ -97,7 +99,8 @@ class ControllerRuntime:
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
         self.shelf = LadderShelf()
-        self._overload_s = -math.inf
+        self._overload_s, self._overload_rest_s = -math.inf, _OVERLOAD_REST_S
+        self._overloaded = ""
         self._lead_s = 0.0
 
     def observe(
@@ -117,23 +120,35 @@ class ControllerRuntime:
             self.planner.correct(speeds)
             # Solve the shares again at once.
             self._shared = None
+        return self.count(now_s, batches, gauges)
+
+    def count(
+        self, now_s: float, batches: Sequence[Batch], gauges: Mapping[str, float] | None = None
+    ) -> Trigger | None:
+        """``observe`` without the replicas."""
         trigger = self.controller.monitor.observe(now_s, batches, gauges)
         return trigger if trigger is not None else self._overload(now_s)
 
     def _overload(self, now_s: float) -> Trigger | None:
-        """Whether more load arrives than the current plan holds; at most every few seconds."""
+        """Whether more load arrives than the current plan holds.
+
+        First after a few seconds, then ever more seldom while the same plan stays overloaded.
+        """
         policy, ladder = self.controller.policy.follow, self.shelf.ladder
-        if policy is None or ladder is None or now_s - self._overload_s < _OVERLOAD_REST_S:
+        if policy is None or ladder is None or now_s - self._overload_s < self._overload_rest_s:
             return None
         present = ladder.find(shapes_of(self.controller.plan.replicas))
         if present is None:
             return None
-        facts = self.controller.monitor.load_facts(policy.quantile, policy.fall_after_s)
-        if loads_of(ladder, facts, policy, lead_s=0.0).present <= ladder.capacity(
-            present, policy.goal
-        ):
+        monitor = self.controller.monitor
+        load = present_load(ladder, monitor.now_rps(), monitor.last_rps(), LAST_S)
+        if load <= ladder.capacity(present, policy.goal):
+            self._overload_rest_s = _OVERLOAD_REST_S
             return None
-        self._overload_s = now_s
+        same = self._overloaded == self.controller.plan.id
+        rest_s = 2 * self._overload_rest_s if same else _OVERLOAD_REST_S
+        self._overload_rest_s = min(rest_s, self.controller.policy.interval_s)
+        self._overload_s, self._overloaded = now_s, self.controller.plan.id
         return Trigger.LOAD
 
     # -- ladders --------------------------------------------------------------------------------
@@ -145,9 +160,10 @@ class ControllerRuntime:
         monitor = self.controller.monitor
         facts = monitor.load_facts(follow.quantile, follow.fall_after_s)
         mix = facts.mix
-        if sum(mix) * _MIX_S < _FEWEST_REQUESTS:
+        if sum(mix) * facts.mix_s < _FEWEST_REQUESTS:
             mix = tuple(kind.arrival_rate_rps for kind in self.planner.facts.types)
-        mix = tuple(round(rate / sum(mix), 3) for rate in mix)
+        total = sum(mix)
+        mix = tuple(round(rate / total if total > 0 else 1.0 / len(mix), 3) for rate in mix)
         present = shapes_of(self.controller.plan.replicas)
         speeds = self.planner.speeds
         if not self.shelf.needs(mix, present, speeds, now_s):
@@ -160,9 +176,22 @@ class ControllerRuntime:
             work=self.planner.work,
         )
 
+    def prepare_switches(self) -> None:
+        """Place the rungs near the plan in force, and predict the switches to them.
+
+        Decisions find them; in a thread, since it may take a second.
+        """
+        follow, ladder = self.controller.policy.follow, self.shelf.ladder
+        if follow is None or ladder is None:
+            return
+        current = self.controller.plan
+        rows = ladder_rows(ladder, follow.goal, ladder.loads, headroom=follow.headroom)
+        for shapes in dict.fromkeys(row.shapes for row in rows):
+            self.planner.switch(current, shapes)
+
     def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
         """Use a ladder that was built for a need."""
-        self.shelf.add(ShelvedLadder(ladder=ladder, speeds=need.speeds))
+        self.shelf.add(ShelvedLadder(ladder=ladder, speeds=need.speeds, present=need.present))
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
@@ -218,8 +247,9 @@ class ControllerRuntime:
         policy, ladder = self.controller.policy, self.shelf.ladder
         if ladder is None or policy.follow is None:
             return None
+        mine = shapes_of(inputs.current.replicas)
         found = follow(
-            ladder,
+            ladder.without(self.planner.barred, mine),
             facts,
             policy.follow,
             current=inputs.current,

@@ -17,16 +17,25 @@ TOLERANCE = 0.1
 # Another ladder is used instead if it fits better by this much.
 _BETTER = 0.03
 _MOST = 8
-# The time between two preparations for the mix alone.
+# The time between two preparations; one that failed is not tried again earlier.
 _REST_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShelvedLadder:
-    """A ladder, and the speeds of replicas that it was built for."""
+    """A ladder, with the speeds of replicas and the deployment that it was built for.
+
+    It may lack that deployment, if that cannot be simulated.
+    """
 
     ladder: Ladder
     speeds: Speeds
+    present: Shapes = ()
+
+    def suits(self, present: Shapes, speeds: Speeds) -> bool:
+        """Whether no other ladder would know more of this deployment at these speeds."""
+        known = self.present == present or self.ladder.find(present) is not None
+        return known and self.speeds == speeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +67,7 @@ class LadderShelf:
 
     def take(self, mix: LoadRates, present: Shapes, speeds: Speeds) -> Ladder | None:
         """Use the ladder that fits best; the last one if none fits."""
-        able = [
-            item
-            for item in self._held
-            if item.speeds == speeds and item.ladder.find(present) is not None
-        ]
+        able = [item for item in self._held if item.suits(present, speeds)]
         if able:
             best = min(able, key=lambda item: item.ladder.distance(mix))
             used = self._held[-1]
@@ -73,15 +78,14 @@ class LadderShelf:
         return self.ladder
 
     def needs(self, mix: LoadRates, present: Shapes, speeds: Speeds, now_s: float) -> bool:
-        """Whether another ladder should be prepared now; asked again it says so after a while."""
+        """Whether another ladder should be prepared now; asked again it says so after a rest."""
         ladder = self.take(mix, present, speeds)
         fits = (
             ladder is not None
-            and ladder.find(present) is not None
-            and self._held[-1].speeds == speeds
+            and self._held[-1].suits(present, speeds)
             and ladder.distance(mix) <= TOLERANCE
         )
-        if fits or (ladder is not None and now_s - self._asked_s < _REST_S):
+        if fits or now_s - self._asked_s < _REST_S:
             return False
         self._asked_s = now_s
         return True

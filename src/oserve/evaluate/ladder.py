@@ -7,7 +7,7 @@ replicas. All deployments serve the same requests, so that their differences are
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from oserve.control.ladder import (
 from oserve.control.load_facts import LoadRates
 from oserve.core import DeploymentPlan, Device, LengthClass, Objective, OServeError, ReplicaShape
 from oserve.evaluate.capacities import LengthSamples
+from oserve.evaluate.energy import static_energy
 from oserve.evaluate.ladder_traffic import LadderTraffic, drawn_traffic
 from oserve.evaluate.simulator import (
     Floats,
@@ -33,6 +34,7 @@ from oserve.evaluate.simulator import (
     met,
 )
 from oserve.plan.mixtures import homogeneous, mixtures, smaller
+from oserve.plan.packing import ANY_KIND
 from oserve.plan.place import place_replicas
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
@@ -49,6 +51,8 @@ _MOST_MIXTURES = 24
 # The search for the largest load: factor of a step, and its bound.
 _STEP = 1.3
 _MOST_STEPS = 40
+# Below this part of the load that the work suggests, the SLO cannot be held.
+_LEAST_LOAD = 0.03
 # Requests hardly meet at this multiple of the lowest load.
 _IDLE = 0.2
 # Past this attainment a deployment is not simulated at higher loads.
@@ -127,7 +131,7 @@ class LadderBuilder:
         kept = self._kept(self._scored(base, coarse), coarse)
         more = list(self._variations(kept))
         kept = self._kept(self._scored([*kept, *more], coarse), coarse)
-        chosen = list(dict.fromkeys([*kept, *case.present]))
+        chosen = [*kept, *(item for item in case.present if self._is_known(item))]
         return self._ladder(self._scored(chosen, case.loads))
 
     # -- which deployments ----------------------------------------------------------------------
@@ -136,6 +140,14 @@ class LadderBuilder:
         longest = int((requests.prompt_tokens + requests.output_tokens).max())
         able = [s for s in self._case.shapes if self._simulator.kv_tokens(s) >= longest]
         return able or [s for s in self._case.shapes if self._simulator.kv_tokens(s) > 0]
+
+    def _is_known(self, shapes: Shapes) -> bool:
+        """Whether a deployment, which may come from an operator, can be simulated."""
+        try:
+            placed = self._serving(shapes).plan.replicas
+            return bool(placed) and all(self._simulator.kv_tokens(s.shape) > 0 for s in placed)
+        except OServeError:
+            return False
 
     def _variations(self, kept: Sequence[Shapes]) -> Iterator[Shapes]:
         """Mixtures of two, and fewer replicas where energy counts."""
@@ -171,7 +183,7 @@ class LadderBuilder:
         return len({shape.name for shape, _ in shapes}) >= self._case.min_shapes
 
     def _largest(self, base: Sequence[Shapes]) -> float:
-        """The largest load that a deployment holds, to a factor of ``_STEP``."""
+        """The largest load that a deployment holds, by interpolation; 1 where none was found."""
         load, held = 1.0, 0.0
         likely = list(base)
         for _ in range(_MOST_STEPS):
@@ -181,10 +193,21 @@ class LadderBuilder:
                 likely.insert(0, holder)
                 held, load = load, load * _STEP
             elif held:
-                break
+                return max(self._held(item, held, load) for item in base)
+            elif load < _LEAST_LOAD:
+                return 1.0
             else:
                 load /= _STEP
-        return held or load
+        return held or 1.0
+
+    def _held(self, shapes: Shapes, low: float, high: float) -> float:
+        """The load up to which a deployment holds, between two that were simulated."""
+        runs = [self._runs.get((shapes, load)) for load in (low, high)]
+        scores = tuple(score for score in runs if score is not None)
+        if len(scores) < len(runs):
+            return low
+        found = self._ladder([LadderDeployment(shapes=shapes, scores=scores)])
+        return max(low, found.capacity(0, self._case.goal))
 
     def _holds(self, shapes: Shapes, load: float) -> bool:
         return self._score(shapes, load).attainment >= self._case.goal.attainment
@@ -268,11 +291,9 @@ class LadderBuilder:
         """Per request, of all replicas for the whole run."""
         ended = results.finish_s[np.isfinite(results.finish_s)]
         seconds = float(ended.max()) if len(ended) else results.now_s
-        total = 0.0
-        for spec, totals in zip(serving.plan.replicas, results.totals, strict=True):
-            busy = min(1.0, totals.busy_s / seconds)
-            total += seconds * self._simulator.source.power_w(spec.shape, busy)
-        return total / max(1, len(results.arrival_s))
+        source, devices = self._simulator.source, self._case.devices
+        energy = static_energy(source, serving.plan, results, devices, seconds)
+        return energy.serving_j / max(1, len(results.arrival_s))
 
     def _serving(self, shapes: Shapes) -> SimulatedServing:
         case = self._case
@@ -281,11 +302,22 @@ class LadderBuilder:
                 return SimulatedServing(plan=given, levers=case.levers)
         plan = DeploymentPlan(
             id="ladder",
-            replicas=place_replicas(shapes, case.devices).replicas,
+            replicas=place_replicas(self._located(shapes), case.devices).replicas,
             length_classes=case.classes,
             routing_shares={},
         )
         return SimulatedServing(plan=plan, levers=case.levers)
+
+    def _located(self, shapes: Shapes) -> Shapes:
+        """The shapes on their kind of devices, where there is but one."""
+        kinds = {device.kind for device in self._case.devices}
+        if len(kinds) > 1:
+            return shapes
+        kind = next(iter(kinds))
+        return tuple(
+            (replace(shape, device_kind=kind) if shape.device_kind == ANY_KIND else shape, count)
+            for shape, count in shapes
+        )
 
     def _ladder(self, items: Sequence[LadderDeployment]) -> Ladder:
         case = self._case

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oserve.control.load_facts import LoadRates
+from oserve.core import OServeError
 from oserve.evaluate.capacities import LengthSamples, merged
 from oserve.evaluate.simulator import Floats, Ints, SimulatedTraffic
 
@@ -44,10 +45,18 @@ def drawn_traffic(
     """Arrivals at these rates, with lengths of each type.
 
     ``burstiness``, by type: the relative variance of the rate between pieces of some seconds; 0 is
-    Poisson.
+    Poisson. Raises OServeError if no type has both a rate and lengths.
     """
     draw = np.random.default_rng(seed)
-    total = math.fsum(rates)
+    total = math.fsum(
+        rate for item, rate in zip(lengths, rates, strict=True) if len(item.prompt_tokens)
+    )
+    if total <= 0:
+        raise OServeError(
+            "no workload type has both a rate and lengths",
+            place="planning",
+            remedy="give planning.rates, or a trace with requests",
+        )
     count = min(_MOST, max(_FEWEST, total * _RUN_S))
     seconds = count / total
     parts, kinds = [], []

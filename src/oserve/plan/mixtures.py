@@ -7,15 +7,16 @@ type.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 
 from oserve.core import Device, ReplicaShape
 from oserve.plan.packing import ANY_KIND, Packing
 
 Counts = Counter[ReplicaShape]
 
-# Shares of the devices that the first of two shapes gets.
-_SPLITS = (0.25, 0.5, 0.75)
+# Shares of the devices that the first of two shapes gets. Where it gets all that it can use, the
+# second gets the devices that it leaves free, which may be of another kind.
+_SPLITS = (0.25, 0.5, 0.75, 1.0)
 
 
 def homogeneous(devices: Sequence[Device], shapes: Sequence[ReplicaShape]) -> list[Counts]:
@@ -35,37 +36,53 @@ def mixtures(
     devices: Sequence[Device], deployments: Sequence[Counts], *, most: int
 ) -> Iterator[Counts]:
     """Pairs of homogeneous deployments that share the devices, at most ``most``."""
-    left = most
-    for one, other in combinations(deployments, 2):
-        for counts in _splits(devices, one, other):
-            if left <= 0:
-                return
-            left -= 1
-            yield counts
+    pairs = combinations(deployments, 2)
+    yield from islice((c for one, other in pairs for c in _splits(devices, one, other)), most)
 
 
 def smaller(counts: Counts) -> Iterator[Counts]:
-    """The deployment with ever fewer replicas; for a single shape only."""
-    if len(counts) != 1:
-        return
-    shape, most = next(iter(counts.items()))
-    for count in range(most - 1, 0, -1):
-        yield Counter({shape: count})
+    """The deployment with ever fewer replicas, down to one.
+
+    With several shapes one after the other goes, in cyclic orders.
+    """
+    shapes, seen = list(counts), set()
+    for first in range(len(shapes)):
+        left = Counter(counts)
+        for shape in (*shapes[first:], *shapes[:first]):
+            while left[shape] and left.total() > 1:
+                left[shape] -= 1
+                found = +left
+                key = frozenset(found.items())
+                if key not in seen:
+                    seen.add(key)
+                    yield found
 
 
 def _splits(devices: Sequence[Device], one: Counts, other: Counts) -> Iterator[Counts]:
-    """Each kind of shape of the first gets a share of its replicas, the second the rest."""
-    if len(one) != 1 or len(other) != 1:
-        return
-    first, many = next(iter(one.items()))
-    second, _ = next(iter(other.items()))
-    packing = Packing(devices, [first, second])
-    seen = set()
+    """Some replicas of the first, and as many of the second as fit beside them."""
+    shapes = list(dict.fromkeys([*one, *other]))
+    packing, seen = Packing(devices, shapes), set()
+    for part in _parts(one):
+        counts = [part[shape] for shape in shapes]
+        for place in range(len(one), len(shapes)):
+            counts[place] = _most(packing, counts, place)
+        if any(counts[len(one) :]) and tuple(counts) not in seen:
+            seen.add(tuple(counts))
+            yield +Counter(dict(zip(shapes, counts, strict=True)))
+
+
+def _most(packing: Packing, counts: Sequence[int], place: int) -> int:
+    """As many replicas of one shape as fit beside the others."""
+    tried = list(counts)
+    while packing.fits(tried):
+        tried[place] += 1
+    return max(0, tried[place] - 1)
+
+
+def _parts(counts: Counts) -> Iterator[Counts]:
+    """A share of each shape; with several kinds of devices also the replicas of a single kind."""
     for share in _SPLITS:
-        count = max(1, min(many - 1, round(share * many)))
-        rest = 0
-        while packing.fits((count, rest + 1)):
-            rest += 1
-        if rest and packing.fits((count, rest)) and (count, rest) not in seen:
-            seen.add((count, rest))
-            yield Counter({first: count, second: rest})
+        yield Counter({shape: max(1, round(share * many)) for shape, many in counts.items()})
+    if len(counts) > 1:
+        for shape, many in counts.items():
+            yield Counter({shape: many})

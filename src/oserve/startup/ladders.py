@@ -26,15 +26,22 @@ class Ladders:
         self._follow = follow
         self._process = LadderProcess(ladder_model(request, follow.goal))
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._prepared = ("", 0)
         self._shown: tuple[Ladder, dict[str, Any]] | None = None
 
     def prepare(self, now_s: float) -> None:
         """Start to build a ladder if the present one does not fit and none is being built."""
-        if self._task is not None and not self._task.done():
+        if self._closed or (self._task is not None and not self._task.done()):
             return
         need = self._runtime.ladder_need(now_s)
         if need is not None:
             self._task = asyncio.ensure_future(self._build(need))
+            return
+        plan, ladder = self._runtime.controller.plan, self._runtime.shelf.ladder
+        if ladder is not None and self._prepared != (plan.id, id(ladder)):
+            self._prepared = (plan.id, id(ladder))
+            self._task = asyncio.ensure_future(asyncio.to_thread(self._runtime.prepare_switches))
 
     async def _build(self, need: LadderNeed) -> None:
         began_s = time.monotonic()
@@ -42,7 +49,8 @@ class Ladders:
             ladder = await asyncio.to_thread(self._process.ladder, need)
         # After any fault of the simulation the present plan stays.
         except Exception:
-            _log.exception("a ladder could not be prepared; the present plan stays")
+            if not self._closed:
+                _log.exception("a ladder could not be prepared; the present plan stays")
             return
         self._runtime.learn_ladder(need, ladder)
         _log.info(
@@ -72,4 +80,5 @@ class Ladders:
 
     def close(self) -> None:
         """End the worker process; a ladder that is being built is dropped."""
+        self._closed = True
         self._process.close()

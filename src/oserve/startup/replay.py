@@ -84,14 +84,13 @@ def replayed_decisions(
         shares_interval_s=settings.control.shares_interval_s,
         scorer=None if scorer is None else SwitchSimulation(scorer, planner),
     )
-    controller = runtime.controller
     busy_until_s = 0.0
     for second, counts in StateStore(file).seconds():
         if len(counts) != len(names):
             continue
         now_s = second + 0.999
         batch = Batch(names=tuple(names), arrivals={second: counts})
-        trigger = controller.monitor.observe(now_s, [batch])
+        trigger = runtime.count(now_s, [batch])
         if feed is not None:
             feed.tick(runtime, now_s)
         if trigger is None:

@@ -41,7 +41,7 @@ _DRAIN_LIMIT_S = MoveSettings().drain_limit_s or math.inf
 _CHUNKS = (512, 1024, 2048)
 _MIN_PLAN_GAIN = 0.03
 # The share of requests that an hour's plan must serve in time, with some room for chance.
-_FOLLOWED_ATTAINMENT = 0.96
+_ATTAINMENT = {Objective.LATENCY: 0.96, Objective.ENERGY: 0.99}
 _LADDER_CHUNKS = (512, 1024, 2048, 4096)
 
 
@@ -207,7 +207,7 @@ def controller_policy(
     model = None
     ladders = None
     if objective is not Objective.CAPACITY:
-        goal = Goal(objectives=(objective,) * len(facts.types), attainment=_FOLLOWED_ATTAINMENT)
+        goal = Goal(objectives=(objective,) * len(facts.types), attainment=_ATTAINMENT[objective])
         bounds = replace(bounds, follow=FollowPolicy(goal=goal))
         seqs = first.plan.replicas[0].shape.max_num_seqs
         request = replace(tuner.question, shapes=tuple(tuner.forms(_LADDER_CHUNKS, seqs)))

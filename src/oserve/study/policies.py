@@ -91,6 +91,11 @@ POLICIES: Mapping[str, Entry] = {
         words="static-best-chunk with requests ordered by prompt length, all tuned in hindsight",
         make=_static(lambda tuner: tuner.best_tuned.serving),
     ),
+    "static-latency": Entry(
+        words="least P99 E2E of the homogeneous deployments that hold the SLO at the peak, chunk "
+        "budget and order tuned in hindsight",
+        make=_static(lambda tuner: tuner.latency),
+    ),
     "reload": Entry(
         words="best homogeneous for last-value rates each interval, cold reload", make=_reload
     ),
