@@ -139,6 +139,11 @@ def _lines(
         marker="o",
         markersize=4,
     )
+    beyond = [row.score for row in answer.rows if not row.holds]
+    if beyond:
+        label = f"no deployment holds {answer.headroom:g} times the load" if named else None
+        open_marks = {"marker": "o", "markersize": 7, "markerfacecolor": "white", "linewidth": 0}
+        _line(axes, beyond, value, label, color=_LADDER, **open_marks)
 
 
 def _line(
