@@ -296,9 +296,9 @@ class LoadScores:
         return total
 
     def cost(self, index: int, goal: Goal) -> float:
-        """The objective and the requests outside their SLO beyond those allowed, by request."""
+        """The objective, of a request; ``MISSED`` for those outside the SLO beyond the allowed."""
         missing = max(0.0, goal.attainment - float(self.attainment[index]))
-        return self.objective(index, goal) + MISSED * missing
+        return (1.0 - missing) * self.objective(index, goal) + MISSED * missing
 
 
 def _work(rates: LoadRates, work: Sequence[float]) -> float:
