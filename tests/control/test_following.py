@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oserve.control.decision import Decision, DecisionVerdict, Mode, Reason, Trigger
 from oserve.control.evaluation import Leg
 from oserve.control.following import FollowPolicy, FollowScore, follow, loads_of
-from oserve.control.ladder import Goal, Ladder, Shapes
+from oserve.control.ladder import Goal, Ladder, LadderDeployment, Shapes
 from oserve.control.load_facts import LoadFacts
 from oserve.control.memory import recall
 from oserve.control.policy import HOUR_S
@@ -35,6 +35,7 @@ from .ladders import (
     plan_for,
     planner,
     rung,
+    score,
     shape,
     three_rungs,
 )
@@ -272,6 +273,24 @@ def test_a_restart_keeps_the_regret_and_the_limits(history: dict[str, Any]) -> N
     third.runtime.controller.reached(third.runtime.typed(plan_for(everywhere(1))))
     third.step(quiet, 300.0)
     assert third.step(quiet, 20.0).reason is Reason.SWITCH_LIMIT
+
+
+def test_types_that_take_turns_do_not_make_it_flap() -> None:
+    """No deployment holds the SLO of the first type; which attains most depends on the load."""
+
+    def made_of(tensor: int, *attained: float) -> LadderDeployment:
+        scores = (
+            score(load, 0.97, kinds=2, by_type=(share, 0.99))
+            for load, share in zip((0.1, 0.5, 0.6, 1.0), attained, strict=True)
+        )
+        return LadderDeployment(shapes=everywhere(tensor), scores=tuple(scores))
+
+    ladder = ladder_of(made_of(4, 0.9, 0.8, 0.8, 0.8), made_of(2, 0.9, 0.86, 0.75, 0.75), kinds=2)
+    made = follower(everywhere(4), ladder, goal=TWO, max_switches_per_hour=2)
+    for index in range(40):
+        load = 10 * (0.6, 0.5)[index // 2 % 2] / 1.1
+        made.step(facts(load / 2, load / 2), 20.0)
+    assert 0 < len(made.switches) <= 2
 
 
 # -- whatever else may be -------------------------------------------------------------------------
