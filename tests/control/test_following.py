@@ -19,7 +19,7 @@ from oserve.control.ladder import Goal, Ladder, LadderDeployment, Shapes
 from oserve.control.load_facts import LoadFacts
 from oserve.control.memory import recall
 from oserve.control.policy import HOUR_S
-from oserve.core import DeploymentPlan, Objective
+from oserve.core import DeploymentPlan, Objective, ReplicaSpec
 
 from .ladders import (
     CAPACITY,
@@ -38,6 +38,7 @@ from .ladders import (
     score,
     shape,
     three_rungs,
+    waves,
 )
 
 # Two types vary independently, so that their quantiles do not simply add up.
@@ -332,6 +333,26 @@ def test_a_barred_shape_is_not_chosen() -> None:
     made.runtime.planner.barred = frozenset({shape(2)})
     made.step(facts(5.5), 20.0)
     assert made.shapes == everywhere(1)
+
+
+def test_a_switch_is_priced_anew_after_another() -> None:
+    seconds = {"now": 10.0}
+
+    def legs(old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]) -> list[Leg]:
+        return [replace(leg, seconds=seconds["now"]) for leg in waves(old, new)]
+
+    made = planner()
+    made.learn(replace(made.facts, legs=legs))
+    one = plan_for(everywhere(4))
+    other, first = made.switch(one, everywhere(2))
+    seconds["now"] = 25.0
+    # Nothing happened since.
+    assert made.switch(one, everywhere(2)) == (other, first)
+    back, _ = made.switch(other, everywhere(4))
+    again, second = made.switch(back, everywhere(2))
+    assert [leg.seconds for leg in first] == [10.0, 10.0]
+    assert [leg.seconds for leg in second] == [25.0, 25.0]
+    assert again.replicas == other.replicas
 
 
 def test_a_type_that_vanishes_is_no_fault() -> None:
