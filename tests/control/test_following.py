@@ -299,8 +299,31 @@ def test_without_a_ladder_the_plan_stays() -> None:
     made = follower(everywhere(4))
     assert made.step(facts(20.0), 20.0).reason is Reason.NO_LADDER
     assert made.shapes == everywhere(4)
-    unknown = follower(((shape(4), 1),), three_rungs())
+    unknown = follower(((shape(8), 1),), three_rungs())
     assert unknown.step(facts(20.0), 20.0).reason is Reason.NO_LADDER
+
+
+def test_a_part_of_a_deployment_is_brought_back() -> None:
+    floor = ((shape(2), 1),)
+    made = follower(floor, three_rungs())
+    # It carries a quarter of what all four carry.
+    assert made.step(facts(1.0), 20.0).reason is Reason.SAME_PLAN
+    decision = made.step(facts(5.0), 20.0)
+    assert (decision.reason, decision.verdict) == (Reason.LOAD_RISES, DecisionVerdict.SWITCH)
+    assert made.shapes == everywhere(2)
+
+
+def test_lost_replicas_are_planned_around() -> None:
+    made = follower(everywhere(2), three_rungs())
+    made.runtime.planner = planner()
+    made.runtime.planner.barred = frozenset({shape(2)})
+    controller = made.runtime.controller
+    left = controller.plan.replicas[:2]
+    inputs = controller.decision_input(float(made.second), present=left)
+    found = made.runtime.evaluate(replace(inputs, load=facts(5.5)))
+    assert isinstance(found, FollowScore)
+    assert found.rises
+    assert {spec.shape for spec in found.plan.replicas} == {shape(1)}
 
 
 def test_an_operators_plan_is_held() -> None:
