@@ -61,6 +61,13 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
     assert len(evaluation_workload(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
 
 
+def test_a_long_past_loses_whole_periods_where_it_has_too_many_requests() -> None:
+    for rate_rps, kept_s in ((1.0, 1205.0), (60.0, 905.0), (1000.0, 305.0)):
+        past = (((rate_rps, 0.0), 15.0),) * 80 + (((rate_rps, 0.0), 5.0),)
+        ahead = evaluation_workload(question(past=past), 1.0, LENGTHS, seed=1)
+        assert ahead.now_s == kept_s
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 30), st.floats(0, 5), st.floats(1, 40)), min_size=1),
     st.integers(0, 2**31),

@@ -17,7 +17,7 @@ from oserve.evaluate.simulator import Mask, SimulatedTraffic
 
 # A backlog goes first when a period of the queue's freshest-first order begins, so its cost shows
 # within a period. Without that order it shows sooner.
-_SETTLES_S = 300.0
+_PERIOD_S = 300.0
 # Without a history, the expected rates are taken to have held for so long.
 _WARM_S = 60.0
 _MOST_SIMULATED_S = 600.0
@@ -61,10 +61,10 @@ def evaluation_workload(
     ``lengths``: request lengths by workload type.
     """
     rates = inputs.expected_rps
-    past = inputs.past or ((rates, _WARM_S),)
+    past = _recent(inputs.past) or ((rates, _WARM_S),)
     most_s = _MOST_REQUESTS / max(sum(rates), 1e-9)
     lasts_s = min(lasts_s, _MOST_SIMULATED_S, most_s)
-    stages = [*past, (rates, lasts_s), (inputs.before, inputs.back_s + _SETTLES_S)]
+    stages = [*past, (rates, lasts_s), (inputs.before, inputs.back_s + _PERIOD_S)]
     now_s = sum(seconds for _, seconds in past)
     then_s = now_s + lasts_s
     return EvaluationWorkload(
@@ -73,6 +73,19 @@ def evaluation_workload(
         then_s=then_s,
         back_s=then_s + inputs.back_s,
     )
+
+
+def _recent(past: Sequence[tuple[TypeRates, float]]) -> tuple[tuple[TypeRates, float], ...]:
+    """The past, less whole periods at its start where it has more requests than are simulated."""
+    left = list(past)
+    while (
+        sum(sum(rates) * seconds for rates, seconds in left) > _MOST_REQUESTS
+        and sum(seconds for _, seconds in left) >= 2 * _PERIOD_S
+    ):
+        dropped_s = 0.0
+        while dropped_s < _PERIOD_S:
+            dropped_s += left.pop(0)[1]
+    return tuple(left)
 
 
 def poisson_stages(
