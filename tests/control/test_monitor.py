@@ -31,7 +31,7 @@ def played(
     draw = np.random.default_rng(seed)
     for second, row in enumerate(draw.poisson(rates).tolist()):
         held = float(0 < waiting <= second)
-        batch = Batch(names=NAMES, arrivals={second: tuple(row)})
+        batch = Batch(names=NAMES, arrivals={second: list(row)})
         made.observe(float(second), [batch], {"waiting": held, "queued": 0.0})
     made.observe(float(len(rates)), [], {"waiting": float(waiting > 0), "queued": 0.0})
     return made
