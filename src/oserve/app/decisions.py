@@ -72,6 +72,8 @@ class DecisionLoop:
                 saved_s = self._clock.now()
                 await controller.save_seconds(self._unix_s())
             trigger = self._count()
+            if controller.ladders is not None:
+                controller.ladders.prepare(self._unix_s())
             if trigger is not None and (deciding is None or deciding.done()):
                 deciding = self._spawn(self._try_decide(trigger))
 

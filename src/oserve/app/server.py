@@ -14,7 +14,6 @@ from oserve.app.assembly import (
     engine_keeper,
     gateway_supervisor,
     plan_switcher,
-    server_folders,
 )
 from oserve.app.controller import ControllerService
 from oserve.app.decisions import ClusterView, DecisionLoop
@@ -28,6 +27,7 @@ from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
 from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.startup.tuning import background_tuning

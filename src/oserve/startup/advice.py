@@ -1,4 +1,4 @@
-"""A decision of the controller as the answer to an operator."""
+"""A decision as the answer to an operator."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import msgspec
 from oserve.config import plan_yaml
 from oserve.control.decision import Decision, DecisionVerdict
 from oserve.control.evaluation import CandidateScore
+from oserve.control.following import FollowScore
 
 
-def advised(decision: Decision, weighed: CandidateScore | None) -> dict[str, Any]:
+def advised(decision: Decision, weighed: CandidateScore | FollowScore | None) -> dict[str, Any]:
     """The answer to an operator: the decision, and the evaluated plan as a plan file."""
     plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
     return {

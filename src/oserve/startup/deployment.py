@@ -34,6 +34,7 @@ from oserve.startup.first_plan import (
     StepTimes,
     find_step_times,
     first_plan,
+    objective_note,
     plan_request_for,
 )
 from oserve.startup.plan_check import check_engines
@@ -124,7 +125,11 @@ def prepare(settings: Settings) -> ServerDeployment:
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=(*first.notes, *memory.notes(plan.replicas)),
+        notes=(
+            *([] if mode is Mode.OFF else [objective_note(settings)]),
+            *first.notes,
+            *memory.notes(plan.replicas),
+        ),
         costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,

@@ -28,7 +28,7 @@ from oserve.gateway.http.errors import (
 )
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.http.request_ids import RequestIds
-from oserve.gateway.metrics import exposition
+from oserve.gateway.metrics import exposition, merged
 from oserve.gateway.records import RecordStore
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
@@ -369,7 +369,8 @@ class Gateway:
         gauges["oserve_requests_queued"] = {(): float(queued)}
         alone = self.away_s is not None and self.away_s() > 0.0
         merged_metrics = {} if alone else runner.snapshot.metrics
-        text = exposition(merged_metrics or runner.metrics.snapshot(), gauges)
+        own = merged_metrics or runner.metrics.snapshot()
+        text = exposition(merged([own, runner.snapshot.counters]), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 
