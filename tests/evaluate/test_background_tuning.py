@@ -88,6 +88,7 @@ def run_of(present: DispatchConstants, constants: DispatchConstants) -> TuningRu
         loads=Loads(below=(1.0,), past=()),
         requests=(500, 500),
         windows=3,
+        shortest_s=100.0,
         runs=1,
         before=summary,
         after=summary,
