@@ -102,15 +102,15 @@ def main() -> None:
                     else [(n, x.e2e.p50_s, x.e2e.p99_s) for n, x in bound],
                 }
             )
-            drawn.append((words, days, work.hour_s))
+            drawn.append((words, days))
     if asked.out is not None:
         asked.out.write_text(json.dumps(documents, indent=2), encoding="utf-8")
     if asked.plot is not None:
-        for at, (words, days, hour_s) in enumerate(drawn):
+        for at, (words, days) in enumerate(drawn):
             path = asked.plot
             if len(drawn) > 1:
                 path = path.with_stem(f"{path.stem}-{at + 1}")
-            draw(days, path, title=words, hour_s=hour_s)
+            draw(days, path, title=words)
 
 
 def arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from oserve.config import load_cluster
 from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.simulator import SimulatedServing, attainment
 from oserve.sim.phases import Phases
+from oserve.study.day_plot import draw
 from oserve.study.days import DrawnDay, TraceDay, day_scene, hour_in_s, sized_load
 from oserve.study.hours import (
     best_by_hour,
@@ -223,3 +225,15 @@ def _scene(day: DrawnDay, load: float, *, learned: Sequence[TraceRequest] | None
         name="drawn",
         source_name=day.words,
     )
+
+
+def test_a_day_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = _marked(Fixed(serving=SERVING))
+    # Every hour misses, and is marked.
+    day = day_figures("static-default", run, Slo(ttft_s=1e-6), hours=HOURS, hour_s=HOUR_S)
+    assert day.missed == (0, 1, 2, 3)
+    draw([day], tmp_path / "day.svg", title="a day " * 50)
+    assert "P99 E2E" in (tmp_path / "day.svg").read_text(encoding="utf-8")
+    with pytest.raises(OServeError, match="cannot write"):
+        draw([day], tmp_path / "day.xyz", title="a day")

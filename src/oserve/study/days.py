@@ -22,7 +22,7 @@ from oserve.traces.days import DayPart, compress_day, synthesise_day
 
 HOUR_S = 3600.0
 _SAMPLE = 20_000
-_ROUNDS = 5
+_ROUNDS = 7
 _NEAR = 0.02
 _LEAST_HOUR_S = 60.0
 # The first guess of the load.
