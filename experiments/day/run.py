@@ -126,6 +126,9 @@ def arguments() -> argparse.Namespace:
         "at that hour of the rates, the learned day at another (default: the same)",
     )
     source.add_argument("--trace", help="request trace; its first half is learned")
+    parser.add_argument(
+        "--learned-hours", type=int, help="of a trace, not reported; default: its first half"
+    )
     parser.add_argument("--hours", type=float, default=24.0, help="of a drawn day")
     parser.add_argument("--compress", type=float, default=1.0, help="an hour takes 1 / so much")
     parser.add_argument("--peak", type=float, default=0.9, help="load of the busiest hour")
@@ -155,6 +158,7 @@ def day_of(asked: argparse.Namespace) -> DayTraffic:
             compress=asked.compress,
             seed=asked.seed,
             source=Path(asked.trace).name,
+            learned_h=asked.learned_hours,
         )
     if asked.part is None:
         parts = learned = synthetic_parts(seed=asked.seed, hours=asked.hours)

@@ -187,8 +187,11 @@ def test_a_trace_is_learned_in_its_first_half() -> None:
     learned, reported = day.learned(1.0), day.reported(1.0)
     assert max(r.prompt_tokens for r in learned) <= 720 < min(r.prompt_tokens for r in reported)
     assert max(r.arrival_s for r in reported) < 2 * 600
-    with pytest.raises(OServeError, match="two hours"):
-        TraceDay(requests=requests[:300], compress=6, seed=0, source="a trace")
+    longer = TraceDay(requests=requests, compress=6, seed=0, source="a trace", learned_h=1)
+    assert longer.hours == 3
+    for part, learned_h in ((requests[:300], None), (requests, 4), (requests, 0)):
+        with pytest.raises(OServeError, match="two hours"):
+            TraceDay(requests=part, compress=6, seed=0, source="a trace", learned_h=learned_h)
 
 
 @pytest.mark.parametrize("compress", [0.0, 0.5, 7.0, 120.0])
