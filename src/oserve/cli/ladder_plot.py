@@ -60,11 +60,16 @@ def _bands(panels: tuple[Any, ...], answer: PlanLadder) -> list[Any]:
     ]
 
 
+def _p50_s(score: LoadScore) -> float:
+    return score.p50_e2e_s
+
+
+def _p99_s(score: LoadScore) -> float:
+    return score.p99_e2e_s
+
+
 def _latency(axes: Any, answer: PlanLadder) -> None:
-    for label, colour, value in (
-        ("P50", _P50, lambda score: score.p50_e2e_s),
-        ("P99", _P99, lambda score: score.p99_e2e_s),
-    ):
+    for label, colour, value in (("P50", _P50, _p50_s), ("P99", _P99, _p99_s)):
         axes.plot(
             [100 * row.load for row in answer.rows],
             [value(row.score) for row in answer.rows],
@@ -106,8 +111,7 @@ def _line(
     name: str,
 ) -> None:
     """A single deployment as a thin line, as far as it holds the SLO."""
-    scores = [answer.at(index, row.load) for row in answer.rows]
-    held = [score for score in scores if score.attainment >= answer.goal.attainment]
+    held = [answer.at(index, row.load) for row in answer.rows if answer.holds_at(index, row.load)]
     shapes = in_words(answer.ladder.deployments[index].shapes)
     axes.plot(
         [100 * score.load for score in held],
@@ -134,6 +138,7 @@ def _energy(axes: Any, answer: PlanLadder) -> None:
         [answer.at(answer.capacity, row.load).joules / 1e3 for row in answer.rows],
         color=_CAPACITY,
         linewidth=1.1,
+        linestyle="--",
     )
     axes.set_yscale("log")
     _plain_ticks(axes)

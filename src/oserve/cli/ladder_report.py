@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from oserve.control.ladder import device_count, in_words
+from oserve.control.ladder import LoadScore, device_count, in_words
 from oserve.control.ladder_table import LadderRow, row_document
 from oserve.core import Objective
 from oserve.evaluate.plan_ladder import ModelledLatency, PlanLadder
@@ -22,7 +22,7 @@ _OBJECTIVES = {
 def verdicts(answer: PlanLadder, capacity: str) -> list[str]:
     """What the chosen deployment does at the peak; ``capacity``: the verdict on that plan."""
     rate_rps = answer.ladder.reference_rps
-    words = f"chosen for {_aims(answer)} at {rate_rps:.2f} requests/s ({answer.peak.words})"
+    words = f"chosen for {_aims(answer)} at {rate_rps:.2f} requests/s ({answer.peak.peak})"
     if not answer.holds:
         words += (
             f"; it does not hold the SLO at {answer.headroom:g} times that rate, as "
@@ -49,6 +49,7 @@ def document(answer: PlanLadder) -> dict[str, Any]:
         ),
         "attainment": goal.attainment,
         "headroom": answer.headroom,
+        "peak": answer.peak.peak,
         "peak_rps": ladder.reference_rps,
         "traffic": answer.peak.words,
         "mean_load": answer.peak.mean_load,
@@ -75,7 +76,7 @@ def title(answer: PlanLadder, found: PlanResult) -> str:
 # -- tables -------------------------------------------------------------------------------------
 def _rungs(answer: PlanLadder) -> Table:
     table = Table(
-        *("of peak", "requests/s", "deployment", "P50 E2E", "P99 E2E", "in SLO"),
+        *("of peak", "requests/s", "deployment", "P50 E2E", "P99 E2E", "in SLO (worst type)"),
         *("J/request", "kW", "devices"),
         title=f"Ladder: the deployment for {_aims(answer)} at each load",
         title_justify="left",
@@ -100,7 +101,7 @@ def _measures(row: LadderRow) -> tuple[str, ...]:
     return (
         f"{score.p50_e2e_s:.2f} s",
         f"{score.p99_e2e_s:.2f} s",
-        f"{score.attainment:.1%}",
+        _in_time(score),
         f"{score.joules:,.0f}",
         f"{row.power_w / 1e3:.1f}",
     )
@@ -109,7 +110,15 @@ def _measures(row: LadderRow) -> tuple[str, ...]:
 def _beside(answer: PlanLadder) -> Table:
     """The chosen deployment, the plan for capacity and the best homogeneous one at the peak."""
     table = Table(
-        *("at the peak", "deployment", "P50 E2E", "P99 E2E", "in SLO", "J/request", "devices"),
+        *(
+            "at the peak",
+            "deployment",
+            "P50 E2E",
+            "P99 E2E",
+            "in SLO (worst type)",
+            "J/request",
+            "devices",
+        ),
         "holds up to",
     )
     for name, index in (
@@ -124,7 +133,7 @@ def _beside(answer: PlanLadder) -> Table:
             in_words(shapes),
             f"{score.p50_e2e_s:.2f} s",
             f"{score.p99_e2e_s:.2f} s",
-            f"{score.attainment:.1%}",
+            _in_time(score),
             f"{score.joules:,.0f}",
             str(device_count(shapes)),
             _capacity(answer, index),
@@ -133,9 +142,8 @@ def _beside(answer: PlanLadder) -> Table:
 
 
 def _capacity(answer: PlanLadder, index: int) -> str:
-    held = answer.ladder.capacity(index, answer.goal)
-    last = answer.ladder.deployments[index].scores[-1].load
-    sign = ">" if held >= last else ""
+    held = answer.holds_up_to(index)
+    sign = ">" if held >= answer.ladder.loads[-1] - 0.01 else ""
     return f"{sign}{held:.0%} of peak"
 
 
@@ -150,7 +158,7 @@ def _lines(answer: PlanLadder) -> list[str]:
     lines = [
         f"Simulated with {answer.peak.words}; {answer.simulations} simulations in "
         f"{answer.seconds:.0f} s. Each rung holds {answer.headroom:g} times its load: "
-        f"{answer.goal.attainment:.0%} of requests within {within}.",
+        f"{answer.goal.attainment:.0%} of requests, of each type too, within {within}.",
     ]
     errors = _errors(answer.latencies)
     if errors:
@@ -175,6 +183,10 @@ def _aims(answer: PlanLadder) -> str:
     )
 
 
+def _in_time(score: LoadScore) -> str:
+    return f"{score.attainment:.1%} ({min(score.type_attainment):.1%})"
+
+
 def _for_capacity(answer: PlanLadder) -> bool:
     return set(answer.goal.objectives) == {Objective.CAPACITY}
 
@@ -190,7 +202,7 @@ def _deployment(answer: PlanLadder, index: int) -> dict[str, Any]:
         "p50_e2e_s": score.p50_e2e_s,
         "p99_e2e_s": score.p99_e2e_s,
         "joules_per_request": score.joules,
-        "holds_up_to": answer.ladder.capacity(index, answer.goal),
+        "holds_up_to": answer.holds_up_to(index),
     }
 
 

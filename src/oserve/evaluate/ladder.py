@@ -18,6 +18,7 @@ from oserve.control.ladder import (
     LoadScore,
     Shapes,
     counted,
+    shapes_of,
 )
 from oserve.control.load_facts import LoadRates
 from oserve.core import DeploymentPlan, Device, LengthClass, Objective, OServeError, ReplicaShape
@@ -73,7 +74,8 @@ class LadderCase:
     ``lengths`` and ``burstiness``: see ``drawn_traffic``. ``work``: of a request of each type.
     ``shapes`` to choose from; ``present``: deployments that must be in the ladder. ``goal``: for
     what deployments are kept. ``min_shapes``: of each deployment, where some have so many.
-    ``traffic``: simulate these requests at the given ``loads``, in place of drawn ones.
+    ``traffic``: simulate these requests at the given ``loads``, in place of drawn ones. ``plans``:
+    deployments that are simulated with their own routing shares.
     """
 
     names: tuple[str, ...]
@@ -92,6 +94,7 @@ class LadderCase:
     seed: int = 0
     traffic: LadderTraffic | None = None
     loads: tuple[float, ...] = LOADS
+    plans: tuple[DeploymentPlan, ...] = ()
 
 
 class LadderBuilder:
@@ -294,6 +297,9 @@ class LadderBuilder:
 
     def _serving(self, shapes: Shapes) -> SimulatedServing:
         case = self._case
+        for given in case.plans:
+            if shapes_of(given.replicas) == shapes:
+                return SimulatedServing(plan=given, levers=case.levers)
         plan = DeploymentPlan(
             id="ladder",
             replicas=place_replicas(self._located(shapes), case.devices).replicas,

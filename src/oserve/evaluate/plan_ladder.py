@@ -69,9 +69,16 @@ class PlanLadder:
         """The score of a deployment at a load."""
         return self.ladder.deployments[index].at(load)
 
-    def row(self, load: float) -> LadderRow:
-        """The rung at one of the loads shown."""
-        return next(row for row in self.rows if row.load == load)
+    def holds_at(self, index: int, load: float) -> bool:
+        """Whether a deployment holds the SLO of every type at a load, as far as any does."""
+        return index in self.ladder.scores(load).holding(self.goal)
+
+    def holds_up_to(self, index: int) -> float:
+        """The largest simulated load up to which it does, in steps of 1 %; 0 for none."""
+        held = 0
+        while held < _percent(self.ladder.loads[-1]) and self.holds_at(index, (held + 1) / 100):
+            held += 1
+        return held / 100
 
 
 def plan_ladder(
@@ -110,6 +117,7 @@ def plan_ladder(
         present=_present(found),
         seed=request.seed,
         traffic=peak.traffic,
+        plans=(found.plan,),
         # A rung must hold more than its own load.
         loads=(*loads, headroom * max(loads)) if headroom > 1 else tuple(loads),
     )
@@ -143,9 +151,9 @@ def plan_ladder(
 def chosen_plan(found: PlanResult, answer: PlanLadder) -> PlanResult:
     """The plan result with the deployment that the ladder chose, routed as it was simulated.
 
-    The programme's own plan stays as it is where capacity is the objective.
+    The programme's own plan stays as it is.
     """
-    if set(answer.goal.objectives) == {Objective.CAPACITY}:
+    if answer.chosen == answer.capacity:
         return found
     counts = dict(answer.ladder.deployments[answer.chosen].shapes)
     numbers = tuple(counts.get(option.shape, 0) for option in found.problem.options)
@@ -161,6 +169,10 @@ def chosen_plan(found: PlanResult, answer: PlanLadder) -> PlanResult:
         plan=deployment_plan(found.request, placed),
         predicted=predict(found.request, found.problem, best),
     )
+
+
+def _percent(load: float) -> int:
+    return round(100 * load)
 
 
 def _evenly(placed: PlacedReplicas) -> PlacedReplicas:

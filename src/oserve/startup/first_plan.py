@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.config import Settings, load_rates
-from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.core import DeploymentPlan, Device, Objective, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
@@ -229,6 +229,18 @@ def _why(found: PlanResult) -> str:
         )
     origin = found.request.source.origin
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def objective_note(settings: Settings) -> str:
+    """What the controller does with the first plan, which is the one for capacity."""
+    planning = settings.planning
+    own = ", ".join(f"{name}: {item}" for name, item in planning.type_objectives.items())
+    asked = f"objective {planning.objective}" + (f" ({own})" if own else "")
+    if {planning.objective, *planning.type_objectives.values()} == {Objective.CAPACITY}:
+        return f"{asked}: replicas stay planned for capacity"
+    if not settings.control.simulate:
+        return f"{asked}: without control.simulate the plan for capacity stays"
+    return f"{asked}: planned for capacity first; the controller follows the load once it is known"
 
 
 def _variety(found: PlanResult) -> str:
