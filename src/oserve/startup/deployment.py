@@ -126,7 +126,7 @@ def prepare(settings: Settings) -> ServerDeployment:
         models=(name,),
         why=first.why,
         notes=(
-            *([] if mode is Mode.OFF else [objective_note(settings)]),
+            *([] if mode is Mode.OFF else [objective_note(settings, mode)]),
             *first.notes,
             *memory.notes(plan.replicas),
         ),
