@@ -31,7 +31,9 @@ def show_ladder(console: Console, control: dict[str, Any]) -> None:
     ladder = control.get("ladder")
     if not ladder or not ladder["rungs"]:
         return
-    place = next((item["place"] for item in reversed(control["decisions"]) if item["place"]), None)
+    place = next(
+        (item["place"] for item in reversed(control["decisions"]) if item.get("place")), None
+    )
     console.print(_rungs(ladder, place))
     for line in _lines(ladder, place, control["decisions"]):
         console.print(line, markup=False, soft_wrap=True)
@@ -102,7 +104,7 @@ def _lines(
     last = decisions[-1] if decisions else None
     if last is not None:
         why = WHY.get(last["reason"], last["reason"])
-        wanted = "" if last["place"] is None else f"; the rung is {last['place']['rung']}"
+        wanted = "" if not last.get("place") else f"; the rung is {last['place']['rung']}"
         lines.append(f"last decision: {last['verdict']}, {why}{wanted}")
     return lines
 

@@ -47,8 +47,10 @@ class PlanLadder:
     """A ladder and the deployments that matter on it, as indices.
 
     ``chosen`` by the objective at the peak, ``holds`` with ``headroom`` there; ``capacity``: the
-    programme's plan; ``homogeneous``: the best of one shape by the same objective. ``latencies``:
-    how far the linear model is off on the rungs. ``seconds``: how long the simulations took.
+    programme's plan; ``homogeneous``: the best of one shape by the same objective. ``held``: the
+    largest load up to which each deployment holds the SLO of every type, as far as any does.
+    ``latencies``: how far the linear model is off on the rungs. ``seconds``: how long the
+    simulations took.
     """
 
     ladder: Ladder
@@ -61,6 +63,7 @@ class PlanLadder:
     holds: bool
     capacity: int
     homogeneous: int
+    held: tuple[float, ...]
     latencies: tuple[ModelledLatency, ...]
     simulations: int
     seconds: float
@@ -72,13 +75,6 @@ class PlanLadder:
     def holds_at(self, index: int, load: float) -> bool:
         """Whether a deployment holds the SLO of every type at a load, as far as any does."""
         return index in self.ladder.scores(load).holding(self.goal)
-
-    def holds_up_to(self, index: int) -> float:
-        """The largest simulated load up to which it does, in steps of 1 %; 0 for none."""
-        held = 0
-        while held < _percent(self.ladder.loads[-1]) and self.holds_at(index, (held + 1) / 100):
-            held += 1
-        return held / 100
 
 
 def plan_ladder(
@@ -142,6 +138,7 @@ def plan_ladder(
         holds=holds,
         capacity=capacity,
         homogeneous=_best_homogeneous(ladder, goal, headroom),
+        held=_held(ladder, goal),
         latencies=_latencies(found, ladder, rows),
         simulations=done,
         seconds=time.monotonic() - began_s,
@@ -169,10 +166,6 @@ def chosen_plan(found: PlanResult, answer: PlanLadder) -> PlanResult:
         plan=deployment_plan(found.request, placed),
         predicted=predict(found.request, found.problem, best),
     )
-
-
-def _percent(load: float) -> int:
-    return round(100 * load)
 
 
 def _evenly(placed: PlacedReplicas) -> PlacedReplicas:
@@ -227,6 +220,17 @@ def _index(ladder: Ladder, shapes: Shapes) -> int:
     if index is None:
         raise LookupError("a deployment that was to be simulated is not in the ladder")
     return index
+
+
+def _held(ladder: Ladder, goal: Goal) -> tuple[float, ...]:
+    """The largest simulated load that each deployment holds, in steps of 1 %; 0 for none."""
+    held = [0.0] * len(ladder.deployments)
+    holding = set(range(len(held)))
+    for percent in range(1, round(100 * ladder.loads[-1]) + 1):
+        holding &= set(ladder.scores(percent / 100).holding(goal))
+        for index in holding:
+            held[index] = percent / 100
+    return tuple(held)
 
 
 def _best_homogeneous(ladder: Ladder, goal: Goal, headroom: float) -> int:

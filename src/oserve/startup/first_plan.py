@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.config import Settings, load_rates
+from oserve.control.decision import Mode
 from oserve.core import DeploymentPlan, Device, Objective, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import LatencyLimits
@@ -231,16 +232,17 @@ def _why(found: PlanResult) -> str:
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
 
 
-def objective_note(settings: Settings) -> str:
-    """What the controller does with the first plan, which is the one for capacity."""
+def objective_note(settings: Settings, mode: Mode) -> str:
+    """What the controller makes of the first plan, which is made for capacity or given."""
     planning = settings.planning
     own = ", ".join(f"{name}: {item}" for name, item in planning.type_objectives.items())
     asked = f"objective {planning.objective}" + (f" ({own})" if own else "")
     if {planning.objective, *planning.type_objectives.values()} == {Objective.CAPACITY}:
-        return f"{asked}: replicas stay planned for capacity"
+        return f"{asked}: replicas are planned for capacity alone"
     if not settings.control.simulate:
-        return f"{asked}: without control.simulate the plan for capacity stays"
-    return f"{asked}: planned for capacity first; the controller follows the load once it is known"
+        return f"{asked}: without control.simulate replicas are planned for capacity alone"
+    follows = "follows the load" if mode is Mode.AUTO else "advises by load"
+    return f"{asked}: this plan serves first; the controller {follows} once traffic is known"
 
 
 def _variety(found: PlanResult) -> str:
