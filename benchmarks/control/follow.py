@@ -19,8 +19,8 @@ and switches with their reasons, and what ``oserve status`` says in each phase.
 The SLO follows from the profile: ``--tpot`` times the decode step of a full replica of one core,
 and ``--ttft`` times that for the first token. Without --profile it measures one first (two
 minutes). Settings differ from the defaults so that the whole takes minutes, not hours: decisions
-every 10 s, a fall after 30 s. Bounded; everything stays on the loopback interface. It ends with 1 if
-a request failed or a text differed.
+every 10 s, a fall after 30 s. Bounded; everything stays on the loopback interface. It ends with 1
+if a request failed or a text differed.
 """
 
 import argparse

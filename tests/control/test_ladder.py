@@ -169,7 +169,9 @@ def test_a_deployment_holds_up_to_its_capacity(case: tuple[Ladder, Goal]) -> Non
             assert item.at(held + 1e-6).attainment <= goal.attainment + 1e-5
 
 
-@given(st.lists(st.floats(0.0, 100.0), min_size=3, max_size=3), st.floats(0.1, 10.0))
+@given(
+    st.lists(st.just(0.0) | st.floats(1e-6, 100.0), min_size=3, max_size=3), st.floats(0.1, 10.0)
+)
 def test_load_counts_work(rates: list[float], factor: float) -> None:
     ladder = replace(
         ladder_of(rung(everywhere(1), 1.0, 1.0, kinds=3), kinds=3),

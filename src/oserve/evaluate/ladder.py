@@ -56,7 +56,7 @@ _LEAST_LOAD = 0.03
 # Requests hardly meet at this multiple of the lowest load.
 _IDLE = 0.2
 # Past this attainment a deployment is not simulated at higher loads.
-_HOPELESS = 0.5
+_HOPELESS = 0.1
 # Requests that arrive in the first part find an empty cluster.
 _WARM = 0.1
 # A type with fewer requests in a run says nothing about its attainment.
