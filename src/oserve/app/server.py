@@ -93,6 +93,7 @@ class OServeServer:
                 clock=self._clock,
             )
         self._tasks: list[asyncio.Task[None]] = []
+        self._acted: tuple[Action, ...] = ()
         self._tuning = background_tuning(deployment, self._clock)
         self._speeds = lambda: (
             deployment.speeds if controller is None else controller.planner.speeds
@@ -172,7 +173,10 @@ class OServeServer:
     def _observed(self, observation: Observation, actions: tuple[Action, ...]) -> None:
         plan = self._loop.plan
         for action in actions:
-            _log.info("%s", explained(action, observation))
+            # An engine that ends is told to in every round until it has.
+            if action not in self._acted:
+                _log.info("%s", explained(action, observation))
+        self._acted = actions
         lost = {
             name: failures.reason
             for name, failures in given_up(plan, observation, self._policy).items()
