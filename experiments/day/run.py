@@ -135,7 +135,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--clusters", default="2x8xH100")
-    parser.add_argument("--policies", default=",".join(n for n in NAMES if n in POLICIES))
+    parser.add_argument("--policies", default=",".join(NAMES))
     parser.add_argument("--base", default="oserve", help="the policy that ratios are over")
     parser.add_argument("--bound", action="store_true", help="also the best static one by hour")
     parser.add_argument("--interval", type=float, default=60.0, help="seconds between decisions")

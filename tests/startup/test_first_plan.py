@@ -114,6 +114,30 @@ def test_without_a_plan_one_is_computed_and_says_what_for(model: str, tmp_path: 
     assert 0 < known.prefill_s_per_token < known.decode_s_per_token
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "objective latency: this plan serves first; the controller follows the load"),
+        ({"control.mode": "advise"}, "the controller advises by load"),
+        ({"planning.objective": "capacity"}, "planned for capacity alone"),
+        ({"control.simulate": False}, "without control.simulate"),
+        (
+            {"planning.type_objectives": {"chat": "energy"}},
+            "objective latency (chat: energy)",
+        ),
+        ({"control.mode": "off"}, ""),
+    ],
+)
+def test_a_server_says_its_objective(
+    given: dict[str, object], said: str, model: str, tmp_path: Path
+) -> None:
+    notes = [
+        note for note in prepare(settings(model, tmp_path, **given)).notes if "objective" in note
+    ]
+    assert len(notes) == bool(said)
+    assert all(said in note for note in notes)
+
+
 def test_only_precisions_that_can_be_had_are_planned(model: str, tmp_path: Path) -> None:
     plain = settings(model, tmp_path)
     found = planned(plain)

@@ -114,7 +114,7 @@ def test_a_load_beyond_the_trace_is_refused() -> None:
 
 
 def test_windows_of_a_curve() -> None:
-    rates = np.arange(12.0)
+    rates = np.arange(12).astype(np.float64)
     assert list(window_rates(rates, window_s=600.0, start_h=1.0, hours=0.5)) == [6.0, 7.0, 8.0]
     with pytest.raises(OServeError, match="end after 2 h"):
         window_rates(rates, window_s=600.0, start_h=1.5, hours=1.0)
@@ -129,7 +129,7 @@ def test_a_part_without_lengths_or_rates_is_refused() -> None:
 
 def test_the_synthetic_day_swings_about_five_times_and_its_mix_drifts() -> None:
     parts = synthetic_parts(seed=0)
-    total = sum(item.rates_rps for item in parts)
+    total = np.sum([item.rates_rps for item in parts], axis=0)
     assert 4.0 < total.max() / total.min() < 7.0
     shares = [item.rates_rps / total for item in parts]
     assert all(share.max() / share.min() > 1.3 for share in shares)

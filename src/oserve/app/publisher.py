@@ -13,6 +13,7 @@ from oserve.control.routing import routing_table
 from oserve.control.status import gauges, status_document, summary
 from oserve.core import DeploymentPlan, Observation
 from oserve.engines.energy import EnergyMeter
+from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
@@ -26,12 +27,14 @@ class StatusPublisher:
         deployment: ServerDeployment,
         gateway: GatewaySupervisor,
         controller: ControllerService | None,
+        tuning: BackgroundTuning | ConstantsAsGiven,
         policy: ReconcilePolicy,
         changed: Callable[[str], None],
     ) -> None:
         self._deployment = deployment
         self._gateway = gateway
         self._controller = controller
+        self._tuning = tuning
         self._policy = policy
         self._changed = changed
         self._ordered = deployment.settings.gateway.order.policy == "priority"
@@ -62,6 +65,7 @@ class StatusPublisher:
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()
         document["energy"] = self._energy.observe(observation)
+        document["tuning"] = self._tuning.document()
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
@@ -84,4 +88,5 @@ class StatusPublisher:
             ordered=self._ordered,
             expected=len(lost) < len(plan.replicas),
             costs=self._costs,
+            constants=self._tuning.constants,
         )

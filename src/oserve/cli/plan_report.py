@@ -166,12 +166,18 @@ def _replicas(found: PlanResult) -> Table:
     """The replicas, one line per group of the same shape and work."""
     table = Table("replicas", "shape", "seqs", "KV tokens", "devices", "busy", "serves")
     rows: dict[tuple[Any, ...], list[ReplicaSpec]] = {}
+    evenly = all(
+        set(shares.values()) == {1 / len(found.plan.replicas)}
+        for shares in found.placed.routing_shares.values()
+    )
     for spec in found.plan.replicas:
-        serves = tuple(
+        serves: tuple[str, ...] = tuple(
             f"{kind} {shares[spec.id]:.0%}"
             for kind, shares in found.placed.routing_shares.items()
             if shares.get(spec.id, 0.0) >= 0.005
         )
+        if evenly:
+            serves = (f"every type {1 / len(found.plan.replicas):.0%}",)
         busy = round(found.placed.utilisation[spec.id], 3)
         rows.setdefault((spec.shape, busy, serves), []).append(spec)
     room = {option.shape: option.kv_tokens for option in found.problem.options}

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from oserve.cli.ladder_status import show_ladder
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
 
@@ -63,6 +64,7 @@ def _show(document: dict[str, Any]) -> None:
     _show_energy(console, document.get("energy"))
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
+    _show_tuning(console, document.get("tuning", {}))
 
 
 def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:
@@ -93,6 +95,20 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
     console.print(words, markup=False, soft_wrap=True)
 
 
+def _show_tuning(console: Console, tuning: dict[str, Any]) -> None:
+    """Show the constants in force that tuning changed, and its last event."""
+    mode = tuning.get("mode", "off")
+    if mode == "off":
+        return
+    changed = [f"{name} {tuning['constants'][name]}" for name in tuning["changed"]]
+    words = ", ".join(changed) or "the constants of the settings"
+    trial = ", on trial" if tuning["on_trial"] else ""
+    console.print(f"tuning: {mode}, in force: {words}{trial}", markup=False, soft_wrap=True)
+    if tuning["line"]:
+        at = time.strftime("%H:%M:%S", time.localtime(tuning["line_s"]))
+        console.print(f"{at} {tuning['line']}", markup=False, soft_wrap=True)
+
+
 def _show_control(console: Console, control: dict[str, Any]) -> None:
     """Show the controller's forecast and its last decisions."""
     console.print(f"controller: {control.get('mode', 'off')}")
@@ -109,6 +125,7 @@ def _show_control(console: Console, control: dict[str, Any]) -> None:
             f"{item['low_rps']:.2f} and {item['high_rps']:.2f}",
         )
     console.print(table)
+    show_ladder(console, control)
     for decision in control["decisions"][-5:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision["at_s"]))
         console.print(f"{at} {decision['line']}", markup=False, soft_wrap=True)

@@ -52,6 +52,8 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     time of a replica until one is observed. ``simulate``: simulate deployments before a decision,
     beyond the linear model. ``fall_after_s``: a deployment for less load must hold the highest load
     of so many seconds. ``resume``: continue with the plan in force when the last server ended.
+    ``tune``: search better constants of dispatch on the server's own records, at most every
+    ``tune_interval_s``, and only for ``tune_min_gain`` on records that are held out.
     """
 
     mode: Mode | None = None
@@ -70,6 +72,9 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     hold_s: Seconds = 1800.0
     simulate: bool = True
     resume: bool = True
+    tune: Mode = Mode.OFF
+    tune_interval_s: Annotated[float, msgspec.Meta(ge=60)] = 3600.0
+    tune_min_gain: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0
     max_failures: Count = 5

@@ -68,6 +68,7 @@ def ladder_document(ladder: Ladder, goal: Goal, *, headroom: float = 1.0) -> dic
         "attainment": goal.attainment,
         "headroom": headroom,
         "deployments": len(ladder.deployments),
+        "reference_rps": ladder.reference_rps,
         "capacity_rps": max(capacities, default=0.0) * ladder.reference_rps,
         "rungs": [
             row_document(row) for row in ladder_rows(ladder, goal, ladder.loads, headroom=headroom)

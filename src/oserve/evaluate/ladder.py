@@ -18,6 +18,7 @@ from oserve.control.ladder import (
     LoadScore,
     Shapes,
     counted,
+    shapes_of,
 )
 from oserve.control.load_facts import LoadRates
 from oserve.core import DeploymentPlan, Device, LengthClass, Objective, OServeError, ReplicaShape
@@ -73,7 +74,8 @@ class LadderCase:
     ``lengths`` and ``burstiness``: see ``drawn_traffic``. ``work``: of a request of each type.
     ``shapes`` to choose from; ``present``: deployments that must be in the ladder. ``goal``: for
     what deployments are kept. ``min_shapes``: of each deployment, where some have so many.
-    ``traffic``: simulate these requests at the given ``loads``, in place of drawn ones.
+    ``mixed``: also deployments of two shapes. ``traffic``: simulate these requests at the given
+    ``loads``, in place of drawn ones. ``plans``: deployments that are simulated with their own routing shares.
     """
 
     names: tuple[str, ...]
@@ -88,10 +90,12 @@ class LadderCase:
     goal: Goal
     present: tuple[Shapes, ...] = ()
     min_shapes: int = 1
+    mixed: bool = True
     burstiness: tuple[float, ...] = ()
     seed: int = 0
     traffic: LadderTraffic | None = None
     loads: tuple[float, ...] = LOADS
+    plans: tuple[DeploymentPlan, ...] = ()
 
 
 class LadderBuilder:
@@ -149,7 +153,8 @@ class LadderBuilder:
     def _variations(self, kept: Sequence[Shapes]) -> Iterator[Shapes]:
         """Mixtures of two, and fewer replicas where energy counts."""
         plain = [Counter(dict(item)) for item in kept]
-        for counts in mixtures(self._case.devices, plain, most=_MOST_MIXTURES):
+        pairs = plain if self._case.mixed else []
+        for counts in mixtures(self._case.devices, pairs, most=_MOST_MIXTURES):
             yield counted(counts)
         if Objective.ENERGY in self._case.goal.objectives:
             for item in plain:
@@ -294,6 +299,9 @@ class LadderBuilder:
 
     def _serving(self, shapes: Shapes) -> SimulatedServing:
         case = self._case
+        for given in case.plans:
+            if shapes_of(given.replicas) == shapes:
+                return SimulatedServing(plan=given, levers=case.levers)
         plan = DeploymentPlan(
             id="ladder",
             replicas=place_replicas(self._located(shapes), case.devices).replicas,

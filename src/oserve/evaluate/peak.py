@@ -49,13 +49,15 @@ def find_peak(arrival_s: Floats) -> LoadPeak:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PeakTraffic:
-    """Steady traffic of the peak's rate; ``words`` say where it comes from.
+    """Steady traffic of the peak's rate.
 
-    ``mean_load``: the mean rate as a part of the peak's.
+    ``mean_load``: the mean rate as a part of the peak's. ``peak`` and ``words`` say in words what
+    the peak is, and what the requests are.
     """
 
     traffic: LadderTraffic
     mean_load: float
+    peak: str
     words: str
 
 
@@ -65,23 +67,29 @@ def peak_traffic(
     """The trace's requests around its peak, without its changes from window to window.
 
     Within a window, the gaps between arrivals keep their proportions. Without a trace the demand's
-    rates are the peak, and arrivals are Poisson; so are those of a trace of few requests.
+    rates are the peak, and arrivals are Poisson; so are those of a trace of few requests. The rates
+    of the demand are ``rate_scale`` times the trace's.
     """
     if trace is None:
         rates = tuple(kind.arrival_rate_rps for kind in demand.types)
         return PeakTraffic(
             traffic=_drawn(demand, rates, seed),
             mean_load=1.0,
-            words=f"Poisson arrivals at the given {demand.rate_rps:.2f} requests/s",
+            peak="the given rates",
+            words="Poisson arrivals",
         )
     peak = find_peak(trace.arrival_s)
     rate_rps = rate_scale * peak.rate_rps
-    at = f"the busiest {peak.window_s / rate_scale:.0f} s, {rate_rps:.2f} requests/s"
+    at = f"the trace's busiest {peak.window_s / rate_scale:.0f} s"
     mean_load = min(1.0, demand.rate_rps / rate_rps)
     if len(trace) < _FEWEST_SIMULATED:
         rates = tuple(kind.arrival_rate_rps / mean_load for kind in demand.types)
-        words = f"Poisson arrivals at the rate of {at}"
-        return PeakTraffic(traffic=_drawn(demand, rates, seed), mean_load=mean_load, words=words)
+        return PeakTraffic(
+            traffic=_drawn(demand, rates, seed),
+            mean_load=mean_load,
+            peak=at,
+            words="Poisson arrivals",
+        )
     around = _around(trace, peak)
     steady = _steady(around, peak.window_s, rate_rps)
     kinds = _kinds(demand, steady)
@@ -90,7 +98,8 @@ def peak_traffic(
     return PeakTraffic(
         traffic=LadderTraffic(requests=steady, kinds=kinds, rates=rates),
         mean_load=mean_load,
-        words=f"{len(steady):,} of its requests around {at}",
+        peak=at,
+        words=f"{len(steady):,} requests around {at}",
     )
 
 

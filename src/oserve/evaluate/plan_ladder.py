@@ -47,8 +47,10 @@ class PlanLadder:
     """A ladder and the deployments that matter on it, as indices.
 
     ``chosen`` by the objective at the peak, ``holds`` with ``headroom`` there; ``capacity``: the
-    programme's plan; ``homogeneous``: the best of one shape by the same objective. ``latencies``:
-    how far the linear model is off on the rungs. ``seconds``: how long the simulations took.
+    programme's plan; ``homogeneous``: the best of one shape by the same objective. ``held``: the
+    largest load up to which each deployment holds the SLO of every type, as far as any does.
+    ``latencies``: how far the linear model is off on the rungs. ``seconds``: how long the
+    simulations took.
     """
 
     ladder: Ladder
@@ -61,6 +63,7 @@ class PlanLadder:
     holds: bool
     capacity: int
     homogeneous: int
+    held: tuple[float, ...]
     latencies: tuple[ModelledLatency, ...]
     simulations: int
     seconds: float
@@ -69,9 +72,9 @@ class PlanLadder:
         """The score of a deployment at a load."""
         return self.ladder.deployments[index].at(load)
 
-    def row(self, load: float) -> LadderRow:
-        """The rung at one of the loads shown."""
-        return next(row for row in self.rows if row.load == load)
+    def holds_at(self, index: int, load: float) -> bool:
+        """Whether a deployment holds the SLO of every type at a load, as far as any does."""
+        return index in self.ladder.scores(load).holding(self.goal)
 
 
 def plan_ladder(
@@ -110,6 +113,7 @@ def plan_ladder(
         present=_present(found),
         seed=request.seed,
         traffic=peak.traffic,
+        plans=(found.plan,),
         # A rung must hold more than its own load.
         loads=(*loads, headroom * max(loads)) if headroom > 1 else tuple(loads),
     )
@@ -134,6 +138,7 @@ def plan_ladder(
         holds=holds,
         capacity=capacity,
         homogeneous=_best_homogeneous(ladder, goal, headroom),
+        held=_held(ladder, goal),
         latencies=_latencies(found, ladder, rows),
         simulations=done,
         seconds=time.monotonic() - began_s,
@@ -143,9 +148,9 @@ def plan_ladder(
 def chosen_plan(found: PlanResult, answer: PlanLadder) -> PlanResult:
     """The plan result with the deployment that the ladder chose, routed as it was simulated.
 
-    The programme's own plan stays as it is where capacity is the objective.
+    The programme's own plan stays as it is.
     """
-    if set(answer.goal.objectives) == {Objective.CAPACITY}:
+    if answer.chosen == answer.capacity:
         return found
     counts = dict(answer.ladder.deployments[answer.chosen].shapes)
     numbers = tuple(counts.get(option.shape, 0) for option in found.problem.options)
@@ -215,6 +220,17 @@ def _index(ladder: Ladder, shapes: Shapes) -> int:
     if index is None:
         raise LookupError("a deployment that was to be simulated is not in the ladder")
     return index
+
+
+def _held(ladder: Ladder, goal: Goal) -> tuple[float, ...]:
+    """The largest simulated load that each deployment holds, in steps of 1 %; 0 for none."""
+    held = [0.0] * len(ladder.deployments)
+    holding = set(range(len(held)))
+    for percent in range(1, round(100 * ladder.loads[-1]) + 1):
+        holding &= set(ladder.scores(percent / 100).holding(goal))
+        for index in holding:
+            held[index] = percent / 100
+    return tuple(held)
 
 
 def _best_homogeneous(ladder: Ladder, goal: Goal, headroom: float) -> int:

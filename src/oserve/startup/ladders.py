@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from oserve.control.following import FollowPolicy
-from oserve.control.ladder import Ladder
+from oserve.control.ladder import Ladder, in_words, shapes_of
 from oserve.control.ladder_table import ladder_document
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.shelf import LadderNeed
@@ -28,7 +28,7 @@ class Ladders:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._prepared = ("", 0)
-        self._document: tuple[Ladder, dict[str, Any]] | None = None
+        self._shown: tuple[Ladder, dict[str, Any]] | None = None
 
     def prepare(self, now_s: float) -> None:
         """Start to build a ladder if the present one does not fit and none is being built."""
@@ -61,14 +61,22 @@ class Ladders:
         )
 
     def document(self) -> dict[str, Any] | None:
-        """The ladder in use, for the status document; ``None`` before the first is built."""
+        """The ladder in use, for the status document; ``None`` before the first is built.
+
+        ``load`` is the load now; ``deployment`` the one of the current plan.
+        """
         ladder = self._runtime.shelf.ladder
         if ladder is None:
             return None
-        if self._document is None or self._document[0] is not ladder:
-            goal, headroom = self._follow.goal, self._follow.headroom
-            self._document = ladder, ladder_document(ladder, goal, headroom=headroom)
-        return self._document[1]
+        # A status is published every second, and the rungs stay the same.
+        if self._shown is None or self._shown[0] is not ladder:
+            follow = self._follow
+            self._shown = ladder, ladder_document(ladder, follow.goal, headroom=follow.headroom)
+        controller = self._runtime.controller
+        return self._shown[1] | {
+            "load": ladder.load(controller.monitor.now_rps()),
+            "deployment": in_words(shapes_of(controller.plan.replicas)),
+        }
 
     def close(self) -> None:
         """End the worker process; a ladder that is being built is dropped."""

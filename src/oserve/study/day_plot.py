@@ -24,7 +24,7 @@ def draw(days: Sequence[DayFigures], path: Path, *, title: str, hour_s: float) -
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     grid = figure.add_gridspec(4, 1, height_ratios=(3, 3, 2, 2))
-    colours = colormaps["tab20"].colors
+    colours = colormaps["tab20"](range(20))
     panels: Sequence[tuple[str, Callable[[HourFigures], float]]] = (
         ("P99 E2E (s)", lambda row: row.latencies.e2e.p99_s),
         ("P50 E2E (s)", lambda row: row.latencies.e2e.p50_s),

@@ -105,13 +105,27 @@ def scene(
     )
 
 
-def measured(asked: Setup, scenes: Sequence[Scene], names: Sequence[str]) -> list[dict[str, Row]]:
-    """Rows by policy for each scene, at the knee, with capacities; progress goes to stderr."""
+LOADS = (0.25, 0.5, 0.75, 1.0)
+"""Fixed loads, as fractions of the capacity of static-best."""
+
+
+def measured(
+    asked: Setup,
+    scenes: Sequence[Scene],
+    names: Sequence[str],
+    *,
+    loads: Sequence[float] = (),
+) -> list[dict[str, Row]]:
+    """Rows by policy for each scene, at the knee, with capacities; progress goes to stderr.
+
+    ``loads``: also points at these fractions of the capacity of static-best, below the knee.
+    """
 
     def told(at: int, name: str) -> None:
         print(f"{scenes[at].name}: {name}", file=sys.stderr, flush=True)
 
-    found = compare(scenes, names, CompareOptions(knee=KNEE), jobs=asked.jobs, progress=told)
+    wish = CompareOptions(knee=KNEE, sweep=tuple(load / KNEE for load in loads))
+    found = compare(scenes, names, wish, jobs=asked.jobs, progress=told)
     rows = [{row.policy: row for row in part} for part in found]
     if asked.out is not None:
         document = [

@@ -16,8 +16,6 @@ import numpy as np
 from oserve.evaluate.simulator import (
     ATTAINMENT,
     Floats,
-    Ints,
-    Mask,
     SimulatedServing,
     SimulatedTraffic,
     Simulator,
@@ -105,52 +103,52 @@ def hour_marks(hours: int, hour_s: int) -> list[int]:
 
 def day_figures(policy: str, run: Run, slo: Slo, *, hours: int, hour_s: int) -> DayFigures:
     """The figures of a run that had ``hour_marks``; the last hour includes what follows it."""
-    hour = hours_of(run.traffic.arrival_s, hours=hours, hour_s=hour_s)
+    marks = hour_marks(hours, hour_s)[: len(run.periods) - 1]
+    found = latencies_between(run.results, slo, marks)
     rows = []
     for at, use in enumerate(run.periods):
-        last = at == len(run.periods) - 1
-        end_s = math.inf if last else use.end_s
-        mask = hour >= at if last else hour == at
-        rows.append(_figures(at, run, slo, mask, use, (use.start_s, end_s)))
-    whole = _figures(
-        -1, run, slo, np.ones(len(hour), dtype=bool), merged(run.periods), (0.0, math.inf)
-    )
+        end_s = math.inf if at == len(run.periods) - 1 else use.end_s
+        rows.append(_figures(at, run, found[at], use, (use.start_s, end_s)))
+    (all_day,) = latencies_between(run.results, slo, ())
+    whole = _figures(-1, run, all_day, merged(run.periods), (0.0, math.inf))
     return DayFigures(policy=policy, hours=tuple(rows), whole=whole)
 
 
-def hours_of(arrival_s: Floats, *, hours: int, hour_s: float) -> Ints:
-    """The hour of each arrival, at most the last."""
-    found: Ints = np.minimum((arrival_s // hour_s).astype(np.int64), hours - 1)
-    return found
-
-
-def latencies(results: FleetResults, slo: Slo, mask: Mask) -> Latencies:
-    """Quantiles over the requests in ``mask``, and how many met the SLO."""
-    arrival = results.arrival_s[mask]
-    first = np.nan_to_num(results.first_token_s[mask], nan=results.now_s)
-    finish = np.nan_to_num(results.finish_s[mask], nan=results.now_s)
-    done = results.status[mask] == Status.COMPLETED
-    first, finish = np.where(done, first, results.now_s), np.where(done, finish, results.now_s)
-    gaps = results.made_tokens[mask] - 1
+def latencies_between(
+    results: FleetResults, slo: Slo, marks_s: Sequence[float]
+) -> tuple[Latencies, ...]:
+    """The latencies of requests that arrived up to each mark, and after the last."""
+    done = results.status == Status.COMPLETED
+    first = np.where(done, results.first_token_s, results.now_s)
+    finish = np.where(done, results.finish_s, results.now_s)
+    arrival, gaps, good = results.arrival_s, results.made_tokens - 1, met(results, slo)
     several = done & (gaps > 0)
-    return Latencies(
-        requests=len(arrival),
-        lost=int(np.sum(~done)),
-        slo_attainment=float(met(results, slo)[mask].mean()) if len(arrival) else 1.0,
-        ttft=_quantiles(first - arrival),
-        tpot=_quantiles((finish - first)[several] / gaps[several]),
-        e2e=_quantiles(finish - arrival),
-    )
+    edges = [0, *np.searchsorted(arrival, marks_s).tolist(), len(arrival)]
+    found = []
+    for low, high in itertools.pairwise(edges):
+        part = slice(low, high)
+        own = several[part]
+        found.append(
+            Latencies(
+                requests=high - low,
+                lost=int(np.sum(~done[part])),
+                slo_attainment=float(good[part].mean()) if high > low else 1.0,
+                ttft=_quantiles(first[part] - arrival[part]),
+                tpot=_quantiles((finish[part] - first[part])[own] / gaps[part][own]),
+                e2e=_quantiles(finish[part] - arrival[part]),
+            )
+        )
+    return tuple(found)
 
 
 def _figures(
-    hour: int, run: Run, slo: Slo, mask: Mask, use: PeriodUse, span_s: tuple[float, float]
+    hour: int, run: Run, found: Latencies, use: PeriodUse, span_s: tuple[float, float]
 ) -> HourFigures:
     start_s, end_s = span_s
     before = [change for change in run.changes if change.at_s < end_s]
     return HourFigures(
         hour=hour,
-        latencies=latencies(run.results, slo, mask),
+        latencies=found,
         device_s=use.device_s,
         energy_j=use.energy.serving_j,
         idle_j=use.energy.idle_j,
@@ -221,13 +219,12 @@ def best_by_hour(
     It bounds what following the load can bring with these servings: the hours are chosen in
     hindsight, and switches cost nothing. Where none holds, the one that comes closest counts.
     """
-    hour = hours_of(traffic.arrival_s, hours=hours, hour_s=hour_s)
+    marks_s = hour_marks(hours, hour_s)
     best: list[tuple[tuple[float, float], str, Latencies]] = []
     for serving in servings:
         said(serving)
         results = simulator.run(serving, traffic)
-        for at in range(hours):
-            found = latencies(results, slo, hour == at)
+        for at, found in enumerate(latencies_between(results, slo, marks_s)):
             short = max(0.0, ATTAINMENT - found.slo_attainment)
             entry = ((short, found.e2e.p99_s), serving.plan.id, found)
             if len(best) <= at:

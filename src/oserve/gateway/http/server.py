@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from oserve import __version__
-from oserve.control.dispatch.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import rank_s
 from oserve.core import Request
 from oserve.core.faults import fault
+from oserve.gateway.constants import constants_of
 from oserve.gateway.http.body import GenerateBody, parse_body
 from oserve.gateway.http.errors import (
     ApiError,
@@ -74,15 +75,7 @@ class Gateway:
         self.away_s: Callable[[], float] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = RequestIds()
-        order = settings.order
-        self._order = OrderPolicy(
-            penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
-            max_penalty_s=order.max_penalty_s,
-            freshest_first_s=order.freshest_first_s,
-            client_step_s=order.client_step_s,
-            max_client_steps=order.max_client_steps,
-        )
-        self._ordered = order.policy == "priority"
+        self._constants = constants_of(settings)
         self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange], None]]] = {
             b"/v1/models": (b"GET", True, self._answer_models),
             b"/health": (b"GET", False, self._answer_health),
@@ -223,10 +216,8 @@ class Gateway:
     def _rank_s(
         self, exchange: Exchange, parsed: GenerateBody, now_s: float, prompt_tokens: int
     ) -> float:
-        if not self._ordered:
-            return now_s
         return rank_s(
-            self._order,
+            (self.runner.table.constants or self._constants).order,
             arrival_s=now_s,
             prompt_tokens=prompt_tokens,
             client_priority=_priority(exchange, parsed),
