@@ -10,6 +10,9 @@ import typer
 from oserve.cli import app
 from oserve.config import load_plan
 
+# Without the compiled kernel they take minutes.
+pytestmark = pytest.mark.slow
+
 # Few shapes and types, so that few simulations are needed.
 FEW = [
     *("--model", "llama-3.1-8b", "--cluster", "4xL40S", "--types", "2"),

@@ -255,6 +255,20 @@ def test_what_nobody_holds_goes_to_the_largest_attainment() -> None:
     assert found.cost > 5.0
 
 
+def test_a_part_of_a_deployment_carries_its_part() -> None:
+    ladder = three_rungs()
+    part = ((shape(2), 1),)
+    found = ladder.including(part)
+    index = found.find(part)
+    assert index is not None
+    whole = ladder.find(everywhere(2))
+    assert whole is not None
+    assert found.capacity(index, LATENCY) == pytest.approx(ladder.capacity(whole, LATENCY) / 4)
+    assert found.deployments[:-1] == ladder.deployments
+    for other in (everywhere(4), (), ((shape(8), 1),), ((shape(2), 5),)):
+        assert ladder.including(other) is ladder
+
+
 def test_barred_shapes_are_on_no_rung() -> None:
     ladder = three_rungs()
     left = ladder.without(frozenset({shape(4), shape(2)}), kept=everywhere(2))

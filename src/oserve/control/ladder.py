@@ -179,6 +179,28 @@ class Ladder:
                 return index
         return None
 
+    def including(self, shapes: Shapes) -> Self:
+        """The ladder with this deployment, if it is a part of another one.
+
+        It is taken to carry its part of that one's load: after an idle time, or where replicas
+        are lost, it is in force before it was simulated.
+        """
+        if not shapes or self.find(shapes) is not None:
+            return self
+        mine = dict(shapes)
+        wider = [
+            item
+            for item in self.deployments
+            if all(dict(item.shapes).get(shape, 0) >= count for shape, count in mine.items())
+        ]
+        if not wider:
+            return self
+        whole = min(wider, key=lambda item: device_count(item.shapes))
+        part = device_count(shapes) / device_count(whole.shapes)
+        scores = tuple(replace(score, load=part * score.load) for score in whole.scores)
+        added = LadderDeployment(shapes=shapes, scores=scores)
+        return replace(self, deployments=(*self.deployments, added))
+
     def without(self, barred: Collection[ReplicaShape], kept: Shapes) -> Self:
         """The ladder without deployments that have a barred shape, except for ``kept``."""
         if not barred:
@@ -296,9 +318,9 @@ class LoadScores:
         return total
 
     def cost(self, index: int, goal: Goal) -> float:
-        """The objective and the requests outside their SLO beyond those allowed, by request."""
+        """The objective, of a request; ``MISSED`` for those outside the SLO beyond the allowed."""
         missing = max(0.0, goal.attainment - float(self.attainment[index]))
-        return self.objective(index, goal) + MISSED * missing
+        return (1.0 - missing) * self.objective(index, goal) + MISSED * missing
 
 
 def _work(rates: LoadRates, work: Sequence[float]) -> float:

@@ -74,8 +74,8 @@ class LadderCase:
     ``lengths`` and ``burstiness``: see ``drawn_traffic``. ``work``: of a request of each type.
     ``shapes`` to choose from; ``present``: deployments that must be in the ladder. ``goal``: for
     what deployments are kept. ``min_shapes``: of each deployment, where some have so many.
-    ``traffic``: simulate these requests at the given ``loads``, in place of drawn ones. ``plans``:
-    deployments that are simulated with their own routing shares.
+    ``mixed``: also deployments of two shapes. ``traffic``: simulate these requests at the given
+    ``loads``, in place of drawn ones. ``plans``: deployments that are simulated with their own routing shares.
     """
 
     names: tuple[str, ...]
@@ -90,6 +90,7 @@ class LadderCase:
     goal: Goal
     present: tuple[Shapes, ...] = ()
     min_shapes: int = 1
+    mixed: bool = True
     burstiness: tuple[float, ...] = ()
     seed: int = 0
     traffic: LadderTraffic | None = None
@@ -152,7 +153,8 @@ class LadderBuilder:
     def _variations(self, kept: Sequence[Shapes]) -> Iterator[Shapes]:
         """Mixtures of two, and fewer replicas where energy counts."""
         plain = [Counter(dict(item)) for item in kept]
-        for counts in mixtures(self._case.devices, plain, most=_MOST_MIXTURES):
+        pairs = plain if self._case.mixed else []
+        for counts in mixtures(self._case.devices, pairs, most=_MOST_MIXTURES):
             yield counted(counts)
         if Objective.ENERGY in self._case.goal.objectives:
             for item in plain:

@@ -39,6 +39,7 @@ class LadderModel:
     slo: Slo
     goal: Goal
     min_shapes: int = 1
+    mixed: bool = True
     seed: int = 0
 
 
@@ -71,6 +72,7 @@ class LadderMaker:
             goal=model.goal,
             present=(need.present,),
             min_shapes=model.min_shapes,
+            mixed=model.mixed,
             burstiness=need.burstiness,
             seed=model.seed,
         )

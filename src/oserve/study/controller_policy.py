@@ -187,11 +187,13 @@ def controller_policy(
     simulated: bool = True,
     control: ControlPolicy | None = None,
     objective: Objective = Objective.CAPACITY,
+    mixed: bool = True,
 ) -> ControllerPolicy:
     """The controller, starting from a serving (by default the best static one of OServe).
 
     ``simulated``: capacities and switches are simulated, as on a server with ``control.simulate``;
-    else the linear model decides. ``objective``: latency and energy follow the load on a ladder.
+    else the linear model decides. ``objective``: latency and energy follow the load on a ladder,
+    with deployments of two shapes if ``mixed``.
     """
     scene = tuner.scene
     first = serving or tuner.everything.serving
@@ -212,7 +214,8 @@ def controller_policy(
         seqs = first.plan.replicas[0].shape.max_num_seqs
         request = replace(tuner.question, shapes=tuple(tuner.forms(_LADDER_CHUNKS, seqs)))
         lengths = lengths_by_type(scene.learned, facts.centres)
-        ladders = LadderCache(ladder_model(request, goal, lengths=lengths, levers=levers))
+        made = ladder_model(request, goal, lengths=lengths, levers=levers)
+        ladders = LadderCache(replace(made, mixed=mixed))
     elif simulated:
         model = model_of(
             tuner.question,

@@ -61,9 +61,9 @@ def _oracle(tuner: OServeTuner) -> Policy:
 
 
 def _following(
-    objective: Objective, start: PolicyStart = PolicyStart.TRANSFER
+    objective: Objective, start: PolicyStart = PolicyStart.TRANSFER, *, mixed: bool = True
 ) -> Callable[[OServeTuner], Policy]:
-    return lambda tuner: controller_policy(tuner, start=start, objective=objective)
+    return lambda tuner: controller_policy(tuner, start=start, objective=objective, mixed=mixed)
 
 
 POLICIES: Mapping[str, Entry] = {
@@ -118,6 +118,10 @@ POLICIES: Mapping[str, Entry] = {
     "oserve": Entry(
         words="oserve-static with the live controller: least latency within the SLO, weights moved",
         make=_following(Objective.LATENCY),
+    ),
+    "oserve-homogeneous": Entry(
+        words="oserve without deployments of two shapes",
+        make=_following(Objective.LATENCY, mixed=False),
     ),
     "oserve-energy": Entry(
         words="the same with the objective energy", make=_following(Objective.ENERGY)
