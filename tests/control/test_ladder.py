@@ -248,6 +248,14 @@ def test_of_equals_the_nearest_wins() -> None:
     assert found.index == 0
 
 
+def test_of_equals_as_near_the_one_that_carries_most_wins() -> None:
+    small, large = rung(everywhere(4), 0.4, 1.0), rung(everywhere(2), 0.6, 1.005)
+    ladder = ladder_of(small, large)
+    for near, chosen in (((), 1), (everywhere(1), 1), (everywhere(4), 0)):
+        found = ladder.choose(LATENCY, required=0.2, expected=0.2, near=near)
+        assert found.index == chosen
+
+
 def test_what_nobody_holds_goes_to_the_largest_attainment() -> None:
     ladder = three_rungs()
     found = ladder.choose(LATENCY, required=3.0, expected=3.0, near=everywhere(4))
