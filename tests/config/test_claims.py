@@ -39,7 +39,11 @@ def commands() -> dict[str, set[str]]:
     found = {}
 
     def walk(command: Any, words: tuple[str, ...]) -> None:
-        options = {option for parameter in command.params for option in parameter.opts}
+        options = {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         found[" ".join(words)] = options | {"--help"}
         for name, one in getattr(command, "commands", {}).items():
             walk(one, (*words, name))

@@ -122,7 +122,10 @@ def test_without_a_plan_one_is_computed_and_says_what_for(model: str, tmp_path: 
         ({"planning.objective": "capacity"}, "planned for capacity alone"),
         ({"control.simulate": False}, "without control.simulate"),
         (
-            {"planning.type_objectives": {"chat": "energy"}},
+            {
+                "planning.rates": "chat:100x50=2,docs:2000x20=0.1",
+                "planning.type_objectives": {"chat": "energy"},
+            },
             "objective latency (chat: energy)",
         ),
         ({"control.mode": "off"}, ""),
