@@ -1,5 +1,7 @@
 """Commands agree: one name for one thing, and whatever is wrong ends in a place and a remedy."""
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,40 @@ def test_models_and_plans_are_an_argument_or_an_option() -> None:
         assert caught.value.place == "--model"
     with pytest.raises(OServeError, match="given twice"):
         run("switch", "a", "--to", "b")
+
+
+@pytest.mark.parametrize(
+    ("energy", "told"),
+    [
+        (None, ""),
+        (
+            {"power_w": 1234.4, "idle_power_w": 0, "joules_per_output_token": None},
+            "energy: 1,234 W (by model and nvml)",
+        ),
+        (
+            {"power_w": 488, "idle_power_w": 144, "joules_per_output_token": 1.9312},
+            "energy: 488 W, idle devices 144 W, 1.93 J per output token (by model and nvml)",
+        ),
+    ],
+)
+def test_status_tells_the_energy_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    energy: dict[str, Any] | None,
+    told: str,
+) -> None:
+    document = {
+        "model": "m",
+        "serving": True,
+        "plan_id": "p",
+        "replicas": [],
+        "workload_types": [],
+        "routing_shares": {},
+        "energy": None if energy is None else energy | {"sources": ["model", "nvml"]},
+    }
+    # The package has a function of the module's name.
+    module = importlib.import_module("oserve.cli.status")
+    monkeypatch.setattr(module, "call", lambda *_args, **_more: json.dumps(document).encode())
+    run("status", "--url", "http://127.0.0.1:1")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("energy")]
+    assert lines == ([told] if told else [])

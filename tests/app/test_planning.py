@@ -18,7 +18,8 @@ SLO = ["--slo-ttft-ms", "2000", "--slo-tpot-ms", "100"]
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    run("plan", *words, "--json")
+    """The plan for capacity, without the ladder."""
+    run("plan", *words, "--no-ladder", "--json")
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
@@ -89,7 +90,7 @@ def test_the_written_plan_is_one_that_serve_takes(
     source = trace(tmp_path / "trace.csv")
     run(
         *("plan", "--model", "llama-3.1-8b", "--cluster", "4xL40S", "--trace", str(source)),
-        *("--output", str(file), "--explain"),
+        *("--output", str(file), "--explain", "--no-ladder"),
     )
     said = capsys.readouterr().out
     assert "proved optimal" in said
@@ -155,7 +156,8 @@ def test_a_plan_stays_with_the_current_one(
 def test_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.svg"
-    run("plan", "--model", "qwen3-8b", "--cluster", "2xL4", "--rates", RATES, "--plot", str(file))
+    words = ["--model", "qwen3-8b", "--cluster", "2xL4", "--rates", RATES, "--no-ladder"]
+    run("plan", *words, "--plot", str(file))
     assert file.stat().st_size > 1000
     capsys.readouterr()
 
@@ -197,11 +199,17 @@ BASE = ["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", RATES]
         ([*BASE, "--slo-tpot-ms", "1"], "closest feasible one is about --slo-tpot-ms"),
         ([*BASE, "--slo-tpot-ms", "-5"], "--slo-tpot-ms"),
         ([*BASE, "--slo", "chat=5/5"], "names no type"),
-        ([*BASE, "--slo", "200x150=fast/5"], "--slo-ttft-ms"),
+        ([*BASE, "--slo", "200x150=fast/5"], "it is nan"),
         ([*BASE, "--rate-scale", "nan"], "--rate-scale"),
         ([*BASE, "--headroom", "0.5"], "--headroom"),
+        ([*BASE, "--enough-scale", "nan"], "--enough-scale"),
+        ([*BASE, "--attainment", "1.5"], "--attainment"),
+        ([*BASE, "--type-objective", "3000x60=speed"], "latency, energy, capacity"),
+        ([*BASE, "--type-objective", "chat=energy"], "the types are 200x150, 3000x60"),
+        ([*BASE, "--no-ladder", "--objective", "energy"], "without a ladder"),
+        ([*BASE, "--no-ladder", "--plot-ladder", "l.png"], "leave out --no-ladder"),
         ([*BASE, "--tensor-parallel-size", "two"], "list of counts"),
-        ([*BASE, "--output", "/proc/no/plan.yaml"], "cannot write"),
+        ([*BASE, "--no-ladder", "--output", "/proc/no/plan.yaml"], "cannot write"),
         (["--model", "llama-2-70b", "--cluster", "8xH100", "--rates", "4000x500=1"], "context"),
     ],
 )

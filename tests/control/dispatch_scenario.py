@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from oserve.control.dispatch.constants import DispatchConstants
 from oserve.control.dispatch.events import Arrived
 from oserve.control.dispatch.policy import DispatchPolicy, DrainDecision, all_leave
 from oserve.control.dispatch.table import RoutingTable, TableReplica
@@ -61,7 +62,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What happens to the fleet: gone, again, drain, vacate, elsewhere, expected, unexpected."""
+    """What happens to the fleet.
+
+    gone, again, drain, vacate, elsewhere, expected, unexpected, or tune: other constants.
+    """
 
     at: int
     what: str
@@ -123,7 +127,12 @@ def replica_of(
     )
 
 
-def table_of(replicas: Sequence[TableReplica], *, expected: bool = True) -> RoutingTable:
+def table_of(
+    replicas: Sequence[TableReplica],
+    *,
+    expected: bool = True,
+    constants: DispatchConstants | None = None,
+) -> RoutingTable:
     """Most requests are for the first replica, some for the second, none for the others."""
     return RoutingTable(
         plan_id="p",
@@ -131,6 +140,7 @@ def table_of(replicas: Sequence[TableReplica], *, expected: bool = True) -> Rout
         routing_shares={"t": {"r0": 0.7, "r1": 0.3}},
         replicas=tuple(replicas),
         expected=expected,
+        constants=constants,
     )
 
 

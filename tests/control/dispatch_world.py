@@ -7,6 +7,7 @@ what the client has been shown is the beginning of its answer.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.commands import Command, Refusal
+from oserve.control.dispatch.constants import DispatchConstants
 from oserve.control.dispatch.events import Cause, Event
 from oserve.control.dispatch.machine import RequestMachine
 from oserve.control.dispatch.router import NoRoute
@@ -47,6 +49,7 @@ class World:
         fakes = dict(zip(self._names, scenario.fakes, strict=True))
         self._replicas = Replicas(fakes, self.clients, self._later)
         self._expected = True
+        self._constants: DispatchConstants | None = None
         self._starts = [0.0] * len(scenario.fakes)
         self._phases = [ReplicaPhase.READY] * len(scenario.fakes)
         # The type of a command is that of its step's parameter.
@@ -171,6 +174,7 @@ class World:
                 if phase is not ReplicaPhase.GONE
             ],
             expected=self._expected,
+            constants=self._constants,
         )
 
     def _change(self, change: Change) -> Event:
@@ -183,6 +187,8 @@ class World:
                 return on.LoadElsewhere({name: (float(change.steps), change.steps)})
             case "expected" | "unexpected":
                 self._expected = change.what == "expected"
+            case "tune":
+                self._constants = self._tuned(change.steps)
             case "drain":
                 if self._phases[index] is ReplicaPhase.READY:
                     self._phases[index] = ReplicaPhase.DRAINING
@@ -194,6 +200,16 @@ class World:
                 self._break_all(name)
                 self._phases[index] = ReplicaPhase.GONE
         return on.TableChanged(self.table)
+
+    def _tuned(self, steps: int) -> DispatchConstants | None:
+        """Other constants of dispatch; those of the policy after 0 steps."""
+        policy = self.scenario.policy
+        if steps == 0:
+            return None
+        overload = replace(
+            policy.overload, ttft_s=(None, 0.5, 2.0)[steps % 3], owed_of_ttft=0.1 * steps
+        )
+        return DispatchConstants(overload=overload, overflow_s=0.5 * steps)
 
     def _break_all(self, name: str) -> None:
         """Its connections break, which is told after the table has changed."""

@@ -55,7 +55,8 @@ CHANGES = st.builds(
     Change,
     at=st.integers(0, 24),
     what=st.sampled_from(
-        ["gone", "again", "drain", "elsewhere", "expected", "unexpected"] + ["vacate"] * 4
+        ["gone", "again", "drain", "elsewhere", "expected", "unexpected", "tune", "tune"]
+        + ["vacate"] * 4
     ),
     replica=st.integers(0, 3),
     steps=st.integers(0, 6),

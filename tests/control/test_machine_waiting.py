@@ -5,6 +5,7 @@ import pytest
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.commands import Refusal
+from oserve.control.dispatch.constants import DispatchConstants
 from oserve.control.dispatch.events import Cause, Rest
 from oserve.control.dispatch.fleet import Choice
 from oserve.control.dispatch.overload import OverloadPolicy
@@ -225,3 +226,30 @@ def test_streams_that_wait_for_the_same_replicas_are_not_all_tried(
     assert set(chosen) == {1, 2}
     assert names(driver.ask(0.5, 50)) == ["Send"]
     assert driver.place(50) == "r2"
+
+
+def test_constants_of_a_table_apply_to_those_that_wait_already() -> None:
+    driver = Driver(replica_of("r0", ONE))
+    driver.ask(0.0, 1, 2)
+    late = DispatchConstants(overload=OverloadPolicy(ttft_s=2.0))
+    tuned = on.TableChanged(table_of([replica_of("r0", ONE)], constants=late))
+    assert names(driver.at(1.9, tuned)) == ["Demote"]
+    driver.ask(1.9, 3)
+    driver.at(2.0, on.Finished(1))
+    assert driver.place(3) == "r0"
+    # Without them the policy holds again: what was demoted stays so, nothing else is.
+    driver.at(2.1, on.TableChanged(table_of([replica_of("r0", ONE)])))
+    assert names(driver.ask(9.0, 4)) == ["Hold"]
+    driver.at(9.1, on.Finished(3))
+    assert driver.place(4) == "r0"
+    assert driver.waiting == {2}
+
+
+def test_constants_say_how_many_prompts_a_replica_may_owe() -> None:
+    deep = DispatchConstants(overload=OverloadPolicy(ttft_s=20.0, owed_of_ttft=0.5))
+    policy = DispatchPolicy(overload=OverloadPolicy(ttft_s=20.0))
+    driver = Driver(replica_of("r0", Fake(most=8)), policy=policy)
+    driver.ask(0.0, 1, 2, ask=Ask(prompt=300))
+    assert driver.waiting == {2}
+    driver.at(0.1, on.TableChanged(table_of([replica_of("r0", Fake(most=8))], constants=deep)))
+    assert driver.place(2) == "r0"

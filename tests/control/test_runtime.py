@@ -48,8 +48,8 @@ def test_what_the_second_opinion_says_counts() -> None:
     alone, doubted = helm(None), helm(doubts)
     trusted = alone.evaluate(question(alone, BEYOND))
     found = doubted.evaluate(question(doubted, BEYOND))
-    assert trusted is not None
-    assert found is not None
+    assert isinstance(trusted, CandidateScore)
+    assert isinstance(found, CandidateScore)
     assert trusted.gain > 0
     # Others that come near it by the table are asked about, too.
     assert asked[0] == trusted

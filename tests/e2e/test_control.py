@@ -27,7 +27,7 @@ SETTINGS = (
     *("--cpu-slots", "2", "--port", "0"),
     *("--set", "planning.rates=chats:60x120=4,documents:1500x20=0.1"),
     *("--set", "control.decision_interval_s=4", "--set", "control.min_dwell_s=5"),
-    *("--set", "control.start_s=5"),
+    *("--set", "control.start_s=5", "--set", "planning.objective=capacity"),
 )
 _RATE_RPS = 30.0
 _LIMIT_S = 150.0

@@ -13,6 +13,7 @@ from oserve.config import load_settings
 from oserve.config.policies import control_policy
 from oserve.control.decision import Decision, DecisionVerdict
 from oserve.control.evaluation import CandidateScore
+from oserve.control.following import FollowScore
 from oserve.control.planning import planner_for
 from oserve.control.recording import (
     ObservationRecorder,
@@ -51,6 +52,7 @@ def deployment(model: str, folder: Path) -> ServerDeployment:
                 "cluster.cpu_slots": SLOTS,
                 "cluster.cpu_flags": "avx2",
                 "planning.rates": "chats:60x120=6,documents:1500x20=0.2",
+                "planning.objective": "capacity",
                 "planning.slo_ttft_ms": 2000,
                 "planning.slo_tpot_ms": 100,
                 "control.decision_interval_s": 20,
@@ -62,7 +64,7 @@ def deployment(model: str, folder: Path) -> ServerDeployment:
     )
 
 
-Outcomes = list[tuple[Decision, CandidateScore | None]]
+Outcomes = list[tuple[Decision, CandidateScore | FollowScore | None]]
 
 
 class Kept:
@@ -149,7 +151,8 @@ def test_the_same_observations_give_the_same_bytes(model: str, tmp_path: Path) -
     assert encoded(found) == encoded(asyncio.run(live(given, request, recording)))
     # The comparison has a point only if there are switches, and scores that were simulated.
     assert any(decision.verdict is DecisionVerdict.SWITCH for decision, _ in found)
-    assert any(score is not None and np.isfinite(score.pays_after_s) for _, score in found)
+    scores = [score for _, score in found if isinstance(score, CandidateScore)]
+    assert any(np.isfinite(score.pays_after_s) for score in scores)
 
 
 def test_other_bytes_are_no_recording() -> None:

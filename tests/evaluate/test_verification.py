@@ -169,6 +169,7 @@ def test_plan_verify_tells_scores_and_errors(
         *("oserve", "plan", "--model", "qwen3-8b", "--cluster", "2xL40S", "--trace", str(file)),
         *("--slo-ttft-ms", "1500", "--slo-tpot-ms", "80", "--verify", "--json"),
         *("--max-num-batched-tokens", "512,2048", "--max-num-seqs", "128"),
+        "--no-ladder",
     ]
     document = run(words, capsys)
     verified = document["verified"]

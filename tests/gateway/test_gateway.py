@@ -14,6 +14,7 @@ from gateway.conftest import Make, table_of, table_replica, until
 from oserve.core import FinishStatus, ReplicaPhase
 from oserve.gateway.records import RecordStore, read_records
 from oserve.gateway.settings import GatewaySettings, OrderSettings
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.sim import EmulatedEngine, EngineSpeed
 from oserve.wire import Exchange
 
@@ -300,6 +301,10 @@ async def test_metrics_and_records_tell_what_happened(make_front: Make, tmp_path
     for _ in range(3):
         await front.lines("/v1/completions", {**TEXT, "stream": True})
     await front.post("/v1/completions", {**TEXT, "max_tokens": -1})
+    front.gateway.runner.snapshot = ClusterSnapshot(
+        gauges=[("oserve_joules_per_output_token", [], 1.5)],
+        counters={"oserve_energy_joules": {"nvml\tserving": [22.5]}},
+    )
     _, text = await front.get("/metrics")
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -309,6 +314,8 @@ async def test_metrics_and_records_tell_what_happened(make_front: Make, tmp_path
     assert samples["oserve_requests_total", (("status", "completed"),)] == 3
     assert samples["oserve_requests_total", (("status", "client_error"),)] == 1
     assert samples["oserve_output_tokens_total", (("workload_type", "short"),)] == 15
+    joules = samples["oserve_energy_joules_total", (("source", "nvml"), ("state", "serving"))]
+    assert joules == 15 * samples["oserve_joules_per_output_token", ()]
     await front.gateway.close()
     rows = list(read_records(tmp_path / "records.sqlite"))
     assert [row.status for row in rows] == [FinishStatus.COMPLETED] * 3 + [

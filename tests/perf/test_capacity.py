@@ -135,7 +135,10 @@ def test_the_table_leaves_out_what_does_not_fit() -> None:
     assert {row.shape for row in table} < set(shapes)
     assert all(SOURCE.kv_tokens(row.shape) > 0 for row in table)
     assert all(len(row.capacity_rps) == 2 for row in table)
-    assert all(row.power_w > 0 for row in table)
+    for row in table:
+        devices = row.shape.device_count
+        assert devices * 122 < row.power_w < devices * 700
+        assert row.energy_j(0) == pytest.approx(row.power_w / (0.7 * row.capacity_rps[0]))
     assert all((row.capacity_rps[0] > 0) == math.isfinite(row.latency_s[0]) for row in table)
 
 

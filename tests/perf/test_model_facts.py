@@ -135,7 +135,10 @@ def test_every_device_has_sound_facts_and_coefficients() -> None:
     for kind, row in catalogue("devices").items():
         device = find_device(kind)
         assert device.source
-        assert 0 < device.idle_w < device.max_w
+        power = device.power
+        assert 0 < power.idle_w <= power.context_w < power.decode_1_w
+        assert power.decode_1_w < power.decode_128_w <= power.max_w
+        assert power.source
         assert device.bandwidth > 0
         assert device.link.bandwidth > 0
         for precision in Precision:

@@ -13,7 +13,7 @@ from oserve.core import (
     WorkloadType,
 )
 from oserve.perf import ShapePerformance
-from oserve.plan.problem import AmongEquals, Objective, PlanProblem
+from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ def random_problem(
         types=types,
         options=tuple(options),
         among_equals=rng.choice(list(AmongEquals)),
-        objective=Objective.CAPACITY if rng.random() < 0.8 else Objective.THROUGHPUT,
+        maximise=Maximise.CAPACITY if rng.random() < 0.8 else Maximise.THROUGHPUT,
         enough_scale=rng.choice([None, None, 1.0, 1.2]),
     )
 

@@ -7,7 +7,7 @@ from oserve.plan.bounds import ScoredCounts
 from oserve.plan.exact import ExactSearch
 from oserve.plan.guided import guided_search
 from oserve.plan.homogeneous import homogeneous_deployments
-from oserve.plan.problem import Objective, PlanProblem
+from oserve.plan.problem import Maximise, PlanProblem
 from oserve.plan.score import compare
 from plan.instances import random_problem
 
@@ -15,7 +15,7 @@ from plan.instances import random_problem
 def value(problem: PlanProblem, scored: ScoredCounts) -> float:
     """The rate served of a demand scaled as far as it counts."""
     score = scored.score
-    if problem.objective is Objective.THROUGHPUT or score.scale < 1:
+    if problem.maximise is Maximise.THROUGHPUT or score.scale < 1:
         return score.served_rps
     return problem.demand_rps * min(score.scale, problem.enough_scale or score.scale)
 

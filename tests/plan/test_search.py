@@ -10,7 +10,7 @@ import pytest
 from oserve.core import LengthClass, OServeError
 from oserve.plan import check_plan
 from oserve.plan.deploy import place_deployment
-from oserve.plan.problem import Objective, PlanProblem
+from oserve.plan.problem import Maximise, PlanProblem
 from oserve.plan.score import compare
 from oserve.plan.search import Search, plan_deployment
 from plan.instances import plan_of, random_problem
@@ -105,10 +105,10 @@ def test_a_placed_deployment_is_a_valid_plan(seed: int) -> None:
 
 def test_throughput_ignores_headroom() -> None:
     problem = replace(
-        random_problem(3, load=(0.1, 0.2)), objective=Objective.THROUGHPUT, enough_scale=None
+        random_problem(3, load=(0.1, 0.2)), maximise=Maximise.THROUGHPUT, enough_scale=None
     )
     small = plan_deployment(problem, candidates=0)
-    large = plan_deployment(replace(problem, objective=Objective.CAPACITY), candidates=0)
+    large = plan_deployment(replace(problem, maximise=Maximise.CAPACITY), candidates=0)
     assert small.best.score.served_rps == pytest.approx(problem.demand_rps)
     assert not small.bounds_scale
     assert large.bounds_scale
@@ -117,7 +117,7 @@ def test_throughput_ignores_headroom() -> None:
 
 def test_enough_headroom_leaves_devices_unused() -> None:
     problem = replace(
-        random_problem(3, load=(0.1, 0.2)), objective=Objective.CAPACITY, enough_scale=None
+        random_problem(3, load=(0.1, 0.2)), maximise=Maximise.CAPACITY, enough_scale=None
     )
     every = plan_deployment(problem, candidates=0).best.score
     enough = plan_deployment(replace(problem, enough_scale=1.1), candidates=0)

@@ -103,6 +103,57 @@ def test_results_say_the_same_as_every_other_measurement() -> None:
         assert 0 < total.busy_s < fleet.now_s
 
 
+def test_the_use_of_kv_cache_is_that_of_the_requests() -> None:
+    # One request: 160 prompt tokens are 10 blocks, and 320 answers take another 20, one by one.
+    fleet = fleet_of(RequestTable.of([1.0], [160], [320]), "a")
+    fleet.run()
+    results = fleet.results()
+    (totals,) = results.totals
+    decoded_s = float(results.finish_s[0] - results.first_token_s[0])
+    assert totals.kv_blocks == 2500
+    assert totals.kv_peak_blocks == 30
+    prompt_block_s = 10 * (results.first_token_s[0] - 1.0)
+    assert totals.kv_block_s == pytest.approx(prompt_block_s + 20.5 * decoded_s, rel=0.05)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(0, 60), max_size=5))
+def test_the_use_of_kv_cache_does_not_depend_on_stops_or_jumps(stops: list[float]) -> None:
+    table = table_of(60)
+    straight, stopped = fleet_of(table), fleet_of(table)
+    stepwise = SimulatedFleet(table, compiled=False, skip=False)
+    stepwise.add_replica("a", SHAPE, TABLES, kv_tokens=40_000, costs=COSTS)
+    single = fleet_of(table, "a")
+    peaks = np.zeros(2)
+    for stop_s in sorted(stops):
+        stopped.advance(stop_s)
+        taken = stopped.take_totals()
+        peaks = np.maximum(peaks, [totals.kv_peak_blocks for totals in taken])
+    for fleet in (straight, stopped, stepwise, single):
+        fleet.run()
+    peaks = np.maximum(peaks, [totals.kv_peak_blocks for totals in stopped.take_totals()])
+    for one, other, peak in zip(
+        straight.results().totals, stopped.results().totals, peaks, strict=True
+    ):
+        assert one.kv_block_s == pytest.approx(other.kv_block_s, rel=0.01)
+        assert one.kv_peak_blocks == peak
+        assert 0 < one.kv_block_s < one.kv_peak_blocks * straight.now_s
+    (one,), (other,) = single.results().totals, stepwise.results().totals
+    assert one.kv_peak_blocks == other.kv_peak_blocks
+    assert one.kv_block_s == pytest.approx(other.kv_block_s, rel=0.01)
+
+
+def test_a_removed_replica_holds_no_kv_cache() -> None:
+    fleet = fleet_of(table_of(20))
+    fleet.advance(3.0)
+    fleet.remove("a")
+    (before, _) = fleet.take_totals()
+    fleet.run()
+    (after, _) = fleet.take_totals()
+    assert before.kv_block_s == after.kv_block_s > 0
+    assert after.kv_peak_blocks == 0
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 60), max_size=5))
 def test_stopping_to_look_changes_nothing(stops: list[float]) -> None:

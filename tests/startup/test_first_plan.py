@@ -114,6 +114,30 @@ def test_without_a_plan_one_is_computed_and_says_what_for(model: str, tmp_path: 
     assert 0 < known.prefill_s_per_token < known.decode_s_per_token
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "objective latency: this plan serves first; the controller follows the load"),
+        ({"control.mode": "advise"}, "the controller advises by load"),
+        ({"planning.objective": "capacity"}, "planned for capacity alone"),
+        ({"control.simulate": False}, "without control.simulate"),
+        (
+            {"planning.type_objectives": {"chat": "energy"}},
+            "objective latency (chat: energy)",
+        ),
+        ({"control.mode": "off"}, ""),
+    ],
+)
+def test_a_server_says_its_objective(
+    given: dict[str, object], said: str, model: str, tmp_path: Path
+) -> None:
+    notes = [
+        note for note in prepare(settings(model, tmp_path, **given)).notes if "objective" in note
+    ]
+    assert len(notes) == bool(said)
+    assert all(said in note for note in notes)
+
+
 def test_only_precisions_that_can_be_had_are_planned(model: str, tmp_path: Path) -> None:
     plain = settings(model, tmp_path)
     found = planned(plain)
@@ -189,3 +213,14 @@ def test_a_bad_profile_that_was_asked_for_is_an_error(model: str, tmp_path: Path
     with pytest.raises(OServeError) as caught:
         find_step_times(given, SLOTS)
     assert "profile.json" in caught.value.place
+
+
+def test_an_objective_is_for_types_that_exist(model: str, tmp_path: Path) -> None:
+    rates = {"planning.rates": "chats:60x120=6,documents:1500x20=0.2"}
+    objectives = {"chats": "energy"}
+    prepare(settings(model, tmp_path, **rates, **{"planning.type_objectives": objectives}))
+    with pytest.raises(OServeError, match=r"'chat'.*chats, documents") as found:
+        prepare(
+            settings(model, tmp_path, **rates, **{"planning.type_objectives": {"chat": "energy"}})
+        )
+    assert found.value.place == "planning.type_objectives"

@@ -23,7 +23,8 @@ from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.counterfactual import jittered, switch_worths
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Moment, PolicyStart
-from oserve.study.runner import Run, run_policy
+from oserve.study.run import Run
+from oserve.study.runner import run_policy
 from oserve.study.scene import Scene, SceneChoice, make_scene
 from oserve.study.transfers import scene_switch_facts
 from oserve.study.tune import by_length

@@ -9,13 +9,15 @@ from oserve.core import (
     DeploymentPlan,
     ReplicaShape,
 )
+from oserve.evaluate.energy import static_energy
 from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, attainment
 from oserve.sim.phases import Phases
 from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Conduct, Fixed, Policy, PolicyStart, PolicyView
-from oserve.study.runner import Run, run_policy
+from oserve.study.run import Run
+from oserve.study.runner import run_policy
 from oserve.study.switching import replaced
 from study.scenes import small_scene
 
@@ -75,7 +77,10 @@ def test_a_static_run_is_the_same_as_the_fleet_alone() -> None:
     # Every device is held from the first moment to the last.
     finish_s = float(np.nanmax(alone.finish_s))
     assert run.device_s == pytest.approx(4 * finish_s)
-    assert 4 * 60 * finish_s < run.energy_j < 4 * 800 * finish_s
+    assert 4 * 122 * finish_s < run.energy_j < 4 * 700 * finish_s
+    assert run.idle_j == 0.0
+    energy = static_energy(SCENE.source, serving.plan, alone, SCENE.devices, finish_s)
+    assert energy.serving_j == pytest.approx(run.energy_j)
 
 
 @pytest.mark.parametrize("staged", [False, True])

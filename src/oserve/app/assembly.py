@@ -2,43 +2,25 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from oserve.app.gateway_keeper import GatewayKeeper
-from oserve.config import Settings, api_keys, backend_keys, plan_yaml
+from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
 from oserve.core import Clock, ReplicaState
 from oserve.engines.cluster import LocalCluster
-from oserve.engines.holding import HeldEngines, private_folder
+from oserve.engines.holding import HeldEngines
 from oserve.engines.mover import Mover
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.folders import ServerFolders
 from oserve.startup.learned_lengths import learned_estimator
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerFolders:
-    """``state`` outlives the server, ``run`` holds its sockets, ``log`` one file per process."""
-
-    state: Path
-    run: Path
-    log: Path
-
-
-def server_folders(settings: Settings) -> ServerFolders:
-    """The folders of a server, created if missing."""
-    state = Path(settings.state_dir)
-    return ServerFolders(
-        state=state, run=private_folder(state), log=Path(settings.engines.log_dir).resolve()
-    )
 
 
 def engine_keeper(deployment: ServerDeployment, folders: ServerFolders) -> HeldEngines:

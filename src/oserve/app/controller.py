@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from oserve.config import plan_yaml
-from oserve.config.policies import control_policy
-from oserve.control.decision import Decision, DecisionVerdict, Trigger
+from oserve.config.policies import control_policy, follow_policy
+from oserve.control.decision import Decision, Trigger
 from oserve.control.evaluation import CandidateScore
+from oserve.control.following import FollowScore
 from oserve.control.planner import Legs
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
@@ -30,6 +30,7 @@ from oserve.perf import TokenCosts
 from oserve.plan.planning import PlanRequest
 from oserve.startup.controller_memory import ControllerMemory, Remembered
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.ladders import Ladders
 from oserve.switch.learned import LearnedPhases
 
 _log = logging.getLogger("oserve.control")
@@ -66,9 +67,11 @@ class ControllerService:
             if settings.control.simulate
             else None
         )
+        names = [kind.name for kind in request.demand.types]
+        follow = follow_policy(settings, names)
         self._runtime = ControllerRuntime(
             deployment.plan,
-            policy=control_policy(settings, deployment.mode),
+            policy=replace(control_policy(settings, deployment.mode), follow=follow),
             planner=self.planner,
             starts=self.starts,
             shares_interval_s=settings.control.shares_interval_s,
@@ -76,6 +79,7 @@ class ControllerService:
             speeds=self._speeds,
         )
         self.controller = self._runtime.controller
+        self.ladders = None if follow is None else Ladders(self._runtime, request, follow)
         parts = Remembered(
             controller=self.controller,
             planner=self.planner,
@@ -129,9 +133,9 @@ class ControllerService:
         given: DeploymentPlan | None = None,
         present: Sequence[ReplicaSpec] = (),
         switching: bool = False,
-    ) -> tuple[Decision, CandidateScore | None]:
+    ) -> tuple[Decision, CandidateScore | FollowScore | None]:
         """Evaluate candidates in a thread, decide, and save the decision. One at a time."""
-        if given is None:
+        if given is None and self.ladders is None:
             await self.refine()
         async with self._lock:
             question = self.controller.decision_input(now_s, given=given, present=present)
@@ -161,9 +165,10 @@ class ControllerService:
         await self._memory.save_seconds(now_s)
 
     def close(self) -> None:
-        """End the worker process of simulations."""
-        if self._scoring is not None:
-            self._scoring.close()
+        """End the worker processes of simulations."""
+        for process in (self._scoring, self.ladders):
+            if process is not None:
+                process.close()
 
     # -- reporting ------------------------------------------------------------------------------
     def costs(self, shape: ReplicaShape, device_kind: str) -> TokenCosts:
@@ -179,19 +184,9 @@ class ControllerService:
         return {
             "mode": policy.mode.value,
             "decision_interval_s": policy.interval_s,
+            "ladder": None if self.ladders is None else self.ladders.document(),
             "forecast": msgspec.to_builtins(self.controller.monitor.forecast()),
             "gauges": self.controller.monitor.collector.gauges,
             "speeds": {"source": self._source, "seen": self._speeds.state()},
             "decisions": [{**msgspec.to_builtins(d), "line": d.line} for d in decisions],
         }
-
-
-def advised(decision: Decision, weighed: CandidateScore | None) -> dict[str, Any]:
-    """The answer to an operator: the decision, and the evaluated plan as a plan file."""
-    plan = "" if weighed is None else plan_yaml(weighed.plan, head=decision.line)
-    return {
-        "decision": msgspec.to_builtins(decision),
-        "line": decision.line,
-        "switched": decision.verdict is DecisionVerdict.SWITCH,
-        "plan": plan,
-    }

@@ -7,12 +7,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oserve.app.controller import ControllerService, advised
+from oserve.app.controller import ControllerService
 from oserve.control.decision import DecisionVerdict, Trigger
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
+from oserve.startup.advice import advised
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher
@@ -71,6 +72,8 @@ class DecisionLoop:
                 saved_s = self._clock.now()
                 await controller.save_seconds(self._unix_s())
             trigger = self._count()
+            if controller.ladders is not None:
+                controller.ladders.prepare(self._unix_s())
             if trigger is not None and (deciding is None or deciding.done()):
                 deciding = self._spawn(self._try_decide(trigger))
 

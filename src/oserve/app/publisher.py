@@ -12,6 +12,8 @@ from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.routing import routing_table
 from oserve.control.status import gauges, status_document, summary
 from oserve.core import DeploymentPlan, Observation
+from oserve.engines.energy import EnergyMeter
+from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
@@ -25,16 +27,20 @@ class StatusPublisher:
         deployment: ServerDeployment,
         gateway: GatewaySupervisor,
         controller: ControllerService | None,
+        tuning: BackgroundTuning | ConstantsAsGiven,
         policy: ReconcilePolicy,
         changed: Callable[[str], None],
     ) -> None:
         self._deployment = deployment
         self._gateway = gateway
         self._controller = controller
+        self._tuning = tuning
         self._policy = policy
         self._changed = changed
         self._ordered = deployment.settings.gateway.order.policy == "priority"
         self._line = ""
+        self._costs = deployment.costs if controller is None else controller.costs
+        self._energy = EnergyMeter(deployment.devices, self._costs)
 
     def publish(
         self,
@@ -58,15 +64,17 @@ class StatusPublisher:
         )
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()
+        document["energy"] = self._energy.observe(observation)
+        document["tuning"] = self._tuning.document()
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
             switches=msgspec.Raw(msgspec.json.encode(switches)),
-            gauges=gauges(observation),
+            gauges=gauges(observation) + self._energy.ledger.gauges(),
+            counters=self._energy.ledger.counters(),
         )
         self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)
-        line = summary(observation.replicas)
-        if line != self._line:
+        if (line := summary(observation.replicas)) != self._line:
             self._line = line
             self._changed(line)
 
@@ -79,5 +87,6 @@ class StatusPublisher:
             observation,
             ordered=self._ordered,
             expected=len(lost) < len(plan.replicas),
-            costs=self._deployment.costs if control is None else control.costs,
+            costs=self._costs,
+            constants=self._tuning.constants,
         )

@@ -14,7 +14,6 @@ from oserve.app.assembly import (
     engine_keeper,
     gateway_supervisor,
     plan_switcher,
-    server_folders,
 )
 from oserve.app.controller import ControllerService
 from oserve.app.decisions import ClusterView, DecisionLoop
@@ -28,8 +27,10 @@ from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
 from oserve.startup.switch_facts import recovered_switch, switch_facts
+from oserve.startup.tuning import background_tuning
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
@@ -91,9 +92,13 @@ class OServeServer:
                 view=self._view,
                 clock=self._clock,
             )
-        self._deciding: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tuning = background_tuning(deployment, self._clock)
+        self._speeds = lambda: (
+            deployment.speeds if controller is None else controller.planner.speeds
+        )
         self._publisher = StatusPublisher(
-            deployment, self._gateway, controller, self._policy, changed
+            deployment, self._gateway, controller, self._tuning, self._policy, changed
         )
         self._operator = OperatorApi(
             deployment,
@@ -123,7 +128,9 @@ class OServeServer:
     async def run(self) -> None:
         """Run the control loop and the controller until cancelled."""
         if self._decisions is not None:
-            self._deciding = asyncio.ensure_future(self._decisions.run())
+            self._tasks.append(asyncio.ensure_future(self._decisions.run()))
+        tuning = self._tuning.run(lambda: self._loop.plan, self._speeds)
+        self._tasks.append(asyncio.ensure_future(tuning))
         while True:
             self._woken.clear()
             await self._loop.step()
@@ -132,9 +139,10 @@ class OServeServer:
 
     async def close(self) -> None:
         """End: refuse new requests, drain within the grace period, then end every process."""
-        if self._deciding is not None:
-            self._deciding.cancel()
-            await asyncio.gather(self._deciding, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        self._tuning.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._decisions is not None:
             await self._decisions.close()
         await self._switcher.close()

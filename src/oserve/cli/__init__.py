@@ -16,6 +16,7 @@ from oserve.cli.serve import serve
 from oserve.cli.simulate import simulate
 from oserve.cli.status import status
 from oserve.cli.switch import switch
+from oserve.cli.tune import tune
 from oserve.cli.validate import validate
 from oserve.core import OServeError
 
@@ -31,6 +32,7 @@ app.command()(plan)
 app.command()(profile)
 app.add_typer(forecasting.app, name="forecast")
 app.command()(simulate)
+app.command()(tune)
 app.command()(bench)
 app.command()(status)
 app.command()(switch)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from oserve.cli import plan_report, verify_report
+from oserve.cli import ladder_report, plan_report, verify_report
 from oserve.cli.options import (
     ApiKeyOption,
     DurationOption,
@@ -27,25 +27,34 @@ from oserve.cli.options import (
     TtftOption,
     UrlOption,
     argument_or_option,
-    read_requests,
+    check_over_zero,
     url_from,
 )
+from oserve.cli.plan_input import (
+    check_at_least_one,
+    check_objective,
+    cluster_from,
+    demand_from,
+    goal_from,
+    limits_from,
+    sizes_from,
+)
 from oserve.cli.switch import live_plan
-from oserve.config import ClusterSpec, load_cluster, load_plan, load_rates, plan_yaml
+from oserve.config import load_plan, plan_yaml
 from oserve.config.rates import MAX_TYPES
-from oserve.core import OServeError, Precision
-from oserve.engines.devices import find_devices
-from oserve.evaluate.simulator import traffic_from
+from oserve.control.ladder import Goal
+from oserve.core import Objective, OServeError, Precision
+from oserve.evaluate.peak import peak_traffic
+from oserve.evaluate.plan_ladder import PlanLadder, chosen_plan, plan_ladder
+from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
 from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
-from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
-from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
-from oserve.plan.problem import AmongEquals, Objective
+from oserve.plan.problem import AmongEquals, Maximise
 from oserve.plan.search import Search
 from oserve.plan.verify import MIN_GAIN
-from oserve.traces import TimeUnit, TraceRequest
+from oserve.traces import TimeUnit
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -96,14 +105,32 @@ def plan(
         typer.Option(help="roofline, aiconfigurator, or a profile file (oserve profile)."),
     ] = None,
     search: Annotated[Search, typer.Option(help="How to search.")] = Search.EXACT,
-    objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.CAPACITY,
+    maximise: Annotated[Maximise, typer.Option(help="What to maximise.")] = Maximise.CAPACITY,
     among_equals: Annotated[
         AmongEquals, typer.Option(help="Tie-break between equal plans.")
     ] = AmongEquals.FEWEST_DEVICES,
-    headroom: Annotated[
+    enough_scale: Annotated[
         float | None,
         typer.Option(help="Multiple of the demand beyond which capacity has no value."),
     ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="What to choose a deployment for, once the SLO holds. Default: latency."),
+    ] = None,
+    type_objective: Annotated[
+        list[str] | None,
+        typer.Option(help="Objective of a type: NAME=OBJECTIVE; may be repeated."),
+    ] = None,
+    attainment: Annotated[
+        float, typer.Option(help="Share of requests, of each type and of all, within the SLO.")
+    ] = 0.95,
+    headroom: Annotated[
+        float, typer.Option(help="A deployment must hold this many times the load.")
+    ] = 1.1,
+    ladder: Annotated[
+        bool,
+        typer.Option(help="Simulate the ladder and choose from it; without it plan for capacity."),
+    ] = True,
     min_gain: Annotated[
         float,
         typer.Option(
@@ -112,7 +139,9 @@ def plan(
     ] = 0.0,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Score the candidates by simulation and choose by that."),
+        typer.Option(
+            "--verify", help="Choose the plan for capacity by simulation of the candidates."
+        ),
     ] = False,
     current: Annotated[
         str | None, typer.Option(help="The present plan (YAML), to stay close to.")
@@ -124,6 +153,9 @@ def plan(
     plot: Annotated[
         str | None, typer.Option(help="Plot which replicas serve which types (PNG, SVG or PDF).")
     ] = None,
+    plot_ladder: Annotated[
+        str | None, typer.Option(help="Plot latency, energy and devices by load (PNG, SVG or PDF).")
+    ] = None,
     output: Annotated[
         str | None, typer.Option(help="Write the plan (YAML) for oserve serve.")
     ] = None,
@@ -133,18 +165,36 @@ def plan(
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
-    """Plan replicas for a model, devices and traffic; show the plan beside the best homogeneous."""
+    """Plan replicas for a model, devices and traffic, and the deployment for each load."""
     trace = argument_or_option(trace_argument, trace, name="--trace")
     if live:
         live_plan(url_from(url), api_key=api_key, as_json=as_json, output=output)
         return
     if model is None:
         raise OServeError("no model is named", place="--model", remedy="give --model, or --live")
-    _check_numbers(rate_scale, slo_ttft_ms, slo_tpot_ms, headroom, time_limit_s)
+    check_over_zero(
+        rate_scale=rate_scale,
+        slo_ttft_ms=slo_ttft_ms,
+        slo_tpot_ms=slo_tpot_ms,
+        time_limit_s=time_limit_s,
+    )
+    check_at_least_one(enough_scale=enough_scale, headroom=headroom)
+    check_objective(
+        objective,
+        ladder=ladder,
+        attainment=attainment,
+        given={"--type-objective": type_objective, "--plot-ladder": plot_ladder},
+    )
     if types is not None and not 1 <= types <= MAX_TYPES:
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MAX_TYPES}")
     if not 0 <= min_gain < math.inf:
         raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
+    if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
+        raise OServeError(
+            "without an SLO there is nothing to verify a plan against",
+            place="--verify",
+            remedy="give --slo-ttft-ms and --slo-tpot-ms",
+        )
     wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
@@ -152,7 +202,7 @@ def plan(
         skip_bad_rows=skip_bad_rows,
         sort=sort,
     )
-    spec = _cluster(cluster)
+    spec = cluster_from(cluster)
     choice = SourceChoice(
         model=model,
         devices=spec.devices,
@@ -162,21 +212,16 @@ def plan(
         context=max_model_len,
     )
     source, context = find_source(choice)
-    if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
-        raise OServeError(
-            "without an SLO there is nothing to verify a plan against",
-            place="--verify",
-            remedy="give --slo-ttft-ms and --slo-tpot-ms",
-        )
-    demand, requests = _demand(
+    demand, requests = demand_from(
         trace, rates, wish, max_model_len=context, k=types, rate_scale=rate_scale, seed=seed
     )
+    goal = goal_from(demand, objective, type_objective or [], attainment)
     choices = ShapeChoices(
-        tensor_parallel_sizes=_sizes("--tensor-parallel-size", tensor_parallel_size),
-        pipeline_parallel_sizes=_sizes("--pipeline-parallel-size", pipeline_parallel_size),
+        tensor_parallel_sizes=sizes_from("--tensor-parallel-size", tensor_parallel_size),
+        pipeline_parallel_sizes=sizes_from("--pipeline-parallel-size", pipeline_parallel_size),
         precisions=tuple(dict.fromkeys(precision or ())),
-        max_num_batched_tokens=_sizes("--max-num-batched-tokens", max_num_batched_tokens),
-        max_num_seqs=_sizes("--max-num-seqs", max_num_seqs),
+        max_num_batched_tokens=sizes_from("--max-num-batched-tokens", max_num_batched_tokens),
+        max_num_seqs=sizes_from("--max-num-seqs", max_num_seqs),
     )
     found = compute_plan(
         PlanRequest(
@@ -185,53 +230,74 @@ def plan(
             demand=demand,
             source=source,
             shapes=shapes_for(source, spec.devices, choices),
-            limits=_limits(demand, slo_ttft_ms, slo_tpot_ms, slo or []),
+            limits=limits_from(demand, slo_ttft_ms, slo_tpot_ms, slo or []),
             search=search,
-            objective=objective,
+            maximise=maximise,
             among_equals=among_equals,
-            enough_scale=headroom,
+            enough_scale=enough_scale,
             current=load_plan(current) if current else None,
             seed=seed,
             time_limit_s=time_limit_s,
             min_gain=min_gain,
         )
     )
-    checked = _verified(found, requests, context, rate_scale) if verify else None
+    played = traffic_from(requests, max_model_len=context) if requests else None
+    checked = _verified(found, played, rate_scale) if verify else None
+    found = found if checked is None else checked.answer
+    answer = _laddered(found, goal, played, rate_scale, headroom) if ladder else None
     _give(
-        found if checked is None else checked.answer,
+        found,
         checked,
+        answer,
         explain=explain,
         as_json=as_json,
-        plot=plot,
+        plots=(plot, plot_ladder),
         output=output,
     )
 
 
 def _give(
-    found: PlanResult,
+    capacity: PlanResult,
     checked: VerifiedAnswer | None,
+    answer: PlanLadder | None,
     *,
     explain: bool,
     as_json: bool,
-    plot: str | None,
+    plots: tuple[str | None, str | None],
     output: str | None,
 ) -> None:
+    """Write and print the answer; ``plots``: the files of the plan and of the ladder."""
+    found = capacity if answer is None else chosen_plan(capacity, answer)
+    verdicts: Sequence[str] = ()
+    if answer is not None:
+        verdicts = ladder_report.verdicts(answer, plan_report.verdict(capacity))
+    plot, plot_ladder = plots
     if plot:
         from oserve.cli.flow_plot import draw  # noqa: PLC0415 - matplotlib is an extra
 
         draw(found, Path(plot))
+    if plot_ladder and answer is not None:
+        from oserve.cli.ladder_plot import draw as draw_ladder  # noqa: PLC0415 - also
+
+        draw_ladder(answer, Path(plot_ladder), title=ladder_report.title(answer, found))
     if output:
-        _write(Path(output), plan_yaml(found.plan, head=plan_report.headline(found)))
+        _write(Path(output), plan_yaml(found.plan, head=plan_report.headline(found, verdicts)))
     if as_json:
         said = plan_report.document(found)
+        if answer is not None:
+            said["ladder"] = ladder_report.document(answer)
         if checked is not None:
             said["verified"] = verify_report.document(checked)
         print(json.dumps(said, indent=2))
     else:
-        plan_report.show(found, _screen(), explain=explain)
+        screen = _screen()
+        plan_report.show(found, screen, explain=explain, verdicts=verdicts)
+        if answer is not None:
+            ladder_report.show(answer, screen)
         if checked is not None:
-            verify_report.show(checked, _screen())
-    for name in (plot, output):
+            verify_report.show(checked, screen)
+        plan_report.show_commands(found, screen)
+    for name in (plot, plot_ladder, output):
         if name:
             _console.print(f"written: {name}")
 
@@ -242,46 +308,9 @@ def _screen() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=150)
 
 
-def _cluster(text: str | None) -> ClusterSpec:
-    return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
-
-
-def _demand(
-    trace: str | None,
-    rates: str | None,
-    wish: TraceSelection,
-    *,
-    max_model_len: int,
-    k: int | None,
-    rate_scale: float,
-    seed: int,
-) -> tuple[Demand, list[TraceRequest]]:
-    """The demand, and the requests of its trace if there is one. Raises OServeError."""
-    if trace is not None and rates is None:
-        requests = read_requests(trace, wish)
-        demand = demand_from_trace(
-            requests,
-            source=trace,
-            max_model_len=max_model_len,
-            k=k,
-            rate_scale=rate_scale,
-            seed=seed,
-        )
-        return demand, requests
-    if rates is not None and trace is None:
-        demand = demand_from_rates(load_rates(rates), source="--rates", max_model_len=max_model_len)
-        return scaled(demand, rate_scale), []
-    raise OServeError(
-        "the traffic must come from a trace or from --rates, and from exactly one of them",
-        place="--trace",
-        remedy="name a trace file, or give --rates 512x128=3.5",
-    )
-
-
 def _verified(
-    found: PlanResult, requests: list[TraceRequest], context: int, rate_scale: float
+    found: PlanResult, trace: SimulatedTraffic | None, rate_scale: float
 ) -> VerifiedAnswer:
-    trace = traffic_from(requests, max_model_len=context) if requests else None
     check = check_for(
         found.request.demand,
         common_slo(found.request.limits),
@@ -293,72 +322,24 @@ def _verified(
         return verified_answer(found, check)
 
 
-def _sizes(option: str, text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    try:
-        sizes = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        sizes = ()
-    if not sizes or sizes[0] < 1:
-        raise OServeError(
-            f"{text!r} is not a list of counts", place=option, remedy="for example 1,2,4"
-        )
-    return sizes
-
-
-def _limits(
-    demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
-) -> dict[str, LatencyLimits]:
-    def seconds(value: float | None) -> float | None:
-        return None if value is None else value / 1e3
-
-    common = LatencyLimits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
-    limits = {kind.name: common for kind in demand.types}
-    for text in own:
-        name, equals, values = text.rpartition("=")
-        first, slash, second = values.partition("/")
-        if not equals or not slash or name not in limits:
-            known = ", ".join(repr(kind) for kind in limits)
-            raise OServeError(
-                f"{text!r} names no type and limits",
-                place="--slo",
-                remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
-            )
-        limits[name] = LatencyLimits(
-            ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
-        )
-    return limits
-
-
-def _milliseconds(text: str) -> float | None:
-    if text.strip() == "-":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    _check_numbers(1.0, value, None, None, 1.0)
-    return value
-
-
-def _check_numbers(
+def _laddered(
+    found: PlanResult,
+    goal: Goal,
+    trace: SimulatedTraffic | None,
     rate_scale: float,
-    ttft_ms: float | None,
-    tpot_ms: float | None,
-    headroom: float | None,
-    time_limit_s: float,
-) -> None:
-    for option, value, least in (
-        ("--rate-scale", rate_scale, 0.0),
-        ("--slo-ttft-ms", ttft_ms, 0.0),
-        ("--slo-tpot-ms", tpot_ms, 0.0),
-        ("--headroom", headroom, 1.0 - 1e-12),
-        ("--time-limit-s", time_limit_s, 0.0),
-    ):
-        if value is not None and not (math.isfinite(value) and value > least):
-            bound = "of at least 1" if least else "over 0"
-            raise OServeError(f"it is {value:g}", place=option, remedy=f"give a number {bound}")
+    headroom: float,
+) -> PlanLadder:
+    request = found.request
+    peak = peak_traffic(request.demand, trace, rate_scale=rate_scale, seed=request.seed)
+    words = f"simulating deployments at each load on {peak.words}"
+    with _console.status(words) as status:
+        return plan_ladder(
+            found,
+            peak,
+            goal,
+            headroom=headroom,
+            progress=lambda done: status.update(f"{words}: {done} simulations"),
+        )
 
 
 def _write(path: Path, text: str) -> None:

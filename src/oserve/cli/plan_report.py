@@ -21,8 +21,8 @@ _FIRST_PORT = 8001
 _SHOWN = 5
 
 
-def headline(found: PlanResult) -> str:
-    """A summary of the plan in a few lines of plain text."""
+def headline(found: PlanResult, verdicts: Sequence[str] = ()) -> str:
+    """A summary of the plan in a few lines of plain text; ``verdicts``: what it is good for."""
     request = found.request
     devices = request.devices
     kinds = {device.kind: 0 for device in devices}
@@ -33,19 +33,26 @@ def headline(found: PlanResult) -> str:
         f"Plan for {request.model} on {cluster}, by {request.source.origin}",
         f"demand {found.predicted.demand_rps:.2f} requests/s of {len(found.problem.types)} types "
         f"from {request.demand.source}",
-        _verdict(found),
+        *(verdicts or [verdict(found)]),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 
-def show(found: PlanResult, console: Console, *, explain: bool) -> None:
-    """Print the plan for people."""
-    for line in headline(found).splitlines():
+def show(
+    found: PlanResult, console: Console, *, explain: bool, verdicts: Sequence[str] = ()
+) -> None:
+    """Print the plan for people; see ``headline``."""
+    for line in headline(found, verdicts).splitlines():
         console.print(line, markup=False)
     console.print(_replicas(found))
-    console.print(_comparison(found))
+    if explain or not verdicts:
+        console.print(_comparison(found))
     if explain:
         _explain(found, console)
+
+
+def show_commands(found: PlanResult, console: Console) -> None:
+    """Print how to run the same replicas with vLLM alone."""
     console.print("The same replicas without OServe (each on its own port):")
     for line in vllm_commands(found):
         console.print("  " + line, markup=False)
@@ -132,7 +139,8 @@ def _command(spec: ReplicaSpec, model: str, port: int, known: dict[str, Device])
     return shlex.join(words) + where
 
 
-def _verdict(found: PlanResult) -> str:
+def verdict(found: PlanResult) -> str:
+    """What the plan carries by the linear model, beside the best homogeneous deployment."""
     score, base = found.planned.best.score, found.baseline.score
     gap = found.planned.optimality_gap
     proof = "proved optimal" if gap <= 1e-4 else f"within {gap:.2%} of the bound"
@@ -158,12 +166,18 @@ def _replicas(found: PlanResult) -> Table:
     """The replicas, one line per group of the same shape and work."""
     table = Table("replicas", "shape", "seqs", "KV tokens", "devices", "busy", "serves")
     rows: dict[tuple[Any, ...], list[ReplicaSpec]] = {}
+    evenly = all(
+        set(shares.values()) == {1 / len(found.plan.replicas)}
+        for shares in found.placed.routing_shares.values()
+    )
     for spec in found.plan.replicas:
-        serves = tuple(
+        serves: tuple[str, ...] = tuple(
             f"{kind} {shares[spec.id]:.0%}"
             for kind, shares in found.placed.routing_shares.items()
             if shares.get(spec.id, 0.0) >= 0.005
         )
+        if evenly:
+            serves = (f"every type {1 / len(found.plan.replicas):.0%}",)
         busy = round(found.placed.utilisation[spec.id], 3)
         rows.setdefault((spec.shape, busy, serves), []).append(spec)
     room = {option.shape: option.kv_tokens for option in found.problem.options}
@@ -186,7 +200,7 @@ def _span(names: Sequence[str]) -> str:
 
 
 def _comparison(found: PlanResult) -> Table:
-    table = Table("deployment", "replicas", "x demand", "within SLO rps", "served rps", "devices")
+    table = Table("linear model", "replicas", "x demand", "within SLO rps", "served rps", "devices")
 
     def add(name: str, item: DeploymentCandidate, predicted: PredictedRates | None) -> None:
         shapes = used_shapes(found.problem, item)

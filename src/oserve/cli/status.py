@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from oserve.cli.ladder_status import show_ladder
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
 
@@ -60,8 +61,23 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_energy(console, document.get("energy"))
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
+    _show_tuning(console, document.get("tuning", {}))
+
+
+def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:
+    """Show the present power, and joules per output token over the last minutes."""
+    if energy is None:
+        return
+    words = f"energy: {energy['power_w']:,.0f} W"
+    if energy["idle_power_w"]:
+        words += f", idle devices {energy['idle_power_w']:,.0f} W"
+    ratio = energy["joules_per_output_token"]
+    if ratio is not None:
+        words += f", {ratio:.3g} J per output token"
+    console.print(f"{words} (by {' and '.join(energy['sources'])})", soft_wrap=True)
 
 
 def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
@@ -77,6 +93,20 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
     if switch["reason"]:
         words += f" ({switch['reason']})"
     console.print(words, markup=False, soft_wrap=True)
+
+
+def _show_tuning(console: Console, tuning: dict[str, Any]) -> None:
+    """Show the constants in force that tuning changed, and its last event."""
+    mode = tuning.get("mode", "off")
+    if mode == "off":
+        return
+    changed = [f"{name} {tuning['constants'][name]}" for name in tuning["changed"]]
+    words = ", ".join(changed) or "the constants of the settings"
+    trial = ", on trial" if tuning["on_trial"] else ""
+    console.print(f"tuning: {mode}, in force: {words}{trial}", markup=False, soft_wrap=True)
+    if tuning["line"]:
+        at = time.strftime("%H:%M:%S", time.localtime(tuning["line_s"]))
+        console.print(f"{at} {tuning['line']}", markup=False, soft_wrap=True)
 
 
 def _show_control(console: Console, control: dict[str, Any]) -> None:
@@ -95,6 +125,7 @@ def _show_control(console: Console, control: dict[str, Any]) -> None:
             f"{item['low_rps']:.2f} and {item['high_rps']:.2f}",
         )
     console.print(table)
+    show_ladder(console, control)
     for decision in control["decisions"][-5:]:
         at = time.strftime("%H:%M:%S", time.localtime(decision["at_s"]))
         console.print(f"{at} {decision['line']}", markup=False, soft_wrap=True)

@@ -1,9 +1,14 @@
 """The policies of the control room, from the settings."""
 
-from oserve.config.settings import Settings
+from collections.abc import Sequence
+
+from oserve.config.settings import PlanningSettings, Settings
 from oserve.control.decision import Mode
+from oserve.control.following import FollowPolicy
+from oserve.control.ladder import Goal
 from oserve.control.policy import ControlPolicy
 from oserve.control.reconcile import ReconcilePolicy
+from oserve.core import Objective, OServeError
 
 
 def control_policy(settings: Settings, mode: Mode) -> ControlPolicy:
@@ -26,6 +31,40 @@ def control_policy(settings: Settings, mode: Mode) -> ControlPolicy:
         hold_s=control.hold_s,
         drain_limit_s=control.drain_limit_s if moves is None else moves,
         in_order=gateway.order.freshest_first_s == 0 and not demotes,
+    )
+
+
+def ladder_goal(
+    planning: PlanningSettings, names: Sequence[str], *, place: str = "planning.type_objectives"
+) -> Goal:
+    """The objective of each workload type.
+
+    Raises OServeError, at ``place``, for a type that does not exist.
+    """
+    unknown = [name for name in planning.type_objectives if name not in names]
+    if unknown:
+        raise OServeError(
+            f"no workload type is called {unknown[0]!r}",
+            place=place,
+            remedy="the types are " + ", ".join(names),
+        )
+    return Goal(
+        objectives=tuple(planning.type_objectives.get(name, planning.objective) for name in names),
+        attainment=planning.attainment,
+    )
+
+
+def follow_policy(settings: Settings, names: Sequence[str]) -> FollowPolicy | None:
+    """How the controller follows the load; ``None`` if it plans for capacity alone."""
+    planning, control = settings.planning, settings.control
+    goal = ladder_goal(planning, names)
+    if not control.simulate or set(goal.objectives) == {Objective.CAPACITY}:
+        return None
+    return FollowPolicy(
+        goal=goal,
+        headroom=planning.headroom,
+        quantile=planning.quantile,
+        fall_after_s=control.fall_after_s,
     )
 
 

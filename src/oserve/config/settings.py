@@ -16,7 +16,7 @@ import msgspec
 
 from oserve.config.reading import convert, parse_yaml_value, read_document, read_text, suggest
 from oserve.control.decision import Mode
-from oserve.core import AttachedBackend, DeploymentPlan, OServeError, Precision
+from oserve.core import AttachedBackend, DeploymentPlan, Objective, OServeError, Precision
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
 from oserve.traces import TimeUnit
@@ -50,7 +50,10 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     given one. ``interval_s`` is the time between rounds of the loop, ``decision_interval_s``
     between decisions, ``shares_interval_s`` between new routing shares. ``start_s``: assumed start
     time of a replica until one is observed. ``simulate``: simulate deployments before a decision,
-    beyond the linear model. ``resume``: continue with the plan in force when the last server ended.
+    beyond the linear model. ``fall_after_s``: a deployment for less load must hold the highest load
+    of so many seconds. ``resume``: continue with the plan in force when the last server ended.
+    ``tune``: search better constants of dispatch on the server's own records, at most every
+    ``tune_interval_s``, and only for ``tune_min_gain`` on records that are held out.
     """
 
     mode: Mode | None = None
@@ -63,11 +66,15 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     margin: Annotated[float, msgspec.Meta(ge=0)] = 1.5
     lasts_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0
     start_s: Seconds = 30.0
+    fall_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0
     shrink_after_s: Seconds = 0.0
     floor_replicas: Count = 1
     hold_s: Seconds = 1800.0
     simulate: bool = True
     resume: bool = True
+    tune: Mode = Mode.OFF
+    tune_interval_s: Annotated[float, msgspec.Meta(ge=60)] = 3600.0
+    tune_min_gain: Annotated[float, msgspec.Meta(ge=0)] = 0.02
     backoff_s: Seconds = 1.0
     max_backoff_s: Seconds = 60.0
     max_failures: Count = 5
@@ -94,6 +101,9 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     """What a plan is computed from if none is given; see docs/planning.md.
 
     The traffic is that of ``trace`` or ``rates``, else of the request records, else an assumed mix.
+    ``objective``: what a deployment is chosen for, once the SLO holds; ``type_objectives`` by type.
+    ``attainment``: the share of requests that must meet the SLO. ``headroom`` (a factor) and
+    ``quantile`` (of the forecast): the load that a deployment must hold.
     ``time_unit``: of the timestamps in the trace; ``auto`` infers it from the file. ``profile``: a
     file of step times by ``oserve profile``. ``precisions``: what replicas may have; by default the
     plain one and all of ``engines.variants``. ``measure``: ``auto`` measures briefly before the
@@ -107,6 +117,11 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     profile: str = ""
     slo_ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     slo_tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    objective: Objective = Objective.LATENCY
+    type_objectives: dict[str, Objective] = {}
+    attainment: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+    headroom: Annotated[float, msgspec.Meta(ge=1)] = 1.1
+    quantile: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.95
     precisions: tuple[Precision, ...] = ()
     measure: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
     min_shapes: Count = 1

@@ -125,6 +125,11 @@ class Collector:
         """The last second that passed; -1 before the first."""
         return self._newest
 
+    @property
+    def watched_s(self) -> float:
+        """The seconds for which requests were counted, up to the size of the buffer."""
+        return float(self._seen.sum())
+
     def rows(self, first_s: int, last_s: int) -> list[tuple[int, list[float]]]:
         """The seen seconds from first to last that are still held, each with its counts."""
         first_s = max(first_s, last_s - self.size_s + 1, 0)

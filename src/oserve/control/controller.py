@@ -14,11 +14,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oserve.control.decision import Decision, DecisionVerdict, Reason, Trigger
+from oserve.control.decision import (
+    Decision,
+    DecisionVerdict,
+    LadderPlace,
+    Reason,
+    Trigger,
+)
 from oserve.control.evaluation import CandidateScore, DecisionInput, signature
+from oserve.control.following import FollowScore
 from oserve.control.lifetime import Lifetime
 from oserve.control.monitor import TrafficMonitor
-from oserve.control.policy import HOUR_S, ControlPolicy, DecisionContext, reason_for, verdict_for
+from oserve.control.policy import (
+    HOUR_S,
+    ControlPolicy,
+    DecisionContext,
+    follow_reason_for,
+    reason_for,
+    verdict_for,
+)
 from oserve.control.switch_regret import SwitchRegret
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
@@ -96,6 +110,11 @@ class Controller:
             before=monitor.before_rps(),
             age_s=monitor.age_s(),
             back_s=policy.min_dwell_s,
+            load=(
+                None
+                if policy.follow is None
+                else monitor.load_facts(policy.follow.quantile, policy.follow.fall_after_s)
+            ),
         )
 
     def _is_idle(self, now_s: float) -> bool:
@@ -113,7 +132,7 @@ class Controller:
     def decide(
         self,
         inputs: DecisionInput,
-        score: CandidateScore | None,
+        score: CandidateScore | FollowScore | None,
         *,
         now_s: float,
         trigger: Trigger,
@@ -125,6 +144,10 @@ class Controller:
         in force, the verdict is to keep the latter.
         """
         switching = switching or inputs.version != self._version
+        if inputs.follows and not isinstance(score, CandidateScore):
+            return self._follow(inputs, score, now_s=now_s, trigger=trigger, switching=switching)
+        if isinstance(score, FollowScore):
+            raise TypeError("a score of the ladder for an input without loads")
         if score is not None and inputs.given is None and not inputs.shrink_to:
             self._compare(score, now_s, switching=switching)
         context = self._context(now_s, trigger, switching=switching)
@@ -132,7 +155,53 @@ class Controller:
         verdict = verdict_for(self.policy, trigger, reason)
         decision = self._record(inputs, score, now_s, trigger, verdict, reason)
         if verdict is DecisionVerdict.SWITCH and score is not None:
-            self._switch(score, now_s, reason)
+            self._switch(score.plan, now_s, reason, changes=score.cost.changed > 0)
+        return decision
+
+    def _follow(
+        self,
+        inputs: DecisionInput,
+        score: FollowScore | None,
+        *,
+        now_s: float,
+        trigger: Trigger,
+        switching: bool,
+    ) -> Decision:
+        """Decide by the place on the ladder."""
+        if score is not None:
+            if switching:
+                self._regret.skip(now_s)
+            else:
+                slack = self.policy.min_gain * score.current_cost * score.loads.rate_rps
+                self._regret.update(
+                    now_s, score.gain_per_s, slack_rps=slack, began_s=self.monitor.began_s
+                )
+        context = self._context(now_s, trigger, switching=switching)
+        reason = follow_reason_for(self.policy, context, inputs, score)
+        verdict = verdict_for(self.policy, trigger, reason)
+        decision = self._decision(inputs, now_s, trigger, verdict, reason)
+        if score is not None:
+            decision = replace(
+                decision,
+                candidate_plan=score.plan.id,
+                switch_s=score.seconds,
+                touched_requests=score.touched,
+                changed_replicas=score.changed,
+                place=LadderPlace(
+                    load=score.loads.now,
+                    expected_load=score.loads.expected,
+                    required_load=score.loads.required,
+                    rung=score.rung,
+                    current_cost=score.current_cost,
+                    candidate_cost=score.candidate_cost,
+                    gain_per_s=score.gain_per_s,
+                    regret=self._regret.requests,
+                    price=score.price,
+                ),
+            )
+        self.decisions.append(decision)
+        if verdict is DecisionVerdict.SWITCH and score is not None:
+            self._switch(score.plan, now_s, reason, changes=score.changed > 0)
         return decision
 
     def _context(self, now_s: float, trigger: Trigger, *, switching: bool) -> DecisionContext:
@@ -149,16 +218,16 @@ class Controller:
             known=self._lifetime.knows,
         )
 
-    def _switch(self, score: CandidateScore, now_s: float, reason: Reason) -> None:
-        """Make the candidate the current plan."""
+    def _switch(self, plan: DeploymentPlan, now_s: float, reason: Reason, *, changes: bool) -> None:
+        """Make a plan the current one; ``changes``: replicas must start for it."""
         self.monitor.shrunk = reason is Reason.ZERO_TRAFFIC
         self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
         self._regret.reset(now_s)
-        self.plan = score.plan
+        self.plan = plan
         self._lifetime.takes_over(signature(self.plan))
         self._version += 1
         # An operator's switches count for the guards, too: replicas need time to settle.
-        if score.cost.changed or reason is not Reason.MANUAL:
+        if changes or reason is not Reason.MANUAL:
             self._switches = [s for s in self._switches if now_s - s < HOUR_S] + [now_s]
 
     def _compare(self, score: CandidateScore, now_s: float, *, switching: bool) -> None:
@@ -188,16 +257,7 @@ class Controller:
         verdict: DecisionVerdict,
         reason: Reason,
     ) -> Decision:
-        self._number += 1
-        decision = Decision(
-            number=self._number,
-            at_s=now_s,
-            trigger=trigger,
-            verdict=verdict,
-            reason=reason,
-            current_plan=inputs.current.id,
-            forecast=self.monitor.forecast(),
-        )
+        decision = self._decision(inputs, now_s, trigger, verdict, reason)
         if score is not None:
             decision = replace(
                 decision,
@@ -216,6 +276,25 @@ class Controller:
             )
         self.decisions.append(decision)
         return decision
+
+    def _decision(
+        self,
+        inputs: DecisionInput,
+        now_s: float,
+        trigger: Trigger,
+        verdict: DecisionVerdict,
+        reason: Reason,
+    ) -> Decision:
+        self._number += 1
+        return Decision(
+            number=self._number,
+            at_s=now_s,
+            trigger=trigger,
+            verdict=verdict,
+            reason=reason,
+            current_plan=inputs.current.id,
+            forecast=self.monitor.forecast(),
+        )
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Trigger(StrEnum):
     CHANGE = "change"
     MANUAL = "manual"
     QUESTION = "question"
+    LOAD = "load"
 
 
 class DecisionVerdict(StrEnum):
@@ -49,6 +50,10 @@ class Reason(StrEnum):
     GAIN_EXCEEDS_COST = "gain_exceeds_cost"
     ZERO_TRAFFIC = "zero_traffic"
     MANUAL = "manual"
+    NO_LADDER = "no_ladder"
+    OVERLOADED = "overloaded"
+    LOAD_RISES = "load_rises"
+    OBJECTIVE_GAINS = "objective_gains"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,26 @@ class TypeForecast:
     expected_rps: float
     low_rps: float
     high_rps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LadderPlace:
+    """The place on the ladder that a decision is based on; see ``control.following``.
+
+    Loads are multiples of the largest load that a deployment holds. Costs are per request, 1.0 the
+    best that a deployment reaches at the expected load; ``gain_per_s``, ``regret`` and ``price``
+    count requests at the best latency (or energy).
+    """
+
+    load: float
+    expected_load: float
+    required_load: float
+    rung: str
+    current_cost: float
+    candidate_cost: float
+    gain_per_s: float
+    regret: float
+    price: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +122,7 @@ class Decision:
     pays_after_s: float | None = None
     missed_requests: float = 0.0
     detail: str = ""
+    place: LadderPlace | None = None
 
     @property
     def line(self) -> str:
@@ -108,7 +134,9 @@ class Decision:
         words = [f"decision {self.number} ({self.trigger}): {self.verdict}, {self.reason}"]
         if rates:
             words.append(f"forecast requests/s: {rates}")
-        if self.candidate_plan:
+        if self.place is not None:
+            words.append(self._followed(self.place))
+        elif self.candidate_plan:
             words.append(
                 f"plan {self.candidate_plan} serves {self.candidate_rps:.2f} requests/s, "
                 f"{self.current_plan} {self.current_rps:.2f}; over {self.lasts_s:.0f} s "
@@ -122,3 +150,18 @@ class Decision:
                 )
             )
         return "; ".join([*words, *([self.detail] if self.detail else [])])
+
+    def _followed(self, place: LadderPlace) -> str:
+        """The place on the ladder, and the switch that it asks for."""
+        words = (
+            f"load {place.load:.0%} of the capacity, expected {place.expected_load:.0%}, "
+            f"to hold {place.required_load:.0%}: {place.rung}"
+        )
+        if self.candidate_plan in {"", self.current_plan}:
+            return words
+        return (
+            f"{words} (plan {self.candidate_plan}) costs {place.candidate_cost:.2f} of the best, "
+            f"{self.current_plan} {place.current_cost:.2f}; gain {place.gain_per_s:.2f}/s, "
+            f"so far {place.regret:.0f}, price {place.price:.0f} "
+            f"({self.changed_replicas} replicas in {self.switch_s:.0f} s)"
+        )

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from oserve.control.load_facts import LoadFacts
 from oserve.core import DeploymentPlan, ReplicaSpec
 from oserve.perf.corrected import Speeds
 
@@ -107,6 +108,7 @@ class DecisionInput:
     ``before``: the rates before the traffic last changed, empty if it did not change. They are
     taken to return, for the ``back_s`` seconds until the controller can switch back. ``age_s``:
     how long the traffic has been as it is now. ``speeds``: the observed speeds of replicas.
+    ``load``: for a controller that follows a ladder.
     """
 
     at_s: float
@@ -127,6 +129,12 @@ class DecisionInput:
     back_s: float = 0.0
     age_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
+    load: LoadFacts | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether a ladder decides."""
+        return self.load is not None and self.given is None and not self.shrink_to
 
     @property
     def expected_rps(self) -> TypeRates:

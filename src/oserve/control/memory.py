@@ -1,7 +1,8 @@
 """The saved state of a controller, and how it is restored when the workload types have changed.
 
 Workload types are fitted anew when a server starts. Then the counts of each old type go to the new
-type with the nearest centre, which keeps every total (see ``forecast.retype``).
+type with the nearest centre, which keeps every total (see ``forecast.retype``). The forecaster also
+learns anew where it has to say other quantiles.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from oserve.control.controller import Controller
 from oserve.core import OServeError
+from oserve.forecast.forecaster import QUANTILES
 from oserve.forecast.retype import mapped, nearest_types, saved_history
 
 Centres = Sequence[tuple[float, float]]
@@ -21,6 +23,7 @@ def remembered(controller: Controller, centres: Centres) -> dict[str, Any]:
     return {
         "names": list(controller.names),
         "centres": [list(centre) for centre in centres],
+        "quantiles": list(controller.monitor.quantiles),
         "state": controller.state(),
     }
 
@@ -37,7 +40,9 @@ def recall(controller: Controller, memory: Mapping[str, Any], centres: Centres) 
     try:
         old = [(float(prompt), float(output)) for prompt, output in memory["centres"]]
         state = memory["state"]
-        if same_types(memory, controller.names, centres):
+        # Older versions stored no quantiles, and had these.
+        levels = tuple(memory.get("quantiles", QUANTILES))
+        if same_types(memory, controller.names, centres) and levels == controller.monitor.quantiles:
             controller.restore(state)
         else:
             _restore_mapped(controller, state, old, centres)

@@ -13,6 +13,7 @@ import numpy as np
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
 from oserve.control.evaluation import ForecastStep, TypeRates
+from oserve.control.load_facts import LoadFacts
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector
@@ -30,6 +31,11 @@ _PIECE_S, _PERIOD_S = 15, 300
 _MOST_PERIODS = 4
 # Windows for the rates before a change; the longest that is available counts.
 _BEFORE_S = (900, 300, 60, 10)
+_LIKELY = 0.9
+_BAND = (0.05, 0.95)
+# Pieces and spans of the facts for a ladder, in seconds.
+LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
+_BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 12, 2.0
 # Halves of a span are compared in this many parts; spans are multiples of as many seconds.
 _SPAN_S = 20
 # Standard errors of their difference. Several spans of several types are compared.
@@ -147,6 +153,10 @@ class TrafficMonitor:
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
 
+    def last_rps(self) -> TypeRates:
+        """Requests/s of each type over the last ``LAST_S`` seconds."""
+        return _rates(self.collector.rates_rps(max(1, self.collector.newest_s), LAST_S))
+
     def drain_s(self) -> float:
         """Seconds that a replica needs to drain now; 0 if unknown.
 
@@ -162,7 +172,7 @@ class TrafficMonitor:
         """The forecast of the next interval, by type."""
         found = self._forecaster.forecast()
         now = self.now_rps()
-        low, high = found.quantile_rps(found.quantiles[0]), found.quantile_rps(found.quantiles[-1])
+        low, high = (found.quantile_rps(level) for level in _BAND)
         return tuple(
             TypeForecast(
                 name=name,
@@ -223,11 +233,61 @@ class TrafficMonitor:
     def likely(self) -> tuple[TypeRates, ...]:
         """Rates to plan for: the expected ones, and a high quantile."""
         found = self._forecaster.forecast()
-        high_rps = found.quantile_counts[-2].mean(axis=0) / found.interval_s
+        high_rps = found.quantile_rps(_LIKELY).mean(axis=0)
         return tuple(
             tuple(np.nan_to_num(rates).tolist())
             for rates in (found.rates_rps.mean(axis=0), high_rps)
         )
+
+    def load_facts(self, quantile: float, fall_after_s: float) -> LoadFacts:
+        """The facts for a controller that follows a ladder; ``quantile``: of the forecast."""
+        collector, found = self.collector, self._forecaster.forecast()
+        end_s = max(1, collector.newest_s)
+        upper = found.quantile_rps(quantile)
+
+        def rates(before_s: int, width_s: int) -> TypeRates:
+            return _rates(collector.rates_rps(before_s, width_s))
+
+        since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
+        mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
+        return LoadFacts(
+            now=self.now_rps(),
+            last=self.last_rps(),
+            last_s=LAST_S,
+            expected=tuple(_rates(row) for row in found.rates_rps),
+            upper=tuple(_rates(row) for row in upper),
+            step_s=found.interval_s,
+            peaks=self._peaks(end_s, fall_after_s),
+            mix=rates(end_s, mix_s),
+            mix_s=mix_s,
+            burstiness=self._burstiness(end_s),
+            watched_s=collector.watched_s,
+        )
+
+    def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:
+        """Rates over pieces of the last ``fall_after_s`` seconds, as far as counts are held."""
+        last_s = end_s - _PEAK_S
+        longest_s = min(fall_after_s - _PEAK_S, last_s, self.collector.size_s - _PEAK_S)
+        pieces = int(longest_s) // _PEAK_S
+        if pieces < 1:
+            return ()
+        found = self.collector.window(last_s, pieces * _PEAK_S, parts=pieces).parts
+        return tuple(_rates(row / _PEAK_S) for row in found)
+
+    def _burstiness(self, end_s: int) -> tuple[float, ...]:
+        """The variance of the rate between pieces of ten seconds beyond chance, relative.
+
+        Half the mean squared difference of neighbours is a variance without the trend.
+        """
+        width_s = _BURST_PIECES * _BURST_S
+        counts = self.collector.window(end_s, width_s, parts=_BURST_PIECES).parts
+        counts = counts[np.isfinite(counts).all(axis=1)]
+        if len(counts) < _FEWEST_PIECES:
+            return (0.0,) * len(self.collector.names)
+        mean = np.maximum(counts.mean(axis=0), 1e-9)
+        beyond = (np.diff(counts, axis=0) ** 2).mean(axis=0) / 2.0 - mean
+        relative: Floats = np.clip(beyond / mean**2, 0.0, _MOST_BURSTY)
+        return _rates(relative)
 
     def usual(self) -> tuple[TypeRates, ...]:
         """Rates to plan for while no requests come: the usual ones."""
@@ -279,9 +339,19 @@ class TrafficMonitor:
         self._window_end_s = int(state["window_end_s"])
         self.last_arrival_s = float(state["last_arrival_s"])
 
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """The levels of the forecast."""
+        return self._forecaster.levels
+
     def replay_history(self, history: Floats) -> None:
         """Feed windows of counts, (n, k), oldest first, to a forecaster that has seen none."""
         replayed(self._forecaster, history)
+
+
+def _rates(values: Floats) -> TypeRates:
+    found: tuple[float, ...] = tuple(np.nan_to_num(values).tolist())
+    return found
 
 
 def _is_steady(parts: Floats) -> bool:

@@ -4,12 +4,19 @@ Pure. The table is made once, since the lengths of the workload types stay; only
 Shapes that failed to start may be barred.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from oserve.control.evaluation import Leg, TypeRates
+from oserve.control.ladder import Shapes
+from oserve.control.plan_parts import (
+    even_shares,
+    plan_gain,
+    plan_stamp,
+    scaled_row,
+    whole_shares,
+)
 from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
@@ -25,6 +32,7 @@ from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
+from oserve.plan.place import place_replicas
 from oserve.plan.problem import AmongEquals, PlanProblem
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 from oserve.plan.serving import Serving
@@ -33,12 +41,13 @@ from oserve.plan.serving import Serving
 _LEAST_PART = 1e-6
 _LEAST_RPS = 1e-9
 _MOST_SERVINGS = 512
+_MOST_SWITCHES = 64
+# The device time of a token where no shape's capacity for a type is known.
+_UNKNOWN_S_PER_TOKEN = 1e-3
 # Homogeneous deployments are candidates, too, if they serve this part of what the best one serves.
 # The table errs by about as much.
 _MOST_NEAR = 6
 _NEAR = 0.85
-# Smaller shares are dropped; overflow routing covers them.
-_LEAST_SHARE = 0.005
 
 
 Legs = Callable[[Sequence[ReplicaSpec], Sequence[ReplicaSpec]], Sequence[Leg] | None]
@@ -87,6 +96,9 @@ class TablePlanner:
         # Rows of shapes that are not in the table, at the speeds that the table was made for.
         self._chosen: dict[ReplicaShape, ShapePerformance] = {}
         self._servings: dict[tuple[tuple[ReplicaShape, int], ...], Serving] = {}
+        self._switches: dict[
+            tuple[frozenset[ReplicaSpec], Shapes], tuple[DeploymentPlan, Sequence[Leg]]
+        ] = {}
 
     def learn(self, facts: PlannerFacts) -> None:
         """Use other facts from now on; the workload types must be the same."""
@@ -119,7 +131,7 @@ class TablePlanner:
         before = {row.shape: row for row in make(shapes, Speeds())}
         after = {row.shape: row for row in make(shapes, speeds)}
         return tuple(
-            _scaled(row, before[row.shape], after[row.shape])
+            scaled_row(row, before[row.shape], after[row.shape])
             if row.shape in before and row.shape in after
             else row
             for row in rows
@@ -162,7 +174,7 @@ class TablePlanner:
         best, plain = planned.best, planned.homogeneous[0]
         if self.facts.min_shapes > 1 and problem.is_varied(best.counts):
             return [best]
-        if _gain(best, plain) < self.facts.min_gain:
+        if plan_gain(best, plain) < self.facts.min_gain:
             best = plain
         near = [
             item
@@ -180,12 +192,60 @@ class TablePlanner:
         if set(placed.replicas) == set(current.replicas):
             return current
         plan = DeploymentPlan(
-            id=f"planned-{_stamp(placed.replicas)}",
+            id=f"planned-{plan_stamp(placed.replicas)}",
             replicas=placed.replicas,
             length_classes=self.facts.classes,
             routing_shares={},
         )
         return self.with_shares(plan, placed.routing_shares)
+
+    def deployment(self, shapes: Shapes, current: DeploymentPlan) -> DeploymentPlan:
+        """Place a deployment near the current plan; every replica serves every type."""
+        placed = place_replicas(shapes, self.facts.devices, current=current).replicas
+        if set(placed) == set(current.replicas):
+            return current
+        plan = replace(
+            current, id=f"ladder-{plan_stamp(placed)}", replicas=placed, routing_shares={}
+        )
+        return self.evenly_shared(plan)
+
+    def evenly_shared(self, plan: DeploymentPlan) -> DeploymentPlan:
+        """The plan with all replicas in the pool of every type."""
+        even = even_shares([spec.id for spec in plan.replicas])
+        return self.with_shares(plan, {kind.name: even for kind in self.facts.types})
+
+    def switch(
+        self, current: DeploymentPlan, shapes: Shapes
+    ) -> tuple[DeploymentPlan, Sequence[Leg]]:
+        """A deployment near the current plan, and the legs of the switch to it.
+
+        Found again until the current plan is another one: a switch teaches how long phases take.
+        """
+        origin = frozenset(current.replicas)
+        key = (origin, shapes)
+        found = self._switches.get(key)
+        if found is None:
+            held = {own: item for own, item in self._switches.items() if own[0] == origin}
+            if len(held) >= _MOST_SWITCHES:
+                held = {}
+            plan = self.deployment(shapes, current)
+            found = (plan, tuple(self.legs(current.replicas, plan.replicas)))
+            # Another thread may be reading.
+            self._switches = {**held, key: found}
+        return found
+
+    @property
+    def work(self) -> tuple[float, ...]:
+        """The work of a request of each type: the least device-seconds that any shape needs."""
+        found = []
+        for column, (prompt, output) in enumerate(self.facts.centres):
+            own = [
+                row.shape.device_count / row.capacity_rps[column]
+                for row in self._table
+                if row.capacity_rps[column] > 0
+            ]
+            found.append(min(own) if own else (prompt + output) * _UNKNOWN_S_PER_TOKEN)
+        return tuple(found)
 
     def floor(self, rates_rps: TypeRates, current: DeploymentPlan, replicas: int) -> DeploymentPlan:
         """Cut the current plan to the replicas that serve most of these rates, chosen greedily."""
@@ -196,7 +256,7 @@ class TablePlanner:
             best = max(left, key=lambda spec: self.served_rps([*kept, spec], rates))
             left.remove(best)
             kept.append(best)
-        plan = replace(current, id=f"floor-{_stamp(kept)}", replicas=tuple(kept))
+        plan = replace(current, id=f"floor-{plan_stamp(kept)}", replicas=tuple(kept))
         return self.with_shares(plan, self.shares(kept, rates))
 
     def with_shares(
@@ -205,14 +265,14 @@ class TablePlanner:
         """The plan with these shares by type, and the shares by length class that follow."""
         names = {spec.id for spec in plan.replicas}
         even = {name: 1.0 / len(names) for name in sorted(names)}
-        own = {kind: _whole(given) or even for kind, given in shares.items()}
+        own = {kind: whole_shares(given) or even for kind, given in shares.items()}
         routing: dict[str, dict[str, float]] = {}
         for item in self.facts.classes:
             mixed: dict[str, float] = {}
             for kind, part in self.facts.class_mix[item.name].items():
                 for name, share in own[kind].items():
                     mixed[name] = mixed.get(name, 0.0) + part * share
-            routing[item.name] = _whole(mixed) or even
+            routing[item.name] = whole_shares(mixed) or even
         return replace(
             plan,
             length_classes=self.facts.classes,
@@ -256,10 +316,10 @@ class TablePlanner:
         if len(ids) > 1:
             found = self._solved_shares(ids, rates_rps)
             if found is not None:
-                even = _even([spec.id for spec in replicas])
-                return {name: _whole(own) or dict(even) for name, own in found.items()}
+                even = even_shares([spec.id for spec in replicas])
+                return {name: whole_shares(own) or dict(even) for name, own in found.items()}
         # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
-        even = _even([spec.id for spec in (known if len(ids) == 1 else replicas)])
+        even = even_shares([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
 
     def _solved_shares(
@@ -334,42 +394,3 @@ class TablePlanner:
             )
             for column, (kind, rate) in enumerate(zip(self.facts.types, rates_rps, strict=True))
         )
-
-
-def _scaled(
-    row: ShapePerformance, before: ShapePerformance, after: ShapePerformance
-) -> ShapePerformance:
-    """Scale a row by the change of its model from ``before`` to ``after``."""
-    capacity = tuple(
-        own * new / old if old > 0 else new
-        for own, old, new in zip(
-            row.capacity_rps, before.capacity_rps, after.capacity_rps, strict=True
-        )
-    )
-    return replace(after, capacity_rps=capacity)
-
-
-def _gain(best: DeploymentCandidate, plain: DeploymentCandidate) -> float:
-    """The gain of one deployment: in scale where it serves all demand, else in served rate."""
-    if best.score.scale >= 1 and plain.score.scale > 0:
-        return best.score.scale / plain.score.scale - 1
-    return best.score.served_rps / max(plain.score.served_rps, 1e-12) - 1
-
-
-def _even(names: Sequence[str]) -> dict[str, float]:
-    """The same share for each replica."""
-    return {name: 1.0 / len(names) for name in names}
-
-
-def _whole(shares: Mapping[str, float]) -> dict[str, float]:
-    """Scale shares to sum to 1, and drop the smallest; empty if there are none."""
-    total = sum(shares.values())
-    kept = {name: value for name, value in shares.items() if value > _LEAST_SHARE * total}
-    total = sum(kept.values())
-    return {name: value / total for name, value in kept.items()}
-
-
-def _stamp(replicas: Sequence[ReplicaSpec]) -> str:
-    """A short hash of a deployment."""
-    text = repr(sorted((spec.id, repr(spec.shape), spec.devices) for spec in replicas))
-    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()

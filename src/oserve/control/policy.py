@@ -6,8 +6,16 @@ from dataclasses import dataclass
 
 from oserve.control.decision import DecisionVerdict, Mode, Reason, Trigger
 from oserve.control.evaluation import CandidateScore, DecisionInput, signature
+from oserve.control.following import FollowPolicy, FollowScore
 
 HOUR_S = 3600.0
+_SWITCHES = {
+    Reason.GAIN_EXCEEDS_COST,
+    Reason.ZERO_TRAFFIC,
+    Reason.MANUAL,
+    Reason.LOAD_RISES,
+    Reason.OBJECTIVE_GAINS,
+}
 
 
 def _no_history(signature: str) -> bool:
@@ -25,7 +33,8 @@ class ControlPolicy:
     ``shrink_after_s`` without a request the controller stops all replicas but ``floor_replicas``;
     0: never. An operator's plan stays for ``hold_s``. ``now_s``: the window of current rates.
     ``settle_s``: how long the controller watches new rates after a change before it decides.
-    ``drain_limit_s``, ``in_order``: see ``evaluation.DecisionInput``.
+    ``drain_limit_s``, ``in_order``: see ``evaluation.DecisionInput``. ``follow``: how to follow the
+    load on a ladder; ``None``: the objective is capacity alone.
     """
 
     mode: Mode = Mode.AUTO
@@ -44,6 +53,7 @@ class ControlPolicy:
     decisions: int = 200
     drain_limit_s: float = 600.0
     in_order: bool = False
+    follow: FollowPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +127,38 @@ def _margins(
     yield score.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
 
 
+def follow_reason_for(
+    policy: ControlPolicy,
+    context: DecisionContext,
+    inputs: DecisionInput,
+    score: FollowScore | None,
+) -> Reason:
+    """The first reason that applies, where the controller follows a ladder."""
+    if score is None:
+        return Reason.NO_LADDER if context.watched else Reason.NO_DATA
+    least = policy.min_gain * score.current_cost * score.loads.rate_rps
+    recent = [at_s for at_s in context.switches if context.now_s - at_s < HOUR_S]
+    dwelling = bool(recent) and context.now_s - recent[-1] < policy.min_dwell_s
+    same = set(score.plan.replicas) == set(inputs.current.replicas)
+    checks = (
+        (not context.watched, Reason.NO_DATA),
+        (context.switching, Reason.SWITCH_UNDER_WAY),
+        (same and score.overloaded, Reason.OVERLOADED),
+        (same, Reason.SAME_PLAN),
+        (context.held, Reason.HELD),
+        # More load than the current plan holds does not wait.
+        (score.rises and score.holds and score.climbs, Reason.LOAD_RISES),
+        (dwelling and not context.shrunk and not score.overloaded, Reason.MINIMUM_DWELL),
+        (len(recent) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT),
+        # Another deployment that holds, but carries no more: their types could take turns.
+        (score.rises and score.holds, Reason.LOAD_RISES),
+        (score.gain_per_s <= max(least, 1e-9), Reason.GAIN_TOO_SMALL),
+        (context.missed < policy.margin * score.price, Reason.NOT_LONG_ENOUGH),
+        (True, Reason.OBJECTIVE_GAINS),
+    )
+    return next(reason for holds, reason in checks if holds)
+
+
 def _too_early(context: DecisionContext, score: CandidateScore) -> bool:
     """Whether the regret is still below the cost of the switch and the way back.
 
@@ -129,7 +171,7 @@ def _too_early(context: DecisionContext, score: CandidateScore) -> bool:
 
 def verdict_for(policy: ControlPolicy, trigger: Trigger, reason: Reason) -> DecisionVerdict:
     """The verdict for a reason in this mode."""
-    if reason not in {Reason.GAIN_EXCEEDS_COST, Reason.ZERO_TRAFFIC, Reason.MANUAL}:
+    if reason not in _SWITCHES:
         return DecisionVerdict.KEEP
     automatic = policy.mode is Mode.AUTO and trigger is not Trigger.QUESTION
     if automatic or trigger is Trigger.MANUAL:

@@ -12,6 +12,7 @@ import msgspec
 
 from oserve.control.decision import Decision
 from oserve.control.evaluation import CandidateScore
+from oserve.control.following import FollowScore
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.tally import Batch
 from oserve.core import (
@@ -130,7 +131,7 @@ def observed_seconds(data: bytes) -> Iterator[ObservedSecond]:
 
 def decide_second(
     runtime: ControllerRuntime, second: ObservedSecond
-) -> tuple[Decision, CandidateScore | None] | None:
+) -> tuple[Decision, CandidateScore | FollowScore | None] | None:
     """Pass one second to a runtime; make a decision if one is due."""
     trigger = runtime.observe(second.now_s, second.batches, second.observation, second.queued)
     if trigger is None:

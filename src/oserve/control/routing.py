@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from oserve.control.dispatch.constants import DispatchConstants, most_inflight
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import AttachedBackend, DeploymentPlan, Observation, ReplicaPhase, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
@@ -20,11 +21,13 @@ def routing_table(
     ordered: bool,
     expected: bool,
     costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs,
+    constants: DispatchConstants | None = None,
 ) -> RoutingTable:
     """The table for a plan on a cluster as observed.
 
     ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
-    ``costs`` returns the costs of a shape on a kind of device.
+    ``costs`` returns the costs of a shape on a kind of device. ``constants``: of dispatch; their
+    bound on requests in flight does not apply to attached servers, whose devices are unknown.
     """
     kinds = {device.id: device.kind for device in observation.devices}
     replicas = []
@@ -41,7 +44,13 @@ def routing_table(
                 shape=spec.shape.name,
                 phase=state.phase,
                 endpoint=state.endpoint,
-                max_inflight=INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
+                max_inflight=most_inflight(
+                    usual=INFLIGHT_PER_SEQ * spec.shape.max_num_seqs,
+                    devices=spec.shape.device_count,
+                    per_device=None
+                    if attached or constants is None
+                    else constants.inflight_per_device,
+                ),
                 max_model_len=state.max_model_len,
                 accepts_priority=ordered and (attached is None or attached.priority),
                 returns_token_ids=attached is None or attached.token_ids,
@@ -62,4 +71,5 @@ def routing_table(
         replicas=tuple(replicas),
         expected=expected,
         planned_types=plan.planned_types,
+        constants=constants,
     )

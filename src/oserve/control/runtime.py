@@ -4,7 +4,8 @@ The live server and the simulated one share it: both feed it once a second and c
 decides. Time is passed in with each call.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,20 +18,29 @@ from oserve.control.evaluation import (
     SimulatedScore,
     score_candidates,
 )
+from oserve.control.following import FollowScore, follow, present_load
+from oserve.control.ladder import Ladder, shapes_of
+from oserve.control.ladder_table import ladder_rows
+from oserve.control.load_facts import LoadFacts
+from oserve.control.monitor import LAST_S
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
+from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.experts import Combination
-from oserve.forecast.forecaster import Forecaster
+from oserve.forecast.forecaster import QUANTILES, Forecaster
 from oserve.forecast.simple import periods_of
 from oserve.workload import classify
 
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
+_OVERLOAD_REST_S = 5.0
+# The mix of fewer requests is chance.
+_FEWEST_REQUESTS = 100
 
 Scorer = Callable[[DecisionInput, CandidateScore], SimulatedScore]
 """Scores a switch by simulation; its score replaces the one of the planner's linear model."""
@@ -43,10 +53,21 @@ def controller_for(plan: DeploymentPlan, names: Sequence[str], policy: ControlPo
         plan,
         policy=policy,
         forecaster=Forecaster(
-            Combination(len(names), periods_of(interval_s)), names, interval_s=interval_s
+            Combination(len(names), periods_of(interval_s)),
+            names,
+            interval_s=interval_s,
+            quantiles=_quantiles(policy),
         ),
         detector=ChangeDetector(names),
     )
+
+
+def _quantiles(policy: ControlPolicy) -> tuple[float, ...]:
+    """The forecaster's quantiles, with the one that a deployment must hold."""
+    wanted = set(QUANTILES)
+    if policy.follow is not None:
+        wanted.add(policy.follow.quantile)
+    return tuple(sorted(wanted))
 
 
 class ControllerRuntime:
@@ -77,6 +98,10 @@ class ControllerRuntime:
         self._scorer = scorer
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
+        self.shelf = LadderShelf()
+        self._overload_s, self._overload_rest_s = -math.inf, _OVERLOAD_REST_S
+        self._overloaded = ""
+        self._lead_s = 0.0
 
     def observe(
         self, now_s: float, batches: Sequence[Batch], observation: Observation, queued: int = 0
@@ -95,7 +120,80 @@ class ControllerRuntime:
             self.planner.correct(speeds)
             # Solve the shares again at once.
             self._shared = None
-        return self.controller.monitor.observe(now_s, batches, gauges)
+        return self.count(now_s, batches, gauges)
+
+    def count(
+        self, now_s: float, batches: Sequence[Batch], gauges: Mapping[str, float] | None = None
+    ) -> Trigger | None:
+        """``observe`` without the replicas."""
+        trigger = self.controller.monitor.observe(now_s, batches, gauges)
+        return trigger if trigger is not None else self._overload(now_s)
+
+    def _overload(self, now_s: float) -> Trigger | None:
+        """Whether more load arrives than the current plan holds.
+
+        First after a few seconds, then ever more seldom while the same plan stays overloaded.
+        """
+        policy, ladder = self.controller.policy.follow, self.shelf.ladder
+        if policy is None or ladder is None or now_s - self._overload_s < self._overload_rest_s:
+            return None
+        shapes = shapes_of(self.controller.plan.replicas)
+        ladder = ladder.including(shapes)
+        present = ladder.find(shapes)
+        if present is None:
+            return None
+        monitor = self.controller.monitor
+        load = present_load(ladder, monitor.now_rps(), monitor.last_rps(), LAST_S)
+        if load <= ladder.capacity(present, policy.goal):
+            self._overload_rest_s = _OVERLOAD_REST_S
+            return None
+        same = self._overloaded == self.controller.plan.id
+        rest_s = 2 * self._overload_rest_s if same else _OVERLOAD_REST_S
+        self._overload_rest_s = min(rest_s, self.controller.policy.interval_s)
+        self._overload_s, self._overloaded = now_s, self.controller.plan.id
+        return Trigger.LOAD
+
+    # -- ladders --------------------------------------------------------------------------------
+    def ladder_need(self, now_s: float) -> LadderNeed | None:
+        """What the next ladder must be built for; ``None`` while the present one fits."""
+        follow = self.controller.policy.follow
+        if follow is None:
+            return None
+        monitor = self.controller.monitor
+        facts = monitor.load_facts(follow.quantile, follow.fall_after_s)
+        mix = facts.mix
+        if sum(mix) * facts.mix_s < _FEWEST_REQUESTS:
+            mix = tuple(kind.arrival_rate_rps for kind in self.planner.facts.types)
+        total = sum(mix)
+        mix = tuple(round(rate / total if total > 0 else 1.0 / len(mix), 3) for rate in mix)
+        present = shapes_of(self.controller.plan.replicas)
+        speeds = self.planner.speeds
+        if not self.shelf.needs(mix, present, speeds, now_s):
+            return None
+        return LadderNeed(
+            mix=mix,
+            present=present,
+            speeds=speeds,
+            burstiness=tuple(round(item, 1) for item in facts.burstiness),
+            work=self.planner.work,
+        )
+
+    def prepare_switches(self) -> None:
+        """Place the rungs near the plan in force, and predict the switches to them.
+
+        Decisions find them; in a thread, since it may take a second.
+        """
+        follow, ladder = self.controller.policy.follow, self.shelf.ladder
+        if follow is None or ladder is None:
+            return
+        current = self.controller.plan
+        rows = ladder_rows(ladder, follow.goal, ladder.loads, headroom=follow.headroom)
+        for shapes in dict.fromkeys(row.shapes for row in rows):
+            self.planner.switch(current, shapes)
+
+    def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
+        """Use a ladder that was built for a need."""
+        self.shelf.add(ShelvedLadder(ladder=ladder, speeds=need.speeds, present=need.present))
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float
@@ -111,8 +209,13 @@ class ControllerRuntime:
         if self._shared is not None and self._shared[0] == ready and fresh:
             return replace(self._shared[1], id=plan.id)
         serving = sorted(ready, key=lambda spec: spec.id)
-        shares = self.planner.shares(serving, rates)
-        routed = self.planner.with_shares(replace(plan, replicas=tuple(serving)), shares)
+        routed = replace(plan, replicas=tuple(serving))
+        if self.controller.policy.follow is None:
+            shares = self.planner.shares(serving, rates)
+            routed = self.planner.with_shares(routed, shares)
+        else:
+            # As the ladder's deployments were simulated.
+            routed = self.planner.evenly_shared(routed)
         self._shares_s = now_s
         self._shared = (ready, routed)
         return routed
@@ -120,7 +223,7 @@ class ControllerRuntime:
     # -- decisions ------------------------------------------------------------------------------
     def decide(
         self, now_s: float, trigger: Trigger, *, switching: bool = False
-    ) -> tuple[Decision, CandidateScore | None]:
+    ) -> tuple[Decision, CandidateScore | FollowScore | None]:
         """Make a whole decision at once; returns it with the score it is based on."""
         inputs = self.controller.decision_input(now_s)
         score = self.evaluate(inputs)
@@ -129,8 +232,10 @@ class ControllerRuntime:
         )
         return decision, score
 
-    def evaluate(self, inputs: DecisionInput) -> CandidateScore | None:
-        """Return the best candidate with its score. This is the slow part of a decision."""
+    def evaluate(self, inputs: DecisionInput) -> CandidateScore | FollowScore | None:
+        """Return the best candidate with its score. Without a ladder this is slow."""
+        if inputs.follows and inputs.load is not None:
+            return self._followed(inputs, inputs.load)
         inputs = replace(inputs, speeds=self.planner.speeds)
         found = score_candidates(inputs, self.planner)
         automatic = inputs.given is None and not inputs.shrink_to
@@ -138,6 +243,27 @@ class ControllerRuntime:
             found = self._simulated(inputs, found[:_MOST_SIMULATED], self._scorer)
         best = max(found, key=lambda item: item.net_gain, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
+
+    def _followed(self, inputs: DecisionInput, facts: LoadFacts) -> FollowScore | None:
+        """The place on the ladder; ``None`` without one that has the current plan."""
+        policy, ladder = self.controller.policy, self.shelf.ladder
+        if ladder is None or policy.follow is None:
+            return None
+        mine = shapes_of(inputs.current.replicas)
+        found = follow(
+            ladder.including(mine).without(self.planner.barred, mine),
+            facts,
+            policy.follow,
+            current=inputs.current,
+            switch=lambda shapes: self.planner.switch(inputs.current, shapes),
+            lead_s=self._lead_s + policy.interval_s,
+            drain_limit_s=inputs.drain_limit_s,
+        )
+        if found is None:
+            return None
+        if found.seconds > 0:
+            self._lead_s = found.seconds
+        return replace(found, plan=self.typed(found.plan))
 
     def _simulated(
         self, inputs: DecisionInput, found: Sequence[CandidateScore], scorer: Scorer

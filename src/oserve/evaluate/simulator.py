@@ -13,8 +13,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from oserve.control.dispatch.constants import most_inflight
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
+from oserve.control.routing import INFLIGHT_PER_SEQ
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected
@@ -236,7 +238,11 @@ class Simulator:
             costs=self.costs(shape),
             ready_at_s=ready_at_s,
             ordered=levers.order is not None,
-            max_inflight=None if most is None else max(1, round(most * shape.device_count)),
+            max_inflight=most_inflight(
+                usual=INFLIGHT_PER_SEQ * shape.max_num_seqs,
+                devices=shape.device_count,
+                per_device=most,
+            ),
             max_prompt_s=max_prompt_s(
                 levers.overload,
                 step_tokens=shape.step_tokens,

@@ -39,6 +39,7 @@ from oserve.evaluate.workload import EvaluationWorkload, evaluation_workload
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
 from oserve.perf.table import PerformanceSource
+from oserve.plan.demand import Demand
 from oserve.plan.planning import PlanRequest
 from oserve.traces import Slo
 
@@ -74,13 +75,15 @@ def model_of(
     lengths: Sequence[LengthSamples] = (),
     levers: Levers = SERVED_AS,
 ) -> EvaluationModel:
-    """The model for a plan request; without ``lengths`` each type has the length of its centre."""
-    centres = (request.demand.centres[kind.name] for kind in request.demand.types)
+    """The model for a plan request.
+
+    Without ``lengths`` each type has those of the demand's samples, else the one of its centre.
+    """
     return EvaluationModel(
         source=request.source,
         devices=request.devices,
         classes=request.demand.classes,
-        lengths=tuple(lengths) or tuple(_one_length(*centre) for centre in centres),
+        lengths=tuple(lengths) or demand_lengths(request.demand),
         levers=levers,
         slo=common_slo(request.limits),
         min_gain=min_gain,
@@ -264,6 +267,21 @@ def _pays_after_s(ahead: EvaluationWorkload, kept: Mask, moved: Mask) -> float:
         return math.inf
     cost = max(0, -int(gained.min())) - later
     return cost * ahead.lasting_s / float(gained[-1])
+
+
+def demand_lengths(demand: Demand) -> tuple[LengthSamples, ...]:
+    """The lengths of each type: those of its samples, else the one of its centre."""
+    return tuple(
+        _sampled(demand.samples[kind.name])
+        if demand.samples.get(kind.name)
+        else _one_length(*demand.centres[kind.name])
+        for kind in demand.types
+    )
+
+
+def _sampled(pairs: Sequence[tuple[int, int]]) -> LengthSamples:
+    lengths = np.array(pairs, dtype=np.int64)
+    return LengthSamples(prompt_tokens=lengths[:, 0], output_tokens=lengths[:, 1])
 
 
 def _more(moved: Mask, kept: Mask, among: Mask) -> int:

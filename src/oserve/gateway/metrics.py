@@ -32,6 +32,10 @@ COUNTERS: dict[str, tuple[str, Labels]] = {
     "oserve_route_cached": ("Requests dispatched to a replica with a cached prefix.", ()),
     "oserve_prompt_tokens": ("Prompt tokens of finished requests.", ("workload_type",)),
     "oserve_output_tokens": ("Output tokens of finished requests.", ("workload_type",)),
+    "oserve_energy_joules": (
+        "Joules of devices with a replica (serving) and without (idle).",
+        ("source", "state"),
+    ),
     "oserve_records_dropped": ("Request records dropped because the backlog was full.", ()),
 }
 HISTOGRAMS: dict[str, tuple[str, Labels]] = {
@@ -48,6 +52,7 @@ GAUGES: dict[str, tuple[str, Labels]] = {
     "oserve_requests_running": ("Requests that an engine is computing.", ("replica",)),
     "oserve_requests_waiting": ("Requests that wait in an engine.", ("replica",)),
     "oserve_kv_cache_usage_ratio": ("Used fraction of an engine's KV cache.", ("replica",)),
+    "oserve_joules_per_output_token": ("Joules of serving devices per token, recently.", ()),
     "oserve_replica_silent_seconds": ("Time since an engine's last sign of life.", ("replica",)),
 }
 

@@ -132,6 +132,43 @@ def _row(record: RequestRecord) -> tuple[object, ...]:
     )
 
 
+def newest_record(path: Path) -> int:
+    """The number of the newest record, counted over the life of a store; 0 without any."""
+    if not path.is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        row = connection.execute("SELECT max(rowid) FROM requests").fetchone()
+    return int(row[0] or 0)
+
+
+def slo_counts(
+    path: Path, *, ttft_s: float | None, tpot_s: float | None, start_s: float, end_s: float
+) -> tuple[int, int]:
+    """Requests that arrived between two Unix times, and how many of them met the limits.
+
+    Those that clients gave up or got wrong do not count. A time that is undefined meets its limit.
+    """
+    never = float("inf")
+    values = {
+        "ttft": never if ttft_s is None else ttft_s,
+        "tpot": never if tpot_s is None else tpot_s,
+        "start": start_s,
+        "end": end_s,
+        "done": FinishStatus.COMPLETED.value,
+        "gone": FinishStatus.DISCONNECTED.value,
+        "wrong": FinishStatus.CLIENT_ERROR.value,
+    }
+    query = """
+        SELECT count(*), coalesce(sum(status = :done AND coalesce(ttft_s, 0) <= :ttft
+                                      AND coalesce(tpot_s, 0) <= :tpot), 0)
+        FROM requests
+        WHERE arrival_s >= :start AND arrival_s < :end AND status NOT IN (:gone, :wrong)
+    """
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        requests, met = connection.execute(query, values).fetchone()
+    return int(requests), int(met)
+
+
 def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestRecord]:
     """The records of a store, or its ``last`` ones, oldest first."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)

@@ -17,7 +17,6 @@ from oserve.control.dispatch import events as on
 from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
-from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import RouteReason
 from oserve.control.dispatch.table import RoutingTable, TableReplica
@@ -25,6 +24,7 @@ from oserve.control.draining import decide_exits
 from oserve.core import Endpoint, FinishStatus
 from oserve.core.faults import fault
 from oserve.gateway.accounting import Accounting
+from oserve.gateway.constants import constants_of
 from oserve.gateway.estimator import RequestEstimator
 from oserve.gateway.http.errors import refusal_error, shown
 from oserve.gateway.metrics import Metrics
@@ -55,19 +55,16 @@ Start = tuple[str, float]
 
 def policy_of(settings: GatewaySettings) -> DispatchPolicy:
     """The dispatch policy that follows from the gateway's settings."""
-    overload, move = settings.overload, settings.move
+    constants, move = constants_of(settings), settings.move
     return DispatchPolicy(
         max_queued=settings.max_queued,
         max_attempts=settings.max_attempts,
         max_moves=move.max_moves,
         request_timeout_s=settings.request_timeout_s,
         no_replica_wait_s=settings.no_replica_wait_s,
-        overflow_s=settings.overflow_s,
+        overflow_s=constants.overflow_s,
         drain_limit_s=move.drain_limit_s,
-        overload=OverloadPolicy(
-            ttft_s=overload.ttft_ms / 1e3 if overload.demote and overload.ttft_ms else None,
-            shed_after_s=overload.shed_after_ms / 1e3 if overload.shed_after_ms else None,
-        ),
+        overload=constants.overload,
         processes=settings.processes,
     )
 

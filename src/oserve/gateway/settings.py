@@ -28,14 +28,17 @@ class OverloadSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     """Overload control. See ``control.dispatch.overload``.
 
     ``ttft_ms``: the wanted time to first token. With ``demote`` a waiting request that would miss
-    it is served last, and a replica whose prompts owed exceed an eighth of it gets no more; unset:
-    ``planning.slo_ttft_ms``. ``shed_after_ms``: the waiting time after which a request is refused
+    it is served last, and a replica whose prompts owed exceed ``owed_of_ttft`` of it gets no more;
+    unset: ``planning.slo_ttft_ms``. ``late_of_ttft``: the share of it after which a request that
+    was not dispatched is late. ``shed_after_ms``: the waiting time after which a request is refused
     with 429 and Retry-After; unset: never.
     """
 
     demote: bool = True
     ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
     shed_after_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    owed_of_ttft: Annotated[float, msgspec.Meta(gt=0)] = 0.125
+    late_of_ttft: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.75
 
 
 class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -59,7 +62,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     ``max_queued`` bounds the requests that wait because every replica is full; beyond it clients
     get 429. ``no_replica_wait_s``: how long a request waits for a replica that is starting before
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
-    type's pool.
+    type's pool. ``inflight_per_device`` bounds the requests in flight at a replica; unset: twice
+    its sequence limit.
     API keys come from ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file`` (one a line);
     without any the gateway is open.
     """
@@ -77,6 +81,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     stall_timeout_s: Positive = 60.0
     shutdown_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     overflow_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+    inflight_per_device: Annotated[float, msgspec.Meta(gt=0)] | None = None
     api_keys_file: str = ""
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()

@@ -7,12 +7,14 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Status, switches, metrics and load of the cluster.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
+    ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
     ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
     status: msgspec.Raw = msgspec.Raw(b"{}")
     gauges: list[tuple[str, list[str], float]] = []
+    counters: dict[str, dict[str, list[float]]] = {}
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
     switches: msgspec.Raw = msgspec.Raw(b"[]")

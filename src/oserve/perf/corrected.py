@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from oserve.core import Precision, ReplicaShape
+from oserve.perf.power import ReplicaWork
 from oserve.perf.roofline import Floats, StepModel
 from oserve.perf.table import PerformanceSource
 
@@ -101,9 +102,9 @@ class CorrectedSource:
         """See ``PerformanceSource``."""
         return self.base.kv_tokens(shape)
 
-    def power_w(self, shape: ReplicaShape, busy: float) -> float:
+    def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         """See ``PerformanceSource``."""
-        return self.base.power_w(shape, busy)
+        return self.base.power_w(shape, work, seconds)
 
 
 def corrected(source: PerformanceSource, speeds: Speeds) -> PerformanceSource:

@@ -1,10 +1,14 @@
 """The facts of device kinds and of the links between devices."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.core import OServeError, Precision
 from oserve.perf.catalogue import catalogue, nearest
+
+# The batch of ``PowerFacts.decode_128_w``.
+_BATCH = 128.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,16 +21,35 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PowerFacts:
+    """Watts of one device: idle, with a process, decoding batches of 1 and 128, and its limit."""
+
+    idle_w: float
+    context_w: float
+    decode_1_w: float
+    decode_128_w: float
+    max_w: float
+    source: str = ""
+
+    def decode_w(self, sequences: float) -> float:
+        """Watts while decoding so many sequences per device, from ``context_w`` to ``max_w``."""
+        if sequences <= 0:
+            return self.context_w
+        share = math.log2(sequences) / math.log2(_BATCH)
+        power_w = self.decode_1_w + share * (self.decode_128_w - self.decode_1_w)
+        return min(self.max_w, max(self.context_w, power_w))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """Peaks from a data sheet: operations per second by precision, bytes, bytes per second, W."""
+    """Peaks from a data sheet: operations per second by precision, bytes, bytes per second."""
 
     kind: str
     memory_bytes: int
     bandwidth: float
     flops: Mapping[str, float]
     link: Link
-    idle_w: float
-    max_w: float
+    power: PowerFacts
     source: str = ""
 
     def peak_flops(self, precision: Precision) -> float:
@@ -49,8 +72,7 @@ def find_device(kind: str) -> DeviceFacts:
                 bandwidth=float(row["bandwidth"]),
                 flops={key: float(peak) for key, peak in row["flops"].items() if peak is not None},
                 link=find_link(row["link"]),
-                idle_w=row["idle_w"],
-                max_w=row["max_w"],
+                power=PowerFacts(**row["power"], source=row["power_source"]),
                 source=row["source"],
             )
     raise OServeError(

@@ -22,9 +22,11 @@ import msgspec
 
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.core.json_keys import refuse_duplicate_keys
+from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
+from oserve.perf.power import ReplicaWork, replica_power_w
 from oserve.perf.roofline import (
     Coefficients,
     Roofline,
@@ -284,9 +286,10 @@ class ProfileSource:
             return int(wanted / fit.kv_bytes_per_token)
         return entry.kv_tokens * wanted // entry.kv_cache_memory_bytes
 
-    def power_w(self, shape: ReplicaShape, busy: float) -> float:
-        device = find_device(self._profile.device_kind)
-        return shape.device_count * (device.idle_w + busy * (device.max_w - device.idle_w))
+    def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
+        power = find_device(self._profile.device_kind).power
+        costs = measured_costs(self.step_model(shape), shape)
+        return replica_power_w(power, costs, shape, work, seconds)
 
     def _entry(self, shape: ReplicaShape) -> ProfileEntry | None:
         if shape.device_kind not in {self._profile.device_kind, "any"}:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.aiconfigurator import AiConfigurator
 from oserve.perf.coefficients import find_coefficients
+from oserve.perf.costs import measured_costs
 from oserve.perf.device import DeviceFacts, Link, find_device, find_link
 from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
 from oserve.perf.model import ModelFacts
+from oserve.perf.power import ReplicaWork, replica_power_w
 from oserve.perf.roofline import Roofline, StepModel
 
 _PIPELINE = (
@@ -77,9 +79,10 @@ class RooflineSource:
         total = self._memory_bytes.get(shape.device_kind, device.memory_bytes)
         return memory_fit(self._model, shape, total, share=self._share)
 
-    def power_w(self, shape: ReplicaShape, busy: float) -> float:
-        device = _device(shape.device_kind)
-        return shape.device_count * (device.idle_w + busy * (device.max_w - device.idle_w))
+    def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
+        power = _device(shape.device_kind).power
+        costs = measured_costs(self.step_model(shape), shape)
+        return replica_power_w(power, costs, shape, work, seconds)
 
     def _make(self, shape: ReplicaShape) -> StepModel:
         kind = shape.device_kind

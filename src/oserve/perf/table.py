@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from oserve.core import ReplicaShape, WorkloadType
-from oserve.perf.capacity import LatencyLimits, TypeLoad, capacities
+from oserve.perf.capacity import Capacity, LatencyLimits, TypeLoad, capacities
+from oserve.perf.power import ReplicaWork
 from oserve.perf.roofline import StepModel
 
-# The average share of the span between idle and full power while serving.
+# The share of its capacity that a replica serves on average.
 _BUSY = 0.7
 
 
@@ -19,7 +20,8 @@ class ShapePerformance:
     ``capacity_rps[j]`` is the largest rate of type ``j`` that the replica serves exclusively within
     the SLOs; 0 if it cannot serve the type. ``latency_s[j]`` is the predicted end-to-end latency at
     moderate load in seconds (infinite where the capacity is 0). ``power_w`` is the power of all its
-    devices. ``ttft_s``, ``tpot_s`` (at capacity) and ``bound_by`` (what bounds it) are per type.
+    devices at a usual load, the mean over the types that it can serve. ``ttft_s``, ``tpot_s`` (at
+    capacity) and ``bound_by`` (what bounds it) are per type.
     """
 
     shape: ReplicaShape
@@ -32,8 +34,8 @@ class ShapePerformance:
     kv_tokens: int = 0
 
     def energy_j(self, index: int) -> float:
-        """Joules per request of a type at capacity; infinite where it cannot be served."""
-        rate = self.capacity_rps[index]
+        """Joules per request of a type at the usual load; infinite where it cannot be served."""
+        rate = _BUSY * self.capacity_rps[index]
         return self.power_w / rate if rate > 0 else float("inf")
 
 
@@ -57,8 +59,8 @@ class PerformanceSource(Protocol):
         """A replica's KV cache in tokens; 0 if the weights do not fit."""
         ...
 
-    def power_w(self, shape: ReplicaShape, busy: float) -> float:
-        """The power of all devices of a replica in watts, at a ``busy`` share of the time."""
+    def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
+        """Mean watts of all devices of a started replica over ``seconds`` of such ``work``."""
         ...
 
 
@@ -94,7 +96,7 @@ def performance_table(
                 shape=shape,
                 capacity_rps=tuple(item.capacity_rps for item in found),
                 latency_s=tuple(item.latency_s for item in found),
-                power_w=source.power_w(shape, _BUSY),
+                power_w=_power_w(source, shape, loads, found),
                 ttft_s=tuple(item.ttft_s for item in found),
                 tpot_s=tuple(item.tpot_s for item in found),
                 bound_by=tuple(item.why for item in found),
@@ -102,3 +104,29 @@ def performance_table(
             )
         )
     return tuple(rows)
+
+
+def _power_w(
+    source: PerformanceSource,
+    shape: ReplicaShape,
+    loads: Sequence[TypeLoad],
+    found: Sequence[Capacity],
+) -> float:
+    """Mean power over the types, of a replica that is busy for ``_BUSY`` of the time."""
+    powers = [
+        source.power_w(shape, _second_at_capacity(shape, load, item), 1.0 / _BUSY)
+        for load, item in zip(loads, found, strict=True)
+        if item.capacity_rps > 0
+    ]
+    return sum(powers) / len(powers) if powers else source.power_w(shape, ReplicaWork(), 1.0)
+
+
+def _second_at_capacity(shape: ReplicaShape, load: TypeLoad, item: Capacity) -> ReplicaWork:
+    """What a replica does in a second at capacity, with a micro-batch in each stage."""
+    steps = shape.pipeline_parallel_size / item.tpot_s if item.tpot_s > 0 else item.capacity_rps
+    return ReplicaWork(
+        busy_s=1.0,
+        prompt_tokens=item.capacity_rps * load.prompt_tokens,
+        generated_tokens=item.capacity_rps * load.output_tokens,
+        steps=steps,
+    )

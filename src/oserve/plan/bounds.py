@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oserve.plan.assign import Assigner
-from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
+from oserve.plan.problem import AmongEquals, Maximise, PlanProblem, ReplicaCounts
 from oserve.plan.programme import Vector
 from oserve.plan.score import EQUAL, PlanScore, compare, criteria
 
@@ -95,7 +95,7 @@ class Bounds:
     def _criteria(self, limits: Vector) -> list[Vector]:
         """The vectorised, optimistic counterpart of ``score.criteria``."""
         columns = [limits[:, 0]]
-        if self._problem.objective is Objective.CAPACITY:
+        if self._problem.maximise is Maximise.CAPACITY:
             scale = np.where(limits[:, 1] >= 1 - EQUAL, limits[:, 1], 0.0)
             columns.append(np.minimum(scale, self._problem.enough_scale or math.inf))
         return [*columns, limits[:, 2], limits[:, 3]]

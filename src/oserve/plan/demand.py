@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from oserve.workload.model import LengthQuantiles, TypeStatistics, WorkloadModel
 from oserve.workload.rates import mean_rates, workload_types
 from oserve.workload.types import fit_types
 
+# Enough for a P99 of each type.
+_SAMPLES = 400
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -22,7 +26,8 @@ class Demand:
     ``longest_tokens``: total length of the longest request that a replica must hold, by type.
     ``class_mix[class][type]`` is the share of a type among the requests of a class (each class sums
     to 1). ``centres``: centres of the types, (prompt, output) in tokens. ``notes``: what was
-    changed or left out, in words.
+    changed or left out, in words. ``samples``: lengths of some requests of each type, (prompt,
+    output) in tokens; empty where only the types are known.
     """
 
     types: tuple[WorkloadType, ...]
@@ -32,6 +37,7 @@ class Demand:
     source: str
     centres: dict[str, tuple[float, float]]
     notes: tuple[str, ...] = ()
+    samples: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @property
     def rate_rps(self) -> float:
@@ -81,7 +87,23 @@ def demand_from_trace(
     longest = {
         name: min(tokens, float(max_model_len)) for name, tokens in found.longest_tokens.items()
     }
-    return replace(found, longest_tokens=longest)
+    return replace(found, longest_tokens=longest, samples=_samples(model, fitted, index, seed))
+
+
+def _samples(
+    model: WorkloadModel, requests: Columns, index: "np.ndarray[Any, Any]", seed: int
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Lengths of at most ``_SAMPLES`` requests of each type."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    for kind, name in enumerate(model.names):
+        mine = np.flatnonzero(index == kind)
+        if len(mine) > _SAMPLES:
+            mine = np.sort(draw.choice(mine, _SAMPLES, replace=False))
+        prompt = np.rint(requests.prompt_tokens[mine]).astype(int).tolist()
+        output = np.rint(np.maximum(1.0, requests.output_tokens[mine])).astype(int).tolist()
+        found[name] = tuple(zip(prompt, output, strict=True))
+    return found
 
 
 def demand_from_rates(types: Sequence[WorkloadType], *, source: str, max_model_len: int) -> Demand:

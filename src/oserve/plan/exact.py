@@ -26,7 +26,7 @@ import numpy as np
 from oserve.plan.assign import Assigner, scale_unit
 from oserve.plan.bounds import ScoredCounts
 from oserve.plan.dominance import undominated
-from oserve.plan.problem import AmongEquals, Objective, PlanProblem, ReplicaCounts
+from oserve.plan.problem import AmongEquals, Maximise, PlanProblem, ReplicaCounts
 from oserve.plan.programme import Column, LinearProgramme, SolveStatus, Vector
 from oserve.plan.proof import Proved, achieved_value, judged
 from oserve.plan.score import EQUAL, compare
@@ -101,7 +101,7 @@ class ExactSearch:
 
     def relaxed(self) -> tuple[float, bool]:
         """The bound of the relaxation, and whether it is a scale rather than a rate served."""
-        if self._problem.objective is Objective.CAPACITY:
+        if self._problem.maximise is Maximise.CAPACITY:
             scale = self._model(scale=True).relaxed()
             if scale >= 1 - EQUAL:
                 return scale, True

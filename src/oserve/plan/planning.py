@@ -22,7 +22,7 @@ from oserve.perf.capacity import LatencyLimits
 from oserve.perf.table import PerformanceSource, performance_table
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import PlacedReplicas, place_deployment
-from oserve.plan.problem import AmongEquals, Objective, PlanProblem
+from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
 # Overflow covers smaller shares.
@@ -46,7 +46,7 @@ class PlanRequest:
     shapes: tuple[ReplicaShape, ...]
     limits: Mapping[str, LatencyLimits]
     search: Search = Search.EXACT
-    objective: Objective = Objective.CAPACITY
+    maximise: Maximise = Maximise.CAPACITY
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     enough_scale: float | None = None
     current: DeploymentPlan | None = None
@@ -121,7 +121,7 @@ def compute_plan(request: PlanRequest) -> PlanResult:
         devices=request.devices,
         types=demand.types,
         options=table,
-        objective=request.objective,
+        maximise=request.maximise,
         among_equals=request.among_equals,
         enough_scale=request.enough_scale,
         current=request.current,

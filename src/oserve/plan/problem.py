@@ -17,7 +17,7 @@ from oserve.plan.packing import Packing
 ReplicaCounts = tuple[int, ...]
 
 
-class Objective(StrEnum):
+class Maximise(StrEnum):
     """The objective of a deployment.
 
     ``CAPACITY``: first the rate served within the demand; once all of it fits, the largest common
@@ -51,7 +51,7 @@ class PlanProblem:
     types: tuple[WorkloadType, ...]
     options: tuple[ShapePerformance, ...]
     tensor_parallel_across_nodes: bool = False
-    objective: Objective = Objective.CAPACITY
+    maximise: Maximise = Maximise.CAPACITY
     enough_scale: float | None = None
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     current: DeploymentPlan | None = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import inf
 
 from oserve.plan.bounds import ScoredCounts
-from oserve.plan.problem import Objective, PlanProblem
+from oserve.plan.problem import Maximise, PlanProblem
 from oserve.plan.score import EQUAL, PlanScore
 
 
@@ -24,7 +24,7 @@ class Proved:
 
 def optimal(problem: PlanProblem, best: ScoredCounts) -> Proved:
     """A deployment known to be the best, as its own bound."""
-    by_scale = problem.objective is Objective.CAPACITY and best.score.scale >= 1 - EQUAL
+    by_scale = problem.maximise is Maximise.CAPACITY and best.score.scale >= 1 - EQUAL
     bound = achieved_value(problem, best.score, by_scale=by_scale)
     return judged(problem, best, bound, by_scale=by_scale)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 from typing import TypeVar
 
-from oserve.plan.problem import AmongEquals, Objective, PlanProblem
+from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
 
 EQUAL = 1e-6
 
@@ -40,7 +40,7 @@ def criteria(problem: PlanProblem, score: PlanScore) -> tuple[float, ...]:
     (by ``among_equals``) and the replicas kept.
     """
     values = [score.served_rps / problem.demand_rps]
-    if problem.objective is Objective.CAPACITY:
+    if problem.maximise is Maximise.CAPACITY:
         scale = score.scale if score.scale >= 1 - EQUAL else 0.0
         values.append(scale if problem.enough_scale is None else min(scale, problem.enough_scale))
     if problem.among_equals is AmongEquals.FEWEST_DEVICES:

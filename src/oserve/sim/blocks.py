@@ -2,15 +2,24 @@
 
 Blocks that a session's last turn left behind count as free. They are evicted from the least recent
 session on, and within a session from its end, as in vLLM's queue of free blocks.
+
+KV_AREA adds up the blocks in use over time: twice the block microseconds up to KV_AT, when KV_USED
+were in use. Between two counts the use counts as linear, as it nearly is while sequences decode.
+KV_PEAK is the most blocks in use at the end of a step.
 """
 
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     BLOCK,
+    BLOCKS,
     FREE,
     HELD_BLOCKS,
     HELD_BY,
     INDEX,
+    KV_AREA,
+    KV_AT,
+    KV_PEAK,
+    KV_USED,
     NONE,
     RECENT,
     RECENT_COUNT,
@@ -19,6 +28,7 @@ from oserve.sim.layout import (
     SESSION,
     SESSION_NEXT,
     SESSION_PREVIOUS,
+    US,
 )
 from oserve.sim.state import Flat
 
@@ -27,6 +37,22 @@ from oserve.sim.state import Flat
 def blocks_of(tokens: int) -> int:
     """Blocks that hold so many tokens."""
     return (tokens + BLOCK - 1) // BLOCK
+
+
+@compiled
+def weigh(mem: Flat, at: int, now: int) -> None:
+    """Add up the blocks in use until now, before some are allocated or freed."""
+    spent = (now - mem[at + KV_AT]) // US
+    used = mem[at + BLOCKS] - mem[at + FREE] - mem[at + REUSABLE]
+    mem[at + KV_AREA] += (mem[at + KV_USED] + used) * spent
+    mem[at + KV_AT] += spent * US
+    mem[at + KV_PEAK] = max(mem[at + KV_PEAK], used)
+
+
+@compiled
+def mark(mem: Flat, at: int) -> None:
+    """Note the blocks in use from now on."""
+    mem[at + KV_USED] = mem[at + BLOCKS] - mem[at + FREE] - mem[at + REUSABLE]
 
 
 @compiled

@@ -101,6 +101,11 @@ class SimulatedCluster:
             self._do(action)
 
     @property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices, held or not."""
+        return self._devices
+
+    @property
     def settled(self) -> bool:
         """Whether every live replica serves and nothing drains."""
         done = {ReplicaPhase.READY}

@@ -6,7 +6,7 @@ each replica; here the costs are exact.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
-from oserve.sim.blocks import blocks_of, retain
+from oserve.sim.blocks import blocks_of, mark, retain, weigh
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     ARRIVAL,
@@ -188,7 +188,9 @@ def receive(s: KernelState, now: int) -> int:
     base = request * REQUEST
     if req[base + MOVED_FROM] != NONE:
         source = s.where[req[base + MOVED_FROM]]
+        weigh(mem, source, now)
         mem[source + FREE] += blocks_of(req[base + COMPUTED])
+        mark(mem, source)
         if mem[source + WAIT_COUNT] > 0:
             cut(mem, source, now)
         touch(mem, source, now)
@@ -269,6 +271,7 @@ def end_together(s: KernelState, at: int, now: int) -> None:
     """End steps in lockstep: steady sequences complete, prompts emit first tokens."""
     mem = s.mem
     settle(mem, s.ses, at, mem[at + JUMP])
+    weigh(mem, at, now)
     mem[at + FAST] = 0
     first = kept = mem[at + STEADY_RUN]
     if mem[at + NEXT_END] == mem[at + TICK]:
@@ -320,8 +323,10 @@ def end_step(s: KernelState, at: int, now: int) -> None:
     if mem[at + JUMP] > 0:
         end_together(s, at, now)
     else:
+        weigh(mem, at, now)
         emit(mem, at, mem[at + BATCH])
         sweep(s, at, mem[at + BATCH], now)
+    mark(mem, at)
     mem[at + BATCHES] -= 1
     mem[at + BATCH] = (mem[at + BATCH] + 1) % mem[at + STAGES]
     mem[at + END] = NEVER

@@ -17,7 +17,7 @@ from oserve.sim import entry, layout, readout
 from oserve.sim.arrays import fleet_arrays, picoseconds, replica_rows
 from oserve.sim.compiled import HAS_NUMBA
 from oserve.sim.rebalance import rebalance as rebalance_once
-from oserve.sim.results import FleetResults
+from oserve.sim.results import FleetResults, ReplicaTotals
 from oserve.sim.state import KernelState
 from oserve.sim.steps import StepTables
 from oserve.sim.types import (
@@ -249,6 +249,17 @@ class SimulatedFleet:
         """The outcome of every request so far."""
         self._kernel.run(entry.OBSERVE, self._state.glob[layout.NOW])
         return readout.results(self._state, self._requests, self._names)
+
+    def take_totals(self) -> tuple[ReplicaTotals, ...]:
+        """The counters of all replicas, past ones included; peaks start again from now."""
+        self._kernel.run(entry.OBSERVE, self._state.glob[layout.NOW])
+        state = self._state
+        count = len(self._names)
+        found = tuple(readout.replica_totals(state, index) for index in range(count))
+        for index in range(count):
+            at = state.where[index]
+            state.mem[at + layout.KV_PEAK] = state.mem[at + layout.KV_USED]
+        return found
 
     def running(self, name: str) -> Ints:
         """Requests that run on a replica, in ascending order of KV."""

@@ -6,7 +6,7 @@ number, requests in order of arrival. Changes by the caller between two calls co
 """
 
 from oserve.sim.access import column, entry, set_entry
-from oserve.sim.blocks import blocks_of, forget
+from oserve.sim.blocks import blocks_of, forget, mark, weigh
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import close, end_step, receive, unbook
 from oserve.sim.gateway import enter, enter_again, next_to_shed, settle
@@ -143,6 +143,8 @@ def observe(s: KernelState, now: int) -> None:
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
         catch_up(mem, s.ses, at, now)
+        weigh(mem, at, now)
+        mark(mem, at)
         for slot in range(mem[at + RUN]):
             base = entry(mem, at, RUN_ID, slot) * REQUEST
             req[base + MADE] = req[base + OUTPUT] - left_of(mem, at, slot)
@@ -183,6 +185,7 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
     """Remove a replica at once. Its requests continue if ``again``, else they are lost."""
     req, mem, at = s.req, s.mem, s.where[index]
     own_numbers(s, at, now)
+    weigh(mem, at, now)
     mem[at + PHASE] = GONE
     mem[at + END] = mem[at + BEGIN] = NEVER
     mem[at + BATCHES] = 0
@@ -203,6 +206,7 @@ def remove(s: KernelState, index: int, again: int, now: int) -> None:
     while mem[at + RECENT_COUNT] > 0:
         forget(mem, s.ses, at, mem[at + RECENT])
     mem[at + FREE] = mem[at + BLOCKS]
+    mark(mem, at)
     # Requests in transfer have lost their source, and start over when they would have arrived.
     for place in range(1, s.moves[0] + 1):
         base = s.moves[place] * REQUEST

@@ -21,6 +21,8 @@ PS: Final = 10**12
 PAIR_BITS: Final = 10
 # Tokens in one block of KV cache.
 BLOCK: Final = 16
+# The use of KV cache is added up in microseconds: in picoseconds an hour would not fit.
+US: Final = 10**6
 
 # Statuses of a request.
 (PENDING, QUEUED, WAITING, RUNNING, MOVING, COMPLETED, REFUSED, SHED, LOST) = range(9)
@@ -76,7 +78,7 @@ REQUEST: Final = 31
 
 # Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
 # sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
-# relative to the replica's own. LOCKED to FAST: see ``lockstep``.
+# relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to KV_PEAK: see ``blocks``.
 (
     INDEX,
     PHASE,
@@ -138,8 +140,12 @@ REQUEST: Final = 31
     GENERATED,
     PREEMPTED,
     STEPS,
-) = range(60)
-REPLICA: Final = 60
+    KV_AT,
+    KV_USED,
+    KV_AREA,
+    KV_PEAK,
+) = range(64)
+REPLICA: Final = 64
 
 # States of a running sequence: before its first token here; decoding; decoding until it migrates.
 (NEW, STEADY, LEAVING) = range(3)

@@ -14,7 +14,7 @@ sequence ends or blocks run out. An earlier event cuts it at the end of a step.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
-from oserve.sim.blocks import blocks_of, take
+from oserve.sim.blocks import blocks_of, mark, take, weigh
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     BATCH,
@@ -228,11 +228,15 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
 @compiled
 def begin(req: Flat, mem: Flat, ses: Flat, at: int, now: int, skip: int) -> None:
     """Begin an engine's next step, or many at once if possible."""
+    weigh(mem, at, now)
+    begun = False
     if skip == 1 and mem[at + STAGES] == 1 and (mem[at + LOCKED] == 1 or lock(mem, at)):
-        if begin_jump(req, mem, at, now) or begin_fast(req, mem, ses, at, now):
-            return
-        unlock(mem, ses, at)
-    schedule(req, mem, ses, at, now)
+        begun = begin_jump(req, mem, at, now) or begin_fast(req, mem, ses, at, now)
+        if not begun:
+            unlock(mem, ses, at)
+    if not begun:
+        schedule(req, mem, ses, at, now)
+    mark(mem, at)
 
 
 @compiled

@@ -39,6 +39,9 @@ def replica_totals(state: KernelState, index: int) -> ReplicaTotals:
         generated_tokens=int(mem[at + layout.GENERATED]),
         preemptions=int(mem[at + layout.PREEMPTED]),
         steps=int(mem[at + layout.STEPS]),
+        kv_blocks=int(mem[at + layout.BLOCKS]),
+        kv_block_s=float(mem[at + layout.KV_AREA] / (2 * layout.PS // layout.US)),
+        kv_peak_blocks=int(mem[at + layout.KV_PEAK]),
     )
 
 

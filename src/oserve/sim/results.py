@@ -17,7 +17,9 @@ _FAILED = (Status.REFUSED, Status.SHED, Status.LOST)
 class ReplicaTotals:
     """Counters of one replica. ``busy_s``: seconds for which each of its devices computed.
 
-    ``prompt_tokens`` counts computed tokens, recomputation included.
+    ``prompt_tokens`` counts computed tokens, recomputation included. ``kv_blocks`` is the size of
+    its KV cache, ``kv_block_s`` the blocks that requests held, times seconds; ``kv_peak_blocks``
+    the most at the end of a step, since ``SimulatedFleet.take_totals`` was last called.
     """
 
     busy_s: float
@@ -25,6 +27,9 @@ class ReplicaTotals:
     generated_tokens: int
     preemptions: int
     steps: int
+    kv_blocks: int = 0
+    kv_block_s: float = 0.0
+    kv_peak_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from oserve.config import Settings, load_plan, parse_plan
+from oserve.config.policies import ladder_goal
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
 from oserve.control.speed import speeds_from
@@ -34,6 +35,7 @@ from oserve.startup.first_plan import (
     StepTimes,
     find_step_times,
     first_plan,
+    objective_note,
     plan_request_for,
 )
 from oserve.startup.plan_check import check_engines
@@ -41,6 +43,7 @@ from oserve.startup.saved_state import SavedPlan, SavedSpeeds
 from oserve.startup.sizing import find_memory_check, fit_request, sized_for_plan
 from oserve.startup.store import StateStore
 from oserve.startup.switch_facts import recovered_switch
+from oserve.startup.tuning_check import check_tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,7 @@ class ServerDeployment:
     ``fingerprint`` tells whether a saved plan still fits; ``given`` is the fingerprint of the plan
     file, empty without one. ``sized``: the size of KV caches was computed, not set. ``speeds``: of
     replicas, as an earlier server observed them. ``why``: one line on where the plan comes from.
+    ``times``: where the step times of a simulation come from, if anywhere.
     """
 
     settings: Settings
@@ -66,6 +70,7 @@ class ServerDeployment:
     given: str = ""
     speeds: Speeds = field(default_factory=Speeds)
     sized: bool = False
+    times: StepTimes | None = None
 
     @property
     def state_file(self) -> Path:
@@ -91,6 +96,8 @@ def prepare(settings: Settings) -> ServerDeployment:
     request = None
     if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
         request = plan_request_for(settings, devices, times, plain)
+        # A name that does not exist must end the start before engines are running.
+        ladder_goal(settings.planning, [kind.name for kind in request.demand.types])
     memory = find_memory_check(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
@@ -111,6 +118,7 @@ def prepare(settings: Settings) -> ServerDeployment:
             place="model",
             remedy="oserve serve MODEL (with attached servers only: --served-model-name)",
         )
+    check_tuning(settings, plan, times)
     name = settings.served_model_name or _model_name(settings.model)
     memory = sized_for_plan(memory, plan, settings.plan or "plan")
     return ServerDeployment(
@@ -120,13 +128,18 @@ def prepare(settings: Settings) -> ServerDeployment:
         plan=plan,
         models=(name,),
         why=first.why,
-        notes=(*first.notes, *memory.notes(plan.replicas)),
+        notes=(
+            *([] if mode is Mode.OFF else [objective_note(settings, mode)]),
+            *first.notes,
+            *memory.notes(plan.replicas),
+        ),
         costs=times.costs,
         mode=mode,
         plan_request=None if mode is Mode.OFF else request,
         fingerprint=stamp,
         given=_given(settings),
         speeds=speeds,
+        times=times if isinstance(times, StepTimes) else None,
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.config import Settings, load_rates
-from oserve.core import DeploymentPlan, Device, OServeError, Precision, ReplicaShape
+from oserve.control.decision import Mode
+from oserve.core import DeploymentPlan, Device, Objective, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
@@ -229,6 +230,19 @@ def _why(found: PlanResult) -> str:
         )
     origin = found.request.source.origin
     return f"a plan computed for {demand.source}: {carried}{_variety(found)}; {origin}"
+
+
+def objective_note(settings: Settings, mode: Mode) -> str:
+    """What the controller makes of the first plan, which is made for capacity or given."""
+    planning = settings.planning
+    own = ", ".join(f"{name}: {item}" for name, item in planning.type_objectives.items())
+    asked = f"objective {planning.objective}" + (f" ({own})" if own else "")
+    if {planning.objective, *planning.type_objectives.values()} == {Objective.CAPACITY}:
+        return f"{asked}: replicas are planned for capacity alone"
+    if not settings.control.simulate:
+        return f"{asked}: without control.simulate replicas are planned for capacity alone"
+    follows = "follows the load" if mode is Mode.AUTO else "advises by load"
+    return f"{asked}: this plan serves first; the controller {follows} once traffic is known"
 
 
 def _variety(found: PlanResult) -> str:

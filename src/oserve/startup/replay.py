@@ -6,17 +6,19 @@ nothing runs. Other settings show what they would have decided.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from oserve.config import Settings, parse_plan
-from oserve.config.policies import control_policy
+from oserve.config.policies import control_policy, follow_policy
 from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.planning import planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, OServeError
+from oserve.evaluate.ladder_maker import LadderCache, LadderFeed, ladder_model
 from oserve.evaluate.switch_scorer import SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
 from oserve.startup.deployment import remembered_speeds
@@ -63,29 +65,34 @@ def replayed_decisions(
     # The last speeds that were observed; earlier ones are not saved.
     planner.correct(remembered_speeds(file, request))
     names = [kind.name for kind in planner.facts.types]
+    follow = follow_policy(settings, names)
+    feed = None
+    if follow is not None:
+        feed = LadderFeed(LadderCache(ladder_model(request, follow.goal)))
     scorer = (
         SwitchScorer(model_of(request, min_gain=settings.control.min_gain))
-        if settings.control.simulate
+        if settings.control.simulate and follow is None
         else None
     )
     if scorer is not None:
         planner.learn(simulated_facts(planner.facts, scorer))
     runtime = ControllerRuntime(
         _first_plan(file),
-        policy=control_policy(settings, mode),
+        policy=replace(control_policy(settings, mode), follow=follow),
         planner=planner,
         starts=starts,
         shares_interval_s=settings.control.shares_interval_s,
         scorer=None if scorer is None else SwitchSimulation(scorer, planner),
     )
-    controller = runtime.controller
     busy_until_s = 0.0
     for second, counts in StateStore(file).seconds():
         if len(counts) != len(names):
             continue
         now_s = second + 0.999
         batch = Batch(names=tuple(names), arrivals={second: counts})
-        trigger = controller.monitor.observe(now_s, [batch])
+        trigger = runtime.count(now_s, [batch])
+        if feed is not None:
+            feed.tick(runtime, now_s)
         if trigger is None:
             continue
         decision, _ = runtime.decide(now_s, trigger, switching=now_s < busy_until_s)

@@ -18,7 +18,8 @@ from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Policy
-from oserve.study.runner import Run, deployment_of, run_policy
+from oserve.study.run import Run, deployment_of
+from oserve.study.runner import run_policy
 from oserve.study.scene import Scene
 
 _TOLERANCE = 0.01
@@ -48,6 +49,7 @@ class CurvePoint:
 
     rate_scale: float
     slo_attainment: float
+    p50_e2e_s: float
     p99_e2e_s: float
     goodput_rps: float
 
@@ -114,6 +116,7 @@ def _point(scene: Scene, run: Run, scale: float) -> CurvePoint:
     return CurvePoint(
         rate_scale=scale,
         slo_attainment=summary.slo_attainment,
+        p50_e2e_s=summary.e2e_s.p50,
         p99_e2e_s=summary.e2e_s.p99,
         goodput_rps=summary.goodput_rps,
     )

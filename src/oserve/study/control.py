@@ -10,7 +10,8 @@ from oserve.study.controller_policy import ControllerPolicy, controller_policy, 
 from oserve.study.counterfactual import SwitchWorth, switch_worths
 from oserve.study.ours import OServeTuner
 from oserve.study.policy import Fixed, Policy, PolicyStart
-from oserve.study.runner import Run, run_policy
+from oserve.study.run import Run
+from oserve.study.runner import run_policy
 from oserve.study.switching import Oracle, Reload
 from oserve.study.tune import MeasuredServing
 

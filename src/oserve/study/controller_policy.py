@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from oserve.control.decision import Decision, DecisionVerdict, Mode
 from oserve.control.evaluation import CandidateScore
+from oserve.control.following import FollowPolicy, FollowScore
+from oserve.control.ladder import Goal
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.planning import planner_for
 from oserve.control.policy import ControlPolicy
@@ -18,8 +20,9 @@ from oserve.control.recording import ObservationRecorder, ObservedSecond, decide
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
-from oserve.core import DeploymentPlan, ReplicaShape
+from oserve.core import DeploymentPlan, Objective, ReplicaShape
 from oserve.evaluate.capacities import lengths_by_type
+from oserve.evaluate.ladder_maker import LadderCache, LadderFeed, ladder_model
 from oserve.evaluate.simulator import Routing, SimulatedServing, SimulatedTraffic
 from oserve.evaluate.switch_scorer import EvaluationModel, SwitchScorer, model_of
 from oserve.evaluate.switch_simulation import SwitchSimulation, simulated_facts
@@ -37,6 +40,9 @@ _SHARES_INTERVAL_S = 5.0
 _DRAIN_LIMIT_S = MoveSettings().drain_limit_s or math.inf
 _CHUNKS = (512, 1024, 2048)
 _MIN_PLAN_GAIN = 0.03
+# The share of requests that an hour's plan must serve in time, with some room for chance.
+_ATTAINMENT = {Objective.LATENCY: 0.96, Objective.ENERGY: 0.99}
+_LADDER_CHUNKS = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,7 @@ class ControllerPolicy:
     ``model``: what switches are simulated with; ``None``: the linear model decides. ``script``: go
     to these plans at these seconds, and make no decisions. ``source``: the step times that the
     controller assumes and corrects by the observed ones; ``None``: ``speeds`` stay as they are.
-    ``recorder`` records what the controller observes.
+    ``recorder`` records what the controller observes. ``ladders``: follow the load on these.
     """
 
     serving: SimulatedServing
@@ -60,6 +66,7 @@ class ControllerPolicy:
     speeds: Speeds = field(default_factory=Speeds)
     shares_interval_s: float = _SHARES_INTERVAL_S
     recorder: ObservationRecorder | None = None
+    ladders: LadderCache | None = None
 
     @property
     def shapes(self) -> Sequence[tuple[ReplicaShape, int]]:
@@ -111,9 +118,10 @@ class ControllerSession:
     def __init__(self, policy: ControllerPolicy, traffic: SimulatedTraffic) -> None:
         self.runtime = policy.runtime()
         self.counter = TrafficCounter(self.runtime.controller.plan, traffic)
-        self.outcomes: list[tuple[Decision, CandidateScore | None]] = []
+        self.outcomes: list[tuple[Decision, CandidateScore | FollowScore | None]] = []
         """The decisions so far, each with the score that it was based on."""
         self._policy = policy
+        self._feed = None if policy.ladders is None else LadderFeed(policy.ladders)
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -157,6 +165,8 @@ class ControllerSession:
         if policy.script is not None or policy.control.mode is Mode.OFF:
             runtime.observe(second.now_s, second.batches, second.observation, second.queued)
             return None
+        if self._feed is not None:
+            self._feed.tick(runtime, second.now_s)
         found = decide_second(runtime, second)
         if found is None:
             return None
@@ -176,11 +186,14 @@ def controller_policy(
     serving: SimulatedServing | None = None,
     simulated: bool = True,
     control: ControlPolicy | None = None,
+    objective: Objective = Objective.CAPACITY,
+    mixed: bool = True,
 ) -> ControllerPolicy:
     """The controller, starting from a serving (by default the best static one of OServe).
 
     ``simulated``: capacities and switches are simulated, as on a server with ``control.simulate``;
-    else the linear model decides.
+    else the linear model decides. ``objective``: latency and energy follow the load on a ladder,
+    with deployments of two shapes if ``mixed``.
     """
     scene = tuner.scene
     first = serving or tuner.everything.serving
@@ -194,7 +207,16 @@ def controller_policy(
     )
     facts = _linear_facts(tuner, first)
     model = None
-    if simulated:
+    ladders = None
+    if objective is not Objective.CAPACITY:
+        goal = Goal(objectives=(objective,) * len(facts.types), attainment=_ATTAINMENT[objective])
+        bounds = replace(bounds, follow=FollowPolicy(goal=goal))
+        seqs = first.plan.replicas[0].shape.max_num_seqs
+        request = replace(tuner.question, shapes=tuple(tuner.forms(_LADDER_CHUNKS, seqs)))
+        lengths = lengths_by_type(scene.learned, facts.centres)
+        made = ladder_model(request, goal, lengths=lengths, levers=levers)
+        ladders = LadderCache(replace(made, mixed=mixed))
+    elif simulated:
         model = model_of(
             tuner.question,
             lengths=lengths_by_type(scene.learned, facts.centres),
@@ -210,6 +232,7 @@ def controller_policy(
         conduct=Conduct(),
         model=model,
         source=scene.source,
+        ladders=ladders,
     )
     return with_start(scene, policy, start)
 

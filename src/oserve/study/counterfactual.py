@@ -13,7 +13,8 @@ import numpy as np
 
 from oserve.evaluate.simulator import SimulatedTraffic, met
 from oserve.study.controller_policy import ControllerPolicy
-from oserve.study.runner import Run, run_policy
+from oserve.study.run import Run
+from oserve.study.runner import run_policy
 from oserve.study.tune import Tuner
 
 _BEFORE_S = 60.0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from oserve.core import OServeError
+from oserve.core import Objective, OServeError
 from oserve.evaluate.simulator import Levers, Routing, SimulatedServing
 from oserve.study import peers
 from oserve.study.controller_policy import controller_policy
@@ -60,6 +60,12 @@ def _oracle(tuner: OServeTuner) -> Policy:
     return Oracle(tuner=tuner, serving=tuner.knowing.serving, library=_library(tuner))
 
 
+def _following(
+    objective: Objective, start: PolicyStart = PolicyStart.TRANSFER, *, mixed: bool = True
+) -> Callable[[OServeTuner], Policy]:
+    return lambda tuner: controller_policy(tuner, start=start, objective=objective, mixed=mixed)
+
+
 POLICIES: Mapping[str, Entry] = {
     "static-default": Entry(
         words="smallest TP with KV room, chunk 2048, 256 sequences, shortest queue, FCFS",
@@ -85,6 +91,11 @@ POLICIES: Mapping[str, Entry] = {
         words="static-best-chunk with requests ordered by prompt length, all tuned in hindsight",
         make=_static(lambda tuner: tuner.best_tuned.serving),
     ),
+    "static-latency": Entry(
+        words="least P99 E2E of the homogeneous deployments that hold the SLO at the peak, chunk "
+        "budget and order tuned in hindsight",
+        make=_static(lambda tuner: tuner.latency),
+    ),
     "reload": Entry(
         words="best homogeneous for last-value rates each interval, cold reload", make=_reload
     ),
@@ -105,12 +116,22 @@ POLICIES: Mapping[str, Entry] = {
         make=_static(lambda tuner: tuner.everything.serving),
     ),
     "oserve": Entry(
-        words="oserve-static with the live controller, weights from device to device",
-        make=lambda tuner: controller_policy(tuner, start=PolicyStart.TRANSFER),
+        words="oserve-static with the live controller: least latency within the SLO, weights moved",
+        make=_following(Objective.LATENCY),
+    ),
+    "oserve-homogeneous": Entry(
+        words="oserve without deployments of two shapes",
+        make=_following(Objective.LATENCY, mixed=False),
+    ),
+    "oserve-energy": Entry(
+        words="the same with the objective energy", make=_following(Objective.ENERGY)
+    ),
+    "oserve-capacity": Entry(
+        words="the same with the objective capacity", make=_following(Objective.CAPACITY)
     ),
     "oserve-reload": Entry(
         words="oserve-static with the live controller, cold starts",
-        make=lambda tuner: controller_policy(tuner, start=PolicyStart.COLD),
+        make=_following(Objective.LATENCY, start=PolicyStart.COLD),
     ),
     "oserve-last-value": Entry(
         words="oserve-static, re-planned for last-value rates", make=_oserve

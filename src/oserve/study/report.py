@@ -48,6 +48,15 @@ def row_document(row: Row) -> dict[str, Any]:
         "switches": row.switches,
         "lost": row.lost,
         "replayed": row.replayed,
+        "points": [
+            {
+                "rate_scale": point.rate_scale,
+                "slo_attainment": point.slo_attainment,
+                "p50_e2e_s": point.p50_e2e_s,
+                "p99_e2e_s": point.p99_e2e_s,
+            }
+            for point in row.points
+        ],
     }
 
 

@@ -6,12 +6,10 @@ would do nothing (reconcile is level-triggered), so time advances to the next de
 
 import asyncio
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from oserve.control.decision import Decision
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
@@ -23,11 +21,9 @@ from oserve.evaluate.simulator import (
     Simulator,
     surely_failed,
 )
-from oserve.sim.cluster import Life
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster
 from oserve.sim.phases import Phases
-from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
 from oserve.study.policy import (
     ControlledPolicy,
@@ -37,8 +33,10 @@ from oserve.study.policy import (
     PolicyStart,
     PolicyView,
 )
+from oserve.study.run import Change, Run, deployment_of
 from oserve.study.scene import Scene
 from oserve.study.transfers import SceneSwitching, scene_switcher, transfer_phases
+from oserve.study.usage import Snapshot, period_uses
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher
 from oserve.traces import Slo
@@ -50,41 +48,6 @@ _CHECKS = 8
 FREE = Phases(start_s=0.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A change of the target plan: when, and its deployment (shape names and counts)."""
-
-    at_s: float
-    deployment: tuple[tuple[str, int], ...]
-    plan: DeploymentPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
-    """The outcome of a run.
-
-    ``failed_early``: the run was stopped because it could no longer reach the SLO attainment.
-    ``decisions`` are those of a controller, if there was one.
-    """
-
-    results: FleetResults
-    traffic: SimulatedTraffic
-    changes: tuple[Change, ...]
-    switches: int
-    device_s: float
-    energy_j: float
-    failed_early: bool = False
-    decisions: tuple[Decision, ...] = ()
-
-
-def deployment_of(plan: DeploymentPlan) -> tuple[tuple[str, int], ...]:
-    """Shape names with their counts."""
-    counts: dict[str, int] = {}
-    for spec in plan.replicas:
-        counts[spec.shape.name] = counts.get(spec.shape.name, 0) + 1
-    return tuple(sorted(counts.items()))
-
-
 def run_policy(
     scene: Scene,
     policy: Policy,
@@ -93,13 +56,18 @@ def run_policy(
     *,
     judge_only: bool = False,
     traffic: SimulatedTraffic | None = None,
+    marks_s: Sequence[int] = (),
+    said: Callable[[float], None] = lambda _: None,
 ) -> Run:
     """Serve the scene's traffic ``scale`` times as fast.
 
     ``judge_only``: end as soon as more requests have missed the SLO than allowed (5 %).
+    ``marks_s``: ascending seconds at which a period ends. They are whole, so that rounds, which
+    come each second, do not shift. ``said`` is called with each.
     """
     played = (scene.traffic if traffic is None else traffic).faster(scale)
     runner = _PolicyRunner(scene, policy, simulator, played, scale)
+    runner.marks_s, runner.said = list(marks_s), said
     return asyncio.run(runner.run(_Checks(played.duration_s, scene.slo) if judge_only else None))
 
 
@@ -171,6 +139,9 @@ class _PolicyRunner:
         self._changes: list[Change] = []
         self._switches = 0
         self._end_s = traffic.duration_s + LATEST_S
+        self.marks_s: list[int] = []
+        self.said: Callable[[float], None] = lambda _: None
+        self._snapshots: list[Snapshot] = []
 
     async def run(self, checks: _Checks | None = None) -> Run:
         """From the first request to the end of the last; failed ``checks`` end it before."""
@@ -187,6 +158,7 @@ class _PolicyRunner:
                 break
             await self._clock.advance(max(0.0, moment - self._clock.now()))
             await self._round()
+            self._snap(moment)
             if self._session is not None and moment <= self._traffic.duration_s:
                 await self._tell(self._session)
             failed = checks is not None and checks.fails(moment, self._fleet)
@@ -225,7 +197,16 @@ class _PolicyRunner:
         moment = min(decide_s, self._end_s)
         if self._session is not None or not self._is_settled():
             moment = min(moment, self._clock.now() + _ROUND_S)
+        if self.marks_s:
+            moment = min(moment, self.marks_s[0])
         return moment if checks is None else min(moment, checks.next_s)
+
+    def _snap(self, now_s: float) -> None:
+        """End the period if a mark is due."""
+        if self.marks_s and now_s >= self.marks_s[0]:
+            self.marks_s = [at_s for at_s in self.marks_s if at_s > now_s]
+            self._snapshots.append(Snapshot(at_s=now_s, totals=self._fleet.take_totals()))
+            self.said(now_s)
 
     def _add(self, spec: ReplicaSpec, ready_at_s: float) -> None:
         self._simulator.add(self._fleet, spec, self._serving.levers, ready_at_s=ready_at_s)
@@ -347,14 +328,17 @@ class _PolicyRunner:
         results = self._fleet.results()
         finished = results.finish_s[np.isfinite(results.finish_s)]
         end_s = float(finished.max()) if len(finished) else results.now_s
-        device_s, energy_j = _resources(self._simulator, self._cluster.lives, results, end_s)
+        for snapshot in self._snapshots[-1:]:
+            end_s = max(end_s, snapshot.at_s)
+        self._snapshots.append(Snapshot(at_s=end_s, totals=results.totals))
         return Run(
             results=results,
             traffic=self._traffic,
             changes=tuple(self._changes),
             switches=self._switches,
-            device_s=device_s,
-            energy_j=energy_j,
+            periods=period_uses(
+                self._simulator.source, self._scene.devices, self._cluster.lives, self._snapshots
+            ),
             failed_early=failed,
             decisions=() if self._session is None else tuple(self._session.decisions),
         )
@@ -375,17 +359,3 @@ def _phases(scene: Scene, start: PolicyStart) -> Phases:
     if start is PolicyStart.FREE:
         return FREE
     return transfer_phases(scene) if start is PolicyStart.TRANSFER else scene.phases
-
-
-def _resources(
-    simulator: Simulator, lives: Sequence[Life], results: FleetResults, end_s: float
-) -> tuple[float, float]:
-    """Device-seconds of all replicas, and the joules that they drew, up to ``end_s``."""
-    device_s = energy_j = 0.0
-    # The fleet numbers replicas in the order in which they were started.
-    for life, totals in zip(lives, results.totals, strict=True):
-        lived_s = max(0.0, min(end_s, life.end_s or end_s) - life.start_s)
-        busy = min(1.0, totals.busy_s / lived_s) if lived_s else 0.0
-        device_s += lived_s * len(life.spec.devices)
-        energy_j += lived_s * simulator.source.power_w(life.spec.shape, busy)
-    return device_s, energy_j

@@ -2,7 +2,8 @@
 
 Model, devices, traffic, limits, and the time that a replica needs to start. With a ``learn_s`` of
 ``None`` policies are tuned in hindsight, on all of the traffic, as the strongest static baseline
-must be. With a number they are tuned on the first ``learn_s`` seconds only.
+must be. With a number they are tuned on the first ``learn_s`` seconds only. The scene of a day has
+its tuning part apart: ``peak``, the busiest hour of another day, and ``history``, all of that day.
 """
 
 from collections.abc import Iterable, Sequence
@@ -55,13 +56,22 @@ class Scene:
     seed: int = 0
     network: str = DEFAULT_NETWORK
     switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
+    peak: SimulatedTraffic | None = None
+    history: SimulatedTraffic | None = None
 
     @property
     def learned(self) -> SimulatedTraffic:
-        """The traffic that policies may be tuned on."""
+        """The traffic that policies may be tuned on, at the load that they must hold."""
+        if self.peak is not None:
+            return self.peak
         if self.learn_s is None:
             return self.traffic
         return self.traffic.between(0.0, self.learn_s)
+
+    @property
+    def usual(self) -> SimulatedTraffic:
+        """All traffic that policies may know, at any load: a day where there is one."""
+        return self.learned if self.history is None else self.history
 
     @property
     def limits(self) -> dict[str, LatencyLimits]:

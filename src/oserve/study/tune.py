@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import DeploymentPlan, OServeError, ReplicaShape, Role
 from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, largest_scale
@@ -25,6 +27,7 @@ _TOLERANCE = 0.01
 # and Llama-2-70B on H100, and TP2 for LLaMA-30B, which are usual choices.
 _ROOM = 16
 _PER_TOKENS = 1500.0
+_LATENCY_CHUNKS = (512, 1024, 2048, 256, 4096)
 PENALTIES_S = (5.0, 10.0, 20.0, 30.0)
 """Seconds of rank per 1,500 prompt tokens that are tried for the request order."""
 
@@ -237,6 +240,27 @@ class Tuner:
             self.varied(found.serving, max_num_batched_tokens=CHUNKS, max_num_seqs=SEQS), found
         )
         return self.race(self.reordered(found), found)
+
+    @cached_property
+    def latency(self) -> SimulatedServing:
+        """See ``static-latency``; the best tuned deployment where none holds at the given rate."""
+        self._said("least latency within the SLO")
+        orders = (JSQ, self.best_tuned.serving.levers)
+        tried = [self.homogeneous(s, orders[0]) for s in self.forms(_LATENCY_CHUNKS)]
+        tried += [replace(item, levers=orders[1]) for item in tried]
+        able = [item for item in tried if self.holds(item, 1.0)]
+        if not able:
+            return self.best_tuned.serving
+        best = min(able, key=self._p99_s)
+        others = [replace(best, levers=replace(JSQ, order=by_length(s))) for s in PENALTIES_S]
+        others += self.varied(best, max_num_seqs=SEQS)
+        return min((best, *(o for o in others if self.holds(o, 1.0))), key=self._p99_s)
+
+    def _p99_s(self, serving: SimulatedServing) -> float:
+        """P99 of the end-to-end latency over the usual traffic; what never ends takes forever."""
+        results = self.simulator.run(serving, self.scene.usual)
+        whole_s = np.where(np.isnan(results.finish_s), np.inf, results.finish_s - results.arrival_s)
+        return float(np.quantile(whole_s, 0.99, method="higher"))
 
     def reordered(self, found: MeasuredServing) -> Iterable[SimulatedServing]:
         for penalty_s in PENALTIES_S:

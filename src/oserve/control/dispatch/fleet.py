@@ -36,7 +36,8 @@ class Fleet:
         )
         self.breakers = Breakers()
         self.vacating = Vacating(policy.drain_limit_s)
-        self._overflow_s = policy.overflow_s
+        self.overload = policy.overload
+        self._policy = policy
         self._router = Router({})
         self._affinity = Affinity()
 
@@ -47,9 +48,12 @@ class Fleet:
         self._affinity.forget(name for name in before if now.get(name) != before[name])
         self.breakers.follow(name for name in before if now.get(name) == before[name])
         self.table = table
+        constants, policy = table.constants, self._policy
+        self.overload = policy.overload if constants is None else constants.overload
+        self.ledger.use(self.overload)
         self._router = Router(
             table.routing_shares,
-            overflow_s=self._overflow_s,
+            overflow_s=policy.overflow_s if constants is None else constants.overflow_s,
             type_shares=[kind.shares for kind in table.planned_types],
         )
         self.vacating.follow(table, now_s)

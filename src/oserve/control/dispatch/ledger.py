@@ -68,6 +68,15 @@ class WorkLedger:
         """The upper quantile of the seconds from dispatch to first token."""
         return self._first_tokens.seconds
 
+    def use(self, overload: OverloadPolicy) -> None:
+        """Apply another policy from now on; the estimate of first tokens is kept."""
+        if overload == self._overload:
+            return
+        self._overload = overload
+        self._first_tokens = FirstTokens(overload, self._first_tokens.seconds)
+        for account in self._accounts.values():
+            account.load = None
+
     def follow(self, replicas: Iterable[TableReplica]) -> None:
         """Keep accounts for exactly these replicas."""
         accounts: dict[str, _Account] = {}

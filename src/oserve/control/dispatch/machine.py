@@ -189,6 +189,7 @@ class RequestMachine:
 
     def _table_changed(self, event: on.TableChanged) -> None:
         self._life.fleet.follow(event.table, self._life.now_s)
+        self._life.waiting.use(self._life.fleet.overload)
         self._fleet_changed()
 
     def _load_elsewhere(self, event: on.LoadElsewhere) -> None:

@@ -15,11 +15,6 @@ from dataclasses import dataclass
 DEMOTED_S = 1e6
 """Demotion adds this to the arrival time for the rank; it exceeds any other difference."""
 
-# Fractions of the wanted time to first token: the prompts that a replica may owe, and the time
-# after which an undispatched request is late. The remainder is for the engine, where a prompt
-# shares its steps with running decodes.
-_OWED_OF_TTFT = 1 / 8
-_LATE_AT = 3 / 4
 # The share of requests above the estimated quantile of dispatch to first token.
 _SLOW = 0.1
 # A step of that estimate, as a fraction of the wanted time to first token.
@@ -33,15 +28,21 @@ class OverloadPolicy:
     """``ttft_s``: the wanted time to first token; ``None``: no request is demoted.
 
     ``shed_after_s``: seconds of waiting after which a request is shed; ``None``: never.
+
+    The rest are fractions of ``ttft_s``. ``owed_of_ttft``: the prompts that a replica may owe.
+    ``late_of_ttft``, at most 1: the time after which an undispatched request is late. The remainder
+    is for the engine, where a prompt shares its steps with running decodes.
     """
 
     ttft_s: float | None = None
     shed_after_s: float | None = None
+    owed_of_ttft: float = 0.125
+    late_of_ttft: float = 0.75
 
     @property
     def late_after_s(self) -> float | None:
         """Seconds from arrival within which dispatch plus the prefill alone must fit."""
-        return None if self.ttft_s is None else _LATE_AT * self.ttft_s
+        return None if self.ttft_s is None else self.late_of_ttft * self.ttft_s
 
 
 def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_token: float) -> float:
@@ -52,7 +53,7 @@ def max_prompt_s(policy: OverloadPolicy, *, step_tokens: int, prefill_s_per_toke
     """
     if policy.ttft_s is None:
         return float("inf")
-    return max(_OWED_OF_TTFT * policy.ttft_s, step_tokens * prefill_s_per_token)
+    return max(policy.owed_of_ttft * policy.ttft_s, step_tokens * prefill_s_per_token)
 
 
 class FirstTokens:
@@ -62,10 +63,10 @@ class FirstTokens:
     for it. Without this estimate, requests would be dispatched just too late, one after another.
     """
 
-    def __init__(self, policy: OverloadPolicy) -> None:
+    def __init__(self, policy: OverloadPolicy, seconds: float = 0.0) -> None:
         self._step_s = _STEP * (policy.ttft_s or 0.0)
         self._most_s = _MOST_OF_TTFT * (policy.ttft_s or 0.0)
-        self.seconds = 0.0
+        self.seconds = min(self._most_s, seconds)
 
     def observe(self, took_s: float) -> None:
         """Add the seconds from dispatch to first token of one request."""
@@ -87,7 +88,7 @@ def too_late(
     """
     if policy.ttft_s is None:
         return False
-    needed_s = max(first_token_s, prefill_s + (1.0 - _LATE_AT) * policy.ttft_s)
+    needed_s = max(first_token_s, prefill_s + (1.0 - policy.late_of_ttft) * policy.ttft_s)
     return now_s + needed_s > arrival_s + policy.ttft_s
 
 

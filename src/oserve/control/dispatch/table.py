@@ -6,6 +6,7 @@ The gateway replaces the whole value, so a change of deployment is atomic for it
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import Endpoint, LengthClass, PlannedType, ReplicaPhase
 
 
@@ -41,6 +42,7 @@ class RoutingTable:
     """``expected``: a replica that cannot serve now is starting.
 
     ``planned_types`` have their own shares; where they exist, requests are routed by them.
+    ``constants``: of dispatch, in place of those that the gateway's settings give.
     """
 
     plan_id: str
@@ -49,6 +51,7 @@ class RoutingTable:
     replicas: tuple[TableReplica, ...]
     expected: bool = True
     planned_types: tuple[PlannedType, ...] = ()
+    constants: DispatchConstants | None = None
 
 
 EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())

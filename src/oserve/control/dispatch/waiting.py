@@ -61,6 +61,10 @@ class WaitingRoom:
         """Ranks and numbers of the waiting requests, in order of service."""
         return self._queue.in_order()
 
+    def use(self, overload: OverloadPolicy) -> None:
+        """Apply another policy from now on; what was demoted stays so."""
+        self._overload = overload
+
     # -- time -----------------------------------------------------------------------------------
     def set_timers(self, state: RequestState) -> None:
         """Set the timers for shedding a request, and for its wait without any replica."""

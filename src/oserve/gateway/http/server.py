@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from oserve import __version__
-from oserve.control.dispatch.order import OrderPolicy, rank_s
+from oserve.control.dispatch.order import rank_s
 from oserve.core import Request
 from oserve.core.faults import fault
+from oserve.gateway.constants import constants_of
 from oserve.gateway.http.body import GenerateBody, parse_body
 from oserve.gateway.http.errors import (
     ApiError,
@@ -27,7 +28,7 @@ from oserve.gateway.http.errors import (
 )
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.http.request_ids import RequestIds
-from oserve.gateway.metrics import exposition
+from oserve.gateway.metrics import exposition, merged
 from oserve.gateway.records import RecordStore
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
@@ -74,15 +75,7 @@ class Gateway:
         self.away_s: Callable[[], float] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = RequestIds()
-        order = settings.order
-        self._order = OrderPolicy(
-            penalty_s_per_token=order.penalty_s_per_1000_tokens / 1000.0,
-            max_penalty_s=order.max_penalty_s,
-            freshest_first_s=order.freshest_first_s,
-            client_step_s=order.client_step_s,
-            max_client_steps=order.max_client_steps,
-        )
-        self._ordered = order.policy == "priority"
+        self._constants = constants_of(settings)
         self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange], None]]] = {
             b"/v1/models": (b"GET", True, self._answer_models),
             b"/health": (b"GET", False, self._answer_health),
@@ -223,10 +216,8 @@ class Gateway:
     def _rank_s(
         self, exchange: Exchange, parsed: GenerateBody, now_s: float, prompt_tokens: int
     ) -> float:
-        if not self._ordered:
-            return now_s
         return rank_s(
-            self._order,
+            (self.runner.table.constants or self._constants).order,
             arrival_s=now_s,
             prompt_tokens=prompt_tokens,
             client_priority=_priority(exchange, parsed),
@@ -378,7 +369,8 @@ class Gateway:
         gauges["oserve_requests_queued"] = {(): float(queued)}
         alone = self.away_s is not None and self.away_s() > 0.0
         merged_metrics = {} if alone else runner.snapshot.metrics
-        text = exposition(merged_metrics or runner.metrics.snapshot(), gauges)
+        own = merged_metrics or runner.metrics.snapshot()
+        text = exposition(merged([own, runner.snapshot.counters]), gauges)
         exchange.respond(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
 

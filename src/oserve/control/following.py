@@ -1,0 +1,253 @@
+"""Follows the load on a ladder: which deployment should serve, and what the way there costs.
+
+Pure, and a matter of milliseconds: all scores are in the ladder. All gains and costs have one unit,
+the request at its best latency (or energy, by the objective); a request outside its SLO counts
+``ladder.MISSED``.
+
+    required load = headroom * max(load now, upper quantile of the forecast until a switch is over)
+    gain = rate * (cost of the current deployment - cost of the candidate), per second
+    price = sum over waves of rate * seconds * (cost on the devices left - cost on all of them)
+            + TOUCHED * requests on the replicas that leave
+
+Upwards, a switch is an insurance: if the current deployment does not hold the required load and
+another one does, the switch begins at once. Downwards it is a purchase: the candidate must also
+hold the highest load of the last while, and the regret (the summed gain that the current deployment
+has cost so far) must have reached the price. If no deployment holds, one that attains more must pay
+in the same way.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from oserve.control.evaluation import Leg
+from oserve.control.ladder import (
+    MISSED,
+    Goal,
+    Ladder,
+    LoadScores,
+    Shapes,
+    in_words,
+    shapes_of,
+)
+from oserve.control.load_facts import LoadFacts, LoadRates
+from oserve.core import DeploymentPlan, ReplicaSpec
+
+# A request on a replica that leaves starts over on another one in the worst case.
+TOUCHED = 0.5
+# A deployment must attain so much more to be worth a switch where none holds.
+_LEAST_ATTAINMENT = 0.03
+# A load over a few seconds counts as far as it exceeds chance: so many standard deviations less.
+_SIGMAS = 2.0
+
+Switch = Callable[[Shapes], tuple[DeploymentPlan, Sequence[Leg]]]
+"""Places a deployment near the current plan; returns the plan and the legs of the switch to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowPolicy:
+    """``headroom``: a factor on the load; ``quantile``: of the forecast.
+
+    ``fall_after_s``: a deployment for less load must hold the highest load of so many seconds.
+    """
+
+    goal: Goal
+    headroom: float = 1.1
+    quantile: float = 0.95
+    fall_after_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loads:
+    """The same as loads of a ladder.
+
+    ``present``: the load now, or over the last seconds as far as that is no chance. ``rate_rps``:
+    requests/s that are expected.
+    """
+
+    now: float
+    present: float
+    expected: float
+    required: float
+    fall_required: float
+    rate_rps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowScore:
+    """A candidate and its numbers.
+
+    ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
+    does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``overloaded``:
+    the current deployment does not hold the present load. ``current_cost`` and ``candidate_cost``,
+    at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
+    switch gains each second; ``price``: what it costs. ``seconds`` until the last wave is
+    committed.
+    """
+
+    plan: DeploymentPlan
+    rung: str
+    loads: Loads
+    rises: bool
+    holds: bool
+    climbs: bool
+    overloaded: bool
+    current_cost: float
+    candidate_cost: float
+    gain_per_s: float
+    price: float
+    seconds: float
+    changed: int
+    touched: float
+
+
+def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: float) -> Loads:
+    """The loads to decide on; the forecast counts for ``lead_s`` seconds ahead."""
+    now = ladder.load(facts.now)
+    present = present_load(ladder, facts.now, facts.last, facts.last_s)
+    ahead = 1 + math.ceil(lead_s / facts.step_s)
+    coming = [
+        _upper(ladder, mean, high)
+        for mean, high in zip(facts.expected[:ahead], facts.upper[:ahead], strict=True)
+    ]
+    means = [ladder.load(rates) for rates in facts.expected]
+    expected = max(sum(means) / len(means), 1e-6) if means else max(now, 1e-6)
+    required = policy.headroom * max([present, *coming, 1e-6])
+    peaks = [ladder.load(rates) for rates in facts.peaks]
+    every = [
+        _upper(ladder, mean, high) for mean, high in zip(facts.expected, facts.upper, strict=True)
+    ]
+    return Loads(
+        now=now,
+        present=present,
+        expected=expected,
+        required=required,
+        fall_required=policy.headroom * max([required / policy.headroom, *peaks, *every]),
+        rate_rps=sum(facts.expected[0]) if facts.expected else sum(facts.now),
+    )
+
+
+def present_load(ladder: Ladder, now: LoadRates, last: LoadRates, last_s: float) -> float:
+    """The load now, or over the last ``last_s`` seconds as far as that is no chance."""
+    sure = max(0.0, 1.0 - _SIGMAS / math.sqrt(max(1.0, sum(last) * last_s)))
+    return max(ladder.load(now), sure * ladder.load(last))
+
+
+def _upper(ladder: Ladder, mean: LoadRates, high: LoadRates) -> float:
+    """The upper quantile of the load, if the types vary independently."""
+    middle = ladder.load(mean)
+    above = [max(0.0, high_rps - mean_rps) for mean_rps, high_rps in zip(mean, high, strict=True)]
+    return middle + math.sqrt(sum(item**2 for item in ladder.loads_by_type(tuple(above))))
+
+
+def follow(
+    ladder: Ladder,
+    facts: LoadFacts,
+    policy: FollowPolicy,
+    *,
+    current: DeploymentPlan,
+    switch: Switch,
+    lead_s: float,
+    drain_limit_s: float = math.inf,
+) -> FollowScore | None:
+    """The deployment for the load, scored; ``None`` if the current one is not in the ladder.
+
+    ``lead_s``: a switch takes so long at most. ``drain_limit_s``: requests that still run on a
+    leaving replica by then move to others.
+    """
+    mine = shapes_of(current.replicas)
+    present = ladder.find(mine)
+    if present is None:
+        return None
+    goal = policy.goal
+    loads = loads_of(ladder, facts, policy, lead_s=lead_s)
+    at_required = ladder.scores(loads.required)
+    rises = present not in at_required.holding(goal)
+    rung = ladder.choose(
+        goal,
+        required=loads.required if rises else loads.fall_required,
+        expected=max(loads.expected, loads.now) if rises else loads.expected,
+        near=mine,
+    )
+    at_expected = ladder.scores(max(loads.expected, loads.now) if rises else loads.expected)
+    chosen = rung.index
+    if not rises and facts.watched_s < policy.fall_after_s:
+        # The highest load of that time is not known yet.
+        chosen = present
+    if rises and not rung.holds:
+        more = at_required.attainment[chosen] - at_required.attainment[present]
+        if more < _LEAST_ATTAINMENT:
+            chosen = present
+    shapes = ladder.deployments[chosen].shapes
+    plan, legs = (current, ()) if chosen == present else switch(shapes)
+    now_cost, then_cost = at_expected.cost(present, goal), at_expected.cost(chosen, goal)
+    price = _price(
+        ladder, present, loads, goal, current=current, legs=legs, drain_limit_s=drain_limit_s
+    )
+    return FollowScore(
+        plan=plan,
+        rung=in_words(shapes),
+        loads=loads,
+        rises=rises,
+        holds=rung.holds,
+        climbs=ladder.capacity(chosen, goal) > ladder.capacity(present, goal),
+        overloaded=present not in ladder.scores(loads.present).holding(goal),
+        current_cost=now_cost,
+        candidate_cost=then_cost,
+        gain_per_s=loads.rate_rps * (now_cost - then_cost),
+        price=price.cost,
+        seconds=price.seconds,
+        changed=sum(len(leg.started) for leg in legs),
+        touched=price.touched,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Price:
+    cost: float
+    seconds: float
+    touched: float
+
+
+def _price(
+    ladder: Ladder,
+    present: int,
+    loads: Loads,
+    goal: Goal,
+    *,
+    current: DeploymentPlan,
+    legs: Sequence[Leg],
+    drain_limit_s: float,
+) -> _Price:
+    """What the waves of a switch cost; see the module."""
+    devices = _devices(current.replicas)
+    cost = seconds = touched = 0.0
+    load = max(loads.now, loads.expected)
+    usual = ladder.scores(load).cost(present, goal)
+    stay_s = ladder.stay_s(present, load)
+    for leg in legs:
+        away = _devices(leg.leaving)
+        going = away + _devices(leg.retired)
+        touched += loads.rate_rps * stay_s * going / max(1, devices)
+        if not leg.started:
+            continue
+        took_s = leg.seconds + (min(stay_s, drain_limit_s) if leg.leaving else 0.0)
+        seconds += took_s
+        share = (devices - away) / devices
+        more = _more(ladder, present, load, goal, usual, share)
+        cost += loads.rate_rps * took_s * more
+    return _Price(cost=cost + TOUCHED * touched, seconds=seconds, touched=touched)
+
+
+def _more(
+    ladder: Ladder, present: int, load: float, goal: Goal, usual: float, share: float
+) -> float:
+    """How much more a request costs while only a share of the devices serves."""
+    if share <= 0:
+        return MISSED
+    scores: LoadScores = ladder.scores(load / share)
+    return min(MISSED, max(0.0, scores.cost(present, goal) - usual))
+
+
+def _devices(replicas: Sequence[ReplicaSpec]) -> int:
+    return sum(len(spec.devices) for spec in replicas)
