@@ -102,15 +102,15 @@ def main() -> None:
                     else [(n, x.e2e.p50_s, x.e2e.p99_s) for n, x in bound],
                 }
             )
-            drawn.append((words, days, work.hour_s))
+            drawn.append((words, days))
     if asked.out is not None:
         asked.out.write_text(json.dumps(documents, indent=2), encoding="utf-8")
     if asked.plot is not None:
-        for at, (words, days, hour_s) in enumerate(drawn):
+        for at, (words, days) in enumerate(drawn):
             path = asked.plot
             if len(drawn) > 1:
                 path = path.with_stem(f"{path.stem}-{at + 1}")
-            draw(days, path, title=words, hour_s=hour_s)
+            draw(days, path, title=words)
 
 
 def arguments() -> argparse.Namespace:
@@ -126,6 +126,9 @@ def arguments() -> argparse.Namespace:
         "at that hour of the rates, the learned day at another (default: the same)",
     )
     source.add_argument("--trace", help="request trace; its first half is learned")
+    parser.add_argument(
+        "--learned-hours", type=int, help="of a trace, not reported; default: its first half"
+    )
     parser.add_argument("--hours", type=float, default=24.0, help="of a drawn day")
     parser.add_argument("--compress", type=float, default=1.0, help="an hour takes 1 / so much")
     parser.add_argument("--peak", type=float, default=0.9, help="load of the busiest hour")
@@ -155,6 +158,7 @@ def day_of(asked: argparse.Namespace) -> DayTraffic:
             compress=asked.compress,
             seed=asked.seed,
             source=Path(asked.trace).name,
+            learned_h=asked.learned_hours,
         )
     if asked.part is None:
         parts = learned = synthetic_parts(seed=asked.seed, hours=asked.hours)

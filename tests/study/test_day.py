@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from oserve.config import load_cluster
 from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.simulator import SimulatedServing, attainment
 from oserve.sim.phases import Phases
+from oserve.study.day_plot import draw
 from oserve.study.days import DrawnDay, TraceDay, day_scene, hour_in_s, sized_load
 from oserve.study.hours import (
     best_by_hour,
@@ -185,8 +187,11 @@ def test_a_trace_is_learned_in_its_first_half() -> None:
     learned, reported = day.learned(1.0), day.reported(1.0)
     assert max(r.prompt_tokens for r in learned) <= 720 < min(r.prompt_tokens for r in reported)
     assert max(r.arrival_s for r in reported) < 2 * 600
-    with pytest.raises(OServeError, match="two hours"):
-        TraceDay(requests=requests[:300], compress=6, seed=0, source="a trace")
+    longer = TraceDay(requests=requests, compress=6, seed=0, source="a trace", learned_h=1)
+    assert longer.hours == 3
+    for part, learned_h in ((requests[:300], None), (requests, 4), (requests, 0)):
+        with pytest.raises(OServeError, match="two hours"):
+            TraceDay(requests=part, compress=6, seed=0, source="a trace", learned_h=learned_h)
 
 
 @pytest.mark.parametrize("compress", [0.0, 0.5, 7.0, 120.0])
@@ -223,3 +228,15 @@ def _scene(day: DrawnDay, load: float, *, learned: Sequence[TraceRequest] | None
         name="drawn",
         source_name=day.words,
     )
+
+
+def test_a_day_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = _marked(Fixed(serving=SERVING))
+    # Every hour misses, and is marked.
+    day = day_figures("static-default", run, Slo(ttft_s=1e-6), hours=HOURS, hour_s=HOUR_S)
+    assert day.missed == (0, 1, 2, 3)
+    draw([day], tmp_path / "day.svg", title="a day " * 50)
+    assert "P99 E2E" in (tmp_path / "day.svg").read_text(encoding="utf-8")
+    with pytest.raises(OServeError, match="cannot write"):
+        draw([day], tmp_path / "day.xyz", title="a day")

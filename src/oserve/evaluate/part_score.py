@@ -37,7 +37,7 @@ from oserve.traces import Slo
 
 BELOW = (0.5, 0.8)
 PAST = (1.2, 1.5)
-"""Loads that are compared, as multiples of the knee; the trace's own rate comes on top."""
+"""RateScales that are compared, as multiples of the knee; the trace's own rate comes on top."""
 
 LEAST_WINDOW_S = 60.0
 """A window, played at the knee, lasts at least so long."""
@@ -46,7 +46,7 @@ LEAST_WINDOW_S = 60.0
 _LEAST = 1e-3
 _MOST_WINDOWS = 3
 _TOLERANCE = 0.01
-# Loads closer than this to the trace's own rate stand for it.
+# RateScales closer than this to the trace's own rate stand for it.
 _NEAR = 0.05
 _EVALUATIONS = 14
 # The search for a capacity begins at an earlier one, in steps of this factor.
@@ -85,7 +85,7 @@ PartScore = tuple[WindowScore, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loads:
+class RateScales:
     """Multiples of the trace's own rate: up to the knee, and past it."""
 
     below: tuple[float, ...]
@@ -182,9 +182,9 @@ class PartScorer:
         self._part = part
         self._told = told
         self.runs = 0
-        self.compare_at(Loads(below=(1.0,), past=()), windows=1)
+        self.compare_at(RateScales(below=(1.0,), past=()), windows=1)
 
-    def compare_at(self, loads: Loads, *, windows: int) -> None:
+    def compare_at(self, loads: RateScales, *, windows: int) -> None:
         """Score in so many windows, at these loads, from now on."""
         self._loads = loads
         self._windows = windows_of(self._part, windows)
@@ -262,9 +262,9 @@ def windows_at(duration_s: float, knee: float) -> int:
     return max(1, min(_MOST_WINDOWS, int(duration_s / max(knee, 1.0) / LEAST_WINDOW_S)))
 
 
-def loads_around(knee: float) -> Loads:
+def loads_around(knee: float) -> RateScales:
     """The trace's own rate, and loads around the knee."""
     below, past = ({factor * knee for factor in factors} for factors in (BELOW, PAST))
     if all(abs(load - 1.0) > _NEAR for load in below | past):
         (below if knee >= 1.0 else past).add(1.0)
-    return Loads(below=tuple(sorted(below)), past=tuple(sorted(past)))
+    return RateScales(below=tuple(sorted(below)), past=tuple(sorted(past)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.part_score import (
-    Loads,
+    RateScales,
     PartScore,
     PartScorer,
     ScoredServing,
@@ -66,7 +66,7 @@ class TuningRun:
 
     tuned: Tuned
     knee: float
-    loads: Loads
+    loads: RateScales
     requests: tuple[int, int]
     windows: int
     shortest_s: float

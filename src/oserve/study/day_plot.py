@@ -1,5 +1,6 @@
 """The plot of a day: P99 and P50 E2E, devices and joules by hour, a line for each policy."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from oserve.study.hours import DayFigures, HourFigures
 _CROSS = "x"
 
 
-def draw(days: Sequence[DayFigures], path: Path, *, title: str, hour_s: float) -> None:
+def draw(days: Sequence[DayFigures], path: Path, *, title: str) -> None:
     """Write a PNG, SVG or PDF. Raises OServeError without matplotlib or if it cannot write."""
     try:
         from matplotlib import colormaps  # noqa: PLC0415 - an extra
@@ -22,13 +23,13 @@ def draw(days: Sequence[DayFigures], path: Path, *, title: str, hour_s: float) -
         ) from None
     figure = Figure(figsize=(13, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join(textwrap.wrap(title, 130)), fontsize=10)
     grid = figure.add_gridspec(4, 1, height_ratios=(3, 3, 2, 2))
     colours = colormaps["tab20"](range(20))
     panels: Sequence[tuple[str, Callable[[HourFigures], float]]] = (
         ("P99 E2E (s)", lambda row: row.latencies.e2e.p99_s),
         ("P50 E2E (s)", lambda row: row.latencies.e2e.p50_s),
-        ("devices held", lambda row: row.device_s / hour_s),
+        ("devices held", lambda row: row.device_s / row.seconds),
         ("MJ, idle devices included", lambda row: row.total_j / 1e6),
     )
     for at, (label, value) in enumerate(panels):
@@ -36,10 +37,14 @@ def draw(days: Sequence[DayFigures], path: Path, *, title: str, hour_s: float) -
         for place, day in enumerate(days):
             _line(axes, day, value, colours[place % len(colours)], marked=at == 0)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
-        if at == 0:
+        if at > 0:
+            axes.set_ylim(bottom=0)
+        else:
+            # An overloaded policy would hide the others.
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
             axes.legend(loc="upper left", frameon=False, ncols=5, fontsize=8)
     axes.set_xlabel(f"hour of the day ({_CROSS}: fewer than 95 % of the requests within the SLO)")
     try:

@@ -22,7 +22,7 @@ from oserve.traces.days import DayPart, compress_day, synthesise_day
 
 HOUR_S = 3600.0
 _SAMPLE = 20_000
-_ROUNDS = 5
+_ROUNDS = 7
 _NEAR = 0.02
 _LEAST_HOUR_S = 60.0
 # The first guess of the load.
@@ -99,19 +99,20 @@ class DrawnDay:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceDay:
-    """A request trace: policies learn from its first half, the second half is reported."""
+    """A request trace: policies learn from its first hours, by default its half, not reported."""
 
     requests: Sequence[TraceRequest]
     compress: float
     seed: int
     source: str
+    learned_h: int | None = None
 
     def __post_init__(self) -> None:
-        if self._split_h < 1:
+        if self._split_h < 1 or self.hours < 1:
             raise OServeError(
-                "the trace is shorter than two hours",
+                "the trace is shorter than two hours, or all of it is learned",
                 place="--trace",
-                remedy="use a longer trace, or experiments/main_table",
+                remedy="use a longer trace, fewer --learned-hours, or experiments/main_table",
             )
 
     @property
@@ -120,7 +121,11 @@ class TraceDay:
 
     @cached_property
     def _split_h(self) -> int:
-        return int(self.requests[-1].arrival_s / HOUR_S + 0.5) // 2 if self.requests else 0
+        if not self.requests:
+            return 0
+        if self.learned_h is not None:
+            return self.learned_h
+        return int(self.requests[-1].arrival_s / HOUR_S + 0.5) // 2
 
     @property
     def hours(self) -> int:

@@ -60,6 +60,7 @@ class HourFigures:
     """
 
     hour: int
+    seconds: float
     latencies: Latencies
     device_s: float
     energy_j: float
@@ -148,6 +149,7 @@ def _figures(
     before = [change for change in run.changes if change.at_s < end_s]
     return HourFigures(
         hour=hour,
+        seconds=use.end_s - use.start_s,
         latencies=found,
         device_s=use.device_s,
         energy_j=use.energy.serving_j,

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan
-from oserve.evaluate.simulator import Floats, Ints, Levers, Routing, SimulatedServing
+from oserve.evaluate.simulator import (
+    Floats,
+    Ints,
+    Levers,
+    Routing,
+    SimulatedServing,
+    SimulatedTraffic,
+)
+from oserve.perf import TokenCosts
 from oserve.sim.types import Rebalance
 from oserve.study.policy import Conduct, Fixed, Policy, PolicyView
 from oserve.study.tune import Tuner
@@ -33,12 +41,14 @@ def llmd(tuner: Tuner) -> Policy:
 class Dynamo:
     """As many replicas of one shape as the forecast of the mean load needs, with cold starts.
 
-    ``replica_rps``: the profiled rate of one replica within the SLO. The forecast is an exponential
-    moving average of past rates, times ``headroom``.
+    ``replica_work``: the profiled load of one replica within the SLO, in expected engine seconds
+    per second, by ``costs``. The forecast is an exponential moving average of past rates, times the
+    work of a recent request (Dynamo's planner predicts mean lengths, too), times ``headroom``.
     """
 
     serving: SimulatedServing
-    replica_rps: float
+    replica_work: float
+    costs: TokenCosts
     interval_s: float
     headroom: float = 1.1
     weight: float = 0.5
@@ -54,7 +64,8 @@ class Dynamo:
             rate = float(count) / self.interval_s
             forecast = rate if forecast == 0.0 else forecast + self.weight * (rate - forecast)
         replicas = self.serving.plan.replicas
-        needed = math.ceil(forecast * self.headroom / self.replica_rps)
+        work = forecast * request_work_s(self.costs, seen.recent)
+        needed = math.ceil(work * self.headroom / self.replica_work)
         kept = replicas[: max(1, min(len(replicas), needed))]
         if set(kept) == set(seen.plan.replicas):
             return None
@@ -64,12 +75,24 @@ class Dynamo:
 def dynamo(tuner: Tuner) -> Policy:
     """See ``Dynamo``. The router knows the outstanding work of each replica."""
     found = tuner.best_chunk
-    count = len(found.serving.plan.replicas)
+    replicas = found.serving.plan.replicas
+    costs = tuner.simulator.costs(replicas[0].shape)
+    learned = tuner.scene.learned
+    work = found.scale * learned.rate_rps * request_work_s(costs, learned)
     return Dynamo(
         serving=replace(found.serving, levers=Levers(routing=Routing.LEAST_WORK)),
-        replica_rps=found.scale * tuner.scene.learned.rate_rps / count,
+        replica_work=work / len(replicas),
+        costs=costs,
         interval_s=tuner.scene.interval_s,
     )
+
+
+def request_work_s(costs: TokenCosts, traffic: SimulatedTraffic) -> float:
+    """The engine seconds expected for a mean request; 0 without requests."""
+    if not len(traffic):
+        return 0.0
+    prompt, output = float(traffic.prompt_tokens.mean()), float(traffic.output_tokens.mean())
+    return prompt * costs.prefill_s_per_token + output * costs.decode_s_per_token
 
 
 @dataclass(slots=True, kw_only=True)
