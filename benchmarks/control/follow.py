@@ -46,7 +46,7 @@ from oserve.perf.profile import ProfileSource, read_profile
 
 sys.path.append(str(Path(__file__).parents[1] / "switch"))
 # It lies beside the benchmarks of switches, where mypy knows it by a longer name.
-from mid_model import make_mid_model  # type: ignore[import-not-found] # noqa: E402
+from mid_model import make_mid_model  # type: ignore[import-not-found]
 
 PROMPT_TOKENS, OUTPUT_TOKENS, SPREAD = 32, 96, 0.25
 LONGEST = round(OUTPUT_TOKENS * (1 + SPREAD))
@@ -435,7 +435,9 @@ def show_course(run: Run) -> None:
             print(f"  {document['at_s']:6.0f} s {loads}  {place.get('rung', '')}: {replicas}")
             last = replicas
     words = ("a ladder", "decision", "switching", "switch ", "given up", "ERROR", "WARNING")
-    print("\nwhat the server logged of it; decisions to keep the plan once for each reason in a row")
+    print(
+        "\nwhat the server logged of it; decisions to keep the plan once for each reason in a row"
+    )
     before = ""
     for line in run.log:
         if any(word in line for word in words):
