@@ -17,6 +17,7 @@ from oserve.control.ladder import (
     Shapes,
     shapes_of,
 )
+from oserve.control.load_facts import LoadFacts
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.runtime import ControllerRuntime
@@ -165,6 +166,9 @@ def planner(kinds: int = 1) -> TablePlanner:
     )
 
 
+# Placing takes longer than all else in these tests, so what they found is kept.
+PLANNERS = (planner(1), planner(2))
+
 Load = Callable[[int], float]
 
 
@@ -209,6 +213,56 @@ class Follower:
     def shapes(self) -> Shapes:
         return shapes_of(self.runtime.controller.plan.replicas)
 
+    def step(self, load: LoadFacts, seconds: float) -> Decision:
+        """Decide once on these facts, without any counting."""
+        controller = self.runtime.controller
+        controller.monitor.last_arrival_s = float(self.second)
+        self.second += round(seconds)
+        now_s = float(self.second)
+        inputs = replace(controller.decision_input(now_s), load=load)
+        decision = controller.decide(
+            inputs,
+            self.runtime.evaluate(inputs),
+            now_s=now_s,
+            trigger=Trigger.INTERVAL,
+            switching=now_s < self.busy_until_s,
+        )
+        self.decisions.append(decision)
+        if decision.verdict is DecisionVerdict.SWITCH:
+            self.busy_until_s = now_s + decision.switch_s
+        return decision
+
+
+def facts(
+    *rates: float,
+    coming: float | None = None,
+    upper: float | None = None,
+    peak: float | None = None,
+    last: float | None = None,
+    steps: int = 5,
+) -> LoadFacts:
+    """Rates by type now; the others, if given, are sums, in the same mix."""
+    whole = sum(rates)
+
+    def spread(total: float | None) -> tuple[float, ...]:
+        if total is None:
+            return rates
+        return tuple(total * (rate / whole if whole > 0 else 1 / len(rates)) for rate in rates)
+
+    return LoadFacts(
+        now=rates,
+        last=spread(last),
+        last_s=10.0,
+        expected=(spread(coming),) * steps,
+        upper=(spread(coming if upper is None else upper),) * steps,
+        step_s=20.0,
+        peaks=(spread(peak),),
+        mix=rates,
+        mix_s=600.0,
+        burstiness=(0.0,) * len(rates),
+        watched_s=3600.0,
+    )
+
 
 def learn(runtime: ControllerRuntime, ladder: Ladder) -> None:
     """Give a runtime a ladder, as if it had asked for it."""
@@ -238,7 +292,7 @@ def follower(
     runtime = ControllerRuntime(
         plan_for(shapes),
         policy=replace(settings, mode=policy.get("mode", Mode.AUTO)),
-        planner=planner(kinds),
+        planner=PLANNERS[kinds - 1],
         starts=StartTimes(30.0),
         shares_interval_s=5.0,
     )

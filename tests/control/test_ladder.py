@@ -248,11 +248,33 @@ def test_of_equals_the_nearest_wins() -> None:
     assert found.index == 0
 
 
+def test_of_equals_as_near_the_one_that_carries_most_wins() -> None:
+    small, large = rung(everywhere(4), 0.4, 1.0), rung(everywhere(2), 0.6, 1.005)
+    ladder = ladder_of(small, large)
+    for near, chosen in (((), 1), (everywhere(1), 1), (everywhere(4), 0)):
+        found = ladder.choose(LATENCY, required=0.2, expected=0.2, near=near)
+        assert found.index == chosen
+
+
 def test_what_nobody_holds_goes_to_the_largest_attainment() -> None:
     ladder = three_rungs()
     found = ladder.choose(LATENCY, required=3.0, expected=3.0, near=everywhere(4))
     assert (found.index, found.holds) == (2, False)
     assert found.cost > 5.0
+
+
+def test_a_part_of_a_deployment_carries_its_part() -> None:
+    ladder = three_rungs()
+    part = ((shape(2), 1),)
+    found = ladder.including(part)
+    index = found.find(part)
+    assert index is not None
+    whole = ladder.find(everywhere(2))
+    assert whole is not None
+    assert found.capacity(index, LATENCY) == pytest.approx(ladder.capacity(whole, LATENCY) / 4)
+    assert found.deployments[:-1] == ladder.deployments
+    for other in (everywhere(4), (), ((shape(8), 1),), ((shape(2), 5),)):
+        assert ladder.including(other) is ladder
 
 
 def test_barred_shapes_are_on_no_rung() -> None:

@@ -73,6 +73,24 @@ def test_a_ladder_of_other_speeds_or_without_the_deployment_does_not_fit() -> No
     assert not shelf.needs(CHAT, MINE, NONE, 400.0)
 
 
+def test_a_ladder_of_other_speeds_is_better_than_one_without_the_deployment() -> None:
+    shelf = LadderShelf()
+    old, new = shelved(CHAT, 1, 4, speeds=SLOW), shelved(CHAT, 1, 2)
+    for item in (old, new):
+        shelf.add(item)
+    # A switch that began before the new ladder was ready ended in a deployment that it lacks.
+    assert shelf.take(CHAT, everywhere(4), NONE) is old.ladder
+    assert shelf.needs(CHAT, everywhere(4), NONE, 0.0)
+    assert shelf.take(CHAT, everywhere(2), NONE) is new.ladder
+
+
+def test_it_asks_soon_again_while_no_ladder_has_the_deployment() -> None:
+    shelf = LadderShelf()
+    shelf.add(shelved(CHAT))
+    asked = [second for second in range(50) if shelf.needs(CHAT, everywhere(4), NONE, second)]
+    assert asked == [0, 20, 40]
+
+
 def test_a_deployment_that_cannot_be_simulated_is_not_asked_for_again() -> None:
     shelf = LadderShelf()
     odd = ((shape(8), 3),)

@@ -28,7 +28,7 @@ from oserve.evaluate.background_tuning import (
     recent_traffic,
     tuned_on_records,
 )
-from oserve.evaluate.part_score import Gain, Loads
+from oserve.evaluate.part_score import Gain, RateScales
 from oserve.evaluate.tuning import Tuned
 from oserve.evaluate.tuning_run import PartSummary, TuningRun
 from oserve.gateway.records import RecordStore
@@ -85,9 +85,10 @@ def run_of(present: DispatchConstants, constants: DispatchConstants) -> TuningRu
     return TuningRun(
         tuned=tuned,
         knee=1.0,
-        loads=Loads(below=(1.0,), past=()),
+        loads=RateScales(below=(1.0,), past=()),
         requests=(500, 500),
         windows=3,
+        shortest_s=100.0,
         runs=1,
         before=summary,
         after=summary,

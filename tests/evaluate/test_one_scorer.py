@@ -35,7 +35,8 @@ from oserve.study.runner import run_policy
 from oserve.study.scene import Scene
 
 CHATS, DOCUMENTS = (20.0, 0.1), (0.5, 12.0)
-STAGES = ((CHATS, 40.0), (DOCUMENTS, 40.0))
+# Documents come long enough for a switch to them to pay, should chats return.
+STAGES = ((CHATS, 40.0), (DOCUMENTS, 100.0))
 START_S = 3.0
 SLOTS = 4
 

@@ -122,3 +122,31 @@ def test_a_switch_costs_what_is_late_because_of_it(request_: PlanRequest) -> Non
     assert none.candidate_rps == none.current_rps
     assert none.net_gain == 0.0
     assert np.isinf(none.pays_after_s)
+
+
+def test_a_switch_that_loses_if_earlier_traffic_returns_soon_gains_nothing(
+    request_: PlanRequest,
+) -> None:
+    planner = planner_for(request_, StartTimes(5.0))
+    scorer = SwitchScorer(model_of(request_, min_gain=-1.0))
+    best, *_ = planner.candidates(RATES, empty(request_))
+    half = replace(best, id="half", replicas=best.replicas[:1])
+    simulation = SwitchSimulation(scorer, planner)
+    # Half of the replicas are enough now, and too few for the traffic before.
+    few = tuple(0.1 * rate for rate in RATES)
+    soon, old = (
+        simulation.case(
+            asked_of(best, few, before=MANY, back_s=20.0, age_s=age_s), half, lasts_s=100.0
+        )
+        for age_s in (2.0, 200.0)
+    )
+    assert soon.back
+    assert soon.returning == replace(soon, lasts_s=2.0)
+    assert old.returning is None
+    score = scorer.score(soon)
+    assert score.net_gain < 0
+    assert score.lasts_s == 2.0
+    # Without earlier traffic to return there is nothing to lose, and no way back.
+    alone = simulation.case(asked_of(best, few, age_s=2.0), half, lasts_s=100.0)
+    assert not alone.back
+    assert alone.returning is None

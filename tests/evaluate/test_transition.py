@@ -1,5 +1,7 @@
 """A switch on a simulated fleet: no request is lost, and replicas serve only in their time."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,9 +10,10 @@ from oserve.control.evaluation import Leg
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, SimulatedTraffic, Simulator
-from oserve.evaluate.transition import RoutedLeg, simulate_switch
+from oserve.evaluate.transition import RoutedLeg, TimedSwitch, simulate_switches
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
+from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
 
 SIMULATOR = Simulator(RooflineSource(find_model("qwen3-32b")))
@@ -66,6 +69,21 @@ def side_by_side(seconds: float) -> list[RoutedLeg]:
     return [routed(leg, plan(*OLD), plan(*NEW))]
 
 
+def switched(
+    routing: Routing,
+    legs: Sequence[RoutedLeg],
+    played: SimulatedTraffic,
+    drain_limit_s: float = 5.0,
+) -> FleetResults:
+    return simulate_switches(
+        SIMULATOR,
+        serving(routing),
+        [TimedSwitch(at_s=AT_S, legs=tuple(legs))],
+        played,
+        drain_limit_s=drain_limit_s,
+    )
+
+
 @settings(max_examples=12)
 @given(
     st.sampled_from([one_by_one, side_by_side]),
@@ -80,9 +98,7 @@ def test_no_request_is_lost(
 ) -> None:
     played = traffic(rate, seed)
     legs = way(seconds)  # type: ignore[operator]
-    results = simulate_switch(
-        SIMULATOR, serving(routing), legs, played, at_s=AT_S, drain_limit_s=drain_limit_s
-    )
+    results = switched(routing, legs, played, drain_limit_s)
     assert (results.status == Status.COMPLETED).all()
     names = np.array(results.replica_names)[results.replica]
     # Before they are ready, new replicas serve no request; the old ones are gone in the end.
@@ -95,13 +111,9 @@ def test_no_request_is_lost(
 def test_nothing_changes_without_legs_and_before_the_switch() -> None:
     played = traffic(6.0, 1)
     alone = SIMULATOR.run(serving(Routing.POOLS), played)
-    none = simulate_switch(
-        SIMULATOR, serving(Routing.POOLS), [], played, at_s=AT_S, drain_limit_s=5.0
-    )
+    none = switched(Routing.POOLS, [], played)
     assert np.array_equal(none.finish_s, alone.finish_s)
-    moved = simulate_switch(
-        SIMULATOR, serving(Routing.POOLS), one_by_one(5.0), played, at_s=AT_S, drain_limit_s=5.0
-    )
+    moved = switched(Routing.POOLS, one_by_one(5.0), played)
     before = alone.finish_s < AT_S
     assert before.any()
     assert np.array_equal(moved.finish_s[before], alone.finish_s[before])
@@ -110,14 +122,32 @@ def test_nothing_changes_without_legs_and_before_the_switch() -> None:
 def test_slower_starts_serve_later() -> None:
     played = traffic(8.0, 2)
     slow, quick = (
-        simulate_switch(
-            SIMULATOR,
-            serving(Routing.LEAST_WORK),
-            one_by_one(seconds),
-            played,
-            at_s=AT_S,
-            drain_limit_s=5.0,
-        )
-        for seconds in (15.0, 0.0)
+        switched(Routing.LEAST_WORK, one_by_one(seconds), played) for seconds in (15.0, 0.0)
     )
     assert np.nanmean(quick.finish_s) <= np.nanmean(slow.finish_s)
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([one_by_one, side_by_side]), st.floats(0.0, 20.0), st.floats(0.0, 30.0))
+def test_after_the_way_back_the_old_replicas_serve_again(
+    way: object, seconds: float, back_s: float
+) -> None:
+    played = traffic(4.0, 3)
+    there = way(seconds)  # type: ignore[operator]
+    home = routed(Leg(started=OLD, retired=NEW, seconds=seconds), plan(*NEW), plan(*OLD))
+    results = simulate_switches(
+        SIMULATOR,
+        serving(Routing.LEAST_WORK),
+        # If the way there is longer, the way back begins after it.
+        [
+            TimedSwitch(at_s=AT_S, legs=tuple(there)),
+            TimedSwitch(at_s=AT_S + back_s, legs=(home,)),
+        ],
+        played,
+        drain_limit_s=5.0,
+    )
+    assert (results.status == Status.COMPLETED).all()
+    assert {item.id for item in OLD} <= set(results.replica_names)
+    names = np.array(results.replica_names)[results.replica]
+    last = results.arrival_s > AT_S + max(back_s, 2 * (seconds + 6.0)) + seconds + 6.0
+    assert np.isin(names[last], [item.id for item in OLD]).all()

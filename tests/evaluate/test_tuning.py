@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from oserve.control.dispatch.constants import DispatchConstants, most_inflight
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.evaluate.part_score import (
+    LEAST_WINDOW_S,
     PartScore,
     ServedWindow,
     WindowScore,
     gain_of,
     loads_around,
+    windows_at,
 )
 from oserve.evaluate.tuning import (
     VALUES,
@@ -182,3 +184,10 @@ def test_the_bound_in_flight_is_at_least_one_and_never_raised(
     usual: int, devices: int, per_device: float | None
 ) -> None:
     assert 1 <= most_inflight(usual=usual, devices=devices, per_device=per_device) <= usual
+
+
+@given(duration_s=st.floats(1.0, 1e5), knee=st.floats(0.01, 100.0))
+def test_several_windows_are_long_enough_at_the_knee(duration_s: float, knee: float) -> None:
+    windows = windows_at(duration_s, knee)
+    assert 1 <= windows <= 3
+    assert windows == 1 or duration_s / windows / max(knee, 1.0) >= LEAST_WINDOW_S

@@ -36,14 +36,17 @@ def test_it_has_three_parts_at_their_rates() -> None:
     asked = question(past=((BEFORE, 15.0), (NOW, 85.0)), before=BEFORE, back_s=120.0)
     ahead = evaluation_workload(asked, 400.0, LENGTHS, seed=1)
     assert (ahead.now_s, ahead.then_s, ahead.lasting_s) == (100.0, 500.0, 400.0)
+    assert ahead.back_s == 620.0
     arrival_s = ahead.traffic.arrival_s
     assert (np.diff(arrival_s) >= 0).all()
-    assert arrival_s[-1] < 620.0
+    # The earlier traffic goes on after the way back, until what that leaves behind is served.
+    later_s = 420.0
+    assert arrival_s[-1] < 500.0 + later_s
     assert ahead.expected.sum() == pytest.approx(400 * sum(NOW), rel=0.05)
-    assert ahead.later.sum() == pytest.approx(120 * sum(BEFORE), rel=0.1)
+    assert ahead.later.sum() == pytest.approx(later_s * sum(BEFORE), rel=0.1)
     assert not (ahead.expected & ahead.later).any()
     long = ahead.traffic.prompt_tokens == 1000
-    assert (long & ahead.later).sum() == pytest.approx(120 * BEFORE[1], rel=0.2)
+    assert (long & ahead.later).sum() == pytest.approx(later_s * BEFORE[1], rel=0.2)
 
 
 def test_without_history_it_begins_warm_and_never_goes_back() -> None:
@@ -56,6 +59,13 @@ def test_without_history_it_begins_warm_and_never_goes_back() -> None:
         steps=(ForecastStep(seconds=60.0, probabilities={(0.0, 0.0): 1.0}, expected=(0.0, 0.0)),)
     )
     assert len(evaluation_workload(nothing, 100.0, LENGTHS, seed=1).traffic) == 0
+
+
+def test_a_long_past_loses_whole_periods_where_it_has_too_many_requests() -> None:
+    for rate_rps, kept_s in ((1.0, 1205.0), (60.0, 905.0), (1000.0, 305.0)):
+        past = (((rate_rps, 0.0), 15.0),) * 80 + (((rate_rps, 0.0), 5.0),)
+        ahead = evaluation_workload(question(past=past), 1.0, LENGTHS, seed=1)
+        assert ahead.now_s == kept_s
 
 
 @given(

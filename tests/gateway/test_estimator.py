@@ -1,8 +1,11 @@
 """What the gateway expects, learns and counts; sessions; what happens under overload."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
+from oserve.control.dispatch.constants import DispatchConstants
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import PlannedType
 from oserve.gateway.http.body import parse_body
 from oserve.gateway.http.prompt import system_prefix
@@ -89,6 +92,19 @@ async def test_the_late_are_served_last_and_all_are_served(make_front: Make) -> 
     engine = EmulatedEngine(speed=EngineSpeed(ttft_s=0.1))
     front = await make_front(engine, settings=settings, max_inflight=1)
     calls = [asyncio.ensure_future(front.post("/v1/completions", body(2))) for _ in range(3)]
+    answers = await asyncio.gather(*calls)
+    assert [status for status, _, _ in answers] == [200] * 3
+    text = (await front.get("/metrics"))[1].decode()
+    assert "oserve_requests_demoted_total 2.0" in text
+
+
+async def test_constants_change_while_requests_wait_and_all_are_served(make_front: Make) -> None:
+    front = await make_front(EmulatedEngine(speed=EngineSpeed(ttft_s=0.1)), max_inflight=1)
+    runner = front.gateway.runner
+    calls = [asyncio.ensure_future(front.post("/v1/completions", body(2))) for _ in range(3)]
+    await until(lambda: runner.queued == 2)
+    late = DispatchConstants(overload=OverloadPolicy(ttft_s=1e-6))
+    runner.update(replace(runner.table, constants=late))
     answers = await asyncio.gather(*calls)
     assert [status for status, _, _ in answers] == [200] * 3
     text = (await front.get("/metrics"))[1].decode()

@@ -10,6 +10,8 @@ import aiohttp
 import msgspec
 import pytest
 
+from oserve.control.dispatch.constants import DispatchConstants
+from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.process.client import HubClient
@@ -97,7 +99,8 @@ async def test_a_process_goes_on_with_the_hub_of_another_server(tmp_path: Path) 
     await client.sync()
     assert runner.table == TABLE
     assert listening.result() == 7
-    other = replace(TABLE, plan_id="q")
+    tuned = DispatchConstants(overload=OverloadPolicy(ttft_s=2.0), inflight_per_device=4.0)
+    other = replace(TABLE, plan_id="q", constants=tuned)
     second.publish(other, ClusterSnapshot())
     await client.sync()
     assert runner.table == other

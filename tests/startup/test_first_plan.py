@@ -213,3 +213,14 @@ def test_a_bad_profile_that_was_asked_for_is_an_error(model: str, tmp_path: Path
     with pytest.raises(OServeError) as caught:
         find_step_times(given, SLOTS)
     assert "profile.json" in caught.value.place
+
+
+def test_an_objective_is_for_types_that_exist(model: str, tmp_path: Path) -> None:
+    rates = {"planning.rates": "chats:60x120=6,documents:1500x20=0.2"}
+    objectives = {"chats": "energy"}
+    prepare(settings(model, tmp_path, **rates, **{"planning.type_objectives": objectives}))
+    with pytest.raises(OServeError, match=r"'chat'.*chats, documents") as found:
+        prepare(
+            settings(model, tmp_path, **rates, **{"planning.type_objectives": {"chat": "energy"}})
+        )
+    assert found.value.place == "planning.type_objectives"

@@ -45,13 +45,12 @@ from oserve.config.cluster import ClusterSpec
 from oserve.config.reading import read_document
 from oserve.core import AttachedBackend, DeploymentPlan, OServeError
 from oserve.engines.devices import find_devices
-from oserve.evaluate.part_score import Gain, ScoredServing
+from oserve.evaluate.part_score import LEAST_WINDOW_S, Gain, ScoredServing
 from oserve.evaluate.simulator import Simulator, traffic_from
 from oserve.evaluate.tuning import Tuned, Verdict, value_of
 from oserve.evaluate.tuning_run import (
     HOLD_OUT,
     MIN_GAIN,
-    WINDOWS,
     TuningChoice,
     TuningRun,
     is_pooled,
@@ -168,7 +167,6 @@ def tune(
         ttft_s=_demotes_by_s(settings),
         min_gain=min_gain,
         hold_out=hold_out,
-        windows=WINDOWS,
         place=trace,
     )
     traffic = traffic_from(requests, max_model_len=context).faster(rate_scale)
@@ -348,6 +346,12 @@ def _show(run: TuningRun, plan: DeploymentPlan, rate_rps: float) -> None:
         f"{tuned.candidates} candidates, {run.runs:,} simulations",
         markup=False,
     )
+    if run.shortest_s < LEAST_WINDOW_S:
+        _console.print(
+            f"note: at the knee a part lasts only {run.shortest_s:.0f} s, so queues have no time "
+            "to grow; a longer trace or fewer devices tell more",
+            markup=False,
+        )
     table = Table("constant", "present", "proposed", "gain", "gain held out", "verdict")
     for item in tuned.reports:
         changed = item.verdict is not Verdict.SAME

@@ -108,6 +108,7 @@ class Controller:
             in_order=policy.in_order,
             past=monitor.past(),
             before=monitor.before_rps(),
+            age_s=monitor.age_s(),
             back_s=policy.min_dwell_s,
             load=(
                 None

@@ -106,8 +106,9 @@ class DecisionInput:
     ``in_order``: replicas serve in order of arrival, so that a backlog makes all requests late.
     ``past``: recent rates, each with the seconds that it held, up to now.
     ``before``: the rates before the traffic last changed, empty if it did not change. They are
-    taken to return, for the ``back_s`` seconds until the controller can switch back.
-    ``speeds``: the observed speeds of replicas. ``load``: for a controller that follows a ladder.
+    taken to return, for the ``back_s`` seconds until the controller can switch back. ``age_s``:
+    how long the traffic has been as it is now. ``speeds``: the observed speeds of replicas.
+    ``load``: for a controller that follows a ladder.
     """
 
     at_s: float
@@ -126,6 +127,7 @@ class DecisionInput:
     past: tuple[tuple[TypeRates, float], ...] = ()
     before: TypeRates = ()
     back_s: float = 0.0
+    age_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
     load: LoadFacts | None = None
 
@@ -159,19 +161,21 @@ class SwitchPrice:
 class SimulatedScore:
     """The simulated score of a switch: requests/s within limits without the switch and with it.
 
-    ``net_gain``: requests that the switch gains after its cost. ``pays_after_s``: when the gain
-    has made up for the cost; ``inf`` if it never does.
+    ``net_gain``: requests that the switch gains after its cost, in the course of the traffic that
+    decides. ``lasts_s``: how long the present traffic lasts in that course; ``None``: as long as
+    expected. ``pays_after_s``: when the gain has made up for the cost; ``inf`` if it never does.
     """
 
     current_rps: float
     candidate_rps: float
     net_gain: float
     pays_after_s: float = math.inf
+    lasts_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateScore:
-    """A candidate and its numbers; served rates are averages over ``lasts_s``.
+    """A candidate and its numbers; the gain is that of ``lasts_s`` seconds.
 
     ``pays_after_s``: when the gain has made up for the switch and the way back; ``inf`` if it never
     does.
@@ -202,6 +206,7 @@ class CandidateScore:
         """The same candidate with simulated rates and gain in place of the linear model's."""
         return replace(
             self,
+            lasts_s=self.lasts_s if score.lasts_s is None else score.lasts_s,
             current_rps=score.current_rps,
             candidate_rps=score.candidate_rps,
             current_now_rps=score.current_rps,

@@ -78,10 +78,11 @@ class FollowScore:
     """A candidate and its numbers.
 
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
-    does. ``overloaded``: the current deployment does not hold the present load. ``current_cost``
-    and ``candidate_cost``, at the expected load, are in requests at the best latency per request.
-    ``gain_per_s``: what the switch gains each second; ``price``: what it costs. ``seconds`` until
-    the last wave is committed.
+    does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``overloaded``:
+    the current deployment does not hold the present load. ``current_cost`` and ``candidate_cost``,
+    at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
+    switch gains each second; ``price``: what it costs. ``seconds`` until the last wave is
+    committed.
     """
 
     plan: DeploymentPlan
@@ -89,6 +90,7 @@ class FollowScore:
     loads: Loads
     rises: bool
     holds: bool
+    climbs: bool
     overloaded: bool
     current_cost: float
     candidate_cost: float
@@ -188,6 +190,7 @@ def follow(
         loads=loads,
         rises=rises,
         holds=rung.holds,
+        climbs=ladder.capacity(chosen, goal) > ladder.capacity(present, goal),
         overloaded=present not in ladder.scores(loads.present).holding(goal),
         current_cost=now_cost,
         candidate_cost=then_cost,

@@ -37,6 +37,8 @@ P99_GUARD = 1.1
 _SAME_ATTAINMENT = 0.01
 # Of scores this near, the deployment that is nearest to the present plan wins.
 _SAME_SCORE = 1.01
+# The same for capacities.
+_SAME_CAPACITY = 1.02
 
 
 def shapes_of(replicas: Sequence[ReplicaSpec]) -> Shapes:
@@ -179,6 +181,28 @@ class Ladder:
                 return index
         return None
 
+    def including(self, shapes: Shapes) -> Self:
+        """The ladder with this deployment, if it is a part of another one.
+
+        It is taken to carry its part of that one's load: after an idle time, or where replicas
+        are lost, it is in force before it was simulated.
+        """
+        if not shapes or self.find(shapes) is not None:
+            return self
+        mine = dict(shapes)
+        wider = [
+            item
+            for item in self.deployments
+            if all(dict(item.shapes).get(shape, 0) >= count for shape, count in mine.items())
+        ]
+        if not wider:
+            return self
+        whole = min(wider, key=lambda item: device_count(item.shapes))
+        part = device_count(shapes) / device_count(whole.shapes)
+        scores = tuple(replace(score, load=part * score.load) for score in whole.scores)
+        added = LadderDeployment(shapes=shapes, scores=scores)
+        return replace(self, deployments=(*self.deployments, added))
+
     def without(self, barred: Collection[ReplicaShape], kept: Shapes) -> Self:
         """The ladder without deployments that have a barred shape, except for ``kept``."""
         if not barred:
@@ -212,7 +236,8 @@ class Ladder:
     def choose(self, goal: Goal, *, required: float, expected: float, near: Shapes = ()) -> Rung:
         """The deployment for an expected load, of those that hold the required load.
 
-        Among equals the one nearest to ``near`` wins.
+        Among equals the one nearest to ``near`` wins, then one that carries most, then one of few
+        shapes.
         """
         held = self.scores(required)
         holding = held.holding(goal)
@@ -221,14 +246,14 @@ class Ladder:
             equal = np.flatnonzero(
                 held.attainment >= held.attainment[best] - _SAME_ATTAINMENT
             ).tolist()
-            chosen = self._nearest(equal, near, held.attainment * -1.0)
+            chosen = self._nearest(equal, near, held.attainment * -1.0, goal)
             return Rung(index=chosen, holds=False, cost=self.scores(expected).cost(chosen, goal))
         at = self.scores(expected)
         allowed = at.guarded(holding, goal)
         costs = self._objectives(at, goal)
         least = min(costs[index] for index in allowed)
         equal = [index for index in allowed if costs[index] <= _SAME_SCORE * least]
-        chosen = self._nearest(equal, near, costs)
+        chosen = self._nearest(equal, near, costs, goal)
         return Rung(index=chosen, holds=True, cost=float(costs[chosen]))
 
     def _objectives(self, at: "LoadScores", goal: Goal) -> NDArray[np.float64]:
@@ -240,11 +265,20 @@ class Ladder:
             return costs
         return np.array([at.objective(index, goal) for index in each])
 
-    def _nearest(self, equal: Sequence[int], near: Shapes, costs: NDArray[np.float64]) -> int:
-        """The deployment with most devices in common with ``near``, then the least cost."""
+    def _nearest(
+        self, equal: Sequence[int], near: Shapes, costs: NDArray[np.float64], goal: Goal
+    ) -> int:
+        """The deployment with most devices in common with ``near``; see ``choose``.
+
+        One that carries more at the same cost spares a later switch.
+        """
+        common = {i: _common_devices(self.deployments[i].shapes, near) for i in equal}
+        nearest = [i for i in equal if common[i] == max(common.values())]
+        capacity = {i: self.capacity(i, goal) for i in nearest}
+        most = max(capacity.values())
         return min(
-            equal,
-            key=lambda i: (-_common_devices(self.deployments[i].shapes, near), costs[i], i),
+            (i for i in nearest if capacity[i] * _SAME_CAPACITY >= most),
+            key=lambda i: (len(self.deployments[i].shapes), costs[i], i),
         )
 
 
@@ -296,9 +330,9 @@ class LoadScores:
         return total
 
     def cost(self, index: int, goal: Goal) -> float:
-        """The objective and the requests outside their SLO beyond those allowed, by request."""
+        """The objective, of a request; ``MISSED`` for those outside the SLO beyond the allowed."""
         missing = max(0.0, goal.attainment - float(self.attainment[index]))
-        return self.objective(index, goal) + MISSED * missing
+        return (1.0 - missing) * self.objective(index, goal) + MISSED * missing
 
 
 def _work(rates: LoadRates, work: Sequence[float]) -> float:

@@ -25,8 +25,10 @@ from oserve.workload.columns import Floats
 _LAG_S = 1
 _PARTS = 6
 _FEWEST_S = 3
-# Recent rates are given in pieces of this length, over up to two periods.
+# Recent rates are given in pieces of this length, over whole periods of the queue's order.
 _PIECE_S, _PERIOD_S = 15, 300
+# A backlog is followed back over so many periods at most.
+_MOST_PERIODS = 4
 # Windows for the rates before a change; the longest that is available counts.
 _BEFORE_S = (900, 300, 60, 10)
 _LIKELY = 0.9
@@ -34,6 +36,10 @@ _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
 LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
 _BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 12, 2.0
+# Halves of a span are compared in this many parts; spans are multiples of as many seconds.
+_SPAN_S = 20
+# Standard errors of their difference. Several spans of several types are compared.
+_SIGNIFICANT = 4.0
 # How long the longest request stays on a replica, in multiples of the mean.
 _LONGEST = 2.0
 
@@ -55,6 +61,8 @@ class TrafficMonitor:
         self._forecaster = forecaster
         self._detector = detector
         self._window_end_s = -1
+        # The last second in which no request waited.
+        self._idle_s = -1
         self._detected_s = -1
         self._change_s: float | None = None
         self._recheck_s: float | None = None
@@ -70,6 +78,8 @@ class TrafficMonitor:
         for batch in batches:
             self.collector.add(batch)
         self.collector.tick(now_s, gauges)
+        if gauges is None or gauges.get("waiting", 0.0) + gauges.get("queued", 0.0) <= 0:
+            self._idle_s = int(now_s)
         end_s = int(now_s) - _LAG_S
         if self._detected_s < 0 or end_s - self._detected_s > self.collector.size_s // 2:
             self._detected_s = end_s
@@ -177,10 +187,13 @@ class TrafficMonitor:
     def past(self) -> tuple[tuple[TypeRates, float], ...]:
         """Recent rates, each with the seconds it held.
 
-        They start where a period of the queue's freshest-first order starts.
+        They start where a period of the queue's freshest-first order starts, and before the
+        requests arrived that wait now: traffic that begins later would leave out their backlog.
         """
         end_s = self.collector.newest_s
-        first_s = end_s - end_s % _PERIOD_S - _PERIOD_S
+        period_s = end_s - end_s % _PERIOD_S
+        waits_s = self._idle_s - self._idle_s % _PERIOD_S
+        first_s = max(min(period_s - _PERIOD_S, waits_s), period_s - _MOST_PERIODS * _PERIOD_S)
         found: list[tuple[TypeRates, float]] = []
         for start_s in range(max(0, first_s), end_s, _PIECE_S):
             width_s = min(_PIECE_S, end_s - start_s)
@@ -198,6 +211,24 @@ class TrafficMonitor:
                 if not np.isnan(rates).any():
                     return tuple(rates.tolist())
         return ()
+
+    def age_s(self) -> float:
+        """Seconds for which the traffic has been as it is now; 0 if it never changed.
+
+        It has changed at least as often as the detector says: on a ramp or a wave no rates last. So
+        it is the longest span since the last detected change in which neither half has
+        significantly more arrivals of a type.
+        """
+        if self.began_s <= 0:
+            return 0.0
+        end_s = self.collector.newest_s
+        since_s = min(end_s - self.began_s, self.collector.size_s)
+        found_s = min(since_s, _SPAN_S)
+        for width_s in range(_SPAN_S, since_s + 1, _SPAN_S):
+            if not _is_steady(self.collector.window(end_s, width_s, parts=_SPAN_S).parts):
+                break
+            found_s = width_s
+        return float(found_s if found_s + _SPAN_S <= since_s else since_s)
 
     def likely(self) -> tuple[TypeRates, ...]:
         """Rates to plan for: the expected ones, and a high quantile."""
@@ -321,6 +352,22 @@ class TrafficMonitor:
 def _rates(values: Floats) -> TypeRates:
     found: tuple[float, ...] = tuple(np.nan_to_num(values).tolist())
     return found
+
+
+def _is_steady(parts: Floats) -> bool:
+    """Whether the halves of these counts, (p, k), differ by no more than chance.
+
+    Arrivals may come in bursts, so the variance is that of the parts, and at least Poisson's.
+    """
+    halves = np.split(parts, 2)
+    if np.isnan(parts).any():
+        return True
+    means = [half.mean(axis=0) for half in halves]
+    spread = sum(
+        np.maximum(half.var(axis=0, ddof=1), mean) / len(half)
+        for half, mean in zip(halves, means, strict=True)
+    )
+    return bool((np.abs(means[0] - means[1]) <= _SIGNIFICANT * np.sqrt(spread)).all())
 
 
 def _number(value: Any) -> float:

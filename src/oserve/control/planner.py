@@ -217,15 +217,21 @@ class TablePlanner:
     def switch(
         self, current: DeploymentPlan, shapes: Shapes
     ) -> tuple[DeploymentPlan, Sequence[Leg]]:
-        """A deployment near the current plan, and the legs of the switch to it."""
-        key = (frozenset(current.replicas), shapes)
+        """A deployment near the current plan, and the legs of the switch to it.
+
+        Found again until the current plan is another one: a switch teaches how long phases take.
+        """
+        origin = frozenset(current.replicas)
+        key = (origin, shapes)
         found = self._switches.get(key)
         if found is None:
-            if len(self._switches) >= _MOST_SWITCHES:
-                self._switches.clear()
+            held = {own: item for own, item in self._switches.items() if own[0] == origin}
+            if len(held) >= _MOST_SWITCHES:
+                held = {}
             plan = self.deployment(shapes, current)
             found = (plan, tuple(self.legs(current.replicas, plan.replicas)))
-            self._switches[key] = found
+            # Another thread may be reading.
+            self._switches = {**held, key: found}
         return found
 
     @property

@@ -147,9 +147,11 @@ def follow_reason_for(
         (same, Reason.SAME_PLAN),
         (context.held, Reason.HELD),
         # More load than the current plan holds does not wait.
-        (score.rises and score.holds, Reason.LOAD_RISES),
+        (score.rises and score.holds and score.climbs, Reason.LOAD_RISES),
         (dwelling and not context.shrunk and not score.overloaded, Reason.MINIMUM_DWELL),
         (len(recent) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT),
+        # Another deployment that holds, but carries no more: their types could take turns.
+        (score.rises and score.holds, Reason.LOAD_RISES),
         (score.gain_per_s <= max(least, 1e-9), Reason.GAIN_TOO_SMALL),
         (context.missed < policy.margin * score.price, Reason.NOT_LONG_ENOUGH),
         (True, Reason.OBJECTIVE_GAINS),

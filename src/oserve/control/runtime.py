@@ -137,7 +137,9 @@ class ControllerRuntime:
         policy, ladder = self.controller.policy.follow, self.shelf.ladder
         if policy is None or ladder is None or now_s - self._overload_s < self._overload_rest_s:
             return None
-        present = ladder.find(shapes_of(self.controller.plan.replicas))
+        shapes = shapes_of(self.controller.plan.replicas)
+        ladder = ladder.including(shapes)
+        present = ladder.find(shapes)
         if present is None:
             return None
         monitor = self.controller.monitor
@@ -249,7 +251,7 @@ class ControllerRuntime:
             return None
         mine = shapes_of(inputs.current.replicas)
         found = follow(
-            ladder.without(self.planner.barred, mine),
+            ladder.including(mine).without(self.planner.barred, mine),
             facts,
             policy.follow,
             current=inputs.current,

@@ -19,6 +19,8 @@ _BETTER = 0.03
 _MOST = 8
 # The time between two preparations; one that failed is not tried again earlier.
 _REST_S = 120.0
+# The same while no ladder has the present deployment, since then nothing can be decided.
+_SOON_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,13 @@ class LadderShelf:
         self._held.append(item)
 
     def take(self, mix: LoadRates, present: Shapes, speeds: Speeds) -> Ladder | None:
-        """Use the ladder that fits best; the last one if none fits."""
+        """Use the ladder that fits best; the last one if none fits.
+
+        A ladder of other speeds tells more than one without the present deployment.
+        """
         able = [item for item in self._held if item.suits(present, speeds)]
+        if not able and self.ladder is not None and self.ladder.find(present) is None:
+            able = [item for item in self._held if item.ladder.find(present) is not None]
         if able:
             best = min(able, key=lambda item: item.ladder.distance(mix))
             used = self._held[-1]
@@ -85,7 +92,8 @@ class LadderShelf:
             and self._held[-1].suits(present, speeds)
             and ladder.distance(mix) <= TOLERANCE
         )
-        if fits or now_s - self._asked_s < _REST_S:
+        blind = ladder is not None and ladder.find(present) is None
+        if fits or now_s - self._asked_s < (_SOON_S if blind else _REST_S):
             return False
         self._asked_s = now_s
         return True

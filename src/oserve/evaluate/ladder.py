@@ -75,7 +75,8 @@ class LadderCase:
     ``shapes`` to choose from; ``present``: deployments that must be in the ladder. ``goal``: for
     what deployments are kept. ``min_shapes``: of each deployment, where some have so many.
     ``mixed``: also deployments of two shapes. ``traffic``: simulate these requests at the given
-    ``loads``, in place of drawn ones. ``plans``: deployments that are simulated with their own routing shares.
+    ``loads``, in place of drawn ones. ``plans``: deployments that are simulated with their own
+    routing shares.
     """
 
     names: tuple[str, ...]

@@ -72,7 +72,8 @@ def drawn_traffic(
 
 def _arrivals(number: int, seconds: float, variance: float, draw: np.random.Generator) -> Floats:
     """So many arrivals, sorted; their rate varies from piece to piece."""
-    pieces = max(1, math.ceil(seconds / _BURST_S))
+    # More pieces than requests change nothing.
+    pieces = max(1, math.ceil(min(_MOST, seconds / _BURST_S)))
     factor = np.ones(pieces) if variance <= 0 else draw.gamma(1 / variance, variance, pieces)
     edges = np.concatenate([[0.0], np.cumsum(factor + _LEAST_FACTOR)])
     # Arrivals are uniform in the cumulated rate, which maps back to time piece by piece.

@@ -1,9 +1,10 @@
 """What constants of dispatch are worth on a part of a trace, by simulation.
 
-The part is cut into windows of equal length. Each is served at loads up to the knee of the present
-constants and past it; loads are multiples of the trace's own rate. All constants see the same
-requests at the same times, so differences are theirs (common random numbers). One number tells the
-gain of some constants over others in a window, the logarithm of a product:
+The part is cut into windows of equal length, as far as it is long enough. Each is served at loads
+up to the knee of the present constants and past it; loads are multiples of the trace's own rate.
+All constants see the same requests at the same times, so differences are theirs (common random
+numbers). One number tells the gain of some constants over others in a window, the logarithm of a
+product:
 
     capacity after / before                                largest load that holds the SLO
   * sqrt(mean * P99 of E2E), before / after                mean over loads up to the knee
@@ -36,12 +37,16 @@ from oserve.traces import Slo
 
 BELOW = (0.5, 0.8)
 PAST = (1.2, 1.5)
-"""Loads that are compared, as multiples of the knee; the trace's own rate comes on top."""
+"""RateScales that are compared, as multiples of the knee; the trace's own rate comes on top."""
+
+LEAST_WINDOW_S = 60.0
+"""A window, played at the knee, lasts at least so long."""
 
 # Smaller capacities and attainments count as this.
 _LEAST = 1e-3
+_MOST_WINDOWS = 3
 _TOLERANCE = 0.01
-# Loads closer than this to the trace's own rate stand for it.
+# RateScales closer than this to the trace's own rate stand for it.
 _NEAR = 0.05
 _EVALUATIONS = 14
 # The search for a capacity begins at an earlier one, in steps of this factor.
@@ -77,6 +82,14 @@ class WindowScore:
 
 PartScore = tuple[WindowScore, ...]
 """A score for each window of a part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateScales:
+    """Multiples of the trace's own rate: up to the knee, and past it."""
+
+    below: tuple[float, ...]
+    past: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,22 +175,20 @@ class PartScorer:
         serving: ScoredServing,
         part: SimulatedTraffic,
         *,
-        windows: int,
         told: Callable[[], None] = lambda: None,
     ) -> None:
         self._simulator = simulator
         self._serving = serving
         self._part = part
-        self._windows = windows_of(part, windows)
         self._told = told
-        self._capacities = [1.0] * len(self._windows)
-        self.loads = Loads(below=(1.0,), past=())
         self.runs = 0
+        self.compare_at(RateScales(below=(1.0,), past=()), windows=1)
 
-    @property
-    def windows(self) -> int:
-        """The number of windows."""
-        return len(self._windows)
+    def compare_at(self, loads: RateScales, *, windows: int) -> None:
+        """Score in so many windows, at these loads, from now on."""
+        self._loads = loads
+        self._windows = windows_of(self._part, windows)
+        self._capacities = [1.0] * len(self._windows)
 
     def knee(self, constants: DispatchConstants) -> float:
         """The largest multiple of the part's own rate at which the SLO holds; 0: none found."""
@@ -195,8 +206,8 @@ class PartScorer:
             scores.append(
                 WindowScore(
                     capacity=found,
-                    below=tuple(self._at(serving, window, load) for load in self.loads.below),
-                    past=tuple(self._at(serving, window, load) for load in self.loads.past),
+                    below=tuple(self._at(serving, window, load) for load in self._loads.below),
+                    past=tuple(self._at(serving, window, load) for load in self._loads.past),
                 )
             )
         return tuple(scores)
@@ -243,17 +254,17 @@ def windows_of(part: SimulatedTraffic, count: int) -> tuple[SimulatedTraffic, ..
     return tuple(window for window in windows if len(window))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loads:
-    """Multiples of the trace's own rate: up to the knee, and past it."""
+def windows_at(duration_s: float, knee: float) -> int:
+    """How many windows a part is cut into, 1 to 3: a window at the knee lasts a minute or more.
 
-    below: tuple[float, ...]
-    past: tuple[float, ...]
+    Played too fast, a window ends before queues have grown, and holds at any load.
+    """
+    return max(1, min(_MOST_WINDOWS, int(duration_s / max(knee, 1.0) / LEAST_WINDOW_S)))
 
 
-def loads_around(knee: float) -> Loads:
+def loads_around(knee: float) -> RateScales:
     """The trace's own rate, and loads around the knee."""
     below, past = ({factor * knee for factor in factors} for factors in (BELOW, PAST))
     if all(abs(load - 1.0) > _NEAR for load in below | past):
         (below if knee >= 1.0 else past).add(1.0)
-    return Loads(below=tuple(sorted(below)), past=tuple(sorted(past)))
+    return RateScales(below=tuple(sorted(below)), past=tuple(sorted(past)))

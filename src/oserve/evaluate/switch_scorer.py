@@ -1,9 +1,15 @@
 """Scores a switch by simulation: the evaluation workload with the switch and without it.
 
-Three simulations at most. The current plan serves the workload; the candidate serves it as if it
-had been there all along; and where that gains enough, the fleet switches from one to the other at
-the time of the decision, with drains, starts and the backlog that these leave behind. Near capacity
-the drains and starts decide, so they are simulated and not only priced.
+The current plan serves the workload, and the candidate serves it as if it had been there all along.
+Where that gains enough, the fleet switches from one to the other at the time of the decision, with
+drains, starts and the backlog that these leave behind. Near capacity the drains and starts decide,
+so they are simulated and not only priced.
+
+How long the present traffic lasts is unknown, and a switch that gains where it lasts loses where it
+does not. So there are two courses: the traffic lasts as long as expected, or as long again as it
+has lasted. Then the earlier traffic returns, and the fleet switches back. A switch gains what it
+gains in the first, unless it loses in the second. That is ski rental: a switch is bought once the
+change has lasted so long that it would have paid for the way there and back.
 
 Scoring depends on nothing but its arguments and gives the same score for the same arguments, on a
 server, in a replay and in a study.
@@ -27,7 +33,7 @@ from oserve.evaluate.simulator import (
     Simulator,
     met,
 )
-from oserve.evaluate.transition import RoutedLeg, simulate_switch
+from oserve.evaluate.transition import RoutedLeg, TimedSwitch, simulate_switches
 from oserve.evaluate.verification import SERVED_AS, common_slo
 from oserve.evaluate.workload import EvaluationWorkload, evaluation_workload
 from oserve.perf import ShapePerformance
@@ -41,6 +47,7 @@ from oserve.traces import Slo
 # backlog, which hides the better plan.
 _BACKLOGGED = 0.1
 _AS_MEASURED = Speeds()
+_MOST_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,7 +96,8 @@ class SwitchCase:
     """A switch to score; picklable.
 
     ``current`` and ``candidate`` have the routing shares for the expected rates. ``legs``: the way
-    from one to the other. ``lasts_s``: how long the candidate is taken to stay the best.
+    from one to the other; ``back``: the way back, when earlier traffic has returned. ``lasts_s``:
+    how long the candidate is taken to stay the best.
     """
 
     inputs: DecisionInput
@@ -97,6 +105,15 @@ class SwitchCase:
     candidate: DeploymentPlan
     legs: tuple[RoutedLeg, ...]
     lasts_s: float
+    back: tuple[RoutedLeg, ...] = ()
+
+    @property
+    def returning(self) -> "SwitchCase | None":
+        """The case in which the traffic lasts as long again as it has; ``None`` if it is this."""
+        inputs = self.inputs
+        if not inputs.before or not 0.0 < inputs.age_s < self.lasts_s:
+            return None
+        return replace(self, lasts_s=inputs.age_s)
 
 
 class SwitchScorer:
@@ -108,7 +125,9 @@ class SwitchScorer:
         # speeds of the source.
         self._as_measured = self._simulator = Simulator(model.source)
         self._speeds = _AS_MEASURED
-        self._cached: tuple[tuple[SwitchCase, float] | None, Mask] = None, np.zeros(0, dtype=bool)
+        # What the current plan serves in time: by the seconds at the expected rates, and requests.
+        self._kept_for: SwitchCase | None = None
+        self._kept: dict[tuple[float, int], Mask] = {}
 
     def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
         """The promising rows with simulated capacities; unchanged where there are no limits."""
@@ -131,11 +150,20 @@ class SwitchScorer:
 
         Raises OServeError for replicas that cannot be simulated.
         """
-        found = self._score(case)
+        found = self._steady(case)
         best_rps = max(found.current_rps, found.candidate_rps)
-        if not case.inputs.past or best_rps > _BACKLOGGED * sum(case.inputs.expected_rps):
+        if case.inputs.past and best_rps <= _BACKLOGGED * sum(case.inputs.expected_rps):
+            case = replace(case, inputs=replace(case.inputs, past=()))
+            found = self._steady(case)
+        if found.candidate_rps <= (1.0 + self._model.min_gain) * found.current_rps:
             return found
-        return self._score(replace(case, inputs=replace(case.inputs, past=())))
+        if case.returning is not None:
+            returning = self._switched(case.returning)
+            if returning.net_gain < 0:
+                # The rates stay those of the traffic as it is, for the regret of keeping the plan.
+                net_gain, lasts_s = returning.net_gain, returning.lasts_s
+                return replace(found, net_gain=net_gain, lasts_s=lasts_s)
+        return self._switched(case)
 
     def workload(self, case: SwitchCase) -> EvaluationWorkload:
         """The traffic on which the switch is simulated."""
@@ -151,42 +179,63 @@ class SwitchScorer:
         return met(self._simulator.run(serving, traffic, latest_s=self._latest_s), self._model.slo)
 
     # -- within ---------------------------------------------------------------------------------
-    def _score(self, case: SwitchCase) -> SimulatedScore:
+    def _steady(self, case: SwitchCase) -> SimulatedScore:
+        """Score the candidate as if it had been there all along, until earlier traffic returns."""
         ahead = self.workload(case)
+        ahead = replace(ahead, traffic=ahead.traffic.between(0.0, ahead.then_s))
         if not len(ahead.traffic):
             return SimulatedScore(current_rps=0.0, candidate_rps=0.0, net_gain=0.0)
         kept = self._met_without(case, ahead)
-        served = int((kept & ahead.expected).sum())
         moved = self.met(case.candidate, ahead.traffic, case.inputs.speeds)
-        pays_after_s = math.inf
-        if (moved & ahead.expected).sum() > (1.0 + self._model.min_gain) * served:
-            moved = self._met_with(case, ahead)
-            pays_after_s = _pays_after_s(ahead, kept, moved)
-        more = int((moved & ahead.expected).sum()) - served
-        later = int((moved & ahead.later).sum()) - int((kept & ahead.later).sum())
+        served, more = int((kept & ahead.expected).sum()), _more(moved, kept, ahead.expected)
+        return SimulatedScore(
+            current_rps=served / ahead.lasting_s,
+            candidate_rps=(served + more) / ahead.lasting_s,
+            net_gain=more * case.lasts_s / ahead.lasting_s,
+        )
+
+    def _switched(self, case: SwitchCase) -> SimulatedScore:
+        """Score the switch, and the way back once earlier traffic has returned."""
+        ahead = self.workload(case)
+        kept = self._met_without(case, ahead)
+        moved = self._met_with(case, ahead)
+        served = int((kept & ahead.expected).sum())
+        # Requests that are under way when the switch begins count, too.
+        more, later = _more(moved, kept, ~ahead.later), _more(moved, kept, ahead.later)
         return SimulatedScore(
             current_rps=served / ahead.lasting_s,
             candidate_rps=(served + more) / ahead.lasting_s,
             net_gain=more * case.lasts_s / ahead.lasting_s + later,
-            pays_after_s=pays_after_s,
+            pays_after_s=_pays_after_s(ahead, kept, moved),
+            lasts_s=case.lasts_s,
         )
 
     def _met_without(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
         """The requests that the current plan serves in time; the same for all candidates."""
-        key = (replace(case, candidate=case.current, legs=(), lasts_s=0.0), ahead.lasting_s)
-        if self._cached[0] != key:
-            self._cached = key, self.met(case.current, ahead.traffic, case.inputs.speeds)
-        return self._cached[1]
+        key = replace(case, candidate=case.current, legs=(), back=(), lasts_s=0.0)
+        if self._kept_for != key:
+            self._kept_for, self._kept = key, {}
+        course = ahead.lasting_s, len(ahead.traffic)
+        if course not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[course] = self.met(case.current, ahead.traffic, case.inputs.speeds)
+        return self._kept[course]
 
     def _met_with(self, case: SwitchCase, ahead: EvaluationWorkload) -> Mask:
-        """The requests served in time if the switch begins at the time of the decision."""
+        """The requests served in time if the switch begins at the time of the decision.
+
+        The way back begins as soon as the controller may take it.
+        """
         self._correct(case.inputs.speeds)
-        results = simulate_switch(
+        results = simulate_switches(
             self._simulator,
             SimulatedServing(plan=case.current, levers=self._model.levers),
-            case.legs,
+            [
+                TimedSwitch(at_s=ahead.now_s, legs=case.legs),
+                TimedSwitch(at_s=ahead.back_s, legs=case.back),
+            ],
             ahead.traffic,
-            at_s=ahead.now_s,
             drain_limit_s=case.inputs.drain_limit_s,
             latest_s=self._latest_s,
         )
@@ -213,7 +262,7 @@ def _pays_after_s(ahead: EvaluationWorkload, kept: Mask, moved: Mask) -> float:
     """
     expected = ahead.expected
     gained = np.cumsum(moved[expected].astype(int) - kept[expected].astype(int))
-    later = min(0, int((moved & ahead.later).sum()) - int((kept & ahead.later).sum()))
+    later = min(0, _more(moved, kept, ahead.later))
     if not len(gained) or gained[-1] + later <= 0:
         return math.inf
     cost = max(0, -int(gained.min())) - later
@@ -233,6 +282,11 @@ def demand_lengths(demand: Demand) -> tuple[LengthSamples, ...]:
 def _sampled(pairs: Sequence[tuple[int, int]]) -> LengthSamples:
     lengths = np.array(pairs, dtype=np.int64)
     return LengthSamples(prompt_tokens=lengths[:, 0], output_tokens=lengths[:, 1])
+
+
+def _more(moved: Mask, kept: Mask, among: Mask) -> int:
+    """How many requests more are served in time with the switch."""
+    return int((moved & among).sum()) - int((kept & among).sum())
 
 
 def _one_length(prompt_tokens: float, output_tokens: float) -> LengthSamples:

@@ -10,7 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from oserve.control.evaluation import CandidateScore, DecisionInput, Leg, SimulatedScore
+from oserve.control.evaluation import (
+    CandidateScore,
+    DecisionInput,
+    SimulatedScore,
+    TypeRates,
+)
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.core import DeploymentPlan, OServeError, ReplicaSpec
 from oserve.evaluate.switch_scorer import EvaluationModel, SwitchCase, SwitchScorer
@@ -81,43 +86,42 @@ class SwitchSimulation:
             )
 
     def case(self, inputs: DecisionInput, candidate: DeploymentPlan, lasts_s: float) -> SwitchCase:
-        """The switch from the current plan to a candidate, with routing for the expected rates."""
+        """The switch from the current plan to a candidate and back, with routing for the rates."""
         old, new = inputs.current.replicas, candidate.replicas
-        legs = []
-        there = list(old)
-        for leg in self._planner.legs(old, new):
-            left = [spec for spec in there if spec not in leg.leaving]
-            staying = [spec for spec in left if spec not in leg.retired]
-            there = [*staying, *leg.started]
-            legs.append(self._routed(inputs, leg, during=left, after=there))
+        rates = inputs.expected_rps
+        legs, there = self._routed(inputs.current, old, new, rates)
+        back, _ = self._routed(candidate, there, old, inputs.before) if inputs.before else ((), ())
         return SwitchCase(
             inputs=inputs,
-            current=self._shared(inputs, inputs.current, old),
-            candidate=self._shared(inputs, candidate, new),
-            legs=tuple(legs),
+            current=self._shared(inputs.current, old, rates),
+            candidate=self._shared(candidate, new, rates),
+            legs=legs,
+            back=back,
             lasts_s=lasts_s,
         )
 
     def _routed(
         self,
-        inputs: DecisionInput,
-        leg: Leg,
-        *,
-        during: Sequence[ReplicaSpec],
-        after: Sequence[ReplicaSpec],
-    ) -> RoutedLeg:
-        plan = inputs.current
-        return RoutedLeg(
-            leg=leg,
-            during=self._shared(inputs, plan, during),
-            after=self._shared(inputs, plan, after),
-        )
+        plan: DeploymentPlan,
+        old: Sequence[ReplicaSpec],
+        new: Sequence[ReplicaSpec],
+        rates_rps: TypeRates,
+    ) -> tuple[tuple[RoutedLeg, ...], tuple[ReplicaSpec, ...]]:
+        """The legs from one set of replicas to another, and the replicas that are there then."""
+        legs = []
+        there = list(old)
+        for leg in self._planner.legs(old, new):
+            left = [spec for spec in there if spec not in leg.leaving]
+            there = [*(spec for spec in left if spec not in leg.retired), *leg.started]
+            during, after = (self._shared(plan, specs, rates_rps) for specs in (left, there))
+            legs.append(RoutedLeg(leg=leg, during=during, after=after))
+        return tuple(legs), tuple(there)
 
     def _shared(
-        self, inputs: DecisionInput, plan: DeploymentPlan, replicas: Sequence[ReplicaSpec]
+        self, plan: DeploymentPlan, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates
     ) -> DeploymentPlan:
-        """A plan of these replicas, with the routing shares that they get at the expected rates."""
+        """A plan of these replicas, with the routing shares that they get at these rates."""
         if not replicas:
             return replace(plan, replicas=(), routing_shares={})
-        shares = self._planner.shares(replicas, inputs.expected_rps)
+        shares = self._planner.shares(replicas, rates_rps)
         return self._planner.with_shares(replace(plan, replicas=tuple(replicas)), shares)

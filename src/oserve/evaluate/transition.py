@@ -26,6 +26,14 @@ class RoutedLeg:
     after: DeploymentPlan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedSwitch:
+    """A switch that begins at ``at_s``, or when the one before it has ended."""
+
+    at_s: float
+    legs: tuple[RoutedLeg, ...]
+
+
 class SwitchExecution:
     """Executes a switch on a fleet that serves ``serving``.
 
@@ -100,25 +108,25 @@ class SwitchExecution:
         return inflight > 0
 
 
-def simulate_switch(
+def simulate_switches(
     simulator: Simulator,
     serving: SimulatedServing,
-    legs: Sequence[RoutedLeg],
+    switches: Sequence[TimedSwitch],
     traffic: SimulatedTraffic,
     *,
-    at_s: float,
     drain_limit_s: float,
     latest_s: float = LATEST_S,
 ) -> FleetResults:
-    """Serve all of the traffic, with a switch that begins at ``at_s``.
+    """Serve all of the traffic, with these switches one after another.
 
     The simulation ends ``latest_s`` after the last arrival.
     """
     end_s = traffic.duration_s + latest_s
     fleet = simulator.started(serving, traffic)
-    fleet.advance(at_s)
-    switch = SwitchExecution(simulator, serving, fleet, drain_limit_s=drain_limit_s)
-    switch.run(legs, until_s=end_s)
+    for item in switches:
+        fleet.advance(min(max(item.at_s, fleet.now_s), end_s))
+        switch = SwitchExecution(simulator, serving, fleet, drain_limit_s=drain_limit_s)
+        switch.run(item.legs, until_s=end_s)
     fleet.run(limit_s=end_s)
     simulator.simulated_requests += len(traffic)
     return fleet.results()

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.part_score import (
-    Loads,
+    RateScales,
     PartScore,
     PartScorer,
     ScoredServing,
     ServedWindow,
     loads_around,
+    windows_at,
 )
 from oserve.evaluate.simulator import ATTAINMENT, SimulatedTraffic, Simulator
 from oserve.evaluate.tuning import SearchSpace, Tuned, tune
 
-WINDOWS = 3
 MIN_GAIN = 0.02
 HOLD_OUT = 0.5
 LEAST_REQUESTS = 200
@@ -40,7 +40,6 @@ class TuningChoice:
     ttft_s: float | None
     min_gain: float = MIN_GAIN
     hold_out: float = HOLD_OUT
-    windows: int = WINDOWS
     place: str = "the trace"
 
 
@@ -62,14 +61,15 @@ class TuningRun:
     """``knee`` is that of the present constants on the first part. ``runs`` counts simulations.
 
     ``requests``: in the first part and in the part held out. ``before`` and ``after`` are of the
-    held-out part.
+    held-out part. ``shortest_s``: how long the shorter part lasts at the knee.
     """
 
     tuned: Tuned
     knee: float
-    loads: Loads
+    loads: RateScales
     requests: tuple[int, int]
     windows: int
+    shortest_s: float
     runs: int
     before: PartSummary
     after: PartSummary
@@ -111,9 +111,7 @@ def run_tuning(
         )
 
     def scorer(part: SimulatedTraffic) -> PartScorer:
-        return PartScorer(
-            simulator, choice.serving, part, windows=choice.windows, told=lambda: told(_runs())
-        )
+        return PartScorer(simulator, choice.serving, part, told=lambda: told(_runs()))
 
     def _runs() -> int:
         return sum(item.runs for item in scorers)
@@ -128,8 +126,9 @@ def run_tuning(
             remedy="loosen the SLO, or give a plan that holds it",
         )
     loads = loads_around(knee)
+    windows = windows_at(min(first.duration_s, later.duration_s), knee)
     for item in scorers:
-        item.loads = loads
+        item.compare_at(loads, windows=windows)
     space = SearchSpace(ttft_s=choice.ttft_s, ordered=choice.serving.ordered, pooled=choice.pooled)
     found = tune(choice.present, space, *scorers, min_gain=choice.min_gain)
     return TuningRun(
@@ -137,7 +136,8 @@ def run_tuning(
         knee=knee,
         loads=loads,
         requests=(len(first), len(later)),
-        windows=choice.windows,
+        windows=windows,
+        shortest_s=min(first.duration_s, later.duration_s) / max(knee, 1.0),
         runs=_runs(),
         before=summarised(scorers[1](choice.present)),
         after=summarised(scorers[1](found.constants)),

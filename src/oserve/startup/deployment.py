@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from oserve.config import Settings, load_plan, parse_plan
+from oserve.config.policies import ladder_goal
 from oserve.config.reading import read_text
 from oserve.control.decision import Mode
 from oserve.control.speed import speeds_from
@@ -95,6 +96,8 @@ def prepare(settings: Settings) -> ServerDeployment:
     request = None
     if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
         request = plan_request_for(settings, devices, times, plain)
+        # A name that does not exist must end the start before engines are running.
+        ladder_goal(settings.planning, [kind.name for kind in request.demand.types])
     memory = find_memory_check(settings, devices)
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()

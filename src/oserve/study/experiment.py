@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Setup:
     out: Path | None
     tensor_parallel_only: bool = False
     switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -52,8 +53,14 @@ class Setup:
         return list(made)
 
 
-def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setup:
-    """Read the command line."""
+def setup(
+    description: str,
+    *,
+    duration_s: float,
+    models: Sequence[str],
+    more: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+) -> Setup:
+    """Read the command line; ``more`` adds arguments of one experiment, found in ``Setup.more``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--trace", help="request trace; a seeded synthetic mix without one")
     parser.add_argument("--duration", type=float, default=duration_s, help="first seconds of it")
@@ -67,6 +74,7 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
         help="no pipeline parallel, whose step times were never measured",
     )
     parser.add_argument("--switch-costs", help="file that benchmarks/switch/fit.py wrote")
+    more(parser)
     given = parser.parse_args()
     return Setup(
         trace=given.trace,
@@ -76,6 +84,7 @@ def setup(description: str, *, duration_s: float, models: Sequence[str]) -> Setu
         models=tuple(given.models.split(",")),
         out=given.out,
         tensor_parallel_only=given.tensor_parallel_only,
+        more=vars(given),
         switch_costs=load_switch_costs(given.switch_costs) if given.switch_costs else SwitchCosts(),
     )
 

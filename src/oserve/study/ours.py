@@ -1,8 +1,8 @@
 """The settings of OServe: a lever stays only if the simulator confirms a gain.
 
 The search begins with the best tuned homogeneous deployment. It tries least expected work instead
-of shortest queue; short engine queues, so that the gateway decides late and can demote requests
-that miss their TTFT; chunk budgets and order again; and different shapes with soft pools.
+of shortest queue; few prompts owed by engines, so that the gateway decides late and can demote
+requests that miss their TTFT; chunk budgets and order again; and different shapes with soft pools.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class OServeTuner(Tuner):
         """See ``oserve-static``."""
         self._said("all levers")
         found = max((self.best_tuned, self.assigned), key=lambda item: item.scale)
-        steps = (self.ordered, self.routed, self.bounded, self.reshaped, self.mixed)
+        steps = (self.ordered, self.routed, self.demoting, self.reshaped, self.mixed)
         for _ in range(_ROUNDS):
             before = found.scale
             for step in steps:
@@ -70,31 +70,20 @@ class OServeTuner(Tuner):
 
     # -- one lever after the other: variations of a serving --------------------------------------
     def routed(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
-        for routing in (Routing.POOLS, Routing.LEAST_WORK, Routing.LEAST_REQUESTS):
-            yield self._with(serving, replace(serving.levers, routing=routing))
+        """The live router in place of the shortest queue; routing shares, if any, form pools."""
+        yield self._with(serving, replace(serving.levers, routing=Routing.POOLS))
 
-    def bounded(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
-        """Limits of requests in flight and demotion, by outstanding prompts or by number."""
-        for most in (None, *INFLIGHT_PER_DEVICE):
-            overload = OverloadPolicy(ttft_s=self._ttft_s)
-            levers = replace(serving.levers, overload=overload, inflight_per_device=most)
-            # If the gateway demotes, engines need no order.
-            for order in dict.fromkeys((levers.order, None)):
-                yield self._with(serving, replace(levers, order=order))
-        for limit_s in (self._ttft_s, None):
-            for most in (*INFLIGHT_PER_DEVICE, None):
-                gateway = replace(
-                    serving.levers.gateway,
-                    demote_after_s=limit_s,
-                    prompt_s_per_token=0.0 if limit_s is None else self._prompt_s(serving),
-                )
-                levers = replace(
-                    serving.levers,
-                    inflight_per_device=most,
-                    gateway=gateway,
-                    overload=OverloadPolicy(),
-                )
-                yield self._with(serving, levers)
+    def demoting(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
+        """Late choice by prompts owed, with demotion: then engines need no order."""
+        overload = OverloadPolicy(ttft_s=self.scene.slo.ttft_s)
+        levers = replace(serving.levers, overload=overload)
+        for order in dict.fromkeys((levers.order, None)):
+            yield self._with(serving, replace(levers, order=order))
+
+    def bounded_by_number(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
+        """Limits of requests in flight."""
+        for most in INFLIGHT_PER_DEVICE:
+            yield self._with(serving, replace(serving.levers, inflight_per_device=most))
 
     def ordered(self, serving: SimulatedServing) -> Iterable[SimulatedServing]:
         """Order by prompt length, with and without the freshest first."""
@@ -116,14 +105,6 @@ class OServeTuner(Tuner):
         for overflow_s in OVERFLOW_S:
             yield from self.heterogeneous(_pools(serving.levers, overflow_s))
         yield from self.heterogeneous(serving.levers, shares=False)
-
-    @property
-    def _ttft_s(self) -> float | None:
-        return self.scene.slo.ttft_s
-
-    def _prompt_s(self, serving: SimulatedServing) -> float:
-        """The seconds of a prompt token on the slowest replica of the plan."""
-        return max(self.simulator.costs(shape).prefill_s_per_token for shape, _ in serving.shapes)
 
     def _with(self, serving: SimulatedServing, levers: Levers) -> SimulatedServing:
         return replace(serving, levers=levers)
