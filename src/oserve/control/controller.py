@@ -203,6 +203,8 @@ class Controller:
             )
         self.decisions.append(decision)
         if verdict is DecisionVerdict.SWITCH and score is not None:
+            if reason is not Reason.LOAD_RISES or not score.climbs:
+                self._falls = [s for s in self._falls if now_s - s < HOUR_S] + [now_s]
             self._switch(score.plan, now_s, reason, changes=score.changed > 0)
         return decision
 
@@ -232,8 +234,6 @@ class Controller:
         # An operator's switches count for the guards, too: replicas need time to settle.
         if changes or reason is not Reason.MANUAL:
             self._switches = [s for s in self._switches if now_s - s < HOUR_S] + [now_s]
-            if reason is not Reason.LOAD_RISES:
-                self._falls = [s for s in self._falls if now_s - s < HOUR_S] + [now_s]
 
     def _compare(self, score: CandidateScore, now_s: float, *, switching: bool) -> None:
         """Record which plan is the best now, and update the regret of keeping the current one.

@@ -11,11 +11,11 @@ the request at its best latency (or energy, by the objective); a request outside
 
 Upwards, a switch is an insurance: if the current deployment does not hold the required load and
 another one does, the switch begins at once, if its price is below what it would save at that load
-until the next chance. If more load has come already, capacity is missing while replicas switch,
-and a burst may be over before: then the regret (the summed gain that the current deployment has
-cost so far) must have reached the price. Downwards it is a purchase: the candidate must also hold
-the highest load of the last while, and the regret must have reached the price. If no deployment
-holds, one that attains more must pay in the same way.
+until the next chance, and at least below a premium. If more load has come already, capacity is
+missing while replicas switch, and a burst may be over before: then the regret (the summed gain that
+the current deployment has cost so far) must have reached the price. Downwards it is a purchase: the
+candidate must also hold the highest load of the last while, and the regret must have reached the
+price. If no deployment holds, one that attains more must pay in the same way.
 """
 
 import math
@@ -34,6 +34,9 @@ from oserve.control.ladder import (
 )
 from oserve.control.load_facts import LoadFacts, LoadRates
 from oserve.core import DeploymentPlan, ReplicaSpec
+
+PREMIUM = 0.25
+"""Holding the SLO is worth at least this much of each request until the next chance to switch."""
 
 # A request on a replica that leaves starts over on another one in the worst case.
 TOUCHED = 0.5
@@ -202,7 +205,8 @@ def follow(
     plan, legs = (current, ()) if chosen == present else switch(shapes)
     now_cost, then_cost = at_expected.cost(present, goal), at_expected.cost(chosen, goal)
     rate_rps = loads.rate_rps * expected / loads.expected
-    risk = at_required.cost(present, goal) - at_required.cost(chosen, goal)
+    saved = at_required.cost(present, goal) - at_required.cost(chosen, goal)
+    coming = loads.rate_rps * loads.required / loads.expected * lead_s
     price = _price(
         ladder, present, loads, goal, current=current, legs=legs, drain_limit_s=drain_limit_s
     )
@@ -217,7 +221,7 @@ def follow(
         current_cost=now_cost,
         candidate_cost=then_cost,
         gain_per_s=rate_rps * (now_cost - then_cost),
-        risk=loads.rate_rps * loads.required / loads.expected * risk * lead_s,
+        risk=coming * max(PREMIUM, saved),
         price=price.cost,
         seconds=price.seconds,
         changed=sum(len(leg.started) for leg in legs),

@@ -34,7 +34,7 @@ _BEFORE_S = (900, 300, 60, 10)
 _LIKELY = 0.9
 _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
-LAST_S, _RECENT_S, _PEAK_S, _MIX_S = 10, 120, 120, 600
+LAST_S, _FEWEST_RECENT_S, _MIX_S = 10, 30, 600
 _BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 18, 2.0
 # Variation that is slower than so many pieces is a trend.
 _BURST_LAG = 6
@@ -157,12 +157,9 @@ class TrafficMonitor:
         return tuple(np.nan_to_num(rates).tolist())
 
     def recent_rps(self) -> TypeRates:
-        """Requests/s of each type over the last minutes, after the last change only.
-
-        A shorter time would count the bursts that a ladder's deployments hold anyway.
-        """
+        """Requests/s of each type over two intervals, after the last change only."""
         end_s = max(1, self.collector.newest_s)
-        width_s = min(_RECENT_S, max(LAST_S, end_s - self.began_s))
+        width_s = min(self._recent_s, max(LAST_S, end_s - self.began_s))
         return _rates(self.collector.rates_rps(end_s, width_s))
 
     def last_rps(self) -> TypeRates:
@@ -278,13 +275,19 @@ class TrafficMonitor:
 
     def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:
         """Rates over pieces of the last ``fall_after_s`` seconds, as far as counts are held."""
-        last_s = end_s - _PEAK_S
-        longest_s = min(fall_after_s - _PEAK_S, last_s, self.collector.size_s - _PEAK_S)
-        pieces = int(longest_s) // _PEAK_S
+        piece_s = self._recent_s
+        last_s = end_s - piece_s
+        longest_s = min(fall_after_s - piece_s, last_s, self.collector.size_s - piece_s)
+        pieces = int(longest_s) // piece_s
         if pieces < 1:
             return ()
-        found = self.collector.window(last_s, pieces * _PEAK_S, parts=pieces).parts
-        return tuple(_rates(row / _PEAK_S) for row in found)
+        found = self.collector.window(last_s, pieces * piece_s, parts=pieces).parts
+        return tuple(_rates(row / piece_s) for row in found)
+
+    @property
+    def _recent_s(self) -> int:
+        """Two intervals: a shorter time would count the bursts that deployments hold anyway."""
+        return max(_FEWEST_RECENT_S, 2 * self._policy.interval_s)
 
     @property
     def burstiness(self) -> tuple[float, ...]:
