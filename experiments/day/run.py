@@ -338,14 +338,16 @@ def show(
     tell_hours("MJ by hour, idle devices included", days, lambda row: row.total_j / 1e6)
     tell_hours("KV cache by hour, mean share in use", days, lambda row: row.kv_mean)
     tell_hours("Largest mean use of a replica over the mean", days, lambda row: row.kv_imbalance)
-    tell(
-        "Deployments by hour",
-        ["hour", *(day.policy for day in days if day.whole.switches)],
-        [
-            [str(rows[0].hour), *(row.deployment for row in rows)]
-            for rows in zip(*(day.hours for day in days if day.whole.switches), strict=False)
-        ],
-    )
+    moved = [day for day in days if day.whole.switches]
+    if moved:
+        tell(
+            "Deployments by hour, at its end",
+            ["hour", *(day.policy for day in moved)],
+            [
+                [str(rows[0].hour), *(row.deployment for row in rows)]
+                for rows in zip(*(day.hours for day in moved), strict=False)
+            ],
+        )
     if bound is not None:
         tell_bound(days, bound)
 

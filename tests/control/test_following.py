@@ -74,7 +74,7 @@ def test_loads_are_ordered(
     found = loads_of(three_rungs(), seen, policy, lead_s=lead_s)
     assert found.present >= found.now - 1e-12
     assert found.required >= policy.headroom * found.present - 1e-9
-    assert found.required >= policy.headroom * max(coming, upper) / 10.0 - 1e-9
+    assert found.required >= policy.headroom * coming / 10.0 - 1e-9
     assert found.fall_required >= max(found.required, policy.headroom * peak / 10.0) - 1e-9
     assert found.expected > 0
     assert all(math.isfinite(value) for value in (found.now, found.present, found.fall_required))
@@ -194,10 +194,10 @@ def used_to_little(history: dict[str, Any], **options: Any) -> Follower:
 def test_it_climbs_at_once_and_comes_down_late(history: dict[str, Any]) -> None:
     made = used_to_little(history)
     began_s = made.second
-    made.run(lambda _second: 0.6, 40, seed=None)
+    made.run(lambda _second: 0.6, 80, seed=None)
     first = made.switches[0]
     assert first.reason is Reason.LOAD_RISES
-    assert first.at_s - began_s < 20
+    assert first.at_s - began_s < 40
     assert made.shapes != everywhere(4)
     made.decisions.clear()
     began_s = made.second
@@ -208,7 +208,7 @@ def test_it_climbs_at_once_and_comes_down_late(history: dict[str, Any]) -> None:
         assert item.place is not None
         assert item.place.regret >= 1.5 * item.place.price
     # By then the highest load of the time before has passed.
-    assert made.switches[-1].at_s - began_s >= 270
+    assert made.switches[-1].at_s - began_s >= 200
 
 
 def test_it_climbs_ahead_of_a_foreseen_rise(history: dict[str, Any]) -> None:
@@ -224,11 +224,11 @@ def test_it_climbs_ahead_of_a_foreseen_rise(history: dict[str, Any]) -> None:
 def test_a_flash_crowd_goes_straight_to_the_capacity_plan(history: dict[str, Any]) -> None:
     made = used_to_little(history)
     began_s = made.second
-    made.run(lambda _second: 0.85, 12, seed=None)
+    made.run(lambda _second: 0.85, 16, seed=None)
     assert len(made.switches) == 1
     first = made.switches[0]
     assert first.trigger is Trigger.LOAD
-    assert first.at_s - began_s < 10
+    assert first.at_s - began_s < 16
     assert made.shapes == everywhere(1)
 
 
@@ -238,7 +238,7 @@ def test_lasting_overload_is_said_ever_more_seldom(history: dict[str, Any]) -> N
     assert made.shapes == everywhere(1)
     said = [item for item in made.decisions if item.trigger is Trigger.LOAD]
     assert said
-    assert len(said) < 16
+    assert len(said) < 30
     assert made.decisions[-1].reason is Reason.OVERLOADED
 
 
@@ -346,6 +346,7 @@ def test_an_operators_plan_is_held() -> None:
 @pytest.mark.parametrize("mode", [Mode.ADVISE, Mode.OFF])
 def test_only_auto_switches(mode: Mode) -> None:
     made = follower(everywhere(4), three_rungs(), mode=mode)
+    made.step(facts(6.0), 20.0)
     decision = made.step(facts(6.0), 20.0)
     assert (decision.verdict, decision.reason) == (DecisionVerdict.ADVISE, Reason.LOAD_RISES)
     assert made.shapes == everywhere(4)
@@ -355,7 +356,8 @@ def test_a_barred_shape_is_not_chosen() -> None:
     made = follower(everywhere(4), three_rungs())
     made.runtime.planner = planner()
     made.runtime.planner.barred = frozenset({shape(2)})
-    made.step(facts(5.5), 20.0)
+    for _ in range(2):
+        made.step(facts(5.5), 20.0)
     assert made.shapes == everywhere(1)
 
 
@@ -410,13 +412,14 @@ def test_other_quantiles_may_be_asked_for(history: dict[str, Any]) -> None:
 
 def test_decisions_of_older_servers_are_read() -> None:
     made = follower(everywhere(4), three_rungs())
+    made.step(facts(6.0), 20.0)
     decision = made.step(facts(6.0), 20.0)
     data = msgspec.to_builtins(decision)
     assert msgspec.convert(data, Decision) == decision
     del data["place"]
     old = msgspec.convert(data, Decision)
     assert old.place is None
-    assert old.line.startswith("decision 1 (interval): switch, load_rises")
+    assert old.line.startswith("decision 2 (interval): switch, load_rises")
 
 
 @pytest.mark.parametrize("boundary", [0.4 / 1.1, 0.7 / 1.1])
@@ -453,9 +456,10 @@ def test_only_a_rise_is_beyond_the_limit_of_switches(
         for _ in range(decisions):
             made.step(facts(rate), 70.0)
     at_s = [item.at_s for item in made.switches]
+    falls_s = [item.at_s for item in made.switches if item.reason is not Reason.LOAD_RISES]
     for item, before_s in zip(made.switches, [-math.inf, *at_s], strict=False):
         assert item.place is not None
-        before = sum(1 for s in at_s if item.at_s - HOUR_S < s < item.at_s)
+        before = sum(1 for s in falls_s if item.at_s - HOUR_S < s < item.at_s)
         if item.reason is not Reason.LOAD_RISES:
             assert before < most
         assert item.at_s - before_s >= item.switch_s

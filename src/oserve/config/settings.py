@@ -61,7 +61,7 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     decision_interval_s: Annotated[int, msgspec.Meta(ge=1, le=900)] = 60
     shares_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     min_dwell_s: Seconds = 120.0
-    max_switches_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 6
+    max_switches_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 12
     min_gain: Annotated[float, msgspec.Meta(ge=0)] = 0.05
     margin: Annotated[float, msgspec.Meta(ge=0)] = 1.5
     lasts_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0

@@ -62,6 +62,9 @@ class Controller:
         )
         self._regret = SwitchRegret()
         self._switches: list[float] = []
+        self._falls: list[float] = []
+        self.overloaded_since_s = -1.0
+        """When more load came than the plan in force holds; negative while it holds."""
         self._number = 0
         self._version = 0
         self._held_until_s = 0.0
@@ -173,9 +176,8 @@ class Controller:
                 self._regret.skip(now_s)
             else:
                 slack = self.policy.min_gain * score.current_cost * score.loads.rate_rps
-                self._regret.update(
-                    now_s, score.gain_per_s, slack_rps=slack, began_s=self.monitor.began_s
-                )
+                began_s = max(float(self.monitor.began_s), self.overloaded_since_s)
+                self._regret.update(now_s, score.gain_per_s, slack_rps=slack, began_s=began_s)
         context = self._context(now_s, trigger, switching=switching)
         reason = follow_reason_for(self.policy, context, inputs, score)
         verdict = verdict_for(self.policy, trigger, reason)
@@ -201,6 +203,8 @@ class Controller:
             )
         self.decisions.append(decision)
         if verdict is DecisionVerdict.SWITCH and score is not None:
+            if reason is not Reason.LOAD_RISES or not score.climbs:
+                self._falls = [s for s in self._falls if now_s - s < HOUR_S] + [now_s]
             self._switch(score.plan, now_s, reason, changes=score.changed > 0)
         return decision
 
@@ -216,6 +220,7 @@ class Controller:
             held=now_s < self._held_until_s,
             missed=math.inf if monitor.shrunk else self._regret.requests,
             known=self._lifetime.knows,
+            falls=tuple(self._falls),
         )
 
     def _switch(self, plan: DeploymentPlan, now_s: float, reason: Reason, *, changes: bool) -> None:
@@ -305,6 +310,7 @@ class Controller:
             "lifetime": self._lifetime.state(),
             "regret": self._regret.state(),
             "switches": list(self._switches),
+            "falls": list(self._falls),
             "number": self._number,
             "held_until_s": self._held_until_s,
         }
@@ -325,5 +331,6 @@ class Controller:
         # Older versions stored no regret.
         self._regret.restore(state.get("regret", {}))
         self._switches = [float(at_s) for at_s in state["switches"]]
+        self._falls = [float(at_s) for at_s in state.get("falls", ())]
         self._number = int(state["number"])
         self._held_until_s = float(state["held_until_s"])

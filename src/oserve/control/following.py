@@ -4,16 +4,18 @@ Pure, and a matter of milliseconds: all scores are in the ladder. All gains and 
 the request at its best latency (or energy, by the objective); a request outside its SLO counts
 ``ladder.MISSED``.
 
-    required load = headroom * max(load now, upper quantile of the forecast until a switch is over)
+    required load = headroom * max(present load, upper quantile of the forecast until a switch ends)
     gain = rate * (cost of the current deployment - cost of the candidate), per second
     price = sum over waves of rate * seconds * (cost on the devices left - cost on all of them)
             + TOUCHED * requests on the replicas that leave
 
 Upwards, a switch is an insurance: if the current deployment does not hold the required load and
-another one does, the switch begins at once. Downwards it is a purchase: the candidate must also
-hold the highest load of the last while, and the regret (the summed gain that the current deployment
-has cost so far) must have reached the price. If no deployment holds, one that attains more must pay
-in the same way.
+another one does, the switch begins at once, if its price is below what it would save at that load
+until the next chance, and at least below a premium. If more load has come already, capacity is
+missing while replicas switch, and a burst may be over before: then the regret (the summed gain that
+the current deployment has cost so far) must have reached the price. Downwards it is a purchase: the
+candidate must also hold the highest load of the last while, and the regret must have reached the
+price. If no deployment holds, one that attains more must pay in the same way.
 """
 
 import math
@@ -32,6 +34,9 @@ from oserve.control.ladder import (
 )
 from oserve.control.load_facts import LoadFacts, LoadRates
 from oserve.core import DeploymentPlan, ReplicaSpec
+
+PREMIUM = 0.25
+"""Holding the SLO is worth at least this much of each request until the next chance to switch."""
 
 # A request on a replica that leaves starts over on another one in the worst case.
 TOUCHED = 0.5
@@ -81,8 +86,8 @@ class FollowScore:
     does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``overloaded``:
     the current deployment does not hold the present load. ``current_cost`` and ``candidate_cost``,
     at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
-    switch gains each second; ``price``: what it costs. ``seconds`` until the last wave is
-    committed.
+    switch gains each second; ``risk``: what it would save at the required load until the next
+    chance to switch; ``price``: what it costs. ``seconds`` until the last wave is committed.
     """
 
     plan: DeploymentPlan
@@ -95,6 +100,7 @@ class FollowScore:
     current_cost: float
     candidate_cost: float
     gain_per_s: float
+    risk: float
     price: float
     seconds: float
     changed: int
@@ -104,40 +110,56 @@ class FollowScore:
 def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: float) -> Loads:
     """The loads to decide on; the forecast counts for ``lead_s`` seconds ahead."""
     now = ladder.load(facts.now)
-    present = present_load(ladder, facts.now, facts.last, facts.last_s)
+    present = present_load(
+        ladder, now=facts.now, last=facts.last, last_s=facts.last_s, burstiness=facts.burstiness
+    )
     ahead = 1 + math.ceil(lead_s / facts.step_s)
-    coming = [
-        _upper(ladder, mean, high)
-        for mean, high in zip(facts.expected[:ahead], facts.upper[:ahead], strict=True)
-    ]
     means = [ladder.load(rates) for rates in facts.expected]
     expected = max(sum(means) / len(means), 1e-6) if means else max(now, 1e-6)
-    required = policy.headroom * max([present, *coming, 1e-6])
-    peaks = [ladder.load(rates) for rates in facts.peaks]
-    every = [
-        _upper(ladder, mean, high) for mean, high in zip(facts.expected, facts.upper, strict=True)
-    ]
+    required = policy.headroom * max(present, _upper(ladder, facts, ahead), 1e-6)
+    peaks = [policy.headroom * ladder.load(rates) for rates in facts.peaks]
+    later = policy.headroom * _upper(ladder, facts, len(means))
     return Loads(
         now=now,
         present=present,
         expected=expected,
         required=required,
-        fall_required=policy.headroom * max([required / policy.headroom, *peaks, *every]),
+        fall_required=max([required, later, *peaks]),
         rate_rps=sum(facts.expected[0]) if facts.expected else sum(facts.now),
     )
 
 
-def present_load(ladder: Ladder, now: LoadRates, last: LoadRates, last_s: float) -> float:
-    """The load now, or over the last ``last_s`` seconds as far as that is no chance."""
-    sure = max(0.0, 1.0 - _SIGMAS / math.sqrt(max(1.0, sum(last) * last_s)))
-    return max(ladder.load(now), sure * ladder.load(last))
+def present_load(
+    ladder: Ladder,
+    *,
+    now: LoadRates,
+    last: LoadRates,
+    last_s: float,
+    burstiness: Sequence[float],
+) -> float:
+    """The load now, or over the last seconds as far as that is neither chance nor a usual burst."""
+    loads = ladder.loads_by_type(last)
+    counts = [max(1.0, rate * last_s) for rate in last]
+    variance = sum(
+        load**2 * (1.0 / count + bursts)
+        for load, count, bursts in zip(loads, counts, burstiness, strict=True)
+    )
+    return max(ladder.load(now), sum(loads) - _SIGMAS * math.sqrt(variance))
 
 
-def _upper(ladder: Ladder, mean: LoadRates, high: LoadRates) -> float:
-    """The upper quantile of the load, if the types vary independently."""
-    middle = ladder.load(mean)
-    above = [max(0.0, high_rps - mean_rps) for mean_rps, high_rps in zip(mean, high, strict=True)]
-    return middle + math.sqrt(sum(item**2 for item in ladder.loads_by_type(tuple(above))))
+def _upper(ladder: Ladder, facts: LoadFacts, steps: int) -> float:
+    """The upper quantile of the mean load over the next steps, where that is highest.
+
+    A ladder's deployments hold a mean load with its bursts. Types and steps vary independently.
+    """
+    pairs = list(zip(facts.expected, facts.upper, strict=True))[:steps]
+    if not pairs:
+        return 0.0
+    squares = 0.0
+    for mean, high in pairs:
+        above = tuple(max(0.0, most - rate) for rate, most in zip(mean, high, strict=True))
+        squares += sum(load**2 for load in ladder.loads_by_type(above))
+    return max(ladder.load(mean) for mean, _ in pairs) + math.sqrt(squares) / len(pairs)
 
 
 def follow(
@@ -163,13 +185,14 @@ def follow(
     loads = loads_of(ladder, facts, policy, lead_s=lead_s)
     at_required = ladder.scores(loads.required)
     rises = present not in at_required.holding(goal)
+    expected = max(loads.expected, loads.present) if rises else loads.expected
     rung = ladder.choose(
         goal,
         required=loads.required if rises else loads.fall_required,
-        expected=max(loads.expected, loads.now) if rises else loads.expected,
+        expected=expected,
         near=mine,
     )
-    at_expected = ladder.scores(max(loads.expected, loads.now) if rises else loads.expected)
+    at_expected = ladder.scores(expected)
     chosen = rung.index
     if not rises and facts.watched_s < policy.fall_after_s:
         # The highest load of that time is not known yet.
@@ -181,6 +204,9 @@ def follow(
     shapes = ladder.deployments[chosen].shapes
     plan, legs = (current, ()) if chosen == present else switch(shapes)
     now_cost, then_cost = at_expected.cost(present, goal), at_expected.cost(chosen, goal)
+    rate_rps = loads.rate_rps * expected / loads.expected
+    saved = at_required.cost(present, goal) - at_required.cost(chosen, goal)
+    coming = loads.rate_rps * loads.required / loads.expected * lead_s
     price = _price(
         ladder, present, loads, goal, current=current, legs=legs, drain_limit_s=drain_limit_s
     )
@@ -194,7 +220,8 @@ def follow(
         overloaded=present not in ladder.scores(loads.present).holding(goal),
         current_cost=now_cost,
         candidate_cost=then_cost,
-        gain_per_s=loads.rate_rps * (now_cost - then_cost),
+        gain_per_s=rate_rps * (now_cost - then_cost),
+        risk=coming * max(PREMIUM, saved),
         price=price.cost,
         seconds=price.seconds,
         changed=sum(len(leg.started) for leg in legs),

@@ -10,7 +10,7 @@ LoadRates = tuple[float, ...]
 class LoadFacts:
     """Rates by type.
 
-    ``now``: over half a minute; ``last``: over the last ``last_s`` seconds. ``expected`` and
+    ``now``: over two intervals; ``last``: over the last ``last_s`` seconds. ``expected`` and
     ``upper``: means and upper quantiles of the forecast, by step of ``step_s`` seconds. ``peaks``:
     rates over pieces of the time that counts for a fall. ``mix``: over ``mix_s`` seconds.
     ``burstiness``, by type: the relative variance of the rate between pieces of ten seconds.

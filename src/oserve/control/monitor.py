@@ -34,8 +34,10 @@ _BEFORE_S = (900, 300, 60, 10)
 _LIKELY = 0.9
 _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
-LAST_S, _PEAK_S, _MIX_S = 10, 30, 600
-_BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 12, 2.0
+LAST_S, _FEWEST_RECENT_S, _MIX_S = 10, 30, 600
+_BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 18, 2.0
+# Variation that is slower than so many pieces is a trend.
+_BURST_LAG = 6
 # Halves of a span are compared in this many parts; spans are multiples of as many seconds.
 _SPAN_S = 20
 # Standard errors of their difference. Several spans of several types are compared.
@@ -66,6 +68,7 @@ class TrafficMonitor:
         self._detected_s = -1
         self._change_s: float | None = None
         self._recheck_s: float | None = None
+        self._bursts: tuple[int, tuple[float, ...]] = (-1, (0.0,) * len(forecaster.names))
         self._usual: Floats = np.zeros(len(forecaster.names))
 
     def observe(
@@ -152,6 +155,12 @@ class TrafficMonitor:
         width_s = min(self._policy.now_s, max(_FEWEST_S, end_s - self.began_s))
         rates = self.collector.rates_rps(end_s, width_s)
         return tuple(np.nan_to_num(rates).tolist())
+
+    def recent_rps(self) -> TypeRates:
+        """Requests/s of each type over two intervals, after the last change only."""
+        end_s = max(1, self.collector.newest_s)
+        width_s = min(self._recent_s, max(LAST_S, end_s - self.began_s))
+        return _rates(self.collector.rates_rps(end_s, width_s))
 
     def last_rps(self) -> TypeRates:
         """Requests/s of each type over the last ``LAST_S`` seconds."""
@@ -251,7 +260,7 @@ class TrafficMonitor:
         since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
-            now=self.now_rps(),
+            now=self.recent_rps(),
             last=self.last_rps(),
             last_s=LAST_S,
             expected=tuple(_rates(row) for row in found.rates_rps),
@@ -260,32 +269,48 @@ class TrafficMonitor:
             peaks=self._peaks(end_s, fall_after_s),
             mix=rates(end_s, mix_s),
             mix_s=mix_s,
-            burstiness=self._burstiness(end_s),
+            burstiness=self.burstiness,
             watched_s=collector.watched_s,
         )
 
     def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:
         """Rates over pieces of the last ``fall_after_s`` seconds, as far as counts are held."""
-        last_s = end_s - _PEAK_S
-        longest_s = min(fall_after_s - _PEAK_S, last_s, self.collector.size_s - _PEAK_S)
-        pieces = int(longest_s) // _PEAK_S
+        piece_s = self._recent_s
+        last_s = end_s - piece_s
+        longest_s = min(fall_after_s - piece_s, last_s, self.collector.size_s - piece_s)
+        pieces = int(longest_s) // piece_s
         if pieces < 1:
             return ()
-        found = self.collector.window(last_s, pieces * _PEAK_S, parts=pieces).parts
-        return tuple(_rates(row / _PEAK_S) for row in found)
+        found = self.collector.window(last_s, pieces * piece_s, parts=pieces).parts
+        return tuple(_rates(row / piece_s) for row in found)
 
-    def _burstiness(self, end_s: int) -> tuple[float, ...]:
+    @property
+    def _recent_s(self) -> int:
+        """Two intervals: a shorter time would count the bursts that deployments hold anyway."""
+        return max(_FEWEST_RECENT_S, 2 * self._policy.interval_s)
+
+    @property
+    def burstiness(self) -> tuple[float, ...]:
         """The variance of the rate between pieces of ten seconds beyond chance, relative.
 
-        Half the mean squared difference of neighbours is a variance without the trend.
+        Half the mean squared difference of pieces a minute apart is a variance without the trend.
         """
+        end_s = max(1, self.collector.newest_s)
+        if self._bursts[0] == end_s // _BURST_S:
+            return self._bursts[1]
+        found = self._burstiness(end_s)
+        self._bursts = end_s // _BURST_S, found
+        return found
+
+    def _burstiness(self, end_s: int) -> tuple[float, ...]:
         width_s = _BURST_PIECES * _BURST_S
         counts = self.collector.window(end_s, width_s, parts=_BURST_PIECES).parts
         counts = counts[np.isfinite(counts).all(axis=1)]
         if len(counts) < _FEWEST_PIECES:
             return (0.0,) * len(self.collector.names)
         mean = np.maximum(counts.mean(axis=0), 1e-9)
-        beyond = (np.diff(counts, axis=0) ** 2).mean(axis=0) / 2.0 - mean
+        steps = counts[_BURST_LAG:] - counts[:-_BURST_LAG]
+        beyond = (steps**2).mean(axis=0) / 2.0 - mean
         relative: Floats = np.clip(beyond / mean**2, 0.0, _MOST_BURSTY)
         return _rates(relative)
 

@@ -42,7 +42,7 @@ class ControlPolicy:
     now_s: int = 30
     settle_s: float = 15.0
     min_dwell_s: float = 120.0
-    max_switches_per_hour: int = 6
+    max_switches_per_hour: int = 12
     min_gain: float = 0.05
     margin: float = 1.5
     lasts_s: float = 900.0
@@ -60,11 +60,11 @@ class ControlPolicy:
 class DecisionContext:
     """The state of the controller that a decision depends on.
 
-    ``switches``: the times of switches in the last hour. ``switching``: the last switch has not
-    ended, or the plan is no longer the one of the input. ``shrunk``: replicas were stopped for lack
-    of requests. ``watched``: at least one request arrived. ``held``: an operator's plan is in
-    force. ``missed``: the switch regret, in requests; ``known``: whether the history tells how long
-    a plan stays the best.
+    ``switches``: the times of switches in the last hour; ``falls``: of those that were no climb.
+    ``switching``: the last switch has not ended, or the plan is no longer the one of the input.
+    ``shrunk``: replicas were stopped for lack of requests. ``watched``: at least one request
+    arrived. ``held``: an operator's plan is in force. ``missed``: the switch regret, in requests;
+    ``known``: whether the history tells how long a plan stays the best.
     """
 
     now_s: float
@@ -76,6 +76,7 @@ class DecisionContext:
     held: bool
     missed: float = math.inf
     known: Callable[[str], bool] = _no_history
+    falls: tuple[float, ...] = ()
 
 
 def reason_for(
@@ -139,6 +140,11 @@ def follow_reason_for(
     least = policy.min_gain * score.current_cost * score.loads.rate_rps
     recent = [at_s for at_s in context.switches if context.now_s - at_s < HOUR_S]
     dwelling = bool(recent) and context.now_s - recent[-1] < policy.min_dwell_s
+    # Each climb follows a fall, so a limit of falls is one of both.
+    falls = [at_s for at_s in context.falls if context.now_s - at_s < HOUR_S]
+    climbs = score.rises and score.climbs
+    urgent = climbs and score.overloaded and score.gain_per_s > least
+    insured = climbs and score.holds and not score.overloaded and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
     checks = (
         (not context.watched, Reason.NO_DATA),
@@ -146,12 +152,13 @@ def follow_reason_for(
         (same and score.overloaded, Reason.OVERLOADED),
         (same, Reason.SAME_PLAN),
         (context.held, Reason.HELD),
-        # More load than the current plan holds does not wait.
-        (score.rises and score.holds and score.climbs, Reason.LOAD_RISES),
-        (dwelling and not context.shrunk and not score.overloaded, Reason.MINIMUM_DWELL),
-        (len(recent) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT),
+        # More load than the current plan holds waits for no dwell.
+        (insured or (urgent and context.missed >= score.price), Reason.LOAD_RISES),
+        (urgent, Reason.NOT_LONG_ENOUGH),
+        (dwelling and not context.shrunk, Reason.MINIMUM_DWELL),
+        (len(falls) >= policy.max_switches_per_hour, Reason.SWITCH_LIMIT),
         # Another deployment that holds, but carries no more: their types could take turns.
-        (score.rises and score.holds, Reason.LOAD_RISES),
+        (score.rises and score.holds and not score.climbs, Reason.LOAD_RISES),
         (score.gain_per_s <= max(least, 1e-9), Reason.GAIN_TOO_SMALL),
         (context.missed < policy.margin * score.price, Reason.NOT_LONG_ENOUGH),
         (True, Reason.OBJECTIVE_GAINS),

@@ -38,7 +38,7 @@ from oserve.workload import classify
 
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
-_OVERLOAD_REST_S = 5.0
+_OVERLOAD_REST_S, _SURE_S = 5.0, 60.0
 # The mix of fewer requests is chance.
 _FEWEST_REQUESTS = 100
 
@@ -99,8 +99,7 @@ class ControllerRuntime:
         self._shares_s = 0.0
         self._shared: tuple[frozenset[ReplicaSpec], DeploymentPlan] | None = None
         self.shelf = LadderShelf()
-        self._overload_s, self._overload_rest_s = -math.inf, _OVERLOAD_REST_S
-        self._overloaded = ""
+        self._overload_s = -math.inf
         self._lead_s = 0.0
 
     def observe(
@@ -132,25 +131,34 @@ class ControllerRuntime:
     def _overload(self, now_s: float) -> Trigger | None:
         """Whether more load arrives than the current plan holds.
 
-        First after a few seconds, then ever more seldom while the same plan stays overloaded.
+        First after a few seconds, then ever more seldom while it stays overloaded.
         """
-        policy, ladder = self.controller.policy.follow, self.shelf.ladder
-        if policy is None or ladder is None or now_s - self._overload_s < self._overload_rest_s:
+        controller = self.controller
+        policy, ladder, monitor = controller.policy.follow, self.shelf.ladder, controller.monitor
+        if policy is None or ladder is None:
             return None
-        shapes = shapes_of(self.controller.plan.replicas)
+        shapes = shapes_of(controller.plan.replicas)
         ladder = ladder.including(shapes)
         present = ladder.find(shapes)
         if present is None:
             return None
-        monitor = self.controller.monitor
-        load = present_load(ladder, monitor.now_rps(), monitor.last_rps(), LAST_S)
+        load = present_load(
+            ladder,
+            now=monitor.recent_rps(),
+            last=monitor.last_rps(),
+            last_s=LAST_S,
+            burstiness=monitor.burstiness,
+        )
         if load <= ladder.capacity(present, policy.goal):
-            self._overload_rest_s = _OVERLOAD_REST_S
+            controller.overloaded_since_s = -1.0
             return None
-        same = self._overloaded == self.controller.plan.id
-        rest_s = 2 * self._overload_rest_s if same else _OVERLOAD_REST_S
-        self._overload_rest_s = min(rest_s, self.controller.policy.interval_s)
-        self._overload_s, self._overloaded = now_s, self.controller.plan.id
+        if controller.overloaded_since_s < 0:
+            controller.overloaded_since_s = now_s
+        age_s = now_s - controller.overloaded_since_s
+        rest_s = max(_OVERLOAD_REST_S, min(age_s - _SURE_S, controller.policy.interval_s))
+        if now_s - self._overload_s < rest_s:
+            return None
+        self._overload_s = now_s
         return Trigger.LOAD
 
     # -- ladders --------------------------------------------------------------------------------
@@ -168,14 +176,11 @@ class ControllerRuntime:
         mix = tuple(round(rate / total if total > 0 else 1.0 / len(mix), 3) for rate in mix)
         present = shapes_of(self.controller.plan.replicas)
         speeds = self.planner.speeds
-        if not self.shelf.needs(mix, present, speeds, now_s):
+        bursts = tuple(round(item, 1) for item in facts.burstiness)
+        if not self.shelf.needs(mix, present, speeds, now_s, bursts):
             return None
         return LadderNeed(
-            mix=mix,
-            present=present,
-            speeds=speeds,
-            burstiness=tuple(round(item, 1) for item in facts.burstiness),
-            work=self.planner.work,
+            mix=mix, present=present, speeds=speeds, burstiness=bursts, work=self.planner.work
         )
 
     def prepare_switches(self) -> None:
@@ -193,7 +198,11 @@ class ControllerRuntime:
 
     def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
         """Use a ladder that was built for a need."""
-        self.shelf.add(ShelvedLadder(ladder=ladder, speeds=need.speeds, present=need.present))
+        self.shelf.add(
+            ShelvedLadder(
+                ladder=ladder, speeds=need.speeds, present=need.present, bursts=need.burstiness
+            )
+        )
 
     def routed(
         self, plan: DeploymentPlan, observation: Observation, now_s: float

@@ -1,8 +1,8 @@
 """The ladders that a controller has prepared, and whether it needs another.
 
-A ladder fits while the mix of workload types, the speeds of replicas and the present deployment are
-those that it was built for. Preparing one takes seconds, so they are kept: a mix that returns finds
-its ladder at once.
+A ladder fits while the mix and the bursts of workload types, the speeds of replicas and the present
+deployment are those that it was built for. Preparing one takes seconds, so they are kept: a mix
+that returns finds its ladder at once.
 """
 
 from collections import deque
@@ -14,8 +14,10 @@ from oserve.perf.corrected import Speeds
 
 # The share of the work that may belong to other types than the ladder was built for.
 TOLERANCE = 0.1
-# Another ladder is used instead if it fits better by this much.
-_BETTER = 0.03
+# The same for the relative variance of the rate, as a mean over the work.
+_BURST_TOLERANCE = 0.2
+# Another ladder is used instead if it fits better by this much, of the tolerance.
+_BETTER = 0.3
 _MOST = 8
 # The time between two preparations; one that failed is not tried again earlier.
 _REST_S = 120.0
@@ -25,7 +27,7 @@ _SOON_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShelvedLadder:
-    """A ladder, with the speeds of replicas and the deployment that it was built for.
+    """A ladder, with the speeds, the deployment and the burstiness by type that it was built for.
 
     It may lack that deployment, if that cannot be simulated.
     """
@@ -33,11 +35,26 @@ class ShelvedLadder:
     ladder: Ladder
     speeds: Speeds
     present: Shapes = ()
+    bursts: tuple[float, ...] = ()
 
     def suits(self, present: Shapes, speeds: Speeds) -> bool:
         """Whether no other ladder would know more of this deployment at these speeds."""
         known = self.present == present or self.ladder.find(present) is not None
         return known and self.speeds == speeds
+
+    def distance(self, mix: LoadRates, bursts: tuple[float, ...]) -> float:
+        """How far it is from that traffic: 1 is the limit of what it is used for."""
+        found = self.ladder.distance(mix) / TOLERANCE
+        if not bursts:
+            return found
+        loads = self.ladder.loads_by_type(mix)
+        whole = max(sum(loads), 1e-9)
+        mine = self.bursts or (0.0,) * len(bursts)
+        differs = sum(
+            load / whole * abs(one - other)
+            for load, one, other in zip(loads, mine, bursts, strict=True)
+        )
+        return max(found, differs / _BURST_TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +84,13 @@ class LadderShelf:
         """Use this ladder from now on."""
         self._held.append(item)
 
-    def take(self, mix: LoadRates, present: Shapes, speeds: Speeds) -> Ladder | None:
+    def take(
+        self,
+        mix: LoadRates,
+        present: Shapes,
+        speeds: Speeds,
+        bursts: tuple[float, ...] = (),
+    ) -> Ladder | None:
         """Use the ladder that fits best; the last one if none fits.
 
         A ladder of other speeds tells more than one without the present deployment.
@@ -76,21 +99,28 @@ class LadderShelf:
         if not able and self.ladder is not None and self.ladder.find(present) is None:
             able = [item for item in self._held if item.ladder.find(present) is not None]
         if able:
-            best = min(able, key=lambda item: item.ladder.distance(mix))
+            best = min(able, key=lambda item: item.distance(mix, bursts))
             used = self._held[-1]
-            gained = used.ladder.distance(mix) - best.ladder.distance(mix)
+            gained = used.distance(mix, bursts) - best.distance(mix, bursts)
             if used not in able or gained > _BETTER:
                 self._held.remove(best)
                 self._held.append(best)
         return self.ladder
 
-    def needs(self, mix: LoadRates, present: Shapes, speeds: Speeds, now_s: float) -> bool:
+    def needs(
+        self,
+        mix: LoadRates,
+        present: Shapes,
+        speeds: Speeds,
+        now_s: float,
+        bursts: tuple[float, ...] = (),
+    ) -> bool:
         """Whether another ladder should be prepared now; asked again it says so after a rest."""
-        ladder = self.take(mix, present, speeds)
+        ladder = self.take(mix, present, speeds, bursts)
         fits = (
             ladder is not None
             and self._held[-1].suits(present, speeds)
-            and ladder.distance(mix) <= TOLERANCE
+            and self._held[-1].distance(mix, bursts) <= 1.0
         )
         blind = ladder is not None and ladder.find(present) is None
         if fits or now_s - self._asked_s < (_SOON_S if blind else _REST_S):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import DeploymentPlan, OServeError
 from oserve.evaluate.part_score import (
-    RateScales,
     PartScore,
     PartScorer,
+    RateScales,
     ScoredServing,
     ServedWindow,
     loads_around,

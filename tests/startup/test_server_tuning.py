@@ -31,9 +31,9 @@ def times() -> StepTimes:
     return StepTimes(source=source, context=context)
 
 
-def settings(folder: Path = Path(), **more: Any) -> Settings:
+def settings(more: dict[str, Any] | None = None, folder: Path = Path()) -> Settings:
     given = {"model": "m", "state_dir": str(folder), "planning.slo_ttft_ms": 2000}
-    return load_settings(None, given | {"control.tune": "auto"} | more, {})
+    return load_settings(None, given | {"control.tune": "auto"} | (more or {}), {})
 
 
 def deployed(settings: Settings, times: StepTimes) -> ServerDeployment:
@@ -44,22 +44,22 @@ def deployed(settings: Settings, times: StepTimes) -> ServerDeployment:
 
 def test_what_cannot_be_simulated_cannot_be_tuned(times: StepTimes) -> None:
     check_tuning(settings(), PLAN, times)
-    check_tuning(settings(**{"control.tune": "off"}), ATTACHED, NoStepTimes(reason="none"))
+    check_tuning(settings({"control.tune": "off"}), ATTACHED, NoStepTimes(reason="none"))
     for plan, source, more, expected in (
         (ATTACHED, times, {}, "attached"),
         (PLAN, NoStepTimes(reason="nothing was measured"), {}, "nothing was measured"),
         (PLAN, times, {"planning.slo_ttft_ms": None}, "no SLO"),
     ):
         with pytest.raises(OServeError, match=expected) as refused:
-            check_tuning(settings(**more), plan, source)
+            check_tuning(settings(more), plan, source)
         assert refused.value.place == "control.tune"
 
 
 def test_the_next_server_continues_a_trial_unless_its_settings_differ(
     tmp_path: Path, times: StepTimes
 ) -> None:
-    def started(**more: Any) -> BackgroundTuning:
-        made = background_tuning(deployed(settings(tmp_path, **more), times), VirtualClock())
+    def started(more: dict[str, Any] | None = None) -> BackgroundTuning:
+        made = background_tuning(deployed(settings(more, tmp_path), times), VirtualClock())
         assert isinstance(made, BackgroundTuning)
         return made
 
@@ -69,12 +69,12 @@ def test_the_next_server_continues_a_trial_unless_its_settings_differ(
     first._save(state)
     assert started().state == state
     assert started().constants == other
-    assert started(**{"control.tune": "advise"}).constants == state.given
-    fresh = started(**{"gateway.overflow_s": 0.5})
+    assert started({"control.tune": "advise"}).constants == state.given
+    fresh = started({"gateway.overflow_s": 0.5})
     assert fresh.state.trial is None
     assert fresh.constants.overflow_s == 0.5
     off = background_tuning(
-        deployed(settings(tmp_path, **{"control.tune": "off"}), times), VirtualClock()
+        deployed(settings({"control.tune": "off"}, tmp_path), times), VirtualClock()
     )
     assert isinstance(off, ConstantsAsGiven)
     assert off.document() == {"mode": Mode.OFF.value}
