@@ -91,6 +91,15 @@ def test_it_asks_soon_again_while_no_ladder_has_the_deployment() -> None:
     assert asked == [0, 20, 40]
 
 
+def test_it_asks_soon_again_while_speeds_are_far_from_those_of_the_ladder() -> None:
+    for factor, asked in ((0.5, [0, 20, 40]), (0.9, [0])):
+        shelf = LadderShelf()
+        shelf.add(shelved(CHAT))
+        speeds = Speeds(known={speed_key(shape(1)): factor})
+        found = [second for second in range(50) if shelf.needs(CHAT, MINE, speeds, second)]
+        assert found == asked
+
+
 def test_a_deployment_that_cannot_be_simulated_is_not_asked_for_again() -> None:
     shelf = LadderShelf()
     odd = ((shape(8), 3),)

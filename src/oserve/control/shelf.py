@@ -21,8 +21,10 @@ _BETTER = 0.3
 _MOST = 8
 # The time between two preparations; one that failed is not tried again earlier.
 _REST_S = 120.0
-# The same while no ladder has the present deployment, since then nothing can be decided.
+# The same while no ladder has the present deployment, since then nothing can be decided, or while
+# speeds differ by more than this factor from those of the ladder, which then misleads.
 _SOON_S = 20.0
+_FAR = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +124,16 @@ class LadderShelf:
             and self._held[-1].suits(present, speeds)
             and self._held[-1].distance(mix, bursts) <= 1.0
         )
-        blind = ladder is not None and ladder.find(present) is None
-        if fits or now_s - self._asked_s < (_SOON_S if blind else _REST_S):
+        soon = ladder is not None and (
+            ladder.find(present) is None or _differ(self._held[-1].speeds, speeds)
+        )
+        if fits or now_s - self._asked_s < (_SOON_S if soon else _REST_S):
             return False
         self._asked_s = now_s
         return True
+
+
+def _differ(one: Speeds, other: Speeds) -> bool:
+    """Whether a shape is much slower or faster in one of them."""
+    pairs = [(one.of_key(key), other.of_key(key)) for key in {*one.known, *other.known}]
+    return any(max(a, b) > _FAR * min(a, b) for a, b in pairs)
