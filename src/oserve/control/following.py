@@ -21,6 +21,7 @@ price. If no deployment holds, one that attains more must pay in the same way.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from oserve.control.evaluation import Leg
 from oserve.control.ladder import (
@@ -32,7 +33,7 @@ from oserve.control.ladder import (
     in_words,
     shapes_of,
 )
-from oserve.control.load_facts import LoadFacts, LoadRates
+from oserve.control.load_facts import BURST_S, LoadFacts, LoadRates
 from oserve.core import DeploymentPlan, ReplicaSpec
 
 PREMIUM = 0.25
@@ -83,8 +84,9 @@ class FollowScore:
     """A candidate and its numbers.
 
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
-    does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``overloaded``:
-    the current deployment does not hold the present load. ``current_cost`` and ``candidate_cost``,
+    does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``foreseen``: the
+    current deployment does not hold the expected load with headroom; ``overloaded``: nor the
+    present one. ``current_cost`` and ``candidate_cost``,
     at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
     switch gains each second; ``risk``: what it would save at the required load until the next
     chance to switch; ``price``: what it costs. ``seconds`` until the last wave is committed.
@@ -96,6 +98,7 @@ class FollowScore:
     rises: bool
     holds: bool
     climbs: bool
+    foreseen: bool
     overloaded: bool
     current_cost: float
     candidate_cost: float
@@ -116,9 +119,9 @@ def loads_of(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, *, lead_s: 
     ahead = 1 + math.ceil(lead_s / facts.step_s)
     means = [ladder.load(rates) for rates in facts.expected]
     expected = max(sum(means) / len(means), 1e-6) if means else max(now, 1e-6)
-    required = policy.headroom * max(present, _upper(ladder, facts, ahead), 1e-6)
+    required = policy.headroom * max(present, _upper(ladder, facts, policy, ahead), 1e-6)
     peaks = [policy.headroom * ladder.load(rates) for rates in facts.peaks]
-    later = policy.headroom * _upper(ladder, facts, len(means))
+    later = policy.headroom * _upper(ladder, facts, policy, len(means))
     return Loads(
         now=now,
         present=present,
@@ -147,19 +150,32 @@ def present_load(
     return max(ladder.load(now), sum(loads) - _SIGMAS * math.sqrt(variance))
 
 
-def _upper(ladder: Ladder, facts: LoadFacts, steps: int) -> float:
+def _upper(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, steps: int) -> float:
     """The upper quantile of the mean load over the next steps, where that is highest.
 
-    A ladder's deployments hold a mean load with its bursts. Types and steps vary independently.
+    A ladder's deployments hold a mean load with chance and bursts, so what these two explain of the
+    quantile does not count again. Types and steps vary independently.
     """
     pairs = list(zip(facts.expected, facts.upper, strict=True))[:steps]
     if not pairs:
         return 0.0
+    deviations = NormalDist().inv_cdf(policy.quantile)
     squares = 0.0
     for mean, high in pairs:
-        above = tuple(max(0.0, most - rate) for rate, most in zip(mean, high, strict=True))
+        above = tuple(
+            _beyond(most - rate, deviations, rate, bursts, facts.step_s)
+            for rate, most, bursts in zip(mean, high, facts.burstiness, strict=True)
+        )
         squares += sum(load**2 for load in ladder.loads_by_type(above))
     return max(ladder.load(mean) for mean, _ in pairs) + math.sqrt(squares) / len(pairs)
+
+
+def _beyond(
+    above_rps: float, deviations: float, rate_rps: float, bursts: float, step_s: float
+) -> float:
+    """What chance and bursts do not explain of a rate's distance to its upper quantile."""
+    chance = rate_rps / step_s + rate_rps**2 * bursts * min(1.0, BURST_S / step_s)
+    return math.sqrt(max(0.0, max(0.0, above_rps) ** 2 - deviations**2 * chance))
 
 
 def follow(
@@ -217,6 +233,7 @@ def follow(
         rises=rises,
         holds=rung.holds,
         climbs=ladder.capacity(chosen, goal) > ladder.capacity(present, goal),
+        foreseen=present not in ladder.scores(policy.headroom * loads.expected).holding(goal),
         overloaded=present not in ladder.scores(loads.present).holding(goal),
         current_cost=now_cost,
         candidate_cost=then_cost,

@@ -144,7 +144,8 @@ def follow_reason_for(
     falls = [at_s for at_s in context.falls if context.now_s - at_s < HOUR_S]
     climbs = score.rises and score.climbs
     urgent = climbs and score.overloaded and score.gain_per_s > least
-    insured = climbs and score.holds and not score.overloaded and score.price <= score.risk
+    likely = score.holds or score.foreseen
+    insured = climbs and likely and not score.overloaded and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
     checks = (
         (not context.watched, Reason.NO_DATA),
