@@ -84,7 +84,7 @@ def test_types_vary_independently() -> None:
     ladder = three_rungs(kinds=2)
     seen = replace(facts(5.0, 5.0), upper=((8.0, 9.0),) * 5)
     found = loads_of(ladder, seen, FollowPolicy(goal=TWO, headroom=1.0), lead_s=0.0)
-    assert found.required == pytest.approx(1.0 + 0.5)
+    assert found.required == pytest.approx(1.0 + 0.5, rel=0.02)
 
 
 def test_few_requests_in_a_few_seconds_are_chance() -> None:
