@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from oserve.control.decision import Decision
 from oserve.control.policy import ControlPolicy
+from oserve.core import Objective
 from oserve.evaluate.simulator import Routing, SimulatedServing, SimulatedTraffic
 from oserve.study.controller_policy import ControllerPolicy, controller_policy, with_start
 from oserve.study.counterfactual import SwitchWorth, switch_worths
@@ -56,6 +57,13 @@ def contenders(
         "linear table": linear,
         "controller, reload": with_start(tuner.scene, transfer, PolicyStart.COLD),
         "controller, transfer": transfer,
+        "follower, transfer": controller_policy(
+            tuner,
+            start=PolicyStart.TRANSFER,
+            serving=serving,
+            control=control,
+            objective=Objective.LATENCY,
+        ),
         "oracle": Oracle(tuner=tuner, serving=serving, library=library(tuner, transfer)),
     }
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oserve.evaluate.simulator import SimulatedTraffic, met
+from oserve.control.ladder import MISSED
+from oserve.evaluate.simulator import Floats, Mask, SimulatedTraffic, met
 from oserve.study.controller_policy import ControllerPolicy
 from oserve.study.run import Run
 from oserve.study.runner import run_policy
@@ -25,24 +26,34 @@ class SwitchWorth:
     """``gains``: requests within the SLO, with the switch less without it, by traffic sample.
 
     The first sample is the traffic of the run. ``expected``: the net gain that the controller
-    expected.
+    expected. ``saved``: where latency is the objective, how much less E2E there is with the switch,
+    in requests of the mean E2E without it; a request within the SLO counts ``MISSED`` of these.
     """
 
     at_s: float
     deployment: tuple[tuple[str, int], ...]
     gains: tuple[int, ...]
     expected: float
+    saved: tuple[float, ...] = ()
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """What the switch was worth, by sample: requests within the SLO, or those and latency."""
+        if not self.saved:
+            return tuple(float(gain) for gain in self.gains)
+        pairs = zip(self.gains, self.saved, strict=True)
+        return tuple(MISSED * gain + saved for gain, saved in pairs)
 
     @property
     def mean(self) -> float:
         """Over the drawings."""
-        return float(np.mean(self.gains))
+        return float(np.mean(self.values))
 
     @property
     def error(self) -> float:
         """The standard error of the mean; 0 for a single drawing."""
-        count = len(self.gains)
-        return float(np.std(self.gains, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+        count = len(self.values)
+        return float(np.std(self.values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
 
     @property
     def harmful(self) -> bool:
@@ -67,21 +78,30 @@ def switch_worths(
     ]
     ends = [change.at_s for change in moves[1:]] + [float("inf")]
     gains: list[list[int]] = [[] for _ in moves]
+    saved: list[list[float]] = [[] for _ in moves]
+    follows = policy.control.follow is not None
     for traffic in (tuner.scene.traffic, *drawings) if moves else ():
-        good = [
-            _good(tuner, replace(policy, script=script[:count]), scale, traffic)
+        runs = [
+            _served(tuner, replace(policy, script=script[:count]), scale, traffic)
             for count in range(len(moves) + 1)
         ]
         arrival_s = traffic.arrival_s / scale
         for number, (change, end_s) in enumerate(zip(moves, ends, strict=True)):
             counted = (arrival_s >= change.at_s - _BEFORE_S) & (arrival_s < end_s)
-            more = int(good[number + 1][counted].sum()) - int(good[number][counted].sum())
-            gains[number].append(more)
+            (without, slow_s), (within, fast_s) = runs[number], runs[number + 1]
+            gains[number].append(int(within[counted].sum()) - int(without[counted].sum()))
+            if follows:
+                usual_s = max(float(slow_s[counted].mean()), 1e-9) if counted.any() else 1.0
+                saved[number].append(float((slow_s - fast_s)[counted].sum()) / usual_s)
     return tuple(
         SwitchWorth(
-            at_s=change.at_s, deployment=change.deployment, gains=tuple(each), expected=worth
+            at_s=change.at_s,
+            deployment=change.deployment,
+            gains=tuple(each),
+            expected=worth,
+            saved=tuple(less),
         )
-        for change, each, worth in zip(moves, gains, expected, strict=True)
+        for change, each, less, worth in zip(moves, gains, saved, expected, strict=True)
     )
 
 
@@ -97,8 +117,10 @@ def jittered(traffic: SimulatedTraffic, *, seed: int, by_s: float = 2.0) -> Simu
     )
 
 
-def _good(
+def _served(
     tuner: Tuner, policy: ControllerPolicy, scale: float, traffic: SimulatedTraffic
-) -> np.ndarray:
-    run = run_policy(tuner.scene, policy, tuner.simulator, scale, traffic=traffic)
-    return met(run.results, tuner.scene.slo)
+) -> tuple[Mask, Floats]:
+    """Which requests met the SLO, and the E2E of each; those that never ended count to the end."""
+    results = run_policy(tuner.scene, policy, tuner.simulator, scale, traffic=traffic).results
+    ended_s = np.where(np.isfinite(results.finish_s), results.finish_s, results.now_s)
+    return met(results, tuner.scene.slo), ended_s - results.arrival_s
