@@ -33,7 +33,7 @@ from oserve.control.ladder import (
     in_words,
     shapes_of,
 )
-from oserve.control.load_facts import BURST_S, LoadFacts, LoadRates
+from oserve.control.load_facts import LoadFacts, LoadRates
 from oserve.core import DeploymentPlan, ReplicaSpec
 
 PREMIUM = 0.25
@@ -153,8 +153,8 @@ def present_load(
 def _upper(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, steps: int) -> float:
     """The upper quantile of the mean load over the next steps, where that is highest.
 
-    A ladder's deployments hold a mean load with chance and bursts, so what these two explain of the
-    quantile does not count again. Types and steps vary independently.
+    A ladder's deployments hold a mean load with its chance, so what chance explains of the quantile
+    does not count again. Types and steps vary independently.
     """
     pairs = list(zip(facts.expected, facts.upper, strict=True))[:steps]
     if not pairs:
@@ -163,18 +163,15 @@ def _upper(ladder: Ladder, facts: LoadFacts, policy: FollowPolicy, steps: int) -
     squares = 0.0
     for mean, high in pairs:
         above = tuple(
-            _beyond(most - rate, deviations, rate, bursts, facts.step_s)
-            for rate, most, bursts in zip(mean, high, facts.burstiness, strict=True)
+            _beyond(most - rate, deviations, rate / facts.step_s)
+            for rate, most in zip(mean, high, strict=True)
         )
         squares += sum(load**2 for load in ladder.loads_by_type(above))
     return max(ladder.load(mean) for mean, _ in pairs) + math.sqrt(squares) / len(pairs)
 
 
-def _beyond(
-    above_rps: float, deviations: float, rate_rps: float, bursts: float, step_s: float
-) -> float:
-    """What chance and bursts do not explain of a rate's distance to its upper quantile."""
-    chance = rate_rps / step_s + rate_rps**2 * bursts * min(1.0, BURST_S / step_s)
+def _beyond(above_rps: float, deviations: float, chance: float) -> float:
+    """What a variance by chance does not explain of a rate's distance to its upper quantile."""
     return math.sqrt(max(0.0, max(0.0, above_rps) ** 2 - deviations**2 * chance))
 
 

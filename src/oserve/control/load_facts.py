@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-BURST_S = 10
-"""The pieces of time between which burstiness is measured, in seconds."""
-
 LoadRates = tuple[float, ...]
 """Requests/s of each workload type."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
 from oserve.control.evaluation import ForecastStep, TypeRates
-from oserve.control.load_facts import BURST_S, LoadFacts
+from oserve.control.load_facts import LoadFacts
 from oserve.control.policy import ControlPolicy
 from oserve.control.tally import Batch
 from oserve.forecast.detect import ChangeDetector
@@ -35,7 +35,7 @@ _LIKELY = 0.9
 _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
 LAST_S, _FEWEST_RECENT_S, _MIX_S = 10, 30, 600
-_BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 60, 18, 2.0
+_BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 18, 2.0
 # Variation that is slower than so many pieces is a trend.
 _BURST_LAG = 6
 # Halves of a span are compared in this many parts; spans are multiples of as many seconds.
@@ -296,14 +296,14 @@ class TrafficMonitor:
         Half the mean squared difference of pieces a minute apart is a variance without the trend.
         """
         end_s = max(1, self.collector.newest_s)
-        if self._bursts[0] == end_s // BURST_S:
+        if self._bursts[0] == end_s // _BURST_S:
             return self._bursts[1]
         found = self._burstiness(end_s)
-        self._bursts = end_s // BURST_S, found
+        self._bursts = end_s // _BURST_S, found
         return found
 
     def _burstiness(self, end_s: int) -> tuple[float, ...]:
-        width_s = _BURST_PIECES * BURST_S
+        width_s = _BURST_PIECES * _BURST_S
         counts = self.collector.window(end_s, width_s, parts=_BURST_PIECES).parts
         counts = counts[np.isfinite(counts).all(axis=1)]
         if len(counts) < _FEWEST_PIECES:
