@@ -287,7 +287,7 @@ def follower(
 ) -> Follower:
     kinds = len(goal.objectives)
     settings = ControlPolicy(
-        **{"interval_s": 20, **policy}, follow=follow or FollowPolicy(goal=goal)
+        **{"interval_s": 20, **policy}, follow=follow or FollowPolicy(goal=goal, fall_after_s=300.0)
     )
     runtime = ControllerRuntime(
         plan_for(shapes),

@@ -215,7 +215,7 @@ def test_it_climbs_ahead_of_a_foreseen_rise(history: dict[str, Any]) -> None:
     made = used_to_little(history)
     first_s = made.second - 1000
     # What the present deployment holds is reached after 200 s.
-    made.run(lambda second: 0.2 + 0.2 * (second - first_s) / 200, 200, seed=None)
+    made.run(lambda second: 0.2 + 0.2 * (second - first_s) / 200, 240, seed=None)
     rise = made.switches[0]
     assert rise.reason is Reason.LOAD_RISES
     assert first_s + 1000 + 200 - rise.at_s > SWITCH_S

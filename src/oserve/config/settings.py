@@ -66,7 +66,7 @@ class ControlSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     margin: Annotated[float, msgspec.Meta(ge=0)] = 1.5
     lasts_s: Annotated[float, msgspec.Meta(gt=0)] = 900.0
     start_s: Seconds = 30.0
-    fall_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0
+    fall_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 900.0
     shrink_after_s: Seconds = 0.0
     floor_replicas: Count = 1
     hold_s: Seconds = 1800.0

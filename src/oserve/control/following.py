@@ -60,7 +60,7 @@ class FollowPolicy:
     goal: Goal
     headroom: float = 1.1
     quantile: float = 0.95
-    fall_after_s: float = 300.0
+    fall_after_s: float = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
