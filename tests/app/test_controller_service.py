@@ -38,6 +38,10 @@ CHATS, DOCUMENTS = (40.0, 0.2), (0.2, 12.0)
 UNSIMULATED = {"control.simulate": False}
 
 
+# Ladders are prepared by the decision loop, which is not part of these tests.
+CAPACITY = {"planning.objective": "capacity"}
+
+
 def deployment(model: str, folder: Path, **more: object) -> ServerDeployment:
     given: dict[str, object] = {
         "model": model,
@@ -94,7 +98,7 @@ async def fed(
 
 @pytest.mark.slow
 async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> None:
-    given = deployment(model, tmp_path)
+    given = deployment(model, tmp_path, **CAPACITY)
     assert given.mode is Mode.AUTO
     facts = switch_facts(given.settings, given.devices, available_bytes=lambda: sys.maxsize)
     steering = service(given, now_s=START_S, legs=SwitchPrices(facts).legs)
@@ -113,13 +117,13 @@ async def test_it_decides_remembers_and_replays(model: str, tmp_path: Path) -> N
     assert told.verdict is DecisionVerdict.SWITCH
 
     # Killed and started again: plan, history and log are there.
-    again_given = deployment(model, tmp_path)
+    again_given = deployment(model, tmp_path, **CAPACITY)
     assert "in force when it last ran" in again_given.why
     assert again_given.plan == parse_plan(plan_yaml(steering.controller.plan), place="x")
     again = service(again_given, now_s=START_S + 500)
     assert again.controller.monitor.forecast() == steering.controller.monitor.forecast()
     assert list(again.controller.decisions)[-1] == told
-    afresh = deployment(model, tmp_path, **{"control.resume": False})
+    afresh = deployment(model, tmp_path, **CAPACITY, **{"control.resume": False})
     assert "a plan computed" in afresh.why
 
     file = str(given.state_file)

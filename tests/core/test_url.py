@@ -78,5 +78,6 @@ def test_any_text_is_a_url_or_refused(text: str) -> None:
     except OServeError:
         return
     assert url.startswith(("http://", "https://"))
-    assert not url.endswith(("/", "/v1"))
+    # The host itself may be called v1.
+    assert not url.partition("://")[2].endswith(("/", "/v1"))
     assert server_url(url) == url
