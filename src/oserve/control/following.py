@@ -86,10 +86,10 @@ class FollowScore:
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
     does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``foreseen``: the
     current deployment does not hold the expected load with headroom; ``overloaded``: nor the
-    present one. ``current_cost`` and ``candidate_cost``,
-    at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
-    switch gains each second; ``risk``: what it would save at the required load until the next
-    chance to switch; ``price``: what it costs. ``seconds`` until the last wave is committed.
+    present one. ``current_cost`` and ``candidate_cost``, at the expected load, are in requests at
+    the best latency per request. ``gain_per_s``: what the switch gains each second; ``risk``: what
+    it would save at the required load until the next chance to switch; ``price``: what it costs.
+    ``seconds`` until the last wave is committed.
     """
 
     plan: DeploymentPlan
