@@ -6,7 +6,7 @@ print. Pure data: this package knows neither engines nor measurements nor server
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
 from oserve.core.clock import Clock, VirtualClock
-from oserve.core.endpoint import Endpoint
+from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
 from oserve.core.objective import Objective
 from oserve.core.plan import (
@@ -51,6 +51,7 @@ __all__ = [
     "Endpoint",
     "EngineWork",
     "FinishStatus",
+    "HatchAddress",
     "LengthClass",
     "OServeError",
     "Objective",
