@@ -211,7 +211,7 @@ async def test_what_is_no_hatch_or_not_there() -> None:
         address = HatchAddress(
             host="127.0.0.1", port=port, certificate=IDENTITY.certificate, token=IDENTITY.token
         )
-        with pytest.raises(HatchError, match="no answer within 0.05 s"):
+        with pytest.raises(HatchError, match=r"no answer within 0\.05 s"):
             await open_hatch(address, "echo", timeout_s=0.05)
     with pytest.raises(HatchError, match="cannot be reached: Connection refused") as caught:
         await opened(address, "echo")

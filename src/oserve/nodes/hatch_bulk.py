@@ -7,6 +7,7 @@ them by their first byte.
 """
 
 import contextlib
+import errno
 import itertools
 import re
 import socket
@@ -28,6 +29,7 @@ from oserve.nodes.hatch_pump import BUFFER_BYTES, pump
 from oserve.wire.hatch import ECHO_NAME, HatchError, is_bulk_name, verdict_line
 
 _TELL_EVERY_S = 0.25
+_RETRY_S = 0.1
 _SOCKET_BYTES = 4 << 20
 _REQUEST = re.compile(rf"({NODE_NAMES}) (\S+)")
 _PEERS: msgspec.json.Decoder[dict[str, HatchAddress]] = msgspec.json.Decoder(
@@ -69,9 +71,14 @@ class BulkRelay:
 
     def _take_ranks(self) -> None:
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 rank, _ = self._out.accept()
-                self._spawn(self._outbound, rank, "")
+            except OSError as error:
+                if error.errno in {errno.EBADF, errno.EINVAL}:
+                    return  # it is closed
+                time.sleep(_RETRY_S)  # out of files, or a rank that has left again
+                continue
+            self._spawn(self._outbound, rank, "")
 
     def _spawn(
         self, work: Callable[[socket.socket, str], None], connection: socket.socket, peer: str
