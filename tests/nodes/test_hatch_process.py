@@ -43,6 +43,10 @@ async def published(folder: Path, process: asyncio.subprocess.Process) -> Publis
     return found
 
 
+def second_process(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
 async def test_the_life_of_a_hatch(tmp_path: Path) -> None:
     folder = tmp_path / "n"
     folder.mkdir(mode=0o700)
@@ -65,8 +69,7 @@ async def test_the_life_of_a_hatch(tmp_path: Path) -> None:
         msgspec.json.encode(msgspec.structs.replace(config, folder=str(other_folder)))
     )
     await published(other_folder, other)
-    children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(second_process(other.pid), signal.SIGKILL)
     assert await asyncio.wait_for(other.wait(), LIMIT_S) == 1
     # It goes with whoever holds its standard input, and takes what it published along.
     assert process.stdin is not None
