@@ -9,6 +9,7 @@ from oserve.core.clock import Clock, VirtualClock
 from oserve.core.endpoint import Endpoint
 from oserve.core.errors import OServeError
 from oserve.core.objective import Objective
+from oserve.core.parts import ReplicaPart, node_of_rank, parts_of
 from oserve.core.plan import (
     AttachedBackend,
     Backend,
@@ -58,6 +59,7 @@ __all__ = [
     "PlannedType",
     "Precision",
     "ReplicaLoad",
+    "ReplicaPart",
     "ReplicaPhase",
     "ReplicaShape",
     "ReplicaSpec",
@@ -71,4 +73,6 @@ __all__ = [
     "VirtualClock",
     "VllmBackend",
     "WorkloadType",
+    "node_of_rank",
+    "parts_of",
 ]
