@@ -44,6 +44,7 @@ class TiedParts:
     def __init__(self, parts: Sequence[ReplicaPart]) -> None:
         self._parts = tuple(parts)
         self._running = {part.index for part in parts}
+        self._killed: set[int] = set()
         self._asked = False
         self.status: int | None = None
         self.reason = ""
@@ -77,8 +78,7 @@ class TiedParts:
             self.status = status
             if not self._asked:
                 self.reason = f"{self._parts[index]} {how}"
-        # In case it can be reached after all.
-        last_words = () if reachable else (index,)
-        return tuple(
-            EndPart(index=other, kill=True) for other in (*sorted(self._running), *last_words)
-        )
+        # One out of reach is told as well, in case it can be reached after all.
+        others = self._running - self._killed if reachable else {*self._running, index}
+        self._killed |= others
+        return tuple(EndPart(index=other, kill=True) for other in sorted(others))
