@@ -3,8 +3,10 @@
 Replicas of the current plan with a wanted shape stay in place. If the rest would then not fit, as
 few of them as possible move. The other replicas are placed first-fit descending by group size,
 which always succeeds (see ``packing``), each time the replica and node with most weights already in
-place. New replicas then change places where that leaves fewer types without a replica once a node
-is lost (see ``spread``). Placement ignores KV caches, requests and links.
+place. Devices that no replica of the current plan holds come first, though: a replica there starts
+before another one leaves, so that capacity never falls. New replicas then change places where that
+leaves fewer types without a replica once a node is lost (see ``spread``). Placement ignores KV
+caches, requests and links.
 """
 
 from collections import Counter
@@ -44,10 +46,19 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seat:
-    """Devices for one replica, in rank order, and the share of its weights that they hold."""
+    """Devices for one replica, in rank order, and the share of its weights that they hold.
+
+    ``vacant``: no replica of the current plan is on them.
+    """
 
     devices: tuple[str, ...]
     held: float
+    vacant: bool = False
+
+    @property
+    def worth(self) -> tuple[bool, float]:
+        """The best seat has the largest."""
+        return self.vacant, round(self.held, 9)
 
 
 def place_replicas(
@@ -81,7 +92,7 @@ def place_replicas(
         )
         placed.append(spec)
         new.add(spec.id)
-    placed = list(spread_out(placed, new, devices, serving or _all))
+    placed = list(spread_out(placed, new, devices, serving or _all, board.occupied))
     moved = sum(1.0 - board.share_held(spec) for spec in placed if spec.id in new)
     order = {shape: index for index, (shape, _) in enumerate(wanted)}
     placed.sort(key=lambda spec: order[spec.shape])
@@ -102,6 +113,8 @@ class _Board:
         self.kinds = sorted({device.kind for device in devices})
         self.known = {device.id for device in devices}
         self.held = shards_held(current)
+        replicas = current.replicas if current else ()
+        self.occupied = {device for spec in replicas for device in spec.devices}
         self.free: dict[str, dict[str, list[str]]] = {kind: {} for kind in self.kinds}
         self._home: dict[str, list[str]] = {}
         self._order = {device.id: index for index, device in enumerate(devices)}
@@ -220,7 +233,7 @@ def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaSha
                 # Of equals the longest, which finds nodes with room for equal shares while some
                 # are free.
                 seat, place = max(
-                    options, key=lambda option: (option[0].held, len(option[0].devices), option[1])
+                    options, key=lambda option: (option[0].worth, len(option[0].devices), option[1])
                 )
                 shape = same[-place]
                 seats.take(seat)
@@ -258,17 +271,20 @@ class _Seats:
                 return dealt
         devices: tuple[str, ...] = ()
         held = 0.0
+        vacant = True
         for start in range(0, len(shards), self._width):
             stage = self._best(shards[start : start + self._width], frozenset(devices))
             assert stage is not None  # Packing has shown that every group has a node.
             devices += stage.devices
             held += stage.held
-        return _Seat(devices=devices, held=held)
+            vacant = vacant and stage.vacant
+        return _Seat(devices=devices, held=held, vacant=vacant)
 
     def _dealt(self, shards: tuple[Shard, ...], share: int) -> _Seat | None:
         """So many consecutive ranks on each of several nodes; ``None`` if too few have room."""
         devices: tuple[str, ...] = ()
         held = 0.0
+        vacant = True
         used: frozenset[str] = frozenset()
         for start in range(0, len(shards), share):
             part = self._best(shards[start : start + share], frozenset(), used)
@@ -276,8 +292,9 @@ class _Seats:
                 return None
             devices += part.devices
             held += part.held
+            vacant = vacant and part.vacant
             used |= {node for node, ids in self._free.items() if part.devices[0] in ids}
-        return _Seat(devices=devices, held=held)
+        return _Seat(devices=devices, held=held, vacant=vacant)
 
     def take(self, seat: _Seat) -> None:
         """Take the seat and invalidate the cached results on its nodes."""
@@ -296,8 +313,8 @@ class _Seats:
         without: frozenset[str],
         nodes_without: frozenset[str] = frozenset(),
     ) -> _Seat | None:
-        """The node that holds most of these shards; of equals the one with the least room."""
-        best: tuple[float, int] | None = None
+        """The best seat of all nodes; of equals the one on the node with the least room."""
+        best: tuple[tuple[bool, float], int] | None = None
         seat = None
         for node, ids in self._free.items():
             if node in nodes_without:
@@ -306,7 +323,7 @@ class _Seats:
             if not self._room(node, len(free), len(ids) - len(free), len(shards)):
                 continue
             found = self._on_node(shards, node, free, fresh=bool(without))
-            value = (round(found.held, 9), -len(free))
+            value = (found.worth, -len(free))
             if best is None or value > best:
                 best, seat = value, found
         return seat
@@ -323,7 +340,10 @@ class _Seats:
         key = (shards, node)
         if not fresh and key in self._found:
             return self._found[key]
-        held = self._board.held
+        held, occupied = self._board.held, self._board.occupied
+        vacant = [device for device in free if device not in occupied]
+        if len(vacant) >= len(shards):
+            free = vacant
         overlap = np.array(
             [
                 [shard.overlap(held[device]) if device in held else 0.0 for device in free]
@@ -340,6 +360,7 @@ class _Seats:
         seat = _Seat(
             devices=tuple(free[column] for column in columns),
             held=float(sum(overlap[rank, column] for rank, column in enumerate(columns))),
+            vacant=len(vacant) >= len(shards),
         )
         if not fresh:
             self._found[key] = seat

@@ -79,11 +79,12 @@ def spread_out(
     movable: Set[str],
     devices: Sequence[Device],
     serving: Serving,
+    reserved: Set[str] = frozenset(),
 ) -> tuple[ReplicaSpec, ...]:
     """The same replicas with as few types exposed as single moves and exchanges achieve.
 
-    Only those in ``movable`` (ids) change their devices, and only replicas on one node. Each step
-    must expose fewer pairs of node and type.
+    Only those in ``movable`` (ids) change their devices, and only replicas on one node; none moves
+    to ``reserved`` devices. Each step must expose fewer pairs of node and type.
     """
     node_of = {device.id: device.node for device in devices}
     now = tuple(replicas)
@@ -94,7 +95,7 @@ def spread_out(
         better = next(
             (
                 other
-                for other in _steps(now, movable, devices, exposed, serving)
+                for other in _steps(now, movable, devices, exposed, serving, reserved)
                 if len(_pairs(other, node_of, serving)) < len(exposed)
             ),
             None,
@@ -111,6 +112,7 @@ def _steps(
     devices: Sequence[Device],
     exposed: Sequence[tuple[str, str]],
     serving: Serving,
+    reserved: Set[str],
 ) -> Iterator[tuple[ReplicaSpec, ...]]:
     """Every move to another node that may help, then every exchange.
 
@@ -129,7 +131,7 @@ def _steps(
         for (node, shape), place in single.items()
         if any(total[kind] > 1 and kind in serving(shape) for own, kind in exposed if own == node)
     ]
-    used = {device for spec in replicas for device in spec.devices}
+    used = {device for spec in replicas for device in spec.devices} | reserved
     free: dict[tuple[str, str], list[str]] = {}
     for device in devices:
         if device.id not in used:
