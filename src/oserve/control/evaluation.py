@@ -108,7 +108,8 @@ class DecisionInput:
     ``before``: the rates before the traffic last changed, empty if it did not change. They are
     taken to return, for the ``back_s`` seconds until the controller can switch back. ``age_s``:
     how long the traffic has been as it is now. ``speeds``: the observed speeds of replicas.
-    ``load``: for a controller that follows a ladder.
+    ``load``: for a controller that follows a ladder. ``unusable``: devices that no plan may use.
+    ``of_nodes``: decide at once, since these have changed. ``earlier``: the plan before nodes left.
     """
 
     at_s: float
@@ -130,6 +131,9 @@ class DecisionInput:
     age_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
     load: LoadFacts | None = None
+    unusable: frozenset[str] = frozenset()
+    of_nodes: bool = False
+    earlier: DeploymentPlan | None = None
 
     @property
     def follows(self) -> bool:

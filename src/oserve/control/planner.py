@@ -1,7 +1,7 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
 Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes that failed to start may be barred.
+Shapes that failed to start may be barred. Devices of nodes that are not in use may be left out.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from oserve.control.plan_parts import (
     even_shares,
     plan_gain,
     plan_stamp,
+    restart_legs,
     scaled_row,
     whole_shares,
 )
-from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -90,6 +90,8 @@ class TablePlanner:
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts
         self.barred: frozenset[ReplicaShape] = frozenset()
+        self.unusable: frozenset[str] = frozenset()
+        self.devices = facts.devices
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
@@ -104,7 +106,15 @@ class TablePlanner:
         """Use other facts from now on; the workload types must be the same."""
         self.facts = facts
         self._chosen = {}
+        self.leave_out(self.unusable)
         self.correct(self.speeds)
+
+    def leave_out(self, unusable: frozenset[str]) -> None:
+        """Plan without these devices from now on."""
+        self.unusable = unusable
+        self.devices = tuple(item for item in self.facts.devices if item.id not in unusable)
+        # Another thread may be reading.
+        self._switches = {}
 
     def correct(self, speeds: Speeds) -> None:
         """Use these speeds from now on, in place of any before."""
@@ -146,10 +156,10 @@ class TablePlanner:
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
         types = self._rated(rates_rps, table)
-        if not any(kind.arrival_rate_rps > 0 for kind in types):
+        if not self.devices or not any(kind.arrival_rate_rps > 0 for kind in types):
             return ()
         problem = PlanProblem(
-            devices=facts.devices,
+            devices=self.devices,
             types=types,
             options=table,
             enough_scale=facts.enough_scale,
@@ -189,11 +199,12 @@ class TablePlanner:
     ) -> DeploymentPlan:
         """Place a deployment on devices, as close to the current plan as possible."""
         placed = place_deployment(problem, deployment)
-        if set(placed.replicas) == set(current.replicas):
+        replicas = (*placed.replicas, *self._fixed(current))
+        if set(replicas) == set(current.replicas):
             return current
         plan = DeploymentPlan(
-            id=f"planned-{plan_stamp(placed.replicas)}",
-            replicas=placed.replicas,
+            id=f"planned-{plan_stamp(replicas)}",
+            replicas=replicas,
             length_classes=self.facts.classes,
             routing_shares={},
         )
@@ -201,13 +212,19 @@ class TablePlanner:
 
     def deployment(self, shapes: Shapes, current: DeploymentPlan) -> DeploymentPlan:
         """Place a deployment near the current plan; every replica serves every type."""
-        placed = place_replicas(shapes, self.facts.devices, current=current).replicas
+        placed = place_replicas(shapes, self.devices, current=current).replicas
+        placed = (*placed, *self._fixed(current))
         if set(placed) == set(current.replicas):
             return current
         plan = replace(
             current, id=f"ladder-{plan_stamp(placed)}", replicas=placed, routing_shares={}
         )
         return self.evenly_shared(plan)
+
+    def _fixed(self, current: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
+        """Replicas on devices that are left out: they serve on, but nothing replaces them there."""
+        out = self.unusable
+        return tuple(spec for spec in current.replicas if not out.isdisjoint(spec.devices))
 
     def evenly_shared(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with all replicas in the pool of every type."""
@@ -349,14 +366,7 @@ class TablePlanner:
         found = None if self.facts.legs is None else self.facts.legs(old, new)
         if found is not None:
             return found
-        return [
-            Leg(
-                leaving=stage.retired,
-                started=stage.started,
-                seconds=max((self.facts.start_s(spec) for spec in stage.started), default=0.0),
-            )
-            for stage in stages(old, new)
-        ]
+        return restart_legs(old, new, self.facts.start_s)
 
     def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean latency of the types at these rates, over the replicas that serve them."""
