@@ -43,9 +43,13 @@ class ControlLoop:
         self._observed = observed
         self._rollout = rollout
 
+    async def look(self) -> Observation:
+        """The cluster as its nodes allow (see ``node_view``); changes nothing."""
+        return self.nodes.judge(await self._cluster.observe())
+
     async def step(self) -> tuple[Action, ...]:
         """One round; returns its actions."""
-        observation = self.nodes.judge(await self._cluster.observe())
+        observation = await self.look()
         plan = self.nodes.runnable(self.plan, observation)
         lost = frozenset(given_up(plan, observation, self._policy))
         held = self.held | self.nodes.away(self.plan, observation)

@@ -1,7 +1,7 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
 Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes that failed to start may be barred. Devices of nodes that are not in use may be left out.
+Shapes may be barred, and devices left out.
 """
 
 from collections import Counter
@@ -111,10 +111,8 @@ class TablePlanner:
 
     def leave_out(self, unusable: frozenset[str]) -> None:
         """Plan without these devices from now on."""
-        self.unusable = unusable
+        self.unusable, self._switches = unusable, {}
         self.devices = tuple(item for item in self.facts.devices if item.id not in unusable)
-        # Another thread may be reading.
-        self._switches = {}
 
     def correct(self, speeds: Speeds) -> None:
         """Use these speeds from now on, in place of any before."""
@@ -213,7 +211,7 @@ class TablePlanner:
     def deployment(self, shapes: Shapes, current: DeploymentPlan) -> DeploymentPlan:
         """Place a deployment near the current plan; every replica serves every type."""
         placed = place_replicas(shapes, self.devices, current=current).replicas
-        placed = (*placed, *self._fixed(current))
+        placed += self._fixed(current)
         if set(placed) == set(current.replicas):
             return current
         plan = replace(
@@ -222,9 +220,8 @@ class TablePlanner:
         return self.evenly_shared(plan)
 
     def _fixed(self, current: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
-        """Replicas on devices that are left out: they serve on, but nothing replaces them there."""
-        out = self.unusable
-        return tuple(spec for spec in current.replicas if not out.isdisjoint(spec.devices))
+        """Replicas on devices that are left out: they serve on."""
+        return tuple(s for s in current.replicas if not self.unusable.isdisjoint(s.devices))
 
     def evenly_shared(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with all replicas in the pool of every type."""
@@ -330,11 +327,9 @@ class TablePlanner:
         ids: dict[ReplicaShape, list[str]] = {}
         for spec in known:
             ids.setdefault(spec.shape, []).append(spec.id)
-        if len(ids) > 1:
-            found = self._solved_shares(ids, rates_rps)
-            if found is not None:
-                even = even_shares([spec.id for spec in replicas])
-                return {name: whole_shares(own) or dict(even) for name, own in found.items()}
+        if len(ids) > 1 and (found := self._solved_shares(ids, rates_rps)) is not None:
+            even = even_shares([spec.id for spec in replicas])
+            return {name: whole_shares(own) or dict(even) for name, own in found.items()}
         # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
         even = even_shares([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
@@ -379,15 +374,12 @@ class TablePlanner:
                 weight += rate
         return total / weight if weight > 0 else 0.0
 
-    # -- helpers --------------------------------------------------------------------------------
     def _row(self, spec: ReplicaSpec) -> ShapePerformance | None:
         row = self._rows.get(spec.shape)
-        if row is None:
-            found = self.facts.row_of(spec)
-            if found is not None:
-                self._chosen[spec.shape] = found
-                row = replace(self._at_speed([found])[0], shape=spec.shape)
-                self._rows[spec.shape] = row
+        if row is None and (found := self.facts.row_of(spec)) is not None:
+            self._chosen[spec.shape] = found
+            row = replace(self._at_speed([found])[0], shape=spec.shape)
+            self._rows[spec.shape] = row
         return row
 
     def _rated(

@@ -141,8 +141,8 @@ class ControllerRuntime:
         unusable = frozenset(unusable_devices(devices, states))
         if unusable != self.planner.unusable:
             self.planner.leave_out(unusable)
-        serving = [s for s in states if s.usable or s.phase is NodePhase.CORDONED and s.reachable]
-        names = {state.name for state in states} - {state.name for state in serving}
+        draining = NodePhase.DRAINING.value
+        names = {s.name for s in states if not s.reachable or s.word == draining}
         left = frozenset(device.id for device in devices if device.node in names)
         self.controller.see_nodes(unusable, left)
 
