@@ -8,6 +8,7 @@ from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartRepli
 from oserve.core.clock import Clock, VirtualClock
 from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
+from oserve.core.nodes import NodePhase, NodeSighting, NodeState
 from oserve.core.objective import Objective
 from oserve.core.plan import (
     AttachedBackend,
@@ -53,6 +54,9 @@ __all__ = [
     "FinishStatus",
     "HatchAddress",
     "LengthClass",
+    "NodePhase",
+    "NodeSighting",
+    "NodeState",
     "OServeError",
     "Objective",
     "Observation",
