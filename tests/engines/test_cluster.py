@@ -213,7 +213,10 @@ async def test_start_ready_drain_stop(stage: Stage) -> None:
     assert observation.replicas[0].phase is ReplicaPhase.GONE
     assert observation.failures == {}
     assert [phase for _, phase in stage.changes] == [
-        phase for phase in ReplicaPhase if phase not in {ReplicaPhase.STANDBY, ReplicaPhase.HUNG}
+        ReplicaPhase.LOADING,
+        ReplicaPhase.READY,
+        ReplicaPhase.DRAINING,
+        ReplicaPhase.GONE,
     ]
     assert stage.launcher.processes[0].signals == ["TERM"]
 

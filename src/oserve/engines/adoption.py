@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 
 from oserve import __version__
-from oserve.core import Device, ReplicaShape, ReplicaSpec, VllmBackend
+from oserve.core import Clock, Device, ReplicaShape, ReplicaSpec, VllmBackend
+from oserve.engines.clock import LiveClock
 from oserve.engines.group import boot_id
 from oserve.engines.held_process import HeldProcess
 from oserve.engines.registry import ProcessNote
@@ -108,15 +109,22 @@ def sorted_out(
     return known, strange
 
 
-async def end(process: HeldProcess, *, grace_s: float) -> None:
-    """Send TERM, after ``grace_s`` seconds KILL; returns when the process is gone."""
+async def end(process: HeldProcess, *, grace_s: float, clock: Clock | None = None) -> None:
+    """Send TERM, after ``grace_s`` seconds KILL; returns when the process is gone.
+
+    Raises ``NodeLostError`` if its node is lost meanwhile.
+    """
     process.terminate()
+    ended = asyncio.ensure_future(process.wait())
+    passed = asyncio.ensure_future((clock or LiveClock()).sleep(grace_s))
     try:
-        async with asyncio.timeout(grace_s):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+        await asyncio.wait({ended, passed}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            process.kill()
+        await ended
+    finally:
+        passed.cancel()
+        ended.cancel()
 
 
 def highest_number(names: Sequence[str]) -> int:

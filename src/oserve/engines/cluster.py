@@ -32,14 +32,13 @@ from oserve.core import (
 )
 from oserve.engines.adoption import EngineNote, end, highest_number, sorted_out
 from oserve.engines.attached import AttachedReplica
-from oserve.engines.device_book import DeviceBook
+from oserve.engines.cluster_nodes import ClusterNodes
 from oserve.engines.dial import LOCAL_NODE
 from oserve.engines.engine_starts import EngineFiles, LaunchFacts
 from oserve.engines.group import group_activity
 from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, LaunchedEngines, NodeEngines
-from oserve.engines.node_tender import NodeTender
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
@@ -85,8 +84,6 @@ class EngineCluster:
         on_node: Callable[[str, str], None] | None = None,
     ) -> None:
         self.on_change = on_change
-        self.on_node = on_node
-        self._book = DeviceBook(devices)
         self._clock = clock
         self._settings = settings or EngineSettings()
         self._served_model_name = served_model_name
@@ -98,12 +95,14 @@ class EngineCluster:
             platform="cpu" if all(device.kind == "cpu" for device in devices) else "cuda",
             sized=sized,
         )
-        self._own: NodeEngines
+        own: NodeEngines
         if keeper is None:
-            self._own = LaunchedEngines(LOCAL_NODE, self._facts, run_dir, launcher, look)
+            own = LaunchedEngines(LOCAL_NODE, self._facts, run_dir, launcher, look)
         else:
-            self._own = KeptEngines(name=LOCAL_NODE, facts=self._facts, keeper=keeper)
-        self._tenders: dict[str, NodeTender] = {}
+            own = KeptEngines(name=LOCAL_NODE, facts=self._facts, keeper=keeper)
+        self.nodes = ClusterNodes(
+            own, devices, facts=self._facts, clock=clock, adopt=self._adopt, on_node=on_node
+        )
         self._probe = probe or partial(Probe, timeout_s=self._settings.health_timeout_s)
         # Seconds per prompt token that engines of a shape have shown, by the shape's name.
         self._token_s: dict[str, float] = {}
@@ -114,15 +113,16 @@ class EngineCluster:
         self._count = 0
         self._closed = False
         for held in remote:
-            self._join(held)
+            self.nodes.join(held)
 
     async def observe(self) -> Observation:
         """The present state of all replicas; it asks no engine."""
         return Observation(
             now_s=self._clock.now(),
-            devices=self._book.usable(),
+            devices=self.nodes.book.usable(),
             replicas=tuple(self._states.values()),
             failures=dict(self._states.failures),
+            nodes=self.nodes.sightings(),
         )
 
     async def apply(self, action: Action) -> None:
@@ -148,39 +148,21 @@ class EngineCluster:
         if they were before. The others are ended, and keep their devices until they are gone.
         Returns the ids of both.
         """
-        own = self._own
-        lists = [await self._adopt(own)] if isinstance(own, KeptEngines) else []
-        tenders = list(self._tenders.values())
-        for tender in tenders:
-            tender.begin()
-        lists += await asyncio.gather(*(tender.first() for tender in tenders))
-        return [name for kept, _ in lists for name in kept], [
-            name for _, ended in lists for name in ended
-        ]
-
-    def add_node(self, held: HeldEngines, devices: Sequence[Device]) -> None:
-        """Take up a node that has joined; its devices count once it is reached."""
-        self._book.add(devices)
-        self._join(held).begin()
-
-    def lose_node(self, node: str, reason: str) -> None:
-        """Someone else has told that a node is lost; it is called again after a pause."""
-        if node in self._tenders:
-            self._tenders[node].cut(reason)
-
-    def nodes(self) -> dict[str, str]:
-        """Other nodes, and why they are down; empty: they are up."""
-        reasons = self._book.reasons()
-        return {name: reasons.get(name, "") for name in self._tenders}
+        own = self.nodes.own
+        found = [await self._adopt(own)] if isinstance(own, KeptEngines) else []
+        self.nodes.begin()
+        found += await self.nodes.adopted()
+        kept = [name for names, _ in found for name in names]
+        return kept, [name for _, names in found for name in names]
 
     async def close(self) -> None:
         """End every engine, forget attached servers, remove sockets. It can be called twice."""
         self._closed = True
-        await asyncio.gather(*(tender.close() for tender in self._tenders.values()))
+        await self.nodes.close()
         for name in list(self._running):
             self._stop(name)
         await asyncio.gather(*(task for _, task in self._running.values()))
-        await asyncio.gather(*(node.close() for node in self._nodes()))
+        await asyncio.gather(*(node.close() for node in self.nodes.all()))
 
     # -- actions --------------------------------------------------------------------------------
     def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
@@ -190,7 +172,7 @@ class EngineCluster:
             replica = self._attached(spec, spec.backend)
         else:
             rivals = self._running if not standby else self._standby & self._running.keys()
-            self._book.check(spec, (self._states[name].spec for name in rivals))
+            self.nodes.book.check(spec, (self._states[name].spec for name in rivals))
             replica = self._engine(spec, standby=standby)
         self._run(spec, replica)
         self._changed(self._states[spec.id])
@@ -238,12 +220,12 @@ class EngineCluster:
         )
 
     def _engine(self, spec: ReplicaSpec, *, standby: bool) -> ReplicaTask:
+        node = self._placed[spec.id] = self.nodes.engines_for(spec)
         self._count += 1
         if standby:
             self._standby.add(spec.id)
-        node = self._placed[spec.id] = self._node(self._book.node_of(spec))
         files = node.files(spec, self._count)
-        devices = self._book.of(spec)
+        devices = self.nodes.book.of(spec)
 
         async def start() -> WatchedProcess:
             return await node.start(spec, devices, files, standby=standby)
@@ -278,33 +260,7 @@ class EngineCluster:
         token_s = self._token_s.get(spec.shape.name, slowest_s)
         return token_s * spec.shape.max_num_batched_tokens
 
-    # -- nodes ----------------------------------------------------------------------------------
-    def _node(self, name: str) -> NodeEngines:
-        return self._tenders[name].node if name in self._tenders else self._own
-
-    def _nodes(self) -> list[NodeEngines]:
-        return [self._own, *(tender.node for tender in self._tenders.values())]
-
-    def _join(self, held: HeldEngines) -> NodeTender:
-        free_bytes = float(sum(one.memory_bytes for one in self._book.on(held.node)))
-        node = KeptEngines(
-            name=held.node, facts=self._facts, keeper=held, free_bytes=free_bytes or None
-        )
-        tender = self._tenders[held.node] = NodeTender(
-            node, clock=self._clock, adopt=self._adopt, turned=self._turned
-        )
-        self._book.down(held.node, "it has not been reached yet")
-        return tender
-
-    def _turned(self, node: str, reason: str) -> None:
-        """A node is up, or down for a reason."""
-        if reason:
-            self._book.down(node, reason)
-        else:
-            self._book.up(node)
-        if self.on_node is not None:
-            self.on_node(node, reason)
-
+    # -- engines that are found -----------------------------------------------------------------
     async def _adopt(self, node: KeptEngines) -> tuple[list[str], list[str]]:
         """Take over or end the engines that a keeper holds; returns the replicas of both.
 
@@ -326,7 +282,7 @@ class EngineCluster:
 
     async def _end(self, process: HeldProcess) -> None:
         with contextlib.suppress(NodeLostError):
-            await end(process, grace_s=self._settings.stop_grace_s)
+            await end(process, grace_s=self._settings.stop_grace_s, clock=self._clock)
 
     async def _take_over(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
         """Give an engine that was found a task; returns whether it goes on."""
@@ -357,14 +313,11 @@ class EngineCluster:
     def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
         """Whether an engine is what this server would start there."""
         spec = note.spec
-        if not spec.devices or not self._book.knows(spec):
-            return False
-        devices = self._book.of(spec)
-        if any(self._node(device.node) is not node for device in devices):
+        if not self.nodes.has(node, spec):
             return False
         if note.standby and note.ready_s is None:
             return False  # the weights that it waits for will not come
-        return note.stamp == self._facts.stamp(devices)
+        return note.stamp == self._facts.stamp(self.nodes.book.of(spec))
 
     # -- tasks, to their end --------------------------------------------------------------------
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:

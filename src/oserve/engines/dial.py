@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -180,7 +181,8 @@ class LocalDial:
 class HatchDial:
     """Calls the keeper of another node through its hatch, and never starts one; see ``Dial``.
 
-    ``hatch`` may be replaced when the node tells another; the next call uses it.
+    ``hatch`` may be replaced when the node tells another; the next call uses it. ``connect`` is
+    for tests.
     """
 
     def __init__(
@@ -190,7 +192,9 @@ class HatchDial:
         *,
         clock: Clock | None = None,
         silence_s: float = SILENCE_S,
+        connect: Callable[[HatchAddress], Awaitable[Streams]] | None = None,
     ) -> None:
+        self._connect = connect or _through_hatch
         self.node = node
         self.hatch: HatchAddress | None = hatch
         self.folder: Path | None = None
@@ -212,8 +216,7 @@ class HatchDial:
         line = None
         try:
             async with asyncio.timeout(_GREETING_LIMIT_S):
-                streams = await open_hatch(self.hatch, KEEPER_NAME, limit=MAX_LINE_BYTES)
-                line = await self._greeted(streams)
+                line = await self._greeted(await self._connect(self.hatch))
         except OSError as error:
             raise NodeLostError(
                 f"node {self.node} cannot be reached: {error or 'no answer'}"
@@ -238,6 +241,10 @@ class HatchDial:
 
     async def closed(self) -> None:
         """Nothing of it is here."""
+
+
+async def _through_hatch(hatch: HatchAddress) -> Streams:
+    return await open_hatch(hatch, KEEPER_NAME, limit=MAX_LINE_BYTES)
 
 
 def _other_version(hello: KeeperHello) -> str:

@@ -64,6 +64,15 @@ class HeldEngines:
         return self._dial.hatch
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the keeper was last heard, as far as this process was awake."""
+        return self._line.silent_s if self._line is not None else 0.0
+
+    def redirect(self, hatch: HatchAddress) -> None:
+        """The node has another hatch; the next call uses it."""
+        self._dial.hatch = hatch
+
+    @property
     def facts(self) -> NodeFacts:
         """What the keeper has told of its node."""
         return self._line.facts if self._line is not None else NodeFacts()

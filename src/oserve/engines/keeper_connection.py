@@ -142,6 +142,11 @@ class KeeperConnection:
         self.send(command)
         return process
 
+    @property
+    def silent_s(self) -> float:
+        """See ``LineWatch``; 0 of a connection that is not watched."""
+        return self._watch.silent_s
+
     def cut(self, reason: str) -> None:
         """Break the connection: its node counts as lost."""
         self.reason = self.reason or reason

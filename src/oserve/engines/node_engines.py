@@ -74,13 +74,16 @@ class LaunchedEngines(NodeEngines):
         self._facts = facts
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._log_dir = Path(facts.settings.log_dir or run_dir / "logs").resolve()
-        self._sockets = _socket_folder(run_dir.resolve())
+        self._run_dir = run_dir.resolve()
+        self._sockets: Path | None = None
         self._launcher = launcher or _launcher_of(facts, self._log_dir)
         self._moves_caches = moves_caches(facts)
         self._look = look
 
     def files(self, spec: ReplicaSpec, number: int) -> EngineFiles:
         """See ``NodeEngines.files``."""
+        if self._sockets is None:
+            self._sockets = _socket_folder(self._run_dir)
         folder = self._sockets / engine_name(spec.id, number)
         return EngineFiles(
             folder=folder,
@@ -116,7 +119,8 @@ class LaunchedEngines(NodeEngines):
     async def close(self) -> None:
         """See ``NodeEngines.close``."""
         await self._launcher.close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 @dataclass(kw_only=True)

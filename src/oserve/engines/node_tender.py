@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from oserve.core import Clock, OServeError
+from oserve.core import Clock, NodeSighting, OServeError
 from oserve.engines.node_engines import KeptEngines
 
 _log = logging.getLogger("oserve.engines")
@@ -36,6 +36,9 @@ class NodeTender:
         self._adopted: asyncio.Future[Adopted] | None = None
         self._task: asyncio.Task[None] | None = None
         self._reason = ""
+        # When it was last heard; ``None`` while it is up.
+        self._heard_s: float | None = clock.now()
+        self._dead = ""
 
     def begin(self) -> None:
         """Call it from now on."""
@@ -49,7 +52,13 @@ class NodeTender:
 
     def cut(self, reason: str) -> None:
         """The node is lost, as someone else has told."""
+        self._dead = reason
         self.node.keeper.cut(reason)
+
+    def sighting(self, now_s: float) -> NodeSighting:
+        """What is seen of it."""
+        heard_s = now_s - self.node.keeper.silent_s if self._heard_s is None else self._heard_s
+        return NodeSighting(name=self.node.name, silent_s=now_s - heard_s, dead=self._dead)
 
     async def close(self) -> None:
         """Call it no more; the connection stays."""
@@ -79,11 +88,14 @@ class NodeTender:
     def _up(self, adopted: Adopted) -> None:
         kept, ended = (", ".join(names) or "-" for names in adopted)
         _log.info("node %s is up; adopted: %s; ended: %s", self.node.name, kept, ended)
-        self._reason = ""
+        self._reason = self._dead = ""
+        self._heard_s = None
         self._turned(self.node.name, "")
 
     def _down(self, reason: str) -> None:
         if reason != self._reason:
             _log.warning("node %s is down: %s", self.node.name, reason)
         self._reason = reason
+        if self._heard_s is None:
+            self._heard_s = self._clock.now() - self.node.keeper.silent_s
         self._turned(self.node.name, reason)

@@ -135,6 +135,8 @@ class VllmReplica(ReplicaTask):
     ) -> UnexpectedExit | None:
         self.report(pid=process.pid)
         ended = asyncio.create_task(process.wait())
+        # Its error is retrieved, whoever waits, so that asyncio logs no warning.
+        ended.add_done_callback(lambda task: task.cancelled() or task.exception())
         watch = asyncio.create_task(self._watch(process))
         hangs = False
         try:
@@ -159,7 +161,6 @@ class VllmReplica(ReplicaTask):
     ) -> None:
         """Send TERM and wait, if ``kindly``, then KILL; returns when the processes are gone."""
         if ended.done():
-            ended.exception()  # retrieved, so that asyncio logs no warning
             return
         try:
             if kindly:
