@@ -7,6 +7,8 @@ Inside TLS the hatch speaks first, with a line that no connection before had::
     client  HMAC-SHA256(token, NONCE NAME) NAME
     hatch   ok                                      or: no REASON
 
+A byte ``B`` before TLS asks for the process of the hatch that relays weights, and for no more than
+that: the greeting is the same.
 From then on bytes go both ways between the client and the socket NAME. Whoever does not know the
 token is cut off without a word. An end of either side ends both, once all bytes before it are
 through: TLS in asyncio has no half-closed connections.
@@ -31,6 +33,9 @@ ANSWER_LIMIT_S: Final = 5.0
 MAX_LINE_BYTES: Final = 512
 """The longest line of the greeting."""
 
+BULK_BYTE: Final = b"B"
+"""Before TLS; no TLS connection begins with it."""
+
 KEEPER_NAME: Final = "keeper.sock"
 ECHO_NAME: Final = "echo"
 CONTROL_NAME: Final = "hatch-control"
@@ -41,8 +46,11 @@ _REFUSED = b"no "
 _NONCE = re.compile(r"[0-9a-f]{32}")
 # No name leads out of the folder: neither dots nor slashes begin one, and one slash parts two.
 _FOLDER_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}/(api|w[0-9]{1,4})\.sock")
+_BULK_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}/w[0-9]{1,4}\.sock")
 _PLAIN_NAMES = frozenset({KEEPER_NAME, ECHO_NAME, CONTROL_NAME})
 _MAX_CONTEXTS = 1024
+# A connection without traffic whose other machine is gone is noticed within these.
+_IDLE_S, _INTERVAL_S, _PROBES = 3, 1, 3
 _STREAM_LIMIT_BYTES = 64 * 1024
 
 
@@ -58,6 +66,11 @@ class HatchRefusedError(HatchError):
 def known_name(name: str) -> bool:
     """Whether a hatch passes on connections to this name."""
     return name in _PLAIN_NAMES or _FOLDER_NAMES.fullmatch(name) is not None
+
+
+def is_bulk_name(name: str) -> bool:
+    """Whether the process that relays weights passes on connections to this name."""
+    return name == ECHO_NAME or _BULK_NAMES.fullmatch(name) is not None
 
 
 def greeting_line(nonce: str) -> bytes:
@@ -177,6 +190,15 @@ def _stranger() -> HatchError:
     return HatchError("the node's hatch shows another certificate than the one known of it")
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Notice within seconds that the other machine is gone, and delay no small piece."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+
+
 # -- the client -----------------------------------------------------------------------------------
 class _Greeting(asyncio.Protocol):
     """The client's side of the greeting; its successor takes the connection over."""
@@ -195,6 +217,7 @@ class _Greeting(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
+        keep_alive(transport.get_extra_info("socket"))
         found = transport.get_extra_info("ssl_object").getpeercert(True)
         try:
             check_certificate(self._address.certificate, found)
@@ -278,10 +301,10 @@ async def connect_hatch(
 
 
 def _dropped(greeting: _Greeting, transport: asyncio.Transport | None) -> None:
-    """Close what nobody will use, and read the result that nobody will await."""
+    """Close what nobody will use, and take the result that nobody will await."""
     if transport is not None:
         transport.abort()
-    if greeting.opened.done() and not greeting.opened.cancelled():
+    if not greeting.opened.cancel() and not greeting.opened.cancelled():
         greeting.opened.exception()
 
 
