@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from oserve.control.progress import Activity
 from oserve.core import Device, OServeError, ReplicaPart, ReplicaShape, ReplicaSpec, parts_of
+from oserve.engines.held_process import NodeLostError
 from oserve.engines.parts import TiedParts, joint_activity
-from oserve.engines.parts_process import PartsProcess, start_parts
+from oserve.engines.parts_process import PartEndedError, PartsProcess, start_parts
 from oserve.engines.ports import MASTER_PORTS, MasterPorts
 
 KILLED = -signal.SIGKILL
@@ -95,12 +96,19 @@ class FakePart:
     def __init__(self, pid: int, *, deaf: bool = False) -> None:
         self.pid = pid
         self.deaf = deaf
-        self.cause = ""
+        self.told = ""
+        self.busy: Activity | None = Activity(work_s=1.0)
         self.signals: list[str] = []
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> int:
         return await asyncio.shield(self._ended)
+
+    async def cause(self) -> str:
+        return self.told
+
+    async def activity(self) -> Activity | None:
+        return self.busy
 
     def terminate(self) -> None:
         self.signals.append("TERM")
@@ -113,6 +121,10 @@ class FakePart:
     def end(self, status: int) -> None:
         if not self._ended.done():
             self._ended.set_result(status)
+
+    def lose(self) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(NodeLostError("node n1 is silent for 5 s"))
 
 
 def starter(
@@ -136,10 +148,11 @@ async def running(count: int = 2) -> tuple[PartsProcess, list[FakePart]]:
 async def test_one_ends_and_so_do_the_others(victim: int) -> None:
     whole, processes = await running(3)
     assert whole.pid == 100
-    processes[victim].cause = "it broke"
+    processes[victim].told = "it broke"
     processes[victim].end(7)
-    assert await whole.wait() == 7
-    assert whole.cause == (
+    with pytest.raises(PartEndedError) as told:
+        await whole.wait()
+    assert str(told.value) == (
         f"part {victim + 1} of 3 (node n{victim}, rank {victim}) ended with status 7: it broke"
     )
     assert [one.signals for index, one in enumerate(processes) if index != victim] == [["KILL"]] * 2
@@ -153,19 +166,31 @@ async def test_told_to_end_it_blames_nobody() -> None:
     assert await whole.wait() == 0
     # Without the leader nobody needs the workers, which would take their time.
     assert processes[1].signals == ["TERM", "KILL"]
-    assert whole.cause == ""
     whole.kill()
 
 
 async def test_a_part_out_of_reach_is_not_waited_for() -> None:
     whole, processes = await running()
     processes[1].deaf = True
-    whole.lose("elsewhere", "node elsewhere is lost")
-    assert processes[0].signals == []
-    whole.lose("n1", "is out of reach: node n1 is silent")
-    assert await whole.wait() == KILLED
-    assert whole.cause == "part 2 of 2 (node n1, rank 1) is out of reach: node n1 is silent"
+    processes[1].lose()
+    with pytest.raises(NodeLostError) as told:
+        await whole.wait()
+    assert told.value.message == (
+        "part 2 of 2 (node n1, rank 1) is out of reach: node n1 is silent for 5 s"
+    )
     assert [one.signals for one in processes] == [["KILL"], ["KILL"]]
+
+
+async def test_causes_and_activity_are_those_of_all_parts() -> None:
+    whole, processes = await running()
+    assert await whole.cause() == ""
+    processes[1].told = "RuntimeError: no memory"
+    assert await whole.cause() == "part 2 of 2 (node n1, rank 1): RuntimeError: no memory"
+    assert await whole.activity() == Activity(work_s=2.0)
+    processes[0].busy = None
+    assert await whole.activity() is None
+    whole.kill()
+    assert await whole.wait() == KILLED
 
 
 @pytest.mark.parametrize("fails", [0, 1])

@@ -5,6 +5,7 @@ by the other's.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -27,13 +28,14 @@ from oserve.engines.arguments import (
 )
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores
-from oserve.engines.group import group_members
-from oserve.engines.parts_process import PartsProcess, start_parts
+from oserve.engines.group import group_activity, group_members
+from oserve.engines.parts_process import PartEndedError, PartsProcess, start_parts
 from oserve.engines.ports import MasterPorts
 from oserve.engines.probe import Probe
 from oserve.engines.rank_commands import ListenerReply, OpenListener
 from oserve.engines.settings import EngineSettings
-from oserve.engines.spawner import EngineProcess, Launcher
+from oserve.engines.spawner import Launcher
+from oserve.engines.watched import OwnProcess, WatchedProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -49,7 +51,7 @@ SETTINGS = EngineSettings(kv_cache_memory_bytes=32 << 20, max_model_len=512)
 
 @dataclass
 class Running:
-    process: EngineProcess
+    process: WatchedProcess
     endpoint: Endpoint
     folders: list[Path]
 
@@ -77,7 +79,7 @@ async def start(
     zygote: Launcher, tiny_model: Path, nothing_is_left: Path, tmp_path: Path
 ) -> AsyncIterator[Start]:
     """Starts a replica whose stages are dealt to these nodes, and waits until it serves."""
-    begun: list[EngineProcess] = []
+    begun: list[WatchedProcess] = []
     made: list[Path] = []
     ports = MasterPorts()
 
@@ -106,7 +108,7 @@ async def start(
         leader = INTERFACES[parts[0].node].address
         meeting = Rendezvous(address=leader, port=ports.take(leader))
 
-        async def one(part: ReplicaPart) -> EngineProcess:
+        async def one(part: ReplicaPart) -> WatchedProcess:
             several = len(parts) > 1
             environment = engine_environment(
                 part.devices,
@@ -119,7 +121,8 @@ async def start(
             )
             words = part_arguments(whole, part, meeting, platform="cpu") if several else whole
             log = tmp_path / f"{folders[part.index].name}.log"
-            return await zygote.start(words, environment, engine_cores(part.devices), log)
+            process = await zygote.start(words, environment, engine_cores(part.devices), log)
+            return OwnProcess(process, log, group_activity)
 
         process = await start_parts(parts, one)
         begun.append(process)
@@ -127,7 +130,7 @@ async def start(
         ended = asyncio.ensure_future(process.wait())
         async with asyncio.timeout(LIMIT_S):
             while not await probe.healthy():
-                assert not ended.done(), getattr(process, "cause", "")
+                assert not ended.done(), await process.cause()
                 await asyncio.sleep(0.05)
         await probe.close()
         ended.cancel()
@@ -136,7 +139,8 @@ async def start(
     yield start
     for process in begun:
         process.kill()
-        await process.wait()
+        with contextlib.suppress(PartEndedError):
+            await process.wait()
     for folder in made:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,10 +176,8 @@ async def test_one_part_dies_and_all_end(start: Start, victim: int) -> None:
     assert isinstance(two.process, PartsProcess)
     groups = [part.pid for part in two.process.processes]
     os.killpg(groups[victim], signal.SIGKILL)
+    named = rf"part {victim + 1} of 2 \(node {'ab'[victim]}, rank {victim}\) ended by SIGKILL"
     async with asyncio.timeout(LIMIT_S):
-        assert await two.process.wait() == -signal.SIGKILL
-    node = "ab"[victim]
-    assert two.process.cause == (
-        f"part {victim + 1} of 2 (node {node}, rank {victim}) ended by SIGKILL"
-    )
+        with pytest.raises(PartEndedError, match=named):
+            await two.process.wait()
     assert [group_members(group) for group in groups] == [[], []]

@@ -28,10 +28,17 @@ _EXTENSION = "oserve.engines.worker_extension.WorkerExtension"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeInterface:
-    """The network interface by which a node's engines reach those on other nodes: its address."""
+    """The network interface by which a node's engines reach those on other nodes.
+
+    Without a ``name`` the engine looks up which interface of its machine has the ``address``.
+    """
 
     address: str
-    name: str
+    name: str = ""
+
+
+# If all ranks are on this machine: no name look-ups, no external interface.
+_LOOPBACK = NodeInterface(address="127.0.0.1", name="lo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,25 +193,32 @@ def engine_environment(
         environment |= {"CUDA_VISIBLE_DEVICES": indices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if interface is None:
             return environment
-        return environment | {
-            "VLLM_HOST_IP": interface.address,
-            "GLOO_SOCKET_IFNAME": interface.name,
-            # Without the sign it would be a prefix: eth1 would also mean eth10.
-            "NCCL_SOCKET_IFNAME": f"={interface.name}",
-        }
+        return environment | _network(interface)
     if eager:
         # vLLM would still compile some small functions on first use: half a minute of g++ during a
         # request, while the whole engine waits.
         environment["TORCHDYNAMO_DISABLE"] = "1"
     threads = max(1, len(engine_cores(devices)) // max(1, len(devices)))
-    return environment | {
-        "OMP_NUM_THREADS": str(threads),
-        # vLLM's own binding would put every engine of a machine on the same cores.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # If all ranks are on this machine: no name look-ups, no external interface.
-        "VLLM_HOST_IP": interface.address if interface else "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": interface.name if interface else "lo",
-    }
+    return (
+        environment
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            # vLLM's own binding would put every engine of a machine on the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        | _network(interface or _LOOPBACK)
+    )
+
+
+def _network(interface: NodeInterface) -> dict[str, str]:
+    environment = {"VLLM_HOST_IP": interface.address}
+    return environment | (interface_variables(interface.name) if interface.name else {})
+
+
+def interface_variables(name: str) -> dict[str, str]:
+    """Variables by which an engine's ranks use that interface, and no other."""
+    # Without the sign it would be a prefix for NCCL: eth1 would also mean eth10.
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def engine_cores(devices: Sequence[Device]) -> tuple[int, ...]:

@@ -7,23 +7,32 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 
+from oserve.control.progress import Activity
 from oserve.core import OServeError, ReplicaPart
-from oserve.engines.parts import EndPart, TiedParts
-from oserve.engines.spawner import EngineProcess
+from oserve.engines.held_process import NodeLostError
+from oserve.engines.parts import EndPart, TiedParts, joint_activity
+from oserve.engines.watched import WatchedProcess
+
+
+class PartEndedError(OServeError):
+    """A part of a replica has ended by itself, and so have the others; it says which and how."""
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class PartsProcess:
-    """Implements ``EngineProcess`` for the parts of one engine, given in the order of the parts.
+    """Implements ``WatchedProcess`` for the parts of one engine, given in the order of the parts.
 
-    ``pid`` is the leader's. When one part ends, all end. ``wait`` returns the status of the first,
-    and ``cause`` then names the part, its node and its ranks.
+    ``pid`` is the leader's. When one part ends or its node is lost, all end.
     """
 
-    def __init__(self, parts: Sequence[ReplicaPart], processes: Sequence[EngineProcess]) -> None:
+    def __init__(self, parts: Sequence[ReplicaPart], processes: Sequence[WatchedProcess]) -> None:
         self.parts = tuple(parts)
         self.processes = tuple(processes)
         self._tied = TiedParts(parts)
-        self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._lost: NodeLostError | None = None
+        self._over = asyncio.Event()
         self._watches = [
             asyncio.create_task(self._watch(part.index, process))
             for part, process in zip(parts, processes, strict=True)
@@ -33,13 +42,18 @@ class PartsProcess:
     def pid(self) -> int:
         return self.processes[0].pid
 
-    @property
-    def cause(self) -> str:
-        """Which part ended first, and how; empty if none did, or if the replica was told to end."""
-        return self._tied.reason
-
     async def wait(self) -> int:
-        return await asyncio.shield(self._over)
+        """The exit status of the first part that ended, once all have, if they were told to.
+
+        Else raises ``PartEndedError`` or ``NodeLostError``, which name the part, its node and its
+        ranks.
+        """
+        await self._over.wait()
+        if self._lost is not None:
+            raise NodeLostError(self._tied.reason or self._lost.message)
+        if self._tied.reason:
+            raise PartEndedError(self._tied.reason, place="engines", remedy="see that part's log")
+        return self._tied.status or 0
 
     def terminate(self) -> None:
         self._carry_out(self._tied.asked(kill=False))
@@ -47,16 +61,27 @@ class PartsProcess:
     def kill(self) -> None:
         self._carry_out(self._tied.asked(kill=True))
 
-    def lose(self, node: str, why: str) -> None:
-        """A node cannot be reached any more: the parts elsewhere end, the one there is given up."""
-        for part in self.parts:
-            if part.node == node:
-                self._carry_out(self._tied.silent(part.index, why, -signal.SIGKILL))
-                self._watches[part.index].cancel()
+    async def activity(self) -> Activity | None:
+        """See ``WatchedProcess``."""
+        return joint_activity(await asyncio.gather(*(one.activity() for one in self.processes)))
 
-    async def _watch(self, index: int, process: EngineProcess) -> None:
-        status = await process.wait()
-        self._carry_out(self._tied.ended(index, status, str(getattr(process, "cause", ""))))
+    async def cause(self) -> str:
+        """See ``WatchedProcess``: of the first part whose log names a cause."""
+        causes = await asyncio.gather(*(one.cause() for one in self.processes))
+        told = [(part, cause) for part, cause in zip(self.parts, causes, strict=True) if cause]
+        return f"{told[0][0]}: {told[0][1]}" if told else ""
+
+    async def _watch(self, index: int, process: WatchedProcess) -> None:
+        try:
+            status = await process.wait()
+        except NodeLostError as error:
+            self._lost = self._lost or error
+            why = f"is out of reach: {error.message}"
+            self._carry_out(self._tied.silent(index, why, -signal.SIGKILL))
+            return
+        # What a process logs before it is killed is no cause.
+        cause = await process.cause() if status != -signal.SIGKILL else ""
+        self._carry_out(self._tied.ended(index, status, cause))
 
     def _carry_out(self, orders: Sequence[EndPart]) -> None:
         for order in orders:
@@ -65,12 +90,12 @@ class PartsProcess:
                 process.kill()
             else:
                 process.terminate()
-        if self._tied.is_over and not self._over.done():
-            self._over.set_result(self._tied.status or 0)
+        if self._tied.is_over:
+            self._over.set()
 
 
 async def start_parts(
-    parts: Sequence[ReplicaPart], start: Callable[[ReplicaPart], Awaitable[EngineProcess]]
+    parts: Sequence[ReplicaPart], start: Callable[[ReplicaPart], Awaitable[WatchedProcess]]
 ) -> PartsProcess:
     """Start all parts at once; they wait for each other.
 
@@ -89,16 +114,21 @@ async def start_parts(
         raise
 
 
-async def _undo(starting: Sequence["asyncio.Future[EngineProcess]"]) -> None:
+async def _undo(starting: Sequence["asyncio.Future[WatchedProcess]"]) -> None:
     for one in starting:
         one.cancel()
     for outcome in await asyncio.gather(*starting, return_exceptions=True):
         if not isinstance(outcome, BaseException):
             outcome.kill()
-            await outcome.wait()
+            try:
+                await outcome.wait()
+            except NodeLostError:
+                continue  # its keeper ends it
 
 
 def _refused(part: ReplicaPart, error: BaseException) -> BaseException:
+    if isinstance(error, NodeLostError):
+        return NodeLostError(f"{part}: {error.message}")
     if isinstance(error, OServeError):
         return OServeError(f"{part}: {error.message}", place=error.place, remedy=error.remedy)
     if isinstance(error, OSError):

@@ -7,17 +7,35 @@ API server ignores ``--headless``, and its command line is not part of every bui
 # vLLM takes long to import, and must not be before the process is set up for it.
 # ruff: noqa: PLC0415
 
+import os
 import sys
+
+from oserve.engines.arguments import interface_variables
 
 
 def main() -> None:
     """Run vLLM to its end, with the arguments of this process."""
+    if "--nnodes" in sys.argv and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ.update(interface_variables(_interface(os.environ["VLLM_HOST_IP"])))
     if "--headless" in sys.argv:
         _run_workers()
         return
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
+
+
+def _interface(address: str) -> str:
+    """The name of this machine's interface with that address."""
+    import psutil
+
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return str(name)
+    sys.exit(
+        f"no interface of this machine has the address {address}, by which other nodes are to "
+        "reach it: address nodes by addresses of their own"
+    )
 
 
 def _run_workers() -> None:

@@ -217,9 +217,7 @@ class SimulatedCluster:
         self.on_advance(now_s)
         for item in self._alive():
             state = item.state
-            if now_s >= item.stopped_at_s:
-                self._end(item)
-            elif now_s >= item.found_at_s and item.powerless:
+            if now_s >= item.stopped_at_s or (now_s >= item.found_at_s and item.powerless):
                 self._end(item)
             elif now_s >= item.found_at_s:
                 self.crash(state.spec.id, "hangs")
