@@ -48,7 +48,7 @@ class PartsGathering:
         """All parts, once found. Raises ``OServeError`` if some are missing; then all end."""
         try:
             await asyncio.shield(self._complete)
-        except BaseException:
+        except BaseException:  # also when this is cancelled: no part is left behind
             for process in self._found.values():
                 process.kill()
             for process in self._found.values():
