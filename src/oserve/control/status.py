@@ -235,8 +235,8 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
             values["oserve_kv_cache_usage_ratio", name] = state.kv_cache_usage
             values["oserve_replica_silent_seconds", name] = state.silent_s
     for node in observation.node_states:
-        key = ("oserve_nodes", (node.phase.value,))
-        values[key] = values.get(key, 0.0) + 1.0
+        where = ("oserve_nodes", (node.phase.value,))
+        values[where] = values.get(where, 0.0) + 1.0
     values["oserve_devices", ("used",)] = float(len(used))
     values["oserve_devices", ("free",)] = float(len(observation.devices) - len(used))
     return [(name, list(labels), value) for (name, labels), value in values.items()]
