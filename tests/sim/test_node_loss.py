@@ -160,11 +160,11 @@ LOSSES = st.lists(
 
 
 @given(LOSSES)
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_no_course_of_losses_loses_a_request_or_repeats_a_token(losses: list[NodeLoss]) -> None:
     # Node n3 stays, so that there is always a place to go on.
     world = World(tuple(losses))
-    check(world, asyncio.run(world.play(260.0)))
+    check(world, asyncio.run(world.play(130.0)))
 
 
 async def test_a_cordoned_node_serves_on_and_a_draining_one_empties() -> None:

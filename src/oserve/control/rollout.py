@@ -73,7 +73,8 @@ def staged(
     """The plan to reconcile to now, on the way to ``target``.
 
     ``lost``: replicas of the target that were given up; other replicas of their shapes are not
-    rolled out, and what serves now stays. ``held``: replicas that a switch controls.
+    rolled out, and what serves now stays. ``held``: replicas that a switch controls. Replicas of
+    the target on nodes that are not in use do not start, and nothing leaves for them.
     """
     alive = [
         state
@@ -83,7 +84,7 @@ def staged(
     retiring = _retiring(target, alive)
     if not retiring:
         return target
-    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost))
+    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost, observation.startable))
     holders = _Holders(kept)
     desired = tuple(spec for spec in target.replicas if not holders.blockers(spec))
     return replace(target, replicas=(*desired, *kept))
@@ -104,13 +105,15 @@ def _next_retired(
     alive: Sequence[ReplicaState],
     retiring: Sequence[ReplicaState],
     lost: frozenset[str],
+    startable: frozenset[str],
 ) -> tuple[ReplicaSpec, ...]:
     """Replicas to retire now: none while a replica of the target starts or can start."""
     failed_shapes = {spec.shape for spec in target.replicas if spec.id in lost}
     present = {state.spec for state in alive if state.phase is not ReplicaPhase.DRAINING}
-    missing = [
+    absent = [
         spec for spec in target.replicas if spec not in present and spec.shape not in failed_shapes
     ]
+    missing = [spec for spec in absent if startable.issuperset(spec.devices)]
     specs = [state.spec for state in retiring]
     holders = _Holders(specs)
     starting = any(
@@ -120,6 +123,9 @@ def _next_retired(
         return ()
     if failed_shapes and not missing:
         return ()
+    if absent and not missing:
+        # The rest of the target waits for its nodes: only what is on such nodes itself leaves.
+        return tuple(spec for spec in specs if not startable.issuperset(spec.devices))
     return next_stage(specs, missing, len(alive)).retired
 
 
