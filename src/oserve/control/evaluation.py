@@ -83,8 +83,7 @@ class SwitchPlanner(Protocol):
 class ForecastStep:
     """One step of the forecast, ``seconds`` long.
 
-    ``probabilities``: rates with their probabilities, which sum to 1. ``expected``: the mean rates;
-    empty if only the distribution counts.
+    ``probabilities``: of rates. ``expected``: the mean rates; empty if only the former count.
     """
 
     seconds: float
@@ -107,7 +106,7 @@ class DecisionInput:
     ``before``: the rates before the traffic last changed, empty if it did not; they are taken to
     return for ``back_s``, until the controller can switch back. ``age_s``: of the present traffic.
     ``speeds``: of replicas, observed. ``load``: for a controller that follows a ladder.
-    ``unusable``: devices that no plan may use. ``of_nodes``: decide at once, since these changed.
+    ``unusable``: devices for no plan. ``of_nodes``: decide at once, since these changed.
     """
 
     at_s: float

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from oserve.app.nodes import NodeOperations
 from oserve.cli import app as cli
 from oserve.cli import node as node_commands
 from oserve.control.loop import ControlLoop
@@ -24,6 +23,7 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.sim import Phases, SimulatedCluster
+from oserve.startup.node_operations import NodeOperations
 
 DEVICES = tuple(Device(id=f"n{n}/d", kind="x", node=f"n{n}") for n in range(2))
 
