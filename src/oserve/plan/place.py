@@ -4,12 +4,13 @@ Replicas of the current plan with a wanted shape stay in place. If the rest woul
 few of them as possible move. The other replicas are placed first-fit descending by group size,
 which always succeeds (see ``packing``), each time the replica and node with most weights already in
 place. Devices that no replica of the current plan holds come first, though: a replica there starts
-before another one leaves, so that capacity never falls. Placement ignores KV caches, requests and
-links.
+before another one leaves, so that capacity never falls. New replicas then change places where that
+leaves fewer types without a replica once a node is lost (see ``spread``). Placement ignores KV
+caches, requests and links.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations, count, islice
 
@@ -26,6 +27,7 @@ from oserve.core import (
 )
 from oserve.plan.packing import ANY_KIND, is_chain, node_groups
 from oserve.plan.shard import Shard, shards_held, shards_of
+from oserve.plan.spread import Serving, spread_out
 
 # The most choices of replicas to release that are tried: per number of replicas, and in all, in
 # choices times nodes.
@@ -68,12 +70,13 @@ def place_replicas(
     current: DeploymentPlan | None = None,
     tensor_parallel_across_nodes: bool = False,
     backend: Backend | None = None,
+    serving: Serving | None = None,
 ) -> Placement:
     """Place ``wanted`` (shape, number of replicas) on the devices.
 
     Each replica's devices are listed stage by stage, in the order of tensor-parallel ranks. New
-    replicas run on ``backend`` and get ids unused in the current plan. Raises OServeError if they
-    do not fit.
+    replicas run on ``backend`` and get ids unused in the current plan. ``serving``: the types that
+    a shape can serve (default: every shape serves all). Raises OServeError if they do not fit.
     """
     board = _Board(devices, current, across=tensor_parallel_across_nodes)
     kept = _kept(wanted, board, current)
@@ -84,17 +87,23 @@ def place_replicas(
     placed = [*kept]
     used = {spec.id for spec in current.replicas} if current else set()
     ids = (name for name in (f"r{number}" for number in count()) if name not in used)
-    moved = 0.0
+    new: set[str] = set()
     for shape, seat in _seated(left, board):
-        moved += 1.0 - seat.held
         spec = ReplicaSpec(
             id=next(ids), shape=shape, devices=seat.devices, backend=backend or VllmBackend()
         )
         placed.append(spec)
+        new.add(spec.id)
+    placed = list(spread_out(placed, new, devices, serving or _all, board.occupied))
+    moved = sum(1.0 - board.share_held(spec) for spec in placed if spec.id in new)
     order = {shape: index for index, (shape, _) in enumerate(wanted)}
     placed.sort(key=lambda spec: order[spec.shape])
     # Rounding must not give an unchanged plan a moved fraction.
     return Placement(replicas=tuple(placed), moved_fraction=moved if moved > 1e-9 else 0.0)
+
+
+def _all(_shape: ReplicaShape) -> Set[str]:
+    return {"all"}
 
 
 class _Board:
@@ -116,6 +125,11 @@ class _Board:
             node = self.free[device.kind].setdefault("" if across else device.node, [])
             node.append(device.id)
             self._home[device.id] = node
+
+    def share_held(self, spec: ReplicaSpec) -> float:
+        """The share of a replica's weights that its devices hold now."""
+        pairs = zip(shards_of(spec.shape), spec.devices, strict=True)
+        return sum(shard.overlap(self.held[name]) for shard, name in pairs if name in self.held)
 
     def kind_of(self, shape: ReplicaShape) -> str:
         return self.kinds[0] if shape.device_kind == ANY_KIND else shape.device_kind
@@ -247,7 +261,11 @@ def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaSha
                 options = [
                     (seats.best(shape), -place) for place, shape in enumerate(same) if left[shape]
                 ]
-                seat, place = max(options, key=lambda option: (option[0].worth, option[1]))
+                # Of equals the longest, which finds nodes with room for equal shares while some
+                # are free.
+                seat, place = max(
+                    options, key=lambda option: (option[0].worth, len(option[0].devices), option[1])
+                )
                 shape = same[-place]
                 seats.take(seat)
                 left[shape] -= 1
@@ -268,11 +286,20 @@ class _Seats:
         self._found: dict[tuple[tuple[Shard, ...], str], _Seat] = {}
 
     def best(self, shape: ReplicaShape) -> _Seat:
-        """All stages on one node if one has room, else each stage where most of it is held."""
+        """All stages on one node if one has room, else equally many on as few nodes as possible.
+
+        If nodes have no room for equal numbers, each stage is where most of it is held; vLLM does
+        not run such a replica.
+        """
         shards = shards_of(shape)
         whole = self._best(shards, frozenset())
         if whole is not None:
             return whole
+        stages = shape.pipeline_parallel_size
+        for each in range(stages // 2, 0, -1):
+            dealt = self._dealt(shards, each * self._width) if stages % each == 0 else None
+            if dealt is not None:
+                return dealt
         devices: tuple[str, ...] = ()
         held = 0.0
         vacant = True
@@ -282,6 +309,22 @@ class _Seats:
             devices += stage.devices
             held += stage.held
             vacant = vacant and stage.vacant
+        return _Seat(devices=devices, held=held, vacant=vacant)
+
+    def _dealt(self, shards: tuple[Shard, ...], share: int) -> _Seat | None:
+        """So many consecutive ranks on each of several nodes; ``None`` if too few have room."""
+        devices: tuple[str, ...] = ()
+        held = 0.0
+        vacant = True
+        used: frozenset[str] = frozenset()
+        for start in range(0, len(shards), share):
+            part = self._best(shards[start : start + share], frozenset(), used)
+            if part is None:
+                return None
+            devices += part.devices
+            held += part.held
+            vacant = vacant and part.vacant
+            used |= {node for node, ids in self._free.items() if part.devices[0] in ids}
         return _Seat(devices=devices, held=held, vacant=vacant)
 
     def take(self, seat: _Seat) -> None:
@@ -295,11 +338,18 @@ class _Seats:
                 self._found = {key: old for key, old in self._found.items() if key[1] != node}
         self._board.take(seat.devices)
 
-    def _best(self, shards: tuple[Shard, ...], without: frozenset[str]) -> _Seat | None:
+    def _best(
+        self,
+        shards: tuple[Shard, ...],
+        without: frozenset[str],
+        nodes_without: frozenset[str] = frozenset(),
+    ) -> _Seat | None:
         """The best seat of all nodes; of equals the one on the node with the least room."""
         best: tuple[tuple[bool, float], int] | None = None
         seat = None
         for node, ids in self._free.items():
+            if node in nodes_without:
+                continue
             free = [device for device in ids if device not in without] if without else ids
             if not self._room(node, len(free), len(ids) - len(free), len(shards)):
                 continue
