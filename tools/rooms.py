@@ -19,6 +19,7 @@ GROUPS = {
     "commands, wiring, studies": ("cli", "app", "study", "profiler", "startup", "config"),
     "shells: they touch the world, or simulate it": (
         "evaluate",
+        "nodes",
         "gateway",
         "engines",
         "sim",

@@ -31,7 +31,7 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.engines.clock import LiveClock
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
 from oserve.perf import TokenCosts
@@ -133,7 +133,7 @@ async def subject(
         return
     model, launcher = real
     clock = LiveClock()
-    local = LocalCluster(
+    local = EngineCluster(
         DEVICES,
         model=str(model),
         served_model_name="tiny",

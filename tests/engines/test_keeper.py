@@ -13,7 +13,13 @@ import pytest
 
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
-from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
+from oserve.engines.holding import (
+    HeldEngines,
+    KeeperPlace,
+    LocalDial,
+    keeper_runs,
+    private_folder,
+)
 from oserve.engines.registry import (
     Registry,
     RegistryEntry,
@@ -47,13 +53,14 @@ async def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 def held(state_dir: Path) -> HeldEngines:
-    return HeldEngines(
+    place = KeeperPlace(
         folder=private_folder(state_dir),
         state_dir=state_dir,
         log_dir=state_dir,
         method="spawn",
         grace_s=60.0,
     )
+    return HeldEngines(LocalDial(place), grace_s=60.0)
 
 
 def registry_of(folder: Path) -> Registry:

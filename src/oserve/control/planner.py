@@ -1,7 +1,7 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
 Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes that failed to start may be barred.
+Shapes may be barred, and devices left out.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from oserve.control.plan_parts import (
     even_shares,
     plan_gain,
     plan_stamp,
+    restart_legs,
     scaled_row,
     whole_shares,
 )
-from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -90,6 +90,8 @@ class TablePlanner:
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts
         self.barred: frozenset[ReplicaShape] = frozenset()
+        self.unusable: frozenset[str] = frozenset()
+        self.devices = facts.devices
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
@@ -104,7 +106,13 @@ class TablePlanner:
         """Use other facts from now on; the workload types must be the same."""
         self.facts = facts
         self._chosen = {}
+        self.leave_out(self.unusable)
         self.correct(self.speeds)
+
+    def leave_out(self, unusable: frozenset[str]) -> None:
+        """Plan without these devices from now on."""
+        self.unusable, self._switches = unusable, {}
+        self.devices = tuple(item for item in self.facts.devices if item.id not in unusable)
 
     def correct(self, speeds: Speeds) -> None:
         """Use these speeds from now on, in place of any before."""
@@ -146,10 +154,10 @@ class TablePlanner:
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
         types = self._rated(rates_rps, table)
-        if not any(kind.arrival_rate_rps > 0 for kind in types):
+        if not self.devices or not any(kind.arrival_rate_rps > 0 for kind in types):
             return ()
         problem = PlanProblem(
-            devices=facts.devices,
+            devices=self.devices,
             types=types,
             options=table,
             enough_scale=facts.enough_scale,
@@ -189,11 +197,12 @@ class TablePlanner:
     ) -> DeploymentPlan:
         """Place a deployment on devices, as close to the current plan as possible."""
         placed = place_deployment(problem, deployment)
-        if set(placed.replicas) == set(current.replicas):
+        replicas = (*placed.replicas, *self._fixed(current))
+        if set(replicas) == set(current.replicas):
             return current
         plan = DeploymentPlan(
-            id=f"planned-{plan_stamp(placed.replicas)}",
-            replicas=placed.replicas,
+            id=f"planned-{plan_stamp(replicas)}",
+            replicas=replicas,
             length_classes=self.facts.classes,
             routing_shares={},
         )
@@ -201,13 +210,18 @@ class TablePlanner:
 
     def deployment(self, shapes: Shapes, current: DeploymentPlan) -> DeploymentPlan:
         """Place a deployment near the current plan; every replica serves every type."""
-        placed = place_replicas(shapes, self.facts.devices, current=current).replicas
+        placed = place_replicas(shapes, self.devices, current=current).replicas
+        placed += self._fixed(current)
         if set(placed) == set(current.replicas):
             return current
         plan = replace(
             current, id=f"ladder-{plan_stamp(placed)}", replicas=placed, routing_shares={}
         )
         return self.evenly_shared(plan)
+
+    def _fixed(self, current: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
+        """Replicas on devices that are left out: they serve on."""
+        return tuple(s for s in current.replicas if not self.unusable.isdisjoint(s.devices))
 
     def evenly_shared(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with all replicas in the pool of every type."""
@@ -313,11 +327,9 @@ class TablePlanner:
         ids: dict[ReplicaShape, list[str]] = {}
         for spec in known:
             ids.setdefault(spec.shape, []).append(spec.id)
-        if len(ids) > 1:
-            found = self._solved_shares(ids, rates_rps)
-            if found is not None:
-                even = even_shares([spec.id for spec in replicas])
-                return {name: whole_shares(own) or dict(even) for name, own in found.items()}
+        if len(ids) > 1 and (found := self._solved_shares(ids, rates_rps)) is not None:
+            even = even_shares([spec.id for spec in replicas])
+            return {name: whole_shares(own) or dict(even) for name, own in found.items()}
         # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
         even = even_shares([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
@@ -349,14 +361,7 @@ class TablePlanner:
         found = None if self.facts.legs is None else self.facts.legs(old, new)
         if found is not None:
             return found
-        return [
-            Leg(
-                leaving=stage.retired,
-                started=stage.started,
-                seconds=max((self.facts.start_s(spec) for spec in stage.started), default=0.0),
-            )
-            for stage in stages(old, new)
-        ]
+        return restart_legs(old, new, self.facts.start_s)
 
     def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean latency of the types at these rates, over the replicas that serve them."""
@@ -369,15 +374,12 @@ class TablePlanner:
                 weight += rate
         return total / weight if weight > 0 else 0.0
 
-    # -- helpers --------------------------------------------------------------------------------
     def _row(self, spec: ReplicaSpec) -> ShapePerformance | None:
         row = self._rows.get(spec.shape)
-        if row is None:
-            found = self.facts.row_of(spec)
-            if found is not None:
-                self._chosen[spec.shape] = found
-                row = replace(self._at_speed([found])[0], shape=spec.shape)
-                self._rows[spec.shape] = row
+        if row is None and (found := self.facts.row_of(spec)) is not None:
+            self._chosen[spec.shape] = found
+            row = replace(self._at_speed([found])[0], shape=spec.shape)
+            self._rows[spec.shape] = row
         return row
 
     def _rated(

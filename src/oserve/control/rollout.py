@@ -13,7 +13,7 @@ from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec, 
 
 # At most this fraction of the replicas changes at a time (1 / 4), but at least one group.
 _AT_ONCE = 4
-_NOT_ROLLED = {ReplicaPhase.GONE, ReplicaPhase.STANDBY}
+_NOT_ROLLED = {ReplicaPhase.GONE, ReplicaPhase.STANDBY, ReplicaPhase.AWAY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ _SILENT_S = 3.0
 _NOTES = {
     ReplicaPhase.STANDBY: "receives its weights from other replicas",
     ReplicaPhase.HUNG: "is being stopped",
+    ReplicaPhase.AWAY: "gets no requests until its node is in use again",
 }
 
 
@@ -87,7 +88,36 @@ def status_document(
             {"id": device.id, "kind": device.kind, "node": device.node, "cores": device.cores}
             for device in observation.devices
         ],
+        "nodes": node_documents(observation),
     }
+
+
+def node_documents(observation: Observation) -> list[dict[str, Any]]:
+    """The nodes and their states as JSON values, by name; empty for one machine."""
+    homes = {device.id: device.node for device in observation.devices}
+    living = [s for s in observation.replicas if s.phase is not ReplicaPhase.GONE]
+    found = []
+    for state in observation.node_states:
+        own = [
+            replica.spec.id
+            for replica in living
+            if any(homes.get(device) == state.name for device in replica.spec.devices)
+        ]
+        found.append(
+            {
+                "name": state.name,
+                "state": state.phase.value,
+                "state_s": round(observation.now_s - state.since_s, 1),
+                "word": state.word,
+                "held_down_s": round(max(0.0, state.until_s - observation.now_s), 1),
+                "silent_s": round(state.silent_s, 1),
+                "losses": state.losses,
+                "reason": state.reason,
+                "devices": sum(node == state.name for node in homes.values()),
+                "replicas": own,
+            }
+        )
+    return found
 
 
 def _replicas(
@@ -176,7 +206,7 @@ def _note(
         return _silence(item)
     failures = observation.failures.get(spec.id)
     if failures is None or failures.spec != spec:
-        return "waiting for its devices"
+        return item.detail if item.detail.startswith("node ") else "waiting for its devices"
     wait_s = restart_wait_s(spec, observation, policy)
     if wait_s == float("inf"):
         return f"given up after {failures.count} failures: {failures.reason}"
@@ -204,6 +234,9 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
             values["oserve_requests_waiting", name] = float(state.waiting)
             values["oserve_kv_cache_usage_ratio", name] = state.kv_cache_usage
             values["oserve_replica_silent_seconds", name] = state.silent_s
+    for node in observation.node_states:
+        key = ("oserve_nodes", (node.phase.value,))
+        values[key] = values.get(key, 0.0) + 1.0
     values["oserve_devices", ("used",)] = float(len(used))
     values["oserve_devices", ("free",)] = float(len(observation.devices) - len(used))
     return [(name, list(labels), value) for (name, labels), value in values.items()]

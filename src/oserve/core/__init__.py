@@ -6,8 +6,9 @@ print. Pure data: this package knows neither engines nor measurements nor server
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
 from oserve.core.clock import Clock, VirtualClock
-from oserve.core.endpoint import Endpoint
+from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
+from oserve.core.nodes import NodePhase, NodeSighting, NodeState
 from oserve.core.objective import Objective
 from oserve.core.plan import (
     AttachedBackend,
@@ -51,7 +52,11 @@ __all__ = [
     "Endpoint",
     "EngineWork",
     "FinishStatus",
+    "HatchAddress",
     "LengthClass",
+    "NodePhase",
+    "NodeSighting",
+    "NodeState",
     "OServeError",
     "Objective",
     "Observation",

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 
 from oserve.core import Endpoint
+from oserve.engines.connectors import connector_of
 from oserve.engines.rank_commands import (
     METHOD,
     REPLIES,
@@ -58,7 +59,7 @@ class EngineControl:
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
-        self._socket = endpoint.unix_socket
+        self._endpoint = endpoint
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -161,9 +162,7 @@ class EngineControl:
         timeout_s: float | None,
     ) -> ControlAnswer:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(path=self._socket)
-            )
+            self._session = aiohttp.ClientSession(connector=connector_of(self._endpoint))
         limit = aiohttp.ClientTimeout(total=timeout_s or self._timeout_s)
         try:
             async with self._session.post(

@@ -4,7 +4,6 @@ It speaks HTTP over a Unix socket or TCP. Every probe has a time limit. A server
 answer gives ``None`` or ``False``, never an exception.
 """
 
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +13,7 @@ import aiohttp
 import msgspec
 
 from oserve.core import Endpoint, EngineWork
+from oserve.engines.connectors import connector_of
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
@@ -192,14 +192,8 @@ class Probe:
         headers = dict(self._endpoint.headers)
         if self._endpoint.api_key:
             headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
-        connector: aiohttp.BaseConnector
-        if self._endpoint.unix_socket:
-            connector = aiohttp.UnixConnector(path=self._endpoint.unix_socket)
-        elif self._endpoint.ca_file:
-            tls = ssl.create_default_context(cafile=self._endpoint.ca_file)
-            connector = aiohttp.TCPConnector(limit=2, ssl=tls)
-        else:
-            connector = aiohttp.TCPConnector(limit=2)
+        # A server behind a URL may be another's; ours gets what the prober needs.
+        connector = connector_of(self._endpoint, limit=100 if self._endpoint.unix_socket else 2)
         return aiohttp.ClientSession(connector=connector, headers=headers)
 
 

@@ -58,7 +58,7 @@ def address_of(endpoint: Endpoint) -> Address:
 def pool_of(endpoint: Endpoint) -> UpstreamPool:
     """A connection pool for an endpoint."""
     if endpoint.unix_socket:
-        return UpstreamPool(unix_socket=endpoint.unix_socket)
+        return UpstreamPool(unix_socket=endpoint.unix_socket, hatch=endpoint.hatch)
     address = address_of(endpoint)
     tls = client_context(endpoint.ca_file) if address.tls else None
     return UpstreamPool(host=address.host, port=address.port, tls=tls)

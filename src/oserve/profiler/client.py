@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 
 from oserve.core import Endpoint, OServeError
+from oserve.engines.connectors import connector_of
 from oserve.engines.probe import base_url
 
 _REQUEST_TIMEOUT_S = 300.0
@@ -46,20 +47,15 @@ class EngineClient:
     def __init__(self, endpoint: Endpoint, *, model: str = "", vocab: int, seed: int = 0) -> None:
         self._base = "http://engine" if endpoint.unix_socket else base_url(endpoint.url)
         self._headers = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        self._socket = endpoint.unix_socket
+        self._endpoint = endpoint
         self._place = endpoint.url or "engine"
         self._model = model
         self._draw = random.Random(seed)
         self._vocab = vocab
 
     async def __aenter__(self) -> "EngineClient":
-        connector: aiohttp.BaseConnector = (
-            aiohttp.UnixConnector(path=self._socket, limit=0)
-            if self._socket
-            else aiohttp.TCPConnector(limit=0)
-        )
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=connector_of(self._endpoint, limit=0),
             headers={"content-type": "application/json", **self._headers},
             timeout=aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S),
         )

@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
 
+from oserve.core import HatchAddress
 from oserve.wire.framing import Framing, FramingError
+from oserve.wire.hatch import connect_hatch
 from oserve.wire.response import ResponseHead, read_head
 
 _MAX_HEAD_BYTES = 64 * 1024
@@ -222,17 +224,22 @@ def _tell(sink: Sink, step: Callable[[], None]) -> None:
 
 
 class UpstreamPool:
-    """Connections to one server, by Unix socket or by host and port (over TLS with ``tls``)."""
+    """Connections to one server, by Unix socket or by host and port (over TLS with ``tls``).
+
+    With a ``hatch``, ``unix_socket`` is a name behind it.
+    """
 
     def __init__(
         self,
         *,
         unix_socket: str = "",
+        hatch: HatchAddress | None = None,
         host: str = "",
         port: int = 0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._unix_socket = unix_socket
+        self._hatch = hatch
         self._host = host
         self._port = port
         self._tls = tls
@@ -262,16 +269,9 @@ class UpstreamPool:
     async def _connect(
         self, request: bytes, sink: Sink, instead_of: UpstreamConnection | None
     ) -> None:
-        loop = asyncio.get_running_loop()
-        factory = lambda: UpstreamConnection(self)  # noqa: E731
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                if self._unix_socket:
-                    _, connection = await loop.create_unix_connection(factory, self._unix_socket)
-                else:
-                    _, connection = await loop.create_connection(
-                        factory, self._host, self._port, ssl=self._tls
-                    )
+                connection = await self._opened()
         except (OSError, TimeoutError) as error:
             if not _unwanted(sink, instead_of):
                 reason = f"cannot connect: {error or 'timed out'}"
@@ -287,6 +287,20 @@ class UpstreamPool:
             connection.begin(request, sink, reused=False)
 
         _tell(sink, begin)
+
+    async def _opened(self) -> UpstreamConnection:
+        loop = asyncio.get_running_loop()
+        factory = lambda: UpstreamConnection(self)  # noqa: E731
+        if self._hatch is not None:
+            _, opened = await connect_hatch(loop, factory, self._hatch, self._unix_socket)
+            return cast(UpstreamConnection, opened)
+        if self._unix_socket:
+            _, connection = await loop.create_unix_connection(factory, self._unix_socket)
+        else:
+            _, connection = await loop.create_connection(
+                factory, self._host, self._port, ssl=self._tls
+            )
+        return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
         if len(self._idle) < _MAX_IDLE:

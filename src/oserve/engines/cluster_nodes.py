@@ -1,0 +1,109 @@
+"""The nodes of a cluster: this machine, and others that may be lost and come back."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from oserve.core import Clock, Device, HatchAddress, NodeSighting, ReplicaSpec
+from oserve.engines.device_book import DeviceBook
+from oserve.engines.engine_starts import LaunchFacts
+from oserve.engines.holding import HeldEngines
+from oserve.engines.node_engines import KeptEngines, NodeEngines
+from oserve.engines.node_tender import Adopted, NodeTender
+
+
+class ClusterNodes:
+    """This machine's engines, ``own``, and those of other nodes; ``book`` has all their devices.
+
+    ``adopt`` sorts out what runs on a node before the node counts as up. ``on_node`` is called with
+    a node that is up (an empty reason) or down (why).
+    """
+
+    def __init__(
+        self,
+        own: NodeEngines,
+        devices: Sequence[Device],
+        *,
+        facts: LaunchFacts,
+        clock: Clock,
+        adopt: Callable[[KeptEngines], Awaitable[Adopted]],
+        on_node: Callable[[str, str], None] | None,
+    ) -> None:
+        self.own = own
+        self.book = DeviceBook(devices)
+        self.on_node = on_node
+        self._facts = facts
+        self._clock = clock
+        self._adopt = adopt
+        self._tenders: dict[str, NodeTender] = {}
+
+    def engines_for(self, spec: ReplicaSpec) -> NodeEngines:
+        """The engines of the node where a replica's devices are.
+
+        Raises ``ValueError`` if they are on several.
+        """
+        return self._engines(self.book.node_of(spec))
+
+    def has(self, node: NodeEngines, spec: ReplicaSpec) -> bool:
+        """Whether all devices of a replica exist, on that node."""
+        if not spec.devices or not self.book.knows(spec):
+            return False
+        return all(self._engines(device.node) is node for device in self.book.of(spec))
+
+    def _engines(self, name: str) -> NodeEngines:
+        return self._tenders[name].node if name in self._tenders else self.own
+
+    def all(self) -> list[NodeEngines]:
+        """This machine first."""
+        return [self.own, *(tender.node for tender in self._tenders.values())]
+
+    # -- what comes and goes --------------------------------------------------------------------
+    def join(self, held: HeldEngines, devices: Sequence[Device] = ()) -> None:
+        """Take up another node, to be called with ``begin``; its devices count once it is up."""
+        self.book.add(devices)
+        memory_bytes = float(sum(one.memory_bytes for one in self.book.on(held.node)))
+        node = KeptEngines(
+            name=held.node, facts=self._facts, keeper=held, free_bytes=memory_bytes or None
+        )
+        self._tenders[held.node] = NodeTender(
+            node, clock=self._clock, adopt=self._adopt, turned=self._turned
+        )
+        self.book.down(held.node, "it has not been reached yet")
+
+    def begin(self) -> None:
+        """Call every node that is not called yet."""
+        for tender in self._tenders.values():
+            tender.begin()
+
+    async def adopted(self) -> list[Adopted]:
+        """What the first call of each node has found."""
+        return list(await asyncio.gather(*(one.first() for one in self._tenders.values())))
+
+    def lose(self, node: str, reason: str) -> None:
+        """Someone else has told that a node is lost; it is called again after a pause."""
+        if node in self._tenders:
+            self._tenders[node].cut(reason)
+
+    def redirect(self, node: str, hatch: HatchAddress) -> None:
+        """A node has another hatch; the next call uses it."""
+        if node in self._tenders:
+            self._tenders[node].node.keeper.redirect(hatch)
+
+    def sightings(self) -> tuple[NodeSighting, ...]:
+        """What is seen of each node; nothing while there is only this machine."""
+        if not self._tenders:
+            return ()
+        now_s = self._clock.now()
+        mine = [NodeSighting(name=self.own.name)] if self.book.on(self.own.name) else []
+        return (*mine, *(tender.sighting(now_s) for tender in self._tenders.values()))
+
+    async def close(self) -> None:
+        """Call nodes no more; connections stay."""
+        await asyncio.gather(*(tender.close() for tender in self._tenders.values()))
+
+    def _turned(self, node: str, reason: str) -> None:
+        if reason:
+            self.book.down(node, reason)
+        else:
+            self.book.up(node)
+        if self.on_node is not None:
+            self.on_node(node, reason)
