@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 
 import msgspec
-from oserve.engines.held_process import HeldProcess
-from oserve.nodes.hatch_identity import stored_identity
-from oserve.nodes.hatch_messages import HatchConfig, PublishedHatch, read_published
 
 from oserve import __version__
 from oserve.core import Device, OServeError
 from oserve.engines.devices import find_devices, find_gpu_users
+from oserve.engines.held_process import HeldProcess
 from oserve.engines.holding import (
     HeldEngines,
     KeeperPlace,
@@ -36,6 +34,8 @@ from oserve.nodes.agent_messages import (
     NodeReport,
     orders_of,
 )
+from oserve.nodes.hatch_identity import stored_identity, write_private
+from oserve.nodes.hatch_messages import HatchConfig, PublishedHatch, read_published
 
 _POLL_S = 0.05
 _HATCH_LIMIT_S = 60.0
@@ -122,7 +122,8 @@ class NodeAgent:
         note = HatchNote(
             node=orders.node, host=orders.host, port=orders.port, devices=self._devices
         )
-        plain = msgspec.to_builtins(note)
+        # As it comes back from the keeper: JSON has no tuples.
+        plain = msgspec.json.decode(msgspec.json.encode(note))
         process = held.processes().get(HATCH_PROCESS)
         if process is not None and process.entry.note != plain:
             process.terminate()
@@ -130,12 +131,14 @@ class NodeAgent:
             process = None
         place = _place(orders)
         if process is None:
+            identity = stored_identity(place.state_dir / "hatch-identity.json", orders.node)
+            write_private(token_file(orders), identity.token.encode() + b"\n")
             config = HatchConfig(
                 node=orders.node,
                 folder=str(place.folder),
                 host=orders.host,
                 port=orders.port,
-                identity=stored_identity(place.state_dir / "hatch-identity.json", orders.node),
+                identity=identity,
             )
             process = await held.hold(
                 HATCH_PROCESS,
@@ -149,9 +152,9 @@ class NodeAgent:
         return await _listening(process, place)
 
 
-def identity_file(orders: AgentOrders) -> Path:
-    """Where the node's certificate, key and token are kept."""
-    return _place(orders).state_dir / "hatch-identity.json"
+def token_file(orders: AgentOrders) -> Path:
+    """Where the node's token lies for servers that do not hear of it through Ray."""
+    return _place(orders).state_dir / "token"
 
 
 async def _listening(process: HeldProcess, place: KeeperPlace) -> PublishedHatch:

@@ -3,11 +3,11 @@
 from typing import Annotated, Final
 
 import msgspec
-from oserve.nodes.hatch_messages import NODE_NAMES
 
 from oserve import __version__
 from oserve.core import Device, HatchAddress
 from oserve.engines.keeper_messages import NodeFacts
+from oserve.nodes.hatch_messages import NODE_NAMES
 
 HATCH_PROCESS: Final = "hatch"
 """The name of the hatch among the processes of a node's keeper."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-from oserve.wire.hatch import KEEPER_NAME, fetch_certificate, open_hatch
 
 from oserve import __version__
 from oserve.core import Clock, HatchAddress, OServeError
@@ -21,6 +20,7 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.keeper_messages import MAX_LINE_BYTES, KeeperHello, event_of
 from oserve.nodes.agent_messages import HATCH_PROCESS, HatchNote
 from oserve.nodes.directory import ClusterNode, NodeChanged, on_node
+from oserve.wire.hatch import KEEPER_NAME, fetch_certificate, open_hatch
 
 _log = logging.getLogger("oserve.nodes")
 
