@@ -104,13 +104,26 @@ def on(*devices: str, tp: int = 1, pp: int = 1, name: str = "r0") -> ReplicaSpec
 
 
 def test_halves_become_a_whole_where_half_of_it_is() -> None:
-    devices = devices_of((Kind(name="a", nodes=(4,), speed=1.0),))
-    current = plan_of(on("a0.2", "a0.1", tp=2))
+    devices = devices_of((Kind(name="a", nodes=(2,), speed=1.0),))
+    current = plan_of(on("a0.1", "a0.0", tp=2))
     # One half is there, the other must come.
     found = place_replicas([(ReplicaShape(device_kind="a"), 1)], devices, current=current)
-    assert found.replicas[0].devices[0] in {"a0.1", "a0.2"}
+    assert found.replicas[0].devices[0] in {"a0.0", "a0.1"}
     assert found.moved_fraction == pytest.approx(0.5)
     assert found.replicas[0].id == "r1"
+
+
+def test_new_replicas_start_beside_old_ones_where_devices_are_vacant() -> None:
+    devices = devices_of((Kind(name="a", nodes=(4, 8), speed=1.0),))
+    current = plan_of(on("a0.2", "a0.1", tp=2), on("a1.0", "a1.1", tp=2, name="r1"))
+    occupied = {"a0.2", "a0.1", "a1.0", "a1.1"}
+    single, wide = on("x").shape, on("x", tp=4).shape
+    few = place_replicas([(single, 2), (wide, 1)], devices, current=current)
+    assert not occupied & {device for spec in few.replicas for device in spec.devices}
+    # As many as must take occupied devices do, and bring fewest weights.
+    many = place_replicas([(wide, 3)], devices, current=current)
+    apart = [spec for spec in many.replicas if not occupied & set(spec.devices)]
+    assert len(apart) == 1
 
 
 def test_ranks_go_where_their_part_of_the_weights_is() -> None:

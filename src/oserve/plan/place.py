@@ -3,7 +3,9 @@
 Replicas of the current plan with a wanted shape stay in place. If the rest would then not fit, as
 few of them as possible move. The other replicas are placed first-fit descending by group size,
 which always succeeds (see ``packing``), each time the replica and node with most weights already in
-place. Placement ignores KV caches, requests and links.
+place. Devices that no replica of the current plan holds come first, though: a replica there starts
+before another one leaves, so that capacity never falls. Placement ignores KV caches, requests and
+links.
 """
 
 from collections import Counter
@@ -44,10 +46,19 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seat:
-    """Devices for one replica, in rank order, and the share of its weights that they hold."""
+    """Devices for one replica, in rank order, and the share of its weights that they hold.
+
+    ``vacant``: no replica of the current plan is on them.
+    """
 
     devices: tuple[str, ...]
     held: float
+    vacant: bool = False
+
+    @property
+    def worth(self) -> tuple[bool, float]:
+        """The best seat has the largest."""
+        return self.vacant, round(self.held, 9)
 
 
 def place_replicas(
@@ -95,6 +106,8 @@ class _Board:
         self.kinds = sorted({device.kind for device in devices})
         self.known = {device.id for device in devices}
         self.held = shards_held(current)
+        replicas = current.replicas if current else ()
+        self.occupied = {device for spec in replicas for device in spec.devices}
         self.free: dict[str, dict[str, list[str]]] = {kind: {} for kind in self.kinds}
         self._home: dict[str, list[str]] = {}
         self._order = {device.id: index for index, device in enumerate(devices)}
@@ -234,7 +247,7 @@ def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaSha
                 options = [
                     (seats.best(shape), -place) for place, shape in enumerate(same) if left[shape]
                 ]
-                seat, place = max(options, key=lambda option: (option[0].held, option[1]))
+                seat, place = max(options, key=lambda option: (option[0].worth, option[1]))
                 shape = same[-place]
                 seats.take(seat)
                 left[shape] -= 1
@@ -262,12 +275,14 @@ class _Seats:
             return whole
         devices: tuple[str, ...] = ()
         held = 0.0
+        vacant = True
         for start in range(0, len(shards), self._width):
             stage = self._best(shards[start : start + self._width], frozenset(devices))
             assert stage is not None  # Packing has shown that every group has a node.
             devices += stage.devices
             held += stage.held
-        return _Seat(devices=devices, held=held)
+            vacant = vacant and stage.vacant
+        return _Seat(devices=devices, held=held, vacant=vacant)
 
     def take(self, seat: _Seat) -> None:
         """Take the seat and invalidate the cached results on its nodes."""
@@ -281,15 +296,15 @@ class _Seats:
         self._board.take(seat.devices)
 
     def _best(self, shards: tuple[Shard, ...], without: frozenset[str]) -> _Seat | None:
-        """The node that holds most of these shards; of equals the one with the least room."""
-        best: tuple[float, int] | None = None
+        """The best seat of all nodes; of equals the one on the node with the least room."""
+        best: tuple[tuple[bool, float], int] | None = None
         seat = None
         for node, ids in self._free.items():
             free = [device for device in ids if device not in without] if without else ids
             if not self._room(node, len(free), len(ids) - len(free), len(shards)):
                 continue
             found = self._on_node(shards, node, free, fresh=bool(without))
-            value = (round(found.held, 9), -len(free))
+            value = (found.worth, -len(free))
             if best is None or value > best:
                 best, seat = value, found
         return seat
@@ -306,7 +321,10 @@ class _Seats:
         key = (shards, node)
         if not fresh and key in self._found:
             return self._found[key]
-        held = self._board.held
+        held, occupied = self._board.held, self._board.occupied
+        vacant = [device for device in free if device not in occupied]
+        if len(vacant) >= len(shards):
+            free = vacant
         overlap = np.array(
             [
                 [shard.overlap(held[device]) if device in held else 0.0 for device in free]
@@ -323,6 +341,7 @@ class _Seats:
         seat = _Seat(
             devices=tuple(free[column] for column in columns),
             held=float(sum(overlap[rank, column] for rank, column in enumerate(columns))),
+            vacant=len(vacant) >= len(shards),
         )
         if not fresh:
             self._found[key] = seat
