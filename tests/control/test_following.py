@@ -232,6 +232,22 @@ def test_a_flash_crowd_goes_straight_to_the_capacity_plan(history: dict[str, Any
     assert made.shapes == everywhere(1)
 
 
+def test_vacant_devices_are_taken_at_once_though_it_is_late() -> None:
+    half = ((shape(4), 1),)
+    ladder = ladder_of(
+        rung(half, 0.4, 1.0, joules=50.0),
+        rung(((shape(2), 2),), 0.5, 1.6, joules=60.0),
+        rung(everywhere(4), 0.8, 1.0, joules=100.0),
+    )
+    made = follower(half, ladder, goal=ENERGY)
+    made.step(facts(3.0), 20)
+    # A little more than it holds costs less than more devices, and yet it must not last.
+    decision = made.step(facts(4.1), 20)
+    assert decision.reason is Reason.LOAD_RISES
+    assert decision.place is not None
+    assert decision.place.gain_per_s < 0
+
+
 def test_lasting_overload_is_said_ever_more_seldom(history: dict[str, Any]) -> None:
     made = used_to_little(history)
     made.run(lambda _second: 3.0, 240, seed=None)

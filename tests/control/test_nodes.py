@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -168,7 +169,8 @@ def test_words_and_losses_outlive_the_server() -> None:
     assert sight(again, 0.0).word == "draining"
     sight(again, 1.0, dead="gone")
     assert sight(again, 2.0).until_s - 2.0 == 12.0
-    for wrong in ({"nodes": {"n": ["gone", 0]}}, {"nodes": {"n": ["", -1]}}, {"nodes": []}):
+    broken: list[dict[str, Any]] = [{"n": ["gone", 0]}, {"n": ["", -1]}]
+    for wrong in (*({"nodes": nodes} for nodes in broken), {"nodes": []}):
         with pytest.raises(ValueError, match="node"):
             again.restore(wrong)
 

@@ -48,7 +48,7 @@ async def test_replicas_start_where_their_devices_are(fleet: Fleet) -> None:
     assert "--kv-transfer-config" not in argv
     await fleet.cluster.apply(StopReplica(replica="b"))
     await fleet.until(lambda: fleet.phase("b") is GONE)
-    with pytest.raises(ValueError, match="on nodes"):
+    with pytest.raises(ValueError, match="over nodes"):
         await fleet.cluster.apply(StartReplica(spec=spec("c", "one/cpu:0", "two/cpu:0")))
     assert not (two.run / "b-2").exists()
 

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from oserve.core import (
     AttachedBackend,
+    DeploymentPlan,
     Device,
+    LengthClass,
     OServeError,
     Precision,
     ReplicaShape,
     ReplicaSpec,
     VllmBackend,
 )
+from oserve.plan import place
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.plan.shard import Shard, shards_of
@@ -101,13 +104,26 @@ def on(*devices: str, tp: int = 1, pp: int = 1, name: str = "r0") -> ReplicaSpec
 
 
 def test_halves_become_a_whole_where_half_of_it_is() -> None:
-    devices = devices_of((Kind(name="a", nodes=(4,), speed=1.0),))
-    current = plan_of(on("a0.2", "a0.1", tp=2))
+    devices = devices_of((Kind(name="a", nodes=(2,), speed=1.0),))
+    current = plan_of(on("a0.1", "a0.0", tp=2))
     # One half is there, the other must come.
     found = place_replicas([(ReplicaShape(device_kind="a"), 1)], devices, current=current)
-    assert found.replicas[0].devices[0] in {"a0.1", "a0.2"}
+    assert found.replicas[0].devices[0] in {"a0.0", "a0.1"}
     assert found.moved_fraction == pytest.approx(0.5)
     assert found.replicas[0].id == "r1"
+
+
+def test_new_replicas_start_beside_old_ones_where_devices_are_vacant() -> None:
+    devices = devices_of((Kind(name="a", nodes=(4, 8), speed=1.0),))
+    current = plan_of(on("a0.2", "a0.1", tp=2), on("a1.0", "a1.1", tp=2, name="r1"))
+    occupied = {"a0.2", "a0.1", "a1.0", "a1.1"}
+    single, wide = on("x").shape, on("x", tp=4).shape
+    few = place_replicas([(single, 2), (wide, 1)], devices, current=current)
+    assert not occupied & {device for spec in few.replicas for device in spec.devices}
+    # As many as must take occupied devices do, and bring fewest weights.
+    many = place_replicas([(wide, 3)], devices, current=current)
+    apart = [spec for spec in many.replicas if not occupied & set(spec.devices)]
+    assert len(apart) == 1
 
 
 def test_ranks_go_where_their_part_of_the_weights_is() -> None:
@@ -192,3 +208,40 @@ def test_the_shards_of_a_replica_cover_the_model_once(
     assert common == pytest.approx(1.0 if one.precision is other.precision else 0.0)
     first: Shard = shards_of(one)[0]
     assert first.overlap(first) == first.share
+
+
+def test_a_large_cluster_is_placed_with_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small replicas all over must make way for wide ones: too many choices to try them all."""
+    devices = tuple(
+        Device(id=f"n{node}/{slot}", kind="gpu", node=f"n{node}")
+        for node in range(112)
+        for slot in range(8)
+    )
+    narrow, wide = (ReplicaShape(tensor_parallel_size=width, device_kind="gpu") for width in (1, 8))
+    current = DeploymentPlan(
+        id="now",
+        replicas=tuple(
+            ReplicaSpec(id=f"s{n}", shape=narrow, devices=(device.id,))
+            for n, device in enumerate(devices)
+            if n % 8 < 5
+        ),
+        length_classes=(LengthClass(name="all"),),
+        routing_shares={},
+    )
+    asked = 0
+    answer = place._Board.holds
+
+    def counted(board: place._Board, left: Counter[ReplicaShape]) -> bool:
+        nonlocal asked
+        asked += 1
+        return answer(board, left)
+
+    monkeypatch.setattr(place._Board, "holds", counted)
+    monkeypatch.setattr(place, "_MOST_WORK", 20_000)
+    found = place.place_replicas([(narrow, 480), (wide, 52)], devices, current=current).replicas
+    assert asked < 2 * len(current.replicas)
+    assert Counter(spec.shape for spec in found) == {narrow: 480, wide: 52}
+    taken = [device for spec in found for device in spec.devices]
+    assert sorted(taken) == sorted(device.id for device in devices)
+    # Of the 60 nodes that stay with small replicas each keeps its own five.
+    assert len({*found} & {*current.replicas}) >= 280

@@ -116,7 +116,7 @@ def _note(item: dict[str, Any]) -> str:
     if item["word"] and item["word"] != item["state"]:
         notes.append(item["word"])
     if item["losses"]:
-        notes.append(f"lost {item['losses']} times")
+        notes.append(f"lost {item['losses']} time(s)")
     return "; ".join(notes)
 
 

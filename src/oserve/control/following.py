@@ -11,11 +11,11 @@ the request at its best latency (or energy, by the objective); a request outside
 
 Upwards, a switch is an insurance: if the current deployment does not hold the required load and
 another one does, the switch begins at once, if its price is below what it would save at that load
-until the next chance, and at least below a premium. If more load has come already, capacity is
-missing while replicas switch, and a burst may be over before: then the regret (the summed gain that
-the current deployment has cost so far) must have reached the price. Downwards it is a purchase: the
-candidate must also hold the highest load of the last while, and the regret must have reached the
-price. If no deployment holds, one that attains more must pay in the same way.
+until the next chance, and at least below a premium. If more load has come already and replicas must
+make room for others, capacity is missing meanwhile, and a burst may be over before: then the regret
+(the summed gain that the current deployment has cost so far) must have reached the price. Downwards
+it is a purchase: the candidate must also hold the highest load of the last while, and the regret
+must have reached the price. If no deployment holds, one that attains more must pay in the same way.
 """
 
 import math
@@ -86,10 +86,11 @@ class FollowScore:
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
     does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``foreseen``: the
     current deployment does not hold the expected load with headroom; ``overloaded``: nor the
-    present one. ``current_cost`` and ``candidate_cost``, at the expected load, are in requests at
-    the best latency per request. ``gain_per_s``: what the switch gains each second; ``risk``: what
-    it would save at the required load until the next chance to switch; ``price``: what it costs.
-    ``seconds`` until the last wave is committed.
+    present one. ``beside``: all new replicas start on vacant devices. ``current_cost`` and
+    ``candidate_cost``, at the expected load, are in requests at the best latency per request.
+    ``gain_per_s``: what the switch gains each second; ``risk``: what it would save at the required
+    load until the next chance to switch; ``price``: what it costs. ``seconds`` until the last wave
+    is committed.
     """
 
     plan: DeploymentPlan
@@ -100,6 +101,7 @@ class FollowScore:
     climbs: bool
     foreseen: bool
     overloaded: bool
+    beside: bool
     current_cost: float
     candidate_cost: float
     gain_per_s: float
@@ -232,6 +234,7 @@ def follow(
         climbs=ladder.capacity(chosen, goal) > ladder.capacity(present, goal),
         foreseen=present not in ladder.scores(policy.headroom * loads.expected).holding(goal),
         overloaded=present not in ladder.scores(loads.present).holding(goal),
+        beside=_held(current.replicas).isdisjoint(_held([s for leg in legs for s in leg.started])),
         current_cost=now_cost,
         candidate_cost=then_cost,
         gain_per_s=rate_rps * (now_cost - then_cost),
@@ -292,3 +295,7 @@ def _more(
 
 def _devices(replicas: Sequence[ReplicaSpec]) -> int:
     return sum(len(spec.devices) for spec in replicas)
+
+
+def _held(replicas: Sequence[ReplicaSpec]) -> set[str]:
+    return {device for spec in replicas for device in spec.devices}

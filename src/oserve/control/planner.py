@@ -34,6 +34,7 @@ from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import AmongEquals, PlanProblem
+from oserve.plan.redundancy import place_redundantly
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 from oserve.plan.serving import Serving
 
@@ -63,8 +64,8 @@ class PlannerFacts:
     nothing is known. ``start_s``: seconds until a replica serves. ``legs`` returns a switch without
     restarts, or ``None`` where there is none. A plan of different shapes must gain ``min_gain``
     over the best homogeneous one; with ``min_shapes`` above 1, a homogeneous plan is used only if
-    there is no other. ``rows_at``: the rows of shapes by the table's model at other speeds;
-    ``None``: the table is never corrected.
+    there is no other. ``spread``: see ``plan.redundancy``. ``rows_at``: the rows of shapes by the
+    table's model at other speeds; ``None``: the table is never corrected.
     """
 
     devices: tuple[Device, ...]
@@ -82,6 +83,7 @@ class PlannerFacts:
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     rows_at: Callable[[Sequence[ReplicaShape], Speeds], Sequence[ShapePerformance]] | None = None
     min_shapes: int = 1
+    spread: float = 0.0
 
 
 class TablePlanner:
@@ -172,7 +174,11 @@ class TablePlanner:
         except OServeError:
             return ()
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
-        for deployment in self._near_best(problem, planned):
+        best, *near = self._near_best(problem, planned)
+        choice = place_redundantly(
+            problem, planned, best, spread=facts.spread, time_limit_s=facts.time_limit_s
+        )
+        for deployment in (choice.deployment, *near):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
         return tuple(found.values())

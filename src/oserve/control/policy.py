@@ -167,7 +167,8 @@ def follow_reason_for(
     climbs = score.rises and score.climbs
     urgent = climbs and score.overloaded and score.gain_per_s > least
     likely = score.holds or score.foreseen
-    insured = climbs and likely and not score.overloaded and score.price <= score.risk
+    steady = score.beside or not score.overloaded
+    insured = climbs and likely and steady and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
     better = score.gain_per_s > max(least, 1e-9) or (score.rises and score.holds)
     checks = (

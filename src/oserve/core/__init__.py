@@ -10,6 +10,7 @@ from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
 from oserve.core.nodes import NodePhase, NodeSighting, NodeState
 from oserve.core.objective import Objective
+from oserve.core.parts import ReplicaPart, node_of_rank, parts_of
 from oserve.core.plan import (
     AttachedBackend,
     Backend,
@@ -63,6 +64,7 @@ __all__ = [
     "PlannedType",
     "Precision",
     "ReplicaLoad",
+    "ReplicaPart",
     "ReplicaPhase",
     "ReplicaShape",
     "ReplicaSpec",
@@ -76,4 +78,6 @@ __all__ = [
     "VirtualClock",
     "VllmBackend",
     "WorkloadType",
+    "node_of_rank",
+    "parts_of",
 ]

@@ -3,12 +3,22 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from oserve.core import Clock, Device, HatchAddress, NodeSighting, ReplicaSpec
+from oserve.core import (
+    Clock,
+    Device,
+    HatchAddress,
+    NodeSighting,
+    OServeError,
+    ReplicaSpec,
+    parts_of,
+)
 from oserve.engines.device_book import DeviceBook
 from oserve.engines.engine_starts import LaunchFacts
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, NodeEngines
 from oserve.engines.node_tender import Adopted, NodeTender
+from oserve.engines.part_engines import PartsEngines
+from oserve.engines.ports import MasterPorts
 
 
 class ClusterNodes:
@@ -35,13 +45,22 @@ class ClusterNodes:
         self._clock = clock
         self._adopt = adopt
         self._tenders: dict[str, NodeTender] = {}
+        self._ports = MasterPorts()
 
     def engines_for(self, spec: ReplicaSpec) -> NodeEngines:
-        """The engines of the node where a replica's devices are.
+        """The engines of the node, or of the nodes, where a replica's devices are.
 
-        Raises ``ValueError`` if they are on several.
+        Raises ``ValueError`` if vLLM cannot run the replica on several nodes so.
         """
-        return self._engines(self.book.node_of(spec))
+        devices = {device.id: device for device in self.book.of(spec)}
+        if len({device.node for device in devices.values()}) == 1:
+            return self._engines(self.book.node_of(spec))
+        try:
+            parts = parts_of(spec, devices)
+        except OServeError as error:
+            raise ValueError(str(error)) from None
+        nodes = [self._engines(part.node) for part in parts]
+        return PartsEngines(self._facts, parts, nodes, self._ports)
 
     def has(self, node: NodeEngines, spec: ReplicaSpec) -> bool:
         """Whether all devices of a replica exist, on that node."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from oserve.core import Device, Endpoint, ReplicaSpec
 from oserve.engines.adoption import stamp_of
 from oserve.engines.arguments import (
+    NodeInterface,
     Platform,
     engine_arguments,
     engine_environment,
@@ -69,8 +70,11 @@ def engine_command(
     standby: bool,
     moves_caches: bool,
     free_bytes: float | None = None,
+    interface: NodeInterface | None = None,
 ) -> EngineCommand:
     """The command of an engine whose sockets lie in ``folder``; ``free_bytes``: ``cache_sized``.
+
+    ``interface``: of a part of a replica over several nodes; ``part_arguments`` adds its arguments.
 
     Raises ``OServeError`` if the settings name no checkpoint of the replica's precision.
     """
@@ -92,6 +96,7 @@ def engine_command(
         folder=str(folder),
         keep_weights=facts.settings.keep_weights,
         caches=str(folder.parent / CACHES_FOLDER) if moves_caches else "",
+        interface=interface,
     )
     return EngineCommand(argv=arguments, env=environment)
 

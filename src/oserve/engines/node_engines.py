@@ -48,6 +48,18 @@ class NodeEngines:
         """Start an engine. Raises ``OServeError`` or ``OSError`` if it cannot be started."""
         raise NotImplementedError
 
+    async def launch(
+        self,
+        spec: ReplicaSpec,
+        devices: Sequence[Device],
+        files: EngineFiles,
+        command: EngineCommand,
+        *,
+        standby: bool,
+    ) -> WatchedProcess:
+        """Start an engine, or the part of one on these devices, by this command; see ``start``."""
+        raise NotImplementedError
+
     def note_ready(self, state: ReplicaState, step_s: float) -> None:
         """Note that a replica serves, so that the next server knows it."""
 
@@ -103,6 +115,19 @@ class LaunchedEngines(NodeEngines):
             standby=standby,
             moves_caches=self._moves_caches,
         )
+        return await self.launch(spec, devices, files, command, standby=standby)
+
+    async def launch(
+        self,
+        spec: ReplicaSpec,
+        devices: Sequence[Device],
+        files: EngineFiles,
+        command: EngineCommand,
+        *,
+        standby: bool,
+    ) -> WatchedProcess:
+        """See ``NodeEngines.launch``."""
+        del spec, standby  # nobody takes the engine over
         rotate_log(files.log_path)
         # A zygote that ended has removed its parent.
         make_engine_folder(files.folder)
@@ -171,6 +196,18 @@ class KeptEngines(NodeEngines):
     ) -> WatchedProcess:
         """See ``NodeEngines.start``."""
         command = self._command(spec, devices, files, standby=standby)
+        return await self.launch(spec, devices, files, command, standby=standby)
+
+    async def launch(
+        self,
+        spec: ReplicaSpec,
+        devices: Sequence[Device],
+        files: EngineFiles,
+        command: EngineCommand,
+        *,
+        standby: bool,
+    ) -> WatchedProcess:
+        """See ``NodeEngines.launch``."""
         note = note_of(spec, self.facts.stamp(devices), standby=standby)
         process = self.held[spec.id] = await self.keeper.launch(
             files.folder.name,

@@ -50,7 +50,10 @@ class FarEnd:
     def next(self) -> tuple[socket.socket, str] | None:
         """The next connection and the address of its caller; ``None`` at the end."""
         while True:
-            data, files, _, _ = socket.recv_fds(self._channel, _MAX_MESSAGE_BYTES, 1)
+            data, files = b"", list[int]()
+            # A process that was killed leaves a reset, not an end.
+            with contextlib.suppress(ConnectionError):
+                data, files, _, _ = socket.recv_fds(self._channel, _MAX_MESSAGE_BYTES, 1)
             if not data:
                 return None
             if len(files) == 1:
