@@ -148,6 +148,9 @@ class LocalDial:
                 if ours is not None and self._place.detached:
                     await asyncio.to_thread(ours.wait)
                 self._started = ours if ours and ours.pid == line.keeper.pid else None
+                if ours is not None and self._place.detached:
+                    # The keeper is a child of it, which has ended: this only reaps it.
+                    await asyncio.to_thread(ours.wait)
                 return line
             if line is not None:
                 _log.warning(

@@ -74,12 +74,20 @@ class NodeAgent:
                 remedy = error.remedy if isinstance(error, OServeError) else "see the node's logs"
                 return NodeRefusal(node=orders.node, reason=reason, remedy=remedy)
 
+    async def leave(self) -> None:
+        """Leave the keeper, and all that it holds, to the next agent."""
+        async with self._lock:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        if self._held is not None:
+            await self._held.close()
+        self._held, self._devices = None, ()
+
     async def end(self) -> None:
         """End everything that the keeper holds, the hatch too, and the keeper."""
         async with self._lock:
-            if self._held is not None:
-                await self._held.close()
-                self._held = None
+            await self._leave()
             if self._orders is None:
                 return
             place = _place(self._orders)
@@ -105,9 +113,7 @@ class NodeAgent:
 
     async def _connected(self, orders: AgentOrders) -> HeldEngines:
         if self._held is None or orders != self._orders:
-            if self._held is not None:
-                await self._held.close()
-                self._held, self._devices = None, ()
+            await self._leave()
             _settle()
             place = _place(orders)
             self._orders = orders

@@ -49,6 +49,7 @@ _KNOCK_S = 5.0
 _CONNECT_S = 90.0
 _GOODBYE_S = 20.0
 _MAX_LISTS = 4
+_ID_LABEL = "ray.io/node-id"
 _HELD = "its agent does not start there: another job or actor may hold its GPUs or slots in Ray"
 _HELD_REMEDY = "see ray status; end what holds them, or offer fewer to Ray"
 
@@ -255,8 +256,13 @@ def _node(item: dict[str, Any]) -> RayNode:
         alive=bool(item.get("Alive")),
         reason=str(item.get("DeathReasonMessage") or ""),
         resources=dict(item.get("Resources") or {}),
-        labels=dict(item.get("Labels") or {}),
+        labels=_lasting(item.get("Labels") or {}),
     )
+
+
+def _lasting(labels: dict[str, str]) -> dict[str, str]:
+    """Labels without the one that is another in each life of a node."""
+    return {key: value for key, value in labels.items() if key != _ID_LABEL}
 
 
 def _brief(error: BaseException) -> str:
