@@ -110,15 +110,23 @@ class Cable:
 
 
 class FakeNode:
-    """A node of two devices: a keeper with fake engines, and a cable to it.
+    """A node of two devices: a keeper with fake engines in ``run``, and a cable to it.
 
     Its logs are where the server does not look.
     """
 
-    def __init__(self, name: str, base: Path, clock: VirtualClock, **keeper: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: Path,
+        clock: VirtualClock,
+        run: Path | None = None,
+        identity: str = "",
+    ) -> None:
         self.name = name
         # Short enough for sockets.
-        self.run = Path(tempfile.mkdtemp(prefix="n"))
+        self.run = run or Path(tempfile.mkdtemp(prefix="n"))
+        self._identity = identity or f"of {name}"
         self.state = base / name
         self.state.mkdir()
         self.launcher = Launcher()
@@ -133,7 +141,7 @@ class FakeNode:
             clock=clock,
             connect=self.cable.connect,
         )
-        self.running = self.begin(**keeper)
+        self.running = self.begin()
 
     def begin(self, **keeper: Any) -> "asyncio.Task[None]":
         """Run a keeper."""
@@ -142,7 +150,7 @@ class FakeNode:
             folder=self.run,
             registry=self.state / "keeper.json",
             launcher=self.launcher,
-            identity=f"of {self.name}",
+            identity=self._identity,
             grace_s=600.0,
             node=msgspec.structs.replace(facts, host=self.name, **keeper),
             clock=self._clock,
@@ -154,6 +162,12 @@ class FakeNode:
         async with asyncio.timeout(60.0):
             while not (self.run / "keeper.sock").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0)
+
+    def crash(self, engine: str) -> None:
+        """End an engine from without."""
+        process = self.keeper._children[engine].process
+        assert isinstance(process, FakeProcess)
+        process.end(1)
 
     def log(self, replica: str) -> Path:
         return self.state / f"{replica}.log"

@@ -13,7 +13,7 @@ import aiohttp
 import openai
 
 from oserve.control.dispatch.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, LengthClass, ReplicaPhase
+from oserve.core import Endpoint, HatchAddress, LengthClass, ReplicaPhase
 from oserve.engines.attached import AttachedProbe
 from oserve.engines.probe import Probe
 from oserve.gateway.http.server import Gateway
@@ -26,7 +26,10 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 
 @dataclass(kw_only=True)
 class Backend:
-    """A running server. ``reports_usage``: its streams do, if asked; ``model``: its name there."""
+    """A running server. ``reports_usage``: its streams do, if asked; ``model``: its name there.
+
+    ``unix_socket``, ``hatch``: the gateway reaches it there; ``url`` is where it is asked directly.
+    """
 
     url: str
     model: str
@@ -34,9 +37,13 @@ class Backend:
     health: str = ""
     nonsense: frozenset[int] = frozenset({400})
     api_key: str = ""
+    unix_socket: str = ""
+    hatch: HatchAddress | None = None
 
     @property
     def endpoint(self) -> Endpoint:
+        if self.unix_socket:
+            return Endpoint(unix_socket=self.unix_socket, hatch=self.hatch, api_key=self.api_key)
         return Endpoint(url=self.url, api_key=self.api_key)
 
 

@@ -113,6 +113,32 @@ async def test_a_keeper_of_another_environment_ends_first(
     await again.close()
 
 
+@pytest.mark.slow
+async def test_a_detached_keeper_is_nobody_s_child(tmp_path: Path) -> None:
+    place = KeeperPlace(
+        folder=private_folder(tmp_path),
+        state_dir=tmp_path,
+        log_dir=tmp_path,
+        method="spawn",
+        grace_s=60.0,
+        detached=True,
+    )
+    agent = HeldEngines(LocalDial(place), grace_s=60.0, guest=True)
+    await agent.connect()
+    assert keeper_runs(tmp_path)
+    pid = registry_of(tmp_path).pid
+    assert os.getpgid(pid) == pid != os.getpgrp()
+    assert os.getsid(pid) == pid
+    # The agent leaves; the next one finds it.
+    await agent.close()
+    again = HeldEngines(LocalDial(place), grace_s=60.0)
+    await again.connect()
+    assert registry_of(tmp_path).pid == pid
+    await again.close()
+    assert not keeper_runs(tmp_path)
+    private_folder(tmp_path).rmdir()
+
+
 async def test_a_missing_program_is_reported(engines: HeldEngines, tmp_path: Path) -> None:
     with pytest.raises(OServeError, match="no-such-program"):
         await engines.hold("p:0", ["no-such-program"], "", tmp_path / "log", 0.0, None)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
 from oserve.core import Clock, ReplicaState
@@ -15,6 +14,7 @@ from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import ServerFolders
+from oserve.startup.gateway_keeper import GatewayKeeper
 from oserve.startup.learned_lengths import learned_estimator
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome

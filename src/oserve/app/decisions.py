@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oserve.app.controller import ControllerService
-from oserve.app.nodes import NodeOperations
 from oserve.control.decision import DecisionVerdict, Trigger
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.startup.advice import advised
+from oserve.startup.node_operations import NodeOperations
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher

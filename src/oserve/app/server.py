@@ -17,7 +17,6 @@ from oserve.app.assembly import (
 )
 from oserve.app.controller import ControllerService
 from oserve.app.decisions import ClusterView, DecisionLoop
-from oserve.app.nodes import NodeOperations
 from oserve.app.operator import OperatorApi
 from oserve.app.publisher import StatusPublisher
 from oserve.config.policies import reconcile_policy
@@ -31,6 +30,7 @@ from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
+from oserve.startup.node_operations import NodeOperations
 from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.startup.tuning import background_tuning
 from oserve.switch.learned import LearnedPhases

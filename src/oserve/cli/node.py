@@ -1,4 +1,5 @@
-"""``oserve node``: the nodes of a running server, and what an operator wants of them."""
+"""``oserve node``: the nodes of a running server, and what an operator wants of them; see also
+``node_serve``."""
 
 import json
 import time
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from oserve.cli.node_serve import serve_node
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
 from oserve.core import OServeError
@@ -17,6 +19,8 @@ app = typer.Typer(
     help="Show the nodes of a running server; cordon, drain and uncordon them.",
     no_args_is_help=True,
 )
+
+app.command("serve")(serve_node)
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PATH = "/oserve/v1/nodes"
@@ -112,7 +116,7 @@ def _note(item: dict[str, Any]) -> str:
     if item["word"] and item["word"] != item["state"]:
         notes.append(item["word"])
     if item["losses"]:
-        notes.append(f"lost {item['losses']} times")
+        notes.append(f"lost {item['losses']} time(s)")
     return "; ".join(notes)
 
 

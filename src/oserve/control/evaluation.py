@@ -83,8 +83,7 @@ class SwitchPlanner(Protocol):
 class ForecastStep:
     """One step of the forecast, ``seconds`` long.
 
-    ``probabilities``: rates with their probabilities, which sum to 1. ``expected``: the mean rates;
-    empty if only the distribution counts.
+    ``probabilities``: of rates. ``expected``: the mean rates; empty if only the former count.
     """
 
     seconds: float
@@ -104,10 +103,10 @@ class DecisionInput:
     ``drain_limit_s``: requests that still run by then move to other replicas.
     ``in_order``: replicas serve in order of arrival, so a backlog makes all requests late.
     ``past``: recent rates, each with the seconds that it held, up to now.
-    ``before``: the rates before the traffic last changed, empty if it did not; they return for the
-    ``back_s`` seconds until the controller can switch back. ``age_s``: the age of the traffic. ``speeds``: the observed speeds of replicas.
-    ``load``: for a controller that follows a ladder. ``unusable``: devices that no plan may use.
-    ``of_nodes``: decide at once, since these have changed. ``earlier``: the plan before nodes left.
+    ``before``: the rates before the traffic last changed, empty if it did not; they are taken to
+    return for ``back_s``, until the controller can switch back. ``age_s``: of the present traffic.
+    ``speeds``: of replicas, observed. ``load``: for a controller that follows a ladder.
+    ``unusable``: devices for no plan. ``of_nodes``: decide at once, since these changed.
     """
 
     at_s: float
@@ -131,7 +130,7 @@ class DecisionInput:
     load: LoadFacts | None = None
     unusable: frozenset[str] = frozenset()
     of_nodes: bool = False
-    earlier: DeploymentPlan | None = None
+    earlier: DeploymentPlan | None = None  # The plan in force before nodes left.
 
     @property
     def follows(self) -> bool:

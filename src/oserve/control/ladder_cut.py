@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from oserve.control.ladder import Ladder, LadderDeployment, Shapes, counted, part_of
+from oserve.core import ReplicaShape
 
 Fits = Callable[[Shapes], bool]
 
@@ -35,15 +37,19 @@ def largest_part(shapes: Shapes, fits: Fits) -> Shapes:
     """As many replicas of a deployment as fit, in about its proportions."""
 
     def cut(parts: int) -> Shapes:
-        return tuple((s, own) for s, count in shapes if (own := count * parts // _PARTS))
+        # Rounded to the nearest, so that a single wide replica is not the first to go.
+        rounded = [(shape, (2 * count * parts + _PARTS) // (2 * _PARTS)) for shape, count in shapes]
+        return tuple((shape, count) for shape, count in rounded if count)
 
     counts = Counter(dict(cut(_most(_PARTS, lambda parts: fits(cut(parts))))))
     for shape, count in sorted(shapes, key=lambda item: -item[0].device_count):
-        counts[shape] += _most(
-            count - counts[shape],
-            lambda more, shape=shape: fits(counted(counts + Counter({shape: more}))),
-        )
+        able = partial(_fits_with, fits, counts, shape)
+        counts[shape] += _most(count - counts[shape], able)
     return counted(counts)
+
+
+def _fits_with(fits: Fits, counts: Counter[ReplicaShape], shape: ReplicaShape, more: int) -> bool:
+    return fits(counted(counts + Counter({shape: more})))
 
 
 def _most(limit: int, able: Callable[[int], bool]) -> int:

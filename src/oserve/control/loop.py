@@ -53,7 +53,10 @@ class ControlLoop:
         plan = self.nodes.runnable(self.plan, observation)
         lost = frozenset(given_up(plan, observation, self._policy))
         held = self.held | self.nodes.away(self.plan, observation)
-        desired = self._rollout(plan, observation, lost, held)
+        # The stages follow from the whole plan: what cannot run now must not end what serves.
+        desired = self.nodes.runnable(
+            self._rollout(self.plan, observation, lost, held), observation
+        )
         actions = reconcile(desired, observation, self._policy, held)
         for action in actions:
             await self._cluster.apply(action)

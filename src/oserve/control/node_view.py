@@ -38,6 +38,9 @@ class NodeView:
         if not observation.nodes and not observation.node_states:
             return observation
         states = self.book.observe(observation.now_s, observation.nodes)
+        if all(state.startable for state in states):
+            self.evacuated = frozenset()
+            return replace(observation, node_states=states)
         by_name = {state.name: state for state in states}
         draining = {state.name for state in states if state.word == NodePhase.DRAINING.value}
         self.evacuated &= draining

@@ -136,27 +136,41 @@ class NodeBook:
         self.policy = policy or NodePolicy()
         self.version = 0
         self._records: dict[str, NodeRecord] = {}
-        # The words of nodes that were not seen since the start.
-        self._words: dict[str, tuple[str, int]] = {}
+        # Of nodes that were not seen since the start: word, losses, and whether they were not in
+        # use because of a loss.
+        self._words: dict[str, tuple[str, int, bool]] = {}
         self._last_s: float | None = None
         self._awake_s = 0.0
+        # The last round's sightings and states, while every node is heard, up and of clean record:
+        # on a virtual clock all rounds are alike, and there are many.
+        self._calm: tuple[object, tuple[NodeState, ...]] | None = None
+        self._calm_s = float("-inf")
 
     def observe(self, now_s: float, sightings: Iterable[NodeSighting]) -> tuple[NodeState, ...]:
         """The states after what is seen now, by name. A node that is not seen is silent."""
         passed_s = 0.0 if self._last_s is None else now_s - self._last_s
         self._last_s = now_s
         self._awake_s += max(0.0, min(passed_s, self.policy.round_s))
+        if self._calm is not None and self._calm[0] is sightings:
+            self._calm_s = self._awake_s
+            return self._calm[1]
         seen = {sighting.name: sighting for sighting in sightings}
         for name in seen.keys() - self._records.keys():
-            word, losses = self._words.pop(name, ("", 0))
+            word, losses, lost = self._words.pop(name, ("", 0, False))
             self._records[name] = NodeRecord(
-                name=name, since_s=now_s, heard_s=self._awake_s, word=word, losses=losses
+                name=name,
+                condition=NodePhase.LOST if lost else NodePhase.UP,
+                since_s=now_s,
+                heard_s=self._awake_s,
+                word=word,
+                losses=losses,
+                reason="lost before the server was restarted" if lost else "",
             )
         states = []
         for name in sorted(self._records):
             record = self._records[name]
             sighting = seen.get(name, NodeSighting(name=name, silent_s=float("inf")))
-            heard_s = max(record.heard_s, self._awake_s - sighting.silent_s)
+            heard_s = max(record.heard_s, self._calm_s, self._awake_s - sighting.silent_s)
             silent_s = min(sighting.silent_s, self._awake_s - heard_s)
             record = next_record(
                 replace(record, heard_s=heard_s),
@@ -166,7 +180,13 @@ class NodeBook:
             )
             self._records[name] = record
             states.append(replace(record.state, silent_s=silent_s))
-        return tuple(states)
+        found = tuple(states)
+        heard = seen.keys() == self._records.keys() and all(
+            sighting.silent_s == 0.0 and not sighting.dead for sighting in seen.values()
+        )
+        calm = heard and all(state.startable and not state.losses for state in found)
+        self._calm = (sightings, found) if calm else None
+        return found
 
     # -- the operator's words -------------------------------------------------------------------
     def cordon(self, name: str) -> None:
@@ -194,15 +214,17 @@ class NodeBook:
                 f"there is no node {name!r}", place="node", remedy=f"nodes are: {known}"
             )
         self._records[name] = replace(record, word=word)
+        self._calm = None
         self.version += 1
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Words and losses as plain data, for ``restore``."""
+        """Words and losses as plain data, for ``restore``. A hold-down begins anew with that."""
+        away = {NodePhase.LOST, NodePhase.HELD_DOWN}
         records = {
-            record.name: [record.word, record.losses]
+            record.name: [record.word, record.losses, record.condition in away]
             for record in self._records.values()
-            if record.word or record.losses
+            if record.word or record.losses or record.condition in away
         }
         unseen = {name: list(said) for name, said in self._words.items()}
         return {"nodes": {**unseen, **records}}
@@ -214,8 +236,8 @@ class NodeBook:
             raise ValueError("nodes must be an object")
         words = {}
         for name, said in found.items():
-            word, losses = said
+            word, losses, lost = said
             if word not in _WORDS or not isinstance(losses, int) or losses < 0:
                 raise ValueError(f"the state of node {name!r} is not known")
-            words[str(name)] = (str(word), losses)
+            words[str(name)] = (str(word), losses, bool(lost))
         self._words = words

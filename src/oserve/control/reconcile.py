@@ -51,11 +51,12 @@ def reconcile(
     is not fully in use.
     """
     alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
+    planned = {spec.id: spec for spec in plan.replicas}
     actions: list[Action] = []
     for state in alive:
         if state.spec.id in held:
             continue
-        if plan.replica(state.spec.id) != state.spec or state.phase in _LEAVING:
+        if planned.get(state.spec.id) != state.spec or state.phase in _LEAVING:
             actions.extend(_retire(state, observation.now_s, policy))
     known = observation.startable
     taken = {device for state in alive for device in state.spec.devices}

@@ -291,7 +291,8 @@ class ControllerRuntime:
         planner = self.planner
         if not any(sum(rates) > 0 for rates in inputs.plan_for):
             usual = tuple(kind.arrival_rate_rps for kind in planner.facts.types)
-            inputs = replace(inputs, plan_for=(usual,))
+            step = replace(inputs.steps[0], probabilities={usual: 1.0}, expected=usual)
+            inputs = replace(inputs, plan_for=(usual,), now_rps=usual, steps=(step,))
         found = score_candidates(inputs, planner)
         best = max(found, key=lambda item: item.net_gain, default=None)
         least = self.controller.policy.min_gain

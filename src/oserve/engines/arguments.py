@@ -188,7 +188,8 @@ def engine_environment(
     if local_model:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if platform == "cuda":
-        indices = ",".join(device.id.partition(":")[2] for device in devices)
+        # By UUID where it is known, so that an engine cannot get a GPU that was renumbered.
+        indices = ",".join(device.uuid or device.id.partition(":")[2] for device in devices)
         # By default CUDA may number GPUs differently from nvidia-smi.
         environment |= {"CUDA_VISIBLE_DEVICES": indices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if interface is None:

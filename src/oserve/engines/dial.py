@@ -145,7 +145,12 @@ class LocalDial:
         while time.monotonic() < deadline_s:
             line = await self._open()
             if line is not None and not line.difference:
+                if ours is not None and self._place.detached:
+                    await asyncio.to_thread(ours.wait)
                 self._started = ours if ours and ours.pid == line.keeper.pid else None
+                if ours is not None and self._place.detached:
+                    # The keeper is a child of it, which has ended: this only reaps it.
+                    await asyncio.to_thread(ours.wait)
                 return line
             if line is not None:
                 _log.warning(

@@ -28,6 +28,8 @@ class _Way:
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self._source = source
         self._sink = sink
+        # A TLS record is small; a socket gives all that it has at once.
+        self._by_record = isinstance(source, ssl.SSLSocket)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._start = self._end = 0
         self._ended = False
@@ -59,8 +61,8 @@ class _Way:
                     self._ended = True
                     return
                 self._end += size
-                if not isinstance(self._source, ssl.SSLSocket):
-                    return  # a record is small, but this gave all that it had
+                if not self._by_record:
+                    return
         except (ssl.SSLWantReadError, BlockingIOError):
             self._await(self._source, _READ)
         except ssl.SSLWantWriteError:

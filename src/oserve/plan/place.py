@@ -29,8 +29,10 @@ from oserve.plan.packing import ANY_KIND, is_chain, node_groups
 from oserve.plan.shard import Shard, shards_held, shards_of
 from oserve.plan.spread import TypesServed, spread_out
 
-# The most choices of replicas to release that are tried, per number of replicas.
+# The most choices of replicas to release that are tried: per number of replicas, and in all, in
+# choices times nodes.
 _MOST_RELEASES = 2000
+_MOST_WORK = 200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,10 +201,16 @@ def _released(
 ) -> tuple[ReplicaSpec, ...]:
     """The fewest of ``stay`` that must move; frees their devices on the board.
 
-    Tries all choices of one, of two and so on, up to a limit for each number, and finally all.
+    Tries all choices of one, of two and so on, up to a limit for each number. Beyond a limit for
+    all, as on large clusters, it releases those with the least company first, and then keeps each
+    that need not have moved.
     """
+    work = len({node for nodes in board.free.values() for node in nodes})
+    tries = iter(range(max(1, _MOST_WORK // max(1, work))))
     for number in range(1, len(stay)):
         for choice in islice(combinations(stay, number), _MOST_RELEASES):
+            if next(tries, None) is None:
+                return _released_in_turn(stay, left, board)
             for spec in choice:
                 board.give(spec.devices)
             if board.holds(left + Counter(spec.shape for spec in choice)):
@@ -212,6 +220,29 @@ def _released(
     for spec in stay:
         board.give(spec.devices)
     return tuple(stay)
+
+
+def _released_in_turn(
+    stay: Sequence[ReplicaSpec], left: Counter[ReplicaShape], board: _Board
+) -> tuple[ReplicaSpec, ...]:
+    """See ``_released``; it asks at most twice for each replica whether the rest fits."""
+    released: list[ReplicaSpec] = []
+    wanted = Counter(left)
+    for spec in reversed(stay):
+        board.give(spec.devices)
+        released.append(spec)
+        wanted[spec.shape] += 1
+        if board.holds(wanted):
+            break
+    for spec in list(released):
+        board.take(spec.devices)
+        wanted[spec.shape] -= 1
+        if board.holds(wanted):
+            released.remove(spec)
+        else:
+            board.give(spec.devices)
+            wanted[spec.shape] += 1
+    return tuple(released)
 
 
 def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaShape, _Seat]]:

@@ -20,6 +20,8 @@ class SimulatedNodes:
         self._losses = tuple(losses)
         self._cut_s: dict[str, float] = {}
         self._noticed_s: dict[str, float] = {}
+        several = len(self._names) > 1
+        self._all_heard = tuple(NodeSighting(name=name) for name in self._names if several)
 
     def cut(self, node: str, now_s: float) -> None:
         """Take the power from a node."""
@@ -60,8 +62,8 @@ class SimulatedNodes:
 
     def sightings(self, now_s: float) -> tuple[NodeSighting, ...]:
         """What is seen of each node."""
-        if len(self._names) < 2:
-            return ()
+        if not self._cut_s or not self._all_heard:
+            return self._all_heard
         return tuple(
             NodeSighting(
                 name=name,

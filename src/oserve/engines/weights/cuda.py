@@ -1,5 +1,7 @@
 """Weights on GPUs: handles inside a device, NCCL between two; sockets only introduce the ranks.
 
+Between two nodes values go through main memory and the sockets themselves, as those of CPUs do.
+
 Two processes on one GPU cannot be ranks of one NCCL group, so each pair of ranks chooses: if both
 are on one device, the receiver opens the sender's memory by its handle and copies in place; if not,
 the pair is an NCCL group of two. Written from the interfaces' documentation; it has not run on a
@@ -17,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from oserve.engines.weights.parts import part_of
+from oserve.engines.weights.parts import bytes_of, part_of
 from oserve.engines.weights.sockets import ShardStream, Throttle
 from oserve.engines.weights.transfer import Transfer
 from oserve.switch.rank_order import ShardPart
@@ -41,7 +43,14 @@ class CudaTransfer(Transfer):
     def _send(self, stream: ShardStream, parts: Sequence[ShardPart], throttle: Throttle) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        stream.send(0, memoryview(_device_name()), throttle)
+        own = _device_name()
+        if stream.far:
+            stream.send(0, memoryview(bytes(len(own))), throttle)
+            for number, part in enumerate(parts):
+                values = part_of(self._tensors, part).contiguous().cpu()
+                stream.send(number, bytes_of(values), throttle)
+            return
+        stream.send(0, memoryview(own), throttle)
         if stream.take(1) == b"\1":
             handles = {
                 part.parameter: reduce_tensor(self._tensors[part.parameter]) for part in parts
@@ -61,6 +70,13 @@ class CudaTransfer(Transfer):
         own = _device_name()
         other = bytearray(len(own))
         stream.receive(0, memoryview(other))
+        if not any(other):  # of another node, which has no name here
+            for number, part in enumerate(parts):
+                place = part_of(self._tensors, part)
+                came = torch.empty(place.shape, dtype=place.dtype)
+                stream.receive(number, bytes_of(came))
+                place.copy_(came)
+            return
         stream.give(memoryview(b"\1" if bytes(other) == own else b"\0"))
         group: ProcessGroup | None = None
         shown: list[torch.Tensor] = []

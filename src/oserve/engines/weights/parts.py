@@ -76,9 +76,14 @@ def send_parts(
     throttle: Throttle,
     sent: ByteCounter,
 ) -> None:
-    """Show the parts that ``memory`` holds, and send the others. Raises TransferError."""
+    """Show the parts that ``memory`` holds, and send the others. Raises TransferError.
+
+    To a rank of another node all are sent.
+    """
     values = [part_of(tensors, part) for part in parts]
     shown = ShownMemory()
+    if stream.far:
+        memory = None
     if memory is not None:
         places = memory.places({part.parameter: tensors[part.parameter] for part in parts})
         held = {n: part for n, part in enumerate(parts) if part.parameter in places}

@@ -1,7 +1,11 @@
-"""Bytes between workers of one machine: a Unix socket for each pair of ranks and direction.
+"""Bytes between workers: a Unix socket for each pair of ranks and direction.
 
 The sockets lie in the engines' private folders, so that no other user can listen or connect.
 Closing a socket from another thread wakes a thread that waits on it.
+
+A rank of another node is called through the hatch of this one: its address is then
+``NODE:NAME@PATH``, with the path of this node's ``out.sock``. The hatch takes the line
+``NODE NAME``, answers ``ok`` or ``no REASON``, and relays.
 
 Calls block in the kernel, which keeps the deadline and transfers whole chunks. A call that returned
 after each buffer would wait for the interpreter's lock each time, and in an engine that serves that
@@ -15,10 +19,14 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from typing import Final
 
 _CHUNK_BYTES = 16 << 20
 _BUFFER_BYTES = 4 << 20
 _POLL_S = 0.02
+# A hatch says at once that a rank does not listen yet; asking again costs two machines a greeting.
+_FAR_POLL_S = 0.2
+_MAX_LINE_BYTES = 512
 # The caller's rank, and the length of the transfer's name that follows.
 _HELLO = struct.Struct("!II")
 _MAX_NAME_BYTES = 256
@@ -30,8 +38,29 @@ _HEAD = struct.Struct("!QQ")
 _TIME = struct.Struct("@ll")
 
 
+OUT_SOCKET: Final = "out.sock"
+"""Where a node's hatch takes connections to ranks of other nodes, in the folder of its engines."""
+
+
 class TransferError(Exception):
     """A transfer that cannot go on; the text says why."""
+
+
+def far_address(node: str, name: str, out_socket: str) -> str:
+    """The address of a rank on another node; ``name`` is its socket's behind that node's hatch."""
+    return f"{node}:{name}@{out_socket}"
+
+
+def addresses_from(own: int, paths: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """What rank ``own`` calls the ranks by, given each rank's path and node, by number.
+
+    A rank's path is ``FOLDER/ENGINE/wN.sock``; ``out.sock`` lies in the folder of its node.
+    """
+    out = os.path.join(os.path.dirname(os.path.dirname(paths[own])), OUT_SOCKET)
+    return [
+        path if node == nodes[own] else far_address(node, "/".join(path.rsplit("/", 2)[1:]), out)
+        for path, node in zip(paths, nodes, strict=True)
+    ]
 
 
 class Throttle:
@@ -113,9 +142,13 @@ class Listener:
 
 
 class ShardStream:
-    """One direction between two ranks. Errors and deadlines are ``TransferError``."""
+    """One direction between two ranks. Errors and deadlines are ``TransferError``.
 
-    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
+    ``far``: the rank that was called is on another node, so that no memory can be shown to it.
+    """
+
+    def __init__(self, connection: socket.socket, deadline_s: float, *, far: bool = False) -> None:
+        self.far = far
         self._socket = connection
         self._deadline_s = deadline_s
         connection.settimeout(None)
@@ -123,19 +156,30 @@ class ShardStream:
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
     @classmethod
-    def call(cls, path: str, name: str, rank: int, deadline_s: float) -> "ShardStream":
-        """Connect to the rank at ``path``, which may not listen yet. Raises TransferError."""
+    def call(cls, address: str, name: str, rank: int, deadline_s: float) -> "ShardStream":
+        """Connect to the rank at ``address``, which may not listen yet. Raises TransferError.
+
+        ``address``: the path of its socket, or a ``far_address``.
+        """
+        route, far, path = ("", "", address)
+        if not address.startswith("/"):
+            route, far, path = address.partition("@")
+        why = ""
         while True:
-            left_s = _left_s(deadline_s, f"no rank listens at {path}")
+            left_s = _left_s(deadline_s, f"no rank listens at {address}{why}")
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 connection.settimeout(left_s)
                 connection.connect(path)
-            except OSError:
+                if far:
+                    _relayed(connection, route)
+            except OSError as error:
                 connection.close()
-                time.sleep(_POLL_S)
+                if far:
+                    why = f" ({error})"
+                time.sleep(_FAR_POLL_S if far else _POLL_S)
                 continue
-            stream = cls(connection, deadline_s)
+            stream = cls(connection, deadline_s, far=bool(far))
             try:
                 stream.give(memoryview(_HELLO.pack(rank, len(name.encode())) + name.encode()))
             except TransferError:
@@ -240,6 +284,21 @@ class ShardStream:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _relayed(connection: socket.socket, route: str) -> None:
+    """Have the hatch relay to ``NODE:NAME``. Raises ConnectionError with its reason."""
+    node, _, name = route.partition(":")
+    connection.sendall(f"{node} {name}\n".encode())
+    line = b""
+    # A hatch sends no more than this line before it is sent more.
+    while not line.endswith(b"\n") and len(line) <= _MAX_LINE_BYTES:
+        data = connection.recv(_MAX_LINE_BYTES)
+        if not data:
+            raise ConnectionError("this node's hatch closed the connection")
+        line += data
+    if line != b"ok\n":
+        raise ConnectionError(line.decode(errors="replace").strip().removeprefix("no "))
 
 
 def _left_s(deadline_s: float, what: str) -> float:

@@ -1,0 +1,280 @@
+"""What the hatch costs: a streamed chunk through it, and weights from node to node.
+
+    python benchmarks/nodes/hatch.py [--chunks 1500] [--gap-ms 2] [--megabytes 1000] [--rounds 3]
+
+Chunks: a server on a Unix socket sends stamped chunks at a steady pace; a client reads them from
+the socket itself and through a hatch, in turns. Delay is from before the server's write to after
+the client's read; CPU is that of the hatch process and what the client needs more.
+
+Weights: bytes from one process to another over a plain TCP connection, and by the streams of ranks
+through the hatches of two nodes, in turns. Everything is on one machine, so that copies compete
+with TLS for the same cores.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from oserve.core import HatchAddress
+from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, far_address
+from oserve.nodes.hatch_messages import HatchConfig, read_published, tell_peers
+from oserve.wire.hatch import open_hatch
+
+_CHUNK = b"data: " + b"x" * 240 + b"\n\n"
+_STAMP_BYTES = 20
+_LIMIT_S = 120.0
+# Threads of ranks that move weights yield to serving, and so does the hatch's second process.
+_NICE = 5
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Node:
+    """A hatch process and its folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder / name
+        self.folder.mkdir(mode=0o700)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "oserve.nodes.hatch"], stdin=subprocess.PIPE
+        )
+        config = HatchConfig(node=name, folder=str(self.folder), host="127.0.0.1")
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self._process.stdin.flush()
+        end_s = time.monotonic() + _LIMIT_S
+        while (found := read_published(self.folder)) is None:
+            if time.monotonic() > end_s or self._process.poll() is not None:
+                raise SystemExit("a hatch did not start")
+            time.sleep(0.02)
+        self.address: HatchAddress = found.address("127.0.0.1")
+
+    @property
+    def out(self) -> str:
+        return str(self.folder / "out.sock")
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU of both of its processes."""
+        pids = [self._process.pid]
+        tasks = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        pids += [int(one) for one in tasks.read_text().split()]
+        return sum(_cpu_s(pid) for pid in pids)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(_LIMIT_S)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+# -- chunks ---------------------------------------------------------------------------------------
+def _chunk_server(path: str, gap_s: float) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(int(await reader.readline())):
+            writer.write(b"%020d" % time.monotonic_ns() + _CHUNK)
+            await asyncio.sleep(gap_s)
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_unix_server(serve, path)
+        await server.serve_forever()
+
+    uvloop.run(run())
+
+
+async def _delays_us(
+    opened: tuple[asyncio.StreamReader, asyncio.StreamWriter], count: int
+) -> list[float]:
+    reader, writer = opened
+    writer.write(b"%d\n" % count)
+    delays = []
+    for _ in range(count):
+        data = await reader.readexactly(_STAMP_BYTES + len(_CHUNK))
+        delays.append((time.monotonic_ns() - int(data[:_STAMP_BYTES])) / 1e3)
+    writer.close()
+    return delays
+
+
+async def _chunks(node: Node, name: str, count: int, rounds: int) -> None:
+    path = str(node.folder / name)
+    delays: dict[str, list[float]] = {"direct": [], "hatch": []}
+    client_s = {"direct": 0.0, "hatch": 0.0}
+    hatch_s = 0.0
+    for _ in range(rounds):
+        for way in delays:
+            if way == "direct":
+                opened = await asyncio.open_unix_connection(path)
+            else:
+                opened = await open_hatch(node.address, name)
+            own_s, its_s = _own_cpu_s(), node.cpu_s()
+            delays[way] += await _delays_us(opened, count)
+            client_s[way] += _own_cpu_s() - own_s
+            if way == "hatch":
+                hatch_s += node.cpu_s() - its_s
+    whole = count * rounds
+    for way, found in delays.items():
+        cuts = statistics.quantiles(found, n=100)
+        print(f"chunks, {way}: P50 {cuts[49]:.0f} us, P90 {cuts[89]:.0f}, P99 {cuts[98]:.0f}")
+    added = statistics.median(delays["hatch"]) - statistics.median(delays["direct"])
+    more_us = (client_s["hatch"] - client_s["direct"]) / whole * 1e6
+    print(
+        f"chunks, added: P50 {added:.0f} us; CPU a chunk: hatch {hatch_s / whole * 1e6:.0f} us, "
+        f"client {more_us:+.0f} us"
+    )
+
+
+def measure_chunks(folder: Path, count: int, gap_s: float, rounds: int) -> None:
+    """Print delays and CPU of chunks, direct and through a hatch."""
+    node = Node(folder, "n")
+    (node.folder / "e").mkdir()
+    path = str(node.folder / "e" / "api.sock")
+    server = multiprocessing.Process(target=_chunk_server, args=(path, gap_s), daemon=True)
+    server.start()
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    uvloop.run(_chunks(node, "e/api.sock", count, rounds))
+    server.kill()
+    node.close()
+
+
+# -- weights --------------------------------------------------------------------------------------
+def _give(open_stream: Callable[[], ShardStream], size: int) -> None:
+    os.nice(_NICE)
+    stream = open_stream()
+    data = memoryview(bytearray(os.urandom(1 << 20)) * (size >> 20))
+    stream.take(1)
+    stream.send(0, data, Throttle(0.0, threading.Event()))
+    stream.take(1)
+    stream.close()
+
+
+def _take(stream: ShardStream, size: int) -> tuple[float, float]:
+    """Seconds, and of this process's CPU."""
+    data = memoryview(bytearray(size))
+    data[:: 1 << 12] = bytes(len(data[:: 1 << 12]))  # so that no page is new
+    stream.give(memoryview(b"\1"))
+    start_s, own_s = time.perf_counter(), _own_cpu_s()
+    stream.receive(0, data)
+    spent_s, used_s = time.perf_counter() - start_s, _own_cpu_s() - own_s
+    stream.give(memoryview(b"\1"))
+    return spent_s, used_s
+
+
+def _deadline_s() -> float:
+    return time.monotonic() + _LIMIT_S
+
+
+def _plain(size: int) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        address = port.getsockname()
+
+        def called() -> ShardStream:
+            return ShardStream(socket.create_connection(address), _deadline_s())
+
+        giver = multiprocessing.Process(target=_give, args=(called, size))
+        giver.start()
+        connection, _ = port.accept()
+        stream = ShardStream(connection, _deadline_s())
+        spent_s, _ = _take(stream, size)
+        giver.join()
+        stream.close()
+    return spent_s
+
+
+def _relayed(a: Node, b: Node, size: int) -> float:
+    (b.folder / "e").mkdir(exist_ok=True)
+    listener = Listener(str(b.folder / "e" / "w0.sock"))
+    address = far_address("b", "e/w0.sock", a.out)
+
+    def called() -> ShardStream:
+        return ShardStream.call(address, "t", 1, _deadline_s())
+
+    giver = multiprocessing.Process(target=_give, args=(called, size))
+    giver.start()
+    stream = listener.accept("t", [1], _deadline_s())[1]
+    spent_s, _ = _take(stream, size)
+    giver.join()
+    stream.close()
+    listener.close()
+    return spent_s
+
+
+def measure_bulk(folder: Path, size: int, rounds: int) -> None:
+    """Print the rates of a plain TCP copy and of weights through two hatches, in turns."""
+    os.nice(_NICE)
+    a, b = Node(folder, "a"), Node(folder, "b")
+    uvloop.run(tell_peers(a.address, {"b": b.address}))
+    rates: dict[str, list[float]] = {"plain TCP": [], "two hatches": []}
+    relay_s = 0.0
+    for _ in range(rounds):
+        rates["plain TCP"].append(size / _plain(size) / 1e6)
+        before_s = a.cpu_s() + b.cpu_s()
+        rates["two hatches"].append(size / _relayed(a, b, size) / 1e6)
+        relay_s += a.cpu_s() + b.cpu_s() - before_s
+    for way, found in rates.items():
+        told = ", ".join(f"{rate:.0f}" for rate in found)
+        print(f"weights, {way}: median {statistics.median(found):.0f} MB/s ({told})")
+    share = statistics.median(rates["two hatches"]) / statistics.median(rates["plain TCP"])
+    print(
+        f"weights, share: {share:.2f} of plain TCP; "
+        f"hatches' CPU {relay_s / rounds / size * 1e9:.2f} s a GB"
+    )
+    a.close()
+    b.close()
+
+
+def _machine() -> str:
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    load = os.getloadavg()[0]
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, load {load:.1f} at the start"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    multiprocessing.set_start_method("fork")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chunks", type=int, default=1500)
+    parser.add_argument("--gap-ms", type=float, default=2.0)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args(words)
+    print(_machine(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="h") as folder:
+        if chosen.chunks:
+            measure_chunks(Path(folder), chosen.chunks, chosen.gap_ms / 1e3, chosen.rounds)
+        if chosen.megabytes:
+            measure_bulk(Path(folder), chosen.megabytes << 20, chosen.rounds)
+
+
+if __name__ == "__main__":
+    main()
