@@ -39,7 +39,7 @@ from oserve.engines.group import group_activity
 from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, LaunchedEngines, NodeEngines
-from oserve.engines.part_adoption import PartsGathering
+from oserve.engines.part_adoption import PartsGathering, finished
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
@@ -157,10 +157,7 @@ class EngineCluster:
         self.nodes.begin()
         found += await self.nodes.adopted()
         gathered, self._gathering = self._gathering, None
-        for one in gathered.values():
-            one.close()
-        whole = [name for name, one in gathered.items() if one.is_complete]
-        found.append((whole, [name for name in gathered if name not in whole]))
+        found.append(finished(gathered))
         kept = [name for names, _ in found for name in names]
         return kept, [name for _, names in found for name in names]
 
