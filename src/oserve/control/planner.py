@@ -149,10 +149,7 @@ class TablePlanner:
 
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
-        """The best plan for these rates, then homogeneous ones that come near it.
-
-        Empty where no shape serves these rates.
-        """
+        """The best plan for these rates, then homogeneous ones near it; none if no shape serves."""
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
         types = self._rated(rates_rps, table)
@@ -175,9 +172,7 @@ class TablePlanner:
             return ()
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
         best, *near = self._near_best(problem, planned)
-        choice = place_redundantly(
-            problem, planned, best, spread=facts.spread, time_limit_s=facts.time_limit_s
-        )
+        choice = place_redundantly(problem, planned, best, spread=facts.spread)
         for deployment in (choice.deployment, *near):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
