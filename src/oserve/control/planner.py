@@ -92,6 +92,7 @@ class TablePlanner:
         self.barred: frozenset[ReplicaShape] = frozenset()
         self.unusable: frozenset[str] = frozenset()
         self.devices = facts.devices
+        self.most_s = facts.time_limit_s  # Of a search; a decision about nodes lowers it.
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
@@ -167,7 +168,10 @@ class TablePlanner:
         )
         try:
             planned = plan_deployment(
-                problem, Search.EXACT, time_limit_s=facts.time_limit_s, candidates=0
+                problem,
+                Search.EXACT,
+                time_limit_s=min(facts.time_limit_s, self.most_s),
+                candidates=0,
             )
         except OServeError:
             return ()
