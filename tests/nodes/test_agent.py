@@ -45,7 +45,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentOrders:
 async def agent(orders: AgentOrders) -> AsyncIterator[NodeAgent]:
     agent = NodeAgent()
     yield agent
-    await agent.end()
+    await agent.tear_down(orders)
     folder = private_folder(Path(orders.state_dir) / "a")
     assert list(folder.iterdir()) == []
     folder.rmdir()

@@ -84,15 +84,18 @@ class NodeAgent:
             await self._held.close()
         self._held, self._devices = None, ()
 
-    async def end(self) -> None:
+    async def down(self, orders: bytes) -> None:
+        """End everything that ``up`` has set up for these orders, and all that runs there."""
+        await self.tear_down(orders_of(orders))
+
+    async def tear_down(self, orders: AgentOrders) -> None:
         """End everything that the keeper holds, the hatch too, and the keeper."""
         async with self._lock:
             await self._leave()
-            if self._orders is None:
-                return
-            place = _place(self._orders)
+            _settle()
+            place = _place(orders)
             if keeper_runs(place.state_dir):
-                last = HeldEngines(LocalDial(place, node=self._orders.node), grace_s=0.0)
+                last = HeldEngines(LocalDial(place, node=orders.node), grace_s=0.0)
                 await last.connect()
                 await last.close()
 
@@ -101,6 +104,10 @@ class NodeAgent:
             reason = f"OServe {__version__} is installed there, the server is {orders.version}"
             return NodeRefusal(node=orders.node, reason=reason, remedy=_SAME_VERSION)
         held = await self._connected(orders)
+        if orders.engine and held.facts.engine != orders.engine:
+            found = held.facts.engine or "no version"
+            reason = f"{found} of vLLM is installed there, {orders.engine} on the server"
+            return NodeRefusal(node=orders.node, reason=reason, remedy=_SAME_VERSION)
         if not self._devices:
             self._devices = _find_devices(orders, self._visible, engines=bool(held.engines()))
         published = await self._hatch(held, orders)
@@ -238,4 +245,4 @@ def _encoded(answer: AgentAnswer) -> bytes:
     return msgspec.json.encode(answer)
 
 
-_SAME_VERSION = "install the same version of OServe on every node"
+_SAME_VERSION = "install the same versions of OServe and vLLM on every node"
