@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from oserve.core import HatchAddress
+from oserve.engines.weights.sockets import OUT_SOCKET
 from oserve.nodes.hatch import Hatch
 from oserve.nodes.hatch_bulk import BulkRelay
 from oserve.nodes.hatch_channel import FarEnd
 from oserve.nodes.hatch_identity import make_identity
 from oserve.nodes.hatch_messages import (
-    OUT_SOCKET,
     PEERS_FILE,
     HatchConfig,
     HatchIdentity,

@@ -7,11 +7,24 @@ import pytest
 from oserve.control.decision import Decision, DecisionVerdict, Reason, Trigger
 from oserve.control.following import FollowPolicy
 from oserve.control.ladder_cut import largest_part
+from oserve.control.loop import ControlLoop
+from oserve.control.node_view import NodeView
+from oserve.control.nodes import NodeBook, NodePolicy
 from oserve.control.plan_parts import extended, fitting
 from oserve.control.policy import ControlPolicy
+from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
-from oserve.core import DeploymentPlan, NodePhase, NodeState, Observation
+from oserve.core import (
+    DeploymentPlan,
+    NodePhase,
+    NodeState,
+    Observation,
+    ReplicaPhase,
+    VirtualClock,
+)
+from oserve.sim import Faults, Phases, SimulatedCluster
+from oserve.sim.phases import NodeLoss
 
 from . import ladders, toy
 from .ladders import everywhere, plan_for, rung, shape
@@ -124,6 +137,46 @@ def test_all_nodes_may_be_lost() -> None:
     assert runtime.observe(1.0, (), observation) is Trigger.NODE
     decision, score = runtime.decide(1.0, Trigger.NODE)
     assert (decision.verdict, score) == (DecisionVerdict.KEEP, None)
+
+
+async def test_a_loss_and_a_return_under_the_real_loop() -> None:
+    """Judgement, decision, roll-out and return, as a server puts them together."""
+    runtime, clock = toy_runtime(), VirtualClock()
+    before = runtime.controller.plan
+    loss = NodeLoss(node="n1", at_s=30.0, back_s=100.0)
+    cluster = SimulatedCluster(
+        DEVICES, clock, phases=Phases(start_s=5.0), faults=Faults(node_losses=(loss,))
+    )
+    rounds: list[Observation] = []
+    loop = ControlLoop(
+        cluster,
+        clock,
+        before,
+        policy=ReconcilePolicy(),
+        observed=lambda seen, _: rounds.append(seen),
+        nodes=NodeView(NodeBook(NodePolicy(hold_s=20.0))),
+    )
+    decisions: list[tuple[float, Decision]] = []
+    while clock.now() < 200.0:
+        await loop.step()
+        trigger = runtime.observe(clock.now(), (), rounds[-1])
+        if trigger is Trigger.NODE:
+            decision, _ = runtime.decide(clock.now(), trigger)
+            decisions.append((clock.now(), decision))
+            if decision.verdict is DecisionVerdict.SWITCH:
+                loop.plan = runtime.controller.plan
+        await clock.advance(1.0)
+    ready = {
+        round(seen.now_s): {s.spec for s in seen.replicas if s.phase is ReplicaPhase.READY}
+        for seen in rounds
+    }
+    assert [at_s for at_s, _ in decisions] == [35.0, 120.0]
+    assert {spec.devices[0] for spec in ready[35]} == {"d0", "d1"}
+    # Both kinds serve on what is left, and nothing of that is given up when the node is back.
+    left = ready[60]
+    assert {spec.shape for spec in left} == {row.shape for row in toy.TABLE}
+    assert all(left <= serving for at_s, serving in ready.items() if at_s >= 60)
+    assert {spec.devices[0] for spec in ready[130]} == {"d0", "d1", "d2", "d3"}
 
 
 # -- ladders --------------------------------------------------------------------------------------

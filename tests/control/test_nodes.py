@@ -166,11 +166,18 @@ def test_words_and_losses_outlive_the_server() -> None:
     again = NodeBook(POLICY)
     again.restore(book.state())
     assert again.state() == book.state()
+    # It was lost then, so it is held down now that it is back.
     assert sight(again, 0.0).word == "draining"
+    assert not sight(again, 0.5).reachable
     sight(again, 1.0, dead="gone")
-    assert sight(again, 2.0).until_s - 2.0 == 12.0
-    broken: list[dict[str, Any]] = [{"n": ["gone", 0]}, {"n": ["", -1]}]
-    for wrong in (*({"nodes": nodes} for nodes in broken), {"nodes": []}):
+    again.uncordon("n")
+    assert sight(again, 2.0).until_s - 2.0 == 6.0
+    broken: list[dict[str, Any]] = [
+        {"nodes": {"n": ["gone", 0, False]}},
+        {"nodes": {"n": ["", -1, False]}},
+        {"nodes": []},
+    ]
+    for wrong in broken:
         with pytest.raises(ValueError, match="node"):
             again.restore(wrong)
 

@@ -61,6 +61,8 @@ async def test_the_next_server_replaces_the_first_and_no_process_ends(node: Fake
     # The first does not fight for it.
     with pytest.raises(NodeLostError, match="another server"):
         await launched(first, node, "b-2")
+    with pytest.raises(NodeLostError, match="another server"):
+        await first.connect()
 
 
 async def test_a_guest_leaves_the_server_alone_and_its_process_stays(node: FakeNode) -> None:

@@ -8,6 +8,7 @@ import pytest
 from keepers import Fleet
 from oserve.core import ReplicaPhase, ReplicaShape, ReplicaSpec, StartReplica, StopReplica
 from oserve.engines import part_engines
+from oserve.engines.engine_starts import LaunchFacts
 
 GONE, READY = ReplicaPhase.GONE, ReplicaPhase.READY
 ADDRESSES = {"one": "10.0.0.1", "two": "10.0.0.2"}
@@ -89,10 +90,39 @@ async def test_a_silent_node_ends_the_parts_elsewhere(fleet: Fleet) -> None:
     assert not two.launcher.alive
 
 
-async def test_the_next_server_ends_the_parts(fleet: Fleet) -> None:
+async def test_the_next_server_takes_all_parts_over(fleet: Fleet) -> None:
     await start(fleet)
+    endpoint, since_s = fleet.state("r").endpoint, fleet.state("r").since_s
+    assert await fleet.server() == (["r"], [])
+    assert fleet.phase("r") is READY
+    assert fleet.state("r").endpoint == endpoint
+    assert fleet.state("r").since_s == since_s
+    assert [node.launcher.processes[0].signals for node in fleet.nodes.values()] == [[], []]
+    # They are tied together as before.
+    await fleet.settle()
+    fleet.nodes["two"].launcher.alive[0].end(1)
+    await fleet.until(lambda: fleet.phase("r") is GONE)
+    assert fleet.nodes["one"].launcher.processes[0].signals == ["KILL"]
+
+
+@pytest.mark.parametrize("missing", ["one", "two"])
+async def test_parts_without_the_others_are_ended(fleet: Fleet, missing: str) -> None:
+    await start(fleet)
+    await fleet.vanish()
+    fleet.nodes[missing].launcher.alive[0].end(0)
+    await fleet.settle()
+    kept, ended = await fleet.server()
+    assert (kept, ended) == ([], ["r"])
+    await fleet.until(lambda: fleet.phase("r") is GONE)
+    assert not any(node.launcher.alive for node in fleet.nodes.values())
+    await start(fleet)
+
+
+async def test_parts_of_other_settings_are_not_taken_over(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await start(fleet)
+    monkeypatch.setattr(LaunchFacts, "stamp", lambda _self, _devices: "other")
     kept, _ = await fleet.server()
     assert kept == []
     await fleet.until(lambda: not any(node.launcher.alive for node in fleet.nodes.values()))
-    await fleet.until(lambda: fleet.phase("r") is GONE)
-    await start(fleet)

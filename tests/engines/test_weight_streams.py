@@ -13,7 +13,13 @@ import msgspec
 import pytest
 
 from oserve.engines.rank_commands import COMMANDS, JobReport, MoveShards
-from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, TransferError
+from oserve.engines.weights.sockets import (
+    Listener,
+    ShardStream,
+    Throttle,
+    TransferError,
+    addresses_from,
+)
 
 FREE = threading.Event()
 
@@ -93,6 +99,17 @@ def test_a_peer_that_ends_or_is_silent(listener: Listener, pair: Pair) -> None:
         listener.accept("t", [5], time.monotonic() + 0.05)
     with pytest.raises(TransferError, match="no rank listens"):
         ShardStream.call(listener.path + "x", "t", 0, time.monotonic() + 0.05)
+
+
+def test_ranks_of_other_nodes_are_called_through_the_own_hatch() -> None:
+    paths = ["/a/run/e-1/w0.sock", "/b/run/f-2/w0.sock", "/b/run/f-2/w1.sock"]
+    assert addresses_from(0, paths, ["x", "y", "y"]) == [
+        paths[0],
+        "y:f-2/w0.sock@/a/run/out.sock",
+        "y:f-2/w1.sock@/a/run/out.sock",
+    ]
+    assert addresses_from(2, paths, ["x", "y", "y"])[0] == "x:e-1/w0.sock@/b/run/out.sock"
+    assert addresses_from(1, paths, [""] * 3) == paths
 
 
 def test_closing_wakes_a_waiting_thread(pair: Pair) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from hatches import IDENTITY, LIMIT_S, opened
 from oserve.core import OServeError
+from oserve.engines.weights.sockets import OUT_SOCKET
 from oserve.nodes.hatch_blocking import dial_hatch
 from oserve.nodes.hatch_identity import make_identity, serving_context, stored_identity
 from oserve.nodes.hatch_messages import (
     ADDRESS_FILE,
-    OUT_SOCKET,
     HatchConfig,
     PublishedHatch,
     read_published,

@@ -136,8 +136,9 @@ class NodeBook:
         self.policy = policy or NodePolicy()
         self.version = 0
         self._records: dict[str, NodeRecord] = {}
-        # The words of nodes that were not seen since the start.
-        self._words: dict[str, tuple[str, int]] = {}
+        # Of nodes that were not seen since the start: word, losses, and whether they were not in
+        # use because of a loss.
+        self._words: dict[str, tuple[str, int, bool]] = {}
         self._last_s: float | None = None
         self._awake_s = 0.0
         # The last round's sightings and states, while every node is heard, up and of clean record:
@@ -155,9 +156,15 @@ class NodeBook:
             return self._calm[1]
         seen = {sighting.name: sighting for sighting in sightings}
         for name in seen.keys() - self._records.keys():
-            word, losses = self._words.pop(name, ("", 0))
+            word, losses, lost = self._words.pop(name, ("", 0, False))
             self._records[name] = NodeRecord(
-                name=name, since_s=now_s, heard_s=self._awake_s, word=word, losses=losses
+                name=name,
+                condition=NodePhase.LOST if lost else NodePhase.UP,
+                since_s=now_s,
+                heard_s=self._awake_s,
+                word=word,
+                losses=losses,
+                reason="lost before the server was restarted" if lost else "",
             )
         states = []
         for name in sorted(self._records):
@@ -212,11 +219,12 @@ class NodeBook:
 
     # -- memory ---------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Words and losses as plain data, for ``restore``."""
+        """Words and losses as plain data, for ``restore``. A hold-down begins anew with that."""
+        away = {NodePhase.LOST, NodePhase.HELD_DOWN}
         records = {
-            record.name: [record.word, record.losses]
+            record.name: [record.word, record.losses, record.condition in away]
             for record in self._records.values()
-            if record.word or record.losses
+            if record.word or record.losses or record.condition in away
         }
         unseen = {name: list(said) for name, said in self._words.items()}
         return {"nodes": {**unseen, **records}}
@@ -228,8 +236,8 @@ class NodeBook:
             raise ValueError("nodes must be an object")
         words = {}
         for name, said in found.items():
-            word, losses = said
+            word, losses, lost = said
             if word not in _WORDS or not isinstance(losses, int) or losses < 0:
                 raise ValueError(f"the state of node {name!r} is not known")
-            words[str(name)] = (str(word), losses)
+            words[str(name)] = (str(word), losses, bool(lost))
         self._words = words

@@ -34,11 +34,12 @@ from oserve.engines.adoption import EngineNote, end, highest_number, sorted_out
 from oserve.engines.attached import AttachedReplica
 from oserve.engines.cluster_nodes import ClusterNodes
 from oserve.engines.dial import LOCAL_NODE
-from oserve.engines.engine_starts import EngineFiles, LaunchFacts
+from oserve.engines.engine_starts import LaunchFacts
 from oserve.engines.group import group_activity
 from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, LaunchedEngines, NodeEngines
+from oserve.engines.part_adoption import PartsGathering
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
@@ -110,6 +111,8 @@ class EngineCluster:
         self._running: dict[str, tuple[ReplicaTask, asyncio.Task[None]]] = {}
         self._placed: dict[str, NodeEngines] = {}
         self._standby: set[str] = set()
+        # Replicas over several nodes of which parts were found; only while nodes are first asked.
+        self._gathering: dict[str, PartsGathering] | None = None
         self._count = 0
         self._closed = False
         for held in remote:
@@ -148,10 +151,16 @@ class EngineCluster:
         if they were before. The others are ended, and keep their devices until they are gone.
         Returns the ids of both.
         """
+        self._gathering = {}
         own = self.nodes.own
         found = [await self._adopt(own)] if isinstance(own, KeptEngines) else []
         self.nodes.begin()
         found += await self.nodes.adopted()
+        gathered, self._gathering = self._gathering, None
+        for one in gathered.values():
+            one.close()
+        whole = [name for name, one in gathered.items() if one.is_complete]
+        found.append((whole, [name for name in gathered if name not in whole]))
         kept = [name for names, _ in found for name in names]
         return kept, [name for _, names in found for name in names]
 
@@ -230,7 +239,7 @@ class EngineCluster:
         async def start() -> WatchedProcess:
             return await node.start(spec, devices, files, standby=standby)
 
-        replica = self._vllm(spec, files, start)
+        replica = self._vllm(spec, files.endpoint, start)
         replica.standby = standby
         replica.step_s = self._step_s(spec)
         return replica
@@ -238,14 +247,14 @@ class EngineCluster:
     def _vllm(
         self,
         spec: ReplicaSpec,
-        files: EngineFiles,
+        endpoint: Endpoint,
         start: Callable[[], Coroutine[None, None, WatchedProcess]],
     ) -> VllmReplica:
-        self._states.start(spec, files.endpoint)
+        self._states.start(spec, endpoint)
         return VllmReplica(
             clock=self._clock,
             settings=self._settings,
-            probe=self._probe(files.endpoint),
+            probe=self._probe(endpoint),
             report=partial(self._states.report, spec.id),
             stable=partial(self._states.stable, spec.id),
             start=start,
@@ -269,6 +278,8 @@ class EngineCluster:
         found = node.keeper.engines()
         self._count = max(self._count, highest_number(list(found)))
         known, strange = sorted_out(found)
+        for name in [name for name, one in known.items() if self._gathers(node, *one)]:
+            del known[name]
         for name in [name for name in known if name in self._placed]:
             strange.append(known.pop(name)[1])
         for name in known:
@@ -288,7 +299,7 @@ class EngineCluster:
         """Give an engine that was found a task; returns whether it goes on."""
         spec = note.spec
         node.held[spec.id] = process
-        replica = self._vllm(spec, node.held_files(process), process.begun)
+        replica = self._vllm(spec, node.held_files(process).endpoint, process.begun)
         replica.was_ready = note.ready_s is not None
         replica.step_s = note.step_s
         fits = self._fits(node, note) and not process.entry.ending
@@ -309,6 +320,53 @@ class EngineCluster:
             )
         self._run(spec, replica)
         return fits
+
+    def _gathers(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
+        """Whether it is a part of a replica that may be taken over; the first gives it a task."""
+        spec = note.spec
+        waits = note.standby and note.ready_s is None
+        if self._gathering is None or waits or process.entry.ending:
+            return False
+        gathering = self._gathering.get(spec.id)
+        if gathering is None:
+            engines = self.nodes.parts_for(spec) if spec.id not in self._placed else None
+            if engines is None:
+                return False
+            gathering = PartsGathering(spec, engines)
+        part = gathering.part_on(node.name)
+        if gathering.spec != spec or note.stamp != self._facts.stamp(part.devices):
+            return False
+        gathering.add(part, process)
+        node.held[spec.id] = process
+        if self._gathering.setdefault(spec.id, gathering) is gathering and (
+            spec.id not in self._placed
+        ):
+            self._placed[spec.id] = gathering.engines
+            endpoint = gathering.engines.endpoint_of(Path(process.entry.folder).name)
+            self._resume(note, endpoint, gathering.begun, process.pid)
+        return True
+
+    def _resume(
+        self,
+        note: EngineNote,
+        endpoint: Endpoint,
+        start: Callable[[], Coroutine[None, None, WatchedProcess]],
+        pid: int,
+    ) -> None:
+        """Give a replica a task that goes on where an earlier server's was."""
+        spec = note.spec
+        replica = self._vllm(spec, endpoint, start)
+        replica.was_ready = note.ready_s is not None
+        replica.step_s = note.step_s
+        if note.ready_s is not None:
+            self._states.report(
+                spec.id,
+                phase=ReplicaPhase.READY,
+                since_s=note.since_s(self._clock.now()),
+                pid=pid,
+                max_model_len=note.max_model_len,
+            )
+        self._run(spec, replica)
 
     def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
         """Whether an engine is what this server would start there."""

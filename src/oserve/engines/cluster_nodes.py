@@ -52,13 +52,26 @@ class ClusterNodes:
 
         Raises ``ValueError`` if vLLM cannot run the replica on several nodes so.
         """
-        devices = {device.id: device for device in self.book.of(spec)}
-        if len({device.node for device in devices.values()}) == 1:
+        if len({device.node for device in self.book.of(spec)}) == 1:
             return self._engines(self.book.node_of(spec))
         try:
-            parts = parts_of(spec, devices)
+            return self._joined(spec)
         except OServeError as error:
             raise ValueError(str(error)) from None
+
+    def parts_for(self, spec: ReplicaSpec) -> PartsEngines | None:
+        """The engines of a replica over several nodes; ``None`` if it is none that can run here."""
+        if not spec.devices or not self.book.knows(spec):
+            return None
+        if len({device.node for device in self.book.of(spec)}) == 1:
+            return None
+        try:
+            return self._joined(spec)
+        except OServeError:
+            return None
+
+    def _joined(self, spec: ReplicaSpec) -> PartsEngines:
+        parts = parts_of(spec, {device.id: device for device in self.book.of(spec)})
         nodes = [self._engines(part.node) for part in parts]
         return PartsEngines(self._facts, parts, nodes, self._ports)
 

@@ -199,6 +199,12 @@ class HeldEngines:
         async with self._lock:
             if self._closed:
                 raise no_start("the server is ending")
+            if self._line is not None and self._line.replaced:
+                # Two servers that take a node from each other by turns would end every engine.
+                raise NodeLostError(
+                    f"node {self.node} is lost: {self._line.reason}",
+                    remedy="stop that server, and start this one again",
+                )
             if self._line is None or self._line.lost.done():
                 if self.hatch is not None and not call:
                     raise NodeLostError(f"node {self.node} is lost: {await self._reason()}")

@@ -69,6 +69,7 @@ class KeeperConnection:
     """One connection to one keeper. ``lost`` is done when it has broken; ``reason`` tells why.
 
     ``difference``: why the keeper's processes cannot be taken over; empty if they can.
+    ``replaced``: another server has the keeper now.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KeeperConnection:
         self.difference = difference
         self.facts = hello.node if hello is not None else NodeFacts()
         self.reason = ""
+        self.replaced = False
         self._watch = LineWatch(terms.clock.now(), terms.silence_s)
         held = hello.held if hello is not None else []
         self.held = {entry.name: HeldProcess(self.send, entry) for entry in held}
@@ -236,6 +238,7 @@ class KeeperConnection:
                 if waiting is not None and not waiting.pid:
                     self._handle(StartRefused(name=name, reason=reason))
             case ServerReplaced():
+                self.replaced = True
                 self.reason = "another server has taken its processes over"
             case Pong() | KeeperHello():
                 pass  # that it came is enough; the greeting was read before

@@ -26,6 +26,7 @@ from oserve.engines.rank_commands import (
     SumShards,
     TakeUpWeights,
 )
+from oserve.engines.weights.sockets import addresses_from
 from oserve.switch.rank_order import RankOrder, ShardPart
 from oserve.switching.weights import Moved, MoveError
 
@@ -55,14 +56,21 @@ PROBE = (
 class Mover:
     """Moves weights between the engines at these endpoints, by replica.
 
-    ``bytes_per_s`` bounds what each rank sends, and what it receives (0: no bound).
+    ``bytes_per_s`` bounds what each rank sends, and what it receives (0: no bound). ``node_of``
+    tells the node of a replica's rank; ranks of different nodes reach each other by their hatches.
     """
 
     def __init__(
-        self, endpoints: Mapping[str, Endpoint], clock: Clock, *, bytes_per_s: float = 0.0
+        self,
+        endpoints: Mapping[str, Endpoint],
+        clock: Clock,
+        *,
+        bytes_per_s: float = 0.0,
+        node_of: Callable[[str, int], str] = lambda _replica, _rank: "",
     ) -> None:
         self._clock = clock
         self._bytes_per_s = bytes_per_s
+        self._node_of = node_of
         self._engines = {name: EngineControl(place) for name, place in endpoints.items()}
 
     async def close(self) -> None:
@@ -133,12 +141,13 @@ class Mover:
     ) -> None:
         """Open a listener on every rank, then start the transfer on all of them."""
         opened = await self._all(replicas, lambda one: one.command(OpenListener(), ListenerReply))
-        addresses = [reply.address for reply in itertools.chain(*opened)]
+        paths = [reply.address for reply in itertools.chain(*opened)]
+        nodes = [self._node_of(order.replica, order.rank) for order in orders]
         commands = [
             MoveShards(
                 name=name,
                 number=number,
-                addresses=addresses,
+                addresses=addresses_from(number, paths, nodes),
                 limit_s=limit_s,
                 order=order,
                 bytes_per_s=self._bytes_per_s,

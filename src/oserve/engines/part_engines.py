@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 
-from oserve.core import Device, OServeError, ReplicaPart, ReplicaSpec, ReplicaState
+from oserve.core import Device, Endpoint, OServeError, ReplicaPart, ReplicaSpec, ReplicaState
 from oserve.engines.arguments import NodeInterface, Rendezvous, part_arguments
 from oserve.engines.engine_starts import EngineCommand, EngineFiles, LaunchFacts, engine_command
 from oserve.engines.memory_check import cache_sized
@@ -20,11 +20,7 @@ _ANY_PORT = 9
 
 
 class PartsEngines(NodeEngines):
-    """Starts one replica on several nodes: ``nodes[i]`` starts part ``i``.
-
-    The parts are no longer there for a later server, which ends them and starts the replica again:
-    half of them could be taken over without the other half.
-    """
+    """Starts one replica on several nodes: ``nodes[i]`` starts part ``i`` of ``parts``."""
 
     def __init__(
         self,
@@ -35,7 +31,7 @@ class PartsEngines(NodeEngines):
     ) -> None:
         self.name = nodes[0].name
         self._facts = facts
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._nodes = tuple(nodes)
         self._ports = ports
         self._number = 0
@@ -61,7 +57,7 @@ class PartsEngines(NodeEngines):
                 spec, part.devices, own[part.index], commands[part.index], standby=standby
             )
 
-        return await start_parts(self._parts, start)
+        return await start_parts(self.parts, start)
 
     def _commands(
         self,
@@ -84,14 +80,14 @@ class PartsEngines(NodeEngines):
                 moves_caches=False,
                 interface=NodeInterface(address=address),
             )
-            for part, own, address in zip(self._parts, files, addresses, strict=True)
+            for part, own, address in zip(self.parts, files, addresses, strict=True)
         ]
         whole, platform = commands[0].argv, self._facts.platform
         return [
             EngineCommand(
                 argv=part_arguments(whole, part, meeting, platform=platform), env=command.env
             )
-            for part, command in zip(self._parts, commands, strict=True)
+            for part, command in zip(self.parts, commands, strict=True)
         ]
 
     def _sized(self, spec: ReplicaSpec) -> LaunchFacts:
@@ -105,13 +101,27 @@ class PartsEngines(NodeEngines):
                 spec.shape,
                 node.free_bytes if isinstance(node, KeptEngines) else None,
             ).kv_cache_memory_bytes
-            for part, node in zip(self._parts, self._nodes, strict=True)
+            for part, node in zip(self.parts, self._nodes, strict=True)
         ]
         known = [size for size in sizes if size]
         if not known:
             return self._facts
         sized = msgspec.structs.replace(settings, kv_cache_memory_bytes=min(known))
         return replace(self._facts, settings=sized)
+
+    def note_ready(self, state: ReplicaState, step_s: float) -> None:
+        """See ``NodeEngines.note_ready``: with the keeper of each part."""
+        for node in self._nodes:
+            node.note_ready(state, step_s)
+
+    def endpoint_of(self, folder: str) -> Endpoint:
+        """The endpoint of an engine that was found, by the name of its folder on every node."""
+        leader = self._nodes[0]
+        assert isinstance(leader, KeptEngines)  # or there would be nothing to find
+        hatch = leader.keeper.hatch
+        if hatch is None:
+            return Endpoint(unix_socket=str(leader.keeper.folder / folder / "api.sock"))
+        return Endpoint(unix_socket=f"{folder}/api.sock", hatch=hatch)
 
     def clear(self, state: ReplicaState) -> None:
         """See ``NodeEngines.clear``."""

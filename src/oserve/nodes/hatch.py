@@ -22,13 +22,13 @@ import msgspec
 import uvloop
 
 from oserve.core import OServeError
+from oserve.engines.weights.sockets import OUT_SOCKET
 from oserve.nodes.hatch_admission import Admission
 from oserve.nodes.hatch_bulk import BulkRelay
 from oserve.nodes.hatch_channel import FarEnd, NearEnd, fork_with_channel
 from oserve.nodes.hatch_identity import make_identity, serving_context, write_private
 from oserve.nodes.hatch_messages import (
     ADDRESS_FILE,
-    OUT_SOCKET,
     PEERS_FILE,
     ControlCommand,
     ControlDone,

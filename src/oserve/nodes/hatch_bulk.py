@@ -22,7 +22,7 @@ import msgspec
 from oserve.core import HatchAddress
 from oserve.nodes.hatch_admission import Admission
 from oserve.nodes.hatch_blocking import dial_hatch, greet, read_line
-from oserve.nodes.hatch_channel import Counts, FarEnd, Refused
+from oserve.nodes.hatch_channel import BulkCounts, BulkRefusal, FarEnd
 from oserve.nodes.hatch_identity import serving_context
 from oserve.nodes.hatch_messages import NODE_NAMES, PEERS_FILE, HatchConfig, HatchIdentity
 from oserve.nodes.hatch_pump import BUFFER_BYTES, pump
@@ -88,7 +88,9 @@ class BulkRelay:
             self._open += not full
         if full:
             connection.close()
-            self._line.tell(Refused(peer=peer or "this node", reason="too many streams of weights"))
+            self._line.tell(
+                BulkRefusal(peer=peer or "this node", reason="too many streams of weights")
+            )
             return
         threading.Thread(target=self._guarded, args=(work, connection, peer), daemon=True).start()
 
@@ -112,7 +114,7 @@ class BulkRelay:
                 name = self._greeted(tls, peer)
             except OSError as error:
                 reason = str(error) if isinstance(error, HatchError) else "it left, or was silent"
-                self._line.tell(Refused(peer=peer, reason=reason))
+                self._line.tell(BulkRefusal(peer=peer, reason=reason))
                 return
             self._serve(tls, name, peer)
 
@@ -138,7 +140,7 @@ class BulkRelay:
 
     def _serve(self, tls: ssl.SSLSocket, name: str, peer: str) -> None:
         if not is_bulk_name(name):
-            self._line.tell(Refused(peer=peer, reason="there is no such name"))
+            self._line.tell(BulkRefusal(peer=peer, reason="there is no such name"))
             tls.sendall(verdict_line("there is no such name"))
             return
         with self._lock:
@@ -195,7 +197,7 @@ class BulkRelay:
     def _tell(self) -> None:
         with self._lock:
             self._told_s = time.monotonic()
-            counts = Counts(
+            counts = BulkCounts(
                 open=self._open,
                 accepted=self._accepted,
                 sent_bytes=dict(self._sent),

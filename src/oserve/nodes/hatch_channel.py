@@ -21,7 +21,7 @@ _log = logging.getLogger("oserve.hatch")
 _MAX_MESSAGE_BYTES: Final = 128 * 1024
 
 
-class Counts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class BulkCounts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals of the second process. Bytes by node, of connections opened to that node."""
 
     open: int = 0
@@ -30,14 +30,14 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     received_bytes: dict[str, int] = {}
 
 
-class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class BulkRefusal(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The second process has refused a connection."""
 
     peer: str
     reason: str
 
 
-_EVENTS: Final = msgspec.json.Decoder(Counts | Refused)
+_EVENTS: Final = msgspec.json.Decoder(BulkCounts | BulkRefusal)
 
 
 class FarEnd:
@@ -59,7 +59,7 @@ class FarEnd:
             if len(files) == 1:
                 return socket.socket(fileno=files[0]), data.decode(errors="replace")
 
-    def tell(self, event: Counts | Refused) -> None:
+    def tell(self, event: BulkCounts | BulkRefusal) -> None:
         with self._lock, contextlib.suppress(OSError):
             self._channel.send(msgspec.json.encode(event))
 
@@ -77,7 +77,7 @@ class NearEnd:
         refused: Callable[[str, str], None],
         lost: Callable[[], None],
     ) -> None:
-        self.counts = Counts()
+        self.counts = BulkCounts()
         self._channel = channel
         self._loop = loop
         self._refused = refused
@@ -110,9 +110,9 @@ class NearEnd:
             self._lost()
             return
         match _EVENTS.decode(data):
-            case Counts() as counts:
+            case BulkCounts() as counts:
                 self.counts = counts
-            case Refused(peer=peer, reason=reason):
+            case BulkRefusal(peer=peer, reason=reason):
                 self._refused(peer, reason)
 
 

@@ -18,7 +18,6 @@ PROTOCOL_VERSION: Final = 1
 
 ADDRESS_FILE: Final = "hatch.json"
 PEERS_FILE: Final = "hatch-peers.json"
-OUT_SOCKET: Final = "out.sock"
 NODE_NAMES: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """Names of nodes. No slash or space, which end a name in the lines between ranks and hatches."""
 

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from typing import Final
 
 _CHUNK_BYTES = 16 << 20
 _BUFFER_BYTES = 4 << 20
@@ -37,6 +38,10 @@ _HEAD = struct.Struct("!QQ")
 _TIME = struct.Struct("@ll")
 
 
+OUT_SOCKET: Final = "out.sock"
+"""Where a node's hatch takes connections to ranks of other nodes, in the folder of its engines."""
+
+
 class TransferError(Exception):
     """A transfer that cannot go on; the text says why."""
 
@@ -44,6 +49,18 @@ class TransferError(Exception):
 def far_address(node: str, name: str, out_socket: str) -> str:
     """The address of a rank on another node; ``name`` is its socket's behind that node's hatch."""
     return f"{node}:{name}@{out_socket}"
+
+
+def addresses_from(own: int, paths: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """What rank ``own`` calls the ranks by, given each rank's path and node, by number.
+
+    A rank's path is ``FOLDER/ENGINE/wN.sock``; ``out.sock`` lies in the folder of its node.
+    """
+    out = os.path.join(os.path.dirname(os.path.dirname(paths[own])), OUT_SOCKET)
+    return [
+        path if node == nodes[own] else far_address(node, "/".join(path.rsplit("/", 2)[1:]), out)
+        for path, node in zip(paths, nodes, strict=True)
+    ]
 
 
 class Throttle:
