@@ -8,6 +8,7 @@ harmless, and mends what has ended in the meantime.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ from oserve.nodes.agent_messages import (
     orders_of,
 )
 from oserve.nodes.hatch_identity import stored_identity, write_private
-from oserve.nodes.hatch_messages import HatchConfig, PublishedHatch, read_published
+from oserve.nodes.hatch_messages import ADDRESS_FILE, HatchConfig, PublishedHatch, read_published
+
+_log = logging.getLogger("oserve.nodes")
 
 _POLL_S = 0.05
 _HATCH_LIMIT_S = 60.0
@@ -139,11 +142,14 @@ class NodeAgent:
         plain = msgspec.json.decode(msgspec.json.encode(note))
         process = held.processes().get(HATCH_PROCESS)
         if process is not None and process.entry.note != plain:
+            _log.info("the hatch was set up otherwise; it is started again")
             process.terminate()
             await process.wait()
             process = None
         place = _place(orders)
         if process is None:
+            # One left by a power cut may name the same process id.
+            (place.folder / ADDRESS_FILE).unlink(missing_ok=True)
             identity = stored_identity(place.state_dir / "hatch-identity.json", orders.node)
             write_private(token_file(orders), identity.token.encode() + b"\n")
             config = HatchConfig(
