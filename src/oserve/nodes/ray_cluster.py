@@ -47,7 +47,7 @@ _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 30.0
 _LIVED_S = 60.0
 _SETTLE_S = 180.0
-_END_S = 30.0
+_END_S = 60.0
 
 
 def ray_namespace(state_dir: Path) -> str:
