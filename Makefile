@@ -22,7 +22,7 @@ serve:
 	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" --set planning.min_shapes=2 $(ARGS)
 
 test:
-	@$(PYTHON) tools/setup.py --dev --engine --forecast --model smollm2-135m
+	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--engine", action="store_true", help="install vLLM")
     parser.add_argument("--dev", action="store_true", help="install what the tests need")
     parser.add_argument("--forecast", action="store_true", help="install the ARIMA baseline")
+    parser.add_argument("--ray", action="store_true", help="install Ray")
     parser.add_argument(
         "--model",
         help=f"make this model and print its folder: {', '.join(_MADE)}, or a folder that is there",
@@ -48,6 +49,8 @@ def main() -> int:
         steps.append(("vLLM", _install_engine))
     if wanted.forecast:
         steps.append(("ARIMA", _install_forecast))
+    if wanted.ray:
+        steps.append(("Ray", _install_ray))
     if wanted.model:
         steps.append(("model", lambda: print(_make_model(wanted.model), flush=True)))
     for name, step in steps:
@@ -131,6 +134,14 @@ def _install_forecast() -> None:
         return
     _pip("statsforecast, about 350 MB", ["--no-deps", *_pins("forecast.txt")])
     _mark("forecast", sources)
+
+
+def _install_ray() -> None:
+    sources = [ROOT / "requirements" / "ray.txt"]
+    if _done("ray", sources):
+        return
+    _pip("Ray, about 250 MB", ["--no-deps", *_pins("ray.txt")])
+    _mark("ray", sources)
 
 
 def _finds_cpu_torch() -> bool:

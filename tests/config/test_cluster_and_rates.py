@@ -1,10 +1,12 @@
 """Clusters and rates in words: what is understood, and how the rest is refused."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from oserve.config import load_cluster, load_plan, load_rates, plan_yaml
+from oserve.config import load_cluster, load_hosts, load_plan, load_rates, plan_yaml
 from oserve.core import (
     AttachedBackend,
     DeploymentPlan,
@@ -156,3 +158,57 @@ def test_a_written_plan_reads_back_as_it_was(tmp_path: Path) -> None:
     for kind, shares in plan.routing_shares.items():
         assert found.routing_shares[kind] == pytest.approx(shares)
     assert file.read_text().startswith("# Two lines\n# of explanation\n")
+
+
+HOST = {
+    "name": "a",
+    "address": "10.0.0.1",
+    "port": 7443,
+    "token_file": "token",
+    "certificate_sha256": ":".join(["Ab"] * 32),
+}
+
+
+def hosts_file(folder: Path, *hosts: dict[str, object], **rest: object) -> str:
+    file = folder / "cluster.json"
+    file.write_bytes(msgspec.json.encode({"hosts": hosts, **rest}))
+    return str(file)
+
+
+def test_hosts_are_listed_for_serving_alone(tmp_path: Path) -> None:
+    file = hosts_file(tmp_path, HOST, {**HOST, "name": "b", "address": "10.0.0.2"})
+    hosts = load_hosts(file)
+    assert [host.name for host in hosts] == ["a", "b"]
+    assert hosts[0].certificate_sha256 == "ab" * 32
+    with pytest.raises(OServeError, match="lists hosts"):
+        load_cluster(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "place"),
+    [
+        ({"name": "a b"}, "regex", "hosts[1].name"),
+        ({"name": "a", "address": "h"}, "a is there already", "hosts[1]"),
+        ({"address": "10.0.0.1"}, "10.0.0.1 port 7443 is there already", "hosts[1]"),
+        ({"port": 0}, "Expected", "hosts[1].port"),
+        ({"address": ""}, "regex", "hosts[1].address"),
+        ({"certificate_sha256": "ab"}, "64 hexadecimal", "hosts[1].certificate_sha256"),
+        ({"token": "s3cret"}, "unknown key 'token'", "hosts[1].token"),
+    ],
+)
+def test_senseless_hosts_are_refused(
+    change: dict[str, object], said: str, place: str, tmp_path: Path
+) -> None:
+    file = hosts_file(tmp_path, HOST, {**HOST, "name": "b", "address": "10.0.0.2", **change})
+    with pytest.raises(OServeError, match=re.escape(said)) as caught:
+        load_hosts(file)
+    assert place in caught.value.place
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_file_of_nodes_is_no_list_of_hosts(tmp_path: Path) -> None:
+    with pytest.raises(OServeError, match="lists hosts, and no nodes"):
+        load_hosts(hosts_file(tmp_path))
+    nodes = [{"devices": 1, "kind": "H100"}]
+    with pytest.raises(OServeError, match="lists hosts, and no nodes"):
+        load_hosts(hosts_file(tmp_path, HOST, nodes=nodes))

@@ -16,6 +16,7 @@ LISTS = {
     "engine-cpu": ("core",),
     "forecast": ("core", "dev"),
     "gguf": ("core",),
+    "ray": ("core", "dev", "engine-cpu"),
 }
 # What is not loaded for what is done here: by vLLM on CPU for text, and by gguf and tokenizers for
 # files that are at hand.

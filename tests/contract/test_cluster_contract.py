@@ -1,17 +1,27 @@
-"""What every implementation of the cluster API promises: one suite, simulated and real."""
+"""What every implementation of the cluster API promises: one suite, simulated and real.
+
+Real clusters run vLLM on this machine; or fake engines that keepers hold, on this machine or on two
+nodes behind hatches.
+"""
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from engines.test_cluster import FakeProbe
+from hatches import running_hatch
+from keepers import FakeNode
 from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
@@ -20,6 +30,7 @@ from oserve.core import (
     DeploymentPlan,
     Device,
     DrainReplica,
+    Endpoint,
     LengthClass,
     Observation,
     Precision,
@@ -31,7 +42,9 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.engines.clock import LiveClock
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
+from oserve.engines.holding import HatchDial, HeldEngines, KeeperPlace, LocalDial
+from oserve.engines.probe import EngineLoad
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
 from oserve.perf import TokenCosts
@@ -64,6 +77,7 @@ class Subject:
     wait: Callable[[float], Awaitable[None]]
     crash: Callable[[str], Awaitable[None]]
     hang: Callable[[str], Awaitable[None]]
+    devices: tuple[Device, ...] = DEVICES
 
     async def until(self, condition: Callable[[Observation], bool]) -> Observation:
         deadline_s = time.monotonic() + _LIMIT_S
@@ -100,7 +114,120 @@ def fleet_cluster(clock: VirtualClock) -> FleetCluster:
     return FleetCluster(fleet, add, DEVICES, clock)
 
 
-@pytest.fixture(params=["simulated", "fleet", pytest.param("local", marks=pytest.mark.engine)])
+class WellProbe(FakeProbe):
+    """Its engine serves at once, and is idle."""
+
+    async def healthy(self) -> bool:
+        self.well = True
+        return True
+
+    async def load(self) -> EngineLoad:
+        self.computed += self.core.is_set()
+        return EngineLoad(tokens=self.computed)
+
+
+class Kept:
+    """A cluster whose fake engines are held by keepers: its own, or those of two nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = VirtualClock()
+        self.nodes: list[FakeNode] = []
+        self.probes: dict[str, WellProbe] = {}
+        self._folder = folder
+
+    def node(self, name: str, run: Path, identity: str = "") -> FakeNode:
+        self.nodes.append(FakeNode(name, self._folder, self.clock, run, identity))
+        return self.nodes[-1]
+
+    async def subject(
+        self, devices: tuple[Device, ...], keeper: HeldEngines | None, *remote: HeldEngines
+    ) -> Subject:
+        for node in self.nodes:
+            await node.begun()
+        self.cluster = EngineCluster(
+            devices,
+            model="some/model",
+            served_model_name="tiny",
+            run_dir=self._folder,
+            clock=self.clock,
+            settings=EngineSettings(kv_cache_memory_bytes=1 << 20, hang_after_s=4.0),
+            keeper=keeper,
+            remote=remote,
+            probe=self._probe,
+        )
+        if keeper is not None:
+            await keeper.connect()
+        assert await self.cluster.adopt() == ([], [])
+        return Subject(self.cluster, self.clock, self._wait, self._crash, self._hang, devices)
+
+    def _probe(self, endpoint: Endpoint) -> WellProbe:
+        self.probes[Path(endpoint.unix_socket).parent.name] = probe = WellProbe(endpoint)
+        return probe
+
+    async def _wait(self, seconds: float) -> None:
+        await self.clock.advance(seconds)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def _engine(self, replica: str) -> str:
+        state = (await self.cluster.observe()).replica(replica)
+        assert state is not None
+        return Path(state.endpoint.unix_socket).parent.name
+
+    async def _crash(self, replica: str) -> None:
+        engine = await self._engine(replica)
+        next(node for node in self.nodes if engine in node.keeper._children).crash(engine)
+
+    async def _hang(self, replica: str) -> None:
+        self.probes[await self._engine(replica)].core.clear()
+
+    async def close(self) -> None:
+        closing = asyncio.create_task(self.cluster.close())
+        while not closing.done():
+            await self._wait(0.1)
+        for node in self.nodes:
+            await node.close()
+
+
+@contextlib.asynccontextmanager
+async def kept(folder: Path) -> AsyncIterator[Subject]:
+    """The engines of this machine's keeper."""
+    kept, run = Kept(folder), Path(tempfile.mkdtemp(prefix="k"))
+    place = KeeperPlace(
+        folder=run, state_dir=folder / "local", log_dir=folder, method="spawn", grace_s=600.0
+    )
+    kept.node("local", run, place.identity)
+    yield await kept.subject(DEVICES, HeldEngines(LocalDial(place), grace_s=600.0))
+    await kept.close()
+
+
+@contextlib.asynccontextmanager
+async def hatches(folder: Path) -> AsyncIterator[Subject]:
+    """Two nodes, each reached through its hatch alone."""
+    kept, base = Kept(folder), Path(tempfile.mkdtemp(prefix="h"))
+    async with running_hatch(base) as one, running_hatch(base) as two:
+        remote = []
+        for name, hatch in (("one", one), ("two", two)):
+            kept.node(name, hatch.folder)
+            # The clock is quicker than any wire: that a node is silent is tested elsewhere.
+            dial = HatchDial(name, hatch.address, clock=kept.clock, silence_s=1e6)
+            remote.append(HeldEngines(dial, grace_s=600.0))
+        devices = tuple(replace(device, node="one") for device in DEVICES)
+        other = Device(id="cpu:2", kind="cpu", node="two", cores=(0,))
+        yield await kept.subject((*devices, other), None, *remote)
+        await kept.close()
+    shutil.rmtree(base)
+
+
+@pytest.fixture(
+    params=[
+        "simulated",
+        "fleet",
+        "kept",
+        "hatches",
+        pytest.param("local", marks=pytest.mark.engine),
+    ]
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -117,6 +244,10 @@ def real(request: pytest.FixtureRequest, kind: str) -> tuple[Path, Launcher] | N
 async def subject(
     kind: str, real: tuple[Path, Launcher] | None, tmp_path: Path
 ) -> AsyncIterator[Subject]:
+    if kind in {"kept", "hatches"}:
+        async with {"kept": kept, "hatches": hatches}[kind](tmp_path) as made:
+            yield made
+        return
     if real is None:
         virtual = VirtualClock()
         simulated = SimulatedCluster(DEVICES, virtual)
@@ -133,7 +264,7 @@ async def subject(
         return
     model, launcher = real
     clock = LiveClock()
-    local = LocalCluster(
+    local = EngineCluster(
         DEVICES,
         model=str(model),
         served_model_name="tiny",
@@ -167,7 +298,7 @@ async def test_the_life_of_a_replica(subject: Subject) -> None:
     await cluster.apply(start)
     observation = await subject.phase("a", ReplicaPhase.READY)
     assert [state.spec for state in observation.replicas] == [start.spec]
-    assert observation.devices == DEVICES
+    assert observation.devices == subject.devices
     await cluster.apply(start)
     # No device is ever given twice, and none that is not there.
     with pytest.raises(ValueError, match=r"cpu:0|in use"):

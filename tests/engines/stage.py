@@ -26,7 +26,7 @@ from oserve.core import (
     ReplicaState,
 )
 from oserve.engines.clock import LiveClock
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores
 from oserve.engines.mover import Mover
@@ -68,7 +68,7 @@ def plan_of(name: str, *replicas: ReplicaSpec) -> DeploymentPlan:
 class Stage:
     """A cluster kept at a plan, and a switcher."""
 
-    cluster: LocalCluster
+    cluster: EngineCluster
     loop: ControlLoop
     facts: SwitcherFacts
     settled: list[tuple[str, str]] = field(default_factory=list)
@@ -153,7 +153,7 @@ async def staged(
     )
     clock = LiveClock()
     devices = split_cores(sorted(os.sched_getaffinity(0)), 4)
-    cluster = LocalCluster(
+    cluster = EngineCluster(
         devices,
         model=str(model),
         served_model_name="tiny",

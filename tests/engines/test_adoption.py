@@ -22,9 +22,9 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.engines.adoption import read_note
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import split_cores
-from oserve.engines.holding import HeldEngines, identity_of
+from oserve.engines.holding import HeldEngines, KeeperPlace, LocalDial, identity_of
 from oserve.engines.keeper import Keeper
 from oserve.engines.registry import read_registry
 from oserve.engines.settings import EngineSettings
@@ -67,7 +67,7 @@ class World:
             grace_s=600.0,
         )
         self.running = asyncio.create_task(self.keeper.run())
-        self.cluster: LocalCluster
+        self.cluster: EngineCluster
         self.engines: HeldEngines
 
     async def begun(self) -> None:
@@ -81,14 +81,15 @@ class World:
             await self.vanish()
         grace_s = float(settings.pop("orphan_grace_s", 600.0))
         sized = settings.pop("sized", False)
-        self.engines = HeldEngines(
+        place = KeeperPlace(
             folder=self.run,
             state_dir=self.folder,
             log_dir=self.folder,
             method="spawn",
             grace_s=grace_s,
         )
-        self.cluster = LocalCluster(
+        self.engines = HeldEngines(LocalDial(place), grace_s=grace_s)
+        self.cluster = EngineCluster(
             split_cores(range(4), 4),
             model="some/model",
             served_model_name="tiny",

@@ -3,12 +3,24 @@
 import msgspec
 import pytest
 
-from oserve.core import Device, OServeError, Precision, ReplicaShape, ReplicaSpec, VllmBackend
+from oserve.core import (
+    Device,
+    OServeError,
+    Precision,
+    ReplicaPart,
+    ReplicaShape,
+    ReplicaSpec,
+    VllmBackend,
+    parts_of,
+)
 from oserve.engines.arguments import (
+    NodeInterface,
     Platform,
+    Rendezvous,
     engine_arguments,
     engine_cores,
     engine_environment,
+    part_arguments,
     runs_eagerly,
 )
 from oserve.engines.settings import EngineSettings
@@ -136,3 +148,56 @@ def test_unknown_settings_are_refused() -> None:
         msgspec.convert({"kv_cache": 1}, EngineSettings)
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"start_method": "magic"}, EngineSettings)
+
+
+def two_parts(kind: str = "cpu") -> tuple[ReplicaPart, ...]:
+    """Of two ranks each."""
+    devices = {
+        f"{node}/{kind}:{rank}": Device(id=f"{node}/{kind}:{rank}", kind=kind, node=node)
+        for node in "ab"
+        for rank in range(2)
+    }
+    shape = ReplicaShape(tensor_parallel_size=2, pipeline_parallel_size=2)
+    return parts_of(ReplicaSpec(id="r", shape=shape, devices=tuple(devices)), devices)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_parts_are_told_the_same_but_for_their_place(platform: Platform) -> None:
+    whole = arguments(
+        ReplicaShape(tensor_parallel_size=2, pipeline_parallel_size=2),
+        *("--max-num-seqs", "7", "--nnodes", "9"),
+        platform=platform,
+    )
+    meeting = Rendezvous(address="10.0.0.1", port=25500)
+    words = [part_arguments(whole, part, meeting, platform=platform) for part in two_parts()]
+    assert all(one[: len(whole)] == whole for one in words)
+    leader, other = (one[len(whole) :] for one in words)
+    assert other[-1] == "--headless"
+    assert "--headless" not in leader
+    # The last one wins, so that the engine's own arguments cannot take the parts apart.
+    assert value(leader, "--nnodes") == value(other, "--nnodes") == "2"
+    assert [value(one, "--node-rank") for one in (leader, other)] == ["0", "1"]
+    differing = [pair for pair in zip(leader, other, strict=False) if pair[0] != pair[1]]
+    assert differing == [("0", "1")]
+    assert value(other, "--master-addr") == "10.0.0.1"
+    assert value(other, "--master-port") == "25500"
+    assert value(other, "--distributed-executor-backend") == "mp"
+    assert value(other, "--device-ids") == ("0,1" if platform == "cpu" else None)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_parts_meet_on_the_interface_of_their_node(platform: Platform) -> None:
+    part = two_parts("gpu" if platform == "cuda" else "cpu")[1]
+    found = engine_environment(
+        part.devices,
+        platform=platform,
+        local_model=True,
+        eager=True,
+        folder="/run/r",
+        interface=NodeInterface(address="10.0.0.2", name="eth1"),
+    )
+    assert found["VLLM_HOST_IP"] == "10.0.0.2"
+    assert found["GLOO_SOCKET_IFNAME"] == "eth1"
+    if platform == "cuda":
+        assert found["NCCL_SOCKET_IFNAME"] == "=eth1"
+        assert found["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -24,7 +24,7 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.engines import replica_states
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.settings import EngineSettings
@@ -142,7 +142,7 @@ class Stage:
         self.activity: Activity | None = Activity()
         self.looked: list[int] = []
         self.run_dir = run_dir
-        self.cluster = LocalCluster(
+        self.cluster = EngineCluster(
             split_cores(range(4), 4),
             model="some/model",
             served_model_name="tiny",
@@ -213,7 +213,10 @@ async def test_start_ready_drain_stop(stage: Stage) -> None:
     assert observation.replicas[0].phase is ReplicaPhase.GONE
     assert observation.failures == {}
     assert [phase for _, phase in stage.changes] == [
-        phase for phase in ReplicaPhase if phase not in {ReplicaPhase.STANDBY, ReplicaPhase.HUNG}
+        ReplicaPhase.LOADING,
+        ReplicaPhase.READY,
+        ReplicaPhase.DRAINING,
+        ReplicaPhase.GONE,
     ]
     assert stage.launcher.processes[0].signals == ["TERM"]
 

@@ -13,7 +13,13 @@ import pytest
 
 from oserve.core import OServeError
 from oserve.engines.group import boot_id, group_members, start_ticks
-from oserve.engines.holding import HeldEngines, keeper_runs, private_folder
+from oserve.engines.holding import (
+    HeldEngines,
+    KeeperPlace,
+    LocalDial,
+    keeper_runs,
+    private_folder,
+)
 from oserve.engines.registry import (
     Registry,
     RegistryEntry,
@@ -47,13 +53,14 @@ async def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 def held(state_dir: Path) -> HeldEngines:
-    return HeldEngines(
+    place = KeeperPlace(
         folder=private_folder(state_dir),
         state_dir=state_dir,
         log_dir=state_dir,
         method="spawn",
         grace_s=60.0,
     )
+    return HeldEngines(LocalDial(place), grace_s=60.0)
 
 
 def registry_of(folder: Path) -> Registry:
@@ -69,7 +76,7 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     assert not keeper_runs(tmp_path)
     first = await engines.launch("a-1", [], {}, [], log, "note")
     assert keeper_runs(tmp_path)
-    cat = await engines.hold("p:0", ["cat"], "orders", tmp_path / "cat.log", 0.0, None)
+    await engines.hold("p:0", ["cat"], "orders", tmp_path / "cat.log", 0.0, None)
     [entry] = [entry for entry in registry_of(tmp_path).held if entry.engine]
     assert (entry.pid, entry.note) == (first.pid, "note")
     assert entry.started_ticks == start_ticks(first.pid) != 0
@@ -78,11 +85,11 @@ async def test_it_outlives_its_server_and_its_children_do_not_outlive_it(
     await again.connect()
     [taken] = again.engines().values()
     assert (taken.pid, taken.entry.note) == (first.pid, "note")
-    assert set(again.processes()) == {"p:0"}
+    cat = again.processes()["p:0"]
     os.kill(registry_of(tmp_path).pid, signal.SIGKILL)
     await taken.wait()
     assert group_members(first.pid) == []
-    await again.processes().get("p:0", cat).wait()
+    await cat.wait()
     assert (tmp_path / "cat.log").read_text() == "orders\n"
     # The next start makes another keeper.
     second = await again.launch("a-2", [], {}, [], log, None)
@@ -104,6 +111,32 @@ async def test_a_keeper_of_another_environment_ends_first(
     assert again.engines() == {}
     assert group_members(first.pid) == []
     await again.close()
+
+
+@pytest.mark.slow
+async def test_a_detached_keeper_is_nobody_s_child(tmp_path: Path) -> None:
+    place = KeeperPlace(
+        folder=private_folder(tmp_path),
+        state_dir=tmp_path,
+        log_dir=tmp_path,
+        method="spawn",
+        grace_s=60.0,
+        detached=True,
+    )
+    agent = HeldEngines(LocalDial(place), grace_s=60.0, guest=True)
+    await agent.connect()
+    assert keeper_runs(tmp_path)
+    pid = registry_of(tmp_path).pid
+    assert os.getpgid(pid) == pid != os.getpgrp()
+    assert os.getsid(pid) == pid
+    # The agent leaves; the next one finds it.
+    await agent.close()
+    again = HeldEngines(LocalDial(place), grace_s=60.0)
+    await again.connect()
+    assert registry_of(tmp_path).pid == pid
+    await again.close()
+    assert not keeper_runs(tmp_path)
+    private_folder(tmp_path).rmdir()
 
 
 async def test_a_missing_program_is_reported(engines: HeldEngines, tmp_path: Path) -> None:

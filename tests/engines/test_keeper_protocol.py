@@ -11,23 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.test_cluster import FakeLauncher
+from oserve.control.progress import Activity
 from oserve.core import OServeError
 from oserve.engines.keeper import Keeper
-from oserve.engines.keeper_connection import KeeperConnection
+from oserve.engines.keeper_connection import KeeperConnection, LineTerms
 from oserve.engines.keeper_messages import (
+    MAX_LINE_BYTES,
     PROTOCOL_VERSION,
+    ActivityQuery,
+    ActivityReport,
     CloseKeeper,
+    EndProcesses,
     EngineStart,
     KeeperCommand,
     KeeperEvent,
     KeeperHello,
     MessageRejected,
+    NodeFacts,
     NoteUpdate,
+    Ping,
+    Pong,
     ProcessExited,
     ProcessSignal,
     ProcessStart,
     ProcessStarted,
     ServerHello,
+    ServerReplaced,
     StartRefused,
     command_of,
     encoded,
@@ -35,11 +44,27 @@ from oserve.engines.keeper_messages import (
 )
 from oserve.engines.registry import RegistryEntry
 
+
+async def opened(path: Path, identity: str = "same") -> KeeperConnection | None:
+    """A connection to the keeper at ``path``; ``None`` if none answers."""
+    terms = LineTerms(
+        node="n",
+        place=str(path),
+        local=True,
+        differs=lambda hello: "" if hello.identity == identity else "another",
+    )
+    try:
+        streams = await asyncio.open_unix_connection(str(path), limit=MAX_LINE_BYTES)
+    except OSError:
+        return None
+    return await KeeperConnection.greeted(streams, terms)
+
+
 names = st.text(min_size=1, max_size=12)
 notes = st.none() | names | st.dictionaries(names, st.integers(-9, 9) | names, max_size=2)
 counts = st.integers(0, 1 << 30)
 commands = st.one_of(
-    st.builds(ServerHello, grace_s=st.floats(0, 1e6)),
+    st.builds(ServerHello, grace_s=st.floats(0, 1e6), silence_s=st.floats(0, 1e6)),
     st.builds(
         EngineStart,
         name=names,
@@ -47,6 +72,7 @@ commands = st.one_of(
         env=st.dictionaries(names, names, max_size=2),
         cores=st.lists(counts, max_size=3),
         log=names,
+        folder=names,
         note=notes,
     ),
     st.builds(
@@ -56,18 +82,32 @@ commands = st.one_of(
         first_line=names,
         log=names,
         grace_s=st.floats(0, 1e6),
+        stays=st.booleans(),
         note=notes,
     ),
     st.builds(NoteUpdate, name=names, note=notes),
     st.builds(ProcessSignal, name=names, number=st.integers(1, 64)),
-    st.just(CloseKeeper()),
+    st.builds(ActivityQuery, name=names, log=st.booleans()),
+    st.sampled_from([Ping(), EndProcesses(), CloseKeeper()]),
+)
+facts = st.builds(NodeFacts, host=names, oserve=names, engine=names, boot=names, folder=names)
+activities = st.builds(
+    Activity,
+    stopped=counts,
+    blocked=st.booleans(),
+    work_s=st.floats(0, 1e6),
+    moved=counts,
 )
 entries = st.builds(RegistryEntry, name=names, engine=st.booleans(), log=names, note=notes)
 events = st.one_of(
-    st.builds(KeeperHello, identity=names, pid=counts, held=st.lists(entries, max_size=2)),
+    st.builds(
+        KeeperHello, identity=names, pid=counts, held=st.lists(entries, max_size=2), node=facts
+    ),
     st.builds(ProcessStarted, name=names, pid=counts),
     st.builds(StartRefused, name=names, reason=names),
-    st.builds(ProcessExited, name=names, status=st.integers(-64, 255)),
+    st.builds(ProcessExited, name=names, status=st.integers(-64, 255), cause=names),
+    st.builds(ActivityReport, name=names, activity=st.none() | activities, cause=names),
+    st.sampled_from([Pong(), ServerReplaced()]),
     st.builds(MessageRejected, name=names, reason=names),
 )
 
@@ -134,7 +174,7 @@ async def test_a_keeper_of_another_version_is_recognised_and_told_to_end(
 ) -> None:
     hello = {"type": "Hello", "identity": "same", "pid": os.getpid(), "held": [{"odd": 1}]}
     async with await other.listen(msgspec.json.encode(hello), b'{"type":"Unheard"}'):
-        line = await KeeperConnection.open(other.path, "same")
+        line = await opened(other.path)
         assert line is not None
         assert "version 0" in line.difference
         assert f"version {PROTOCOL_VERSION}" in line.difference
@@ -147,10 +187,10 @@ async def test_what_does_not_greet_as_a_keeper_is_named(other: OtherKeeper) -> N
     for greeting in (b"HTTP/1.1 400 Bad Request", b'{"type":"Started","name":"a","pid":1}'):
         async with await other.listen(greeting):
             with pytest.raises(OServeError, match="does not greet as a keeper") as caught:
-                await KeeperConnection.open(other.path, "same")
+                await opened(other.path)
             assert caught.value.place == str(other.path)
             other.writers.pop().close()
-    assert await KeeperConnection.open(other.path.with_name("none.sock"), "same") is None
+    assert await opened(other.path.with_name("none.sock")) is None
 
 
 async def test_an_unknown_message_of_the_keeper_ends_nothing(
@@ -161,7 +201,7 @@ async def test_an_unknown_message_of_the_keeper_ends_nothing(
     ended = ProcessExited(name="a", status=3)
     lines = [msgspec.json.encode(hello), b'{"type":"Frozen"}', msgspec.json.encode(ended)]
     async with await other.listen(*lines):
-        line = await KeeperConnection.open(other.path, "same")
+        line = await opened(other.path)
         assert line is not None
         assert line.difference == ""
         assert await line.held["a"].wait() == 3
@@ -184,7 +224,7 @@ async def test_a_start_that_the_keeper_cannot_read_fails_and_the_keeper_serves_o
     running = asyncio.create_task(keeper.run())
     path = folder / "keeper.sock"
     async with asyncio.timeout(60.0):
-        while (line := await KeeperConnection.open(path, "same")) is None:  # noqa: ASYNC110
+        while (line := await opened(path)) is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
     odd = EngineStart(name="a:1", argv=[], env={}, cores=[], log="")
     line._writer.write(encoded(odd).replace(b'"argv":[]', b'"argv":0'))

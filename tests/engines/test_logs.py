@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from oserve.engines.logs import open_log, telling_line
+from oserve.engines.logs import rotate_log, telling_line
 
 FAILED_START = """(APIServer pid=1) INFO 11-21 03:34:40 [api_utils.py:286] non-default args
 (EngineCore pid=2) ERROR 11-21 03:34:41 [core.py:11] Traceback (most recent call last):
@@ -42,7 +42,9 @@ def test_no_log_says_nothing(tmp_path: Path) -> None:
 
 def test_one_log_before_is_kept(tmp_path: Path) -> None:
     for number in range(3):
-        open_log(tmp_path / "logs", "r").write_text(str(number))
+        path = tmp_path / "logs" / "r.log"
+        rotate_log(path)
+        path.write_text(str(number))
     assert (tmp_path / "logs" / "r.log").read_text() == "2"
     assert (tmp_path / "logs" / "r.log.1").read_text() == "1"
     assert len(list((tmp_path / "logs").iterdir())) == 2

@@ -20,7 +20,7 @@ from oserve.core import (
     ReplicaSpec,
     StartReplica,
 )
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
@@ -37,8 +37,8 @@ TOKENS = 60
 @pytest_asyncio.fixture(loop_scope="session")
 async def cluster(
     tiny_model: Path, tmp_path: Path, live_clock: Clock, zygote: Launcher
-) -> AsyncIterator[LocalCluster]:
-    cluster = LocalCluster(
+) -> AsyncIterator[EngineCluster]:
+    cluster = EngineCluster(
         split_cores(sorted(os.sched_getaffinity(0)), 5),
         model=str(tiny_model),
         served_model_name="tiny",
@@ -62,7 +62,7 @@ def replica(name: str, *devices: str, tp: int = 1, pp: int = 1) -> ReplicaSpec:
     return ReplicaSpec(id=name, shape=shape, devices=devices)
 
 
-async def started(cluster: LocalCluster, *specs: ReplicaSpec) -> dict[str, Endpoint]:
+async def started(cluster: EngineCluster, *specs: ReplicaSpec) -> dict[str, Endpoint]:
     for spec in specs:
         await cluster.apply(StartReplica(spec=spec))
     async with asyncio.timeout(LIMIT_S):
@@ -134,7 +134,7 @@ class Engine:
         await self._session.close()
 
 
-async def test_any_layout_takes_any_other_s_cache(cluster: LocalCluster) -> None:
+async def test_any_layout_takes_any_other_s_cache(cluster: EngineCluster) -> None:
     found = await started(
         cluster,
         replica("single", "cpu:0"),

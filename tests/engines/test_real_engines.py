@@ -22,7 +22,7 @@ from oserve.core import (
     VllmBackend,
 )
 from oserve.engines.checkpoints.int8 import make_int8_variant
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.probe import Probe
@@ -53,9 +53,9 @@ def make_cluster(
     clock: Clock,
     settings: EngineSettings | None = None,
     launcher: Launcher | None = None,
-) -> LocalCluster:
+) -> EngineCluster:
     devices = split_cores(sorted(os.sched_getaffinity(0)), 4)
-    return LocalCluster(
+    return EngineCluster(
         devices,
         model=str(model),
         served_model_name="tiny",
@@ -66,7 +66,7 @@ def make_cluster(
     )
 
 
-async def until(cluster: LocalCluster, true: Callable[[Observation], bool]) -> Observation:
+async def until(cluster: EngineCluster, true: Callable[[Observation], bool]) -> Observation:
     async with asyncio.timeout(LIMIT_S):
         while not true(observation := await cluster.observe()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
@@ -129,7 +129,7 @@ def child_count() -> int:
 @pytest_asyncio.fixture(loop_scope="session")
 async def cluster(
     tiny_model: Path, tmp_path: Path, live_clock: Clock, zygote: Launcher
-) -> AsyncIterator[LocalCluster]:
+) -> AsyncIterator[EngineCluster]:
     int8 = make_int8_variant(tiny_model, tiny_model.parent / "tiny-int8")
     settings = EngineSettings(variants={"int8": str(int8)})
     before, memory = child_count(), left_memory()
@@ -141,7 +141,7 @@ async def cluster(
 
 
 async def test_shapes_start_answer_and_die(
-    cluster: LocalCluster, zygote_log: Path, tmp_path: Path
+    cluster: EngineCluster, zygote_log: Path, tmp_path: Path
 ) -> None:
     specs = (
         replica("single", "cpu:0"),
@@ -170,7 +170,7 @@ async def test_shapes_start_answer_and_die(
     assert not any("is left out" in text for text in logs), "patches do not fit this vLLM"
 
 
-async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster) -> None:
+async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: EngineCluster) -> None:
     for spec in (replica("a", "cpu:0"), replica("b", "cpu:1")):
         await cluster.apply(StartReplica(spec=spec))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a", "b"))
@@ -195,7 +195,7 @@ async def test_two_at_once_one_is_stopped_one_cannot_start(cluster: LocalCluster
 @pytest_asyncio.fixture(loop_scope="session")
 async def own_zygote(
     tiny_model: Path, tmp_path: Path, live_clock: Clock
-) -> AsyncIterator[LocalCluster]:
+) -> AsyncIterator[EngineCluster]:
     """A cluster with a zygote of its own, which ends with it."""
     before, memory = child_count(), left_memory()
     cluster = make_cluster(tiny_model, tmp_path, live_clock)
@@ -205,7 +205,7 @@ async def own_zygote(
     await until_true(lambda: left_memory() <= memory)
 
 
-async def test_a_killed_zygote_is_replaced(own_zygote: LocalCluster) -> None:
+async def test_a_killed_zygote_is_replaced(own_zygote: EngineCluster) -> None:
     cluster = own_zygote
     await cluster.apply(StartReplica(spec=replica("a", "cpu:0")))
     ready = await until(cluster, in_phase(ReplicaPhase.READY, "a"))

@@ -20,7 +20,7 @@ from oserve.core import (
     StartReplica,
 )
 from oserve.engines.clock import LiveClock
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import split_cores
 from oserve.engines.group import group_members
 from oserve.engines.settings import EngineSettings
@@ -65,7 +65,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         settings = EngineSettings(stop_grace_s=5.0, log_dir=str(folder), kv_cache_memory_bytes=1)
-        self.cluster = LocalCluster(
+        self.cluster = EngineCluster(
             split_cores([0], 2),
             model="tiny",
             served_model_name="tiny",

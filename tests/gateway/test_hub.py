@@ -181,3 +181,27 @@ async def test_a_message_that_is_none_is_refused_and_the_hub_goes_on(tmp_path: P
     finally:
         await session.close()
         await hub.close()
+
+
+async def test_documents_of_the_cluster_come_when_somebody_asks(tmp_path: Path) -> None:
+    """In every report those of a large cluster would be megabytes each second."""
+    hub = Hub()
+    await hub.listen(str(tmp_path / "hub.sock"))
+    runner = RequestRunner(GatewaySettings(), None)
+    client = HubClient(str(tmp_path / "hub.sock"), runner, 1)
+    try:
+        for number in (1, 2):
+            hub.publish(
+                TABLE,
+                ClusterSnapshot(
+                    status=msgspec.Raw(b'{"n":%d}' % number), gauges=[("g", [], float(number))]
+                ),
+            )
+            # The first report has them in any case.
+            await client.sync(whole=False)
+            assert (bytes(runner.snapshot.status), runner.snapshot.gauges[0][2]) == (b'{"n":1}', 1)
+        await client.sync()
+        assert (bytes(runner.snapshot.status), runner.snapshot.gauges[0][2]) == (b'{"n":2}', 2)
+    finally:
+        await client.close()
+        await hub.close()

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.core import Precision
+from oserve.core import Precision, ReplicaShape
 from oserve.perf.coefficients import find_coefficients
-from oserve.perf.device import find_device
+from oserve.perf.device import Link, find_device
 from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
 from oserve.perf.model import find_model
-from oserve.perf.roofline import Coefficients, Roofline
+from oserve.perf.roofline import Coefficients, Roofline, hops_between_nodes
 
 H100 = find_device("H100")
 
@@ -128,3 +128,45 @@ def test_two_dozen_noisy_steps_recover_the_coefficients() -> None:
     errors = relative_errors(steps, {"one": roofline(fit=found)})
     assert np.median(np.abs(errors)) < 0.03
     assert found.gemm == pytest.approx(0.6, rel=0.05)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 16))
+def test_a_replica_takes_as_few_nodes_as_divide_its_stages(
+    width: int, stages: int, node: int
+) -> None:
+    shape = ReplicaShape(tensor_parallel_size=width, pipeline_parallel_size=stages)
+    hops = hops_between_nodes(shape, node)
+    assert hops_between_nodes(shape, None) == 0
+    assert hops <= hops_between_nodes(shape, max(1, node - 1))
+    if width > node:
+        assert hops == stages - 1
+        return
+    each = stages // (hops + 1)
+    assert stages % (hops + 1) == 0
+    assert each * width <= node
+    fewer = [count for count in range(1, hops + 1) if stages % count == 0]
+    assert all(stages // count * width > node for count in fewer)
+
+
+def test_stages_on_other_nodes_pay_the_network() -> None:
+    """Two of three transitions stay on a node, as one does that leads to the other node."""
+    slow = Link(name="slow", bandwidth=1e9, latency_s=1e-3)
+    model, device = find_model("llama-2-70b"), H100
+
+    def seconds(hops: int, link: Link | None) -> float:
+        step = Roofline(
+            model,
+            device,
+            Coefficients(),
+            pipeline_parallel_size=4,
+            stage_link=link,
+            node_hops=hops,
+        )
+        return float(step.step_s(1000.0, 5e5, 0.0, 0.0))
+
+    inside = seconds(0, slow)
+    assert inside == seconds(0, None) == pytest.approx(seconds(3, device.link))
+    each = 1e-3 + 1000 * model.hidden * 2 / 1e9
+    own = device.link.latency_s + 1000 * model.hidden * 2 / device.link.bandwidth
+    assert seconds(1, slow) - inside == pytest.approx(each - own)
+    assert seconds(2, slow) - inside == pytest.approx(2 * (each - own))

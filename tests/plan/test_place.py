@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from oserve.core import (
     AttachedBackend,
+    DeploymentPlan,
     Device,
+    LengthClass,
     OServeError,
     Precision,
     ReplicaShape,
     ReplicaSpec,
     VllmBackend,
 )
+from oserve.plan import place
 from oserve.plan.packing import Packing
 from oserve.plan.place import place_replicas
 from oserve.plan.shard import Shard, shards_of
@@ -205,3 +208,40 @@ def test_the_shards_of_a_replica_cover_the_model_once(
     assert common == pytest.approx(1.0 if one.precision is other.precision else 0.0)
     first: Shard = shards_of(one)[0]
     assert first.overlap(first) == first.share
+
+
+def test_a_large_cluster_is_placed_with_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small replicas all over must make way for wide ones: too many choices to try them all."""
+    devices = tuple(
+        Device(id=f"n{node}/{slot}", kind="gpu", node=f"n{node}")
+        for node in range(112)
+        for slot in range(8)
+    )
+    narrow, wide = (ReplicaShape(tensor_parallel_size=width, device_kind="gpu") for width in (1, 8))
+    current = DeploymentPlan(
+        id="now",
+        replicas=tuple(
+            ReplicaSpec(id=f"s{n}", shape=narrow, devices=(device.id,))
+            for n, device in enumerate(devices)
+            if n % 8 < 5
+        ),
+        length_classes=(LengthClass(name="all"),),
+        routing_shares={},
+    )
+    asked = 0
+    answer = place._Board.holds
+
+    def counted(board: place._Board, left: Counter[ReplicaShape]) -> bool:
+        nonlocal asked
+        asked += 1
+        return answer(board, left)
+
+    monkeypatch.setattr(place._Board, "holds", counted)
+    monkeypatch.setattr(place, "_MOST_WORK", 20_000)
+    found = place.place_replicas([(narrow, 480), (wide, 52)], devices, current=current).replicas
+    assert asked < 2 * len(current.replicas)
+    assert Counter(spec.shape for spec in found) == {narrow: 480, wide: 52}
+    taken = [device for spec in found for device in spec.devices]
+    assert sorted(taken) == sorted(device.id for device in devices)
+    # Of the 60 nodes that stay with small replicas each keeps its own five.
+    assert len({*found} & {*current.replicas}) >= 280

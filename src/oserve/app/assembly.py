@@ -4,17 +4,17 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from oserve.app.gateway_keeper import GatewayKeeper
 from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
 from oserve.core import Clock, ReplicaState
-from oserve.engines.cluster import LocalCluster
-from oserve.engines.holding import HeldEngines
+from oserve.engines.cluster import EngineCluster
+from oserve.engines.holding import HeldEngines, KeeperPlace, LocalDial
 from oserve.engines.mover import Mover
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import ServerFolders
+from oserve.startup.gateway_keeper import GatewayKeeper
 from oserve.startup.learned_lengths import learned_estimator
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
@@ -27,13 +27,14 @@ def engine_keeper(deployment: ServerDeployment, folders: ServerFolders) -> HeldE
     """The keeper that holds engines and gateway processes."""
     engines = deployment.settings.engines
     on_cpu = all(device.kind == "cpu" for device in deployment.devices)
-    return HeldEngines(
+    place = KeeperPlace(
         folder=folders.run,
         state_dir=folders.state,
         log_dir=folders.log,
         method=engines.method(on_cpu=on_cpu),
         grace_s=engines.orphan_grace_s,
     )
+    return HeldEngines(LocalDial(place), grace_s=engines.orphan_grace_s)
 
 
 def engine_cluster(
@@ -42,10 +43,10 @@ def engine_cluster(
     keeper: HeldEngines,
     clock: Clock,
     on_change: Callable[[ReplicaState], None],
-) -> LocalCluster:
+) -> EngineCluster:
     """The engines of this machine as a cluster; each change of a replica calls ``on_change``."""
     settings = deployment.settings
-    return LocalCluster(
+    return EngineCluster(
         deployment.devices,
         model=settings.model,
         served_model_name=deployment.models[0],
@@ -83,7 +84,7 @@ def gateway_supervisor(
 def plan_switcher(
     deployment: ServerDeployment,
     movable: SwitchFacts | str,
-    cluster: LocalCluster,
+    cluster: EngineCluster,
     loop: ControlLoop,
     clock: Clock,
     *,

@@ -135,10 +135,14 @@ class ControllerService:
         switching: bool = False,
     ) -> tuple[Decision, CandidateScore | FollowScore | None]:
         """Evaluate candidates in a thread, decide, and save the decision. One at a time."""
-        if given is None and self.ladders is None:
+        of_nodes = trigger is Trigger.NODE
+        # The linear model's capacities must do if nodes are lost before they were simulated.
+        if given is None and self.ladders is None and not of_nodes:
             await self.refine()
         async with self._lock:
-            question = self.controller.decision_input(now_s, given=given, present=present)
+            question = self.controller.decision_input(
+                now_s, given=given, present=present, of_nodes=of_nodes
+            )
             weighed = await asyncio.to_thread(self._runtime.evaluate, question)
             decision = self.controller.decide(
                 question, weighed, now_s=now_s, trigger=trigger, switching=switching

@@ -14,6 +14,7 @@ from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.startup.advice import advised
+from oserve.startup.node_operations import NodeOperations
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.switcher import Switcher
@@ -48,8 +49,10 @@ class DecisionLoop:
         view: ClusterView,
         clock: Clock,
         unix_s: Callable[[], float] = time.time,
+        nodes: NodeOperations | None = None,
     ) -> None:
         self.controller = controller
+        self.nodes = nodes
         self._unix_s = unix_s
         self._gateway = gateway
         self._loop = loop
@@ -74,7 +77,13 @@ class DecisionLoop:
             trigger = self._count()
             if controller.ladders is not None:
                 controller.ladders.prepare(self._unix_s())
-            if trigger is not None and (deciding is None or deciding.done()):
+            idle = deciding is None or deciding.done()
+            if trigger is Trigger.NODE and self._switcher.active:
+                # The switch ends first, the sooner if it needs a lost node.
+                trigger = None
+            if trigger is None and idle and not self._switcher.active:
+                self._evacuate()
+            if trigger is not None and idle:
                 deciding = self._spawn(self._try_decide(trigger))
 
     @property
@@ -113,9 +122,11 @@ class DecisionLoop:
 
         ``given`` is the plan that an operator proposes.
         """
-        plan = self._loop.plan
+        plan = self._loop.nodes.runnable(self._loop.plan, observation)
         lost = frozenset(self._view.lost)
-        switching = self._switcher.active or not settled(plan, observation, lost)
+        of_nodes = trigger is Trigger.NODE
+        # What is left must be planned for at once, also while replicas start.
+        switching = self._switcher.active or not (of_nodes or settled(plan, observation, lost))
         ready = [s.spec for s in observation.replicas if s.phase is ReplicaPhase.READY]
         self.controller.bar([spec for spec in plan.replicas if spec.id in lost])
         decision, weighed = await self.controller.decide(
@@ -169,3 +180,11 @@ class DecisionLoop:
         # An unforeseen fault in a decision must not end serving.
         except Exception:
             _log.exception("a decision failed")
+            if trigger is Trigger.NODE:
+                self.controller.controller.accept_nodes()
+
+    def _evacuate(self) -> None:
+        """Empty draining nodes once a decision has replaced what it could."""
+        observation = self._view.observation
+        if self.nodes is not None and observation is not None:
+            self.nodes.evacuate(observation)

@@ -1,4 +1,4 @@
-"""Operators' calls over HTTP: switch to a plan, or evaluate one."""
+"""Operators' calls over HTTP: switch to a plan, evaluate one, or say what nodes are for."""
 
 import asyncio
 from typing import Any
@@ -11,10 +11,12 @@ from oserve.control.loop import ControlLoop
 from oserve.core import DeploymentPlan, OServeError
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.node_operations import NodeOperations
 from oserve.startup.plan_check import allowed_plan, check_engines
 from oserve.switching.switcher import Switcher
 
 _SWITCH_PATH = "/oserve/v1/switch"
+_NODES_PATH = "/oserve/v1/nodes"
 
 
 class CallRefusedError(Exception):
@@ -32,7 +34,9 @@ class OperatorApi:
         switcher: Switcher,
         decisions: DecisionLoop | None,
         view: ClusterView,
+        nodes: NodeOperations,
     ) -> None:
+        self._nodes = nodes
         self._deployment = deployment
         self._loop = loop
         self._switcher = switcher
@@ -42,6 +46,8 @@ class OperatorApi:
     async def answer(self, call: OperatorCall) -> OperatorAnswer:
         """Execute a call; errors become the answer."""
         try:
+            if call.path == _NODES_PATH:
+                return _answer(200, await self._nodes.answer(call.body, self._view.observation))
             given = self._given(call.body) if call.body.strip() else None
             if call.path == _SWITCH_PATH:
                 document = await self._switch(given)

@@ -20,6 +20,7 @@ from oserve.app.decisions import ClusterView, DecisionLoop
 from oserve.app.operator import OperatorApi
 from oserve.app.publisher import StatusPublisher
 from oserve.config.policies import reconcile_policy
+from oserve.control.decision import Mode
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import given_up
 from oserve.control.status import explained
@@ -29,6 +30,7 @@ from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
+from oserve.startup.node_operations import NodeOperations
 from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.startup.tuning import background_tuning
 from oserve.switch.learned import LearnedPhases
@@ -72,6 +74,8 @@ class OServeServer:
             interval_s=self._interval_s,
             observed=self._observed,
         )
+        auto = controller is not None and deployment.mode is Mode.AUTO
+        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto)
         self._switcher = plan_switcher(
             deployment,
             movable,
@@ -91,6 +95,7 @@ class OServeServer:
                 switcher=self._switcher,
                 view=self._view,
                 clock=self._clock,
+                nodes=self._nodes,
             )
         self._tasks: list[asyncio.Task[None]] = []
         self._acted: tuple[Action, ...] = ()
@@ -107,6 +112,7 @@ class OServeServer:
             switcher=self._switcher,
             decisions=self._decisions,
             view=self._view,
+            nodes=self._nodes,
         )
 
     @property
@@ -172,6 +178,7 @@ class OServeServer:
 
     def _observed(self, observation: Observation, actions: tuple[Action, ...]) -> None:
         plan = self._loop.plan
+        runnable = self._loop.nodes.runnable(plan, observation)
         for action in actions:
             # An engine that ends is told to in every round until it has.
             if action not in self._acted:
@@ -179,17 +186,19 @@ class OServeServer:
         self._acted = actions
         lost = {
             name: failures.reason
-            for name, failures in given_up(plan, observation, self._policy).items()
+            for name, failures in given_up(runnable, observation, self._policy).items()
         }
         for name in lost.keys() - self._view.lost.keys():
             _log.error("replica %s given up: %s", name, lost[name])
         self._view.observation, self._view.lost = observation, lost
         self._switcher.observe(observation)
+        self._nodes.observe(observation)
         switches = self._switcher.documents()
         self._publisher.publish(plan, observation, lost, switches, time.time())
         phases = {state.spec.id: state.phase for state in observation.replicas}
         if all(
-            phases.get(spec.id) is ReplicaPhase.READY or spec.id in lost for spec in plan.replicas
+            phases.get(spec.id) is ReplicaPhase.READY or spec.id in lost
+            for spec in runnable.replicas
         ):
             self.ready.set()
 

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from oserve import __version__
 from oserve.cli import forecast as forecasting
+from oserve.cli import node as nodes
 from oserve.cli.bench import bench
 from oserve.cli.engines import engines
 from oserve.cli.plan import plan
@@ -36,6 +37,7 @@ app.command()(tune)
 app.command()(bench)
 app.command()(status)
 app.command()(switch)
+app.add_typer(nodes.app, name="node")
 app.command()(replay)
 app.command()(validate)
 app.command()(engines)

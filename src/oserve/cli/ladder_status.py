@@ -23,6 +23,7 @@ WHY = {
     Reason.OBJECTIVE_GAINS: "another deployment has been better for long enough to pay",
     Reason.ZERO_TRAFFIC: "no request has come for a while (control.shrink_after_s)",
     Reason.MANUAL: "an operator asked for it",
+    Reason.NODES_CHANGED: "nodes left or came back, and this is for the devices in use",
 }
 
 

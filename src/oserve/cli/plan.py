@@ -137,6 +137,12 @@ def plan(
             help="Least gain of a heterogeneous plan over the best homogeneous: 0.03 is 3 %."
         ),
     ] = 0.0,
+    spread: Annotated[
+        float,
+        typer.Option(
+            help="Share of the objective to pay so that each type survives the loss of a node."
+        ),
+    ] = 0.0,
     verify: Annotated[
         bool,
         typer.Option(
@@ -189,6 +195,8 @@ def plan(
         raise OServeError(f"it is {types}", place="--types", remedy=f"give 1 to {MAX_TYPES}")
     if not 0 <= min_gain < math.inf:
         raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
+    if not 0 <= spread <= 1:
+        raise OServeError(f"it is {spread:g}", place="--spread", remedy="give 0 to 1")
     if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
         raise OServeError(
             "without an SLO there is nothing to verify a plan against",
@@ -239,6 +247,7 @@ def plan(
             seed=seed,
             time_limit_s=time_limit_s,
             min_gain=min_gain,
+            spread=spread,
         )
     )
     played = traffic_from(requests, max_model_len=context) if requests else None

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oserve.cli.ladder_status import show_ladder
+from oserve.cli.node import node_table
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
 
@@ -50,6 +51,8 @@ def _show(document: dict[str, Any]) -> None:
             entry["note"] or entry["detail"],
         )
     console.print(table)
+    if len(document.get("nodes", ())) > 1:
+        console.print(node_table(document["nodes"]))
     names = [entry["id"] for entry in document["replicas"]]
     shares = Table("type", "prompt tokens", *names)
     for kind in document["workload_types"]:

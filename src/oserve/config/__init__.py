@@ -3,7 +3,7 @@
 It parses files and command-line values into types of the rooms below, and does not use them.
 """
 
-from oserve.config.cluster import ClusterSpec, load_cluster
+from oserve.config.cluster import ClusterSpec, load_cluster, load_hosts
 from oserve.config.costs import load_switch_costs
 from oserve.config.plan import load_plan, parse_plan, plan_yaml
 from oserve.config.rates import load_rates
@@ -26,6 +26,7 @@ __all__ = [
     "backend_keys",
     "environment_value",
     "load_cluster",
+    "load_hosts",
     "load_plan",
     "load_rates",
     "load_settings",

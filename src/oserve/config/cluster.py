@@ -1,4 +1,7 @@
-"""Clusters as text: ``4x8xH100``, parts joined by ``+``, or a YAML file."""
+"""Clusters as text: ``4x8xH100``, parts joined by ``+``, or a YAML file.
+
+A file describes ``nodes`` to plan for, or lists ``hosts`` to serve on.
+"""
 
 import re
 from dataclasses import dataclass
@@ -9,12 +12,16 @@ import msgspec
 
 from oserve.config.reading import convert, read_document
 from oserve.core import Device, OServeError
+from oserve.nodes.hatch_messages import NODE_NAMES
+from oserve.nodes.host_cluster import HostEntry
 from oserve.perf.device import find_device, find_link
 from oserve.perf.source import DEFAULT_NETWORK
 
 _DeviceCount = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 _PART = re.compile(r"^(?:(\d+)\s*x\s*)?(\d+)\s*x\s*([A-Za-z][\w.\- ]*)$")
 MAX_DEVICES = 65536
+MAX_HOSTS = 1024
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SHAPE = "for example 8xH100, 4x8xH100 (nodes x devices x kind), 2x8xH100+4x4xL40S, or a YAML file"
 
 
@@ -33,8 +40,17 @@ class _NodesFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     memory_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
+class _HostFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
+    address: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$")]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    token_file: Annotated[str, msgspec.Meta(min_length=1)]
+    certificate_sha256: str
+
+
 class _ClusterFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    nodes: list[_NodesFile]
+    nodes: list[_NodesFile] = []
+    hosts: list[_HostFile] = []
     network: str = DEFAULT_NETWORK
 
 
@@ -47,6 +63,12 @@ def load_cluster(text: str) -> ClusterSpec:
     if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
         parsed = convert(read_document(Path(text)), _ClusterFile, place=text)
         find_link(parsed.network)
+        if parsed.hosts:
+            raise OServeError(
+                "it lists hosts, whose devices are known only once they run",
+                place=f"{text}: hosts",
+                remedy="use it with oserve serve --cluster, or describe the devices under nodes",
+            )
         return ClusterSpec(devices=_devices(parsed.nodes, text), network=parsed.network)
     nodes = []
     for part in text.split("+"):
@@ -62,6 +84,55 @@ def load_cluster(text: str) -> ClusterSpec:
             )
         nodes.append(_NodesFile(kind=kind, devices=devices, count=count))
     return ClusterSpec(devices=_devices(nodes, "--cluster"))
+
+
+def load_hosts(file: str) -> tuple[HostEntry, ...]:
+    """The hosts that a cluster file lists; raises OServeError naming the invalid part."""
+    parsed = convert(read_document(Path(file)), _ClusterFile, place=file)
+    find_link(parsed.network)
+    if parsed.nodes or not parsed.hosts:
+        raise OServeError(
+            "to serve on several machines a cluster file lists hosts, and no nodes",
+            place=file,
+            remedy="list the lines that oserve node serve prints under hosts",
+        )
+    if len(parsed.hosts) > MAX_HOSTS:
+        raise OServeError(
+            f"{len(parsed.hosts):,} hosts are too many",
+            place=f"{file}: hosts",
+            remedy=f"at most {MAX_HOSTS:,}",
+        )
+    seen: dict[str, str] = {}
+    for index, host in enumerate(parsed.hosts):
+        place = f"{file}: hosts[{index}]"
+        for value in (host.name, f"{host.address} port {host.port}"):
+            if value in seen:
+                raise OServeError(
+                    f"{value} is there already", place=place, remedy=f"see {seen[value]}"
+                )
+            seen[value] = place
+    return tuple(
+        HostEntry(
+            name=host.name,
+            address=host.address,
+            port=host.port,
+            token_file=host.token_file,
+            certificate_sha256=_fingerprint(host.certificate_sha256, f"{file}: hosts[{index}]"),
+        )
+        for index, host in enumerate(parsed.hosts)
+    )
+
+
+def _fingerprint(text: str, place: str) -> str:
+    """64 hexadecimal digits; colons between them are allowed, as openssl prints them."""
+    digits = text.replace(":", "").lower()
+    if not _FINGERPRINT.fullmatch(digits):
+        raise OServeError(
+            "a SHA-256 has 64 hexadecimal digits",
+            place=f"{place}.certificate_sha256",
+            remedy="copy the one that oserve node serve prints on that host, in quotes",
+        )
+    return digits
 
 
 def _devices(nodes: list[_NodesFile], place: str) -> tuple[Device, ...]:

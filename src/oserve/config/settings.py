@@ -108,7 +108,8 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     file of step times by ``oserve profile``. ``precisions``: what replicas may have; by default the
     plain one and all of ``engines.variants``. ``measure``: ``auto`` measures briefly before the
     first plan if nothing was measured of the model on this CPU. ``min_shapes``: plan at least this
-    many different shapes, even if a homogeneous deployment is better.
+    many different shapes, even if a homogeneous deployment is better. ``spread``: the share of the
+    objective that may be paid so that the loss of one node leaves every type a replica.
     """
 
     trace: str = ""
@@ -125,6 +126,7 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     precisions: tuple[Precision, ...] = ()
     measure: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
     min_shapes: Count = 1
+    spread: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from oserve.control.evaluation import CandidateScore, DecisionInput, signature
 from oserve.control.following import FollowScore
 from oserve.control.lifetime import Lifetime
 from oserve.control.monitor import TrafficMonitor
+from oserve.control.node_view import remaining
 from oserve.control.policy import (
     HOUR_S,
     ControlPolicy,
@@ -67,6 +68,10 @@ class Controller:
         """When more load came than the plan in force holds; negative while it holds."""
         self._number = 0
         self._version = 0
+        self._unusable: frozenset[str] = frozenset()
+        self._left: frozenset[str] = frozenset()
+        self._decided_without: frozenset[str] = frozenset()
+        self._earlier: DeploymentPlan | None = None
         self._held_until_s = 0.0
 
     @property
@@ -80,6 +85,27 @@ class Controller:
             self.plan = plan
             self._version += 1
 
+    # -- nodes ----------------------------------------------------------------------------------
+    def see_nodes(self, unusable: frozenset[str], left: frozenset[str]) -> None:
+        """The devices that no plan may use; ``left``: those whose replicas do not serve on."""
+        self._unusable, self._left = unusable, left
+
+    @property
+    def nodes_due(self) -> bool:
+        """Whether the usable devices differ from those of the last decision about nodes."""
+        return self._unusable != self._decided_without
+
+    def accept_nodes(self) -> None:
+        """Decide no further about the present nodes."""
+        self._decided_without = self._unusable
+        if not self._unusable:
+            self._earlier = None
+
+    @property
+    def present(self) -> DeploymentPlan:
+        """The plan in force without what nodes took away."""
+        return remaining(self.plan, self._left)
+
     # -- the input of a decision ----------------------------------------------------------------
     def decision_input(
         self,
@@ -87,18 +113,20 @@ class Controller:
         *,
         given: DeploymentPlan | None = None,
         present: Sequence[ReplicaSpec] = (),
+        of_nodes: bool = False,
     ) -> DecisionInput:
         """The facts to decide on now; ``given`` is a plan that an operator proposes.
 
         ``present``: the replicas that exist, where not all of the plan could be started.
+        ``of_nodes``: see ``DecisionInput``.
         """
         policy = self.policy
         monitor = self.monitor
-        shrink = given is None and self._is_idle(now_s)
+        shrink = given is None and not of_nodes and self._is_idle(now_s)
         return DecisionInput(
             at_s=now_s,
             version=self._version,
-            current=replace(self.plan, replicas=tuple(present)) if present else self.plan,
+            current=replace(self.plan, replicas=tuple(present)) if present else self.present,
             now_rps=monitor.now_rps(),
             steps=monitor.steps(),
             lasts_s=self._lasts_s("", now_s),
@@ -113,6 +141,9 @@ class Controller:
             before=monitor.before_rps(),
             age_s=monitor.age_s(),
             back_s=policy.min_dwell_s,
+            unusable=self._unusable,
+            of_nodes=of_nodes,
+            earlier=self._earlier,
             load=(
                 None
                 if policy.follow is None
@@ -147,6 +178,22 @@ class Controller:
         in force, the verdict is to keep the latter.
         """
         switching = switching or inputs.version != self._version
+        decision = self._decided(inputs, score, now_s, trigger, switching=switching)
+        if inputs.of_nodes and decision.reason is not Reason.SWITCH_UNDER_WAY:
+            self._decided_without = inputs.unusable
+            if not inputs.unusable:
+                self._earlier = None
+        return decision
+
+    def _decided(
+        self,
+        inputs: DecisionInput,
+        score: CandidateScore | FollowScore | None,
+        now_s: float,
+        trigger: Trigger,
+        *,
+        switching: bool,
+    ) -> Decision:
         if inputs.follows and not isinstance(score, CandidateScore):
             return self._follow(inputs, score, now_s=now_s, trigger=trigger, switching=switching)
         if isinstance(score, FollowScore):
@@ -225,6 +272,9 @@ class Controller:
 
     def _switch(self, plan: DeploymentPlan, now_s: float, reason: Reason, *, changes: bool) -> None:
         """Make a plan the current one; ``changes``: replicas must start for it."""
+        if self._earlier is None and self.present is not self.plan:
+            # What the devices that left held, to be taken up again when they are back.
+            self._earlier = self.plan
         self.monitor.shrunk = reason is Reason.ZERO_TRAFFIC
         self._held_until_s = now_s + self.policy.hold_s if reason is Reason.MANUAL else 0.0
         self._regret.reset(now_s)

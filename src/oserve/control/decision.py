@@ -23,6 +23,7 @@ class Trigger(StrEnum):
     MANUAL = "manual"
     QUESTION = "question"
     LOAD = "load"
+    NODE = "node"
 
 
 class DecisionVerdict(StrEnum):
@@ -54,6 +55,7 @@ class Reason(StrEnum):
     OVERLOADED = "overloaded"
     LOAD_RISES = "load_rises"
     OBJECTIVE_GAINS = "objective_gains"
+    NODES_CHANGED = "nodes_changed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,7 @@ Traffic may return to what it was. After T the rates ``before`` the last change 
 for ``back_s``, the time until the controller can switch back. What the candidate serves less of
 them than the current plan is subtracted from the gain.
 
-A simulation may replace these numbers: see ``SimulatedScore``. The planner, the values and the
-times are passed in.
+A simulation may replace these numbers: see ``SimulatedScore``.
 """
 
 import math
@@ -84,8 +83,7 @@ class SwitchPlanner(Protocol):
 class ForecastStep:
     """One step of the forecast, ``seconds`` long.
 
-    ``probabilities``: rates with their probabilities, which sum to 1. ``expected``: the mean rates;
-    empty if only the distribution counts.
+    ``probabilities``: of rates. ``expected``: the mean rates; empty if only the former count.
     """
 
     seconds: float
@@ -100,15 +98,15 @@ class DecisionInput:
     ``steps`` of the forecast; the last one lasts as long as needed. ``lasts_s``: how long a
     candidate is expected to stay the best; ``lasting`` has the same by signature, for plans with a
     history. ``plan_for``: rates to make candidates for. ``given``: the operator's plan, evaluated
-    in place of candidates. ``version`` counts the plans that were in force. ``shrink_to``: keep
-    only so many replicas; 0: keep all. ``drain_s``: the least time that draining took so far.
+    in place of candidates. ``version`` counts the plans in force. ``shrink_to``: keep only so many
+    replicas; 0: all. ``drain_s``: the least time that draining took so far.
     ``drain_limit_s``: requests that still run by then move to other replicas.
-    ``in_order``: replicas serve in order of arrival, so that a backlog makes all requests late.
+    ``in_order``: replicas serve in order of arrival, so a backlog makes all requests late.
     ``past``: recent rates, each with the seconds that it held, up to now.
-    ``before``: the rates before the traffic last changed, empty if it did not change. They are
-    taken to return, for the ``back_s`` seconds until the controller can switch back. ``age_s``:
-    how long the traffic has been as it is now. ``speeds``: the observed speeds of replicas.
-    ``load``: for a controller that follows a ladder.
+    ``before``: the rates before the traffic last changed, empty if it did not; they are taken to
+    return for ``back_s``, until the controller can switch back. ``age_s``: of the present traffic.
+    ``speeds``: of replicas, observed. ``load``: for a controller that follows a ladder.
+    ``unusable``: devices for no plan. ``of_nodes``: decide at once, since these changed.
     """
 
     at_s: float
@@ -130,6 +128,9 @@ class DecisionInput:
     age_s: float = 0.0
     speeds: Speeds = field(default_factory=Speeds)
     load: LoadFacts | None = None
+    unusable: frozenset[str] = frozenset()
+    of_nodes: bool = False
+    earlier: DeploymentPlan | None = None  # The plan in force before nodes left.
 
     @property
     def follows(self) -> bool:
@@ -144,7 +145,7 @@ class DecisionInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchPrice:
-    """The price of one switch: its seconds, started replicas, and requests lost and touched."""
+    """The price of one switch: its seconds, started replicas, requests lost and touched."""
 
     seconds: float = 0.0
     changed: int = 0
@@ -217,13 +218,13 @@ class CandidateScore:
 
 
 def best_candidate(inputs: DecisionInput, planner: SwitchPlanner) -> CandidateScore | None:
-    """The candidate with the largest net gain; ``None`` where the planner has none."""
+    """The candidate with the largest net gain; ``None`` without any."""
     return next(iter(score_candidates(inputs, planner)), None)
 
 
 def score_candidates(inputs: DecisionInput, planner: SwitchPlanner) -> list[CandidateScore]:
     """All candidates, the one with the largest net gain first."""
-    found = [score_candidate(inputs, plan, planner) for plan in _candidates(inputs, planner)]
+    found = (score_candidate(inputs, plan, planner) for plan in _candidates(inputs, planner))
     return sorted(found, key=lambda item: item.net_gain, reverse=True)
 
 

@@ -102,6 +102,13 @@ class LadderDeployment:
         return _between(scores[index - 1], scores[index], load)
 
 
+def part_of(whole: LadderDeployment, shapes: Shapes) -> LadderDeployment:
+    """Some replicas of a deployment, which carry their part of its load."""
+    part = device_count(shapes) / device_count(whole.shapes)
+    scores = tuple(replace(score, load=part * score.load) for score in whole.scores)
+    return LadderDeployment(shapes=shapes, scores=scores)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """What a deployment is chosen for: the objective of each workload type, by position.
@@ -198,10 +205,7 @@ class Ladder:
         if not wider:
             return self
         whole = min(wider, key=lambda item: device_count(item.shapes))
-        part = device_count(shapes) / device_count(whole.shapes)
-        scores = tuple(replace(score, load=part * score.load) for score in whole.scores)
-        added = LadderDeployment(shapes=shapes, scores=scores)
-        return replace(self, deployments=(*self.deployments, added))
+        return replace(self, deployments=(*self.deployments, part_of(whole, shapes)))
 
     def without(self, barred: Collection[ReplicaShape], kept: Shapes) -> Self:
         """The ladder without deployments that have a barred shape, except for ``kept``."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from oserve.control.cluster import Cluster
+from oserve.control.node_view import NodeView
 from oserve.control.reconcile import ReconcilePolicy, given_up, reconcile
 from oserve.control.rollout import staged
 from oserve.core import Action, Clock, DeploymentPlan, Observation
@@ -16,6 +17,8 @@ class ControlLoop:
 
     ``held``: replicas that a switch controls; the loop does not touch them. ``observed`` is called
     with the observation and the actions of each round. ``rollout``: the stages towards a plan.
+    ``nodes`` judges the nodes of a cluster of several: the plan stays, but what of it is on nodes
+    that are lost or held down does not run.
     """
 
     def __init__(
@@ -28,8 +31,10 @@ class ControlLoop:
         interval_s: float = 0.5,
         observed: Callable[[Observation, tuple[Action, ...]], None] = lambda _o, _a: None,
         rollout: Rollout = staged,
+        nodes: NodeView | None = None,
     ) -> None:
         self.plan = plan
+        self.nodes = nodes or NodeView()
         self.held: frozenset[str] = frozenset()
         self._cluster = cluster
         self._clock = clock
@@ -38,12 +43,21 @@ class ControlLoop:
         self._observed = observed
         self._rollout = rollout
 
+    async def look(self) -> Observation:
+        """The cluster as its nodes allow (see ``node_view``); changes nothing."""
+        return self.nodes.judge(await self._cluster.observe())
+
     async def step(self) -> tuple[Action, ...]:
         """One round; returns its actions."""
-        observation = await self._cluster.observe()
-        lost = frozenset(given_up(self.plan, observation, self._policy))
-        desired = self._rollout(self.plan, observation, lost, self.held)
-        actions = reconcile(desired, observation, self._policy, self.held)
+        observation = await self.look()
+        plan = self.nodes.runnable(self.plan, observation)
+        lost = frozenset(given_up(plan, observation, self._policy))
+        held = self.held | self.nodes.away(self.plan, observation)
+        # The stages follow from the whole plan: what cannot run now must not end what serves.
+        desired = self.nodes.runnable(
+            self._rollout(self.plan, observation, lost, held), observation
+        )
+        actions = reconcile(desired, observation, self._policy, held)
         for action in actions:
             await self._cluster.apply(action)
         self._observed(observation, actions)

@@ -1,11 +1,15 @@
-"""Parts of plans: capacities at other speeds, shares, and the ids of plans."""
+"""Parts of plans: capacities at other speeds, shares, the ids of plans, and what fits."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from oserve.core import ReplicaSpec
+from oserve.control.evaluation import Leg
+from oserve.control.ladder import Shapes
+from oserve.control.rollout import stages
+from oserve.core import DeploymentPlan, Device, ReplicaSpec
 from oserve.perf import ShapePerformance
+from oserve.plan.packing import Packing
 from oserve.plan.search import DeploymentCandidate
 
 # Smaller shares are dropped; overflow routing covers them.
@@ -49,3 +53,66 @@ def plan_stamp(replicas: Sequence[ReplicaSpec]) -> str:
     """A short hash of a deployment."""
     text = repr(sorted((spec.id, repr(spec.shape), spec.devices) for spec in replicas))
     return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+
+
+def restart_legs(
+    old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec], start_s: Callable[[ReplicaSpec], float]
+) -> list[Leg]:
+    """The stages of a roll-out as the legs of a switch."""
+    return [
+        Leg(
+            leaving=stage.retired,
+            started=stage.started,
+            seconds=max((start_s(spec) for spec in stage.started), default=0.0),
+        )
+        for stage in stages(old, new)
+    ]
+
+
+def fitting(devices: Sequence[Device]) -> Callable[[Shapes], bool]:
+    """Whether replicas fit on these devices."""
+
+    def fits(shapes: Shapes) -> bool:
+        if not devices:
+            return not shapes
+        packing = Packing(devices, [shape for shape, _ in shapes])
+        return packing.fits([count for _, count in shapes])
+
+    return fits
+
+
+def fitting_rows(
+    rows: Sequence[ShapePerformance], devices: Sequence[Device]
+) -> tuple[ShapePerformance, ...]:
+    """The rows of shapes of which at least one replica fits on these devices."""
+    if not devices:
+        return ()
+    packing = Packing(devices, [row.shape for row in rows])
+    return tuple(row for index, row in enumerate(rows) if packing.largest(index) > 0)
+
+
+def extended(
+    current: DeploymentPlan, earlier: DeploymentPlan, devices: Sequence[Device]
+) -> DeploymentPlan | None:
+    """The current plan with the replicas of an earlier one that fit beside it, if any does.
+
+    They get other ids where theirs are taken. Shares are those of the current plan.
+    """
+    usable = {device.id for device in devices}
+    taken = {device for spec in current.replicas for device in spec.devices}
+    names = {spec.id for spec in current.replicas}
+    added = []
+    for spec in earlier.replicas:
+        own = set(spec.devices)
+        if not own or not own <= usable or own & taken:
+            continue
+        name, number = spec.id, 0
+        while name in names:
+            name, number = f"{spec.id}-{number}", number + 1
+        added.append(replace(spec, id=name))
+        taken |= own
+        names.add(name)
+    if not added:
+        return None
+    replicas = (*current.replicas, *added)
+    return replace(current, id=f"extended-{plan_stamp(replicas)}", replicas=replicas)

@@ -1,7 +1,7 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
 Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes that failed to start may be barred.
+Shapes may be barred, and devices left out.
 """
 
 from collections import Counter
@@ -12,12 +12,13 @@ from oserve.control.evaluation import Leg, TypeRates
 from oserve.control.ladder import Shapes
 from oserve.control.plan_parts import (
     even_shares,
+    fitting_rows,
     plan_gain,
     plan_stamp,
+    restart_legs,
     scaled_row,
     whole_shares,
 )
-from oserve.control.rollout import stages
 from oserve.core import (
     DeploymentPlan,
     Device,
@@ -34,6 +35,7 @@ from oserve.plan.assign import Assigner
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import AmongEquals, PlanProblem
+from oserve.plan.redundancy import place_redundantly
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 from oserve.plan.serving import Serving
 
@@ -63,8 +65,8 @@ class PlannerFacts:
     nothing is known. ``start_s``: seconds until a replica serves. ``legs`` returns a switch without
     restarts, or ``None`` where there is none. A plan of different shapes must gain ``min_gain``
     over the best homogeneous one; with ``min_shapes`` above 1, a homogeneous plan is used only if
-    there is no other. ``rows_at``: the rows of shapes by the table's model at other speeds;
-    ``None``: the table is never corrected.
+    there is no other. ``spread``: see ``plan.redundancy``. ``rows_at``: the rows of shapes by the
+    table's model at other speeds; ``None``: the table is never corrected.
     """
 
     devices: tuple[Device, ...]
@@ -82,6 +84,7 @@ class PlannerFacts:
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     rows_at: Callable[[Sequence[ReplicaShape], Speeds], Sequence[ShapePerformance]] | None = None
     min_shapes: int = 1
+    spread: float = 0.0
 
 
 class TablePlanner:
@@ -90,6 +93,9 @@ class TablePlanner:
     def __init__(self, facts: PlannerFacts) -> None:
         self.facts = facts
         self.barred: frozenset[ReplicaShape] = frozenset()
+        self.unusable: frozenset[str] = frozenset()
+        self.devices = facts.devices
+        self.most_s = float("inf")  # Of a search; a decision about nodes lowers it.
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
@@ -104,13 +110,19 @@ class TablePlanner:
         """Use other facts from now on; the workload types must be the same."""
         self.facts = facts
         self._chosen = {}
+        self.leave_out(self.unusable)
         self.correct(self.speeds)
+
+    def leave_out(self, unusable: frozenset[str]) -> None:
+        """Plan without these devices from now on."""
+        self.unusable, self._switches = unusable, {}
+        self.devices = tuple(item for item in self.facts.devices if item.id not in unusable)
 
     def correct(self, speeds: Speeds) -> None:
         """Use these speeds from now on, in place of any before."""
         self.speeds = speeds
         self._table = self._at_speed(self.facts.table)
-        # Another thread may be scoring plans: it must still find every shape.
+        # Another thread may be scoring plans and must find every shape.
         chosen = {
             shape: replace(self._at_speed([row])[0], shape=shape)
             for shape, row in dict(self._chosen).items()
@@ -139,17 +151,16 @@ class TablePlanner:
 
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
-        """The best plan for these rates, then homogeneous ones that come near it.
-
-        Empty where no shape serves these rates.
-        """
+        """The best plan for these rates, then homogeneous ones near it; none if no shape serves."""
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
+        if self.unusable:
+            table = fitting_rows(table, self.devices)
         types = self._rated(rates_rps, table)
-        if not any(kind.arrival_rate_rps > 0 for kind in types):
+        if not table or not any(kind.arrival_rate_rps > 0 for kind in types):
             return ()
         problem = PlanProblem(
-            devices=facts.devices,
+            devices=self.devices,
             types=types,
             options=table,
             enough_scale=facts.enough_scale,
@@ -158,13 +169,14 @@ class TablePlanner:
             min_shapes=facts.min_shapes,
         )
         try:
-            planned = plan_deployment(
-                problem, Search.EXACT, time_limit_s=facts.time_limit_s, candidates=0
-            )
+            limit_s = min(facts.time_limit_s, self.most_s)
+            planned = plan_deployment(problem, Search.EXACT, time_limit_s=limit_s, candidates=0)
         except OServeError:
             return ()
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
-        for deployment in self._near_best(problem, planned):
+        best, *near = self._near_best(problem, planned)
+        choice = place_redundantly(problem, planned, best, spread=facts.spread)
+        for deployment in (choice.deployment, *near):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
         return tuple(found.values())
@@ -189,11 +201,12 @@ class TablePlanner:
     ) -> DeploymentPlan:
         """Place a deployment on devices, as close to the current plan as possible."""
         placed = place_deployment(problem, deployment)
-        if set(placed.replicas) == set(current.replicas):
+        replicas = (*placed.replicas, *self._fixed(current))
+        if set(replicas) == set(current.replicas):
             return current
         plan = DeploymentPlan(
-            id=f"planned-{plan_stamp(placed.replicas)}",
-            replicas=placed.replicas,
+            id=f"planned-{plan_stamp(replicas)}",
+            replicas=replicas,
             length_classes=self.facts.classes,
             routing_shares={},
         )
@@ -201,13 +214,18 @@ class TablePlanner:
 
     def deployment(self, shapes: Shapes, current: DeploymentPlan) -> DeploymentPlan:
         """Place a deployment near the current plan; every replica serves every type."""
-        placed = place_replicas(shapes, self.facts.devices, current=current).replicas
+        placed = place_replicas(shapes, self.devices, current=current).replicas
+        placed += self._fixed(current)
         if set(placed) == set(current.replicas):
             return current
         plan = replace(
             current, id=f"ladder-{plan_stamp(placed)}", replicas=placed, routing_shares={}
         )
         return self.evenly_shared(plan)
+
+    def _fixed(self, current: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
+        """Replicas on devices that are left out: they serve on."""
+        return tuple(s for s in current.replicas if not self.unusable.isdisjoint(s.devices))
 
     def evenly_shared(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with all replicas in the pool of every type."""
@@ -226,8 +244,7 @@ class TablePlanner:
         found = self._switches.get(key)
         if found is None:
             held = {own: item for own, item in self._switches.items() if own[0] == origin}
-            if len(held) >= _MOST_SWITCHES:
-                held = {}
+            held = {} if len(held) >= _MOST_SWITCHES else held
             plan = self.deployment(shapes, current)
             found = (plan, tuple(self.legs(current.replicas, plan.replicas)))
             # Another thread may be reading.
@@ -313,11 +330,9 @@ class TablePlanner:
         ids: dict[ReplicaShape, list[str]] = {}
         for spec in known:
             ids.setdefault(spec.shape, []).append(spec.id)
-        if len(ids) > 1:
-            found = self._solved_shares(ids, rates_rps)
-            if found is not None:
-                even = even_shares([spec.id for spec in replicas])
-                return {name: whole_shares(own) or dict(even) for name, own in found.items()}
+        if len(ids) > 1 and (found := self._solved_shares(ids, rates_rps)) is not None:
+            even = even_shares([spec.id for spec in replicas])
+            return {name: whole_shares(own) or dict(even) for name, own in found.items()}
         # With one shape all replicas are equal; without known shapes, they cannot be distinguished.
         even = even_shares([spec.id for spec in (known if len(ids) == 1 else replicas)])
         return {kind.name: dict(even) for kind in self.facts.types}
@@ -349,14 +364,7 @@ class TablePlanner:
         found = None if self.facts.legs is None else self.facts.legs(old, new)
         if found is not None:
             return found
-        return [
-            Leg(
-                leaving=stage.retired,
-                started=stage.started,
-                seconds=max((self.facts.start_s(spec) for spec in stage.started), default=0.0),
-            )
-            for stage in stages(old, new)
-        ]
+        return restart_legs(old, new, self.facts.start_s)
 
     def stay_s(self, replicas: Sequence[ReplicaSpec], rates_rps: TypeRates) -> float:
         """The mean latency of the types at these rates, over the replicas that serve them."""
@@ -369,15 +377,12 @@ class TablePlanner:
                 weight += rate
         return total / weight if weight > 0 else 0.0
 
-    # -- helpers --------------------------------------------------------------------------------
     def _row(self, spec: ReplicaSpec) -> ShapePerformance | None:
         row = self._rows.get(spec.shape)
-        if row is None:
-            found = self.facts.row_of(spec)
-            if found is not None:
-                self._chosen[spec.shape] = found
-                row = replace(self._at_speed([found])[0], shape=spec.shape)
-                self._rows[spec.shape] = row
+        if row is None and (found := self.facts.row_of(spec)) is not None:
+            self._chosen[spec.shape] = found
+            row = replace(self._at_speed([found])[0], shape=spec.shape)
+            self._rows[spec.shape] = row
         return row
 
     def _rated(

@@ -56,6 +56,7 @@ def planner_for(
             legs=legs,
             min_gain=question.min_gain,
             min_shapes=question.min_shapes,
+            spread=question.spread,
             time_limit_s=question.time_limit_s,
             rows_at=rows,
         )

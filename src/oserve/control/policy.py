@@ -15,6 +15,7 @@ _SWITCHES = {
     Reason.MANUAL,
     Reason.LOAD_RISES,
     Reason.OBJECTIVE_GAINS,
+    Reason.NODES_CHANGED,
 }
 
 
@@ -90,6 +91,8 @@ def reason_for(
         return Reason.MANUAL
     if score is None:
         return Reason.NO_PLAN if context.watched else Reason.NO_DATA
+    if inputs.of_nodes:
+        return _reason_of_nodes(policy, context, inputs, score)
     checks = (
         *_guards(policy, context, inputs, score),
         *_margins(policy, inputs, score),
@@ -128,6 +131,25 @@ def _margins(
     yield score.gain <= max(policy.margin * cost, cost + least), Reason.COST_EXCEEDS_GAIN
 
 
+def _reason_of_nodes(
+    policy: ControlPolicy, context: DecisionContext, inputs: DecisionInput, score: CandidateScore
+) -> Reason:
+    """The same where nodes left or came back: neither dwell nor regret counts.
+
+    Replicas that only come in addition need no gain.
+    """
+    present, planned = set(inputs.current.replicas), set(score.plan.replicas)
+    checks = (
+        (context.switching, Reason.SWITCH_UNDER_WAY),
+        (present == planned, Reason.SAME_PLAN),
+        (context.held, Reason.HELD),
+        (present < planned, Reason.NODES_CHANGED),
+        *_margins(policy, inputs, score),
+        (True, Reason.NODES_CHANGED),
+    )
+    return next(reason for holds, reason in checks if holds)
+
+
 def follow_reason_for(
     policy: ControlPolicy,
     context: DecisionContext,
@@ -148,12 +170,14 @@ def follow_reason_for(
     steady = score.beside or not score.overloaded
     insured = climbs and likely and steady and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
+    better = score.gain_per_s > max(least, 1e-9) or (score.rises and score.holds)
     checks = (
-        (not context.watched, Reason.NO_DATA),
+        (not context.watched and not inputs.of_nodes, Reason.NO_DATA),
         (context.switching, Reason.SWITCH_UNDER_WAY),
         (same and score.overloaded, Reason.OVERLOADED),
         (same, Reason.SAME_PLAN),
         (context.held, Reason.HELD),
+        (inputs.of_nodes, Reason.NODES_CHANGED if better else Reason.GAIN_TOO_SMALL),
         # More load than the current plan holds waits for no dwell.
         (insured or (urgent and context.missed >= score.price), Reason.LOAD_RISES),
         (urgent, Reason.NOT_LONG_ENOUGH),

@@ -47,16 +47,18 @@ def reconcile(
 ) -> tuple[Action, ...]:
     """Actions that bring the cluster nearer to the plan; empty if it is there or must wait.
 
-    ``held``: replicas that a switch controls; they get no actions.
+    ``held``: replicas that a switch controls; they get no actions. Nothing starts on a node that
+    is not fully in use.
     """
     alive = [state for state in observation.replicas if state.phase is not ReplicaPhase.GONE]
+    planned = {spec.id: spec for spec in plan.replicas}
     actions: list[Action] = []
     for state in alive:
         if state.spec.id in held:
             continue
-        if plan.replica(state.spec.id) != state.spec or state.phase in _LEAVING:
+        if planned.get(state.spec.id) != state.spec or state.phase in _LEAVING:
             actions.extend(_retire(state, observation.now_s, policy))
-    known = {device.id for device in observation.devices}
+    known = observation.startable
     taken = {device for state in alive for device in state.spec.devices}
     present = {state.spec.id for state in alive}
     for spec in plan.replicas:

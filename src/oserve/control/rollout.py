@@ -13,7 +13,7 @@ from oserve.core import DeploymentPlan, Observation, ReplicaPhase, ReplicaSpec, 
 
 # At most this fraction of the replicas changes at a time (1 / 4), but at least one group.
 _AT_ONCE = 4
-_NOT_ROLLED = {ReplicaPhase.GONE, ReplicaPhase.STANDBY}
+_NOT_ROLLED = {ReplicaPhase.GONE, ReplicaPhase.STANDBY, ReplicaPhase.AWAY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +28,16 @@ def stages(
     current: Sequence[ReplicaSpec], target: Sequence[ReplicaSpec]
 ) -> tuple[RolloutStage, ...]:
     """All stages from one set of replicas to another, if every replica starts."""
-    old = [spec for spec in current if spec not in target]
-    missing = [spec for spec in target if spec not in current]
+    before, after = set(current), set(target)
+    old = [spec for spec in current if spec not in after]
+    missing = [spec for spec in target if spec not in before]
     found = []
     count = len(current)
     while old or missing:
         stage = next_stage(old, missing, count)
-        old = [spec for spec in old if spec not in stage.retired]
-        missing = [spec for spec in missing if spec not in stage.started]
+        gone, come = set(stage.retired), set(stage.started)
+        old = [spec for spec in old if spec not in gone]
+        missing = [spec for spec in missing if spec not in come]
         count += len(stage.started) - len(stage.retired)
         found.append(stage)
     return tuple(found)
@@ -45,19 +47,20 @@ def next_stage(
     old: Sequence[ReplicaSpec], missing: Sequence[ReplicaSpec], count: int
 ) -> RolloutStage:
     """The next stage of ``count`` replicas; in the end ``old`` retire and ``missing`` start."""
-    free = tuple(spec for spec in missing if not _blockers(spec, old))
+    holders = _Holders(old)
+    blockers = [(spec, holders.blockers(spec)) for spec in missing]
+    free = tuple(spec for spec, found in blockers if not found)
     if free or not missing:
         return RolloutStage(retired=() if missing else tuple(old), started=free)
-    order = sorted(missing, key=lambda spec: len(_blockers(spec, old)))
     budget = max(1, count // _AT_ONCE)
     retired: list[ReplicaSpec] = []
-    for spec in order:
-        more = [item for item in _blockers(spec, old) if item not in retired]
+    for _, found in sorted(blockers, key=lambda item: len(item[1])):
+        more = [item for item in found if item not in retired]
         if retired and len(retired) + len(more) > budget:
             break
         retired += more
-    left = [spec for spec in old if spec not in retired]
-    started = tuple(spec for spec in missing if not _blockers(spec, left))
+    left = _Holders([spec for spec in old if spec not in retired])
+    started = tuple(spec for spec in missing if not left.blockers(spec))
     return RolloutStage(retired=tuple(retired), started=started)
 
 
@@ -70,7 +73,8 @@ def staged(
     """The plan to reconcile to now, on the way to ``target``.
 
     ``lost``: replicas of the target that were given up; other replicas of their shapes are not
-    rolled out, and what serves now stays. ``held``: replicas that a switch controls.
+    rolled out, and what serves now stays. ``held``: replicas that a switch controls. Replicas of
+    the target on nodes that are not in use do not start, and nothing leaves for them.
     """
     alive = [
         state
@@ -80,17 +84,19 @@ def staged(
     retiring = _retiring(target, alive)
     if not retiring:
         return target
-    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost))
-    desired = tuple(spec for spec in target.replicas if not _blockers(spec, kept))
+    kept = _remaining(retiring, _next_retired(target, alive, retiring, lost, observation.startable))
+    holders = _Holders(kept)
+    desired = tuple(spec for spec in target.replicas if not holders.blockers(spec))
     return replace(target, replicas=(*desired, *kept))
 
 
 def _retiring(target: DeploymentPlan, alive: Sequence[ReplicaState]) -> list[ReplicaState]:
     """Replicas that serve or drain and are not in the target."""
+    wanted = set(target.replicas)
     return [
         state
         for state in alive
-        if state.spec not in target.replicas and state.phase is not ReplicaPhase.LOADING
+        if state.spec not in wanted and state.phase is not ReplicaPhase.LOADING
     ]
 
 
@@ -99,21 +105,27 @@ def _next_retired(
     alive: Sequence[ReplicaState],
     retiring: Sequence[ReplicaState],
     lost: frozenset[str],
+    startable: frozenset[str],
 ) -> tuple[ReplicaSpec, ...]:
     """Replicas to retire now: none while a replica of the target starts or can start."""
     failed_shapes = {spec.shape for spec in target.replicas if spec.id in lost}
-    present = [state.spec for state in alive if state.phase is not ReplicaPhase.DRAINING]
-    missing = [
+    present = {state.spec for state in alive if state.phase is not ReplicaPhase.DRAINING}
+    absent = [
         spec for spec in target.replicas if spec not in present and spec.shape not in failed_shapes
     ]
+    missing = [spec for spec in absent if startable.issuperset(spec.devices)]
     specs = [state.spec for state in retiring]
+    holders = _Holders(specs)
     starting = any(
         state.phase is ReplicaPhase.LOADING and state.spec in target.replicas for state in alive
     )
-    if starting or any(not _blockers(spec, specs) for spec in missing):
+    if starting or any(not holders.blockers(spec) for spec in missing):
         return ()
     if failed_shapes and not missing:
         return ()
+    if absent and not missing:
+        # The rest of the target waits for its nodes: only what is on such nodes itself leaves.
+        return tuple(spec for spec in specs if not startable.issuperset(spec.devices))
     return next_stage(specs, missing, len(alive)).retired
 
 
@@ -137,9 +149,21 @@ def settled(target: DeploymentPlan, observation: Observation, lost: frozenset[st
     return not alive or bool(lost)
 
 
-def _blockers(spec: ReplicaSpec, others: Sequence[ReplicaSpec]) -> list[ReplicaSpec]:
-    """Replicas on a device of ``spec``, or with its id: they must end before it can start."""
-    devices = set(spec.devices)
-    return [
-        other for other in others if other.id == spec.id or not devices.isdisjoint(other.devices)
-    ]
+class _Holders:
+    """Which of some replicas hold a device or an id, so that another one must wait for them."""
+
+    def __init__(self, replicas: Sequence[ReplicaSpec]) -> None:
+        self._order = {id(spec): place for place, spec in enumerate(replicas)}
+        self._by_id = {spec.id: spec for spec in replicas}
+        self._by_device: dict[str, list[ReplicaSpec]] = {}
+        for spec in replicas:
+            for device in spec.devices:
+                self._by_device.setdefault(device, []).append(spec)
+
+    def blockers(self, spec: ReplicaSpec) -> list[ReplicaSpec]:
+        """Those on a device of ``spec``, or with its id: they must end before it can start."""
+        found = {id(own): own for device in spec.devices for own in self._by_device.get(device, ())}
+        same = self._by_id.get(spec.id)
+        if same is not None:
+            found[id(same)] = same
+        return [found[key] for key in sorted(found, key=self._order.__getitem__)]

@@ -16,20 +16,32 @@ from oserve.control.evaluation import (
     CandidateScore,
     DecisionInput,
     SimulatedScore,
+    score_candidate,
     score_candidates,
 )
 from oserve.control.following import FollowScore, follow, present_load
-from oserve.control.ladder import Ladder, shapes_of
+from oserve.control.ladder import Ladder, Shapes, shapes_of
+from oserve.control.ladder_cut import cut_ladder
 from oserve.control.ladder_table import ladder_rows
 from oserve.control.load_facts import LoadFacts
 from oserve.control.monitor import LAST_S
+from oserve.control.node_view import unusable_devices
+from oserve.control.plan_parts import extended, fitting
 from oserve.control.planner import TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
 from oserve.control.tally import Batch
-from oserve.core import DeploymentPlan, Observation, PlannedType, ReplicaPhase, ReplicaSpec
+from oserve.core import (
+    DeploymentPlan,
+    NodePhase,
+    NodeState,
+    Observation,
+    PlannedType,
+    ReplicaPhase,
+    ReplicaSpec,
+)
 from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.experts import Combination
 from oserve.forecast.forecaster import QUANTILES, Forecaster
@@ -39,6 +51,8 @@ from oserve.workload import classify
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
 _OVERLOAD_REST_S, _SURE_S = 5.0, 60.0
+# The searches of a decision about nodes take at most this long.
+_AT_ONCE_S = 2.0
 # The mix of fewer requests is chance.
 _FEWEST_REQUESTS = 100
 
@@ -114,12 +128,25 @@ class ControllerRuntime:
             "queued": float(queued),
         }
         self.starts.observe(observation)
+        self.see_nodes(observation.node_states)
         speeds = None if self._speeds is None else self._speeds.observe(observation)
         if speeds is not None:
             self.planner.correct(speeds)
             # Solve the shares again at once.
             self._shared = None
-        return self.count(now_s, batches, gauges)
+        trigger = self.count(now_s, batches, gauges)
+        return Trigger.NODE if self.controller.nodes_due else trigger
+
+    def see_nodes(self, states: Sequence[NodeState]) -> None:
+        """Plan for the devices of the nodes that are in use from now on."""
+        devices = self.planner.facts.devices
+        unusable = frozenset(unusable_devices(devices, states))
+        if unusable != self.planner.unusable:
+            self.planner.leave_out(unusable)
+        draining = NodePhase.DRAINING.value
+        names = {s.name for s in states if not s.reachable or s.word == draining}
+        left = frozenset(device.id for device in devices if device.node in names)
+        self.controller.see_nodes(unusable, left)
 
     def count(
         self, now_s: float, batches: Sequence[Batch], gauges: Mapping[str, float] | None = None
@@ -137,7 +164,7 @@ class ControllerRuntime:
         policy, ladder, monitor = controller.policy.follow, self.shelf.ladder, controller.monitor
         if policy is None or ladder is None:
             return None
-        shapes = shapes_of(controller.plan.replicas)
+        shapes = shapes_of(controller.present.replicas)
         ladder = ladder.including(shapes)
         present = ladder.find(shapes)
         if present is None:
@@ -174,7 +201,7 @@ class ControllerRuntime:
             mix = tuple(kind.arrival_rate_rps for kind in self.planner.facts.types)
         total = sum(mix)
         mix = tuple(round(rate / total if total > 0 else 1.0 / len(mix), 3) for rate in mix)
-        present = shapes_of(self.controller.plan.replicas)
+        present = shapes_of(self.controller.present.replicas)
         speeds = self.planner.speeds
         bursts = tuple(round(item, 1) for item in facts.burstiness)
         if not self.shelf.needs(mix, present, speeds, now_s, bursts):
@@ -191,7 +218,8 @@ class ControllerRuntime:
         follow, ladder = self.controller.policy.follow, self.shelf.ladder
         if follow is None or ladder is None:
             return
-        current = self.controller.plan
+        current = self.controller.present
+        ladder = self._usable(ladder, shapes_of(current.replicas))
         rows = ladder_rows(ladder, follow.goal, ladder.loads, headroom=follow.headroom)
         for shapes in dict.fromkeys(row.shapes for row in rows):
             self.planner.switch(current, shapes)
@@ -234,7 +262,7 @@ class ControllerRuntime:
         self, now_s: float, trigger: Trigger, *, switching: bool = False
     ) -> tuple[Decision, CandidateScore | FollowScore | None]:
         """Make a whole decision at once; returns it with the score it is based on."""
-        inputs = self.controller.decision_input(now_s)
+        inputs = self.controller.decision_input(now_s, of_nodes=trigger is Trigger.NODE)
         score = self.evaluate(inputs)
         decision = self.controller.decide(
             inputs, score, now_s=now_s, trigger=trigger, switching=switching
@@ -244,14 +272,51 @@ class ControllerRuntime:
     def evaluate(self, inputs: DecisionInput) -> CandidateScore | FollowScore | None:
         """Return the best candidate with its score. Without a ladder this is slow."""
         if inputs.follows and inputs.load is not None:
-            return self._followed(inputs, inputs.load)
+            followed = self._followed(inputs, inputs.load)
+            if followed is not None or not inputs.of_nodes:
+                return followed
         inputs = replace(inputs, speeds=self.planner.speeds)
+        if inputs.of_nodes:
+            return self._of_nodes(inputs)
         found = score_candidates(inputs, self.planner)
         automatic = inputs.given is None and not inputs.shrink_to
         if self._scorer is not None and automatic:
             found = self._simulated(inputs, found[:_MOST_SIMULATED], self._scorer)
         best = max(found, key=lambda item: item.net_gain, default=None)
         return None if best is None else replace(best, plan=self.typed(best.plan))
+
+    def _of_nodes(self, inputs: DecisionInput) -> CandidateScore | None:
+        """The best plan for the devices in use, by the linear model alone, since it is quick.
+
+        If no plan gains much, the present one takes up again what came back.
+        """
+        planner = self.planner
+        if not any(sum(rates) > 0 for rates in inputs.plan_for):
+            usual = tuple(kind.arrival_rate_rps for kind in planner.facts.types)
+            step = replace(inputs.steps[0], probabilities={usual: 1.0}, expected=usual)
+            inputs = replace(inputs, plan_for=(usual,), now_rps=usual, steps=(step,))
+        usual_s, planner.most_s = planner.most_s, _AT_ONCE_S / max(1, len(inputs.plan_for))
+        try:
+            found = score_candidates(inputs, planner)
+        finally:
+            planner.most_s = usual_s
+        best = max(found, key=lambda item: item.net_gain, default=None)
+        least = self.controller.policy.min_gain
+        if inputs.earlier is not None and (
+            best is None or best.net_gain <= least * best.current_rps * best.lasts_s
+        ):
+            wider = extended(inputs.current, inputs.earlier, planner.devices)
+            if wider is not None:
+                shares = planner.shares(wider.replicas, inputs.now_rps)
+                best = score_candidate(inputs, planner.with_shares(wider, shares), planner)
+        return None if best is None else replace(best, plan=self.typed(best.plan))
+
+    def _usable(self, ladder: Ladder, present: Shapes) -> Ladder:
+        """The ladder for the devices in use."""
+        ladder = ladder.including(present)
+        if not self.planner.unusable:
+            return ladder
+        return cut_ladder(ladder, fitting(self.planner.devices), kept=present)
 
     def _followed(self, inputs: DecisionInput, facts: LoadFacts) -> FollowScore | None:
         """The place on the ladder; ``None`` without one that has the current plan."""
@@ -260,7 +325,7 @@ class ControllerRuntime:
             return None
         mine = shapes_of(inputs.current.replicas)
         found = follow(
-            ladder.including(mine).without(self.planner.barred, mine),
+            self._usable(ladder, mine).without(self.planner.barred, mine),
             facts,
             policy.follow,
             current=inputs.current,

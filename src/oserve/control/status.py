@@ -1,5 +1,6 @@
 """The status document: replicas, their devices and load, and what happens to failed ones."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _SILENT_S = 3.0
 _NOTES = {
     ReplicaPhase.STANDBY: "receives its weights from other replicas",
     ReplicaPhase.HUNG: "is being stopped",
+    ReplicaPhase.AWAY: "gets no requests until its node is in use again",
 }
 
 
@@ -62,9 +64,8 @@ def status_document(
     ``open_breakers``: replicas that get no requests now: the reason, and the seconds left.
     """
     replicas = _replicas(plan, observation, policy, open_breakers or {})
-    serving = any(
-        item.phase is ReplicaPhase.READY and plan.replica(item.id) is not None for item in replicas
-    )
+    planned = {spec.id for spec in plan.replicas}
+    serving = any(item.phase is ReplicaPhase.READY and item.id in planned for item in replicas)
     return {
         "version": version,
         "model": model,
@@ -87,7 +88,38 @@ def status_document(
             {"id": device.id, "kind": device.kind, "node": device.node, "cores": device.cores}
             for device in observation.devices
         ],
+        "nodes": node_documents(observation),
     }
+
+
+def node_documents(observation: Observation) -> list[dict[str, Any]]:
+    """The nodes and their states as JSON values, by name; empty for one machine."""
+    if not observation.node_states:
+        return []
+    homes = {device.id: device.node for device in observation.devices}
+    sizes = Counter(homes.values())
+    living: dict[str, list[str]] = {}
+    for replica in observation.replicas:
+        if replica.phase is not ReplicaPhase.GONE:
+            for node in {homes.get(device, "") for device in replica.spec.devices}:
+                living.setdefault(node, []).append(replica.spec.id)
+    found = []
+    for state in observation.node_states:
+        found.append(
+            {
+                "name": state.name,
+                "state": state.phase.value,
+                "state_s": round(observation.now_s - state.since_s, 1),
+                "word": state.word,
+                "held_down_s": round(max(0.0, state.until_s - observation.now_s), 1),
+                "silent_s": round(state.silent_s, 1),
+                "losses": state.losses,
+                "reason": state.reason,
+                "devices": sizes[state.name],
+                "replicas": living.get(state.name, []),
+            }
+        )
+    return found
 
 
 def _replicas(
@@ -100,9 +132,10 @@ def _replicas(
     seen = {state.spec.id for state in observation.replicas}
     found = [_observed(state, observation.now_s) for state in observation.replicas]
     found += [_absent(spec) for spec in plan.replicas if spec.id not in seen]
+    planned = {spec.id: spec for spec in plan.replicas}
     replicas = []
     for item in found:
-        note = _note(item, plan, observation, policy)
+        note = _note(item, planned.get(item.id), observation, policy)
         if item.id in open_breakers and item.phase is ReplicaPhase.READY:
             note = _breaker_note(*open_breakers[item.id])
         replicas.append(msgspec.structs.replace(item, note=note))
@@ -162,21 +195,20 @@ def _breaker_note(reason: str, left_s: float) -> str:
 
 def _note(
     item: ReplicaStatus,
-    plan: DeploymentPlan,
+    spec: ReplicaSpec | None,
     observation: Observation,
     policy: ReconcilePolicy,
 ) -> str:
     """What happens next to a replica that does not serve as planned."""
     if item.phase in _NOTES:
         return _NOTES[item.phase]
-    spec = plan.replica(item.id)
     if spec is None:
         return "not in the plan"
     if item.phase is not ReplicaPhase.GONE:
         return _silence(item)
     failures = observation.failures.get(spec.id)
     if failures is None or failures.spec != spec:
-        return "waiting for its devices"
+        return item.detail if item.detail.startswith("node ") else "waiting for its devices"
     wait_s = restart_wait_s(spec, observation, policy)
     if wait_s == float("inf"):
         return f"given up after {failures.count} failures: {failures.reason}"
@@ -204,6 +236,9 @@ def gauges(observation: Observation) -> list[tuple[str, list[str], float]]:
             values["oserve_requests_waiting", name] = float(state.waiting)
             values["oserve_kv_cache_usage_ratio", name] = state.kv_cache_usage
             values["oserve_replica_silent_seconds", name] = state.silent_s
+    for node in observation.node_states:
+        where = ("oserve_nodes", (node.phase.value,))
+        values[where] = values.get(where, 0.0) + 1.0
     values["oserve_devices", ("used",)] = float(len(used))
     values["oserve_devices", ("free",)] = float(len(observation.devices) - len(used))
     return [(name, list(labels), value) for (name, labels), value in values.items()]

@@ -8,7 +8,9 @@ from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartRepli
 from oserve.core.clock import Clock, VirtualClock
 from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
+from oserve.core.nodes import NodePhase, NodeSighting, NodeState
 from oserve.core.objective import Objective
+from oserve.core.parts import ReplicaPart, node_of_rank, parts_of
 from oserve.core.plan import (
     AttachedBackend,
     Backend,
@@ -53,12 +55,16 @@ __all__ = [
     "FinishStatus",
     "HatchAddress",
     "LengthClass",
+    "NodePhase",
+    "NodeSighting",
+    "NodeState",
     "OServeError",
     "Objective",
     "Observation",
     "PlannedType",
     "Precision",
     "ReplicaLoad",
+    "ReplicaPart",
     "ReplicaPhase",
     "ReplicaShape",
     "ReplicaSpec",
@@ -72,4 +78,6 @@ __all__ = [
     "VirtualClock",
     "VllmBackend",
     "WorkloadType",
+    "node_of_rank",
+    "parts_of",
 ]

@@ -28,7 +28,8 @@ class Device:
     """One accelerator, or one slot of CPU cores.
 
     ``cores`` lists the CPU cores of a slot (empty for an accelerator); ``memory_bytes`` is the
-    memory available to weights and KV cache, 0 when unknown.
+    memory available to weights and KV cache, 0 when unknown. ``uuid`` is that of a GPU, the same
+    whatever a process may see of its machine; empty when unknown.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Device:
     node: str = "local"
     memory_bytes: int = 0
     cores: tuple[int, ...] = ()
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from oserve.core.endpoint import Endpoint
+from oserve.core.nodes import NodeSighting, NodeState
 from oserve.core.plan import ReplicaSpec
 from oserve.core.shape import Device
 
@@ -15,7 +16,8 @@ class ReplicaPhase(StrEnum):
     """The lifecycle of a replica: loading, ready, draining, gone.
 
     A replica that receives its weights from other replicas is on standby before it is ready. A hung
-    replica is being terminated and no longer holds requests.
+    replica is being terminated and no longer holds requests. A replica that is away runs on a node
+    that was lost and is not used yet; it gets no requests.
     """
 
     LOADING = "loading"
@@ -23,6 +25,7 @@ class ReplicaPhase(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     HUNG = "hung"
+    AWAY = "away"
     GONE = "gone"
 
 
@@ -84,12 +87,18 @@ class StartFailures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """A snapshot of the cluster at ``now_s`` (seconds of the clock)."""
+    """A snapshot of the cluster at ``now_s`` (seconds of the clock).
+
+    ``nodes``: what is seen of each node; empty for a cluster of one machine, which is never lost.
+    ``node_states`` are added by ``control.nodes``, which also takes the devices of lost nodes away.
+    """
 
     now_s: float
     devices: tuple[Device, ...]
     replicas: tuple[ReplicaState, ...]
     failures: Mapping[str, StartFailures] = field(default_factory=dict)
+    nodes: tuple[NodeSighting, ...] = ()
+    node_states: tuple[NodeState, ...] = ()
 
     def replica(self, replica_id: str) -> ReplicaState | None:
         """The observed replica of that id; ``None`` if there is none or it is gone."""
@@ -97,6 +106,12 @@ class Observation:
             if state.spec.id == replica_id and state.phase is not ReplicaPhase.GONE:
                 return state
         return None
+
+    @property
+    def startable(self) -> frozenset[str]:
+        """The devices on which a replica may start now, held or not."""
+        barred = {state.name for state in self.node_states if not state.startable}
+        return frozenset(device.id for device in self.devices if device.node not in barred)
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ _ENDPOINTS = (
     "/v1/models",
     "/oserve/v1/status",
     "/oserve/v1/switch",
+    "/oserve/v1/nodes",
     "/oserve/v1/plan",
     "/oserve/v1",
     "/health",

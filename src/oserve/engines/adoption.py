@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 
 from oserve import __version__
-from oserve.core import Device, ReplicaShape, ReplicaSpec, VllmBackend
-from oserve.engines.keeper_connection import HeldProcess
+from oserve.core import Clock, Device, ReplicaShape, ReplicaSpec, VllmBackend
+from oserve.engines.clock import LiveClock
+from oserve.engines.group import boot_id
+from oserve.engines.held_process import HeldProcess
 from oserve.engines.registry import ProcessNote
 from oserve.engines.settings import EngineSettings
 
@@ -23,8 +25,9 @@ _MONITORING = {
 class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's spec, and a ``stamp`` of everything else that it was started with.
 
-    ``ready_s``: when it became ready, on the machine's monotonic clock; ``None`` before.
-    ``standby``: it was started without weights. ``step_s``: seconds that a whole chunk took.
+    ``ready_s``: when it became ready, on the monotonic clock of the server's machine, whose
+    ``boot_id`` is ``boot``; ``None`` before. ``standby``: it was started without weights.
+    ``step_s``: seconds that a whole chunk took.
     """
 
     replica: str
@@ -34,6 +37,7 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
     stamp: str
     standby: bool = False
     ready_s: float | None = None
+    boot: str = ""
     max_model_len: int = 0
     step_s: float = 0.0
 
@@ -42,6 +46,11 @@ class EngineNote(msgspec.Struct, frozen=True, kw_only=True):
         """The replica that the engine serves."""
         backend = VllmBackend(engine_args=self.engine_args)
         return ReplicaSpec(id=self.replica, shape=self.shape, devices=self.devices, backend=backend)
+
+    def since_s(self, now_s: float) -> float:
+        """When it became ready, on this machine's clock; ``now_s`` if another one's told it."""
+        known = self.ready_s is not None and self.boot in {"", boot_id()}
+        return self.ready_s if known and self.ready_s is not None else now_s
 
 
 def note_of(spec: ReplicaSpec, stamp: str, *, standby: bool = False) -> EngineNote:
@@ -100,15 +109,22 @@ def sorted_out(
     return known, strange
 
 
-async def end(process: HeldProcess, *, grace_s: float) -> None:
-    """Send TERM, after ``grace_s`` seconds KILL; returns when the process is gone."""
+async def end(process: HeldProcess, *, grace_s: float, clock: Clock | None = None) -> None:
+    """Send TERM, after ``grace_s`` seconds KILL; returns when the process is gone.
+
+    Raises ``NodeLostError`` if its node is lost meanwhile.
+    """
     process.terminate()
+    ended = asyncio.ensure_future(process.wait())
+    passed = asyncio.ensure_future((clock or LiveClock()).sleep(grace_s))
     try:
-        async with asyncio.timeout(grace_s):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+        await asyncio.wait({ended, passed}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            process.kill()
+        await ended
+    finally:
+        passed.cancel()
+        ended.cancel()
 
 
 def highest_number(names: Sequence[str]) -> int:

@@ -1,9 +1,10 @@
 """From a replica's spec to vLLM's command line and environment. Pure; it holds every flag."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from oserve.core import Device, OServeError, Precision, ReplicaSpec, VllmBackend
+from oserve.core import Device, OServeError, Precision, ReplicaPart, ReplicaSpec, VllmBackend
 from oserve.engines.settings import EngineSettings
 
 Platform = Literal["cpu", "cuda"]
@@ -23,6 +24,29 @@ _CONNECTOR = (
     '"kv_role":"kv_both","kv_load_failure_policy":"recompute"}'
 )
 _EXTENSION = "oserve.engines.worker_extension.WorkerExtension"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeInterface:
+    """The network interface by which a node's engines reach those on other nodes.
+
+    Without a ``name`` the engine looks up which interface of its machine has the ``address``.
+    """
+
+    address: str
+    name: str = ""
+
+
+# If all ranks are on this machine: no name look-ups, no external interface.
+_LOOPBACK = NodeInterface(address="127.0.0.1", name="lo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks of a replica on several nodes meet: an address of the leader's node."""
+
+    address: str
+    port: int
 
 
 def engine_arguments(
@@ -98,6 +122,30 @@ def _weights(
     )
 
 
+def part_arguments(
+    whole: Sequence[str], part: ReplicaPart, meeting: Rendezvous, *, platform: Platform
+) -> list[str]:
+    """Arguments of one part of a replica over several nodes.
+
+    ``whole``: from ``engine_arguments``, the same list for every part. vLLM does not compare what
+    the parts were told, and different shapes would hang or compute nonsense.
+    """
+    arguments = [
+        *whole,
+        *("--distributed-executor-backend", "mp"),
+        *("--nnodes", str(part.count)),
+        *("--node-rank", str(part.index)),
+        *("--master-addr", meeting.address),
+        *("--master-port", str(meeting.port)),
+    ]
+    if platform == "cpu":
+        # vLLM takes every CPU rank for a node of its own unless their devices are listed.
+        arguments += ["--device-ids", ",".join(map(str, range(len(part.ranks))))]
+    if part.index > 0:
+        arguments.append("--headless")
+    return arguments
+
+
 def runs_eagerly(arguments: Sequence[str]) -> bool:
     """Whether these arguments turn compilation off; the last one wins."""
     words = [word for word in arguments if word in {"--enforce-eager", "--no-enforce-eager"}]
@@ -113,6 +161,7 @@ def engine_environment(
     folder: str,
     keep_weights: bool = False,
     caches: str = "",
+    interface: NodeInterface | None = None,
 ) -> dict[str, str]:
     """Environment variables to add for one engine on these devices (in rank order).
 
@@ -120,7 +169,8 @@ def engine_environment(
     compiled. ``folder``: for sockets and other files of this engine alone (under 69 bytes, since
     socket paths must stay under 108); the process that starts the engine removes it.
     ``keep_weights``: keep them as loaded, so that they can move to other engines. ``caches``: the
-    folder through which KV caches move.
+    folder through which KV caches move. ``interface``: to the other parts of the replica, if it
+    has several; then the devices are those of one part.
     """
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -138,22 +188,38 @@ def engine_environment(
     if local_model:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if platform == "cuda":
-        indices = ",".join(device.id.partition(":")[2] for device in devices)
+        # By UUID where it is known, so that an engine cannot get a GPU that was renumbered.
+        indices = ",".join(device.uuid or device.id.partition(":")[2] for device in devices)
         # By default CUDA may number GPUs differently from nvidia-smi.
-        return environment | {"CUDA_VISIBLE_DEVICES": indices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        environment |= {"CUDA_VISIBLE_DEVICES": indices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if interface is None:
+            return environment
+        return environment | _network(interface)
     if eager:
         # vLLM would still compile some small functions on first use: half a minute of g++ during a
         # request, while the whole engine waits.
         environment["TORCHDYNAMO_DISABLE"] = "1"
     threads = max(1, len(engine_cores(devices)) // max(1, len(devices)))
-    return environment | {
-        "OMP_NUM_THREADS": str(threads),
-        # vLLM's own binding would put every engine of a machine on the same cores.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # All ranks are on this machine: no name look-ups, no external interface.
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    return (
+        environment
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            # vLLM's own binding would put every engine of a machine on the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        | _network(interface or _LOOPBACK)
+    )
+
+
+def _network(interface: NodeInterface) -> dict[str, str]:
+    environment = {"VLLM_HOST_IP": interface.address}
+    return environment | (interface_variables(interface.name) if interface.name else {})
+
+
+def interface_variables(name: str) -> dict[str, str]:
+    """Variables by which an engine's ranks use that interface, and no other."""
+    # Without the sign it would be a prefix for NCCL: eth1 would also mean eth10.
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def engine_cores(devices: Sequence[Device]) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
-"""The live cluster: replicas as engines on this machine, or as attached servers.
+"""The live cluster: replicas as engines on this machine and other nodes, or as attached servers.
 
 Each replica has one task (see ``replica``), which reports to ``ReplicaStates``. This class gives no
 device to two replicas at once, except to a standby replica beside another. It makes no decisions:
 an engine that exits shows in the next observation, and starts again only when the controller asks.
+A node whose connection is lost is out of the observation with its devices, and its replicas are
+gone; it is back once all that still runs there is taken up or ended.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -29,30 +32,34 @@ from oserve.core import (
 )
 from oserve.engines.adoption import EngineNote, end, highest_number, sorted_out
 from oserve.engines.attached import AttachedReplica
-from oserve.engines.engine_starts import EngineFiles, EngineStarter, LaunchFacts
+from oserve.engines.cluster_nodes import ClusterNodes
+from oserve.engines.engine_starts import LaunchFacts, platform_of
 from oserve.engines.group import group_activity
+from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
-from oserve.engines.keeper_connection import HeldProcess
+from oserve.engines.node_engines import KeptEngines, NodeEngines, own_engines
+from oserve.engines.part_adoption import PartsGathering, finished
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
 from oserve.engines.settings import EngineSettings
-from oserve.engines.spawner import EngineProcess, Launcher
+from oserve.engines.spawner import Launcher
+from oserve.engines.watched import WatchedProcess
 
 _log = logging.getLogger("oserve.engines")
 
 _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 
 
-class LocalCluster:
+class EngineCluster:
     """Implements ``control.cluster.Cluster``. ``close`` leaves no process and no socket behind.
 
-    ``model`` is a folder or a hub name; ``served_model_name`` the name in requests. ``run_dir``
-    holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
-    ``sized``: the KV cache size in ``settings`` was computed, so that engines of another size may
-    be taken over. ``keeper`` holds the engines, which then outlive this process for a while; see
-    ``adopt``. ``launcher``, ``probe`` and ``look`` are for tests. ``on_change`` is called at once,
-    in the event loop, whenever a replica's phase changes.
+    ``model``, ``served_model_name``, ``sized``: see ``LaunchFacts``. ``run_dir`` holds sockets and
+    logs. ``api_keys``: values of the variables that attached replicas name. ``keeper`` holds the
+    engines, which then outlive this process for a while; see ``adopt``. ``remote``: the keepers of
+    other nodes, for ``devices`` there. ``launcher``, ``probe`` and ``look`` are for tests.
+    ``on_change`` is called at once, in the event loop, whenever a replica's phase changes;
+    ``on_node`` with a node that is up (an empty reason) or down (why).
     """
 
     def __init__(
@@ -67,43 +74,52 @@ class LocalCluster:
         api_keys: Mapping[str, str] | None = None,
         sized: bool = False,
         keeper: HeldEngines | None = None,
+        remote: Sequence[HeldEngines] = (),
         launcher: Launcher | None = None,
         probe: Callable[[Endpoint], Prober] | None = None,
         look: Callable[[int, Path], Activity | None] = group_activity,
         on_change: Callable[[ReplicaState], None] | None = None,
+        on_node: Callable[[str, str], None] | None = None,
     ) -> None:
         self.on_change = on_change
-        self._devices = {device.id: device for device in devices}
         self._clock = clock
         self._settings = settings or EngineSettings()
         self._served_model_name = served_model_name
         self._api_keys = api_keys or {}
-        self._keeper = keeper
-        facts = LaunchFacts(
+        elsewhere = {held.node for held in remote}
+        self._facts = LaunchFacts(
             model=model,
             served_model_name=served_model_name,
             settings=self._settings,
-            platform="cpu" if all(device.kind == "cpu" for device in devices) else "cuda",
+            platform=platform_of([one for one in devices if one.node not in elsewhere]),
             sized=sized,
         )
-        self._starter = EngineStarter(facts, run_dir, keeper, launcher)
+        own = own_engines(self._facts, keeper, run_dir, launcher, look)
+        self.nodes = ClusterNodes(
+            own, devices, facts=self._facts, clock=clock, adopt=self._adopt, on_node=on_node
+        )
         self._probe = probe or partial(Probe, timeout_s=self._settings.health_timeout_s)
-        self._look = look
         # Seconds per prompt token that engines of a shape have shown, by the shape's name.
         self._token_s: dict[str, float] = {}
         self._states = ReplicaStates(clock, self._changed)
         self._running: dict[str, tuple[ReplicaTask, asyncio.Task[None]]] = {}
+        self._placed: dict[str, NodeEngines] = {}
         self._standby: set[str] = set()
+        # Replicas over several nodes of which parts were found; only while nodes are first asked.
+        self._gathering: dict[str, PartsGathering] | None = None
         self._count = 0
         self._closed = False
+        for held in remote:
+            self.nodes.join(held)
 
     async def observe(self) -> Observation:
         """The present state of all replicas; it asks no engine."""
         return Observation(
             now_s=self._clock.now(),
-            devices=tuple(self._devices.values()),
+            devices=self.nodes.book.usable(),
             replicas=tuple(self._states.values()),
             failures=dict(self._states.failures),
+            nodes=self.nodes.sightings(),
         )
 
     async def apply(self, action: Action) -> None:
@@ -129,33 +145,35 @@ class LocalCluster:
         if they were before. The others are ended, and keep their devices until they are gone.
         Returns the ids of both.
         """
-        if self._keeper is None:
-            return [], []
-        found = self._keeper.engines()
-        self._count = max(self._count, highest_number(list(found)))
-        known, strange = sorted_out(found)
-        grace_s = self._settings.stop_grace_s
-        await asyncio.gather(*(end(process, grace_s=grace_s) for process in strange))
-        fit = await asyncio.gather(*(self._take_over(*pair) for pair in known.values()))
-        kept = [name for name, is_fit in zip(known, fit, strict=True) if is_fit]
-        return kept, [name for name in known if name not in kept]
+        self._gathering = {}
+        own = self.nodes.own
+        found = [await self._adopt(own)] if isinstance(own, KeptEngines) else []
+        self.nodes.begin()
+        found += await self.nodes.adopted()
+        gathered, self._gathering = self._gathering, None
+        found.append(finished(gathered))
+        kept = [name for names, _ in found for name in names]
+        return kept, [name for _, names in found for name in names]
 
     async def close(self) -> None:
         """End every engine, forget attached servers, remove sockets. It can be called twice."""
         self._closed = True
+        await self.nodes.close()
         for name in list(self._running):
             self._stop(name)
         await asyncio.gather(*(task for _, task in self._running.values()))
-        await self._starter.close()
+        await asyncio.gather(*(node.close() for node in self.nodes.all()))
 
     # -- actions --------------------------------------------------------------------------------
     def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
-        if spec.id in self._running or self._closed:
+        # One that was found may still be asked whether it fits; it has its place already.
+        if self._closed or spec.id in self._running or spec.id in self._placed:
             return
         if isinstance(spec.backend, AttachedBackend):
             replica = self._attached(spec, spec.backend)
         else:
-            self._check_devices(spec, standby=standby)
+            rivals = self._running if not standby else self._standby & self._running.keys()
+            self.nodes.book.check(spec, (self._states[name].spec for name in rivals))
             replica = self._engine(spec, standby=standby)
         self._run(spec, replica)
         self._changed(self._states[spec.id])
@@ -188,18 +206,6 @@ class LocalCluster:
         if name in self._running:
             self._running[name][0].stop.set()
 
-    def _check_devices(self, spec: ReplicaSpec, *, standby: bool) -> None:
-        wanted = set(spec.devices)
-        if unknown := wanted - set(self._devices):
-            raise ValueError(f"replica {spec.id} asks for unknown devices {sorted(unknown)}")
-        for name in self._running:
-            if standby and name not in self._standby:
-                continue
-            if taken := wanted & set(self._states[name].spec.devices):
-                raise ValueError(
-                    f"replica {spec.id} asks for devices {sorted(taken)}, which {name} has"
-                )
-
     # -- tasks of replicas ----------------------------------------------------------------------
     def _attached(self, spec: ReplicaSpec, backend: AttachedBackend) -> ReplicaTask:
         endpoint = backend.endpoint(self._api_keys)
@@ -215,16 +221,17 @@ class LocalCluster:
         )
 
     def _engine(self, spec: ReplicaSpec, *, standby: bool) -> ReplicaTask:
+        node = self._placed[spec.id] = self.nodes.engines_for(spec)
         self._count += 1
         if standby:
             self._standby.add(spec.id)
-        files = self._starter.files(spec, self._count)
-        devices = [self._devices[name] for name in spec.devices]
+        files = node.files(spec, self._count)
+        devices = self.nodes.book.of(spec)
 
-        async def start() -> EngineProcess:
-            return await self._starter.start(spec, devices, files, standby=standby)
+        async def start() -> WatchedProcess:
+            return await node.start(spec, devices, files, standby=standby)
 
-        replica = self._vllm(spec, files, start)
+        replica = self._vllm(spec, files.endpoint, start)
         replica.standby = standby
         replica.step_s = self._step_s(spec)
         return replica
@@ -232,22 +239,20 @@ class LocalCluster:
     def _vllm(
         self,
         spec: ReplicaSpec,
-        files: EngineFiles,
-        start: Callable[[], Coroutine[None, None, EngineProcess]],
+        endpoint: Endpoint,
+        start: Callable[[], Coroutine[None, None, WatchedProcess]],
     ) -> VllmReplica:
-        self._states.start(spec, files.endpoint)
+        self._states.start(spec, endpoint)
         return VllmReplica(
             clock=self._clock,
             settings=self._settings,
-            probe=self._probe(files.endpoint),
+            probe=self._probe(endpoint),
             report=partial(self._states.report, spec.id),
             stable=partial(self._states.stable, spec.id),
             start=start,
-            log_path=files.log_path,
             model=self._served_model_name,
             chunk_tokens=spec.shape.max_num_batched_tokens,
             learned=partial(self._token_s.__setitem__, spec.shape.name),
-            look=lambda pid: self._look(pid, files.log_path),
         )
 
     def _step_s(self, spec: ReplicaSpec) -> float:
@@ -256,14 +261,40 @@ class LocalCluster:
         token_s = self._token_s.get(spec.shape.name, slowest_s)
         return token_s * spec.shape.max_num_batched_tokens
 
-    async def _take_over(self, note: EngineNote, process: HeldProcess) -> bool:
-        """Give an engine of an earlier server a task; returns whether it goes on."""
+    # -- engines that are found -----------------------------------------------------------------
+    async def _adopt(self, node: KeptEngines) -> tuple[list[str], list[str]]:
+        """Take over or end the engines that a keeper holds; returns the replicas of both.
+
+        Of a replica that runs elsewhere by now, the engine found is ended.
+        """
+        found = node.keeper.engines()
+        self._count = max(self._count, highest_number(list(found)))
+        known, strange = sorted_out(found)
+        for name in [name for name, one in known.items() if self._gathers(node, *one)]:
+            del known[name]
+        for name in [name for name in known if name in self._placed]:
+            strange.append(known.pop(name)[1])
+        for name in known:
+            self._placed[name] = node
+        fit, _ = await asyncio.gather(
+            asyncio.gather(*(self._take_over(node, *pair) for pair in known.values())),
+            asyncio.gather(*(self._end(process) for process in strange)),
+        )
+        kept = [name for name, is_fit in zip(known, fit, strict=True) if is_fit]
+        return kept, [name for name in known if name not in kept]
+
+    async def _end(self, process: HeldProcess) -> None:
+        with contextlib.suppress(NodeLostError):
+            await end(process, grace_s=self._settings.stop_grace_s, clock=self._clock)
+
+    async def _take_over(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
+        """Give an engine that was found a task; returns whether it goes on."""
         spec = note.spec
-        self._starter.held[spec.id] = process
-        replica = self._vllm(spec, self._starter.held_files(process), process.begun)
+        node.held[spec.id] = process
+        replica = self._vllm(spec, node.held_files(process).endpoint, process.begun)
         replica.was_ready = note.ready_s is not None
         replica.step_s = note.step_s
-        fits = self._fits(note) and not process.entry.ending
+        fits = self._fits(node, note) and not process.entry.ending
         if fits and note.ready_s is not None:
             # An engine that does not answer now may be busy: its task judges it.
             models = await replica.probe.models()
@@ -271,28 +302,74 @@ class LocalCluster:
         if not fits:
             self._states.report(spec.id, phase=ReplicaPhase.DRAINING, pid=process.pid)
             replica.stop.set()
-        elif note.ready_s is not None:
-            self._states.report(
-                spec.id,
-                phase=ReplicaPhase.READY,
-                since_s=note.ready_s,
-                pid=process.pid,
-                max_model_len=note.max_model_len,
-            )
+        else:
+            self._report_ready(note, process.pid)
         self._run(spec, replica)
         return fits
 
-    def _fits(self, note: EngineNote) -> bool:
-        """Whether an engine is what this server would start."""
+    def _gathers(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
+        """Whether it is a part of a replica that may be taken over; the first gives it a task."""
         spec = note.spec
-        if not set(spec.devices) <= set(self._devices):
+        waits = note.standby and note.ready_s is None
+        if self._gathering is None or waits or process.entry.ending:
+            return False
+        gathering = self._gathering.get(spec.id)
+        if gathering is None:
+            engines = self.nodes.parts_for(spec) if spec.id not in self._placed else None
+            if engines is None:
+                return False
+            gathering = PartsGathering(spec, engines)
+        part = gathering.part_on(node.name)
+        if gathering.spec != spec or note.stamp != self._facts.stamp(part.devices):
+            return False
+        gathering.add(part, process)
+        node.held[spec.id] = process
+        if self._gathering.setdefault(spec.id, gathering) is gathering and (
+            spec.id not in self._placed
+        ):
+            self._placed[spec.id] = gathering.engines
+            endpoint = gathering.engines.endpoint_of(Path(process.entry.folder).name)
+            self._resume(note, endpoint, gathering.begun, process.pid)
+        return True
+
+    def _resume(
+        self,
+        note: EngineNote,
+        endpoint: Endpoint,
+        start: Callable[[], Coroutine[None, None, WatchedProcess]],
+        pid: int,
+    ) -> None:
+        """Give a replica a task that goes on where an earlier server's was."""
+        replica = self._vllm(note.spec, endpoint, start)
+        replica.was_ready = note.ready_s is not None
+        replica.step_s = note.step_s
+        self._report_ready(note, pid)
+        self._run(note.spec, replica)
+
+    def _report_ready(self, note: EngineNote, pid: int) -> None:
+        """As an earlier server has noted, if it has."""
+        if note.ready_s is not None:
+            self._states.report(
+                note.spec.id,
+                phase=ReplicaPhase.READY,
+                since_s=note.since_s(self._clock.now()),
+                pid=pid,
+                max_model_len=note.max_model_len,
+            )
+
+    def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
+        """Whether an engine is what this server would start there."""
+        spec = note.spec
+        if not self.nodes.has(node, spec):
             return False
         if note.standby and note.ready_s is None:
             return False  # the weights that it waits for will not come
-        return note.stamp == self._starter.stamp([self._devices[name] for name in spec.devices])
+        return note.stamp == self._facts.stamp(self.nodes.book.of(spec))
 
+    # -- tasks, to their end --------------------------------------------------------------------
     async def _live(self, spec: ReplicaSpec, replica: ReplicaTask) -> None:
         """Run one engine or server to its end."""
+        exit_ = None
         try:
             exit_ = await replica.run()
             reason = exit_.reason if exit_ is not None else None
@@ -302,13 +379,16 @@ class LocalCluster:
             reason = f"{type(error).__name__}: {error}"
         if replica.stop.is_set():
             reason = None
-        self._starter.clear(self._states[spec.id])
+        node = self._placed.pop(spec.id, None)
+        if node is not None:
+            node.clear(self._states[spec.id])
         del self._running[spec.id]
         self._standby.discard(spec.id)
-        self._states.end(spec.id, reason)
+        self._states.end(spec.id, reason, counts=exit_ is None or not exit_.lost)
 
     def _changed(self, state: ReplicaState) -> None:
-        if state.phase is ReplicaPhase.READY:
-            self._starter.note_ready(state, self._step_s(state.spec))
+        node = self._placed.get(state.spec.id)
+        if state.phase is ReplicaPhase.READY and node is not None:
+            node.note_ready(state, self._step_s(state.spec))
         if self.on_change is not None:
             self.on_change(state)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from oserve.core import Device, OServeError
 from oserve.engines.main_memory import total_memory_bytes
 
-_QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
+_FORMAT = "--format=csv,noheader,nounits"
+_QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total,uuid", _FORMAT)
+_USERS = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name", _FORMAT)
 _MIB = 1024 * 1024
 _QUERY_TIMEOUT_S = 30.0
 # Words of product names that do not tell one GPU from another.
@@ -26,7 +28,7 @@ def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Devi
             f"unknown device kind {kind!r}", place="devices", remedy="use auto, gpu or cpu"
         )
     if kind != "cpu":
-        gpus = parse_gpus(_ask_nvidia_smi())
+        gpus = parse_gpus(_ask_nvidia_smi(_QUERY))
         if gpus or kind == "gpu":
             if not gpus:
                 raise OServeError(
@@ -39,17 +41,38 @@ def find_devices(kind: str = "auto", cpu_slots: int | None = None) -> tuple[Devi
 
 
 def parse_gpus(listing: str) -> tuple[Device, ...]:
-    """Devices from lines of ``index, name, MiB``; other lines are skipped."""
+    """Devices from lines of ``index, name, MiB, UUID``; other lines are skipped."""
     devices = []
     for line in listing.splitlines():
         fields = [field.strip() for field in line.split(",")]
-        if len(fields) != 3 or not fields[0].isdigit():
+        if len(fields) != 4 or not fields[0].isdigit():
             continue
         mib = int(fields[2]) if fields[2].isdigit() else 0
+        uuid = fields[3] if fields[3].startswith("GPU-") else ""
         devices.append(
-            Device(id=f"gpu:{fields[0]}", kind=_gpu_kind(fields[1]), memory_bytes=mib * _MIB)
+            Device(
+                id=f"gpu:{fields[0]}",
+                kind=_gpu_kind(fields[1]),
+                memory_bytes=mib * _MIB,
+                uuid=uuid,
+            )
         )
     return tuple(devices)
+
+
+def find_gpu_users() -> dict[str, str]:
+    """Programs that compute on GPUs of this machine now, by the GPU's UUID."""
+    return parse_gpu_users(_ask_nvidia_smi(_USERS))
+
+
+def parse_gpu_users(listing: str) -> dict[str, str]:
+    """Programs by the GPU's UUID, from lines of ``UUID, PID, name``; other lines are skipped."""
+    users: dict[str, str] = {}
+    for line in listing.splitlines():
+        fields = [field.strip() for field in line.split(",", 2)]
+        if len(fields) == 3 and fields[0].startswith("GPU-"):
+            users.setdefault(fields[0], f"{fields[2]} (process {fields[1]})")
+    return users
 
 
 def split_cores(
@@ -85,10 +108,10 @@ def _gpu_kind(name: str) -> str:
     return words[0]
 
 
-def _ask_nvidia_smi() -> str:
+def _ask_nvidia_smi(query: Sequence[str]) -> str:
     try:
         answer = subprocess.run(
-            _QUERY, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False
+            query, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -1,30 +1,22 @@
-"""Starts engines: their command lines, folders and environment, by a launcher or a keeper."""
+"""What an engine is started with: its names, folders, command line and environment."""
 
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from oserve.core import Device, Endpoint, ReplicaSpec, ReplicaState
-from oserve.engines.adoption import note_of, read_note, stamp_of
+from oserve.core import Device, Endpoint, ReplicaSpec
+from oserve.engines.adoption import stamp_of
 from oserve.engines.arguments import (
+    NodeInterface,
     Platform,
     engine_arguments,
-    engine_cores,
     engine_environment,
     runs_eagerly,
 )
 from oserve.engines.group import CACHES_FOLDER
-from oserve.engines.holding import HeldEngines
-from oserve.engines.keeper_connection import HeldProcess
-from oserve.engines.logs import open_log
 from oserve.engines.memory_check import cache_sized, unsized
 from oserve.engines.settings import EngineSettings
-from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
 
 # Socket paths must stay under 108 bytes, and vLLM's own are 37 longer than their folder.
 _MAX_FOLDER_BYTES = 68
@@ -46,152 +38,85 @@ class LaunchFacts:
     platform: Platform
     sized: bool
 
+    def stamp(self, devices: Sequence[Device]) -> str:
+        """See ``adoption.stamp_of``."""
+        settings = unsized(self.settings) if self.sized else self.settings
+        return stamp_of(self.model, self.served_model_name, settings, devices)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFiles:
-    """The folder of one engine, its log, and the endpoint in the folder."""
+    """The folder and the log of one engine, on its node, and its endpoint."""
 
     folder: Path
     log_path: Path
     endpoint: Endpoint
 
 
-class EngineStarter:
-    """Starts engines in ``run_dir``. With a ``keeper`` they outlive this process for a while.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCommand:
+    """See ``spawner.Launcher.start``."""
 
-    ``held``: what the keeper holds for each replica, by id.
+    argv: list[str]
+    env: dict[str, str]
+
+
+def engine_command(
+    facts: LaunchFacts,
+    spec: ReplicaSpec,
+    devices: Sequence[Device],
+    folder: Path,
+    *,
+    standby: bool,
+    moves_caches: bool,
+    free_bytes: float | None = None,
+    interface: NodeInterface | None = None,
+) -> EngineCommand:
+    """The command of an engine whose sockets lie in ``folder``; ``free_bytes``: ``cache_sized``.
+
+    ``interface``: of a part of a replica over several nodes; ``part_arguments`` adds its arguments.
+
+    Raises ``OServeError`` if the settings name no checkpoint of the replica's precision.
     """
-
-    def __init__(
-        self,
-        facts: LaunchFacts,
-        run_dir: Path,
-        keeper: HeldEngines | None,
-        launcher: Launcher | None,
-    ) -> None:
-        self._facts = facts
-        self._keeper = keeper
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._log_dir = Path(facts.settings.log_dir or run_dir / "logs").resolve()
-        self._sockets = _socket_folder(run_dir.resolve(), keep=keeper is not None)
-        self._launcher = launcher or _launcher_of(facts, self._log_dir)
-        self._moves_caches = facts.settings.move_caches and facts.platform == "cpu"
-        self.held: dict[str, HeldProcess] = {}
-
-    def files(self, spec: ReplicaSpec, number: int) -> EngineFiles:
-        """The files of a new engine; ``number`` tells its folder from earlier ones."""
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", spec.id)[:_MAX_NAME_BYTES]
-        folder = self._sockets / f"{name}-{number}"
-        log_path = open_log(self._log_dir, name)
-        return EngineFiles(folder=folder, log_path=log_path, endpoint=self._endpoint(folder))
-
-    def held_files(self, process: HeldProcess) -> EngineFiles:
-        """The files of an engine that an earlier server has started."""
-        folder = Path(process.entry.folder)
-        return EngineFiles(
-            folder=folder, log_path=Path(process.entry.log), endpoint=self._endpoint(folder)
-        )
-
-    def _endpoint(self, folder: Path) -> Endpoint:
-        caches = str(folder.parent / CACHES_FOLDER) if self._moves_caches else ""
-        return Endpoint(unix_socket=str(folder / "api.sock"), caches=caches)
-
-    def stamp(self, devices: Sequence[Device]) -> str:
-        """See ``adoption.stamp_of``."""
-        facts = self._facts
-        settings = unsized(facts.settings) if facts.sized else facts.settings
-        return stamp_of(facts.model, facts.served_model_name, settings, devices)
-
-    async def start(
-        self, spec: ReplicaSpec, devices: Sequence[Device], files: EngineFiles, *, standby: bool
-    ) -> EngineProcess:
-        """Start an engine. Raises ``OServeError`` or ``OSError`` if it cannot be started."""
-        arguments, environment = self._command(spec, devices, files.folder, standby=standby)
-        cores = engine_cores(devices)
-        if self._keeper is None:
-            return await self._launcher.start(arguments, environment, cores, files.log_path)
-        note = note_of(spec, self.stamp(devices), standby=standby)
-        held = self.held[spec.id] = await self._keeper.launch(
-            files.folder.name,
-            arguments,
-            environment,
-            cores,
-            files.log_path,
-            msgspec.to_builtins(note),
-        )
-        return held
-
-    def _command(
-        self, spec: ReplicaSpec, devices: Sequence[Device], folder: Path, *, standby: bool
-    ) -> tuple[list[str], dict[str, str]]:
-        facts = self._facts
-        arguments = engine_arguments(
-            spec,
-            model=facts.model,
-            served_model_name=facts.served_model_name,
-            unix_socket=str(folder / "api.sock"),
-            platform=facts.platform,
-            settings=cache_sized(facts.settings, facts.model, devices, spec.shape),
-            standby=standby,
-            moves_caches=self._moves_caches,
-        )
-        environment = engine_environment(
-            devices,
-            platform=facts.platform,
-            local_model=Path(facts.model).is_dir(),
-            eager=runs_eagerly(arguments),
-            folder=str(folder),
-            keep_weights=facts.settings.keep_weights,
-            caches=str(folder.parent / CACHES_FOLDER) if self._moves_caches else "",
-        )
-        # A zygote, or a keeper, that ended has removed it.
-        self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
-        (self._sockets / CACHES_FOLDER).mkdir(mode=0o700, exist_ok=True)
-        return arguments, environment
-
-    def note_ready(self, state: ReplicaState, step_s: float) -> None:
-        """Note with the keeper that a replica serves, so that the next server knows it."""
-        process = self.held.get(state.spec.id)
-        note = read_note(process.entry.note) if process is not None else None
-        if process is not None and note is not None and note.ready_s != state.since_s:
-            fresh = msgspec.structs.replace(
-                note, ready_s=state.since_s, max_model_len=state.max_model_len, step_s=step_s
-            )
-            process.mark(msgspec.to_builtins(fresh))
-
-    def clear(self, state: ReplicaState) -> None:
-        """Remove the folder of an engine that has ended."""
-        self.held.pop(state.spec.id, None)
-        if state.endpoint.unix_socket:
-            shutil.rmtree(Path(state.endpoint.unix_socket).parent, ignore_errors=True)
-
-    async def close(self) -> None:
-        """End every engine and what starts them; remove the sockets."""
-        await (self._keeper or self._launcher).close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+    arguments = engine_arguments(
+        spec,
+        model=facts.model,
+        served_model_name=facts.served_model_name,
+        unix_socket=str(folder / "api.sock"),
+        platform=facts.platform,
+        settings=cache_sized(facts.settings, facts.model, devices, spec.shape, free_bytes),
+        standby=standby,
+        moves_caches=moves_caches,
+    )
+    environment = engine_environment(
+        devices,
+        platform=facts.platform,
+        local_model=Path(facts.model).is_dir(),
+        eager=runs_eagerly(arguments),
+        folder=str(folder),
+        keep_weights=facts.settings.keep_weights,
+        caches=str(folder.parent / CACHES_FOLDER) if moves_caches else "",
+        interface=interface,
+    )
+    return EngineCommand(argv=arguments, env=environment)
 
 
-def _launcher_of(facts: LaunchFacts, log_dir: Path) -> Launcher:
-    method = facts.settings.method(on_cpu=facts.platform == "cpu")
-    return launcher_for(method, log_dir / "zygote.log")
+def platform_of(devices: Sequence[Device]) -> Platform:
+    """How engines on these devices run."""
+    return "cpu" if all(device.kind == "cpu" for device in devices) else "cuda"
 
 
-def _socket_folder(run_dir: Path, *, keep: bool) -> Path:
-    """A folder for sockets, short enough; ``keep``: what is in it belongs to running engines."""
-    inside = run_dir / "sockets"
-    if _is_short(inside):
-        if not keep:
-            # A run that was killed has left it.
-            shutil.rmtree(inside, ignore_errors=True)
-        inside.mkdir(mode=0o700, exist_ok=True)
-        return inside
-    made = Path(tempfile.mkdtemp(prefix="oserve-"))
-    if _is_short(made):
-        return made
-    made.rmdir()
-    return Path(tempfile.mkdtemp(prefix="oserve-", dir="/tmp"))
+def engine_name(replica: str, number: int) -> str:
+    """The name of a new engine, and of its folder; ``number`` tells it from earlier ones."""
+    return f"{log_name(replica)}-{number}"
 
 
-def _is_short(folder: Path) -> bool:
+def log_name(replica: str) -> str:
+    """The name of a replica's log, without its ending: letters and digits first."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", replica)
+    return (name if name[:1].isalnum() else f"r{name}")[:_MAX_NAME_BYTES]
+
+
+def is_short(folder: Path) -> bool:
+    """Whether folders of engines can lie in it."""
     return len(str(folder / _LONGEST_NAME).encode()) <= _MAX_FOLDER_BYTES

@@ -1,10 +1,11 @@
 """The process that holds engines and gateway processes while servers come and go.
 
-Runs as ``python -m oserve.engines.keeper``, one for each state folder. One server at a time talks
-to it over a Unix socket (see ``keeper_messages``). When that connection breaks, the keeper keeps
-every process running for ``grace_s``; if no server connects by then, it ends them all. They are its
-own children, so that a reused process id cannot be mistaken for one of them, and no child outlives
-the keeper, even if the keeper is killed.
+Runs as ``python -m oserve.engines.keeper``, one for each state folder and machine. One server at a
+time talks to it over a Unix socket (see ``keeper_messages``). When that connection breaks, or
+falls silent, the keeper keeps every process running for ``grace_s``; if no server connects by then,
+it ends them all but those that serve the node. They are its own children, so that a reused process
+id cannot be mistaken for one of them, and no child outlives the keeper, even if the keeper is
+killed.
 """
 
 import argparse
@@ -17,31 +18,48 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from pathlib import Path
 
-from oserve.core import OServeError
-from oserve.engines.group import adopt_orphans, start_ticks
+from oserve.core import Clock, OServeError
+from oserve.engines.clock import LiveClock
+from oserve.engines.group import adopt_orphans, group_activity, start_ticks
+from oserve.engines.keeper_children import (
+    KeptChild,
+    find_node_facts,
+    remove_engine_folder,
+    start_child,
+    wait_all,
+)
 from oserve.engines.keeper_messages import (
     MAX_LINE_BYTES,
+    ActivityQuery,
+    ActivityReport,
     CloseKeeper,
+    EndProcesses,
     EngineStart,
     KeeperCommand,
     KeeperEvent,
     KeeperHello,
     MessageRejected,
+    NodeFacts,
     NoteUpdate,
+    Ping,
+    Pong,
     ProcessExited,
     ProcessSignal,
     ProcessStart,
     ProcessStarted,
     ServerHello,
+    ServerReplaced,
     StartRefused,
     command_of,
     encoded,
 )
-from oserve.engines.registry import RegistryEntry, end_leftovers, write_registry
-from oserve.engines.spawner import EngineProcess, Launcher, launcher_for
+from oserve.engines.line_watch import PING_S, LineWatch
+from oserve.engines.logs import telling_line
+from oserve.engines.registry import end_leftovers, write_registry
+from oserve.engines.spawner import Launcher, launcher_for
 
 _log = logging.getLogger("oserve.keeper")
 
@@ -50,63 +68,57 @@ _HURRIED_S = 2.0
 _POLL_S = 0.02
 
 
-class _PlainProcess:
-    """A process that is no engine, behind the same protocol."""
+class _Line:
+    """A connection of a server or a guest."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.pid = process.pid
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.watch: LineWatch | None = None
+        self.task = asyncio.current_task()
+        self.watching: asyncio.Task[None] | None = None
 
-    async def wait(self) -> int:
-        return await self._process.wait()
+    def send(self, event: KeeperEvent) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(encoded(event))
 
-    def terminate(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-
-
-@dataclass(eq=False, slots=True)
-class _Child:
-    """``process`` is ``None`` while it starts; ``task`` lives from its start to its end."""
-
-    entry: RegistryEntry
-    grace_s: float = 0.0
-    process: EngineProcess | None = None
-    task: asyncio.Task[None] | None = None
-
-    def signal(self, number: int) -> None:
-        """Signal all of it; a child that has not started yet is cancelled."""
-        self.entry.ending = True
-        if self.process is None:
-            if self.task is not None:
-                self.task.cancel()
-        elif number == signal.SIGKILL:
-            self.process.kill()
-        else:
-            self.process.terminate()
+    async def end_if_silent(self, clock: Clock, limit_s: float) -> None:
+        """Break it when nothing has come for so long."""
+        self.watch = LineWatch(clock.now(), limit_s)
+        while not self.watch.is_lost(clock.now()):
+            await clock.sleep(PING_S)
+        _log.warning("nothing has been heard of the server for %g s", limit_s)
+        self.writer.transport.abort()
 
 
 class Keeper:
     """Serves one server and holds many children. It makes ``folder``, and removes it at the end."""
 
     def __init__(
-        self, *, folder: Path, registry: Path, launcher: Launcher, identity: str, grace_s: float
+        self,
+        *,
+        folder: Path,
+        registry: Path,
+        launcher: Launcher,
+        identity: str,
+        grace_s: float,
+        node: NodeFacts | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._folder = folder
         self._registry = registry
         self._launcher = launcher
         self._identity = identity
         self._grace_s = grace_s
-        self._children: dict[str, _Child] = {}
-        self._writer: asyncio.StreamWriter | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._node = node or find_node_facts(folder, registry.parent)
+        self._clock = clock or LiveClock()
+        self._children: dict[str, KeptChild] = {}
+        self._lines: set[_Line] = set()
+        self._server: _Line | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._clearing: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
         self._patient = True
+        self._asides: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until told to close, or without a server for too long; leaves nothing behind."""
@@ -119,55 +131,85 @@ class Keeper:
         await self._ending.wait()
         server.close()
         path.unlink(missing_ok=True)
-        await self._end_all()
+        await self._end_all(patient=self._patient, stayers=True)
         self._registry.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._writer is not None and self._serving is not None:
-            self._writer.close()
-            await asyncio.wait({self._serving}, timeout=_HURRIED_S)
+        tasks = [line.task for line in self._lines if line.task is not None]
+        for line in list(self._lines):
+            line.writer.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_HURRIED_S)
 
     def stop(self, *, patient: bool) -> None:
         """End; ``patient``: gateway processes get their grace to finish running requests."""
         self._patient = patient
         self._ending.set()
 
-    # -- the connection -------------------------------------------------------------------------
+    # -- connections ----------------------------------------------------------------------------
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._writer is not None:
-            # Servers lock their state folder: a new one means that the previous one has ended.
-            self._writer.close()
-        self._writer = writer
-        self._serving = asyncio.current_task()
-        if self._timer is not None:
-            self._timer.cancel()
+        line = _Line(writer)
+        self._lines.add(line)
         held = [child.entry for child in self._children.values()]
-        self._send(KeeperHello(identity=self._identity, pid=os.getpid(), held=held))
+        line.send(KeeperHello(identity=self._identity, pid=os.getpid(), held=held, node=self._node))
         # ValueError: the line is longer than the limit.
         with contextlib.suppress(OSError, ValueError):
-            while line := await reader.readline():
-                self._handle(command_of(line))
-        if self._writer is writer and not self._ending.is_set():
-            writer.close()
-            self._writer = None
+            while text := await reader.readline():
+                if line.watch is not None:
+                    line.watch.heard()
+                self._handle(line, command_of(text))
+        self._lines.discard(line)
+        if line.watching is not None:
+            line.watching.cancel()
+        writer.close()
+        if self._server is line and not self._ending.is_set():
+            self._server = None
             self._left_alone()
+
+    def _greet(self, line: _Line, hello: ServerHello) -> None:
+        """A guest has become the server."""
+        if self._server is not None and self._server is not line:
+            # Servers lock their state folder: a new one means that the previous one has ended, or
+            # lost its connection without our knowing.
+            self._server.send(ServerReplaced())
+            self._server.writer.close()
+        self._server = line
+        self._grace_s = hello.grace_s
+        if self._timer is not None:
+            self._timer.cancel()
+        if hello.silence_s and line.watching is None:
+            line.watching = asyncio.create_task(line.end_if_silent(self._clock, hello.silence_s))
 
     def _left_alone(self) -> None:
         _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._grace_s, lambda: self.stop(patient=True))
+        self._timer = loop.call_later(self._grace_s, self._give_up)
 
-    def _send(self, event: KeeperEvent) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encoded(event))
+    def _give_up(self) -> None:
+        """No server has come in time."""
+        if any(child.entry.stays for child in self._children.values()):
+            self._clear(patient=True)
+        else:
+            self.stop(patient=True)
 
-    def _handle(self, command: KeeperCommand | MessageRejected) -> None:
+    def _tell(self, event: KeeperEvent) -> None:
+        for line in self._lines:
+            line.send(event)
+
+    def _handle(self, line: _Line, command: KeeperCommand | MessageRejected) -> None:
         match command:
-            case ServerHello(grace_s=grace_s):
-                self._grace_s = grace_s
+            case ServerHello():
+                self._greet(line, command)
+            case Ping():
+                line.send(Pong())
             case CloseKeeper():
                 self.stop(patient=False)
+            case EndProcesses():
+                self._clear(patient=False)
             case EngineStart() | ProcessStart():
                 self._start(command)
+            case ActivityQuery(name=name):
+                if name in self._children:
+                    self._aside(self._report(line, self._children[name], log=command.log))
             case NoteUpdate(name=name, note=note):
                 if name in self._children:
                     self._children[name].entry.note = note
@@ -178,72 +220,84 @@ class Keeper:
                     self._write()
             case MessageRejected(reason=reason):
                 _log.error("%s", reason)
-                self._send(command)
+                line.send(command)
+
+    def _aside(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
+
+    async def _report(self, line: _Line, child: KeptChild, *, log: bool) -> None:
+        name, pid, path = child.entry.name, child.entry.pid, Path(child.entry.log)
+        if log:
+            cause = await asyncio.to_thread(telling_line, path)
+            line.send(ActivityReport(name=name, log=True, cause=cause))
+            return
+        activity = await asyncio.to_thread(group_activity, pid, path) if pid else None
+        line.send(ActivityReport(name=name, activity=activity))
 
     # -- children -------------------------------------------------------------------------------
     def _write(self) -> None:
         write_registry(self._registry, [child.entry for child in self._children.values()])
 
     def _start(self, command: EngineStart | ProcessStart) -> None:
-        if command.name in self._children or self._ending.is_set():
-            reason = "the keeper holds it already, or is ending"
-            self._send(StartRefused(name=command.name, reason=reason))
+        busy = self._ending.is_set() or self._clearing is not None
+        if command.name in self._children or busy:
+            reason = "the keeper holds it already, or is ending what it holds"
+            self._tell(StartRefused(name=command.name, reason=reason))
             return
-        entry = RegistryEntry(
-            name=command.name,
-            engine=isinstance(command, EngineStart),
-            log=command.log,
-            note=command.note,
-        )
-        child = self._children[command.name] = _Child(entry)
-        match command:
-            case EngineStart():
-                entry.folder = command.env.get("TMPDIR", "")
-            case ProcessStart():
-                child.grace_s = command.grace_s
+        child = self._children[command.name] = KeptChild.of(command)
         # The registry names its devices as taken before a process uses them.
         self._write()
         child.task = asyncio.ensure_future(self._keep(child, command))
 
-    async def _keep(self, child: _Child, command: EngineStart | ProcessStart) -> None:
+    async def _keep(self, child: KeptChild, command: EngineStart | ProcessStart) -> None:
         """Hold a child from its start to its end."""
         name = child.entry.name
+        folder = command.folder if isinstance(command, EngineStart) else ""
         try:
-            process = await self._started(command)
+            process = await start_child(command, self._launcher)
         except (OServeError, OSError) as error:
-            self._forget(name, StartRefused(name=name, reason=str(error)))
+            self._forget(name, folder, StartRefused(name=name, reason=str(error)))
             return
         except asyncio.CancelledError:
-            self._forget(name, StartRefused(name=name, reason="it was told to end"))
+            self._forget(name, folder, StartRefused(name=name, reason="it was told to end"))
             return
         child.process = process
         child.entry.pid = process.pid
         child.entry.started_ticks = start_ticks(process.pid)
         self._write()
-        self._send(ProcessStarted(name=name, pid=process.pid))
-        self._forget(name, ProcessExited(name=name, status=await process.wait()))
+        self._tell(ProcessStarted(name=name, pid=process.pid))
+        status = await process.wait()
+        cause = telling_line(Path(command.log))
+        self._forget(name, folder, ProcessExited(name=name, status=status, cause=cause))
 
-    async def _started(self, command: EngineStart | ProcessStart) -> EngineProcess:
-        match command:
-            case EngineStart():
-                return await self._launcher.start(
-                    command.argv, command.env, command.cores, Path(command.log)
-                )
-            case ProcessStart():
-                return await _start_process(command)
-
-    def _forget(self, name: str, event: StartRefused | ProcessExited) -> None:
+    def _forget(self, name: str, folder: str, event: StartRefused | ProcessExited) -> None:
+        remove_engine_folder(folder)
         del self._children[name]
         self._write()
-        self._send(event)
+        self._tell(event)
 
-    async def _end_all(self) -> None:
-        """End gateway processes first, so that running requests can finish; then the engines."""
-        others = [child for child in self._children.values() if not child.entry.engine]
+    def _clear(self, *, patient: bool) -> None:
+        """End everything but what stays."""
+        if self._clearing is None:
+            self._clearing = asyncio.ensure_future(self._end_all(patient=patient, stayers=False))
+            self._clearing.add_done_callback(self._cleared)
+
+    def _cleared(self, _task: "asyncio.Task[None]") -> None:
+        self._clearing = None
+
+    async def _end_all(self, *, patient: bool, stayers: bool) -> None:
+        """End gateway processes first, so that running requests can finish; then the engines.
+
+        ``stayers``: at last also what serves the node.
+        """
+        children = list(self._children.values())
+        others = [one for one in children if not one.entry.engine and not one.entry.stays]
         for child in others:
             child.signal(signal.SIGTERM)
         longest_s = max((child.grace_s for child in others), default=0.0)
-        await _all(others, longest_s + _HURRIED_S if self._patient else _HURRIED_S)
+        await wait_all(others, longest_s + _HURRIED_S if patient else _HURRIED_S)
         for child in others:
             child.signal(signal.SIGKILL)
         engines = [child for child in self._children.values() if child.entry.engine]
@@ -251,23 +305,12 @@ class Keeper:
             if child.process is None:
                 child.signal(signal.SIGTERM)
         await self._launcher.close()
-        await _all([*others, *engines], 2 * _HURRIED_S)
-
-
-async def _start_process(command: ProcessStart) -> EngineProcess:
-    with open(command.log, "ab") as output:  # noqa: ASYNC230
-        process = await asyncio.create_subprocess_exec(
-            *command.argv, stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output
-        )
-    if process.stdin is not None:  # which a pipe for standard input ensures
-        process.stdin.write(command.first_line.encode() + b"\n")
-    return _PlainProcess(process)
-
-
-async def _all(children: list[_Child], limit_s: float) -> None:
-    tasks = [child.task for child in children if child.task is not None]
-    if tasks:
-        await asyncio.wait(tasks, timeout=limit_s)
+        await wait_all([*others, *engines], 2 * _HURRIED_S)
+        staying = [child for child in children if child.entry.stays] if stayers else []
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for child in staying:
+                child.signal(number)
+            await wait_all(staying, _HURRIED_S)
 
 
 async def _main(arguments: argparse.Namespace) -> None:
@@ -279,6 +322,7 @@ async def _main(arguments: argparse.Namespace) -> None:
         launcher=launcher_for(arguments.method, arguments.logs / "zygote.log"),
         identity=arguments.identity,
         grace_s=arguments.grace,
+        node=find_node_facts(arguments.folder, arguments.logs),
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, lambda: keeper.stop(patient=False))
@@ -298,6 +342,9 @@ def main() -> int:
         "--identity", required=True, help="only a server of the same identity keeps what it holds"
     )
     parser.add_argument("--grace", type=float, required=True, help="seconds without a server")
+    parser.add_argument(
+        "--detach", action="store_true", help="fork: be no child of what has started it"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -307,6 +354,11 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return HELD_ELSEWHERE
+    if arguments.detach:
+        # The lock goes to the child, and stays with it.
+        if os.fork():
+            return 0
+        os.setsid()
     adopt_orphans()
     asyncio.run(_main(arguments))
     _reap(_HURRIED_S)

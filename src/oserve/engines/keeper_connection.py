@@ -1,4 +1,4 @@
-"""The server's end of the connection to its keeper, and the processes behind it."""
+"""The server's end of a connection to a keeper."""
 
 import asyncio
 import contextlib
@@ -7,149 +7,98 @@ import os
 import select
 import signal
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import msgspec
 
-from oserve.core import OServeError
+from oserve.core import Clock, OServeError
+from oserve.engines.clock import LiveClock
 from oserve.engines.group import end_group
+from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.keeper_messages import (
-    MAX_LINE_BYTES,
     PROTOCOL_VERSION,
+    ActivityReport,
     CloseKeeper,
+    EndProcesses,
     EngineStart,
     KeeperCommand,
     KeeperEvent,
     KeeperHello,
     KeeperIdentity,
     MessageRejected,
-    NoteUpdate,
-    ProcessEvent,
+    NodeFacts,
+    Ping,
+    Pong,
     ProcessExited,
-    ProcessSignal,
     ProcessStart,
     ProcessStarted,
+    ServerReplaced,
     StartRefused,
     encoded,
     event_of,
     identity_in,
 )
-from oserve.engines.registry import ProcessNote, RegistryEntry
+from oserve.engines.line_watch import PING_S, LineWatch
+from oserve.engines.registry import RegistryEntry
 
 _log = logging.getLogger("oserve.engines")
 
 _EXIT_LIMIT_S = 30.0
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
-class HeldProcess:
-    """A process that the keeper holds; an ``EngineProcess`` where it is an engine.
 
-    ``send`` takes messages to the keeper.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineTerms:
+    """What a connection to a keeper is like.
+
+    ``node``: the keeper's, for messages. ``place``: of the keeper, for errors. ``local``: on this
+    machine, where everything ends with its keeper. ``silence_s``: longest silence; 0: any.
+    ``differs``: why the processes of a keeper that greets so cannot be taken over, else empty.
     """
 
-    def __init__(self, send: Callable[[KeeperCommand], None], entry: RegistryEntry) -> None:
-        loop = asyncio.get_running_loop()
-        self._send = send
-        self.entry = entry
-        self.ended: asyncio.Future[int] = loop.create_future()
-        self._begun: asyncio.Future[int] = loop.create_future()
-        if entry.pid:
-            self._begun.set_result(entry.pid)
-
-    @property
-    def pid(self) -> int:
-        return self.entry.pid
-
-    async def begun(self) -> "HeldProcess":
-        """Wait until it runs. Raises ``OServeError`` if it could not be started.
-
-        Cancelling this ends the process, and waits for its end.
-        """
-        try:
-            await asyncio.shield(self._begun)
-        except asyncio.CancelledError:
-            if not self._begun.done():
-                self.kill()
-            with contextlib.suppress(OServeError):
-                await self._begun
-                self.kill()
-                await self.wait()
-            raise
-        return self
-
-    async def wait(self) -> int:
-        return await asyncio.shield(self.ended)
-
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def mark(self, note: ProcessNote) -> None:
-        """Replace its note."""
-        self.entry.note = note
-        if not self.ended.done():
-            self._send(NoteUpdate(name=self.entry.name, note=note))
-
-    def _signal(self, number: int) -> None:
-        if not self.ended.done():
-            self.entry.ending = True
-            self._send(ProcessSignal(name=self.entry.name, number=number))
-
-    def handle(self, event: ProcessEvent) -> None:
-        """Take up what the keeper reports of this process."""
-        match event:
-            case ProcessStarted(pid=pid):
-                self.entry.pid = pid
-                if not self._begun.done():
-                    self._begun.set_result(pid)
-            case StartRefused(reason=reason):
-                if not self._begun.done():
-                    self._begun.set_exception(no_start(reason))
-                    # Retrieved here, so that asyncio logs no warning if nobody waits for it.
-                    self._begun.exception()
-                self._finish(-signal.SIGKILL)
-            case ProcessExited(status=status):
-                self._finish(status)
-
-    def _finish(self, status: int) -> None:
-        if not self.ended.done():
-            self.ended.set_result(status)
+    node: str
+    place: str
+    local: bool
+    differs: Callable[[KeeperHello], str]
+    silence_s: float = 0.0
+    clock: Clock = LiveClock()  # noqa: RUF009 - it has no state
 
 
 class KeeperConnection:
-    """One connection to one keeper. ``lost`` is done when it has broken.
+    """One connection to one keeper. ``lost`` is done when it has broken; ``reason`` tells why.
 
     ``difference``: why the keeper's processes cannot be taken over; empty if they can.
+    ``replaced``: another server has the keeper now.
     """
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        streams: Streams,
+        terms: LineTerms,
         keeper: KeeperIdentity,
-        held: list[RegistryEntry],
+        hello: KeeperHello | None,
         difference: str,
     ) -> None:
-        self._reader = reader
-        self._writer = writer
+        self._reader, self._writer = streams
+        self._terms = terms
         self.keeper = keeper
         self.difference = difference
+        self.facts = hello.node if hello is not None else NodeFacts()
+        self.reason = ""
+        self.replaced = False
+        self._watch = LineWatch(terms.clock.now(), terms.silence_s)
+        held = hello.held if hello is not None else []
         self.held = {entry.name: HeldProcess(self.send, entry) for entry in held}
         self.lost: asyncio.Task[None] = asyncio.create_task(self._listen())
 
     @classmethod
-    async def open(cls, path: Path, identity: str) -> "KeeperConnection | None":
-        """Connect to the keeper at ``path``; ``None`` if none answers.
+    async def greeted(cls, streams: Streams, terms: LineTerms) -> "KeeperConnection | None":
+        """Read the keeper's greeting; ``None`` if the connection ends first.
 
-        ``identity``: that of this server, see ``holding.identity_of``. Raises ``OServeError`` if
-        what answers does not greet as a keeper.
+        Raises ``OServeError`` if what answers does not greet as a keeper.
         """
-        try:
-            reader, writer = await asyncio.open_unix_connection(str(path), limit=MAX_LINE_BYTES)
-        except OSError:
-            return None
+        reader, writer = streams
         try:
             line = await reader.readline()
         except OSError:
@@ -164,7 +113,7 @@ class KeeperConnection:
                     f"it speaks version {keeper.version} of the keeper protocol, "
                     f"this server version {PROTOCOL_VERSION}"
                 )
-                return cls(reader, writer, keeper, [], difference)
+                return cls(streams, terms, keeper, None, difference)
             hello = event_of(line)
             if not isinstance(hello, KeeperHello):
                 raise msgspec.ValidationError("no greeting")
@@ -172,12 +121,10 @@ class KeeperConnection:
             writer.close()
             raise OServeError(
                 f"a process listens here that does not greet as a keeper: {error}",
-                place=str(path),
+                place=terms.place,
                 remedy="end that process, or set --state-dir to another folder",
             ) from None
-        same = hello.identity == identity
-        difference = "" if same else "it runs another version of OServe, or another environment"
-        return cls(reader, writer, keeper, hello.held, difference)
+        return cls(streams, terms, keeper, hello, terms.differs(hello))
 
     def send(self, command: KeeperCommand) -> None:
         """Send a message, unless the connection has broken."""
@@ -190,16 +137,42 @@ class KeeperConnection:
             name=command.name,
             engine=isinstance(command, EngineStart),
             log=command.log,
+            folder=command.folder if isinstance(command, EngineStart) else "",
             note=command.note,
         )
         process = self.held[command.name] = HeldProcess(self.send, entry)
         self.send(command)
         return process
 
+    @property
+    def silent_s(self) -> float:
+        """See ``LineWatch``; 0 of a connection that is not watched."""
+        return self._watch.silent_s
+
+    def cut(self, reason: str) -> None:
+        """Break the connection: its node counts as lost."""
+        self.reason = self.reason or reason
+        self._writer.transport.abort()
+
+    async def part(self) -> None:
+        """Disconnect; the keeper's processes go on."""
+        self.cut("this server has disconnected")
+        await asyncio.wait({self.lost})
+
+    async def clear(self) -> None:
+        """Have the keeper end every process but those that stay; returns when they have ended."""
+        self.send(EndProcesses())
+        leaving = [item.ended for item in self.held.values() if not item.entry.stays]
+        if leaving:
+            await asyncio.wait(leaving, timeout=_EXIT_LIMIT_S)
+
     async def close(self) -> None:
         """Have the keeper end every process and itself; returns when it has ended."""
         self.send(CloseKeeper())
         await asyncio.wait({self.lost}, timeout=_EXIT_LIMIT_S)
+        if not self._terms.local:
+            await self.part()
+            return
         if self.keeper.pid == os.getpid():
             return
         ended = await asyncio.to_thread(_await_exit, self.keeper.pid, _EXIT_LIMIT_S)
@@ -209,17 +182,38 @@ class KeeperConnection:
         await self.lost
 
     async def _listen(self) -> None:
+        pings = asyncio.create_task(self._ping()) if self._terms.silence_s else None
         # ValueError: the line is longer than the limit.
         with contextlib.suppress(OSError, ValueError):
             while line := await self._reader.readline():
+                self._watch.heard()
                 self._read(line)
+        if pings is not None:
+            pings.cancel()
         self._writer.close()
-        for process in list(self.held.values()):
+        await self._let_go()
+        self.held.clear()
+
+    async def _let_go(self) -> None:
+        held = list(self.held.values())
+        if not self._terms.local or self.reason:
+            self.reason = self.reason or "the connection to it has broken"
+            error = NodeLostError(f"node {self._terms.node} is lost: {self.reason}")
+            for process in held:
+                process.lose(error)
+            return
+        for process in held:
             # Everything ends with its keeper; this covers helpers that lost their parent.
             if process.entry.engine and process.pid:
                 await asyncio.to_thread(end_group, process.pid, grace_s=0)
             process.handle(StartRefused(name=process.entry.name, reason="the keeper ended"))
-        self.held.clear()
+
+    async def _ping(self) -> None:
+        while True:
+            self._writer.write(encoded(Ping()))
+            await self._terms.clock.sleep(PING_S)
+            if self._watch.is_lost(self._terms.clock.now()):
+                self.cut(f"nothing has been heard of it for {self._watch.silent_s:.0f} s")
 
     def _read(self, line: bytes) -> None:
         try:
@@ -233,27 +227,21 @@ class KeeperConnection:
 
     def _handle(self, event: KeeperEvent) -> None:
         match event:
-            case ProcessStarted() | StartRefused() | ProcessExited():
+            case ProcessStarted() | StartRefused() | ProcessExited() | ActivityReport():
                 if event.name in self.held:
                     self.held[event.name].handle(event)
-                    if not isinstance(event, ProcessStarted):
+                    if isinstance(event, StartRefused | ProcessExited):
                         del self.held[event.name]
             case MessageRejected(name=name, reason=reason):
                 _log.error("%s", reason)
                 waiting = self.held.get(name)
                 if waiting is not None and not waiting.pid:
                     self._handle(StartRefused(name=name, reason=reason))
-            case KeeperHello():
-                pass  # read before this connection was made
-
-
-def no_start(reason: str) -> OServeError:
-    """The error of a process that could not be started."""
-    return OServeError(
-        f"cannot start a process: {reason}",
-        place="engines",
-        remedy="read the log; check that the engine packages are installed (oserve[cpu] or [gpu])",
-    )
+            case ServerReplaced():
+                self.replaced = True
+                self.reason = "another server has taken its processes over"
+            case Pong() | KeeperHello():
+                pass  # that it came is enough; the greeting was read before
 
 
 def _await_exit(pid: int, limit_s: float) -> bool:

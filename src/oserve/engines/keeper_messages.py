@@ -1,19 +1,22 @@
-"""The protocol between a server and its keeper: JSON lines over a Unix socket.
+"""The protocol between a server and a keeper: JSON lines over a Unix socket, or through a hatch.
 
 A server sends ``KeeperCommand``, the keeper ``KeeperEvent``. Each line is one message, which its
-``type`` tells apart. The keeper speaks first (``KeeperHello``). Every version reads two things
-alike: ``KeeperIdentity``, which is part of that greeting, and ``CloseKeeper``. With them a newer
-server recognises an older keeper and ends it. The keeper answers a message of unknown type or form
-with ``MessageRejected``.
+``type`` tells apart. The keeper speaks first (``KeeperHello``). A connection becomes the server's
+with ``ServerHello``, and replaces the previous server's; without it, it is a guest's, such as that
+of a node's agent, and several may be open. Every version reads two things alike:
+``KeeperIdentity``, which is part of the greeting, and ``CloseKeeper``. With them a newer server
+recognises an older keeper and ends it. The keeper answers a message of unknown type or form with
+``MessageRejected``.
 """
 
 from typing import Annotated, Final
 
 import msgspec
 
+from oserve.control.progress import Activity
 from oserve.engines.registry import ProcessNote, RegistryEntry
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Raised whenever a message changes in a way that the other side cannot read."""
 
 MAX_LINE_BYTES: Final = 64 * 1024 * 1024
@@ -25,26 +28,36 @@ _Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 # -- from the server ------------------------------------------------------------------------------
 class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="Greet"):
-    """The server has connected. ``grace_s``: how long the keeper waits for the next one."""
+    """The server has connected. ``grace_s``: how long the keeper waits for the next one.
+
+    ``silence_s``: the connection counts as broken after so long without a message; 0: never.
+    """
 
     grace_s: _Seconds
+    silence_s: _Seconds = 0.0
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
-    """Start an engine; see ``spawner.Launcher``."""
+    """Start an engine; see ``spawner.Launcher``.
+
+    ``folder``: for its sockets; the keeper makes it, and removes it when the engine has ended. An
+    earlier log at ``log`` is kept under another name.
+    """
 
     name: _Name
     argv: list[str]
     env: dict[str, str]
     cores: list[int]
     log: str
+    folder: str = ""
     note: ProcessNote = None
 
 
 class ProcessStart(msgspec.Struct, frozen=True, kw_only=True, tag="Hold"):
     """Start another process and write ``first_line`` to its standard input, which stays open.
 
-    When the keeper ends, the process gets ``grace_s`` between TERM and KILL.
+    When the keeper ends, the process gets ``grace_s`` between TERM and KILL. ``stays``: it serves
+    the node and not a server: it goes on without one, and so does the keeper.
     """
 
     name: _Name
@@ -52,6 +65,7 @@ class ProcessStart(msgspec.Struct, frozen=True, kw_only=True, tag="Hold"):
     first_line: str
     log: str
     grace_s: _Seconds
+    stays: bool = False
     note: ProcessNote = None
 
 
@@ -69,11 +83,36 @@ class ProcessSignal(msgspec.Struct, frozen=True, kw_only=True, tag="Signal"):
     number: int
 
 
+class ActivityQuery(msgspec.Struct, frozen=True, kw_only=True, tag="Look"):
+    """Ask what the processes of an engine do; with ``log``, what its log says instead."""
+
+    name: _Name
+    log: bool = False
+
+
+class Ping(msgspec.Struct, frozen=True, tag="Ping"):
+    """Answered by ``Pong``."""
+
+
+class EndProcesses(msgspec.Struct, frozen=True, tag="Clear"):
+    """End every process at once but those that stay."""
+
+
 class CloseKeeper(msgspec.Struct, frozen=True, tag="Close"):
     """End every process at once, then the keeper. Every version of the keeper reads this."""
 
 
-KeeperCommand = ServerHello | EngineStart | ProcessStart | NoteUpdate | ProcessSignal | CloseKeeper
+KeeperCommand = (
+    ServerHello
+    | EngineStart
+    | ProcessStart
+    | NoteUpdate
+    | ProcessSignal
+    | ActivityQuery
+    | Ping
+    | EndProcesses
+    | CloseKeeper
+)
 
 
 # -- from the keeper ------------------------------------------------------------------------------
@@ -88,12 +127,29 @@ class KeeperIdentity(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):
     version: int = 0
 
 
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A keeper's machine and environment.
+
+    ``host``: its name. ``oserve`` and ``engine``: versions of OServe and vLLM, empty if not
+    installed. ``boot``: see ``group.boot_id``. ``folder``: for sockets and folders of engines;
+    ``logs``: for logs.
+    """
+
+    host: str = ""
+    oserve: str = ""
+    engine: str = ""
+    boot: str = ""
+    folder: str = ""
+    logs: str = ""
+
+
 class KeeperHello(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):
     """The keeper's first message, with all that it holds."""
 
     identity: str
     pid: int
     held: list[RegistryEntry]
+    node: NodeFacts = NodeFacts()
     version: int = PROTOCOL_VERSION
 
 
@@ -112,10 +168,34 @@ class StartRefused(msgspec.Struct, frozen=True, kw_only=True, tag="Refused"):
 
 
 class ProcessExited(msgspec.Struct, frozen=True, kw_only=True, tag="Ended"):
-    """No process of that name is left; a negative status is a signal."""
+    """No process of that name is left; a negative status is a signal.
+
+    ``cause``: the line of its log that tells why (``logs.telling_line``).
+    """
 
     name: str
     status: int
+    cause: str = ""
+
+
+class ActivityReport(msgspec.Struct, frozen=True, kw_only=True, tag="Activity"):
+    """The answer to ``ActivityQuery``; ``activity`` is ``None`` if no process is left.
+
+    ``cause``: see ``ProcessExited``; only if the query was for the log.
+    """
+
+    name: str
+    log: bool = False
+    activity: Activity | None = None
+    cause: str = ""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="Pong"):
+    """The answer to ``Ping``."""
+
+
+class ServerReplaced(msgspec.Struct, frozen=True, tag="Replaced"):
+    """Another server has taken this one's place; the connection ends, and no process with it."""
 
 
 class MessageRejected(msgspec.Struct, frozen=True, kw_only=True, tag="Rejected"):
@@ -125,8 +205,8 @@ class MessageRejected(msgspec.Struct, frozen=True, kw_only=True, tag="Rejected")
     name: str = ""
 
 
-ProcessEvent = ProcessStarted | StartRefused | ProcessExited
-KeeperEvent = KeeperHello | ProcessEvent | MessageRejected
+ProcessEvent = ProcessStarted | StartRefused | ProcessExited | ActivityReport
+KeeperEvent = KeeperHello | ProcessEvent | Pong | ServerReplaced | MessageRejected
 
 _COMMANDS: Final[msgspec.json.Decoder[KeeperCommand]] = msgspec.json.Decoder(KeeperCommand)
 _EVENTS: Final[msgspec.json.Decoder[KeeperEvent]] = msgspec.json.Decoder(KeeperEvent)

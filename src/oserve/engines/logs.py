@@ -17,13 +17,14 @@ _NOISE = ("warnings.warn(", "resource_tracker:")
 _AFTERMATH = ("Engine core initialization failed", "EngineDeadError", "Engine process failed")
 
 
-def open_log(folder: Path, name: str) -> Path:
-    """The path of a new log; the previous log becomes ``NAME.log.1``, older ones are removed."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{name}.log"
+def rotate_log(path: Path) -> None:
+    """Make room for a new log: the previous one becomes ``NAME.log.1``, an older one is removed.
+
+    Raises ``OSError`` if the folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(FileNotFoundError):
-        path.replace(folder / f"{name}.log.1")
-    return path
+        path.replace(path.with_name(f"{path.name}.1"))
 
 
 def telling_line(path: Path) -> str:

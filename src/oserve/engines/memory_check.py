@@ -323,16 +323,23 @@ def unsized(settings: EngineSettings) -> EngineSettings:
 
 
 def cache_sized(
-    settings: EngineSettings, model: str, devices: Sequence[Device], shape: ReplicaShape
+    settings: EngineSettings,
+    model: str,
+    devices: Sequence[Device],
+    shape: ReplicaShape,
+    free_bytes: float | None = None,
 ) -> EngineSettings:
-    """Settings for an engine without a cache size: on CPU with the size that fits now."""
+    """Settings for an engine without a cache size: on CPU with the size that fits now.
+
+    ``free_bytes``: of the main memory of the devices' machine; ``None``: it is this one.
+    """
     if settings.kv_cache_memory_bytes or shape.kv_cache_memory_bytes:
         return settings
     fit = MemoryCheck(
         settings=settings,
         devices=tuple(devices),
         model=known_model(model),
-        free_bytes=float(available_memory_bytes()),
+        free_bytes=float(available_memory_bytes()) if free_bytes is None else free_bytes,
     )
     return fit.sized([shape])[0]
 

@@ -31,7 +31,7 @@ class RegistryEntry(msgspec.Struct, kw_only=True):
     """An engine, or another process. ``pid`` is 0 until it has started.
 
     ``started_ticks``: see ``group.start_ticks``. ``folder``: its temporary folder.
-    ``ending``: it was told to end.
+    ``ending``: it was told to end. ``stays``: see ``keeper_messages.ProcessStart``.
     """
 
     name: str
@@ -41,6 +41,7 @@ class RegistryEntry(msgspec.Struct, kw_only=True):
     started_ticks: int = 0
     folder: str = ""
     ending: bool = False
+    stays: bool = False
     note: ProcessNote = None
 
 

@@ -8,16 +8,15 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from oserve.control.progress import Activity, ProgressSample, ProgressTracker
+from oserve.control.progress import ProgressSample, ProgressTracker
 from oserve.core import Clock, OServeError, ReplicaPhase
-from oserve.engines.logs import telling_line
+from oserve.engines.held_process import NodeLostError
 from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.replica_states import StateReport
 from oserve.engines.settings import EngineSettings
-from oserve.engines.spawner import EngineProcess
+from oserve.engines.watched import WatchedProcess
 
 _LOADING_POLL_S = 0.1
 # Any token will do; a whole chunk makes the engine allocate the memory of a full step.
@@ -56,11 +55,13 @@ class Prober(Protocol):
 class UnexpectedExit:
     """Why a replica ended, or must be ended, though it was not told to stop.
 
-    ``hangs``: it does not react, so that asking it to end is useless.
+    ``hangs``: it does not react, so that asking it to end is useless. ``lost``: so is its node,
+    where it may still run.
     """
 
     reason: str
     hangs: bool = False
+    lost: bool = False
 
 
 @dataclass(kw_only=True)
@@ -98,24 +99,22 @@ class ReplicaTask:
 
 @dataclass(kw_only=True)
 class VllmReplica(ReplicaTask):
-    """A vLLM engine: ``start`` starts its processes, which write to ``log_path``.
+    """A vLLM engine: ``start`` starts its processes, here or on another node.
 
     ``chunk_tokens``: tokens that one step may compute. ``was_ready``: it served before this task
     began. ``step_s``: seconds that a whole chunk is known to take; ``learned`` receives seconds per
-    prompt token. ``look``: the activity of the processes of a group.
+    prompt token.
     """
 
-    start: Callable[[], Awaitable[EngineProcess]]
-    log_path: Path
+    start: Callable[[], Awaitable[WatchedProcess]]
     model: str
     chunk_tokens: int
     learned: Callable[[float], None]
-    look: Callable[[int], Activity | None]
     was_ready: bool = False
     step_s: float = 0.0
 
     async def run(self) -> UnexpectedExit | None:
-        """See ``ReplicaTask.run``; no process is left when this returns."""
+        """See ``ReplicaTask.run``; no process is left when this returns, unless on a lost node."""
         stopped = asyncio.create_task(self.stop.wait())
         starting = asyncio.ensure_future(self.start())
         try:
@@ -123,6 +122,8 @@ class VllmReplica(ReplicaTask):
             if not starting.done():
                 return None
             return await self._live(starting.result(), stopped)
+        except NodeLostError as error:
+            return UnexpectedExit(reason=error.message, lost=True)
         except (OServeError, OSError) as error:
             return UnexpectedExit(reason=str(error))
         finally:
@@ -130,18 +131,20 @@ class VllmReplica(ReplicaTask):
             await self.probe.close()
 
     async def _live(
-        self, process: EngineProcess, stopped: "asyncio.Task[Literal[True]]"
+        self, process: WatchedProcess, stopped: "asyncio.Task[Literal[True]]"
     ) -> UnexpectedExit | None:
         self.report(pid=process.pid)
         ended = asyncio.create_task(process.wait())
-        watch = asyncio.create_task(self._watch(process.pid))
+        # Its error is retrieved, whoever waits, so that asyncio logs no warning.
+        ended.add_done_callback(lambda task: task.cancelled() or task.exception())
+        watch = asyncio.create_task(self._watch(process))
         hangs = False
         try:
             await asyncio.wait({ended, watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if stopped.done():
                 return None
             if ended.done():
-                return self._exited(ended.result())
+                return await self._exited(process, ended.result())
             found = watch.result()
             hangs = found.hangs
             if hangs:
@@ -154,7 +157,7 @@ class VllmReplica(ReplicaTask):
             await self._end(process, ended, kindly=not hangs)
 
     async def _end(
-        self, process: EngineProcess, ended: "asyncio.Task[int]", *, kindly: bool
+        self, process: WatchedProcess, ended: "asyncio.Task[int]", *, kindly: bool
     ) -> None:
         """Send TERM and wait, if ``kindly``, then KILL; returns when the processes are gone."""
         if ended.done():
@@ -178,11 +181,11 @@ class VllmReplica(ReplicaTask):
             await cancel(passed)
 
     # -- while it loads -------------------------------------------------------------------------
-    async def _watch(self, pid: int) -> UnexpectedExit:
+    async def _watch(self, process: WatchedProcess) -> UnexpectedExit:
         """Wait until it is ready, then monitor it; returns why it must be ended."""
         if not self.was_ready:
-            coming = asyncio.create_task(self._come_up())
-            guard = asyncio.create_task(self._guard(pid))
+            coming = asyncio.create_task(self._come_up(process))
+            guard = asyncio.create_task(self._guard(process))
             try:
                 await asyncio.wait({coming, guard}, return_when=asyncio.FIRST_COMPLETED)
                 found = coming.result() if coming.done() else guard.result()
@@ -190,15 +193,15 @@ class VllmReplica(ReplicaTask):
                 await cancel(coming, guard)
             if found is not None:
                 return found
-        return await self._monitor(pid)
+        return await self._monitor(process)
 
-    async def _come_up(self) -> UnexpectedExit | None:
+    async def _come_up(self, process: WatchedProcess) -> UnexpectedExit | None:
         """Wait until it serves or is on standby; returns why it must be ended if it does not."""
         limit_s = self.settings.start_timeout_s
         deadline_s = self.clock.now() + limit_s
         while not await self.probe.healthy():
             if self.clock.now() >= deadline_s:
-                return self._failed(f"not ready after {limit_s:.0f} s")
+                return await self._failed(process, f"not ready after {limit_s:.0f} s")
             await self.clock.sleep(_LOADING_POLL_S)
         models = await self.probe.models() or (ServedModel(name=self.model),)
         began_s = self.clock.now()
@@ -212,7 +215,7 @@ class VllmReplica(ReplicaTask):
         length = max(1, length)
         prompt = [_WARM_UP_TOKEN] * length
         if not await self.probe.complete(name, prompt, _WARM_UP_TOKENS, left_s):
-            return self._failed("did not answer its first request")
+            return await self._failed(process, "did not answer its first request")
         if not self.standby:
             # Of a short prompt, the first request's fixed costs would be most of the time.
             token_s = (self.clock.now() - began_s) / length
@@ -222,11 +225,11 @@ class VllmReplica(ReplicaTask):
         self.report(phase=phase, max_model_len=models[0].max_model_len)
         return None
 
-    async def _guard(self, pid: int) -> UnexpectedExit:
+    async def _guard(self, process: WatchedProcess) -> UnexpectedExit:
         """Monitor the processes of an engine that loads; returns when they stop making progress."""
         progress = self._progress()
         while True:
-            activity = self.look(pid)
+            activity = await process.activity()
             look = ProgressSample(
                 now_s=self.clock.now(),
                 counts=(float(activity.moved),) if activity is not None else None,
@@ -245,7 +248,7 @@ class VllmReplica(ReplicaTask):
             step_s=self.step_s,
         )
 
-    async def _monitor(self, pid: int) -> UnexpectedExit:
+    async def _monitor(self, process: WatchedProcess) -> UnexpectedExit:
         """Probe it until it hangs.
 
         Each probe waits as long as it needs, so that one without an answer delays no other.
@@ -253,7 +256,7 @@ class VllmReplica(ReplicaTask):
         signs = _Signs()
         tasks = [
             asyncio.create_task(work)
-            for work in (self._judge(pid, signs), self._ask_core(signs), self._ask_load(signs))
+            for work in (self._judge(process, signs), self._ask_core(signs), self._ask_load(signs))
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -273,14 +276,14 @@ class VllmReplica(ReplicaTask):
             await self.clock.sleep(self.settings.health_interval_s)
             signs.load = await self._measure()
 
-    async def _judge(self, pid: int, signs: "_Signs") -> UnexpectedExit:
+    async def _judge(self, process: WatchedProcess, signs: "_Signs") -> UnexpectedExit:
         progress = self._progress()
         ready_s = self.clock.now()
         while True:
             await self.clock.sleep(self.settings.health_interval_s)
             look = signs.taken(self.clock.now())
             if progress.silent_s > 0.0 or not look.answered:
-                look = replace(look, activity=self.look(pid))
+                look = replace(look, activity=await process.activity())
             if reason := progress.observe(look, standby=self.standby):
                 return UnexpectedExit(reason=reason, hangs=True)
             self.report(silent_s=progress.silent_s, patience_s=progress.limit_s)
@@ -289,14 +292,14 @@ class VllmReplica(ReplicaTask):
             elif self.clock.now() - ready_s >= self.settings.stable_s:
                 self.stable()
 
-    def _exited(self, status: int) -> UnexpectedExit:
+    async def _exited(self, process: WatchedProcess, status: int) -> UnexpectedExit:
         if status == -signal.SIGKILL:
             return UnexpectedExit(reason=_ending(status))  # a killed process logs no cause
-        return self._failed(_ending(status))
+        return await self._failed(process, _ending(status))
 
-    def _failed(self, what: str) -> UnexpectedExit:
+    async def _failed(self, process: WatchedProcess, what: str) -> UnexpectedExit:
         """With the cause that its log names, if any."""
-        cause = telling_line(self.log_path)
+        cause = await process.cause()
         return UnexpectedExit(reason=f"{what}: {cause}" if cause else what)
 
 

@@ -107,10 +107,14 @@ class ReplicaStates(Mapping[str, ReplicaState]):
         """Forget the failures of a replica that has served for a good while."""
         self.failures.pop(replica, None)
 
-    def end(self, replica: str, reason: str | None) -> None:
-        """The last process of a replica has gone; ``reason`` where it ended unexpectedly."""
+    def end(self, replica: str, reason: str | None, *, counts: bool = True) -> None:
+        """The last process of a replica has gone; ``reason`` where it ended unexpectedly.
+
+        ``counts``: as a failure of the replica, and not of its node.
+        """
         if reason is not None:
             _log.warning("replica %s %s", replica, reason)
+        if reason is not None and counts:
             before = self.failures.get(replica)
             self.failures[replica] = StartFailures(
                 spec=self._states[replica].spec,

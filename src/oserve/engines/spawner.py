@@ -33,7 +33,7 @@ from oserve.engines.process_messages import (
 
 log = logging.getLogger(__name__)
 
-_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+_SERVER_MODULE = "oserve.engines.vllm_process"
 _REPORT_LIMIT_S = 30.0
 _IMPORT_LIMIT_S = 180.0
 _CLOSE_LIMIT_S = 10.0

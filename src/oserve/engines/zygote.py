@@ -42,6 +42,7 @@ from oserve.engines.process_messages import (
     encoded,
     fork_of,
 )
+from oserve.engines.vllm_process import main as run_vllm
 
 _MODULES = (
     "torch",
@@ -205,14 +206,13 @@ def _become_engine(request: EngineFork, parent: int) -> NoReturn:
     status = 1
     try:
         import torch
-        from vllm.entrypoints.launchers.api_server.entry import main
 
         # OpenMP and torch.compile read their variables when loaded: too late for those here.
         torch.set_num_threads(request.threads)
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             torch.compiler.set_stance("force_eager")
         sys.argv = ["vllm", *request.argv]
-        main()
+        run_vllm()
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1

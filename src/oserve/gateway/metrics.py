@@ -49,6 +49,7 @@ GAUGES: dict[str, tuple[str, Labels]] = {
     "oserve_requests_queued": ("Requests waiting in the gateway.", ()),
     "oserve_replicas": ("Replicas, by shape and phase.", ("shape", "state")),
     "oserve_devices": ("Devices, used by a replica or free.", ("state",)),
+    "oserve_nodes": ("Nodes of a cluster of several, by state.", ("state",)),
     "oserve_requests_running": ("Requests that an engine is computing.", ("replica",)),
     "oserve_requests_waiting": ("Requests that wait in an engine.", ("replica",)),
     "oserve_kv_cache_usage_ratio": ("Used fraction of an engine's KV cache.", ("replica",)),

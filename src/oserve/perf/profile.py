@@ -23,7 +23,7 @@ import msgspec
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.core.json_keys import refuse_duplicate_keys
 from oserve.perf.costs import measured_costs
-from oserve.perf.device import find_device
+from oserve.perf.device import Link, find_device
 from oserve.perf.memory import memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.power import ReplicaWork, replica_power_w
@@ -32,6 +32,7 @@ from oserve.perf.roofline import (
     Roofline,
     StepModel,
     coefficients_from,
+    hops_between_nodes,
 )
 
 FORMAT = 1
@@ -183,12 +184,24 @@ class ProfileSource:
     """Step times, KV capacity and power of the shapes in a profile, and of no others.
 
     ``name`` is the profile's path or name. ``cache_bytes`` is the KV cache per device for shapes
-    that set no size; 0: the size during the measurement.
+    that set no size; 0: the size during the measurement. What was measured on one node holds for
+    replicas over several, but for the time that ``network`` takes between stages;
+    ``node_devices``: in one node (``None``: all).
     """
 
-    def __init__(self, profile: Profile, *, name: str, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        name: str,
+        cache_bytes: int = 0,
+        node_devices: int | None = None,
+        network: Link | None = None,
+    ) -> None:
         self._profile = profile
         self._cache_bytes = cache_bytes
+        self._node_devices = node_devices
+        self._network = network
         self._name = name
         self._entries = {entry.key: entry for entry in profile.entries}
         self._made: dict[ProfileKey, StepModel] = {}
@@ -203,7 +216,13 @@ class ProfileSource:
 
     def sized(self, cache_bytes: int) -> "ProfileSource":
         """The same source for engines with that KV cache per device."""
-        return ProfileSource(self._profile, name=self._name, cache_bytes=cache_bytes)
+        return ProfileSource(
+            self._profile,
+            name=self._name,
+            cache_bytes=cache_bytes,
+            node_devices=self._node_devices,
+            network=self._network,
+        )
 
     @property
     def origin(self) -> str:
@@ -268,7 +287,13 @@ class ProfileSource:
                 remedy=f"measure it: oserve profile --shape {key_name(shape_key(shape))}",
             )
         if entry.key not in self._made:
-            make = step_model_maker(self._profile.model, self._profile.device_kind, entry.key)
+            make = step_model_maker(
+                self._profile.model,
+                self._profile.device_kind,
+                entry.key,
+                network=self._network,
+                node_hops=hops_between_nodes(shape, self._node_devices),
+            )
             self._made[entry.key] = make(coefficients_from(entry.coefficients))
         return self._made[entry.key]
 
@@ -347,9 +372,17 @@ def _sizes(model: ModelFacts) -> ModelFacts:
 
 
 def step_model_maker(
-    model: ModelFacts, device_kind: str, key: ProfileKey
+    model: ModelFacts,
+    device_kind: str,
+    key: ProfileKey,
+    *,
+    network: Link | None = None,
+    node_hops: int = 0,
 ) -> Callable[[Coefficients], StepModel]:
-    """A function from coefficients to the step model of one entry's shapes."""
+    """A function from coefficients to the step model of one entry's shapes.
+
+    ``node_hops``: how often a step crosses the ``network`` between nodes.
+    """
     device = find_device(device_kind)
     return lambda fit: Roofline(
         model,
@@ -358,4 +391,6 @@ def step_model_maker(
         tensor_parallel_size=key[0],
         pipeline_parallel_size=key[1],
         precision=key[2],
+        stage_link=network,
+        node_hops=node_hops,
     )

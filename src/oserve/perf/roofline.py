@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from oserve.core import Precision
+from oserve.core import Precision, ReplicaShape
 from oserve.perf.device import DeviceFacts, Link
 from oserve.perf.model import ModelFacts
 
@@ -100,11 +100,28 @@ def kv_bytes_per_value(precision: Precision) -> float:
     return 4.0 if precision is Precision.FP32 else _KV_BYTES
 
 
+def hops_between_nodes(shape: ReplicaShape, node_devices: int | None) -> int:
+    """Transitions between pipeline stages that lead to another node; ``None``: one node has all.
+
+    vLLM runs equally many stages on each node, so a replica takes as few nodes as divide its
+    stages.
+    """
+    stages, width = shape.pipeline_parallel_size, shape.tensor_parallel_size
+    if node_devices is None:
+        return 0
+    if node_devices < width:
+        return stages - 1
+    most = min(stages, node_devices // width)
+    each = next(number for number in range(most, 0, -1) if stages % number == 0)
+    return stages // each - 1
+
+
 class Roofline:
     """A step model for one model, device kind, parallel sizes and precision.
 
     ``tensor_link`` and ``stage_link`` connect tensor-parallel ranks and pipeline stages that lie on
-    different nodes; ``None``: the device's own link.
+    different nodes; ``None``: the device's own link. ``node_hops``: how many of the transitions
+    between stages lead to another node (see ``hops_between_nodes``).
     """
 
     def __init__(
@@ -118,6 +135,7 @@ class Roofline:
         precision: Precision = Precision.BF16,
         tensor_link: Link | None = None,
         stage_link: Link | None = None,
+        node_hops: int = 0,
     ) -> None:
         self._model = model
         self._tp = tensor_parallel_size
@@ -134,7 +152,9 @@ class Roofline:
         self._wide = 4.0 if precision is Precision.FP32 else _ACTIVATION_BYTES
         self._kv_wide = kv_bytes_per_value(precision)
         self._link = tensor_link or device.link
+        self._inner_link = device.link
         self._stage_link = stage_link or device.link
+        self._node_hops = node_hops
 
     def step_s(
         self,
@@ -163,13 +183,18 @@ class Roofline:
         head = self._gemm_s(
             rows, model.hidden, model.vocab / self._tp, self._head_flops, self._plain_bytes
         )
-        hops = (self._pp - 1) * (
-            self._stage_link.latency_s
-            + fit.hop_s
-            + tokens * model.hidden * self._wide / self._stage_link.bandwidth
+        inner_hops = self._pp - 1 - self._node_hops
+        hops = inner_hops * self._hop_s(tokens, self._inner_link) + self._node_hops * self._hop_s(
+            tokens, self._stage_link
         )
         fixed = fit.step_s + fit.wake_s * ((prompt > 0) & (decoding == 0))
         seconds: Floats = model.layers * layer + head + hops + fixed + fit.sequence_s * rows
+        return seconds
+
+    def _hop_s(self, tokens: Floats, link: Link) -> Floats:
+        """Seconds in which the activations of these tokens reach the next stage."""
+        moved = tokens * self._model.hidden * self._wide
+        seconds: Floats = link.latency_s + self._fit.hop_s + moved / link.bandwidth
         return seconds
 
     def _gemm_s(

@@ -8,8 +8,9 @@ from pathlib import Path
 from oserve.core import Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.costs import measured_costs
+from oserve.perf.device import Link, find_link
 from oserve.perf.model import ModelFacts, find_model
-from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
+from oserve.perf.profile import Profile, ProfileSource, read_profile, shipped_profile
 from oserve.perf.roofline import kv_bytes_per_value
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit
 from oserve.perf.source import AiConfiguratorSource, RooflineSource
@@ -26,13 +27,14 @@ _CPU_SEQS = (16, 32)
 class SourceChoice:
     """The inputs to the choice of a source.
 
+    ``network``: the link between nodes, a name in the catalogue or as measured.
     ``perf`` is what a person asked for, if anything: ``roofline``, ``aiconfigurator`` or a profile
     file. ``own_profile`` and ``brief_profile``, a rougher one, are used where they are and fit.
     """
 
     model: str
     devices: tuple[Device, ...]
-    network: str
+    network: str | Link
     perf: str | None = None
     own_profile: Path | None = None
     brief_profile: Path | None = None
@@ -74,7 +76,7 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
         return None
     kinds = {device.kind for device in choice.devices}
     if choice.perf is not None:
-        source = ProfileSource(read_profile(Path(choice.perf)), name=choice.perf)
+        source = _source_of(read_profile(Path(choice.perf)), choice.perf, choice)
         kind = source.profile.device_kind
         if kinds != {kind}:
             raise OServeError(
@@ -89,9 +91,21 @@ def _profile(choice: SourceChoice, model: ModelFacts) -> ProfileSource | None:
         if file is not None and file.is_file():
             profile = read_profile(file)
             if profile.device_kind in kinds and _same(profile.model, model):
-                return ProfileSource(profile, name=f"{file}{words}")
+                return _source_of(profile, f"{file}{words}", choice)
     shipped = shipped_profile(model, next(iter(kinds)))
-    return None if shipped is None else ProfileSource(shipped[1], name=shipped[0])
+    return None if shipped is None else _source_of(shipped[1], shipped[0], choice)
+
+
+def _source_of(profile: Profile, name: str, choice: SourceChoice) -> ProfileSource:
+    """A profile as a source for the devices of the choice."""
+    _, nodes = device_counts(choice.devices)
+    network = choice.network
+    return ProfileSource(
+        profile,
+        name=name,
+        node_devices=nodes.get(profile.device_kind),
+        network=network if isinstance(network, Link) else find_link(network),
+    )
 
 
 def _same(one: ModelFacts, other: ModelFacts) -> bool:

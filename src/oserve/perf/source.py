@@ -11,7 +11,7 @@ from oserve.perf.device import DeviceFacts, Link, find_device, find_link
 from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.power import ReplicaWork, replica_power_w
-from oserve.perf.roofline import Roofline, StepModel
+from oserve.perf.roofline import Roofline, StepModel, hops_between_nodes
 
 _PIPELINE = (
     "pipeline parallelism was not measured: the model has even stages and no bubbles, which "
@@ -24,7 +24,8 @@ class RooflineSource:
     """The roofline with shipped coefficients.
 
     ``node_devices``: devices per node by kind; a replica larger than a node communicates over
-    ``network``. ``memory_bytes``: memory by kind, where it differs from the data sheet's.
+    ``network``, a name in the catalogue or a measured link. ``memory_bytes``: memory by kind, where
+    it differs from the data sheet's.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class RooflineSource:
         model: ModelFacts,
         *,
         node_devices: Mapping[str, int] | None = None,
-        network: str = DEFAULT_NETWORK,
+        network: str | Link = DEFAULT_NETWORK,
         memory_bytes: Mapping[str, int] | None = None,
         memory_share: float = MEMORY_SHARE,
     ) -> None:
         self._model = model
         self._node_devices = dict(node_devices or {})
-        self._network = find_link(network)
+        self._network = network if isinstance(network, Link) else find_link(network)
         self._memory_bytes = dict(memory_bytes or {})
         self._share = memory_share
         self._made: dict[tuple[str, Precision, int, int], StepModel] = {}
@@ -94,7 +95,8 @@ class RooflineSource:
             pipeline_parallel_size=shape.pipeline_parallel_size,
             precision=shape.precision,
             tensor_link=self._beyond(kind, shape.tensor_parallel_size),
-            stage_link=self._beyond(kind, shape.device_count),
+            stage_link=self._network,
+            node_hops=hops_between_nodes(shape, self._node_devices.get(kind)),
         )
 
     def _beyond(self, kind: str, devices: int) -> Link | None:

@@ -25,9 +25,9 @@ def brute_force(problem: PlanProblem, assigner: Assigner) -> ScoredCounts:
             place="plan.search",
             remedy="use the exact search, which needs no enumeration",
         )
-    varied = [counts for counts in every if problem.is_varied(counts)]
-    # If none has enough shapes, the empty deployment, which always fits.
-    found = varied or [(0,) * len(problem.options)]
+    eligible = [counts for counts in every if problem.is_eligible(counts)]
+    # If there is none, the empty deployment, which always fits.
+    found = eligible or [(0,) * len(problem.options)]
     best = Bounds(problem, assigner).best_of(np.array(found, dtype=np.int64))
     assert best is not None  # There is at least one row.
     return best

@@ -12,6 +12,7 @@ from oserve.core import (
     OServeError,
     ReplicaShape,
     ReplicaSpec,
+    parts_of,
 )
 
 
@@ -28,7 +29,8 @@ def check_plan(plan: DeploymentPlan, devices: Sequence[Device], *, place: str = 
         for device in spec.devices:
             _check_device(device, spec, known, used, here)
             used[device] = spec.id
-        _check_node(spec, known, here)
+        if spec.devices:
+            parts_of(spec, known, place=f"{here}.devices")
     _check_types(plan, place)
     _check_shares(plan, place)
 
@@ -69,21 +71,6 @@ def _check_device(
             place=f"{place}.devices",
             remedy="give each device to one replica",
         )
-
-
-def _check_node(spec: ReplicaSpec, known: dict[str, Device], place: str) -> None:
-    """Tensor parallelism stays inside a node: a network is too slow for its all-reduces."""
-    width = spec.shape.tensor_parallel_size
-    for start in range(0, len(spec.devices), width):
-        stage = spec.devices[start : start + width]
-        nodes = {known[device].node for device in stage}
-        if len(nodes) > 1:
-            raise OServeError(
-                f"replica {spec.id!r} spreads one tensor-parallel group over nodes "
-                f"{', '.join(sorted(nodes))}",
-                place=f"{place}.devices",
-                remedy="keep each group of tensor_parallel_size devices on one node",
-            )
 
 
 def _check_types(plan: DeploymentPlan, place: str) -> None:

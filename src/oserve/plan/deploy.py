@@ -7,6 +7,7 @@ from oserve.core import Backend, ReplicaShape, ReplicaSpec
 from oserve.plan.place import place_replicas
 from oserve.plan.problem import PlanProblem
 from oserve.plan.search import DeploymentCandidate
+from oserve.plan.spread import serving_of
 
 # Smaller shares are rounding errors of the solver.
 _SMALLEST_SHARE = 1e-6
@@ -42,6 +43,7 @@ def place_deployment(
         current=problem.current,
         tensor_parallel_across_nodes=problem.tensor_parallel_across_nodes,
         backend=backend,
+        serving=serving_of(problem),
     )
     by_shape: dict[ReplicaShape, list[str]] = {}
     for spec in placement.replicas:

@@ -164,7 +164,7 @@ class _CountModel:
     Columns: counts, groups per node (only for sizes that form no chain), busy replicas per option
     and type, the scale in units of ``scale_unit``, shapes used (if several are required), kept
     replicas. Rows: packing, capacity per option, demand per type, the held value, the held size,
-    used <= count, shapes used, and kept <= count.
+    used <= count, shapes used, replicas per type (if several are required), and kept <= count.
     """
 
     def __init__(
@@ -298,13 +298,16 @@ class _CountModel:
         self._value_row = first_type + len(self._active)
         first_variety_row = self._value_row + 2
         varieties = self._varieties(counts, first_variety_row)
-        first_kept_row = first_variety_row + (len(varieties) + 1 if varieties else 0)
+        first_replica_row = first_variety_row + (len(varieties) + 1 if varieties else 0)
+        replica_rows = self._replica_rows(counts, first_replica_row)
+        first_kept_row = first_replica_row + len(replica_rows)
         unit = 1.0 if self.scale else 1.0 / min(1.0, self._unit)
         demand = (0.0, inf) if self.scale else (-inf, unit)
         rows.extend([(-inf, 0.0)] * len(self._options) + [demand] * len(self._active))
         rows.extend([(-inf, inf)] * 2)
         if varieties:
             rows.extend([(-inf, 0.0)] * len(varieties) + [(float(self._problem.min_shapes), inf)])
+        rows.extend(replica_rows)
         for place, entries in enumerate(counts):
             entries[first_option + place] = -1.0
             entries[self._value_row + 1] = float(self._sizes[place]) / self._size_unit
@@ -348,6 +351,19 @@ class _CountModel:
             Column(entries={row: 1.0, last: 1.0}, upper=1.0, integer=True)
             for row in range(first, last)
         ]
+
+    def _replica_rows(
+        self, counts: list[dict[int, float]], first: int
+    ) -> list[tuple[float, float]]:
+        """A row for each type, from ``first`` on, that counts the replicas which can serve it."""
+        least = self._problem.min_replicas
+        if least == 1:
+            return []
+        for place, i in enumerate(self._options):
+            for number, j in enumerate(self._active):
+                if self._problem.options[i].capacity_rps[j] > 0:
+                    counts[place][first + number] = 1.0
+        return [(float(least), inf)] * len(self._active)
 
     def _busy(self, first_option: int, first_type: int, unit: float) -> list[Column]:
         columns = []

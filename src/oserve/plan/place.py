@@ -4,12 +4,13 @@ Replicas of the current plan with a wanted shape stay in place. If the rest woul
 few of them as possible move. The other replicas are placed first-fit descending by group size,
 which always succeeds (see ``packing``), each time the replica and node with most weights already in
 place. Devices that no replica of the current plan holds come first, though: a replica there starts
-before another one leaves, so that capacity never falls. Placement ignores KV caches, requests and
-links.
+before another one leaves, so that capacity never falls. New replicas then change places where that
+leaves fewer types without a replica once a node is lost (see ``spread``). Placement ignores KV
+caches, requests and links.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations, count, islice
 
@@ -26,9 +27,12 @@ from oserve.core import (
 )
 from oserve.plan.packing import ANY_KIND, is_chain, node_groups
 from oserve.plan.shard import Shard, shards_held, shards_of
+from oserve.plan.spread import TypesServed, spread_out
 
-# The most choices of replicas to release that are tried, per number of replicas.
+# The most choices of replicas to release that are tried: per number of replicas, and in all, in
+# choices times nodes.
 _MOST_RELEASES = 2000
+_MOST_WORK = 200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +70,13 @@ def place_replicas(
     current: DeploymentPlan | None = None,
     tensor_parallel_across_nodes: bool = False,
     backend: Backend | None = None,
+    serving: TypesServed | None = None,
 ) -> Placement:
     """Place ``wanted`` (shape, number of replicas) on the devices.
 
     Each replica's devices are listed stage by stage, in the order of tensor-parallel ranks. New
-    replicas run on ``backend`` and get ids unused in the current plan. Raises OServeError if they
-    do not fit.
+    replicas run on ``backend`` and get ids unused in the current plan. ``serving``: the types that
+    a shape can serve (default: every shape serves all). Raises OServeError if they do not fit.
     """
     board = _Board(devices, current, across=tensor_parallel_across_nodes)
     kept = _kept(wanted, board, current)
@@ -82,17 +87,23 @@ def place_replicas(
     placed = [*kept]
     used = {spec.id for spec in current.replicas} if current else set()
     ids = (name for name in (f"r{number}" for number in count()) if name not in used)
-    moved = 0.0
+    new: set[str] = set()
     for shape, seat in _seated(left, board):
-        moved += 1.0 - seat.held
         spec = ReplicaSpec(
             id=next(ids), shape=shape, devices=seat.devices, backend=backend or VllmBackend()
         )
         placed.append(spec)
+        new.add(spec.id)
+    placed = list(spread_out(placed, new, devices, serving or _all, board.occupied))
+    moved = sum(1.0 - board.share_held(spec) for spec in placed if spec.id in new)
     order = {shape: index for index, (shape, _) in enumerate(wanted)}
     placed.sort(key=lambda spec: order[spec.shape])
     # Rounding must not give an unchanged plan a moved fraction.
     return Placement(replicas=tuple(placed), moved_fraction=moved if moved > 1e-9 else 0.0)
+
+
+def _all(_shape: ReplicaShape) -> Set[str]:
+    return {"all"}
 
 
 class _Board:
@@ -114,6 +125,11 @@ class _Board:
             node = self.free[device.kind].setdefault("" if across else device.node, [])
             node.append(device.id)
             self._home[device.id] = node
+
+    def share_held(self, spec: ReplicaSpec) -> float:
+        """The share of a replica's weights that its devices hold now."""
+        pairs = zip(shards_of(spec.shape), spec.devices, strict=True)
+        return sum(shard.overlap(self.held[name]) for shard, name in pairs if name in self.held)
 
     def kind_of(self, shape: ReplicaShape) -> str:
         return self.kinds[0] if shape.device_kind == ANY_KIND else shape.device_kind
@@ -185,10 +201,16 @@ def _released(
 ) -> tuple[ReplicaSpec, ...]:
     """The fewest of ``stay`` that must move; frees their devices on the board.
 
-    Tries all choices of one, of two and so on, up to a limit for each number, and finally all.
+    Tries all choices of one, of two and so on, up to a limit for each number. Beyond a limit for
+    all, as on large clusters, it releases those with the least company first, and then keeps each
+    that need not have moved.
     """
+    work = len({node for nodes in board.free.values() for node in nodes})
+    tries = iter(range(max(1, _MOST_WORK // max(1, work))))
     for number in range(1, len(stay)):
         for choice in islice(combinations(stay, number), _MOST_RELEASES):
+            if next(tries, None) is None:
+                return _released_in_turn(stay, left, board)
             for spec in choice:
                 board.give(spec.devices)
             if board.holds(left + Counter(spec.shape for spec in choice)):
@@ -198,6 +220,29 @@ def _released(
     for spec in stay:
         board.give(spec.devices)
     return tuple(stay)
+
+
+def _released_in_turn(
+    stay: Sequence[ReplicaSpec], left: Counter[ReplicaShape], board: _Board
+) -> tuple[ReplicaSpec, ...]:
+    """See ``_released``; it asks at most twice for each replica whether the rest fits."""
+    released: list[ReplicaSpec] = []
+    wanted = Counter(left)
+    for spec in reversed(stay):
+        board.give(spec.devices)
+        released.append(spec)
+        wanted[spec.shape] += 1
+        if board.holds(wanted):
+            break
+    for spec in list(released):
+        board.take(spec.devices)
+        wanted[spec.shape] -= 1
+        if board.holds(wanted):
+            released.remove(spec)
+        else:
+            board.give(spec.devices)
+            wanted[spec.shape] += 1
+    return tuple(released)
 
 
 def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaShape, _Seat]]:
@@ -216,7 +261,11 @@ def _seated(left: Counter[ReplicaShape], board: _Board) -> list[tuple[ReplicaSha
                 options = [
                     (seats.best(shape), -place) for place, shape in enumerate(same) if left[shape]
                 ]
-                seat, place = max(options, key=lambda option: (option[0].worth, option[1]))
+                # Of equals the longest, which finds nodes with room for equal shares while some
+                # are free.
+                seat, place = max(
+                    options, key=lambda option: (option[0].worth, len(option[0].devices), option[1])
+                )
                 shape = same[-place]
                 seats.take(seat)
                 left[shape] -= 1
@@ -237,11 +286,20 @@ class _Seats:
         self._found: dict[tuple[tuple[Shard, ...], str], _Seat] = {}
 
     def best(self, shape: ReplicaShape) -> _Seat:
-        """All stages on one node if one has room, else each stage where most of it is held."""
+        """All stages on one node if one has room, else equally many on as few nodes as possible.
+
+        If nodes have no room for equal numbers, each stage is where most of it is held; vLLM does
+        not run such a replica.
+        """
         shards = shards_of(shape)
         whole = self._best(shards, frozenset())
         if whole is not None:
             return whole
+        stages = shape.pipeline_parallel_size
+        for each in range(stages // 2, 0, -1):
+            dealt = self._dealt(shards, each * self._width) if stages % each == 0 else None
+            if dealt is not None:
+                return dealt
         devices: tuple[str, ...] = ()
         held = 0.0
         vacant = True
@@ -251,6 +309,22 @@ class _Seats:
             devices += stage.devices
             held += stage.held
             vacant = vacant and stage.vacant
+        return _Seat(devices=devices, held=held, vacant=vacant)
+
+    def _dealt(self, shards: tuple[Shard, ...], share: int) -> _Seat | None:
+        """So many consecutive ranks on each of several nodes; ``None`` if too few have room."""
+        devices: tuple[str, ...] = ()
+        held = 0.0
+        vacant = True
+        used: frozenset[str] = frozenset()
+        for start in range(0, len(shards), share):
+            part = self._best(shards[start : start + share], frozenset(), used)
+            if part is None:
+                return None
+            devices += part.devices
+            held += part.held
+            vacant = vacant and part.vacant
+            used |= {node for node, ids in self._free.items() if part.devices[0] in ids}
         return _Seat(devices=devices, held=held, vacant=vacant)
 
     def take(self, seat: _Seat) -> None:
@@ -264,11 +338,18 @@ class _Seats:
                 self._found = {key: old for key, old in self._found.items() if key[1] != node}
         self._board.take(seat.devices)
 
-    def _best(self, shards: tuple[Shard, ...], without: frozenset[str]) -> _Seat | None:
+    def _best(
+        self,
+        shards: tuple[Shard, ...],
+        without: frozenset[str],
+        nodes_without: frozenset[str] = frozenset(),
+    ) -> _Seat | None:
         """The best seat of all nodes; of equals the one on the node with the least room."""
         best: tuple[tuple[bool, float], int] | None = None
         seat = None
         for node, ids in self._free.items():
+            if node in nodes_without:
+                continue
             free = [device for device in ids if device not in without] if without else ids
             if not self._room(node, len(free), len(ids) - len(free), len(shards)):
                 continue

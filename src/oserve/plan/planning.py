@@ -7,7 +7,7 @@ the search and the placement, and prints nothing.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from oserve.core import (
     DeploymentPlan,
@@ -21,8 +21,10 @@ from oserve.perf import ShapePerformance
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.table import PerformanceSource, performance_table
 from oserve.plan.demand import Demand
-from oserve.plan.deploy import PlacedReplicas, place_deployment
+from oserve.plan.deploy import PlacedReplicas
 from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
+from oserve.plan.redundancy import place_redundantly
+from oserve.plan.score import EQUAL
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
 
 # Overflow covers smaller shares.
@@ -35,8 +37,9 @@ class PlanRequest:
 
     A heterogeneous deployment must gain ``min_gain`` (0.02: two per cent) over the best homogeneous
     one, which is simpler; the model errs by some per cent. If ``min_shapes`` asks for several
-    shapes, the best deployment with so many wins, if there is one. ``notes``: remarks on the
-    request itself.
+    shapes, the best deployment with so many wins, if there is one. ``spread``: the share of the
+    objective that may be paid so that the loss of one node leaves every type a replica (see
+    ``redundancy``). ``notes``: remarks on the request itself.
     """
 
     model: str
@@ -55,6 +58,7 @@ class PlanRequest:
     candidates: int = 10
     min_gain: float = 0.0
     min_shapes: int = 1
+    spread: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -72,7 +76,9 @@ class PlanResult:
     """The plan, how it was found, and the deployments it is compared with.
 
     ``usual`` is the common practice: the smallest tensor-parallel size that holds the model and its
-    requests, on all devices. ``table_s`` and ``solve_s`` are seconds on this machine.
+    requests, on all devices. ``table_s`` and ``solve_s`` are seconds on this machine. ``price`` is
+    the share of the objective given up for ``spread``; ``exposed`` the types that still lose their
+    last replica with a node.
     """
 
     request: PlanRequest
@@ -86,13 +92,32 @@ class PlanResult:
     usual: DeploymentCandidate | None
     table_s: float
     solve_s: float
+    price: float = 0.0
+    exposed: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The caveats of the plan."""
         request = self.request
         notes = [*request.notes, *request.demand.notes, *request.source.caveats(self._shapes)]
-        return tuple(dict.fromkeys(notes))
+        return tuple(dict.fromkeys([*notes, *self._spread_notes()]))
+
+    def _spread_notes(self) -> list[str]:
+        """What was paid against the loss of a node, and what is left exposed."""
+        notes = []
+        if self.price > EQUAL:
+            notes.append(
+                f"{self.price:.1%} of the objective is paid so that the loss of one node leaves "
+                "types a replica (planning.spread)"
+            )
+        if self.exposed:
+            names = ", ".join(sorted(frozenset().union(*self.exposed.values())))
+            nodes = ", ".join(self.exposed)
+            notes.append(
+                f"the loss of one node ({nodes}) would leave no replica for {names}; "
+                "planning.spread says what may be paid against that"
+            )
+        return notes
 
     @property
     def _shapes(self) -> tuple[ReplicaShape, ...]:
@@ -137,7 +162,8 @@ def compute_plan(request: PlanRequest) -> PlanResult:
     varied = request.min_shapes > 1 and problem.is_varied(planned.best.counts)
     if not varied and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + request.min_gain:
         planned = replace(planned, best=planned.homogeneous[0])
-    placed = place_deployment(problem, planned.best)
+    choice = place_redundantly(problem, planned, planned.best, spread=request.spread)
+    planned, placed = replace(planned, best=choice.deployment), choice.placed
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]
     return PlanResult(
@@ -152,6 +178,8 @@ def compute_plan(request: PlanRequest) -> PlanResult:
         usual=_usual(problem, planned.homogeneous),
         table_s=tabled - started,
         solve_s=solved - tabled,
+        price=choice.price,
+        exposed=choice.exposed,
     )
 
 

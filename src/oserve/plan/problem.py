@@ -43,8 +43,9 @@ class PlanProblem:
     ``options`` are the candidate replica shapes with their capacities, in the order of ``types``;
     ``shape.device_kind`` names the kind of device ("any" stands for the only kind). Headroom beyond
     ``enough_scale`` (at least 1; ``None``: no limit) times the demand has no value. Deployments of
-    fewer than ``min_shapes`` distinct shapes (by name) are not eligible. ``current`` is the plan in
-    force: among equals the deployment that keeps most of its replicas wins.
+    fewer than ``min_shapes`` distinct shapes (by name) are not eligible, nor those with fewer than
+    ``min_replicas`` for some type with traffic (1: no condition). ``current`` is the plan in force:
+    among equals the deployment that keeps most of its replicas wins.
     """
 
     devices: tuple[Device, ...]
@@ -56,6 +57,7 @@ class PlanProblem:
     among_equals: AmongEquals = AmongEquals.FEWEST_DEVICES
     current: DeploymentPlan | None = None
     min_shapes: int = 1
+    min_replicas: int = 1
 
     @property
     def demand_rps(self) -> float:
@@ -83,6 +85,23 @@ class PlanProblem:
             if spec.devices and known.issuperset(spec.devices)
         )
         return tuple(have[option.shape] for option in self.options)
+
+    def is_eligible(self, counts: ReplicaCounts) -> bool:
+        """Whether a deployment meets ``min_shapes`` and ``min_replicas``."""
+        return self.is_varied(counts) and self.is_redundant(counts)
+
+    def is_redundant(self, counts: ReplicaCounts) -> bool:
+        """Whether each type with traffic has at least ``min_replicas`` that can serve it."""
+        return self.min_replicas == 1 or all(
+            sum(
+                count
+                for option, count in zip(self.options, counts, strict=True)
+                if option.capacity_rps[j] > 0
+            )
+            >= self.min_replicas
+            for j, kind in enumerate(self.types)
+            if kind.arrival_rate_rps > 0
+        )
 
     def is_varied(self, counts: ReplicaCounts) -> bool:
         """Whether a deployment has at least ``min_shapes`` distinct shapes that serve."""
@@ -118,6 +137,12 @@ def check_problem(problem: PlanProblem) -> None:
     if problem.min_shapes < 1:
         raise OServeError(
             f"min_shapes is {problem.min_shapes}", place="plan.min_shapes", remedy="give at least 1"
+        )
+    if problem.min_replicas < 1:
+        raise OServeError(
+            f"min_replicas is {problem.min_replicas}",
+            place="plan.min_replicas",
+            remedy="give at least 1",
         )
     enough = problem.enough_scale
     if enough is not None and not (math.isfinite(enough) and enough >= 1):

@@ -83,13 +83,14 @@ def plan_deployment(
     """The best deployment that the search finds, with alternatives and baselines.
 
     ``time_limit_s`` bounds the exact search (in seconds of the solver's clock); ``seed`` varies the
-    flow-guided one. If no deployment has ``min_shapes`` shapes, the best is the empty one, which
-    serves nothing. Raises OServeError for an inconsistent problem (see ``check_problem``).
+    flow-guided one. If no deployment has ``min_shapes`` shapes and ``min_replicas`` replicas, the
+    best is the empty one, which serves nothing. Raises OServeError for an inconsistent problem
+    (see ``check_problem``).
     """
     check_problem(problem)
-    if problem.min_shapes > 1 and search is Search.FLOW:
+    if max(problem.min_shapes, problem.min_replicas) > 1 and search is Search.FLOW:
         raise OServeError(
-            "the flow-guided search cannot be held to several shapes",
+            "the flow-guided search cannot be held to several shapes or replicas",
             place="plan.search",
             remedy="use the exact search",
         )
@@ -128,7 +129,7 @@ class _Task:
 
 def _exact(task: _Task) -> Proved:
     first = task.baselines[0]
-    return task.exact.solve(first=first if task.problem.is_varied(first.counts) else None)
+    return task.exact.solve(first=first if task.problem.is_eligible(first.counts) else None)
 
 
 def _flow(task: _Task) -> Proved:
@@ -169,7 +170,7 @@ def _candidates(
         if counts not in found:
             found[counts] = ScoredCounts(counts=counts, score=assigner.score(counts))
     found.pop(best.counts, None)
-    found = {counts: scored for counts, scored in found.items() if problem.is_varied(counts)}
+    found = {counts: scored for counts, scored in found.items() if problem.is_eligible(counts)}
     return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
 
 

@@ -22,7 +22,7 @@ from oserve.core import (
     StopReplica,
 )
 from oserve.engines.clock import LiveClock
-from oserve.engines.cluster import LocalCluster
+from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import find_devices
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf.model import ModelFacts, find_model
@@ -81,14 +81,14 @@ def limited(
 @asynccontextmanager
 async def temporary_cluster(
     settings: Settings, devices: tuple[Device, ...]
-) -> AsyncIterator[LocalCluster]:
+) -> AsyncIterator[EngineCluster]:
     """A cluster for engines that are started one after another.
 
     Its processes and folders end with the context, also if the process gets a signal to end; see
     ``cleans_up_on_signal``.
     """
     with cleans_up_on_signal(), tempfile.TemporaryDirectory(prefix="oserve-") as run_dir:
-        cluster = LocalCluster(
+        cluster = EngineCluster(
             devices,
             model=settings.model,
             served_model_name=_SERVED_NAME,
@@ -134,7 +134,7 @@ def cleans_up_on_signal() -> Iterator[None]:
 
 @asynccontextmanager
 async def started_engine(
-    cluster: LocalCluster, devices: Sequence[Device], shape: ReplicaShape
+    cluster: EngineCluster, devices: Sequence[Device], shape: ReplicaShape
 ) -> AsyncIterator[ReplicaState]:
     """A ready engine of ``shape`` on the first devices; it ends with the context.
 
@@ -157,7 +157,7 @@ async def started_engine(
             await asyncio.sleep(_POLL_S)
 
 
-async def _ready(cluster: LocalCluster, name: str) -> ReplicaState:
+async def _ready(cluster: EngineCluster, name: str) -> ReplicaState:
     while True:
         observation = await cluster.observe()
         state = observation.replica(name)

@@ -22,6 +22,7 @@ from oserve.core import (
     StartReplica,
     StopReplica,
 )
+from oserve.sim.nodes import SimulatedNodes
 from oserve.sim.phases import Faults, Phases
 
 
@@ -43,6 +44,7 @@ class _Replica:
     standby: bool = False
     stopped_at_s: float = math.inf
     found_at_s: float = math.inf
+    powerless: bool = False
 
 
 class SimulatedCluster:
@@ -81,7 +83,14 @@ class SimulatedCluster:
         scheduled: list[tuple[float, str, Callable[[str], None]]] = []
         scheduled += [(at_s, name, self.crash) for at_s, name in self.faults.crashes]
         scheduled += [(at_s, name, self.hang) for at_s, name in self.faults.hangs]
+        scheduled += [(loss.at_s, loss.node, self.cut_node) for loss in self.faults.node_losses]
+        scheduled += [
+            (loss.back_s, loss.node, self.restore_node)
+            for loss in self.faults.node_losses
+            if math.isfinite(loss.back_s)
+        ]
         self._scheduled = sorted(scheduled, key=lambda item: item[:2], reverse=True)
+        self._nodes = SimulatedNodes(devices, self.faults.node_losses)
         self._last: Observation | None = None
 
     async def observe(self) -> Observation:
@@ -129,6 +138,20 @@ class SimulatedCluster:
         item.found_at_s = self._clock.now() + self.faults.hang_after_s
         item.ready_at_s = math.inf
         self.on_hang(name)
+
+    def cut_node(self, node: str) -> None:
+        """Take the power from a node: its replicas stand still, and end once that is noticed."""
+        self._nodes.cut(node, self._clock.now())
+        for item in self._alive():
+            if self._nodes.holds(node, item.state.spec):
+                self._cut(item)
+
+    def restore_node(self, node: str) -> None:
+        """Give it power again; none of its replicas has survived."""
+        self._nodes.restore(node)
+        for item in self._alive():
+            if item.powerless and self._nodes.holds(node, item.state.spec):
+                self._end(item)
 
     def crash(self, name: str, reason: str = "crashed") -> None:
         """Make a replica exit unexpectedly."""
@@ -181,20 +204,22 @@ class SimulatedCluster:
                     self._end(item)
                 continue
             states.append(state)
+        now_s = self._clock.now()
         return Observation(
-            now_s=self._clock.now(),
-            devices=self._devices,
+            now_s=now_s,
+            devices=self._nodes.devices(now_s),
             replicas=tuple(states),
             failures=dict(self._failures),
+            nodes=self._nodes.sightings(now_s),
         )
 
     def _become_ready(self, now_s: float) -> None:
         self.on_advance(now_s)
         for item in self._alive():
             state = item.state
-            if now_s >= item.stopped_at_s:
+            if now_s >= (item.found_at_s if item.powerless else item.stopped_at_s):
                 self._end(item)
-            elif now_s >= item.found_at_s:
+            elif now_s >= item.found_at_s and not item.powerless:
                 self.crash(state.spec.id, "hangs")
             elif state.phase is ReplicaPhase.LOADING and now_s >= item.ready_at_s:
                 if item.fails:
@@ -263,6 +288,14 @@ class SimulatedCluster:
             standby=standby,
         )
         self.on_start(spec, math.inf if fails or standby else now_s + load_s)
+        if self._nodes.powerless(spec):
+            self._cut(self._replicas[spec.id])
+
+    def _cut(self, item: _Replica) -> None:
+        """A replica without power stands still until that is noticed."""
+        item.powerless, item.ready_at_s = True, math.inf
+        item.found_at_s = self._nodes.noticed_s(item.state.spec)
+        self.on_hang(item.state.spec.id)
 
     def _load_s(self, spec: ReplicaSpec, *, standby: bool) -> float:
         """Return the seconds that a replica takes to load if it starts now."""

@@ -26,6 +26,19 @@ class Phases:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLoss:
+    """A node that loses power at ``at_s`` and is back, empty, at ``back_s``.
+
+    ``told_after_s``: when somebody says that it is dead; without that it is noticed by its silence.
+    """
+
+    node: str
+    at_s: float
+    back_s: float = float("inf")
+    told_after_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
     """Injected faults; probabilities in [0, 1] from one seeded generator.
 
@@ -33,7 +46,8 @@ class Faults:
     ``slow_factor`` times as long. Per observation: the previous one is returned again; an
     impossible action that follows from it is ignored. Per transfer and per check of a wave: it
     fails halfway. ``crashes`` are times (seconds) and ids of replicas that end then, if they live;
-    those of ``hangs`` stop making progress and are ended ``hang_after_s`` later. ``replay``:
+    those of ``hangs`` stop making progress and are ended ``hang_after_s`` later. ``node_losses``:
+    replicas of a lost node stop making progress, and end when the loss is noticed. ``replay``:
     requests of a replica that ends continue elsewhere; otherwise they are lost.
     """
 
@@ -47,5 +61,6 @@ class Faults:
     crashes: tuple[tuple[float, str], ...] = ()
     hangs: tuple[tuple[float, str], ...] = ()
     hang_after_s: float = 10.0
+    node_losses: tuple[NodeLoss, ...] = ()
     replay: bool = True
     seed: int = 0

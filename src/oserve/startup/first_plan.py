@@ -135,6 +135,7 @@ def plan_request_for(
         candidates=0,
         min_gain=_MIN_GAIN,
         min_shapes=planning.min_shapes,
+        spread=planning.spread,
         notes=() if shapes else notes,
     )
 

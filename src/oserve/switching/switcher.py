@@ -161,7 +161,9 @@ class Switcher:
                 continue
             if report.plan != plan.id:
                 report.ended(SwitchStatus.SUPERSEDED, report.reason, self._facts.unix_s())
-            elif settled(plan, observation, frozenset()):
+            elif settled(
+                self._facts.loop.nodes.runnable(plan, observation), observation, frozenset()
+            ):
                 report.ended(SwitchStatus.DONE, report.reason, self._facts.unix_s())
 
     def documents(self) -> list[dict[str, Any]]:
@@ -184,7 +186,7 @@ class Switcher:
 
     async def _run(self, report: SwitchReport, plan: DeploymentPlan) -> None:
         facts = self._facts
-        observation = await facts.cluster.observe()
+        observation = await facts.loop.look()
         try:
             prepared = await facts.compute(lambda: self._prepared(report.id, plan, observation))
         except OServeError as error:
@@ -285,7 +287,9 @@ class Switcher:
         movable = self._facts.movable
         if isinstance(movable, str):
             raise _by_restarts(movable)
-        current = self._facts.loop.plan
+        loop = self._facts.loop
+        # Replicas on lost nodes are no part of what serves.
+        current = loop.nodes.runnable(loop.plan, observation)
         if not settled(current, observation, frozenset()):
             raise _by_restarts("the serving replicas are not those of the present plan")
         return prepare_switch(movable, current, plan)

@@ -1,12 +1,14 @@
 """The gateway's endpoints: authentication, its own routes, and admission of requests."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -42,7 +44,7 @@ _log = logging.getLogger("oserve.gateway")
 _GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
 _AUXILIARY = {b"/tokenize", b"/detokenize"}
 _SWITCHES = b"/oserve/v1/switches"
-_OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch"}
+_OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch", b"/oserve/v1/nodes"}
 _REQUEST_ID_BYTES = 128
 _PRIORITY = b"x-vllm-priority"
 _INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
@@ -82,8 +84,8 @@ class Gateway:
             b"/live": (b"GET", False, lambda exchange: exchange.respond(200, b"{}")),
             b"/version": (b"GET", False, self._answer_version),
             b"/metrics": (b"GET", False, self._answer_metrics),
-            b"/oserve/v1/status": (b"GET", True, self._answer_status),
-            _SWITCHES: (b"GET", True, self._answer_switches),
+            b"/oserve/v1/status": (b"GET", True, partial(self._fresh, self._answer_status)),
+            _SWITCHES: (b"GET", True, partial(self._fresh, self._answer_switches)),
             **dict.fromkeys(_OPERATED, (b"POST", True, self._answer_operator)),
             **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
             **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
@@ -130,7 +132,7 @@ class Gateway:
             self._route(exchange)
         except ApiError as error:
             self._refuse(exchange, error)
-        except Exception as error:  # an unforeseen fault ends this request alone
+        except Exception as error:  # see ``_later``
             self._failed(exchange, error)
 
     def _failed(self, exchange: Exchange, error: Exception) -> None:
@@ -285,6 +287,23 @@ class Gateway:
     def _answer_version(self, exchange: Exchange) -> None:
         exchange.respond(200, msgspec.json.encode({"version": __version__}))
 
+    def _fresh(self, answer: Callable[[Exchange], None], exchange: Exchange) -> None:
+        """Answer from a new snapshot, or from the last one while no control loop answers."""
+        if self.refresh is None or (self.away_s is not None and self.away_s()):
+            answer(exchange)
+        else:
+            self._later(exchange, self._refreshed(exchange, self.refresh, answer))
+
+    async def _refreshed(
+        self,
+        exchange: Exchange,
+        refresh: Callable[[], Awaitable[None]],
+        answer: Callable[[Exchange], None],
+    ) -> None:
+        with contextlib.suppress(OSError):
+            await refresh()
+        answer(exchange)
+
     def _answer_status(self, exchange: Exchange) -> None:
         """The last status of the control loop, with its age if the loop is unreachable."""
         status = bytes(self.runner.snapshot.status)
@@ -319,6 +338,8 @@ class Gateway:
         async def guarded() -> None:
             try:
                 await work
+            except ApiError as error:
+                self._refuse(exchange, error)
             except Exception as error:  # an unforeseen fault ends this request alone
                 self._failed(exchange, error)
 
@@ -349,12 +370,9 @@ class Gateway:
         try:
             await refresh()
         except OSError:
-            if self._settings.processes == 1:
-                self._expose(exchange)
-                return
-            send_error(exchange, unavailable("The counters of the other processes are unreachable"))
-        else:
-            self._expose(exchange)
+            if self._settings.processes > 1:
+                raise unavailable("The counters of the other processes are unreachable") from None
+        self._expose(exchange)
 
     def _expose(self, exchange: Exchange) -> None:
         runner = self.runner

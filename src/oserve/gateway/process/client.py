@@ -24,6 +24,9 @@ SYNC_INTERVAL_S = 0.1
 _SYNC_LIMIT_S = 5.0
 # A busy server may answer late; a hub silent for longer than this counts as out of reach.
 _AWAY_S = 1.0
+# Documents of a large cluster are too long for every report. They are read when somebody asks for
+# them, and this often, so that they are there while no server is.
+_DOCUMENTS_S = 5.0
 
 _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
 
@@ -40,17 +43,22 @@ class HubClient:
         self._incarnation = incarnation or os.getpid()
         self._runner = runner
         self._version = 0
+        self._whole_s = -_DOCUMENTS_S
         # Replies are applied in the order of their reports: state never goes back in time.
         self._lock = asyncio.Lock()
 
-    async def sync(self) -> None:
-        """One report and its reply; raises ConnectionError if the hub does not answer."""
+    async def sync(self, *, whole: bool = True) -> None:
+        """One report and its reply; raises ConnectionError if the hub does not answer.
+
+        ``whole``: with the documents of the cluster, which otherwise come every few seconds.
+        """
         async with self._lock:
-            reply = await self._ask(self._report(), _SYNC_LIMIT_S)
+            whole = whole or time.monotonic() - self._whole_s >= _DOCUMENTS_S
+            reply = await self._ask(self._report(whole=whole), _SYNC_LIMIT_S)
             if isinstance(reply, HubReply):
                 self._apply(reply)
 
-    def _report(self) -> WorkerReport:
+    def _report(self, *, whole: bool) -> WorkerReport:
         runner = self._runner
         return WorkerReport(
             incarnation=self._incarnation,
@@ -61,13 +69,26 @@ class HubClient:
             table=self._version,
             port=self.port,
             open_breakers=runner.open_breakers(),
+            whole=whole,
         )
 
     def _apply(self, reply: HubReply) -> None:
         self._last_reply_s = time.monotonic()
         self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
-        self._runner.apply(reply.snapshot)
+        snapshot = reply.snapshot
+        if reply.whole:
+            self._whole_s = self._last_reply_s
+        else:
+            last = self._runner.snapshot
+            snapshot = msgspec.structs.replace(
+                snapshot,
+                status=last.status,
+                switches=last.switches,
+                gauges=last.gauges,
+                counters=last.counters,
+            )
+        self._runner.apply(snapshot)
         if reply.table is not None:
             self._runner.update(reply.table)
 

@@ -156,7 +156,7 @@ class Hub:
             listening.set_result(report.port)
         others = [r for r in self._reports.values() if r.incarnation != report.incarnation]
         snapshot = msgspec.structs.replace(
-            self._snapshot,
+            self._snapshot if report.whole else ClusterSnapshot(),
             elsewhere=_outstanding(others),
             metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
@@ -167,6 +167,7 @@ class Hub:
             counted=report.counts.number,
             snapshot=snapshot,
             table=self._table if report.table != self._version else None,
+            whole=report.whole,
         )
 
     def _count(self, report: WorkerReport) -> None:

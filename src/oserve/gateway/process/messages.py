@@ -37,7 +37,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ``incarnation`` is the process id. ``counts`` are sent until the hub acknowledges them.
     ``outstanding``: seconds of work and requests per replica. ``table`` is the version of the
     routing table in use. ``port``: where the process listens, 0 before it does. ``open_breakers``:
-    replicas whose circuit breaker is open, with the reason and the seconds left.
+    replicas whose circuit breaker is open, with the reason and the seconds left. ``whole``: the
+    reply shall have the documents of the cluster, too.
     """
 
     incarnation: int
@@ -48,19 +49,22 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     table: int
     port: int = 0
     open_breakers: dict[str, tuple[str, float]] = {}
+    whole: bool = True
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The state of the cluster for a gateway process.
 
     ``version`` is that of the current routing table; ``table`` is present only if the process has
-    another version. ``counted`` is the number of the batch that the hub acknowledges.
+    another version. ``counted`` is the number of the batch that the hub acknowledges. Unless it is
+    ``whole``, the snapshot lacks what grows with the cluster: status, switches, gauges, counters.
     """
 
     version: int
     counted: int
     snapshot: ClusterSnapshot
     table: RoutingTable | None = None
+    whole: bool = True
 
 
 class OperatorCall(msgspec.Struct, frozen=True, kw_only=True, tag="operator_call"):

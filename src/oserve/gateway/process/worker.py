@@ -63,7 +63,7 @@ async def _run(config: GatewayWorkerConfig) -> None:
 async def _synced(client: HubClient) -> bool:
     """One report. If the hub does not answer, the last routing table stays in force."""
     try:
-        await client.sync()
+        await client.sync(whole=False)
     except ConnectionError:
         return False
     return True

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oserve.engines.adoption import end
+from oserve.engines.held_process import HeldProcess
 from oserve.engines.holding import HeldEngines
-from oserve.engines.keeper_connection import HeldProcess
-from oserve.engines.logs import open_log, telling_line
+from oserve.engines.logs import telling_line
 
 
 class KeptGatewayProcess:
@@ -49,7 +49,7 @@ class GatewayKeeper:
     async def start(
         self, name: str, argv: Sequence[str], stdin_line: str, *, grace_s: float, stamp: str
     ) -> KeptGatewayProcess:
-        log_path = open_log(self._log_dir, _log_name(name))
+        log_path = self._log_dir / f"{_log_name(name)}.log"
         process = await self._keeper.hold(name, argv, stdin_line, log_path, grace_s, stamp)
         return KeptGatewayProcess(process)
 

@@ -1,0 +1,151 @@
+"""The connections of one keeper: a server, the next one, guests; and what stays with the node."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from keepers import FakeNode
+from oserve.core import OServeError, VirtualClock
+from oserve.engines.group import start_ticks
+from oserve.engines.held_process import NodeLostError
+from oserve.engines.holding import HeldEngines
+from oserve.engines.keeper_messages import ServerHello, encoded
+
+CAT = ["cat"]
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[FakeNode]:
+    node = FakeNode("one", tmp_path, VirtualClock())
+    await node.begun()
+    yield node
+    await node.close()
+
+
+async def connected(node: FakeNode, *, guest: bool = False) -> HeldEngines:
+    held = HeldEngines(node.dial, grace_s=600.0, guest=guest)
+    await held.connect()
+    return held
+
+
+async def launched(held: HeldEngines, node: FakeNode, name: str) -> None:
+    await held.launch(name, [], {}, [], node.log(name), "note", folder=held.folder / name)
+
+
+async def rounds(count: int = 100) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_keeper_tells_its_node(node: FakeNode) -> None:
+    held = await connected(node)
+    assert (held.facts.host, held.facts.folder) == ("one", str(node.run))
+    assert held.logs == node.state
+    assert held.facts.boot != ""
+    assert held.facts.oserve != ""
+
+
+async def test_the_next_server_replaces_the_first_and_no_process_ends(node: FakeNode) -> None:
+    first = await connected(node)
+    await launched(first, node, "a-1")
+    process = first.engines()["a-1"]
+    second = await connected(node)
+    with pytest.raises(NodeLostError, match="another server has taken"):
+        await process.wait()
+    assert "another server" in await first.lost()
+    assert [item.entry.note for item in second.engines().values()] == ["note"]
+    assert len(node.launcher.alive) == 1
+    # The first does not fight for it.
+    with pytest.raises(NodeLostError, match="another server"):
+        await launched(first, node, "b-2")
+    with pytest.raises(NodeLostError, match="another server"):
+        await first.connect()
+
+
+async def test_a_guest_leaves_the_server_alone_and_its_process_stays(node: FakeNode) -> None:
+    server = await connected(node)
+    await launched(server, node, "a-1")
+    guest = await connected(node, guest=True)
+    hatch = await guest.hold("hatch", CAT, "hello", node.log("hatch"), 0.0, None, stays=True)
+    again = await connected(node, guest=True)
+    assert set(again.processes()) == {"hatch"}
+    await again.close()
+    # It is none of the server's, which does not end it when it closes.
+    assert server.processes() == {}
+    await server.hold("gateway:0", CAT, "hello", node.log("gateway"), 0.0, None)
+    assert set((await connected(node, guest=True)).processes()) == {"hatch", "gateway:0"}
+    await server.close()
+    assert not node.launcher.alive
+    assert not node.running.done()
+    assert start_ticks(hatch.pid)
+    # Another server finds a keeper that starts engines.
+    fresh = await connected(node)
+    await launched(fresh, node, "b-2")
+    # When no server comes, engines end, and the keeper stays with the hatch.
+    fresh.cut("the server was killed")
+    node.keeper._grace_s = 0.0
+    async with asyncio.timeout(60.0):
+        while node.launcher.alive:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await rounds()
+    assert not node.running.done()
+    assert not hatch.ended.done()
+    hatch.terminate()
+    await hatch.wait()
+
+
+async def test_a_server_that_falls_silent_is_a_server_that_is_gone(
+    node: FakeNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(node.run / "keeper.sock"))
+    await reader.readline()
+    writer.write(encoded(ServerHello(grace_s=600.0, silence_s=5.0)))
+    await rounds()
+    assert node.keeper._server is not None
+    for _ in range(6):
+        await node._clock.advance(1.0)
+        await rounds()
+    assert await reader.read() == b""
+    assert node.keeper._server is None
+    assert "nothing has been heard of the server" in caplog.text
+    writer.close()
+
+
+async def test_what_an_engine_does_and_logs_is_asked_of_its_keeper(node: FakeNode) -> None:
+    held = await connected(node)
+    await launched(held, node, "a-1")
+    process = held.engines()["a-1"]
+    # No real process has its number.
+    assert await process.activity() is None
+    node.log("a-1").write_text("ValueError: out of luck\n")
+    assert await process.cause() == "ValueError: out of luck"
+    # Its end tells the cause too; the keeper has cleared up.
+    assert (node.run / "a-1").is_dir()
+    node.crash("a-1")
+    assert await process.wait() == 1
+    node.log("a-1").unlink()
+    assert await process.cause() == "ValueError: out of luck"
+    assert await process.activity() is None
+    assert not (node.run / "a-1").exists()
+
+
+async def test_a_folder_that_is_there_already_refuses_the_start(node: FakeNode) -> None:
+    held = await connected(node)
+    (node.run / "a-1").mkdir()
+    with pytest.raises(OServeError, match="exists"):
+        await launched(held, node, "a-1")
+    assert node.launcher.asked == []
+
+
+async def test_a_real_process_s_activity_is_told(node: FakeNode) -> None:
+    held = await connected(node)
+    cat = await held.hold("p", CAT, "hello", node.log("p"), 0.0, None)
+    # It leads no group of its own, so ask for this test's.
+    node.keeper._children["p"].entry.pid = os.getpgrp()
+    activity = await cat.activity()
+    assert activity is not None
+    assert activity.work_s > 0.0
+    assert activity.moved > 0
