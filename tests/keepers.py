@@ -28,6 +28,7 @@ from oserve.engines.keeper import Keeper
 from oserve.engines.keeper_children import find_node_facts
 from oserve.engines.keeper_connection import Streams
 from oserve.engines.keeper_messages import MAX_LINE_BYTES
+from oserve.engines.probe import ServedModel
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import EngineProcess
 
@@ -190,6 +191,9 @@ class Fleet:
         self.well: set[str] = set()
         self.probes: dict[str, FakeProbe] = {}
         self.turned: list[tuple[str, bool]] = []
+        # Whether engines tell their models.
+        self.tell = asyncio.Event()
+        self.tell.set()
         self.cluster: EngineCluster
         self.held: list[HeldEngines]
         self._servers = 0
@@ -234,6 +238,10 @@ class Fleet:
 
         class Probe(FakeProbe):
             well = property(lambda _self: name in fleet.well, lambda _self, _value: None)
+
+            async def models(self) -> tuple[ServedModel, ...] | None:
+                await fleet.tell.wait()
+                return await super().models()
 
         self.probes[name] = Probe(endpoint)
         return self.probes[name]

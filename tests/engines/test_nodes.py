@@ -1,5 +1,6 @@
 """Engines on several nodes: real keepers with fake processes, and cables that are pulled."""
 
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -155,6 +156,21 @@ async def test_a_broken_connection_is_mended_and_someone_s_word_counts(fleet: Fl
     assert not any(seen.dead for seen in (await fleet.cluster.observe()).nodes)
 
 
+async def test_a_replica_that_is_being_taken_up_is_not_started_again(fleet: Fleet) -> None:
+    await fleet.server()
+    await fleet.start("a", "one/cpu:0")
+    fleet.tell.clear()
+    fleet.nodes["one"].cable.cut()
+    await fleet.until(lambda: fleet.phase("a") is GONE)
+    await fleet.until(lambda: fleet.phase("a") is ReplicaPhase.LOADING)
+    for device in ("one/cpu:0", "one/cpu:1", "two/cpu:0"):
+        with contextlib.suppress(ValueError):
+            await fleet.cluster.apply(StartReplica(spec=spec("a", device)))
+    fleet.tell.set()
+    await fleet.until(lambda: fleet.phase("a") is READY)
+    assert [len(node.launcher.asked) for node in fleet.nodes.values()] == [1, 0]
+
+
 async def test_the_next_server_takes_over_on_every_node(fleet: Fleet) -> None:
     await fleet.server()
     await fleet.start("a", "one/cpu:0")
@@ -237,6 +253,19 @@ async def test_a_node_can_join_a_running_cluster(fleet: Fleet, tmp_path: Path) -
     fleet.cluster.nodes.begin()
     await fleet.until(lambda: fleet.turned[-1] == ("three", True))
     await fleet.start("a", "three/cpu:1")
+
+
+async def test_nodes_need_not_be_alike(fleet: Fleet) -> None:
+    node = fleet.nodes["two"]
+    node.devices = tuple(
+        Device(id=f"two/gpu:{n}", kind="h100", node="two", memory_bytes=1 << 36) for n in range(2)
+    )
+    await fleet.server()
+    await fleet.start("a", "one/cpu:0")
+    await fleet.start("b", "two/gpu:1")
+    environments = [one.launcher.asked[0][1] for one in fleet.nodes.values()]
+    assert ["CUDA_VISIBLE_DEVICES" in env for env in environments] == [False, True]
+    assert ["VLLM_CPU_OMP_THREADS_BIND" in env for env in environments] == [True, False]
 
 
 @pytest.mark.slow

@@ -33,13 +33,12 @@ from oserve.core import (
 from oserve.engines.adoption import EngineNote, end, highest_number, sorted_out
 from oserve.engines.attached import AttachedReplica
 from oserve.engines.cluster_nodes import ClusterNodes
-from oserve.engines.dial import LOCAL_NODE
-from oserve.engines.engine_starts import LaunchFacts
+from oserve.engines.engine_starts import LaunchFacts, platform_of
 from oserve.engines.group import group_activity
 from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
-from oserve.engines.node_engines import KeptEngines, LaunchedEngines, NodeEngines
-from oserve.engines.part_adoption import PartsGathering
+from oserve.engines.node_engines import KeptEngines, NodeEngines, own_engines
+from oserve.engines.part_adoption import PartsGathering, finished
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
@@ -55,12 +54,10 @@ _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 class EngineCluster:
     """Implements ``control.cluster.Cluster``. ``close`` leaves no process and no socket behind.
 
-    ``model`` is a folder or a hub name; ``served_model_name`` the name in requests. ``run_dir``
-    holds sockets and logs. ``api_keys``: values of the variables that attached replicas name.
-    ``sized``: the KV cache size in ``settings`` was computed, so that engines of another size may
-    be taken over. ``keeper`` holds the engines, which then outlive this process for a while; see
-    ``adopt``. ``remote``: the keepers of other nodes, by which ``devices`` of those nodes are used;
-    all other devices are this machine's. ``launcher``, ``probe`` and ``look`` are for tests.
+    ``model``, ``served_model_name``, ``sized``: see ``LaunchFacts``. ``run_dir`` holds sockets and
+    logs. ``api_keys``: values of the variables that attached replicas name. ``keeper`` holds the
+    engines, which then outlive this process for a while; see ``adopt``. ``remote``: the keepers of
+    other nodes, for ``devices`` there. ``launcher``, ``probe`` and ``look`` are for tests.
     ``on_change`` is called at once, in the event loop, whenever a replica's phase changes;
     ``on_node`` with a node that is up (an empty reason) or down (why).
     """
@@ -89,18 +86,15 @@ class EngineCluster:
         self._settings = settings or EngineSettings()
         self._served_model_name = served_model_name
         self._api_keys = api_keys or {}
+        elsewhere = {held.node for held in remote}
         self._facts = LaunchFacts(
             model=model,
             served_model_name=served_model_name,
             settings=self._settings,
-            platform="cpu" if all(device.kind == "cpu" for device in devices) else "cuda",
+            platform=platform_of([one for one in devices if one.node not in elsewhere]),
             sized=sized,
         )
-        own: NodeEngines
-        if keeper is None:
-            own = LaunchedEngines(LOCAL_NODE, self._facts, run_dir, launcher, look)
-        else:
-            own = KeptEngines(name=LOCAL_NODE, facts=self._facts, keeper=keeper)
+        own = own_engines(self._facts, keeper, run_dir, launcher, look)
         self.nodes = ClusterNodes(
             own, devices, facts=self._facts, clock=clock, adopt=self._adopt, on_node=on_node
         )
@@ -157,10 +151,7 @@ class EngineCluster:
         self.nodes.begin()
         found += await self.nodes.adopted()
         gathered, self._gathering = self._gathering, None
-        for one in gathered.values():
-            one.close()
-        whole = [name for name, one in gathered.items() if one.is_complete]
-        found.append((whole, [name for name in gathered if name not in whole]))
+        found.append(finished(gathered))
         kept = [name for names, _ in found for name in names]
         return kept, [name for _, names in found for name in names]
 
@@ -175,7 +166,8 @@ class EngineCluster:
 
     # -- actions --------------------------------------------------------------------------------
     def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
-        if spec.id in self._running or self._closed:
+        # One that was found may still be asked whether it fits; it has its place already.
+        if self._closed or spec.id in self._running or spec.id in self._placed:
             return
         if isinstance(spec.backend, AttachedBackend):
             replica = self._attached(spec, spec.backend)
@@ -310,14 +302,8 @@ class EngineCluster:
         if not fits:
             self._states.report(spec.id, phase=ReplicaPhase.DRAINING, pid=process.pid)
             replica.stop.set()
-        elif note.ready_s is not None:
-            self._states.report(
-                spec.id,
-                phase=ReplicaPhase.READY,
-                since_s=note.since_s(self._clock.now()),
-                pid=process.pid,
-                max_model_len=note.max_model_len,
-            )
+        else:
+            self._report_ready(note, process.pid)
         self._run(spec, replica)
         return fits
 
@@ -354,19 +340,22 @@ class EngineCluster:
         pid: int,
     ) -> None:
         """Give a replica a task that goes on where an earlier server's was."""
-        spec = note.spec
-        replica = self._vllm(spec, endpoint, start)
+        replica = self._vllm(note.spec, endpoint, start)
         replica.was_ready = note.ready_s is not None
         replica.step_s = note.step_s
+        self._report_ready(note, pid)
+        self._run(note.spec, replica)
+
+    def _report_ready(self, note: EngineNote, pid: int) -> None:
+        """As an earlier server has noted, if it has."""
         if note.ready_s is not None:
             self._states.report(
-                spec.id,
+                note.spec.id,
                 phase=ReplicaPhase.READY,
                 since_s=note.since_s(self._clock.now()),
                 pid=pid,
                 max_model_len=note.max_model_len,
             )
-        self._run(spec, replica)
 
     def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
         """Whether an engine is what this server would start there."""

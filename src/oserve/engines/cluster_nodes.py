@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from oserve.core import (
     Clock,
@@ -13,7 +14,7 @@ from oserve.core import (
     parts_of,
 )
 from oserve.engines.device_book import DeviceBook
-from oserve.engines.engine_starts import LaunchFacts
+from oserve.engines.engine_starts import LaunchFacts, platform_of
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, NodeEngines
 from oserve.engines.node_tender import Adopted, NodeTender
@@ -71,9 +72,11 @@ class ClusterNodes:
             return None
 
     def _joined(self, spec: ReplicaSpec) -> PartsEngines:
-        parts = parts_of(spec, {device.id: device for device in self.book.of(spec)})
+        devices = self.book.of(spec)
+        parts = parts_of(spec, {device.id: device for device in devices})
         nodes = [self._engines(part.node) for part in parts]
-        return PartsEngines(self._facts, parts, nodes, self._ports)
+        facts = replace(self._facts, platform=platform_of(devices))
+        return PartsEngines(facts, parts, nodes, self._ports)
 
     def has(self, node: NodeEngines, spec: ReplicaSpec) -> bool:
         """Whether all devices of a replica exist, on that node."""
@@ -93,8 +96,10 @@ class ClusterNodes:
         """Take up another node, to be called with ``begin``; its devices count once it is up."""
         self.book.add(devices)
         memory_bytes = float(sum(one.memory_bytes for one in self.book.on(held.node)))
+        # The nodes of a cluster need not be alike.
+        facts = replace(self._facts, platform=platform_of(self.book.on(held.node)))
         node = KeptEngines(
-            name=held.node, facts=self._facts, keeper=held, free_bytes=memory_bytes or None
+            name=held.node, facts=facts, keeper=held, free_bytes=memory_bytes or None
         )
         self._tenders[held.node] = NodeTender(
             node, clock=self._clock, adopt=self._adopt, turned=self._turned

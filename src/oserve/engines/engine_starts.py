@@ -101,6 +101,11 @@ def engine_command(
     return EngineCommand(argv=arguments, env=environment)
 
 
+def platform_of(devices: Sequence[Device]) -> Platform:
+    """How engines on these devices run."""
+    return "cpu" if all(device.kind == "cpu" for device in devices) else "cuda"
+
+
 def engine_name(replica: str, number: int) -> str:
     """The name of a new engine, and of its folder; ``number`` tells it from earlier ones."""
     return f"{log_name(replica)}-{number}"

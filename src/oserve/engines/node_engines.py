@@ -12,6 +12,7 @@ from oserve.control.progress import Activity
 from oserve.core import Device, Endpoint, ReplicaSpec, ReplicaState
 from oserve.engines.adoption import note_of, read_note
 from oserve.engines.arguments import engine_cores
+from oserve.engines.dial import LOCAL_NODE
 from oserve.engines.engine_starts import (
     EngineCommand,
     EngineFiles,
@@ -254,6 +255,19 @@ class KeptEngines(NodeEngines):
     async def close(self) -> None:
         """See ``NodeEngines.close``; the keeper does it."""
         await self.keeper.close()
+
+
+def own_engines(
+    facts: LaunchFacts,
+    keeper: HeldEngines | None,
+    run_dir: Path,
+    launcher: Launcher | None,
+    look: Callable[[int, Path], Activity | None],
+) -> NodeEngines:
+    """The engines of this machine: a keeper's, or without one those that end with this process."""
+    if keeper is not None:
+        return KeptEngines(name=LOCAL_NODE, facts=facts, keeper=keeper)
+    return LaunchedEngines(LOCAL_NODE, facts, run_dir, launcher, look)
 
 
 def moves_caches(facts: LaunchFacts) -> bool:
