@@ -157,6 +157,7 @@ def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
         read_token(host)
 
 
+@pytest.mark.slow
 async def test_the_address_of_an_earlier_hatch_is_gone_before_the_next_starts(
     agent: NodeAgent, orders: AgentOrders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
