@@ -1,7 +1,6 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
-Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes may be barred, and devices left out.
+Pure. The table is made once: only rates change. Shapes may be barred, and devices left out.
 """
 
 from collections import Counter
