@@ -8,10 +8,12 @@ Needs root and ``unshare``, ``nsenter``, ``setpriv`` and ``ip``; see ``unavailab
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,3 +235,22 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+
+_NEW_NETWORK = 0x40000000
+
+
+def socket_on(host: Host, family: int = socket.AF_INET) -> socket.socket:
+    """A socket of this process in the network of a host."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as own, open(f"/proc/{host.pid}/ns/net") as theirs:
+        _enter(library, theirs.fileno())
+        try:
+            return socket.socket(family, socket.SOCK_STREAM)
+        finally:
+            _enter(library, own.fileno())
+
+
+def _enter(library: ctypes.CDLL, network: int) -> None:
+    if library.setns(network, _NEW_NETWORK):
+        raise OSError(ctypes.get_errno(), "cannot enter the network of a host")

@@ -1,7 +1,7 @@
 """Builds the parts of a server from its deployment."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from oserve.config import api_keys, backend_keys, plan_yaml
@@ -43,8 +43,9 @@ def engine_cluster(
     keeper: HeldEngines,
     clock: Clock,
     on_change: Callable[[ReplicaState], None],
+    remote: Sequence[HeldEngines] = (),
 ) -> EngineCluster:
-    """The engines of this machine as a cluster; each change of a replica calls ``on_change``."""
+    """The engines of all nodes as a cluster; each change of a replica calls ``on_change``."""
     settings = deployment.settings
     return EngineCluster(
         deployment.devices,
@@ -56,6 +57,7 @@ def engine_cluster(
         api_keys=backend_keys(deployment.plan),
         sized=deployment.sized,
         keeper=keeper,
+        remote=remote,
         on_change=on_change,
     )
 
@@ -96,7 +98,12 @@ def plan_switcher(
     weights = EngineWeightFacts(
         cluster=cluster,
         model=deployment.models[0],
-        mover=partial(Mover, clock=clock, bytes_per_s=settings.switch.bytes_per_s),
+        mover=partial(
+            Mover,
+            clock=clock,
+            bytes_per_s=settings.switch.bytes_per_s,
+            node_of=cluster.node_of,
+        ),
         transfer_limit_s=settings.switch.transfer_limit_s,
         max_perplexity_rise=settings.switch.max_perplexity_rise,
     )

@@ -30,6 +30,7 @@ from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
+from oserve.startup.node_fleet import NodeFleet
 from oserve.startup.node_operations import NodeOperations
 from oserve.startup.switch_facts import recovered_switch, switch_facts
 from oserve.startup.tuning import background_tuning
@@ -48,7 +49,11 @@ class OServeServer:
     """
 
     def __init__(
-        self, deployment: ServerDeployment, *, changed: Callable[[str], None] = lambda _line: None
+        self,
+        deployment: ServerDeployment,
+        *,
+        fleet: NodeFleet | None = None,
+        changed: Callable[[str], None] = lambda _line: None,
     ) -> None:
         settings = deployment.settings
         folders = server_folders(settings)
@@ -60,8 +65,14 @@ class OServeServer:
         self._view = ClusterView()
         self.ready = asyncio.Event()
         self._keeper = engine_keeper(deployment, folders)
+        self._fleet = fleet
         self._cluster = engine_cluster(
-            deployment, folders, self._keeper, self._clock, lambda _state: self._woken.set()
+            deployment,
+            folders,
+            self._keeper,
+            self._clock,
+            lambda _state: self._woken.set(),
+            remote=() if fleet is None else fleet.held(),
         )
         learned = LearnedPhases()
         movable = switch_facts(settings, deployment.devices, learned=learned)
@@ -126,6 +137,8 @@ class OServeServer:
         Takes over the processes that a killed server left running.
         """
         await self._keeper.connect()
+        if self._fleet is not None:
+            self._fleet.attach(self._cluster)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
@@ -159,6 +172,8 @@ class OServeServer:
                 await self._decisions.save_last()
         finally:
             await self._cluster.close()
+            if self._fleet is not None:
+                await self._fleet.close(end_nodes=True)
             self._lock.release()
 
     # -- callbacks ------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
 from oserve.profiler.brief import LIMIT_S, measure_briefly, shapes_to_measure
 from oserve.startup.deployment import ServerDeployment, prepare
+from oserve.startup.node_fleet import NodeFleet, node_fleet
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -52,6 +53,10 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="Name clients use for the model.")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Serve on several machines: ray, ray:HOST:PORT, or a file with hosts."),
+    ] = None,
     cpu_slots: CpuSlotsOption = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Folder for logs and request records.")
@@ -68,6 +73,7 @@ def serve(
         "gateway.host": host,
         "gateway.port": port,
         "served_model_name": served_model_name,
+        "cluster.nodes": cluster,
         "cluster.cpu_slots": cpu_slots,
         "state_dir": state_dir,
     }
@@ -75,12 +81,33 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     settings = settings_from(config, options, override)
+    fleet = node_fleet(settings)
+    if fleet is not None:
+        raise typer.Exit(uvloop.run(_serve_nodes(settings, fleet, dry_run=dry_run)))
     measure_first(settings, dry_run=dry_run)
     deployment = prepare(settings)
     _show(deployment)
     if not dry_run:
         rare_collections()
         raise typer.Exit(uvloop.run(_serve(deployment)))
+
+
+async def _serve_nodes(settings: Settings, fleet: NodeFleet, *, dry_run: bool) -> int:
+    """Serve on other machines; they are found first, since a plan depends on them."""
+    begun = False
+    try:
+        await fleet.start()
+        deployment = await asyncio.to_thread(prepare, settings, fleet.found(settings))
+        _show(deployment)
+        if dry_run:
+            return 0
+        rare_collections()
+        server = _server(deployment, fleet)
+        begun = True
+        return await _serve(deployment, server)
+    finally:
+        if not begun:
+            await fleet.close(end_nodes=False)
 
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:
@@ -104,8 +131,14 @@ def measure_first(settings: Settings, *, dry_run: bool) -> None:
         _console.print(f"written: {file}; oserve profile {settings.model} measures more precisely")
 
 
-async def _serve(deployment: ServerDeployment) -> int:
-    server = OServeServer(deployment, changed=lambda line: _console.print(f"replicas: {line}"))
+def _server(deployment: ServerDeployment, fleet: NodeFleet | None = None) -> OServeServer:
+    return OServeServer(
+        deployment, fleet=fleet, changed=lambda line: _console.print(f"replicas: {line}")
+    )
+
+
+async def _serve(deployment: ServerDeployment, server: OServeServer | None = None) -> int:
+    server = server or _server(deployment)
 
     def announce(port: int) -> None:
         _announce(deployment, port, server.failed)

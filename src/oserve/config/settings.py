@@ -31,11 +31,18 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The devices of the machine. ``devices``: ``auto``, ``cpu`` or ``gpu``.
+    """The devices of each machine. ``devices``: ``auto``, ``cpu`` or ``gpu``.
 
     ``cpu_slots`` divides the CPU cores into that many devices; with more slots than cores, slots
-    share cores. ``cpu_flags``: ``auto``, or CPU flags to assume, as in /proc/cpuinfo.
+    share cores. ``cpu_flags``: ``auto``, or CPU flags to assume, as in /proc/cpuinfo. ``nodes``:
+    empty for this machine, else the machines to serve on: ``ray``, ``ray:HOST:PORT``, or a cluster
+    file with ``hosts``. ``hatch_port`` and ``node_state_dir``: of the nodes of a Ray cluster; 0
+    takes any free port.
     """
+
+    nodes: str = ""
+    hatch_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    node_state_dir: Annotated[str, msgspec.Meta(min_length=1)] = "~/.oserve/nodes"
 
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None

@@ -164,6 +164,10 @@ class EngineCluster:
         await asyncio.gather(*(task for _, task in self._running.values()))
         await asyncio.gather(*(node.close() for node in self.nodes.all()))
 
+    def node_of(self, replica: str, rank: int) -> str:
+        """The node of a replica's rank; ranks are in the order of its devices."""
+        return self.nodes.book.of(self._states[replica].spec)[rank].node
+
     # -- actions --------------------------------------------------------------------------------
     def _start(self, spec: ReplicaSpec, *, standby: bool) -> None:
         # One that was found may still be asked whether it fits; it has its place already.
@@ -227,10 +231,7 @@ class EngineCluster:
             self._standby.add(spec.id)
         files = node.files(spec, self._count)
         devices = self.nodes.book.of(spec)
-
-        async def start() -> WatchedProcess:
-            return await node.start(spec, devices, files, standby=standby)
-
+        start = partial(node.start, spec, devices, files, standby=standby)
         replica = self._vllm(spec, files.endpoint, start)
         replica.standby = standby
         replica.step_s = self._step_s(spec)

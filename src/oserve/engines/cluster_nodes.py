@@ -120,6 +120,10 @@ class ClusterNodes:
         if node in self._tenders:
             self._tenders[node].cut(reason)
 
+    def is_up(self, node: str) -> bool:
+        """Whether a node can be reached, and what runs there is known."""
+        return node not in self.book.reasons()
+
     def redirect(self, node: str, hatch: HatchAddress) -> None:
         """A node has another hatch; the next call uses it."""
         if node in self._tenders:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from oserve.control.energy import MODEL, CostsOf, Drawn, EnergyLedger, ModelledEnergy
 from oserve.core import Device, Observation
+from oserve.engines.dial import LOCAL_NODE
 from oserve.engines.nvml import NvmlCounter
 from oserve.engines.rapl import POWERCAP, RaplCounter
 
@@ -31,8 +32,9 @@ class DeviceCounter(Protocol):
 
 def find_counters(devices: Sequence[Device]) -> list[DeviceCounter]:
     """The counters that may exist for these devices on this machine."""
-    gpus = [device.id for device in devices if device.id.startswith("gpu:")]
-    slots = [device.id for device in devices if device.kind == "cpu"]
+    here = [device for device in devices if device.node == LOCAL_NODE]
+    gpus = [device.id for device in here if device.id.startswith("gpu:")]
+    slots = [device.id for device in here if device.kind == "cpu"]
     found: list[DeviceCounter] = []
     if gpus:
         found.append(NvmlCounter(gpus))

@@ -337,7 +337,7 @@ def main() -> int:
         "--registry", type=Path, required=True, help="file that lists what it holds"
     )
     parser.add_argument("--logs", type=Path, required=True, help="folder for the zygote's log")
-    parser.add_argument("--method", choices=["zygote", "spawn"], required=True)
+    parser.add_argument("--method", choices=["auto", "zygote", "spawn"], required=True)
     parser.add_argument(
         "--identity", required=True, help="only a server of the same identity keeps what it holds"
     )

@@ -14,6 +14,7 @@ from oserve.engines.group import CACHES_FOLDER, boot_id
 from oserve.engines.keeper_messages import EngineStart, NodeFacts, ProcessStart
 from oserve.engines.logs import rotate_log
 from oserve.engines.patches import engine_package
+from oserve.engines.processor import find_processor
 from oserve.engines.registry import RegistryEntry
 from oserve.engines.spawner import EngineProcess, Launcher
 
@@ -128,4 +129,5 @@ def find_node_facts(folder: Path, logs: Path) -> NodeFacts:
         boot=boot_id(),
         folder=str(folder),
         logs=os.path.abspath(logs),
+        bf16=find_processor().has_bf16,
     )

@@ -132,7 +132,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     ``host``: its name. ``oserve`` and ``engine``: versions of OServe and vLLM, empty if not
     installed. ``boot``: see ``group.boot_id``. ``folder``: for sockets and folders of engines;
-    ``logs``: for logs.
+    ``logs``: for logs. ``bf16``: whether its processor has instructions for that type.
     """
 
     host: str = ""
@@ -141,6 +141,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     boot: str = ""
     folder: str = ""
     logs: str = ""
+    bf16: bool = False
 
 
 class KeeperHello(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):

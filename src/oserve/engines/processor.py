@@ -12,9 +12,10 @@ from pathlib import Path
 from oserve.core import Device, OServeError, Precision
 
 AUTO = "auto"
+BF16_FLAG = "avx512_bf16"
 _CPUINFO = Path("/proc/cpuinfo")
 # x86 spells them avx512_bf16 and amx_bf16, Arm bf16.
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_BF16_FLAGS = frozenset({BF16_FLAG, "amx_bf16", "bf16"})
 _FLAG = re.compile(r"^[a-z0-9_]+$")
 
 

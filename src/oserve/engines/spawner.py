@@ -159,10 +159,14 @@ class ZygoteLauncher:
     """Engines are forked from one zygote, started on first use and again should it die.
 
     When it cannot come up, engines are started by ``fallback`` from then on, and the log says so.
+    ``gpus``: whether engines that use GPUs are forked, too.
     """
 
-    def __init__(self, *, log_path: Path, fallback: Launcher | None = None) -> None:
+    def __init__(
+        self, *, log_path: Path, fallback: Launcher | None = None, gpus: bool = True
+    ) -> None:
         self._log_path = log_path
+        self._gpus = gpus
         self._fallback = fallback or SpawnLauncher()
         self._broken = False
         self._lock = asyncio.Lock()
@@ -177,6 +181,8 @@ class ZygoteLauncher:
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
     ) -> EngineProcess:
         """See ``Launcher.start``."""
+        if not self._gpus and env.get("CUDA_VISIBLE_DEVICES"):
+            return await self._fallback.start(argv, env, cores, log_path)
         async with self._lock:
             line = await self._ensure()
         if line is None:
@@ -332,11 +338,11 @@ class _ZygoteLine:
 
 
 def launcher_for(method: str, zygote_log: Path) -> Launcher:
-    """The launcher of that name, ``zygote`` or ``spawn``."""
+    """The launcher of that name: ``zygote``, ``spawn``, or ``auto``, which spawns those on GPUs."""
     if method == "spawn":
         return SpawnLauncher()
     zygote_log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return ZygoteLauncher(log_path=zygote_log)
+    return ZygoteLauncher(log_path=zygote_log, gpus=method != "auto")
 
 
 def surroundings() -> dict[str, str]:

@@ -18,7 +18,8 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
 
     ``node``: its name. ``host``: the address where its hatch listens, at ``port`` (0: any free
     one). ``state_dir``: the folder for the state of all nodes of this deployment on that machine;
-    ``~`` is the user's there. ``method``: how engines start (``zygote`` or ``spawn``). ``grace_s``:
+    ``~`` is the user's there. ``method``: how engines start (``auto``, ``zygote`` or
+    ``spawn``). ``grace_s``:
     how long engines are held without a server. ``devices``, ``cpu_slots``: see
     ``devices.find_devices``. ``version``: of OServe; ``engine``: of vLLM, empty for any.
     """
@@ -27,7 +28,7 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     state_dir: str = "~/.oserve/nodes"
-    method: Annotated[str, msgspec.Meta(pattern="^(zygote|spawn)$")] = "zygote"
+    method: Annotated[str, msgspec.Meta(pattern="^(auto|zygote|spawn)$")] = "auto"
     grace_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None

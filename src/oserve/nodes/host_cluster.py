@@ -8,7 +8,7 @@ node that cannot be reached is asked again.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.keeper_messages import MAX_LINE_BYTES, KeeperHello, event_of
 from oserve.nodes.agent_messages import HATCH_PROCESS, HatchNote
 from oserve.nodes.directory import ClusterNode, NodeChanged, on_node
-from oserve.wire.hatch import KEEPER_NAME, fetch_certificate, open_hatch
+from oserve.wire.hatch import KEEPER_NAME, fetch_certificate, fingerprint_of, open_hatch
 
 _log = logging.getLogger("oserve.nodes")
 
@@ -41,16 +41,20 @@ class HostEntry:
 
 
 class HostDirectory:
-    """See ``NodeDirectory``. ``changed`` is told of each change."""
+    """See ``NodeDirectory``. ``changed`` is told of each change.
+
+    ``known``: nodes that an earlier server has reached.
+    """
 
     def __init__(
         self,
         hosts: Sequence[HostEntry],
         *,
         changed: NodeChanged = lambda _node: None,
+        known: Mapping[str, ClusterNode] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.nodes = {host.name: ClusterNode(name=host.name) for host in hosts}
+        self.nodes = {host.name: _before(host, known or {}) for host in hosts}
         self.silent = ""
         self._hosts = tuple(hosts)
         self._tokens: dict[str, str] = {}
@@ -107,6 +111,18 @@ class HostDirectory:
                 _log.info("node %s is up with %d devices", node.name, len(node.devices))
             self._changed(node)
         return node.usable
+
+
+def _before(host: HostEntry, known: Mapping[str, ClusterNode]) -> ClusterNode:
+    """A host as it was known before, if it is the same."""
+    node = known.get(host.name)
+    if node is None or node.hatch is None:
+        return ClusterNode(name=host.name)
+    hatch = node.hatch
+    if (hatch.host, hatch.port) != (host.address, host.port):
+        return ClusterNode(name=host.name)
+    same = fingerprint_of(hatch.certificate) == host.certificate_sha256
+    return node if same else ClusterNode(name=host.name)
 
 
 def read_token(host: HostEntry) -> str:

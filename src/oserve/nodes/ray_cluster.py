@@ -69,7 +69,9 @@ def check_ray_installed() -> None:
 class RayDirectory:
     """See ``NodeDirectory``. ``changed`` is told of each change.
 
-    ``command`` and ``env`` are those of the helper; ``log`` takes what it and Ray write.
+    ``known``: nodes that an earlier server has reached; with them a head that is away is no
+    reason not to start. ``command`` and ``env`` are those of the helper; ``log`` takes what it and
+    Ray write.
     """
 
     def __init__(
@@ -78,11 +80,12 @@ class RayDirectory:
         *,
         log: Path,
         changed: NodeChanged = lambda _node: None,
+        known: Mapping[str, ClusterNode] | None = None,
         command: Sequence[str] = HELPER,
         env: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.nodes: dict[str, ClusterNode] = {}
+        self.nodes: dict[str, ClusterNode] = dict(known or {})
         self.silent = ""
         self._start = start
         self._log = log
@@ -101,7 +104,7 @@ class RayDirectory:
     async def start(self) -> None:
         """Start the helper; returns when every node that lives has been found or refused.
 
-        Raises OServeError if it cannot join the Ray cluster, or no node can be used.
+        Raises OServeError if it cannot join the Ray cluster, and no node is known from before.
         """
         self._task = asyncio.create_task(self._keep())
         settled = asyncio.ensure_future(self._settled.wait())
@@ -113,6 +116,9 @@ class RayDirectory:
             settled.cancel()
         if not self._settled.is_set():
             failure = self._failure
+            if failure is None and self.nodes:
+                _log.warning("Ray has not told of all nodes yet")
+                return
             await self.close(end_nodes=False)
             if failure is not None:
                 raise OServeError(failure.reason, place="--cluster", remedy=failure.remedy)
@@ -151,9 +157,12 @@ class RayDirectory:
                 return
             failure = self._failure
             reason = failure.reason if failure else f"the Ray helper ended with status {status}"
-            if not self._settled.is_set() or (failure is not None and failure.final):
+            final = failure is not None and failure.final
+            if final or not (self._settled.is_set() or self.nodes):
                 self._failure = failure or _ended(reason, self._log)
                 return
+            # The nodes that were known before are called without Ray.
+            self._settled.set()
             if self._clock.now() - began_s > _LIVED_S:
                 backoff_s = _FIRST_BACKOFF_S
             self._set_silent(f"{reason}; it is started again in {backoff_s:g} s")

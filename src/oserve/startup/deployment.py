@@ -38,6 +38,7 @@ from oserve.startup.first_plan import (
     objective_note,
     plan_request_for,
 )
+from oserve.startup.node_fleet import NodesFound
 from oserve.startup.plan_check import check_engines
 from oserve.startup.saved_state import SavedPlan, SavedSpeeds
 from oserve.startup.sizing import find_memory_check, fit_request, sized_for_plan
@@ -83,14 +84,16 @@ def state_file(settings: Settings) -> Path:
     return Path(settings.state_dir) / "state.sqlite"
 
 
-def prepare(settings: Settings) -> ServerDeployment:
+def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeployment:
     """Find the devices; read or compute the plan, and check it. Starts nothing.
 
-    Raises OServeError if anything in the settings, the plan or the machine does not fit.
+    ``nodes``: those to serve on, if not this machine. Raises OServeError if anything in the
+    settings, the plan or the machines does not fit.
     """
     settings = _located(settings)
-    devices = find_devices(settings.cluster.devices, settings.cluster.cpu_slots)
-    plain = plain_precisions(devices, find_processor(settings.cluster.cpu_flags))
+    nodes = nodes or _this_machine(settings)
+    devices = nodes.devices
+    plain = plain_precisions(devices, nodes.processor)
     times = find_step_times(settings, devices)
     mode = _mode(settings, times)
     request = None
@@ -140,6 +143,13 @@ def prepare(settings: Settings) -> ServerDeployment:
         given=_given(settings),
         speeds=speeds,
         times=times if isinstance(times, StepTimes) else None,
+    )
+
+
+def _this_machine(settings: Settings) -> NodesFound:
+    return NodesFound(
+        devices=find_devices(settings.cluster.devices, settings.cluster.cpu_slots),
+        processor=find_processor(settings.cluster.cpu_flags),
     )
 
 

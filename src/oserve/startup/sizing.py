@@ -6,6 +6,7 @@ from pathlib import Path
 
 from oserve.config import Settings
 from oserve.core import DeploymentPlan, Device, ReplicaShape, ReplicaSpec
+from oserve.engines.dial import LOCAL_NODE
 from oserve.engines.holding import keeper_runs
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.memory_check import MemoryCheck, known_model, with_settings
@@ -16,10 +17,13 @@ from oserve.plan.planning import PlanRequest
 def find_memory_check(settings: Settings, devices: tuple[Device, ...]) -> MemoryCheck:
     """The memory available for engines on these devices.
 
-    Engines that a killed server left running will be taken over, so their memory counts as free.
+    Engines that a killed server left running will be taken over, so their memory counts as free; on
+    other nodes, where it is not known what is free, all memory does.
     """
     free = float(available_memory_bytes())
-    if keeper_runs(Path(settings.state_dir)):
+    if any(device.node != LOCAL_NODE for device in devices):
+        free = len(devices) * float(min(device.memory_bytes for device in devices))
+    elif keeper_runs(Path(settings.state_dir)):
         free = max(free, float(sum(device.memory_bytes for device in devices)))
     return MemoryCheck(
         settings=settings.engines,
