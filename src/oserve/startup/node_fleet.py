@@ -16,6 +16,7 @@ from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.holding import HatchDial, HeldEngines
+from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, NodeDirectory
@@ -205,4 +206,5 @@ def _orders(settings: Settings, namespace: str) -> AgentOrders:
         grace_s=settings.engines.orphan_grace_s,
         devices=cluster.devices,
         cpu_slots=cluster.cpu_slots,
+        engine=engine[1] if (engine := engine_package()) is not None else "",
     )
