@@ -17,6 +17,7 @@ from oserve.control.runtime import ControllerRuntime
 from oserve.control.starts import StartTimes
 from oserve.core import (
     DeploymentPlan,
+    Device,
     NodePhase,
     NodeState,
     Observation,
@@ -235,3 +236,16 @@ def test_replicas_that_return_get_ids_of_their_own() -> None:
     assert found is not None
     assert [spec.id for spec in found.replicas] == ["first4", "first4-0"]
     assert extended(earlier, earlier, ladders.DEVICES) is None
+
+
+def test_a_node_that_comes_is_planned_for() -> None:
+    runtime = toy_runtime()
+    kind = DEVICES[0].kind
+    fresh = Device(id="n9/cpu:0", kind=kind, node="n9", memory_bytes=DEVICES[0].memory_bytes)
+    observation = Observation(
+        now_s=1.0, devices=(*DEVICES, fresh), replicas=(), node_states=(BACK, NodeState(name="n9"))
+    )
+    assert runtime.observe(1.0, (), observation) is Trigger.NODE
+    assert fresh in runtime.planner.devices
+    runtime.controller.accept_nodes()
+    assert runtime.observe(2.0, (), observation) is not Trigger.NODE

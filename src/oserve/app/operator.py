@@ -12,7 +12,7 @@ from oserve.core import DeploymentPlan, OServeError
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.node_operations import NodeOperations
-from oserve.startup.plan_check import allowed_plan, check_engines
+from oserve.startup.plan_check import allowed_plan, check_engines, known_devices
 from oserve.switching.switcher import Switcher
 
 _SWITCH_PATH = "/oserve/v1/switch"
@@ -60,7 +60,7 @@ class OperatorApi:
         return _answer(200, document)
 
     def _given(self, body: bytes) -> DeploymentPlan:
-        devices = self._deployment.devices
+        devices = known_devices(self._deployment.devices, self._view.observation)
         plan = allowed_plan(body, self._loop.plan, devices)
         check_engines(plan, devices, self._deployment.settings)
         return plan

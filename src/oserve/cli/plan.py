@@ -67,7 +67,9 @@ def plan(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="8xH100, 4x8xH100 or a YAML file; this machine's devices by default."),
+        typer.Option(
+            help="8xH100, 4x8xH100, a YAML file, ray or ray:HOST:PORT; default: this machine."
+        ),
     ] = None,
     trace: TraceOption = None,
     rates: Annotated[

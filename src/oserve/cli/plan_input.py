@@ -1,23 +1,38 @@
 """The input of ``oserve plan``, from its options. Bad input raises OServeError."""
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 
 from oserve.cli.options import TraceSelection, check_over_zero, read_requests
 from oserve.config import ClusterSpec, load_cluster, load_rates
+from oserve.config.cluster import lists_hosts, load_hosts
 from oserve.config.policies import ladder_goal
 from oserve.config.settings import PlanningSettings
 from oserve.control.ladder import Goal
 from oserve.core import Objective, OServeError
 from oserve.engines.devices import find_devices
+from oserve.nodes.host_cluster import asked_devices
+from oserve.nodes.ray_address import is_ray, ray_address
+from oserve.nodes.ray_cluster import check_ray_installed, listed_devices
 from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.traces import TraceRequest
 
 
 def cluster_from(text: str | None) -> ClusterSpec:
-    """The cluster of ``--cluster``; this machine's devices without it."""
-    return load_cluster(text) if text is not None else ClusterSpec(devices=find_devices())
+    """The cluster of ``--cluster``; this machine's devices without it.
+
+    The nodes of a Ray cluster, and hosts of a file, are asked.
+    """
+    if text is None:
+        return ClusterSpec(devices=find_devices())
+    if is_ray(text):
+        check_ray_installed()
+        return ClusterSpec(devices=asyncio.run(listed_devices(ray_address(text))))
+    if lists_hosts(text):
+        return ClusterSpec(devices=asyncio.run(asked_devices(load_hosts(text))))
+    return load_cluster(text)
 
 
 def demand_from(

@@ -27,7 +27,7 @@ from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
 from oserve.profiler.brief import LIMIT_S, measure_briefly, shapes_to_measure
 from oserve.startup.deployment import ServerDeployment, prepare
-from oserve.startup.node_fleet import NodeFleet, node_fleet
+from oserve.startup.node_fleet import NodeFleet, foreseen, node_fleet, serves_already
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -81,9 +81,12 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     settings = settings_from(config, options, override)
+    if settings.cluster.nodes and dry_run:
+        _show(prepare(settings, asyncio.run(foreseen(settings))))
+        return
     fleet = node_fleet(settings)
     if fleet is not None:
-        raise typer.Exit(uvloop.run(_serve_nodes(settings, fleet, dry_run=dry_run)))
+        raise typer.Exit(uvloop.run(_serve_nodes(settings, fleet)))
     measure_first(settings, dry_run=dry_run)
     deployment = prepare(settings)
     _show(deployment)
@@ -92,22 +95,20 @@ def serve(
         raise typer.Exit(uvloop.run(_serve(deployment)))
 
 
-async def _serve_nodes(settings: Settings, fleet: NodeFleet, *, dry_run: bool) -> int:
+async def _serve_nodes(settings: Settings, fleet: NodeFleet) -> int:
     """Serve on other machines; they are found first, since a plan depends on them."""
     begun = False
     try:
         await fleet.start()
         deployment = await asyncio.to_thread(prepare, settings, fleet.found(settings))
         _show(deployment)
-        if dry_run:
-            return 0
         rare_collections()
         server = _server(deployment, fleet)
         begun = True
         return await _serve(deployment, server)
     finally:
         if not begun:
-            await fleet.close(end_nodes=False)
+            await fleet.close(end_nodes=not serves_already(settings))
 
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:

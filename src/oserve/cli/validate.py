@@ -17,6 +17,7 @@ from oserve.cli.serve import measure_first, settings_from
 from oserve.config import backend_keys
 from oserve.startup.attached import check_attached, refuse_unhealthy
 from oserve.startup.deployment import prepare
+from oserve.startup.node_fleet import foreseen
 
 
 def validate(
@@ -42,8 +43,10 @@ def validate(
         "cluster.cpu_slots": cpu_slots,
     }
     settings = settings_from(config, options, override)
-    measure_first(settings, dry_run=True)
-    deployment = prepare(settings)
+    nodes = asyncio.run(foreseen(settings))
+    if nodes is None:
+        measure_first(settings, dry_run=True)
+    deployment = prepare(settings, nodes)
     if ask:
         variables = backend_keys(deployment.plan)
         asked = asyncio.run(check_attached(deployment.plan, variables, model=deployment.models[0]))

@@ -60,7 +60,7 @@ def load_cluster(text: str) -> ClusterSpec:
     Device ids of a single node are ``gpu:0``, ``gpu:1``, ..., as ``oserve serve`` names those of
     its machine; with several nodes the node comes first, as in ``n0/gpu:0``.
     """
-    if text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file():
+    if _is_file(text):
         parsed = convert(read_document(Path(text)), _ClusterFile, place=text)
         find_link(parsed.network)
         if parsed.hosts:
@@ -84,6 +84,17 @@ def load_cluster(text: str) -> ClusterSpec:
             )
         nodes.append(_NodesFile(kind=kind, devices=devices, count=count))
     return ClusterSpec(devices=_devices(nodes, "--cluster"))
+
+
+def lists_hosts(text: str) -> bool:
+    """Whether it is a cluster file with hosts; raises OServeError for one that cannot be read."""
+    if not _is_file(text):
+        return False
+    return bool(convert(read_document(Path(text)), _ClusterFile, place=text).hosts)
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file()
 
 
 def load_hosts(file: str) -> tuple[HostEntry, ...]:

@@ -90,6 +90,10 @@ class Controller:
         """The devices that no plan may use; ``left``: those whose replicas do not serve on."""
         self._unusable, self._left = unusable, left
 
+    def join(self, devices: frozenset[str]) -> None:
+        """There are more devices, and no plan has been made with them."""
+        self._decided_without |= devices
+
     @property
     def nodes_due(self) -> bool:
         """Whether the usable devices differ from those of the last decision about nodes."""

@@ -128,6 +128,7 @@ class ControllerRuntime:
             "queued": float(queued),
         }
         self.starts.observe(observation)
+        self._join(observation)
         self.see_nodes(observation.node_states)
         speeds = None if self._speeds is None else self._speeds.observe(observation)
         if speeds is not None:
@@ -136,6 +137,17 @@ class ControllerRuntime:
             self._shared = None
         trigger = self.count(now_s, batches, gauges)
         return Trigger.NODE if self.controller.nodes_due else trigger
+
+    def _join(self, observation: Observation) -> None:
+        """Plan for the devices of nodes that have come since the start, too."""
+        if not observation.node_states:
+            return
+        facts = self.planner.facts
+        known = {device.id for device in facts.devices}
+        fresh = tuple(device for device in observation.devices if device.id not in known)
+        if fresh:
+            self.planner.learn(replace(facts, devices=facts.devices + fresh))
+            self.controller.join(frozenset(device.id for device in fresh))
 
     def see_nodes(self, states: Sequence[NodeState]) -> None:
         """Plan for the devices of the nodes that are in use from now on."""

@@ -224,7 +224,7 @@ class HatchDial:
                 line = await self._greeted(await self._connect(self.hatch))
         except OSError as error:
             raise NodeLostError(
-                f"node {self.node} cannot be reached: {error or 'no answer'}"
+                f"node {self.node} cannot be reached: {str(error) or 'no answer'}"
             ) from None
         if line is None:
             raise NodeLostError(f"node {self.node} cannot be reached: its keeper is ending")

@@ -19,9 +19,8 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     ``node``: its name. ``host``: the address where its hatch listens, at ``port`` (0: any free
     one). ``state_dir``: the folder for the state of all nodes of this deployment on that machine;
     ``~`` is the user's there. ``method``: how engines start (``auto``, ``zygote`` or
-    ``spawn``). ``grace_s``:
-    how long engines are held without a server. ``devices``, ``cpu_slots``: see
-    ``devices.find_devices``. ``version``: of OServe; ``engine``: of vLLM, empty for any.
+    ``spawn``). ``grace_s``: how long engines are held without a server. ``devices``, ``cpu_slots``:
+    see ``devices.find_devices``. ``version``: of OServe; ``engine``: of vLLM, empty for any.
     """
 
     node: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]

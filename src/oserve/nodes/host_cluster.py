@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from oserve import __version__
-from oserve.core import Clock, HatchAddress, OServeError
+from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.keeper_messages import MAX_LINE_BYTES, KeeperHello, event_of
 from oserve.nodes.agent_messages import HATCH_PROCESS, HatchNote
@@ -111,6 +111,14 @@ class HostDirectory:
                 _log.info("node %s is up with %d devices", node.name, len(node.devices))
             self._changed(node)
         return node.usable
+
+
+async def asked_devices(hosts: Sequence[HostEntry]) -> tuple[Device, ...]:
+    """The devices of the hosts that answer now. Raises OServeError if none does."""
+    directory = HostDirectory(hosts)
+    await directory.start()
+    await directory.close(end_nodes=False)
+    return tuple(device for node in directory.nodes.values() for device in node.devices)
 
 
 def _before(host: HostEntry, known: Mapping[str, ClusterNode]) -> ClusterNode:

@@ -8,13 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from oserve.core import Device
 from oserve.nodes.agent_messages import AgentAnswer, NodeRefusal, NodeReport
+from oserve.nodes.directory import on_node
 from oserve.nodes.ray_messages import HelperEvent, NodeFound, NodeLost, NodeRefused
 
 SLOT_RESOURCE: Final = "oserve_slot"
 """The resource by which a node without GPUs is offered to OServe."""
 
 GPU_RESOURCE: Final = "GPU"
+_ACCELERATOR: Final = "accelerator_type:"
+_ACCELERATOR_LABEL: Final = "ray.io/accelerator-type"
 
 _MAX_NAME = 63
 _UNTOLD = "Ray told no reason"
@@ -75,6 +79,29 @@ def _apart(name: str, taken: set[str]) -> str:
     while found in taken:
         found, number = f"{name}-{number}", number + 1
     return found
+
+
+def offered_devices(nodes: Iterable[RayNode]) -> tuple[Device, ...]:
+    """The devices of the nodes that are offered, as far as Ray knows them; by name of the node."""
+    offered = [node for node in nodes if node.alive and node.offered]
+    names = NodeNames()
+    names.add(offered)
+    found: list[Device] = []
+    for node in sorted(offered, key=names.name):
+        gpus = int(node.resources.get(GPU_RESOURCE, 0))
+        slots = 0 if gpus else int(node.resources.get(SLOT_RESOURCE, 0))
+        memory = int(node.resources.get("memory", 0)) // max(1, slots)
+        devices = [Device(id=f"gpu:{n}", kind=_accelerator(node)) for n in range(gpus)]
+        devices += [Device(id=f"cpu:{n}", kind="cpu", memory_bytes=memory) for n in range(slots)]
+        found += on_node(names.name(node), tuple(devices))
+    return tuple(found)
+
+
+def _accelerator(node: RayNode) -> str:
+    """The kind of a node's GPUs, by Ray's label or resource; ``GPU`` where it has neither."""
+    label = node.labels.get(_ACCELERATOR_LABEL, "")
+    kinds = [key for key in node.resources if key.startswith(_ACCELERATOR)]
+    return label or (kinds[0].removeprefix(_ACCELERATOR) if kinds else GPU_RESOURCE)
 
 
 @dataclass(slots=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.core import Clock, OServeError
+from oserve.core import Clock, Device, OServeError
 from oserve.engines.clock import LiveClock
+from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, on_node
 from oserve.nodes.ray_messages import (
     MAX_LINE_BYTES,
@@ -32,6 +33,7 @@ from oserve.nodes.ray_messages import (
     NodeFound,
     NodeLost,
     NodeRefused,
+    NodesOffered,
     NodesSettled,
     RayBack,
     RaySilent,
@@ -64,6 +66,44 @@ def check_ray_installed() -> None:
             place="--cluster",
             remedy="pip install 'oserve[ray]', on every node",
         )
+
+
+async def listed_devices(
+    address: str, *, command: Sequence[str] = HELPER, env: Mapping[str, str] | None = None
+) -> tuple[Device, ...]:
+    """What a Ray cluster offers now, by Ray's own list: nothing is started on its nodes.
+
+    Raises OServeError.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=None if env is None else dict(env),
+    )
+    orders = AgentOrders(node="any", host="")
+    start = HelperStart(address=address, namespace="oserve-list", orders=orders, list_only=True)
+    output, _ = await process.communicate(encoded(start))
+    for line in output.splitlines():
+        match event_of(line):
+            case NodesOffered(devices=devices) if devices:
+                return devices
+            case NodesOffered():
+                raise OServeError(
+                    "no node of the Ray cluster offers GPUs or oserve_slot",
+                    place="--cluster",
+                    remedy="start Ray with --num-gpus, or --resources '{\"oserve_slot\": 2}'",
+                )
+            case HelperFailure(reason=reason, remedy=remedy):
+                raise OServeError(reason, place="--cluster", remedy=remedy)
+            case _:
+                pass
+    raise OServeError(
+        f"the Ray helper ended with status {process.returncode}",
+        place="--cluster",
+        remedy="see that Ray runs on this machine too (ray status)",
+    )
 
 
 class RayDirectory:
@@ -241,6 +281,8 @@ class RayDirectory:
                 self._set_silent(reason)
             case RayBack():
                 self._set_silent("")
+            case NodesOffered():
+                pass  # the answer to another question
             case HelperFailure():
                 self._failure = event
 

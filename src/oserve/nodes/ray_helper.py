@@ -28,7 +28,7 @@ from oserve import __version__
 from oserve.core import OServeError
 from oserve.nodes.agent import NodeAgent
 from oserve.nodes.agent_messages import NodeRefusal, answer_of
-from oserve.nodes.node_ledger import GPU_RESOURCE, NodeLedger, RayNode
+from oserve.nodes.node_ledger import GPU_RESOURCE, NodeLedger, RayNode, offered_devices
 from oserve.nodes.ray_address import check_ray_address, own_ray_address
 from oserve.nodes.ray_messages import (
     PROTOCOL_VERSION,
@@ -37,6 +37,7 @@ from oserve.nodes.ray_messages import (
     HelperReady,
     HelperShutdown,
     HelperStart,
+    NodesOffered,
     NodesSettled,
     RayBack,
     RaySilent,
@@ -366,6 +367,9 @@ def main() -> int:
         lines.tell(HelperFailure(reason=error.message, remedy=error.remedy, final=False))
         return 1
     timer.cancel()
+    if start.list_only:
+        lines.tell(NodesOffered(devices=offered_devices(_node(item) for item in ray.nodes())))
+        return 0
     helper = RayHelper(start, lines.tell)
     lines.tell(HelperReady(ray=ray.__version__))
     threading.Thread(target=_read_commands, args=(helper,), daemon=True).start()

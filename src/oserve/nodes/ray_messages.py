@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from oserve.core import Device
 from oserve.nodes.agent_messages import AgentOrders, NodeReport
 
 PROTOCOL_VERSION: Final = 1
@@ -23,6 +24,8 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 # -- from the server ------------------------------------------------------------------------------
 class HelperStart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Connect to Ray.
+
+    ``list_only``: answer with ``NodesOffered`` and end, without any agent.
 
     ``address``: ``HOST:PORT`` of its GCS; empty: RAY_ADDRESS, else the local one. ``namespace``: of
     the deployment's agents. ``orders``: for each node, whose name and host are filled in.
@@ -38,6 +41,7 @@ class HelperStart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tend_s: _Seconds = 5.0
     silence_s: _Seconds = 5.0
     refuse_s: _Seconds = 60.0
+    list_only: bool = False
     version: int = PROTOCOL_VERSION
 
 
@@ -103,6 +107,12 @@ class RayBack(msgspec.Struct, frozen=True, tag=True):
     """Ray's head answers again."""
 
 
+class NodesOffered(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The devices that Ray lists now, named ``NODE/gpu:0`` and so on; memory 0 where untold."""
+
+    devices: tuple[Device, ...]
+
+
 class HelperFailure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The helper ends. ``final``: the same would happen again."""
 
@@ -119,6 +129,7 @@ HelperEvent = (
     | NodesSettled
     | RaySilent
     | RayBack
+    | NodesOffered
     | HelperFailure
 )
 

@@ -15,16 +15,23 @@ from oserve.config.cluster import load_hosts
 from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
-from oserve.engines.holding import HatchDial, HeldEngines
+from oserve.engines.holding import HatchDial, HeldEngines, keeper_runs
+from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, NodeDirectory
-from oserve.nodes.host_cluster import HostDirectory
+from oserve.nodes.host_cluster import HostDirectory, asked_devices
 from oserve.nodes.known_nodes import KnownNodes
 from oserve.nodes.peer_lists import PeerLists
 from oserve.nodes.ray_address import is_ray, ray_address
-from oserve.nodes.ray_cluster import RayDirectory, check_ray_installed, ray_namespace
+from oserve.nodes.ray_cluster import (
+    RayDirectory,
+    check_ray_installed,
+    listed_devices,
+    ray_namespace,
+)
 from oserve.nodes.ray_messages import HelperStart
+from oserve.startup.lock import StateLock
 
 _log = logging.getLogger("oserve.nodes")
 
@@ -165,6 +172,32 @@ class NodeFleet:
         return self._directory.nodes
 
 
+async def foreseen(settings: Settings) -> NodesFound | None:
+    """What a deployment could be prepared from now; nothing is started on any node.
+
+    ``None`` for this machine alone. Raises OServeError.
+    """
+    text = settings.cluster.nodes
+    if not text:
+        return None
+    if is_ray(text):
+        check_ray_installed()
+        devices = await listed_devices(ray_address(text))
+    else:
+        devices = await asked_devices(load_hosts(text))
+    return NodesFound(devices=devices, processor=find_processor(settings.cluster.cpu_flags))
+
+
+def serves_already(settings: Settings) -> bool:
+    """Whether a server, or what a killed one has left, uses the nodes of this state folder."""
+    state = Path(settings.state_dir)
+    try:
+        StateLock(state).release()
+    except OServeError:
+        return True
+    return keeper_runs(state)
+
+
 def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     text = settings.cluster.nodes
@@ -205,4 +238,5 @@ def _orders(settings: Settings, namespace: str) -> AgentOrders:
         grace_s=settings.engines.orphan_grace_s,
         devices=cluster.devices,
         cpu_slots=cluster.cpu_slots,
+        engine=engine[1] if (engine := engine_package()) is not None else "",
     )

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from oserve.config import Settings, parse_plan
-from oserve.core import AttachedBackend, DeploymentPlan, Device, OServeError, VllmBackend
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    Device,
+    Observation,
+    OServeError,
+    VllmBackend,
+)
 from oserve.engines.arguments import engine_arguments
 from oserve.engines.memory_check import MemoryCheck, known_model
 from oserve.plan import check_plan
@@ -28,6 +35,12 @@ def check_engines(plan: DeploymentPlan, devices: tuple[Device, ...], settings: S
     model = known_model(settings.model)
     memory = MemoryCheck(settings=settings.engines, devices=devices, model=model, free_bytes=0.0)
     memory.check_contexts(plan.replicas)
+
+
+def known_devices(given: tuple[Device, ...], observation: Observation | None) -> tuple[Device, ...]:
+    """The devices of a deployment, and of nodes that have come since."""
+    seen = () if observation is None else observation.devices
+    return (*given, *(device for device in seen if device not in given))
 
 
 def allowed_plan(body: bytes, current: DeploymentPlan, devices: Sequence[Device]) -> DeploymentPlan:

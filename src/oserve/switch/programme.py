@@ -6,7 +6,7 @@ Deterministic: a function of the plans in force and wished for, and of facts of 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from oserve.core import DeploymentPlan, Device, ReplicaSpec
+from oserve.core import DeploymentPlan, Device, OServeError, ReplicaSpec
 from oserve.perf.device import find_link
 from oserve.perf.source import DEFAULT_NETWORK
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
@@ -131,6 +131,14 @@ def prepare_switch(
     Raises OServeError, with the reason, if the new replicas cannot be filled from the old ones.
     """
     target = renamed(target, current.replicas)
+    known = {device.id for device in facts.devices}
+    for spec in target.replicas:
+        if not known.issuperset(spec.devices):
+            raise OServeError(
+                f"replica {spec.id} is on a node that came after the server's start",
+                place="switch",
+                remedy="weights move there after the next start of the server",
+            )
     placed = {spec.id: facts.model.placed(spec) for spec in (*current.replicas, *target.replicas)}
     order = _order(facts, current, target, placed)
     transfers = _transfers(facts, current, target, placed, order)

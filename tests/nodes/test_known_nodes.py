@@ -1,0 +1,58 @@
+"""What a server remembers of nodes: all that it needs to reach them, and for its user alone."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hatches import IDENTITY
+from oserve.core import Device, HatchAddress
+from oserve.engines.keeper_messages import NodeFacts
+from oserve.nodes.directory import ClusterNode
+from oserve.nodes.host_cluster import HostDirectory, HostEntry
+from oserve.nodes.known_nodes import KnownNodes
+from oserve.wire.hatch import fingerprint_of
+
+HATCH = HatchAddress(host="10.0.0.2", port=7443, certificate=IDENTITY.certificate, token="secret-7")
+NODE = ClusterNode(
+    name="a",
+    hatch=HATCH,
+    devices=(Device(id="a/cpu:0", kind="cpu", node="a", memory_bytes=5, cores=(0, 1)),),
+    facts=NodeFacts(host="a", bf16=True),
+    labels={"zone": "east"},
+)
+
+
+def test_nodes_that_were_reached_are_known_again(tmp_path: Path) -> None:
+    folder = tmp_path / "hatches"
+    known = KnownNodes(folder, "ray")
+    assert known.read() == {}
+    known.write({"a": replace(NODE, lost="Ray: it is dead"), "b": ClusterNode(name="b")})
+    assert KnownNodes(folder, "ray").read() == {"a": NODE}
+    assert KnownNodes(folder, "ray:10.0.0.9:6379").read() == {}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [file.stat().st_mode & 0o777 for file in folder.iterdir()] == [0o600]
+
+
+def test_a_broken_file_is_told_without_its_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "known.json").write_text('{"cluster": "ray", "nodes": ["secret-7"]}')
+    with caplog.at_level(logging.WARNING):
+        assert KnownNodes(tmp_path, "ray").read() == {}
+    assert "cannot be read" in caplog.text
+    assert "secret-7" not in caplog.text
+
+
+def test_a_host_is_known_only_as_the_file_has_it() -> None:
+    host = HostEntry(
+        name="a",
+        address="10.0.0.2",
+        port=7443,
+        token_file="token",
+        certificate_sha256=fingerprint_of(IDENTITY.certificate),
+    )
+    assert HostDirectory([host], known={"a": NODE}).nodes == {"a": NODE}
+    for other in (replace(host, port=7444), replace(host, certificate_sha256="0" * 64)):
+        assert HostDirectory([other], known={"a": NODE}).nodes == {"a": ClusterNode(name="a")}

@@ -1,0 +1,166 @@
+"""What a directory tells of nodes reaches the engines, and not everything that it tells."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from oserve.config import load_settings
+from oserve.core import Device, HatchAddress, OServeError, VirtualClock
+from oserve.engines.cluster import EngineCluster
+from oserve.engines.keeper_messages import NodeFacts
+from oserve.nodes.directory import ClusterNode, NodeChanged
+from oserve.nodes.known_nodes import KnownNodes
+from oserve.startup.deployment import prepare
+from oserve.startup.node_fleet import NodeFleet
+
+
+def node(name: str, *, bf16: bool = True, slots: int = 2) -> ClusterNode:
+    return ClusterNode(
+        name=name,
+        hatch=HatchAddress(host="127.0.0.1", port=9, certificate="", token="secret-7"),
+        devices=tuple(
+            Device(id=f"{name}/cpu:{n}", kind="cpu", node=name, memory_bytes=4 << 30, cores=(n,))
+            for n in range(slots)
+        ),
+        facts=NodeFacts(host=name, bf16=bf16),
+    )
+
+
+class Told:
+    """A directory of what a test says."""
+
+    def __init__(self, changed: NodeChanged, known: Mapping[str, ClusterNode]) -> None:
+        self.nodes = dict(known)
+        self.silent = ""
+        self.changed = changed
+        self.ended: list[bool] = []
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self, *, end_nodes: bool) -> None:
+        self.ended.append(end_nodes)
+
+    def tell(self, told: ClusterNode) -> None:
+        self.nodes[told.name] = told
+        self.changed(told)
+
+
+@dataclass
+class Nodes:
+    """Stands for ``ClusterNodes``."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    up: bool = True
+    on_node: Any = None
+
+    @property
+    def book(self) -> "Nodes":
+        return self
+
+    def reasons(self) -> dict[str, str]:
+        # No peer is to be told in these tests.
+        return {"a": "down", "b": "down"}
+
+    def is_up(self, _name: str) -> bool:
+        return self.up
+
+    def join(self, held: Any, devices: tuple[Device, ...]) -> None:
+        self.calls.append(("join", held.node, len(devices)))
+
+    def begin(self) -> None:
+        self.calls.append(("begin",))
+
+    def lose(self, name: str, reason: str) -> None:
+        self.calls.append(("lose", name, reason))
+
+    def redirect(self, name: str, hatch: HatchAddress) -> None:
+        self.calls.append(("redirect", name, hatch.port))
+
+
+@dataclass
+class Cluster:
+    nodes: Nodes = field(default_factory=Nodes)
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.known = KnownNodes(folder / "hatches", "ray")
+        self.cluster = Cluster()
+        made: list[Told] = []
+
+        def make(changed: NodeChanged, known: Mapping[str, ClusterNode]) -> Told:
+            made.append(Told(changed, known))
+            return made[0]
+
+        self.fleet = NodeFleet(make, self.known, grace_s=60.0, clock=VirtualClock())
+        self.told = made[0]
+
+    def attach(self) -> None:
+        self.fleet.held()
+        self.fleet.attach(cast(EngineCluster, self.cluster))
+        self.cluster.nodes.calls.clear()
+
+
+async def test_nodes_that_come_join_and_are_remembered(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(OServeError, match="no node can be used"):
+        await world.fleet.start()
+    world.told.nodes["a"] = node("a")
+    await world.fleet.start()
+    assert [held.node for held in world.fleet.held()] == ["a"]
+    world.attach()
+    world.told.tell(node("b", slots=3))
+    assert world.cluster.nodes.calls == [("join", "b", 3), ("begin",)]
+    assert world.known.read().keys() == {"a", "b"}
+    await world.fleet.close(end_nodes=True)
+    assert world.told.ended == [True]
+    assert World(tmp_path).fleet.devices == world.fleet.devices
+
+
+async def test_a_keeper_that_answers_is_left_alone(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.told.nodes["a"] = node("a")
+    world.attach()
+    nodes = world.cluster.nodes
+    world.told.tell(replace(node("a"), lost="Ray: its raylet has ended"))
+    assert nodes.calls == []
+    nodes.up = False
+    world.told.tell(replace(node("a"), lost="Ray: no heartbeat"))
+    assert nodes.calls == [("lose", "a", "Ray: no heartbeat")]
+    moved = node("a")
+    assert moved.hatch is not None
+    world.told.tell(replace(moved, hatch=replace(moved.hatch, port=10)))
+    assert nodes.calls[1:] == [("redirect", "a", 10)]
+    await world.fleet.close(end_nodes=False)
+
+
+def test_a_deployment_is_for_the_devices_and_processors_of_the_nodes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.told.nodes |= {"a": node("a"), "b": node("b", bf16=False)}
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "replicas: [{id: one, devices: [b/cpu:1], shape: {precision: fp32}}]\n"
+        "workload_types: [{name: all}]\n"
+    )
+    given = {"model": "facebook/opt-125m", "plan": str(plan), "state_dir": str(tmp_path / "s")}
+    settings = load_settings(None, given, {})
+    found = world.fleet.found(settings)
+    # Only what every node can do is done without emulation.
+    assert not found.processor.has_bf16
+    world.told.nodes["b"] = node("b")
+    assert world.fleet.found(settings).processor.has_bf16
+    deployment = prepare(settings, found)
+    assert [device.id for device in deployment.devices] == [
+        *("a/cpu:0", "a/cpu:1", "b/cpu:0", "b/cpu:1")
+    ]
+
+
+def test_a_fleet_is_made_before_the_event_loop_runs(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
+    assert World(tmp_path).fleet.devices == ()
