@@ -174,7 +174,7 @@ class Scene:
                     EngineWeightFacts(
                         cluster=self.cluster,
                         model="tiny",
-                        mover=lambda _places: ToyMover(self),
+                        mover=lambda _places, /, *, node_of: ToyMover(self),
                         transfer_limit_s=self.settings.switch.transfer_limit_s,
                         max_perplexity_rise=self.settings.switch.max_perplexity_rise,
                     ),

@@ -6,7 +6,7 @@ outside the plan in force; the tasks only wait for that.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from oserve.control.cluster import Cluster
@@ -16,6 +16,7 @@ from oserve.core import (
     CommitReplicas,
     DeploymentPlan,
     DrainReplica,
+    Observation,
     ReplicaPhase,
     ReplicaState,
     StartReplica,
@@ -64,8 +65,8 @@ class WaveTasks:
         self._facts = facts
         self._step = step
         self._moved_before = moved_before
-        self._filling = _Shared(self._fill)
-        self._checking = _Shared(self._check)
+        self._filling = _Shared(lambda: self._watched(self._fill))
+        self._checking = _Shared(lambda: self._watched(self._check))
         wave = step.wave
         self._hold(frozenset((*wave.start, *wave.stop, *wave.release)))
 
@@ -123,7 +124,7 @@ class WaveTasks:
             state = observation.replica(replica)
             if state is None:
                 failures = observation.failures.get(replica)
-                raise TaskFailedError(failures.reason if failures else "it ended")
+                raise TaskFailedError(failures.reason if failures else _end(observation, replica))
             if state.phase is ReplicaPhase.STANDBY:
                 return
             await self._poll()
@@ -169,10 +170,14 @@ class WaveTasks:
     async def _restore(self, replica: str, *, late: bool) -> None:
         """Wait for the control loop to start the replica, since the plan in force has it."""
         self._hold(self._held - {replica})
+        needed = set(self._facts.programme.spec(replica).devices)
         while not late:
-            state = await self._state(replica)
+            observation = await self._facts.cluster.observe()
+            state = observation.replica(replica)
             if state is not None and state.phase is ReplicaPhase.READY:
                 return
+            if not needed <= {device.id for device in observation.devices}:
+                return  # its node is lost, and nothing starts there before it is back
             await self._poll()
 
     async def _route(self) -> None:
@@ -205,6 +210,30 @@ class WaveTasks:
     async def _check(self) -> None:
         await self._facts.weights.check(self._step)
 
+    async def _watched(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Do work until a participant ends: ranks wait for one on a lost node until a deadline."""
+        working = asyncio.ensure_future(work())
+        watching = asyncio.ensure_future(self._participant_end())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise TaskFailedError(await watching, final=True)
+            await working
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _participant_end(self) -> str:
+        """Wait until a participating replica has ended; returns which, and why."""
+        while True:
+            observation = await self._facts.cluster.observe()
+            for name in self._step.participants:
+                state = observation.replica(name)
+                if state is None or state.phase not in _ALIVE:
+                    return f"{name}: {_end(observation, name)}"
+            await self._poll()
+
     async def _shared(self, work: "_Shared") -> None:
         try:
             await work.wait()
@@ -216,6 +245,12 @@ class WaveTasks:
         observation = await self._facts.cluster.observe()
         states = [observation.replica(name) for name in self._step.participants]
         return any(state is None or state.phase not in _ALIVE for state in states)
+
+
+def _end(observation: Observation, replica: str) -> str:
+    """Why a replica has ended."""
+    states = (state for state in observation.replicas if state.spec.id == replica)
+    return next((state.detail for state in states if state.detail), "it has ended")
 
 
 class _Shared:
