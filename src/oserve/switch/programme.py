@@ -118,6 +118,10 @@ class SwitchProgramme:
             raise KeyError(replica)
         return found
 
+    def before_step(self, number: int) -> DeploymentPlan:
+        """Return the plan that is in force before a wave."""
+        return self.steps[number - 1].plan if number else self.before
+
     def node_of(self, replica: str, rank: int) -> str:
         """The node where a rank of a replica is."""
         return self.nodes.get(self.placed[replica].devices[rank], "")
