@@ -232,7 +232,7 @@ class World:
         await self._launcher.prepare()
         self._tasks += [asyncio.create_task(keeper.run()) for keeper in self._keepers]
         for node in self.nodes.values():
-            while not (node.folder / "keeper.sock").exists():
+            while not (node.folder / "keeper.sock").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         await self.cluster.adopt()
         self._tasks.append(asyncio.create_task(self.loop.run()))
@@ -249,7 +249,7 @@ class World:
 
     async def sent_bytes(self) -> dict[str, int]:
         """Bytes that ranks of one node have sent to the other, by link."""
-        found = {}
+        found: dict[str, int] = {}
         for name, node in self.nodes.items():
             report = await ask_hatch(node.address, ReportQuery())
             assert isinstance(report, HatchReport)
@@ -271,7 +271,7 @@ async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict
     begun_s, streams.gaps[:] = time.monotonic(), []
     report = world.switcher.want(plan, "benchmark")
     async with asyncio.timeout(LIMIT_S):
-        while world.switcher.active:
+        while world.switcher.active:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     took_s, gap_s = time.monotonic() - begun_s, streams.longest_gap_s(begun_s)
     assert report.state == "done", report
@@ -282,7 +282,7 @@ async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict
     return {
         "to": plan.id,
         "seconds": took_s,
-        "phases_s": {phase.value: spent for phase, spent in report.durations_s(0).items()},
+        "phases_s": dict(report.durations_s(0)),
         "bytes_by_link": {way: size - sent.get(way, 0) for way, size in after.items()},
         "planned_bytes": report.total_bytes,
         "moved_in_s": moved.seconds,

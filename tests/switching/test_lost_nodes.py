@@ -55,7 +55,7 @@ async def test_before_the_commit_the_old_plan_stays(scene: Scene, where: str, lo
 @pytest.mark.parametrize("phase", ["prepare", "commit", "drain"])
 async def test_in_every_other_phase(scene: Scene, phase: str, lost: str) -> None:
     report = scene.switcher.want(NEW, "test")
-    while not report.phases:
+    while not report.phases:  # noqa: ASYNC110
         # Preparing runs in a thread, for which virtual time does not wait.
         await asyncio.sleep(0.002)
     for _ in range(10_000):
