@@ -187,7 +187,7 @@ def _deadline_s() -> float:
     return time.monotonic() + _LIMIT_S
 
 
-def _plain(size: int) -> float:
+def plain_copy_s(size: int) -> float:
     with socket.create_server(("127.0.0.1", 0)) as port:
         address = port.getsockname()
 
@@ -260,7 +260,7 @@ def measure_bulk(folder: Path, size: int, rounds: int) -> None:
     rates: dict[str, list[float]] = {"plain TCP": [], "one TLS socket": [], "two hatches": []}
     relay_s = 0.0
     for _ in range(rounds):
-        rates["plain TCP"].append(size / _plain(size) / 1e6)
+        rates["plain TCP"].append(size / plain_copy_s(size) / 1e6)
         rates["one TLS socket"].append(size / _tls(size, identity) / 1e6)
         before_s = a.cpu_s() + b.cpu_s()
         rates["two hatches"].append(size / _relayed(a, b, size) / 1e6)
@@ -277,7 +277,7 @@ def measure_bulk(folder: Path, size: int, rounds: int) -> None:
     b.close()
 
 
-def _machine() -> str:
+def machine() -> str:
     model = next(
         (
             line.partition(":")[2].strip()
@@ -299,7 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args(words)
-    print(_machine(), flush=True)
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="h") as folder:
         if chosen.chunks:
             measure_chunks(Path(folder), chosen.chunks, chosen.gap_ms / 1e3, chosen.rounds)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from oserve.control.reconcile import ReconcilePolicy
 from oserve.core import (
     Clock,
     DeploymentPlan,
+    Device,
     LengthClass,
     Precision,
     ReplicaPhase,
@@ -29,6 +30,7 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.control import EngineControl
 from oserve.engines.devices import split_cores
+from oserve.engines.holding import HeldEngines
 from oserve.engines.mover import Mover
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import Launcher
@@ -142,8 +144,14 @@ async def staged(
     plan: DeploymentPlan,
     variants: Mapping[str, str],
     launcher: Launcher,
+    *,
+    devices: tuple[Device, ...] = (),
+    remote: Sequence[HeldEngines] = (),
 ) -> AsyncIterator[Stage]:
-    """Four devices, the plan's replicas ready, what the first of them answers as reference."""
+    """Four devices, the plan's replicas ready, what the first of them answers as reference.
+
+    Or other ``devices``, of nodes whose keepers ``remote`` reaches.
+    """
     settings = Settings(
         model=str(model),
         state_dir=str(folder / "state"),
@@ -152,7 +160,7 @@ async def staged(
         ),
     )
     clock = LiveClock()
-    devices = split_cores(sorted(os.sched_getaffinity(0)), 4)
+    devices = devices or split_cores(sorted(os.sched_getaffinity(0)), 4)
     cluster = EngineCluster(
         devices,
         model=str(model),
@@ -161,7 +169,9 @@ async def staged(
         clock=clock,
         settings=settings.engines,
         launcher=launcher,
+        remote=remote,
     )
+    await cluster.adopt()
     loop = ControlLoop(
         cluster, clock, plan, policy=ReconcilePolicy(drain_settle_s=0.3), interval_s=0.1
     )

@@ -20,6 +20,7 @@ from oserve.core import (
 from oserve.engines.device_book import DeviceBook
 from oserve.engines.holding import HeldEngines
 from oserve.engines.line_watch import LineWatch
+from oserve.engines.node_engines import model_folder
 
 GONE, READY = ReplicaPhase.GONE, ReplicaPhase.READY
 
@@ -331,3 +332,16 @@ def test_devices_of_a_node_that_is_down_do_not_count() -> None:
         book.check(ReplicaSpec(id="a", shape=ReplicaShape(), devices=("x",)), ())
     book.up("one")
     book.check(wish, ())
+
+
+async def test_a_node_without_the_model_s_files_says_so(fleet: Fleet, tmp_path: Path) -> None:
+    await fleet.server()
+    missing = tmp_path / "nowhere"
+    argv = ["serve", "--model", str(missing), "--dtype", "bfloat16"]
+    assert model_folder(argv) == str(missing)
+    assert model_folder(["serve", "--model", "some/model"]) == ""
+    with pytest.raises(OServeError, match=f"has no model at {missing}.*same folder on every node"):
+        await fleet.held[0].launch(
+            "x-9", argv, {}, [0], tmp_path / "x.log", None, model=model_folder(argv)
+        )
+    assert not fleet.nodes["one"].launcher.asked

@@ -181,6 +181,28 @@ def test_the_near_node_comes_first() -> None:
         assert {copy.source for copy in plan.copies} == {"n0/0"}
 
 
+def test_a_measured_link_counts() -> None:
+    """Of two equal sources on other nodes, the one over the faster link sends more."""
+    devices = [Device(id=f"n{n}/0", kind="H100", node=f"n{n}") for n in range(3)]
+    one = Layout(tensor_parallel_size=1)
+    sources = [
+        ShardPlacement(replica=name, layout=one, devices=(device,))
+        for name, device in (("a", "n0/0"), ("b", "n1/0"))
+    ]
+    target = ShardPlacement(replica="new", layout=one, devices=("n2/0",))
+    measured = {("n0", "n2"): 1e9, ("n1", "n2"): 3e9, ("n0", "nowhere"): 1e9}
+    links = links_of(devices, find_link("infiniband-400"), measured=measured)
+    plan = plan_transfer(architecture_of(find_model("llama-3.1-8b")), sources, [target], links)
+    sent = plan.traffic.pairs
+    whole = sum(sent.values())
+    assert sent["n1/0", "n2/0"] == pytest.approx(0.75 * whole, rel=0.02)
+    assert plan.busy_s == pytest.approx(whole / 4e9, rel=0.02)
+    assert plan.bound_s <= plan.busy_s * (1 + 1e-6)
+    # More than the network is said to carry: the measured rate counts.
+    fast = links_of(devices, find_link("infiniband-400"), measured={("n0", "n2"): 1e12})
+    assert fast.node_bandwidth["n0"] == fast.node_bandwidth["n2"] == 1e12
+
+
 @pytest.mark.parametrize(
     ("target", "sources", "allowed", "reason"),
     [

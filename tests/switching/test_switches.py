@@ -140,12 +140,22 @@ class FullDisk:
 
 
 class Scene:
-    """A simulated cluster at OLD, its loop, and a switcher."""
+    """A simulated cluster at a plan, its loop, and a switcher."""
 
-    def __init__(self, folder: Path, model: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        *,
+        first: DeploymentPlan = OLD,
+        devices: Sequence[Device] = DEVICES,
+        **settings: Any,
+    ) -> None:
+        self.first = first
+        devices = tuple(devices)
         self.clock = VirtualClock()
-        self.cluster = SimulatedCluster(DEVICES, self.clock, phases=Phases())
-        self.loop = ControlLoop(self.cluster, self.clock, OLD, policy=ReconcilePolicy())
+        self.cluster = SimulatedCluster(devices, self.clock, phases=Phases())
+        self.loop = ControlLoop(self.cluster, self.clock, first, policy=ReconcilePolicy())
         self.settings = Settings(
             model=model,
             state_dir=str(folder),
@@ -158,7 +168,7 @@ class Scene:
         self.tables: list[frozenset[str]] = []
         self.room = -1
         self.available = PLENTY
-        self.movable = switch_facts(self.settings, DEVICES, available_bytes=lambda: self.available)
+        self.movable = switch_facts(self.settings, devices, available_bytes=lambda: self.available)
         self.switcher = Switcher(
             SwitcherFacts(
                 folder=self.folder,
@@ -174,7 +184,7 @@ class Scene:
                     EngineWeightFacts(
                         cluster=self.cluster,
                         model="tiny",
-                        mover=lambda _places: ToyMover(self),
+                        mover=lambda _places, /, *, node_of: ToyMover(self),
                         transfer_limit_s=self.settings.switch.transfer_limit_s,
                         max_perplexity_rise=self.settings.switch.max_perplexity_rise,
                     ),
@@ -210,7 +220,7 @@ class Scene:
     async def start(self) -> None:
         await self.spend(60)
         self.tables.clear()
-        assert await self.alive() == {"a", "b", "k"}
+        assert await self.alive() == {spec.id for spec in self.first.replicas}
 
     async def alive(self) -> set[str]:
         return {

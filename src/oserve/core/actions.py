@@ -35,8 +35,8 @@ class StopReplica:
 class CommitReplicas:
     """Atomically make the replicas in ``ready`` serve and those in ``drain`` drain.
 
-    Raises ValueError, and changes nothing, unless each replica in ``ready`` is on standby or serves
-    already.
+    A replica in ``ready`` that drains serves again, unless it was told to stop. Raises ValueError,
+    and changes nothing, unless each of them is on standby, serves already, or drains so.
     """
 
     ready: tuple[str, ...]

@@ -186,11 +186,7 @@ class EngineCluster:
         self._running[spec.id] = (replica, asyncio.create_task(self._live(spec, replica)))
 
     def _commit(self, ready: Sequence[str], drain: Sequence[str]) -> None:
-        missing = [
-            name
-            for name in ready
-            if name not in self._running or self._states[name].phase not in _ABLE
-        ]
+        missing = [name for name in ready if name not in self._running or not self._may_serve(name)]
         if missing:
             raise ValueError(f"{missing} are not on standby")
         for name in ready:
@@ -199,6 +195,11 @@ class EngineCluster:
             self._states.report(name, phase=ReplicaPhase.READY)
         for name in drain:
             self._drain(name)
+
+    def _may_serve(self, name: str) -> bool:
+        phase = self._states[name].phase
+        returns = phase is ReplicaPhase.DRAINING and not self._running[name][0].stop.is_set()
+        return phase in _ABLE or returns
 
     def _drain(self, name: str) -> None:
         if name in self._running and self._states[name].phase is ReplicaPhase.READY:

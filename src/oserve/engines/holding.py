@@ -133,10 +133,11 @@ class HeldEngines:
         note: ProcessNote,
         *,
         folder: Path | None = None,
+        model: str = "",
     ) -> HeldProcess:
-        """Start an engine; see ``spawner.Launcher``. Both paths are absolute, on its node.
+        """Start an engine; see ``spawner.Launcher``. All paths are absolute, on its node.
 
-        The keeper makes ``folder``, and room for the log.
+        The keeper makes ``folder``, and room for the log. ``model``: see ``EngineStart``.
         """
         line = await self._ensure()
         command = EngineStart(
@@ -146,6 +147,7 @@ class HeldEngines:
             cores=list(cores),
             log=str(log_path),
             folder=str(folder or ""),
+            model=model,
             note=note,
         )
         return await line.hold(command).begun()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oserve import __version__
+from oserve.core import OServeError
 from oserve.engines.group import CACHES_FOLDER, boot_id
 from oserve.engines.keeper_messages import EngineStart, NodeFacts, ProcessStart
 from oserve.engines.logs import rotate_log
@@ -82,6 +83,7 @@ async def start_child(command: EngineStart | ProcessStart, launcher: Launcher) -
         rotate_log(Path(command.log))
     match command:
         case EngineStart():
+            check_model(command.model)
             if command.folder:
                 make_engine_folder(Path(command.folder))
             return await launcher.start(command.argv, command.env, command.cores, Path(command.log))
@@ -97,6 +99,20 @@ async def _start_process(command: ProcessStart) -> EngineProcess:
     if process.stdin is not None:  # which a pipe for standard input ensures
         process.stdin.write(command.first_line.encode() + b"\n")
     return _PlainProcess(process)
+
+
+def check_model(folder: str) -> None:
+    """Check that this node has the model's files. Raises ``OServeError``.
+
+    vLLM would take the name of a missing folder for one of a model hub.
+    """
+    if folder and not (Path(folder) / "config.json").is_file():
+        host = socket.gethostname()
+        raise OServeError(
+            f"node {host} has no model at {folder}",
+            place=f"node {host}",
+            remedy="copy the model's files there, or mount the same folder on every node",
+        )
 
 
 def make_engine_folder(folder: Path) -> None:

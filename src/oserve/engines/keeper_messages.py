@@ -41,7 +41,8 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
     """Start an engine; see ``spawner.Launcher``.
 
     ``folder``: for its sockets; the keeper makes it, and removes it when the engine has ended. An
-    earlier log at ``log`` is kept under another name.
+    earlier log at ``log`` is kept under another name. ``model``: the folder of the model's files,
+    without which the start is refused; empty if it is none.
     """
 
     name: _Name
@@ -50,6 +51,7 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
     cores: list[int]
     log: str
     folder: str = ""
+    model: str = ""
     note: ProcessNote = None
 
 

@@ -218,6 +218,7 @@ class KeptEngines(NodeEngines):
             files.log_path,
             msgspec.to_builtins(note),
             folder=files.folder,
+            model=model_folder(command.argv),
         )
         return process
 
@@ -268,6 +269,15 @@ def own_engines(
     if keeper is not None:
         return KeptEngines(name=LOCAL_NODE, facts=facts, keeper=keeper)
     return LaunchedEngines(LOCAL_NODE, facts, run_dir, launcher, look)
+
+
+def model_folder(argv: Sequence[str]) -> str:
+    """The folder that the arguments of an engine name as its model; empty if it is a hub's name.
+
+    The folder may be on another node: a path is told from a name by its form.
+    """
+    model = argv[argv.index("--model") + 1] if "--model" in argv[:-1] else ""
+    return model if Path(model).is_absolute() else ""
 
 
 def moves_caches(facts: LaunchFacts) -> bool:

@@ -47,6 +47,11 @@ class _Replica:
     powerless: bool = False
 
 
+def _returns(item: _Replica) -> bool:
+    """Whether it drains and was not told to stop, so that it can serve again."""
+    return item.state.phase is ReplicaPhase.DRAINING and item.stopped_at_s == math.inf
+
+
 class SimulatedCluster:
     """A cluster on a virtual clock. Raises ValueError if two live replicas share a device.
 
@@ -249,9 +254,13 @@ class SimulatedCluster:
     def _commit(self, ready: tuple[str, ...], drain: tuple[str, ...]) -> None:
         able = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
         items = [self._replicas.get(name) for name in ready]
-        if any(item is None or item.state.phase not in able for item in items):
+        if any(
+            item is None or (item.state.phase not in able and not _returns(item)) for item in items
+        ):
             raise ValueError(f"not all of {list(ready)} are on standby")
         for item in items:
+            if item is not None and _returns(item):
+                self._set(item, ReplicaPhase.READY)
             if item is not None and item.state.phase is ReplicaPhase.STANDBY:
                 item.standby = False
                 self._set(item, ReplicaPhase.READY)

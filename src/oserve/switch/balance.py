@@ -112,18 +112,28 @@ class _Model:
         column = np.arange(len(source))
         across = np.flatnonzero(node_of[source] != node_of[target])
         home, goal = node_of[source][across], node_of[target][across]
-        # Rows: demands, links out of and into devices, out of and into nodes.
-        starts = np.cumsum([len(demands), len(devices), len(devices), len(nodes), len(nodes)])
+        pairs = {(nodes[own], nodes[other]): n for n, (own, other) in enumerate(links.measured)}
+        between = np.array(
+            [pairs.get(pair, -1) for pair in zip(home.tolist(), goal.tolist(), strict=True)],
+            dtype=np.int64,
+        )
+        known, pace = between >= 0, np.array(list(links.measured.values()))
+        passes, between = across[known], between[known]
+        # Rows: demands, links out of and into devices, out of and into nodes, between two nodes.
+        sizes = [len(demands), len(devices), len(devices), len(nodes), len(nodes), len(pairs)]
+        starts = np.cumsum(sizes)
         moved = size[own]
         self._demands, self._columns, self._rows = len(demands), len(source), int(starts[-1])
         rows = [own, starts[0] + source, starts[1] + target, starts[2] + home, starts[3] + goal]
+        rows.append(starts[4] + between)
         self._row = np.concatenate(rows).astype(np.int32)
-        self._column = np.concatenate([column, column, column, across, across])
+        self._column = np.concatenate([column, column, column, across, across, passes])
         seconds = [
             moved / rate[source],
             moved / rate[target],
             moved[across] / outside[home],
             moved[across] / outside[goal],
+            moved[passes] / pace[between],
         ]
         # The unit of time is the longest that one demand alone could take.
         self._unit_s = float(max(part.max(initial=0.0) for part in seconds))

@@ -7,7 +7,7 @@ read and written in its own memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from oserve.core import Device, OServeError
@@ -21,10 +21,13 @@ class Direction(StrEnum):
     DEVICE_IN = "device in"
     NODE_OUT = "node out"
     NODE_IN = "node in"
+    BETWEEN = "between nodes"
 
 
-# One direction of one link, by the device or node that it belongs to.
+# One direction of one link, by the device or node that it belongs to, or by both nodes.
 LinkDirection = tuple[Direction, str]
+# Between the names of two nodes, which have no spaces.
+_ARROW = " -> "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +42,15 @@ class Port:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Devices by id and, for each node, the bytes per second it sends (and receives) outside."""
+    """Devices by id and, for each node, the bytes per second it sends (and receives) outside.
+
+    ``measured``: the bytes per second from one node to another, by (sender, receiver), where known.
+    """
 
     ports: Mapping[str, Port]
     node_bandwidth: Mapping[str, float]
     node_latency_s: float
+    measured: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def port(self, device: str) -> Port:
         """Return a device's port. Raises OServeError for an unknown device."""
@@ -64,11 +71,17 @@ class Links:
         )
         if own == other:
             return inside
-        return (*inside, (Direction.NODE_OUT, own), (Direction.NODE_IN, other))
+        outside = (*inside, (Direction.NODE_OUT, own), (Direction.NODE_IN, other))
+        if (own, other) not in self.measured:
+            return outside
+        return (*outside, (Direction.BETWEEN, _ARROW.join((own, other))))
 
     def rate(self, way: LinkDirection) -> float:
         """Return bytes per second."""
         direction, owner = way
+        if direction is Direction.BETWEEN:
+            own, _, other = owner.partition(_ARROW)
+            return self.measured[own, other]
         if direction in {Direction.NODE_OUT, Direction.NODE_IN}:
             return self.node_bandwidth[owner]
         return self.ports[owner].bandwidth
@@ -93,11 +106,16 @@ class LinkTraffic:
 
 
 def links_of(
-    devices: Sequence[Device], network: Link, *, node_bandwidth: float | None = None
+    devices: Sequence[Device],
+    network: Link,
+    *,
+    node_bandwidth: float | None = None,
+    measured: Mapping[tuple[str, str], float] | None = None,
 ) -> Links:
     """Return links by device facts and the network's link, of which each device has a port.
 
-    ``node_bandwidth`` (bytes/s one way) replaces the sum of a node's ports.
+    ``node_bandwidth`` (bytes/s one way) replaces the sum of a node's ports. ``measured``: see
+    ``Links``; a node's ports carry at least what was measured from or to it.
     """
     ports: dict[str, Port] = {}
     outside: dict[str, float] = {}
@@ -112,7 +130,17 @@ def links_of(
         outside[device.node] = outside.get(device.node, 0.0) + network.bandwidth
     if node_bandwidth is not None:
         outside = dict.fromkeys(outside, node_bandwidth)
-    return Links(ports=ports, node_bandwidth=outside, node_latency_s=network.latency_s)
+    known = {
+        pair: rate
+        for pair, rate in (measured or {}).items()
+        if rate > 0 and outside.keys() >= set(pair)
+    }
+    for pair, rate in known.items():
+        for node in pair:
+            outside[node] = max(outside[node], rate)
+    return Links(
+        ports=ports, node_bandwidth=outside, node_latency_s=network.latency_s, measured=known
+    )
 
 
 def link_bytes(traffic: LinkTraffic, links: Links) -> dict[LinkDirection, float]:

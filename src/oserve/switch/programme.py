@@ -33,7 +33,9 @@ class SwitchFacts:
     ``kv_cache_memory_bytes``: per device, where a shape names none; 0 leaves it to engines.
     ``available_bytes`` returns the free main memory. ``releases_cache``: engines can free their KV
     cache and keep their weights, and stand by without a cache, which those of a server cannot.
-    ``network`` names the link between nodes. Switches that are carried out teach ``learned``.
+    ``network`` names the link between nodes. ``measured`` returns the bytes per second that were
+    measured from one node to another, by (sender, receiver). Switches that are carried out teach
+    ``learned``.
     """
 
     model: MovableModel
@@ -42,6 +44,7 @@ class SwitchFacts:
     available_bytes: Callable[[], int]
     releases_cache: bool = False
     network: str = DEFAULT_NETWORK
+    measured: Callable[[], Mapping[tuple[str, str], float]] = dict
     costs: SwitchCosts = field(default_factory=SwitchCosts)
     learned: LearnedPhases = field(default_factory=LearnedPhases)
 
@@ -94,7 +97,10 @@ class ProgrammeStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchProgramme:
-    """A prepared switch. ``before`` is the plan in force, whose replicas all serve."""
+    """A prepared switch. ``before`` is the plan in force, whose replicas all serve.
+
+    ``nodes``: of each device, by its id.
+    """
 
     before: DeploymentPlan
     target: DeploymentPlan
@@ -103,6 +109,7 @@ class SwitchProgramme:
     order: WaveOrder
     steps: tuple[ProgrammeStep, ...]
     cost: SwitchCost
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
     def spec(self, replica: str) -> ReplicaSpec:
         """Return an old or a new replica. Raises KeyError for any other name."""
@@ -110,6 +117,14 @@ class SwitchProgramme:
         if found is None:
             raise KeyError(replica)
         return found
+
+    def before_step(self, number: int) -> DeploymentPlan:
+        """Return the plan that is in force before a wave."""
+        return self.steps[number - 1].plan if number else self.before
+
+    def node_of(self, replica: str, rank: int) -> str:
+        """The node where a rank of a replica is."""
+        return self.nodes.get(self.placed[replica].devices[rank], "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +178,7 @@ def prepare_switch(
         order=order,
         steps=steps,
         cost=cost,
+        nodes={device.id: device.node for device in facts.devices},
     )
 
 
@@ -194,7 +210,7 @@ def _transfers(
     placed: Mapping[str, ShardPlacement],
     order: WaveOrder,
 ) -> list[_WaveTransfer]:
-    links = links_of(facts.devices, find_link(facts.network))
+    links = links_of(facts.devices, find_link(facts.network), measured=facts.measured())
     specs = {spec.id: spec for spec in (*current.replicas, *target.replicas)}
     serving = list(current.replicas)
     found = []

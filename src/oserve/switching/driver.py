@@ -42,7 +42,13 @@ _AFTER_S = 0.01
 
 
 class TaskRunner(Protocol):
-    """Runs the tasks of one wave. ``run`` raises TaskFailedError."""
+    """Runs the tasks of one wave. ``run`` raises TaskFailedError.
+
+    ``returned``: why the plan before the wave is in force again after the commit, or "".
+    """
+
+    @property
+    def returned(self) -> str: ...
 
     async def run(self, task: Task, replica: str, *, late: bool) -> None: ...
 
@@ -139,15 +145,17 @@ class SwitchDriver:
             if self._cancelled:
                 return SwitchOutcome(plan=plan, reason=self._cancelled)
             facts.report.wave = step.number
-            self._wave = _WaveDriver(facts, step, target, journal)
+            self._wave = wave = _WaveDriver(facts, step, target, journal)
             try:
-                state = await self._wave.run(moved)
+                state = await wave.run(moved)
             except OSError as error:
                 return SwitchOutcome(plan=plan, reason=_unwritable(error))
             finally:
                 self._wave = None
             if state.phase is TransactionPhase.ROLLED_BACK:
                 return SwitchOutcome(plan=plan, reason=state.reason, cause=state.cause)
+            if wave.returned:
+                return SwitchOutcome(plan=plan, reason=wave.returned)
             plan = step.plan
             moved += step.moved_bytes
         return SwitchOutcome(plan=plan)
@@ -210,6 +218,7 @@ class _WaveDriver:
         self._events: asyncio.Queue[TransactionEvent] = asyncio.Queue()
         self._running: dict[tuple[Task, str], _RunningTask] = {}
         self._written = 0
+        self.returned = ""
 
     def cancel(self, reason: str) -> None:
         self._events.put_nowait(
@@ -235,6 +244,7 @@ class _WaveDriver:
                     self._note(state)
         finally:
             await self._cancel_tasks(None)
+            self.returned = tasks.returned
             await tasks.close()
         return state
 

@@ -3,17 +3,17 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from oserve.control.cluster import Cluster
-from oserve.core import Endpoint, OServeError, ReplicaPhase
+from oserve.core import OServeError, ReplicaPhase
 from oserve.switch.layout import differences, shard_map
 from oserve.switch.orders import rank_orders
 from oserve.switch.programme import ProgrammeStep, SwitchProgramme
 from oserve.switch.rank_order import RankOrder
 from oserve.switching.tasks import TaskFailedError
-from oserve.switching.weights import MoveError, WeightMover
+from oserve.switching.weights import MoveError, MoverFactory, WeightMover
 
 _log = logging.getLogger("oserve.switch")
 
@@ -31,7 +31,7 @@ class EngineWeightFacts:
 
     cluster: Cluster
     model: str
-    mover: Callable[[Mapping[str, Endpoint]], WeightMover]
+    mover: MoverFactory
     transfer_limit_s: float
     max_perplexity_rise: float
 
@@ -95,7 +95,7 @@ class EngineWeights:
             if state is None or state.phase not in _ALIVE:
                 raise MoveError(f"{replica} has ended")
             places[replica] = state.endpoint
-        return self._facts.mover(places)
+        return self._facts.mover(places, node_of=self._programme.node_of)
 
     async def _compare_layouts(self, mover: WeightMover, step: ProgrammeStep) -> None:
         for replica in step.participants:

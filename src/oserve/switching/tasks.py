@@ -6,7 +6,7 @@ outside the plan in force; the tasks only wait for that.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from oserve.control.cluster import Cluster
@@ -16,6 +16,7 @@ from oserve.core import (
     CommitReplicas,
     DeploymentPlan,
     DrainReplica,
+    Observation,
     ReplicaPhase,
     ReplicaState,
     StartReplica,
@@ -27,6 +28,9 @@ from oserve.switching.weights import MoveError, WaveWeights
 
 # Requests sent just before a drain may not be counted yet.
 _SETTLE_S = 3.0
+# A node may have died just before the commit, which is noticed when it has been silent for 5 s. So
+# long the old replicas stay, to serve again if it has.
+_NOTICE_S = 6.0
 _ABLE = {ReplicaPhase.STANDBY, ReplicaPhase.READY}
 _ALIVE = {ReplicaPhase.STANDBY, ReplicaPhase.READY, ReplicaPhase.DRAINING}
 
@@ -58,14 +62,19 @@ class WaveTaskFacts:
 
 
 class WaveTasks:
-    """The tasks of one wave; each may be requested again. See ``transaction.Task``."""
+    """The tasks of one wave; each may be requested again. See ``transaction.Task``.
+
+    ``returned``: why the plan before the wave is in force again after the commit, or "".
+    """
 
     def __init__(self, facts: WaveTaskFacts, step: ProgrammeStep, moved_before: int) -> None:
         self._facts = facts
         self._step = step
         self._moved_before = moved_before
-        self._filling = _Shared(self._fill)
-        self._checking = _Shared(self._check)
+        self.returned = ""
+        self._committed_s = float("-inf")
+        self._filling = _Shared(lambda: self._watched(self._fill))
+        self._checking = _Shared(lambda: self._watched(self._check))
         wave = step.wave
         self._hold(frozenset((*wave.start, *wave.stop, *wave.release)))
 
@@ -123,7 +132,9 @@ class WaveTasks:
             state = observation.replica(replica)
             if state is None:
                 failures = observation.failures.get(replica)
-                raise TaskFailedError(failures.reason if failures else "it ended")
+                raise TaskFailedError(
+                    failures.reason if failures else self._end(observation, replica)
+                )
             if state.phase is ReplicaPhase.STANDBY:
                 return
             await self._poll()
@@ -157,9 +168,35 @@ class WaveTasks:
 
     async def _retire(self, replica: str, *, late: bool) -> None:
         while await self._state(replica) is not None:
+            if await self._has_returned():
+                return
+            if self._held and self._facts.clock.now() - self._committed_s >= _NOTICE_S:
+                self._hold(frozenset())
             if late:
                 await self._apply(StopReplica(replica=replica))
             await self._poll()
+
+    async def _has_returned(self) -> bool:
+        """Return to the plan before the wave once the node of a new replica is lost.
+
+        The old replicas that still drain serve again: the new one cannot start until the node is
+        back.
+        """
+        observation = await self._facts.cluster.observe()
+        wave = self._step.wave
+        lost = next((name for name in wave.start if self._lost_node(observation, name)), None)
+        if self.returned or lost is None:
+            return bool(self.returned)
+        states = {state.spec.id: state for state in observation.replicas}
+        able = tuple(name for name in wave.retire if name in states and _serves(states[name]))
+        self.returned = f"{lost}: node {self._lost_node(observation, lost)} is lost"
+        try:
+            await self._apply(CommitReplicas(ready=able, drain=()))
+        except TaskFailedError:
+            self.returned = ""  # one of them was stopped meanwhile: look again
+            return False
+        await self._facts.route(self._facts.programme.before_step(self._step.number))
+        return True
 
     async def _undo(self, replica: str) -> None:
         while await self._state(replica) is not None:
@@ -169,10 +206,14 @@ class WaveTasks:
     async def _restore(self, replica: str, *, late: bool) -> None:
         """Wait for the control loop to start the replica, since the plan in force has it."""
         self._hold(self._held - {replica})
+        needed = set(self._facts.programme.spec(replica).devices)
         while not late:
-            state = await self._state(replica)
+            observation = await self._facts.cluster.observe()
+            state = observation.replica(replica)
             if state is not None and state.phase is ReplicaPhase.READY:
                 return
+            if not needed <= {device.id for device in observation.devices}:
+                return  # its node is lost, and nothing starts there before it is back
             await self._poll()
 
     async def _route(self) -> None:
@@ -193,7 +234,9 @@ class WaveTasks:
             if state is not None and state.phase is ReplicaPhase.STANDBY:
                 # The control loop would stop a replica on standby that no switch holds.
                 raise TaskFailedError(f"{name} is still on standby")
-        self._hold(frozenset())
+        across = len(set(self._facts.programme.nodes.values())) > 1
+        self._hold(frozenset(step.wave.retire if across and whole else ()))
+        self._committed_s = self._facts.clock.now()
         await self._facts.route(step.plan)
 
     # -- weights --------------------------------------------------------------------------------
@@ -204,6 +247,46 @@ class WaveTasks:
 
     async def _check(self) -> None:
         await self._facts.weights.check(self._step)
+
+    async def _watched(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Do work until a participant ends: ranks wait for one on a lost node until a deadline."""
+        working = asyncio.ensure_future(work())
+        watching = asyncio.ensure_future(self._participant_end())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise TaskFailedError(await watching, final=True)
+            await working
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _participant_end(self) -> str:
+        """Wait until a participating replica has ended; returns which, and why."""
+        while True:
+            observation = await self._facts.cluster.observe()
+            for name in self._step.participants:
+                state = observation.replica(name)
+                if state is None or state.phase not in _ALIVE:
+                    return f"{name}: {self._end(observation, name)}"
+            await self._poll()
+
+    def _end(self, observation: Observation, replica: str) -> str:
+        """Why a replica has ended."""
+        node = self._lost_node(observation, replica)
+        if node:
+            return f"node {node} is lost"
+        states = (state for state in observation.replicas if state.spec.id == replica)
+        return next((state.detail for state in states if state.detail), "it has ended")
+
+    def _lost_node(self, observation: Observation, replica: str) -> str:
+        """The node of a replica whose devices are not there, or ""."""
+        programme = self._facts.programme
+        there = {device.id for device in observation.devices}
+        devices = programme.spec(replica).devices
+        gone = (programme.nodes.get(device, "") for device in devices if device not in there)
+        return next(gone, "")
 
     async def _shared(self, work: "_Shared") -> None:
         try:
@@ -216,6 +299,10 @@ class WaveTasks:
         observation = await self._facts.cluster.observe()
         states = [observation.replica(name) for name in self._step.participants]
         return any(state is None or state.phase not in _ALIVE for state in states)
+
+
+def _serves(state: ReplicaState) -> bool:
+    return state.phase in {ReplicaPhase.READY, ReplicaPhase.DRAINING}
 
 
 class _Shared:

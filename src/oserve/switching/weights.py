@@ -1,9 +1,10 @@
 """The interfaces that move the weights of a switch: for a wave, and between engines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from oserve.core import Endpoint
 from oserve.switch.programme import ProgrammeStep
 from oserve.switch.rank_order import RankOrder
 
@@ -62,3 +63,14 @@ class WeightMover(Protocol):
     async def surprise(self, replica: str, model: str, *, limit_s: float) -> float: ...
 
     async def close(self) -> None: ...
+
+
+class MoverFactory(Protocol):
+    """Connects to the engines at these endpoints, by replica.
+
+    ``node_of`` tells the node of a replica's rank.
+    """
+
+    def __call__(
+        self, endpoints: Mapping[str, Endpoint], /, *, node_of: Callable[[str, int], str]
+    ) -> WeightMover: ...
