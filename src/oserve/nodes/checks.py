@@ -1,0 +1,346 @@
+"""What an examination means: facts in, findings out. Pure."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from oserve.nodes.examination import LinkFacts, MachineFacts, NodeExamination
+
+CLUSTER: Final = "cluster"
+"""The subject of findings that compare nodes."""
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+_SMALL_SHARED_BYTES = 256 * _MIB
+_SHARED_BYTES = _GIB
+_OPEN_FILES = 65536
+_FEW_OPEN_FILES = 4096
+_CLOCK_S = 0.5
+_DELAY_S = 0.005
+_BYTES_PER_S = 1e8
+_SHOWN = 4
+
+
+class Verdict(StrEnum):
+    """``warn``: it works, but worse than it could, or might not."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One finding about a node, or about the cluster. ``remedy``: the setting or command that
+    changes it; empty only if it is ``ok``."""
+
+    node: str
+    check: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def judge(nodes: Sequence[NodeExamination]) -> list[Finding]:
+    """The findings of an examination: node by node, then what compares nodes."""
+    findings = [finding for node in nodes for finding in _of_node(node)]
+    machines = {node.node: node.machine for node in nodes if node.machine is not None}
+    if len(nodes) > 1:
+        findings.extend(_versions_alike(machines))
+        findings.extend(_mtus_alike(machines))
+    findings.extend(_model_alike(machines))
+    return findings
+
+
+def worst(findings: Sequence[Finding]) -> Verdict:
+    """The worst verdict; ``ok`` without any."""
+    order = list(Verdict)
+    return max((finding.verdict for finding in findings), key=order.index, default=Verdict.OK)
+
+
+def exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
+    """0: all is well; 2: something failed; 1: there are warnings, which count if ``strict``."""
+    match worst(findings):
+        case Verdict.FAIL:
+            return 2
+        case Verdict.WARN if strict:
+            return 1
+    return 0
+
+
+# -- one node -------------------------------------------------------------------------------------
+def _of_node(node: NodeExamination) -> Iterator[Finding]:
+    if node.unreached:
+        yield Finding(
+            node=node.node,
+            check="reach",
+            verdict=Verdict.FAIL,
+            found=node.unreached,
+            remedy=node.remedy or "is the node up, and its hatch's port open to this machine?",
+        )
+    if node.machine is not None:
+        for check in _MACHINE_CHECKS:
+            for name, verdict, found, remedy in check(node.machine):
+                yield Finding(
+                    node=node.node, check=name, verdict=verdict, found=found, remedy=remedy
+                )
+    if node.clock is not None:
+        yield _clock(node)
+    for link in node.links:
+        yield _link(node.node, link)
+
+
+_Judged = tuple[str, Verdict, str, str]
+
+
+def _versions(machine: MachineFacts) -> Iterator[_Judged]:
+    yield "python", Verdict.OK, machine.python or "unknown", ""
+    yield "oserve", Verdict.OK, machine.oserve, ""
+    if machine.engine:
+        yield "vllm", Verdict.OK, machine.engine, ""
+    else:
+        yield (
+            "vllm",
+            Verdict.WARN,
+            "not installed: only attached servers can be used",
+            "pip install 'oserve[gpu]' or 'oserve[cpu]'",
+        )
+    if machine.driver:
+        yield "driver", Verdict.OK, machine.driver, ""
+
+
+def _sizes(machine: MachineFacts) -> Iterator[_Judged]:
+    cores = f"{machine.cores} usable cores"
+    few = machine.cores < 2
+    yield (
+        "cores",
+        Verdict.WARN if few else Verdict.OK,
+        cores,
+        "give the container or machine two cores or more" if few else "",
+    )
+    free = f"{machine.free_bytes / _GIB:.1f} of {machine.memory_bytes / _GIB:.1f} GiB free"
+    low = machine.free_bytes < machine.memory_bytes / 10
+    yield (
+        "memory",
+        Verdict.WARN if low else Verdict.OK,
+        free,
+        "end other programs, or raise the container's memory limit" if low else "",
+    )
+    yield _shared_memory(machine.shared_memory_bytes)
+    yield _open_files(machine.open_files)
+
+
+def _shared_memory(size_bytes: int) -> _Judged:
+    found = f"{size_bytes / _MIB:,.0f} MiB"
+    remedy = "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory at /dev/shm"
+    if size_bytes < _SMALL_SHARED_BYTES:
+        return "/dev/shm", Verdict.FAIL, f"{found}, too little for ranks of one engine", remedy
+    if size_bytes < _SHARED_BYTES:
+        return "/dev/shm", Verdict.WARN, f"{found}, little for several engines", remedy
+    return "/dev/shm", Verdict.OK, found, ""
+
+
+def _open_files(limit: int) -> _Judged:
+    remedy = f"ulimit -n {_OPEN_FILES}; with systemd LimitNOFILE={_OPEN_FILES}"
+    if limit < _FEW_OPEN_FILES:
+        return "open files", Verdict.WARN, f"{limit:,}, few for streams of clients", remedy
+    return "open files", Verdict.OK, f"{limit:,}", ""
+
+
+def _gpus(machine: MachineFacts) -> Iterator[_Judged]:
+    if not machine.gpus:
+        yield "gpus", Verdict.OK, "none: CPU slots are the devices", ""
+    for gpu in machine.gpus:
+        free = (gpu.memory_bytes - gpu.used_bytes) / _GIB
+        found = f"{gpu.kind}, {free:.1f} of {gpu.memory_bytes / _GIB:.1f} GiB free"
+        if gpu.mig:
+            yield (
+                gpu.name,
+                Verdict.FAIL,
+                f"{found}; MIG is on, and OServe uses whole GPUs",
+                "turn it off: nvidia-smi -mig 0 on that GPU, or leave it out of "
+                "CUDA_VISIBLE_DEVICES",
+            )
+        elif gpu.strangers:
+            names = ", ".join(gpu.strangers[:_SHOWN])
+            yield (
+                gpu.name,
+                Verdict.FAIL,
+                f"{found}; in use by {names}",
+                "end that program, or leave the GPU out of CUDA_VISIBLE_DEVICES",
+            )
+        else:
+            yield gpu.name, Verdict.OK, found, ""
+
+
+def _interfaces(machine: MachineFacts) -> Iterator[_Judged]:
+    for item in machine.interfaces:
+        speed = f", {item.speed_mbps:,} Mbit/s" if item.speed_mbps > 0 else ""
+        yield f"interface {item.name}", Verdict.OK, f"MTU {item.mtu}{speed}", ""
+
+
+_MACHINE_CHECKS: tuple[Callable[[MachineFacts], Iterator[_Judged]], ...] = (
+    _versions,
+    _sizes,
+    _gpus,
+    _interfaces,
+)
+
+
+def _clock(node: NodeExamination) -> Finding:
+    assert node.clock is not None
+    ahead_s, within_s = node.clock.ahead_s, node.clock.within_s
+    # Only what the round trip cannot explain is the clock's.
+    off = abs(ahead_s) - within_s > _CLOCK_S
+    side = "ahead of" if ahead_s >= 0 else "behind"
+    return Finding(
+        node=node.node,
+        check="clock",
+        verdict=Verdict.WARN if off else Verdict.OK,
+        found=f"{abs(ahead_s) * 1e3:.1f} ms {side} this machine's (within {within_s * 1e3:.1f} ms)",
+        remedy="run chronyd or systemd-timesyncd: times in logs do not compare" if off else "",
+    )
+
+
+def _link(node: str, link: LinkFacts) -> Finding:
+    check = f"link to {link.target}"
+    if link.error:
+        remedy = f"open the hatch's port of {link.target} to {node}"
+        return Finding(
+            node=node, check=check, verdict=Verdict.FAIL, found=link.error, remedy=remedy
+        )
+    found = f"{link.round_trip_s * 1e3:.2f} ms there and back"
+    if link.bytes_per_s:
+        found += f", {link.bytes_per_s / 1e6:,.0f} MB/s echoed"
+    slow = 0 < link.bytes_per_s < _BYTES_PER_S
+    late = link.round_trip_s > _DELAY_S
+    remedy = ""
+    if slow:
+        remedy = "use a faster network or interface for the hatches; raise its MTU"
+    elif late:
+        remedy = "keep a replica on one node: pipeline stages wait for the network at each step"
+    verdict = Verdict.WARN if slow or late else Verdict.OK
+    return Finding(node=node, check=check, verdict=verdict, found=found, remedy=remedy)
+
+
+# -- nodes beside each other ----------------------------------------------------------------------
+def _versions_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+    same = "install the same version of {} on every node"
+    checks: tuple[tuple[str, str, Verdict, Callable[[MachineFacts], str]], ...] = (
+        ("oserve", same.format("OServe"), Verdict.FAIL, lambda item: item.oserve),
+        ("vllm", same.format("vLLM"), Verdict.FAIL, lambda item: item.engine),
+        ("python", same.format("Python"), Verdict.WARN, lambda item: item.python),
+        ("driver", same.format("the NVIDIA driver"), Verdict.WARN, lambda item: item.driver),
+    )
+    for check, remedy, verdict, value in checks:
+        found = {node: value(machine) for node, machine in machines.items()}
+        yield _alike(check, found, verdict, remedy)
+
+
+def _mtus_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+    found = {
+        node: "/".join(sorted({str(item.mtu) for item in machine.interfaces}))
+        for node, machine in machines.items()
+        if machine.interfaces
+    }
+    yield _alike("mtu", found, Verdict.WARN, "ip link set dev INTERFACE mtu MTU, the same on each")
+
+
+def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+    examined = {
+        node: machine.model for node, machine in machines.items() if machine.model is not None
+    }
+    if not examined:
+        return
+    present = {node: model for node, model in examined.items() if model.files}
+    for node, model in examined.items():
+        if not model.files:
+            yield Finding(
+                node=node,
+                check="model",
+                verdict=Verdict.WARN,
+                found=model.error or "its files are not here",
+                remedy="copy them there, or let the first engine download them",
+            )
+            continue
+        size = sum(file.size_bytes for file in model.files) / _GIB
+        found = f"{len(model.files)} files, {size:.2f} GiB"
+        if any(file.sampled for file in model.files):
+            found += "; large ones by size and samples"
+        yield Finding(node=node, check="model", verdict=Verdict.OK, found=found)
+    if len(present) > 1:
+        yield _same_files(
+            {
+                node: {file.name: file.digest for file in model.files}
+                for node, model in present.items()
+            }
+        )
+
+
+def _same_files(nodes: dict[str, dict[str, str]]) -> Finding:
+    names = sorted({name for files in nodes.values() for name in files})
+    differ = [name for name in names if len({files.get(name) for files in nodes.values()}) > 1]
+    if not differ:
+        return Finding(
+            node=CLUSTER,
+            check="model",
+            verdict=Verdict.OK,
+            found=f"the same {len(names)} files on {len(nodes)} nodes",
+        )
+    first = differ[0]
+    found, _ = _grouped({node: files.get(first, "") for node, files in nodes.items()}, "missing")
+    more = f", and {len(differ) - 1} more files" if len(differ) > 1 else ""
+    return Finding(
+        node=CLUSTER,
+        check="model",
+        verdict=Verdict.FAIL,
+        found=f"{first} differs{more}: {found}",
+        remedy="download the same revision on every node, or copy the folder with rsync -c",
+    )
+
+
+def _alike(check: str, values: dict[str, str], verdict: Verdict, remedy: str) -> Finding:
+    words, same = _grouped(values, "none")
+    if same:
+        return Finding(node=CLUSTER, check=check, verdict=Verdict.OK, found=f"all alike: {words}")
+    return Finding(node=CLUSTER, check=check, verdict=verdict, found=words, remedy=remedy)
+
+
+def _grouped(values: dict[str, str], missing: str) -> tuple[str, bool]:
+    """Values with the nodes that have them, the most frequent first; whether all are the same."""
+    counts = Counter(values.values())
+    if len(counts) <= 1:
+        return next(iter(counts), "") or missing, True
+    parts = []
+    for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        nodes = sorted(node for node, other in values.items() if other == value)
+        shown = ", ".join(nodes[:_SHOWN]) + (f" and {count - _SHOWN} more" * (count > _SHOWN))
+        parts.append(f"{value or missing} on {shown}")
+    return "; ".join(parts), False
+
+
+# -- which links are measured ---------------------------------------------------------------------
+def measuring_rounds(nodes: Sequence[str], most_pairs: int) -> list[list[tuple[str, str]]]:
+    """Pairs of nodes to measure at a time: in a round, no node is in two pairs.
+
+    All pairs, if they are at most ``most_pairs``; else whole rounds up to that number, in each of
+    which nearly every node has a partner. (The circle method of tournaments.)
+    """
+    ring: list[str] = [*nodes, *([""] if len(nodes) % 2 else [])]
+    rounds: list[list[tuple[str, str]]] = []
+    total = 0
+    for _ in range(len(ring) - 1):
+        half = len(ring) // 2
+        pairs = [
+            (one, other)
+            for one, other in zip(ring[:half], reversed(ring[half:]), strict=True)
+            if one and other
+        ]
+        if rounds and total + len(pairs) > most_pairs:
+            break
+        total += len(pairs)
+        rounds.append(pairs[:most_pairs])
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+    return rounds
