@@ -26,7 +26,7 @@ from oserve.engines.cluster import EngineCluster
 from oserve.engines.holding import HatchDial, HeldEngines
 from oserve.engines.keeper import Keeper
 from oserve.engines.keeper_children import find_node_facts
-from oserve.engines.keeper_connection import Streams
+from oserve.engines.keeper_connection import LineStreams
 from oserve.engines.keeper_messages import MAX_LINE_BYTES
 from oserve.engines.probe import ServedModel
 from oserve.engines.settings import EngineSettings
@@ -80,7 +80,7 @@ class Cable:
             writer.transport.abort()
         self._writers.clear()
 
-    async def connect(self, _hatch: HatchAddress) -> Streams:
+    async def connect(self, _hatch: HatchAddress) -> LineStreams:
         """As ``HatchDial`` connects."""
         if not self._whole.is_set():
             raise TimeoutError

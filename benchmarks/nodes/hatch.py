@@ -6,9 +6,9 @@ Chunks: a server on a Unix socket sends stamped chunks at a steady pace; a clien
 the socket itself and through a hatch, in turns. Delay is from before the server's write to after
 the client's read; CPU is that of the hatch process and what the client needs more.
 
-Weights: bytes from one process to another over a plain TCP connection, and by the streams of ranks
-through the hatches of two nodes, in turns. Everything is on one machine, so that copies compete
-with TLS for the same cores.
+Weights: bytes from one process to another over a plain TCP connection, over one TLS connection, and
+by the streams of ranks through the hatches of two nodes, in turns. Everything is on one machine, so
+that copies compete with TLS for the same cores.
 """
 
 import argparse
@@ -32,8 +32,9 @@ import uvloop
 
 from oserve.core import HatchAddress
 from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, far_address
-from oserve.nodes.hatch_messages import HatchConfig, read_published, tell_peers
-from oserve.wire.hatch import open_hatch
+from oserve.nodes.hatch_identity import make_identity, serving_context
+from oserve.nodes.hatch_messages import HatchConfig, HatchIdentity, read_published, tell_peers
+from oserve.wire.hatch import open_hatch, pinned_context
 
 _CHUNK = b"data: " + b"x" * 240 + b"\n\n"
 _STAMP_BYTES = 20
@@ -173,8 +174,7 @@ def _give(open_stream: Callable[[], ShardStream], size: int) -> None:
 
 def _take(stream: ShardStream, size: int) -> tuple[float, float]:
     """Seconds, and of this process's CPU."""
-    data = memoryview(bytearray(size))
-    data[:: 1 << 12] = bytes(len(data[:: 1 << 12]))  # so that no page is new
+    data = memoryview(bytearray(b"\1") * size)  # no page is new
     stream.give(memoryview(b"\1"))
     start_s, own_s = time.perf_counter(), _own_cpu_s()
     stream.receive(0, data)
@@ -204,6 +204,35 @@ def _plain(size: int) -> float:
     return spent_s
 
 
+def _tls(size: int, identity: HatchIdentity) -> float:
+    """One TLS connection without any hatch: what encryption alone costs."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        address = port.getsockname()
+
+        def give() -> None:
+            os.nice(_NICE)
+            data = memoryview(bytearray(os.urandom(1 << 20)))
+            with pinned_context(identity.certificate).wrap_socket(
+                socket.create_connection(address)
+            ) as tls:
+                for _ in range(size >> 20):
+                    tls.sendall(data)
+                tls.recv(1)
+
+        giver = multiprocessing.Process(target=give)
+        giver.start()
+        connection, _ = port.accept()
+        with serving_context(identity).wrap_socket(connection, server_side=True) as tls:
+            data = memoryview(bytearray(b"\1") * size)
+            start_s, done = time.perf_counter(), 0
+            while done < size:
+                done += tls.recv_into(data[done:])
+            spent_s = time.perf_counter() - start_s
+            tls.sendall(b"k")
+        giver.join()
+    return spent_s
+
+
 def _relayed(a: Node, b: Node, size: int) -> float:
     (b.folder / "e").mkdir(exist_ok=True)
     listener = Listener(str(b.folder / "e" / "w0.sock"))
@@ -227,10 +256,12 @@ def measure_bulk(folder: Path, size: int, rounds: int) -> None:
     os.nice(_NICE)
     a, b = Node(folder, "a"), Node(folder, "b")
     uvloop.run(tell_peers(a.address, {"b": b.address}))
-    rates: dict[str, list[float]] = {"plain TCP": [], "two hatches": []}
+    identity = make_identity("n")
+    rates: dict[str, list[float]] = {"plain TCP": [], "one TLS socket": [], "two hatches": []}
     relay_s = 0.0
     for _ in range(rounds):
         rates["plain TCP"].append(size / _plain(size) / 1e6)
+        rates["one TLS socket"].append(size / _tls(size, identity) / 1e6)
         before_s = a.cpu_s() + b.cpu_s()
         rates["two hatches"].append(size / _relayed(a, b, size) / 1e6)
         relay_s += a.cpu_s() + b.cpu_s() - before_s

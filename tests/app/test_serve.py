@@ -319,6 +319,14 @@ async def test_a_running_server_takes_another_plan(serve: Serve, processes: int)
                 return kind == "everything"
 
         await until(another)
+        # One machine has no nodes to speak of.
+        for call, status, text in (
+            ({"action": "list"}, 200, '{"nodes":[]}'),
+            ({"action": "drain", "node": "here"}, 400, "there is no node"),
+        ):
+            async with session.post(served.url + "/oserve/v1/nodes", json=call) as answer:
+                assert answer.status == status
+                assert text in await answer.text()
     # What it may not bring, and what nobody can answer here.
     other.write_text("replicas: [{id: two, attach: {url: 'http://127.0.0.1:1'}}]")
     code, said = await cli("switch", str(other), *words)

@@ -130,6 +130,18 @@ def test_a_switch_under_way_only_puts_it_off() -> None:
     assert seen(runtime, 101.0, LOST) is Trigger.NODE
 
 
+def test_types_that_nothing_left_can_serve_do_not_keep_others_waiting() -> None:
+    planner = toy.planner()
+    wide = replace(toy.TABLE[1].shape, tensor_parallel_size=2)
+    table = (replace(toy.TABLE[0], capacity_rps=(8.0, 0.0)), replace(toy.TABLE[1], shape=wide))
+    planner.learn(replace(planner.facts, devices=DEVICES, table=table))
+    planner.leave_out(frozenset({"d1", "d2", "d3"}))
+    (found,) = planner.candidates((4.0, 1.0), toy.plan_of())
+    assert [spec.shape for spec in found.replicas] == [toy.TABLE[0].shape]
+    planner.leave_out(frozenset({"d0", "d1", "d2", "d3"}))
+    assert planner.candidates((4.0, 1.0), toy.plan_of()) == ()
+
+
 def test_all_nodes_may_be_lost() -> None:
     runtime = toy_runtime()
     states = tuple(replace(LOST, name=f"n{n}") for n in (0, 1))

@@ -10,7 +10,7 @@ import pytest
 
 from oserve.core import Device, OServeError
 from oserve.engines.group import group_members
-from oserve.engines.holding import private_folder
+from oserve.engines.holding import HeldEngines, private_folder
 from oserve.engines.registry import read_registry
 from oserve.nodes import agent as agents
 from oserve.nodes.agent import NodeAgent, token_file
@@ -21,6 +21,7 @@ from oserve.nodes.agent_messages import (
     NodeReport,
     answer_of,
 )
+from oserve.nodes.hatch_messages import ADDRESS_FILE
 from oserve.nodes.host_cluster import HostDirectory, HostEntry, read_token
 from oserve.wire.hatch import fingerprint_of
 
@@ -45,7 +46,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentOrders:
 async def agent(orders: AgentOrders) -> AsyncIterator[NodeAgent]:
     agent = NodeAgent()
     yield agent
-    await agent.end()
+    await agent.tear_down(orders)
     folder = private_folder(Path(orders.state_dir) / "a")
     assert list(folder.iterdir()) == []
     folder.rmdir()
@@ -154,3 +155,21 @@ def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(OServeError, match="empty"):
         read_token(host)
+
+
+@pytest.mark.slow
+async def test_the_address_of_an_earlier_hatch_is_gone_before_the_next_starts(
+    agent: NodeAgent, orders: AgentOrders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the next hatch may well have the process id that the old file names."""
+    folder = private_folder(Path(orders.state_dir) / "a")
+    (folder / ADDRESS_FILE).write_text("{}")
+
+    async def hold(*_: object, **__: object) -> None:
+        assert not (folder / ADDRESS_FILE).exists()
+        raise OServeError("enough", place="here", remedy="none")
+
+    monkeypatch.setattr(HeldEngines, "hold", hold)
+    answer = await agent.set_up(orders)
+    assert isinstance(answer, NodeRefusal)
+    assert answer.reason == "enough"

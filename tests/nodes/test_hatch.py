@@ -269,6 +269,17 @@ async def test_a_flood_of_greetings_keeps_nobody_out(tmp_path: Path) -> None:
         writer.close()
 
 
+async def test_one_that_is_cut_off_in_the_middle_of_tls_is_closed(tmp_path: Path) -> None:
+    async with running_hatch(tmp_path, HatchLimits(greetings=1, answer_s=LIMIT_S)) as hatch:
+        halting, begun = await asyncio.open_connection("127.0.0.1", hatch.address.port)
+        begun.write(b"\x16\x03")
+        # It waits behind the first byte of the other, and then takes its place.
+        _, writer = await opened(hatch.address, "echo")
+        await ended(halting)
+        writer.close()
+        begun.close()
+
+
 async def test_an_address_that_is_refused_too_often_is_not_heard(tmp_path: Path) -> None:
     async with running_hatch(tmp_path, HatchLimits(refusals_per_s=3, answer_s=LIMIT_S)) as hatch:
         # Until the second is over, which the loop's clock tells.

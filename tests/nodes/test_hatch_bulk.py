@@ -196,3 +196,36 @@ async def test_streams_of_weights_are_bounded(tmp_path: Path) -> None:
         _, writer = await opened(hatch.address, "echo")
         writer.close()
         held.close()
+
+
+@pytest.mark.extra
+async def test_memory_is_not_shown_to_another_node(
+    nodes: tuple[RunningHatch, RunningHatch],
+) -> None:
+    torch = pytest.importorskip("torch")
+    from oserve.engines.weights import parts  # noqa: PLC0415
+    from oserve.engines.weights.jobs import ByteCounter  # noqa: PLC0415
+    from oserve.switch.rank_order import ShardPart  # noqa: PLC0415
+
+    a, b = nodes
+    listener = Listener(str(b.listener("e-1/w0.sock")))
+    address = far_address("b", "e-1/w0.sock", a.out)
+    stream, called = await asyncio.gather(
+        aside(ShardStream.call, address, "t", 3, deadline_s()),
+        aside(listener.accept, "t", [3], deadline_s()),
+    )
+    torch.manual_seed(0)
+    source, target = torch.randn(64, 48), torch.zeros(64, 24)
+    order = [ShardPart("w", ((0, 64), (24, 48)))]
+    memory: Any = object()  # of which nothing is asked
+    limits = parts.CopyLimits(throttle=FREE, deadline_s=deadline_s(), stopped=threading.Event())
+    sent, received = ByteCounter(), ByteCounter()
+    await asyncio.gather(
+        aside(parts.send_parts, stream, order, {"w": source}, memory, FREE, sent),
+        aside(parts.receive_parts, called[3], order, [target], limits, received),
+    )
+    assert torch.equal(target, source[:, 24:])
+    assert sent.total == received.total == target.nbytes
+    for one in (stream, called[3]):
+        one.close()
+    listener.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import stat
 import sys
@@ -42,6 +43,10 @@ async def published(folder: Path, process: asyncio.subprocess.Process) -> Publis
     return found
 
 
+def second_process(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
 async def test_the_life_of_a_hatch(tmp_path: Path) -> None:
     folder = tmp_path / "n"
     folder.mkdir(mode=0o700)
@@ -57,6 +62,15 @@ async def test_the_life_of_a_hatch(tmp_path: Path) -> None:
     bulk = await asyncio.to_thread(lambda: dial_hatch(address, "echo", timeout_s=LIMIT_S))
     bulk.close()
     assert (folder / OUT_SOCKET).exists()
+    # Without the process that relays weights it is no hatch: its keeper starts both again.
+    other_folder = tmp_path / "other"
+    other_folder.mkdir(mode=0o700)
+    other = await start(
+        msgspec.json.encode(msgspec.structs.replace(config, folder=str(other_folder)))
+    )
+    await published(other_folder, other)
+    os.kill(second_process(other.pid), signal.SIGKILL)
+    assert await asyncio.wait_for(other.wait(), LIMIT_S) == 1
     # It goes with whoever holds its standard input, and takes what it published along.
     assert process.stdin is not None
     process.stdin.close()

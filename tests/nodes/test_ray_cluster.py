@@ -1,6 +1,8 @@
 """Real Ray on three hosts: who is told what when agent, raylet, head, helper or node goes."""
 
 import asyncio
+import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -17,13 +19,13 @@ from oserve.nodes.ray_cluster import RayDirectory
 from oserve.nodes.ray_messages import HelperStart
 from raylets import Raylets, running
 
-pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(bool(unavailable()), reason=f"no hosts can be made: {unavailable()}"),
 ]
+
+_log = logging.getLogger("oserve.nodes")
 
 KEEPER = "oserve.engines.keeper"
 HATCH = "oserve.nodes.hatch"
@@ -86,6 +88,11 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, Raylets]]:
+    # Neither is looked for before a test runs: it takes a moment.
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: tools/setup.py --ray")
+    if reason := unavailable():
+        pytest.skip(f"no hosts can be made here: {reason}")
     folder = tmp_path_factory.mktemp("ray")
     slots = {"oserve_slot": 2}
     with Hosts(3, folder) as hosts, running(hosts, folder, {1: slots, 2: slots}) as raylets:
@@ -154,37 +161,38 @@ async def test_each_host_that_is_offered_has_a_keeper_and_a_hatch(scene: Scene) 
 
 async def test_an_agent_that_is_killed_comes_back_to_its_keeper(scene: Scene) -> None:
     keepers, before = scene.keepers(), dict(scene.directory.nodes)
+    hatches = scene.hosts[2].processes(HATCH)
     [agent] = scene.hosts[2].processes(AGENT)
+    _log.info("fault: agent")
     os.kill(agent, signal.SIGKILL)
     await scene.until(
         lambda: scene.hosts[2].processes(AGENT) not in ([], [agent]), "another agent runs"
     )
-    # The keeper of this test lives whatever the agent does; what it holds is found again.
-    hatches = scene.hosts[2].processes(HATCH)
-    await asyncio.sleep(2.0)
     assert scene.keepers() == keepers
     assert scene.hosts[2].processes(HATCH) == hatches
     assert scene.directory.nodes == before
-
-
-async def test_a_hatch_that_is_killed_is_started_again(scene: Scene) -> None:
-    keepers, before = scene.keepers(), scene.directory.nodes["host2"].hatch
+    # It looks after the same keeper: a hatch that is killed comes back as the same one.
+    _log.info("fault: hatch")
     assert scene.hosts[2].kill(HATCH)
-    await scene.until(lambda: scene.directory.nodes["host2"].hatch != before, "another hatch")
-    after = scene.directory.nodes["host2"].hatch
-    assert before is not None
-    assert after is not None
-    assert (after.token, after.certificate) == (before.token, before.certificate)
+    await scene.until(
+        lambda: scene.directory.nodes["host2"].hatch != before["host2"].hatch, "another hatch"
+    )
+    old, new = before["host2"].hatch, scene.directory.nodes["host2"].hatch
+    assert old is not None
+    assert new is not None
+    assert (new.token, new.certificate) == (old.token, old.certificate)
     assert scene.keepers() == keepers
 
 
 async def test_a_raylet_that_is_killed_is_told_and_its_keeper_lives(scene: Scene) -> None:
     keepers, before = scene.keepers(), scene.directory.nodes["host2"]
+    _log.info("fault: raylet")
     scene.hosts[2].kill("raylet/raylet")
     assert await scene.lost("host2")
     assert scene.directory.nodes["host1"].usable
     await scene.until(lambda: not scene.hosts[2].processes(AGENT), "the agent ends")
     assert scene.keepers() == keepers
+    _log.info("Ray is started again")
     scene.raylets.start(2)
     await scene.until(scene.up, "host2 is back")
     assert scene.directory.nodes["host2"] == before
@@ -193,9 +201,11 @@ async def test_a_raylet_that_is_killed_is_told_and_its_keeper_lives(scene: Scene
 
 async def test_nodes_serve_on_without_the_head(scene: Scene) -> None:
     keepers, before = scene.keepers(), dict(scene.directory.nodes)
+    _log.info("fault: head")
     assert scene.hosts[0].kill("gcs_server")
     await scene.until(lambda: scene.directory.silent, "Ray is silent")
     assert scene.directory.nodes == before
+    _log.info("Ray is started again")
     scene.raylets.start(0)
     await scene.until(lambda: not scene.directory.silent, "Ray is back")
     await scene.until(scene.up, "both nodes are up")
@@ -205,6 +215,7 @@ async def test_nodes_serve_on_without_the_head(scene: Scene) -> None:
 
 async def test_a_helper_that_is_killed_is_started_again(scene: Scene) -> None:
     keepers, before = scene.keepers(), dict(scene.directory.nodes)
+    _log.info("fault: helper")
     assert scene.hosts[1].kill("oserve.nodes.ray_helper")
     await scene.until(lambda: scene.directory.silent, "the helper is away")
     await scene.until(lambda: not scene.directory.silent, "the helper is back")
@@ -212,23 +223,25 @@ async def test_a_helper_that_is_killed_is_started_again(scene: Scene) -> None:
     assert scene.keepers() == keepers
 
 
-async def test_a_pulled_cable_is_told_and_the_keeper_lives(scene: Scene) -> None:
+async def test_a_node_off_the_network_is_told_and_its_keeper_lives_until_it_loses_power(
+    scene: Scene,
+) -> None:
     keepers = scene.keepers()
+    _log.info("fault: cable")
     scene.hosts.pull_cable(2)
     assert await scene.lost("host2")
     assert scene.keepers() == keepers
+    _log.info("the cable is back")
     scene.hosts.plug_cable(2)
-    # The raylet learns that it counts as dead, and ends: it must be started again.
-    scene.raylets.start(2)
-    await scene.until(scene.up, "host2 is back")
+    # The raylet learns that it counts as dead, and ends, and its agent with it.
+    await scene.until(lambda: not scene.hosts[2].processes("raylet/raylet"), "the raylet ends")
     assert scene.keepers() == keepers
-
-
-async def test_a_node_without_power_is_told_and_comes_back(scene: Scene) -> None:
+    assert scene.directory.nodes["host2"].lost
+    _log.info("fault: power")
     scene.hosts[2].cut_power()
-    assert await scene.lost("host2")
     scene.hosts.power_on(2)
+    _log.info("Ray is started again")
     scene.raylets.start(2)
     await scene.until(scene.up, "host2 is back")
-    assert scene.directory.nodes["host1"].usable
-    assert scene.keepers()
+    assert scene.keepers()[0] == keepers[0]
+    assert scene.keepers()[1] not in keepers

@@ -52,7 +52,7 @@ def placed(draw: st.DrawFn) -> tuple[tuple[ReplicaSpec, ...], tuple[Device, ...]
     free = [device.id for device in devices]
     random.Random(draw(st.integers(0, 10**6))).shuffle(free)
     home = {device.id: device.node for device in devices}
-    replicas = []
+    replicas: list[ReplicaSpec] = []
     for shape in draw(st.lists(st.sampled_from(SHAPES), max_size=5)):
         for first in free:
             near = [name for name in free if home[name] == home[first]]

@@ -58,6 +58,7 @@ async def test_a_drained_node_is_empty_and_stays_so_after_a_restart(tmp_path: Pa
     (_, second) = (await nodes.answer(body("drain", "n1"), None))["nodes"]
     assert (second["state"], second["replicas"]) == ("draining", ["r1"])
     for _ in range(12):
+        nodes.observe(await loop.look())
         await loop.step()
         await clock.advance(0.5)
     observation = await loop.look()
@@ -66,7 +67,7 @@ async def test_a_drained_node_is_empty_and_stays_so_after_a_restart(tmp_path: Pa
     assert (first["replicas"], second["replicas"]) == (["r0"], [])
     loop, clock = control_loop()
     nodes = NodeOperations(tmp_path, loop, replaces=False)
-    nodes.evacuate(await loop.look())
+    nodes.observe(await loop.look())
     await loop.step()
     await clock.advance(0.5)
     observation = await loop.look()

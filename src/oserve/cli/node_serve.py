@@ -89,7 +89,7 @@ async def _serve(orders: AgentOrders) -> None:
             if reason and reason != told:
                 _console.print(f"[red]the node is not up:[/] {reason}")
             told = reason
-    await agent.end()
+    await agent.tear_down(orders)
     _console.print("stopped: nothing of this node runs any more")
 
 

@@ -81,6 +81,16 @@ def fitting(devices: Sequence[Device]) -> Callable[[Shapes], bool]:
     return fits
 
 
+def fitting_rows(
+    rows: Sequence[ShapePerformance], devices: Sequence[Device]
+) -> tuple[ShapePerformance, ...]:
+    """The rows of shapes of which at least one replica fits on these devices."""
+    if not devices:
+        return ()
+    packing = Packing(devices, [row.shape for row in rows])
+    return tuple(row for index, row in enumerate(rows) if packing.largest(index) > 0)
+
+
 def extended(
     current: DeploymentPlan, earlier: DeploymentPlan, devices: Sequence[Device]
 ) -> DeploymentPlan | None:

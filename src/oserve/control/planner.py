@@ -1,7 +1,6 @@
 """Plans and their values from a table of capacities: the planner of the controller.
 
-Pure. The table is made once, since the lengths of the workload types stay; only rates change.
-Shapes may be barred, and devices left out.
+Pure. The table is made once: only rates change. Shapes may be barred, and devices left out.
 """
 
 from collections import Counter
@@ -12,6 +11,7 @@ from oserve.control.evaluation import Leg, TypeRates
 from oserve.control.ladder import Shapes
 from oserve.control.plan_parts import (
     even_shares,
+    fitting_rows,
     plan_gain,
     plan_stamp,
     restart_legs,
@@ -94,6 +94,7 @@ class TablePlanner:
         self.barred: frozenset[ReplicaShape] = frozenset()
         self.unusable: frozenset[str] = frozenset()
         self.devices = facts.devices
+        self.most_s = float("inf")  # Of a search; a decision about nodes lowers it.
         self.speeds = Speeds()
         self._table = facts.table
         self._rows = {row.shape: row for row in facts.table}
@@ -120,7 +121,7 @@ class TablePlanner:
         """Use these speeds from now on, in place of any before."""
         self.speeds = speeds
         self._table = self._at_speed(self.facts.table)
-        # Another thread may be scoring plans: it must still find every shape.
+        # Another thread may be scoring plans and must find every shape.
         chosen = {
             shape: replace(self._at_speed([row])[0], shape=shape)
             for shape, row in dict(self._chosen).items()
@@ -149,14 +150,13 @@ class TablePlanner:
 
     # -- plans ----------------------------------------------------------------------------------
     def candidates(self, rates_rps: TypeRates, current: DeploymentPlan) -> Sequence[DeploymentPlan]:
-        """The best plan for these rates, then homogeneous ones that come near it.
-
-        Empty where no shape serves these rates.
-        """
+        """The best plan for these rates, then homogeneous ones near it; none if no shape serves."""
         facts = self.facts
         table = tuple(row for row in self._table if row.shape not in self.barred)
+        if self.unusable:
+            table = fitting_rows(table, self.devices)
         types = self._rated(rates_rps, table)
-        if not self.devices or not any(kind.arrival_rate_rps > 0 for kind in types):
+        if not table or not any(kind.arrival_rate_rps > 0 for kind in types):
             return ()
         problem = PlanProblem(
             devices=self.devices,
@@ -168,16 +168,13 @@ class TablePlanner:
             min_shapes=facts.min_shapes,
         )
         try:
-            planned = plan_deployment(
-                problem, Search.EXACT, time_limit_s=facts.time_limit_s, candidates=0
-            )
+            limit_s = min(facts.time_limit_s, self.most_s)
+            planned = plan_deployment(problem, Search.EXACT, time_limit_s=limit_s, candidates=0)
         except OServeError:
             return ()
         found: dict[frozenset[ReplicaSpec], DeploymentPlan] = {}
         best, *near = self._near_best(problem, planned)
-        choice = place_redundantly(
-            problem, planned, best, spread=facts.spread, time_limit_s=facts.time_limit_s
-        )
+        choice = place_redundantly(problem, planned, best, spread=facts.spread)
         for deployment in (choice.deployment, *near):
             plan = self._placed(problem, deployment, current)
             found.setdefault(frozenset(plan.replicas), plan)
@@ -246,8 +243,7 @@ class TablePlanner:
         found = self._switches.get(key)
         if found is None:
             held = {own: item for own, item in self._switches.items() if own[0] == origin}
-            if len(held) >= _MOST_SWITCHES:
-                held = {}
+            held = {} if len(held) >= _MOST_SWITCHES else held
             plan = self.deployment(shapes, current)
             found = (plan, tuple(self.legs(current.replicas, plan.replicas)))
             # Another thread may be reading.

@@ -51,6 +51,8 @@ from oserve.workload import classify
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
 _OVERLOAD_REST_S, _SURE_S = 5.0, 60.0
+# The searches of a decision about nodes take at most this long.
+_AT_ONCE_S = 2.0
 # The mix of fewer requests is chance.
 _FEWEST_REQUESTS = 100
 
@@ -293,7 +295,11 @@ class ControllerRuntime:
             usual = tuple(kind.arrival_rate_rps for kind in planner.facts.types)
             step = replace(inputs.steps[0], probabilities={usual: 1.0}, expected=usual)
             inputs = replace(inputs, plan_for=(usual,), now_rps=usual, steps=(step,))
-        found = score_candidates(inputs, planner)
+        usual_s, planner.most_s = planner.most_s, _AT_ONCE_S / max(1, len(inputs.plan_for))
+        try:
+            found = score_candidates(inputs, planner)
+        finally:
+            planner.most_s = usual_s
         best = max(found, key=lambda item: item.net_gain, default=None)
         least = self.controller.policy.min_gain
         if inputs.earlier is not None and (

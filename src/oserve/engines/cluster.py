@@ -38,7 +38,7 @@ from oserve.engines.group import group_activity
 from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
 from oserve.engines.node_engines import KeptEngines, NodeEngines, own_engines
-from oserve.engines.part_adoption import PartsGathering
+from oserve.engines.part_adoption import PartsGathering, finished
 from oserve.engines.probe import Probe
 from oserve.engines.replica import Prober, ReplicaTask, VllmReplica
 from oserve.engines.replica_states import ReplicaStates
@@ -151,10 +151,7 @@ class EngineCluster:
         self.nodes.begin()
         found += await self.nodes.adopted()
         gathered, self._gathering = self._gathering, None
-        for one in gathered.values():
-            one.close()
-        whole = [name for name, one in gathered.items() if one.is_complete]
-        found.append((whole, [name for name in gathered if name not in whole]))
+        found.append(finished(gathered))
         kept = [name for names, _ in found for name in names]
         return kept, [name for _, names in found for name in names]
 
@@ -306,14 +303,8 @@ class EngineCluster:
         if not fits:
             self._states.report(spec.id, phase=ReplicaPhase.DRAINING, pid=process.pid)
             replica.stop.set()
-        elif note.ready_s is not None:
-            self._states.report(
-                spec.id,
-                phase=ReplicaPhase.READY,
-                since_s=note.since_s(self._clock.now()),
-                pid=process.pid,
-                max_model_len=note.max_model_len,
-            )
+        else:
+            self._report_ready(note, process.pid)
         self._run(spec, replica)
         return fits
 
@@ -350,19 +341,22 @@ class EngineCluster:
         pid: int,
     ) -> None:
         """Give a replica a task that goes on where an earlier server's was."""
-        spec = note.spec
-        replica = self._vllm(spec, endpoint, start)
+        replica = self._vllm(note.spec, endpoint, start)
         replica.was_ready = note.ready_s is not None
         replica.step_s = note.step_s
+        self._report_ready(note, pid)
+        self._run(note.spec, replica)
+
+    def _report_ready(self, note: EngineNote, pid: int) -> None:
+        """As an earlier server has noted, if it has."""
         if note.ready_s is not None:
             self._states.report(
-                spec.id,
+                note.spec.id,
                 phase=ReplicaPhase.READY,
                 since_s=note.since_s(self._clock.now()),
                 pid=pid,
                 max_model_len=note.max_model_len,
             )
-        self._run(spec, replica)
 
     def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
         """Whether an engine is what this server would start there."""

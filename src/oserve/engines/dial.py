@@ -21,7 +21,7 @@ from oserve.core import Clock, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.held_process import NodeLostError, no_start
 from oserve.engines.keeper import HELD_ELSEWHERE
-from oserve.engines.keeper_connection import KeeperConnection, LineTerms, Streams
+from oserve.engines.keeper_connection import KeeperConnection, LineStreams, LineTerms
 from oserve.engines.keeper_messages import MAX_LINE_BYTES, KeeperHello
 from oserve.engines.spawner import surroundings
 from oserve.wire.hatch import KEEPER_NAME, open_hatch
@@ -197,7 +197,7 @@ class HatchDial:
         *,
         clock: Clock | None = None,
         silence_s: float = SILENCE_S,
-        connect: Callable[[HatchAddress], Awaitable[Streams]] | None = None,
+        connect: Callable[[HatchAddress], Awaitable[LineStreams]] | None = None,
     ) -> None:
         self._connect = connect or _through_hatch
         self.node = node
@@ -237,7 +237,7 @@ class HatchDial:
             )
         return line
 
-    async def _greeted(self, streams: Streams) -> KeeperConnection | None:
+    async def _greeted(self, streams: LineStreams) -> KeeperConnection | None:
         try:
             return await KeeperConnection.greeted(streams, self._terms)
         except asyncio.CancelledError:
@@ -248,7 +248,7 @@ class HatchDial:
         """Nothing of it is here."""
 
 
-async def _through_hatch(hatch: HatchAddress) -> Streams:
+async def _through_hatch(hatch: HatchAddress) -> LineStreams:
     return await open_hatch(hatch, KEEPER_NAME, limit=MAX_LINE_BYTES)
 
 

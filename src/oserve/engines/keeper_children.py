@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from oserve import __version__
 from oserve.engines.group import CACHES_FOLDER, boot_id
 from oserve.engines.keeper_messages import EngineStart, NodeFacts, ProcessStart
 from oserve.engines.logs import rotate_log
+from oserve.engines.patches import engine_package
 from oserve.engines.processor import find_processor
 from oserve.engines.registry import RegistryEntry
 from oserve.engines.spawner import EngineProcess, Launcher
@@ -121,13 +121,11 @@ async def wait_all(children: list[KeptChild], limit_s: float) -> None:
 
 def find_node_facts(folder: Path, logs: Path) -> NodeFacts:
     """What this machine and environment are."""
-    engine = ""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        engine = importlib.metadata.version("vllm")
+    engine = engine_package()
     return NodeFacts(
         host=socket.gethostname(),
         oserve=__version__,
-        engine=engine,
+        engine=engine[1] if engine is not None else "",
         boot=boot_id(),
         folder=str(folder),
         logs=os.path.abspath(logs),

@@ -45,7 +45,7 @@ _log = logging.getLogger("oserve.engines")
 
 _EXIT_LIMIT_S = 30.0
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+LineStreams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class KeeperConnection:
 
     def __init__(
         self,
-        streams: Streams,
+        streams: LineStreams,
         terms: LineTerms,
         keeper: KeeperIdentity,
         hello: KeeperHello | None,
@@ -93,7 +93,7 @@ class KeeperConnection:
         self.lost: asyncio.Task[None] = asyncio.create_task(self._listen())
 
     @classmethod
-    async def greeted(cls, streams: Streams, terms: LineTerms) -> "KeeperConnection | None":
+    async def greeted(cls, streams: LineStreams, terms: LineTerms) -> "KeeperConnection | None":
         """Read the keeper's greeting; ``None`` if the connection ends first.
 
         Raises ``OServeError`` if what answers does not greet as a keeper.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 
 from oserve.core import OServeError, ReplicaPart, ReplicaSpec
 from oserve.engines.held_process import HeldProcess
@@ -48,7 +49,7 @@ class PartsGathering:
         """All parts, once found. Raises ``OServeError`` if some are missing; then all end."""
         try:
             await asyncio.shield(self._complete)
-        except BaseException:
+        except BaseException:  # also when this is cancelled: no part is left behind
             for process in self._found.values():
                 process.kill()
             for process in self._found.values():
@@ -58,3 +59,11 @@ class PartsGathering:
         return PartsProcess(
             self.engines.parts, [self._found[part.index] for part in self.engines.parts]
         )
+
+
+def finished(gathered: Mapping[str, PartsGathering]) -> tuple[list[str], list[str]]:
+    """Close all; the replicas of which all parts were found, and the others, which end."""
+    for one in gathered.values():
+        one.close()
+    whole = [name for name, one in gathered.items() if one.is_complete]
+    return whole, [name for name in gathered if name not in whole]

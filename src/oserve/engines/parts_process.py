@@ -109,7 +109,7 @@ async def start_parts(
             if one.done() and (error := one.exception()) is not None:
                 raise _refused(part, error)
         return PartsProcess(parts, [one.result() for one in starting])
-    except BaseException:
+    except BaseException:  # also when this is cancelled: no part is left behind
         await _undo(starting)
         raise
 

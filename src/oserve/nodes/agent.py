@@ -8,6 +8,7 @@ harmless, and mends what has ended in the meantime.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ from oserve.nodes.agent_messages import (
     orders_of,
 )
 from oserve.nodes.hatch_identity import stored_identity, write_private
-from oserve.nodes.hatch_messages import HatchConfig, PublishedHatch, read_published
+from oserve.nodes.hatch_messages import ADDRESS_FILE, HatchConfig, PublishedHatch, read_published
+
+_log = logging.getLogger("oserve.nodes")
 
 _POLL_S = 0.05
 _HATCH_LIMIT_S = 60.0
@@ -84,15 +87,18 @@ class NodeAgent:
             await self._held.close()
         self._held, self._devices = None, ()
 
-    async def end(self) -> None:
+    async def down(self, orders: bytes) -> None:
+        """End everything that ``up`` has set up for these orders, and all that runs there."""
+        await self.tear_down(orders_of(orders))
+
+    async def tear_down(self, orders: AgentOrders) -> None:
         """End everything that the keeper holds, the hatch too, and the keeper."""
         async with self._lock:
             await self._leave()
-            if self._orders is None:
-                return
-            place = _place(self._orders)
+            _settle()
+            place = _place(orders)
             if keeper_runs(place.state_dir):
-                last = HeldEngines(LocalDial(place, node=self._orders.node), grace_s=0.0)
+                last = HeldEngines(LocalDial(place, node=orders.node), grace_s=0.0)
                 await last.connect()
                 await last.close()
 
@@ -101,6 +107,10 @@ class NodeAgent:
             reason = f"OServe {__version__} is installed there, the server is {orders.version}"
             return NodeRefusal(node=orders.node, reason=reason, remedy=_SAME_VERSION)
         held = await self._connected(orders)
+        if orders.engine and held.facts.engine != orders.engine:
+            found = held.facts.engine or "no version"
+            reason = f"{found} of vLLM is installed there, {orders.engine} on the server"
+            return NodeRefusal(node=orders.node, reason=reason, remedy=_SAME_VERSION)
         if not self._devices:
             self._devices = _find_devices(orders, self._visible, engines=bool(held.engines()))
         published = await self._hatch(held, orders)
@@ -132,11 +142,14 @@ class NodeAgent:
         plain = msgspec.json.decode(msgspec.json.encode(note))
         process = held.processes().get(HATCH_PROCESS)
         if process is not None and process.entry.note != plain:
+            _log.info("the hatch was set up otherwise; it is started again")
             process.terminate()
             await process.wait()
             process = None
         place = _place(orders)
         if process is None:
+            # One left by a power cut may name the same process id.
+            (place.folder / ADDRESS_FILE).unlink(missing_ok=True)
             identity = stored_identity(place.state_dir / "hatch-identity.json", orders.node)
             write_private(token_file(orders), identity.token.encode() + b"\n")
             config = HatchConfig(
@@ -238,4 +251,4 @@ def _encoded(answer: AgentAnswer) -> bytes:
     return msgspec.json.encode(answer)
 
 
-_SAME_VERSION = "install the same version of OServe on every node"
+_SAME_VERSION = "install the same versions of OServe and vLLM on every node"

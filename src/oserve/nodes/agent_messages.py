@@ -21,7 +21,7 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     ``~`` is the user's there. ``method``: how engines start (``auto``, ``zygote`` or
     ``spawn``). ``grace_s``:
     how long engines are held without a server. ``devices``, ``cpu_slots``: see
-    ``devices.find_devices``. ``version``: of OServe.
+    ``devices.find_devices``. ``version``: of OServe; ``engine``: of vLLM, empty for any.
     """
 
     node: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
@@ -33,6 +33,7 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
     version: str = __version__
+    engine: str = ""
 
 
 class HatchNote(msgspec.Struct, frozen=True, kw_only=True):

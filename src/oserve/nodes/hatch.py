@@ -7,6 +7,7 @@ do not delay streams of tokens (``hatch_bulk``).
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -48,6 +49,8 @@ _BACKLOG = 1024
 _ACCEPT_AT_ONCE = 64
 _OUT_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _RETRY_S = 0.1
+# After the end of a socket within, for a slow client to read what is left of it.
+_FLUSH_LIMIT_S = 300.0
 _NICE = 5
 
 
@@ -150,7 +153,14 @@ class Hatch:
             connection.close()
             return
         visitor = Visitor(self, key, peer)
-        self._cuts[key] = visitor.cut_off
+
+        def cut(reason: str) -> None:
+            visitor.cut_off(reason)
+            # In the middle of the handshake the visitor has no transport yet.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+        self._cuts[key] = cut
         task = self._loop.create_task(self._handshake(visitor, connection))
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
@@ -162,7 +172,7 @@ class Hatch:
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=self.answer_s,
-                ssl_shutdown_timeout=self.answer_s,
+                ssl_shutdown_timeout=_FLUSH_LIMIT_S,
             )
         except (OSError, ssl.SSLError):
             visitor.cut_off("no TLS, or the certificate was not accepted")

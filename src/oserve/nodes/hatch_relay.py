@@ -121,7 +121,11 @@ class Visitor(_End):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self.transport is not None:
+        if self.transport is None:
+            return
+        if self.settled:  # it was cut off during the handshake
+            self.transport.abort()
+        else:
             self.transport.write(greeting_line(self._nonce))
 
     def data_received(self, data: bytes) -> None:

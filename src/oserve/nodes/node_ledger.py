@@ -88,13 +88,17 @@ class _Life:
 
 
 class NodeLedger:
-    """Nodes that live and are offered to OServe, by Ray's id."""
+    """Nodes that live and are offered to OServe, by Ray's id.
+
+    ``refuse_s``: a node counts as refused after so long without an agent. ``listed``: whether Ray
+    has listed its nodes yet.
+    """
 
     def __init__(self, *, refuse_s: float) -> None:
         self._refuse_s = refuse_s
         self._names = NodeNames()
         self._lives: dict[str, _Life] = {}
-        self._listed = False
+        self.listed = False
 
     def observe(self, nodes: Iterable[RayNode], now_s: float) -> list[HelperEvent]:
         """Take Ray's list up: the nodes that are lost since the last one."""
@@ -112,7 +116,7 @@ class NodeLedger:
             if key not in self._lives:
                 self._lives[key] = _Life(self._names.name(node), node, now_s)
             self._lives[key].node = node
-        self._listed = True
+        self.listed = True
         return events
 
     def living(self) -> dict[str, tuple[str, RayNode]]:
@@ -152,7 +156,7 @@ class NodeLedger:
     @property
     def settled(self) -> bool:
         """Whether every node that lives has been told of."""
-        return self._listed and all(life.told is not None for life in self._lives.values())
+        return self.listed and all(life.told is not None for life in self._lives.values())
 
     def _tell(self, life: _Life, event: NodeFound | NodeRefused) -> list[HelperEvent]:
         if event == life.told:

@@ -47,7 +47,7 @@ _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 30.0
 _LIVED_S = 60.0
 _SETTLE_S = 180.0
-_END_S = 30.0
+_END_S = 60.0
 
 
 def ray_namespace(state_dir: Path) -> str:
@@ -190,7 +190,7 @@ class RayDirectory:
         self._process = process
         self._told.clear()
         self._send(self._start)
-        assert process.stdout is not None
+        assert process.stdout is not None  # a pipe for it ensures that
         with contextlib.suppress(OSError, ValueError):
             while line := await process.stdout.readline():
                 self._read(line)

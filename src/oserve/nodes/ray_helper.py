@@ -97,14 +97,15 @@ class RayHelper:
         self._silent = False
         self._settled = False
         self._trouble = ""
-        self.ending = threading.Event()
+        self.asked_to_end = threading.Event()
         self.end_nodes = False
+        self._ended = threading.Event()
 
     def run(self) -> None:
         """Watch until told to end."""
         self._heard_s = time.monotonic()
         threading.Thread(target=self._ask_head, daemon=True).start()
-        while not self.ending.is_set():
+        while not self.asked_to_end.is_set():
             self._listen()
             self._call_agents()
             self._collect()
@@ -113,12 +114,13 @@ class RayHelper:
                 self._tell(NodesSettled())
         if self.end_nodes:
             self._end_agents()
+        self._ended.set()
 
     # -- the thread that talks to the head ------------------------------------------------------
     def _ask_head(self) -> None:
         """All calls that block while the head is away."""
         made: dict[str, Any] = {}
-        while not self.ending.is_set():
+        while not self._ended.is_set():
             try:
                 nodes = [_node(item) for item in ray.nodes()]
                 with contextlib.suppress(queue.Full):
@@ -137,7 +139,7 @@ class RayHelper:
             # Whatever Ray raises, the next round tries again.
             except Exception as error:
                 self._trouble = _brief(error)
-            self.ending.wait(self._start.poll_s)
+            self._ended.wait(self._start.poll_s)
 
     def _agent(self, node: RayNode) -> Any:
         """The agent of a node, which is started if there is none."""
@@ -190,17 +192,21 @@ class RayHelper:
         for key, agent in self._tended.items():
             if agent.handle is None or agent.call is not None or now_s < agent.due_s:
                 continue
-            name, node = self._wanted[key]
-            orders = msgspec.structs.replace(self._start.orders, node=name, host=node.address)
             agent.due_s = now_s + self._start.tend_s
-            agent.call = agent.handle.up.remote(msgspec.json.encode(orders))
+            agent.call = agent.handle.up.remote(self._orders(key))
+
+    def _orders(self, key: str) -> bytes:
+        name, node = self._wanted[key]
+        return msgspec.json.encode(
+            msgspec.structs.replace(self._start.orders, node=name, host=node.address)
+        )
 
     def _collect(self) -> None:
         """Take up answers; returns after ``_STEP_S``, or as soon as one has come."""
         calls = {agent.call: key for key, agent in self._tended.items() if agent.call is not None}
         now_s = time.monotonic()
         if not calls:
-            self.ending.wait(_STEP_S)
+            self.asked_to_end.wait(_STEP_S)
         else:
             ready, late = ray.wait(list(calls), num_returns=1, timeout=_STEP_S)
             for call in ready:
@@ -238,13 +244,22 @@ class RayHelper:
             self._tell(event)
 
     def _end_agents(self) -> None:
-        """End what the agents have set up, and the agents, within a limit."""
-        handles = [agent.handle for agent in self._tended.values() if agent.handle is not None]
+        """End what the agents have set up, and the agents, within a limit.
+
+        A helper that has just started must find them first.
+        """
+        deadline_s = time.monotonic() + _GOODBYE_S
+        while time.monotonic() < deadline_s:
+            self._listen()
+            handles = {key: item.handle for key, item in self._tended.items() if item.handle}
+            if self._ledger.listed and handles.keys() == self._wanted.keys():
+                break
+            time.sleep(_STEP_S)
         with contextlib.suppress(RayError):
-            calls = [handle.end.remote() for handle in handles]
+            calls = [handle.down.remote(self._orders(key)) for key, handle in handles.items()]
             if calls:
                 ray.wait(calls, num_returns=len(calls), timeout=_GOODBYE_S)
-            for handle in handles:
+            for handle in handles.values():
                 ray.kill(handle, no_restart=True)
 
 
@@ -316,7 +331,7 @@ def _read_commands(helper: RayHelper) -> None:
         if isinstance(command, HelperShutdown):
             helper.end_nodes = command.end_nodes
             break
-    helper.ending.set()
+    helper.asked_to_end.set()
 
 
 def _give_up(lines: _Lines) -> None:

@@ -27,7 +27,7 @@ from oserve.core import (
 )
 from oserve.plan.packing import ANY_KIND, is_chain, node_groups
 from oserve.plan.shard import Shard, shards_held, shards_of
-from oserve.plan.spread import Serving, spread_out
+from oserve.plan.spread import TypesServed, spread_out
 
 # The most choices of replicas to release that are tried: per number of replicas, and in all, in
 # choices times nodes.
@@ -70,7 +70,7 @@ def place_replicas(
     current: DeploymentPlan | None = None,
     tensor_parallel_across_nodes: bool = False,
     backend: Backend | None = None,
-    serving: Serving | None = None,
+    serving: TypesServed | None = None,
 ) -> Placement:
     """Place ``wanted`` (shape, number of replicas) on the devices.
 

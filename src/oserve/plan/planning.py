@@ -29,8 +29,6 @@ from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deploy
 
 # Overflow covers smaller shares.
 _LEAST_SHARE = 0.005
-# The most seconds of the search for a deployment that survives the loss of a node.
-_REDUNDANT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,13 +162,7 @@ def compute_plan(request: PlanRequest) -> PlanResult:
     varied = request.min_shapes > 1 and problem.is_varied(planned.best.counts)
     if not varied and _gain(planned, planned.best, planned.homogeneous[0]) < 1 + request.min_gain:
         planned = replace(planned, best=planned.homogeneous[0])
-    choice = place_redundantly(
-        problem,
-        planned,
-        planned.best,
-        spread=request.spread,
-        time_limit_s=min(request.time_limit_s, _REDUNDANT_S),
-    )
+    choice = place_redundantly(problem, planned, planned.best, spread=request.spread)
     planned, placed = replace(planned, best=choice.deployment), choice.placed
     solved = time.perf_counter()
     baseline = planned.homogeneous[0]

@@ -33,7 +33,7 @@ def place_redundantly(
     best: DeploymentCandidate,
     *,
     spread: float,
-    time_limit_s: float,
+    time_limit_s: float = 5.0,
 ) -> PlacedChoice:
     """The best deployment, or one that costs at most ``spread`` of the objective and exposes less.
 

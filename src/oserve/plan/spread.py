@@ -14,14 +14,14 @@ from typing import TypeAlias
 from oserve.core import Device, OServeError, ReplicaShape, ReplicaSpec, parts_of
 from oserve.plan.problem import PlanProblem
 
-Serving: TypeAlias = Callable[[ReplicaShape], Set[str]]
+TypesServed: TypeAlias = Callable[[ReplicaShape], Set[str]]
 """The types that a shape can serve."""
 
 # The most moves and exchanges that one placement gets.
 _MOST_STEPS = 64
 
 
-def serving_of(problem: PlanProblem) -> Serving:
+def serving_of(problem: PlanProblem) -> TypesServed:
     """The types with traffic that each of the problem's shapes can serve; others serve none."""
     found = {
         option.shape: frozenset(
@@ -35,7 +35,7 @@ def serving_of(problem: PlanProblem) -> Serving:
 
 
 def exposed_types(
-    replicas: Sequence[ReplicaSpec], devices: Sequence[Device], serving: Serving
+    replicas: Sequence[ReplicaSpec], devices: Sequence[Device], serving: TypesServed
 ) -> dict[str, frozenset[str]]:
     """By node, the types that no replica serves once the node is lost.
 
@@ -51,7 +51,7 @@ def exposed_types(
 
 
 def _pairs(
-    replicas: Sequence[ReplicaSpec], node_of: Mapping[str, str], serving: Serving
+    replicas: Sequence[ReplicaSpec], node_of: Mapping[str, str], serving: TypesServed
 ) -> list[tuple[str, str]]:
     """Pairs of a node and a type that is exposed to it."""
     total: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def spread_out(
     replicas: Sequence[ReplicaSpec],
     movable: Set[str],
     devices: Sequence[Device],
-    serving: Serving,
+    serving: TypesServed,
     reserved: Set[str] = frozenset(),
 ) -> tuple[ReplicaSpec, ...]:
     """The same replicas with as few types exposed as single moves and exchanges achieve.
@@ -111,7 +111,7 @@ def _steps(
     movable: Set[str],
     devices: Sequence[Device],
     exposed: Sequence[tuple[str, str]],
-    serving: Serving,
+    serving: TypesServed,
     reserved: Set[str],
 ) -> Iterator[tuple[ReplicaSpec, ...]]:
     """Every move to another node that may help, then every exchange.

@@ -58,8 +58,6 @@ class NodeOperations:
                 self._book.cordon(call.node)
             case "drain":
                 self._book.drain(call.node)
-                if not self._replaces:
-                    self._loop.nodes.evacuated |= {call.node}
             case "uncordon":
                 self._book.uncordon(call.node)
         if call.action != "list":
@@ -69,7 +67,9 @@ class NodeOperations:
         return {"nodes": [] if observation is None else node_documents(observation)}
 
     def observe(self, observation: Observation) -> None:
-        """Log each change of a node, and save its losses."""
+        """Log each change of a node, and save its losses; call it with each observation."""
+        if not self._replaces:
+            self.evacuate(observation)
         for state in observation.node_states:
             before = self._phases.get(state.name)
             self._phases[state.name] = state.phase
