@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,22 @@ def test_units(unit: Path, tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if unit.name in line]
     assert not ours, done.stderr
+
+
+def test_the_probe_of_a_node_finds_its_port() -> None:
+    (pod,) = [
+        item["spec"]["containers"][0]
+        for document in _documents(DEPLOY / "kubernetes" / "nodes.yaml")
+        for item in _templates(document)
+    ]
+    _, _, pattern, *_ = pod["readinessProbe"]["exec"]["command"]
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        number = f"{port.getsockname()[1]:04X}"
+        ours = f"{pod['ports'][0]['containerPort']:04X}"
+        assert f":{ours} " in pattern
+        listening = pattern.replace(f":{ours} ", f":{number} ")
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+    assert any(re.search(listening, line) for line in lines)
 
 
 def test_scripts_parse() -> None:
