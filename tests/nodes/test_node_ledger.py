@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from oserve.core import Device, HatchAddress
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.agent_messages import NodeRefusal, NodeReport
-from oserve.nodes.node_ledger import NodeLedger, NodeNames, RayNode, plain_name
+from oserve.nodes.node_ledger import NodeLedger, NodeNames, RayNode, offered_devices, plain_name
 from oserve.nodes.ray_messages import NodeFound, NodeLost, NodeRefused
 
 SLOTS = {"oserve_slot": 2.0}
@@ -118,3 +118,21 @@ def test_names_are_plain_unique_and_stay(machines: list[tuple[str, str, str]]) -
         assert seen.setdefault((item.host, item.address), name) == name
         assert plain_name(name) == name
     assert len(set(seen.values())) == len(seen)
+
+
+def test_what_ray_lists_can_be_planned_for() -> None:
+    gpus = {"GPU": 2.0, "accelerator_type:H100": 1.0}
+    nodes = [
+        node("1", "b", "10.0.0.2", resources=gpus),
+        node("2", resources={"oserve_slot": 2.0, "memory": 8e9}),
+        node("3", "c", "10.0.0.3", resources={"CPU": 8.0}),
+        node("4", "d", "10.0.0.4", alive=False, resources=gpus),
+    ]
+    found = offered_devices(nodes)
+    assert [(one.id, one.kind, one.node) for one in found] == [
+        ("a/cpu:0", "cpu", "a"),
+        ("a/cpu:1", "cpu", "a"),
+        ("b/gpu:0", "H100", "b"),
+        ("b/gpu:1", "H100", "b"),
+    ]
+    assert found[0].memory_bytes == 4_000_000_000
