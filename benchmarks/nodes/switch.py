@@ -80,7 +80,7 @@ BODY = {
 def plan_of(name: str, *devices: str) -> DeploymentPlan:
     shape = ReplicaShape(
         tensor_parallel_size=len(devices),
-        precision=Precision.BF16,
+        precision=Precision.FP32,
         max_num_batched_tokens=256,
         max_num_seqs=4,
     )
