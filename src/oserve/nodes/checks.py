@@ -86,6 +86,9 @@ def _of_node(node: NodeExamination) -> Iterator[Finding]:
                 yield Finding(
                     node=node.node, check=name, verdict=verdict, found=found, remedy=remedy
                 )
+    if node.devices:
+        found = f"{node.devices} offered, {node.engines} engines run"
+        yield Finding(node=node.node, check="devices", verdict=Verdict.OK, found=found)
     if node.clock is not None:
         yield _clock(node)
     for link in node.links:
