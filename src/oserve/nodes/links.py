@@ -32,7 +32,7 @@ def measure_link(
 
 
 def _delay_s(tls: ssl.SSLSocket, limit_s: float) -> float:
-    trips = []
+    trips: list[float] = []
     end_s = time.monotonic() + limit_s
     tls.settimeout(max(1.0, limit_s * 5))
     while len(trips) < _TRIPS and (not trips or time.monotonic() < end_s):
