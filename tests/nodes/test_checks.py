@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oserve.nodes.checks import (
@@ -89,6 +89,7 @@ examinations = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(examinations, max_size=3, unique_by=lambda item: item.node))
 def test_whatever_is_not_well_has_a_remedy(nodes: list[NodeExamination]) -> None:
     findings = judge(nodes)
@@ -169,6 +170,7 @@ def test_links_and_clocks() -> None:
     assert dataclasses.asdict(finding)["check"] == "reach"
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 40), st.integers(1, 300))
 def test_rounds_measure_each_pair_once_and_keep_nodes_apart(count: int, most: int) -> None:
     names = [f"n{index}" for index in range(count)]

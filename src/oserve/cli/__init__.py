@@ -9,6 +9,7 @@ from oserve import __version__
 from oserve.cli import forecast as forecasting
 from oserve.cli import node as nodes
 from oserve.cli.bench import bench
+from oserve.cli.doctor import doctor
 from oserve.cli.engines import engines
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
@@ -41,6 +42,7 @@ app.add_typer(nodes.app, name="node")
 app.command()(replay)
 app.command()(validate)
 app.command()(engines)
+app.command()(doctor)
 
 
 def _version(wanted: bool) -> None:

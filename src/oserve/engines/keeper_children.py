@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,5 +146,6 @@ def find_node_facts(folder: Path, logs: Path) -> NodeFacts:
         boot=boot_id(),
         folder=str(folder),
         logs=os.path.abspath(logs),
+        python=sys.executable,
         bf16=find_processor().has_bf16,
     )

@@ -134,7 +134,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     ``host``: its name. ``oserve`` and ``engine``: versions of OServe and vLLM, empty if not
     installed. ``boot``: see ``group.boot_id``. ``folder``: for sockets and folders of engines;
-    ``logs``: for logs. ``bf16``: whether its processor has instructions for that type.
+    ``logs``: for logs. ``python``: the interpreter that it runs. ``bf16``: whether its
+    processor has instructions for that type.
     """
 
     host: str = ""
@@ -143,6 +144,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     boot: str = ""
     folder: str = ""
     logs: str = ""
+    python: str = ""
     bf16: bool = False
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from oserve.nodes.examination import LinkFacts, MachineFacts, NodeExamination
+from oserve.nodes.examination import ClockFacts, LinkFacts, MachineFacts, NodeExamination
 
 CLUSTER: Final = "cluster"
 """The subject of findings that compare nodes."""
@@ -86,8 +86,11 @@ def _of_node(node: NodeExamination) -> Iterator[Finding]:
                 yield Finding(
                     node=node.node, check=name, verdict=verdict, found=found, remedy=remedy
                 )
+    if node.devices:
+        found = f"{node.devices} offered, {node.engines} engines run"
+        yield Finding(node=node.node, check="devices", verdict=Verdict.OK, found=found)
     if node.clock is not None:
-        yield _clock(node)
+        yield _clock(node.node, node.clock)
     for link in node.links:
         yield _link(node.node, link)
 
@@ -189,14 +192,13 @@ _MACHINE_CHECKS: tuple[Callable[[MachineFacts], Iterator[_Judged]], ...] = (
 )
 
 
-def _clock(node: NodeExamination) -> Finding:
-    assert node.clock is not None
-    ahead_s, within_s = node.clock.ahead_s, node.clock.within_s
+def _clock(node: str, clock: ClockFacts) -> Finding:
+    ahead_s, within_s = clock.ahead_s, clock.within_s
     # Only what the round trip cannot explain is the clock's.
     off = abs(ahead_s) - within_s > _CLOCK_S
     side = "ahead of" if ahead_s >= 0 else "behind"
     return Finding(
-        node=node.node,
+        node=node,
         check="clock",
         verdict=Verdict.WARN if off else Verdict.OK,
         found=f"{abs(ahead_s) * 1e3:.1f} ms {side} this machine's (within {within_s * 1e3:.1f} ms)",

@@ -84,7 +84,6 @@ class LinkFacts(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     round_trip_s: float = 0.0
     bytes_per_s: float = 0.0
-    interface_mtu: int = 0
     error: str = ""
 
 
@@ -98,7 +97,7 @@ class ClockFacts(msgspec.Struct, frozen=True, kw_only=True):
 class NodeExamination(msgspec.Struct, frozen=True, kw_only=True):
     """All that was found of a node. ``unreached``: why nothing was; ``remedy``: what to do then.
 
-    ``devices``: that it offers. ``busy``: of its engines that run.
+    ``devices``: that it offers. ``engines``: that run there.
     """
 
     node: str

@@ -5,6 +5,7 @@ of engines, which calls each node's keeper itself; so a node that the directory 
 alone as long as its keeper is heard.
 """
 
+import fcntl
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -172,6 +173,9 @@ class NodeFleet:
         return self._directory.nodes
 
 
+_MakeDirectory = Callable[[NodeChanged, Mapping[str, ClusterNode]], NodeDirectory]
+
+
 async def foreseen(settings: Settings) -> NodesFound | None:
     """What a deployment could be prepared from now; nothing is started on any node.
 
@@ -200,30 +204,41 @@ def serves_already(settings: Settings) -> bool:
 
 def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
-    text = settings.cluster.nodes
-    if not text:
+    if not settings.cluster.nodes:
         return None
-    state = Path(settings.state_dir)
-    log = Path(settings.engines.log_dir or state / "logs") / "ray-helper.log"
-    make: Callable[[NodeChanged, Mapping[str, ClusterNode]], NodeDirectory]
-    if is_ray(text):
-        check_ray_installed()
-        namespace = ray_namespace(state)
-        start = HelperStart(
-            address=ray_address(text),
-            namespace=namespace,
-            orders=_orders(settings, namespace),
-        )
-        make = lambda changed, known: RayDirectory(  # noqa: E731
-            start, log=log, changed=changed, known=known
-        )
-    else:
+    known = KnownNodes(Path(settings.state_dir) / "hatches", settings.cluster.nodes)
+    return NodeFleet(_maker(settings), known, grace_s=settings.engines.orphan_grace_s)
+
+
+def node_directory(settings: Settings) -> NodeDirectory | None:
+    """The same nodes for a visitor that serves nothing there; remembers none."""
+    return _maker(settings)(lambda _node: None, {}) if settings.cluster.nodes else None
+
+
+def nodes_are_ours(settings: Settings) -> bool:
+    """Whether no server of this state folder runs, which would use the nodes."""
+    try:
+        with open(Path(settings.state_dir) / "server.lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _maker(settings: Settings) -> _MakeDirectory:
+    text, state = settings.cluster.nodes, Path(settings.state_dir)
+    if not is_ray(text):
         hosts = load_hosts(text)
-        make = lambda changed, known: HostDirectory(  # noqa: E731
-            hosts, changed=changed, known=known
-        )
-    known = KnownNodes(state / "hatches", text)
-    return NodeFleet(make, known, grace_s=settings.engines.orphan_grace_s)
+        return lambda changed, known: HostDirectory(hosts, changed=changed, known=known)
+    check_ray_installed()
+    namespace = ray_namespace(state)
+    start = HelperStart(
+        address=ray_address(text), namespace=namespace, orders=_orders(settings, namespace)
+    )
+    log = Path(settings.engines.log_dir or state / "logs") / "ray-helper.log"
+    return lambda changed, known: RayDirectory(start, log=log, changed=changed, known=known)
 
 
 def _orders(settings: Settings, namespace: str) -> AgentOrders:
