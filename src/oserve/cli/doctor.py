@@ -82,7 +82,7 @@ async def _examined(
             if not directory.nodes:
                 raise
         found = list(await examine_nodes(directory.nodes, model, most_pairs=most_pairs))
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not leave the helper running
         await directory.close(end_nodes=False)
         raise
     # Nodes that were set up only for this are given back.
