@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from oserve.nodes.checks import (
     CLUSTER,
-    Finding,
-    Verdict,
+    NodeFinding,
+    NodeVerdict,
     exit_code,
     judge,
     measuring_rounds,
@@ -48,8 +48,8 @@ def node(name: str = "a", **changed: object) -> NodeExamination:
     return NodeExamination(node=name, machine=msgspec.structs.replace(GOOD, **changed))
 
 
-def bad(*nodes: NodeExamination) -> list[Finding]:
-    return [finding for finding in judge(nodes) if finding.verdict is not Verdict.OK]
+def bad(*nodes: NodeExamination) -> list[NodeFinding]:
+    return [finding for finding in judge(nodes) if finding.verdict is not NodeVerdict.OK]
 
 
 machines = st.builds(
@@ -95,36 +95,36 @@ def test_whatever_is_not_well_has_a_remedy(nodes: list[NodeExamination]) -> None
     findings = judge(nodes)
     for finding in findings:
         assert finding.found
-        assert bool(finding.remedy) == (finding.verdict is not Verdict.OK)
+        assert bool(finding.remedy) == (finding.verdict is not NodeVerdict.OK)
         assert finding.node in {CLUSTER, *(item.node for item in nodes)}
-    failed = any(finding.verdict is Verdict.FAIL for finding in findings)
+    failed = any(finding.verdict is NodeVerdict.FAIL for finding in findings)
     assert (exit_code(findings, strict=True) == 2) == failed
     assert exit_code(findings, strict=False) == (2 if failed else 0)
 
 
 def test_a_good_cluster_has_no_complaints() -> None:
     assert bad(node("a"), node("b")) == []
-    assert worst(judge([node()])) is Verdict.OK
+    assert worst(judge([node()])) is NodeVerdict.OK
     assert exit_code([], strict=True) == 0
 
 
 def test_each_fault_is_found() -> None:
     gpu = GOOD.gpus[0]
     cases = (
-        ({"engine": ""}, "vllm", Verdict.WARN, "attached"),
-        ({"cores": 1}, "cores", Verdict.WARN, "1 usable"),
-        ({"free_bytes": 1 << 30}, "memory", Verdict.WARN, "1.0 of 64.0 GiB"),
-        ({"shared_memory_bytes": 64 << 20}, "/dev/shm", Verdict.FAIL, "64 MiB"),
-        ({"shared_memory_bytes": 512 << 20}, "/dev/shm", Verdict.WARN, "512 MiB"),
-        ({"open_files": 1024}, "open files", Verdict.WARN, "1,024"),
-        ({"gpus": (msgspec.structs.replace(gpu, mig=True),)}, "gpu:0", Verdict.FAIL, "MIG"),
+        ({"engine": ""}, "vllm", NodeVerdict.WARN, "attached"),
+        ({"cores": 1}, "cores", NodeVerdict.WARN, "1 usable"),
+        ({"free_bytes": 1 << 30}, "memory", NodeVerdict.WARN, "1.0 of 64.0 GiB"),
+        ({"shared_memory_bytes": 64 << 20}, "/dev/shm", NodeVerdict.FAIL, "64 MiB"),
+        ({"shared_memory_bytes": 512 << 20}, "/dev/shm", NodeVerdict.WARN, "512 MiB"),
+        ({"open_files": 1024}, "open files", NodeVerdict.WARN, "1,024"),
+        ({"gpus": (msgspec.structs.replace(gpu, mig=True),)}, "gpu:0", NodeVerdict.FAIL, "MIG"),
         (
             {"gpus": (msgspec.structs.replace(gpu, strangers=("game (process 7)",)),)},
             "gpu:0",
-            Verdict.FAIL,
+            NodeVerdict.FAIL,
             "game",
         ),
-        ({"model": ModelFilesFacts()}, "model", Verdict.WARN, "not here"),
+        ({"model": ModelFilesFacts()}, "model", NodeVerdict.WARN, "not here"),
     )
     for changed, check, verdict, said in cases:
         [finding] = bad(node(**changed))
@@ -134,11 +134,11 @@ def test_each_fault_is_found() -> None:
 
 def test_nodes_that_differ() -> None:
     for changed, check, verdict in (
-        ({"oserve": "2"}, "oserve", Verdict.FAIL),
-        ({"engine": "0.2"}, "vllm", Verdict.FAIL),
-        ({"python": "3.13.0"}, "python", Verdict.WARN),
-        ({"driver": "560"}, "driver", Verdict.WARN),
-        ({"interfaces": (InterfaceFacts(name="eth0", mtu=1500),)}, "mtu", Verdict.WARN),
+        ({"oserve": "2"}, "oserve", NodeVerdict.FAIL),
+        ({"engine": "0.2"}, "vllm", NodeVerdict.FAIL),
+        ({"python": "3.13.0"}, "python", NodeVerdict.WARN),
+        ({"driver": "560"}, "driver", NodeVerdict.WARN),
+        ({"interfaces": (InterfaceFacts(name="eth0", mtu=1500),)}, "mtu", NodeVerdict.WARN),
     ):
         [finding] = bad(node("a"), node("b"), node("c", **changed))
         assert (finding.node, finding.check, finding.verdict) == (CLUSTER, check, verdict)
@@ -148,22 +148,22 @@ def test_nodes_that_differ() -> None:
         for digest in ("x", "y")
     ]
     [finding] = bad(node("a", model=files[0]), node("b", model=files[1]))
-    assert finding.verdict is Verdict.FAIL
+    assert finding.verdict is NodeVerdict.FAIL
     assert "config.json differs" in finding.found
     assert bad(node("a", model=files[0]), node("b", model=files[0])) == []
 
 
 def test_links_and_clocks() -> None:
-    def verdict(**facts: object) -> Verdict:
+    def verdict(**facts: object) -> NodeVerdict:
         link = msgspec.convert({"target": "b", **facts}, LinkFacts)
         return worst(judge([NodeExamination(node="a", links=(link,))]))
 
-    assert verdict(round_trip_s=1e-4, bytes_per_s=1e9) is Verdict.OK
-    assert verdict(round_trip_s=1e-4) is Verdict.OK
-    assert verdict(round_trip_s=1e-4, bytes_per_s=1e7) is Verdict.WARN
-    assert verdict(round_trip_s=0.1) is Verdict.WARN
-    assert verdict(error="cut off") is Verdict.FAIL
-    for ahead_s, within_s, said in ((-2.0, 0.1, Verdict.WARN), (2.0, 1.9, Verdict.OK)):
+    assert verdict(round_trip_s=1e-4, bytes_per_s=1e9) is NodeVerdict.OK
+    assert verdict(round_trip_s=1e-4) is NodeVerdict.OK
+    assert verdict(round_trip_s=1e-4, bytes_per_s=1e7) is NodeVerdict.WARN
+    assert verdict(round_trip_s=0.1) is NodeVerdict.WARN
+    assert verdict(error="cut off") is NodeVerdict.FAIL
+    for ahead_s, within_s, said in ((-2.0, 0.1, NodeVerdict.WARN), (2.0, 1.9, NodeVerdict.OK)):
         clock = ClockFacts(ahead_s=ahead_s, within_s=within_s)
         assert worst(judge([NodeExamination(node="a", clock=clock)])) is said
     [finding] = judge([NodeExamination(node="a", unreached="no answer")])

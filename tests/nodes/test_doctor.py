@@ -24,7 +24,7 @@ from oserve.engines.keeper_messages import (
 )
 from oserve.nodes import doctor as doctors
 from oserve.nodes import examiner
-from oserve.nodes.checks import Verdict, judge
+from oserve.nodes.checks import NodeVerdict, judge
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.doctor import examine_nodes
 from oserve.nodes.examination import ExaminerOrders, MachineFacts, NodeExamination
@@ -121,6 +121,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert result.exit_code == code, result.output
         assert "local" in result.output
         told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
-        assert told["verdict"] in set(Verdict)
+        assert told["verdict"] in set(NodeVerdict)
         assert {"node", "check", "verdict", "found", "remedy"} == set(told["findings"][0])
     assert list(tmp_path.iterdir()) == []

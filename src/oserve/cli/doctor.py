@@ -22,13 +22,13 @@ from oserve.cli.options import (
 )
 from oserve.cli.serve import settings_from
 from oserve.core import OServeError
-from oserve.nodes.checks import Finding, Verdict, exit_code, judge, worst
+from oserve.nodes.checks import NodeFinding, NodeVerdict, exit_code, judge, worst
 from oserve.nodes.directory import NodeDirectory
 from oserve.nodes.doctor import MOST_PAIRS, examine_here, examine_nodes
 from oserve.nodes.examination import NodeExamination
 from oserve.startup.node_fleet import node_directory, nodes_are_ours
 
-_COLOURS = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+_COLOURS = {NodeVerdict.OK: "green", NodeVerdict.WARN: "yellow", NodeVerdict.FAIL: "red"}
 
 
 def doctor(
@@ -82,7 +82,7 @@ async def _examined(
             if not directory.nodes:
                 raise
         found = list(await examine_nodes(directory.nodes, model, most_pairs=most_pairs))
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not leave the helper running
         await directory.close(end_nodes=False)
         raise
     # Nodes that were set up only for this are given back.
@@ -91,7 +91,7 @@ async def _examined(
     return found
 
 
-def show(findings: list[Finding], console: Console) -> None:
+def show(findings: list[NodeFinding], console: Console) -> None:
     """Print the findings as a table, and the verdict."""
     table = Table("node", "check", "", "found", "to change")
     before = ""
@@ -104,5 +104,5 @@ def show(findings: list[Finding], console: Console) -> None:
         before = item.node
     console.print(table)
     counts = Counter(item.verdict for item in findings)
-    words = f"{counts[Verdict.FAIL]} failures, {counts[Verdict.WARN]} warnings"
+    words = f"{counts[NodeVerdict.FAIL]} failures, {counts[NodeVerdict.WARN]} warnings"
     console.print(f"[{_COLOURS[worst(findings)]}]{worst(findings)}[/]: {words}")

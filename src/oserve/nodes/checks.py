@@ -23,7 +23,7 @@ _BYTES_PER_S = 1e8
 _SHOWN = 4
 
 
-class Verdict(StrEnum):
+class NodeVerdict(StrEnum):
     """``warn``: it works, but worse than it could, or might not."""
 
     OK = "ok"
@@ -32,18 +32,18 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class NodeFinding:
     """One finding about a node, or about the cluster. ``remedy``: the setting or command that
     changes it; empty only if it is ``ok``."""
 
     node: str
     check: str
-    verdict: Verdict
+    verdict: NodeVerdict
     found: str
     remedy: str = ""
 
 
-def judge(nodes: Sequence[NodeExamination]) -> list[Finding]:
+def judge(nodes: Sequence[NodeExamination]) -> list[NodeFinding]:
     """The findings of an examination: node by node, then what compares nodes."""
     findings = [finding for node in nodes for finding in _of_node(node)]
     machines = {node.node: node.machine for node in nodes if node.machine is not None}
@@ -54,64 +54,64 @@ def judge(nodes: Sequence[NodeExamination]) -> list[Finding]:
     return findings
 
 
-def worst(findings: Sequence[Finding]) -> Verdict:
+def worst(findings: Sequence[NodeFinding]) -> NodeVerdict:
     """The worst verdict; ``ok`` without any."""
-    order = list(Verdict)
-    return max((finding.verdict for finding in findings), key=order.index, default=Verdict.OK)
+    order = list(NodeVerdict)
+    return max((finding.verdict for finding in findings), key=order.index, default=NodeVerdict.OK)
 
 
-def exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
+def exit_code(findings: Sequence[NodeFinding], *, strict: bool) -> int:
     """0: all is well; 2: something failed; 1: there are warnings, which count if ``strict``."""
     match worst(findings):
-        case Verdict.FAIL:
+        case NodeVerdict.FAIL:
             return 2
-        case Verdict.WARN if strict:
+        case NodeVerdict.WARN if strict:
             return 1
     return 0
 
 
 # -- one node -------------------------------------------------------------------------------------
-def _of_node(node: NodeExamination) -> Iterator[Finding]:
+def _of_node(node: NodeExamination) -> Iterator[NodeFinding]:
     if node.unreached:
-        yield Finding(
+        yield NodeFinding(
             node=node.node,
             check="reach",
-            verdict=Verdict.FAIL,
+            verdict=NodeVerdict.FAIL,
             found=node.unreached,
             remedy=node.remedy or "is the node up, and its hatch's port open to this machine?",
         )
     if node.machine is not None:
         for check in _MACHINE_CHECKS:
             for name, verdict, found, remedy in check(node.machine):
-                yield Finding(
+                yield NodeFinding(
                     node=node.node, check=name, verdict=verdict, found=found, remedy=remedy
                 )
     if node.devices:
         found = f"{node.devices} offered, {node.engines} engines run"
-        yield Finding(node=node.node, check="devices", verdict=Verdict.OK, found=found)
+        yield NodeFinding(node=node.node, check="devices", verdict=NodeVerdict.OK, found=found)
     if node.clock is not None:
         yield _clock(node.node, node.clock)
     for link in node.links:
         yield _link(node.node, link)
 
 
-_Judged = tuple[str, Verdict, str, str]
+_Judged = tuple[str, NodeVerdict, str, str]
 
 
 def _versions(machine: MachineFacts) -> Iterator[_Judged]:
-    yield "python", Verdict.OK, machine.python or "unknown", ""
-    yield "oserve", Verdict.OK, machine.oserve, ""
+    yield "python", NodeVerdict.OK, machine.python or "unknown", ""
+    yield "oserve", NodeVerdict.OK, machine.oserve, ""
     if machine.engine:
-        yield "vllm", Verdict.OK, machine.engine, ""
+        yield "vllm", NodeVerdict.OK, machine.engine, ""
     else:
         yield (
             "vllm",
-            Verdict.WARN,
+            NodeVerdict.WARN,
             "not installed: only attached servers can be used",
             "pip install 'oserve[gpu]' or 'oserve[cpu]'",
         )
     if machine.driver:
-        yield "driver", Verdict.OK, machine.driver, ""
+        yield "driver", NodeVerdict.OK, machine.driver, ""
 
 
 def _sizes(machine: MachineFacts) -> Iterator[_Judged]:
@@ -119,7 +119,7 @@ def _sizes(machine: MachineFacts) -> Iterator[_Judged]:
     few = machine.cores < 2
     yield (
         "cores",
-        Verdict.WARN if few else Verdict.OK,
+        NodeVerdict.WARN if few else NodeVerdict.OK,
         cores,
         "give the container or machine two cores or more" if few else "",
     )
@@ -127,7 +127,7 @@ def _sizes(machine: MachineFacts) -> Iterator[_Judged]:
     low = machine.free_bytes < machine.memory_bytes / 10
     yield (
         "memory",
-        Verdict.WARN if low else Verdict.OK,
+        NodeVerdict.WARN if low else NodeVerdict.OK,
         free,
         "end other programs, or raise the container's memory limit" if low else "",
     )
@@ -139,29 +139,29 @@ def _shared_memory(size_bytes: int) -> _Judged:
     found = f"{size_bytes / _MIB:,.0f} MiB"
     remedy = "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory at /dev/shm"
     if size_bytes < _SMALL_SHARED_BYTES:
-        return "/dev/shm", Verdict.FAIL, f"{found}, too little for ranks of one engine", remedy
+        return "/dev/shm", NodeVerdict.FAIL, f"{found}, too little for ranks of one engine", remedy
     if size_bytes < _SHARED_BYTES:
-        return "/dev/shm", Verdict.WARN, f"{found}, little for several engines", remedy
-    return "/dev/shm", Verdict.OK, found, ""
+        return "/dev/shm", NodeVerdict.WARN, f"{found}, little for several engines", remedy
+    return "/dev/shm", NodeVerdict.OK, found, ""
 
 
 def _open_files(limit: int) -> _Judged:
     remedy = f"ulimit -n {_OPEN_FILES}; with systemd LimitNOFILE={_OPEN_FILES}"
     if limit < _FEW_OPEN_FILES:
-        return "open files", Verdict.WARN, f"{limit:,}, few for streams of clients", remedy
-    return "open files", Verdict.OK, f"{limit:,}", ""
+        return "open files", NodeVerdict.WARN, f"{limit:,}, few for streams of clients", remedy
+    return "open files", NodeVerdict.OK, f"{limit:,}", ""
 
 
 def _gpus(machine: MachineFacts) -> Iterator[_Judged]:
     if not machine.gpus:
-        yield "gpus", Verdict.OK, "none: CPU slots are the devices", ""
+        yield "gpus", NodeVerdict.OK, "none: CPU slots are the devices", ""
     for gpu in machine.gpus:
         free = (gpu.memory_bytes - gpu.used_bytes) / _GIB
         found = f"{gpu.kind}, {free:.1f} of {gpu.memory_bytes / _GIB:.1f} GiB free"
         if gpu.mig:
             yield (
                 gpu.name,
-                Verdict.FAIL,
+                NodeVerdict.FAIL,
                 f"{found}; MIG is on, and OServe uses whole GPUs",
                 "turn it off: nvidia-smi -mig 0 on that GPU, or leave it out of "
                 "CUDA_VISIBLE_DEVICES",
@@ -170,18 +170,18 @@ def _gpus(machine: MachineFacts) -> Iterator[_Judged]:
             names = ", ".join(gpu.strangers[:_SHOWN])
             yield (
                 gpu.name,
-                Verdict.FAIL,
+                NodeVerdict.FAIL,
                 f"{found}; in use by {names}",
                 "end that program, or leave the GPU out of CUDA_VISIBLE_DEVICES",
             )
         else:
-            yield gpu.name, Verdict.OK, found, ""
+            yield gpu.name, NodeVerdict.OK, found, ""
 
 
 def _interfaces(machine: MachineFacts) -> Iterator[_Judged]:
     for item in machine.interfaces:
         speed = f", {item.speed_mbps:,} Mbit/s" if item.speed_mbps > 0 else ""
-        yield f"interface {item.name}", Verdict.OK, f"MTU {item.mtu}{speed}", ""
+        yield f"interface {item.name}", NodeVerdict.OK, f"MTU {item.mtu}{speed}", ""
 
 
 _MACHINE_CHECKS: tuple[Callable[[MachineFacts], Iterator[_Judged]], ...] = (
@@ -192,26 +192,26 @@ _MACHINE_CHECKS: tuple[Callable[[MachineFacts], Iterator[_Judged]], ...] = (
 )
 
 
-def _clock(node: str, clock: ClockFacts) -> Finding:
+def _clock(node: str, clock: ClockFacts) -> NodeFinding:
     ahead_s, within_s = clock.ahead_s, clock.within_s
     # Only what the round trip cannot explain is the clock's.
     off = abs(ahead_s) - within_s > _CLOCK_S
     side = "ahead of" if ahead_s >= 0 else "behind"
-    return Finding(
+    return NodeFinding(
         node=node,
         check="clock",
-        verdict=Verdict.WARN if off else Verdict.OK,
+        verdict=NodeVerdict.WARN if off else NodeVerdict.OK,
         found=f"{abs(ahead_s) * 1e3:.1f} ms {side} this machine's (within {within_s * 1e3:.1f} ms)",
         remedy="run chronyd or systemd-timesyncd: times in logs do not compare" if off else "",
     )
 
 
-def _link(node: str, link: LinkFacts) -> Finding:
+def _link(node: str, link: LinkFacts) -> NodeFinding:
     check = f"link to {link.target}"
     if link.error:
         remedy = f"open the hatch's port of {link.target} to {node}"
-        return Finding(
-            node=node, check=check, verdict=Verdict.FAIL, found=link.error, remedy=remedy
+        return NodeFinding(
+            node=node, check=check, verdict=NodeVerdict.FAIL, found=link.error, remedy=remedy
         )
     found = f"{link.round_trip_s * 1e3:.2f} ms there and back"
     if link.bytes_per_s:
@@ -223,34 +223,36 @@ def _link(node: str, link: LinkFacts) -> Finding:
         remedy = "use a faster network or interface for the hatches; raise its MTU"
     elif late:
         remedy = "keep a replica on one node: pipeline stages wait for the network at each step"
-    verdict = Verdict.WARN if slow or late else Verdict.OK
-    return Finding(node=node, check=check, verdict=verdict, found=found, remedy=remedy)
+    verdict = NodeVerdict.WARN if slow or late else NodeVerdict.OK
+    return NodeFinding(node=node, check=check, verdict=verdict, found=found, remedy=remedy)
 
 
 # -- nodes beside each other ----------------------------------------------------------------------
-def _versions_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+def _versions_alike(machines: dict[str, MachineFacts]) -> Iterator[NodeFinding]:
     same = "install the same version of {} on every node"
-    checks: tuple[tuple[str, str, Verdict, Callable[[MachineFacts], str]], ...] = (
-        ("oserve", same.format("OServe"), Verdict.FAIL, lambda item: item.oserve),
-        ("vllm", same.format("vLLM"), Verdict.FAIL, lambda item: item.engine),
-        ("python", same.format("Python"), Verdict.WARN, lambda item: item.python),
-        ("driver", same.format("the NVIDIA driver"), Verdict.WARN, lambda item: item.driver),
+    checks: tuple[tuple[str, str, NodeVerdict, Callable[[MachineFacts], str]], ...] = (
+        ("oserve", same.format("OServe"), NodeVerdict.FAIL, lambda item: item.oserve),
+        ("vllm", same.format("vLLM"), NodeVerdict.FAIL, lambda item: item.engine),
+        ("python", same.format("Python"), NodeVerdict.WARN, lambda item: item.python),
+        ("driver", same.format("the NVIDIA driver"), NodeVerdict.WARN, lambda item: item.driver),
     )
     for check, remedy, verdict, value in checks:
         found = {node: value(machine) for node, machine in machines.items()}
         yield _alike(check, found, verdict, remedy)
 
 
-def _mtus_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+def _mtus_alike(machines: dict[str, MachineFacts]) -> Iterator[NodeFinding]:
     found = {
         node: "/".join(sorted({str(item.mtu) for item in machine.interfaces}))
         for node, machine in machines.items()
         if machine.interfaces
     }
-    yield _alike("mtu", found, Verdict.WARN, "ip link set dev INTERFACE mtu MTU, the same on each")
+    yield _alike(
+        "mtu", found, NodeVerdict.WARN, "ip link set dev INTERFACE mtu MTU, the same on each"
+    )
 
 
-def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
+def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[NodeFinding]:
     examined = {
         node: machine.model for node, machine in machines.items() if machine.model is not None
     }
@@ -259,10 +261,10 @@ def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
     present = {node: model for node, model in examined.items() if model.files}
     for node, model in examined.items():
         if not model.files:
-            yield Finding(
+            yield NodeFinding(
                 node=node,
                 check="model",
-                verdict=Verdict.WARN,
+                verdict=NodeVerdict.WARN,
                 found=model.error or "its files are not here",
                 remedy="copy them there, or let the first engine download them",
             )
@@ -271,7 +273,7 @@ def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
         found = f"{len(model.files)} files, {size:.2f} GiB"
         if any(file.sampled for file in model.files):
             found += "; large ones by size and samples"
-        yield Finding(node=node, check="model", verdict=Verdict.OK, found=found)
+        yield NodeFinding(node=node, check="model", verdict=NodeVerdict.OK, found=found)
     if len(present) > 1:
         yield _same_files(
             {
@@ -281,33 +283,35 @@ def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[Finding]:
         )
 
 
-def _same_files(nodes: dict[str, dict[str, str]]) -> Finding:
+def _same_files(nodes: dict[str, dict[str, str]]) -> NodeFinding:
     names = sorted({name for files in nodes.values() for name in files})
     differ = [name for name in names if len({files.get(name) for files in nodes.values()}) > 1]
     if not differ:
-        return Finding(
+        return NodeFinding(
             node=CLUSTER,
             check="model",
-            verdict=Verdict.OK,
+            verdict=NodeVerdict.OK,
             found=f"the same {len(names)} files on {len(nodes)} nodes",
         )
     first = differ[0]
     found, _ = _grouped({node: files.get(first, "") for node, files in nodes.items()}, "missing")
     more = f", and {len(differ) - 1} more files" if len(differ) > 1 else ""
-    return Finding(
+    return NodeFinding(
         node=CLUSTER,
         check="model",
-        verdict=Verdict.FAIL,
+        verdict=NodeVerdict.FAIL,
         found=f"{first} differs{more}: {found}",
         remedy="download the same revision on every node, or copy the folder with rsync -c",
     )
 
 
-def _alike(check: str, values: dict[str, str], verdict: Verdict, remedy: str) -> Finding:
+def _alike(check: str, values: dict[str, str], verdict: NodeVerdict, remedy: str) -> NodeFinding:
     words, same = _grouped(values, "none")
     if same:
-        return Finding(node=CLUSTER, check=check, verdict=Verdict.OK, found=f"all alike: {words}")
-    return Finding(node=CLUSTER, check=check, verdict=verdict, found=words, remedy=remedy)
+        return NodeFinding(
+            node=CLUSTER, check=check, verdict=NodeVerdict.OK, found=f"all alike: {words}"
+        )
+    return NodeFinding(node=CLUSTER, check=check, verdict=verdict, found=words, remedy=remedy)
 
 
 def _grouped(values: dict[str, str], missing: str) -> tuple[str, bool]:
