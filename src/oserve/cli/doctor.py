@@ -26,7 +26,7 @@ from oserve.nodes.checks import NodeFinding, NodeVerdict, exit_code, judge, wors
 from oserve.nodes.directory import NodeDirectory
 from oserve.nodes.doctor import MOST_PAIRS, examine_here, examine_nodes
 from oserve.nodes.examination import NodeExamination
-from oserve.startup.node_fleet import node_directory, nodes_are_ours
+from oserve.startup.node_fleet import node_directory, serves_already
 
 _COLOURS = {NodeVerdict.OK: "green", NodeVerdict.WARN: "yellow", NodeVerdict.FAIL: "red"}
 
@@ -61,7 +61,9 @@ def doctor(
     if directory is None:
         found = examine_here(wanted)
     else:
-        found = asyncio.run(_examined(directory, wanted, most_pairs, ours=nodes_are_ours(settings)))
+        found = asyncio.run(
+            _examined(directory, wanted, most_pairs, ours=not serves_already(settings))
+        )
     findings = judge(found)
     if as_json:
         verdict = worst(findings)

@@ -230,7 +230,7 @@ class RayDirectory:
         self._process = process
         self._told.clear()
         self._send(self._start)
-        assert process.stdout is not None  # a pipe for it ensures that
+        assert process.stdout is not None  # A pipe for it ensures that.
         with contextlib.suppress(OSError, ValueError):
             while line := await process.stdout.readline():
                 self._read(line)

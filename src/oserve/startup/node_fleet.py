@@ -5,7 +5,6 @@ of engines, which calls each node's keeper itself; so a node that the directory 
 alone as long as its keeper is heard.
 """
 
-import fcntl
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -213,18 +212,6 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
 def node_directory(settings: Settings) -> NodeDirectory | None:
     """The same nodes for a visitor that serves nothing there; remembers none."""
     return _maker(settings)(lambda _node: None, {}) if settings.cluster.nodes else None
-
-
-def nodes_are_ours(settings: Settings) -> bool:
-    """Whether no server of this state folder runs, which would use the nodes."""
-    try:
-        with open(Path(settings.state_dir) / "server.lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _maker(settings: Settings) -> _MakeDirectory:
