@@ -1,9 +1,11 @@
 """``oserve doctor``: examine this machine, or every node of a cluster."""
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated
 
@@ -50,20 +52,20 @@ def doctor(
 
     Prints no address, token or user name. Exit code 2 if something fails.
     """
-    logging.getLogger("oserve").setLevel(logging.CRITICAL)
     options = {
         "model": argument_or_option(model_argument, model, name="--model"),
         "cluster.nodes": cluster,
     }
     settings = settings_from(config, options, override)
     wanted = settings.model or ""
-    directory = node_directory(settings)
-    if directory is None:
-        found = examine_here(wanted)
-    else:
-        found = asyncio.run(
-            _examined(directory, wanted, most_pairs, ours=not serves_already(settings))
-        )
+    with _quiet():
+        directory = node_directory(settings)
+        if directory is None:
+            found = examine_here(wanted)
+        else:
+            found = asyncio.run(
+                _examined(directory, wanted, most_pairs, ours=not serves_already(settings))
+            )
     findings = judge(found)
     if as_json:
         verdict = worst(findings)
@@ -71,6 +73,18 @@ def doctor(
     else:
         show(findings, Console(highlight=False))
     raise typer.Exit(exit_code(findings, strict=strict))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of the nodes, which names addresses; findings say what is wrong."""
+    log = logging.getLogger("oserve")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 async def _examined(

@@ -8,6 +8,7 @@ API server ignores ``--headless``, and its command line is not part of every bui
 # ruff: noqa: PLC0415
 
 import os
+import runpy
 import sys
 
 from oserve.engines.arguments import interface_variables
@@ -20,8 +21,12 @@ def main() -> None:
     if "--headless" in sys.argv:
         _run_workers()
         return
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
-
+    try:
+        from vllm.entrypoints.launchers.api_server.entry import main as serve
+    except ModuleNotFoundError:
+        # Where it was before vLLM 0.32.
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+        return
     serve()
 
 
