@@ -37,7 +37,7 @@ SETTINGS = (
     *("--port", "0", "--set", "engines.kv_cache_memory_bytes=67108864"),
     *("--set", "control.interval_s=0.2", "--set", "engines.orphan_grace_s=120"),
 )
-LIMIT_S = 240.0
+LIMIT_S = 420.0
 NODES = (1, 2)
 PORT = 7443
 BODY = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 24}

@@ -32,6 +32,7 @@ from oserve.engines.tiny import make_tiny_model
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(unavailable()), reason=f"no hosts can be made: {unavailable()}"),
 ]
 
