@@ -50,6 +50,10 @@ _SIGMAS = 2.0
 
 # Less is the usual wait for the next step, or a burst that the engines take up.
 _LONG_WAIT_S = 1.0
+# Quantiles of a forecast from fewer steps are guesses.
+_FEWEST_STEPS = 5
+# A ladder for a mix that is so far off says little of types (see ``Ladder.distance``).
+_OTHER_MIX = 0.3
 # A backlog counts for so long at most: traffic hardly lasts longer.
 _LONGEST_BACKLOG_S = 600.0
 
@@ -93,12 +97,12 @@ class FollowScore:
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
     does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``foreseen``: the
     current deployment does not hold the expected load with headroom; ``overloaded``: nor the
-    present one. ``waits``: requests are seen to wait, or nobody knows. ``beside``: all new replicas
-    start on vacant devices. ``current_cost`` and
-    ``candidate_cost``, at the expected load, are in requests at the best latency per request.
-    ``gain_per_s``: what the switch gains each second; ``risk``: what it would save at the required
-    load until the next chance to switch; ``price``: what it costs. ``seconds`` until the last wave
-    is committed.
+    present one. ``waits``: requests are seen to wait, or nobody knows. ``known``: the forecast
+    rests on a few intervals at least, and the ladder was built for about the present mix.
+    ``beside``: all new replicas start on vacant devices. ``current_cost`` and ``candidate_cost``,
+    at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
+    switch gains each second; ``risk``: what it would save at the required load until the next
+    chance to switch; ``price``: what it costs. ``seconds`` until the last wave is committed.
     """
 
     plan: DeploymentPlan
@@ -110,6 +114,7 @@ class FollowScore:
     foreseen: bool
     overloaded: bool
     waits: bool
+    known: bool
     beside: bool
     current_cost: float
     candidate_cost: float
@@ -250,6 +255,10 @@ def follow(
         foreseen=present not in ladder.scores(policy.headroom * loads.expected).holding(goal),
         overloaded=present not in ladder.scores(loads.present).holding(goal),
         waits=facts.wait_s is None or facts.wait_s >= _LONG_WAIT_S,
+        known=(
+            facts.watched_s >= _FEWEST_STEPS * facts.step_s
+            and ladder.distance(facts.now) <= _OTHER_MIX
+        ),
         beside=_held(current.replicas).isdisjoint(_held([s for leg in legs for s in leg.started])),
         current_cost=now_cost,
         candidate_cost=then_cost,

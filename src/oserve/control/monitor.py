@@ -267,6 +267,7 @@ class TrafficMonitor:
             return _rates(collector.rates_rps(before_s, width_s))
 
         since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
+        # While less than half of that was watched, there are no rates: the planned mix holds.
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
             now=self.recent_rps(),
