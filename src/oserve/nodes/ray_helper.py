@@ -11,7 +11,6 @@ through Ray.
 import contextlib
 import os
 import queue
-import socket
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from oserve.nodes.agent import NodeAgent
 from oserve.nodes.agent_messages import NodeRefusal, answer_of
 from oserve.nodes.node_ledger import GPU_RESOURCE, NodeLedger, RayNode, offered_devices
 from oserve.nodes.ray_address import check_ray_address, own_ray_address
+from oserve.nodes.ray_joining import RAYLET_REMEDY, TokenWatch, await_raylet, knock
 from oserve.nodes.ray_messages import (
     PROTOCOL_VERSION,
     HelperEvent,
@@ -46,12 +46,16 @@ from oserve.nodes.ray_messages import (
 )
 
 _STEP_S = 0.1
-_KNOCK_S = 5.0
 _CONNECT_S = 90.0
 _GOODBYE_S = 20.0
 _MAX_LISTS = 4
 _ID_LABEL = "ray.io/node-id"
 _HELD = "its agent does not start there: another job or actor may hold its GPUs or slots in Ray"
+_REFUSED = "the Ray cluster refuses this process's token, or it has none"
+_REFUSED_REMEDY = (
+    "give this command the token of the cluster as Ray has it there: RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN_PATH"
+)
 _HELD_REMEDY = "see ray status; end what holds them, or offer fewer to Ray"
 
 
@@ -292,8 +296,8 @@ def connect(start: HelperStart) -> None:
     """Connect this process to Ray. Raises OServeError."""
     address = start.address or own_ray_address(os.environ)
     if address:
-        host, port = check_ray_address(address)
-        _knock(host, port)
+        knock(*check_ray_address(address))
+    await_raylet()
     try:
         ray.init(
             address=address or "auto",
@@ -305,20 +309,7 @@ def connect(start: HelperStart) -> None:
         raise OServeError(
             f"cannot join the Ray cluster: {_brief(error)}",
             place="--cluster",
-            remedy="start Ray on this machine too (ray start --address=HEAD:6379 --num-gpus=0): "
-            "a server must run on one of the cluster's nodes",
-        ) from None
-
-
-def _knock(host: str, port: int) -> None:
-    """Ray waits long for a head that is not there, and then aborts."""
-    try:
-        socket.create_connection((host, port), _KNOCK_S).close()
-    except OSError as error:
-        raise OServeError(
-            f"no Ray head answers at that address: {error.strerror or error}",
-            place="--cluster",
-            remedy="check the address, and that ray start --head runs there",
+            remedy=RAYLET_REMEDY,
         ) from None
 
 
@@ -335,15 +326,25 @@ def _read_commands(helper: RayHelper) -> None:
     helper.asked_to_end.set()
 
 
-def _give_up(lines: _Lines) -> None:
-    lines.tell(
-        HelperFailure(
-            reason=f"Ray did not let this server join within {_CONNECT_S:g} s",
-            remedy="see that Ray runs on this machine too (ray status)",
-            final=False,
-        )
-    )
+def _fail(lines: _Lines, reason: str, remedy: str) -> None:
+    """End at once: Ray's calls cannot be interrupted."""
+    lines.tell(HelperFailure(reason=reason, remedy=remedy, final=False))
     os._exit(1)
+
+
+def _join(start: HelperStart, lines: _Lines) -> None:
+    """Connect, or end this process. Raises OServeError."""
+    late = (
+        f"Ray did not let this server join within {_CONNECT_S:g} s",
+        "see that Ray runs on this machine too (ray status)",
+    )
+    timer = threading.Timer(_CONNECT_S, _fail, (lines, *late))
+    timer.daemon = True
+    timer.start()
+    watch = TokenWatch(lambda: _fail(lines, _REFUSED, _REFUSED_REMEDY))
+    connect(start)
+    watch.close()
+    timer.cancel()
 
 
 def main() -> int:
@@ -358,15 +359,11 @@ def main() -> int:
         reason = f"the server speaks another version of this protocol than {PROTOCOL_VERSION}"
         lines.tell(HelperFailure(reason=reason, remedy="restart the server", final=True))
         return 2
-    timer = threading.Timer(_CONNECT_S, _give_up, (lines,))
-    timer.daemon = True
-    timer.start()
     try:
-        connect(start)
+        _join(start, lines)
     except OServeError as error:
         lines.tell(HelperFailure(reason=error.message, remedy=error.remedy, final=False))
         return 1
-    timer.cancel()
     if start.list_only:
         lines.tell(NodesOffered(devices=offered_devices(_node(item) for item in ray.nodes())))
         return 0
