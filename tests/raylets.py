@@ -25,7 +25,7 @@ main()
 """
 _START = (sys.executable, "-c", _RAY, "start", "--block")
 _LEAN = (
-    *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(80 << 20)),
+    *("--num-cpus", "0", "--object-store-memory", str(80 << 20)),
     *("--disable-usage-stats", "--include-log-monitor", "false"),
 )
 # A start hook alone can leave out the autoscaler and the server of Ray Client.
@@ -63,6 +63,7 @@ class Raylets:
         self._folder = folder
         self._resources = resources
         self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._spare_starts = 6
         token = folder / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(24))
@@ -89,22 +90,39 @@ class Raylets:
         """``HOST:PORT`` of the head."""
         return f"{self._hosts[0].address}:{GCS_PORT}"
 
-    def start(self, number: int) -> None:
-        """Start Ray on a host; returns before it is up."""
+    def start(self, number: int, *, gpus: int = 0, **env: str) -> None:
+        """Start Ray on a host; returns before it is up.
+
+        With ``gpus`` it offers as many instead of the resources. ``env``: for Ray there.
+        """
         host = self._hosts[number]
         where = ["--head", "--port", str(GCS_PORT), "--include-dashboard", "false"]
         if number:
             host.inside([sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)])
             where = ["--address", self.address]
-        resources = json.dumps(dict(self._resources.get(number, {})))
+        resources = {} if gpus else dict(self._resources.get(number, {}))
         words = [*_START, *where, "--node-ip-address", host.address, *_LEAN]
-        words += ["--resources", resources]
+        words += ["--resources", json.dumps(resources), "--num-gpus", str(gpus)]
         self.stop(number)
         with (self._folder / f"ray-{number}.log").open("ab") as log:
-            self._running[number] = host.popen(words, env=self.env, log=log)
+            self._running[number] = host.popen(words, env=self.env | env, log=log)
 
     def joined(self, number: int) -> bool:
-        """Whether Ray has been started on a host, so that a driver can run there."""
+        """Whether Ray has been started on a host, so that a driver can run there.
+
+        Ray gives up where a start takes longer than it likes, as on a busy machine: then it is
+        started once more.
+        """
+        for one in dict.fromkeys((0, number)):
+            if not self._has_started(one):
+                process = self._running.get(one)
+                if process is not None and process.poll() is not None and self._spare_starts:
+                    self._spare_starts -= 1
+                    self.start(one)
+                return False
+        return True
+
+    def _has_started(self, number: int) -> bool:
         log = self._folder / f"ray-{number}.log"
         return log.exists() and b"Ray runtime started" in log.read_bytes()
 

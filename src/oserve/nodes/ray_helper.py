@@ -27,7 +27,13 @@ from oserve import __version__
 from oserve.core import OServeError
 from oserve.nodes.agent import NodeAgent
 from oserve.nodes.agent_messages import NodeRefusal, answer_of
-from oserve.nodes.node_ledger import GPU_RESOURCE, NodeLedger, RayNode, offered_devices
+from oserve.nodes.node_ledger import (
+    GPU_RESOURCE,
+    SLOT_RESOURCE,
+    NodeLedger,
+    RayNode,
+    offered_devices,
+)
 from oserve.nodes.ray_address import check_ray_address, own_ray_address
 from oserve.nodes.ray_joining import RAYLET_REMEDY, TokenWatch, await_raylet, knock
 from oserve.nodes.ray_messages import (
@@ -202,9 +208,14 @@ class RayHelper:
 
     def _orders(self, key: str) -> bytes:
         name, node = self._wanted[key]
-        return msgspec.json.encode(
-            msgspec.structs.replace(self._start.orders, node=name, host=node.address)
+        orders = msgspec.structs.replace(
+            self._start.orders,
+            node=name,
+            host=node.address,
+            gpus=int(node.offered.get(GPU_RESOURCE, 0)),
+            slots=int(node.offered.get(SLOT_RESOURCE, 0)),
         )
+        return msgspec.json.encode(orders)
 
     def _collect(self) -> None:
         """Take up answers; returns after ``_STEP_S``, or as soon as one has come."""
