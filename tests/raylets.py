@@ -36,7 +36,7 @@ def start(params, head):
 # A raylet that comes before its GCS tries again late: wait for the port.
 _KNOCK = """
 import socket, sys, time
-for _ in range(600):
+for _ in range(2400):
     try:
         socket.create_connection((sys.argv[1], int(sys.argv[2])), 1.0).close()
         break
