@@ -19,6 +19,7 @@ from e2e.node_scene import (
     LIMIT_S,
     NODES,
     PLAN,
+    SETTINGS,
     Scene,
     load_on,
     pids,
@@ -119,6 +120,18 @@ async def test_no_secret_is_in_a_log_or_an_answer(scene: Scene) -> None:
     for file in scene.folder.glob("state/**/*"):
         if file.is_file() and "hatches" not in file.parts:
             assert not any(token.encode() in file.read_bytes() for token in tokens), file
+
+
+async def test_another_server_does_not_get_the_nodes(scene: Scene) -> None:
+    before = pids(await scene.until(whole))
+    refused = await asyncio.to_thread(
+        scene.cli,
+        *("serve", str(scene.folder / "tiny"), "--cluster", scene.cluster, *SETTINGS),
+        *("--state-dir", str(scene.folder / "other"), "--plan", str(scene.folder / "plan.yaml")),
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert f"it serves another server: host0:{scene.state}" in refused.stderr
+    assert pids(await scene.until(whole)) == before
 
 
 async def test_switches_move_weights_between_nodes_under_load(scene: Scene) -> None:

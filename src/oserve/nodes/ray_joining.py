@@ -1,4 +1,4 @@
-"""What keeps a process from joining a Ray cluster, told at once.
+"""What a Ray helper needs before it joins: its line to the server, and what keeps it from joining.
 
 Ray waits for a minute or longer for a head, a raylet or a token, and then says little or aborts.
 """
@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from oserve.core import OServeError
+from oserve.nodes.ray_messages import HelperEvent, encoded
 
 _KNOCK_S = 5.0
 _RAYLET_S = 15.0
@@ -96,3 +97,19 @@ class TokenWatch:
                     self._left -= 1
                     if not self._left:
                         self._refused()
+
+
+class HelperLines:
+    """Standard output as it was when the process started: Ray's libraries write to it as well."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def tell(self, event: HelperEvent) -> None:
+        with self._lock:
+            try:
+                self._file.write(encoded(event))
+            except OSError:
+                os._exit(0)  # the server has gone
