@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hosts import Hosts
 
@@ -63,7 +64,10 @@ class Raylets:
         self._folder = folder
         self._resources = resources
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._spare_starts = 6
+        self._spare_starts = 12
+        # Of each host: what it was last started with, and the size of its log then.
+        self._last: dict[int, dict[str, Any]] = {}
+        self._begun: dict[int, int] = {}
         token = folder / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(24))
@@ -104,27 +108,30 @@ class Raylets:
         words = [*_START, *where, "--node-ip-address", host.address, *_LEAN]
         words += ["--resources", json.dumps(resources), "--num-gpus", str(gpus)]
         self.stop(number)
+        self._last[number] = {"gpus": gpus, **env}
         with (self._folder / f"ray-{number}.log").open("ab") as log:
+            self._begun[number] = log.tell()
             self._running[number] = host.popen(words, env=self.env | env, log=log)
 
     def joined(self, number: int) -> bool:
-        """Whether Ray has been started on a host, so that a driver can run there.
+        """Whether Ray has been started on a host, so that a driver can run there."""
+        self.tend()
+        return self._has_started(number)
 
-        Ray gives up where a start takes longer than it likes, as on a busy machine: then it is
-        started once more.
-        """
-        for one in dict.fromkeys((0, number)):
-            if not self._has_started(one):
-                process = self._running.get(one)
-                if process is not None and process.poll() is not None and self._spare_starts:
-                    self._spare_starts -= 1
-                    self.start(one)
-                return False
-        return True
+    def tend(self) -> None:
+        """Start Ray once more where its start took longer than it likes, as on a busy machine."""
+        for number, process in list(self._running.items()):
+            failed = process.poll() is not None and not self._has_started(number)
+            if failed and self._spare_starts:
+                self._spare_starts -= 1
+                self.start(number, **self._last[number])
 
     def _has_started(self, number: int) -> bool:
-        log = self._folder / f"ray-{number}.log"
-        return log.exists() and b"Ray runtime started" in log.read_bytes()
+        """Whether the last start on a host has come to its end."""
+        if number not in self._running:
+            return False
+        log = (self._folder / f"ray-{number}.log").read_bytes()
+        return b"Ray runtime started" in log[self._begun[number] :]
 
     def stop(self, number: int) -> None:
         """Wait until what was started there before has ended, or end it."""

@@ -135,6 +135,7 @@ async def test_a_server_that_starts_while_the_head_is_away_finds_its_nodes(
         after = pids(await scene.until(whole))
         await load.more(1)
         scene.raylets.start(0)
+        await asyncio.to_thread(scene.reach, lambda: scene.raylets.joined(0))
         for number in NODES:
             # After a minute without a head they end.
             if not scene.hosts[number].processes("raylet/raylet"):

@@ -78,6 +78,7 @@ class Scene:
         for _ in range(int(LIMIT_S / 0.05)):
             if what():
                 return
+            self.raylets.tend()
             await asyncio.sleep(0.05)
         raise AssertionError(f"it never came to this: {told}; {self.directory.nodes}")
 
