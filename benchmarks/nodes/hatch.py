@@ -7,12 +7,15 @@ the socket itself and through a hatch, in turns. Delay is from before the server
 the client's read; CPU is that of the hatch process and what the client needs more.
 
 Weights: bytes from one process to another over a plain TCP connection, over one TLS connection, and
-by the streams of ranks through the hatches of two nodes, in turns. Everything is on one machine, so
-that copies compete with TLS for the same cores.
+by the streams of ranks through the hatches of two nodes, by sockets and by memory that the hatches
+map, in turns. A share is the median of those of each turn. Everything is on one machine, so that
+copies compete with TLS for the same cores.
 """
 
 import argparse
 import asyncio
+import contextlib
+import mmap
 import multiprocessing
 import os
 import platform
@@ -24,13 +27,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import uvloop
 
 from oserve.core import HatchAddress
+from oserve.engines.weights.relay_orders import FileRange
 from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, far_address
 from oserve.nodes.hatch_identity import make_identity, serving_context
 from oserve.nodes.hatch_messages import HatchConfig, HatchIdentity, read_published, tell_peers
@@ -39,6 +43,7 @@ from oserve.wire.hatch import open_hatch, pinned_context
 _CHUNK = b"data: " + b"x" * 240 + b"\n\n"
 _STAMP_BYTES = 20
 _LIMIT_S = 120.0
+_PART_BYTES = 16 << 20
 # Threads of ranks that move weights yield to serving, and so does the hatch's second process.
 _NICE = 5
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -234,6 +239,7 @@ def _tls(size: int, identity: HatchIdentity) -> float:
 
 
 def _relayed(a: Node, b: Node, size: int) -> float:
+    """By the ranks' sockets: weights that do not lie in memory which the hatches can map."""
     (b.folder / "e").mkdir(exist_ok=True)
     listener = Listener(str(b.folder / "e" / "w0.sock"))
     address = far_address("b", "e/w0.sock", a.out)
@@ -251,28 +257,83 @@ def _relayed(a: Node, b: Node, size: int) -> float:
     return spent_s
 
 
+@contextlib.contextmanager
+def _memory(size: int) -> Iterator[int]:
+    """A file in memory, all of whose pages exist."""
+    descriptor = os.memfd_create("weights")
+    os.ftruncate(descriptor, size)
+    with mmap.mmap(descriptor, size) as memory:
+        piece = os.urandom(1 << 20)
+        for start in range(0, size, len(piece)):
+            memory[start : start + len(piece)] = piece
+        yield descriptor
+    os.close(descriptor)
+
+
+def _ordered(a: Node, b: Node, size: int) -> float:
+    """As ranks do whose weights lie in shared memory: the hatches read and write it."""
+    (b.folder / "e").mkdir(exist_ok=True)
+    listener = Listener(str(b.folder / "e" / "w0.sock"))
+    address = far_address("b", "e/w0.sock", a.out)
+    parts = list(FileRange(0, size, size, 1).cut(_PART_BYTES))
+
+    def give() -> None:
+        os.nice(_NICE)
+        with _memory(size) as descriptor:
+            stream = ShardStream.call(address, "t", 1, _deadline_s())
+            stream.take(1)
+            throttle = Throttle(0.0, threading.Event())
+            for number, part in enumerate(parts):
+                stream.order_send(number, descriptor, part, throttle)
+            stream.give_head(len(parts), 0)
+            stream.take(1)
+            stream.close()
+
+    giver = multiprocessing.Process(target=give)
+    giver.start()
+    stream = listener.accept("t", [1], _deadline_s())[1]
+    with _memory(size) as descriptor:
+        start_s = time.perf_counter()
+        stream.order_take(descriptor, parts)
+        stream.give(memoryview(b"\1"))
+        for number, part in enumerate(parts):
+            stream.take_head(number, part.size)
+        stream.take_head(len(parts), 0)
+        spent_s = time.perf_counter() - start_s
+        stream.give(memoryview(b"\1"))
+    giver.join()
+    stream.close()
+    listener.close()
+    return spent_s
+
+
 def measure_bulk(folder: Path, size: int, rounds: int) -> None:
     """Print the rates of a plain TCP copy and of weights through two hatches, in turns."""
     os.nice(_NICE)
     a, b = Node(folder, "a"), Node(folder, "b")
     uvloop.run(tell_peers(a.address, {"b": b.address}))
     identity = make_identity("n")
-    rates: dict[str, list[float]] = {"plain TCP": [], "one TLS socket": [], "two hatches": []}
-    relay_s = 0.0
+    ways: dict[str, Callable[[int], float]] = {
+        "plain TCP": plain_copy_s,
+        "one TLS socket": lambda size: _tls(size, identity),
+        "two hatches, ranks' sockets": lambda size: _relayed(a, b, size),
+        "two hatches, ranks' memory": lambda size: _ordered(a, b, size),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    hatches_s = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        rates["plain TCP"].append(size / plain_copy_s(size) / 1e6)
-        rates["one TLS socket"].append(size / _tls(size, identity) / 1e6)
-        before_s = a.cpu_s() + b.cpu_s()
-        rates["two hatches"].append(size / _relayed(a, b, size) / 1e6)
-        relay_s += a.cpu_s() + b.cpu_s() - before_s
+        for way, copy_s in ways.items():
+            before_s = a.cpu_s() + b.cpu_s()
+            rates[way].append(size / copy_s(size) / 1e6)
+            hatches_s[way] += a.cpu_s() + b.cpu_s() - before_s
     for way, found in rates.items():
         told = ", ".join(f"{rate:.0f}" for rate in found)
-        print(f"weights, {way}: median {statistics.median(found):.0f} MB/s ({told})")
-    share = statistics.median(rates["two hatches"]) / statistics.median(rates["plain TCP"])
-    print(
-        f"weights, share: {share:.2f} of plain TCP; "
-        f"hatches' CPU {relay_s / rounds / size * 1e9:.2f} s a GB"
-    )
+        shares = [rate / plain for rate, plain in zip(found, rates["plain TCP"], strict=True)]
+        print(
+            f"weights, {way}: median {statistics.median(found):.0f} MB/s ({told}), "
+            f"{statistics.median(shares):.2f} of plain TCP, hatches' CPU "
+            f"{hatches_s[way] / rounds / size * 1e9:.2f} s a GB"
+        )
     a.close()
     b.close()
 

@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import ssl
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,26 +32,52 @@ _TURN_BYTES = 4 << 20
 # Rows of no less are written in place; shorter ones are gathered in the buffer.
 _LONG_ROW_BYTES = 16 * 1024
 _ONE_FILE = socket.CMSG_SPACE(4)
+_READY_BYTES = 4 << 20
+# MADV_POPULATE_WRITE, which Python does not name.
+_POPULATE_WRITE = 23
+
+
+class _File:
+    """A file of a rank, mapped. Raises OSError for one without bytes."""
+
+    def __init__(self, descriptor: int) -> None:
+        try:
+            self._map = mmap.mmap(descriptor, 0)
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        self.view = memoryview(self._map)
+        self._ready = range(0)
+
+    def make_ready(self, start: int) -> None:
+        """Map the pages from this byte on at once: they are about to be written.
+
+        Each would be mapped at the first write to it, which takes longer than the copy.
+        """
+        if start in self._ready:
+            return
+        first = start - start % mmap.PAGESIZE
+        size = min(_READY_BYTES, len(self.view) - first)
+        self._ready = range(first, first + size)
+        with contextlib.suppress(OSError):  # before Linux 5.14, where writing maps them
+            self._map.madvise(_POPULATE_WRITE, first, size)
 
 
 class _Files:
     """The files of a rank that this relay has mapped, by inode."""
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[int, int], memoryview] = {}
+        self._files: dict[tuple[int, int], _File] = {}
 
-    def view(self, descriptor: int) -> memoryview:
-        """All bytes of a file, which is closed. Raises OSError."""
+    def taken(self, descriptor: int) -> _File:
+        """The file behind a descriptor, which is closed. Raises OSError."""
         try:
             found = os.fstat(descriptor)
             key = (found.st_dev, found.st_ino)
-            if key not in self._maps:
-                self._maps[key] = memoryview(mmap.mmap(descriptor, 0))
-        except ValueError as error:  # of a file without bytes
-            raise OSError(str(error)) from None
+            if key not in self._files:
+                self._files[key] = _File(descriptor)
         finally:
             os.close(descriptor)
-        return self._maps[key]
+        return self._files[key]
 
 
 class _Way:
@@ -116,13 +143,13 @@ class _Inward(_Way):
         super().__init__()
         self._tls = tls
         self._inner = inner
-        self._targets: deque[tuple[memoryview, FileRange]] = deque()
+        self._targets: deque[tuple[_File, FileRange]] = deque()
         # Of the first target: the bytes that have come.
         self._done = 0
 
-    def place(self, view: memoryview, order: Order) -> None:
+    def place(self, file: _File, order: Order) -> None:
         """Bytes that have not been read yet go where the order says."""
-        self._targets.extend((view, one) for one in order.ranges)
+        self._targets.extend((file, one) for one in order.ranges)
 
     def _once(self) -> int:
         if self.rest:
@@ -130,22 +157,28 @@ class _Inward(_Way):
         if not self._targets:
             self._fill(BUFFER_BYTES)
             return 0
-        view, target = self._targets[0]
+        file, target = self._targets[0]
         left = target.size - self._done
         if target.offset == PASS:
             size = self._fill(min(left, BUFFER_BYTES))
-        elif target.rows == 1 or target.row_bytes >= _LONG_ROW_BYTES:
-            row, column = divmod(self._done, target.row_bytes)
-            start = target.offset + row * target.stride
-            size = self._read(self._tls, view[start + column : start + target.row_bytes])
         else:
-            size = self._read(self._tls, self.buffer[: min(left, BUFFER_BYTES)])
-            _scatter(view, target, self._done, self.buffer[:size])
+            size = self._place(file, target, left)
         self._done += size
         if self._done == target.size:
             self._targets.popleft()
             self._done = 0
         return 0 if target.offset == PASS else size
+
+    def _place(self, file: _File, target: FileRange, left: int) -> int:
+        """Read into the rows of a range; the bytes that came."""
+        row, column = divmod(self._done, target.row_bytes)
+        start = target.offset + row * target.stride
+        file.make_ready(start + column)
+        if target.rows == 1 or target.row_bytes >= _LONG_ROW_BYTES:
+            return self._read(self._tls, file.view[start + column : start + target.row_bytes])
+        size = self._read(self._tls, self.buffer[: min(left, BUFFER_BYTES)])
+        _scatter(file.view, target, self._done, self.buffer[:size])
+        return size
 
     def _fill(self, most: int) -> int:
         """Read for the rank until there is no more for now: a record is small."""
@@ -172,7 +205,7 @@ class _Outward(_Way):
         self._inward = inward
         self._files = _Files()
         self._pieces: Iterator[memoryview] = iter(())
-        self._order: tuple[OrderReader, memoryview] | None = None
+        self._order: tuple[OrderReader, _File] | None = None
 
     def _once(self) -> int:
         if self.rest:
@@ -197,10 +230,13 @@ class _Outward(_Way):
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 # A read ends behind the byte that carries a file, and that byte is not passed on.
                 size -= 1
-                self._order = (OrderReader(), self._files.view(int.from_bytes(data[:4], "little")))
+                self._order = (
+                    OrderReader(),
+                    self._files.taken(int.from_bytes(data[:4], sys.byteorder)),
+                )
         self.rest = self.buffer[:size]
 
-    def _read_order(self, reader: OrderReader, view: memoryview) -> None:
+    def _read_order(self, reader: OrderReader, file: _File) -> None:
         size = self._read(self._inner, self.buffer[: min(reader.missing, BUFFER_BYTES)])
         if not size:
             return
@@ -211,12 +247,12 @@ class _Outward(_Way):
         if order is None:
             return
         self._order = None
-        if any(one.offset != PASS and one.end > len(view) for one in order.ranges):
+        if any(one.offset != PASS and one.end > len(file.view) for one in order.ranges):
             raise OSError("an order leads out of its file")
         if order.kind == SEND:
-            self._pieces = _pieces(view, order, self.buffer)
+            self._pieces = _pieces(file.view, order, self.buffer)
         else:
-            self._inward.place(view, order)
+            self._inward.place(file, order)
 
 
 def _pieces(view: memoryview, order: Order, buffer: memoryview) -> Iterator[memoryview]:
