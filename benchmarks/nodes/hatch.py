@@ -3,8 +3,9 @@
     python benchmarks/nodes/hatch.py [--chunks 1500] [--gap-ms 2] [--megabytes 1000] [--rounds 3]
 
 Chunks: a server on a Unix socket sends stamped chunks at a steady pace; a client reads them from
-the socket itself and through a hatch, in turns. Delay is from before the server's write to after
-the client's read; CPU is that of the hatch process and what the client needs more.
+the socket itself, through a process that passes bytes on to TCP without TLS, and through a hatch,
+in turns. Delay is from before the server's write to after the client's read; CPU is that of the
+process between and what the client needs more.
 
 Weights: bytes from one process to another over a plain TCP connection, over one TLS connection, and
 by the streams of ranks through the hatches of two nodes, by sockets and by memory that the hatches
@@ -124,36 +125,61 @@ async def _delays_us(
     return delays
 
 
-async def _chunks(node: Node, name: str, count: int, rounds: int) -> None:
+def _bare_relay(port: socket.socket, path: str) -> None:
+    """What any relay costs: a thread for each direction that reads and writes, without TLS."""
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        buffer = bytearray(65536)
+        view = memoryview(buffer)
+        while size := source.recv_into(buffer):
+            sink.sendall(view[:size])
+        sink.shutdown(socket.SHUT_WR)
+
+    while True:
+        outer, _ = port.accept()
+        outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        inner = socket.socket(socket.AF_UNIX)
+        inner.connect(path)
+        threading.Thread(target=pass_on, args=(outer, inner), daemon=True).start()
+        threading.Thread(target=pass_on, args=(inner, outer), daemon=True).start()
+
+
+async def _chunks(node: Node, name: str, relay: tuple[int, int], count: int, rounds: int) -> None:
+    """``relay``: process and port of the bare one."""
     path = str(node.folder / name)
-    delays: dict[str, list[float]] = {"direct": [], "hatch": []}
-    client_s = {"direct": 0.0, "hatch": 0.0}
-    hatch_s = 0.0
+    ways = ("direct", "bare relay", "hatch")
+    delays: dict[str, list[float]] = {way: [] for way in ways}
+    client_s, relay_s = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        for way in delays:
+        for way in ways:
             if way == "direct":
                 opened = await asyncio.open_unix_connection(path)
-            else:
+            elif way == "hatch":
                 opened = await open_hatch(node.address, name)
-            own_s, its_s = _own_cpu_s(), node.cpu_s()
+            else:
+                opened = await asyncio.open_connection("127.0.0.1", relay[1])
+
+            def used_s(way: str = way) -> float:
+                return node.cpu_s() if way == "hatch" else _cpu_s(relay[0])
+
+            own_s, its_s = _own_cpu_s(), used_s()
             delays[way] += await _delays_us(opened, count)
             client_s[way] += _own_cpu_s() - own_s
-            if way == "hatch":
-                hatch_s += node.cpu_s() - its_s
-    whole = count * rounds
+            relay_s[way] += used_s() - its_s
+    whole = count * rounds / 1e6
+    direct = statistics.median(delays["direct"])
     for way, found in delays.items():
         cuts = statistics.quantiles(found, n=100)
-        print(f"chunks, {way}: P50 {cuts[49]:.0f} us, P90 {cuts[89]:.0f}, P99 {cuts[98]:.0f}")
-    added = statistics.median(delays["hatch"]) - statistics.median(delays["direct"])
-    more_us = (client_s["hatch"] - client_s["direct"]) / whole * 1e6
-    print(
-        f"chunks, added: P50 {added:.0f} us; CPU a chunk: hatch {hatch_s / whole * 1e6:.0f} us, "
-        f"client {more_us:+.0f} us"
-    )
+        more_us = (client_s[way] - client_s["direct"]) / whole
+        print(
+            f"chunks, {way}: P50 {cuts[49]:.0f} us, P90 {cuts[89]:.0f}, P99 {cuts[98]:.0f}; added: "
+            f"P50 {cuts[49] - direct:.0f} us, CPU a chunk: relay {relay_s[way] / whole:.0f} us, "
+            f"client {more_us:+.0f} us"
+        )
 
 
 def measure_chunks(folder: Path, count: int, gap_s: float, rounds: int) -> None:
-    """Print delays and CPU of chunks, direct and through a hatch."""
+    """Print delays and CPU of chunks, direct, through a bare relay and through a hatch."""
     node = Node(folder, "n")
     (node.folder / "e").mkdir()
     path = str(node.folder / "e" / "api.sock")
@@ -161,7 +187,13 @@ def measure_chunks(folder: Path, count: int, gap_s: float, rounds: int) -> None:
     server.start()
     while not os.path.exists(path):
         time.sleep(0.02)
-    uvloop.run(_chunks(node, "e/api.sock", count, rounds))
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        bare = multiprocessing.Process(target=_bare_relay, args=(port, path), daemon=True)
+        bare.start()
+        assert bare.pid is not None
+        relay = (bare.pid, port.getsockname()[1])
+        uvloop.run(_chunks(node, "e/api.sock", relay, count, rounds))
+        bare.kill()
     server.kill()
     node.close()
 
