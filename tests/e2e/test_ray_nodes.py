@@ -114,7 +114,8 @@ async def test_plan_dry_run_and_doctor_look_at_the_nodes_and_change_nothing(
 async def test_a_server_that_starts_while_the_head_is_away_finds_its_nodes(
     scene: RayScene,
 ) -> None:
-    assert scene.raylets is not None
+    raylets = scene.raylets
+    assert raylets is not None
     before, held = pids(await scene.until(whole)), keepers(scene)
     load = await load_on(scene)
     load.width = 2  # a server starts beside it
@@ -134,12 +135,12 @@ async def test_a_server_that_starts_while_the_head_is_away_finds_its_nodes(
         assert "nothing is heard of Ray" in scene.last_log()
         after = pids(await scene.until(whole))
         await load.more(1)
-        scene.raylets.start(0)
-        await asyncio.to_thread(scene.reach, lambda: scene.raylets.joined(0))
+        raylets.start(0)
+        await asyncio.to_thread(scene.reach, lambda: raylets.joined(0))
         for number in NODES:
             # After a minute without a head they end.
             if not scene.hosts[number].processes("raylet/raylet"):
-                scene.raylets.start(number)
+                raylets.start(number)
         await asyncio.to_thread(scene.reach, lambda: "Ray is heard again" in scene.last_log())
         await load.more(1)
     assert not load.wrong, (load.wrong, scene.logs())

@@ -52,7 +52,9 @@ asyncio.run(call())
 
 NVIDIA_SMI = """#!/bin/sh
 case "$1" in
-*gpu=index*) for n in a b c; do echo "$((i++)), NVIDIA H100 80GB HBM3, 81559, GPU-$n"; done ;;
+*gpu=index*) for n in 0:a 1:b 2:c; do
+  echo "${{n%:*}}, NVIDIA H100 80GB HBM3, 81559, GPU-${{n#*:}}"
+done ;;
 *apps*) cat {strangers} ;;
 esac
 """
