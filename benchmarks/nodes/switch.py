@@ -85,7 +85,7 @@ def plan_of(name: str, *devices: str) -> DeploymentPlan:
     )
 
 
-class Streams(Seen):
+class Streams(Seen):  # type: ignore[misc]
     """Streams one after the other, at the replica that serves."""
 
     def __init__(self, cluster: EngineCluster) -> None:
