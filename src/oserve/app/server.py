@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from oserve.app.assembly import (
     engine_cluster,
-    engine_keeper,
     gateway_supervisor,
     plan_switcher,
 )
@@ -28,6 +27,7 @@ from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.engine_keeper import engine_keeper
 from oserve.startup.folders import server_folders
 from oserve.startup.lock import StateLock
 from oserve.startup.node_fleet import NodeFleet
@@ -75,7 +75,13 @@ class OServeServer:
             remote=() if fleet is None else fleet.held(),
         )
         learned = LearnedPhases()
-        movable = switch_facts(settings, deployment.devices, learned=learned)
+        movable = switch_facts(
+            settings,
+            deployment.devices,
+            network=deployment.network,
+            measured=dict if fleet is None else fleet.links.rates,
+            learned=learned,
+        )
         controller = _controller(deployment, movable, learned)
         self._loop = ControlLoop(
             self._cluster,
@@ -86,7 +92,8 @@ class OServeServer:
             observed=self._observed,
         )
         auto = controller is not None and deployment.mode is Mode.AUTO
-        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto)
+        documents = dict if fleet is None else fleet.documents
+        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto, documents=documents)
         self._switcher = plan_switcher(
             deployment,
             movable,
@@ -115,7 +122,7 @@ class OServeServer:
             deployment.speeds if controller is None else controller.planner.speeds
         )
         self._publisher = StatusPublisher(
-            deployment, self._gateway, controller, self._tuning, self._policy, changed
+            deployment, self._gateway, controller, self._tuning, self._policy, changed, documents
         )
         self._operator = OperatorApi(
             deployment,
@@ -138,7 +145,7 @@ class OServeServer:
         """
         await self._keeper.connect()
         if self._fleet is not None:
-            self._fleet.attach(self._cluster)
+            self._fleet.attach(self._cluster, busy=lambda: self._switcher.active)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
