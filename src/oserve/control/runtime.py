@@ -27,7 +27,7 @@ from oserve.control.load_facts import LoadFacts
 from oserve.control.monitor import LAST_S
 from oserve.control.node_view import unusable_devices
 from oserve.control.plan_parts import extended, fitting
-from oserve.control.planner import TablePlanner
+from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
 from oserve.control.speed import SpeedEstimator
@@ -149,6 +149,17 @@ class ControllerRuntime:
             self.planner.learn(replace(facts, devices=facts.devices + fresh))
             self.controller.join(frozenset(device.id for device in fresh))
 
+    def renew(self, facts: PlannerFacts) -> None:
+        """Plan for a cluster that is known better: more devices, other shapes, another network.
+
+        Another ladder is needed then; until it is there the present one serves.
+        """
+        self.planner.learn(facts)
+        self.shelf.outdate()
+        self._shared = None
+        if self.controller.policy.follow is None:
+            self.controller.reconsider()
+
     def see_nodes(self, states: Sequence[NodeState]) -> None:
         """Plan for the devices of the nodes that are in use from now on."""
         devices = self.planner.facts.devices
@@ -219,7 +230,12 @@ class ControllerRuntime:
         if not self.shelf.needs(mix, present, speeds, now_s, bursts):
             return None
         return LadderNeed(
-            mix=mix, present=present, speeds=speeds, burstiness=bursts, work=self.planner.work
+            mix=mix,
+            present=present,
+            speeds=speeds,
+            burstiness=bursts,
+            work=self.planner.work,
+            cluster=self.shelf.cluster,
         )
 
     def prepare_switches(self) -> None:
@@ -237,10 +253,19 @@ class ControllerRuntime:
             self.planner.switch(current, shapes)
 
     def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
-        """Use a ladder that was built for a need."""
+        """Use a ladder that was built for a need.
+
+        With the first one of a cluster that has grown, a decision about its nodes is due.
+        """
+        if self.shelf.cluster and need.cluster == self.shelf.cluster and self.shelf.is_outdated:
+            self.controller.reconsider()
         self.shelf.add(
             ShelvedLadder(
-                ladder=ladder, speeds=need.speeds, present=need.present, bursts=need.burstiness
+                ladder=ladder,
+                speeds=need.speeds,
+                present=need.present,
+                bursts=need.burstiness,
+                cluster=need.cluster,
             )
         )
 

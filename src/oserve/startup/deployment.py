@@ -59,7 +59,7 @@ class ServerDeployment:
     file, empty without one. ``sized``: the size of KV caches was computed, not set. ``speeds``: of
     replicas, as an earlier server observed them. ``why``: one line on where the plan comes from.
     ``times``: where the step times of a simulation come from, if anywhere. ``network``: the link
-    between nodes.
+    between nodes. ``asked``: the settings before the size of KV caches was computed.
     """
 
     settings: Settings
@@ -77,6 +77,7 @@ class ServerDeployment:
     sized: bool = False
     times: StepTimes | None = None
     network: str | Link = DEFAULT_NETWORK
+    asked: Settings = field(default_factory=Settings)
 
     @property
     def state_file(self) -> Path:
@@ -105,7 +106,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
         memory, request = fit_request(memory, request, given)
-    stamp = _fingerprint(settings, devices, plain)
+    stamp = fingerprint_of(settings, devices, plain)
     resumed = _resumed(settings, memory, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
     first = _plan(settings, devices, plain, _missing(times), request, resumed, speeds)
@@ -144,6 +145,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
         speeds=speeds,
         times=times if isinstance(times, StepTimes) else None,
         network=nodes.network,
+        asked=settings,
     )
 
 
@@ -176,7 +178,7 @@ def _without_controller(settings: Settings, why: str) -> Mode:
     return Mode.OFF
 
 
-def _fingerprint(
+def fingerprint_of(
     settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
 ) -> str:
     """A fingerprint of all that a plan depends on, except the traffic."""

@@ -155,9 +155,9 @@ def prepare_switch(
     for spec in target.replicas:
         if not known.issuperset(spec.devices):
             raise OServeError(
-                f"replica {spec.id} is on a node that came after the server's start",
+                f"replica {spec.id} is on a node that has just come",
                 place="switch",
-                remedy="weights move there after the next start of the server",
+                remedy="weights move there as soon as the plan knows the node",
             )
     placed = {spec.id: facts.model.placed(spec) for spec in (*current.replicas, *target.replicas)}
     order = _order(facts, current, target, placed)
