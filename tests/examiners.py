@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +21,9 @@ from oserve.nodes.examination import ExaminerOrders
 
 
 @contextlib.asynccontextmanager
-async def examining_keeper(hatch: RunningHatch, started: list[str]) -> AsyncIterator[None]:
+async def examining_keeper(
+    hatch: RunningHatch, started: list[str], cache: Path | None = None
+) -> AsyncIterator[None]:
     """A keeper whose examiners run in this process; ``started`` gets their names."""
     tasks: list[asyncio.Task[None]] = []
 
@@ -33,7 +36,7 @@ async def examining_keeper(hatch: RunningHatch, started: list[str]) -> AsyncIter
                 if isinstance(command, ProcessStart):
                     started.append(command.name)
                     orders = msgspec.json.decode(command.first_line, type=ExaminerOrders)
-                    tasks.append(asyncio.create_task(examiner.serve_examiner(orders)))
+                    tasks.append(asyncio.create_task(examiner.serve_examiner(orders, cache)))
                     writer.write(encoded(ProcessStarted(name=command.name, pid=1 << 30)))
         writer.close()
 

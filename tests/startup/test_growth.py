@@ -1,5 +1,6 @@
 """A deployment follows the nodes that join a running server, and links that are known better."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -8,7 +9,6 @@ from oserve.config import load_settings
 from oserve.core import Device, OServeError, VirtualClock
 from oserve.engines.processor import Processor
 from oserve.perf.device import Link
-from oserve.startup import growth
 from oserve.startup.deployment import ServerDeployment, prepare
 from oserve.startup.growth import ClusterGrowth, grown_to
 from oserve.startup.node_fleet import NodeFleet, NodesFound
@@ -104,7 +104,7 @@ async def test_nodes_that_come_together_are_followed_once(
     async def at_once(work: Any, *arguments: Any) -> Any:
         return work(*arguments)
 
-    monkeypatch.setattr(growth.asyncio, "to_thread", at_once)
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
     fleet, clock = _Fleet(), VirtualClock()
     told: list[ServerDeployment] = []
 
@@ -114,7 +114,7 @@ async def test_nodes_that_come_together_are_followed_once(
     follower = ClusterGrowth(
         deployed(model, tmp_path, fleet.nodes), cast(NodeFleet, fleet), clock, renewed=renewed
     )
-    task = growth.asyncio.create_task(follower.run())
+    task = asyncio.create_task(follower.run())
     follower.notice()
     await clock.advance(5.0)
     for names in (("a", "b"), ("a", "b", "c")):

@@ -116,7 +116,7 @@ def _links(links: dict[str, Any]) -> str:
 
 def _note(item: dict[str, Any]) -> str:
     notes = []
-    if item["reason"] and item["state"] == "lost":
+    if item["reason"] and item["state"] in {"lost", "fetching"}:
         notes.append(item["reason"])
     if item["state"] == "silent":
         notes.append(f"no sign of life for {item['silent_s']:.0f} s")

@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from oserve.control.controller import Controller
 from oserve.control.decision import Decision, Mode, Trigger
 from oserve.control.evaluation import (
@@ -26,7 +24,7 @@ from oserve.control.ladder_table import ladder_rows
 from oserve.control.load_facts import LoadFacts
 from oserve.control.monitor import LAST_S
 from oserve.control.node_view import unusable_devices
-from oserve.control.plan_parts import extended, fitting
+from oserve.control.plan_parts import extended, fitting, typed_plan
 from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
@@ -38,7 +36,6 @@ from oserve.core import (
     NodePhase,
     NodeState,
     Observation,
-    PlannedType,
     ReplicaPhase,
     ReplicaSpec,
 )
@@ -46,7 +43,6 @@ from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.experts import Combination
 from oserve.forecast.forecaster import QUANTILES, Forecaster
 from oserve.forecast.simple import periods_of
-from oserve.workload import classify
 
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
@@ -396,22 +392,4 @@ class ControllerRuntime:
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
-        names = [kind.name for kind in facts.types]
-        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
-        same = [kind.name for kind in plan.planned_types] == names
-        if same and np.allclose(centres, facts.centres, rtol=1e-3):
-            return plan
-        return replace(
-            plan,
-            planned_types=tuple(
-                PlannedType(
-                    name=name,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    shares=plan.routing_shares.get(
-                        classify(round(prompt), plan.length_classes).name, {}
-                    ),
-                )
-                for name, (prompt, output) in zip(names, facts.centres, strict=True)
-            ),
-        )
+        return typed_plan(plan, [kind.name for kind in facts.types], facts.centres)

@@ -20,8 +20,8 @@ from oserve.nodes.examination import (
     ExaminerOrders,
     LinkFacts,
     LinkQuery,
-    Query,
 )
+from oserve.nodes.fetch_messages import Query
 from oserve.wire.hatch import KEEPER_NAME, HatchError, open_hatch
 
 _START_S = 30.0
@@ -34,16 +34,18 @@ class NodeVisit:
     """One visit to ``node``; ``end`` ends the examiner there.
 
     ``purpose`` begins the name of the examiner among the keeper's processes, and is that of its
-    log. ``limit_s``: the examiner ends after so long in any case.
+    log. ``limit_s``: the examiner ends after so long in any case; ``nice``: see ``ExaminerOrders``.
     """
 
-    def __init__(self, node: ClusterNode, *, purpose: str, limit_s: float = 600.0) -> None:
+    def __init__(
+        self, node: ClusterNode, *, purpose: str, limit_s: float = 600.0, nice: int = 0
+    ) -> None:
         self.node = node
         self.engines = 0
         """The engines that ran there when the visit began."""
         self.name = f"{purpose}-{secrets.token_hex(4)}"
         self._purpose = purpose
-        self._limit_s = limit_s
+        self._limit_s, self._nice = limit_s, nice
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._line: KeeperConnection | None = None
 
@@ -78,7 +80,9 @@ class NodeVisit:
             )
         self.engines = sum(item.entry.engine for item in line.held.values())
         orders = ExaminerOrders(
-            socket=f"{line.facts.folder}/{self.name}/api.sock", limit_s=self._limit_s
+            socket=f"{line.facts.folder}/{self.name}/api.sock",
+            limit_s=self._limit_s,
+            nice=self._nice,
         )
         process = line.hold(
             ProcessStart(

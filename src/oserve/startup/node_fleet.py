@@ -7,7 +7,7 @@ alone as long as its keeper is heard.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from oserve.nodes.host_cluster import HostDirectory, asked_devices
 from oserve.nodes.known_nodes import KnownNodes
 from oserve.nodes.link_book import LinkBook
 from oserve.nodes.link_measuring import LinkMeasuring
+from oserve.nodes.model_fetch import ModelFetch
 from oserve.nodes.peer_lists import PeerLists
 from oserve.nodes.ray_address import is_ray, ray_address
 from oserve.nodes.ray_cluster import (
@@ -63,7 +64,8 @@ class NodeFleet:
     """The nodes of a cluster. ``make`` makes their directory, given whom it tells of changes.
 
     ``network``: the link between nodes that a person has named; empty: as measured.
-    ``remembered``: where measured links are kept.
+    ``remembered``: where measured links are kept. ``models``: those that every node must have, and
+    gets from others if it lacks them.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class NodeFleet:
         grace_s: float,
         network: str = "",
         remembered: LinkMemory | None = None,
+        models: Sequence[str] = (),
         clock: Clock | None = None,
     ) -> None:
         self._known = known
@@ -90,6 +93,7 @@ class NodeFleet:
         self._measuring = LinkMeasuring(
             self._up, self.links, self._clock, changed=self._links_changed
         )
+        self._fetch = ModelFetch(models, self._up, self._clock, rates=self.links.rates)
 
     async def start(self) -> None:
         """Find the nodes. Raises OServeError if none can be used."""
@@ -158,16 +162,19 @@ class NodeFleet:
         self._cluster = cluster
         self._grown = grown or self._grown
         cluster.nodes.on_node = self._turned
+        cluster.nodes.lacks = self._fetch.lacks
         for node in self._nodes().values():
             self._changed(node)
         self._peers.begin()
         if busy is not None:
             self._measuring.busy = busy
         self._measuring.begin()
+        self._fetch.begin()
 
     async def close(self, *, end_nodes: bool) -> None:
         """Learn no more; ``end_nodes``: also end agents and keepers that were started for this."""
         self._cluster = None
+        await self._fetch.close()
         await self._measuring.close()
         await self._peers.close()
         await self._directory.close(end_nodes=end_nodes)
@@ -209,6 +216,7 @@ class NodeFleet:
     def _turned(self, _node: str, _reason: str) -> None:
         self._peers.refresh()
         self._measuring.refresh()
+        self._fetch.refresh()
 
     async def _links_changed(self) -> None:
         if self._remembered is not None:
@@ -275,7 +283,15 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
         grace_s=settings.engines.orphan_grace_s,
         network="" if is_ray(nodes) else named_network(nodes),
         remembered=LinkMemory(state_file(settings)),
+        models=_models(settings),
     )
+
+
+def _models(settings: Settings) -> tuple[str, ...]:
+    """The models that nodes send each other."""
+    if settings.cluster.fetch == "never" or not settings.model:
+        return ()
+    return (settings.model, *settings.engines.variants.values())
 
 
 def node_directory(settings: Settings) -> NodeDirectory | None:

@@ -122,7 +122,7 @@ class NodeOperations:
 
 def _line(state: NodeState, now_s: float) -> str:
     words = f"node {state.name} is {state.phase.value.replace('_', ' ')}"
-    if state.phase is NodePhase.LOST:
+    if state.phase in {NodePhase.LOST, NodePhase.FETCHING}:
         return f"{words}: {state.reason}"
     if state.phase is NodePhase.HELD_DOWN:
         left_s = max(0.0, state.until_s - now_s)
