@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -41,8 +42,8 @@ class _Cut(socket.socket):
 
     left = 0
 
-    def sendall(self, data: object, flags: int = 0) -> None:  # type: ignore[override]
-        view = memoryview(data)  # type: ignore[call-overload]
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        view = memoryview(data)
         size = min(len(view), self.left)
         super().sendall(view[:size], flags)
         self.left -= size

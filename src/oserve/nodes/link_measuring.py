@@ -55,6 +55,12 @@ class LinkMeasuring:
         self._since: dict[str, float] = {}
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._measuring = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether all is measured that can be measured now."""
+        return not self._measuring and not self._due.is_set()
 
     def begin(self) -> None:
         """Measure from now on."""
@@ -84,6 +90,7 @@ class LinkMeasuring:
                 finally:
                     for wait in waits:
                         wait.cancel()
+            self._measuring = True
             self._due.clear()
             # Several nodes come up together.
             await self._clock.sleep(_SETTLE_S)
@@ -92,6 +99,7 @@ class LinkMeasuring:
             # An unforeseen fault in measuring must not end serving.
             except Exception:
                 _log.exception("the links between nodes could not be measured")
+            self._measuring = False
 
     async def measure(self) -> None:
         """Measure what is due."""

@@ -38,6 +38,7 @@ _NICE = 10
 _AGAIN_S = 5.0
 # A node that refused, or could not be examined, may have been put right.
 _REFUSED_S = 300.0
+_LINKS_S = 15.0
 _GIB = 1 << 30
 _COMES = "the model's files are about to come from another node"
 
@@ -61,7 +62,8 @@ class _Seen:
 class ModelFetch:
     """The files of ``models`` on the nodes that ``up`` returns, by name.
 
-    ``rates``: bytes per second from node to node, where known. ``visit`` is for tests.
+    ``rates``: bytes per second from node to node, where known; ``rates_known``: no more of them are
+    about to be. ``visit`` is for tests.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class ModelFetch:
         clock: Clock,
         *,
         rates: Callable[[], Mapping[tuple[str, str], float]] = dict,
+        rates_known: Callable[[], bool] = lambda: True,
         visit: Callable[[ClusterNode], NodeVisit] | None = None,
     ) -> None:
         self._models = tuple(dict.fromkeys(models))
         self._up = up
         self._clock = clock
         self._rates = rates
+        self._rates_known = rates_known
+        self._waits_until_s: float | None = None
         self._visit = visit or (
             lambda node: NodeVisit(node, purpose="fetch", limit_s=_VISIT_S, nice=_NICE)
         )
@@ -122,6 +127,11 @@ class ModelFetch:
             return ""
         return seen.words or _COMES
 
+    @property
+    def active(self) -> bool:
+        """Whether files are under way."""
+        return bool(self._busy)
+
     # -- what to do next ------------------------------------------------------------------------
     async def _run(self) -> None:
         while True:
@@ -147,11 +157,26 @@ class ModelFetch:
         if any(seen.holdings is None for seen in self._seen.values()):
             return  # what most nodes have is the model
         self._compare()
+        if self._waits():
+            return
         for transfer in self._wanted():
             self._busy[transfer.sender] = self._busy[transfer.receiver] = transfer
             self._work(transfer.receiver, self._transfer(transfer))
         if not self._works:
             await self._leave()
+
+    def _waits(self) -> bool:
+        """Whether to wait for links that are being measured, which takes seconds."""
+        if not any(spread.seekers for spread in self._spreads.values()) or self._rates_known():
+            self._waits_until_s = None
+            return False
+        now_s = self._clock.now()
+        if self._waits_until_s is None:
+            self._waits_until_s = now_s + _LINKS_S
+        if now_s >= self._waits_until_s:
+            return False
+        self._work("links", self._clock.sleep(1.0))
+        return True
 
     def _compare(self) -> None:
         for seen in self._seen.values():

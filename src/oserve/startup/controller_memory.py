@@ -122,6 +122,7 @@ class ControllerMemory:
                 devices=self._deployment.devices,
                 demand=self._request.demand,
                 shapes=self._request.shapes,
+                network=self._deployment.network,
             ),
         }
 

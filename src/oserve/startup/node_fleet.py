@@ -93,7 +93,13 @@ class NodeFleet:
         self._measuring = LinkMeasuring(
             self._up, self.links, self._clock, changed=self._links_changed
         )
-        self._fetch = ModelFetch(models, self._up, self._clock, rates=self.links.rates)
+        self._fetch = ModelFetch(
+            models,
+            self._up,
+            self._clock,
+            rates=self.links.rates,
+            rates_known=lambda: self._measuring.idle,
+        )
 
     async def start(self) -> None:
         """Find the nodes. Raises OServeError if none can be used."""
@@ -126,15 +132,8 @@ class NodeFleet:
 
     @property
     def network(self) -> str | Link:
-        """The link between nodes for pipeline stages: the one that is named, else as measured.
-
-        What the hatches can carry says nothing of nodes whose ranks use InfiniBand.
-        """
-        if self._named:
-            return self._named
-        if any(node.facts.rdma for node in self._nodes().values()):
-            return DEFAULT_NETWORK
-        return self.links.network() or DEFAULT_NETWORK
+        """The link between nodes for pipeline stages: the one that is named, else as measured."""
+        return _network(self._named, self._nodes(), self.links)
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """What is known of each node beyond its state, as JSON values by its name."""
@@ -166,8 +165,7 @@ class NodeFleet:
         for node in self._nodes().values():
             self._changed(node)
         self._peers.begin()
-        if busy is not None:
-            self._measuring.busy = busy
+        self._measuring.busy = lambda: self._fetch.active or (busy is not None and busy())
         self._measuring.begin()
         self._fetch.begin()
 
@@ -242,6 +240,16 @@ class NodeFleet:
         return self._directory.nodes
 
 
+def _network(named: str, nodes: Mapping[str, ClusterNode], links: LinkBook) -> str | Link:
+    """See ``NodeFleet.network``.
+
+    What hatches can carry says nothing of nodes whose ranks use InfiniBand.
+    """
+    if named or any(node.facts.rdma for node in nodes.values()):
+        return named or DEFAULT_NETWORK
+    return links.network() or DEFAULT_NETWORK
+
+
 _MakeDirectory = Callable[[NodeChanged, Mapping[str, ClusterNode]], NodeDirectory]
 
 
@@ -258,7 +266,27 @@ async def foreseen(settings: Settings) -> NodesFound | None:
         devices = await listed_devices(ray_address(text))
     else:
         devices = await asked_devices(load_hosts(text))
-    return NodesFound(devices=devices, processor=find_processor(settings.cluster.cpu_flags))
+    return NodesFound(
+        devices=devices,
+        processor=find_processor(settings.cluster.cpu_flags),
+        network=_network(
+            _named(settings), _known(settings).read(), LinkBook(_links(settings).read())
+        ),
+    )
+
+
+def _known(settings: Settings) -> KnownNodes:
+    return KnownNodes(Path(settings.state_dir) / "hatches", settings.cluster.nodes)
+
+
+def _links(settings: Settings) -> LinkMemory:
+    return LinkMemory(state_file(settings))
+
+
+def _named(settings: Settings) -> str:
+    """The link between nodes that a person has named."""
+    nodes = settings.cluster.nodes
+    return "" if is_ray(nodes) else named_network(nodes)
 
 
 def serves_already(settings: Settings) -> bool:
@@ -275,14 +303,12 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     if not settings.cluster.nodes:
         return None
-    known = KnownNodes(Path(settings.state_dir) / "hatches", settings.cluster.nodes)
-    nodes = settings.cluster.nodes
     return NodeFleet(
         _maker(settings),
-        known,
+        _known(settings),
         grace_s=settings.engines.orphan_grace_s,
-        network="" if is_ray(nodes) else named_network(nodes),
-        remembered=LinkMemory(state_file(settings)),
+        network=_named(settings),
+        remembered=_links(settings),
         models=_models(settings),
     )
 
