@@ -17,7 +17,7 @@ from oserve.config.policies import control_policy, follow_policy
 from oserve.control.decision import Decision, Trigger
 from oserve.control.evaluation import CandidateScore
 from oserve.control.following import FollowScore
-from oserve.control.planner import Legs
+from oserve.control.planner import Legs, PlannerFacts
 from oserve.control.planning import planner_facts, planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.speed import SpeedEstimator
@@ -117,20 +117,22 @@ class ControllerService:
         request = deployment.plan_request
         if request is None:
             return
+        # No decision waits for a simulation that is under way.
+        facts = await asyncio.to_thread(self._known_better, request)
         async with self._lock:
-            await asyncio.to_thread(self._renew, request)
+            self._runtime.renew(facts)
             self._memory.renew(deployment, request)
             self._refined = False
         await self.refine()
 
-    def _renew(self, request: PlanRequest) -> None:
+    def _known_better(self, request: PlanRequest) -> PlannerFacts:
         if self._scoring is not None:
             least = self._deployment.settings.control.min_gain
             self._scoring.renew(model_of(request, min_gain=least))
         if self.ladders is not None:
             self.ladders.renew(request)
         self._speeds.compare_with(request.source)
-        self._runtime.renew(planner_facts(request, self.starts, self._legs))
+        return planner_facts(request, self.starts, self._legs)
 
     # -- each second ----------------------------------------------------------------------------
     def observe(
