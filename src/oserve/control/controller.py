@@ -43,6 +43,10 @@ from oserve.forecast.forecaster import Forecaster
 _NEVER_S = 1e9
 
 
+# A load beyond the plan's for so long counts, also if no request waits.
+_LASTING_S = 120.0
+
+
 class Controller:
     """Decides for one plan; ``forecaster`` and ``detector`` must be of the same workload types."""
 
@@ -232,6 +236,8 @@ class Controller:
         if score is not None:
             if switching:
                 self._regret.skip(now_s)
+            elif self._absorbed(score, now_s):
+                self._regret.reset(now_s)
             else:
                 slack = self.policy.min_gain * score.current_cost * score.loads.rate_rps
                 began_s = max(float(self.monitor.began_s), self.overloaded_since_s)
@@ -265,6 +271,14 @@ class Controller:
                 self._falls = [s for s in self._falls if now_s - s < HOUR_S] + [now_s]
             self._switch(score.plan, now_s, reason, changes=score.changed > 0)
         return decision
+
+    def _absorbed(self, score: FollowScore, now_s: float) -> bool:
+        """Whether more load arrives than the plan holds for long, and yet no request waits.
+
+        What misses its limits without waiting shows later: the load has lasted for a while.
+        """
+        since_s = self.overloaded_since_s if self.overloaded_since_s >= 0 else now_s
+        return score.overloaded and not score.waits and now_s - since_s < _LASTING_S
 
     def _context(self, now_s: float, trigger: Trigger, *, switching: bool) -> DecisionContext:
         monitor = self.monitor

@@ -177,6 +177,15 @@ class TrafficMonitor:
         ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self._policy.now_s)
         return _LONGEST * held / ended_rps if ended_rps > 0 else 0.0
 
+    def wait_s(self) -> float | None:
+        """Seconds that a request waits if as many end as lately; ``None`` without observations."""
+        gauges = self.collector.gauges
+        if not gauges:
+            return None
+        waiting = gauges.get("waiting", 0.0) + gauges.get("queued", 0.0)
+        ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self._policy.now_s)
+        return waiting / max(ended_rps, 1.0 / self._policy.now_s)
+
     def forecast(self) -> tuple[TypeForecast, ...]:
         """The forecast of the next interval, by type."""
         found = self._forecaster.forecast()
@@ -258,6 +267,7 @@ class TrafficMonitor:
             return _rates(collector.rates_rps(before_s, width_s))
 
         since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
+        # While less than half of that was watched, there are no rates: the planned mix holds.
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
             now=self.recent_rps(),
@@ -271,6 +281,7 @@ class TrafficMonitor:
             mix_s=mix_s,
             burstiness=self.burstiness,
             watched_s=collector.watched_s,
+            wait_s=self.wait_s(),
         )
 
     def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:

@@ -168,7 +168,7 @@ def follow_reason_for(
     urgent = climbs and score.overloaded and score.gain_per_s > least
     likely = score.holds or score.foreseen
     steady = score.beside or not score.overloaded
-    insured = climbs and likely and steady and score.price <= score.risk
+    insured = climbs and likely and steady and score.known and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
     better = score.gain_per_s > max(least, 1e-9) or (score.rises and score.holds)
     checks = (
