@@ -36,6 +36,7 @@ _TELL_S = 900.0
 _VISIT_S = 86400.0
 _NICE = 10
 _AGAIN_S = 5.0
+_TRIES = 2
 # A node that refused, or could not be examined, may have been put right.
 _REFUSED_S = 300.0
 _LINKS_S = 15.0
@@ -91,6 +92,7 @@ class ModelFetch:
         self._busy: dict[str, FileTransfer] = {}
         self._works: dict[str, asyncio.Task[None]] = {}
         self._told: set[str] = set()
+        self._foretold: dict[str, frozenset[str]] = {}
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -159,6 +161,8 @@ class ModelFetch:
         self._compare()
         if self._waits():
             return
+        for model, spread in self._spreads.items():
+            self._foretell(model, spread)
         for transfer in self._wanted():
             self._busy[transfer.sender] = self._busy[transfer.receiver] = transfer
             self._work(transfer.receiver, self._transfer(transfer))
@@ -194,17 +198,20 @@ class ModelFetch:
                 )
             if found and not spread.holders:
                 self._tell(f"no node has all files of {model}: engines look for it themselves")
-            elif spread.seekers:
-                self._foretell(model, spread)
 
     def _foretell(self, model: str, spread: ModelSpread) -> None:
+        """Log what is about to go where, once."""
+        fresh = spread.seekers - self._foretold.get(model, frozenset())
+        self._foretold[model] = spread.seekers
+        if not fresh:
+            return
         rounds = relay_rounds(spread.holders, spread.seekers, self._rates())
         seconds = relay_s(rounds, spread.model.size_bytes, self._rates())
         size = spread.model.size_bytes / _GIB
         when = "" if seconds is None else f", in about {seconds:.0f} s"
-        self._tell(
-            f"{len(spread.seekers)} nodes lack {model} ({size:.2f} GiB): it goes there from "
-            f"{len(spread.holders)}, in {len(rounds)} rounds{when}"
+        _log.info(
+            "%d nodes lack %s (%.2f GiB): it goes there from %d, in %d rounds%s",
+            *(len(spread.seekers), model, size, len(spread.holders), len(rounds), when),
         )
 
     def _wanted(self) -> list[FileTransfer]:
@@ -246,16 +253,24 @@ class ModelFetch:
 
     async def _examine(self, seen: _Seen) -> None:
         name = seen.node.name
-        holdings = {}
-        try:
-            visit = await self._visited(seen.node)
-            for model in self._models:
-                query = HoldingsQuery(model=model)
-                holdings[model] = await visit.ask(query, ModelHoldings, _HOLDINGS_S)
-        except (OSError, OServeError) as error:
-            # It is used as it is: its keeper refuses what it cannot start.
-            _log.warning("node %s could not be asked for the model: %s", name, _plain(error))
-        seen.holdings = holdings
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                seen.holdings = await self._asked(seen.node)
+                return
+            except (OSError, OServeError) as error:
+                _log.warning("node %s could not be asked for the model: %s", name, _plain(error))
+            if tries_left:
+                await self._clock.sleep(_AGAIN_S)
+        # It is used as it is: its keeper refuses what it cannot start.
+        seen.holdings = {}
+
+    async def _asked(self, node: ClusterNode) -> dict[str, ModelHoldings]:
+        """What a node has. Raises OSError, OServeError."""
+        visit = await self._visited(node)
+        return {
+            model: await visit.ask(HoldingsQuery(model=model), ModelHoldings, _HOLDINGS_S)
+            for model in self._models
+        }
 
     async def _transfer(self, transfer: FileTransfer) -> None:
         receiver = self._seen[transfer.receiver]
