@@ -112,7 +112,7 @@ async def test_nodes_that_come_together_are_followed_once(
         told.append(deployment)
 
     follower = ClusterGrowth(
-        deployed(model, tmp_path, fleet.nodes), cast(NodeFleet, fleet), clock, renewed=renewed
+        deployed(model, tmp_path, fleet.nodes), cast(NodeFleet, fleet), clock, renewed
     )
     task = asyncio.create_task(follower.run())
     follower.notice()

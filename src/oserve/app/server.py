@@ -9,11 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from oserve.app.assembly import (
-    engine_cluster,
-    gateway_supervisor,
-    plan_switcher,
-)
+from oserve.app.assembly import engine_cluster, gateway_supervisor, plan_switcher
 from oserve.app.controller import ControllerService
 from oserve.app.decisions import DecisionLoop
 from oserve.app.operator import OperatorApi
@@ -137,18 +133,19 @@ class OServeServer:
     async def start(self) -> int:
         """Open the port and return it; clients get status 503 until a replica is ready.
 
-        Takes over the processes that a killed server left running.
+        Takes over the processes that a killed server left running. Raises OServeError if they, or
+        the nodes, are another server's.
         """
         await self._keeper.connect()
         if self._fleet is not None:
-            growth = ClusterGrowth(
-                self._deployment, self._fleet, self._clock, renewed=self._renewed
-            )
+            growth = ClusterGrowth(self._deployment, self._fleet, self._clock, self._renewed)
             self._tasks.append(asyncio.ensure_future(growth.run()))
             self._fleet.attach(self._cluster, growth.notice, busy=lambda: self._switcher.active)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
+        if self._fleet is not None:
+            self._fleet.check_free()
         await self._loop.step()
         return await self._gateway.listen()
 

@@ -31,6 +31,7 @@ from oserve.control.policy import (
     ControlPolicy,
     DecisionContext,
     follow_reason_for,
+    is_absorbed,
     reason_for,
     verdict_for,
 )
@@ -41,10 +42,6 @@ from oserve.forecast.forecaster import Forecaster
 
 # Longer than any plan lasts.
 _NEVER_S = 1e9
-
-
-# A load beyond the plan's for so long counts, also if no request waits.
-_LASTING_S = 120.0
 
 
 class Controller:
@@ -236,7 +233,7 @@ class Controller:
         if score is not None:
             if switching:
                 self._regret.skip(now_s)
-            elif self._absorbed(score, now_s):
+            elif is_absorbed(score, now_s, since_s=self.overloaded_since_s):
                 self._regret.reset(now_s)
             else:
                 slack = self.policy.min_gain * score.current_cost * score.loads.rate_rps
@@ -271,14 +268,6 @@ class Controller:
                 self._falls = [s for s in self._falls if now_s - s < HOUR_S] + [now_s]
             self._switch(score.plan, now_s, reason, changes=score.changed > 0)
         return decision
-
-    def _absorbed(self, score: FollowScore, now_s: float) -> bool:
-        """Whether more load arrives than the plan holds for long, and yet no request waits.
-
-        What misses its limits without waiting shows later: the load has lasted for a while.
-        """
-        since_s = self.overloaded_since_s if self.overloaded_since_s >= 0 else now_s
-        return score.overloaded and not score.waits and now_s - since_s < _LASTING_S
 
     def _context(self, now_s: float, trigger: Trigger, *, switching: bool) -> DecisionContext:
         monitor = self.monitor

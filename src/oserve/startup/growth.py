@@ -41,7 +41,6 @@ class ClusterGrowth:
         deployment: ServerDeployment,
         fleet: NodeFleet,
         clock: Clock,
-        *,
         renewed: Callable[[ServerDeployment], Awaitable[None]],
     ) -> None:
         self.deployment = deployment

@@ -17,13 +17,13 @@ from oserve.config.cluster import load_hosts, named_network
 from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
-from oserve.engines.holding import HatchDial, HeldEngines, keeper_runs
+from oserve.engines.holding import HatchDial, HeldEngines, ServerOwner, keeper_runs
 from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, NodeDirectory
 from oserve.nodes.host_cluster import HostDirectory, asked_devices
-from oserve.nodes.known_nodes import KnownNodes
+from oserve.nodes.known_nodes import KnownNodes, server_owner
 from oserve.nodes.link_book import LinkBook
 from oserve.nodes.link_measuring import LinkMeasuring
 from oserve.nodes.model_fetch import ModelFetch
@@ -65,7 +65,7 @@ class NodeFleet:
 
     ``network``: the link between nodes that a person has named; empty: as measured.
     ``remembered``: where measured links are kept. ``models``: those that every node must have, and
-    gets from others if it lacks them.
+    gets from others if it lacks them. ``owner``: of the nodes, as their keepers are told.
     """
 
     def __init__(
@@ -77,9 +77,11 @@ class NodeFleet:
         network: str = "",
         remembered: LinkMemory | None = None,
         models: Sequence[str] = (),
+        owner: ServerOwner | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._known = known
+        self._owner = owner
         self._named = network
         self._remembered = remembered
         self.links = LinkBook(() if remembered is None else remembered.read())
@@ -169,6 +171,17 @@ class NodeFleet:
         self._measuring.begin()
         self._fetch.begin()
 
+    def check_free(self) -> None:
+        """Raises OServeError if another server has every node, once all have been called."""
+        taken = {name: held.taken for name, held in self._held.items()}
+        if taken and all(taken.values()):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(taken.items()))
+            raise OServeError(
+                f"no node is free: {reasons}",
+                place="--cluster",
+                remedy="stop that server, which gives its nodes back, or use other nodes",
+            )
+
     async def close(self, *, end_nodes: bool) -> None:
         """Learn no more; ``end_nodes``: also end agents and keepers that were started for this."""
         self._cluster = None
@@ -222,7 +235,8 @@ class NodeFleet:
         self._grown()
 
     def _keeper(self, name: str, hatch: HatchAddress) -> HeldEngines:
-        return HeldEngines(HatchDial(name, hatch, clock=self._clock), grace_s=self._grace_s)
+        dial = HatchDial(name, hatch, clock=self._clock)
+        return HeldEngines(dial, grace_s=self._grace_s, owner=self._owner)
 
     def _hatches(self) -> dict[str, HatchAddress]:
         down = {} if self._cluster is None else self._cluster.nodes.book.reasons()
@@ -303,10 +317,12 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     if not settings.cluster.nodes:
         return None
+    state = Path(settings.state_dir)
     return NodeFleet(
         _maker(settings),
         _known(settings),
         grace_s=settings.engines.orphan_grace_s,
+        owner=server_owner(state, state / "hatches"),
         network=_named(settings),
         remembered=_links(settings),
         models=_models(settings),
