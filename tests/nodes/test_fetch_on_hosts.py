@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from e2e.node_scene import LIMIT_S, Scene, surroundings
-from hosts import Hosts, unavailable
+from hosts import Host, Hosts, unavailable
 from nodes.test_file_fetch import contents, make_model
 
 pytestmark = [
@@ -58,6 +59,10 @@ asyncio.run(main())
 """
 
 
+def nobody_visits(host: Host) -> bool:
+    return host.processes("oserve.nodes.examiner") == []
+
+
 def test_every_host_gets_the_model(tmp_path: Path) -> None:
     with Hosts(4, tmp_path) as hosts:
         source = make_model(hosts[1].tmp / "models" / "tiny", bytes(range(256)) * 40_000)
@@ -84,7 +89,7 @@ def test_every_host_gets_the_model(tmp_path: Path) -> None:
         )
         # Nothing of the visits is left.
         for number in scene.numbers:
-            scene.reach(lambda host=hosts[number]: host.processes("oserve.nodes.examiner") == [])
+            scene.reach(partial(nobody_visits, hosts[number]))
             for pid in hosts[number].processes("oserve.cli", "node"):
                 os.kill(pid, signal.SIGINT)
             scene.nodes[number].wait(timeout=60)

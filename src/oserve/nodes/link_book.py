@@ -19,6 +19,9 @@ MEASURED: Final = "measured"
 """The name of a link that was measured, among those of the catalogue."""
 
 
+_MOST_LINKS = 8192
+
+
 class MeasuredLink(msgspec.Struct, frozen=True, kw_only=True):
     """The link of two nodes, ``one`` before ``other`` by name; ``at_s``: Unix time.
 
@@ -76,6 +79,8 @@ class LinkBook:
             round_trip_s=found.round_trip_s,
             error=found.error,
         )
+        if len(self._links) > _MOST_LINKS:  # nodes that never come back
+            del self._links[min(self._links, key=lambda pair: self._links[pair].at_s)]
 
     def due(self, up: Mapping[str, float], now_s: float) -> list[list[tuple[str, str]]]:
         """The pairs to measure now, in rounds in which no node is in two pairs.
