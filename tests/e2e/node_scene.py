@@ -63,7 +63,11 @@ def surroundings() -> dict[str, str]:
 
 @dataclass
 class Scene:
-    """A server on host 0, and ``oserve node serve`` on the others."""
+    """A server on host 0, and ``oserve node serve`` on the others.
+
+    ``model``: its folder, if not the one that all hosts share. ``slots``: devices of each node.
+    ``plan``: without one the server computes it.
+    """
 
     hosts: Hosts
     folder: Path
@@ -73,6 +77,10 @@ class Scene:
     cluster: str = ""
     url: str = ""
     starts: int = 0
+    model: str = ""
+    slots: int = 3
+    plan: str = PLAN
+    numbers: tuple[int, ...] = NODES
 
     # -- processes ------------------------------------------------------------------------------
     def serve_node(self, number: int) -> None:
@@ -81,7 +89,7 @@ class Scene:
         if number in self.nodes:
             self.nodes[number].wait(timeout=60)
         log, told = self.folder / f"node{number}.log", self.folder / f"node{number}.yaml"
-        words = ["--address", host.address, "--port", str(PORT), "--cpu-slots", "3"]
+        words = ["--address", host.address, "--port", str(PORT), "--cpu-slots", str(self.slots)]
         words += ["--devices", "cpu", "--state-dir", str(self.folder / f"node{number}")]
         command = [sys.executable, "-m", "oserve.cli", "node", "serve", *words]
         with log.open("ab") as out, told.open("wb") as lines:
@@ -100,7 +108,7 @@ class Scene:
         """The cluster file, of what the nodes have printed."""
         entries = [
             (self.folder / f"node{number}.yaml").read_text().partition("hosts:\n")[2]
-            for number in NODES
+            for number in self.numbers
         ]
         file = self.folder / "cluster.yaml"
         file.write_text("hosts:\n" + "".join(entries))
@@ -111,8 +119,10 @@ class Scene:
         self.starts += 1
         log = self.folder / f"serve{self.starts}.log"
         words = ["--cluster", self.cluster, "--state-dir", self.state]
-        words += ["--plan", str(self.folder / "plan.yaml"), *SETTINGS, *more]
-        command = [sys.executable, "-m", "oserve.cli", "serve", str(self.folder / "tiny"), *words]
+        if self.plan:
+            words += ["--plan", str(self.folder / "plan.yaml")]
+        model = self.model or str(self.folder / "tiny")
+        command = [sys.executable, "-m", "oserve.cli", "serve", model, *words, *SETTINGS, *more]
         with log.open("wb") as out:
             self.server = self.hosts[0].popen(command, env=self.env, log=out)
         wait(lambda: "Ready on" in log.read_text(), self.server, log)

@@ -345,3 +345,10 @@ async def test_a_node_without_the_model_s_files_says_so(fleet: Fleet, tmp_path: 
             "x-9", argv, {}, [0], tmp_path / "x.log", None, model=model_folder(argv)
         )
     assert not fleet.nodes["one"].launcher.asked
+
+
+async def test_what_a_node_lacks_is_told_with_it(fleet: Fleet) -> None:
+    await fleet.server()
+    fleet.cluster.nodes.lacks = lambda name: "its model" if name == "two" else None
+    seen = (await fleet.cluster.observe()).nodes
+    assert {one.name: one.lacks for one in seen} == {"one": None, "two": "its model"}

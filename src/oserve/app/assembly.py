@@ -8,7 +8,7 @@ from oserve.config import api_keys, backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
 from oserve.core import Clock, ReplicaState
 from oserve.engines.cluster import EngineCluster
-from oserve.engines.holding import HeldEngines, KeeperPlace, LocalDial
+from oserve.engines.holding import HeldEngines
 from oserve.engines.mover import Mover
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
@@ -21,20 +21,6 @@ from oserve.switching.driver import SwitchOutcome
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
-
-
-def engine_keeper(deployment: ServerDeployment, folders: ServerFolders) -> HeldEngines:
-    """The keeper that holds engines and gateway processes."""
-    engines = deployment.settings.engines
-    on_cpu = all(device.kind == "cpu" for device in deployment.devices)
-    place = KeeperPlace(
-        folder=folders.run,
-        state_dir=folders.state,
-        log_dir=folders.log,
-        method=engines.method(on_cpu=on_cpu),
-        grace_s=engines.orphan_grace_s,
-    )
-    return HeldEngines(LocalDial(place), grace_s=engines.orphan_grace_s)
 
 
 def engine_cluster(

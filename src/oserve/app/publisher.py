@@ -20,7 +20,10 @@ from oserve.startup.deployment import ServerDeployment
 
 
 class StatusPublisher:
-    """Publishes observations; ``changed`` gets a line whenever a replica's phase changes."""
+    """Publishes observations; ``changed`` gets a line whenever a replica's phase changes.
+
+    ``nodes``: what is known of each node beyond its state.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,9 @@ class StatusPublisher:
         tuning: BackgroundTuning | ConstantsAsGiven,
         policy: ReconcilePolicy,
         changed: Callable[[str], None],
+        nodes: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
     ) -> None:
+        self._nodes = nodes
         self._deployment = deployment
         self._gateway = gateway
         self._controller = controller
@@ -61,6 +66,7 @@ class StatusPublisher:
             model=self._deployment.models[0],
             version=__version__,
             open_breakers=self._gateway.open_breakers,
+            nodes=self._nodes(),
         )
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()

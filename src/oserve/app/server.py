@@ -9,14 +9,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from oserve.app.assembly import (
-    engine_cluster,
-    engine_keeper,
-    gateway_supervisor,
-    plan_switcher,
-)
+from oserve.app.assembly import engine_cluster, gateway_supervisor, plan_switcher
 from oserve.app.controller import ControllerService
-from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.app.decisions import DecisionLoop
 from oserve.app.operator import OperatorApi
 from oserve.app.publisher import StatusPublisher
 from oserve.config.policies import reconcile_policy
@@ -27,15 +22,17 @@ from oserve.control.status import explained
 from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.engine_keeper import engine_keeper
 from oserve.startup.folders import server_folders
+from oserve.startup.growth import ClusterGrowth, movable_weights
 from oserve.startup.lock import StateLock
 from oserve.startup.node_fleet import NodeFleet
 from oserve.startup.node_operations import NodeOperations
-from oserve.startup.switch_facts import recovered_switch, switch_facts
+from oserve.startup.switch_facts import recovered_switch
 from oserve.startup.tuning import background_tuning
 from oserve.switch.learned import LearnedPhases
-from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.prices import SwitchPrices
 
@@ -65,7 +62,7 @@ class OServeServer:
         self._view = ClusterView()
         self.ready = asyncio.Event()
         self._keeper = engine_keeper(deployment, folders)
-        self._fleet = fleet
+        self._fleet, self._deployment = fleet, deployment
         self._cluster = engine_cluster(
             deployment,
             folders,
@@ -74,9 +71,10 @@ class OServeServer:
             lambda _state: self._woken.set(),
             remote=() if fleet is None else fleet.held(),
         )
-        learned = LearnedPhases()
-        movable = switch_facts(settings, deployment.devices, learned=learned)
-        controller = _controller(deployment, movable, learned)
+        self._learned = LearnedPhases()
+        movable = movable_weights(deployment, fleet, self._learned)
+        self._prices = SwitchPrices(movable)
+        controller = _controller(deployment, self._prices, self._learned)
         self._loop = ControlLoop(
             self._cluster,
             self._clock,
@@ -86,7 +84,8 @@ class OServeServer:
             observed=self._observed,
         )
         auto = controller is not None and deployment.mode is Mode.AUTO
-        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto)
+        documents = dict if fleet is None else fleet.documents
+        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto, documents=documents)
         self._switcher = plan_switcher(
             deployment,
             movable,
@@ -115,7 +114,7 @@ class OServeServer:
             deployment.speeds if controller is None else controller.planner.speeds
         )
         self._publisher = StatusPublisher(
-            deployment, self._gateway, controller, self._tuning, self._policy, changed
+            deployment, self._gateway, controller, self._tuning, self._policy, changed, documents
         )
         self._operator = OperatorApi(
             deployment,
@@ -139,7 +138,9 @@ class OServeServer:
         """
         await self._keeper.connect()
         if self._fleet is not None:
-            self._fleet.attach(self._cluster)
+            growth = ClusterGrowth(self._deployment, self._fleet, self._clock, self._renewed)
+            self._tasks.append(asyncio.ensure_future(growth.run()))
+            self._fleet.attach(self._cluster, growth.notice, busy=lambda: self._switcher.active)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
@@ -188,6 +189,14 @@ class OServeServer:
         await self._loop.step()
         self._woken.set()
 
+    async def _renewed(self, deployment: ServerDeployment) -> None:
+        """Switch and plan for more nodes, or by links that are known better."""
+        movable = movable_weights(deployment, self._fleet, self._learned)
+        self._switcher.use(movable)
+        self._prices.use(movable)
+        if self._decisions is not None:
+            await self._decisions.controller.renew(deployment)
+
     def _switch_ended(self, outcome: SwitchOutcome) -> None:
         if outcome.reason:
             _log.error("plan %s stays in force: %s", outcome.plan.id, outcome.reason)
@@ -222,7 +231,7 @@ class OServeServer:
 
 
 def _controller(
-    deployment: ServerDeployment, movable: SwitchFacts | str, learned: LearnedPhases
+    deployment: ServerDeployment, prices: SwitchPrices, learned: LearnedPhases
 ) -> ControllerService | None:
     """The controller, if the mode needs one; it gets the unfinished switch of a killed server."""
     now_s = time.time()
@@ -235,6 +244,6 @@ def _controller(
         deployment,
         deployment.plan_request,
         now_s=now_s,
-        legs=SwitchPrices(movable).legs,
+        legs=prices.legs,
         learned=learned,
     )

@@ -140,7 +140,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     ``host``: its name. ``oserve`` and ``engine``: versions of OServe and vLLM, empty if not
     installed. ``boot``: see ``group.boot_id``. ``folder``: for sockets and folders of engines;
     ``logs``: for logs. ``python``: the interpreter that it runs. ``bf16``: whether its
-    processor has instructions for that type.
+    processor has instructions for that type. ``rdma``: whether it has InfiniBand or RoCE devices.
     """
 
     host: str = ""
@@ -151,6 +151,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     logs: str = ""
     python: str = ""
     bf16: bool = False
+    rdma: bool = False
 
 
 class KeeperHello(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):
