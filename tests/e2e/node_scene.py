@@ -109,7 +109,7 @@ class Scene:
     def serve(self, *more: str) -> None:
         """Start `oserve serve` on host 0; returns when it says that it is ready."""
         self.starts += 1
-        log = self.folder / f"serve{self.starts}.log"
+        log = self.log_file
         words = ["--cluster", self.cluster, "--state-dir", self.state]
         words += ["--plan", str(self.folder / "plan.yaml"), *SETTINGS, *more]
         command = [sys.executable, "-m", "oserve.cli", "serve", str(self.folder / "tiny"), *words]
@@ -123,9 +123,14 @@ class Scene:
     def state(self) -> str:
         return str(self.folder / "state")
 
+    @property
+    def log_file(self) -> Path:
+        """Of the present server."""
+        return self.folder / f"serve{self.starts}.log"
+
     def last_log(self) -> str:
         """What the present server has logged."""
-        return (self.folder / f"serve{self.starts}.log").read_text()
+        return self.log_file.read_text()
 
     def reach(self, true: Callable[[], bool]) -> None:
         """Wait for something that processes bring about."""

@@ -149,3 +149,16 @@ async def test_a_real_process_s_activity_is_told(node: FakeNode) -> None:
     assert activity is not None
     assert activity.work_s > 0.0
     assert activity.moved > 0
+
+
+async def test_the_zygote_is_prepared_for_a_server_that_will_fork(node: FakeNode) -> None:
+    node.launcher.gate.clear()
+    for forks, guest, prepared in ((False, False, 0), (True, True, 0), (True, False, 1)):
+        held = HeldEngines(node.dial, grace_s=600.0, guest=guest, forks=forks)
+        await held.connect()
+        await rounds()
+        assert node.launcher.prepared == prepared
+    # Once is enough while it comes up, and it does not delay the keeper's end.
+    await HeldEngines(node.dial, grace_s=600.0, forks=True).connect()
+    await rounds()
+    assert node.launcher.prepared == 1

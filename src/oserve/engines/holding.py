@@ -42,13 +42,17 @@ class HeldEngines:
     """Starts engines and other processes that a keeper holds.
 
     ``grace_s``: how long the keeper holds them when this process has ended. ``guest``: this is no
-    server, but an agent that looks after the node; the server keeps its own connection.
+    server, but an agent that looks after the node; the server keeps its own connection. ``forks``:
+    see ``keeper_messages.ServerHello``.
     """
 
-    def __init__(self, dial: Dial, *, grace_s: float, guest: bool = False) -> None:
+    def __init__(
+        self, dial: Dial, *, grace_s: float, guest: bool = False, forks: bool = False
+    ) -> None:
         self._dial = dial
         self._grace_s = grace_s
         self._guest = guest
+        self._forks = forks
         self._line: KeeperConnection | None = None
         self._lock = asyncio.Lock()
         self._closed = False
@@ -212,7 +216,9 @@ class HeldEngines:
                     raise NodeLostError(f"node {self.node} is lost: {await self._reason()}")
                 self._line = await self._dial.reach()
                 if not self._guest:
-                    hello = ServerHello(grace_s=self._grace_s, silence_s=self._dial.silence_s)
+                    hello = ServerHello(
+                        grace_s=self._grace_s, silence_s=self._dial.silence_s, forks=self._forks
+                    )
                     self._line.send(hello)
             return self._line
 

@@ -119,6 +119,7 @@ class Keeper:
         self._ending = asyncio.Event()
         self._patient = True
         self._asides: set[asyncio.Task[None]] = set()
+        self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until told to close, or without a server for too long; leaves nothing behind."""
@@ -178,6 +179,12 @@ class Keeper:
             self._timer.cancel()
         if hello.silence_s and line.watching is None:
             line.watching = asyncio.create_task(line.end_if_silent(self._clock, hello.silence_s))
+        if hello.forks and not self._ending.is_set():
+            self._prepare()
+
+    def _prepare(self) -> None:
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._launcher.prepare())
 
     def _left_alone(self) -> None:
         _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
@@ -304,6 +311,9 @@ class Keeper:
         for child in engines:
             if child.process is None:
                 child.signal(signal.SIGTERM)
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.wait({self._preparing})
         await self._launcher.close()
         await wait_all([*others, *engines], 2 * _HURRIED_S)
         staying = [child for child in children if child.entry.stays] if stayers else []

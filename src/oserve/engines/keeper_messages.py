@@ -31,10 +31,12 @@ class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="Greet"):
     """The server has connected. ``grace_s``: how long the keeper waits for the next one.
 
     ``silence_s``: the connection counts as broken after so long without a message; 0: never.
+    ``forks``: it will start engines by fork, so that the zygote should be up by then.
     """
 
     grace_s: _Seconds
     silence_s: _Seconds = 0.0
+    forks: bool = False
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):

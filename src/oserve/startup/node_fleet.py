@@ -15,6 +15,7 @@ from oserve.config.cluster import load_hosts
 from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
+from oserve.engines.engine_starts import platform_of
 from oserve.engines.holding import HatchDial, HeldEngines, keeper_runs
 from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
@@ -48,7 +49,10 @@ class NodesFound:
 
 
 class NodeFleet:
-    """The nodes of a cluster. ``make`` makes their directory, given whom it tells of changes."""
+    """The nodes of a cluster. ``make`` makes their directory, given whom it tells of changes.
+
+    ``forks``: whether engines on nodes without GPUs are started by fork.
+    """
 
     def __init__(
         self,
@@ -56,11 +60,13 @@ class NodeFleet:
         known: KnownNodes,
         *,
         grace_s: float,
+        forks: bool = False,
         clock: Clock | None = None,
     ) -> None:
         self._known = known
         self._directory = make(self._changed, known.read())
         self._grace_s = grace_s
+        self._forks = forks
         self._clock = clock or LiveClock()
         self._cluster: EngineCluster | None = None
         self._held: dict[str, HeldEngines] = {}
@@ -100,7 +106,7 @@ class NodeFleet:
         """A keeper's engines for each node that was ever reached."""
         for name, node in sorted(self._nodes().items()):
             if node.hatch is not None and node.devices and name not in self._held:
-                self._held[name] = self._keeper(name, node.hatch)
+                self._held[name] = self._keeper(node, node.hatch)
         return list(self._held.values())
 
     def attach(
@@ -144,7 +150,7 @@ class NodeFleet:
     def _join(self, cluster: EngineCluster, node: ClusterNode) -> None:
         if not node.usable or node.hatch is None:
             return
-        held = self._keeper(node.name, node.hatch)
+        held = self._keeper(node, node.hatch)
         try:
             cluster.nodes.join(held, node.devices)
         except OServeError as error:
@@ -157,8 +163,12 @@ class NodeFleet:
     def _turned(self, _node: str, _reason: str) -> None:
         self._peers.refresh()
 
-    def _keeper(self, name: str, hatch: HatchAddress) -> HeldEngines:
-        return HeldEngines(HatchDial(name, hatch, clock=self._clock), grace_s=self._grace_s)
+    def _keeper(self, node: ClusterNode, hatch: HatchAddress) -> HeldEngines:
+        return HeldEngines(
+            HatchDial(node.name, hatch, clock=self._clock),
+            grace_s=self._grace_s,
+            forks=self._forks and platform_of(node.devices) == "cpu",
+        )
 
     def _hatches(self) -> dict[str, HatchAddress]:
         down = {} if self._cluster is None else self._cluster.nodes.book.reasons()
@@ -206,7 +216,13 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
     if not settings.cluster.nodes:
         return None
     known = KnownNodes(Path(settings.state_dir) / "hatches", settings.cluster.nodes)
-    return NodeFleet(_maker(settings), known, grace_s=settings.engines.orphan_grace_s)
+    engines = settings.engines
+    return NodeFleet(
+        _maker(settings),
+        known,
+        grace_s=engines.orphan_grace_s,
+        forks=engines.method(on_cpu=True) == "zygote",
+    )
 
 
 def node_directory(settings: Settings) -> NodeDirectory | None:
