@@ -82,14 +82,16 @@ class _Namespace:
         flags = ["-n", "-u", "-i", "-m"] + (["-p"] if pids else [])
         return ["nsenter", "-t", str(self.pid), *flags, "--wd=/", "--", *command]
 
-    def inside(self, command: Sequence[str], *, pids: bool = True) -> str:
+    def inside(
+        self, command: Sequence[str], *, pids: bool = True, limit_s: float = _LIMIT_S
+    ) -> str:
         """Run a command there and return its output. Raises ``subprocess.SubprocessError``."""
         words = self.words(command, pids=pids)
         done = subprocess.run(
             words,
             capture_output=True,
             text=True,
-            timeout=_LIMIT_S,
+            timeout=limit_s,
             check=False,
             stdin=subprocess.DEVNULL,
         )

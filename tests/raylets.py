@@ -33,17 +33,20 @@ _HOOK = """
 def start(params, head):
     params.no_monitor, params.ray_client_server_port = True, None
 """
-# A raylet that comes before its GCS tries again late: wait for the port.
+# A raylet that comes before its GCS tries again late: wait for the port. A busy machine takes
+# minutes to bring the head up.
+_HEAD_LIMIT_S = 240.0
 _KNOCK = """
 import socket, sys, time
-for _ in range(600):
+end_s = time.monotonic() + float(sys.argv[3])
+while True:
     try:
         socket.create_connection((sys.argv[1], int(sys.argv[2])), 1.0).close()
         break
     except OSError:
+        if time.monotonic() > end_s:
+            raise SystemExit("no GCS")
         time.sleep(0.05)
-else:
-    raise SystemExit("no GCS")
 """
 _HEALTH_CHECK = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -94,7 +97,8 @@ class Raylets:
         host = self._hosts[number]
         where = ["--head", "--port", str(GCS_PORT), "--include-dashboard", "false"]
         if number:
-            host.inside([sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)])
+            knock = [sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)]
+            host.inside([*knock, str(_HEAD_LIMIT_S)], limit_s=2 * _HEAD_LIMIT_S)
             where = ["--address", self.address]
         resources = json.dumps(dict(self._resources.get(number, {})))
         words = [*_START, *where, "--node-ip-address", host.address, *_LEAN]

@@ -148,7 +148,11 @@ class Scene:
         """An operator's command on host 0."""
         command = [sys.executable, "-m", "oserve.cli", *words, "--url", self.url]
         done = subprocess.run(
-            self.hosts[0].words(command), env=self.env, capture_output=True, timeout=60, check=False
+            self.hosts[0].words(command),
+            env=self.env,
+            capture_output=True,
+            timeout=LIMIT_S,
+            check=False,
         )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
@@ -158,7 +162,7 @@ class Scene:
         assert self.server is not None
         for pid in self.hosts[0].processes("oserve.cli", "serve"):
             os.kill(pid, number)
-        self.server.wait(timeout=90)
+        self.server.wait(timeout=LIMIT_S)
 
     # -- clients --------------------------------------------------------------------------------
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""The same with the nodes of a real Ray cluster, whose helper may go."""
+"""The same with the nodes of a real Ray cluster, any part of which may go."""
 
 import asyncio
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from e2e.node_scene import NODES, PLAN, load_on, pids, whole
-from e2e.ray_scene import HELPER, RayScene, ray_scene
+from e2e.ray_scene import AGENT, HELPER, RAYLET, RayScene, ray_scene
 from hosts import unavailable
 from oserve.engines.tiny import make_tiny_model
 
@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(unavailable()), reason=f"no hosts can be made: {unavailable()}"),
 ]
 
@@ -38,14 +39,25 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayScene]:
             assert scene.hosts[number].processes("vllm") == [], scene.logs()
 
 
-async def test_streams_and_engines_outlive_the_helper(scene: RayScene) -> None:
+async def test_streams_and_engines_outlive_whatever_ray_runs(scene: RayScene) -> None:
     before, held = pids(await scene.until(whole)), scene.keepers()
     load = await load_on(scene)
     async with load.running():
         await load.more(2)
-        assert scene.hosts[0].kill(HELPER)
+        for told, host, words in (
+            ("Ray is heard again", 0, HELPER),
+            ("node host2 serves on, since its keeper answers", 2, RAYLET),
+        ):
+            assert scene.hosts[host].kill(words)
+            await load.more(4)
+            await asyncio.to_thread(scene.reach, lambda said=told: said in scene.last_log())
+        joined = scene.last_log().count("node host2 is up with")
+        await asyncio.to_thread(scene.ray.start, 2)
+        await asyncio.to_thread(
+            scene.reach, lambda: scene.last_log().count("node host2 is up with") > joined
+        )
+        assert scene.hosts[2].kill(AGENT)
         await load.more(4)
-    await asyncio.to_thread(scene.reach, lambda: "Ray is heard again" in scene.last_log())
     after = pids(await scene.until(whole))
     assert not load.wrong, (load.wrong, scene.logs())
     assert (after, scene.keepers()) == (before, held)
