@@ -139,6 +139,10 @@ class Scene:
             assert time.monotonic() < deadline_s, self.logs()
             time.sleep(0.05)
 
+    def reach_log(self, words: str, times: int = 1) -> None:
+        """Wait until the present server has logged these words so often."""
+        self.reach(lambda: self.last_log().count(words) >= times)
+
     def logs(self) -> str:
         files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/logs/*.log")])
         files += sorted(self.folder.glob("node*/*/logs/*.log"))

@@ -50,12 +50,9 @@ async def test_streams_and_engines_outlive_whatever_ray_runs(scene: RayScene) ->
         ):
             assert scene.hosts[host].kill(words)
             await load.more(4)
-            await asyncio.to_thread(scene.reach, lambda said=told: said in scene.last_log())
-        joined = scene.last_log().count("node host2 is up with")
+            await asyncio.to_thread(scene.reach_log, told)
         await asyncio.to_thread(scene.ray.start, 2)
-        await asyncio.to_thread(
-            scene.reach, lambda: scene.last_log().count("node host2 is up with") > joined
-        )
+        await asyncio.to_thread(scene.reach_log, "node host2 is up with", 2)
         assert scene.hosts[2].kill(AGENT)
         await load.more(4)
     after = pids(await scene.until(whole))
