@@ -2,10 +2,10 @@
 
 Runs as ``python -m oserve.engines.keeper``, one for each state folder and machine. One server at a
 time talks to it over a Unix socket (see ``keeper_messages``). When that connection breaks, or
-falls silent, the keeper keeps every process running for ``grace_s``; if no server connects by then,
-it ends them all but those that serve the node. They are its own children, so that a reused process
-id cannot be mistaken for one of them, and no child outlives the keeper, even if the keeper is
-killed.
+falls silent, the keeper keeps every process running for ``grace_s``; if no server connects, or is
+heard again, by then, it ends them all but those that serve the node. They are its own children, so
+that a reused process id cannot be mistaken for one of them, and no child outlives the keeper, even
+if the keeper is killed.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from oserve.engines.keeper_children import (
     start_child,
     wait_all,
 )
+from oserve.engines.keeper_line import KeeperLine
 from oserve.engines.keeper_messages import (
     MAX_LINE_BYTES,
     ActivityQuery,
@@ -54,9 +55,7 @@ from oserve.engines.keeper_messages import (
     ServerReplaced,
     StartRefused,
     command_of,
-    encoded,
 )
-from oserve.engines.line_watch import PING_S, LineWatch
 from oserve.engines.logs import telling_line
 from oserve.engines.registry import end_leftovers, write_registry
 from oserve.engines.spawner import Launcher, launcher_for
@@ -66,28 +65,6 @@ _log = logging.getLogger("oserve.keeper")
 HELD_ELSEWHERE = 75
 _HURRIED_S = 2.0
 _POLL_S = 0.02
-
-
-class _Line:
-    """A connection of a server or a guest."""
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
-        self.watch: LineWatch | None = None
-        self.task = asyncio.current_task()
-        self.watching: asyncio.Task[None] | None = None
-
-    def send(self, event: KeeperEvent) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(encoded(event))
-
-    async def end_if_silent(self, clock: Clock, limit_s: float) -> None:
-        """Break it when nothing has come for so long."""
-        self.watch = LineWatch(clock.now(), limit_s)
-        while not self.watch.is_lost(clock.now()):
-            await clock.sleep(PING_S)
-        _log.warning("nothing has been heard of the server for %g s", limit_s)
-        self.writer.transport.abort()
 
 
 class Keeper:
@@ -112,8 +89,8 @@ class Keeper:
         self._node = node or find_node_facts(folder, registry.parent)
         self._clock = clock or LiveClock()
         self._children: dict[str, KeptChild] = {}
-        self._lines: set[_Line] = set()
-        self._server: _Line | None = None
+        self._lines: set[KeeperLine] = set()
+        self._server: KeeperLine | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._clearing: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
@@ -148,15 +125,14 @@ class Keeper:
 
     # -- connections ----------------------------------------------------------------------------
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = _Line(writer)
+        line = KeeperLine(writer)
         self._lines.add(line)
         held = [child.entry for child in self._children.values()]
         line.send(KeeperHello(identity=self._identity, pid=os.getpid(), held=held, node=self._node))
         # ValueError: the line is longer than the limit.
         with contextlib.suppress(OSError, ValueError):
             while text := await reader.readline():
-                if line.watch is not None:
-                    line.watch.heard()
+                self._heard(line)
                 self._handle(line, command_of(text))
         self._lines.discard(line)
         if line.watching is not None:
@@ -166,7 +142,7 @@ class Keeper:
             self._server = None
             self._left_alone()
 
-    def _greet(self, line: _Line, hello: ServerHello) -> None:
+    def _greet(self, line: KeeperLine, hello: ServerHello) -> None:
         """A guest has become the server."""
         if self._server is not None and self._server is not line:
             # Servers lock their state folder: a new one means that the previous one has ended, or
@@ -175,10 +151,11 @@ class Keeper:
             self._server.writer.close()
         self._server = line
         self._grace_s = hello.grace_s
-        if self._timer is not None:
-            self._timer.cancel()
+        self._attended()
         if hello.silence_s and line.watching is None:
-            line.watching = asyncio.create_task(line.end_if_silent(self._clock, hello.silence_s))
+            line.watching = asyncio.create_task(
+                line.watch_silence(self._clock, hello.silence_s, self._fell_silent)
+            )
         if hello.forks and not self._ending.is_set():
             self._prepare()
 
@@ -186,13 +163,35 @@ class Keeper:
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.create_task(self._launcher.prepare())
 
+    def _heard(self, line: KeeperLine) -> None:
+        if line.watch is not None:
+            line.watch.heard()
+        if line.silent:
+            line.silent = False
+            if line is self._server:
+                _log.info("the server is heard again")
+                self._attended()
+
+    def _fell_silent(self, line: KeeperLine) -> None:
+        # Breaking the connection would cost a server that was held up all its nodes at once.
+        if line is self._server:
+            self._left_alone()
+
     def _left_alone(self) -> None:
+        if self._timer is not None:
+            return  # the grace has begun with the silence
         _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._grace_s, self._give_up)
 
+    def _attended(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
     def _give_up(self) -> None:
         """No server has come in time."""
+        self._timer = None
         if any(child.entry.stays for child in self._children.values()):
             self._clear(patient=True)
         else:
@@ -202,7 +201,7 @@ class Keeper:
         for line in self._lines:
             line.send(event)
 
-    def _handle(self, line: _Line, command: KeeperCommand | MessageRejected) -> None:
+    def _handle(self, line: KeeperLine, command: KeeperCommand | MessageRejected) -> None:
         match command:
             case ServerHello():
                 self._greet(line, command)
@@ -234,7 +233,7 @@ class Keeper:
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
 
-    async def _report(self, line: _Line, child: KeptChild, *, log: bool) -> None:
+    async def _report(self, line: KeeperLine, child: KeptChild, *, log: bool) -> None:
         name, pid, path = child.entry.name, child.entry.pid, Path(child.entry.log)
         if log:
             cause = await asyncio.to_thread(telling_line, path)
