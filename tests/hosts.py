@@ -23,7 +23,7 @@ from typing import IO, Any
 _TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _SUBNET = "10.231.0"
-_LIMIT_S = 30.0
+_LIMIT_S = 150.0
 
 
 @functools.cache
@@ -82,16 +82,14 @@ class _Namespace:
         flags = ["-n", "-u", "-i", "-m"] + (["-p"] if pids else [])
         return ["nsenter", "-t", str(self.pid), *flags, "--wd=/", "--", *command]
 
-    def inside(
-        self, command: Sequence[str], *, pids: bool = True, limit_s: float = _LIMIT_S
-    ) -> str:
+    def inside(self, command: Sequence[str], *, pids: bool = True) -> str:
         """Run a command there and return its output. Raises ``subprocess.SubprocessError``."""
         words = self.words(command, pids=pids)
         done = subprocess.run(
             words,
             capture_output=True,
             text=True,
-            timeout=limit_s,
+            timeout=_LIMIT_S,
             check=False,
             stdin=subprocess.DEVNULL,
         )

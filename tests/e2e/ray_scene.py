@@ -27,7 +27,12 @@ class RayScene(Scene):
 
     def serve(self, *more: str) -> None:
         """See ``Scene.serve``."""
-        super().serve(*MORE, "--cpu-slots", str(self.slots), *more)
+        super().serve(*self.words, *more)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What every server here is told."""
+        return (*MORE, "--cpu-slots", str(self.slots))
 
     @property
     def ray(self) -> Raylets:

@@ -31,7 +31,7 @@ from oserve.engines.keeper_children import (
     start_child,
     wait_all,
 )
-from oserve.engines.keeper_line import KeeperLine
+from oserve.engines.keeper_line import KeeperLine, refusal_of
 from oserve.engines.keeper_messages import (
     MAX_LINE_BYTES,
     ActivityQuery,
@@ -51,6 +51,7 @@ from oserve.engines.keeper_messages import (
     ProcessSignal,
     ProcessStart,
     ProcessStarted,
+    ServerAccepted,
     ServerHello,
     ServerReplaced,
     StartRefused,
@@ -91,6 +92,7 @@ class Keeper:
         self._children: dict[str, KeptChild] = {}
         self._lines: set[KeeperLine] = set()
         self._server: KeeperLine | None = None
+        self._owned = ServerHello(grace_s=grace_s)
         self._timer: asyncio.TimerHandle | None = None
         self._clearing: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
@@ -133,7 +135,8 @@ class Keeper:
         with contextlib.suppress(OSError, ValueError):
             while text := await reader.readline():
                 self._heard(line)
-                self._handle(line, command_of(text))
+                if not line.refused:
+                    self._handle(line, command_of(text))
         self._lines.discard(line)
         if line.watching is not None:
             line.watching.cancel()
@@ -143,24 +146,35 @@ class Keeper:
             self._left_alone()
 
     def _greet(self, line: KeeperLine, hello: ServerHello) -> None:
-        """A guest has become the server."""
+        """A guest wants to become the server."""
+        served = self._server is not None and not self._server.silent
+        left = any(not child.entry.stays for child in self._children.values())
+        owned = self._owned if served or left else None
+        refusal = refusal_of(hello, owned, served=served)
+        if refusal is not None:
+            _log.warning(
+                "refused the server %s: the node is that of %s", hello.title, refusal.title
+            )
+            line.send(refusal)
+            line.refused = True
+            line.writer.close()
+            return
         if self._server is not None and self._server is not line:
-            # Servers lock their state folder: a new one means that the previous one has ended, or
-            # lost its connection without our knowing.
+            # Servers lock their state folder: a new one of the same folder means that the previous
+            # one has ended, or lost its connection without our knowing.
             self._server.send(ServerReplaced())
             self._server.writer.close()
-        self._server = line
+        self._server, self._owned = line, hello
         self._grace_s = hello.grace_s
         self._attended()
+        if hello.owner:
+            line.send(ServerAccepted())
         if hello.silence_s and line.watching is None:
             line.watching = asyncio.create_task(
                 line.watch_silence(self._clock, hello.silence_s, self._fell_silent)
             )
-        if hello.forks and not self._ending.is_set():
-            self._prepare()
-
-    def _prepare(self) -> None:
-        if self._preparing is None or self._preparing.done():
+        idle = self._preparing is None or self._preparing.done()
+        if hello.forks and idle and not self._ending.is_set():
             self._preparing = asyncio.create_task(self._launcher.prepare())
 
     def _heard(self, line: KeeperLine) -> None:
@@ -173,13 +187,12 @@ class Keeper:
                 self._attended()
 
     def _fell_silent(self, line: KeeperLine) -> None:
-        # Breaking the connection would cost a server that was held up all its nodes at once.
         if line is self._server:
             self._left_alone()
 
     def _left_alone(self) -> None:
-        if self._timer is not None:
-            return  # the grace has begun with the silence
+        if self._timer is not None:  # the grace has begun with the silence
+            return
         _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._grace_s, self._give_up)
@@ -312,7 +325,6 @@ class Keeper:
                 child.signal(signal.SIGTERM)
         if self._preparing is not None:
             self._preparing.cancel()
-            await asyncio.wait({self._preparing})
         await self._launcher.close()
         await wait_all([*others, *engines], 2 * _HURRIED_S)
         staying = [child for child in children if child.entry.stays] if stayers else []
