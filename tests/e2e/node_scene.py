@@ -117,7 +117,7 @@ class Scene:
     def serve(self, *more: str) -> None:
         """Start `oserve serve` on host 0; returns when it says that it is ready."""
         self.starts += 1
-        log = self.folder / f"serve{self.starts}.log"
+        log = self.log_file
         words = ["--cluster", self.cluster, "--state-dir", self.state]
         if self.plan:
             words += ["--plan", str(self.folder / "plan.yaml")]
@@ -133,9 +133,14 @@ class Scene:
     def state(self) -> str:
         return str(self.folder / "state")
 
+    @property
+    def log_file(self) -> Path:
+        """Of the present server."""
+        return self.folder / f"serve{self.starts}.log"
+
     def last_log(self) -> str:
         """What the present server has logged."""
-        return (self.folder / f"serve{self.starts}.log").read_text()
+        return self.log_file.read_text()
 
     def reach(self, true: Callable[[], bool]) -> None:
         """Wait for something that processes bring about."""
@@ -143,6 +148,10 @@ class Scene:
         while not true():
             assert time.monotonic() < deadline_s, self.logs()
             time.sleep(0.05)
+
+    def reach_log(self, words: str, times: int = 1) -> None:
+        """Wait until the present server has logged these words so often."""
+        self.reach(lambda: self.last_log().count(words) >= times)
 
     def logs(self) -> str:
         files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/logs/*.log")])
@@ -171,7 +180,7 @@ class Scene:
         assert self.server is not None
         for pid in self.hosts[0].processes("oserve.cli", "serve"):
             os.kill(pid, number)
-        self.server.wait(timeout=90)
+        self.server.wait(timeout=LIMIT_S)
 
     # -- clients --------------------------------------------------------------------------------
     @asynccontextmanager

@@ -105,8 +105,14 @@ async def test_a_silent_node_is_lost_and_taken_up_again(fleet: Fleet) -> None:
     assert len(node.launcher.alive) == 1
     with pytest.raises(ValueError, match="node one is down"):
         await fleet.cluster.apply(StartReplica(spec=spec("c", "one/cpu:1")))
+    # It was called in vain for a while, ever more seldom; one who knows has it called at once.
+    await fleet.settle(30.0)
     node.cable.plug()
+    assert node.dial.hatch is not None
+    fleet.cluster.nodes.redirect("one", node.dial.hatch)
+    plugged_s = fleet.clock.now()
     await fleet.until(lambda: ("one", True) in fleet.turned[2:])
+    assert fleet.clock.now() - plugged_s < 2.0
     assert fleet.phase("a") is READY
     assert fleet.state("a").since_s == since_s
     assert len(await fleet.devices()) == 4

@@ -127,9 +127,10 @@ class ClusterNodes:
         return node not in self.book.reasons()
 
     def redirect(self, node: str, hatch: HatchAddress) -> None:
-        """A node has another hatch; the next call uses it."""
+        """A node is at this hatch, as someone else has told; it is called there at once."""
         if node in self._tenders:
             self._tenders[node].node.keeper.redirect(hatch)
+            self._tenders[node].call()
 
     def sightings(self) -> tuple[NodeSighting, ...]:
         """What is seen of each node; nothing while there is only this machine."""

@@ -17,6 +17,7 @@ from oserve.config.cluster import load_hosts, named_network
 from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
+from oserve.engines.engine_starts import platform_of
 from oserve.engines.holding import HatchDial, HeldEngines, ServerOwner, keeper_runs
 from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
@@ -66,6 +67,7 @@ class NodeFleet:
     ``network``: the link between nodes that a person has named; empty: as measured.
     ``remembered``: where measured links are kept. ``models``: those that every node must have, and
     gets from others if it lacks them. ``owner``: of the nodes, as their keepers are told.
+    ``forks``: whether engines on nodes without GPUs are started by fork.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class NodeFleet:
         network: str = "",
         remembered: LinkMemory | None = None,
         models: Sequence[str] = (),
+        forks: bool = False,
         owner: ServerOwner | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class NodeFleet:
         self.links = LinkBook(() if remembered is None else remembered.read())
         self._directory = make(self._changed, known.read())
         self._grace_s = grace_s
+        self._forks = forks
         self._clock = clock or LiveClock()
         self._cluster: EngineCluster | None = None
         self._held: dict[str, HeldEngines] = {}
@@ -145,7 +149,7 @@ class NodeFleet:
         """A keeper's engines for each node that was ever reached."""
         for name, node in sorted(self._nodes().items()):
             if node.hatch is not None and node.devices and name not in self._held:
-                self._held[name] = self._keeper(name, node.hatch)
+                self._held[name] = self._keeper(node, node.hatch)
         return list(self._held.values())
 
     def attach(
@@ -214,7 +218,7 @@ class NodeFleet:
     def _join(self, cluster: EngineCluster, node: ClusterNode) -> None:
         if not node.usable or node.hatch is None:
             return
-        held = self._keeper(node.name, node.hatch)
+        held = self._keeper(node, node.hatch)
         try:
             cluster.nodes.join(held, node.devices)
         except OServeError as error:
@@ -234,9 +238,13 @@ class NodeFleet:
             await asyncio.to_thread(self._remembered.write, self.links.links())
         self._grown()
 
-    def _keeper(self, name: str, hatch: HatchAddress) -> HeldEngines:
-        dial = HatchDial(name, hatch, clock=self._clock)
-        return HeldEngines(dial, grace_s=self._grace_s, owner=self._owner)
+    def _keeper(self, node: ClusterNode, hatch: HatchAddress) -> HeldEngines:
+        return HeldEngines(
+            HatchDial(node.name, hatch, clock=self._clock),
+            grace_s=self._grace_s,
+            owner=self._owner,
+            forks=self._forks and platform_of(node.devices) == "cpu",
+        )
 
     def _hatches(self) -> dict[str, HatchAddress]:
         down = {} if self._cluster is None else self._cluster.nodes.book.reasons()
@@ -317,11 +325,12 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     if not settings.cluster.nodes:
         return None
-    state = Path(settings.state_dir)
+    state, engines = Path(settings.state_dir), settings.engines
     return NodeFleet(
         _maker(settings),
         _known(settings),
-        grace_s=settings.engines.orphan_grace_s,
+        grace_s=engines.orphan_grace_s,
+        forks=engines.method(on_cpu=True) == "zygote",
         owner=server_owner(state, state / "hatches"),
         network=_named(settings),
         remembered=_links(settings),
