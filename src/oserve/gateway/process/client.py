@@ -6,8 +6,10 @@ import time
 
 import msgspec
 
+from oserve.gateway.process.home import localised
+from oserve.gateway.process.hub_lines import HubLine
 from oserve.gateway.process.messages import (
-    MESSAGE_PATH,
+    GatewayHome,
     HubMessage,
     HubReply,
     OperatorAnswer,
@@ -15,9 +17,8 @@ from oserve.gateway.process.messages import (
     ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.process.outbox import RecordOutbox
 from oserve.gateway.runner import RequestRunner
-from oserve.wire import UpstreamPool
-from oserve.wire.client import post
 
 SYNC_INTERVAL_S = 0.1
 # The timeout of a report.
@@ -27,17 +28,31 @@ _AWAY_S = 1.0
 # Documents of a large cluster are too long for every report. They are read when somebody asks for
 # them, and this often, so that they are there while no server is.
 _DOCUMENTS_S = 5.0
+# From another node all counters are sent this often: a process that is killed loses no more.
+_METRICS_S = 1.0
 
 _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
 
 
 class HubClient:
-    """Reports to the hub and applies its replies. Set ``port`` once the process listens."""
+    """Reports to the hub and applies its replies. Set ``port`` once the process listens.
+
+    ``home``: of a process on another node. ``outbox``: records that go with the reports.
+    """
 
     def __init__(
-        self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
+        self,
+        hub: HubLine,
+        runner: RequestRunner,
+        incarnation: int | None = None,
+        *,
+        home: GatewayHome | None = None,
+        outbox: RecordOutbox | None = None,
     ) -> None:
-        self._hub = UpstreamPool(unix_socket=unix_socket)
+        self._hub = hub
+        self._home = home
+        self._outbox = outbox
+        self._metrics_s = -_METRICS_S
         self._last_reply_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
@@ -54,17 +69,29 @@ class HubClient:
         """
         async with self._lock:
             whole = whole or time.monotonic() - self._whole_s >= _DOCUMENTS_S
-            reply = await self._ask(self._report(whole=whole), _SYNC_LIMIT_S)
+            report = self._report(whole=whole)
+            reply = await self._ask(report, _SYNC_LIMIT_S)
             if isinstance(reply, HubReply):
+                if report.metrics is not None:
+                    self._metrics_s = time.monotonic()
                 self._apply(reply)
 
     def _report(self, *, whole: bool) -> WorkerReport:
         runner = self._runner
+        first_record, records = (0, []) if self._outbox is None else self._outbox.next()
+        metrics = None
+        if self._home is None or whole or time.monotonic() - self._metrics_s >= _METRICS_S:
+            metrics = runner.metrics.snapshot()
         return WorkerReport(
             incarnation=self._incarnation,
             counts=runner.estimator.tally.take(time.time()),
-            outstanding=runner.outstanding(),
-            metrics=runner.metrics.snapshot(),
+            outstanding={
+                name: work for name, work in runner.outstanding().items() if work != (0.0, 0)
+            },
+            metrics=metrics,
+            sent_s=time.time(),
+            first_record=first_record,
+            records=records,
             queued=runner.queued,
             table=self._version,
             port=self.port,
@@ -76,6 +103,8 @@ class HubClient:
         self._last_reply_s = time.monotonic()
         self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
+        if self._outbox is not None:
+            self._outbox.acknowledge(reply.recorded)
         snapshot = reply.snapshot
         if reply.whole:
             self._whole_s = self._last_reply_s
@@ -87,10 +116,11 @@ class HubClient:
                 switches=last.switches,
                 gauges=last.gauges,
                 counters=last.counters,
+                metrics=last.metrics,
             )
         self._runner.apply(snapshot)
         if reply.table is not None:
-            self._runner.update(reply.table)
+            self._runner.update(localised(reply.table, self._home))
 
     def away_s(self) -> float:
         """Seconds for which the hub has been unreachable; 0 while it answers."""
@@ -106,13 +136,10 @@ class HubClient:
 
     async def _ask(self, message: ProcessMessage, limit_s: float | None) -> HubMessage:
         try:
-            _, body = await post(
-                self._hub, MESSAGE_PATH, msgspec.json.encode(message), timeout_s=limit_s
-            )
-            return _DECODER.decode(body)
+            return _DECODER.decode(await self._hub.ask(msgspec.json.encode(message), limit_s))
         except (OSError, msgspec.DecodeError) as error:
             raise ConnectionError(f"the hub does not answer: {error}") from None
 
     async def close(self) -> None:
         """Close the connection."""
-        self._hub.close_idle()
+        await self._hub.close()
