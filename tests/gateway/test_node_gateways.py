@@ -105,10 +105,10 @@ class Process:
         self.task = asyncio.create_task(self._run()) if works else None
         if not works:
             self.exit(1)
-
-    async def _run(self) -> None:
         Path(self.config.hub).parent.mkdir(exist_ok=True)
         Path(self.config.hub).unlink(missing_ok=True)
+
+    async def _run(self) -> None:
         await self.hub.listen(self.config.hub)
         while True:
             with contextlib.suppress(ConnectionError):

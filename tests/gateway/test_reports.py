@@ -1,4 +1,4 @@
-"""Reports of gateway processes are summed as they come, and nothing of them is left when they go."""
+"""Reports of gateway processes are summed as they come, and leave nothing when they go."""
 
 import math
 from typing import Any
