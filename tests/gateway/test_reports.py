@@ -80,7 +80,7 @@ def test_sums_are_those_of_the_reports_that_count(script: list[tuple[Any, ...]])
                 owed_s, count = elsewhere.get(name, (0.0, 0))
                 wanted = [told.outstanding.get(name, (0.0, 0)) for told in others]
                 assert count == sum(item[1] for item in wanted)
-                assert owed_s == pytest.approx(sum(item[0] for item in wanted), abs=1e-9)
+                assert owed_s == pytest.approx(sum(item[0] for item in wanted), abs=1e-6)
     for one in list(latest):
         book.forget(one)
     assert book.elsewhere(99) == ({}, 0)

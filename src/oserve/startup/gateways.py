@@ -83,7 +83,7 @@ class NodeGatewayKeepers:
             return
         phases = {state.name: state for state in states}
         up: dict[str, GatewayKeeper] = {}
-        for held in self._fleet.held():
+        for held in self._fleet.joined:
             state = phases.get(held.node)
             if state is None or state.phase in _UNREACHED or self._is_here(held):
                 continue

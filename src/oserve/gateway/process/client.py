@@ -18,6 +18,7 @@ from oserve.gateway.process.messages import (
     WorkerReport,
 )
 from oserve.gateway.process.outbox import RecordOutbox
+from oserve.gateway.process.packing import Hatches, unpacked
 from oserve.gateway.runner import RequestRunner
 
 SYNC_INTERVAL_S = 0.1
@@ -28,8 +29,11 @@ _AWAY_S = 1.0
 # Documents of a large cluster are too long for every report. They are read when somebody asks for
 # them, and this often, so that they are there while no server is.
 _DOCUMENTS_S = 5.0
-# From another node all counters are sent this often: a process that is killed loses no more.
-_METRICS_S = 1.0
+_DOCUMENTS_ELSEWHERE_S = 60.0
+# From another node one report in ten has all counters: a process that is killed loses no more.
+_METRICS_REPORTS = 10
+# The hub has this long for each process on another node, so that many cost it no more than few.
+_SHARE_S = 0.008
 
 _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
 
@@ -52,7 +56,9 @@ class HubClient:
         self._hub = hub
         self._home = home
         self._outbox = outbox
-        self._metrics_s = -_METRICS_S
+        self._without_metrics = _METRICS_REPORTS
+        self._hatches: Hatches = {}
+        self._documents_s = _DOCUMENTS_S if home is None else _DOCUMENTS_ELSEWHERE_S
         self._last_reply_s = time.monotonic()
         self.port = 0
         self._incarnation = incarnation or os.getpid()
@@ -68,19 +74,25 @@ class HubClient:
         ``whole``: with the documents of the cluster, which otherwise come every few seconds.
         """
         async with self._lock:
-            whole = whole or time.monotonic() - self._whole_s >= _DOCUMENTS_S
-            report = self._report(whole=whole)
+            sums = whole
+            whole = whole or time.monotonic() - self._whole_s >= self._documents_s
+            report = self._report(whole=whole, sums=sums)
             reply = await self._ask(report, _SYNC_LIMIT_S)
             if isinstance(reply, HubReply):
-                if report.metrics is not None:
-                    self._metrics_s = time.monotonic()
+                self._without_metrics = self._without_metrics + 1 if report.metrics is None else 0
                 self._apply(reply)
 
-    def _report(self, *, whole: bool) -> WorkerReport:
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two reports."""
+        many = 0 if self._home is None else self._runner.snapshot.processes
+        return max(SYNC_INTERVAL_S, _SHARE_S * many)
+
+    def _report(self, *, whole: bool, sums: bool) -> WorkerReport:
         runner = self._runner
         first_record, records = (0, []) if self._outbox is None else self._outbox.next()
         metrics = None
-        if self._home is None or whole or time.monotonic() - self._metrics_s >= _METRICS_S:
+        if self._home is None or sums or self._without_metrics >= _METRICS_REPORTS - 1:
             metrics = runner.metrics.snapshot()
         return WorkerReport(
             incarnation=self._incarnation,
@@ -97,11 +109,12 @@ class HubClient:
             port=self.port,
             open_breakers=runner.open_breakers(),
             whole=whole,
+            sums=sums,
+            packs=self._home is not None,
         )
 
     def _apply(self, reply: HubReply) -> None:
         self._last_reply_s = time.monotonic()
-        self._version = reply.version
         self._runner.estimator.tally.acknowledge(reply.counted)
         if self._outbox is not None:
             self._outbox.acknowledge(reply.recorded)
@@ -116,11 +129,21 @@ class HubClient:
                 switches=last.switches,
                 gauges=last.gauges,
                 counters=last.counters,
-                metrics=last.metrics,
             )
+        if not reply.snapshot.metrics:
+            snapshot = msgspec.structs.replace(snapshot, metrics=self._runner.snapshot.metrics)
         self._runner.apply(snapshot)
-        if reply.table is not None:
-            self._runner.update(localised(reply.table, self._home))
+        table = reply.table
+        if reply.packed:
+            try:
+                table, self._hatches = unpacked(reply.packed, self._hatches | reply.hatches)
+            except ValueError as error:
+                # The next report asks for all of it.
+                self._version, self._hatches = 0, {}
+                raise ConnectionError(f"the table cannot be read: {error}") from None
+        if table is not None:
+            self._runner.update(localised(table, self._home))
+        self._version = reply.version
 
     def away_s(self) -> float:
         """Seconds for which the hub has been unreachable; 0 while it answers."""

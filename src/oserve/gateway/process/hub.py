@@ -14,6 +14,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -29,6 +30,7 @@ from oserve.gateway.process.messages import (
     WorkerReport,
 )
 from oserve.gateway.process.outbox import RecordInbox
+from oserve.gateway.process.packing import PackedTable
 from oserve.gateway.process.reports import ProcessView, ReportBook
 from oserve.gateway.records import RecordSink
 from oserve.gateway.snapshot import ClusterSnapshot
@@ -38,6 +40,7 @@ from oserve.wire.server import HttpServer
 # Batches that the control loop does not take are dropped beyond this number, oldest first.
 _MOST_BATCHES = 10_000
 # Histograms of every type and replica are a few KiB; an operator's plan is smaller than a MiB.
+_MOST_PACKED = 8
 _MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 _log = logging.getLogger("oserve.gateway")
@@ -68,6 +71,8 @@ class Hub:
         self._batches: list[Batch] = []
         self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
+        # By version: what processes on other nodes know by the table that they use.
+        self._packed: OrderedDict[int, PackedTable] = OrderedDict()
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
@@ -174,19 +179,32 @@ class Hub:
         snapshot = msgspec.structs.replace(
             self._snapshot if report.whole else ClusterSnapshot(),
             elsewhere=elsewhere,
-            metrics=self._book.metrics() if report.whole else {},
+            metrics=self._book.metrics() if report.sums else {},
             queued=queued,
             processes=self._book.processes,
             hand_overs=self._hand_overs,
         )
+        changed = self._table if report.table != self._version else None
+        packed = self._pack(changed) if changed is not None and report.packs else None
+        known = self._packed.get(report.table)
         return HubReply(
             version=self._version,
             counted=report.counts.number,
             recorded=self._inbox.taken(report.incarnation),
             snapshot=snapshot,
-            table=self._table if report.table != self._version else None,
+            table=changed if packed is None else None,
+            packed=b"" if packed is None else packed.text,
+            hatches={} if packed is None else packed.missing(known.hatches if known else ()),
             whole=report.whole,
         )
+
+    def _pack(self, table: RoutingTable) -> PackedTable:
+        found = self._packed.get(self._version)
+        if found is None:
+            found = self._packed[self._version] = PackedTable(table)
+            if len(self._packed) > _MOST_PACKED:
+                self._packed.popitem(last=False)
+        return found
 
     def _count(self, report: WorkerReport, behind_s: int) -> None:
         """Take a batch unless it is the last one taken, sent again."""

@@ -11,7 +11,7 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.core import RequestRecord
+from oserve.core import HatchAddress, RequestRecord
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -59,7 +59,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ``metrics``: unset in reports between those that have them. ``sent_s``: Unix time. ``table`` is
     the version of the routing table in use. ``port``: where the process listens, 0 before it does.
     ``open_breakers``: replicas whose circuit breaker is open, with the reason and the seconds left.
-    ``whole``: the reply shall have the documents of the cluster, too.
+    ``whole``: the reply shall have the documents of the cluster, too; ``sums``: those of metrics.
+    ``packs``: the process takes packed tables, and knows the hatches of the table in use.
     """
 
     incarnation: int
@@ -74,15 +75,18 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     first_record: int = 0
     records: list[RequestRecord] = []
     whole: bool = True
+    sums: bool = True
+    packs: bool = False
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The state of the cluster for a gateway process.
 
     ``version`` is that of the current routing table; ``table`` is present only if the process has
-    another version. ``counted`` is the number of the batch that the hub acknowledges, ``recorded``
-    that of the next record it needs. Unless it is ``whole``, the snapshot lacks what grows with the
-    cluster: status, switches, gauges, counters, metrics.
+    another version, or for one that takes packed tables ``packed`` and ``hatches`` (``packing``).
+    ``counted`` is the number of the batch that the hub acknowledges, ``recorded`` that of the next
+    record that it needs. Unless it is ``whole``, the snapshot lacks what grows with the
+    cluster: status, switches, gauges, counters. Sums of metrics come if they are asked for.
     """
 
     version: int
@@ -90,6 +94,8 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     recorded: int = 0
     snapshot: ClusterSnapshot
     table: RoutingTable | None = None
+    packed: bytes = b""
+    hatches: dict[str, HatchAddress] = {}
     whole: bool = True
 
 

@@ -20,6 +20,8 @@ _DRIFT = 0.01
 # Clocks of nodes that agree better than this are left alone.
 _AGREED_S = 1.0
 _PS = 10**12
+# Every process gets them ten times a second: microseconds do.
+_DIGITS = 6
 _MOST_ENDED = 10_000
 
 
@@ -128,7 +130,7 @@ class ReportBook:
             own_s, own = mine.get(name, (0.0, 0))
             left = owed_ps - round(own_s * _PS), count - own
             if left != (0, 0):
-                found[name] = (left[0] / _PS, left[1])
+                found[name] = (round(left[0] / _PS, _DIGITS), left[1])
         queued = self._queued
         if seen is not None and seen.counted:
             queued -= seen.report.queued

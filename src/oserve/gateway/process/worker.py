@@ -62,7 +62,7 @@ async def _run(config: GatewayWorkerConfig) -> None:
         try:
             while not ended.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), SYNC_INTERVAL_S)
+                    await asyncio.wait_for(ended.wait(), client.interval_s)
                 await _synced(client)
                 if alone.too_long(client.away_s()):
                     break
