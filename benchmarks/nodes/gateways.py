@@ -114,7 +114,7 @@ def measured(nodes: int, per_node: int, seconds: int) -> dict[str, Any]:
                 port=8000,
                 whole=turn % (60 * per_s) == 0,
                 sums=False,
-                packs=True,
+                keeps_hatches=True,
             )
             line = framed(step, msgspec.json.encode(report))
             began_s = time.process_time()

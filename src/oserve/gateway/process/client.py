@@ -18,7 +18,7 @@ from oserve.gateway.process.messages import (
     WorkerReport,
 )
 from oserve.gateway.process.outbox import RecordOutbox
-from oserve.gateway.process.packing import Hatches, unpacked
+from oserve.gateway.process.sent_table import Hatches, received
 from oserve.gateway.runner import RequestRunner
 
 SYNC_INTERVAL_S = 0.1
@@ -110,7 +110,7 @@ class HubClient:
             open_breakers=runner.open_breakers(),
             whole=whole,
             sums=sums,
-            packs=self._home is not None,
+            keeps_hatches=self._home is not None,
         )
 
     def _apply(self, reply: HubReply) -> None:
@@ -133,10 +133,11 @@ class HubClient:
         if not reply.snapshot.metrics:
             snapshot = msgspec.structs.replace(snapshot, metrics=self._runner.snapshot.metrics)
         self._runner.apply(snapshot)
-        table = reply.table
-        if reply.packed:
+        table = None if reply.table is None else reply.table.unpacked()
+        if reply.sent_table:
             try:
-                table, self._hatches = unpacked(reply.packed, self._hatches | reply.hatches)
+                known = self._hatches | reply.hatches
+                table, self._hatches = received(reply.sent_table, known)
             except ValueError as error:
                 # The next report asks for all of it.
                 self._version, self._hatches = 0, {}

@@ -30,8 +30,9 @@ from oserve.gateway.process.messages import (
     WorkerReport,
 )
 from oserve.gateway.process.outbox import RecordInbox
-from oserve.gateway.process.packing import PackedTable
+from oserve.gateway.process.packed_table import PackedTable, packed
 from oserve.gateway.process.reports import ProcessView, ReportBook
+from oserve.gateway.process.sent_table import SentTable
 from oserve.gateway.records import RecordSink
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
@@ -40,7 +41,7 @@ from oserve.wire.server import HttpServer
 # Batches that the control loop does not take are dropped beyond this number, oldest first.
 _MOST_BATCHES = 10_000
 # Histograms of every type and replica are a few KiB; an operator's plan is smaller than a MiB.
-_MOST_PACKED = 8
+_MOST_SENT = 8
 _MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 _log = logging.getLogger("oserve.gateway")
@@ -71,8 +72,9 @@ class Hub:
         self._batches: list[Batch] = []
         self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
+        self._packed: PackedTable | None = None
         # By version: what processes on other nodes know by the table that they use.
-        self._packed: OrderedDict[int, PackedTable] = OrderedDict()
+        self._sent: OrderedDict[int, SentTable] = OrderedDict()
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
@@ -95,7 +97,7 @@ class Hub:
     def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
         """Send this table and snapshot to each process with its next report."""
         if table != self._table:
-            self._table = table
+            self._table, self._packed = table, packed(table)
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
@@ -184,26 +186,26 @@ class Hub:
             processes=self._book.processes,
             hand_overs=self._hand_overs,
         )
-        changed = self._table if report.table != self._version else None
-        packed = self._pack(changed) if changed is not None and report.packs else None
-        known = self._packed.get(report.table)
+        changed = self._packed if report.table != self._version else None
+        sent = self._sent_as(changed) if changed is not None and report.keeps_hatches else None
+        known = self._sent.get(report.table)
         return HubReply(
             version=self._version,
             counted=report.counts.number,
             recorded=self._inbox.taken(report.incarnation),
             snapshot=snapshot,
-            table=changed if packed is None else None,
-            packed=b"" if packed is None else packed.text,
-            hatches={} if packed is None else packed.missing(known.hatches if known else ()),
+            table=changed if sent is None else None,
+            sent_table=b"" if sent is None else sent.text,
+            hatches={} if sent is None else sent.missing(known.hatches if known else ()),
             whole=report.whole,
         )
 
-    def _pack(self, table: RoutingTable) -> PackedTable:
-        found = self._packed.get(self._version)
+    def _sent_as(self, table: PackedTable) -> SentTable:
+        found = self._sent.get(self._version)
         if found is None:
-            found = self._packed[self._version] = PackedTable(table)
-            if len(self._packed) > _MOST_PACKED:
-                self._packed.popitem(last=False)
+            found = self._sent[self._version] = SentTable(table)
+            if len(self._sent) > _MOST_SENT:
+                self._sent.popitem(last=False)
         return found
 
     def _count(self, report: WorkerReport, behind_s: int) -> None:

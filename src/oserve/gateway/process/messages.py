@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.core import HatchAddress, RequestRecord
+from oserve.gateway.process.packed_table import PackedTable
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -60,7 +60,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     the version of the routing table in use. ``port``: where the process listens, 0 before it does.
     ``open_breakers``: replicas whose circuit breaker is open, with the reason and the seconds left.
     ``whole``: the reply shall have the documents of the cluster, too; ``sums``: those of metrics.
-    ``packs``: the process takes packed tables, and knows the hatches of the table in use.
+    ``keeps_hatches``: the process knows those of the table in use, and needs only what it lacks.
     """
 
     incarnation: int
@@ -76,14 +76,14 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     records: list[RequestRecord] = []
     whole: bool = True
     sums: bool = True
-    packs: bool = False
+    keeps_hatches: bool = False
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The state of the cluster for a gateway process.
 
     ``version`` is that of the current routing table; ``table`` is present only if the process has
-    another version, or for one that takes packed tables ``packed`` and ``hatches`` (``packing``).
+    another version; for one that takes tables so, ``sent_table`` and ``hatches`` (``sent_table``).
     ``counted`` is the number of the batch that the hub acknowledges, ``recorded`` that of the next
     record that it needs. Unless it is ``whole``, the snapshot lacks what grows with the
     cluster: status, switches, gauges, counters. Sums of metrics come if they are asked for.
@@ -93,8 +93,8 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     counted: int
     recorded: int = 0
     snapshot: ClusterSnapshot
-    table: RoutingTable | None = None
-    packed: bytes = b""
+    table: PackedTable | None = None
+    sent_table: bytes = b""
     hatches: dict[str, HatchAddress] = {}
     whole: bool = True
 

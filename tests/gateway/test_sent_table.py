@@ -12,7 +12,8 @@ from oserve.control.tally import Batch
 from oserve.core import Endpoint, HatchAddress
 from oserve.gateway.process.hub import Hub
 from oserve.gateway.process.messages import HubReply, WorkerReport
-from oserve.gateway.process.packing import Hatches, PackedTable, unpacked
+from oserve.gateway.process.packed_table import packed
+from oserve.gateway.process.sent_table import Hatches, SentTable, received
 from oserve.gateway.snapshot import ClusterSnapshot
 
 
@@ -47,10 +48,10 @@ def test_every_table_arrives_and_a_hatch_that_is_known_does_not_go_again(
 ) -> None:
     known: Hatches = {}
     for table in script:
-        sent = PackedTable(table)
+        sent = SentTable(packed(table))
         missing = sent.missing(known)
         assert not missing.keys() & known.keys()
-        arrived, known = unpacked(sent.text, known | missing)
+        arrived, known = received(sent.text, known | missing)
         assert arrived == table
         assert set(known.values()) == {
             item.endpoint.hatch for item in table.replicas if item.endpoint.hatch is not None
@@ -59,9 +60,9 @@ def test_every_table_arrives_and_a_hatch_that_is_known_does_not_go_again(
 
 def test_a_table_of_unknown_hatches_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown here"):
-        unpacked(PackedTable(table_on([1])).text, {})
+        received(SentTable(packed(table_on([1]))).text, {})
     with pytest.raises(ValueError, match="incorrect header"):
-        unpacked(b"no table", {})
+        received(b"no table", {})
 
 
 def reply_to(hub: Hub, version: int) -> HubReply:
@@ -72,7 +73,7 @@ def reply_to(hub: Hub, version: int) -> HubReply:
         metrics=None,
         queued=0,
         table=version,
-        packs=True,
+        keeps_hatches=True,
     )
     return hub.reply(report, "a")
 
@@ -82,13 +83,13 @@ def test_the_hub_sends_what_a_process_lacks_and_all_to_a_new_one() -> None:
     hub.publish(table_on([1, 2]), ClusterSnapshot())
     first = reply_to(hub, 0)
     assert first.table is None
-    table, known = unpacked(first.packed, known | first.hatches)
+    table, known = received(first.sent_table, known | first.hatches)
     assert table == table_on([1, 2])
-    assert reply_to(hub, first.version).packed == b""
+    assert reply_to(hub, first.version).sent_table == b""
     hub.publish(table_on([2, 3]), ClusterSnapshot())
     second = reply_to(hub, first.version)
     assert list(second.hatches.values()) == [hatch_of(3)]
-    table, known = unpacked(second.packed, known | second.hatches)
+    table, known = received(second.sent_table, known | second.hatches)
     assert table == table_on([2, 3])
     # One that has lost its table, and one of another server, get all of it.
     for hubs in (hub, Hub()):
