@@ -184,9 +184,9 @@ class Scene:
 
     # -- clients --------------------------------------------------------------------------------
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[aiohttp.ClientSession]:
-        """A client on host 0."""
-        connector = aiohttp.TCPConnector(socket_factory=lambda _: socket_on(self.hosts[0]))
+    async def client(self, number: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
+        """A client on a host, of the gateway there."""
+        connector = aiohttp.TCPConnector(socket_factory=lambda _: socket_on(self.hosts[number]))
         async with aiohttp.ClientSession(self.url, connector=connector) as session:
             yield session
 
@@ -259,10 +259,14 @@ async def streamed(session: aiohttp.ClientSession) -> tuple[str, str, float]:
 
 @dataclass
 class Load:
-    """Streams without a break, ``width`` at a time; each must have the text that all have."""
+    """Streams without a break, ``width`` at a time; each must have the text that all have.
+
+    ``number``: the host whose gateway they go to.
+    """
 
     scene: Scene
     text: str
+    number: int = 0
     width: int = 4
     served: int = 0
     began: set[str] = field(default_factory=set)
@@ -270,7 +274,7 @@ class Load:
     gap_s: float = 0.0
 
     async def _run(self) -> None:
-        async with self.scene.client() as session:
+        async with self.scene.client(self.number) as session:
             while True:
                 try:
                     text, replica, gap_s = await streamed(session)

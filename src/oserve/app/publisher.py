@@ -14,6 +14,7 @@ from oserve.control.status import gauges, status_document, summary
 from oserve.core import DeploymentPlan, Observation
 from oserve.engines.energy import EnergyMeter
 from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
+from oserve.gateway.process.states import gateway_documents, gateway_gauges
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
@@ -72,11 +73,13 @@ class StatusPublisher:
         document["control"] = {"mode": "off"} if control is None else control.document()
         document["energy"] = self._energy.observe(observation)
         document["tuning"] = self._tuning.document()
+        gateways = self._gateway.status()
+        document["gateways"] = gateway_documents(gateways)
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
             switches=msgspec.Raw(msgspec.json.encode(switches)),
-            gauges=gauges(observation) + self._energy.ledger.gauges(),
+            gauges=gauges(observation) + self._energy.ledger.gauges() + gateway_gauges(gateways),
             counters=self._energy.ledger.counters(),
         )
         self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)

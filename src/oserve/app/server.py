@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from oserve.app.assembly import engine_cluster, gateway_supervisor, plan_switcher
+from oserve.app.assembly import engine_cluster, plan_switcher
 from oserve.app.controller import ControllerService
 from oserve.app.decisions import DecisionLoop
 from oserve.app.operator import OperatorApi
@@ -26,6 +26,7 @@ from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.engine_keeper import engine_keeper
 from oserve.startup.folders import server_folders
+from oserve.startup.gateways import NodeGatewayKeepers, gateway_supervisor
 from oserve.startup.growth import ClusterGrowth, movable_weights
 from oserve.startup.lock import StateLock
 from oserve.startup.node_fleet import NodeFleet
@@ -95,7 +96,10 @@ class OServeServer:
             settle=self._switch_ended,
             publish=self._publish,
         )
-        self._gateway = gateway_supervisor(deployment, folders, self._keeper, self._operate)
+        self._gateway = gateway_supervisor(
+            deployment, folders, self._keeper, self._operate, self._clock
+        )
+        self._gateway_nodes = NodeGatewayKeepers(fleet, self._gateway)
         self._decisions: DecisionLoop | None = None
         if controller is not None:
             self._decisions = DecisionLoop(
@@ -109,6 +113,7 @@ class OServeServer:
             )
         self._tasks: list[asyncio.Task[None]] = []
         self._acted: tuple[Action, ...] = ()
+        self._listening = False
         self._tuning = background_tuning(deployment, self._clock)
         self._speeds = lambda: (
             deployment.speeds if controller is None else controller.planner.speeds
@@ -147,7 +152,9 @@ class OServeServer:
         if self._fleet is not None:
             self._fleet.check_free()
         await self._loop.step()
-        return await self._gateway.listen()
+        port = await self._gateway.listen()
+        self._listening = True
+        return port
 
     async def run(self) -> None:
         """Run the control loop and the controller until cancelled."""
@@ -220,6 +227,8 @@ class OServeServer:
         self._view.observation, self._view.lost = observation, lost
         self._switcher.observe(observation)
         self._nodes.observe(observation)
+        if self._listening:
+            self._gateway_nodes.follow(observation.node_states)
         switches = self._switcher.documents()
         self._publisher.publish(plan, observation, lost, switches, time.time())
         phases = {state.spec.id: state.phase for state in observation.replicas}

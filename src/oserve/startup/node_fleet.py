@@ -152,6 +152,11 @@ class NodeFleet:
                 self._held[name] = self._keeper(node, node.hatch)
         return list(self._held.values())
 
+    @property
+    def joined(self) -> list[HeldEngines]:
+        """The keepers of the nodes that the cluster of engines has."""
+        return list(self._held.values())
+
     def attach(
         self,
         cluster: EngineCluster,
