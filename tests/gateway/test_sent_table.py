@@ -79,7 +79,8 @@ def reply_to(hub: Hub, version: int) -> HubReply:
 
 
 def test_the_hub_sends_what_a_process_lacks_and_all_to_a_new_one() -> None:
-    hub, known = Hub(), {}
+    hub = Hub()
+    known: Hatches = {}
     hub.publish(table_on([1, 2]), ClusterSnapshot())
     first = reply_to(hub, 0)
     assert first.table is None

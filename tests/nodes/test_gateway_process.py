@@ -89,7 +89,7 @@ async def test_served(tmp_path: Path) -> None:
                 port = await hub.expect(INCARNATION)
                 called = a.hatch._accepted
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as client:
-                served = set()
+                served: set[str] = set()
                 async with asyncio.timeout(LIMIT_S):
                     while served != {"near", "far"}:
                         async with client.post("/v1/completions", json=BODY) as answer:
