@@ -8,6 +8,7 @@ import pytest
 
 from oserve.core import Device
 from oserve.startup.switch_facts import recovered_switch
+from oserve.switch.preview import between_nodes_line
 from oserve.switch.transaction import TransactionPhase
 from oserve.switching.weights import MoveError
 from switching.test_switches import Scene, plan_of, replica
@@ -51,6 +52,16 @@ async def test_before_the_commit_the_old_plan_stays(scene: Scene, where: str, lo
     assert scene.loop.plan.id == "old"
     assert scene.loop.held == frozenset()
     assert await scene.alive() == LEFT[lost]
+
+
+async def test_a_report_tells_the_bytes_between_nodes(scene: Scene) -> None:
+    report = await scene.finish(NEW)
+    assert report.state == "done"
+    programme = report.document()["programme"]
+    [link] = programme["between_nodes"]
+    assert (link["source"], link["target"]) == ("one", "two")
+    assert link["bytes"] == sum(wave["moved_bytes"] for wave in programme["waves"]) > 0
+    assert between_nodes_line(programme) == f"one -> two: {link['bytes']:,} bytes"
 
 
 @pytest.mark.parametrize("lost", ["one", "two"])
