@@ -263,10 +263,12 @@ class Watch:
 def full(view: View) -> bool:
     """Every replica that the nodes in use can hold is ready, by a server's own word."""
     document = view.document
-    barred = {one["name"] for one in document["nodes"] if one["state"] in {"lost", "held_down"}}
+    barred = {
+        one["name"] for one in document.get("nodes", ()) if one["state"] in {"lost", "held_down"}
+    }
     wanted = [
         one
-        for one in document["replicas"]
+        for one in document.get("replicas", ())
         if not any(device.split("/")[0] in barred for device in one["devices"])
         and not (one["note"] == "not in the plan" or one["phase"] == "draining")
     ]
@@ -286,7 +288,7 @@ def on_node_2(document: dict[str, Any]) -> list[str]:
     """Replicas that the loss of node 2 ends."""
     return [
         one["id"]
-        for one in document["replicas"]
+        for one in document.get("replicas", ())
         if one["phase"] == "ready" and any(d.startswith("host2/") for d in one["devices"])
     ]
 
@@ -406,11 +408,13 @@ async def returned(stage: Stage, act: Callable[[], None]) -> None:
     watch, row = Watch(stage.scene), stage.row
     await asyncio.to_thread(act)
     row.noticed_s, row.planned_s, row.whole_s = await asyncio.gather(
-        watch.seen(lambda view: states(view.document)["host2"] in {"held_down", "up"}, "a sign"),
+        watch.seen(
+            lambda view: states(view.document).get("host2") in {"held_down", "up"}, "a sign"
+        ),
         watch.seen(decided, "a decision"),
         watch.seen(
             lambda view: (
-                states(view.document)["host2"] == "up" and carried_out(view) and full(view)
+                states(view.document).get("host2") == "up" and carried_out(view) and full(view)
             ),
             "a whole plan",
         ),
