@@ -373,7 +373,7 @@ async def server(stage: Stage) -> None:
     scene = stage.scene
     before = pids(await scene.until(settled))
     watch = Watch(scene)
-    scene.end_server(signal.SIGKILL)
+    await asyncio.to_thread(scene.end_server, signal.SIGKILL)
     stage.row.noticed_s = await watch.seen(
         lambda view: "controller_away_s" in view.document, "the gateways miss it"
     )
@@ -388,10 +388,11 @@ async def server(stage: Stage) -> None:
 async def gone(stage: Stage, act: Callable[[], None]) -> None:
     """Node 2 goes."""
     watch = Watch(stage.scene)
-    await asyncio.to_thread(act)
     row = stage.row
-    row.noticed_s, row.planned_s, row.whole_s = await asyncio.gather(
-        watch.seen(lost, "host2 is lost"),
+    _, row.noticed_s, row.planned_s, row.whole_s = await asyncio.gather(
+        # To end every process of a host takes a moment.
+        asyncio.to_thread(act),
+        watch.seen(stage.said("node host2 is down"), "host2 is down"),
         watch.seen(decided, "a decision"),
         watch.seen(lambda view: lost(view) and carried_out(view) and full(view), "a whole plan"),
     )
@@ -406,8 +407,8 @@ def plan_of(document: dict[str, Any]) -> str:
 async def returned(stage: Stage, act: Callable[[], None]) -> None:
     """Node 2 is back."""
     watch, row = Watch(stage.scene), stage.row
-    await asyncio.to_thread(act)
-    row.noticed_s, row.planned_s, row.whole_s = await asyncio.gather(
+    _, row.noticed_s, row.planned_s, row.whole_s = await asyncio.gather(
+        asyncio.to_thread(act),
         watch.seen(
             lambda view: states(view.document).get("host2") in {"held_down", "up"}, "a sign"
         ),
