@@ -215,7 +215,7 @@ def wait(true: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path
 
 
 def states(document: dict[str, Any]) -> dict[str, str]:
-    return {one["name"]: one["state"] for one in document["nodes"]}
+    return {one["name"]: one["state"] for one in document.get("nodes", ())}
 
 
 def whole(document: dict[str, Any]) -> bool:
