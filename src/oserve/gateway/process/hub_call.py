@@ -20,7 +20,7 @@ from oserve.gateway.process.messages import (
 
 _log = logging.getLogger("oserve.gateway")
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+HubStreams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 _PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
@@ -30,7 +30,7 @@ _SILENCE_S: Final = 5.0
 _MOST_CALLS: Final = 64
 
 
-class Answers(Protocol):
+class CallAnswerer(Protocol):
     """What a hub answers; see ``Hub``."""
 
     def reply(self, report: WorkerReport, node: str) -> HubReply:
@@ -49,7 +49,7 @@ class HubCall:
     """
 
     def __init__(
-        self, node: str, hub: Answers, dial: Callable[[], Awaitable[Streams]], clock: Clock
+        self, node: str, hub: CallAnswerer, dial: Callable[[], Awaitable[HubStreams]], clock: Clock
     ) -> None:
         self._node = node
         self._hub = hub

@@ -13,7 +13,7 @@ import msgspec
 
 from oserve.core import Clock, HatchAddress, OServeError
 from oserve.gateway.process.hub import Hub
-from oserve.gateway.process.hub_call import HubCall, Streams
+from oserve.gateway.process.hub_call import HubCall, HubStreams
 from oserve.gateway.process.keeper import KeptProcess, NodeKeeper
 from oserve.gateway.process.messages import GatewayHome, GatewayWorkerConfig
 from oserve.gateway.process.states import GatewayState, GatewayStatus, status_of
@@ -65,7 +65,7 @@ class NodeGateway:
         hub: Hub,
         plan: GatewayPlan,
         clock: Clock,
-        dial: Callable[[HatchAddress, str], Awaitable[Streams]],
+        dial: Callable[[HatchAddress, str], Awaitable[HubStreams]],
     ) -> None:
         self._index = index
         self._keeper = keeper
@@ -178,7 +178,7 @@ class NodeGateway:
             ended.cancel()
             late.cancel()
 
-    async def _opened(self) -> Streams:
+    async def _opened(self) -> HubStreams:
         hatch = self._keeper.hatch
         if hatch is None:
             raise HatchError("the node has told no hatch")

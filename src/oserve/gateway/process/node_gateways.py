@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 from oserve.core import Clock, HatchAddress
 from oserve.gateway.process.hub import Hub
-from oserve.gateway.process.hub_call import Streams
+from oserve.gateway.process.hub_call import HubStreams
 from oserve.gateway.process.hub_lines import MAX_LINE_BYTES
 from oserve.gateway.process.keeper import NodeKeeper
 from oserve.gateway.process.node_gateway import GatewayPlan, NodeGateway, process_name
@@ -16,10 +16,10 @@ from oserve.wire.hatch import open_hatch
 
 _log = logging.getLogger("oserve.gateway")
 
-Dialer = Callable[[HatchAddress, str], Awaitable[Streams]]
+Dialer = Callable[[HatchAddress, str], Awaitable[HubStreams]]
 
 
-async def dial_through_hatch(hatch: HatchAddress, name: str) -> Streams:
+async def dial_through_hatch(hatch: HatchAddress, name: str) -> HubStreams:
     """Open the way to a socket behind a hatch. Raises HatchError."""
     return await open_hatch(hatch, name, limit=MAX_LINE_BYTES)
 
