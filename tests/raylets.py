@@ -90,6 +90,11 @@ class Raylets:
         )
 
     @property
+    def folder(self) -> Path:
+        """A folder that all hosts see."""
+        return self._folder
+
+    @property
     def address(self) -> str:
         """``HOST:PORT`` of the head."""
         return f"{self._hosts[0].address}:{GCS_PORT}"
