@@ -298,11 +298,13 @@ def decided(view: View) -> bool:
 
 
 def carried_out(view: View) -> bool:
-    """A decision was made, and if it was for another plan, that plan serves."""
-    if not decided(view):
+    """The last decision is carried out: if it was for another plan, that plan serves."""
+    _, made, since = view.log.rpartition(" (node): ")
+    if not made:
         return False
-    switches = re.search(r"decision \d+ \(node\): switch", view.log) is not None
-    return not switches or re.search(r"switch \S+: (commit|done)", view.log) is not None
+    return (
+        not since.startswith("switch") or re.search(r"switch \S+: (commit|done)", since) is not None
+    )
 
 
 def lost(view: View) -> bool:
