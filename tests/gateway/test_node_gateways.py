@@ -24,7 +24,7 @@ from oserve.core import (
 from oserve.gateway.process.client import HubClient
 from oserve.gateway.process.home import localised
 from oserve.gateway.process.hub import Hub
-from oserve.gateway.process.hub_call import Streams
+from oserve.gateway.process.hub_call import HubStreams
 from oserve.gateway.process.hub_lines import CalledLine
 from oserve.gateway.process.keeper import KeptProcess
 from oserve.gateway.process.messages import (
@@ -190,7 +190,7 @@ class Node:
         for process in self.held.values():
             process.lost = asyncio.get_running_loop().create_future()
 
-    async def dial(self, name: str) -> Streams:
+    async def dial(self, name: str) -> HubStreams:
         assert known_name(name)
         self.dialled += 1
         if not self.up:
@@ -225,7 +225,7 @@ class World:
     async def _operate(self, call: OperatorCall) -> OperatorAnswer:
         return OperatorAnswer(status=409, body=call.path.encode())
 
-    async def _dial(self, hatch: HatchAddress, name: str) -> Streams:
+    async def _dial(self, hatch: HatchAddress, name: str) -> HubStreams:
         return await self.nodes[hatch.certificate.split()[-1]].dial(name)
 
     async def _move(self) -> None:

@@ -50,7 +50,7 @@ class Supervisor:
         self.keepers.append(dict(keepers))
 
 
-def held(name: str, **facts: str) -> Held:
+def held(name: str, **facts: Any) -> Held:
     return Held(name, NodeFacts(python="/python", boot=f"boot {name}", host=name, **facts))
 
 
