@@ -5,6 +5,7 @@ print. Pure data: this package knows neither engines nor measurements nor server
 """
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
+from oserve.core.caller import DEFAULT_TENANT, Caller, KeyRole
 from oserve.core.clock import Clock, VirtualClock
 from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
@@ -42,9 +43,11 @@ from oserve.core.state import (
 from oserve.core.workload import WorkloadType
 
 __all__ = [
+    "DEFAULT_TENANT",
     "Action",
     "AttachedBackend",
     "Backend",
+    "Caller",
     "Clock",
     "CommitReplicas",
     "DeploymentPlan",
@@ -54,6 +57,7 @@ __all__ = [
     "EngineWork",
     "FinishStatus",
     "HatchAddress",
+    "KeyRole",
     "LengthClass",
     "NodePhase",
     "NodeSighting",
