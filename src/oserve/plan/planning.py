@@ -16,6 +16,7 @@ from oserve.core import (
     PlannedType,
     Precision,
     ReplicaShape,
+    Tier,
 )
 from oserve.perf import ShapePerformance
 from oserve.perf.capacity import LatencyLimits
@@ -39,7 +40,8 @@ class PlanRequest:
     one, which is simpler; the model errs by some per cent. If ``min_shapes`` asks for several
     shapes, the best deployment with so many wins, if there is one. ``spread``: the share of the
     objective that may be paid so that the loss of one node leaves every type a replica (see
-    ``redundancy``). ``notes``: remarks on the request itself.
+    ``redundancy``). ``tiers``: service tiers, whose limits ``limits`` has by type. ``notes``:
+    remarks on the request itself.
     """
 
     model: str
@@ -59,6 +61,7 @@ class PlanRequest:
     min_gain: float = 0.0
     min_shapes: int = 1
     spread: float = 0.0
+    tiers: tuple[Tier, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -201,6 +204,9 @@ def predict(
         request.source,
         [problem.options[index].shape for index in used],
         problem.types,
+        limits={
+            name: LatencyLimits(precisions=own.precisions) for name, own in request.limits.items()
+        },
         longest_tokens=request.demand.longest_tokens,
     )
     free = replace(problem, options=table, current=None)
@@ -234,6 +240,7 @@ def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentP
             for name, share in placed.routing_shares[kind].items():
                 mixed[name] = mixed.get(name, 0.0) + part * share
         shares[item.name] = _whole(mixed or {spec.id: 1.0 for spec in placed.replicas})
+    tiers = {kind.name: kind.tier for kind in demand.types}
     return DeploymentPlan(
         id="planned",
         replicas=placed.replicas,
@@ -245,6 +252,7 @@ def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentP
                 prompt_tokens=round(prompt, 3),
                 output_tokens=round(output, 3),
                 shares=_whole(placed.routing_shares[name]),
+                tier=tiers[name],
             )
             for name, (prompt, output) in demand.centres.items()
         ),
