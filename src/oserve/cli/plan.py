@@ -40,6 +40,7 @@ from oserve.cli.plan_input import (
     limits_from,
     played_from,
     precisions_from,
+    seqs_for,
     sizes_from,
 )
 from oserve.cli.switch import live_plan
@@ -244,7 +245,7 @@ def plan(
         pipeline_parallel_sizes=sizes_from("--pipeline-parallel-size", pipeline_parallel_size),
         precisions=tuple(precisions_from(precision, tiers)),
         max_num_batched_tokens=sizes_from("--max-num-batched-tokens", max_num_batched_tokens),
-        max_num_seqs=sizes_from("--max-num-seqs", max_num_seqs),
+        max_num_seqs=sizes_from("--max-num-seqs", max_num_seqs) or seqs_for(tiers),
     )
     found = compute_plan(
         PlanRequest(

@@ -19,6 +19,7 @@ from oserve.nodes.ray_address import is_ray, ray_address
 from oserve.nodes.ray_cluster import check_ray_installed, listed_devices
 from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import Demand, demand_from_rates, scaled
+from oserve.plan.tier_table import TIER_SEQS
 from oserve.plan.tiers import demand_by_tier, tier_indices, tier_limits, with_tiers
 from oserve.traces import TraceRequest
 
@@ -88,6 +89,11 @@ def precisions_from(given: Sequence[Precision] | None, tiers: Sequence[Tier]) ->
     """The precisions to plan with: those given, else those that tiers name; none: the default."""
     named = [item for tier in tiers for item in tier.precisions]
     return list(dict.fromkeys(given or named))
+
+
+def seqs_for(tiers: Sequence[Tier]) -> tuple[int, ...]:
+    """Sequence limits to consider: small ones keep a tight TPOT; none: the default."""
+    return TIER_SEQS if len({tier.tpot_s for tier in tiers}) > 1 else ()
 
 
 def sizes_from(option: str, text: str | None) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
 from oserve.plan.redundancy import place_redundantly
 from oserve.plan.score import EQUAL
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
+from oserve.plan.tier_table import tier_table
 
 # Overflow covers smaller shares.
 _LEAST_SHARE = 0.005
@@ -136,13 +137,7 @@ def compute_plan(request: PlanRequest) -> PlanResult:
     """Compute the plan. Raises OServeError, with a remedy, if nothing can serve the demand."""
     demand = request.demand
     started = time.perf_counter()
-    table = performance_table(
-        request.source,
-        request.shapes,
-        demand.types,
-        limits=request.limits,
-        longest_tokens=demand.longest_tokens,
-    )
+    table = request_table(request)
     tabled = time.perf_counter()
     _refuse_unmet(request, table)
     problem = PlanProblem(
@@ -184,6 +179,23 @@ def compute_plan(request: PlanRequest) -> PlanResult:
         price=choice.price,
         exposed=choice.exposed,
     )
+
+
+def request_table(request: PlanRequest) -> tuple[ShapePerformance, ...]:
+    """The capacities of a request's shapes; with tiers see ``tier_table``."""
+
+    def make(limits: Mapping[str, LatencyLimits]) -> tuple[ShapePerformance, ...]:
+        return performance_table(
+            request.source,
+            request.shapes,
+            request.demand.types,
+            limits=limits,
+            longest_tokens=request.demand.longest_tokens,
+        )
+
+    if not request.tiers:
+        return make(request.limits)
+    return tier_table([kind.name for kind in request.demand.types], request.limits, make)
 
 
 def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
