@@ -14,7 +14,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -188,14 +188,14 @@ def _pools(case: Case) -> Found:
     for cut in range(1, len(names)):
         groups = [_types(case, names[:cut]), _types(case, names[cut:])]
         for size in range(2, whole, 2):
-            pair = [
-                _ranked(case, group, n)[:1]
+            first, second = (
+                _ranked(case, group, n)[:2]
                 for group, n in zip(groups, (size, whole - size), strict=True)
+            )
+            found += [
+                (min(one.scale, other.scale), [(one, groups[0]), (other, groups[1])])
+                for one, other in product(first, second)
             ]
-            if all(pair):
-                first, second = pair[0][0], pair[1][0]
-                pools = [(first, groups[0]), (second, groups[1])]
-                found.append((min(first.scale, second.scale), pools))
     found.sort(key=lambda item: -item[0])
     return _best(case, [_shared(case, pools) for _, pools in found[: 2 * case.most]])
 
