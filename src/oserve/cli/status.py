@@ -10,6 +10,7 @@ from oserve.cli.ladder_status import show_ladder
 from oserve.cli.node import node_table
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
+from oserve.switch.preview import between_nodes_line
 
 
 def status(
@@ -93,6 +94,8 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
         words += f", wave {switch['wave'] + 1} of {switch['waves']}, {switch['phase']}"
         if switch["total_bytes"]:
             words += f", {switch['moved_bytes'] / switch['total_bytes']:.0%} of the bytes"
+    if between := between_nodes_line(switch.get("programme") or {}):
+        words += f"; {between}"
     if switch["reason"]:
         words += f" ({switch['reason']})"
     console.print(words, markup=False, soft_wrap=True)

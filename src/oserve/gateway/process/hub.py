@@ -25,6 +25,7 @@ from oserve.gateway.process.messages import (
     ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.process.packed_table import PackedTable, packed
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
@@ -51,6 +52,7 @@ class Hub:
         self._batches: list[Batch] = []
         self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
+        self._packed: PackedTable | None = None
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
@@ -74,7 +76,7 @@ class Hub:
     def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
         """Send this table and snapshot to each process with its next report."""
         if table != self._table:
-            self._table = table
+            self._table, self._packed = table, packed(table)
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
@@ -166,7 +168,7 @@ class Hub:
             version=self._version,
             counted=report.counts.number,
             snapshot=snapshot,
-            table=self._table if report.table != self._version else None,
+            table=self._packed if report.table != self._version else None,
             whole=report.whole,
         )
 
