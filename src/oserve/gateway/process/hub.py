@@ -105,6 +105,18 @@ class Hub:
         return found
 
     @property
+    def tier_outcomes(self) -> dict[str, dict[str, int]]:
+        """By tier, how many requests ended in which way, over all processes since the start."""
+        name = "oserve_tier_requests"
+        series = [self._ended.get(name, {})]
+        series += [report.metrics.get(name, {}) for report in self._reports.values()]
+        found: dict[str, dict[str, int]] = {}
+        for labels, numbers in merged({name: item} for item in series).get(name, {}).items():
+            tier, outcome = labels.split("\t")
+            found.setdefault(tier, {})[outcome] = int(numbers[0])
+        return found
+
+    @property
     def counted_until_s(self) -> float:
         """Unix time up to which every process has reported its counts; infinity without processes.
 
