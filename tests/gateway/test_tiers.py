@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gateway.conftest import Make, table_of, table_replica
@@ -88,6 +89,11 @@ def test_limits_in_headers_only_tighten() -> None:
     looser = promise_of(TABLE, Caller(), {b"x-slo-ttft-ms": b"90000"}, parsed)
     assert looser is not None
     assert looser.ttft_s == 60.0
+
+
+def test_tiers_reach_the_gateway_processes_with_the_table() -> None:
+    sent = msgspec.json.encode(TABLE)
+    assert msgspec.json.decode(sent, type=RoutingTable) == TABLE
 
 
 def test_without_tiers_everything_is_as_before() -> None:

@@ -159,9 +159,6 @@ class TierSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     service_tier: Annotated[str, msgspec.Meta(pattern="^(|flex|priority|scale)$")] = ""
 
 
-TierName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
-
-
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """All settings. ``state_dir``: the folder of logs, request records and the server's state.
 
@@ -172,7 +169,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     served_model_name: str = ""
     plan: str = ""
     state_dir: str = ".oserve"
-    tiers: Annotated[dict[TierName, TierSettings], msgspec.Meta(max_length=16)] = {}
+    tiers: Annotated[dict[str, TierSettings], msgspec.Meta(max_length=16)] = {}
     default_tier: str = ""
     cluster: ClusterSettings = ClusterSettings()
     engines: EngineSettings = EngineSettings()

@@ -1,18 +1,35 @@
 """Service tiers from the settings, or from a command's options."""
 
+import re
 from collections.abc import Sequence
 
 from oserve.config.settings import Settings, TierSettings
-from oserve.core import OServeError, OverloadAction, Precision, Tier
+from oserve.core import (
+    DeploymentPlan,
+    OServeError,
+    OverloadAction,
+    Precision,
+    Tier,
+    VllmBackend,
+)
 
+_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,31}")
 _FORM = "NAME=TTFT_MS/TPOT_MS[/PRECISION+PRECISION], for example chat=500/20/bf16 or bulk=-/-"
 
 
 def tiers_of(settings: Settings) -> tuple[Tier, ...]:
     """The tiers of the settings, in their order.
 
-    Raises OServeError for two tiers with one ``service_tier``, or a default tier that is not there.
+    Raises OServeError for an invalid name, two tiers with one ``service_tier``, or a default tier
+    that is not there.
     """
+    for name in settings.tiers:
+        if not _NAME.fullmatch(name):
+            raise OServeError(
+                f"{name!r} cannot be the name of a tier",
+                place=f"tiers.{name}",
+                remedy="use up to 32 lower-case letters, digits, - and _",
+            )
     tiers = tuple(_tier(name, own) for name, own in settings.tiers.items())
     words: dict[str, str] = {}
     for tier in tiers:
@@ -31,6 +48,25 @@ def tiers_of(settings: Settings) -> tuple[Tier, ...]:
             remedy=f"the tiers are {', '.join(settings.tiers)}" if tiers else "name it in tiers",
         )
     return tiers
+
+
+def check_tiers(plan: DeploymentPlan, tiers: Sequence[Tier]) -> None:
+    """Check that each tier has a replica of a precision that it allows; raises OServeError.
+
+    The precision of attached servers is unknown.
+    """
+    known = {
+        spec.shape.precision.value if isinstance(spec.backend, VllmBackend) else ""
+        for spec in plan.replicas
+    }
+    for tier in tiers:
+        if not any(tier.allows(precision) for precision in known):
+            raise OServeError(
+                f"no replica of the plan has a precision that the tier {tier.name!r} allows: "
+                + ", ".join(tier.precisions),
+                place=f"tiers.{tier.name}.precisions",
+                remedy="allow another one, or give a plan with such a replica",
+            )
 
 
 def default_tier(settings: Settings) -> str:
