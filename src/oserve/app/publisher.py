@@ -7,10 +7,11 @@ import msgspec
 
 from oserve import __version__
 from oserve.app.controller import ControllerService
+from oserve.config.tiers import default_tier, tiers_of
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.routing import routing_table
-from oserve.control.status import gauges, status_document, summary
+from oserve.control.status import gauges, status_document, summary, tier_rows
 from oserve.core import DeploymentPlan, Observation
 from oserve.engines.energy import EnergyMeter
 from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
@@ -45,6 +46,8 @@ class StatusPublisher:
         self._changed = changed
         self._ordered = deployment.settings.gateway.order.policy == "priority"
         self._line = ""
+        self._tiers = tiers_of(deployment.settings)
+        self._default_tier = default_tier(deployment.settings)
         self._costs = deployment.costs if controller is None else controller.costs
         self._energy = EnergyMeter(deployment.devices, self._costs)
 
@@ -75,6 +78,7 @@ class StatusPublisher:
         document["tuning"] = self._tuning.document()
         gateways = self._gateway.status()
         document["gateways"] = gateway_documents(gateways)
+        document["tiers"] = tier_rows(self._tiers, self._gateway.tier_outcomes)
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
@@ -98,4 +102,6 @@ class StatusPublisher:
             expected=len(lost) < len(plan.replicas),
             costs=self._costs,
             constants=self._tuning.constants,
+            tiers=self._tiers,
+            default_tier=self._default_tier,
         )

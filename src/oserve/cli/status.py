@@ -67,6 +67,7 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_tiers(console, document.get("tiers", []))
     _show_energy(console, document.get("energy"))
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
@@ -88,6 +89,24 @@ def _gateway_table(gateways: list[dict[str, Any]]) -> Table:
             one["reason"],
         )
     return table
+
+
+def _show_tiers(console: Console, tiers: list[dict[str, Any]]) -> None:
+    """Show the limits of each tier, and the share of requests that kept them since the start."""
+    if not tiers:
+        return
+    table = Table("tier", "TTFT", "TPOT", "E2E", "precisions", "requests", "kept")
+    for row in tiers:
+        limits = (row["ttft_ms"], row["tpot_ms"], row["e2e_ms"])
+        kept = row["attainment"]
+        table.add_row(
+            row["tier"],
+            *("-" if limit is None else f"{limit:g} ms" for limit in limits),
+            ", ".join(row["precisions"]) or "any",
+            f"{sum(row['requests'].values()):,}",
+            "-" if kept is None else f"{kept:.1%}",
+        )
+    console.print(table)
 
 
 def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from oserve.control.evaluation import Leg
 from oserve.control.ladder import Shapes
 from oserve.control.rollout import stages
-from oserve.core import DeploymentPlan, Device, PlannedType, ReplicaSpec
+from oserve.core import DeploymentPlan, Device, PlannedType, ReplicaSpec, WorkloadType
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 from oserve.plan.search import DeploymentCandidate
@@ -122,10 +122,10 @@ def extended(
 
 
 def typed_plan(
-    plan: DeploymentPlan, names: Sequence[str], centres: Sequence[tuple[float, float]]
+    plan: DeploymentPlan, types: Sequence[WorkloadType], centres: Sequence[tuple[float, float]]
 ) -> DeploymentPlan:
-    """The plan with types of these names and centres; each gets the shares of its class."""
-    same = [kind.name for kind in plan.planned_types] == list(names)
+    """The plan with these types at these centres; each gets the shares of its class."""
+    same = [kind.name for kind in plan.planned_types] == [kind.name for kind in types]
     present = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
     if same and np.allclose(present, centres, rtol=1e-3):
         return plan
@@ -133,13 +133,14 @@ def typed_plan(
         plan,
         planned_types=tuple(
             PlannedType(
-                name=name,
+                name=kind.name,
                 prompt_tokens=prompt,
                 output_tokens=output,
                 shares=plan.routing_shares.get(
                     classify(round(prompt), plan.length_classes).name, {}
                 ),
+                tier=kind.tier,
             )
-            for name, (prompt, output) in zip(names, centres, strict=True)
+            for kind, (prompt, output) in zip(types, centres, strict=True)
         ),
     )

@@ -392,4 +392,4 @@ class ControllerRuntime:
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
-        return typed_plan(plan, [kind.name for kind in facts.types], facts.centres)
+        return typed_plan(plan, facts.types, facts.centres)

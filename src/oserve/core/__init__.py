@@ -5,6 +5,7 @@ print. Pure data: this package knows neither engines nor measurements nor server
 """
 
 from oserve.core.actions import Action, CommitReplicas, DrainReplica, StartReplica, StopReplica
+from oserve.core.caller import DEFAULT_TENANT, Caller, KeyRole
 from oserve.core.clock import Clock, VirtualClock
 from oserve.core.endpoint import Endpoint, HatchAddress
 from oserve.core.errors import OServeError
@@ -39,12 +40,15 @@ from oserve.core.state import (
     ReplicaState,
     StartFailures,
 )
+from oserve.core.tier import OverloadAction, Promise, Tier
 from oserve.core.workload import WorkloadType
 
 __all__ = [
+    "DEFAULT_TENANT",
     "Action",
     "AttachedBackend",
     "Backend",
+    "Caller",
     "Clock",
     "CommitReplicas",
     "DeploymentPlan",
@@ -54,6 +58,7 @@ __all__ = [
     "EngineWork",
     "FinishStatus",
     "HatchAddress",
+    "KeyRole",
     "LengthClass",
     "NodePhase",
     "NodeSighting",
@@ -61,8 +66,10 @@ __all__ = [
     "OServeError",
     "Objective",
     "Observation",
+    "OverloadAction",
     "PlannedType",
     "Precision",
+    "Promise",
     "ReplicaLoad",
     "ReplicaPart",
     "ReplicaPhase",
@@ -75,6 +82,7 @@ __all__ = [
     "StartFailures",
     "StartReplica",
     "StopReplica",
+    "Tier",
     "VirtualClock",
     "VllmBackend",
     "WorkloadType",

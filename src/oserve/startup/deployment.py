@@ -11,6 +11,7 @@ import msgspec
 from oserve.config import Settings, load_plan, parse_plan
 from oserve.config.policies import ladder_goal
 from oserve.config.reading import read_text
+from oserve.config.tiers import check_tiers, tiers_of
 from oserve.control.decision import Mode
 from oserve.control.speed import speeds_from
 from oserve.core import (
@@ -92,6 +93,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
     settings, the plan or the machines does not fit.
     """
     settings = _located(settings)
+    tiers = tiers_of(settings)
     nodes = nodes or _this_machine(settings)
     devices = nodes.devices
     plain = plain_precisions(devices, nodes.processor)
@@ -113,6 +115,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
     plan = first.plan
     check_plan(plan, devices, place=settings.plan or "plan")
     check_engines(plan, devices, settings)
+    check_tiers(plan, tiers)
     if any(isinstance(spec.backend, AttachedBackend) for spec in plan.replicas):
         mode = _without_controller(settings, "a replica of the plan is attached")
     attached_only = all(not spec.devices for spec in plan.replicas)
@@ -184,7 +187,9 @@ def fingerprint_of(
     """A fingerprint of all that a plan depends on, except the traffic."""
     engines = msgspec.structs.replace(settings.engines, log_dir="")
     cores = [(d.id, d.kind, d.cores) for d in devices]
-    facts = (settings.model, engines, settings.planning, cores, plain)
+    facts = [settings.model, engines, settings.planning, cores, plain]
+    if settings.tiers:
+        facts += [settings.tiers, settings.default_tier]
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=8).hexdigest()
 
 

@@ -122,6 +122,16 @@ class Hub:
         return self._book.open_breakers
 
     @property
+    def tier_outcomes(self) -> dict[str, dict[str, int]]:
+        """By tier, how many requests ended in which way, over all processes since the start."""
+        self._book.expire(self._now())
+        found: dict[str, dict[str, int]] = {}
+        for labels, numbers in self._book.metrics().get("oserve_tier_requests", {}).items():
+            tier, outcome = labels.split("\t")
+            found.setdefault(tier, {})[outcome] = int(numbers[0])
+        return found
+
+    @property
     def counted_until_s(self) -> float:
         """See ``ReportBook.counted_until_s``."""
         self._book.expire(self._now())
