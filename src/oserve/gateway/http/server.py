@@ -219,12 +219,8 @@ class Gateway:
             prompt_size=size,
         )
         order = (self.runner.table.constants or self._constants).order
-        rank = rank_s(
-            order,
-            arrival_s=now_s,
-            prompt_tokens=prompt_tokens,
-            client_priority=_priority(exchange, parsed),
-        )
+        priority = _priority(exchange, parsed)
+        rank = rank_s(order, arrival_s=now_s, prompt_tokens=prompt_tokens, client_priority=priority)
         self.runner.accept(session, rank + shift_s(order, promise, estimate.output_tokens))
 
     def _parsed(self, exchange: Exchange) -> GenerateBody:
@@ -388,8 +384,7 @@ class Gateway:
         queued = runner.queued + runner.snapshot.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
         away_s = 0.0 if self.away_s is None else self.away_s()
-        gauges["oserve_controller_away_seconds"] = {(): away_s}
-        alone = away_s > 0.0
+        gauges["oserve_controller_away_seconds"], alone = {(): away_s}, away_s > 0.0
         merged_metrics = {} if alone else runner.snapshot.metrics
         own = merged_metrics or runner.metrics.snapshot()
         text = exposition(merged([own, runner.snapshot.counters]), gauges)
