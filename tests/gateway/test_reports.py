@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from oserve.control.dispatch.events import LoadElsewhere
+from oserve.control.dispatch.machine import RequestMachine
+from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.tally import Batch
 from oserve.core import FinishStatus, RequestRecord
 from oserve.gateway.process.messages import WorkerReport
@@ -205,3 +208,10 @@ def test_an_outbox_has_an_end() -> None:
     outbox.acknowledge(1000)
     assert outbox.put(replace(one, prompt_tokens=2))
     assert outbox.next()[0] == 1000
+
+
+def test_limits_are_divided_by_the_processes_that_report() -> None:
+    machine = RequestMachine(DispatchPolicy(max_queued=9))
+    for processes, most in ((0, 9), (4, 3), (0, 3), (1, 9)):
+        machine.handle(LoadElsewhere({}, processes), 0.0)
+        assert machine.waiting._max_queued == most

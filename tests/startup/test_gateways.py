@@ -50,8 +50,8 @@ class Supervisor:
         self.keepers.append(dict(keepers))
 
 
-def held(name: str, **facts: Any) -> Held:
-    return Held(name, NodeFacts(python="/python", boot=f"boot {name}", host=name, **facts))
+def held(name: str) -> Held:
+    return Held(name, NodeFacts(python="/python", boot=f"boot {name}", host=name))
 
 
 def test_nodes_in_reach_that_are_not_this_machine_have_gateways() -> None:
