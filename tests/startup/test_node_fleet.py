@@ -14,11 +14,12 @@ from oserve.engines.cluster import EngineCluster
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.directory import ClusterNode, NodeChanged
 from oserve.nodes.examination import LinkFacts
-from oserve.nodes.known_nodes import KnownNodes
+from oserve.nodes.known_nodes import KnownDirectory, KnownNodes
 from oserve.perf.device import Link
 from oserve.perf.source import DEFAULT_NETWORK
 from oserve.startup.deployment import prepare
-from oserve.startup.node_fleet import NodeFleet
+from oserve.startup.lock import StateLock
+from oserve.startup.node_fleet import NodeFleet, node_directory
 
 
 def node(name: str, *, bf16: bool = True, slots: int = 2) -> ClusterNode:
@@ -212,3 +213,15 @@ async def test_growth_is_told_once_a_node_has_joined(tmp_path: Path) -> None:
     world.told.tell(node("b"))
     assert told == [4]
     await world.fleet.close(end_nodes=False)
+
+
+async def test_a_visitor_orders_nothing_on_the_nodes_of_a_server(tmp_path: Path) -> None:
+    settings = load_settings(None, {"cluster.nodes": "ray:h:6379", "state_dir": str(tmp_path)}, {})
+    KnownNodes(tmp_path / "hatches", "ray:h:6379").write({"a": node("a")})
+    lock = StateLock(tmp_path)
+    directory = node_directory(settings)
+    assert isinstance(directory, KnownDirectory)
+    await directory.start()
+    assert directory.nodes == {"a": node("a")}
+    await directory.close(end_nodes=False)
+    lock.release()

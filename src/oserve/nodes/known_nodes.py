@@ -61,6 +61,20 @@ class KnownNodes:
             self._failed = True
 
 
+class KnownDirectory:
+    """The nodes that a server has reached, for a visitor: nothing is asked and nothing ordered."""
+
+    def __init__(self, nodes: dict[str, ClusterNode]) -> None:
+        self.nodes = nodes
+        self.silent = ""
+
+    async def start(self) -> None:
+        """See ``NodeDirectory.start``."""
+
+    async def close(self, *, end_nodes: bool) -> None:
+        """See ``NodeDirectory.close``: the nodes are the server's."""
+
+
 def server_owner(state_dir: Path, folder: Path) -> ServerOwner:
     """The server of a state folder, as nodes are to know it; its key is kept in ``folder``.
 

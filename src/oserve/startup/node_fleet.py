@@ -24,7 +24,7 @@ from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, NodeDirectory
 from oserve.nodes.host_cluster import HostDirectory, asked_devices
-from oserve.nodes.known_nodes import KnownNodes, server_owner
+from oserve.nodes.known_nodes import KnownDirectory, KnownNodes, server_owner
 from oserve.nodes.link_book import LinkBook
 from oserve.nodes.link_measuring import LinkMeasuring
 from oserve.nodes.model_fetch import ModelFetch
@@ -351,8 +351,19 @@ def _models(settings: Settings) -> tuple[str, ...]:
 
 
 def node_directory(settings: Settings) -> NodeDirectory | None:
-    """The same nodes for a visitor that serves nothing there; remembers none."""
-    return _maker(settings)(lambda _node: None, {}) if settings.cluster.nodes else None
+    """The same nodes for a visitor that serves nothing there; remembers none.
+
+    Agents of Ray carry out orders, and a visitor's may differ from those of the server that uses
+    them: then its nodes are visited as it knows them.
+    """
+    text = settings.cluster.nodes
+    if not text:
+        return None
+    if is_ray(text) and serves_already(settings):
+        nodes = KnownNodes(Path(settings.state_dir) / "hatches", text).read()
+        if nodes:
+            return KnownDirectory(nodes)
+    return _maker(settings)(lambda _node: None, {})
 
 
 def _maker(settings: Settings) -> _MakeDirectory:
