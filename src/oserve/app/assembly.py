@@ -10,6 +10,7 @@ from oserve.core import Clock, ReplicaState
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.holding import HeldEngines, KeeperPlace, LocalDial
 from oserve.engines.mover import Mover
+from oserve.gateway.access.key_file import KEY_FILE
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.startup.deployment import ServerDeployment
@@ -75,6 +76,7 @@ def gateway_supervisor(
             settings=settings,
             models=deployment.models,
             keys=api_keys(settings),
+            keys_file=(folders.state / KEY_FILE).resolve(),
             keeper=GatewayKeeper(keeper, folders.log),
             run_dir=folders.run,
             operate=operate,

@@ -1,6 +1,8 @@
 """Operators' calls over HTTP: switch to a plan, evaluate one, or say what nodes are for."""
 
 import asyncio
+import logging
+import time
 from typing import Any
 
 import msgspec
@@ -9,14 +11,19 @@ from oserve.app.decisions import ClusterView, DecisionLoop
 from oserve.control.decision import Trigger
 from oserve.control.loop import ControlLoop
 from oserve.core import DeploymentPlan, OServeError
+from oserve.gateway.access.audit import AuditEntry, AuditLog
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.node_operations import NodeOperations
 from oserve.startup.plan_check import allowed_plan, check_engines, known_devices
 from oserve.switching.switcher import Switcher
 
+_log = logging.getLogger("oserve.control")
+
 _SWITCH_PATH = "/oserve/v1/switch"
 _NODES_PATH = "/oserve/v1/nodes"
+_DONE = 200
+_MOST_ACTION = 200
 
 
 class CallRefusedError(Exception):
@@ -35,7 +42,9 @@ class OperatorApi:
         decisions: DecisionLoop | None,
         view: ClusterView,
         nodes: NodeOperations,
+        audit: AuditLog,
     ) -> None:
+        self._audit = audit
         self._nodes = nodes
         self._deployment = deployment
         self._loop = loop
@@ -44,7 +53,27 @@ class OperatorApi:
         self._view = view
 
     async def answer(self, call: OperatorCall) -> OperatorAnswer:
-        """Execute a call; errors become the answer."""
+        """Execute a call; errors become the answer. What changes the fleet is audited."""
+        answer = await self._answered(call)
+        action = _changing(call)
+        if action is not None:
+            document = msgspec.json.decode(answer.body)
+            facts = {"plan": document["line"]} if "line" in document else {}
+            entry = AuditEntry(
+                at_s=round(time.time(), 3),
+                actor=call.actor,
+                source=call.source,
+                action=action,
+                outcome="done" if answer.status == _DONE else document["error"]["message"],
+                facts=facts,
+            )
+            try:
+                await asyncio.to_thread(self._audit.write, entry)
+            except OSError as error:
+                _log.error("the audit log cannot be written: %s; %r", error, entry)
+        return answer
+
+    async def _answered(self, call: OperatorCall) -> OperatorAnswer:
         try:
             if call.path == _NODES_PATH:
                 return _answer(200, await self._nodes.answer(call.body, self._view.observation))
@@ -89,6 +118,20 @@ class OperatorApi:
         if given is not None:
             found["foreseen"] = await asyncio.to_thread(self._switcher.foresee, given, observation)
         return found
+
+
+def _changing(call: OperatorCall) -> str | None:
+    """What a call asks to change; ``None``: it only asks."""
+    if call.path == _SWITCH_PATH:
+        return "switch"
+    if call.path != _NODES_PATH:
+        return None
+    try:
+        wanted = msgspec.json.decode(call.body, type=dict[str, str])
+    except msgspec.DecodeError:
+        return None
+    action = wanted.get("action", "")
+    return None if action == "list" else f"{action} {wanted.get('node', '')}"[:_MOST_ACTION]
 
 
 def _answer(status: int, document: dict[str, Any]) -> OperatorAnswer:

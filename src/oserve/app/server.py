@@ -26,6 +26,7 @@ from oserve.control.reconcile import given_up
 from oserve.control.status import explained
 from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
+from oserve.gateway.access.audit import AUDIT_FILE, AuditLog
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import server_folders
@@ -124,6 +125,7 @@ class OServeServer:
             decisions=self._decisions,
             view=self._view,
             nodes=self._nodes,
+            audit=AuditLog(folders.state / AUDIT_FILE),
         )
 
     @property

@@ -56,6 +56,16 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 5.0
 
 
+class TlsSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """TLS of the gateway's port: PEM files of the certificate (with its chain) and of its key.
+
+    Both are read again when they change. Unset: plain HTTP.
+    """
+
+    certificate_file: str = ""
+    key_file: str = ""
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The gateway.
 
@@ -64,8 +74,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
     type's pool. ``inflight_per_device`` bounds the requests in flight at a replica; unset: twice
     its sequence limit.
-    API keys come from ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file`` (one a line);
-    without any the gateway is open.
+    API keys come from ``oserve keys``, ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file``
+    (one a line; those of both are admins of the default tenant); without any the gateway is open.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +93,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     overflow_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     inflight_per_device: Annotated[float, msgspec.Meta(gt=0)] | None = None
     api_keys_file: str = ""
+    tls: TlsSettings = TlsSettings()
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
     move: MoveSettings = MoveSettings()

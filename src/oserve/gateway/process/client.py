@@ -97,9 +97,12 @@ class HubClient:
         silent_s = time.monotonic() - self._last_reply_s
         return silent_s if silent_s > _AWAY_S else 0.0
 
-    async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def operate(
+        self, path: str, body: bytes, actor: str = "", source: str = ""
+    ) -> tuple[int, bytes]:
         """Forward an operator's call; raises ConnectionError if the hub does not answer."""
-        answer = await self._ask(OperatorCall(path=path, body=body), None)
+        call = OperatorCall(path=path, body=body, actor=actor, source=source)
+        answer = await self._ask(call, None)
         if isinstance(answer, OperatorAnswer):
             return answer.status, answer.body
         raise ConnectionError("the hub answered with a message of another type")

@@ -19,14 +19,15 @@ MESSAGE_PATH = b"/message"
 class GatewayWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway process needs at its start: one JSON line on its standard input.
 
-    ``hub`` is the path of the hub's Unix socket. ``estimator`` is the state of an
-    ``OutputEstimator`` that has learned from earlier requests.
+    ``hub`` is the path of the hub's Unix socket, ``keys_file`` that of the key file.
+    ``estimator`` is the state of an ``OutputEstimator`` that has learned from earlier requests.
     """
 
     process: int
     hub: str
     models: tuple[str, ...]
     api_keys: list[str]
+    keys_file: str
     settings: GatewaySettings
     estimator: dict[str, Any] | None = None
 
@@ -68,10 +69,15 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
 
 
 class OperatorCall(msgspec.Struct, frozen=True, kw_only=True, tag="operator_call"):
-    """An operator's HTTP call, passed on by the gateway process that received it."""
+    """An operator's HTTP call, passed on by the gateway process that received it.
+
+    ``actor``: tenant and id of the key, for the audit log; ``source``: the caller's address.
+    """
 
     path: str
     body: bytes
+    actor: str = ""
+    source: str = ""
 
 
 class OperatorAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="operator_answer"):

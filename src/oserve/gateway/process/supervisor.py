@@ -33,13 +33,15 @@ _RESTART_DELAY_S = 1.0
 class SupervisorOptions:
     """What gateway processes serve, and which keeper holds them.
 
-    ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
-    state of an ``OutputEstimator`` that has learned from earlier requests.
+    ``run_dir`` is for the hub's socket. ``keys_file``: where ``oserve keys`` keeps the keys.
+    ``operate`` answers operators' calls. ``estimator`` is the state of an ``OutputEstimator`` that
+    has learned from earlier requests.
     """
 
     settings: GatewaySettings
     models: tuple[str, ...]
     keys: frozenset[str]
+    keys_file: Path
     keeper: ProcessKeeper
     run_dir: Path
     operate: OperatorCallHandler
@@ -87,6 +89,7 @@ class GatewaySupervisor:
             hub=str(self._socket),
             models=self._options.models,
             api_keys=sorted(self._options.keys),
+            keys_file=str(self._options.keys_file),
             settings=self._settings,
         )
         stamp = hashlib.blake2b(msgspec.json.encode(config), digest_size=8).hexdigest()

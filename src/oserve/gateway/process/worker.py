@@ -31,6 +31,7 @@ async def _run(config: GatewayWorkerConfig) -> None:
         settings,
         models=config.models,
         api_keys=frozenset(config.api_keys),
+        keys_file=Path(config.keys_file),
         records=records,
         estimator=None if config.estimator is None else OutputEstimator.restored(config.estimator),
     )
