@@ -7,7 +7,7 @@ from oserve.control.dispatch.constants import DispatchConstants
 from oserve.control.dispatch.events import Arrived
 from oserve.control.dispatch.policy import DispatchPolicy, DrainDecision, all_leave
 from oserve.control.dispatch.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, ReplicaPhase, Request
+from oserve.core import Endpoint, PlannedType, Promise, ReplicaPhase, Request, Tier
 
 # A moment is a multiple of this, so that many events fall together.
 STEP_S = 0.125
@@ -58,6 +58,7 @@ class Ask:
     hidden: bool = False
     leaves: int | None = None
     session: str = ""
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ class Fake:
     resumes: bool = True
     attached: bool = False
     script: tuple[str, ...] = ANSWERS
+    precision: str = "bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ class Scenario:
     drain: DrainDecision = all_leave
     together: bool = True
     reading: int = 0
+    tiers: tuple[Tier, ...] = ()
 
 
 def replica_of(
@@ -124,6 +127,7 @@ def replica_of(
         decode_s_per_token=0.1,
         attached=fake.attached,
         started_s=started_s,
+        precision=fake.precision,
     )
 
 
@@ -132,6 +136,7 @@ def table_of(
     *,
     expected: bool = True,
     constants: DispatchConstants | None = None,
+    tiers: tuple[Tier, ...] = (),
 ) -> RoutingTable:
     """Most requests are for the first replica, some for the second, none for the others."""
     return RoutingTable(
@@ -141,6 +146,18 @@ def table_of(
         replicas=tuple(replicas),
         expected=expected,
         constants=constants,
+        tiers=tiers,
+        default_tier=tiers[0].name if tiers else "",
+        planned_types=tuple(
+            PlannedType(
+                name=tier.name,
+                prompt_tokens=10,
+                output_tokens=3,
+                shares={f"r{index}": 1.0},
+                tier=tier.name,
+            )
+            for index, tier in enumerate(tiers)
+        ),
     )
 
 
@@ -157,6 +174,7 @@ def arrival(number: int, now_s: float = 0.0, ask: Ask | None = None) -> Arrived:
             workload_type="t",
             prompt_tokens=ask.prompt,
             output_tokens=ask.output if ask.guess is None else ask.guess,
+            promise=None if ask.tier is None else Promise.of(ask.tier),
         ),
         rank_s=now_s + ask.prompt / 20,
         streams=ask.kind == "stream",

@@ -175,6 +175,7 @@ class World:
             ],
             expected=self._expected,
             constants=self._constants,
+            tiers=self.scenario.tiers,
         )
 
     def _change(self, change: Change) -> Event:
@@ -244,6 +245,9 @@ class World:
         assert (replica.id, replica.started_s) not in client.tried, story
         assert command.resumes == (client.moves > 0)
         assert replica.returns_token_ids or not command.resumes
+        tier = client.ask.tier
+        if tier is not None and client.ask.kind != "auxiliary":
+            assert tier.allows(replica.precision), story
         client.sends += 1
         tries = client.sends - client.free_sends - client.moves
         assert tries <= self.scenario.policy.max_attempts, story
@@ -324,6 +328,9 @@ class World:
         if command.refusal in {Refusal.QUEUE_FULL, Refusal.SHED}:
             assert 1 <= command.retry_after_s <= 60
             assert not client.moves
+        if command.refusal is Refusal.PROMISE:
+            assert not client.sends, self.story(command.number)
+            assert command.retry_after_s >= 1
         if command.refusal is Refusal.QUEUE_FULL:
             assert len(self.machine.waiting) >= self._max_queued, self.story(command.number)
 

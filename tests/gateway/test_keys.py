@@ -35,7 +35,7 @@ def bearer(key: str) -> dict[str, str]:
 def refused(door: Door, key: str, peer: str = PEER) -> int:
     with pytest.raises(ApiError) as error:
         door.caller(f"Bearer {key}".encode(), peer)
-    assert key not in str(error.value)
+    assert not key or key not in str(error.value)
     return error.value.status
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_file_leaves_the_last_keys_in_force(tmp_path: Path, text: str)
     assert door.caller(f"Bearer {key}".encode(), PEER).tenant == "acme"
     path.unlink()
     door.check()
-    assert refused(door, "wrong") == 401
+    assert refused(door, "none") == 401
     path.write_text(text)
     with pytest.raises(OServeError, match="not a key file"):
         Door((), path)
@@ -105,14 +105,14 @@ def test_many_wrong_keys_cost_bounded_memory_and_lock_nobody_out(
     strong = "a-long-key-of-the-settings"
     caplog.set_level(logging.DEBUG)
     door = Door({strong, "short"}, tmp_path / "keys.json")
-    statuses = [refused(door, f"wrong-{number}") for number in range(2000)]
+    statuses = [refused(door, f"guess-{number}") for number in range(2000)]
     assert statuses == [401] * 20 + [429] * 1980
     assert door.caller(f"Bearer {key}".encode(), PEER).tenant == "acme"
     assert door.caller(f"Bearer {strong}".encode(), PEER).is_admin
     assert refused(door, "short") == 429
     assert door.caller(b"Bearer short", "192.0.2.2").is_admin
     assert refused(door, "x" * 100_000, "192.0.2.3") == 401
-    assert "wrong" not in caplog.text
+    assert "guess" not in caplog.text
     assert key not in caplog.text
 
 

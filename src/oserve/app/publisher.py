@@ -7,6 +7,7 @@ import msgspec
 
 from oserve import __version__
 from oserve.app.controller import ControllerService
+from oserve.config.tiers import default_tier, tiers_of
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.routing import routing_table
@@ -39,6 +40,8 @@ class StatusPublisher:
         self._changed = changed
         self._ordered = deployment.settings.gateway.order.policy == "priority"
         self._line = ""
+        self._tiers = tiers_of(deployment.settings)
+        self._default_tier = default_tier(deployment.settings)
         self._costs = deployment.costs if controller is None else controller.costs
         self._energy = EnergyMeter(deployment.devices, self._costs)
 
@@ -89,4 +92,6 @@ class StatusPublisher:
             expected=len(lost) < len(plan.replicas),
             costs=self._costs,
             constants=self._tuning.constants,
+            tiers=self._tiers,
+            default_tier=self._default_tier,
         )

@@ -41,6 +41,7 @@ class _CentreFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_tokens: Annotated[float, msgspec.Meta(ge=0)]
     output_tokens: Annotated[float, msgspec.Meta(ge=0)]
     shares: dict[str, float]
+    tier: str = ""
 
 
 class _ShapeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +99,7 @@ def _plan(document: dict[str, Any], file: str) -> DeploymentPlan:
                 prompt_tokens=kind.prompt_tokens,
                 output_tokens=kind.output_tokens,
                 shares=kind.shares,
+                tier=kind.tier,
             )
             for kind in parsed.types
         ),
@@ -134,6 +136,7 @@ def plan_yaml(plan: DeploymentPlan, *, head: str = "") -> str:
         document["types"] = [
             {
                 "name": kind.name,
+                **({"tier": kind.tier} if kind.tier else {}),
                 "prompt_tokens": kind.prompt_tokens,
                 "output_tokens": kind.output_tokens,
                 "shares": {n: _share(value) for n, value in kind.shares.items() if value > 0},

@@ -16,7 +16,14 @@ import msgspec
 
 from oserve.config.reading import convert, parse_yaml_value, read_document, read_text, suggest
 from oserve.control.decision import Mode
-from oserve.core import AttachedBackend, DeploymentPlan, Objective, OServeError, Precision
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    Objective,
+    OServeError,
+    OverloadAction,
+    Precision,
+)
 from oserve.engines.settings import EngineSettings
 from oserve.gateway.settings import GatewaySettings
 from oserve.traces import TimeUnit
@@ -136,13 +143,37 @@ class PlanningSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     spread: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
 
+class TierSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One service tier; see ``core.Tier`` and docs/tenancy.md. Limits that are unset do not apply.
+
+    ``overload``: ``first``, ``demote``, ``shed`` or ``reject``. ``service_tier``: the word of
+    OpenAI's field of that name that asks for this tier.
+    """
+
+    ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    e2e_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    precisions: tuple[Precision, ...] = ()
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+    overload: OverloadAction = OverloadAction.DEMOTE
+    service_tier: Annotated[str, msgspec.Meta(pattern="^(|flex|priority|scale)$")] = ""
+
+
+TierName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
+
+
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All settings. ``state_dir``: the folder of logs, request records and the server's state."""
+    """All settings. ``state_dir``: the folder of logs, request records and the server's state.
+
+    ``tiers`` by name; ``default_tier``: of requests that ask for none, the first if unset.
+    """
 
     model: str = ""
     served_model_name: str = ""
     plan: str = ""
     state_dir: str = ".oserve"
+    tiers: Annotated[dict[TierName, TierSettings], msgspec.Meta(max_length=16)] = {}
+    default_tier: str = ""
     cluster: ClusterSettings = ClusterSettings()
     engines: EngineSettings = EngineSettings()
     gateway: GatewaySettings = GatewaySettings()

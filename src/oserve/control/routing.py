@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 from oserve.control.dispatch.constants import DispatchConstants, most_inflight
 from oserve.control.dispatch.table import RoutingTable, TableReplica
-from oserve.core import AttachedBackend, DeploymentPlan, Observation, ReplicaPhase, ReplicaShape
+from oserve.core import (
+    AttachedBackend,
+    DeploymentPlan,
+    Observation,
+    ReplicaPhase,
+    ReplicaShape,
+    Tier,
+)
 from oserve.perf import TokenCosts, token_costs
 
 # Few requests wait in an engine beyond its running batch, so that most wait in the gateway, which
@@ -22,12 +29,15 @@ def routing_table(
     expected: bool,
     costs: Callable[[ReplicaShape, str], TokenCosts] = token_costs,
     constants: DispatchConstants | None = None,
+    tiers: tuple[Tier, ...] = (),
+    default_tier: str = "",
 ) -> RoutingTable:
     """The table for a plan on a cluster as observed.
 
     ``ordered``: engines that OServe starts take priorities. ``expected``: see ``RoutingTable``.
     ``costs`` returns the costs of a shape on a kind of device. ``constants``: of dispatch; their
-    bound on requests in flight does not apply to attached servers, whose devices are unknown.
+    bound on requests in flight does not apply to attached servers, whose devices are unknown. Nor
+    is the precision of attached servers known, so none serves a tier that restricts it.
     """
     kinds = {device.id: device.kind for device in observation.devices}
     replicas = []
@@ -62,6 +72,7 @@ def routing_table(
                 attached=attached is not None,
                 stream_options=attached is None or attached.stream_options,
                 started_s=state.started_s,
+                precision="" if attached else spec.shape.precision.value,
             )
         )
     return RoutingTable(
@@ -72,4 +83,6 @@ def routing_table(
         expected=expected,
         planned_types=plan.planned_types,
         constants=constants,
+        tiers=tiers,
+        default_tier=default_tier,
     )

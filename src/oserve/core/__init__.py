@@ -40,6 +40,7 @@ from oserve.core.state import (
     ReplicaState,
     StartFailures,
 )
+from oserve.core.tier import OverloadAction, Promise, Tier
 from oserve.core.workload import WorkloadType
 
 __all__ = [
@@ -65,8 +66,10 @@ __all__ = [
     "OServeError",
     "Objective",
     "Observation",
+    "OverloadAction",
     "PlannedType",
     "Precision",
+    "Promise",
     "ReplicaLoad",
     "ReplicaPart",
     "ReplicaPhase",
@@ -79,6 +82,7 @@ __all__ = [
     "StartFailures",
     "StartReplica",
     "StopReplica",
+    "Tier",
     "VirtualClock",
     "VllmBackend",
     "WorkloadType",

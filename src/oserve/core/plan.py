@@ -95,13 +95,15 @@ class LengthClass:
 class PlannedType:
     """A workload type that a plan routes: the requests nearest to its centre, in tokens.
 
-    The distance is Euclidean between log1p of both lengths. ``shares`` by replica sum to 1.
+    The distance is Euclidean between log1p of both lengths, among types of the same ``tier``.
+    ``shares`` by replica sum to 1.
     """
 
     name: str
     prompt_tokens: float
     output_tokens: float
     shares: Mapping[str, float]
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

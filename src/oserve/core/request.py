@@ -7,12 +7,15 @@ from enum import StrEnum
 
 import msgspec
 
+from oserve.core.tier import Promise
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request at the time of routing. Lengths are estimates, in tokens.
 
     ``probabilities``: those of the plan's types, in their order; empty if the plan has none.
-    ``workload_type`` is then the most likely one.
+    ``workload_type`` is then the most likely one. ``promise``: of its service tier; ``None``
+    without tiers.
     """
 
     id: str
@@ -21,6 +24,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     output_tokens: int
     probabilities: tuple[float, ...] = ()
+    promise: Promise | None = None
 
 
 class FinishStatus(StrEnum):
@@ -38,7 +42,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``arrival_s`` is Unix time. ``ttft_s`` includes queueing; ``tpot_s`` is
     (e2e - ttft)/(output tokens - 1); both are ``None`` where undefined. ``moves``: how often the
-    request migrated to another replica.
+    request migrated to another replica. ``tier`` and ``tenant`` are "" without any; ``kept``:
+    whether it was served within the limits of its tier, ``None`` without a tier.
     """
 
     arrival_s: float
@@ -51,3 +56,6 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: float
     status: FinishStatus
     moves: int = 0
+    tier: str = ""
+    tenant: str = ""
+    kept: bool | None = None

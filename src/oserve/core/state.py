@@ -120,6 +120,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     ``work_s``: outstanding engine time in seconds. ``prefill_s_per_token`` and
     ``decode_s_per_token``: engine time per further token. ``max_inflight`` bounds the requests that
     the gateway dispatches to the replica concurrently; ``max_model_len`` is 0 when unknown.
+    ``prompt_s``: the part of ``work_s`` that is prompts of streams. ``slots``: how many more
+    requests it could hold, even where it takes none now because it owes too many prompts.
     """
 
     replica: str
@@ -129,3 +131,5 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     prefill_s_per_token: float
     decode_s_per_token: float
     max_model_len: int = 0
+    prompt_s: float = 0.0
+    slots: int = 0

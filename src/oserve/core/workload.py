@@ -7,10 +7,12 @@ from dataclasses import dataclass
 class WorkloadType:
     """A class of requests and its arrival rate in requests per second.
 
-    ``prompt_tokens`` and ``output_tokens`` are means, so that token rates are exact.
+    ``prompt_tokens`` and ``output_tokens`` are means, so that token rates are exact. ``tier``: the
+    service tier of all its requests; "" without tiers.
     """
 
     name: str
     prompt_tokens: float
     output_tokens: float
     arrival_rate_rps: float
+    tier: str = ""

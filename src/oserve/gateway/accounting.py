@@ -10,6 +10,9 @@ from oserve.gateway.records import RecordStore
 from oserve.gateway.stream.session import Session
 from oserve.workload import PromptLengthEstimator
 
+# Their clients gave them up, or sent them wrong: they say nothing of a tier.
+_OF_CLIENT = frozenset({FinishStatus.DISCONNECTED, FinishStatus.CLIENT_ERROR})
+
 
 class Accounting:
     """The accounting of one gateway process. ``records``: ``None`` without a record store."""
@@ -48,6 +51,12 @@ class Accounting:
                 tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
         metrics = self._metrics
         metrics.count("oserve_requests", ending.status.value)
+        promise = session.request.promise if session.request is not None else None
+        kept: bool | None = None
+        if promise is not None and ending.status not in _OF_CLIENT:
+            kept = completed and promise.is_kept(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
+            outcome = "kept" if kept else "missed" if completed else ending.status.value
+            metrics.count("oserve_tier_requests", promise.tier.name, outcome)
         metrics.histogram("oserve_request_duration_seconds", kind).observe(e2e_s)
         if ttft_s is not None:
             metrics.histogram("oserve_time_to_first_token_seconds", kind).observe(ttft_s)
@@ -67,6 +76,9 @@ class Accounting:
             e2e_s=e2e_s,
             status=ending.status,
             moves=ending.moves,
+            tier=promise.tier.name if promise is not None else "",
+            tenant=session.tenant,
+            kept=kept,
         )
         if not self._records.put(record):
             metrics.count("oserve_records_dropped")

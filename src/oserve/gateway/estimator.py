@@ -14,7 +14,7 @@ from oserve.gateway.http.body import GenerateBody
 from oserve.gateway.http.prompt import system_prefix
 from oserve.workload import classify
 from oserve.workload.output import KnownAtArrival, OutputEstimator, OutputExpectation
-from oserve.workload.type_probabilities import TypeProbabilities
+from oserve.workload.type_probabilities import TypesOfTier, of_tier, types_by_tier
 
 # Below this many observed answers, the mean of the plan is the better estimate.
 _ENOUGH_ANSWERS = 20
@@ -25,7 +25,8 @@ class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """The estimate of one request: ``probabilities`` of types ``names``, ``kind`` the likeliest.
 
     ``output``: ``None`` if the client fixes the output length. ``prefix_tokens``: the approximate
-    length of the system prompt, as far as it was read. ``arrived_s``: Unix time.
+    length of the system prompt, as far as it was read. ``arrived_s``: Unix time. ``tier``: the name
+    of its service tier; only types of that tier are probable.
     """
 
     known: KnownAtArrival
@@ -36,6 +37,7 @@ class RequestEstimate(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     prefix_tokens: int
     arrived_s: float
+    tier: str = ""
 
 
 class RequestEstimator:
@@ -45,15 +47,14 @@ class RequestEstimator:
         self.estimator = estimator or OutputEstimator()
         self.tally = Tally()
         self._table = EMPTY_TABLE
-        self._kinds: TypeProbabilities | None = None
+        self._kinds: dict[str, TypesOfTier] = {}
 
     def follow(self, table: RoutingTable) -> None:
         """Use the workload types of a new table."""
         before, self._table = self._table, table
         names = tuple(kind.name for kind in table.planned_types or table.length_classes)
-        centres = _centres(table)
-        if centres != _centres(before):
-            self._kinds = TypeProbabilities(centres) if centres else None
+        if _centres(table) != _centres(before):
+            self._kinds = types_by_tier(table.planned_types)
         self.tally.follow(names)
 
     def estimate(
@@ -64,6 +65,7 @@ class RequestEstimator:
         headers: dict[bytes, bytes],
         prompt_tokens: int,
         arrived_s: float,
+        tier: str = "",
     ) -> RequestEstimate:
         """The estimate of a request that has just arrived; the table must have types."""
         limit = parsed.output_limit
@@ -83,6 +85,7 @@ class RequestEstimator:
             certain=certain,
             prefix_tokens=min(prompt_tokens, len(prefix) // 4),
             arrived_s=arrived_s,
+            tier=tier,
         )
 
     def estimate_known(
@@ -92,11 +95,12 @@ class RequestEstimator:
         certain: bool = False,
         prefix_tokens: int = 0,
         arrived_s: float,
+        tier: str = "",
     ) -> RequestEstimate:
         """The estimate from these facts; ``certain``: the answer is as long as its limit."""
         prompt_tokens, limit = known.prompt_tokens, known.max_tokens
         output = None if certain else self.estimator.expect(known)
-        probabilities = self._probabilities(prompt_tokens, output, limit)
+        probabilities = self._probabilities(prompt_tokens, output, limit, tier)
         names = self.tally.names
         return RequestEstimate(
             known=known,
@@ -107,19 +111,21 @@ class RequestEstimator:
             output_tokens=self._output_tokens(prompt_tokens, output, limit),
             prefix_tokens=prefix_tokens,
             arrived_s=arrived_s,
+            tier=tier,
         )
 
     def _probabilities(
-        self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None
+        self, prompt_tokens: int, output: OutputExpectation | None, limit: int | None, tier: str
     ) -> tuple[float, ...]:
         """Probabilities of the plan's types; with length classes one is certain."""
-        if self._kinds is None:
+        own = of_tier(self._kinds, tier)
+        if own is None:
             classes = self._table.length_classes
             held = classify(prompt_tokens, classes)
             return tuple(float(item is held) for item in classes)
         if output is not None:
-            return self._kinds.of(prompt_tokens, output, limit)
-        kind = self._kinds.kind(prompt_tokens, max(1, limit or 1))
+            return own.of(prompt_tokens, output, limit)
+        kind = own.kind(prompt_tokens, max(1, limit or 1))
         return tuple(float(index == kind) for index in range(len(self.tally.names)))
 
     def _output_tokens(
@@ -147,8 +153,9 @@ class RequestEstimator:
         if completed and output_tokens > 0:
             if estimate.output is not None:
                 self.estimator.learn(estimate.known, output_tokens)
-            if self._kinds is not None and current:
-                kind = self._kinds.kind(prompt_tokens, output_tokens)
+            own = of_tier(self._kinds, estimate.tier)
+            if own is not None and current:
+                kind = own.kind(prompt_tokens, output_tokens)
         self.tally.ended(
             now_s,
             arrival_s=estimate.arrived_s,
@@ -160,8 +167,8 @@ class RequestEstimator:
         return estimate.kind if kind is None else estimate.names[kind]
 
 
-def _centres(table: RoutingTable) -> list[tuple[float, float]]:
-    return [(kind.prompt_tokens, kind.output_tokens) for kind in table.planned_types]
+def _centres(table: RoutingTable) -> list[tuple[float, float, str]]:
+    return [(kind.prompt_tokens, kind.output_tokens, kind.tier) for kind in table.planned_types]
 
 
 def _hashed(value: bytes) -> str:

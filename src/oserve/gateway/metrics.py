@@ -28,6 +28,10 @@ COUNTERS: dict[str, tuple[str, Labels]] = {
     "oserve_route_fallback": ("Requests dispatched outside their pool, by reason.", ("reason",)),
     "oserve_requests_demoted": ("Waiting requests that can no longer meet their TTFT.", ()),
     "oserve_requests_shed": ("Waiting requests shed under overload.", ()),
+    "oserve_tier_requests": (
+        "Ended requests by tier: kept within its limits, missed, or not served.",
+        ("tier", "outcome"),
+    ),
     "oserve_requests_outgrown": ("Answers longer than expected.", ()),
     "oserve_route_cached": ("Requests dispatched to a replica with a cached prefix.", ()),
     "oserve_prompt_tokens": ("Prompt tokens of finished requests.", ("workload_type",)),

@@ -21,14 +21,24 @@ CREATE TABLE IF NOT EXISTS requests (
     tpot_s REAL,
     e2e_s REAL NOT NULL,
     status TEXT NOT NULL,
-    moves INTEGER NOT NULL DEFAULT 0
+    moves INTEGER NOT NULL DEFAULT 0,
+    tier TEXT NOT NULL DEFAULT '',
+    tenant TEXT NOT NULL DEFAULT '',
+    kept INTEGER
 );
 CREATE INDEX IF NOT EXISTS requests_arrival ON requests (arrival_s);
 """
-_ADD_MOVES = "ALTER TABLE requests ADD COLUMN moves INTEGER NOT NULL DEFAULT 0"
-_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# Columns that files of earlier versions lack.
+_ADDED = {
+    "moves": "INTEGER NOT NULL DEFAULT 0",
+    "tier": "TEXT NOT NULL DEFAULT ''",
+    "tenant": "TEXT NOT NULL DEFAULT ''",
+    "kept": "INTEGER",
+}
+_COLUMNS = 13
+_ROW = f"({', '.join('?' * _COLUMNS)})"
 # Some builds of SQLite take at most 999 parameters.
-_ROWS_AT_ONCE = 96
+_ROWS_AT_ONCE = 72
 _INSERT = f"INSERT INTO requests VALUES {_ROW}"
 _INSERT_MANY = f"INSERT INTO requests VALUES {', '.join([_ROW] * _ROWS_AT_ONCE)}"
 _FLUSH_S = 0.1
@@ -52,9 +62,9 @@ class RecordStore:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.executescript(_SCHEMA)
             columns = [row[1] for row in connection.execute("PRAGMA table_info(requests)")]
-            if "moves" not in columns:
-                # The file is of an earlier version.
-                connection.execute(_ADD_MOVES)
+            for name, kind in _ADDED.items():
+                if name not in columns:
+                    connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
             connection.close()
         except (OSError, sqlite3.Error) as error:
             raise OServeError(
@@ -129,6 +139,9 @@ def _row(record: RequestRecord) -> tuple[object, ...]:
         record.e2e_s,
         record.status.value,
         record.moves,
+        record.tier,
+        record.tenant,
+        record.kept,
     )
 
 
@@ -187,6 +200,9 @@ def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestReco
                 e2e_s=row[7],
                 status=FinishStatus(row[8]),
                 moves=row[9] if len(row) > 9 else 0,
+                tier=row[10] if len(row) > 10 else "",
+                tenant=row[11] if len(row) > 11 else "",
+                kept=None if len(row) <= 12 or row[12] is None else bool(row[12]),
             )
     finally:
         connection.close()

@@ -341,7 +341,7 @@ class RequestRunner:
         if command.refusal is do.Refusal.INTERNAL and command.reason:
             id_ = shown(session.request_id)
             _log.error("request %s failed in the gateway: %s", id_, command.reason)
-        if command.refusal is do.Refusal.SHED:
+        if command.refusal in {do.Refusal.SHED, do.Refusal.PROMISE}:
             self.metrics.count("oserve_requests_shed")
         refused = command.refusal is do.Refusal.REFUSED_WITHOUT_BODY
         reason = "engine_refused" if refused else error.code or "error"

@@ -5,8 +5,9 @@ answer's length determines the type, so a distribution over answers gives one ov
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from oserve.core import PlannedType
 from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_bin
 
 # Prompts within a factor of 2**(1/4) share an entry.
@@ -46,3 +47,48 @@ class TypeProbabilities:
             probabilities[kind] += p
         probabilities[row[last]] += sum(expected.probabilities[last:])
         return tuple(probabilities)
+
+
+class TypesOfTier:
+    """The types of one service tier among all types of a plan: ``places`` of ``total``."""
+
+    def __init__(
+        self, centres: Sequence[tuple[float, float]], places: Sequence[int], total: int
+    ) -> None:
+        self._own = TypeProbabilities(centres)
+        self._places = tuple(places)
+        self._total = total
+
+    def kind(self, prompt_tokens: float, output_tokens: float) -> int:
+        """The index, among all types, of the type of a request of this tier."""
+        return self._places[self._own.kind(prompt_tokens, output_tokens)]
+
+    def of(
+        self, prompt_tokens: int, expected: OutputExpectation, limit: int | None = None
+    ) -> tuple[float, ...]:
+        """Probabilities of all types, in order; 0 for those of other tiers."""
+        own = self._own.of(prompt_tokens, expected, limit)
+        if len(own) == self._total:
+            return own
+        found = [0.0] * self._total
+        for place, chance in zip(self._places, own, strict=True):
+            found[place] = chance
+        return tuple(found)
+
+
+def types_by_tier(types: Sequence[PlannedType]) -> dict[str, TypesOfTier]:
+    """The types of each tier; those of the tier "" are all if no type has a tier."""
+    groups: dict[str, list[int]] = {}
+    for place, kind in enumerate(types):
+        groups.setdefault(kind.tier, []).append(place)
+    centres = [(kind.prompt_tokens, kind.output_tokens) for kind in types]
+    return {
+        tier: TypesOfTier([centres[place] for place in places], places, len(centres))
+        for tier, places in groups.items()
+    }
+
+
+def of_tier(types: Mapping[str, TypesOfTier], tier: str) -> TypesOfTier | None:
+    """The types of a tier; of one that the plan does not know, those without a tier, or any."""
+    found = types.get(tier) or types.get("")
+    return found or next(iter(types.values()), None)

@@ -93,6 +93,7 @@ class Refusal(StrEnum):
     NONE_READY_IN_TIME = "none_ready_in_time"
     QUEUE_FULL = "queue_full"
     SHED = "shed"
+    PROMISE = "promise"
     REPLICA_FAILED = "replica_failed"
     REFUSED_WITHOUT_BODY = "refused_without_body"
     DEADLINE = "deadline"
@@ -103,7 +104,8 @@ class Refusal(StrEnum):
 class Refuse(RequestCommand, frozen=True, kw_only=True):
     """End the request with an error response, or with an error event if its stream has begun.
 
-    ``status``: the replica's HTTP status, for ``REFUSED_WITHOUT_BODY``.
+    ``status``: the replica's HTTP status, for ``REFUSED_WITHOUT_BODY``. ``reason`` of ``PROMISE``:
+    the expected time to first token and the limit.
     """
 
     refusal: Refusal

@@ -11,8 +11,10 @@ from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import NoRoute, Route, Router
 from oserve.control.dispatch.state import Booking, RequestState
 from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable, TableReplica
+from oserve.control.dispatch.tiers import tightest
 from oserve.control.dispatch.vacating import Vacating
-from oserve.core import ReplicaPhase, Request
+from oserve.core import ReplicaLoad, ReplicaPhase, Request, Tier
+from oserve.core.tier import least
 
 _NONE: Set[str] = frozenset()
 
@@ -40,6 +42,9 @@ class Fleet:
         self._policy = policy
         self._router = Router({})
         self._affinity = Affinity()
+        # By tier: the replicas with a share of its types; those of precisions that it excludes.
+        self._pools: dict[str, frozenset[str]] = {}
+        self._barred: dict[Tier, Set[str]] = {}
 
     def follow(self, table: RoutingTable, now_s: float) -> None:
         """Use a new routing table."""
@@ -50,17 +55,20 @@ class Fleet:
         self.table = table
         constants, policy = table.constants, self._policy
         self.overload = policy.overload if constants is None else constants.overload
-        self.ledger.use(self.overload)
+        self.ledger.use(tightest(self.overload, table.tiers))
         self._router = Router(
             table.routing_shares,
             overflow_s=policy.overflow_s if constants is None else constants.overflow_s,
             type_shares=[kind.shares for kind in table.planned_types],
         )
         self.vacating.follow(table, now_s)
-        self.ledger.follow(table.replicas)
+        pools, limits = tier_pools(table)
+        self._pools = pools
+        self.ledger.follow(table.replicas, limits)
         self._update_serving()
 
     def _update_serving(self) -> None:
+        self._barred = {}
         self.serving = {
             replica.id: replica
             for replica in self.table.replicas
@@ -110,25 +118,54 @@ class Fleet:
         return next((item for name, item in self.serving.items() if name not in closed), None)
 
     def excluded(self, state: RequestState, *, present: str = "") -> Set[str]:
-        """Replicas that were tried, cannot continue the request, or are its ``present`` one."""
+        """Replicas that were tried, cannot continue the request, or are its ``present`` one.
+
+        And those of a precision that its tier excludes, whatever happens.
+        """
+        barred = self._barred_for(state.tier)
         if not (state.tried or state.moves or present):
-            return _NONE
+            return barred
         return {
             name
             for name, replica in self.serving.items()
             if name == present
             or (name, replica.started_s) in state.tried
             or (state.moves and not replica.returns_token_ids)
+            or name in barred
         }
 
+    def _barred_for(self, tier: Tier | None) -> Set[str]:
+        """Serving replicas of a precision that a tier excludes."""
+        if tier is None or not tier.precisions:
+            return _NONE
+        found = self._barred.get(tier)
+        if found is None:
+            found = self._barred[tier] = frozenset(
+                name for name, item in self.serving.items() if not tier.allows(item.precision)
+            )
+        return found
+
     def closed(self, state: RequestState, now_s: float) -> Set[str]:
-        """As ``excluded``, plus replicas with an open breaker if others remain."""
+        """As ``excluded``, plus replicas with an open breaker if others remain.
+
+        And plus those that serve other tiers only, if others remain: a batch that may grow large
+        there would break the limits of this tier, or this request those of theirs.
+        """
         excluded = self.excluded(state)
         open_ = self.breakers.open(now_s)
+        pool = self._pools.get(state.promise.tier.name) if state.promise is not None else None
+        if pool is not None and not pool.issuperset(self.serving):
+            closed = excluded | open_ | (self.serving.keys() - pool)
+            if self.serving.keys() - closed:
+                return closed
         if not open_:
             return excluded
         closed = excluded | open_
         return closed if self.serving.keys() - closed else excluded
+
+    def loads_for(self, state: RequestState, now_s: float) -> list[ReplicaLoad]:
+        """The loads of the replicas that may take a request now, or once they have room."""
+        return list(self.ledger.loads(self.serving.keys() - self.closed(state, now_s)).values())
 
     def may_serve(self, state: RequestState, now_s: float) -> bool:
         """Whether some replica can take the request, now or once it has room."""
@@ -217,3 +254,25 @@ class Fleet:
         """Prefill seconds per prompt token at the fastest replica."""
         loads = self.ledger.loads(self.serving).values()
         return min((load.prefill_s_per_token for load in loads), default=0.0)
+
+
+def tier_pools(
+    table: RoutingTable,
+) -> tuple[dict[str, frozenset[str]], dict[str, float | None]]:
+    """By tier, the replicas with a share of its types; by replica, the tightest limit of TTFT.
+
+    Both are empty for a plan whose types have no tiers.
+    """
+    pools: dict[str, set[str]] = {}
+    for kind in table.planned_types:
+        if kind.tier:
+            own = {name for name, share in kind.shares.items() if share > 0}
+            pools.setdefault(kind.tier, set()).update(own)
+    limits = {
+        replica.id: least(
+            tier.ttft_s for tier in table.tiers if replica.id in pools.get(tier.name, ())
+        )
+        for replica in table.replicas
+        if pools
+    }
+    return {name: frozenset(own) for name, own in pools.items()}, limits

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s
 from oserve.control.dispatch.table import TableReplica
+from oserve.control.dispatch.tiers import with_ttft
 from oserve.core import ReplicaLoad, Request
 
 _PS = 10**12
@@ -16,6 +17,7 @@ _PS = 10**12
 _LEARNING_RATE = 0.2
 _SAMPLE_S = 0.5
 _SPEED_BOUNDS = (0.02, 50.0)
+_SAME_FOR_ALL: Mapping[str, float | None] = {}
 
 
 @dataclass(slots=True)
@@ -26,6 +28,7 @@ class _Account:
     max_inflight: int
     max_model_len: int
     engine: tuple[str, float] = ("", 0.0)
+    ttft_s: float | None = None
     step_tokens: int = 0
     inflight: int = 0
     prompt_ps: int = 0
@@ -75,10 +78,18 @@ class WorkLedger:
         self._overload = overload
         self._first_tokens = FirstTokens(overload, self._first_tokens.seconds)
         for account in self._accounts.values():
-            account.load = None
+            account.ttft_s, account.load = overload.ttft_s, None
 
-    def follow(self, replicas: Iterable[TableReplica]) -> None:
-        """Keep accounts for exactly these replicas."""
+    def follow(
+        self,
+        replicas: Iterable[TableReplica],
+        ttft_s: Mapping[str, float | None] = _SAME_FOR_ALL,
+    ) -> None:
+        """Keep accounts for exactly these replicas.
+
+        ``ttft_s``: the time to first token that bounds the prompts owed by a replica, where it is
+        not that of the policy; ``None``: no bound.
+        """
         accounts: dict[str, _Account] = {}
         for replica in replicas:
             account = self._accounts.get(replica.id)
@@ -102,6 +113,7 @@ class WorkLedger:
             account.max_inflight = replica.max_inflight
             account.max_model_len = replica.max_model_len
             account.step_tokens = replica.step_tokens
+            account.ttft_s = ttft_s.get(replica.id, self._overload.ttft_s)
             account.load = None
             accounts[replica.id] = account
         self._accounts = accounts
@@ -127,8 +139,11 @@ class WorkLedger:
 
     def _load(self, account: _Account) -> ReplicaLoad:
         inflight = account.inflight + account.elsewhere_inflight
+        overload = self._overload
+        if account.ttft_s != overload.ttft_s:
+            overload = with_ttft(overload, account.ttft_s)
         most_s = max_prompt_s(
-            self._overload,
+            overload,
             step_tokens=account.step_tokens,
             prefill_s_per_token=account.prefill_s_per_token / account.speed,
         )
@@ -141,6 +156,8 @@ class WorkLedger:
             prefill_s_per_token=account.prefill_s_per_token / account.speed,
             decode_s_per_token=account.decode_s_per_token / account.speed,
             max_model_len=account.max_model_len,
+            prompt_s=account.prompt_ps / _PS / account.speed,
+            slots=account.max_inflight - inflight,
         )
         return account.load
 
@@ -259,7 +276,7 @@ class WorkEntry:
         self._left_ps -= self._prefill_ps
         self._prompt_done()
         self._ledger.pay(self.account, self._prefill_ps, now_s)
-        if self._given_s is not None:
+        if self._given_s is not None and self.account.ttft_s is not None:
             self._ledger.first_token(now_s - self._given_s)
 
     def outgrown(self, more_tokens: float, now_s: float) -> None:

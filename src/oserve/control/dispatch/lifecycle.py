@@ -24,15 +24,17 @@ from oserve.control.dispatch.state import (
     Streaming,
 )
 from oserve.control.dispatch.table import TableReplica
+from oserve.control.dispatch.tiers import first_token_in_s
 from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
-from oserve.core import FinishStatus
+from oserve.core import FinishStatus, OverloadAction, Tier
 from oserve.core.faults import fault
 
 _REJECTIONS = {
     Refusal.NO_REPLICA,
     Refusal.NONE_READY_IN_TIME,
     Refusal.QUEUE_FULL,
+    Refusal.PROMISE,
     Refusal.SHED,
     Refusal.SHUTTING_DOWN,
 }
@@ -68,6 +70,32 @@ class Lifecycle:
             self._send_auxiliary(state)
         else:
             self._entered.append(state)
+
+    def breaks_promise(self, state: RequestState) -> bool:
+        """Refuse a request that has just arrived if its tier rejects what cannot be in time."""
+        tier, request, due_s = state.tier, state.request, state.due_s
+        if tier is None or tier.overload is not OverloadAction.REJECT:
+            return False
+        if request is None or due_s is None:
+            return False
+        fleet = self.fleet
+        ahead, ahead_tokens = self.waiting.ahead_of(state)
+        expected_s = first_token_in_s(
+            fleet.loads_for(state, self.now_s),
+            prompt_tokens=request.prompt_tokens,
+            first_token_s=fleet.ledger.first_token_s,
+            ahead=ahead,
+            ahead_tokens=ahead_tokens,
+        )
+        if expected_s <= due_s or math.isinf(expected_s):
+            return False
+        self.refuse(
+            state,
+            Refusal.PROMISE,
+            reason=f"{expected_s:.3g} s, with a limit of {due_s:.3g} s in tier {tier.name!r}",
+            retry_after_s=max(1, math.ceil(expected_s - due_s)),
+        )
+        return True
 
     def settle(self) -> None:
         """Dispatch by rank; hold or refuse new requests for which no replica has room.
@@ -179,16 +207,17 @@ class Lifecycle:
         The passed requests lose nothing: they cannot use the free slots.
         """
         # By the replicas that are barred: the shortest prompt for which no replica has room.
-        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool], float] = {}
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None], float] = {}
         order = self.waiting.in_order()
         # Demoted requests are appended to the list.
         for _, number in order:
             state = self.requests[number]
-            barred = frozenset(state.tried), state.moves > 0
+            barred = frozenset(state.tried), state.moves > 0, state.tier
             if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):
-                insort(order, (state.rank_s, number))
+                if state.demoted:
+                    insort(order, (state.rank_s, number))
                 continue
             if self._try_send(state) is not None:
                 if not self.fleet.any_room:
@@ -196,14 +225,17 @@ class Lifecycle:
                 blocked_tokens[barred] = state.prompt_tokens
 
     def _demoted(self, state: RequestState) -> bool:
-        """Demote a late request; returns whether that happened now."""
+        """Demote a late request, or refuse it, as its tier says; returns whether it was late."""
         if not self.waiting.demotes:
             return False
         fleet = self.fleet
         prefill_s = state.prompt_tokens * fleet.least_prefill_s_per_token
         first_token_s = fleet.ledger.first_token_s
-        late = self.waiting.demote_if_late(state, self.now_s, prefill_s, first_token_s)
-        if late:
+        late = self.waiting.is_late(state, self.now_s, prefill_s, first_token_s)
+        if late and state.refused_late:
+            self.refuse(state, Refusal.SHED, retry_after_s=self.retry_after_s())
+        elif late:
+            self.waiting.demote(state)
             self.emit(do.Demote(state.number))
         return late
 

@@ -142,7 +142,8 @@ class RequestMachine:
         self._life.due_s = min(
             self._life.due_s, self._life.now_s + self._life.policy.request_timeout_s
         )
-        self._life.enter(state)
+        if not self._life.breaks_promise(state):
+            self._life.enter(state)
 
     def _client_gone(self, event: on.ClientGone) -> None:
         state = self._life.requests.get(event.number)
@@ -189,7 +190,7 @@ class RequestMachine:
 
     def _table_changed(self, event: on.TableChanged) -> None:
         self._life.fleet.follow(event.table, self._life.now_s)
-        self._life.waiting.use(self._life.fleet.overload)
+        self._life.waiting.use(self._life.fleet.overload, by_tier=bool(event.table.tiers))
         self._fleet_changed()
 
     def _load_elsewhere(self, event: on.LoadElsewhere) -> None:

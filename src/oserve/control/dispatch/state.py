@@ -9,7 +9,8 @@ import msgspec
 from oserve.control.dispatch.events import OutputForecast
 from oserve.control.dispatch.ledger import WorkEntry
 from oserve.control.dispatch.table import TableReplica
-from oserve.core import FinishStatus, Request
+from oserve.control.dispatch.tiers import REFUSED_LATE, due_of, urgency_s
+from oserve.core import FinishStatus, Request, Tier
 
 UNLIMITED_TOKENS = 1 << 60
 
@@ -80,6 +81,7 @@ class RequestState:
         "attempts",
         "booked_tokens",
         "demoted",
+        "due_s",
         "forecast",
         "give_up_s",
         "made_tokens",
@@ -89,12 +91,14 @@ class RequestState:
         "phase",
         "prefix",
         "prefix_tokens",
+        "promise",
         "rank_s",
         "replica",
         "request",
         "session",
         "streams",
         "tried",
+        "urgency_s",
     )
 
     def __init__(
@@ -126,6 +130,10 @@ class RequestState:
         self.made_tokens = 0
         self.booked_tokens = 0
         self.demoted = False
+        # Its tier's limits; seconds from arrival until its first token is due; whose turn it is.
+        self.promise = request.promise if request is not None else None
+        self.due_s = None if request is None else due_of(self.promise, request.output_tokens)
+        self.urgency_s = urgency_s(self.promise, self.due_s)
         # The deadline for a replica to become ready; then the request is refused.
         self.give_up_s: float | None = None
 
@@ -133,6 +141,16 @@ class RequestState:
     def kind(self) -> str:
         """The workload type; empty for auxiliary calls."""
         return self.request.workload_type if self.request is not None else ""
+
+    @property
+    def tier(self) -> Tier | None:
+        """The service tier; ``None`` without tiers."""
+        return self.promise.tier if self.promise is not None else None
+
+    @property
+    def refused_late(self) -> bool:
+        """Whether it is refused, not served last, once it can no longer be in time."""
+        return self.promise is not None and self.promise.tier.overload in REFUSED_LATE
 
     @property
     def prompt_tokens(self) -> int:

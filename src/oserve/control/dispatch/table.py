@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oserve.control.dispatch.constants import DispatchConstants
-from oserve.core import Endpoint, LengthClass, PlannedType, ReplicaPhase
+from oserve.core import Endpoint, LengthClass, PlannedType, ReplicaPhase, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableReplica:
     """A replica that the gateway can reach; only replicas in phase ready get new requests.
 
+    ``precision``: of its weights; "" where that is unknown, as for attached servers.
     ``returns_token_ids``: it accepts vLLM's ``return_token_ids``. ``stream_options``: it accepts
     OpenAI's field of that name. ``attached``: others run it. ``started_s``: when its engine
     started.
@@ -35,6 +36,7 @@ class TableReplica:
     attached: bool = False
     stream_options: bool = True
     started_s: float = 0.0
+    precision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,8 @@ class RoutingTable:
     """``expected``: a replica that cannot serve now is starting.
 
     ``planned_types`` have their own shares; where they exist, requests are routed by them.
-    ``constants``: of dispatch, in place of those that the gateway's settings give.
+    ``constants``: of dispatch, in place of those that the gateway's settings give. ``tiers``: what
+    requests may ask for; ``default_tier``: of those that ask for none, "" without tiers.
     """
 
     plan_id: str
@@ -52,6 +55,8 @@ class RoutingTable:
     expected: bool = True
     planned_types: tuple[PlannedType, ...] = ()
     constants: DispatchConstants | None = None
+    tiers: tuple[Tier, ...] = ()
+    default_tier: str = ""
 
 
 EMPTY_TABLE = RoutingTable(plan_id="", length_classes=(), routing_shares={}, replicas=())

@@ -11,7 +11,9 @@ from oserve.control.dispatch.overload import (
 )
 from oserve.control.dispatch.queue import RankQueue
 from oserve.control.dispatch.state import Queued, RequestState
+from oserve.control.dispatch.tiers import with_ttft
 from oserve.control.dispatch.vacating import NEVER_S
+from oserve.core.tier import least
 
 # The list of timers is rebuilt once it holds more stale ones than this.
 _MOST_STALE = 64
@@ -22,9 +24,12 @@ class WaitingRoom:
 
     def __init__(self, overload: OverloadPolicy, max_queued: int) -> None:
         self._overload = overload
+        self._by_tier = False
         self._max_queued = max_queued
         self._queue = RankQueue()
         self._timers: list[tuple[float, int]] = []
+        # By urgency: the waiting requests that were not demoted, and their prompt tokens.
+        self._backlog: dict[float, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -47,11 +52,27 @@ class WaitingRoom:
 
     def push(self, state: RequestState) -> None:
         """Add a request."""
+        if state not in self._queue and not state.demoted:
+            self._count(state, 1)
         self._queue.push(state)
 
     def discard(self, state: RequestState) -> None:
         """Remove a request if it waits here."""
+        if state in self._queue and not state.demoted:
+            self._count(state, -1)
         self._queue.discard(state)
+
+    def _count(self, state: RequestState, change: int) -> None:
+        backlog = self._backlog.setdefault(state.urgency_s, [0, 0])
+        backlog[0] += change
+        backlog[1] += change * state.prompt_tokens
+        if not backlog[0]:
+            del self._backlog[state.urgency_s]
+
+    def ahead_of(self, state: RequestState) -> tuple[int, int]:
+        """Waiting requests of tiers at least as urgent, and their prompt tokens."""
+        found = [own for urgency_s, own in self._backlog.items() if urgency_s <= state.urgency_s]
+        return sum(own[0] for own in found), sum(own[1] for own in found)
 
     def head(self) -> RequestState | None:
         """The request to serve next."""
@@ -61,9 +82,18 @@ class WaitingRoom:
         """Ranks and numbers of the waiting requests, in order of service."""
         return self._queue.in_order()
 
-    def use(self, overload: OverloadPolicy) -> None:
-        """Apply another policy from now on; what was demoted stays so."""
-        self._overload = overload
+    def use(self, overload: OverloadPolicy, *, by_tier: bool = False) -> None:
+        """Apply another policy from now on; what was demoted stays so.
+
+        ``by_tier``: there are tiers, each with a time to first token of its own.
+        """
+        self._overload, self._by_tier = overload, by_tier
+
+    def _policy(self, state: RequestState) -> OverloadPolicy:
+        """The policy for one request: with a tier, its own time to first token."""
+        if state.promise is None:
+            return self._overload
+        return with_ttft(self._overload, state.due_s)
 
     # -- time -----------------------------------------------------------------------------------
     def set_timers(self, state: RequestState) -> None:
@@ -71,7 +101,7 @@ class WaitingRoom:
         if state.give_up_s is not None:
             self._add_timer(state, state.give_up_s)
         if isinstance(state.phase, Queued):
-            shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
+            shed_s = self._shed_at_s(state)
             if shed_s is not None:
                 self._add_timer(state, shed_s)
 
@@ -98,29 +128,40 @@ class WaitingRoom:
         """Whether a waiting request must be shed."""
         if not isinstance(state.phase, Queued):
             return False
-        shed_s = shed_at_s(self._overload, arrival_s=state.arrival_s)
+        shed_s = self._shed_at_s(state)
         return shed_s is not None and shed_s <= now_s
+
+    def _shed_at_s(self, state: RequestState) -> float | None:
+        due_s = state.due_s if state.refused_late else None
+        return least(
+            (
+                shed_at_s(self._overload, arrival_s=state.arrival_s),
+                None if due_s is None else state.arrival_s + due_s,
+            )
+        )
 
     @property
     def demotes(self) -> bool:
-        """Whether late requests are demoted."""
-        return self._overload.ttft_s is not None
+        """Whether late requests are demoted, or refused."""
+        return self._by_tier or self._overload.ttft_s is not None
 
-    def demote_if_late(
+    def is_late(
         self, state: RequestState, now_s: float, prefill_s: float, first_token_s: float
     ) -> bool:
-        """Demote a request, once, if it can no longer meet its deadline for the first token."""
+        """Whether a request that is not demoted can no longer meet its deadline."""
         if state.demoted or not isinstance(state.phase, Queued):
             return False
-        late = too_late(
-            self._overload,
+        return too_late(
+            self._policy(state),
             arrival_s=state.arrival_s,
             now_s=now_s,
             prefill_s=prefill_s,
             first_token_s=first_token_s,
         )
-        if late:
-            state.demoted = True
-            state.rank_s = state.arrival_s + DEMOTED_S
-            self._queue.push(state)
-        return late
+
+    def demote(self, state: RequestState) -> None:
+        """Serve a waiting request after all others from now on."""
+        self._count(state, -1)
+        state.demoted = True
+        state.rank_s = state.arrival_s + DEMOTED_S
+        self._queue.push(state)

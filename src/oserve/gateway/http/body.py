@@ -43,6 +43,7 @@ class BodyFields(msgspec.Struct, kw_only=True):
     chat_template_kwargs: msgspec.Raw = ABSENT
     response_format: msgspec.Raw = ABSENT
     stream_options: msgspec.Raw = ABSENT
+    service_tier: msgspec.Raw = ABSENT
     kv_transfer_params: msgspec.Raw = ABSENT
     ec_transfer_params: msgspec.Raw = ABSENT
     vllm_xargs: msgspec.Raw = ABSENT

@@ -133,6 +133,11 @@ _REFUSALS: dict[Refusal, Callable[[Refuse], ApiError]] = {
     Refusal.SHED: lambda refusal: overloaded(
         "The request waited too long and was shed", retry_after_s=refusal.retry_after_s, code="shed"
     ),
+    Refusal.PROMISE: lambda refusal: overloaded(
+        f"Its first token is expected in {refusal.reason}",
+        retry_after_s=refusal.retry_after_s,
+        code="tier_limit",
+    ),
     Refusal.REPLICA_FAILED: lambda refusal: upstream_failed(
         f"Replica {refusal.replica} failed: {refusal.reason}"
     ),

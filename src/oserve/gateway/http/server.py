@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from oserve.control.dispatch.order import rank_s
+from oserve.control.dispatch.tiers import shift_s
 from oserve.core import Caller, Request
 from oserve.core.faults import fault
 from oserve.gateway.access.door import OPEN_CALLER, Door
@@ -27,6 +28,7 @@ from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.records import RecordStore
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.stream.session import Session
+from oserve.gateway.tiers import promise_of
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
 from oserve.workload.output import OutputEstimator
@@ -179,15 +181,16 @@ class Gateway(OwnRoutes):
         prompt_tokens = self.runner.lengths.estimate(size)
         if not self.runner.table.length_classes:
             raise unavailable("No deployment plan is in force yet")
+        promise = promise_of(self.runner.table, caller, exchange.headers, parsed)
         estimate = self.runner.estimator.estimate(
             parsed,
+            tier=promise.tier.name if promise is not None else "",
             path=exchange.path.partition(b"?")[0],
             headers=exchange.headers,
             prompt_tokens=prompt_tokens,
             arrived_s=time.time(),
         )
-        now_s = time.monotonic()
-        request_id = exchange.headers[b"x-request-id"]
+        now_s, request_id = time.monotonic(), exchange.headers[b"x-request-id"]
         session = Session(
             self.runner.context,
             exchange,
@@ -201,21 +204,21 @@ class Gateway(OwnRoutes):
                 prompt_tokens=prompt_tokens,
                 output_tokens=estimate.output_tokens,
                 probabilities=estimate.probabilities if self.runner.table.planned_types else (),
+                promise=promise,
             ),
             estimate=estimate,
             prompt_size=size,
         )
-        self.runner.accept(session, self._rank_s(exchange, parsed, now_s, prompt_tokens))
-
-    def _rank_s(
-        self, exchange: Exchange, parsed: GenerateBody, now_s: float, prompt_tokens: int
-    ) -> float:
-        return rank_s(
-            (self.runner.table.constants or self._constants).order,
+        # Without keys there are no tenants.
+        session.tenant = caller.tenant if caller.key else ""
+        order = (self.runner.table.constants or self._constants).order
+        rank = rank_s(
+            order,
             arrival_s=now_s,
             prompt_tokens=prompt_tokens,
             client_priority=_priority(exchange, parsed),
         )
+        self.runner.accept(session, rank + shift_s(order, promise, estimate.output_tokens))
 
     def _parsed(self, exchange: Exchange) -> GenerateBody:
         """Validate content type and model of a request and return its body."""

@@ -181,6 +181,22 @@ def _trouble(fields: dict[str, Any]) -> Trouble:
     return Trouble(status=status, message=str(fields.get("message", ""))[:200])
 
 
+def with_service_tier(data: bytes, word: str) -> bytes:
+    """The JSON of an answer with OpenAI's ``service_tier``; unchanged if it is no object."""
+    fields = _decoded(data)
+    return _encoded({**fields, "service_tier": word}) if isinstance(fields, dict) else data
+
+
+def events_with_service_tier(events: bytes, word: str) -> bytes:
+    """The same for whole events, as the gateway writes them; unchanged without a word."""
+    if not word:
+        return events
+    return b"\n\n".join(
+        b"data: " + with_service_tier(event[6:], word) if event.startswith(b"data: {") else event
+        for event in events.split(b"\n\n")
+    )
+
+
 def shown(data: bytes, answer: ReplicaAnswer, *, hide_usage: bool, hide_ids: bool) -> bytes | None:
     """The event's data for the client; ``None``: the event is dropped.
 

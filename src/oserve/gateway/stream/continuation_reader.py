@@ -5,6 +5,7 @@ The continuation parses and stores every event, so that the stream can migrate a
 
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.events import Cause
+from oserve.gateway.stream.answer import events_with_service_tier
 from oserve.gateway.stream.continuation import BrokenError, Continuation, DivergedError
 from oserve.gateway.stream.continuation_fields import UnmovableError
 from oserve.gateway.stream.owner import AnswerOwner
@@ -88,7 +89,7 @@ class ContinuationReader:
             cause = Cause.DIVERGED
         except UnmovableError:
             cause = Cause.FAILED
-        payload = b"".join(events)
+        payload = events_with_service_tier(b"".join(events), self._owner.service_tier)
         if payload:
             self._owner.exchange.write(payload if self._plain else chunk(payload))
         if continuation.finished:

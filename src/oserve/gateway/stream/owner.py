@@ -22,6 +22,7 @@ class AnswerOwner(Protocol):
     streams: bool
     hides_usage: bool
     generates: bool
+    service_tier: str
     committed: bool
     usage: TokenUsage
     migration: StreamMigration | None

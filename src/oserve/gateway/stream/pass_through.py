@@ -19,6 +19,7 @@ from oserve.gateway.stream.answer import (
     read_answer,
     shown,
     trouble_of,
+    with_service_tier,
 )
 from oserve.gateway.stream.replay_buffer import ReplayBuffer
 from oserve.wire import Dechunker, chunk
@@ -39,7 +40,8 @@ class PassThrough:
     """One stream from one server.
 
     ``replay``: its replay buffer, if it may migrate. ``shows_ids``: the client gets token ids.
-    ``plain``: the client speaks HTTP/1.0, which has no chunked encoding.
+    ``plain``: the client speaks HTTP/1.0, which has no chunked encoding. ``service_tier``: OpenAI's
+    word for the request's tier, which every event then has; "": as the server sent them.
 
     ``begun``: an event that is no comment came. ``events``: the number of events with choices,
     about one token each. ``finished`` and ``done``: the last token and ``[DONE]`` came.
@@ -54,6 +56,7 @@ class PassThrough:
         "_plain",
         "_reader",
         "_replay",
+        "_service_tier",
         "_trouble_sent",
         "_waiting",
         "begun",
@@ -71,11 +74,13 @@ class PassThrough:
         replay: ReplayBuffer | None = None,
         shows_ids: bool = True,
         plain: bool = False,
+        service_tier: str = "",
     ) -> None:
         self._hide_usage = hide_usage
         self._hide_ids = not shows_ids
         self._replay = replay
         self._plain = plain
+        self._service_tier = service_tier
         self._reader = EventReader()
         self._dechunker = Dechunker()
         # Whether the next byte starts both a chunk and an event.
@@ -151,7 +156,8 @@ class PassThrough:
     def _read(self, payload: bytes) -> bytes:
         self._waiting += self._reader.feed(payload)
         output = self._pass_waiting()
-        self._clean = self._reader.idle and self._dechunker.idle and not self._waiting
+        idle = self._reader.idle and self._dechunker.idle and not self._waiting
+        self._clean = idle and not self._service_tier
         return output
 
     def end(self) -> bytes:
@@ -207,6 +213,8 @@ class PassThrough:
         for_client = shown(data, answer, hide_usage=self._hide_usage, hide_ids=self._hide_ids)
         if for_client is None:
             return b""
+        if self._service_tier and answer.choices is not None:
+            for_client = with_service_tier(for_client, self._service_tier)
         return event.text if for_client is data else data_event(for_client)
 
 

@@ -5,13 +5,22 @@ replica. Streams are forwarded event by event (``pass_through``). Other answers 
 are complete, and forwarded unchanged.
 """
 
+from dataclasses import replace
+
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.breaker import retry_after_s
 from oserve.control.dispatch.events import Cause
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import FinishStatus
 from oserve.gateway.http.headers import client_headers, is_event_stream
-from oserve.gateway.stream.answer import Trouble, read_answer, trouble_of, usage_in, usage_of
+from oserve.gateway.stream.answer import (
+    Trouble,
+    read_answer,
+    trouble_of,
+    usage_in,
+    usage_of,
+    with_service_tier,
+)
 from oserve.gateway.stream.owner import AnswerOwner
 from oserve.gateway.stream.pass_through import PassThrough
 from oserve.wire import Dechunker, Framing, ResponseHead
@@ -116,6 +125,7 @@ class AnswerReader:
             replay=migration.buffer if migration is not None else None,
             shows_ids=migration is None or migration.shows_ids,
             plain=self._owner.exchange.http_1_0,
+            service_tier=self._owner.service_tier,
         )
         held, self._held = b"".join(self._held), []
         self._held_bytes = 0
@@ -241,6 +251,10 @@ class AnswerReader:
                 return
         if head.status < _CLIENT_ERROR:
             owner.first_byte()
+            if owner.service_tier:
+                body = with_service_tier(body, owner.service_tier)
+                self._held, self._dechunker = [body], None
+                head = replace(head, length=len(body), chunked=False)
         self._commit(head)
         self._end(head.status)
 

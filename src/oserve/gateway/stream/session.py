@@ -17,12 +17,13 @@ from oserve.gateway.estimator import RequestEstimate
 from oserve.gateway.http.body import GenerateBody, parse_body
 from oserve.gateway.http.errors import ApiError, send_error
 from oserve.gateway.http.headers import Headers, own_headers
-from oserve.gateway.stream.answer import TokenUsage
+from oserve.gateway.stream.answer import TokenUsage, events_with_service_tier
 from oserve.gateway.stream.continuation import Continuation
 from oserve.gateway.stream.continuation_reader import ContinuationReader
 from oserve.gateway.stream.migration import StreamMigration, Unmovable
 from oserve.gateway.stream.reader import AnswerReader
 from oserve.gateway.stream.replay_buffer import ReplayBudget
+from oserve.gateway.tiers import service_tier_of
 from oserve.gateway.upstream_request import Outgoing, requests_only_usage
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.wire import Exchange, chunk
@@ -92,7 +93,9 @@ class Session:
         "report",
         "request",
         "request_id",
+        "service_tier",
         "streams",
+        "tenant",
         "usage",
     )
 
@@ -117,6 +120,8 @@ class Session:
         self.request = request
         self.estimate = estimate
         self.prompt_size = prompt_size
+        self.service_tier = service_tier_of(request, parsed)
+        self.tenant = ""
         self.generates = request is not None
         self.streams = self.generates and parsed.stream
         self.hides_usage = self.streams and not parsed.wants_usage
@@ -130,7 +135,7 @@ class Session:
         self.ended = False
         # Whether OServe answered with an error of its own.
         self.refused = False
-        # The replica that it had to leave and the reason, until it has another one.
+        # The replica it had to leave and why, until it has another.
         self.left: tuple[str, str] | None = None
         self.first_byte_s = 0.0
         self.last_chunk_s = 0.0
@@ -191,7 +196,7 @@ class Session:
         """End the request."""
         self._ended_tokens = self.made_tokens
         self.ended = True
-        # Break the reference cycle between readers and session, which only a collection would free.
+        # Break the reference cycle between readers and session.
         self._reader = self._first_reader = None
         if self.migration is not None:
             self.migration.release()
@@ -368,7 +373,8 @@ class Session:
         self.usage = TokenUsage(
             prompt_tokens=len(continuation.prompt), output_tokens=len(continuation.tokens)
         )
-        exchange, ending = self.exchange, continuation.ending()
+        exchange = self.exchange
+        ending = events_with_service_tier(continuation.ending(), self.service_tier)
         if ending:
             exchange.write(ending if exchange.http_1_0 else chunk(ending))
         if not exchange.http_1_0:
@@ -390,8 +396,5 @@ class Session:
         """The progress of the request, for a vacated replica."""
         made = self.made_tokens if self.committed else 0
         spent_s = self.last_chunk_s - self.first_byte_s
-        return on.Progress(
-            made_tokens=made,
-            movable=self.migration is not None and self.migration.movable,
-            tpot_s=spent_s / (made - 1) if made > 1 else 0.0,
-        )
+        movable = self.migration is not None and self.migration.movable
+        return on.Progress(made, movable, spent_s / (made - 1) if made > 1 else 0.0)
