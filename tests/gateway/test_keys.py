@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oserve.core import KeyRole, OServeError
-from oserve.gateway.access import door as doors
 from oserve.gateway.access.audit import AuditEntry, AuditLog
 from oserve.gateway.access.door import Door
 from oserve.gateway.access.failures import FailureLimiter
@@ -100,7 +100,7 @@ def test_names_of_tenants_are_plain(tmp_path: Path, name: str) -> None:
 def test_many_wrong_keys_cost_bounded_memory_and_lock_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(doors.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     _, key = KeyStore(tmp_path / "keys.json").add("acme", KeyRole.USE)
     strong = "a-long-key-of-the-settings"
     caplog.set_level(logging.DEBUG)

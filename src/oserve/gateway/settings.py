@@ -66,6 +66,39 @@ class TlsSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     key_file: str = ""
 
 
+class TenantSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One tenant: its ``weight`` among others, and its limits; unset: none.
+
+    Requests and tokens (of prompts and answers) a minute, over all tiers and processes; requests
+    accepted and not ended; requests that wait.
+    """
+
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    requests_per_min: Count | None = None
+    tokens_per_min: Count | None = None
+    max_inflight: Count | None = None
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class TenancySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Tenants, which API keys belong to. ``tenants`` by name; ``default``: all others.
+
+    ``fair``: serve tenants of a tier by fair shares. ``locality_s``: device-seconds by which a
+    tenant may go before its turn for a cached prefix. ``cache_salt``: share no cached prefixes
+    between tenants.
+    """
+
+    fair: bool = True
+    locality_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    cache_salt: bool = False
+    default: TenantSettings = TenantSettings()
+    tenants: dict[str, TenantSettings] = {}
+
+    def of(self, tenant: str) -> TenantSettings:
+        """The settings of a tenant."""
+        return self.tenants.get(tenant, self.default)
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The gateway.
 
@@ -94,6 +127,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     inflight_per_device: Annotated[float, msgspec.Meta(gt=0)] | None = None
     api_keys_file: str = ""
     tls: TlsSettings = TlsSettings()
+    tenancy: TenancySettings = TenancySettings()
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
     move: MoveSettings = MoveSettings()

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from oserve.gateway.access.limits import TenantUse
+
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Status, switches, metrics and load of the cluster.
@@ -9,6 +11,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
+    ``tenants`` and ``charged``: what tenants used and were charged in other processes.
     ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
@@ -20,3 +23,5 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     switches: msgspec.Raw = msgspec.Raw(b"[]")
     queued: int = 0
     hand_overs: dict[str, tuple[float, float]] = {}
+    tenants: dict[str, TenantUse] = {}
+    charged: dict[str, float] = {}

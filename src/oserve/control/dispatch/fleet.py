@@ -25,6 +25,7 @@ class Choice(msgspec.Struct, frozen=True):
     route: Route
     replica: TableReplica
     cached_tokens: int
+    decode_s_per_token: float = 0.0
 
 
 class Fleet:
@@ -86,15 +87,36 @@ class Fleet:
     def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
         """The replica for a request, or the reason why there is none."""
         cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
+        loads = self.ledger.loads(self.serving)
         route = self._router.pick(
             request,
-            self.ledger.loads(self.serving),
+            loads,
             exclude=self.closed(state, now_s),
             cached=cached,
         )
         if isinstance(route, NoRoute):
             return route
-        return Choice(route, self.serving[route.replica], cached.get(route.replica, 0))
+        return Choice(
+            route,
+            self.serving[route.replica],
+            cached.get(route.replica, 0),
+            loads[route.replica].decode_s_per_token,
+        )
+
+    def saved_s(self, state: RequestState) -> float:
+        """The prompt work that a cached prefix would spare a request, in seconds."""
+        cached = self._affinity.cached(state.session, state.prefix, state.prompt_tokens)
+        if not cached:
+            return 0.0
+        loads = self.ledger.loads(cached.keys() & self.serving.keys())
+        return max(
+            (
+                cached[name] * load.prefill_s_per_token
+                for name, load in loads.items()
+                if load.inflight < load.max_inflight
+            ),
+            default=0.0,
+        )
 
     def book(self, state: RequestState, request: Request, choice: Choice, now_s: float) -> Booking:
         """Book a request at the chosen replica."""

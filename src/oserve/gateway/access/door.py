@@ -44,6 +44,13 @@ class Door:
         if self._file is not None:
             self._file.check()
 
+    def cache_salt(self, tenant: str, own: bytes) -> str:
+        """The salt of a tenant's cached prefixes, which nobody else can find out.
+
+        ``own``: the salt that the client sent, which divides the tenant's cache further.
+        """
+        return self._made.derived(b"cache\0%b\0%b" % (tenant.encode(), own))
+
     def caller(self, authorization: bytes, peer: str) -> Caller:
         """Who sends this Authorization header. Raises ApiError: 401, or 429 after many failures.
 

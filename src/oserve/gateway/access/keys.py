@@ -107,6 +107,10 @@ class KeyRing:
         """Who has keys here."""
         return [caller for _, caller in self._callers.values()]
 
+    def derived(self, name: bytes) -> str:
+        """A secret that follows from the salt and this name, hexadecimal."""
+        return digest(name, self._salt).hex()
+
     def find(self, token: bytes) -> Caller | None:
         """Who shows this key; ``None``: it is not one of these."""
         if len(token) > _MOST_TOKEN_BYTES:

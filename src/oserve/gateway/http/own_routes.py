@@ -148,6 +148,7 @@ class OwnRoutes:
             "role": caller.role.value,
             "tier": caller.tier,
             "allowed_tiers": list(caller.allowed_tiers),
+            **self.runner.tenants.limits.document(caller.tenant, time.monotonic()),
         }
 
     def answer_switches(self, exchange: Exchange, caller: Caller) -> None:

@@ -14,7 +14,7 @@ from oserve.core.faults import fault
 from oserve.gateway.access.door import OPEN_CALLER, Door
 from oserve.gateway.access.port_tls import PortTls
 from oserve.gateway.constants import constants_of
-from oserve.gateway.http.body import GenerateBody, parse_body
+from oserve.gateway.http.body import SALT_FIELD, GenerateBody, gives_salt, parse_body
 from oserve.gateway.http.errors import (
     ApiError,
     bad_request,
@@ -209,6 +209,9 @@ class Gateway(OwnRoutes):
             estimate=estimate,
             prompt_size=size,
         )
+        if caller.key and self._settings.tenancy.cache_salt:
+            own = bytes(parsed.fields[SALT_FIELD]) if gives_salt(parsed) else b""
+            session.cache_salt = self.door.cache_salt(caller.tenant, own)
         # Without keys there are no tenants.
         session.tenant = caller.tenant if caller.key else ""
         order = (self.runner.table.constants or self._constants).order

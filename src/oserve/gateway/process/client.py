@@ -32,11 +32,20 @@ _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
 
 
 class HubClient:
-    """Reports to the hub and applies its replies. Set ``port`` once the process listens."""
+    """Reports to the hub and applies its replies. Set ``port`` once the process listens.
+
+    ``shares``: there are other processes, whose tenants share limits with those of this one.
+    """
 
     def __init__(
-        self, unix_socket: str, runner: RequestRunner, incarnation: int | None = None
+        self,
+        unix_socket: str,
+        runner: RequestRunner,
+        incarnation: int | None = None,
+        *,
+        shares: bool = True,
     ) -> None:
+        self._shares = shares
         self._hub = UpstreamPool(unix_socket=unix_socket)
         self._last_reply_s = time.monotonic()
         self.port = 0
@@ -70,6 +79,8 @@ class HubClient:
             port=self.port,
             open_breakers=runner.open_breakers(),
             whole=whole,
+            tenants=runner.tenants.limits.use() if self._shares else {},
+            charged=runner.charged() if self._shares else {},
         )
 
     def _apply(self, reply: HubReply) -> None:

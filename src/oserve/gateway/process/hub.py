@@ -16,6 +16,7 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
+from oserve.gateway.access.limits import TenantUse
 from oserve.gateway.metrics import merged
 from oserve.gateway.process.messages import (
     MESSAGE_PATH,
@@ -161,6 +162,8 @@ class Hub:
             metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
             queued=sum(other.queued for other in others),
             hand_overs=self._hand_overs,
+            tenants=_used(others),
+            charged=_charged(others),
         )
         return HubReply(
             version=self._version,
@@ -193,4 +196,31 @@ def _outstanding(reports: list[WorkerReport]) -> dict[str, tuple[float, int]]:
         for name, (owed_s, count) in report.outstanding.items():
             sum_s, total = found.get(name, (0.0, 0))
             found[name] = (sum_s + owed_s, total + count)
+    return found
+
+
+def _used(reports: list[WorkerReport]) -> dict[str, TenantUse]:
+    """What tenants used, summed over processes."""
+    found: dict[str, TenantUse] = {}
+    for report in reports:
+        for name, use in report.tenants.items():
+            old = found.get(name)
+            found[name] = (
+                use
+                if old is None
+                else TenantUse(
+                    old.requests + use.requests,
+                    old.tokens + use.tokens,
+                    old.inflight + use.inflight,
+                )
+            )
+    return found
+
+
+def _charged(reports: list[WorkerReport]) -> dict[str, float]:
+    """Device-seconds charged, summed over processes."""
+    found: dict[str, float] = {}
+    for report in reports:
+        for name, spent_s in report.charged.items():
+            found[name] = found.get(name, 0.0) + spent_s
     return found

@@ -10,6 +10,7 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
+from oserve.gateway.access.limits import TenantUse
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -39,7 +40,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ``outstanding``: seconds of work and requests per replica. ``table`` is the version of the
     routing table in use. ``port``: where the process listens, 0 before it does. ``open_breakers``:
     replicas whose circuit breaker is open, with the reason and the seconds left. ``whole``: the
-    reply shall have the documents of the cluster, too.
+    reply shall have the documents of the cluster, too. ``tenants``: what each used here so far;
+    ``charged``: device-seconds by tier and tenant, joined by a tab.
     """
 
     incarnation: int
@@ -51,6 +53,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     port: int = 0
     open_breakers: dict[str, tuple[str, float]] = {}
     whole: bool = True
+    tenants: dict[str, TenantUse] = {}
+    charged: dict[str, float] = {}
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

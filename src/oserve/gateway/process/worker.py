@@ -35,7 +35,7 @@ async def _run(config: GatewayWorkerConfig) -> None:
         records=records,
         estimator=None if config.estimator is None else OutputEstimator.restored(config.estimator),
     )
-    client = HubClient(config.hub, gateway.runner)
+    client = HubClient(config.hub, gateway.runner, shares=settings.processes > 1)
     gateway.refresh = client.sync
     gateway.away_s = client.away_s
     gateway.operate = client.operate
