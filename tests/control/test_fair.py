@@ -237,6 +237,24 @@ def test_in_an_engine_a_late_comer_goes_before_what_a_flood_has_queued() -> None
     assert sum(rank < quiet for rank in flood) <= 1
 
 
+def test_a_flood_leaves_a_slot_free_while_others_are_active() -> None:
+    driver = Driver(replica_of("r0", Fake(most=8)))
+    for number in range(1, 11):
+        driver.at(0.0, comes(number, "flood", Ask()))
+    assert driver.waiting == {9, 10}
+    driver.at(1.0, comes(11, "quiet", Ask()))
+    assert driver.waiting == {9, 10, 11}
+    for number in range(1, 7):
+        driver.at(2.0, on.Finished(number))
+    # Of four that run at once the flood leaves one free.
+    assert driver.place(11) == "r0"
+    assert driver.waiting == {9, 10}
+    driver.at(3.0, on.Finished(11))
+    assert driver.waiting == {10}
+    driver.at(70.0, comes(12, "flood", Ask()))
+    assert driver.waiting == set()
+
+
 def test_a_full_queue_is_kept_by_no_tenant_alone() -> None:
     policy = DispatchPolicy(max_queued=4)
     driver = Driver(replica_of("r0", Fake(most=1)), policy=policy)

@@ -51,5 +51,6 @@ def policy_of(settings: GatewaySettings) -> DispatchPolicy:
             weights={name: item.weight for name, item in settings.tenancy.tenants.items()},
             default_weight=settings.tenancy.default.weight,
             debt_s=settings.tenancy.locality_s,
+            reserve=settings.tenancy.reserve,
         ),
     )

@@ -84,12 +84,14 @@ class TenancySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     """Tenants, which API keys belong to. ``tenants`` by name; ``default``: all others.
 
     ``fair``: serve tenants of a tier by fair shares. ``locality_s``: device-seconds by which a
-    tenant may go before its turn for a cached prefix. ``cache_salt``: share no cached prefixes
-    between tenants.
+    tenant may go before its turn for a cached prefix. ``reserve``: the part of a replica's
+    sequences that tenants with more than their share leave free while others are active.
+    ``cache_salt``: share no cached prefixes between tenants.
     """
 
     fair: bool = True
     locality_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    reserve: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.03
     cache_salt: bool = False
     default: TenantSettings = TenantSettings()
     tenants: dict[str, TenantSettings] = {}

@@ -13,17 +13,21 @@ end.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 
 from oserve.control.dispatch.charge import Charge, FlowKey, ServiceCounter
 from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.flows import TenantFlow
+from oserve.control.dispatch.passing import PassingOrder
 from oserve.control.dispatch.state import RequestState
 
 # Heaps are rebuilt once they hold more stale entries than this.
 _MOST_STALE = 64
 # Idle flows are dropped once there are so many more than waiting ones.
 _MOST_IDLE = 1024
+# A tenant is active for so long after its last arrival.
+_ACTIVE_S = 60.0
 # Of the tenants within the debt for locality, so many are compared.
 _MOST_COMPARED = 8
 # The furthest that a tenant's requests are put back in an engine's queue, in seconds.
@@ -36,7 +40,7 @@ class _Heap:
     __slots__ = ("_entries", "_late", "_most", "_order")
 
     def __init__(self, *, late: bool) -> None:
-        self._entries: list[tuple[float, int, TenantFlow]] = []
+        self._entries: list[tuple[float, int, int, TenantFlow]] = []
         self._most = _MOST_STALE
         self._late = late
         self._order = 0
@@ -106,54 +110,6 @@ class _TierFlows:
         return self.last.level_s if self.last is not None else 0.0
 
 
-class _Passing:
-    """The order in which requests of one tier and kind are tried, while some are sent."""
-
-    __slots__ = ("_heap", "_left", "late")
-
-    def __init__(self, late: bool, flows: Iterable[TenantFlow]) -> None:
-        self.late = late
-        # By flow: its requests, the next one last.
-        self._left: dict[TenantFlow, list[tuple[float, int, RequestState]]] = {}
-        self._heap: list[tuple[float, int, TenantFlow]] = []
-        for flow in flows:
-            queue = flow.queue(late=late)
-            if queue:
-                own = sorted(((item.rank_s, item.number, item) for item in queue), reverse=True)
-                self._left[flow] = own
-                heapq.heappush(self._heap, (flow.level_s, own[-1][1], flow))
-
-    def _lowest(self) -> TenantFlow | None:
-        while self._heap:
-            level_s, number, flow = self._heap[0]
-            if self._left[flow] and level_s == flow.level_s:
-                return flow
-            heapq.heappop(self._heap)
-            if self._left[flow]:
-                heapq.heappush(self._heap, (flow.level_s, number, flow))
-        return None
-
-    def head(self) -> RequestState | None:
-        """The next one."""
-        flow = self._lowest()
-        return None if flow is None else self._left[flow][-1][2]
-
-    def take(self) -> RequestState:
-        """Remove the next one, which there must be."""
-        flow = self._lowest()
-        if flow is None:
-            raise LookupError("there is no next request")
-        return self._left[flow].pop()[2]
-
-    def add(self, flow: TenantFlow, state: RequestState) -> None:
-        """Add a request that was demoted meanwhile."""
-        own = self._left.setdefault(flow, [])
-        if not own:
-            heapq.heappush(self._heap, (flow.level_s, state.number, flow))
-        own.append((state.rank_s, state.number, state))
-        own.sort(reverse=True)
-
-
 class FairQueue:
     """Waiting requests: fairly between the tenants of a tier, by rank otherwise.
 
@@ -168,6 +124,9 @@ class FairQueue:
         self._numbers: dict[int, RequestState] = {}
         self._saved_s = saved_s
         self._elsewhere: dict[FlowKey, float] = {}
+        # Tenants by their last arrival, and the sum of their weights.
+        self._active: OrderedDict[FlowKey, float] = OrderedDict()
+        self._active_weight = 0.0
 
     def use(self, policy: FairPolicy) -> None:
         """Apply another policy from now on."""
@@ -239,13 +198,17 @@ class FairQueue:
                 return max(heads, key=self._saved_s, default=None)
         return flow.queue(late=late).head()
 
-    def passing(self) -> Iterator[RequestState]:
+    def passing(
+        self, skip: Callable[[RequestState], bool] = lambda _: False
+    ) -> Iterator[RequestState]:
         """All waiting requests in order of service, each once.
+
+        ``skip``: whether nothing more of this request's tenant is to be tried.
 
         A request that is sent, demoted or refused while this runs changes the order of the rest.
         """
         groups = [
-            _Passing(late, [flow for flow in self._flows.values() if flow.key[0] == name])
+            PassingOrder(late, [flow for flow in self._flows.values() if flow.key[0] == name])
             for name in self._tiers
             for late in (False, True)
         ]
@@ -256,6 +219,10 @@ class FairQueue:
             if not heads:
                 return
             at = min(heads)[2]
+            first = groups[at].head()
+            if first is not None and skip(first):
+                groups[at].drop()
+                continue
             state = groups[at].take()
             if state.number not in self._numbers or state.demoted != groups[at].late:
                 continue
@@ -275,6 +242,30 @@ class FairQueue:
             found = self._flows[key] = TenantFlow(key, self._policy.weight(state.tenant))
         return found
 
+    def arrived(self, state: RequestState, now_s: float) -> None:
+        """A request of a tenant has arrived, which is active for a while."""
+        flow = self.flow(state)
+        if self._active.pop(flow.key, None) is None:
+            self._active_weight += flow.weight
+        self._active[flow.key] = now_s
+        while True:
+            oldest = next(iter(self._active))
+            if self._active[oldest] >= now_s - _ACTIVE_S:
+                return
+            del self._active[oldest]
+            self._active_weight = sum(self._policy.weight(tenant) for _, tenant in self._active)
+
+    def over_share(self, state: RequestState, slots: float) -> bool:
+        """Whether a tenant has its part of so many slots already, and others are active.
+
+        Such a tenant leaves a few slots free (``FairPolicy.reserve``), so that others need not
+        wait until one of its requests ends.
+        """
+        if len(self._active) < 2:
+            return False
+        flow = self.flow(state)
+        return flow.open * self._active_weight >= slots * flow.weight
+
     def waiting_of(self, state: RequestState) -> int:
         """How many requests of its tenant wait in its tier."""
         return len(self.flow(state))
@@ -285,7 +276,8 @@ class FairQueue:
         most = max(self._flows.values(), key=lambda flow: len(flow) / flow.weight)
         if len(most) / most.weight <= len(own) / own.weight:
             return state
-        return max((*most.waiting, *most.late), key=lambda item: item.number)
+        latest: RequestState = max((*most.waiting, *most.late), key=lambda item: item.number)
+        return latest
 
     def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
         """Charge a request that is sent now: device-seconds of its prompt and of each token."""

@@ -84,10 +84,15 @@ class Fleet:
         self._update_serving()
 
     # -- routing --------------------------------------------------------------------------------
-    def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
-        """The replica for a request, or the reason why there is none."""
+    def choose(
+        self, state: RequestState, request: Request, now_s: float, *, tight: bool = False
+    ) -> Choice | NoRoute:
+        """The replica for a request, or the reason why there is none.
+
+        ``tight``: the request leaves slots free for other tenants.
+        """
         cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
-        loads = self.ledger.loads(self.serving)
+        loads = self._tight_loads() if tight else self.ledger.loads(self.serving)
         route = self._router.pick(
             request,
             loads,
@@ -192,6 +197,20 @@ class Fleet:
     def may_serve(self, state: RequestState, now_s: float) -> bool:
         """Whether some replica can take the request, now or once it has room."""
         return bool(self.serving.keys() - self.closed(state, now_s))
+
+    def _tight_loads(self) -> dict[str, ReplicaLoad]:
+        return self.ledger.tight_loads(self.serving, self._policy.fair.reserve)
+
+    @property
+    def slots(self) -> float:
+        """Sequences that the serving replicas run at once, for this process."""
+        most = sum(replica.max_inflight for replica in self.serving.values())
+        return most / 2 / self._policy.processes
+
+    @property
+    def any_tight_room(self) -> bool:
+        """Whether some replica has room for a request that leaves slots free."""
+        return any(load.inflight < load.max_inflight for load in self._tight_loads().values())
 
     @property
     def any_room(self) -> bool:

@@ -155,6 +155,12 @@ class Lifecycle:
             self.due_s = min(self.due_s, self.waiting.next_s)
             self.emit(do.Hold(state.number))
 
+    def _over_share(self, state: RequestState) -> bool:
+        """Whether a request leaves slots free for tenants with less than their share."""
+        if not state.tenant or isinstance(state.phase, Resuming):
+            return False
+        return self.waiting.fair.over_share(state, self.fleet.slots)
+
     def _crowded(self, state: RequestState) -> bool:
         """Whether a request finds no place to wait; another tenant may have to make room for it."""
         fair = self.waiting.fair
@@ -174,7 +180,7 @@ class Lifecycle:
         if request is None:
             return NoRoute.NO_REPLICA
         try:
-            choice = self.fleet.choose(state, request, self.now_s)
+            choice = self.fleet.choose(state, request, self.now_s, tight=self._over_share(state))
             if isinstance(choice, NoRoute):
                 return choice
             booking = self.fleet.book(state, request, choice, self.now_s)
@@ -227,9 +233,10 @@ class Lifecycle:
         The passed requests lose nothing: they cannot use the free slots.
         """
         # By the replicas that are barred: the shortest prompt for which no replica has room.
-        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None], float] = {}
-        for state in self.waiting.passing():
-            barred = frozenset(state.tried), state.moves > 0, state.tier
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None, bool], float] = {}
+        crowded = not self.fleet.any_tight_room
+        for state in self.waiting.passing(lambda state: crowded and self._over_share(state)):
+            barred = frozenset(state.tried), state.moves > 0, state.tier, self._over_share(state)
             if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):

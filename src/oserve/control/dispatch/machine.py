@@ -143,6 +143,8 @@ class RequestMachine:
         state.tenant = event.tenant
         if event.max_queued is not None:
             state.max_queued = event.max_queued
+        if event.tenant:
+            self._life.waiting.fair.arrived(state, self._life.now_s)
         self._life.requests[event.number] = state
         self._life.due_s = min(
             self._life.due_s, self._life.now_s + self._life.policy.request_timeout_s

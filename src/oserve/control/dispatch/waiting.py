@@ -83,9 +83,9 @@ class WaitingRoom:
         """The request to serve next."""
         return self._queue.head()
 
-    def passing(self) -> Iterator[RequestState]:
+    def passing(self, skip: Callable[[RequestState], bool]) -> Iterator[RequestState]:
         """All waiting requests in order of service, while some of them are sent."""
-        return self._queue.passing()
+        return self._queue.passing(skip)
 
     def crowded_out(self, state: RequestState) -> RequestState:
         """The request to refuse for a full queue: the latest of the tenant with the most.
