@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hosts import Hosts
 
@@ -25,7 +26,7 @@ main()
 """
 _START = (sys.executable, "-c", _RAY, "start", "--block")
 _LEAN = (
-    *("--num-cpus", "0", "--num-gpus", "0", "--object-store-memory", str(80 << 20)),
+    *("--num-cpus", "0", "--object-store-memory", str(80 << 20)),
     *("--disable-usage-stats", "--include-log-monitor", "false"),
 )
 # A start hook alone can leave out the autoscaler and the server of Ray Client.
@@ -36,7 +37,7 @@ def start(params, head):
 # A raylet that comes before its GCS tries again late: wait for the port.
 _KNOCK = """
 import socket, sys, time
-for _ in range(600):
+for _ in range(2400):
     try:
         socket.create_connection((sys.argv[1], int(sys.argv[2])), 1.0).close()
         break
@@ -63,6 +64,10 @@ class Raylets:
         self._folder = folder
         self._resources = resources
         self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._spare_starts = 12
+        # Of each host: what it was last started with, and the size of its log then.
+        self._last: dict[int, dict[str, Any]] = {}
+        self._begun: dict[int, int] = {}
         token = folder / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(24))
@@ -89,24 +94,44 @@ class Raylets:
         """``HOST:PORT`` of the head."""
         return f"{self._hosts[0].address}:{GCS_PORT}"
 
-    def start(self, number: int) -> None:
-        """Start Ray on a host; returns before it is up."""
+    def start(self, number: int, *, gpus: int = 0, **env: str) -> None:
+        """Start Ray on a host; returns before it is up.
+
+        With ``gpus`` it offers as many instead of the resources. ``env``: for Ray there.
+        """
         host = self._hosts[number]
         where = ["--head", "--port", str(GCS_PORT), "--include-dashboard", "false"]
         if number:
             host.inside([sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)])
             where = ["--address", self.address]
-        resources = json.dumps(dict(self._resources.get(number, {})))
+        resources = {} if gpus else dict(self._resources.get(number, {}))
         words = [*_START, *where, "--node-ip-address", host.address, *_LEAN]
-        words += ["--resources", resources]
+        words += ["--resources", json.dumps(resources), "--num-gpus", str(gpus)]
         self.stop(number)
+        self._last[number] = {"gpus": gpus, **env}
         with (self._folder / f"ray-{number}.log").open("ab") as log:
-            self._running[number] = host.popen(words, env=self.env, log=log)
+            self._begun[number] = log.tell()
+            self._running[number] = host.popen(words, env=self.env | env, log=log)
 
     def joined(self, number: int) -> bool:
         """Whether Ray has been started on a host, so that a driver can run there."""
-        log = self._folder / f"ray-{number}.log"
-        return log.exists() and b"Ray runtime started" in log.read_bytes()
+        self.tend()
+        return self._has_started(number)
+
+    def tend(self) -> None:
+        """Start Ray once more where its start took longer than it likes, as on a busy machine."""
+        for number, process in list(self._running.items()):
+            failed = process.poll() is not None and not self._has_started(number)
+            if failed and self._spare_starts:
+                self._spare_starts -= 1
+                self.start(number, **self._last[number])
+
+    def _has_started(self, number: int) -> bool:
+        """Whether the last start on a host has come to its end."""
+        if number not in self._running:
+            return False
+        log = (self._folder / f"ray-{number}.log").read_bytes()
+        return b"Ray runtime started" in log[self._begun[number] :]
 
     def stop(self, number: int) -> None:
         """Wait until what was started there before has ended, or end it."""

@@ -3,16 +3,20 @@
     python benchmarks/nodes/hatch.py [--chunks 1500] [--gap-ms 2] [--megabytes 1000] [--rounds 3]
 
 Chunks: a server on a Unix socket sends stamped chunks at a steady pace; a client reads them from
-the socket itself and through a hatch, in turns. Delay is from before the server's write to after
-the client's read; CPU is that of the hatch process and what the client needs more.
+the socket itself, through a process that passes bytes on to TCP without TLS, and through a hatch,
+in turns. Delay is from before the server's write to after the client's read; CPU is that of the
+process between and what the client needs more.
 
 Weights: bytes from one process to another over a plain TCP connection, over one TLS connection, and
-by the streams of ranks through the hatches of two nodes, in turns. Everything is on one machine, so
-that copies compete with TLS for the same cores.
+by the streams of ranks through the hatches of two nodes, by sockets and by memory that the hatches
+map, in turns. A share is the median of those of each turn. Everything is on one machine, so that
+copies compete with TLS for the same cores.
 """
 
 import argparse
 import asyncio
+import contextlib
+import mmap
 import multiprocessing
 import os
 import platform
@@ -24,13 +28,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import uvloop
 
 from oserve.core import HatchAddress
+from oserve.engines.weights.relay_orders import FileRange
 from oserve.engines.weights.sockets import Listener, ShardStream, Throttle, far_address
 from oserve.nodes.hatch_identity import make_identity, serving_context
 from oserve.nodes.hatch_messages import HatchConfig, HatchIdentity, read_published, tell_peers
@@ -39,6 +44,7 @@ from oserve.wire.hatch import open_hatch, pinned_context
 _CHUNK = b"data: " + b"x" * 240 + b"\n\n"
 _STAMP_BYTES = 20
 _LIMIT_S = 120.0
+_PART_BYTES = 16 << 20
 # Threads of ranks that move weights yield to serving, and so does the hatch's second process.
 _NICE = 5
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -119,36 +125,61 @@ async def _delays_us(
     return delays
 
 
-async def _chunks(node: Node, name: str, count: int, rounds: int) -> None:
+def _bare_relay(port: socket.socket, path: str) -> None:
+    """What any relay costs: a thread for each direction that reads and writes, without TLS."""
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        buffer = bytearray(65536)
+        view = memoryview(buffer)
+        while size := source.recv_into(buffer):
+            sink.sendall(view[:size])
+        sink.shutdown(socket.SHUT_WR)
+
+    while True:
+        outer, _ = port.accept()
+        outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        inner = socket.socket(socket.AF_UNIX)
+        inner.connect(path)
+        threading.Thread(target=pass_on, args=(outer, inner), daemon=True).start()
+        threading.Thread(target=pass_on, args=(inner, outer), daemon=True).start()
+
+
+async def _chunks(node: Node, name: str, relay: tuple[int, int], count: int, rounds: int) -> None:
+    """``relay``: process and port of the bare one."""
     path = str(node.folder / name)
-    delays: dict[str, list[float]] = {"direct": [], "hatch": []}
-    client_s = {"direct": 0.0, "hatch": 0.0}
-    hatch_s = 0.0
+    ways = ("direct", "bare relay", "hatch")
+    delays: dict[str, list[float]] = {way: [] for way in ways}
+    client_s, relay_s = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        for way in delays:
+        for way in ways:
             if way == "direct":
                 opened = await asyncio.open_unix_connection(path)
-            else:
+            elif way == "hatch":
                 opened = await open_hatch(node.address, name)
-            own_s, its_s = _own_cpu_s(), node.cpu_s()
+            else:
+                opened = await asyncio.open_connection("127.0.0.1", relay[1])
+
+            def used_s(way: str = way) -> float:
+                return node.cpu_s() if way == "hatch" else _cpu_s(relay[0])
+
+            own_s, its_s = _own_cpu_s(), used_s()
             delays[way] += await _delays_us(opened, count)
             client_s[way] += _own_cpu_s() - own_s
-            if way == "hatch":
-                hatch_s += node.cpu_s() - its_s
-    whole = count * rounds
+            relay_s[way] += used_s() - its_s
+    whole = count * rounds / 1e6
+    direct = statistics.median(delays["direct"])
     for way, found in delays.items():
         cuts = statistics.quantiles(found, n=100)
-        print(f"chunks, {way}: P50 {cuts[49]:.0f} us, P90 {cuts[89]:.0f}, P99 {cuts[98]:.0f}")
-    added = statistics.median(delays["hatch"]) - statistics.median(delays["direct"])
-    more_us = (client_s["hatch"] - client_s["direct"]) / whole * 1e6
-    print(
-        f"chunks, added: P50 {added:.0f} us; CPU a chunk: hatch {hatch_s / whole * 1e6:.0f} us, "
-        f"client {more_us:+.0f} us"
-    )
+        more_us = (client_s[way] - client_s["direct"]) / whole
+        print(
+            f"chunks, {way}: P50 {cuts[49]:.0f} us, P90 {cuts[89]:.0f}, P99 {cuts[98]:.0f}; added: "
+            f"P50 {cuts[49] - direct:.0f} us, CPU a chunk: relay {relay_s[way] / whole:.0f} us, "
+            f"client {more_us:+.0f} us"
+        )
 
 
 def measure_chunks(folder: Path, count: int, gap_s: float, rounds: int) -> None:
-    """Print delays and CPU of chunks, direct and through a hatch."""
+    """Print delays and CPU of chunks, direct, through a bare relay and through a hatch."""
     node = Node(folder, "n")
     (node.folder / "e").mkdir()
     path = str(node.folder / "e" / "api.sock")
@@ -156,7 +187,13 @@ def measure_chunks(folder: Path, count: int, gap_s: float, rounds: int) -> None:
     server.start()
     while not os.path.exists(path):
         time.sleep(0.02)
-    uvloop.run(_chunks(node, "e/api.sock", count, rounds))
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        bare = multiprocessing.Process(target=_bare_relay, args=(port, path), daemon=True)
+        bare.start()
+        assert bare.pid is not None
+        relay = (bare.pid, port.getsockname()[1])
+        uvloop.run(_chunks(node, "e/api.sock", relay, count, rounds))
+        bare.kill()
     server.kill()
     node.close()
 
@@ -234,6 +271,7 @@ def _tls(size: int, identity: HatchIdentity) -> float:
 
 
 def _relayed(a: Node, b: Node, size: int) -> float:
+    """By the ranks' sockets: weights that do not lie in memory which the hatches can map."""
     (b.folder / "e").mkdir(exist_ok=True)
     listener = Listener(str(b.folder / "e" / "w0.sock"))
     address = far_address("b", "e/w0.sock", a.out)
@@ -251,28 +289,83 @@ def _relayed(a: Node, b: Node, size: int) -> float:
     return spent_s
 
 
+@contextlib.contextmanager
+def _memory(size: int) -> Iterator[int]:
+    """A file in memory, all of whose pages exist."""
+    descriptor = os.memfd_create("weights")
+    os.ftruncate(descriptor, size)
+    with mmap.mmap(descriptor, size) as memory:
+        piece = os.urandom(1 << 20)
+        for start in range(0, size, len(piece)):
+            memory[start : start + len(piece)] = piece
+        yield descriptor
+    os.close(descriptor)
+
+
+def _ordered(a: Node, b: Node, size: int) -> float:
+    """As ranks do whose weights lie in shared memory: the hatches read and write it."""
+    (b.folder / "e").mkdir(exist_ok=True)
+    listener = Listener(str(b.folder / "e" / "w0.sock"))
+    address = far_address("b", "e/w0.sock", a.out)
+    parts = list(FileRange(0, size, size, 1).cut(_PART_BYTES))
+
+    def give() -> None:
+        os.nice(_NICE)
+        with _memory(size) as descriptor:
+            stream = ShardStream.call(address, "t", 1, _deadline_s())
+            stream.take(1)
+            throttle = Throttle(0.0, threading.Event())
+            for number, part in enumerate(parts):
+                stream.order_send(number, descriptor, part, throttle)
+            stream.give_head(len(parts), 0)
+            stream.take(1)
+            stream.close()
+
+    giver = multiprocessing.Process(target=give)
+    giver.start()
+    stream = listener.accept("t", [1], _deadline_s())[1]
+    with _memory(size) as descriptor:
+        start_s = time.perf_counter()
+        stream.order_take(descriptor, parts)
+        stream.give(memoryview(b"\1"))
+        for number, part in enumerate(parts):
+            stream.take_head(number, part.size)
+        stream.take_head(len(parts), 0)
+        spent_s = time.perf_counter() - start_s
+        stream.give(memoryview(b"\1"))
+    giver.join()
+    stream.close()
+    listener.close()
+    return spent_s
+
+
 def measure_bulk(folder: Path, size: int, rounds: int) -> None:
     """Print the rates of a plain TCP copy and of weights through two hatches, in turns."""
     os.nice(_NICE)
     a, b = Node(folder, "a"), Node(folder, "b")
     uvloop.run(tell_peers(a.address, {"b": b.address}))
     identity = make_identity("n")
-    rates: dict[str, list[float]] = {"plain TCP": [], "one TLS socket": [], "two hatches": []}
-    relay_s = 0.0
+    ways: dict[str, Callable[[int], float]] = {
+        "plain TCP": plain_copy_s,
+        "one TLS socket": lambda size: _tls(size, identity),
+        "two hatches, ranks' sockets": lambda size: _relayed(a, b, size),
+        "two hatches, ranks' memory": lambda size: _ordered(a, b, size),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    hatches_s = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        rates["plain TCP"].append(size / plain_copy_s(size) / 1e6)
-        rates["one TLS socket"].append(size / _tls(size, identity) / 1e6)
-        before_s = a.cpu_s() + b.cpu_s()
-        rates["two hatches"].append(size / _relayed(a, b, size) / 1e6)
-        relay_s += a.cpu_s() + b.cpu_s() - before_s
+        for way, copy_s in ways.items():
+            before_s = a.cpu_s() + b.cpu_s()
+            rates[way].append(size / copy_s(size) / 1e6)
+            hatches_s[way] += a.cpu_s() + b.cpu_s() - before_s
     for way, found in rates.items():
         told = ", ".join(f"{rate:.0f}" for rate in found)
-        print(f"weights, {way}: median {statistics.median(found):.0f} MB/s ({told})")
-    share = statistics.median(rates["two hatches"]) / statistics.median(rates["plain TCP"])
-    print(
-        f"weights, share: {share:.2f} of plain TCP; "
-        f"hatches' CPU {relay_s / rounds / size * 1e9:.2f} s a GB"
-    )
+        shares = [rate / plain for rate, plain in zip(found, rates["plain TCP"], strict=True)]
+        print(
+            f"weights, {way}: median {statistics.median(found):.0f} MB/s ({told}), "
+            f"{statistics.median(shares):.2f} of plain TCP, hatches' CPU "
+            f"{hatches_s[way] / rounds / size * 1e9:.2f} s a GB"
+        )
     a.close()
     b.close()
 

@@ -55,6 +55,7 @@ from oserve.core import (
     WorkloadType,
 )
 from oserve.gateway.process.messages import HubReply
+from oserve.gateway.process.packed_table import packed
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.perf import ShapePerformance
 from oserve.sim import Faults, Phases, SimulatedCluster
@@ -207,7 +208,7 @@ class Plane:
                     version=1,
                     counted=0,
                     snapshot=snapshot if whole else ClusterSnapshot(),
-                    table=routes if first else None,
+                    table=packed(routes) if first else None,
                     whole=whole,
                 )
                 self.reply_bytes += len(msgspec.json.encode(reply))

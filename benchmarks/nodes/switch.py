@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[1] / "switch"))
 from hatch import Node, machine, plain_copy_s  # type: ignore[import-not-found]
 from mid_model import make_mid_model  # type: ignore[import-not-found]
+from streams import BODY, Seen, Told  # type: ignore[import-not-found]
 
 from oserve.config import plan_yaml
 from oserve.config.settings import Settings
@@ -67,14 +68,6 @@ from oserve.switching.weights import Moved
 LIMIT_S = 400.0
 QUIET_S = 5.0
 COPY_BYTES = 512 << 20
-BODY = {
-    "model": "m",
-    "prompt": [5] * 32,
-    "max_tokens": 48,
-    "temperature": 0,
-    "ignore_eos": True,
-    "stream": True,
-}
 
 
 def plan_of(name: str, *devices: str) -> DeploymentPlan:
@@ -92,51 +85,31 @@ def plan_of(name: str, *devices: str) -> DeploymentPlan:
     )
 
 
-@dataclass
-class Streams:
+class Streams(Seen):
     """Streams one after the other, at the replica that serves."""
 
-    cluster: EngineCluster
-    gaps: list[tuple[float, float]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    broken: int = 0
+    def __init__(self, cluster: EngineCluster) -> None:
+        super().__init__()
+        self._cluster = cluster
 
     async def endpoint(self) -> Endpoint:
         while True:
-            for state in (await self.cluster.observe()).replicas:
+            for state in (await self._cluster.observe()).replicas:
                 if state.phase is ReplicaPhase.READY:
                     return state.endpoint
             await asyncio.sleep(0.01)
 
-    async def one(self) -> str:
-        said, done, last_s = "", False, 0.0
+    async def one(self) -> Told:
         connector = connector_of(await self.endpoint())
-        async with (
-            aiohttp.ClientSession(connector=connector) as session,
-            session.post("http://engine/v1/completions", json=BODY) as answer,
-        ):
-            async for line in answer.content:
-                done = done or b"[DONE]" in line
-                if line.startswith(b"data: {"):
-                    now_s = time.monotonic()
-                    if last_s:
-                        self.gaps.append((now_s, now_s - last_s))
-                    last_s = now_s
-                    said += "".join(one["text"] for one in json.loads(line[6:])["choices"])
-        if not done:
-            raise aiohttp.ClientError("it broke off")
-        return said
+        async with aiohttp.ClientSession(connector=connector) as session:
+            told: Told = await self.ask(session, "http://engine", {**BODY, "model": "m"})
+        return told
 
     async def keep_on(self) -> None:
         while True:
-            try:
-                self.texts.append(await self.one())
-            except (aiohttp.ClientError, OSError):
-                self.broken += 1
+            told = await self.one()
+            if not told.whole:
                 await asyncio.sleep(0.1)
-
-    def longest_gap_s(self, since_s: float) -> float:
-        return max((gap for at_s, gap in self.gaps if at_s >= since_s), default=0.0)
 
 
 class World:
@@ -264,16 +237,16 @@ async def _copy() -> float:
 
 async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict[str, Any]:
     """One switch, from quiet to quiet."""
-    quiet_s = time.monotonic()
+    quiet_s = time.time()
     await asyncio.sleep(QUIET_S)
-    gap_before_s = streams.longest_gap_s(quiet_s)
+    gap_before_s = streams.longest_gap_s(quiet_s, time.time())
     rates, sent = [await _copy()], await world.sent_bytes()
-    begun_s, streams.gaps[:] = time.monotonic(), []
+    begun_s = time.time()
     report = world.switcher.want(plan, "benchmark")
     async with asyncio.timeout(LIMIT_S):
         while world.switcher.active:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    took_s, gap_s = time.monotonic() - begun_s, streams.longest_gap_s(begun_s)
+    ended_s = time.time()
     assert report.state == "done", report
     after = await world.sent_bytes()
     rates.append(await _copy())
@@ -281,7 +254,7 @@ async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict
     rate = moved.size_bytes / moved.seconds
     return {
         "to": plan.id,
-        "seconds": took_s,
+        "seconds": ended_s - begun_s,
         "phases_s": dict(report.durations_s(0)),
         "bytes_by_link": {way: size - sent.get(way, 0) for way, size in after.items()},
         "planned_bytes": report.total_bytes,
@@ -290,7 +263,7 @@ async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict
         "plain_tcp_bytes_per_s": rates,
         "share_of_plain_tcp": rate / plain,
         "gap_before_s": gap_before_s,
-        "gap_during_s": gap_s,
+        "gap_during_s": streams.longest_gap_s(begun_s, ended_s),
     }
 
 
@@ -299,7 +272,7 @@ async def measured(folder: Path, model: Path, streams: int, rounds: int) -> dict
     world = World(folder, model, plans[0])
     await world.start()
     load = Streams(world.cluster)
-    known = await load.one()
+    known = (await load.one()).text
     tasks = [asyncio.create_task(load.keep_on()) for _ in range(streams)]
     rows = []
     for number in range(rounds):
@@ -313,7 +286,7 @@ async def measured(folder: Path, model: Path, streams: int, rounds: int) -> dict
     return {
         "rows": rows,
         "streams": len(load.texts),
-        "broken": load.broken,
+        "broken": load.failed,
         "differed": sum(text != known for text in load.texts),
     }
 

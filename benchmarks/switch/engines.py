@@ -45,20 +45,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-# It lies beside this file; mypy knows it by a longer name.
+# They lie beside this file; mypy knows them by longer names.
 from mid_model import make_mid_model  # type: ignore[import-not-found]
+from streams import BODY, Seen  # type: ignore[import-not-found]
 
 from oserve.engines.tiny import make_tiny_model
 
 LIMIT_S = 900.0
 _SEEN_S = 1.0
-BODY = {
-    "prompt": [5] * 32,
-    "max_tokens": 48,
-    "temperature": 0,
-    "ignore_eos": True,
-    "stream": True,
-}
 
 
 def plans(folder: Path, precision: str) -> dict[str, Path]:
@@ -82,40 +76,18 @@ def plans(folder: Path, precision: str) -> dict[str, Path]:
     return found
 
 
-class Watch:
+class Watch(Seen):
     """Streams one after the other, and whether a replica is ready, until it is stopped."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:
+        super().__init__()
         self._session, self._url, self._model = session, url, model
-        self.gaps: list[tuple[float, float]] = []
-        self.firsts: list[tuple[float, float]] = []
         self.unready: list[tuple[float, float]] = []
-        self.failed = 0
-        self.sent = 0
 
     async def stream(self) -> None:
         while True:
-            self.sent += 1
-            last_s = 0.0
-            sent_s = time.time()
-            done = False
-            try:
-                async with self._session.post(
-                    self._url + "/v1/completions", json={**BODY, "model": self._model}
-                ) as answer:
-                    async for line in answer.content:
-                        done = done or b"[DONE]" in line
-                        if line.startswith(b"data: {"):
-                            now_s = time.time()
-                            if last_s:
-                                self.gaps.append((now_s, now_s - last_s))
-                            else:
-                                self.firsts.append((now_s, now_s - sent_s))
-                            last_s = now_s
-            except aiohttp.ClientError:
-                pass
-            self.failed += not done
-            if not done:
+            told = await self.ask(self._session, self._url, {**BODY, "model": self._model})
+            if not told.whole:
                 await asyncio.sleep(0.1)
 
     async def health(self) -> None:
@@ -131,12 +103,6 @@ class Watch:
             elif since_s is None:
                 since_s = now_s
             await asyncio.sleep(0.02)
-
-    def longest_gap_s(self, start_s: float, end_s: float) -> float:
-        return max((gap for at_s, gap in self.gaps if start_s <= at_s <= end_s), default=0.0)
-
-    def longest_first_s(self, start_s: float, end_s: float) -> float:
-        return max((took for at_s, took in self.firsts if start_s <= at_s <= end_s), default=0.0)
 
     def longest_unready_s(self, start_s: float) -> float:
         return max((took for since_s, took in self.unready if since_s >= start_s), default=0.0)
@@ -277,19 +243,8 @@ ROW_BODY = {**BODY, "prompt": [7] * 300, "max_tokens": 160}
 
 async def text_of(session: aiohttp.ClientSession, url: str, model: str) -> str:
     """What a stream says, or what went wrong with it."""
-    said, done = "", False
-    try:
-        async with session.post(
-            url + "/v1/completions", json={**ROW_BODY, "model": model}
-        ) as answer:
-            async for line in answer.content:
-                done = done or b"[DONE]" in line
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
-                    said += "".join(item["text"] for item in event.get("choices", ()))
-    except aiohttp.ClientError as error:
-        return f"failed: {error}"
-    return said if done else "failed: it broke off"
+    told = await Seen().ask(session, url, {**ROW_BODY, "model": model})
+    return told.text if told.whole else f"failed: {told.reason}"
 
 
 async def in_a_row(model: Path, folder: Path, named: dict[str, Path], count: int) -> dict[str, Any]:

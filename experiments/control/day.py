@@ -17,7 +17,12 @@ import numpy as np
 
 from oserve.control.decision import Decision
 from oserve.core import DeploymentPlan, ReplicaShape
-from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, attainment
+from oserve.evaluate.attainment import attainment
+from oserve.evaluate.simulator import (
+    Levers,
+    Routing,
+    SimulatedTraffic,
+)
 from oserve.study.controller_policy import ControllerPolicy, controller_policy
 from oserve.study.experiment import Setup, scene
 from oserve.study.ours import OServeTuner

@@ -232,6 +232,84 @@ def test_a_flash_crowd_goes_straight_to_the_capacity_plan(history: dict[str, Any
     assert made.shapes == everywhere(1)
 
 
+def in_halves(old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]) -> list[Leg]:
+    """One node's replicas at a time leave before others start."""
+    return [replace(leg, leaving=leg.retired, retired=()) for leg in waves(old, new)]
+
+
+def needing_room(shapes: Shapes, ladder: Ladder) -> Follower:
+    """A controller whose switches take a half of the devices away at a time."""
+    made = follower(shapes, ladder)
+    made.runtime.planner = planner()
+    made.runtime.planner.learn(replace(made.runtime.planner.facts, legs=in_halves))
+    return made
+
+
+@pytest.mark.parametrize("wait_s", [0.2, 5.0, None])
+def test_a_burst_that_engines_take_up_is_no_reason(wait_s: float | None) -> None:
+    made = needing_room(everywhere(4), three_rungs())
+    made.step(replace(facts(3.9), wait_s=0.0), 20.0)
+    made.runtime.controller.overloaded_since_s = float(made.second)
+    burst = replace(facts(6.5, coming=3.0), wait_s=wait_s)
+    found = [made.step(burst, 5.0).reason for _ in range(20)]
+    assert (Reason.LOAD_RISES in found) == (wait_s != 0.2)
+    # Limits are missed without a wait, too: a load that lasts counts.
+    found = [made.step(burst, 5.0).reason for _ in range(30)]
+    assert made.switches
+
+
+def test_a_little_more_capacity_is_not_worth_half_the_fleet() -> None:
+    for holds, worth in ((0.75, False), (1.4, True)):
+        ladder = ladder_of(rung(everywhere(2), 0.7, 1.0), rung(everywhere(1), holds, 1.0))
+        made = needing_room(everywhere(2), ladder)
+        for _ in range(12):
+            made.step(replace(facts(9.0, coming=4.0), wait_s=9.0), 5.0)
+        assert bool(made.switches) == worth
+
+
+@given(load=st.floats(0.05, 0.95), more=st.floats(0.01, 1.0), most=st.floats(0.01, 1.0))
+def test_the_more_a_deployment_carries_the_less_its_switch_costs(
+    load: float, more: float, most: float
+) -> None:
+    plan = plan_for(everywhere(2))
+
+    def halves(shapes: Shapes) -> tuple[DeploymentPlan, Sequence[Leg]]:
+        new = plan_for(shapes)
+        return new, in_halves(plan.replicas, new.replicas)
+
+    prices = []
+    for capacity in (more, more + most):
+        ladder = ladder_of(rung(everywhere(2), 0.7, 1.6), rung(everywhere(1), 0.7 + capacity, 1.6))
+        seen = facts(10 * load, upper=20.0)
+        policy = FollowPolicy(goal=CAPACITY)
+        found = follow(ladder, seen, policy, current=plan, switch=halves, lead_s=30.0)
+        assert found is not None
+        if found.seconds > 0:
+            prices.append(found.price)
+    assert prices == sorted(prices, reverse=True)
+
+
+def test_a_guess_is_no_reason_to_climb() -> None:
+    rising = facts(3.0, coming=3.0, upper=6.0)
+    for seen, known in (
+        (rising, True),
+        (replace(rising, watched_s=60.0), False),
+    ):
+        found = scored(three_rungs(), seen, 4)
+        assert found is not None
+        assert found.rises
+        assert found.known == known
+        made = follower(everywhere(4), three_rungs())
+        decision = made.step(seen, 20.0)
+        assert (decision.reason is Reason.LOAD_RISES) == known
+    # Nor is a ladder that was built for quite another mix.
+    other = scored(three_rungs(kinds=2), facts(5.0, 0.5), 4, goal=TWO)
+    same = scored(three_rungs(kinds=2), facts(3.0, 2.5), 4, goal=TWO)
+    assert other is not None
+    assert same is not None
+    assert (other.known, same.known) == (False, True)
+
+
 def test_vacant_devices_are_taken_at_once_though_it_is_late() -> None:
     half = ((shape(4), 1),)
     ladder = ladder_of(

@@ -11,6 +11,7 @@ from oserve.control.dispatch import events as on
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.tiers import first_token_in_s, shift_s
+from oserve.control.status import tier_rows
 from oserve.core import OverloadAction, Precision, Promise, ReplicaLoad, Tier
 
 from .dispatch_driver import Driver
@@ -152,3 +153,10 @@ def test_more_requests_ahead_or_fewer_replicas_never_promise_an_earlier_token(
     now = expected(loads, ahead)
     assert now >= 0.1
     assert expected(loads, ahead + 1) >= now * (1 - 1e-9)
+
+
+def test_status_tells_of_each_tier_what_was_kept() -> None:
+    tiers = (Tier(name="a", ttft_s=0.5, precisions=(Precision.BF16,)), Tier(name="b"))
+    kept, none = tier_rows(tiers, {"a": {"kept": 3, "missed": 1}, "gone": {"kept": 1}})
+    assert (kept["attainment"], kept["ttft_ms"], kept["precisions"]) == (0.75, 500.0, ["bf16"])
+    assert (none["attainment"], none["requests"]) == (None, {})

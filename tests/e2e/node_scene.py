@@ -141,12 +141,20 @@ class Scene:
 
     def command(self, *words: str) -> str:
         """An operator's command on host 0."""
-        command = [sys.executable, "-m", "oserve.cli", *words, "--url", self.url]
-        done = subprocess.run(
-            self.hosts[0].words(command), env=self.env, capture_output=True, timeout=60, check=False
+        done = self.cli(*words, "--url", self.url)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def cli(self, *words: str, host: int = 0) -> "subprocess.CompletedProcess[str]":
+        """A command on a host, without a word of the server."""
+        return subprocess.run(
+            self.hosts[host].words([sys.executable, "-m", "oserve.cli", *words]),
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode()
 
     def end_server(self, number: signal.Signals) -> None:
         """Signal it, and wait."""

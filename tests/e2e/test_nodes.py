@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from e2e.node_scene import (
     LIMIT_S,
     NODES,
     PLAN,
+    SETTINGS,
     Scene,
     load_on,
     pids,
@@ -28,6 +30,24 @@ from e2e.node_scene import (
 )
 from hosts import Hosts, unavailable
 from oserve.engines.tiny import make_tiny_model
+
+# Each leaves one node without any weights.
+PLANS = {
+    "east": """
+id: east
+replicas:
+  - id: two
+    shape: {tensor_parallel_size: 2, precision: fp32, max_num_batched_tokens: 512, max_num_seqs: 8}
+    devices: [host2/cpu:0, host2/cpu:1]
+""",
+    "west": """
+id: west
+replicas:
+  - id: one
+    shape: {precision: fp32, max_num_batched_tokens: 256, max_num_seqs: 16}
+    devices: [host1/cpu:0]
+""",
+}
 
 pytestmark = [
     pytest.mark.engine,
@@ -42,6 +62,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("nodes")
     make_tiny_model(folder / "tiny")
     (folder / "plan.yaml").write_text(PLAN)
+    for name, text in (PLANS | {"two-nodes": PLAN}).items():
+        (folder / f"{name}.yaml").write_text(text)
     with Hosts(3, folder) as hosts:
         scene = Scene(hosts, folder, surroundings())
         for number in NODES:
@@ -98,6 +120,55 @@ async def test_no_secret_is_in_a_log_or_an_answer(scene: Scene) -> None:
     for file in scene.folder.glob("state/**/*"):
         if file.is_file() and "hatches" not in file.parts:
             assert not any(token.encode() in file.read_bytes() for token in tokens), file
+
+
+async def test_another_server_does_not_get_the_nodes(scene: Scene) -> None:
+    before = pids(await scene.until(whole))
+    refused = await asyncio.to_thread(
+        scene.cli,
+        *("serve", str(scene.folder / "tiny"), "--cluster", scene.cluster, *SETTINGS),
+        *("--state-dir", str(scene.folder / "other"), "--plan", str(scene.folder / "plan.yaml")),
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert f"it serves another server: host0:{scene.state}" in refused.stderr
+    assert pids(await scene.until(whole)) == before
+
+
+async def test_switches_move_weights_between_nodes_under_load(scene: Scene) -> None:
+    """The replicas leave host 1, come back from host 2, and fill host 2 from there."""
+    await scene.until(whole)
+    load = await load_on(scene)
+    load.width = 2  # engines start beside it
+    async with load.running():
+        await load.more(2)
+        for name, start, target in (("east", "", ""), ("west", "host2", "host1")):
+            await switched(scene, name)
+            report = (await scene.until(lambda d, n=name: over(d, n)))["switch"]  # type: ignore[misc]
+            assert (report["state"], report["method"]) == ("done", "transfer"), report
+            crossed = report["programme"]["between_nodes"]
+            ways = [(link["source"], link["target"]) for link in crossed]
+            assert ways == ([(start, target)] if start else [])
+            await load.more(2)
+        # Every rank of host 1 gets all of its weights from host 2.
+        assert crossed[0]["bytes"] == report["total_bytes"] == report["moved_bytes"]
+        line = f"host2 -> host1: {crossed[0]['bytes']:,} bytes"
+        assert line in await asyncio.to_thread(scene.command, "status")
+        assert line in scene.last_log()
+        await switched(scene, "two-nodes")
+        await scene.until(whole)
+        await load.more(2)
+    assert not load.wrong, (load.wrong, scene.logs())
+
+
+async def switched(scene: Scene, name: str) -> None:
+    """An operator's switch to a plan."""
+    await asyncio.to_thread(scene.command, "switch", str(scene.folder / f"{name}.yaml"))
+
+
+def over(document: dict[str, Any], name: str) -> bool:
+    """Whether the switch to that plan has ended."""
+    report = document["switch"]
+    return bool(report and report["plan_id"] == name and report["ended_s"] is not None)
 
 
 async def test_a_killed_server_finds_the_nodes_and_their_engines_again(scene: Scene) -> None:

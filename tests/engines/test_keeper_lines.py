@@ -11,8 +11,8 @@ from keepers import FakeNode
 from oserve.core import OServeError, VirtualClock
 from oserve.engines.group import start_ticks
 from oserve.engines.held_process import NodeLostError
-from oserve.engines.holding import HeldEngines
-from oserve.engines.keeper_messages import ServerHello, encoded
+from oserve.engines.holding import HeldEngines, ServerOwner
+from oserve.engines.keeper_messages import EndProcesses, ServerHello, encoded
 
 CAT = ["cat"]
 
@@ -63,6 +63,42 @@ async def test_the_next_server_replaces_the_first_and_no_process_ends(node: Fake
         await launched(first, node, "b-2")
     with pytest.raises(NodeLostError, match="another server"):
         await first.connect()
+
+
+async def test_a_keeper_has_one_server_and_its_engines_are_nobody_else_s(node: FakeNode) -> None:
+    ours, theirs = (ServerOwner(key=key, title=f"{key}:/state") for key in ("ours", "theirs"))
+    first = HeldEngines(node.dial, grace_s=600.0, owner=ours)
+    await first.connect()
+    await launched(first, node, "a-1")
+    other = HeldEngines(node.dial, grace_s=600.0, owner=theirs)
+    with pytest.raises(NodeLostError, match="it serves another server: ours:/state"):
+        await other.connect()
+    assert "ours:/state" in other.taken
+    assert first.engines().keys() == {"a-1"}
+    # It ends nothing when it closes, and what it sends anyhow is not read.
+    await other.close()
+    reader, writer = await asyncio.open_unix_connection(str(node.run / "keeper.sock"))
+    writer.write(encoded(ServerHello(grace_s=1.0, owner="theirs")) + encoded(EndProcesses()))
+    while await reader.readline():
+        continue
+    writer.close()
+    await rounds()
+    assert len(node.launcher.alive) == 1
+    # Without its server they wait for it, not for another one.
+    first.cut("the server was killed")
+    await first.lost()
+    await rounds()
+    with pytest.raises(NodeLostError, match="ours:/state, and is held for it for at most 600 s"):
+        await HeldEngines(node.dial, grace_s=600.0, owner=theirs).connect()
+    again = HeldEngines(node.dial, grace_s=600.0, owner=ours)
+    await again.connect()
+    assert again.engines().keys() == {"a-1"}
+    # A server that has left nothing makes room.
+    await again.close()
+    other = HeldEngines(node.dial, grace_s=600.0, owner=theirs)
+    await other.connect()
+    assert other.taken == ""
+    await launched(other, node, "b-2")
 
 
 async def test_a_guest_leaves_the_server_alone_and_its_process_stays(node: FakeNode) -> None:

@@ -18,10 +18,15 @@ from oserve.core import (
     OServeError,
     ReplicaShape,
 )
+from oserve.evaluate.attainment import met
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.ladder import LadderBuilder, LadderCase
 from oserve.evaluate.ladder_traffic import LadderTraffic, drawn_traffic
-from oserve.evaluate.simulator import Levers, SimulatedServing, Simulator, met
+from oserve.evaluate.simulator import (
+    Levers,
+    SimulatedServing,
+    Simulator,
+)
 from oserve.perf.model import find_model
 from oserve.perf.source import RooflineSource
 from oserve.plan.mixtures import homogeneous

@@ -13,14 +13,12 @@ from oserve.cli import main
 from oserve.config import load_cluster
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
+from oserve.evaluate.attainment import attainment, met, surely_failed
 from oserve.evaluate.simulator import (
     SimulatedTraffic,
     Simulator,
-    attainment,
     largest_scale,
-    met,
     ranks_s,
-    surely_failed,
     traffic_from,
 )
 from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving

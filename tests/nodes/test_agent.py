@@ -139,6 +139,45 @@ def test_gpus_that_ray_gave_are_taken_and_strangers_refused(
     assert len(agents._find_devices(orders, "", engines=True)) == 3
 
 
+@pytest.mark.parametrize(
+    ("gpus", "visible", "found"),
+    [
+        (2, "1,2", ["gpu:1", "gpu:2"]),
+        (1, "GPU-2", ["gpu:2"]),
+        (3, None, ["gpu:0", "gpu:1", "gpu:2"]),  # RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES
+        (3, "", ["gpu:0", "gpu:1", "gpu:2"]),
+        (0, None, ["cpu:0"]),  # --num-gpus=0 and slots: the GPUs are somebody else's
+        (0, "", ["cpu:0"]),
+        (2, None, "Ray offers 2 of its GPUs, but 3 are visible"),
+        (2, "MIG-1,GPU-0", "but 1 are visible"),
+    ],
+)
+def test_devices_are_as_many_as_ray_offers(
+    orders: AgentOrders,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    visible: str | None,
+    found: list[str] | str,
+) -> None:
+    machine = tuple(Device(id=f"gpu:{n}", kind="H100", uuid=f"GPU-{n}") for n in range(3))
+
+    def devices(kind: str, slots: int | None) -> tuple[Device, ...]:
+        if kind == "auto":
+            return machine
+        return tuple(Device(id=f"cpu:{n}", kind="cpu") for n in range(slots or 9))
+
+    monkeypatch.setattr(agents, "find_devices", devices)
+    monkeypatch.setattr(agents, "find_gpu_users", dict)
+    wanted = msgspec.structs.replace(orders, devices="auto", gpus=gpus, slots=0 if gpus else 1)
+    if isinstance(found, str):
+        with pytest.raises(OServeError, match=found) as caught:
+            agents._find_devices(wanted, visible, engines=False)
+        assert "CUDA_VISIBLE_DEVICES" in caught.value.remedy
+    else:
+        told = agents._find_devices(wanted, visible, engines=False)
+        assert [device.id for device in told] == found
+
+
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "token"
     host = HostEntry(

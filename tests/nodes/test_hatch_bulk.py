@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import hashlib
+import mmap
+import os
+import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 
 from hatches import LIMIT_S, RunningHatch, opened, running_hatch
+from oserve.engines.weights.relay_orders import SEND, TAKE, FileRange, Order
 from oserve.engines.weights.sockets import (
     Listener,
     ShardStream,
@@ -198,34 +202,152 @@ async def test_streams_of_weights_are_bounded(tmp_path: Path) -> None:
         held.close()
 
 
-@pytest.mark.extra
-async def test_memory_is_not_shown_to_another_node(
-    nodes: tuple[RunningHatch, RunningHatch],
-) -> None:
-    torch = pytest.importorskip("torch")
-    from oserve.engines.weights import parts  # noqa: PLC0415
-    from oserve.engines.weights.jobs import ByteCounter  # noqa: PLC0415
-    from oserve.switch.rank_order import ShardPart  # noqa: PLC0415
-
-    a, b = nodes
+async def connected(a: RunningHatch, b: RunningHatch) -> tuple[ShardStream, ShardStream]:
+    """A stream from a rank on one node to one on the other."""
     listener = Listener(str(b.listener("e-1/w0.sock")))
     address = far_address("b", "e-1/w0.sock", a.out)
     stream, called = await asyncio.gather(
         aside(ShardStream.call, address, "t", 3, deadline_s()),
         aside(listener.accept, "t", [3], deadline_s()),
     )
+    listener.close()
+    return stream, called[3]
+
+
+@contextlib.contextmanager
+def in_file(data: bytes) -> Iterator[tuple[int, mmap.mmap]]:
+    """A file without a name that holds these bytes, and its memory."""
+    descriptor = os.memfd_create("weights")
+    try:
+        os.write(descriptor, data)
+        with mmap.mmap(descriptor, len(data)) as memory:
+            yield descriptor, memory
+    finally:
+        os.close(descriptor)
+
+
+def bytes_in(memory: mmap.mmap, place: FileRange) -> bytes:
+    starts = range(place.offset, place.end, place.stride)
+    return b"".join(memory[start : start + place.row_bytes] for start in starts)
+
+
+async def test_hatches_read_and_write_the_memory_of_ranks(
+    nodes: tuple[RunningHatch, RunningHatch],
+) -> None:
+    stream, called = await connected(*nodes)
+    pattern = random.Random(0).randbytes(3_000_000)
+    # One piece, short rows, long rows; in other forms at the other end, and some by the socket.
+    sources: list[FileRange | bytes] = [
+        FileRange(7, 1_000_000, 1_000_000, 1),
+        FileRange(11, 300, 700, 4000),
+        FileRange(0, 40_000, 70_000, 40),
+        b"small",
+        pattern[:600_000],
+        FileRange(2_999_999, 1, 1, 1),
+    ]
+    targets: list[FileRange | int] = [
+        FileRange(0, 1000, 2000, 1000),
+        FileRange(1000, 1000, 2000, 1200),
+        1_600_000,
+        5,
+        FileRange(2_400_000, 600_000, 600_000, 1),
+        1,
+    ]
+    with in_file(pattern) as (sent, memory), in_file(bytes(3_000_000)) as (got, target):
+
+        def send() -> None:
+            stream.take(1)
+            for number, source in enumerate(sources):
+                if isinstance(source, bytes):
+                    stream.send(number, memoryview(source), FREE)
+                else:
+                    stream.order_send(number, sent, source, FREE)
+            stream.give_head(len(sources), 0)
+            stream.take(1)
+
+        def receive() -> list[bytes]:
+            called.order_take(got, targets)
+            called.give(memoryview(b"1"))
+            found = []
+            for number, place in enumerate(targets):
+                if isinstance(place, int):
+                    data = bytearray(place)
+                    called.receive(number, memoryview(data))
+                    found.append(bytes(data))
+                else:
+                    called.take_head(number, place.size)
+                    found.append(b"")
+            called.take_head(len(targets), 0)
+            called.give(memoryview(b"1"))
+            return found
+
+        _, found = await asyncio.gather(aside(send), aside(receive))
+        for source, place, came in zip(sources, targets, found, strict=True):
+            expected = source if isinstance(source, bytes) else bytes_in(memory, source)
+            assert (came if isinstance(place, int) else bytes_in(target, place)) == expected
+    stream.close()
+    called.close()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order(SEND, [FileRange(90, 20, 20, 1)]),
+        Order(SEND, [FileRange(0, 10, 30, 5)]),
+        Order(TAKE, [FileRange(1 << 62, 20, 20, 1)]),
+    ],
+)
+async def test_no_order_leads_out_of_its_file(
+    nodes: tuple[RunningHatch, RunningHatch], order: Order
+) -> None:
+    stream, called = await connected(*nodes)
+    with in_file(bytes(100)) as (descriptor, _):
+        stream.give_descriptor(descriptor)
+        stream.give(memoryview(order.encode()))
+        with pytest.raises(TransferError):
+            await aside(called.take, 1)
+    stream.close()
+    called.close()
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("held", [(True, True), (True, False), (False, True), (False, False)])
+async def test_memory_goes_from_node_to_node(
+    nodes: tuple[RunningHatch, RunningHatch], held: tuple[bool, bool]
+) -> None:
+    torch = pytest.importorskip("torch")
+    from oserve.engines.weights import parts  # noqa: PLC0415
+    from oserve.engines.weights.jobs import ByteCounter  # noqa: PLC0415
+    from oserve.engines.weights.memory import WeightMemory  # noqa: PLC0415
+    from oserve.switch.rank_order import ShardPart  # noqa: PLC0415
+
+    stream, called = await connected(*nodes)
     torch.manual_seed(0)
-    source, target = torch.randn(64, 48), torch.zeros(64, 24)
-    order = [ShardPart("w", ((0, 64), (24, 48)))]
-    memory: Any = object()  # of which nothing is asked
+
+    def rank(make: Any, inside: bool, *shapes: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
+        own = [torch.nn.Parameter(make(*shape)) for shape in shapes]
+        memory = WeightMemory(own) if inside else None
+        return {f"w{n}": one.data for n, one in enumerate(own)}, memory
+
+    source, shown = rank(torch.randn, held[0], (64, 48), (100,), (4, 32, 6))
+    target, placed = rank(torch.zeros, held[1], (64, 24), (100,), (4, 16, 3))
+    sends = [
+        ShardPart("w0", ((0, 64), (24, 48))),
+        ShardPart("w1", ((0, 100),)),
+        ShardPart("w2", ((0, 4), (8, 24), (0, 3))),
+    ]
+    receives = [
+        ShardPart(name, tuple((0, size) for size in one.shape)) for name, one in target.items()
+    ]
     limits = parts.CopyLimits(throttle=FREE, deadline_s=deadline_s(), stopped=threading.Event())
     sent, received = ByteCounter(), ByteCounter()
     await asyncio.gather(
-        aside(parts.send_parts, stream, order, {"w": source}, memory, FREE, sent),
-        aside(parts.receive_parts, called[3], order, [target], limits, received),
+        aside(parts.send_parts, stream, sends, source, shown, FREE, sent),
+        aside(parts.receive_parts, called, receives, target, placed, limits, received),
     )
-    assert torch.equal(target, source[:, 24:])
-    assert sent.total == received.total == target.nbytes
-    for one in (stream, called[3]):
+    assert torch.equal(target["w0"], source["w0"][:, 24:])
+    assert torch.equal(target["w1"], source["w1"])
+    assert torch.equal(target["w2"], source["w2"][:, 8:24, :3])
+    assert sent.total == received.total == sum(one.nbytes for one in target.values())
+    for one in (stream, called):
         one.close()
-    listener.close()

@@ -11,7 +11,7 @@ from oserve.core import Device, HatchAddress
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.host_cluster import HostDirectory, HostEntry
-from oserve.nodes.known_nodes import KnownNodes
+from oserve.nodes.known_nodes import KnownNodes, server_owner
 from oserve.wire.hatch import fingerprint_of
 
 HATCH = HatchAddress(host="10.0.0.2", port=7443, certificate=IDENTITY.certificate, token="secret-7")
@@ -56,3 +56,14 @@ def test_a_host_is_known_only_as_the_file_has_it() -> None:
     assert HostDirectory([host], known={"a": NODE}).nodes == {"a": NODE}
     for other in (replace(host, port=7444), replace(host, certificate_sha256="0" * 64)):
         assert HostDirectory([other], known={"a": NODE}).nodes == {"a": ClusterNode(name="a")}
+
+
+def test_a_server_keeps_its_name_for_nodes_with_its_state_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "hatches"
+    owner = server_owner(tmp_path, folder)
+    assert server_owner(tmp_path, folder) == owner
+    assert owner.title.endswith(f":{tmp_path}")
+    assert owner.key not in owner.title
+    assert (folder / "server").stat().st_mode & 0o077 == 0
+    # Another folder is another server.
+    assert server_owner(tmp_path / "other", tmp_path / "other" / "hatches").key != owner.key

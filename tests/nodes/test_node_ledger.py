@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from oserve.core import Device, HatchAddress
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.agent_messages import NodeRefusal, NodeReport
-from oserve.nodes.node_ledger import NodeLedger, NodeNames, RayNode, offered_devices, plain_name
+from oserve.nodes.node_ledger import (
+    NodeLedger,
+    NodeNames,
+    RayNode,
+    offered_devices,
+    other_agents,
+    plain_name,
+)
 from oserve.nodes.ray_messages import NodeFound, NodeLost, NodeRefused
 
 SLOTS = {"oserve_slot": 2.0}
@@ -136,3 +143,23 @@ def test_what_ray_lists_can_be_planned_for() -> None:
         ("b/gpu:1", "H100", "b"),
     ]
     assert found[0].memory_bytes == 4_000_000_000
+
+
+def test_agents_of_other_servers_are_told_from_ours_and_from_other_actors() -> None:
+    named = [
+        {"name": "agent-1", "namespace": "oserve-a"},
+        {"name": "agent-2", "namespace": "oserve-b"},
+        {"name": "agent-3", "namespace": "somebody"},
+        {"name": "trainer", "namespace": "oserve-b"},
+    ]
+    assert other_agents(named, "oserve-a") == {"2": "oserve-b"}
+
+
+def test_an_agent_that_waits_for_another_server_s_is_refused_sooner() -> None:
+    book = ledger()
+    book.observe([node("1")], 0.0)
+    assert book.unanswered("1", "held", "wait", 9.0) == []
+    assert book.unanswered("1", "theirs", "stop it", 7.0, after_s=8.0) == []
+    [event] = book.unanswered("1", "theirs", "stop it", 9.0, after_s=8.0)
+    assert isinstance(event, NodeRefused)
+    assert book.settled

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -49,6 +50,19 @@ async def call():
 asyncio.run(call())
 """
 
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+*gpu=index*) for n in a b c; do echo "$((i++)), NVIDIA H100 80GB HBM3, 81559, GPU-$n"; done ;;
+*apps*) cat {strangers} ;;
+esac
+"""
+# GPUs that Ray could give to another job.
+FREE = """
+import ray
+ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+print(ray.available_resources().get("GPU", 0.0))
+"""
+
 
 @dataclass(slots=True)
 class Scene:
@@ -64,6 +78,7 @@ class Scene:
         for _ in range(int(LIMIT_S / 0.05)):
             if what():
                 return
+            self.raylets.tend()
             await asyncio.sleep(0.05)
         raise AssertionError(f"it never came to this: {told}; {self.directory.nodes}")
 
@@ -72,6 +87,11 @@ class Scene:
         found = self.hosts[host].processes(*words)
         assert len(found) == 1, found
         return found[0]
+
+    def driver(self, program: str) -> list[str]:
+        """A command that runs a program with what a driver of Ray needs."""
+        env = (f"{key}={value}" for key, value in self.raylets.env.items())
+        return ["env", *env, sys.executable, "-c", program]
 
     def keepers(self) -> list[int]:
         return [self.one(host, KEEPER) for host in (1, 2)]
@@ -112,8 +132,6 @@ async def scene(
             host="",
             state_dir="/tmp/nodes",
             method="spawn",
-            devices="cpu",
-            cpu_slots=2,
         ),
         tend_s=1.0,
         silence_s=3.0,
@@ -197,6 +215,39 @@ async def test_a_raylet_that_is_killed_is_told_and_its_keeper_lives(scene: Scene
     await scene.until(scene.up, "host2 is back")
     assert scene.directory.nodes["host2"] == before
     assert scene.keepers() == keepers
+
+
+async def test_gpus_that_ray_offers_are_told_by_uuid_and_strangers_refused(
+    scene: Scene, tmp_path: Path
+) -> None:
+    slots = scene.directory.nodes["host2"]
+    strangers = tmp_path / "strangers"
+    strangers.write_text("GPU-a, 7, game\nGPU-c, 8, chess\n")
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text(NVIDIA_SMI.format(strangers=strangers))
+    stub.chmod(0o755)
+    scene.hosts[2].kill("raylet/raylet")
+    assert await scene.lost("host2")
+    path = f"{tmp_path}:{scene.raylets.env['PATH']}"
+    scene.raylets.start(2, gpus=2, PATH=path, CUDA_VISIBLE_DEVICES="GPU-b,GPU-c")
+    await scene.until(lambda: scene.directory.nodes["host2"].refused, "host2 is refused")
+    assert "chess (process 8) on GPU-c" in scene.directory.nodes["host2"].refused
+    # What uses a GPU that is not Ray's does not matter.
+    strangers.write_text("GPU-a, 7, game\n")
+    await scene.until(scene.up, "host2 has its GPUs")
+    devices = scene.directory.nodes["host2"].devices
+    assert [(device.id, device.kind, device.uuid) for device in devices] == [
+        ("host2/gpu:1", "H100", "GPU-b"),
+        ("host2/gpu:2", "H100", "GPU-c"),
+    ]
+    # Ray gives them to nobody else.
+    free = await asyncio.to_thread(scene.hosts[1].inside, scene.driver(FREE))
+    assert free == "0.0\n"
+    scene.hosts[2].kill("raylet/raylet")
+    assert await scene.lost("host2")
+    scene.raylets.start(2)
+    await scene.until(scene.up, "host2 has slots again")
+    assert scene.directory.nodes["host2"].devices == slots.devices
 
 
 async def test_nodes_serve_on_without_the_head(scene: Scene) -> None:

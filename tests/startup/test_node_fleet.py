@@ -122,6 +122,20 @@ async def test_nodes_that_come_join_and_are_remembered(tmp_path: Path) -> None:
     assert World(tmp_path).fleet.devices == world.fleet.devices
 
 
+async def test_nodes_that_all_serve_another_server_are_an_error(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.told.nodes |= {"a": node("a"), "b": node("b")}
+    first, second = world.fleet.held()
+    world.attach()
+    world.fleet.check_free()
+    first._taken = "it serves another server: far:/state"
+    world.fleet.check_free()  # one that is free will do
+    second._taken = first._taken
+    with pytest.raises(OServeError, match=r"a: it serves another server: far:/state; b: "):
+        world.fleet.check_free()
+    await world.fleet.close(end_nodes=False)
+
+
 async def test_a_keeper_that_answers_is_left_alone(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.told.nodes["a"] = node("a")

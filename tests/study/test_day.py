@@ -9,7 +9,10 @@ import pytest
 
 from oserve.config import load_cluster
 from oserve.core import DeploymentPlan, OServeError
-from oserve.evaluate.simulator import SimulatedServing, attainment
+from oserve.evaluate.attainment import attainment
+from oserve.evaluate.simulator import (
+    SimulatedServing,
+)
 from oserve.sim.phases import Phases
 from oserve.study.day_plot import draw
 from oserve.study.days import DrawnDay, TraceDay, day_scene, hour_in_s, sized_load

@@ -7,7 +7,12 @@ import pytest
 
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.core import Role
-from oserve.evaluate.simulator import Levers, Routing, SimulatedTraffic, met
+from oserve.evaluate.attainment import met
+from oserve.evaluate.simulator import (
+    Levers,
+    Routing,
+    SimulatedTraffic,
+)
 from oserve.sim.types import Status
 from oserve.study.beliefs import (
     CLASS_MEAN,

@@ -9,8 +9,14 @@ from oserve.core import (
     DeploymentPlan,
     ReplicaShape,
 )
+from oserve.evaluate.attainment import attainment
 from oserve.evaluate.energy import static_energy
-from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, Simulator, attainment
+from oserve.evaluate.simulator import (
+    Levers,
+    Routing,
+    SimulatedServing,
+    Simulator,
+)
 from oserve.sim.phases import Phases
 from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner

@@ -8,6 +8,9 @@ import pytest
 
 from oserve.core import Device
 from oserve.startup.switch_facts import recovered_switch
+from oserve.switch.preview import between_nodes_line
+from oserve.switch.transaction import TransactionPhase
+from oserve.switching.weights import MoveError
 from switching.test_switches import Scene, plan_of, replica
 
 DEVICES = tuple(
@@ -51,6 +54,16 @@ async def test_before_the_commit_the_old_plan_stays(scene: Scene, where: str, lo
     assert await scene.alive() == LEFT[lost]
 
 
+async def test_a_report_tells_the_bytes_between_nodes(scene: Scene) -> None:
+    report = await scene.finish(NEW)
+    assert report.state == "done"
+    programme = report.document()["programme"]
+    [link] = programme["between_nodes"]
+    assert (link["source"], link["target"]) == ("one", "two")
+    assert link["bytes"] == sum(wave["moved_bytes"] for wave in programme["waves"]) > 0
+    assert between_nodes_line(programme) == f"one -> two: {link['bytes']:,} bytes"
+
+
 @pytest.mark.parametrize("lost", ["one", "two"])
 @pytest.mark.parametrize("phase", ["prepare", "commit", "drain"])
 async def test_in_every_other_phase(scene: Scene, phase: str, lost: str) -> None:
@@ -75,3 +88,32 @@ async def test_in_every_other_phase(scene: Scene, phase: str, lost: str) -> None
         # The old replicas never left: they serve again without a start.
         assert [life.spec.id for life in scene.cluster.lives if life.spec.id != "w"] == ["a", "b"]
     assert recovered_switch(scene.settings, 0.0) is None
+
+
+@pytest.mark.parametrize("lost", ["one", "two"])
+async def test_while_it_is_undone(scene: Scene, lost: str) -> None:
+    async def fail() -> None:
+        raise MoveError("the bytes do not come")
+
+    scene.fates["move"] = fail
+    report = scene.switcher.want(NEW, "test")
+    while not report.phases:  # noqa: ASYNC110
+        await asyncio.sleep(0.002)
+    for _ in range(10_000):
+        if "abort" in [entry.phase for entry in report.phases]:
+            break
+        await scene.clock.advance(0.05)
+    scene.cluster.cut_node(lost)
+    await scene.over()
+    assert report.state == "rolled_back"
+    assert "the bytes do not come" in report.reason
+    assert scene.loop.plan.id == "old"
+    assert scene.loop.held == frozenset()
+    assert await scene.alive() == LEFT[lost]
+    assert recovered_switch(scene.settings, 0.0) is None
+
+
+def test_no_phase_is_left_out() -> None:
+    """Transfer is lost in ``move``, verify in ``check`` and ``generate``."""
+    tried = {"prepare", "transfer", "verify", "commit", "drain", "abort"}
+    assert {phase.value for phase in TransactionPhase if not phase.ended} == tried

@@ -11,7 +11,7 @@ from oserve.config.tiers import default_tier, tiers_of
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.routing import routing_table
-from oserve.control.status import gauges, status_document, summary
+from oserve.control.status import gauges, status_document, summary, tier_rows
 from oserve.core import DeploymentPlan, Observation
 from oserve.engines.energy import EnergyMeter
 from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
@@ -69,6 +69,7 @@ class StatusPublisher:
         document["control"] = {"mode": "off"} if control is None else control.document()
         document["energy"] = self._energy.observe(observation)
         document["tuning"] = self._tuning.document()
+        document["tiers"] = tier_rows(self._tiers, self._gateway.tier_outcomes)
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),

@@ -136,7 +136,8 @@ class OServeServer:
     async def start(self) -> int:
         """Open the port and return it; clients get status 503 until a replica is ready.
 
-        Takes over the processes that a killed server left running.
+        Takes over the processes that a killed server left running. Raises OServeError if they, or
+        the nodes, are another server's.
         """
         await self._keeper.connect()
         if self._fleet is not None:
@@ -144,6 +145,8 @@ class OServeServer:
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
+        if self._fleet is not None:
+            self._fleet.check_free()
         await self._loop.step()
         return await self._gateway.listen()
 

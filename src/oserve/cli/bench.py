@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from oserve.cli.options import (
     RateScaleOption,
     SkipBadRowsOption,
     SortOption,
+    TierOption,
     TimeUnitOption,
     TpotOption,
     TraceArgument,
@@ -49,6 +50,8 @@ from oserve.cli.plot import draw
 from oserve.cli.prompts import PromptWriter
 from oserve.cli.target import BenchTarget, calibrated_writer, find_target, warmed_up
 from oserve.config import API_KEYS, environment_value
+from oserve.config.reading import read_text
+from oserve.config.tiers import parse_tiers
 from oserve.core import OServeError
 from oserve.traces import (
     Outcome,
@@ -79,6 +82,7 @@ class _BenchOptions:
     max_concurrency: int
     timeout_s: float
     warmup: int
+    tenant_keys: dict[str, str]
 
 
 def bench(
@@ -127,6 +131,11 @@ def bench(
         str | None,
         typer.Option(help=f"API key; OPENAI_API_KEY or the first of {API_KEYS} by default."),
     ] = None,
+    tier: TierOption = None,
+    tenant_keys: Annotated[
+        Path | None,
+        typer.Option(help="File with a line TENANT=KEY for each tenant that the trace names."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts and synthetic traffic.")] = 0,
     as_json: JsonOption = False,
     output: Annotated[
@@ -159,7 +168,9 @@ def bench(
         max_concurrency=max_concurrency,
         timeout_s=timeout_s,
         warmup=warmup,
+        tenant_keys=_tenant_keys(tenant_keys),
     )
+    tiers = parse_tiers(tier or ())
     wish = TraceSelection(
         limit=limit,
         duration_s=duration_s,
@@ -179,6 +190,7 @@ def bench(
         target=target,
         rate_scale=rate_scale,
         limit=limit,
+        tiers=tiers,
     )
     if output is not None:
         _write(output, {**report, "requests": per_request(outcomes)})
@@ -198,6 +210,20 @@ def bench(
 
 def _own_key() -> str:
     return environment_value("OPENAI_API_KEY") or environment_value(API_KEYS).partition(",")[0]
+
+
+def _tenant_keys(path: Path | None) -> dict[str, str]:
+    """The keys by tenant of a file; raises OServeError naming the first bad line."""
+    keys: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines() if path else (), start=1):
+        tenant, equals, key = line.strip().partition("=")
+        if line.strip() and not (equals and tenant and key):
+            raise OServeError(
+                "this is no tenant with its key", place=f"{path}:{number}", remedy="TENANT=KEY"
+            )
+        if line.strip():
+            keys[tenant] = key
+    return keys
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
@@ -270,6 +296,7 @@ async def _replay(
             chat=wanted.chat,
             timeout_s=wanted.timeout_s,
         )
+        target = replace(target, tenant_keys=wanted.tenant_keys)
         context = wanted.max_model_len or target.max_model_len
         if context:
             requests = fit_lengths(

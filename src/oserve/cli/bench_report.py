@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from oserve.cli.target import BenchTarget
-from oserve.traces import Outcome, OutcomeStatus, Percentiles, Summary
+from oserve.core import Tier
+from oserve.traces import Outcome, OutcomeStatus, Percentiles, Slo, Summary
 from oserve.traces.metrics import percentile, percentiles
 
 _MOST_ERRORS = 8
@@ -24,8 +25,12 @@ def document(
     target: BenchTarget,
     rate_scale: float,
     limit: int | None,
+    tiers: Sequence[Tier] = (),
 ) -> dict[str, Any]:
-    """The report as JSON-ready data; times are seconds. ``bounds`` of None: terciles."""
+    """The report as JSON-ready data; times are seconds. ``bounds`` of None: terciles.
+
+    ``tiers``: limits to judge each tier by.
+    """
     return {
         "trace": trace,
         "url": target.url,
@@ -35,6 +40,7 @@ def document(
         "notes": list(target.dialect.notes),
         **asdict(summary),
         "classes": _by_class(outcomes, bounds),
+        "tiers": _by_tier(outcomes, tiers),
         "errors": dict(
             Counter(item.error for item in outcomes if item.error).most_common(_MOST_ERRORS)
         ),
@@ -73,6 +79,31 @@ def _by_class(outcomes: Sequence[Outcome], bounds: list[int] | None) -> list[dic
     return rows
 
 
+def _by_tier(outcomes: Sequence[Outcome], tiers: Sequence[Tier]) -> list[dict[str, Any]]:
+    """Latencies of each tier that the requests name, and the share within its limits."""
+    limits = {
+        tier.name: Slo(ttft_s=tier.ttft_s, tpot_s=tier.tpot_s, e2e_s=tier.e2e_s) for tier in tiers
+    }
+    rows = []
+    for name in dict.fromkeys([*limits, *sorted({item.tier for item in outcomes} - {""})]):
+        own = [item for item in outcomes if item.tier == name]
+        done = [item for item in own if item.status is OutcomeStatus.COMPLETED]
+        slo = limits.get(name, Slo())
+        rows.append(
+            {
+                "tier": name,
+                "sent": len(own),
+                "completed": len(done),
+                "attainment": sum(slo.met_by(item) for item in own) / max(1, len(own)),
+                "ttft_s": asdict(percentiles(item.ttft_s for item in done)),
+                "tpot_s": asdict(
+                    percentiles(item.tpot_s for item in done if item.tpot_s is not None)
+                ),
+            }
+        )
+    return rows
+
+
 def show(report: dict[str, Any], summary: Summary) -> None:
     """Print the report on standard output."""
     console = Console(highlight=False, soft_wrap=True)
@@ -107,6 +138,13 @@ def show(report: dict[str, Any], summary: Summary) -> None:
         wait = f"{row['longest_wait_s']:.3f}"
         apart.add_row(span, str(row["completed"]), *(f"{value:.4f}" for value in cells), wait)
     console.print(apart)
+    if report["tiers"]:
+        by_tier = Table("tier", "requests", "within limits", "TTFT p50", "p99", "TPOT p50", "p99")
+        for row in report["tiers"]:
+            first, each = Percentiles(**row["ttft_s"]), Percentiles(**row["tpot_s"])
+            times = [f"{value:.4f}" for value in (first.p50, first.p99, each.p50, each.p99)]
+            by_tier.add_row(row["tier"], str(row["sent"]), f"{row['attainment']:.1%}", *times)
+        console.print(by_tier)
     if summary.reasoning_tokens:
         console.print(f"{summary.reasoning_tokens:,} output tokens were reasoning")
     if summary.max_send_lag_s > 0.1:

@@ -40,6 +40,9 @@ def doctor(
         str | None,
         typer.Option(help="Examine these nodes: ray, ray:HOST:PORT, or a file with hosts."),
     ] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="State folder of the server that uses the nodes of Ray.")
+    ] = None,
     config: ConfigOption = None,
     override: OverrideOption = None,
     most_pairs: Annotated[
@@ -55,6 +58,7 @@ def doctor(
     options = {
         "model": argument_or_option(model_argument, model, name="--model"),
         "cluster.nodes": cluster,
+        "state_dir": state_dir,
     }
     settings = settings_from(config, options, override)
     wanted = settings.model or ""

@@ -94,13 +94,14 @@ class Replay:
                 else None
             ),
             reasoning_tokens=usage.reasoning_tokens if usage else 0,
+            tier=item.tier,
         )
 
     async def _talk(self, item: TraceRequest, prompt: str, answer: BenchAnswer) -> None:
         target = self._target
         body = msgspec.json.encode(target.body(prompt, item.output_tokens))
         async with self._session.post(
-            target.url + target.path, data=body, headers=self._headers()
+            target.url + target.path, data=body, headers=self._headers(item)
         ) as got:
             if got.status != 200:
                 whole = await got.read()
@@ -111,8 +112,12 @@ class Replay:
                 answer.feed(data, time.perf_counter())
             answer.end(time.perf_counter())
 
-    def _headers(self) -> dict[str, str]:
-        return {"content-type": "application/json", **self._target.headers}
+    def _headers(self, item: TraceRequest) -> dict[str, str]:
+        own = {"x-oserve-tier": item.tier} if item.tier else {}
+        key = self._target.tenant_keys.get(item.tenant) if item.tenant else None
+        if key is not None:
+            own["authorization"] = f"Bearer {key}"
+        return {"content-type": "application/json", **self._target.headers, **own}
 
 
 def new_session() -> aiohttp.ClientSession:

@@ -55,6 +55,13 @@ RateScaleOption = Annotated[
     float,
     typer.Option("--rate-scale", "--speed", help="Factor on the arrival rates."),
 ]
+TierOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Service tier: NAME=TTFT_MS/TPOT_MS[/PRECISION+...] ('-': no limit); may be repeated. "
+        "The first is the default."
+    ),
+]
 TtftOption = Annotated[
     float | None, typer.Option("--slo-ttft-ms", help="SLO: limit of the time to first token.")
 ]

@@ -19,6 +19,7 @@ from oserve.cli.options import (
     RateScaleOption,
     SkipBadRowsOption,
     SortOption,
+    TierOption,
     TimeUnitOption,
     TpotOption,
     TraceArgument,
@@ -37,17 +38,21 @@ from oserve.cli.plan_input import (
     demand_from,
     goal_from,
     limits_from,
+    played_from,
+    precisions_from,
+    seqs_for,
     sizes_from,
 )
 from oserve.cli.switch import live_plan
 from oserve.config import load_plan, plan_yaml
 from oserve.config.rates import MAX_TYPES
+from oserve.config.tiers import parse_tiers
 from oserve.control.ladder import Goal
 from oserve.core import Objective, OServeError, Precision
 from oserve.evaluate.peak import peak_traffic
 from oserve.evaluate.plan_ladder import PlanLadder, chosen_plan, plan_ladder
-from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
-from oserve.evaluate.verification import VerifiedAnswer, check_for, common_slo, verified_answer
+from oserve.evaluate.simulator import SimulatedTraffic
+from oserve.evaluate.verification import VerifiedAnswer, check_for, slo_of, verified_answer
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
@@ -91,6 +96,7 @@ def plan(
         list[str] | None,
         typer.Option(help="SLO of a type: NAME=TTFT_MS/TPOT_MS ('-': no limit); may be repeated."),
     ] = None,
+    tier: TierOption = None,
     precision: Annotated[
         list[Precision] | None,
         typer.Option(help="Allowed precision of weights; may be repeated. Default: bf16."),
@@ -199,7 +205,7 @@ def plan(
         raise OServeError(f"it is {min_gain:g}", place="--min-gain", remedy="give 0 or more")
     if not 0 <= spread <= 1:
         raise OServeError(f"it is {spread:g}", place="--spread", remedy="give 0 to 1")
-    if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo:
+    if verify and slo_ttft_ms is None and slo_tpot_ms is None and not slo and not tier:
         raise OServeError(
             "without an SLO there is nothing to verify a plan against",
             place="--verify",
@@ -222,16 +228,24 @@ def plan(
         context=max_model_len,
     )
     source, context = find_source(choice)
+    tiers = parse_tiers(tier or ())
     demand, requests = demand_from(
-        trace, rates, wish, max_model_len=context, k=types, rate_scale=rate_scale, seed=seed
+        trace,
+        rates,
+        wish,
+        max_model_len=context,
+        k=types,
+        rate_scale=rate_scale,
+        seed=seed,
+        tiers=tiers,
     )
     goal = goal_from(demand, objective, type_objective or [], attainment)
     choices = ShapeChoices(
         tensor_parallel_sizes=sizes_from("--tensor-parallel-size", tensor_parallel_size),
         pipeline_parallel_sizes=sizes_from("--pipeline-parallel-size", pipeline_parallel_size),
-        precisions=tuple(dict.fromkeys(precision or ())),
+        precisions=tuple(precisions_from(precision, tiers)),
         max_num_batched_tokens=sizes_from("--max-num-batched-tokens", max_num_batched_tokens),
-        max_num_seqs=sizes_from("--max-num-seqs", max_num_seqs),
+        max_num_seqs=sizes_from("--max-num-seqs", max_num_seqs) or seqs_for(tiers),
     )
     found = compute_plan(
         PlanRequest(
@@ -240,7 +254,8 @@ def plan(
             demand=demand,
             source=source,
             shapes=shapes_for(source, spec.devices, choices),
-            limits=limits_from(demand, slo_ttft_ms, slo_tpot_ms, slo or []),
+            limits=limits_from(demand, slo_ttft_ms, slo_tpot_ms, slo or [], tiers),
+            tiers=tiers,
             search=search,
             maximise=maximise,
             among_equals=among_equals,
@@ -252,7 +267,7 @@ def plan(
             spread=spread,
         )
     )
-    played = traffic_from(requests, max_model_len=context) if requests else None
+    played = played_from(requests, tiers, max_model_len=context)
     checked = _verified(found, played, rate_scale) if verify else None
     found = found if checked is None else checked.answer
     answer = _laddered(found, goal, played, rate_scale, headroom) if ladder else None
@@ -324,7 +339,7 @@ def _verified(
 ) -> VerifiedAnswer:
     check = check_for(
         found.request.demand,
-        common_slo(found.request.limits),
+        slo_of(found.request),
         trace=trace,
         rate_scale=rate_scale,
         margin=found.request.min_gain or MIN_GAIN,

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from oserve.cli.options import TraceSelection, check_over_zero, read_requests
 from oserve.config import ClusterSpec, load_cluster, load_rates
@@ -10,13 +11,16 @@ from oserve.config.cluster import lists_hosts, load_hosts
 from oserve.config.policies import ladder_goal
 from oserve.config.settings import PlanningSettings
 from oserve.control.ladder import Goal
-from oserve.core import Objective, OServeError
+from oserve.core import Objective, OServeError, Precision, Tier
 from oserve.engines.devices import find_devices
+from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
 from oserve.nodes.host_cluster import asked_devices
 from oserve.nodes.ray_address import is_ray, ray_address
 from oserve.nodes.ray_cluster import check_ray_installed, listed_devices
 from oserve.perf.capacity import LatencyLimits
-from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.plan.demand import Demand, demand_from_rates, scaled
+from oserve.plan.tier_table import TIER_SEQS
+from oserve.plan.tiers import demand_by_tier, tier_indices, tier_limits, with_tiers
 from oserve.traces import TraceRequest
 
 
@@ -44,12 +48,15 @@ def demand_from(
     k: int | None,
     rate_scale: float,
     seed: int,
+    tiers: Sequence[Tier] = (),
 ) -> tuple[Demand, list[TraceRequest]]:
     """The demand, and the requests of its trace if there is one."""
     if trace is not None and rates is None:
         requests = read_requests(trace, wish)
-        demand = demand_from_trace(
+        demand = demand_by_tier(
             requests,
+            tiers,
+            tiers[0].name if tiers else "",
             source=trace,
             max_model_len=max_model_len,
             k=k,
@@ -59,12 +66,34 @@ def demand_from(
         return demand, requests
     if rates is not None and trace is None:
         demand = demand_from_rates(load_rates(rates), source="--rates", max_model_len=max_model_len)
+        demand = with_tiers(demand, tiers, tiers[0].name if tiers else "")
         return scaled(demand, rate_scale), []
     raise OServeError(
         "the traffic must come from a trace or from --rates, and from exactly one of them",
         place="--trace",
         remedy="name a trace file, or give --rates 512x128=3.5",
     )
+
+
+def played_from(
+    requests: Sequence[TraceRequest], tiers: Sequence[Tier], *, max_model_len: int
+) -> SimulatedTraffic | None:
+    """The requests as they are simulated; ``None`` without any."""
+    if not requests:
+        return None
+    tier = tier_indices(requests, tiers, tiers[0].name, source="--trace") if tiers else None
+    return traffic_from(requests, max_model_len=max_model_len, tier=tier)
+
+
+def precisions_from(given: Sequence[Precision] | None, tiers: Sequence[Tier]) -> list[Precision]:
+    """The precisions to plan with: those given, else those that tiers name; none: the default."""
+    named = [item for tier in tiers for item in tier.precisions]
+    return list(dict.fromkeys(given or named))
+
+
+def seqs_for(tiers: Sequence[Tier]) -> tuple[int, ...]:
+    """Sequence limits to consider: small ones keep a tight TPOT; none: the default."""
+    return TIER_SEQS if len({tier.tpot_s for tier in tiers}) > 1 else ()
 
 
 def sizes_from(option: str, text: str | None) -> tuple[int, ...]:
@@ -83,15 +112,19 @@ def sizes_from(option: str, text: str | None) -> tuple[int, ...]:
 
 
 def limits_from(
-    demand: Demand, ttft_ms: float | None, tpot_ms: float | None, own: Sequence[str]
+    demand: Demand,
+    ttft_ms: float | None,
+    tpot_ms: float | None,
+    own: Sequence[str],
+    tiers: Sequence[Tier] = (),
 ) -> dict[str, LatencyLimits]:
-    """The limits of each type: its own of ``--slo``, else the common ones."""
+    """The limits of each type: its own of ``--slo``, else those of its tier, else the common."""
 
     def seconds(value: float | None) -> float | None:
         return None if value is None else value / 1e3
 
     common = LatencyLimits(ttft_s=seconds(ttft_ms), tpot_s=seconds(tpot_ms))
-    limits = {kind.name: common for kind in demand.types}
+    limits = tier_limits(demand, tiers, common)
     for text in own:
         name, equals, values = text.rpartition("=")
         first, slash, second = values.partition("/")
@@ -102,8 +135,10 @@ def limits_from(
                 place="--slo",
                 remedy=f"write NAME=TTFT_MS/TPOT_MS; the types are {known}",
             )
-        limits[name] = LatencyLimits(
-            ttft_s=seconds(_milliseconds(first)), tpot_s=seconds(_milliseconds(second))
+        limits[name] = replace(
+            limits[name],
+            ttft_s=seconds(_milliseconds(first)),
+            tpot_s=seconds(_milliseconds(second)),
         )
     return limits
 

@@ -10,6 +10,7 @@ from oserve.cli.ladder_status import show_ladder
 from oserve.cli.node import node_table
 from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, url_from
 from oserve.cli.remote import call, decode
+from oserve.switch.preview import between_nodes_line
 
 
 def status(
@@ -64,10 +65,29 @@ def _show(document: dict[str, Any]) -> None:
             *(f"{given.get(name, 0.0):.0%}" for name in names),
         )
     console.print(shares)
+    _show_tiers(console, document.get("tiers", []))
     _show_energy(console, document.get("energy"))
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
     _show_tuning(console, document.get("tuning", {}))
+
+
+def _show_tiers(console: Console, tiers: list[dict[str, Any]]) -> None:
+    """Show the limits of each tier, and the share of requests that kept them since the start."""
+    if not tiers:
+        return
+    table = Table("tier", "TTFT", "TPOT", "E2E", "precisions", "requests", "kept")
+    for row in tiers:
+        limits = (row["ttft_ms"], row["tpot_ms"], row["e2e_ms"])
+        kept = row["attainment"]
+        table.add_row(
+            row["tier"],
+            *("-" if limit is None else f"{limit:g} ms" for limit in limits),
+            ", ".join(row["precisions"]) or "any",
+            f"{sum(row['requests'].values()):,}",
+            "-" if kept is None else f"{kept:.1%}",
+        )
+    console.print(table)
 
 
 def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:
@@ -93,6 +113,8 @@ def _show_switch(console: Console, switch: dict[str, Any] | None) -> None:
         words += f", wave {switch['wave'] + 1} of {switch['waves']}, {switch['phase']}"
         if switch["total_bytes"]:
             words += f", {switch['moved_bytes'] / switch['total_bytes']:.0%} of the bytes"
+    if between := between_nodes_line(switch.get("programme") or {}):
+        words += f"; {between}"
     if switch["reason"]:
         words += f" ({switch['reason']})"
     console.print(words, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from oserve.cli.options import ApiKeyOption, JsonOption, UrlOption, argument_or_
 from oserve.cli.remote import call, decode
 from oserve.config.reading import read_text
 from oserve.core import OServeError
+from oserve.switch.preview import between_nodes_line
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 # Planning for a large cluster takes seconds.
@@ -80,6 +81,8 @@ def describe_switch(document: dict[str, Any]) -> list[str]:
         ]
         phases = ", ".join(f"{name} {took:g}" for name, took in wave["phases_s"].items())
         lines.append(f"  seconds: {phases}")
+    if between := between_nodes_line(document):
+        lines.append(f"between nodes: {between}")
     return lines
 
 

@@ -1,6 +1,7 @@
 """The server under load: its model, its tokenizer's ratio, and its API dialect."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,10 @@ _REFUSED = ((True, True), (False, True), (True, False), (False, False))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchTarget:
-    """The server under load. ``max_model_len`` is 0 if the server does not report it."""
+    """The server under load. ``max_model_len`` is 0 if the server does not report it.
+
+    ``tenant_keys``: the API key of each tenant of a trace; others use ``api_key``.
+    """
 
     url: str
     model: str
@@ -31,6 +35,7 @@ class BenchTarget:
     chat: bool = False
     timeout_s: float = 600.0
     dialect: ApiDialect = USUAL
+    tenant_keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def headers(self) -> dict[str, str]:

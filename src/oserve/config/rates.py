@@ -1,4 +1,7 @@
-"""Demand as text: ``512x128=3.5,chat:200x300=8``, or a YAML file."""
+"""Demand as text: ``512x128=3.5,chat:200x300=8``, or a YAML file.
+
+A name ``TIER/NAME`` gives a type its tier; in a file it has a key of its own.
+"""
 
 import math
 import re
@@ -19,6 +22,7 @@ class _TypeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     output_tokens: float
     arrival_rate_rps: float
     name: str = ""
+    tier: str = ""
 
 
 class _RatesFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -63,8 +67,10 @@ def _row(part: str) -> _TypeFile:
         raise OServeError(
             f"{part!r} holds something that is no number", place="--rates", remedy=_FORM
         ) from None
+    name = (matched[1] or "").strip()
     return _TypeFile(
-        name=(matched[1] or "").strip(),
+        name=name,
+        tier=name.partition("/")[0] if "/" in name else "",
         prompt_tokens=prompt,
         output_tokens=output,
         arrival_rate_rps=rate,
@@ -89,4 +95,5 @@ def _checked(row: _TypeFile, place: str) -> WorkloadType:
         prompt_tokens=row.prompt_tokens,
         output_tokens=row.output_tokens,
         arrival_rate_rps=row.arrival_rate_rps,
+        tier=row.tier,
     )

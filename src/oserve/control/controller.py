@@ -31,6 +31,7 @@ from oserve.control.policy import (
     ControlPolicy,
     DecisionContext,
     follow_reason_for,
+    is_absorbed,
     reason_for,
     verdict_for,
 )
@@ -225,6 +226,8 @@ class Controller:
         if score is not None:
             if switching:
                 self._regret.skip(now_s)
+            elif is_absorbed(score, now_s, since_s=self.overloaded_since_s):
+                self._regret.reset(now_s)
             else:
                 slack = self.policy.min_gain * score.current_cost * score.loads.rate_rps
                 began_s = max(float(self.monitor.began_s), self.overloaded_since_s)

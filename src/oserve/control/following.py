@@ -7,6 +7,7 @@ the request at its best latency (or energy, by the objective); a request outside
     required load = headroom * max(present load, upper quantile of the forecast until a switch ends)
     gain = rate * (cost of the current deployment - cost of the candidate), per second
     price = sum over waves of rate * seconds * (cost on the devices left - cost on all of them)
+            + rate * seconds until their backlog is served * MISSED
             + TOUCHED * requests on the replicas that leave
 
 Upwards, a switch is an insurance: if the current deployment does not hold the required load and
@@ -30,6 +31,7 @@ from oserve.control.ladder import (
     Ladder,
     LoadScores,
     Shapes,
+    device_count,
     in_words,
     shapes_of,
 )
@@ -45,6 +47,15 @@ TOUCHED = 0.5
 _LEAST_ATTAINMENT = 0.03
 # A load over a few seconds counts as far as it exceeds chance: so many standard deviations less.
 _SIGMAS = 2.0
+
+# Less is the usual wait for the next step, or a burst that the engines take up.
+_LONG_WAIT_S = 1.0
+# Quantiles of a forecast from fewer steps are guesses.
+_FEWEST_STEPS = 5
+# A ladder for a mix that is so far off says little of types (see ``Ladder.distance``).
+_OTHER_MIX = 0.3
+# A backlog counts for so long at most: traffic hardly lasts longer.
+_LONGEST_BACKLOG_S = 600.0
 
 Switch = Callable[[Shapes], tuple[DeploymentPlan, Sequence[Leg]]]
 """Places a deployment near the current plan; returns the plan and the legs of the switch to it."""
@@ -86,11 +97,12 @@ class FollowScore:
     ``rises``: the current deployment does not hold the required load. ``holds``: the candidate
     does. ``climbs``: it also carries more, so that nothing but a fall leads back. ``foreseen``: the
     current deployment does not hold the expected load with headroom; ``overloaded``: nor the
-    present one. ``beside``: all new replicas start on vacant devices. ``current_cost`` and
-    ``candidate_cost``, at the expected load, are in requests at the best latency per request.
-    ``gain_per_s``: what the switch gains each second; ``risk``: what it would save at the required
-    load until the next chance to switch; ``price``: what it costs. ``seconds`` until the last wave
-    is committed.
+    present one. ``waits``: requests are seen to wait, or nobody knows. ``known``: the forecast
+    rests on a few intervals at least, and the ladder was built for about the present mix.
+    ``beside``: all new replicas start on vacant devices. ``current_cost`` and ``candidate_cost``,
+    at the expected load, are in requests at the best latency per request. ``gain_per_s``: what the
+    switch gains each second; ``risk``: what it would save at the required load until the next
+    chance to switch; ``price``: what it costs. ``seconds`` until the last wave is committed.
     """
 
     plan: DeploymentPlan
@@ -101,6 +113,8 @@ class FollowScore:
     climbs: bool
     foreseen: bool
     overloaded: bool
+    waits: bool
+    known: bool
     beside: bool
     current_cost: float
     candidate_cost: float
@@ -223,7 +237,13 @@ def follow(
     saved = at_required.cost(present, goal) - at_required.cost(chosen, goal)
     coming = loads.rate_rps * loads.required / loads.expected * lead_s
     price = _price(
-        ladder, present, loads, goal, current=current, legs=legs, drain_limit_s=drain_limit_s
+        ladder,
+        (present, chosen),
+        loads,
+        goal,
+        current=current,
+        legs=legs,
+        drain_limit_s=drain_limit_s,
     )
     return FollowScore(
         plan=plan,
@@ -234,6 +254,11 @@ def follow(
         climbs=ladder.capacity(chosen, goal) > ladder.capacity(present, goal),
         foreseen=present not in ladder.scores(policy.headroom * loads.expected).holding(goal),
         overloaded=present not in ladder.scores(loads.present).holding(goal),
+        waits=facts.wait_s is None or facts.wait_s >= _LONG_WAIT_S,
+        known=(
+            facts.watched_s >= _FEWEST_STEPS * facts.step_s
+            and ladder.distance(facts.now) <= _OTHER_MIX
+        ),
         beside=_held(current.replicas).isdisjoint(_held([s for leg in legs for s in leg.started])),
         current_cost=now_cost,
         candidate_cost=then_cost,
@@ -255,7 +280,7 @@ class _Price:
 
 def _price(
     ladder: Ladder,
-    present: int,
+    ends: tuple[int, int],
     loads: Loads,
     goal: Goal,
     *,
@@ -263,23 +288,33 @@ def _price(
     legs: Sequence[Leg],
     drain_limit_s: float,
 ) -> _Price:
-    """What the waves of a switch cost; see the module."""
-    devices = _devices(current.replicas)
-    cost = seconds = touched = 0.0
+    """What the waves of a switch from one deployment to another cost; see the module."""
+    present, chosen = ends
+    devices, later = _devices(current.replicas), device_count(ladder.deployments[chosen].shapes)
+    able, able_later = ladder.capacity(present, goal), ladder.capacity(chosen, goal)
+    cost = seconds = touched = backlog = 0.0
     load = max(loads.now, loads.expected)
     usual = ladder.scores(load).cost(present, goal)
     stay_s = ladder.stay_s(present, load)
+    # What waits for the present deployment waits with or without a switch.
+    kept = min(load, able)
+    left, there = devices, 0
     for leg in legs:
         away = _devices(leg.leaving)
         going = away + _devices(leg.retired)
         touched += loads.rate_rps * stay_s * going / max(1, devices)
-        if not leg.started:
-            continue
-        took_s = leg.seconds + (min(stay_s, drain_limit_s) if leg.leaving else 0.0)
-        seconds += took_s
-        share = (devices - away) / devices
-        more = _more(ladder, present, load, goal, usual, share)
-        cost += loads.rate_rps * took_s * more
+        left -= away
+        if leg.started:
+            took_s = leg.seconds + (min(stay_s, drain_limit_s) if leg.leaving else 0.0)
+            seconds += took_s
+            more = _more(ladder, present, load, goal, usual, (devices - away) / devices)
+            cost += loads.rate_rps * took_s * more
+            serve = able * left / devices + able_later * there / max(1, later)
+            backlog = max(0.0, backlog + (kept - serve) * took_s)
+        there += _devices(leg.started)
+    if backlog > 0:
+        spare = max(able_later - kept, backlog / _LONGEST_BACKLOG_S)
+        cost += loads.rate_rps * MISSED * backlog / spare
     return _Price(cost=cost + TOUCHED * touched, seconds=seconds, touched=touched)
 
 

@@ -14,7 +14,8 @@ class LoadFacts:
     ``upper``: means and upper quantiles of the forecast, by step of ``step_s`` seconds. ``peaks``:
     rates over pieces of the time that counts for a fall. ``mix``: over ``mix_s`` seconds.
     ``burstiness``, by type: the relative variance of the rate between pieces of ten seconds.
-    ``watched_s``: for how long requests were counted.
+    ``watched_s``: for how long requests were counted. ``wait_s``: about how long a request that
+    arrives now waits for a replica; ``None`` if that is unknown.
     """
 
     now: LoadRates
@@ -28,3 +29,4 @@ class LoadFacts:
     mix_s: float
     burstiness: tuple[float, ...]
     watched_s: float
+    wait_s: float | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from oserve.control.bursts import burstiness_of
 from oserve.control.collector import Collector
 from oserve.control.decision import Trigger, TypeForecast
 from oserve.control.evaluation import ForecastStep, TypeRates
@@ -35,9 +36,7 @@ _LIKELY = 0.9
 _BAND = (0.05, 0.95)
 # Pieces and spans of the facts for a ladder, in seconds.
 LAST_S, _FEWEST_RECENT_S, _MIX_S = 10, 30, 600
-_BURST_S, _BURST_PIECES, _FEWEST_PIECES, _MOST_BURSTY = 10, 60, 18, 2.0
-# Variation that is slower than so many pieces is a trend.
-_BURST_LAG = 6
+_BURST_S, _BURST_PIECES = 10, 60
 # Halves of a span are compared in this many parts; spans are multiples of as many seconds.
 _SPAN_S = 20
 # Standard errors of their difference. Several spans of several types are compared.
@@ -177,6 +176,15 @@ class TrafficMonitor:
         ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self._policy.now_s)
         return _LONGEST * held / ended_rps if ended_rps > 0 else 0.0
 
+    def wait_s(self) -> float | None:
+        """Seconds that a request waits if as many end as lately; ``None`` without observations."""
+        gauges = self.collector.gauges
+        if not gauges:
+            return None
+        waiting = gauges.get("waiting", 0.0) + gauges.get("queued", 0.0)
+        ended_rps = self.collector.ended_rps(max(1, self.collector.newest_s), self._policy.now_s)
+        return waiting / max(ended_rps, 1.0 / self._policy.now_s)
+
     def forecast(self) -> tuple[TypeForecast, ...]:
         """The forecast of the next interval, by type."""
         found = self._forecaster.forecast()
@@ -258,6 +266,7 @@ class TrafficMonitor:
             return _rates(collector.rates_rps(before_s, width_s))
 
         since_s = end_s - self.began_s if self.began_s > 0 else collector.size_s
+        # While less than half of that was watched, there are no rates: the planned mix holds.
         mix_s = max(self._policy.now_s, min(_MIX_S, since_s, collector.size_s - 1))
         return LoadFacts(
             now=self.recent_rps(),
@@ -271,6 +280,7 @@ class TrafficMonitor:
             mix_s=mix_s,
             burstiness=self.burstiness,
             watched_s=collector.watched_s,
+            wait_s=self.wait_s(),
         )
 
     def _peaks(self, end_s: int, fall_after_s: float) -> tuple[TypeRates, ...]:
@@ -291,28 +301,14 @@ class TrafficMonitor:
 
     @property
     def burstiness(self) -> tuple[float, ...]:
-        """The variance of the rate between pieces of ten seconds beyond chance, relative.
-
-        Half the mean squared difference of pieces a minute apart is a variance without the trend.
-        """
+        """The relative variance of the rate, of each type, between pieces of ten seconds."""
         end_s = max(1, self.collector.newest_s)
         if self._bursts[0] == end_s // _BURST_S:
             return self._bursts[1]
-        found = self._burstiness(end_s)
+        width_s = _BURST_PIECES * _BURST_S
+        found = burstiness_of(self.collector.window(end_s, width_s, parts=_BURST_PIECES).parts)
         self._bursts = end_s // _BURST_S, found
         return found
-
-    def _burstiness(self, end_s: int) -> tuple[float, ...]:
-        width_s = _BURST_PIECES * _BURST_S
-        counts = self.collector.window(end_s, width_s, parts=_BURST_PIECES).parts
-        counts = counts[np.isfinite(counts).all(axis=1)]
-        if len(counts) < _FEWEST_PIECES:
-            return (0.0,) * len(self.collector.names)
-        mean = np.maximum(counts.mean(axis=0), 1e-9)
-        steps = counts[_BURST_LAG:] - counts[:-_BURST_LAG]
-        beyond = (steps**2).mean(axis=0) / 2.0 - mean
-        relative: Floats = np.clip(beyond / mean**2, 0.0, _MOST_BURSTY)
-        return _rates(relative)
 
     def usual(self) -> tuple[TypeRates, ...]:
         """Rates to plan for while no requests come: the usual ones."""

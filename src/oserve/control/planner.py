@@ -47,8 +47,7 @@ _MOST_SWITCHES = 64
 _UNKNOWN_S_PER_TOKEN = 1e-3
 # Homogeneous deployments are candidates, too, if they serve this part of what the best one serves.
 # The table errs by about as much.
-_MOST_NEAR = 6
-_NEAR = 0.85
+_MOST_NEAR, _NEAR = 6, 0.85
 
 
 Legs = Callable[[Sequence[ReplicaSpec], Sequence[ReplicaSpec]], Sequence[Leg] | None]
@@ -299,6 +298,7 @@ class TablePlanner:
                     prompt_tokens=prompt,
                     output_tokens=output,
                     shares=own[kind.name],
+                    tier=kind.tier,
                 )
                 for kind, (prompt, output) in zip(self.facts.types, self.facts.centres, strict=True)
             ),

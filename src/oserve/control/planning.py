@@ -8,8 +8,7 @@ from oserve.control.starts import StartTimes
 from oserve.core import OServeError, ReplicaShape, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
-from oserve.perf.table import performance_table
-from oserve.plan.planning import PlanRequest
+from oserve.plan.planning import PlanRequest, request_table
 
 _AS_MEASURED = Speeds()
 
@@ -24,13 +23,8 @@ def planner_for(
     def rows(
         shapes: Sequence[ReplicaShape], speeds: Speeds = _AS_MEASURED
     ) -> tuple[ShapePerformance, ...]:
-        return performance_table(
-            corrected(question.source, speeds),
-            shapes,
-            demand.types,
-            limits=question.limits,
-            longest_tokens=demand.longest_tokens,
-        )
+        source = corrected(question.source, speeds)
+        return request_table(replace(question, source=source, shapes=tuple(shapes)))
 
     def row_of(spec: ReplicaSpec) -> ShapePerformance | None:
         """Performance of a shape outside the table, on the kind of its devices."""

@@ -9,6 +9,8 @@ from oserve.control.evaluation import CandidateScore, DecisionInput, signature
 from oserve.control.following import FollowPolicy, FollowScore
 
 HOUR_S = 3600.0
+# A load beyond the plan's for so long counts, also if no request waits.
+_LASTING_S = 120.0
 _SWITCHES = {
     Reason.GAIN_EXCEEDS_COST,
     Reason.ZERO_TRAFFIC,
@@ -168,7 +170,7 @@ def follow_reason_for(
     urgent = climbs and score.overloaded and score.gain_per_s > least
     likely = score.holds or score.foreseen
     steady = score.beside or not score.overloaded
-    insured = climbs and likely and steady and score.price <= score.risk
+    insured = climbs and likely and steady and score.known and score.price <= score.risk
     same = set(score.plan.replicas) == set(inputs.current.replicas)
     better = score.gain_per_s > max(least, 1e-9) or (score.rises and score.holds)
     checks = (
@@ -190,6 +192,16 @@ def follow_reason_for(
         (True, Reason.OBJECTIVE_GAINS),
     )
     return next(reason for holds, reason in checks if holds)
+
+
+def is_absorbed(score: FollowScore, now_s: float, *, since_s: float) -> bool:
+    """Whether more load arrives than the plan holds for long, and yet no request waits.
+
+    ``since_s``: when that began; negative if it did not. What misses its limits without waiting
+    shows later: such a load counts once it lasts.
+    """
+    age_s = now_s - since_s if since_s >= 0 else 0.0
+    return score.overloaded and not score.waits and age_s < _LASTING_S
 
 
 def _too_early(context: DecisionContext, score: CandidateScore) -> bool:

@@ -380,13 +380,14 @@ class ControllerRuntime:
             plan,
             planned_types=tuple(
                 PlannedType(
-                    name=name,
+                    name=kind.name,
                     prompt_tokens=prompt,
                     output_tokens=output,
                     shares=plan.routing_shares.get(
                         classify(round(prompt), plan.length_classes).name, {}
                     ),
+                    tier=kind.tier,
                 )
-                for name, (prompt, output) in zip(names, facts.centres, strict=True)
+                for kind, (prompt, output) in zip(facts.types, facts.centres, strict=True)
             ),
         )

@@ -19,6 +19,7 @@ from oserve.core import (
     ReplicaState,
     StartReplica,
     StopReplica,
+    Tier,
 )
 
 # Shorter silences are ordinary steps.
@@ -265,3 +266,32 @@ def explained(action: Action, observation: Observation) -> str:
             return f"commit {', '.join(ready)}; drain {', '.join(drain)}: the switch decided it"
         case StopReplica(replica=name):
             return f"stop replica {name}: it is drained, or not in the plan any more"
+
+
+def tier_rows(
+    tiers: Sequence[Tier], outcomes: Mapping[str, Mapping[str, int]]
+) -> list[dict[str, Any]]:
+    """The tiers with their limits in milliseconds, and what was kept since the start.
+
+    ``outcomes``: requests by tier and outcome. ``attainment`` is ``None`` without requests.
+    """
+
+    def ms(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1e3, 3)
+
+    rows = []
+    for tier in tiers:
+        own = outcomes.get(tier.name, {})
+        total = sum(own.values())
+        rows.append(
+            {
+                "tier": tier.name,
+                "ttft_ms": ms(tier.ttft_s),
+                "tpot_ms": ms(tier.tpot_s),
+                "e2e_ms": ms(tier.e2e_s),
+                "precisions": [item.value for item in tier.precisions],
+                "requests": dict(own),
+                "attainment": own.get("kept", 0) / total if total else None,
+            }
+        )
+    return rows

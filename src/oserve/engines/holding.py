@@ -8,6 +8,7 @@ whoever tends the node (``node_engines``).
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from oserve.core import HatchAddress
@@ -31,6 +32,7 @@ __all__ = [
     "HeldEngines",
     "KeeperPlace",
     "LocalDial",
+    "ServerOwner",
     "identity_of",
     "keeper_runs",
     "private_folder",
@@ -38,15 +40,33 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOwner:
+    """A server, for keepers of other machines: by its state folder (``key``), and for people."""
+
+    key: str = ""
+    title: str = ""
+
+
 class HeldEngines:
     """Starts engines and other processes that a keeper holds.
 
     ``grace_s``: how long the keeper holds them when this process has ended. ``guest``: this is no
-    server, but an agent that looks after the node; the server keeps its own connection.
+    server, but an agent that looks after the node; the server keeps its own connection. ``owner``:
+    the server whose keeper this is to be; empty on its own machine, where a lock tells.
     """
 
-    def __init__(self, dial: Dial, *, grace_s: float, guest: bool = False) -> None:
+    def __init__(
+        self,
+        dial: Dial,
+        *,
+        grace_s: float,
+        guest: bool = False,
+        owner: ServerOwner | None = None,
+    ) -> None:
         self._dial = dial
+        self._owner = owner or ServerOwner()
+        self._taken = ""
         self._grace_s = grace_s
         self._guest = guest
         self._line: KeeperConnection | None = None
@@ -62,6 +82,11 @@ class HeldEngines:
     def hatch(self) -> HatchAddress | None:
         """Where the node's sockets are; ``None``: on this machine."""
         return self._dial.hatch
+
+    @property
+    def taken(self) -> str:
+        """Which other server has the keeper, as of the last call; empty if none."""
+        return self._taken
 
     @property
     def silent_s(self) -> float:
@@ -212,9 +237,27 @@ class HeldEngines:
                     raise NodeLostError(f"node {self.node} is lost: {await self._reason()}")
                 self._line = await self._dial.reach()
                 if not self._guest:
-                    hello = ServerHello(grace_s=self._grace_s, silence_s=self._dial.silence_s)
-                    self._line.send(hello)
+                    await self._present(self._line)
             return self._line
+
+    async def _present(self, line: KeeperConnection) -> None:
+        """Become the keeper's server. Raises ``NodeLostError`` if it has another one."""
+        owner = self._owner
+        hello = ServerHello(
+            grace_s=self._grace_s,
+            silence_s=self._dial.silence_s,
+            owner=owner.key,
+            title=owner.title,
+        )
+        line.send(hello)
+        if owner.key:
+            self._taken = await line.answered
+            if self._taken:
+                await line.part()
+                raise NodeLostError(
+                    f"node {self.node} cannot be used: {self._taken}",
+                    remedy="stop that server, which gives its nodes back, or use other nodes",
+                )
 
     async def _reason(self) -> str:
         return await self.lost() if self._line is not None else "it is not connected"

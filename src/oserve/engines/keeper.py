@@ -31,6 +31,7 @@ from oserve.engines.keeper_children import (
     start_child,
     wait_all,
 )
+from oserve.engines.keeper_line import KeeperLine, refusal_of
 from oserve.engines.keeper_messages import (
     MAX_LINE_BYTES,
     ActivityQuery,
@@ -50,13 +51,12 @@ from oserve.engines.keeper_messages import (
     ProcessSignal,
     ProcessStart,
     ProcessStarted,
+    ServerAccepted,
     ServerHello,
     ServerReplaced,
     StartRefused,
     command_of,
-    encoded,
 )
-from oserve.engines.line_watch import PING_S, LineWatch
 from oserve.engines.logs import telling_line
 from oserve.engines.registry import end_leftovers, write_registry
 from oserve.engines.spawner import Launcher, launcher_for
@@ -66,28 +66,6 @@ _log = logging.getLogger("oserve.keeper")
 HELD_ELSEWHERE = 75
 _HURRIED_S = 2.0
 _POLL_S = 0.02
-
-
-class _Line:
-    """A connection of a server or a guest."""
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
-        self.watch: LineWatch | None = None
-        self.task = asyncio.current_task()
-        self.watching: asyncio.Task[None] | None = None
-
-    def send(self, event: KeeperEvent) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(encoded(event))
-
-    async def end_if_silent(self, clock: Clock, limit_s: float) -> None:
-        """Break it when nothing has come for so long."""
-        self.watch = LineWatch(clock.now(), limit_s)
-        while not self.watch.is_lost(clock.now()):
-            await clock.sleep(PING_S)
-        _log.warning("nothing has been heard of the server for %g s", limit_s)
-        self.writer.transport.abort()
 
 
 class Keeper:
@@ -112,8 +90,9 @@ class Keeper:
         self._node = node or find_node_facts(folder, registry.parent)
         self._clock = clock or LiveClock()
         self._children: dict[str, KeptChild] = {}
-        self._lines: set[_Line] = set()
-        self._server: _Line | None = None
+        self._lines: set[KeeperLine] = set()
+        self._server: KeeperLine | None = None
+        self._owned = ServerHello(grace_s=grace_s)
         self._timer: asyncio.TimerHandle | None = None
         self._clearing: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
@@ -147,7 +126,7 @@ class Keeper:
 
     # -- connections ----------------------------------------------------------------------------
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = _Line(writer)
+        line = KeeperLine(writer)
         self._lines.add(line)
         held = [child.entry for child in self._children.values()]
         line.send(KeeperHello(identity=self._identity, pid=os.getpid(), held=held, node=self._node))
@@ -156,7 +135,8 @@ class Keeper:
             while text := await reader.readline():
                 if line.watch is not None:
                     line.watch.heard()
-                self._handle(line, command_of(text))
+                if not line.refused:
+                    self._handle(line, command_of(text))
         self._lines.discard(line)
         if line.watching is not None:
             line.watching.cancel()
@@ -165,15 +145,28 @@ class Keeper:
             self._server = None
             self._left_alone()
 
-    def _greet(self, line: _Line, hello: ServerHello) -> None:
-        """A guest has become the server."""
+    def _greet(self, line: KeeperLine, hello: ServerHello) -> None:
+        """A guest wants to become the server."""
+        left = any(not child.entry.stays for child in self._children.values())
+        owned = self._owned if self._server is not None or left else None
+        refusal = refusal_of(hello, owned, served=self._server is not None)
+        if refusal is not None:
+            _log.warning(
+                "refused the server %s: the node is that of %s", hello.title, refusal.title
+            )
+            line.send(refusal)
+            line.refused = True
+            line.writer.close()
+            return
         if self._server is not None and self._server is not line:
-            # Servers lock their state folder: a new one means that the previous one has ended, or
-            # lost its connection without our knowing.
+            # Servers lock their state folder: a new one of the same folder means that the previous
+            # one has ended, or lost its connection without our knowing.
             self._server.send(ServerReplaced())
             self._server.writer.close()
-        self._server = line
+        self._server, self._owned = line, hello
         self._grace_s = hello.grace_s
+        if hello.owner:
+            line.send(ServerAccepted())
         if self._timer is not None:
             self._timer.cancel()
         if hello.silence_s and line.watching is None:
@@ -195,7 +188,7 @@ class Keeper:
         for line in self._lines:
             line.send(event)
 
-    def _handle(self, line: _Line, command: KeeperCommand | MessageRejected) -> None:
+    def _handle(self, line: KeeperLine, command: KeeperCommand | MessageRejected) -> None:
         match command:
             case ServerHello():
                 self._greet(line, command)
@@ -227,7 +220,7 @@ class Keeper:
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
 
-    async def _report(self, line: _Line, child: KeptChild, *, log: bool) -> None:
+    async def _report(self, line: KeeperLine, child: KeptChild, *, log: bool) -> None:
         name, pid, path = child.entry.name, child.entry.pid, Path(child.entry.log)
         if log:
             cause = await asyncio.to_thread(telling_line, path)

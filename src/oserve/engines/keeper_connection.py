@@ -32,6 +32,8 @@ from oserve.engines.keeper_messages import (
     ProcessExited,
     ProcessStart,
     ProcessStarted,
+    ServerAccepted,
+    ServerRefused,
     ServerReplaced,
     StartRefused,
     encoded,
@@ -69,7 +71,8 @@ class KeeperConnection:
     """One connection to one keeper. ``lost`` is done when it has broken; ``reason`` tells why.
 
     ``difference``: why the keeper's processes cannot be taken over; empty if they can.
-    ``replaced``: another server has the keeper now.
+    ``replaced``: another server has the keeper now. ``answered`` tells whether this server may have
+    it: empty, or why not.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class KeeperConnection:
         self.facts = hello.node if hello is not None else NodeFacts()
         self.reason = ""
         self.replaced = False
+        self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watch = LineWatch(terms.clock.now(), terms.silence_s)
         held = hello.held if hello is not None else []
         self.held = {entry.name: HeldProcess(self.send, entry) for entry in held}
@@ -191,6 +195,8 @@ class KeeperConnection:
         if pings is not None:
             pings.cancel()
         self._writer.close()
+        if not self.answered.done():
+            self.answered.set_result("")  # a lost line: that tells all
         await self._let_go()
         self.held.clear()
 
@@ -240,8 +246,18 @@ class KeeperConnection:
             case ServerReplaced():
                 self.replaced = True
                 self.reason = "another server has taken its processes over"
+            case ServerAccepted():
+                self._answer("")
+            case ServerRefused(title=title, grace_s=grace_s):
+                until = f", and is held for it for at most {grace_s:.0f} s" if grace_s else ""
+                self.reason = f"it serves another server: {title or 'unnamed'}{until}"
+                self._answer(self.reason)
             case Pong() | KeeperHello():
                 pass  # that it came is enough; the greeting was read before
+
+    def _answer(self, refusal: str) -> None:
+        if not self.answered.done():
+            self.answered.set_result(refusal)
 
 
 def _await_exit(pid: int, limit_s: float) -> bool:

@@ -2,11 +2,12 @@
 
 A server sends ``KeeperCommand``, the keeper ``KeeperEvent``. Each line is one message, which its
 ``type`` tells apart. The keeper speaks first (``KeeperHello``). A connection becomes the server's
-with ``ServerHello``, and replaces the previous server's; without it, it is a guest's, such as that
-of a node's agent, and several may be open. Every version reads two things alike:
-``KeeperIdentity``, which is part of the greeting, and ``CloseKeeper``. With them a newer server
-recognises an older keeper and ends it. The keeper answers a message of unknown type or form with
-``MessageRejected``.
+with ``ServerHello``, and replaces that of the previous server of the same state folder; another
+server's is refused while the keeper has a server, or holds what one has left. Without
+``ServerHello`` a connection is a guest's, such as that of a node's agent, and several may be open.
+Every version reads two things alike: ``KeeperIdentity``, which is part of the greeting, and
+``CloseKeeper``. With them a newer server recognises an older keeper and ends it. The keeper answers
+a message of unknown type or form with ``MessageRejected``.
 """
 
 from typing import Annotated, Final
@@ -31,10 +32,14 @@ class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="Greet"):
     """The server has connected. ``grace_s``: how long the keeper waits for the next one.
 
     ``silence_s``: the connection counts as broken after so long without a message; 0: never.
+    ``owner``: a word that only servers of the same state folder have; with it the keeper answers by
+    ``ServerAccepted`` or ``ServerRefused``. ``title``: the server, for people.
     """
 
     grace_s: _Seconds
     silence_s: _Seconds = 0.0
+    owner: str = ""
+    title: str = ""
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
@@ -199,6 +204,21 @@ class Pong(msgspec.Struct, frozen=True, tag="Pong"):
     """The answer to ``Ping``."""
 
 
+class ServerAccepted(msgspec.Struct, frozen=True, tag="Accepted"):
+    """The connection is the server's."""
+
+
+class ServerRefused(msgspec.Struct, frozen=True, kw_only=True, tag="Taken"):
+    """Another server has the keeper, or has left processes here; the connection ends.
+
+    ``title``: that server, for people. ``grace_s``: how long they are held without it; 0 while it
+    is connected.
+    """
+
+    title: str
+    grace_s: _Seconds = 0.0
+
+
 class ServerReplaced(msgspec.Struct, frozen=True, tag="Replaced"):
     """Another server has taken this one's place; the connection ends, and no process with it."""
 
@@ -211,7 +231,15 @@ class MessageRejected(msgspec.Struct, frozen=True, kw_only=True, tag="Rejected")
 
 
 ProcessEvent = ProcessStarted | StartRefused | ProcessExited | ActivityReport
-KeeperEvent = KeeperHello | ProcessEvent | Pong | ServerReplaced | MessageRejected
+KeeperEvent = (
+    KeeperHello
+    | ServerAccepted
+    | ServerRefused
+    | ProcessEvent
+    | Pong
+    | ServerReplaced
+    | MessageRejected
+)
 
 _COMMANDS: Final[msgspec.json.Decoder[KeeperCommand]] = msgspec.json.Decoder(KeeperCommand)
 _EVENTS: Final[msgspec.json.Decoder[KeeperEvent]] = msgspec.json.Decoder(KeeperEvent)

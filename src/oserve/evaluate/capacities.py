@@ -41,10 +41,17 @@ _LEAST = 1 / 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LengthSamples:
-    """Observed request lengths of one workload type, in tokens; simulations draw from them."""
+    """Observed request lengths of one workload type, in tokens; simulations draw from them.
+
+    ``tier``: the index of its service tier; ``None`` without tiers.
+    """
 
     prompt_tokens: Ints
     output_tokens: Ints
+    tier: int | None = None
+
+    def _tiers(self, count: int) -> Ints | None:
+        return None if self.tier is None else np.full(count, self.tier, dtype=np.int64)
 
     def poisson(self, rate_rps: float, *, seconds: float, seed: int) -> SimulatedTraffic:
         """Poisson arrivals for about ``seconds``, but at least a thousand."""
@@ -55,6 +62,7 @@ class LengthSamples:
             arrival_s=np.cumsum(draw.exponential(1.0 / rate_rps, count)),
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
+            tier=self._tiers(count),
         )
 
     def drawn(self, arrival_s: Floats, draw: np.random.Generator) -> SimulatedTraffic:
@@ -64,6 +72,7 @@ class LengthSamples:
             arrival_s=arrival_s,
             prompt_tokens=self.prompt_tokens[chosen],
             output_tokens=self.output_tokens[chosen],
+            tier=self._tiers(len(arrival_s)),
         )
 
 
@@ -137,10 +146,12 @@ def merged(parts: Sequence[SimulatedTraffic]) -> SimulatedTraffic:
     none = np.zeros(0, dtype=np.int64)
     arrival_s = np.concatenate([none.astype(np.float64), *(item.arrival_s for item in parts)])
     order = np.argsort(arrival_s, kind="stable")
+    tiers = [item.tier for item in parts if item.tier is not None]
     return SimulatedTraffic(
         arrival_s=arrival_s[order],
         prompt_tokens=np.concatenate([none, *(item.prompt_tokens for item in parts)])[order],
         output_tokens=np.concatenate([none, *(item.output_tokens for item in parts)])[order],
+        tier=np.concatenate([none, *tiers])[order] if parts and len(tiers) == len(parts) else None,
     )
 
 

@@ -22,6 +22,7 @@ from oserve.control.ladder import (
 )
 from oserve.control.load_facts import LoadRates
 from oserve.core import DeploymentPlan, Device, LengthClass, Objective, OServeError, ReplicaShape
+from oserve.evaluate.attainment import met
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.energy import static_energy
 from oserve.evaluate.ladder_traffic import LadderTraffic, drawn_traffic
@@ -31,7 +32,6 @@ from oserve.evaluate.simulator import (
     Mask,
     SimulatedServing,
     Simulator,
-    met,
 )
 from oserve.plan.mixtures import homogeneous, mixtures, smaller
 from oserve.plan.packing import ANY_KIND

@@ -31,12 +31,7 @@ class LadderTraffic:
         count = len(self.requests)
         first = round(max(min(count, _FEWEST), count * min(1.0, load)))
         played = self.requests.faster(load)
-        cut = SimulatedTraffic(
-            arrival_s=played.arrival_s[:first],
-            prompt_tokens=played.prompt_tokens[:first],
-            output_tokens=played.output_tokens[:first],
-        )
-        return cut, self.kinds[:first]
+        return played.part(0, first, 0.0), self.kinds[:first]
 
 
 def drawn_traffic(

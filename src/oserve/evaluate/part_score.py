@@ -22,13 +22,12 @@ import numpy as np
 
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import DeploymentPlan
+from oserve.evaluate.attainment import ATTAINMENT, attainment
 from oserve.evaluate.simulator import (
-    ATTAINMENT,
     Levers,
     SimulatedServing,
     SimulatedTraffic,
     Simulator,
-    attainment,
     largest_scale,
 )
 from oserve.sim.results import FleetResults

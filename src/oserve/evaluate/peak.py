@@ -1,7 +1,7 @@
 """The peak of a trace, and the steady traffic of that rate on which a ladder is built."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from oserve.evaluate.simulator import Floats, Ints, SimulatedTraffic
 from oserve.evaluate.switch_scorer import demand_lengths
 from oserve.plan.demand import Demand
 from oserve.workload.rates import MIN_SPAN_S
-from oserve.workload.type_probabilities import TypeProbabilities
+from oserve.workload.type_probabilities import of_tier, types_by_tier
 
 # A rate is counted over a minute, but over at least so many requests.
 _WINDOW_S = 60.0
@@ -114,11 +114,7 @@ def _around(trace: SimulatedTraffic, peak: LoadPeak) -> SimulatedTraffic:
     more = max(0, _SIMULATED - int(inside[1] - inside[0]))
     low = max(0, min(int(inside[0]) - more // 2, len(trace) - _SIMULATED))
     high = min(len(trace), max(low + _SIMULATED, int(inside[1])))
-    return SimulatedTraffic(
-        arrival_s=trace.arrival_s[low:high] - trace.arrival_s[low],
-        prompt_tokens=trace.prompt_tokens[low:high],
-        output_tokens=trace.output_tokens[low:high],
-    )
+    return trace.part(low, high, float(trace.arrival_s[low]))
 
 
 def _steady(traffic: SimulatedTraffic, window_s: float, rate_rps: float) -> SimulatedTraffic:
@@ -128,15 +124,19 @@ def _steady(traffic: SimulatedTraffic, window_s: float, rate_rps: float) -> Simu
     before = np.searchsorted(traffic.arrival_s, edges, side="left")
     before[-1] = len(traffic)
     at_s = np.interp(traffic.arrival_s, edges, before / rate_rps)
-    return SimulatedTraffic(
-        arrival_s=at_s,
-        prompt_tokens=traffic.prompt_tokens,
-        output_tokens=traffic.output_tokens,
-    )
+    return replace(traffic, arrival_s=at_s)
 
 
 def _kinds(demand: Demand, traffic: SimulatedTraffic) -> Ints:
     """The workload type of each request, as an index."""
-    types = TypeProbabilities([demand.centres[kind.name] for kind in demand.types])
+    types = types_by_tier(demand.types, [demand.centres[kind.name] for kind in demand.types])
+    tiers = [""] * len(traffic)
+    if traffic.tier is not None:
+        tiers = [demand.tiers[number] for number in traffic.tier.tolist()]
     lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
-    return np.array([types.kind(prompt, output) for prompt, output in lengths], dtype=np.int64)
+    found = [
+        own.kind(*pair)
+        for tier, pair in zip(tiers, lengths, strict=True)
+        if (own := of_tier(types, tier)) is not None
+    ]
+    return np.array(found, dtype=np.int64)

@@ -15,7 +15,7 @@ from oserve.evaluate.ladder import LadderBuilder, LadderCase
 from oserve.evaluate.peak import PeakTraffic
 from oserve.evaluate.simulator import Simulator
 from oserve.evaluate.switch_scorer import demand_lengths
-from oserve.evaluate.verification import SERVED_AS, common_slo
+from oserve.evaluate.verification import served_as, slo_of
 from oserve.perf.table import performance_table
 from oserve.plan.assign import Assigner
 from oserve.plan.deploy import PlacedReplicas, place_deployment
@@ -107,8 +107,8 @@ def plan_ladder(
         devices=request.devices,
         classes=request.demand.classes,
         shapes=_distinct(request.shapes),
-        levers=SERVED_AS,
-        slo=common_slo(request.limits),
+        levers=served_as(request),
+        slo=slo_of(request),
         goal=goal,
         present=_present(found),
         seed=request.seed,

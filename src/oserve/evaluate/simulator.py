@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from oserve.control.dispatch.constants import most_inflight
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
+from oserve.control.dispatch.tiers import tightest
 from oserve.control.routing import INFLIGHT_PER_SEQ
-from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role
+from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role, Tier
+from oserve.evaluate.attainment import ATTAINMENT, attainment, surely_failed
+from oserve.evaluate.tiers import late_after_s, tier_routing, tier_shifts_s
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected
 from oserve.perf.costs import measured_costs
@@ -26,7 +29,7 @@ from oserve.perf.table import PerformanceSource
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
-from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink, Status
+from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink
 from oserve.sim.types import RoutingPolicy as _Routing
 from oserve.traces import Slo
 from oserve.workload.columns import Columns, TimedRequest, columns_of
@@ -38,9 +41,6 @@ Mask = NDArray[np.bool_]
 Routing = _Routing
 """How the gateway chooses a replica."""
 
-ATTAINMENT = 0.95
-"""Share of all requests that must meet their SLOs for a rate to count as served."""
-
 # Requests that still run so long after the last arrival count as late.
 LATEST_S = 300.0
 # How often a run checks whether it can still reach the attainment.
@@ -49,11 +49,15 @@ _CHECKS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SimulatedTraffic:
-    """Requests in order of arrival, an entry each; lengths in tokens, at least 1."""
+    """Requests in order of arrival, an entry each; lengths in tokens, at least 1.
+
+    ``tier``: an index into the tiers; ``None`` without tiers.
+    """
 
     arrival_s: Floats
     prompt_tokens: Ints
     output_tokens: Ints
+    tier: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -75,11 +79,16 @@ class SimulatedTraffic:
     def between(self, start_s: float, end_s: float) -> Self:
         """The requests from ``start_s`` up to ``end_s``, on a clock that starts at ``start_s``."""
         low, high = np.searchsorted(self.arrival_s, [start_s, end_s], side="left")
+        return self.part(int(low), int(high), start_s)
+
+    def part(self, low: int, high: int, start_s: float) -> Self:
+        """The requests from one index up to another, on a clock that starts at ``start_s``."""
         return replace(
             self,
             arrival_s=self.arrival_s[low:high] - start_s,
             prompt_tokens=self.prompt_tokens[low:high],
             output_tokens=self.output_tokens[low:high],
+            tier=None if self.tier is None else self.tier[low:high],
         )
 
     def columns(self) -> Columns:
@@ -91,7 +100,9 @@ class SimulatedTraffic:
         )
 
 
-def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> SimulatedTraffic:
+def traffic_from(
+    requests: Iterable[TimedRequest], *, max_model_len: int, tier: Ints | None = None
+) -> SimulatedTraffic:
     """Requests cut to the context as ``demand_from_trace`` counts them: the prompt gives way."""
     columns = columns_of(requests)
     output = np.clip(columns.output_tokens, 1, max(1, max_model_len - 1))
@@ -101,6 +112,7 @@ def traffic_from(requests: Iterable[TimedRequest], *, max_model_len: int) -> Sim
         arrival_s=arrival - (arrival[0] if len(arrival) else 0.0),
         prompt_tokens=np.rint(prompt).astype(np.int64),
         output_tokens=np.rint(output).astype(np.int64),
+        tier=tier,
     )
 
 
@@ -112,7 +124,8 @@ class Levers:
     ``inflight_per_device``: the most requests in flight on a replica, per device. Others wait in
     the gateway, where they can still go to any replica and be demoted. ``None``: twice
     ``max_num_seqs``, as in the live gateway. ``overload``: the policy of the live gateway, in place
-    of demotion and shedding by ``gateway``.
+    of demotion and shedding by ``gateway``. ``tiers``: those that the traffic's ``tier`` indexes;
+    their late requests are demoted, whatever they say of overload.
     """
 
     routing: Routing = Routing.POOLS
@@ -121,6 +134,7 @@ class Levers:
     inflight_per_device: float | None = None
     overload: OverloadPolicy = field(default_factory=OverloadPolicy)
     rebalance: Rebalance | None = None
+    tiers: tuple[Tier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,13 +212,20 @@ class Simulator:
         """
         classes = serving.plan.length_classes
         index = class_indices(classes, traffic.prompt_tokens) if kinds is None else kinds
+        levers, tier = serving.levers, traffic.tier
+        means = tuple(item.output_tokens for item in classes)
+        if levers.tiers and tier is not None:
+            index = tier * len(classes) + index
+            means = tier_routing(serving.plan, levers.tiers).outputs
         if expected is None:
-            outputs = np.array([item.output_tokens for item in classes], dtype=np.int64)
-            expected = outputs[index]
-        order = serving.levers.order
-        ranks = None
-        if order is not None:
-            ranks = ranks_s(order, traffic)
+            expected = np.array(means, dtype=np.int64)[index]
+        ranks = late = None
+        if levers.order is not None:
+            ranks = ranks_s(levers.order, traffic)
+        if levers.tiers and tier is not None:
+            late = late_after_s(levers.overload, levers.tiers, tier, expected)
+            if levers.order is not None and ranks is not None:
+                ranks = ranks + tier_shifts_s(levers.order, levers.tiers, tier, expected)
         return RequestTable.of(
             traffic.arrival_s,
             traffic.prompt_tokens,
@@ -212,13 +233,15 @@ class Simulator:
             expected_output_tokens=expected,
             class_index=index,
             rank_s=ranks,
+            tier=tier,
+            late_after_s=late,
         )
 
     def fleet(self, serving: SimulatedServing, requests: RequestTable) -> SimulatedFleet:
         """A fleet without replicas."""
         return SimulatedFleet(
             requests,
-            classes=len(serving.plan.length_classes),
+            classes=len(serving.plan.length_classes) * max(1, len(serving.levers.tiers)),
             gateway=self._gateway(serving),
             rebalance=serving.levers.rebalance,
         )
@@ -244,7 +267,7 @@ class Simulator:
                 per_device=most,
             ),
             max_prompt_s=max_prompt_s(
-                levers.overload,
+                tightest(levers.overload, [t for t in levers.tiers if t.allows(shape.precision)]),
                 step_tokens=shape.step_tokens,
                 prefill_s_per_token=self.costs(shape).prefill_s_per_token,
             ),
@@ -254,7 +277,7 @@ class Simulator:
 
     def route(self, fleet: SimulatedFleet, plan: DeploymentPlan, levers: Levers) -> None:
         """Route by the shares of a plan from now on."""
-        shares = {
+        shares = tier_routing(plan, levers.tiers).shares or {
             index: dict(plan.routing_shares.get(item.name, {}))
             for index, item in enumerate(plan.length_classes)
         }
@@ -313,7 +336,7 @@ class Simulator:
     def _gateway(self, serving: SimulatedServing) -> GatewayOptions:
         options, overload = serving.levers.gateway, serving.levers.overload
         if overload == OverloadPolicy():
-            return options
+            return replace(options, prompt_s_per_token=None) if serving.levers.tiers else options
         return replace(
             options,
             demote_after_s=overload.late_after_s,
@@ -335,34 +358,6 @@ class Simulator:
         rate = facts.bandwidth * shape.device_count
         per_token = source.memory(shape).kv_bytes_per_token * shape.device_count
         return SimLink(bytes_per_s=rate, latency_s=facts.latency_s), per_token
-
-
-def met(results: FleetResults, slo: Slo) -> Mask:
-    """Which requests completed within the SLO; ``Slo.met_by`` for all at once."""
-    good: Mask = results.status == Status.COMPLETED
-    with np.errstate(invalid="ignore"):
-        if slo.ttft_s is not None:
-            good &= results.first_token_s - results.arrival_s <= slo.ttft_s
-        if slo.tpot_s is not None:
-            gaps = np.maximum(1, results.made_tokens - 1)
-            tpot = (results.finish_s - results.first_token_s) / gaps
-            good &= (results.made_tokens <= 1) | (tpot <= slo.tpot_s)
-    return good
-
-
-def attainment(results: FleetResults, slo: Slo) -> float:
-    """The share of all requests that met the SLO; 1 without requests."""
-    return float(met(results, slo).mean()) if len(results.arrival_s) else 1.0
-
-
-def surely_failed(results: FleetResults, slo: Slo) -> bool:
-    """Whether so many requests have missed the SLO that the attainment is out of reach."""
-    ended = np.isfinite(results.finish_s)
-    bad = int(np.sum(ended & ~met(results, slo)))
-    if slo.ttft_s is not None:
-        late = results.now_s - results.arrival_s > slo.ttft_s
-        bad += int(np.sum(~ended & ~np.isfinite(results.first_token_s) & late))
-    return bad > (1.0 - ATTAINMENT) * len(results.arrival_s)
 
 
 def largest_scale(

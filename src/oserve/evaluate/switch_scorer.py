@@ -23,6 +23,7 @@ import numpy as np
 
 from oserve.control.evaluation import DecisionInput, SimulatedScore
 from oserve.core import DeploymentPlan, Device, LengthClass
+from oserve.evaluate.attainment import met
 from oserve.evaluate.capacities import LengthSamples, simulated_table
 from oserve.evaluate.simulator import (
     LATEST_S,
@@ -31,10 +32,9 @@ from oserve.evaluate.simulator import (
     SimulatedServing,
     SimulatedTraffic,
     Simulator,
-    met,
 )
 from oserve.evaluate.transition import RoutedLeg, TimedSwitch, simulate_switches
-from oserve.evaluate.verification import SERVED_AS, common_slo
+from oserve.evaluate.verification import SERVED_AS, slo_of
 from oserve.evaluate.workload import EvaluationWorkload, evaluation_workload
 from oserve.perf import ShapePerformance
 from oserve.perf.corrected import Speeds, corrected
@@ -73,7 +73,7 @@ def model_of(
     *,
     min_gain: float,
     lengths: Sequence[LengthSamples] = (),
-    levers: Levers = SERVED_AS,
+    levers: Levers | None = None,
 ) -> EvaluationModel:
     """The model for a plan request.
 
@@ -84,8 +84,8 @@ def model_of(
         devices=request.devices,
         classes=request.demand.classes,
         lengths=tuple(lengths) or demand_lengths(request.demand),
-        levers=levers,
-        slo=common_slo(request.limits),
+        levers=replace(levers or SERVED_AS, tiers=request.tiers),
+        slo=slo_of(request),
         min_gain=min_gain,
         seed=request.seed,
     )
@@ -271,10 +271,14 @@ def _pays_after_s(ahead: EvaluationWorkload, kept: Mask, moved: Mask) -> float:
 
 def demand_lengths(demand: Demand) -> tuple[LengthSamples, ...]:
     """The lengths of each type: those of its samples, else the one of its centre."""
+    places = {name: place for place, name in enumerate(demand.tiers)}
     return tuple(
-        _sampled(demand.samples[kind.name])
-        if demand.samples.get(kind.name)
-        else _one_length(*demand.centres[kind.name])
+        replace(
+            _sampled(demand.samples[kind.name])
+            if demand.samples.get(kind.name)
+            else _one_length(*demand.centres[kind.name]),
+            tier=places.get(kind.tier),
+        )
         for kind in demand.types
     )
 

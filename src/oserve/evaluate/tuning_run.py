@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from oserve.control.dispatch.constants import DispatchConstants
 from oserve.core import DeploymentPlan, OServeError
+from oserve.evaluate.attainment import ATTAINMENT
 from oserve.evaluate.part_score import (
     PartScore,
     PartScorer,
@@ -18,7 +19,10 @@ from oserve.evaluate.part_score import (
     loads_around,
     windows_at,
 )
-from oserve.evaluate.simulator import ATTAINMENT, SimulatedTraffic, Simulator
+from oserve.evaluate.simulator import (
+    SimulatedTraffic,
+    Simulator,
+)
 from oserve.evaluate.tuning import SearchSpace, Tuned, tune
 
 MIN_GAIN = 0.02

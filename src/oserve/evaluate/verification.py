@@ -12,20 +12,20 @@ import numpy as np
 
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import WorkloadType
+from oserve.evaluate.attainment import attainment, met
 from oserve.evaluate.simulator import (
     Ints,
     Levers,
     SimulatedServing,
     SimulatedTraffic,
     Simulator,
-    attainment,
     largest_scale,
-    met,
 )
+from oserve.evaluate.tiers import tier_slo
 from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import Demand
 from oserve.plan.deploy import place_deployment
-from oserve.plan.planning import PlanResult, deployment_plan, predict
+from oserve.plan.planning import PlanRequest, PlanResult, deployment_plan, predict
 from oserve.plan.search import DeploymentCandidate
 from oserve.plan.verify import MIN_GAIN, Verified, verify
 from oserve.traces import Slo
@@ -75,7 +75,19 @@ def common_slo(limits: Mapping[str, LatencyLimits]) -> Slo:
     )
 
 
-def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> SimulatedTraffic:
+def slo_of(request: PlanRequest) -> Slo:
+    """The limits of a plan request: of each tier, or the tightest without tiers."""
+    return tier_slo(request.tiers) if request.tiers else common_slo(request.limits)
+
+
+def served_as(request: PlanRequest) -> Levers:
+    """How ``oserve serve`` serves the plans of a request."""
+    return replace(SERVED_AS, tiers=request.tiers)
+
+
+def poisson_traffic(
+    types: Sequence[WorkloadType], *, seed: int, tiers: Sequence[str] = ()
+) -> SimulatedTraffic:
     """Poisson arrivals of types with fixed lengths, 2,000 of them; rates in requests/s."""
     draw = np.random.default_rng(seed)
     rates = np.array([kind.arrival_rate_rps for kind in types])
@@ -86,7 +98,11 @@ def poisson_traffic(types: Sequence[WorkloadType], *, seed: int) -> SimulatedTra
         whole: Ints = np.maximum(1, np.rint(np.array(values))).astype(np.int64)
         return whole[kinds]
 
+    tier = None
+    if tiers:
+        tier = np.array([tiers.index(kind.tier) for kind in types], dtype=np.int64)[kinds]
     return SimulatedTraffic(
+        tier=tier,
         arrival_s=np.cumsum(gaps),
         prompt_tokens=lengths([kind.prompt_tokens for kind in types]),
         output_tokens=lengths([kind.output_tokens for kind in types]),
@@ -110,7 +126,7 @@ def check_for(
             words=f"the trace, {len(trace):,} requests",
             margin=margin,
         )
-    traffics = tuple(poisson_traffic(demand.types, seed=seed) for seed in seeds)
+    traffics = tuple(poisson_traffic(demand.types, seed=seed, tiers=demand.tiers) for seed in seeds)
     return PlanCheck(
         traffics=traffics,
         slo=slo,
@@ -144,11 +160,12 @@ def simulate_serving(
 
 
 def serving_of(
-    found: PlanResult, deployment: DeploymentCandidate, levers: Levers = SERVED_AS
+    found: PlanResult, deployment: DeploymentCandidate, levers: Levers | None = None
 ) -> SimulatedServing:
     """A deployment of a plan result as it would be served."""
     placed = place_deployment(found.problem, deployment)
-    return SimulatedServing(plan=deployment_plan(found.request, placed), levers=levers)
+    plan = deployment_plan(found.request, placed)
+    return SimulatedServing(plan=plan, levers=levers or served_as(found.request))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -225,16 +225,26 @@ def _settle() -> None:
 def _find_devices(orders: AgentOrders, visible: str | None, *, engines: bool) -> tuple[Device, ...]:
     """This machine's devices, of GPUs those in ``visible`` (as in CUDA_VISIBLE_DEVICES).
 
-    Raises OServeError if a program that is not ours uses one. ``engines``: of ours run already;
-    then strangers cannot be told from them.
+    Raises OServeError if they are not as many as Ray offers, or a program that is not ours uses
+    one. ``engines``: of ours run already; then strangers cannot be told from them.
     """
-    devices = find_devices(orders.devices, orders.cpu_slots)
+    kind = orders.devices
+    if orders.gpus == 0 and kind == "auto":
+        # GPUs that Ray does not offer are not for OServe.
+        kind = "cpu"
+    devices = find_devices(kind, orders.slots or orders.cpu_slots)
     gpus = [device for device in devices if device.uuid]
     if not gpus:
         return devices
     if visible:
         names = {name.strip() for name in visible.split(",")}
         gpus = [item for item in gpus if {item.id.partition(":")[2], item.uuid} & names]
+    if orders.gpus is not None and len(gpus) != orders.gpus:
+        raise OServeError(
+            f"Ray offers {orders.gpus} of its GPUs, but {len(gpus)} are visible to the agent",
+            place="devices",
+            remedy=_COUNT_REMEDY,
+        )
     if not engines:
         users = find_gpu_users()
         taken = [item.uuid for item in gpus if item.uuid in users]
@@ -251,4 +261,9 @@ def _encoded(answer: AgentAnswer) -> bytes:
     return msgspec.json.encode(answer)
 
 
+_COUNT_REMEDY = (
+    "offer whole GPUs only (no MIG); start Ray there with CUDA_VISIBLE_DEVICES naming those that "
+    "it offers, by index in nvidia-smi or by UUID, and without "
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+)
 _SAME_VERSION = "install the same versions of OServe and vLLM on every node"

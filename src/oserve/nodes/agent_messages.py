@@ -20,7 +20,8 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     one). ``state_dir``: the folder for the state of all nodes of this deployment on that machine;
     ``~`` is the user's there. ``method``: how engines start (``auto``, ``zygote`` or
     ``spawn``). ``grace_s``: how long engines are held without a server. ``devices``, ``cpu_slots``:
-    see ``devices.find_devices``. ``version``: of OServe; ``engine``: of vLLM, empty for any.
+    see ``devices.find_devices``. ``gpus``, ``slots``: how many Ray offers there, which then count;
+    ``None`` without Ray. ``version``: of OServe; ``engine``: of vLLM, empty for any.
     """
 
     node: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
@@ -31,6 +32,8 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     devices: Annotated[str, msgspec.Meta(pattern="^(auto|cpu|gpu)$")] = "auto"
     cpu_slots: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+    gpus: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    slots: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     version: str = __version__
     engine: str = ""
 

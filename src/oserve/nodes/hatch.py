@@ -42,6 +42,7 @@ from oserve.nodes.hatch_messages import (
 )
 from oserve.nodes.hatch_relay import Visitor
 from oserve.wire.hatch import BULK_BYTE, keep_alive
+from oserve.wire.tls import TlsLayer
 
 _log = logging.getLogger("oserve.hatch")
 
@@ -166,16 +167,14 @@ class Hatch:
         task.add_done_callback(self._handshakes.discard)
 
     async def _handshake(self, visitor: Visitor, connection: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: visitor,
-                connection,
-                ssl=self._context,
-                ssl_handshake_timeout=self.answer_s,
-                ssl_shutdown_timeout=_FLUSH_LIMIT_S,
-            )
-        except (OSError, ssl.SSLError):
+        def failed(_error: OSError) -> None:
             visitor.cut_off("no TLS, or the certificate was not accepted")
+
+        layer = TlsLayer(self._context, visitor, failed, server_side=True, linger_s=_FLUSH_LIMIT_S)
+        try:
+            await self._loop.connect_accepted_socket(lambda: layer, connection)
+        except OSError as error:
+            failed(error)
             connection.close()
 
     # -- verdicts -------------------------------------------------------------------------------

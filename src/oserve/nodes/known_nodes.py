@@ -4,18 +4,22 @@ The file holds tokens: it is readable for its user alone, in a folder that is, t
 """
 
 import logging
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
+from oserve.engines.holding import ServerOwner
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.hatch_identity import write_private
 
 _log = logging.getLogger("oserve.nodes")
 
 _FILE = "known.json"
+_OWNER_FILE = "server"
 
 
 class _Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +59,25 @@ class KnownNodes:
             if not self._failed:
                 _log.warning("the nodes cannot be remembered: %s", _plain(error))
             self._failed = True
+
+
+def server_owner(state_dir: Path, folder: Path) -> ServerOwner:
+    """The server of a state folder, as nodes are to know it; its key is kept in ``folder``.
+
+    Without a folder to write to it is another one at each start, and waits until nodes are free.
+    """
+    title = f"{os.uname().nodename}:{state_dir.resolve()}"
+    file = folder / _OWNER_FILE
+    try:
+        return ServerOwner(key=file.read_text(encoding="ascii").strip() or title, title=title)
+    except (OSError, UnicodeDecodeError):
+        key = secrets.token_hex(16)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(file, f"{key}\n".encode())
+    except OSError as error:
+        _log.warning("this server's name for nodes cannot be kept: %s", _plain(error))
+    return ServerOwner(key=key, title=title)
 
 
 def _plain(error: Exception) -> str:

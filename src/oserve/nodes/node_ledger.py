@@ -4,19 +4,29 @@ Pure. Nodes keep their name over restarts of Ray on them, though Ray gives them 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from oserve.core import Device
 from oserve.nodes.agent_messages import AgentAnswer, NodeRefusal, NodeReport
 from oserve.nodes.directory import on_node
-from oserve.nodes.ray_messages import HelperEvent, NodeFound, NodeLost, NodeRefused
+from oserve.nodes.ray_messages import (
+    NAMESPACE_PREFIX,
+    HelperEvent,
+    NodeFound,
+    NodeLost,
+    NodeRefused,
+)
 
 SLOT_RESOURCE: Final = "oserve_slot"
 """The resource by which a node without GPUs is offered to OServe."""
 
 GPU_RESOURCE: Final = "GPU"
+AGENT_PREFIX: Final = "agent-"
+"""The name of an agent in Ray is this and Ray's id of its node."""
+
+_ID_LABEL: Final = "ray.io/node-id"
 _ACCELERATOR: Final = "accelerator_type:"
 _ACCELERATOR_LABEL: Final = "ray.io/accelerator-type"
 
@@ -41,6 +51,35 @@ class RayNode:
         """The resources that an agent holds; without any the node is not for OServe."""
         kinds = (GPU_RESOURCE, SLOT_RESOURCE)
         return {kind: self.resources[kind] for kind in kinds if self.resources.get(kind, 0) > 0}
+
+
+def ray_node(item: Mapping[str, Any]) -> RayNode:
+    """A node, from an item of ``ray.nodes()``; without the label that each life has another."""
+    labels = dict(item.get("Labels") or {})
+    labels.pop(_ID_LABEL, None)
+    return RayNode(
+        id=item["NodeID"],
+        host=item.get("NodeManagerHostname", ""),
+        address=item.get("NodeManagerAddress", ""),
+        alive=bool(item.get("Alive")),
+        reason=str(item.get("DeathReasonMessage") or ""),
+        resources=dict(item.get("Resources") or {}),
+        labels=labels,
+    )
+
+
+def other_agents(named: Iterable[Mapping[str, str]], namespace: str) -> dict[str, str]:
+    """Namespaces of other deployments that have an agent, by Ray's id of the agent's node.
+
+    ``named``: Ray's list of named actors.
+    """
+    return {
+        item["name"].removeprefix(AGENT_PREFIX): item["namespace"]
+        for item in named
+        if item["name"].startswith(AGENT_PREFIX)
+        and item["namespace"].startswith(NAMESPACE_PREFIX)
+        and item["namespace"] != namespace
+    }
 
 
 def plain_name(host: str) -> str:
@@ -170,12 +209,15 @@ class NodeLedger:
                 event = NodeRefused(name=life.name, id=key, reason=reason, remedy=remedy)
         return self._tell(life, event)
 
-    def unanswered(self, key: str, reason: str, remedy: str, now_s: float) -> list[HelperEvent]:
-        """An agent did not answer. That counts only where none ever did, and after a while."""
+    def unanswered(
+        self, key: str, reason: str, remedy: str, now_s: float, *, after_s: float | None = None
+    ) -> list[HelperEvent]:
+        """An agent did not answer. That counts only where none ever did, and after a while:
+        ``after_s``, or the time of this ledger."""
         life = self._lives.get(key)
         if life is None or isinstance(life.told, NodeFound):
             return []
-        if now_s - life.since_s < self._refuse_s:
+        if now_s - life.since_s < (self._refuse_s if after_s is None else after_s):
             return []
         event = NodeRefused(name=life.name, id=key, reason=reason, remedy=remedy)
         return self._tell(life, event)

@@ -24,6 +24,7 @@ from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, on_node
 from oserve.nodes.ray_messages import (
     MAX_LINE_BYTES,
+    NAMESPACE_PREFIX,
     HelperCommand,
     HelperEvent,
     HelperFailure,
@@ -55,7 +56,7 @@ _END_S = 60.0
 def ray_namespace(state_dir: Path) -> str:
     """The Ray namespace of the deployment that has this state folder."""
     place = f"{os.uname().nodename} {state_dir.resolve()}".encode()
-    return f"oserve-{hashlib.blake2b(place, digest_size=5).hexdigest()}"
+    return f"{NAMESPACE_PREFIX}{hashlib.blake2b(place, digest_size=5).hexdigest()}"
 
 
 def check_ray_installed() -> None:

@@ -11,25 +11,35 @@ through Ray.
 import contextlib
 import os
 import queue
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import ray
 from ray.exceptions import ActorDiedError, RayError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from oserve import __version__
 from oserve.core import OServeError
 from oserve.nodes.agent import NodeAgent
 from oserve.nodes.agent_messages import NodeRefusal, answer_of
-from oserve.nodes.node_ledger import GPU_RESOURCE, NodeLedger, RayNode, offered_devices
+from oserve.nodes.node_ledger import (
+    AGENT_PREFIX,
+    GPU_RESOURCE,
+    SLOT_RESOURCE,
+    NodeLedger,
+    RayNode,
+    offered_devices,
+    other_agents,
+    ray_node,
+)
 from oserve.nodes.ray_address import check_ray_address, own_ray_address
+from oserve.nodes.ray_joining import RAYLET_REMEDY, HelperLines, TokenWatch, await_raylet, knock
 from oserve.nodes.ray_messages import (
     PROTOCOL_VERSION,
     HelperEvent,
@@ -42,16 +52,23 @@ from oserve.nodes.ray_messages import (
     RayBack,
     RaySilent,
     command_of,
-    encoded,
 )
 
 _STEP_S = 0.1
-_KNOCK_S = 5.0
 _CONNECT_S = 90.0
 _GOODBYE_S = 20.0
 _MAX_LISTS = 4
-_ID_LABEL = "ray.io/node-id"
+_OTHER_S = 8.0
 _HELD = "its agent does not start there: another job or actor may hold its GPUs or slots in Ray"
+_OTHER_REMEDY = (
+    "stop that server, which gives them back; if its machine is gone for good, ray.kill the actors "
+    "of that namespace"
+)
+_REFUSED = "the Ray cluster refuses this process's token, or it has none"
+_REFUSED_REMEDY = (
+    "give this command the token of the cluster as Ray has it there: RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN_PATH"
+)
 _HELD_REMEDY = "see ray status; end what holds them, or offer fewer to Ray"
 
 
@@ -63,22 +80,6 @@ class _Tended:
     call: Any = None
     due_s: float = 0.0
     replaced: bool = False
-
-
-class _Lines:
-    """Standard output as it was when the process started: Ray's libraries write to it as well."""
-
-    def __init__(self) -> None:
-        self._file: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
-
-    def tell(self, event: HelperEvent) -> None:
-        with self._lock:
-            try:
-                self._file.write(encoded(event))
-            except OSError:
-                os._exit(0)  # the server has gone
 
 
 class RayHelper:
@@ -94,6 +95,7 @@ class RayHelper:
         self._handles: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._wanted: dict[str, tuple[str, RayNode]] = {}
         self._dropped: set[str] = set()
+        self._others: dict[str, str] = {}
         self._heard_s = time.monotonic()
         self._silent = False
         self._settled = False
@@ -123,7 +125,7 @@ class RayHelper:
         made: dict[str, Any] = {}
         while not self._ended.is_set():
             try:
-                nodes = [_node(item) for item in ray.nodes()]
+                nodes = [ray_node(item) for item in ray.nodes()]
                 with contextlib.suppress(queue.Full):
                     self._lists.put_nowait(nodes)
                 for key in list(self._dropped):
@@ -136,6 +138,10 @@ class RayHelper:
                     if key not in made:
                         made[key] = self._agent(node)
                         self._handles.put((key, made[key]))
+                if not self._settled:
+                    self._others = other_agents(
+                        list_named_actors(all_namespaces=True), self._start.namespace
+                    )
                 self._trouble = ""
             # Whatever Ray raises, the next round tries again.
             except Exception as error:
@@ -147,7 +153,7 @@ class RayHelper:
         offered = dict(node.offered)
         gpus = offered.pop(GPU_RESOURCE, 0)
         actor = ray.remote(NodeAgent).options(
-            name=f"agent-{node.id}",
+            name=f"{AGENT_PREFIX}{node.id}",
             namespace=self._start.namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -198,9 +204,14 @@ class RayHelper:
 
     def _orders(self, key: str) -> bytes:
         name, node = self._wanted[key]
-        return msgspec.json.encode(
-            msgspec.structs.replace(self._start.orders, node=name, host=node.address)
+        orders = msgspec.structs.replace(
+            self._start.orders,
+            node=name,
+            host=node.address,
+            gpus=int(node.offered.get(GPU_RESOURCE, 0)),
+            slots=int(node.offered.get(SLOT_RESOURCE, 0)),
         )
+        return msgspec.json.encode(orders)
 
     def _collect(self) -> None:
         """Take up answers; returns after ``_STEP_S``, or as soon as one has come."""
@@ -213,7 +224,16 @@ class RayHelper:
             for call in ready:
                 self._answered(calls[call], call)
             for call in late:
-                self._tell_all(self._ledger.unanswered(calls[call], _HELD, _HELD_REMEDY, now_s))
+                self._late(calls[call], now_s)
+
+    def _late(self, key: str, now_s: float) -> None:
+        """An agent has not answered yet; it waits for what another one holds, perhaps."""
+        if (other := self._others.get(key)) is None:
+            self._tell_all(self._ledger.unanswered(key, _HELD, _HELD_REMEDY, now_s))
+            return
+        reason = f"another server of OServe holds its GPUs or slots in Ray (namespace {other})"
+        events = self._ledger.unanswered(key, reason, _OTHER_REMEDY, now_s, after_s=_OTHER_S)
+        self._tell_all(events)
 
     def _answered(self, key: str, call: Any) -> None:
         agent = self._tended[key]
@@ -264,23 +284,6 @@ class RayHelper:
                 ray.kill(handle, no_restart=True)
 
 
-def _node(item: dict[str, Any]) -> RayNode:
-    return RayNode(
-        id=item["NodeID"],
-        host=item.get("NodeManagerHostname", ""),
-        address=item.get("NodeManagerAddress", ""),
-        alive=bool(item.get("Alive")),
-        reason=str(item.get("DeathReasonMessage") or ""),
-        resources=dict(item.get("Resources") or {}),
-        labels=_lasting(item.get("Labels") or {}),
-    )
-
-
-def _lasting(labels: dict[str, str]) -> dict[str, str]:
-    """Labels without the one that is another in each life of a node."""
-    return {key: value for key, value in labels.items() if key != _ID_LABEL}
-
-
 def _brief(error: BaseException) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -292,8 +295,8 @@ def connect(start: HelperStart) -> None:
     """Connect this process to Ray. Raises OServeError."""
     address = start.address or own_ray_address(os.environ)
     if address:
-        host, port = check_ray_address(address)
-        _knock(host, port)
+        knock(*check_ray_address(address))
+    await_raylet()
     try:
         ray.init(
             address=address or "auto",
@@ -305,20 +308,7 @@ def connect(start: HelperStart) -> None:
         raise OServeError(
             f"cannot join the Ray cluster: {_brief(error)}",
             place="--cluster",
-            remedy="start Ray on this machine too (ray start --address=HEAD:6379 --num-gpus=0): "
-            "a server must run on one of the cluster's nodes",
-        ) from None
-
-
-def _knock(host: str, port: int) -> None:
-    """Ray waits long for a head that is not there, and then aborts."""
-    try:
-        socket.create_connection((host, port), _KNOCK_S).close()
-    except OSError as error:
-        raise OServeError(
-            f"no Ray head answers at that address: {error.strerror or error}",
-            place="--cluster",
-            remedy="check the address, and that ray start --head runs there",
+            remedy=RAYLET_REMEDY,
         ) from None
 
 
@@ -335,20 +325,30 @@ def _read_commands(helper: RayHelper) -> None:
     helper.asked_to_end.set()
 
 
-def _give_up(lines: _Lines) -> None:
-    lines.tell(
-        HelperFailure(
-            reason=f"Ray did not let this server join within {_CONNECT_S:g} s",
-            remedy="see that Ray runs on this machine too (ray status)",
-            final=False,
-        )
-    )
+def _fail(lines: HelperLines, reason: str, remedy: str) -> None:
+    """End at once: Ray's calls cannot be interrupted."""
+    lines.tell(HelperFailure(reason=reason, remedy=remedy, final=False))
     os._exit(1)
+
+
+def _join(start: HelperStart, lines: HelperLines) -> None:
+    """Connect, or end this process. Raises OServeError."""
+    late = (
+        f"Ray did not let this server join within {_CONNECT_S:g} s",
+        "see that Ray runs on this machine too (ray status)",
+    )
+    timer = threading.Timer(_CONNECT_S, _fail, (lines, *late))
+    timer.daemon = True
+    timer.start()
+    watch = TokenWatch(lambda: _fail(lines, _REFUSED, _REFUSED_REMEDY))
+    connect(start)
+    watch.close()
+    timer.cancel()
 
 
 def main() -> int:
     """Entry point. It ends without Ray's own clearing up, which can hang."""
-    lines = _Lines()
+    lines = HelperLines()
     try:
         start = command_of(sys.stdin.buffer.readline())
     except msgspec.DecodeError as error:
@@ -358,17 +358,13 @@ def main() -> int:
         reason = f"the server speaks another version of this protocol than {PROTOCOL_VERSION}"
         lines.tell(HelperFailure(reason=reason, remedy="restart the server", final=True))
         return 2
-    timer = threading.Timer(_CONNECT_S, _give_up, (lines,))
-    timer.daemon = True
-    timer.start()
     try:
-        connect(start)
+        _join(start, lines)
     except OServeError as error:
         lines.tell(HelperFailure(reason=error.message, remedy=error.remedy, final=False))
         return 1
-    timer.cancel()
     if start.list_only:
-        lines.tell(NodesOffered(devices=offered_devices(_node(item) for item in ray.nodes())))
+        lines.tell(NodesOffered(devices=offered_devices(ray_node(item) for item in ray.nodes())))
         return 0
     helper = RayHelper(start, lines.tell)
     lines.tell(HelperReady(ray=ray.__version__))

@@ -18,6 +18,9 @@ PROTOCOL_VERSION: Final = 1
 
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 
+NAMESPACE_PREFIX: Final = "oserve-"
+"""Ray namespaces of OServe's agents begin so; each deployment has one."""
+
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 

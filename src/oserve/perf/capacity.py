@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oserve.core import ReplicaShape
+from oserve.core import Precision, ReplicaShape
 from oserve.perf.roofline import Floats, StepModel
 
 # The share of requests that must meet their limits, and that quantile of the standard normal.
@@ -41,10 +41,12 @@ _HALVINGS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyLimits:
-    """Latency limits in seconds; ``None`` means no limit."""
+    """Limits of latency in seconds, ``None`` for no limit, and of precision, none for any."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    e2e_s: float | None = None
+    precisions: tuple[Precision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +79,22 @@ def capacities(
 ) -> list[Capacity]:
     """The capacity for each load; ``kv_tokens`` is the size of the replica's KV cache."""
     flow = _Flow(step, shape, kv_tokens, loads)
-    return [
-        _no_room(kv_tokens)
-        if kv_tokens < max(load.longest_tokens, MIN_RESIDENT * _whole(load))
-        else flow.best(index)
-        for index, load in enumerate(loads)
-    ]
+    found = []
+    for index, load in enumerate(loads):
+        if load.limits.precisions and shape.precision not in load.limits.precisions:
+            found.append(_never(f"its tier excludes {shape.precision}"))
+        elif kv_tokens < max(load.longest_tokens, MIN_RESIDENT * _whole(load)):
+            found.append(_never(f"room for {kv_tokens:,} tokens of KV cache is less than it needs"))
+        else:
+            found.append(flow.best(index))
+    return found
 
 
 def _whole(load: TypeLoad) -> float:
     return max(1.0, load.prompt_tokens) + max(1.0, load.output_tokens)
 
 
-def _no_room(kv_tokens: int) -> Capacity:
-    why = f"room for {kv_tokens:,} tokens of KV cache is less than it needs"
+def _never(why: str) -> Capacity:
     return Capacity(capacity_rps=0.0, ttft_s=math.inf, tpot_s=math.inf, latency_s=math.inf, why=why)
 
 
@@ -144,6 +148,9 @@ class _Flow:
         good = rate > 0
         if limits.tpot_s is not None:
             good &= slow <= limits.tpot_s
+        if limits.e2e_s is not None:
+            steps = max(0.0, float(self._output[index, 0]) - 1)
+            good &= service + wait_s(rate, service) + steps * slow <= limits.e2e_s
         if not good.any():
             return self._unmet(index, limits)
         best = int(np.argmax(np.where(good, rate, 0.0)))

@@ -16,7 +16,7 @@ from oserve.workload.rates import mean_rates, workload_types
 from oserve.workload.types import fit_types
 
 # Enough for a P99 of each type.
-_SAMPLES = 400
+SAMPLES = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Demand:
     ``class_mix[class][type]`` is the share of a type among the requests of a class (each class sums
     to 1). ``centres``: centres of the types, (prompt, output) in tokens. ``notes``: what was
     changed or left out, in words. ``samples``: lengths of some requests of each type, (prompt,
-    output) in tokens; empty where only the types are known.
+    output) in tokens; empty where only the types are known. ``tiers``: the names of all tiers.
     """
 
     types: tuple[WorkloadType, ...]
@@ -38,6 +38,7 @@ class Demand:
     centres: dict[str, tuple[float, float]]
     notes: tuple[str, ...] = ()
     samples: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    tiers: tuple[str, ...] = ()
 
     @property
     def rate_rps(self) -> float:
@@ -93,13 +94,13 @@ def demand_from_trace(
 def _samples(
     model: WorkloadModel, requests: Columns, index: "np.ndarray[Any, Any]", seed: int
 ) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Lengths of at most ``_SAMPLES`` requests of each type."""
+    """Lengths of at most ``SAMPLES`` requests of each type."""
     draw = np.random.default_rng(seed)
     found = {}
     for kind, name in enumerate(model.names):
         mine = np.flatnonzero(index == kind)
-        if len(mine) > _SAMPLES:
-            mine = np.sort(draw.choice(mine, _SAMPLES, replace=False))
+        if len(mine) > SAMPLES:
+            mine = np.sort(draw.choice(mine, SAMPLES, replace=False))
         prompt = np.rint(requests.prompt_tokens[mine]).astype(int).tolist()
         output = np.rint(np.maximum(1.0, requests.output_tokens[mine])).astype(int).tolist()
         found[name] = tuple(zip(prompt, output, strict=True))
@@ -132,7 +133,9 @@ def demand_from_rates(types: Sequence[WorkloadType], *, source: str, max_model_l
             for kind in ordered
         )
     )
-    return _demand(model, [kind.arrival_rate_rps for kind in ordered], source=source, notes=())
+    found = _demand(model, [kind.arrival_rate_rps for kind in ordered], source=source, notes=())
+    own = {kind.name: kind.tier for kind in ordered}
+    return replace(found, types=tuple(replace(kind, tier=own[kind.name]) for kind in found.types))
 
 
 def scaled(demand: Demand, factor: float) -> Demand:

@@ -16,6 +16,7 @@ from oserve.core import (
     PlannedType,
     Precision,
     ReplicaShape,
+    Tier,
 )
 from oserve.perf import ShapePerformance
 from oserve.perf.capacity import LatencyLimits
@@ -26,6 +27,7 @@ from oserve.plan.problem import AmongEquals, Maximise, PlanProblem
 from oserve.plan.redundancy import place_redundantly
 from oserve.plan.score import EQUAL
 from oserve.plan.search import DeploymentCandidate, Planned, Search, plan_deployment
+from oserve.plan.tier_table import tier_table
 
 # Overflow covers smaller shares.
 _LEAST_SHARE = 0.005
@@ -39,7 +41,8 @@ class PlanRequest:
     one, which is simpler; the model errs by some per cent. If ``min_shapes`` asks for several
     shapes, the best deployment with so many wins, if there is one. ``spread``: the share of the
     objective that may be paid so that the loss of one node leaves every type a replica (see
-    ``redundancy``). ``notes``: remarks on the request itself.
+    ``redundancy``). ``tiers``: service tiers, whose limits ``limits`` has by type. ``notes``:
+    remarks on the request itself.
     """
 
     model: str
@@ -59,6 +62,7 @@ class PlanRequest:
     min_gain: float = 0.0
     min_shapes: int = 1
     spread: float = 0.0
+    tiers: tuple[Tier, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -133,13 +137,7 @@ def compute_plan(request: PlanRequest) -> PlanResult:
     """Compute the plan. Raises OServeError, with a remedy, if nothing can serve the demand."""
     demand = request.demand
     started = time.perf_counter()
-    table = performance_table(
-        request.source,
-        request.shapes,
-        demand.types,
-        limits=request.limits,
-        longest_tokens=demand.longest_tokens,
-    )
+    table = request_table(request)
     tabled = time.perf_counter()
     _refuse_unmet(request, table)
     problem = PlanProblem(
@@ -183,6 +181,23 @@ def compute_plan(request: PlanRequest) -> PlanResult:
     )
 
 
+def request_table(request: PlanRequest) -> tuple[ShapePerformance, ...]:
+    """The capacities of a request's shapes; with tiers see ``tier_table``."""
+
+    def make(limits: Mapping[str, LatencyLimits]) -> tuple[ShapePerformance, ...]:
+        return performance_table(
+            request.source,
+            request.shapes,
+            request.demand.types,
+            limits=limits,
+            longest_tokens=request.demand.longest_tokens,
+        )
+
+    if not request.tiers:
+        return make(request.limits)
+    return tier_table([kind.name for kind in request.demand.types], request.limits, make)
+
+
 def _gain(planned: Planned, best: DeploymentCandidate, base: DeploymentCandidate) -> float:
     """The gain of one deployment over another, in scale or else in rate served."""
     if planned.bounds_scale:
@@ -201,6 +216,9 @@ def predict(
         request.source,
         [problem.options[index].shape for index in used],
         problem.types,
+        limits={
+            name: LatencyLimits(precisions=own.precisions) for name, own in request.limits.items()
+        },
         longest_tokens=request.demand.longest_tokens,
     )
     free = replace(problem, options=table, current=None)
@@ -234,6 +252,7 @@ def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentP
             for name, share in placed.routing_shares[kind].items():
                 mixed[name] = mixed.get(name, 0.0) + part * share
         shares[item.name] = _whole(mixed or {spec.id: 1.0 for spec in placed.replicas})
+    tiers = {kind.name: kind.tier for kind in demand.types}
     return DeploymentPlan(
         id="planned",
         replicas=placed.replicas,
@@ -245,6 +264,7 @@ def deployment_plan(request: PlanRequest, placed: PlacedReplicas) -> DeploymentP
                 prompt_tokens=round(prompt, 3),
                 output_tokens=round(output, 3),
                 shares=_whole(placed.routing_shares[name]),
+                tier=tiers[name],
             )
             for name, (prompt, output) in demand.centres.items()
         ),

@@ -49,6 +49,7 @@ def fleet_arrays(
         "ses": session_rows(sessions),
         "glob": glob,
         **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
+        "groups": np.zeros(2 * classes, dtype=np.int64),
         **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), np.zeros(0, dtype=np.int64)),
         **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
     }
@@ -74,6 +75,10 @@ def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: i
     if gateway.demote_after_s is not None:
         own = _ps(requests.prompt_tokens * (gateway.prompt_s_per_token or 0.0))
         rows[:, at.DEMOTE_AT] = arrival + picoseconds(gateway.demote_after_s) - own
+    if requests.late_after_s is not None:
+        after = requests.late_after_s
+        bounded = np.where(np.isfinite(after), after, 0.0)
+        rows[:, at.DEMOTE_AT] = np.where(np.isfinite(after), arrival + _ps(bounded), at.NEVER)
     if gateway.shed_after_s is not None:
         rows[:, at.SHED_AT] = arrival + picoseconds(gateway.shed_after_s)
     for column in (at.ON, at.NEXT, at.PREVIOUS, at.MOVED_FROM, at.MOVED_TO):

@@ -45,6 +45,7 @@ def state_at(addresses: Addresses) -> KernelState:
         integers(addresses[13]),
         integers(addresses[14]),
         integers(addresses[15]),
+        integers(addresses[16]),
     )
 
 

@@ -185,7 +185,10 @@ class SimulatedFleet:
         policy: RoutingPolicy = RoutingPolicy.POOLS,
         shares: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
-        """``shares[class][replica]`` are fractions; future replicas may be named."""
+        """``shares[class][replica]`` are fractions; future replicas may be named.
+
+        A share below 0 bars a replica from the class, which 0 leaves to overflow.
+        """
         self._state.glob[layout.POLICY] = int(policy)
         self._shares = {kind: dict(row) for kind, row in (shares or {}).items()}
         self._share(keep_credit=False)
@@ -303,7 +306,14 @@ class SimulatedFleet:
         if keep_credit and count > 1:
             old = np.asarray(self._state.credit, dtype=np.float64).reshape(self._classes, -1)
             credit[:, : old.shape[1]] = old
-        self._kernel.change({"shares": shares.reshape(-1), "credit": credit.reshape(-1)})
+        barred = shares < 0
+        _, first, place = np.unique(barred, axis=0, return_index=True, return_inverse=True)
+        groups = np.zeros(2 * self._classes, dtype=np.int64)
+        if count:
+            groups[: self._classes] = first[place.reshape(-1)]
+        self._kernel.change(
+            {"shares": shares.reshape(-1), "credit": credit.reshape(-1), "groups": groups}
+        )
 
     def _index(self, name: str) -> int:
         """The latest replica of that name. Raises ValueError if there was none."""

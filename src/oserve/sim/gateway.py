@@ -14,6 +14,8 @@ from oserve.sim.completion import book, close, wait_at
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
+    CLASS,
+    CLASSES,
     COMPUTED,
     DECODE,
     DEMOTE_AT,
@@ -153,21 +155,25 @@ def any_room(s: KernelState) -> bool:
 def dispatch(s: KernelState, now: int, alone: bool) -> None:
     """Send waiting requests, best rank first, while a replica has room for one of them.
 
-    A request overtakes those that wait for larger replicas, which cannot use its slot.
+    A request overtakes those that wait for larger replicas, or for those of their own tier, which
+    cannot use its slot.
     """
-    passed, blocked = NONE, NEVER
+    passed, classes = NONE, s.glob[CLASSES]
+    for group in range(classes, 2 * classes):
+        s.groups[group] = NEVER
     while s.queue[0] + s.late[0] > 0:
         request = head(s, now, alone)
         base = request * REQUEST
         blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
         index = NONE
-        if blocks < blocked:
+        group = classes + s.groups[s.req[base + CLASS]]
+        if blocks < s.groups[group]:
             index = choose(s, request, now)
             if index == NONE:
                 # With fixed shares, requests wait for their replicas in the order of the queue.
                 if s.glob[POLICY] == FIXED_SHARES or not any_room(s):
                     break
-                blocked = blocks
+                s.groups[group] = blocks
         if s.req[base + IS_LATE] == 1:
             pop(s.req, s.late, ARRIVAL)
         else:

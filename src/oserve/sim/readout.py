@@ -111,6 +111,7 @@ def results(state: KernelState, requests: RequestTable, names: Sequence[str]) ->
         made_tokens=rows[:, layout.MADE].copy(),
         reused_tokens=rows[:, layout.REUSED].copy(),
         class_index=requests.class_index,
+        tier=requests.tier,
         replica_names=tuple(names),
         totals=tuple(replica_totals(state, index) for index in range(len(names))),
     )

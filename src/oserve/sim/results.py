@@ -39,6 +39,7 @@ class FleetResults:
     ``dispatch_s`` is the time of the last dispatch. ``replica`` indexes ``replica_names`` (the last
     replica of the request, or -1). ``status`` holds ``Status`` values, ``made_tokens`` output
     tokens so far, ``reused_tokens`` prompt tokens found in the cache. ``totals`` are per replica.
+    ``tier``: that of the requests, ``None`` without tiers.
     """
 
     now_s: float
@@ -55,6 +56,7 @@ class FleetResults:
     made_tokens: Ints
     reused_tokens: Ints
     class_index: Ints
+    tier: Ints | None
     replica_names: tuple[str, ...]
     totals: tuple[ReplicaTotals, ...]
 

@@ -186,6 +186,9 @@ def choose(s: KernelState, request: int, now: int) -> int:
         return UNSERVABLE if unservable(s, request) else NONE
     policy, replicas = s.glob[POLICY], s.glob[REPLICAS]
     row = s.req[request * REQUEST + CLASS] * replicas
+    for index in range(replicas):
+        if s.shares[row + index] < 0.0:
+            s.fits[index] = 0
     if policy == POOLS:
         overflow_s = s.glob[OVERFLOW_PS] / PS
         chosen, _ = pick(

@@ -12,7 +12,9 @@ class KernelState(NamedTuple):
     """The whole state of a fleet; see ``layout``.
 
     ``shares`` and ``credit`` are [classes * replicas], ``costs`` [2 * replicas]: seconds per prompt
-    and per output token. ``work`` and the arrays after it are scratch space [replicas].
+    and per output token; a share below 0 bars the replica from the class. ``groups`` is
+    [2 * classes]: the first class that may use the same replicas, and scratch space. ``work`` to
+    ``fits`` are scratch space [replicas].
     """
 
     req: Flat
@@ -31,3 +33,4 @@ class KernelState(NamedTuple):
     inflight: Flat
     most: Flat
     fits: Flat
+    groups: Flat

@@ -60,7 +60,8 @@ class RequestTable:
     ``output_tokens`` are the true lengths, which only engines see; the router assumes
     ``expected_output_tokens``. ``class_index`` is the routing class. The lower ``rank_s`` goes
     first where requests are ordered. ``session`` is -1 for requests without one; the prompt of a
-    session's request begins with all tokens of the request before it.
+    session's request begins with all tokens of the request before it. ``tier``: an index, for the
+    results. ``late_after_s``: the own ``demote_after_s`` of each request, infinite for none.
     """
 
     arrival_s: Floats
@@ -70,6 +71,8 @@ class RequestTable:
     class_index: Ints
     rank_s: Floats
     session: Ints
+    tier: Ints | None = None
+    late_after_s: Floats | None = None
 
     def __post_init__(self) -> None:
         count = len(self.arrival_s)
@@ -95,6 +98,8 @@ class RequestTable:
         class_index: Numbers | None = None,
         rank_s: Numbers | None = None,
         session: Numbers | None = None,
+        tier: Ints | None = None,
+        late_after_s: Floats | None = None,
     ) -> Self:
         """Defaults: the mean as expected output, one class, in order of arrival, no session."""
         arrival = np.asarray(arrival_s, dtype=np.float64)
@@ -114,6 +119,8 @@ class RequestTable:
             class_index=whole(class_index, 0),
             rank_s=arrival if rank_s is None else np.asarray(rank_s, dtype=np.float64),
             session=whole(session, -1),
+            tier=tier,
+            late_after_s=late_after_s,
         )
 
     @classmethod

@@ -8,8 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oserve.config import Settings, load_rates
+from oserve.config.tiers import default_tier, tiers_of
 from oserve.control.decision import Mode
-from oserve.core import DeploymentPlan, Device, Objective, OServeError, Precision, ReplicaShape
+from oserve.core import (
+    DeploymentPlan,
+    Device,
+    Objective,
+    OServeError,
+    Precision,
+    ReplicaShape,
+    Tier,
+)
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
@@ -18,8 +27,9 @@ from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
-from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
+from oserve.plan.demand import Demand, demand_from_rates, scaled
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan, used_shapes
+from oserve.plan.tiers import demand_by_tier, tier_limits, with_tiers
 from oserve.traces import Skipped, read_trace, synthesise
 from oserve.traces.read import BadRows
 
@@ -112,7 +122,8 @@ def plan_request_for(
     only without ``shapes``.
     """
     planning = settings.planning
-    demand = demand or _demand(settings, times.context)
+    tiers = tiers_of(settings)
+    demand = demand or _demand(settings, tiers, times.context)
     limits = LatencyLimits(
         ttft_s=None if planning.slo_ttft_ms is None else planning.slo_ttft_ms / 1e3,
         tpot_s=None if planning.slo_tpot_ms is None else planning.slo_tpot_ms / 1e3,
@@ -130,7 +141,8 @@ def plan_request_for(
         demand=demand,
         source=times.source,
         shapes=shapes or shapes_for(times.source, devices, choices),
-        limits={kind.name: limits for kind in demand.types},
+        limits=tier_limits(demand, tiers, limits),
+        tiers=tiers,
         time_limit_s=_TIME_LIMIT_S,
         candidates=0,
         min_gain=_MIN_GAIN,
@@ -174,8 +186,8 @@ def first_plan(request: PlanRequest, speeds: Speeds = _AS_MEASURED) -> FirstPlan
     return FirstPlan(plan=found.plan, why=_why(found), notes=found.notes)
 
 
-def _demand(settings: Settings, context: int) -> Demand:
-    planning = settings.planning
+def _demand(settings: Settings, tiers: tuple[Tier, ...], context: int) -> Demand:
+    planning, default = settings.planning, default_tier(settings)
     if planning.trace:
         skipped = Skipped()
         # A plan depends neither on the order of requests nor on single ones.
@@ -186,15 +198,18 @@ def _demand(settings: Settings, context: int) -> Demand:
             sort=True,
             skipped=skipped,
         )
-        found = demand_from_trace(rows, source=planning.trace, max_model_len=context)
+        found = demand_by_tier(
+            list(rows), tiers, default, source=planning.trace, max_model_len=context
+        )
         notes = [skipped.assumed] if skipped.assumed else []
         if skipped.count:
             notes.append(f"skipped {skipped.count} bad rows of the trace; {skipped.first[0]}")
         return replace(found, notes=(*found.notes, *notes))
     if planning.rates:
-        return demand_from_rates(
+        given = demand_from_rates(
             load_rates(planning.rates), source="planning.rates", max_model_len=context
         )
+        return with_tiers(given, tiers, default)
     records = settings.gateway.records_file
     if records and Path(records).is_file():
         try:
@@ -205,9 +220,11 @@ def _demand(settings: Settings, context: int) -> Demand:
             requests = []
         if len(requests) >= _ENOUGH_RECORDS:
             name = f"{len(requests):,} recorded requests"
-            return demand_from_trace(requests, source=name, max_model_len=context)
-    assumed = demand_from_trace(
-        synthesise(rate_rps=2.0, duration_s=_ASSUMED_S, seed=0),
+            return demand_by_tier(requests, tiers, default, source=name, max_model_len=context)
+    assumed = demand_by_tier(
+        list(synthesise(rate_rps=2.0, duration_s=_ASSUMED_S, seed=0)),
+        tiers,
+        default,
         source="an assumed mix of conversations and code",
         max_model_len=context,
     )

@@ -15,13 +15,13 @@ from oserve.config.cluster import load_hosts
 from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
-from oserve.engines.holding import HatchDial, HeldEngines, keeper_runs
+from oserve.engines.holding import HatchDial, HeldEngines, ServerOwner, keeper_runs
 from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.directory import ClusterNode, NodeChanged, NodeDirectory
 from oserve.nodes.host_cluster import HostDirectory, asked_devices
-from oserve.nodes.known_nodes import KnownNodes
+from oserve.nodes.known_nodes import KnownNodes, server_owner
 from oserve.nodes.peer_lists import PeerLists
 from oserve.nodes.ray_address import is_ray, ray_address
 from oserve.nodes.ray_cluster import (
@@ -56,9 +56,11 @@ class NodeFleet:
         known: KnownNodes,
         *,
         grace_s: float,
+        owner: ServerOwner | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._known = known
+        self._owner = owner
         self._directory = make(self._changed, known.read())
         self._grace_s = grace_s
         self._clock = clock or LiveClock()
@@ -114,6 +116,17 @@ class NodeFleet:
             self._changed(node)
         self._peers.begin()
 
+    def check_free(self) -> None:
+        """Raises OServeError if another server has every node, once all have been called."""
+        taken = {name: held.taken for name, held in self._held.items()}
+        if taken and all(taken.values()):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(taken.items()))
+            raise OServeError(
+                f"no node is free: {reasons}",
+                place="--cluster",
+                remedy="stop that server, which gives its nodes back, or use other nodes",
+            )
+
     async def close(self, *, end_nodes: bool) -> None:
         """Learn no more; ``end_nodes``: also end agents and keepers that were started for this."""
         self._cluster = None
@@ -158,7 +171,8 @@ class NodeFleet:
         self._peers.refresh()
 
     def _keeper(self, name: str, hatch: HatchAddress) -> HeldEngines:
-        return HeldEngines(HatchDial(name, hatch, clock=self._clock), grace_s=self._grace_s)
+        dial = HatchDial(name, hatch, clock=self._clock)
+        return HeldEngines(dial, grace_s=self._grace_s, owner=self._owner)
 
     def _hatches(self) -> dict[str, HatchAddress]:
         down = {} if self._cluster is None else self._cluster.nodes.book.reasons()
@@ -205,8 +219,14 @@ def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     if not settings.cluster.nodes:
         return None
-    known = KnownNodes(Path(settings.state_dir) / "hatches", settings.cluster.nodes)
-    return NodeFleet(_maker(settings), known, grace_s=settings.engines.orphan_grace_s)
+    state = Path(settings.state_dir)
+    folder = state / "hatches"
+    return NodeFleet(
+        _maker(settings),
+        KnownNodes(folder, settings.cluster.nodes),
+        grace_s=settings.engines.orphan_grace_s,
+        owner=server_owner(state, folder),
+    )
 
 
 def node_directory(settings: Settings) -> NodeDirectory | None:

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from oserve.evaluate.simulator import ATTAINMENT, attainment, largest_scale
+from oserve.evaluate.attainment import ATTAINMENT, attainment
+from oserve.evaluate.simulator import (
+    largest_scale,
+)
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
 from oserve.study.ours import OServeTuner

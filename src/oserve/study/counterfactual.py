@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oserve.control.ladder import MISSED
-from oserve.evaluate.simulator import Floats, Mask, SimulatedTraffic, met
+from oserve.evaluate.attainment import met
+from oserve.evaluate.simulator import (
+    Floats,
+    Mask,
+    SimulatedTraffic,
+)
 from oserve.study.controller_policy import ControllerPolicy
 from oserve.study.run import Run
 from oserve.study.runner import run_policy

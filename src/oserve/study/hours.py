@@ -13,13 +13,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from oserve.evaluate.attainment import ATTAINMENT, met
 from oserve.evaluate.simulator import (
-    ATTAINMENT,
     Floats,
     SimulatedServing,
     SimulatedTraffic,
     Simulator,
-    met,
 )
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status

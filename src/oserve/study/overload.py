@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oserve.control.dispatch.overload import OverloadPolicy
-from oserve.evaluate.simulator import Floats, Levers, Mask, SimulatedServing, class_indices, met
+from oserve.evaluate.attainment import met
+from oserve.evaluate.simulator import (
+    Floats,
+    Levers,
+    Mask,
+    SimulatedServing,
+    class_indices,
+)
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
 from oserve.study.tune import MeasuredServing, Tuner, by_length

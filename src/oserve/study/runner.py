@@ -14,12 +14,12 @@ from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
 from oserve.control.rollout import staged
 from oserve.core import DeploymentPlan, Observation, ReplicaSpec, VirtualClock
+from oserve.evaluate.attainment import surely_failed
 from oserve.evaluate.simulator import (
     LATEST_S,
     Ints,
     SimulatedTraffic,
     Simulator,
-    surely_failed,
 )
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.fleet_cluster import FleetCluster

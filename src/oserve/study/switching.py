@@ -7,7 +7,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from oserve.core import DeploymentPlan, WorkloadType
-from oserve.evaluate.simulator import SimulatedServing, SimulatedTraffic, met
+from oserve.evaluate.attainment import met
+from oserve.evaluate.simulator import (
+    SimulatedServing,
+    SimulatedTraffic,
+)
 from oserve.perf.table import ShapePerformance
 from oserve.plan.deploy import place_deployment
 from oserve.plan.place import place_replicas

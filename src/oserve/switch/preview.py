@@ -1,5 +1,6 @@
 """The document that tells people what a switch would do."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,34 @@ def programme_document(programme: SwitchProgramme, running: Mapping[str, int]) -
         "floor_share": min(1.0, programme.order.floor_share),
         "reason": programme.order.reason,
         "waves": [_wave(step) for step in programme.steps],
+        "between_nodes": [
+            {"source": source, "target": target, "bytes": size}
+            for (source, target), size in sorted(_between_nodes(programme).items())
+        ],
         "ready_s": round(programme.cost.ready_s, 2),
         "total_s": round(programme.cost.total_s, 2),
         "requests_running_on_leaving": sum(running.get(name, 0) for name in leaving),
     }
+
+
+def between_nodes_line(document: Mapping[str, Any]) -> str:
+    """The bytes that a programme's document plans between nodes, as words; empty for none."""
+    return ", ".join(
+        f"{link['source']} -> {link['target']}: {link['bytes']:,} bytes"
+        for link in document.get("between_nodes", ())
+    )
+
+
+def _between_nodes(programme: SwitchProgramme) -> Counter[tuple[str, str]]:
+    """Bytes of all waves by (node, other node)."""
+    nodes = programme.nodes
+    sums: Counter[tuple[str, str]] = Counter()
+    for step in programme.steps:
+        for pair, size in step.transfer.traffic.pairs.items():
+            source, target = (nodes.get(device, "") for device in pair)
+            if source != target:
+                sums[source, target] += size
+    return sums
 
 
 def _wave(step: ProgrammeStep) -> dict[str, Any]:

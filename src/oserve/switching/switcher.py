@@ -17,7 +17,7 @@ from oserve.control.cluster import Cluster
 from oserve.control.loop import ControlLoop
 from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, OServeError
-from oserve.switch.preview import programme_document
+from oserve.switch.preview import between_nodes_line, programme_document
 from oserve.switch.programme import ProgrammeStep, SwitchFacts, SwitchProgramme, prepare_switch
 from oserve.switch.transaction import TransactionPhase
 from oserve.switching.driver import DriverFacts, SwitchDriver, SwitchOutcome
@@ -195,7 +195,12 @@ class Switcher:
         report.state = SwitchStatus.RUNNING
         report.programme = programme_document(prepared.programme, _running(observation))
         self._driver = SwitchDriver(self._driver_facts(report, prepared))
-        _log.info("switch %s: weights move from engine to engine", report.id)
+        between = between_nodes_line(report.programme)
+        _log.info(
+            "switch %s: weights move from engine to engine%s",
+            report.id,
+            f"; {between}" if between else "",
+        )
         outcome = await self._driver.run()
         self._learn(report, prepared.programme)
         if facts.loop.plan is not outcome.plan:

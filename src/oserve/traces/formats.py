@@ -1,6 +1,6 @@
 """The text formats of request traces: from one line to one request.
 
-- canonical CSV: ``arrival_s,input_tokens,output_tokens[,session][,model]``
+- canonical CSV: ``arrival_s,input_tokens,output_tokens[,session][,model][,tier][,tenant]``
 - Azure's CSV of 2023 and 2024: ``TIMESTAMP,ContextTokens,GeneratedTokens``, wall-clock stamps with
   up to nine digits of a second and, since 2024, a zone (github.com/Azure/AzurePublicDataset)
 - BurstGPT's CSV: ``Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type``, in
@@ -51,6 +51,8 @@ _OUTPUTS = (
 )
 _SESSIONS = ("session", "session_id", "conversation_id")
 _MODELS = ("model", "model_name")
+_TIERS = ("tier",)
+_TENANTS = ("tenant", "tenant_id")
 _FIRST = 20
 """If one of so many first rows has a date, the timestamps are dates."""
 
@@ -120,7 +122,7 @@ class _Names:
             )
         time, prompt, output = (at for at in found.values() if at is not None)
         self.needed = (time, prompt, output)
-        self.session, self.model = self._at(_SESSIONS), self._at(_MODELS)
+        self.wanted = tuple(self._at(names) for names in (_SESSIONS, _MODELS, _TIERS, _TENANTS))
         for at in self.needed:
             if self.snake.count(self.snake[at]) > 1:
                 raise BadRowError(f"two columns are called {given[at].strip()}")
@@ -214,22 +216,24 @@ class _Reader:
         self._lines, self._clock, self._zero_is_failure = lines, clock, zero_is_failure
 
     def __call__(self, line: str) -> TraceRequest | None:
-        stamp, prompt, output, session, model = self._lines(line)
+        stamp, prompt, output, session, model, tier, tenant = self._lines(line)
         arrival_s = self._clock.arrival_s(stamp)
-        row = request(arrival_s, prompt, output, session=session, model=model)
+        row = request(
+            arrival_s, prompt, output, session=session, model=model, tier=tier, tenant=tenant
+        )
         self._clock.settle()
         # BurstGPT: failed requests have no response tokens, and mostly no request tokens.
         return None if self._zero_is_failure and float(output) == 0 else row
 
 
 class _Columns:
-    """Extracts time, prompt, output, session and model from delimited lines."""
+    """Extracts time, prompt, output, session, model, tier and tenant from delimited lines."""
 
     def __init__(self, names: _Names, delimiter: str) -> None:
         self._width = len(names.given)
         self._delimiter = delimiter
         self._needed = names.needed
-        self._wanted = (names.session, names.model)
+        self._wanted = names.wanted
 
     def __call__(self, line: str) -> list[Any]:
         values = _split(line, self._delimiter)
@@ -245,9 +249,7 @@ class _Objects:
 
     def __init__(self, names: _Names) -> None:
         self._needed = [names.given[at] for at in names.needed]
-        self._wanted = [
-            names.given[at] if at is not None else "" for at in (names.session, names.model)
-        ]
+        self._wanted = [names.given[at] if at is not None else "" for at in names.wanted]
         self._firsts: dict[object, str] = {}
 
     def __call__(self, line: str) -> list[Any]:

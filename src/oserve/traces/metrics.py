@@ -38,6 +38,7 @@ class Outcome:
     ``due_s`` and ``sent_s`` count from the start of the replay, ``ttft_s`` and ``e2e_s`` from
     ``due_s``. ``ttft_s`` is the time of the first token of any kind, ``first_answer_s`` that of the
     first token after the reasoning; ``None`` without reasoning or without an answer after it.
+    ``tier``: the service tier that it asked for.
     """
 
     due_s: float
@@ -52,6 +53,7 @@ class Outcome:
     failure: FailureKind | None = None
     first_answer_s: float | None = None
     reasoning_tokens: int = 0
+    tier: str = ""
 
     @property
     def tpot_s(self) -> float | None:
@@ -61,11 +63,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """Latency limits in seconds; ``None`` means no limit."""
+    """Latency limits in seconds; ``None`` means no limit.
+
+    ``tiers``: limits of each service tier, in place of these for requests that have one.
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+    tiers: tuple["Slo", ...] = ()
 
     def met_by(self, outcome: Outcome) -> bool:
         """Whether a request completed within the limits."""

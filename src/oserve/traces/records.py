@@ -1,7 +1,8 @@
 """The gateway's request records (SQLite), read as a trace.
 
-Reads the columns ``arrival_s`` (Unix time), ``prompt_tokens``, ``output_tokens``, ``workload_type``
-and ``status`` of the table ``requests``; never writes.
+Reads the columns ``arrival_s`` (Unix time), ``prompt_tokens``, ``output_tokens``,
+``workload_type`` and ``status`` of the table ``requests``, and ``tier`` and ``tenant``, which files
+of earlier versions lack; never writes.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ MAGIC = b"SQLite format 3\x00"
 """The first bytes of every SQLite file."""
 
 _QUERY = (
-    "SELECT rowid, arrival_s, prompt_tokens, output_tokens, workload_type, status"
+    "SELECT rowid, arrival_s, prompt_tokens, output_tokens, workload_type, status, {tier}, {tenant}"
     " FROM requests ORDER BY arrival_s, rowid"
 )
 
@@ -31,14 +32,23 @@ def record_rows(path: Path) -> Iterator[tuple[int, TraceRequest | BadRowError | 
     try:
         with contextlib.closing(_open(path)) as connection:
             first_s: float | None = None
-            for rowid, arrival, prompt, output, kind, status in connection.execute(_QUERY):
+            for rowid, arrival, prompt, output, kind, status, *own in connection.execute(
+                _query(connection)
+            ):
                 if status != FinishStatus.COMPLETED.value or prompt == 0 or output == 0:
                     yield rowid, None
                     continue
                 try:
                     arrival_s = ticks(arrival, "arrival_s")
                     start_s = arrival_s if first_s is None else first_s
-                    row = request(arrival_s - start_s, prompt, output, model=str(kind))
+                    row = request(
+                        arrival_s - start_s,
+                        prompt,
+                        output,
+                        model=str(kind),
+                        tier=str(own[0]),
+                        tenant=str(own[1]),
+                    )
                 except BadRowError as error:
                     yield rowid, error
                     continue
@@ -50,6 +60,11 @@ def record_rows(path: Path) -> Iterator[tuple[int, TraceRequest | BadRowError | 
             place=str(path),
             remedy="give the file that gateway.records_file names, or record a new one",
         ) from None
+
+
+def _query(connection: sqlite3.Connection) -> str:
+    known = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
+    return _QUERY.format(**{name: name if name in known else "''" for name in ("tier", "tenant")})
 
 
 def _open(path: Path) -> sqlite3.Connection:

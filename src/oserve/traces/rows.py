@@ -17,7 +17,14 @@ class BadRowError(ValueError):
 
 
 def request(
-    arrival_s: float, prompt: object, output: object, *, session: str = "", model: str = ""
+    arrival_s: float,
+    prompt: object,
+    output: object,
+    *,
+    session: str = "",
+    model: str = "",
+    tier: str = "",
+    tenant: str = "",
 ) -> TraceRequest:
     """A request from the values of a row. Raises BadRowError if they are invalid."""
     return TraceRequest(
@@ -26,6 +33,8 @@ def request(
         output_tokens=_tokens(output, "output"),
         session=session,
         model=model,
+        tier=tier,
+        tenant=tenant,
     )
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from oserve.core import HatchAddress
+from oserve.wire.tls import TlsLayer
 
 ANSWER_LIMIT_S: Final = 5.0
 """The time that either side has from the first byte to the end of the greeting."""
@@ -213,7 +214,9 @@ class _Greeting(asyncio.Protocol):
         self._answered = False
         self._transport: asyncio.Transport | None = None
         loop = asyncio.get_running_loop()
-        self.opened: asyncio.Future[asyncio.BaseProtocol] = loop.create_future()
+        self.opened: asyncio.Future[tuple[asyncio.Transport, asyncio.BaseProtocol]] = (
+            loop.create_future()
+        )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
@@ -222,7 +225,7 @@ class _Greeting(asyncio.Protocol):
         try:
             check_certificate(self._address.certificate, found)
         except HatchError as error:
-            self._failed(error)
+            self.failed(error)
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport
@@ -238,7 +241,7 @@ class _Greeting(asyncio.Protocol):
             else:
                 transport.write(answer_line(self._address.token, line, self._name))
         except HatchError as error:
-            self._failed(error)
+            self.failed(error)
             return
         self._buffer = rest
         if self._answered:
@@ -249,11 +252,12 @@ class _Greeting(asyncio.Protocol):
         successor = cast(asyncio.Protocol, self._make())
         transport.set_protocol(successor)
         successor.connection_made(transport)
-        self.opened.set_result(successor)
+        self.opened.set_result((transport, successor))
         if rest:
             successor.data_received(rest)
 
-    def _failed(self, error: HatchError) -> None:
+    def failed(self, error: OSError) -> None:
+        """Nothing is opened, because of this."""
         if not self.opened.done():
             self.opened.set_exception(error)
         if self._transport is not None:
@@ -264,7 +268,7 @@ class _Greeting(asyncio.Protocol):
             reason = "it does not know the token, or has too many connections"
         else:
             reason = "it closed the connection before it spoke"
-        self._failed(HatchError(f"the node's hatch cut the connection off: {reason}"))
+        self.failed(HatchError(f"the node's hatch cut the connection off: {reason}"))
 
 
 async def connect_hatch(
@@ -282,16 +286,11 @@ async def connect_hatch(
     """
     greeting = _Greeting(address, name, factory)
     transport: asyncio.Transport | None = None
+    layer = TlsLayer(pinned_context(address.certificate), greeting, greeting.failed)
     try:
         async with asyncio.timeout(timeout_s):
-            transport, _ = await loop.create_connection(
-                lambda: greeting,
-                address.host,
-                address.port,
-                ssl=pinned_context(address.certificate),
-                ssl_handshake_timeout=timeout_s,
-            )
-            return transport, await greeting.opened
+            transport, _ = await loop.create_connection(lambda: layer, address.host, address.port)
+            return await greeting.opened
     except OSError as error:
         _dropped(greeting, transport)
         raise hatch_error(error, timeout_s) from None

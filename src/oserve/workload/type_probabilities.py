@@ -7,7 +7,7 @@ answer's length determines the type, so a distribution over answers gives one ov
 import math
 from collections.abc import Mapping, Sequence
 
-from oserve.core import PlannedType
+from oserve.core import PlannedType, WorkloadType
 from oserve.workload.output import BINS, OutputExpectation, bin_tokens, length_bin
 
 # Prompts within a factor of 2**(1/4) share an entry.
@@ -76,12 +76,19 @@ class TypesOfTier:
         return tuple(found)
 
 
-def types_by_tier(types: Sequence[PlannedType]) -> dict[str, TypesOfTier]:
-    """The types of each tier; those of the tier "" are all if no type has a tier."""
+def types_by_tier(
+    types: Sequence[PlannedType | WorkloadType],
+    centres: Sequence[tuple[float, float]] | None = None,
+) -> dict[str, TypesOfTier]:
+    """The types of each tier; those of the tier "" are all if no type has a tier.
+
+    ``centres``: (prompt, output) in tokens; by default the types' own lengths.
+    """
     groups: dict[str, list[int]] = {}
     for place, kind in enumerate(types):
         groups.setdefault(kind.tier, []).append(place)
-    centres = [(kind.prompt_tokens, kind.output_tokens) for kind in types]
+    if centres is None:
+        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in types]
     return {
         tier: TypesOfTier([centres[place] for place in places], places, len(centres))
         for tier, places in groups.items()

@@ -5,7 +5,8 @@ Closing a socket from another thread wakes a thread that waits on it.
 
 A rank of another node is called through the hatch of this one: its address is then
 ``NODE:NAME@PATH``, with the path of this node's ``out.sock``. The hatch takes the line
-``NODE NAME``, answers ``ok`` or ``no REASON``, and relays.
+``NODE NAME``, answers ``ok`` or ``no REASON``, and relays. Either rank can have its hatch work on
+its memory instead (``relay_orders``): the sender by ``order_send``, the receiver by ``order_take``.
 
 Calls block in the kernel, which keeps the deadline and transfers whole chunks. A call that returned
 after each buffer would wait for the interpreter's lock each time, and in an engine that serves that
@@ -20,6 +21,8 @@ import threading
 import time
 from collections.abc import Sequence
 from typing import Final
+
+from oserve.engines.weights.relay_orders import SEND, TAKE, FileRange, Order, passed
 
 _CHUNK_BYTES = 16 << 20
 _BUFFER_BYTES = 4 << 20
@@ -196,7 +199,7 @@ class ShardStream:
 
     def send(self, number: int, data: memoryview, throttle: Throttle) -> None:
         """Send one part's bytes."""
-        self.give(memoryview(_HEAD.pack(number, len(data))))
+        self.give_head(number, len(data))
         step = throttle.chunk_bytes
         for start in range(0, len(data), step):
             part = data[start : start + step]
@@ -205,11 +208,7 @@ class ShardStream:
 
     def receive(self, number: int, data: memoryview) -> None:
         """Receive one part's bytes into the whole of ``data``."""
-        told, size = _HEAD.unpack(self.take(_HEAD.size))
-        if (told, size) != (number, len(data)):
-            raise TransferError(
-                f"part {told} of {size} bytes came, not part {number} of {len(data)}"
-            )
+        self.take_head(number, len(data))
         self._fill(data)
 
     def give(self, data: memoryview) -> None:
@@ -227,6 +226,50 @@ class ShardStream:
         data = bytearray(size)
         self._fill(memoryview(data))
         return bytes(data)
+
+    def order_send(
+        self, number: int, descriptor: int, place: FileRange, throttle: Throttle
+    ) -> None:
+        """As ``send``, of bytes of a file: this node's hatch reads them from there.
+
+        They may not have been read when this returns.
+        """
+        self.give_head(number, place.size)
+        pieces = place.cut(throttle.chunk_bytes) if throttle.limits else [place]
+        for piece in pieces:
+            throttle.wait(piece.size)
+            self._order(descriptor, Order(SEND, [piece]))
+
+    def order_take(self, descriptor: int, parts: Sequence[FileRange | int]) -> None:
+        """Have this node's hatch write the parts that come next into a file.
+
+        ``parts``: where they belong, or for those that are to come here their sizes. The other
+        rank must not have begun to send them. Their heads come here.
+        """
+        ranges: list[FileRange] = []
+        waiting = 0
+        for part in parts:
+            waiting += _HEAD.size
+            if isinstance(part, int):
+                waiting += part
+                continue
+            ranges += [passed(waiting), part]
+            waiting = 0
+        self._order(descriptor, Order(TAKE, ranges))
+
+    def take_head(self, number: int, size: int) -> None:
+        """Receive the head of one part. Raises TransferError if it is of another."""
+        told, comes = _HEAD.unpack(self.take(_HEAD.size))
+        if (told, comes) != (number, size):
+            raise TransferError(f"part {told} of {comes} bytes came, not part {number} of {size}")
+
+    def give_head(self, number: int, size: int) -> None:
+        """Send the head of one part."""
+        self.give(memoryview(_HEAD.pack(number, size)))
+
+    def _order(self, descriptor: int, order: Order) -> None:
+        self.give_descriptor(descriptor)
+        self.give(memoryview(order.encode()))
 
     def give_message(self, message: bytes) -> None:
         """Send bytes with their length before them."""

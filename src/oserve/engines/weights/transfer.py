@@ -114,13 +114,12 @@ class Transfer(Job):
         send_parts(stream, parts, self._tensors, self._memory, throttle, self.sent)
 
     def _receive(self, stream: ShardStream, parts: Sequence[ShardPart], throttle: Throttle) -> None:
-        held = [self._staged if one.parameter in self._staged else self._tensors for one in parts]
-        targets = [part_of(tensors, part) for tensors, part in zip(held, parts, strict=True)]
+        held = {**self._tensors, **self._staged}
         limits = CopyLimits(throttle=throttle, deadline_s=self._deadline_s, stopped=self.stopped)
-        receive_parts(stream, parts, targets, limits, self.received)
-        for part, target in zip(parts, targets, strict=True):
+        receive_parts(stream, parts, held, self._memory, limits, self.received)
+        for part in parts:
             if part.parameter in self._staged:
-                self.staged_sums[part_key(part)] = checksum(target)
+                self.staged_sums[part_key(part)] = checksum(part_of(held, part))
 
     def _convert(
         self, outgoing: Mapping[int, ShardStream], incoming: Mapping[int, ShardStream]

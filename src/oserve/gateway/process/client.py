@@ -101,7 +101,7 @@ class HubClient:
             )
         self._runner.apply(snapshot)
         if reply.table is not None:
-            self._runner.update(reply.table)
+            self._runner.update(reply.table.unpacked())
 
     def away_s(self) -> float:
         """Seconds for which the hub has been unreachable; 0 while it answers."""

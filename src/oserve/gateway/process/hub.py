@@ -26,6 +26,7 @@ from oserve.gateway.process.messages import (
     ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.process.packed_table import PackedTable, packed
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
@@ -52,6 +53,7 @@ class Hub:
         self._batches: list[Batch] = []
         self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
+        self._packed: PackedTable | None = None
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
@@ -75,7 +77,7 @@ class Hub:
     def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
         """Send this table and snapshot to each process with its next report."""
         if table != self._table:
-            self._table = table
+            self._table, self._packed = table, packed(table)
             self._version += 1
             present = {(item.id, item.started_s) for item in table.replicas}
             pending = self._hand_overs.items()
@@ -101,6 +103,18 @@ class Hub:
             for name, reason in report.open_breakers.items():
                 if name not in found or reason[1] > found[name][1]:
                     found[name] = reason
+        return found
+
+    @property
+    def tier_outcomes(self) -> dict[str, dict[str, int]]:
+        """By tier, how many requests ended in which way, over all processes since the start."""
+        name = "oserve_tier_requests"
+        series = [self._ended.get(name, {})]
+        series += [report.metrics.get(name, {}) for report in self._reports.values()]
+        found: dict[str, dict[str, int]] = {}
+        for labels, numbers in merged({name: item} for item in series).get(name, {}).items():
+            tier, outcome = labels.split("\t")
+            found.setdefault(tier, {})[outcome] = int(numbers[0])
         return found
 
     @property
@@ -169,7 +183,7 @@ class Hub:
             version=self._version,
             counted=report.counts.number,
             snapshot=snapshot,
-            table=self._table if report.table != self._version else None,
+            table=self._packed if report.table != self._version else None,
             whole=report.whole,
         )
 

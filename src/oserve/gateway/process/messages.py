@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
 from oserve.gateway.access.limits import TenantUse
+from oserve.gateway.process.packed_table import PackedTable
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -68,7 +68,7 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     version: int
     counted: int
     snapshot: ClusterSnapshot
-    table: RoutingTable | None = None
+    table: PackedTable | None = None
     whole: bool = True
 
 

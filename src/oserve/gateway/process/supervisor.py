@@ -168,6 +168,11 @@ class GatewaySupervisor:
         return self._hub.open_breakers
 
     @property
+    def tier_outcomes(self) -> dict[str, dict[str, int]]:
+        """By tier, how many requests ended in which way since the start."""
+        return self._hub.tier_outcomes
+
+    @property
     def counted_until_s(self) -> float:
         """Unix time up to which ``batches`` are complete."""
         return self._hub.counted_until_s
