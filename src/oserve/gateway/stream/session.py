@@ -135,17 +135,16 @@ class Session:
         self.migration: StreamMigration | None = None
         self.usage = TokenUsage()
         self.asks_options = False
-        self.committed = self.ended = False
-        self.refused = False
+        self.committed = self.ended = self.refused = False
         # The replica it had to leave and why, until it has another.
         self.left: tuple[str, str] | None = None
         self.first_byte_s = self.last_chunk_s = 0.0
         self._events = self._paused = False
+        self._ended_tokens = 0
         self._credit_tokens = UNLIMITED_TOKENS
         self._connection: UpstreamConnection | None = None
         self._reader: AnswerReader | ContinuationReader | None = None
         self._first_reader: AnswerReader | None = None
-        self._ended_tokens = 0
         exchange.on_disconnect, exchange.on_pause = self._disconnected, self._pause
 
     # -- the client -----------------------------------------------------------------------------
