@@ -1,6 +1,6 @@
 """Python that the gateway runs for an answer and for a chunk of a stream, without sockets.
 
-    python benchmarks/gateway/inside.py [--rounds 20] [--profile]
+    python benchmarks/gateway/inside.py [--rounds 20] [--tenants 1000] [--profile]
 
 Client and replica are connections without a transport: bytes go in, bytes come out. Prints the CPU
 time of the quickest round. The system calls and the event loop of a running gateway come on top.
@@ -10,15 +10,20 @@ import argparse
 import asyncio
 import cProfile
 import pstats
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
+import msgspec
+
 from oserve.control.dispatch.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, LengthClass, ReplicaPhase
+from oserve.core import Endpoint, KeyRole, LengthClass, ReplicaPhase
+from oserve.gateway.access.keys import StoredKey, digest, empty_document, made_key
 from oserve.gateway.http.errors import send_error, with_status
 from oserve.gateway.http.server import Gateway
-from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.settings import GatewaySettings, TenancySettings, TenantSettings
 from oserve.wire.connection import Connections, ServerConnection, ServerLimits
 from oserve.wire.upstream import UpstreamConnection, UpstreamPool
 
@@ -46,14 +51,15 @@ class Silent:
         return lambda *_arguments, **_named: None
 
 
-def asked(*, stream: bool) -> bytes:
+def asked(*, stream: bool, key: str = "") -> bytes:
     body = (
         b'{"model":"bench","prompt":"Write a short story about a dog.","max_tokens":4000,'
         b'"temperature":0,"ignore_eos":true,"stream":%b}' % (b"true" if stream else b"false")
     )
     return (
         b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        b"content-length: %d\r\n%b\r\n%b"
+        % (len(body), f"authorization: Bearer {key}\r\n".encode() if key else b"", body)
     )
 
 
@@ -67,10 +73,30 @@ def event(index: int) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-def connected() -> tuple[ServerConnection, UpstreamConnection]:
+def made_keys(path: Path, tenants: int) -> list[str]:
+    """A key file with a key for each of so many tenants."""
+    document = empty_document()
+    made = [(f"t{number}", *made_key()) for number in range(tenants)]
+    stored = tuple(
+        StoredKey(
+            id=name,
+            tenant=tenant,
+            role=KeyRole.USE,
+            digest=digest(key.encode(), bytes.fromhex(document.salt)).hex(),
+            created_s=0.0,
+        )
+        for tenant, name, key in made
+    )
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(document, keys=stored)))
+    return [key for _, _, key in made]
+
+
+def connected(keys_file: Path) -> tuple[ServerConnection, UpstreamConnection]:
     """A client connection to a gateway, and its connection to the one replica."""
-    settings = GatewaySettings(port=0, shutdown_grace_s=0.0)
-    gateway = Gateway(settings, models=("bench",))
+    limits = TenantSettings(requests_per_min=10**9, tokens_per_min=10**12, max_inflight=10**6)
+    tenancy = TenancySettings(default=limits)
+    settings = GatewaySettings(port=0, shutdown_grace_s=0.0, tenancy=tenancy)
+    gateway = Gateway(settings, models=("bench",), keys_file=keys_file)
     replica = TableReplica(
         id="r0",
         shape="s",
@@ -106,14 +132,19 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--profile", action="store_true", help="also the costliest functions")
+    parser.add_argument("--tenants", type=int, default=0, help="each with a key and limits")
     wanted = parser.parse_args()
-    client, upstream = connected()
-    request, stream = asked(stream=False), asked(stream=True)
+    with tempfile.TemporaryDirectory() as folder:
+        keys_file = Path(folder) / "keys.json"
+        keys = made_keys(keys_file, wanted.tenants) if wanted.tenants else [""]
+        client, upstream = connected(keys_file)
+    requests = [asked(stream=False, key=key) for key in keys]
+    stream = asked(stream=True, key=keys[0])
     events = [event(index) for index in range(CHUNKS + 1)]
 
     def answers() -> None:
-        for _ in range(ANSWERS):
-            client.data_received(request)
+        for number in range(ANSWERS):
+            client.data_received(requests[number % len(requests)])
             upstream.data_received(WHOLE)
 
     def chunks() -> None:

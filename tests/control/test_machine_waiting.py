@@ -216,9 +216,11 @@ def test_streams_that_wait_for_the_same_replicas_are_not_all_tried(
     fleet, chosen = driver.machine.fleet, []
     choose = fleet.choose
 
-    def noted(state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
+    def noted(
+        state: RequestState, request: Request, now_s: float, *, tight: bool = False
+    ) -> Choice | NoRoute:
         chosen.append(state.number)
-        return choose(state, request, now_s)
+        return choose(state, request, now_s, tight=tight)
 
     monkeypatch.setattr(fleet, "choose", noted)
     driver.at(0.4, on.Finished(0))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -91,11 +92,18 @@ async def make_front() -> AsyncIterator[Make]:
         settings: GatewaySettings | None = None,
         records: RecordStore | None = None,
         api_keys: frozenset[str] = frozenset(),
+        keys_file: Path | None = None,
         expected: bool = False,
         **fields: Any,
     ) -> Front:
         chosen = settings or GatewaySettings(port=0, shutdown_grace_s=0.0)
-        gateway = Gateway(chosen, models=("emulated",), records=records, api_keys=api_keys)
+        gateway = Gateway(
+            chosen,
+            models=("emulated",),
+            records=records,
+            api_keys=api_keys,
+            keys_file=keys_file,
+        )
         Witness(gateway.runner.machine)
         replicas = []
         for index, engine in enumerate(engines):

@@ -53,6 +53,8 @@ def test_the_oldest_heads_give_way_and_long_ones_are_not_kept() -> None:
 class _Requests:
     """Keeps the requests that a reader hands over."""
 
+    peer = ""
+
     def __init__(self) -> None:
         self.taken: list[Exchange] = []
 

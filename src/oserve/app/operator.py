@@ -10,14 +10,12 @@ from oserve.control.decision import Trigger
 from oserve.control.loop import ControlLoop
 from oserve.core import DeploymentPlan, OServeError
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.call_audit import NODES_PATH, SWITCH_PATH, CallAudit
 from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.node_operations import NodeOperations
 from oserve.startup.plan_check import allowed_plan, check_engines, known_devices
 from oserve.switching.switcher import Switcher
-
-_SWITCH_PATH = "/oserve/v1/switch"
-_NODES_PATH = "/oserve/v1/nodes"
 
 
 class CallRefusedError(Exception):
@@ -36,7 +34,9 @@ class OperatorApi:
         decisions: DecisionLoop | None,
         view: ClusterView,
         nodes: NodeOperations,
+        audit: CallAudit,
     ) -> None:
+        self._audit = audit
         self._nodes = nodes
         self._deployment = deployment
         self._loop = loop
@@ -45,12 +45,17 @@ class OperatorApi:
         self._view = view
 
     async def answer(self, call: OperatorCall) -> OperatorAnswer:
-        """Execute a call; errors become the answer."""
+        """Execute a call; errors become the answer. What changes the fleet is audited."""
+        answer = await self._answered(call)
+        await self._audit.note(call, answer)
+        return answer
+
+    async def _answered(self, call: OperatorCall) -> OperatorAnswer:
         try:
-            if call.path == _NODES_PATH:
+            if call.path == NODES_PATH:
                 return _answer(200, await self._nodes.answer(call.body, self._view.observation))
             given = self._given(call.body) if call.body.strip() else None
-            if call.path == _SWITCH_PATH:
+            if call.path == SWITCH_PATH:
                 document = await self._switch(given)
             else:
                 document = await self._evaluate(given)

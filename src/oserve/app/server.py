@@ -22,6 +22,7 @@ from oserve.control.status import explained
 from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.call_audit import CallAudit
 from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.engine_keeper import engine_keeper
@@ -128,6 +129,7 @@ class OServeServer:
             decisions=self._decisions,
             view=self._view,
             nodes=self._nodes,
+            audit=CallAudit(folders.state),
         )
 
     @property

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from oserve import __version__
 from oserve.cli import forecast as forecasting
+from oserve.cli import keys as keys_of_clients
 from oserve.cli import node as nodes
 from oserve.cli.bench import bench
 from oserve.cli.doctor import doctor
@@ -39,6 +40,7 @@ app.command()(bench)
 app.command()(status)
 app.command()(switch)
 app.add_typer(nodes.app, name="node")
+app.add_typer(keys_of_clients.app, name="keys")
 app.command()(replay)
 app.command()(validate)
 app.command()(engines)

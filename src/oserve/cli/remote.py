@@ -44,6 +44,12 @@ async def _call(url: str, key: str, body: bytes | None, timeout_s: float) -> byt
                 raise OServeError(
                     "it requires an API key", place=url, remedy=f"set {API_KEYS} or --api-key"
                 )
+            if answer.status == 403:
+                raise OServeError(
+                    error_message(answered),
+                    place=url,
+                    remedy="give a key of that role; oserve keys add --role admin makes one",
+                )
             if answer.status in {400, 409}:
                 raise OServeError(error_message(answered), place=url, remedy="see docs/control.md")
             if answer.status == 503:

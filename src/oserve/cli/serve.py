@@ -179,7 +179,8 @@ def _announce(deployment: ServerDeployment, port: int, failed: dict[str, str]) -
     settings = deployment.settings
     host = settings.gateway.host
     shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
-    url = f"http://{shown}:{port}"
+    scheme = "https" if settings.gateway.tls.certificate_file else "http"
+    url = f"{scheme}://{shown}:{port}"
     if len(failed) == len(deployment.plan.replicas):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise OServeError(

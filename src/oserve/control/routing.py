@@ -52,6 +52,7 @@ def routing_table(
             TableReplica(
                 id=spec.id,
                 shape=spec.shape.name,
+                devices=1 if attached else spec.shape.device_count,
                 phase=state.phase,
                 endpoint=state.endpoint,
                 max_inflight=most_inflight(

@@ -19,13 +19,15 @@ class Caller:
     """The tenant and the role of an API key, and the tiers its requests may ask for.
 
     ``tier`` is the tier of requests that name none; None leaves it to the settings.
-    ``allowed_tiers`` bounds what a request may name; empty allows every tier.
+    ``allowed_tiers`` bounds what a request may name; empty allows every tier. ``key`` is the id of
+    the key, which is no secret; empty without a key.
     """
 
     tenant: str = DEFAULT_TENANT
     role: KeyRole = KeyRole.USE
     tier: str | None = None
     allowed_tiers: tuple[str, ...] = ()
+    key: str = ""
 
     @property
     def is_admin(self) -> bool:

@@ -1,8 +1,10 @@
 """The constants of dispatch that the settings of a gateway give."""
 
 from oserve.control.dispatch.constants import DispatchConstants
+from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.overload import OverloadPolicy
+from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.gateway.settings import GatewaySettings
 
 FIRST_COME = OrderPolicy(penalty_s_per_token=0.0, freshest_first_s=0.0, max_client_steps=0)
@@ -29,4 +31,26 @@ def constants_of(settings: GatewaySettings) -> DispatchConstants:
         ),
         overflow_s=settings.overflow_s,
         inflight_per_device=settings.inflight_per_device,
+    )
+
+
+def policy_of(settings: GatewaySettings) -> DispatchPolicy:
+    """The dispatch policy that follows from the gateway's settings."""
+    constants, move = constants_of(settings), settings.move
+    return DispatchPolicy(
+        max_queued=settings.max_queued,
+        max_attempts=settings.max_attempts,
+        max_moves=move.max_moves,
+        request_timeout_s=settings.request_timeout_s,
+        no_replica_wait_s=settings.no_replica_wait_s,
+        overflow_s=constants.overflow_s,
+        drain_limit_s=move.drain_limit_s,
+        overload=constants.overload,
+        processes=settings.processes,
+        fair=FairPolicy(
+            weights={name: item.weight for name, item in settings.tenancy.tenants.items()},
+            default_weight=settings.tenancy.default.weight,
+            debt_s=settings.tenancy.locality_s,
+            reserve=settings.tenancy.reserve,
+        ),
     )

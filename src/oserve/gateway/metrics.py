@@ -5,7 +5,7 @@ when they are scraped. A caller may keep a ``Counter`` or ``Histogram``.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -42,6 +42,11 @@ COUNTERS: dict[str, tuple[str, Labels]] = {
         "Joules of devices with a replica (serving) and without (idle).",
         ("source", "state"),
     ),
+    "oserve_tenant_requests": ("Ended requests by tenant and status.", ("tenant", "status")),
+    "oserve_tenant_prompt_tokens": ("Prompt tokens of finished requests.", ("tenant",)),
+    "oserve_tenant_output_tokens": ("Output tokens of finished requests.", ("tenant",)),
+    "oserve_tenant_device_seconds": ("Device-seconds charged by fair shares.", ("tenant",)),
+    "oserve_tenant_refused": ("Requests refused by a limit of their tenant.", ("tenant", "limit")),
     "oserve_records_dropped": ("Request records dropped because the backlog was full.", ()),
 }
 HISTOGRAMS: dict[str, tuple[str, Labels]] = {
@@ -65,6 +70,15 @@ GAUGES: dict[str, tuple[str, Labels]] = {
     "oserve_joules_per_output_token": ("Joules of serving devices per token, recently.", ()),
     "oserve_replica_silent_seconds": ("Time since an engine's last sign of life.", ("replica",)),
 }
+
+
+BY_TENANT = frozenset(
+    name
+    for table in (COUNTERS, HISTOGRAMS, GAUGES)
+    for name, (_, labels) in table.items()
+    if "tenant" in labels
+)
+"""Metrics that would tell one tenant about others."""
 
 
 class Counter:
@@ -155,20 +169,24 @@ class _Exposition:
     """Adapts plain numbers to prometheus_client's metric families."""
 
     def __init__(
-        self, snapshot: Mapping[str, Mapping[str, list[float]]], gauges: GaugeValues
+        self,
+        snapshot: Mapping[str, Mapping[str, list[float]]],
+        gauges: GaugeValues,
+        without: Collection[str],
     ) -> None:
         self._snapshot = snapshot
         self._gauges = gauges
+        self._without = without
 
     def collect(self) -> Iterator[Metric]:
         for name, (text, labels) in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=labels)
-            for key, numbers in self._snapshot.get(name, {}).items():
+            for key, numbers in self._series(name).items():
                 counter.add_metric(_split(key, labels), numbers[0])
             yield counter
         for name, (text, labels) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(name, text, labels=labels)
-            for key, numbers in self._snapshot.get(name, {}).items():
+            for key, numbers in self._series(name).items():
                 buckets: list[tuple[str, float]] = []
                 running = 0.0
                 for bound, value in zip([*map(str, _SECONDS), "+Inf"], numbers, strict=False):
@@ -178,17 +196,26 @@ class _Exposition:
             yield histogram
         for name, (text, labels) in GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=labels)
-            for key_labels, value in self._gauges.get(name, {}).items():
+            shown = {} if name in self._without else self._gauges.get(name, {})
+            for key_labels, value in shown.items():
                 gauge.add_metric(key_labels, value)
             yield gauge
+
+    def _series(self, name: str) -> Mapping[str, list[float]]:
+        return {} if name in self._without else self._snapshot.get(name, {})
 
 
 def _split(key: str, labels: Labels) -> list[str]:
     return key.split("\t") if labels else []
 
 
-def exposition(snapshot: Mapping[str, Mapping[str, list[float]]], gauges: GaugeValues) -> bytes:
-    """All metrics in Prometheus' text format."""
+def exposition(
+    snapshot: Mapping[str, Mapping[str, list[float]]],
+    gauges: GaugeValues,
+    *,
+    without: Collection[str] = (),
+) -> bytes:
+    """All metrics in Prometheus' text format; those named in ``without`` are empty."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(snapshot, gauges))
+    registry.register(_Exposition(snapshot, gauges, without))
     return generate_latest(registry)

@@ -17,14 +17,13 @@ from oserve.control.dispatch import events as on
 from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
-from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import RouteReason
 from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.control.draining import decide_exits
 from oserve.core import Endpoint, FinishStatus
 from oserve.core.faults import fault
 from oserve.gateway.accounting import Accounting
-from oserve.gateway.constants import constants_of
+from oserve.gateway.constants import policy_of
 from oserve.gateway.estimator import RequestEstimator
 from oserve.gateway.http.errors import refusal_error, shown
 from oserve.gateway.metrics import Metrics
@@ -33,6 +32,7 @@ from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.replay_buffer import ReplayBudget
 from oserve.gateway.stream.session import Session, SessionContext
+from oserve.gateway.tenants import Tenants, by_flow, salted
 from oserve.gateway.upstream_request import pool_of, request_bytes
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.switch.kv import Way
@@ -51,22 +51,6 @@ _SHOWN_ERRORS = {
 }
 
 Start = tuple[str, float]
-
-
-def policy_of(settings: GatewaySettings) -> DispatchPolicy:
-    """The dispatch policy that follows from the gateway's settings."""
-    constants, move = constants_of(settings), settings.move
-    return DispatchPolicy(
-        max_queued=settings.max_queued,
-        max_attempts=settings.max_attempts,
-        max_moves=move.max_moves,
-        request_timeout_s=settings.request_timeout_s,
-        no_replica_wait_s=settings.no_replica_wait_s,
-        overflow_s=constants.overflow_s,
-        drain_limit_s=move.drain_limit_s,
-        overload=constants.overload,
-        processes=settings.processes,
-    )
 
 
 class RequestRunner:
@@ -89,6 +73,7 @@ class RequestRunner:
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         # Attached servers, by their start, that refused stream_options.
         self._without_options: set[Start] = set()
+        self.tenants = Tenants(settings, self.metrics)
         self._number = 0
         self._events: deque[Event] = deque()
         self._working = False
@@ -156,12 +141,23 @@ class RequestRunner:
         """Apply a new cluster snapshot."""
         self.snapshot = snapshot
         self.report(on.LoadElsewhere(snapshot.elsewhere, snapshot.processes))
+        if snapshot.processes:
+            self.tenants.processes = snapshot.processes
+        if snapshot.tenants:
+            self.tenants.limits.set_elsewhere(snapshot.tenants, monotonic())
+        if snapshot.charged:
+            self.report(on.ChargedElsewhere(by_flow(snapshot.charged)))
         for name, (started_s, within_s) in snapshot.hand_overs.items():
             self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Outstanding work (prior seconds) and requests of this process, per replica."""
         return self.machine.fleet.ledger.own()
+
+    def charged(self) -> dict[str, float]:
+        """Device-seconds charged so far in this process, by tier and tenant."""
+        found = self.machine.waiting.fair.charged_s()
+        return {f"{tier}\t{tenant}": spent_s for (tier, tenant), spent_s in found.items()}
 
     @property
     def queued(self) -> int:
@@ -179,8 +175,9 @@ class RequestRunner:
         return self._number
 
     def accept(self, session: Session, rank_s: float) -> None:
-        """Admit a request."""
+        """Admit a request. Raises ApiError if its tenant has reached a limit."""
         estimate = session.estimate
+        self.tenants.admit(session)
         if estimate is not None:
             self.estimator.tally.arrived(estimate.arrived_s, estimate.probabilities)
         self.active[session.number] = session
@@ -193,10 +190,12 @@ class RequestRunner:
                 request=session.request,
                 rank_s=rank_s,
                 streams=session.streams,
-                session=estimate.known.session,
-                prefix=estimate.known.system,
+                session=salted(estimate.known.session, session.cache_salt),
+                prefix=salted(estimate.known.system, session.cache_salt),
                 prefix_tokens=estimate.prefix_tokens,
                 forecast=estimate.output,
+                tenant=self.tenants.fair_name(session),
+                max_queued=self.tenants.max_queued(session),
             )
         )
 
@@ -372,6 +371,9 @@ class RequestRunner:
         reason = _SHOWN_ERRORS.get(command.status)
         if reason is not None and not session.refused:
             self.metrics.count("oserve_request_errors", reason)
+        spent = self.tenants.ended(session, command)
+        if spent is not None:
+            self.report(spent)
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 

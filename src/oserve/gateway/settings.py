@@ -56,6 +56,51 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     drain_limit_s: Annotated[float, msgspec.Meta(ge=0)] | None = 5.0
 
 
+class TlsSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """TLS of the gateway's port: PEM files of the certificate (with its chain) and of its key.
+
+    Both are read again when they change. Unset: plain HTTP.
+    """
+
+    certificate_file: str = ""
+    key_file: str = ""
+
+
+class TenantSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One tenant: its ``weight`` among others, and its limits; unset: none.
+
+    Requests and tokens (of prompts and answers) a minute, over all tiers and processes; requests
+    accepted and not ended; requests that wait.
+    """
+
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    requests_per_min: Count | None = None
+    tokens_per_min: Count | None = None
+    max_inflight: Count | None = None
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class TenancySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Tenants, which API keys belong to. ``tenants`` by name; ``default``: all others.
+
+    ``fair``: serve tenants of a tier by fair shares. ``locality_s``: device-seconds by which a
+    tenant may go before its turn for a cached prefix. ``reserve``: the part of a replica's
+    sequences that tenants with more than their share leave free while others are active.
+    ``cache_salt``: share no cached prefixes between tenants.
+    """
+
+    fair: bool = True
+    locality_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    reserve: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.03
+    cache_salt: bool = False
+    default: TenantSettings = TenantSettings()
+    tenants: dict[str, TenantSettings] = {}
+
+    def of(self, tenant: str) -> TenantSettings:
+        """The settings of a tenant."""
+        return self.tenants.get(tenant, self.default)
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The gateway.
 
@@ -66,8 +111,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
     type's pool. ``inflight_per_device`` bounds the requests in flight at a replica; unset: twice
     its sequence limit.
-    API keys come from ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file`` (one a line);
-    without any the gateway is open.
+    API keys come from ``oserve keys``, ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file``
+    (one a line; those of both are admins of the default tenant); without any the gateway is open.
     """
 
     placement: Annotated[str, msgspec.Meta(pattern="^(server|every-node)$")] = "server"
@@ -86,6 +131,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     overflow_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
     inflight_per_device: Annotated[float, msgspec.Meta(gt=0)] | None = None
     api_keys_file: str = ""
+    tls: TlsSettings = TlsSettings()
+    tenancy: TenancySettings = TenancySettings()
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
     move: MoveSettings = MoveSettings()

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from oserve.gateway.access.limits import TenantUse
+
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Status, switches, metrics and load of the cluster.
@@ -10,6 +12,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
     ``processes``: how many gateway processes there are; 0: as many as the settings say.
+    ``tenants`` and ``charged``: what tenants used and were charged in other processes.
     ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
@@ -22,3 +25,5 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 0
     processes: int = 0
     hand_overs: dict[str, tuple[float, float]] = {}
+    tenants: dict[str, TenantUse] = {}
+    charged: dict[str, float] = {}

@@ -67,7 +67,8 @@ def pool_of(endpoint: Endpoint) -> UpstreamPool:
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     """A request for a replica. ``parsed`` describes ``body``; ``None``: the body is opaque.
 
-    ``token_ids``: request token ids. ``cache``: the parameters of a KV cache transfer.
+    ``token_ids``: request token ids. ``cache_salt``: of its tenant's prefixes, "" for none.
+    ``cache``: the parameters of a KV cache transfer.
     """
 
     method: bytes
@@ -77,6 +78,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     parsed: GenerateBody | None
     token_ids: bool = False
+    cache_salt: str = ""
     cache: Mapping[str, str] | None = None
 
 
@@ -95,6 +97,10 @@ def request_bytes(
             model=replica.model,
             token_ids=outgoing.token_ids,
             cache=outgoing.cache if replica.endpoint.caches else None,
+            # vLLM knows the field; others might refuse it.
+            cache_salt=outgoing.cache_salt
+            if not replica.attached or replica.returns_token_ids
+            else "",
         )
         if parsed.stream and not stream_options:
             body = _changed(body, without="stream_options")

@@ -9,6 +9,7 @@ from oserve.core import Clock, NodePhase, NodeState, OServeError
 from oserve.engines.dial import SILENCE_S
 from oserve.engines.group import boot_id
 from oserve.engines.holding import HeldEngines
+from oserve.gateway.access.key_file import KEY_FILE
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.gateway.records import RecordStore
@@ -39,6 +40,7 @@ def gateway_supervisor(
             settings=settings,
             models=deployment.models,
             keys=api_keys(settings),
+            keys_file=(folders.state / KEY_FILE).resolve(),
             keeper=GatewayKeeper(keeper, folders.log),
             run_dir=folders.run,
             operate=operate,

@@ -79,6 +79,12 @@ class ServerConnection(asyncio.Protocol):
         self._reading_paused = False
 
     # -- transport ------------------------------------------------------------------------------
+    @property
+    def peer(self) -> str:
+        """The client's address; empty for a Unix socket or a closed connection."""
+        named = None if self._transport is None else self._transport.get_extra_info("peername")
+        return str(named[0]) if isinstance(named, tuple) and named else ""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape only
         self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)

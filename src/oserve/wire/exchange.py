@@ -11,7 +11,10 @@ _STATUS_LINES = {
 
 
 class Answering(Protocol):
-    """The connection that an answer is written to."""
+    """The connection that an answer is written to. ``peer``: the client's address, if known."""
+
+    @property
+    def peer(self) -> str: ...
 
     def send(self, data: bytes, /) -> None:
         """Write bytes of the answer."""
@@ -59,6 +62,11 @@ class Exchange:
         self.done = False
         self.on_disconnect: Callable[[], None] | None = None
         self.on_pause: Callable[[bool], None] | None = None
+
+    @property
+    def peer(self) -> str:
+        """The client's address; empty if unknown."""
+        return self._connection.peer
 
     def respond(
         self,

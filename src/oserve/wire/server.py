@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 
 from oserve.wire.connection import (
     Connections,
@@ -47,8 +48,9 @@ async def serve(
     port: int = 0,
     unix_socket: str = "",
     reuse_port: bool = False,
+    tls: ssl.SSLContext | None = None,
 ) -> HttpServer:
-    """Listen on a TCP port or a Unix socket.
+    """Listen on a TCP port, with ``tls`` if given, or on a Unix socket.
 
     ``handler`` is called with each request, ``refuse`` to answer one that breaks a limit (its
     connection closes afterwards); neither may block.
@@ -66,5 +68,7 @@ async def serve(
             reuse_port=reuse_port or None,
             backlog=4096,
             family=socket.AF_UNSPEC,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else limits.read_timeout_s,
         )
     return HttpServer(server, connections)

@@ -4,6 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.events import Cause
 from oserve.control.dispatch.router import RouteReason
 from oserve.control.dispatch.table import TableReplica
@@ -123,8 +124,13 @@ class Demote(RequestCommand, frozen=True):
 
 
 class Record(RequestCommand, frozen=True, kw_only=True):
-    """The request has ended: count it, update the estimators, write its record."""
+    """The request has ended: count it, update the estimators, write its record.
+
+    ``charge``: report it as ``Spent``. ``made_tokens``: output at earlier replicas.
+    """
 
     status: FinishStatus
     replica: str
     moves: int
+    charge: Charge | None = None
+    made_tokens: int = 0

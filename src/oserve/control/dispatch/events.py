@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.table import RoutingTable
 from oserve.core import FinishStatus, Request
 
@@ -30,7 +31,8 @@ class Arrived(Event, frozen=True, kw_only=True):
 
     ``rank_s`` orders waiting requests (``order.rank_s``). ``session`` and ``prefix`` are cache keys
     of the prompt, empty if it has none; the shared prefix has about ``prefix_tokens`` tokens.
-    ``forecast``: of the output length, unless the client fixes that.
+    ``forecast``: of the output length, unless the client fixes that. ``tenant``: "" without keys;
+    no more than ``max_queued`` requests of it may wait.
     """
 
     number: int
@@ -41,6 +43,8 @@ class Arrived(Event, frozen=True, kw_only=True):
     prefix: str = ""
     prefix_tokens: int = 0
     forecast: OutputForecast | None = None
+    tenant: str = ""
+    max_queued: int | None = None
 
 
 class Began(Event, frozen=True):
@@ -150,6 +154,19 @@ class Crashed(Event, frozen=True):
     """Executing a command for this request raised an exception."""
 
     number: int
+
+
+class Spent(Event, frozen=True):
+    """The output tokens that an ended request had at its last replica; corrects its ``charge``."""
+
+    charge: Charge
+    output_tokens: float
+
+
+class ChargedElsewhere(Event, frozen=True):
+    """Device-seconds that other gateway processes charged so far, by tier and tenant."""
+
+    charged_s: dict[tuple[str, str], float]
 
 
 class Tick(Event, frozen=True):

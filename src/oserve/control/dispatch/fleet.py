@@ -25,6 +25,7 @@ class Choice(msgspec.Struct, frozen=True):
     route: Route
     replica: TableReplica
     cached_tokens: int
+    decode_s_per_token: float = 0.0
 
 
 class Fleet:
@@ -40,6 +41,7 @@ class Fleet:
         self.vacating = Vacating(policy.drain_limit_s)
         self.overload = policy.overload
         self._policy = policy
+        self._processes = policy.processes
         self._router = Router({})
         self._affinity = Affinity()
         # By tier: the replicas with a share of its types; those of precisions that it excludes.
@@ -83,18 +85,44 @@ class Fleet:
         self._update_serving()
 
     # -- routing --------------------------------------------------------------------------------
-    def choose(self, state: RequestState, request: Request, now_s: float) -> Choice | NoRoute:
-        """The replica for a request, or the reason why there is none."""
+    def choose(
+        self, state: RequestState, request: Request, now_s: float, *, tight: bool = False
+    ) -> Choice | NoRoute:
+        """The replica for a request, or the reason why there is none.
+
+        ``tight``: the request leaves slots free for other tenants.
+        """
         cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
+        loads = self._tight_loads() if tight else self.ledger.loads(self.serving)
         route = self._router.pick(
             request,
-            self.ledger.loads(self.serving),
+            loads,
             exclude=self.closed(state, now_s),
             cached=cached,
         )
         if isinstance(route, NoRoute):
             return route
-        return Choice(route, self.serving[route.replica], cached.get(route.replica, 0))
+        return Choice(
+            route,
+            self.serving[route.replica],
+            cached.get(route.replica, 0),
+            loads[route.replica].decode_s_per_token,
+        )
+
+    def saved_s(self, state: RequestState) -> float:
+        """The prompt work that a cached prefix would spare a request, in seconds."""
+        cached = self._affinity.cached(state.session, state.prefix, state.prompt_tokens)
+        if not cached:
+            return 0.0
+        loads = self.ledger.loads(cached.keys() & self.serving.keys())
+        return max(
+            (
+                cached[name] * load.prefill_s_per_token
+                for name, load in loads.items()
+                if load.inflight < load.max_inflight
+            ),
+            default=0.0,
+        )
 
     def book(self, state: RequestState, request: Request, choice: Choice, now_s: float) -> Booking:
         """Book a request at the chosen replica."""
@@ -170,6 +198,25 @@ class Fleet:
     def may_serve(self, state: RequestState, now_s: float) -> bool:
         """Whether some replica can take the request, now or once it has room."""
         return bool(self.serving.keys() - self.closed(state, now_s))
+
+    def _tight_loads(self) -> dict[str, ReplicaLoad]:
+        return self.ledger.tight_loads(self.serving, self._policy.fair.reserve)
+
+    def share(self, processes: int) -> None:
+        """This is one of so many gateway processes from now on."""
+        self._processes = processes
+        self.ledger.share(processes)
+
+    @property
+    def slots(self) -> float:
+        """Sequences that the serving replicas run at once, for this process."""
+        most = sum(replica.max_inflight for replica in self.serving.values())
+        return most / 2 / self._processes
+
+    @property
+    def any_tight_room(self) -> bool:
+        """Whether some replica has room for a request that leaves slots free."""
+        return any(load.inflight < load.max_inflight for load in self._tight_loads().values())
 
     @property
     def any_room(self) -> bool:

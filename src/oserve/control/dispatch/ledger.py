@@ -4,8 +4,11 @@ The ledger counts work in whole picoseconds. So bookings and payments balance ex
 simulator's ledger can be compared with this one.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s
 from oserve.control.dispatch.table import TableReplica
@@ -42,6 +45,8 @@ class _Account:
     seen_s: float = 0.0
     # The load as computed last; every change of the account drops it.
     load: ReplicaLoad | None = None
+    # That load for a tenant that leaves slots free.
+    tight: tuple[ReplicaLoad, ReplicaLoad] | None = None
 
 
 class WorkLedger:
@@ -143,6 +148,20 @@ class WorkLedger:
         """The router's view of these replicas."""
         accounts = self._accounts
         return {name: accounts[name].load or self._load(accounts[name]) for name in replicas}
+
+    def tight_loads(self, replicas: Iterable[str], reserve: float) -> dict[str, ReplicaLoad]:
+        """As ``loads``, for who leaves this part of the running sequences free."""
+        return {name: self._tight(self._accounts[name], reserve) for name in replicas}
+
+    def _tight(self, account: _Account, reserve: float) -> ReplicaLoad:
+        load = account.load or self._load(account)
+        if account.tight is None or account.tight[0] is not load:
+            # Half of what a replica takes runs, the rest waits in the engine.
+            running = account.max_inflight // 2
+            most = max(1, running - math.ceil(reserve * running))
+            less = min(load.max_inflight, most)
+            account.tight = load, msgspec.structs.replace(load, max_inflight=less)
+        return account.tight[1]
 
     def _load(self, account: _Account) -> ReplicaLoad:
         inflight = account.inflight + account.elsewhere_inflight

@@ -4,9 +4,9 @@ The event handlers are composed of these. Each keeps phase, queue and bookings c
 """
 
 import math
-from bisect import insort
 
 from oserve.control.dispatch import commands as do
+from oserve.control.dispatch.charging import charged_rank_s
 from oserve.control.dispatch.commands import Command, Refusal
 from oserve.control.dispatch.fleet import Fleet
 from oserve.control.dispatch.policy import DispatchPolicy
@@ -17,6 +17,7 @@ from oserve.control.dispatch.state import (
     Booking,
     Ended,
     Placed,
+    Queued,
     ReplicaStart,
     RequestState,
     Resuming,
@@ -51,7 +52,10 @@ class Lifecycle:
         self.policy = policy
         self.requests: dict[int, RequestState] = {}
         self.fleet = Fleet(policy)
-        self.waiting = WaitingRoom(policy.overload, -(-policy.max_queued // policy.processes))
+        self.waiting = WaitingRoom(
+            policy.overload, -(-policy.max_queued // policy.processes), self.fleet.saved_s
+        )
+        self.waiting.fair.use(policy.fair)
         self.now_s = 0.0
         self.due_s = NEVER_S
         self.commands: list[Command] = []
@@ -62,7 +66,7 @@ class Lifecycle:
     def share(self, processes: int) -> None:
         """This is one of so many gateway processes: its part of the limits."""
         self.waiting.limit(-(-self.policy.max_queued // processes))
-        self.fleet.ledger.share(processes)
+        self.fleet.share(processes)
 
     def emit(self, command: Command) -> None:
         """Append a command."""
@@ -147,7 +151,7 @@ class Lifecycle:
         """Keep a request in the queue, or refuse it. ``no_replica``: not even a full one serves."""
         if no_replica and not self.fleet.table.expected:
             self.refuse(state, Refusal.NO_REPLICA)
-        elif self.waiting.full and not isinstance(state.phase, Resuming):
+        elif self._crowded(state) and not isinstance(state.phase, Resuming):
             self.refuse(state, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
         else:
             give_up_s = self.now_s + self.policy.no_replica_wait_s
@@ -156,23 +160,45 @@ class Lifecycle:
             self.due_s = min(self.due_s, self.waiting.next_s)
             self.emit(do.Hold(state.number))
 
+    def _over_share(self, state: RequestState) -> bool:
+        """Whether a request leaves slots free for tenants with less than their share."""
+        if not state.tenant or isinstance(state.phase, Resuming):
+            return False
+        return self.waiting.fair.over_share(state, self.fleet.slots)
+
+    def _crowded(self, state: RequestState) -> bool:
+        """Whether a request finds no place to wait; another tenant may have to make room for it."""
+        fair = self.waiting.fair
+        if state.tenant and fair.waiting_of(state) > state.max_queued:
+            return True
+        if not self.waiting.full:
+            return False
+        other = self.waiting.crowded_out(state) if state.tenant else state
+        if other is state or not isinstance(other.phase, Queued):
+            return True
+        self.refuse(other, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
+        return False
+
     def _try_send(self, state: RequestState) -> NoRoute | None:
         """Send a request to the replica that the router picks; returns the reason if none can."""
         request = state.request
         if request is None:
             return NoRoute.NO_REPLICA
         try:
-            choice = self.fleet.choose(state, request, self.now_s)
+            choice = self.fleet.choose(state, request, self.now_s, tight=self._over_share(state))
             if isinstance(choice, NoRoute):
                 return choice
             booking = self.fleet.book(state, request, choice, self.now_s)
+            rank = charged_rank_s(
+                self.waiting.fair, state, choice, self.now_s, len(self.fleet.serving)
+            )
         except Exception as error:  # an unforeseen fault in routing one request ends only that one
             self.refuse(state, Refusal.INTERNAL, reason=fault(error))
             return None
         send = do.Send(
             number=state.number,
             replica=choice.replica,
-            rank_s=state.rank_s,
+            rank_s=rank,
             reason=choice.route.reason,
             cached_tokens=choice.cached_tokens,
             resumes=isinstance(state.phase, Resuming),
@@ -212,17 +238,13 @@ class Lifecycle:
         The passed requests lose nothing: they cannot use the free slots.
         """
         # By the replicas that are barred: the shortest prompt for which no replica has room.
-        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None], float] = {}
-        order = self.waiting.in_order()
-        # Demoted requests are appended to the list.
-        for _, number in order:
-            state = self.requests[number]
-            barred = frozenset(state.tried), state.moves > 0, state.tier
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None, bool], float] = {}
+        crowded = not self.fleet.any_tight_room
+        for state in self.waiting.passing(lambda state: crowded and self._over_share(state)):
+            barred = frozenset(state.tried), state.moves > 0, state.tier, self._over_share(state)
             if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):
-                if state.demoted:
-                    insort(order, (state.rank_s, number))
                 continue
             if self._try_send(state) is not None:
                 if not self.fleet.any_room:
@@ -354,5 +376,12 @@ class Lifecycle:
         self.waiting.discard(state)
         del self.requests[state.number]
         self.emit(
-            do.Record(number=state.number, status=status, replica=state.replica, moves=state.moves)
+            do.Record(
+                number=state.number,
+                status=status,
+                replica=state.replica,
+                moves=state.moves,
+                charge=state.charge,
+                made_tokens=0 if state.charge is None else state.charge.made_tokens,
+            )
         )

@@ -61,6 +61,8 @@ class RequestMachine:
             on.Vacate: self._vacate,
             on.Surveyed: self._departures.surveyed,
             on.ShutDown: self._shut_down,
+            on.Spent: self._spent,
+            on.ChargedElsewhere: self._charged_elsewhere,
         }
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -138,6 +140,11 @@ class RequestMachine:
         )
         state.session, state.prefix = event.session, event.prefix
         state.prefix_tokens = event.prefix_tokens
+        state.tenant = event.tenant
+        if event.max_queued is not None:
+            state.max_queued = event.max_queued
+        if event.tenant:
+            self._life.waiting.fair.arrived(state, self._life.now_s)
         self._life.requests[event.number] = state
         self._life.due_s = min(
             self._life.due_s, self._life.now_s + self._life.policy.request_timeout_s
@@ -198,6 +205,12 @@ class RequestMachine:
             self._life.share(event.processes)
         self._life.fleet.ledger.set_elsewhere(event.loads)
         self._life.may_settle()
+
+    def _spent(self, event: on.Spent) -> None:
+        self._life.waiting.fair.settle(event.charge, event.output_tokens)
+
+    def _charged_elsewhere(self, event: on.ChargedElsewhere) -> None:
+        self._life.waiting.fair.set_elsewhere(event.charged_s)
 
     def _vacate(self, event: on.Vacate) -> None:
         self._life.fleet.vacate(event.replica, event.within_s, event.started_s, self._life.now_s)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.overload import OverloadPolicy
 from oserve.control.dispatch.table import TableReplica
 
 _NO_OVERLOAD = OverloadPolicy()
+_FAIR = FairPolicy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,7 @@ class DispatchPolicy:
     for a replica that is starting. ``overflow_s``: outstanding work of its pool past which a
     request may leave the pool. ``drain_limit_s``: how long a draining replica keeps requests that
     could migrate; ``None``: to their end. ``learns_speed``: false freezes the costs of the table.
+    ``fair``: of shares between tenants.
     """
 
     max_queued: int = 4096
@@ -32,6 +35,7 @@ class DispatchPolicy:
     overload: OverloadPolicy = _NO_OVERLOAD
     processes: int = 1
     learns_speed: bool = True
+    fair: FairPolicy = _FAIR
 
 
 class Exit(StrEnum):

@@ -6,6 +6,7 @@ replica has a booking, and only a waiting request is in the queue.
 
 import msgspec
 
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.events import OutputForecast
 from oserve.control.dispatch.ledger import WorkEntry
 from oserve.control.dispatch.table import TableReplica
@@ -80,11 +81,13 @@ class RequestState:
         "arrival_s",
         "attempts",
         "booked_tokens",
+        "charge",
         "demoted",
         "due_s",
         "forecast",
         "give_up_s",
         "made_tokens",
+        "max_queued",
         "moves",
         "number",
         "original",
@@ -97,6 +100,7 @@ class RequestState:
         "request",
         "session",
         "streams",
+        "tenant",
         "tried",
         "urgency_s",
     )
@@ -121,6 +125,10 @@ class RequestState:
         self.prefix = ""
         self.prefix_tokens = 0
         self.phase: Phase = QUEUED
+        # Without keys there are no tenants. What fair shares charged it at its present replica.
+        self.tenant = ""
+        self.max_queued = UNLIMITED_TOKENS
+        self.charge: Charge | None = None
         # The last replica, for the record.
         self.replica = ""
         self.tried: set[ReplicaStart] = set()

@@ -16,8 +16,8 @@ class TableReplica:
 
     ``precision``: of its weights; "" where that is unknown, as for attached servers.
     ``returns_token_ids``: it accepts vLLM's ``return_token_ids``. ``stream_options``: it accepts
-    OpenAI's field of that name. ``attached``: others run it. ``started_s``: when its engine
-    started.
+    OpenAI's field of that name. ``attached``: others run it. ``devices``: how many it runs on.
+    ``started_s``: when its engine started.
     """
 
     id: str
@@ -37,6 +37,7 @@ class TableReplica:
     stream_options: bool = True
     started_s: float = 0.0
     precision: str = ""
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,15 @@
 """Waiting requests: in order of rank, demoted or shed when late, bounded in number."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from oserve.control.dispatch.fair import FairQueue
 from oserve.control.dispatch.overload import (
     DEMOTED_S,
     OverloadPolicy,
     shed_at_s,
     too_late,
 )
-from oserve.control.dispatch.queue import RankQueue
 from oserve.control.dispatch.state import Queued, RequestState
 from oserve.control.dispatch.tiers import with_ttft
 from oserve.control.dispatch.vacating import NEVER_S
@@ -22,11 +22,16 @@ _MOST_STALE = 64
 class WaitingRoom:
     """The queue and its timers. Resuming streams are neither demoted nor shed."""
 
-    def __init__(self, overload: OverloadPolicy, max_queued: int) -> None:
+    def __init__(
+        self,
+        overload: OverloadPolicy,
+        max_queued: int,
+        saved_s: Callable[[RequestState], float] | None = None,
+    ) -> None:
         self._overload = overload
         self._by_tier = False
         self._max_queued = max_queued
-        self._queue = RankQueue()
+        self.fair = self._queue = FairQueue(saved_s)
         self._timers: list[tuple[float, int]] = []
         # By urgency: the waiting requests that were not demoted, and their prompt tokens.
         self._backlog: dict[float, list[int]] = {}
@@ -82,9 +87,16 @@ class WaitingRoom:
         """The request to serve next."""
         return self._queue.head()
 
-    def in_order(self) -> list[tuple[float, int]]:
-        """Ranks and numbers of the waiting requests, in order of service."""
-        return self._queue.in_order()
+    def passing(self, skip: Callable[[RequestState], bool]) -> Iterator[RequestState]:
+        """All waiting requests in order of service, while some of them are sent."""
+        return self._queue.passing(skip)
+
+    def crowded_out(self, state: RequestState) -> RequestState:
+        """The request to refuse for a full queue: the latest of the tenant with the most.
+
+        That is ``state`` itself, unless another tenant has more.
+        """
+        return self._queue.crowded_out(state)
 
     def use(self, overload: OverloadPolicy, *, by_tier: bool = False) -> None:
         """Apply another policy from now on; what was demoted stays so.

@@ -18,6 +18,10 @@ Fields = dict[str, msgspec.Raw]
 ABSENT = msgspec.Raw(b"")
 
 
+SALT_FIELD = "cache_salt"
+"""vLLM shares cached prefixes only between requests with the same salt."""
+
+
 class BodyFields(msgspec.Struct, kw_only=True):
     """The fields of a body that the gateway reads; lengths in tokens. ``ABSENT``: not given.
 
@@ -293,9 +297,11 @@ def with_fields(
     model: str,
     token_ids: bool = False,
     cache: Mapping[str, str] | None = None,
+    cache_salt: str = "",
 ) -> bytes:
     """The body for a replica, with a priority, a usage report, and its name of the model if not "".
 
+    ``cache_salt``: takes the place of the client's.
     ``token_ids``: request the token ids of prompt and answer. ``cache``: the parameters of a KV
     cache transfer (see ``wire.caches``).
     """
@@ -317,9 +323,17 @@ def with_fields(
     if cache:
         added[FIELD] = cache
         replaces = replaces or bool(read.kv_transfer_params)
+    if cache_salt:
+        added[SALT_FIELD] = cache_salt
+        replaces = replaces or gives_salt(parsed)
     if not added and (read.priority is msgspec.UNSET or priority is not None):
         return parsed.source
     return _replaced(parsed, added) if replaces else _appended(parsed.source, added)
+
+
+def gives_salt(parsed: GenerateBody) -> bool:
+    """Whether the client sends a ``cache_salt`` of its own."""
+    return SALT_FIELD.encode() in parsed.source and SALT_FIELD in parsed.fields
 
 
 def _replaced(parsed: GenerateBody, added: dict[str, Any]) -> bytes:

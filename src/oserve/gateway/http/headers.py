@@ -77,12 +77,17 @@ def _named(head: ResponseHead) -> set[bytes]:
     }
 
 
-def own_headers(request_id: bytes, *, replica: str, workload_type: str, plan_id: str) -> Headers:
-    """Headers with the request id, its first replica, type and plan; empty names are left out."""
+def own_headers(
+    request_id: bytes, *, replica: str, workload_type: str, plan_id: str, limits: Headers = ()
+) -> Headers:
+    """Headers with the request id, its first replica, type and plan; empty names are left out.
+
+    ``limits``: those about the limits of its tenant.
+    """
     fields = [(b"x-request-id", request_id)]
     if replica:
         fields.append((b"x-oserve-replica", replica.encode()))
     if workload_type:
         fields.append((b"x-oserve-workload-type", workload_type.encode()))
     fields.append((b"x-oserve-plan-id", plan_id.encode()))
-    return tuple(fields)
+    return (*fields, *limits)

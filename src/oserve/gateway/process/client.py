@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from oserve.gateway.access.door import Door
 from oserve.gateway.process.home import localised
 from oserve.gateway.process.hub_lines import HubLine
 from oserve.gateway.process.messages import (
@@ -41,7 +42,9 @@ _DECODER: msgspec.json.Decoder[HubMessage] = msgspec.json.Decoder(HubMessage)
 class HubClient:
     """Reports to the hub and applies its replies. Set ``port`` once the process listens.
 
-    ``home``: of a process on another node. ``outbox``: records that go with the reports.
+    ``home``: of a process on another node. ``outbox``: records that go with the reports. ``door``:
+    gets the keys that the hub sends. ``shares``: there are other processes, whose tenants share
+    limits with those of this one.
     """
 
     def __init__(
@@ -52,7 +55,12 @@ class HubClient:
         *,
         home: GatewayHome | None = None,
         outbox: RecordOutbox | None = None,
+        door: Door | None = None,
+        shares: bool = True,
     ) -> None:
+        self._shares = shares
+        self._door = door
+        self._keys = ""
         self._hub = hub
         self._home = home
         self._outbox = outbox
@@ -111,10 +119,16 @@ class HubClient:
             whole=whole,
             sums=sums,
             keeps_hatches=self._home is not None,
+            tenants=runner.tenants.limits.use() if self._shares else {},
+            charged=runner.charged() if self._shares else {},
+            keys=None if self._door is None else self._keys,
         )
 
     def _apply(self, reply: HubReply) -> None:
         self._last_reply_s = time.monotonic()
+        if self._door is not None and reply.keys is not None:
+            self._door.use(reply.keys)
+            self._keys = reply.keys_version
         self._runner.estimator.tally.acknowledge(reply.counted)
         if self._outbox is not None:
             self._outbox.acknowledge(reply.recorded)
@@ -151,9 +165,12 @@ class HubClient:
         silent_s = time.monotonic() - self._last_reply_s
         return silent_s if silent_s > _AWAY_S else 0.0
 
-    async def operate(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def operate(
+        self, path: str, body: bytes, actor: str = "", source: str = ""
+    ) -> tuple[int, bytes]:
         """Forward an operator's call; raises ConnectionError if the hub does not answer."""
-        answer = await self._ask(OperatorCall(path=path, body=body), None)
+        call = OperatorCall(path=path, body=body, actor=actor, source=source)
+        answer = await self._ask(call, None)
         if isinstance(answer, OperatorAnswer):
             return answer.status, answer.body
         raise ConnectionError("the hub answered with a message of another type")

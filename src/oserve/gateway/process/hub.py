@@ -33,6 +33,7 @@ from oserve.gateway.process.outbox import RecordInbox
 from oserve.gateway.process.packed_table import PackedTable, packed
 from oserve.gateway.process.reports import ProcessView, ReportBook
 from oserve.gateway.process.sent_table import SentTable
+from oserve.gateway.process.shared_keys import SharedKeys
 from oserve.gateway.records import RecordSink
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
@@ -53,19 +54,22 @@ class Hub:
     """Holds the current table and snapshot, and the latest report of each process.
 
     ``operate`` answers the operators' calls that gateway processes pass on. ``records`` takes the
-    request records of processes on other nodes. ``now``, ``unix``: monotonic and Unix time (s).
+    request records of processes on other nodes, which get ``keys``. ``now``, ``unix``: monotonic
+    and Unix time (s).
     """
 
     def __init__(
         self,
         operate: OperatorCallHandler | None = None,
         records: RecordSink | None = None,
+        keys: SharedKeys | None = None,
         *,
         now: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,
     ) -> None:
         self._operate = operate
         self._records = records
+        self._keys = keys
         self._now = now
         self._unix = unix
         self._calls: set[asyncio.Task[None]] = set()
@@ -195,10 +199,15 @@ class Hub:
             queued=queued,
             processes=self._book.processes,
             hand_overs=self._hand_overs,
+            tenants=self._book.used_elsewhere(report.incarnation),
+            charged=self._book.charged_elsewhere(report.incarnation),
         )
         changed = self._packed if report.table != self._version else None
         sent = self._sent_as(changed) if changed is not None and report.keeps_hatches else None
         known = self._sent.get(report.table)
+        keys = None
+        if self._keys is not None and report.keys is not None:
+            keys = self._keys.newer(report.keys, self._now())
         return HubReply(
             version=self._version,
             counted=report.counts.number,
@@ -208,6 +217,8 @@ class Hub:
             sent_table=b"" if sent is None else sent.text,
             hatches={} if sent is None else sent.missing(known.hatches if known else ()),
             whole=report.whole,
+            keys=keys,
+            keys_version="" if keys is None or self._keys is None else self._keys.version,
         )
 
     def _sent_as(self, table: PackedTable) -> SentTable:

@@ -11,6 +11,8 @@ import msgspec
 
 from oserve.control.tally import Batch
 from oserve.core import HatchAddress, RequestRecord
+from oserve.gateway.access.keys import KeyDocument
+from oserve.gateway.access.limits import TenantUse
 from oserve.gateway.process.packed_table import PackedTable
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
@@ -36,14 +38,16 @@ class GatewayWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway process needs at its start: one JSON line on its standard input.
 
     ``hub`` is the path of the hub's Unix socket; with a ``home``, of the socket where this process
-    listens for the hub. ``incarnation``: see ``WorkerReport``; 0: the process id. ``estimator`` is
-    the state of an ``OutputEstimator`` that has learned from earlier requests.
+    listens for the hub. ``keys_file``: path of the key file; on another node, where there is none,
+    the hub sends the keys. ``incarnation``: see ``WorkerReport``; 0: the process id. ``estimator``
+    is the state of an ``OutputEstimator`` that has learned from earlier requests.
     """
 
     process: int
     hub: str
     models: tuple[str, ...]
     api_keys: list[str]
+    keys_file: str = ""
     settings: GatewaySettings
     home: GatewayHome | None = None
     incarnation: int = 0
@@ -61,6 +65,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ``open_breakers``: replicas whose circuit breaker is open, with the reason and the seconds left.
     ``whole``: the reply shall have the documents of the cluster, too; ``sums``: those of metrics.
     ``keeps_hatches``: the process knows those of the table in use, and needs only what it lacks.
+    ``tenants``: what each used here so far; ``charged``: device-seconds by tier and tenant, joined
+    by a tab. ``keys``: of a process that takes keys from the hub, the version of those that it has.
     """
 
     incarnation: int
@@ -77,6 +83,9 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     whole: bool = True
     sums: bool = True
     keeps_hatches: bool = False
+    tenants: dict[str, TenantUse] = {}
+    charged: dict[str, float] = {}
+    keys: str | None = None
 
 
 class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
@@ -87,6 +96,7 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     ``counted`` is the number of the batch that the hub acknowledges, ``recorded`` that of the next
     record that it needs. Unless it is ``whole``, the snapshot lacks what grows with the
     cluster: status, switches, gauges, counters. Sums of metrics come if they are asked for.
+    ``keys``: if others than those that the process has are in force, with ``keys_version``.
     """
 
     version: int
@@ -97,13 +107,20 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     sent_table: bytes = b""
     hatches: dict[str, HatchAddress] = {}
     whole: bool = True
+    keys: KeyDocument | None = None
+    keys_version: str = ""
 
 
 class OperatorCall(msgspec.Struct, frozen=True, kw_only=True, tag="operator_call"):
-    """An operator's HTTP call, passed on by the gateway process that received it."""
+    """An operator's HTTP call, passed on by the gateway process that received it.
+
+    ``actor``: tenant and id of the key, for the audit log; ``source``: the caller's address.
+    """
 
     path: str
     body: bytes
+    actor: str = ""
+    source: str = ""
 
 
 class OperatorAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="operator_answer"):

@@ -20,6 +20,7 @@ from oserve.gateway.process.keeper import KeptProcess, NodeKeeper, ProcessKeeper
 from oserve.gateway.process.messages import GatewayWorkerConfig
 from oserve.gateway.process.node_gateway import GatewayPlan, process_name
 from oserve.gateway.process.node_gateways import NodeGateways
+from oserve.gateway.process.shared_keys import SharedKeys
 from oserve.gateway.process.states import GatewayState, GatewayStatus, status_of
 from oserve.gateway.records import RecordSink
 from oserve.gateway.settings import GatewaySettings
@@ -37,14 +38,16 @@ _RESTART_DELAY_S = 1.0
 class SupervisorOptions:
     """What gateway processes serve, and which keeper holds them.
 
-    ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
-    state of an ``OutputEstimator`` that has learned from earlier requests. ``records`` takes the
-    request records of other nodes; ``alone_s``: how long gateways there serve without the hub.
+    ``run_dir`` is for the hub's socket. ``keys_file``: where ``oserve keys`` keeps the keys.
+    ``operate`` answers operators' calls. ``estimator`` is the state of an ``OutputEstimator`` that
+    has learned from earlier requests. ``records`` takes the request records of other nodes;
+    ``alone_s``: how long gateways there serve without the hub.
     """
 
     settings: GatewaySettings
     models: tuple[str, ...]
     keys: frozenset[str]
+    keys_file: Path
     keeper: ProcessKeeper
     run_dir: Path
     operate: OperatorCallHandler
@@ -68,8 +71,9 @@ class GatewaySupervisor:
         self._options = options
         self._keeper = options.keeper
         self._socket = options.run_dir / "hub.sock"
-        self._hub = Hub(options.operate, options.records)
         everywhere = options.settings.placement == "every-node"
+        keys = SharedKeys(options.keys_file) if everywhere else None
+        self._hub = Hub(options.operate, options.records, keys)
         self._elsewhere = NodeGateways(
             self._hub,
             GatewayPlan(
@@ -108,6 +112,7 @@ class GatewaySupervisor:
             hub=str(self._socket),
             models=self._options.models,
             api_keys=sorted(self._options.keys),
+            keys_file=str(self._options.keys_file),
             settings=self._settings,
         )
         stamp = hashlib.blake2b(msgspec.json.encode(config), digest_size=8).hexdigest()

@@ -38,6 +38,7 @@ async def _run(config: GatewayWorkerConfig) -> None:
         settings,
         models=config.models,
         api_keys=frozenset(config.api_keys),
+        keys_file=Path(config.keys_file) if config.keys_file else None,
         records=_store(settings) if outbox is None else outbox,
         estimator=None if config.estimator is None else OutputEstimator.restored(config.estimator),
     )
@@ -49,7 +50,14 @@ async def _run(config: GatewayWorkerConfig) -> None:
     loop.add_reader(sys.stdin.fileno(), _end_at_eof, ended)
     async with _line(config) as line:
         client = HubClient(
-            line, gateway.runner, config.incarnation or None, home=config.home, outbox=outbox
+            line,
+            gateway.runner,
+            config.incarnation or None,
+            home=config.home,
+            outbox=outbox,
+            # The keys are there before the port opens.
+            door=None if config.home is None else gateway.door,
+            shares=settings.processes > 1 or settings.placement != "server",
         )
         gateway.refresh = client.sync
         gateway.away_s = client.away_s

@@ -11,6 +11,7 @@ from time import monotonic
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.events import Cause, Event
+from oserve.control.dispatch.state import UNLIMITED_TOKENS
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import Request
 from oserve.gateway.estimator import RequestEstimate
@@ -33,8 +34,6 @@ from oserve.wire.upstream import Sink, UpstreamConnection
 from oserve.workload import PromptSize
 
 _log = logging.getLogger("oserve.gateway")
-
-_UNLIMITED_TOKENS = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +60,8 @@ class Session:
     """One request. ``request`` is ``None`` for auxiliary calls, which are not typed or recorded.
 
     ``hides_usage``: only OServe requested the usage report, so the client does not get it.
+    ``limit_headers``: about its tenant's limits. ``cache_salt``: vLLM's field of that name.
+    ``asks_options``: its replica got ``stream_options``. ``refused``: OServe answered by an error.
     ``first_byte_s`` and ``last_chunk_s``: on the monotonic clock; 0: none yet.
     """
 
@@ -75,6 +76,7 @@ class Session:
         "_reader",
         "arrival_s",
         "asks_options",
+        "cache_salt",
         "committed",
         "ended",
         "estimate",
@@ -84,6 +86,7 @@ class Session:
         "hides_usage",
         "last_chunk_s",
         "left",
+        "limit_headers",
         "migration",
         "number",
         "parsed",
@@ -122,6 +125,8 @@ class Session:
         self.prompt_size = prompt_size
         self.service_tier = service_tier_of(request, parsed)
         self.tenant = ""
+        self.limit_headers: Headers = ()
+        self.cache_salt = ""
         self.generates = request is not None
         self.streams = self.generates and parsed.stream
         self.hides_usage = self.streams and not parsed.wants_usage
@@ -129,25 +134,18 @@ class Session:
         self.replica: TableReplica | None = None
         self.migration: StreamMigration | None = None
         self.usage = TokenUsage()
-        self.committed = False
-        # Whether its replica was sent ``stream_options``.
         self.asks_options = False
-        self.ended = False
-        # Whether OServe answered with an error of its own.
-        self.refused = False
+        self.committed = self.ended = self.refused = False
         # The replica it had to leave and why, until it has another.
         self.left: tuple[str, str] | None = None
-        self.first_byte_s = 0.0
-        self.last_chunk_s = 0.0
-        self._events = False
-        self._paused = False
-        self._credit_tokens = _UNLIMITED_TOKENS
+        self.first_byte_s = self.last_chunk_s = 0.0
+        self._events = self._paused = False
+        self._ended_tokens = 0
+        self._credit_tokens = UNLIMITED_TOKENS
         self._connection: UpstreamConnection | None = None
         self._reader: AnswerReader | ContinuationReader | None = None
         self._first_reader: AnswerReader | None = None
-        self._ended_tokens = 0
-        exchange.on_disconnect = self._disconnected
-        exchange.on_pause = self._pause
+        exchange.on_disconnect, exchange.on_pause = self._disconnected, self._pause
 
     # -- the client -----------------------------------------------------------------------------
     def _disconnected(self) -> None:
@@ -175,6 +173,7 @@ class Session:
             replica=self.replica.id if self.replica is not None else "",
             workload_type=self.request.workload_type if self.request is not None else "",
             plan_id=self._context.plan_id(),
+            limits=self.limit_headers,
         )
 
     def fail(self, error: ApiError) -> None:
@@ -228,6 +227,7 @@ class Session:
             body=body,
             parsed=parsed,
             token_ids=migration is not None,
+            cache_salt=self.cache_salt,
             cache=migration.cache_fields if migration is not None else None,
         )
 

@@ -1,0 +1,40 @@
+"""What tenants were charged: a counter by tenant and tier, and the charge of each request."""
+
+FlowKey = tuple[str, str]
+"""Names of a tier and of a tenant."""
+
+
+class ServiceCounter:
+    """The service that one tenant had in one tier.
+
+    ``level_s``: device-seconds charged by its weight, lifted after idle times. ``charged_s``: those
+    charged in all. ``tag_s``: see ``FairQueue.engine_rank_s``. ``open``: charges not settled.
+    """
+
+    __slots__ = ("charged_s", "key", "level_s", "open", "tag_s", "weight")
+
+    def __init__(self, key: FlowKey, weight: float) -> None:
+        self.key = key
+        self.weight = weight
+        self.level_s = 0.0
+        self.charged_s = 0.0
+        self.tag_s = 0.0
+        self.open = 0
+
+
+class Charge:
+    """What one request was charged at one replica, in device-seconds.
+
+    ``per_token_s``: of an output token. ``made_tokens``: output before it came there.
+    """
+
+    __slots__ = ("counter", "made_tokens", "paid_s", "per_token_s", "prompt_s")
+
+    def __init__(
+        self, counter: ServiceCounter, prompt_s: float, per_token_s: float, tokens: float
+    ) -> None:
+        self.counter = counter
+        self.prompt_s = prompt_s
+        self.per_token_s = per_token_s
+        self.paid_s = prompt_s + per_token_s * tokens
+        self.made_tokens = 0

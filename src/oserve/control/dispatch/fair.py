@@ -1,0 +1,358 @@
+"""Fair shares between tenants: virtual counters, charged in device-seconds.
+
+Each tenant has a counter in each tier (VTC, arXiv 2401.00588): the device-seconds that its requests
+were charged, divided by its weight. Of the tenants that wait, the one with the lowest counter goes
+next. A dispatch charges the expected work at the replica chosen, times the replica's devices; the
+end of the answer corrects that. A tenant that waited for nothing is lifted to the lowest counter of
+those that wait, so idle time saves no credit. Somebody is served whenever a replica has room.
+
+If estimates are exact, the counters of two tenants that wait all the time never differ by more than
+the largest request, so their service over any time differs by at most twice that. A bounded debt
+for locality adds itself to both, and so do errors of estimates of requests in flight, until those
+end.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+
+from oserve.control.dispatch.charge import Charge, FlowKey, ServiceCounter
+from oserve.control.dispatch.fair_policy import FairPolicy
+from oserve.control.dispatch.flows import TenantFlow
+from oserve.control.dispatch.passing import PassingOrder
+from oserve.control.dispatch.state import RequestState
+
+# Heaps are rebuilt once they hold more stale entries than this.
+_MOST_STALE = 64
+# Idle flows are dropped once there are so many more than waiting ones.
+_MOST_IDLE = 1024
+# A tenant is active for so long after its last arrival.
+_ACTIVE_S = 60.0
+# Of the tenants within the debt for locality, so many are compared.
+_MOST_COMPARED = 8
+# The furthest that a tenant's requests are put back in an engine's queue, in seconds.
+_MOST_AHEAD_S = 60.0
+
+
+class _Heap:
+    """The flows of a tier with requests of one kind, by counter; stale entries are dropped late."""
+
+    __slots__ = ("_entries", "_late", "_most", "_order")
+
+    def __init__(self, *, late: bool) -> None:
+        self._entries: list[tuple[float, int, int, TenantFlow]] = []
+        self._most = _MOST_STALE
+        self._late = late
+        self._order = 0
+
+    def push(self, flow: TenantFlow) -> None:
+        self._order += 1
+        # Of equal counters the tenant with less under way goes first.
+        heapq.heappush(self._entries, (flow.level_s, flow.open, self._order, flow))
+        if len(self._entries) > self._most:
+            flows = {
+                flow: order for *_, order, flow in self._entries if flow.queue(late=self._late)
+            }
+            self._entries = [
+                (flow.level_s, flow.open, order, flow) for flow, order in flows.items()
+            ]
+            heapq.heapify(self._entries)
+            self._most = 2 * len(flows) + _MOST_STALE
+
+    def lowest(self) -> TenantFlow | None:
+        """The flow that goes next."""
+        entries = self._entries
+        while entries:
+            level_s, _, _, flow = entries[0]
+            if flow.queue(late=self._late):
+                if level_s == flow.level_s:
+                    return flow
+                heapq.heappop(entries)
+                if level_s < flow.level_s:
+                    self.push(flow)
+            else:
+                heapq.heappop(entries)
+        return None
+
+    def lowest_within(self, debt_s: float) -> list[TenantFlow]:
+        """The lowest flow, and a few others within a debt of it."""
+        found: list[TenantFlow] = []
+        while len(found) < _MOST_COMPARED:
+            flow = self.lowest()
+            if flow is None or (found and flow.level_s > found[0].level_s + debt_s):
+                break
+            if flow not in found:
+                found.append(flow)
+            heapq.heappop(self._entries)
+        for flow in found:
+            self.push(flow)
+        return found
+
+    @property
+    def entries(self) -> int:
+        return len(self._entries)
+
+
+class _TierFlows:
+    """The flows of one tier that wait, and the one that waited last."""
+
+    __slots__ = ("heaps", "last")
+
+    def __init__(self) -> None:
+        self.heaps = (_Heap(late=False), _Heap(late=True))
+        self.last: TenantFlow | None = None
+
+    def floor_s(self) -> float:
+        """The counter that a tenant which comes now has at least."""
+        found = [flow.level_s for heap in self.heaps if (flow := heap.lowest()) is not None]
+        if found:
+            return min(found)
+        return self.last.level_s if self.last is not None else 0.0
+
+
+class FairQueue:
+    """Waiting requests: fairly between the tenants of a tier, by rank otherwise.
+
+    Has the interface of ``RankQueue``, whose order it has where there is one tenant only.
+    ``saved_s``: the prompt work that a request would be spared by a cached prefix, in seconds.
+    """
+
+    def __init__(self, saved_s: Callable[[RequestState], float] | None = None) -> None:
+        self._policy = FairPolicy()
+        self._flows: dict[FlowKey, TenantFlow] = {}
+        self._tiers: dict[str, _TierFlows] = {}
+        self._numbers: dict[int, RequestState] = {}
+        self._saved_s = saved_s
+        self._elsewhere: dict[FlowKey, float] = {}
+        # Tenants by their last arrival, and the sum of their weights.
+        self._active: OrderedDict[FlowKey, float] = OrderedDict()
+        self._active_weight = 0.0
+
+    def use(self, policy: FairPolicy) -> None:
+        """Apply another policy from now on."""
+        self._policy = policy
+        for (_, tenant), flow in self._flows.items():
+            flow.weight = policy.weight(tenant)
+
+    # -- as RankQueue ---------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, state: RequestState) -> bool:
+        return state.number in self._numbers
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._numbers.values())
+
+    @property
+    def entries(self) -> int:
+        """Entries in the largest heap, stale ones included."""
+        own = [max(flow.waiting.entries, flow.late.entries) for flow in self._flows.values()]
+        flows = [heap.entries for tier in self._tiers.values() for heap in tier.heaps]
+        return max((*own, *flows), default=0)
+
+    def push(self, state: RequestState) -> None:
+        """Add a request, or move it after a change of its rank."""
+        flow = self.flow(state)
+        if not flow:
+            self._lift(flow)
+        self._numbers[state.number] = state
+        flow.queue(late=not state.demoted).discard(state)
+        queue = flow.queue(late=state.demoted)
+        fresh = not queue
+        queue.push(state)
+        if fresh:
+            self._tier(flow).heaps[state.demoted].push(flow)
+
+    def discard(self, state: RequestState) -> None:
+        """Remove a request if it waits here."""
+        if self._numbers.pop(state.number, None) is None:
+            return
+        flow = self.flow(state)
+        flow.waiting.discard(state)
+        flow.late.discard(state)
+        if not flow:
+            self._tier(flow).last = flow
+
+    def head(self) -> RequestState | None:
+        """The request to serve next."""
+        best: RequestState | None = None
+        for tier in self._tiers.values():
+            for late in (False, True):
+                found = self._first(tier.heaps[late], late=late)
+                if found is not None and (
+                    best is None or (found.rank_s, found.number) < (best.rank_s, best.number)
+                ):
+                    best = found
+        return best
+
+    def _first(self, heap: _Heap, *, late: bool) -> RequestState | None:
+        flow = heap.lowest()
+        if flow is None:
+            return None
+        if self._policy.debt_s > 0.0 and self._saved_s is not None:
+            near = heap.lowest_within(self._policy.debt_s)
+            if len(near) > 1:
+                heads = [found for one in near if (found := one.queue(late=late).head())]
+                # Of equal savings the lowest counter goes first.
+                return max(heads, key=self._saved_s, default=None)
+        return flow.queue(late=late).head()
+
+    def passing(
+        self, skip: Callable[[RequestState], bool] = lambda _: False
+    ) -> Iterator[RequestState]:
+        """All waiting requests in order of service, each once.
+
+        ``skip``: whether nothing more of this request's tenant is to be tried.
+
+        A request that is sent, demoted or refused while this runs changes the order of the rest.
+        """
+        groups = [
+            PassingOrder(late, [flow for flow in self._flows.values() if flow.key[0] == name])
+            for name in self._tiers
+            for late in (False, True)
+        ]
+        while True:
+            heads = [
+                (head.rank_s, head.number, at) for at, g in enumerate(groups) if (head := g.head())
+            ]
+            if not heads:
+                return
+            at = min(heads)[2]
+            first = groups[at].head()
+            if first is not None and skip(first):
+                groups[at].drop()
+                continue
+            state = groups[at].take()
+            if state.number not in self._numbers or state.demoted != groups[at].late:
+                continue
+            yield state
+            if state.demoted and not groups[at].late and state.number in self._numbers:
+                groups[at + 1].add(self.flow(state), state)
+
+    # -- counters -------------------------------------------------------------------------------
+    def flow(self, state: RequestState) -> TenantFlow:
+        """The flow of a request."""
+        tier = state.tier
+        key = ("" if tier is None else tier.name, state.tenant)
+        found = self._flows.get(key)
+        if found is None:
+            if len(self._flows) > _MOST_IDLE + 2 * len(self._numbers):
+                self._drop_idle()
+            found = self._flows[key] = TenantFlow(key, self._policy.weight(state.tenant))
+        return found
+
+    def arrived(self, state: RequestState, now_s: float) -> None:
+        """A request of a tenant has arrived, which is active for a while."""
+        flow = self.flow(state)
+        if self._active.pop(flow.key, None) is None:
+            self._active_weight += flow.weight
+        self._active[flow.key] = now_s
+        while True:
+            oldest = next(iter(self._active))
+            if self._active[oldest] >= now_s - _ACTIVE_S:
+                return
+            del self._active[oldest]
+            self._active_weight = sum(self._policy.weight(tenant) for _, tenant in self._active)
+
+    def over_share(self, state: RequestState, slots: float) -> bool:
+        """Whether a tenant has its part of so many slots already, and others are active.
+
+        Such a tenant leaves a few slots free (``FairPolicy.reserve``), so that others need not
+        wait until one of its requests ends.
+        """
+        if len(self._active) < 2:
+            return False
+        flow = self.flow(state)
+        return flow.open * self._active_weight >= slots * flow.weight
+
+    def waiting_of(self, state: RequestState) -> int:
+        """How many requests of its tenant wait in its tier."""
+        return len(self.flow(state))
+
+    def crowded_out(self, state: RequestState) -> RequestState:
+        """The latest request of the tenant with the most per weight; ``state`` if that is its."""
+        own = self.flow(state)
+        most = max(self._flows.values(), key=lambda flow: len(flow) / flow.weight)
+        if len(most) / most.weight <= len(own) / own.weight:
+            return state
+        latest: RequestState = max((*most.waiting, *most.late), key=lambda item: item.number)
+        return latest
+
+    def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
+        """Charge a request that is sent now: device-seconds of its prompt and of each token."""
+        flow = self.flow(state)
+        if state.number not in self._numbers and not flow:
+            # It passes an empty queue.
+            self._lift(flow)
+            self._tier(flow).last = flow
+        tokens = state.request.output_tokens if state.request is not None else 0
+        charge = Charge(flow, prompt_s, per_token_s, tokens)
+        flow.open += 1
+        self._add(flow, charge.paid_s)
+        return charge
+
+    def settle(self, charge: Charge, output_tokens: float) -> None:
+        """Correct a charge: the request had so many output tokens at that replica."""
+        charge.counter.open -= 1
+        spent_s = charge.prompt_s + charge.per_token_s * output_tokens
+        self._add(charge.counter, spent_s - charge.paid_s)
+        charge.paid_s = spent_s
+
+    def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
+        """The rank of a request in an engine's queue: when its tenant's share would have served it.
+
+        Without it a tenant that has filled the queues of the engines would go before one that
+        comes later. Within a tenant it keeps the order of dispatch.
+        """
+        flow = charge.counter
+        own_s = charge.paid_s / flow.weight / max(1, replicas)
+        flow.tag_s = min(max(now_s, flow.tag_s) + own_s, now_s + _MOST_AHEAD_S)
+        return flow.tag_s
+
+    def charged_s(self) -> dict[FlowKey, float]:
+        """Device-seconds charged in this process so far."""
+        return {key: flow.charged_s for key, flow in self._flows.items() if flow.charged_s}
+
+    def set_elsewhere(self, charged_s: Mapping[FlowKey, float]) -> None:
+        """Device-seconds charged by other processes so far; a lower sum than before is new."""
+        for key, sum_s in charged_s.items():
+            before_s = self._elsewhere.get(key, 0.0)
+            more_s = sum_s - before_s if sum_s >= before_s else sum_s
+            flow = self._flows.get(key)
+            if more_s and flow is None:
+                flow = self._flows[key] = TenantFlow(key, self._policy.weight(key[1]))
+            if more_s and flow is not None:
+                self._raise(flow, more_s / flow.weight)
+        self._elsewhere = dict(charged_s)
+
+    def _add(self, flow: ServiceCounter, device_s: float) -> None:
+        flow.charged_s += device_s
+        self._raise(flow, device_s / flow.weight)
+
+    def _raise(self, flow: ServiceCounter, by_s: float) -> None:
+        flow.level_s += by_s
+        if by_s < 0.0 and isinstance(flow, TenantFlow):
+            # A heap notices by itself only that a flow went up.
+            for late in (False, True):
+                if flow.queue(late=late):
+                    self._tier(flow).heaps[late].push(flow)
+
+    def _lift(self, flow: TenantFlow) -> None:
+        flow.level_s = max(flow.level_s, self._tier(flow).floor_s())
+
+    def _tier(self, flow: TenantFlow) -> _TierFlows:
+        found = self._tiers.get(flow.key[0])
+        if found is None:
+            found = self._tiers[flow.key[0]] = _TierFlows()
+        return found
+
+    def _drop_idle(self) -> None:
+        """Forget flows that would be lifted to where they are, or higher, if they came again."""
+        kept = {tier.last.key for tier in self._tiers.values() if tier.last is not None}
+        floors = {name: tier.floor_s() for name, tier in self._tiers.items()}
+        self._flows = {
+            key: flow
+            for key, flow in self._flows.items()
+            if flow or flow.open or key in kept or flow.level_s > floors.get(key[0], 0.0)
+        }

@@ -1,0 +1,1 @@
+"""Access: API keys, their tenants and roles, limits, and the audit log."""

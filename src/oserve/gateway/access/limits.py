@@ -1,0 +1,221 @@
+"""Limits of tenants: requests and tokens a minute, and requests in flight.
+
+A token bucket each, as large as a minute's allowance. Tokens are charged as estimated when a
+request comes, and corrected when it ends. Other gateway processes' use arrives every tenth of a
+second; until then a process does not know of it, so together they may exceed a limit by what the
+others admit in two such intervals. The buckets take that in afterwards and may be in debt, so over
+time the limit holds.
+"""
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from oserve.gateway.http.errors import ApiError
+from oserve.gateway.http.headers import Headers
+from oserve.gateway.settings import TenancySettings, TenantSettings
+
+_MINUTE_S = 60.0
+_MOST_WAIT_S = 600
+# Tenants without requests are forgotten beyond so many; full buckets have nothing to remember.
+_MOST_TENANTS = 4096
+
+
+class TenantUse(msgspec.Struct, frozen=True):
+    """What a tenant used in one process so far, and its requests in flight there."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+    inflight: int = 0
+
+
+class _Bucket:
+    """An allowance that fills within a minute."""
+
+    __slots__ = ("_at_s", "_left", "limit")
+
+    def __init__(self, limit: int, now_s: float) -> None:
+        self.limit = limit
+        self._left = float(limit)
+        self._at_s = now_s
+
+    def left(self, now_s: float) -> float:
+        """What may be used now; negative in debt."""
+        passed_s = max(0.0, now_s - self._at_s)
+        self._left = min(self.limit, self._left + passed_s * self.limit / _MINUTE_S)
+        self._at_s = max(now_s, self._at_s)
+        return self._left
+
+    def take(self, amount: float, now_s: float) -> None:
+        """Use so much; negative: give back."""
+        self._left = min(self.limit, self.left(now_s) - amount)
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """Seconds until so much may be used; 0: now. More than the limit waits for all of it."""
+        missing = min(amount, self.limit) - self.left(now_s)
+        return max(0.0, missing * _MINUTE_S / self.limit)
+
+
+class _Account:
+    """One tenant in this process."""
+
+    __slots__ = ("elsewhere", "inflight", "limits", "requests", "requests_used", "tokens", "used")
+
+    def __init__(self, limits: TenantSettings, now_s: float) -> None:
+        self.limits = limits
+        self.requests = self._bucket(limits.requests_per_min, now_s)
+        self.tokens = self._bucket(limits.tokens_per_min, now_s)
+        self.inflight = 0
+        self.requests_used = 0.0
+        self.used = 0.0
+        self.elsewhere = TenantUse()
+
+    @staticmethod
+    def _bucket(limit: int | None, now_s: float) -> _Bucket | None:
+        return None if limit is None else _Bucket(limit, now_s)
+
+    def take(self, requests: float, tokens: float, now_s: float) -> None:
+        """Use requests and tokens, here or elsewhere."""
+        if self.requests is not None and requests:
+            self.requests.take(requests, now_s)
+        if self.tokens is not None and tokens:
+            self.tokens.take(tokens, now_s)
+
+    def take_elsewhere(self, requests: float, tokens: float, now_s: float) -> None:
+        """As ``take``, but at most a minute's allowance.
+
+        The first sums of a new hub, or of many processes at once, may have all of the past.
+        """
+        if self.requests is not None:
+            self.requests.take(min(requests, self.requests.limit), now_s)
+        if self.tokens is not None:
+            self.tokens.take(min(tokens, self.tokens.limit), now_s)
+
+    def idle(self, now_s: float) -> bool:
+        """Whether forgetting it changes nothing."""
+        buckets = (self.requests, self.tokens)
+        return not self.inflight and all(
+            bucket is None or bucket.left(now_s) >= bucket.limit for bucket in buckets
+        )
+
+
+class TenantLimits:
+    """The limits of all tenants in one gateway process."""
+
+    def __init__(self, settings: TenancySettings) -> None:
+        self._settings = settings
+        self._accounts: dict[str, _Account] = {}
+
+    def _account(self, tenant: str, now_s: float) -> _Account:
+        found = self._accounts.get(tenant)
+        if found is None:
+            if len(self._accounts) >= _MOST_TENANTS:
+                self._accounts = {
+                    name: account
+                    for name, account in self._accounts.items()
+                    if not account.idle(now_s)
+                }
+            found = self._accounts[tenant] = _Account(self._settings.of(tenant), now_s)
+        return found
+
+    def admit(self, tenant: str, tokens: float, now_s: float) -> Headers:
+        """Admit a request of about so many tokens; returns the headers of its answer.
+
+        Raises ApiError, 429 with Retry-After, if it exceeds a limit.
+        """
+        account = self._account(tenant, now_s)
+        most = account.limits.max_inflight
+        if most is not None and account.inflight + account.elsewhere.inflight >= most:
+            raise _refused(f"{most} requests in flight", "inflight", 1.0, _headers(account, now_s))
+        for name, bucket, amount in (
+            ("requests", account.requests, 1.0),
+            ("tokens", account.tokens, tokens),
+        ):
+            wait_s = 0.0 if bucket is None else bucket.wait_s(amount, now_s)
+            if bucket is not None and wait_s > 0.0:
+                limit = f"{bucket.limit} {name} a minute"
+                raise _refused(limit, name, wait_s, _headers(account, now_s))
+        account.inflight += 1
+        account.requests_used += 1.0
+        account.used += tokens
+        account.take(1.0, tokens, now_s)
+        return _headers(account, now_s)
+
+    def ended(self, tenant: str, estimated: float, tokens: float, now_s: float) -> None:
+        """A request has ended with so many tokens."""
+        account = self._accounts.get(tenant)
+        if account is not None:
+            account.inflight -= 1
+            account.used += tokens - estimated
+            account.take(0.0, tokens - estimated, now_s)
+
+    def use(self) -> dict[str, TenantUse]:
+        """What was used in this process, for the others."""
+        return {
+            name: TenantUse(account.requests_used, account.used, account.inflight)
+            for name, account in self._accounts.items()
+        }
+
+    def set_elsewhere(self, uses: Mapping[str, TenantUse], now_s: float) -> None:
+        """What was used in other processes; less than before comes from a new process."""
+        for name, use in uses.items():
+            account = self._account(name, now_s)
+            before = account.elsewhere
+            if use.requests < before.requests:
+                before = TenantUse(0.0, 0.0)
+            account.take_elsewhere(
+                use.requests - before.requests, use.tokens - before.tokens, now_s
+            )
+            account.elsewhere = use
+        for name in self._accounts.keys() - uses.keys():
+            self._accounts[name].elsewhere = TenantUse()
+
+    def document(self, tenant: str, now_s: float) -> dict[str, object]:
+        """A tenant's limits and what is left of them."""
+        account = self._account(tenant, now_s)
+        left = {
+            name: None if bucket is None else max(0, math.floor(bucket.left(now_s)))
+            for name, bucket in (("requests", account.requests), ("tokens", account.tokens))
+        }
+        return {
+            "limits": msgspec.to_builtins(account.limits),
+            "left": left,
+            "inflight": account.inflight + account.elsewhere.inflight,
+        }
+
+
+def _headers(account: _Account, now_s: float) -> Headers:
+    """OpenAI's headers; limits that are not set have none."""
+    found: list[tuple[bytes, bytes]] = []
+    for name, bucket in ((b"requests", account.requests), (b"tokens", account.tokens)):
+        if bucket is not None:
+            left = max(0, math.floor(bucket.left(now_s)))
+            full_s = bucket.wait_s(bucket.limit, now_s)
+            found += [
+                (b"x-ratelimit-limit-" + name, b"%d" % bucket.limit),
+                (b"x-ratelimit-remaining-" + name, b"%d" % left),
+                (b"x-ratelimit-reset-" + name, _span(full_s)),
+            ]
+    return tuple(found)
+
+
+def _span(seconds: float) -> bytes:
+    """As OpenAI writes spans of time: 120ms, 3.5s, 6m0s."""
+    if seconds < 1.0:
+        return b"%dms" % math.ceil(seconds * 1000)
+    if seconds < _MINUTE_S:
+        return f"{math.ceil(seconds * 10) / 10:g}s".encode()
+    return b"%dm%ds" % divmod(math.ceil(seconds), 60)
+
+
+def _refused(limit: str, name: str, wait_s: float, headers: Headers) -> ApiError:
+    retry_s = max(1, min(_MOST_WAIT_S, math.ceil(wait_s)))
+    return ApiError(
+        status=429,
+        message=f"Your limit of {limit} is reached; try again in {retry_s} s",
+        type="rate_limit_error",
+        code=f"{name}_limit_reached",
+        retry_after_s=retry_s,
+        headers=headers,
+    )

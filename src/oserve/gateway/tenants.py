@@ -1,0 +1,95 @@
+"""Tenants in one gateway process: their limits, metrics, and what they are charged."""
+
+from time import monotonic
+
+from oserve.control.dispatch import commands as do
+from oserve.control.dispatch import events as on
+from oserve.gateway.access.limits import TenantLimits
+from oserve.gateway.accounting import token_counts
+from oserve.gateway.http.errors import ApiError
+from oserve.gateway.metrics import Metrics
+from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.stream.session import Session
+
+MOST_LABELS = 200
+"""Tenants with metrics of their own."""
+OTHERS = "(others)"
+
+
+class Tenants:
+    """Admits the requests of tenants and accounts for them. Without keys there are no tenants.
+
+    ``processes``: among how many a bound on waiting requests is divided.
+    """
+
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._tenancy = settings.tenancy
+        self.processes = settings.processes
+        self._metrics = metrics
+        self._labels: set[str] = set()
+        self.limits = TenantLimits(settings.tenancy)
+
+    def admit(self, session: Session) -> None:
+        """Admit a request. Raises ApiError if its tenant has reached a limit."""
+        request = session.request
+        if not session.tenant or request is None:
+            return
+        tokens = request.prompt_tokens + request.output_tokens
+        try:
+            session.limit_headers = self.limits.admit(session.tenant, tokens, monotonic())
+        except ApiError as error:
+            label = self._label(session.tenant)
+            self._metrics.count("oserve_tenant_refused", label, error.code or "")
+            raise
+
+    def fair_name(self, session: Session) -> str:
+        """The tenant for fair shares; "" without them."""
+        return session.tenant if self._tenancy.fair else ""
+
+    def max_queued(self, session: Session) -> int | None:
+        """This process's part of the bound on a tenant's waiting requests."""
+        most = self._tenancy.of(session.tenant).max_queued if session.tenant else None
+        return None if most is None else -(-most // self.processes)
+
+    def ended(self, session: Session, ending: do.Record) -> on.Spent | None:
+        """Count a request that has ended; returns what the machine must know of it."""
+        if not session.tenant:
+            return None
+        prompt_tokens, output_tokens = token_counts(session, ending)
+        if session.request is not None:
+            tokens = prompt_tokens + output_tokens if ending.replica else 0
+            estimated = session.request.prompt_tokens + session.request.output_tokens
+            self.limits.ended(session.tenant, estimated, tokens, monotonic())
+        label, metrics = self._label(session.tenant), self._metrics
+        metrics.count("oserve_tenant_requests", label, ending.status.value)
+        if ending.replica:
+            metrics.count("oserve_tenant_prompt_tokens", label, by=prompt_tokens)
+            metrics.count("oserve_tenant_output_tokens", label, by=output_tokens)
+        if ending.charge is None:
+            return None
+        own_tokens = max(0, output_tokens - ending.made_tokens)
+        spent_s = ending.charge.prompt_s + ending.charge.per_token_s * own_tokens
+        metrics.count("oserve_tenant_device_seconds", label, by=spent_s)
+        return on.Spent(ending.charge, own_tokens)
+
+    def _label(self, tenant: str) -> str:
+        """A tenant's label in metrics; those beyond the first ``MOST_LABELS`` share one."""
+        if tenant not in self._labels:
+            if len(self._labels) >= MOST_LABELS:
+                return OTHERS
+            self._labels.add(tenant)
+        return tenant
+
+
+def salted(key: str, salt: str) -> str:
+    """The key of a cached prefix, which tenants with a salt do not share."""
+    return f"{key}@{salt}" if key and salt else key
+
+
+def by_flow(charged: dict[str, float]) -> dict[tuple[str, str], float]:
+    """Charges by tier and tenant, from those by the two joined by a tab."""
+    found = {}
+    for name, spent_s in charged.items():
+        tier, _, tenant = name.partition("\t")
+        found[tier, tenant] = spent_s
+    return found
