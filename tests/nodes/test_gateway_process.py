@@ -10,8 +10,9 @@ import msgspec
 
 from gateway.conftest import table_of, table_replica
 from hatches import IDENTITY, LIMIT_S, RunningHatch, opened, running_hatch
-from oserve.core import Endpoint, RequestRecord
+from oserve.core import Endpoint, KeyRole, RequestRecord
 from oserve.engines.clock import LiveClock
+from oserve.gateway.access.key_file import KeyStore
 from oserve.gateway.process.hub import Hub
 from oserve.gateway.process.hub_call import HubCall
 from oserve.gateway.process.messages import (
@@ -20,6 +21,7 @@ from oserve.gateway.process.messages import (
     OperatorAnswer,
     OperatorCall,
 )
+from oserve.gateway.process.shared_keys import SharedKeys
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.nodes.hatch_identity import make_identity
@@ -44,7 +46,7 @@ async def start(hatch: RunningHatch, alone_s: float, log: Path) -> asyncio.subpr
         process=0,
         hub=str(hatch.folder / NAME),
         models=("emulated",),
-        api_keys=["key-5"],
+        api_keys=[],
         settings=GatewaySettings(port=0, shutdown_grace_s=0.0, placement="every-node"),
         home=GatewayHome(
             node="a",
@@ -76,7 +78,9 @@ async def test_served(tmp_path: Path) -> None:
         return OperatorAnswer(status=200, body=json.dumps(call.path).encode())
 
     records, log = Records(), tmp_path / "log"
-    hub = Hub(operate, records)
+    # The node has no key file: the hub sends what is in the server's.
+    _, key = KeyStore(tmp_path / "keys.json").add("ops", KeyRole.ADMIN)
+    hub = Hub(operate, records, SharedKeys(tmp_path / "keys.json"))
     engines = {"near": EmulatedEngine(), "far": EmulatedEngine()}
     async with running_hatch(tmp_path) as a, running_hatch(tmp_path, None, make_identity("b")) as b:
         replicas = []
@@ -89,12 +93,15 @@ async def test_served(tmp_path: Path) -> None:
         process = await start(a, 0.1, log)
         call = HubCall("a", hub, lambda: opened(a.address, NAME), LiveClock())
         calling = asyncio.create_task(call.run())
-        headers = {"authorization": "Bearer key-5"}
+        headers = {"authorization": f"Bearer {key}"}
         try:
             async with asyncio.timeout(LIMIT_S):
                 port = await hub.expect(INCARNATION)
                 called = a.hatch._accepted
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as client:
+                wrong = {"authorization": "Bearer wrong"}
+                async with client.get("/v1/models", headers=wrong) as answer:
+                    assert answer.status == 401
                 served: set[str] = set()
                 async with asyncio.timeout(LIMIT_S):
                     while served != {"near", "far"}:
@@ -126,5 +133,5 @@ async def test_served(tmp_path: Path) -> None:
     told = log.read_text()
     assert "serves on by the last routing table" in told
     assert "this gateway ends" in told
-    assert not any(secret in told for secret in (IDENTITY.token, IDENTITY.key, "key-5"))
+    assert not any(secret in told for secret in (IDENTITY.token, IDENTITY.key, key))
     assert not (a.folder / "gateway.0").exists()
