@@ -85,13 +85,11 @@ def _transformers_classes() -> set[str]:
     assert found.origin is not None
     source = Path(found.origin).parent / "models/auto/modeling_auto.py"
     for node in ast.parse(source.read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
-                return {
-                    item.value
-                    for item in ast.walk(node.value)
-                    if isinstance(item, ast.Constant) and str(item.value).endswith("CausalLM")
-                }
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        if node.targets[0].id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
+            names = {one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)}
+            return {str(name) for name in names if str(name).endswith("CausalLM")}
     return set()
 
 

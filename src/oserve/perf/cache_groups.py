@@ -88,9 +88,7 @@ def cache_groups(
     least, most = min(page.count for page in pages), max(page.count for page in pages)
     group = most if most < least * _PADDED else least
     return CacheGroups(
-        tables=tuple(
-            (page.cache, page.tokens, math.ceil(page.count / group)) for page in longer
-        ),
+        tables=tuple((page.cache, page.tokens, math.ceil(page.count / group)) for page in longer),
         block_bytes=group * largest,
     )
 

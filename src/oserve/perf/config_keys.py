@@ -21,7 +21,7 @@ _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 
 @functools.cache
 def checked_types() -> Mapping[str, Mapping[str, Any]]:
-    """The class defaults of each ``model_type`` that was checked: ``defaults``, ``names``, ``text``.
+    """The class defaults by checked ``model_type``: ``defaults``, ``names`` and ``text``.
 
     ``names``: key in the file by the name that the class gives it. ``text``: the ``model_type`` of
     a nested language model.

@@ -19,9 +19,8 @@ _KEYS = (
 # What vLLM assumes without any.
 _UNKNOWN = 2048
 # With these, max_position_embeddings is the scaled length already, or is not scaled.
-_UNSCALED = frozenset(
-    "su longrope llama3 yarn deepseek_yarn deepseek_llama_scaling default mrope".split()
-)
+_UNSCALED_TYPES = "su longrope llama3 yarn deepseek_yarn deepseek_llama_scaling default mrope"
+_UNSCALED = frozenset(_UNSCALED_TYPES.split())
 
 
 def max_model_len(keys: ConfigKeys) -> int:

@@ -12,12 +12,11 @@ from oserve.perf.layer_types import MixerType, mixer_types
 from oserve.perf.layers import Cache, CacheKind
 
 # vLLM compresses these models' keys and values; MiniCPM3 has the same keys, but caches heads.
-LATENT_TYPES = frozenset(
-    """
-    deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear
-    longcat_flash mistral4
-    """.split()
-)
+_LATENT = """
+deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
+mistral4
+"""
+LATENT_TYPES = frozenset(_LATENT.split())
 # Query heads come with a gate of the same size.
 _GATED_ATTENTION = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 # A sparse model's index: keys in 8 bits and one 32-bit scale per token.
@@ -39,6 +38,7 @@ def heads_of(keys: ConfigKeys) -> int:
 
 
 def hidden_of(keys: ConfigKeys) -> int:
+    """The width of the residual stream."""
     return keys.count("hidden_size", "n_embd", "d_model")
 
 
@@ -61,6 +61,7 @@ def kv_heads_of(keys: ConfigKeys) -> int:
 
 
 def head_dim_of(keys: ConfigKeys) -> int:
+    """The size of a head of a full-attention layer."""
     found = keys.optional("head_dim", "attention_head_dim", "kv_channels")
     if keys.kind == "zamba2" and found is None:
         return 2 * hidden_of(keys) // heads_of(keys)

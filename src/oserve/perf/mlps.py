@@ -7,12 +7,11 @@ from oserve.perf.layer_types import names_of_layers
 from oserve.perf.mixers import hidden_of
 
 # MLPs of two matrices, up and down.
-_PLAIN = frozenset(
-    """
-    opt gpt2 gptj gpt_neox falcon bloom gpt_bigcode starcoder2 arcee apertus persimmon phi nemotron
-    nemotron_h jais2
-    """.split()
-)
+_TWO_MATRICES = """
+opt gpt2 gptj gpt_neox falcon bloom gpt_bigcode starcoder2 arcee apertus persimmon phi nemotron
+nemotron_h jais2
+"""
+_PLAIN = frozenset(_TWO_MATRICES.split())
 _NO_MLP = frozenset({"mamba", "mamba2", "falcon_mamba"})
 _EXPERTS = (
     "num_experts",

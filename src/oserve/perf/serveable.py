@@ -13,9 +13,7 @@ from oserve.perf.config_keys import architectures
 BY_TABLE = "the defaults of transformers 5.19 that OServe ships"
 
 
-def refuse_unserved(
-    config: Mapping[str, Any], *, place: str, folder: Path | None = None
-) -> None:
+def refuse_unserved(config: Mapping[str, Any], *, place: str, folder: Path | None = None) -> None:
     """Raise OServeError for a model that vLLM would not serve, with vLLM's reason."""
     if folder is not None and _pools(folder):
         raise OServeError(
@@ -42,7 +40,7 @@ def refuse_unserved(
         last = next(known["removed"][name] for name in names if name in known["removed"])
         reason = f"vLLM served {shown} until {last} and no longer does"
     else:
-        reason = f"model architectures [{shown}] (model_type {config.get('model_type')}) are not supported by vLLM 0.32"
+        reason = f"vLLM 0.32 does not support the architecture {shown}"
     raise OServeError(reason, place=f"{place}:architectures", remedy=remedy)
 
 
