@@ -24,8 +24,8 @@ def class_row(kind: str) -> dict[str, Any] | None:
     if kind not in CONFIG_MAPPING:
         return None
     own = CONFIG_MAPPING[kind]
-    given = {field.name: field.default for field in dataclasses.fields(own)}
-    plain = int | float | str | bool | list
+    given: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(own)}
+    plain = (int, float, str, bool, list)
     defaults = {
         name: value
         for name, value in sorted(given.items())
@@ -33,7 +33,9 @@ def class_row(kind: str) -> dict[str, Any] | None:
     }
     row: dict[str, Any] = {"defaults": defaults}
     names = {
-        given: old for given, old in (own.attribute_map or {}).items() if {given, old} & set(KEYS)
+        str(new): str(old)
+        for new, old in dict(own.attribute_map or {}).items()
+        if {new, old} & set(KEYS)
     }
     if names:
         row["names"] = names
@@ -56,7 +58,7 @@ def architectures() -> dict[str, Any]:
             target = node.targets[0]
             assert isinstance(target, ast.Name)
             tables[target.id] = {
-                key.value: value.value if isinstance(value, ast.Constant) else None
+                str(key.value): value.value if isinstance(value, ast.Constant) else None
                 for key, value in zip(node.value.keys, node.value.values, strict=True)
                 if isinstance(key, ast.Constant)
             }
@@ -88,8 +90,10 @@ def _transformers_classes() -> set[str]:
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
             continue
         if node.targets[0].id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
-            names = {one.value for one in ast.walk(node.value) if isinstance(one, ast.Constant)}
-            return {str(name) for name in names if str(name).endswith("CausalLM")}
+            names = {
+                str(one.value) for one in ast.walk(node.value) if isinstance(one, ast.Constant)
+            }
+            return {name for name in names if name.endswith("CausalLM")}
     return set()
 
 

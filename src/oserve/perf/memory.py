@@ -70,7 +70,7 @@ def weights_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
     # With one stage, a device holds both the embedding and the untied LM head.
     ends = embedding * (2 if shape.pipeline_parallel_size == 1 and not model.tied else 1)
     share = _stage_layers(model, shape) / model.layers
-    layers = share * model.body_parameters * weight_bytes(shape.precision)
+    layers = share * model.body_bytes(weight_bytes(shape.precision))
     outside = model.extra_parameters * weight_bytes(plain)
     return (layers + ends + outside) / shape.tensor_parallel_size
 

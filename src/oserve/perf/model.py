@@ -10,6 +10,9 @@ from pathlib import Path
 from oserve.core import OServeError
 from oserve.perf.catalogue import catalogue, nearest
 from oserve.perf.layers import Cache, CacheKind, LayerKind
+from oserve.perf.stored import StoredWeights
+
+_AS_IT_IS_BYTES = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +24,8 @@ class ModelFacts:
     ``kinds``: the layers of a model whose layers differ, or are not plain attention with an MLP;
     the sizes before are then those of its first attention and widest experts.
     ``extra_parameters``: besides layers, embedding and head, such as a vision tower.
-    ``read_by``: how the configuration was read.
+    ``stored``: how a quantised checkpoint holds its
+    weights. ``read_by``: how the configuration was read.
     """
 
     name: str
@@ -40,6 +44,7 @@ class ModelFacts:
     max_model_len: int = 4096
     kinds: tuple[LayerKind, ...] = ()
     extra_parameters: int = 0
+    stored: StoredWeights | None = None
     read_by: str = field(default="", compare=False)
 
     @property
@@ -86,6 +91,17 @@ class ModelFacts:
     def body_parameters(self) -> int:
         """Parameters of all layers."""
         return sum(kind.count * kind.parameters for kind in self.layer_kinds)
+
+    def body_bytes(self, weight_bytes: float) -> float:
+        """Bytes of all layers' weights at ``weight_bytes`` each, or as a checkpoint stores them.
+
+        The stored form counts where 16 bits are asked for, that is, the model as it is.
+        """
+        if self.stored is None or weight_bytes != _AS_IT_IS_BYTES:
+            return self.body_parameters * weight_bytes
+        experts = sum(kind.count * kind.experts * kind.expert for kind in self.layer_kinds)
+        rest = self.body_parameters - experts
+        return rest * self.stored.linear_bytes + experts * self.stored.expert_bytes
 
     @property
     def parameters(self) -> int:

@@ -28,6 +28,7 @@ from oserve.perf.mlps import (
 from oserve.perf.model import ModelFacts
 from oserve.perf.outside_layers import beside_layers, outside_parameters
 from oserve.perf.serveable import readable, refuse_unserved
+from oserve.perf.stored import stored_weights
 
 
 def read_model(file: Path) -> ModelFacts:
@@ -77,6 +78,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, place: str) -> Mo
         shared_intermediate=shared_width_of(keys) if experts else 0,
         max_model_len=max_model_len(keys),
         extra_parameters=outside_parameters(keys, layers),
+        stored=stored_weights(config, place=place),
         read_by=read_by,
     )
     if len(kinds) == 1 and kinds[0] == facts.plain_kind:

@@ -150,7 +150,10 @@ class Roofline:
         plain = Precision.FP32 if precision is Precision.FP32 else Precision.BF16
         self._head_flops = device.peak_flops(plain) * coefficients.gemm
         self._attention_flops = device.peak_flops(plain) * coefficients.attention
+        # A quantised checkpoint counts as it is stored, on average over its layers.
         self._weight_bytes = weight_bytes(precision)
+        if model.stored is not None:
+            self._weight_bytes = model.body_bytes(self._weight_bytes) / model.body_parameters
         self._plain_bytes = weight_bytes(plain)
         self._wide = 4.0 if precision is Precision.FP32 else _ACTIVATION_BYTES
         self._kv_wide = kv_bytes_per_value(precision)
