@@ -39,10 +39,11 @@ def class_row(kind: str) -> dict[str, Any] | None:
     }
     if names:
         row["names"] = names
-    parts = getattr(own, "sub_configs", {}) or {}
+    parts: dict[str, Any] = dict(own.sub_configs or {})
     for key in ("text_config", "thinker_config"):
-        if key in parts and getattr(parts[key], "model_type", ""):
-            row["text"] = parts[key].model_type
+        inner = str(getattr(parts.get(key), "model_type", ""))
+        if inner:
+            row["text"] = inner
     return row
 
 

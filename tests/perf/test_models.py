@@ -63,7 +63,7 @@ def test_every_configuration_gives_sound_facts(name: str) -> None:
     fit = memory_fit(facts, shape, 4e12)
     assert fit.kv_tokens > 0
     # A longer request never takes less.
-    sizes = [tokens * kv_bytes_per_token(facts, shape, tokens) for tokens in (16, 900, 9000)]
+    sizes = [round(tokens * kv_bytes_per_token(facts, shape, tokens)) for tokens in (16, 900, 9000)]
     assert sizes == sorted(sizes)
     step = RooflineSource(facts).step_model(shape)
     assert isinstance(step, Roofline)
@@ -74,6 +74,12 @@ def test_a_quantised_checkpoint_counts_as_it_is_stored() -> None:
     shape = ReplicaShape(max_num_batched_tokens=2048, max_num_seqs=64, device_kind="H100")
     assert weights_bytes(facts_of("gpt-oss-120b"), shape) == pytest.approx(65e9, rel=0.03)
     assert weights_bytes(facts_of("qwen3-235b-fp8"), shape) == pytest.approx(236e9, rel=0.03)
+
+
+def test_states_do_not_grow_with_the_request() -> None:
+    groups = cache_groups(facts_of("nemotron-3-nano").layer_kinds, value_bytes=2)
+    grown = groups.request_bytes(200_000) - groups.request_bytes(100_000)
+    assert grown / 100_000 == pytest.approx(6144, rel=0.02)
 
 
 def test_a_latent_is_whole_on_every_rank() -> None:

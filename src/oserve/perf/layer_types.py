@@ -121,7 +121,7 @@ def _by_rule(keys: ConfigKeys, layer: int, layers: int) -> MixerType:  # noqa: P
     kind = keys.kind
     if kind in _STATE_TYPES:
         return MixerType.MAMBA1
-    if kind == "mamba2":
+    if kind in {"mamba2", "falcon_h1"}:
         return MixerType.MAMBA2
     if kind == "jamba":
         period, offset = keys.count("attn_layer_period"), keys.natural("attn_layer_offset")

@@ -47,7 +47,13 @@ def is_gated(keys: ConfigKeys) -> bool:
 
 def width_of(keys: ConfigKeys, layer: int = 0) -> int:
     """The width of the dense MLP."""
-    names = ("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "inner_dim")
+    names: tuple[str, ...] = (
+        "intermediate_size",
+        "n_inner",
+        "ffn_hidden_size",
+        "ffn_dim",
+        "inner_dim",
+    )
     if keys.kind == "opt":
         names = ("ffn_dim",)
     elif keys.kind == "llama4_text":

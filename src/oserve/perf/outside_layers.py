@@ -29,8 +29,7 @@ def _positions(keys: ConfigKeys) -> int:
     if keys.kind == "opt":
         narrow = keys.optional("word_embed_proj_dim") or hidden_of(keys)
         hidden, vocab = hidden_of(keys), keys.count("vocab_size")
-        projected = 2 * narrow * hidden - vocab * (hidden - narrow) if narrow != hidden else 0
-        return (keys.count("max_position_embeddings") + 2) * hidden + projected
+        return 2 * narrow * hidden - vocab * (hidden - narrow) if narrow != hidden else 0
     return 0
 
 

@@ -57,7 +57,7 @@ def _linear_bytes(method: str, found: Mapping[str, Any]) -> float | None:
         return _grouped(found.get("bits", 4), found.get("group_size", 128))
     if method == "compressed-tensors":
         groups = found.get("config_groups")
-        first = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+        first: object = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
         weights = first.get("weights") if isinstance(first, Mapping) else None
         if isinstance(weights, Mapping):
             return _grouped(weights.get("num_bits", 8), weights.get("group_size"))
