@@ -79,6 +79,9 @@ class SharedLauncher:
     def __init__(self, zygote: ZygoteLauncher) -> None:
         self._zygote = zygote
 
+    async def prepare(self) -> None:
+        """The fixture has done it."""
+
     async def start(
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
     ) -> EngineProcess:

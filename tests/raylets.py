@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hosts import Hosts
+from hosts import Host, Hosts
 
 GCS_PORT = 6379
+_MOST_KNOCKS = 20
 
 # As the program ``ray``, without what its other commands import.
 _RAY = """
@@ -37,7 +38,7 @@ def start(params, head):
 # A raylet that comes before its GCS tries again late: wait for the port.
 _KNOCK = """
 import socket, sys, time
-for _ in range(2400):
+for _ in range(100):
     try:
         socket.create_connection((sys.argv[1], int(sys.argv[2])), 1.0).close()
         break
@@ -90,6 +91,11 @@ class Raylets:
         )
 
     @property
+    def folder(self) -> Path:
+        """A folder that all hosts see."""
+        return self._folder
+
+    @property
     def address(self) -> str:
         """``HOST:PORT`` of the head."""
         return f"{self._hosts[0].address}:{GCS_PORT}"
@@ -102,7 +108,7 @@ class Raylets:
         host = self._hosts[number]
         where = ["--head", "--port", str(GCS_PORT), "--include-dashboard", "false"]
         if number:
-            host.inside([sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)])
+            self._knock(host)
             where = ["--address", self.address]
         resources = {} if gpus else dict(self._resources.get(number, {}))
         words = [*_START, *where, "--node-ip-address", host.address, *_LEAN]
@@ -113,6 +119,16 @@ class Raylets:
             self._begun[number] = log.tell()
             self._running[number] = host.popen(words, env=self.env | env, log=log)
 
+    def _knock(self, host: Host) -> None:
+        """Wait for the head, whose start may have to be tried again."""
+        words = [sys.executable, "-c", _KNOCK, self._hosts[0].address, str(GCS_PORT)]
+        for _ in range(_MOST_KNOCKS - 1):
+            with contextlib.suppress(subprocess.SubprocessError):
+                host.inside(words)
+                return
+            self._tend(0)
+        host.inside(words)
+
     def joined(self, number: int) -> bool:
         """Whether Ray has been started on a host, so that a driver can run there."""
         self.tend()
@@ -120,11 +136,16 @@ class Raylets:
 
     def tend(self) -> None:
         """Start Ray once more where its start took longer than it likes, as on a busy machine."""
-        for number, process in list(self._running.items()):
-            failed = process.poll() is not None and not self._has_started(number)
-            if failed and self._spare_starts:
-                self._spare_starts -= 1
-                self.start(number, **self._last[number])
+        for number in list(self._running):
+            self._tend(number)
+
+    def _tend(self, number: int) -> None:
+        process = self._running.get(number)
+        if process is None or process.poll() is None or self._has_started(number):
+            return
+        if self._spare_starts:
+            self._spare_starts -= 1
+            self.start(number, **self._last[number])
 
     def _has_started(self, number: int) -> bool:
         """Whether the last start on a host has come to its end."""

@@ -7,8 +7,8 @@ Llama of noise serves on node a; a switch moves it to two ranks on node b, and t
 Meanwhile streams of greedy text run one after the other at whichever replica serves. Told are
 
 - bytes on each link, as the hatches count them, and of the planned transfer,
-- the rate from the first order to the last byte, and that of a plain TCP copy before and after,
-  both with the streams running,
+- the rate from the first order to the last byte (beside it, the time that the slowest rank took),
+  and that of a plain TCP copy before and after, both with the streams running,
 - the longest gap between two chunks of a stream, before and during the switch,
 - streams that broke off, and texts that differ from that of the engine loaded from disk.
 
@@ -57,6 +57,7 @@ from oserve.engines.devices import split_cores
 from oserve.engines.holding import HatchDial, HeldEngines
 from oserve.engines.keeper import Keeper
 from oserve.engines.mover import Mover
+from oserve.engines.rank_commands import JobReport
 from oserve.engines.settings import EngineSettings
 from oserve.engines.spawner import ZygoteLauncher
 from oserve.nodes.hatch_messages import HatchReport, ReportQuery, ask_hatch, tell_peers
@@ -85,7 +86,7 @@ def plan_of(name: str, *devices: str) -> DeploymentPlan:
     )
 
 
-class Streams(Seen):
+class Streams(Seen):  # type: ignore[misc]
     """Streams one after the other, at the replica that serves."""
 
     def __init__(self, cluster: EngineCluster) -> None:
@@ -156,6 +157,8 @@ class World:
             self.cluster, self.clock, first, policy=ReconcilePolicy(), interval_s=0.2
         )
         self.moved: list[Moved] = []
+        # By the ranks' own clocks: of the move, then of the checksums.
+        self.ranks_s: list[float] = []
         self._settings = settings
         self.switcher = Switcher(
             SwitcherFacts(
@@ -175,12 +178,18 @@ class World:
         self._tasks: list[asyncio.Task[None]] = []
 
     def _weights(self) -> EngineWeightFacts:
-        moved, clock = self.moved, self.clock
+        moved, ranks_s, clock = self.moved, self.ranks_s, self.clock
 
         class Watched(Mover):
             async def move(self, *words: Any, **more: Any) -> Moved:
+                ranks_s.clear()
                 moved.append(await super().move(*words, **more))
                 return moved[-1]
+
+            async def _reports(self, *words: Any, **more: Any) -> list[JobReport]:
+                reports = await super()._reports(*words, **more)
+                ranks_s.append(max(report.seconds for report in reports))
+                return reports
 
         def mover(
             endpoints: Mapping[str, Endpoint], /, *, node_of: Callable[[str, int], str]
@@ -259,6 +268,7 @@ async def switched(world: World, streams: Streams, plan: DeploymentPlan) -> dict
         "bytes_by_link": {way: size - sent.get(way, 0) for way, size in after.items()},
         "planned_bytes": report.total_bytes,
         "moved_in_s": moved.seconds,
+        "ranks_took_s": world.ranks_s[0],
         "bytes_per_s": rate,
         "plain_tcp_bytes_per_s": rates,
         "share_of_plain_tcp": rate / plain,
@@ -297,7 +307,8 @@ def _line(row: dict[str, Any]) -> str:
     phases = ", ".join(f"{name} {took:.1f}" for name, took in row["phases_s"].items())
     return (
         f"to {row['to']}: {row['seconds']:.1f} s ({phases}); {links}; moved in "
-        f"{row['moved_in_s']:.2f} s: {row['bytes_per_s'] / 1e6:.0f} MB/s, plain TCP {plain} MB/s: "
+        f"{row['moved_in_s']:.2f} s (ranks {row['ranks_took_s']:.2f} s): "
+        f"{row['bytes_per_s'] / 1e6:.0f} MB/s, plain TCP {plain} MB/s: "
         f"{row['share_of_plain_tcp']:.2f}; longest gap {row['gap_before_s']:.2f} -> "
         f"{row['gap_during_s']:.2f} s"
     )

@@ -76,7 +76,7 @@ def plans(folder: Path, precision: str) -> dict[str, Path]:
     return found
 
 
-class Watch(Seen):
+class Watch(Seen):  # type: ignore[misc]
     """Streams one after the other, and whether a replica is ready, until it is stopped."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:

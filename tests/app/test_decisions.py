@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from oserve.app.controller import ControllerService
-from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.app.decisions import DecisionLoop
 from oserve.config import load_settings
 from oserve.control.loop import ControlLoop
 from oserve.control.reconcile import ReconcilePolicy
@@ -17,6 +17,7 @@ from oserve.control.tally import Batch
 from oserve.core import DeploymentPlan, VirtualClock
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.sim import SimulatedCluster
+from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import prepare
 from oserve.switch.transaction import FailedTask, Task
 from oserve.switching.driver import SwitchOutcome

@@ -19,6 +19,7 @@ from oserve.core import (
     DeploymentPlan,
     Device,
     NodePhase,
+    NodeSighting,
     NodeState,
     Observation,
     ReplicaPhase,
@@ -249,3 +250,64 @@ def test_a_node_that_comes_is_planned_for() -> None:
     assert fresh in runtime.planner.devices
     runtime.controller.accept_nodes()
     assert runtime.observe(2.0, (), observation) is not Trigger.NODE
+    # Once all is known that plans for it need, it is decided about again.
+    runtime.renew(runtime.planner.facts)
+    assert runtime.observe(3.0, (), observation) is Trigger.NODE
+    runtime.decide(3.0, Trigger.NODE)
+    assert runtime.observe(4.0, (), observation) is not Trigger.NODE
+
+
+def test_a_ladder_for_the_node_that_came_makes_a_decision_due() -> None:
+    follower = ladders.follower(
+        everywhere(4),
+        ladders.three_rungs(),
+        follow=FollowPolicy(goal=ladders.LATENCY, fall_after_s=30.0),
+    )
+    follower.run(lambda _: 0.3, 60, seed=None)
+    runtime, now_s = follower.runtime, 1060.0
+    old = runtime.shelf.ladder
+    observation = Observation(
+        now_s=now_s, devices=ladders.DEVICES, replicas=(), node_states=(BACK,)
+    )
+    runtime.renew(runtime.planner.facts)
+    # The new node serves nothing before there is a ladder that has it.
+    assert runtime.observe(now_s, (), observation) is not Trigger.NODE
+    need = runtime.ladder_need(now_s)
+    assert need is not None
+    assert need.cluster == 1
+    assert runtime.shelf.ladder is old
+    assert runtime.ladder_need(now_s + 1.0) is None
+    runtime.learn_ladder(need, ladders.three_rungs())
+    assert runtime.observe(now_s + 1.0, (), observation) is Trigger.NODE
+    runtime.decide(now_s + 1.0, Trigger.NODE)
+    assert runtime.observe(now_s + 2.0, (), observation) is not Trigger.NODE
+    # Another ladder of the same cluster, for another mix, is no reason.
+    runtime.learn_ladder(need, ladders.three_rungs())
+    assert runtime.observe(now_s + 3.0, (), observation) is not Trigger.NODE
+
+
+def test_a_node_that_came_and_flaps_is_held_down_like_others() -> None:
+    runtime = toy_runtime()
+    view = NodeView(NodeBook(NodePolicy(hold_s=20.0)))
+    fresh = replace(DEVICES[0], id="n9/cpu:0", node="n9")
+
+    def look(now_s: float, *, dead: str = "") -> None:
+        sightings = tuple(NodeSighting(name=name) for name in ("n0", "n1"))
+        seen = Observation(
+            now_s=now_s,
+            devices=(*DEVICES, fresh),
+            replicas=(),
+            nodes=(*sightings, NodeSighting(name="n9", dead=dead)),
+        )
+        runtime.observe(now_s, (), view.judge(seen))
+
+    look(1.0)
+    assert fresh in runtime.planner.devices
+    look(2.0, dead="its power was cut")
+    runtime.renew(runtime.planner.facts)
+    look(3.0)
+    assert fresh in runtime.planner.facts.devices
+    # It is back, and known; but nothing is planned there before the hold-down is over.
+    assert fresh not in runtime.planner.devices
+    look(24.0)
+    assert fresh in runtime.planner.devices

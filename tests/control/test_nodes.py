@@ -188,3 +188,28 @@ def test_an_unknown_node_is_named() -> None:
     with pytest.raises(OServeError, match="'m'") as caught:
         book.cordon("m")
     assert "n" in caught.value.remedy
+
+
+def test_a_node_that_lacks_the_model_is_not_used_before_it_has_it() -> None:
+    book = NodeBook(POLICY)
+
+    def look(now_s: float, lacks: str | None, dead: str = "") -> NodeState:
+        return book.observe(now_s, [NodeSighting(name="n", lacks=lacks, dead=dead)])[0]
+
+    # Not known yet: plans may count on it, and nothing starts there.
+    state = look(0.0, None)
+    assert (state.phase, state.usable, state.startable) == (NodePhase.UP, True, False)
+    state = look(1.0, "1 of 2 GiB")
+    assert (state.phase, state.reason) == (NodePhase.FETCHING, "1 of 2 GiB")
+    assert (state.usable, state.startable, state.reachable) == (False, False, True)
+    state = look(2.0, "")
+    assert (state.phase, state.usable, state.startable) == (NodePhase.UP, True, True)
+    # A loss, and an operator's word, count for more.
+    book.cordon("n")
+    state = look(3.0, "2 of 2 GiB")
+    assert (state.phase, state.usable) == (NodePhase.CORDONED, False)
+    state = look(4.0, None, dead="its power was cut")
+    assert (state.phase, state.reason) == (NodePhase.LOST, "its power was cut")
+    # Held down, although it has everything.
+    state = look(5.0, "")
+    assert not state.usable

@@ -133,3 +133,22 @@ def test_it_holds_the_last_eight_that_were_used(used: list[int]) -> None:
     for number in tuple(recent):
         found = shelf.take(LADDERS[number].ladder.rates, MINE, NONE)
         assert found is LADDERS[number].ladder
+
+
+def test_a_cluster_that_has_grown_needs_a_ladder_at_once() -> None:
+    shelf = LadderShelf()
+    old = shelved(CHAT, 4)
+    shelf.add(old)
+    assert not shelf.needs(CHAT, MINE, NONE, 0.0)
+    shelf.outdate()
+    assert shelf.is_outdated
+    assert shelf.needs(CHAT, MINE, NONE, 1.0)
+    # Until it is there the old one serves, and one that was under way changes nothing.
+    assert shelf.take(CHAT, MINE, NONE) is old.ladder
+    shelf.add(shelved(CHAT, 4))
+    assert shelf.is_outdated
+    assert [second for second in range(2, 60) if shelf.needs(CHAT, MINE, NONE, second)] == [21, 41]
+    fresh = replace(shelved(CHAT, 4), cluster=1)
+    shelf.add(fresh)
+    assert not shelf.needs(CHAT, MINE, NONE, 500.0)
+    assert shelf.take(CHAT, MINE, NONE) is fresh.ladder

@@ -63,7 +63,11 @@ def surroundings() -> dict[str, str]:
 
 @dataclass
 class Scene:
-    """A server on host 0, and ``oserve node serve`` on the others."""
+    """A server on host 0, and ``oserve node serve`` on the others.
+
+    ``model``: its folder, if not the one that all hosts share. ``slots``: devices of each node.
+    ``plan``: without one the server computes it.
+    """
 
     hosts: Hosts
     folder: Path
@@ -73,6 +77,10 @@ class Scene:
     cluster: str = ""
     url: str = ""
     starts: int = 0
+    model: str = ""
+    slots: int = 3
+    plan: str = PLAN
+    numbers: tuple[int, ...] = NODES
 
     # -- processes ------------------------------------------------------------------------------
     def serve_node(self, number: int) -> None:
@@ -81,7 +89,7 @@ class Scene:
         if number in self.nodes:
             self.nodes[number].wait(timeout=60)
         log, told = self.folder / f"node{number}.log", self.folder / f"node{number}.yaml"
-        words = ["--address", host.address, "--port", str(PORT), "--cpu-slots", "3"]
+        words = ["--address", host.address, "--port", str(PORT), "--cpu-slots", str(self.slots)]
         words += ["--devices", "cpu", "--state-dir", str(self.folder / f"node{number}")]
         command = [sys.executable, "-m", "oserve.cli", "node", "serve", *words]
         with log.open("ab") as out, told.open("wb") as lines:
@@ -100,7 +108,7 @@ class Scene:
         """The cluster file, of what the nodes have printed."""
         entries = [
             (self.folder / f"node{number}.yaml").read_text().partition("hosts:\n")[2]
-            for number in NODES
+            for number in self.numbers
         ]
         file = self.folder / "cluster.yaml"
         file.write_text("hosts:\n" + "".join(entries))
@@ -109,10 +117,12 @@ class Scene:
     def serve(self, *more: str) -> None:
         """Start `oserve serve` on host 0; returns when it says that it is ready."""
         self.starts += 1
-        log = self.folder / f"serve{self.starts}.log"
+        log = self.log_file
         words = ["--cluster", self.cluster, "--state-dir", self.state]
-        words += ["--plan", str(self.folder / "plan.yaml"), *SETTINGS, *more]
-        command = [sys.executable, "-m", "oserve.cli", "serve", str(self.folder / "tiny"), *words]
+        if self.plan:
+            words += ["--plan", str(self.folder / "plan.yaml")]
+        model = self.model or str(self.folder / "tiny")
+        command = [sys.executable, "-m", "oserve.cli", "serve", model, *words, *SETTINGS, *more]
         with log.open("wb") as out:
             self.server = self.hosts[0].popen(command, env=self.env, log=out)
         wait(lambda: "Ready on" in log.read_text(), self.server, log)
@@ -123,9 +133,14 @@ class Scene:
     def state(self) -> str:
         return str(self.folder / "state")
 
+    @property
+    def log_file(self) -> Path:
+        """Of the present server."""
+        return self.folder / f"serve{self.starts}.log"
+
     def last_log(self) -> str:
         """What the present server has logged."""
-        return (self.folder / f"serve{self.starts}.log").read_text()
+        return self.log_file.read_text()
 
     def reach(self, true: Callable[[], bool]) -> None:
         """Wait for something that processes bring about."""
@@ -133,6 +148,10 @@ class Scene:
         while not true():
             assert time.monotonic() < deadline_s, self.logs()
             time.sleep(0.05)
+
+    def reach_log(self, words: str, times: int = 1) -> None:
+        """Wait until the present server has logged these words so often."""
+        self.reach(lambda: self.last_log().count(words) >= times)
 
     def logs(self) -> str:
         files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/logs/*.log")])
@@ -161,13 +180,13 @@ class Scene:
         assert self.server is not None
         for pid in self.hosts[0].processes("oserve.cli", "serve"):
             os.kill(pid, number)
-        self.server.wait(timeout=90)
+        self.server.wait(timeout=LIMIT_S)
 
     # -- clients --------------------------------------------------------------------------------
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[aiohttp.ClientSession]:
-        """A client on host 0."""
-        connector = aiohttp.TCPConnector(socket_factory=lambda _: socket_on(self.hosts[0]))
+    async def client(self, number: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
+        """A client on a host, of the gateway there."""
+        connector = aiohttp.TCPConnector(socket_factory=lambda _: socket_on(self.hosts[number]))
         async with aiohttp.ClientSession(self.url, connector=connector) as session:
             yield session
 
@@ -196,7 +215,7 @@ def wait(true: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path
 
 
 def states(document: dict[str, Any]) -> dict[str, str]:
-    return {one["name"]: one["state"] for one in document["nodes"]}
+    return {one["name"]: one["state"] for one in document.get("nodes", ())}
 
 
 def whole(document: dict[str, Any]) -> bool:
@@ -240,10 +259,14 @@ async def streamed(session: aiohttp.ClientSession) -> tuple[str, str, float]:
 
 @dataclass
 class Load:
-    """Streams without a break, ``width`` at a time; each must have the text that all have."""
+    """Streams without a break, ``width`` at a time; each must have the text that all have.
+
+    ``number``: the host whose gateway they go to.
+    """
 
     scene: Scene
     text: str
+    number: int = 0
     width: int = 4
     served: int = 0
     began: set[str] = field(default_factory=set)
@@ -251,7 +274,7 @@ class Load:
     gap_s: float = 0.0
 
     async def _run(self) -> None:
-        async with self.scene.client() as session:
+        async with self.scene.client(self.number) as session:
             while True:
                 try:
                     text, replica, gap_s = await streamed(session)

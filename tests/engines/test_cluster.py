@@ -63,6 +63,11 @@ class FakeLauncher:
         self.gate = asyncio.Event()
         self.gate.set()
         self.closed = 0
+        self.prepared = 0
+
+    async def prepare(self) -> None:
+        self.prepared += 1
+        await self.gate.wait()
 
     async def start(
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path

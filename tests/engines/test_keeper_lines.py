@@ -12,7 +12,7 @@ from oserve.core import OServeError, VirtualClock
 from oserve.engines.group import start_ticks
 from oserve.engines.held_process import NodeLostError
 from oserve.engines.holding import HeldEngines, ServerOwner
-from oserve.engines.keeper_messages import EndProcesses, ServerHello, encoded
+from oserve.engines.keeper_messages import EndProcesses, Ping, Pong, ServerHello, encoded
 
 CAT = ["cat"]
 
@@ -133,20 +133,52 @@ async def test_a_guest_leaves_the_server_alone_and_its_process_stays(node: FakeN
     await hatch.wait()
 
 
-async def test_a_server_that_falls_silent_is_a_server_that_is_gone(
-    node: FakeNode, caplog: pytest.LogCaptureFixture
-) -> None:
+async def silent_server(
+    node: FakeNode, grace_s: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A server that has greeted, and then says nothing for long enough."""
     reader, writer = await asyncio.open_unix_connection(str(node.run / "keeper.sock"))
     await reader.readline()
-    writer.write(encoded(ServerHello(grace_s=600.0, silence_s=5.0)))
+    writer.write(encoded(ServerHello(grace_s=grace_s, silence_s=5.0)))
     await rounds()
-    assert node.keeper._server is not None
-    for _ in range(6):
+    assert node.keeper._timer is None
+    for _ in range(7):
         await node._clock.advance(1.0)
         await rounds()
-    assert await reader.read() == b""
-    assert node.keeper._server is None
+    return reader, writer
+
+
+async def test_a_server_that_was_held_up_keeps_its_connection(
+    node: FakeNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await silent_server(node, 600.0)
     assert "nothing has been heard of the server" in caplog.text
+    assert node.keeper._timer is not None
+    writer.write(encoded(Ping()))
+    assert await reader.readline() == encoded(Pong())
+    assert node.keeper._timer is None
+    # The next silence counts anew, and so does the end of the connection, once.
+    for _ in range(7):
+        await node._clock.advance(1.0)
+        await rounds()
+    timer = node.keeper._timer
+    assert timer is not None
+    writer.close()
+    await rounds()
+    assert node.keeper._server is None
+    assert node.keeper._timer is timer
+    assert not timer.cancelled()
+
+
+async def test_a_server_that_stays_silent_is_gone(node: FakeNode) -> None:
+    held = await connected(node)
+    await launched(held, node, "a-1")
+    reader, writer = await silent_server(node, 0.0)
+    async with asyncio.timeout(60.0):
+        await node.running
+    assert not node.launcher.alive
+    assert await reader.read()
+    assert reader.at_eof()
     writer.close()
 
 
@@ -185,3 +217,16 @@ async def test_a_real_process_s_activity_is_told(node: FakeNode) -> None:
     assert activity is not None
     assert activity.work_s > 0.0
     assert activity.moved > 0
+
+
+async def test_the_zygote_is_prepared_for_a_server_that_will_fork(node: FakeNode) -> None:
+    node.launcher.gate.clear()
+    for forks, guest, prepared in ((False, False, 0), (True, True, 0), (True, False, 1)):
+        held = HeldEngines(node.dial, grace_s=600.0, guest=guest, forks=forks)
+        await held.connect()
+        await rounds()
+        assert node.launcher.prepared == prepared
+    # Once is enough while it comes up, and it does not delay the keeper's end.
+    await HeldEngines(node.dial, grace_s=600.0, forks=True).connect()
+    await rounds()
+    assert node.launcher.prepared == 1

@@ -105,8 +105,14 @@ async def test_a_silent_node_is_lost_and_taken_up_again(fleet: Fleet) -> None:
     assert len(node.launcher.alive) == 1
     with pytest.raises(ValueError, match="node one is down"):
         await fleet.cluster.apply(StartReplica(spec=spec("c", "one/cpu:1")))
+    # It was called in vain for a while, ever more seldom; one who knows has it called at once.
+    await fleet.settle(30.0)
     node.cable.plug()
+    assert node.dial.hatch is not None
+    fleet.cluster.nodes.redirect("one", node.dial.hatch)
+    plugged_s = fleet.clock.now()
     await fleet.until(lambda: ("one", True) in fleet.turned[2:])
+    assert fleet.clock.now() - plugged_s < 2.0
     assert fleet.phase("a") is READY
     assert fleet.state("a").since_s == since_s
     assert len(await fleet.devices()) == 4
@@ -345,3 +351,10 @@ async def test_a_node_without_the_model_s_files_says_so(fleet: Fleet, tmp_path: 
             "x-9", argv, {}, [0], tmp_path / "x.log", None, model=model_folder(argv)
         )
     assert not fleet.nodes["one"].launcher.asked
+
+
+async def test_what_a_node_lacks_is_told_with_it(fleet: Fleet) -> None:
+    await fleet.server()
+    fleet.cluster.nodes.lacks = lambda name: "its model" if name == "two" else None
+    seen = (await fleet.cluster.observe()).nodes
+    assert {one.name: one.lacks for one in seen} == {"one": None, "two": "its model"}

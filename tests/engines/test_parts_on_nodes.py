@@ -10,7 +10,7 @@ from oserve.core import ReplicaPhase, ReplicaShape, ReplicaSpec, StartReplica, S
 from oserve.engines import part_engines
 from oserve.engines.engine_starts import LaunchFacts
 
-GONE, READY = ReplicaPhase.GONE, ReplicaPhase.READY
+GONE, HUNG, READY = ReplicaPhase.GONE, ReplicaPhase.HUNG, ReplicaPhase.READY
 ADDRESSES = {"one": "10.0.0.1", "two": "10.0.0.2"}
 
 
@@ -88,6 +88,24 @@ async def test_a_silent_node_ends_the_parts_elsewhere(fleet: Fleet) -> None:
     two.cable.plug()
     await fleet.until(lambda: fleet.turned[-1] == ("two", True))
     assert not two.launcher.alive
+
+
+async def test_a_replica_leaves_before_its_other_parts_have_ended(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await start(fleet)
+    one, two = fleet.nodes.values()
+    leader = one.launcher.processes[0]
+    monkeypatch.setattr(leader, "kill", lambda: leader.signals.append("KILL"))
+    two.cable.cut()
+    await fleet.until(lambda: fleet.phase("r") is not READY)
+    assert fleet.phase("r") is HUNG
+    assert "part 2 of 2 (node two, ranks 2 to 3) is out of reach" in fleet.state("r").detail
+    await fleet.settle(60.0)
+    assert fleet.phase("r") is HUNG
+    leader.end(-9)
+    await fleet.until(lambda: fleet.phase("r") is GONE)
+    assert (await fleet.cluster.observe()).failures == {}
 
 
 async def test_the_next_server_takes_all_parts_over(fleet: Fleet) -> None:

@@ -16,6 +16,7 @@ from oserve.control.dispatch.table import RoutingTable, TableReplica
 from oserve.core import Endpoint, LengthClass, ReplicaPhase
 from oserve.gateway.process.client import HubClient
 from oserve.gateway.process.hub import Hub
+from oserve.gateway.process.hub_lines import SocketLine
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
@@ -38,7 +39,8 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
     hub.publish(TABLE, ClusterSnapshot())
     runners = [RequestRunner(GatewaySettings(), None) for _ in range(2)]
     clients = [
-        HubClient(str(tmp_path / "hub.sock"), item, index + 1) for index, item in enumerate(runners)
+        HubClient(SocketLine(str(tmp_path / "hub.sock")), item, index + 1)
+        for index, item in enumerate(runners)
     ]
     try:
         assert hub.counted_until_s == math.inf
@@ -76,7 +78,7 @@ async def test_nothing_is_lost_or_taken_twice(tmp_path: Path) -> None:
 async def test_a_process_goes_on_with_the_hub_of_another_server(tmp_path: Path) -> None:
     socket = tmp_path / "hub.sock"
     runner = RequestRunner(GatewaySettings(), None)
-    client = HubClient(str(socket), runner)
+    client = HubClient(SocketLine(str(socket)), runner)
     first = Hub()
     await first.listen(str(socket))
     first.publish(TABLE, ClusterSnapshot())
@@ -139,7 +141,8 @@ async def test_every_process_hears_of_a_hand_over_once_only_of_that_start(tmp_pa
     hub.publish(table(1.0), ClusterSnapshot())
     runners = [RequestRunner(GatewaySettings(), None) for _ in range(2)]
     clients = [
-        HubClient(str(tmp_path / "hub.sock"), item, index + 1) for index, item in enumerate(runners)
+        HubClient(SocketLine(str(tmp_path / "hub.sock")), item, index + 1)
+        for index, item in enumerate(runners)
     ]
 
     async def serving() -> list[bool]:
@@ -188,7 +191,7 @@ async def test_documents_of_the_cluster_come_when_somebody_asks(tmp_path: Path) 
     hub = Hub()
     await hub.listen(str(tmp_path / "hub.sock"))
     runner = RequestRunner(GatewaySettings(), None)
-    client = HubClient(str(tmp_path / "hub.sock"), runner, 1)
+    client = HubClient(SocketLine(str(tmp_path / "hub.sock")), runner, 1)
     try:
         for number in (1, 2):
             hub.publish(

@@ -150,6 +150,7 @@ def test_gpus_that_ray_gave_are_taken_and_strangers_refused(
         (0, "", ["cpu:0"]),
         (2, None, "Ray offers 2 of its GPUs, but 3 are visible"),
         (2, "MIG-1,GPU-0", "but 1 are visible"),
+        (4, "none here", "but 0 are visible"),  # nvidia-smi is missing, or fails
     ],
 )
 def test_devices_are_as_many_as_ray_offers(
@@ -162,7 +163,7 @@ def test_devices_are_as_many_as_ray_offers(
     machine = tuple(Device(id=f"gpu:{n}", kind="H100", uuid=f"GPU-{n}") for n in range(3))
 
     def devices(kind: str, slots: int | None) -> tuple[Device, ...]:
-        if kind == "auto":
+        if kind == "auto" and visible != "none here":
             return machine
         return tuple(Device(id=f"cpu:{n}", kind="cpu") for n in range(slots or 9))
 

@@ -1,76 +1,39 @@
 """Two nodes examined through two hatches on the loopback, and the command."""
 
 import asyncio
-import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from hatches import LIMIT_S, RunningHatch, running_hatch
+from examiners import examining_keeper
+from hatches import running_hatch
 from oserve.cli import app
-from oserve.engines.keeper_messages import (
-    KeeperHello,
-    NodeFacts,
-    ProcessStart,
-    ProcessStarted,
-    command_of,
-    encoded,
-)
-from oserve.nodes import doctor as doctors
-from oserve.nodes import examiner
+from oserve.nodes import examiner, visit
 from oserve.nodes.checks import NodeVerdict, judge
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.doctor import examine_nodes
-from oserve.nodes.examination import ExaminerOrders, MachineFacts, NodeExamination
+from oserve.nodes.examination import MachineFacts, NodeExamination
 from oserve.nodes.links import measure_link
 
 MACHINE = MachineFacts(oserve="1", cores=1)
-
-
-@contextlib.asynccontextmanager
-async def keeper(hatch: RunningHatch, started: list[str]) -> AsyncIterator[None]:
-    """A keeper whose examiners run in this process."""
-    tasks: list[asyncio.Task[None]] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        facts = NodeFacts(folder=str(hatch.folder), logs=str(hatch.folder), python="python")
-        writer.write(encoded(KeeperHello(identity="", pid=1, held=[], node=facts)))
-        with contextlib.suppress(OSError):
-            while line := await reader.readline():
-                command = command_of(line)
-                if isinstance(command, ProcessStart):
-                    started.append(command.name)
-                    orders = msgspec.json.decode(command.first_line, type=ExaminerOrders)
-                    tasks.append(asyncio.create_task(examiner.serve_examiner(orders)))
-                    writer.write(encoded(ProcessStarted(name=command.name, pid=1 << 30)))
-        writer.close()
-
-    server = await asyncio.start_unix_server(serve, str(hatch.folder / "keeper.sock"))
-    try:
-        yield
-    finally:
-        server.close()
-        await asyncio.wait_for(asyncio.gather(*tasks), LIMIT_S)
-        assert not list(hatch.folder.glob("doctor-*"))
 
 
 async def test_two_nodes_and_one_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examiner, "examine_machine", lambda _model: MACHINE)
-    monkeypatch.setattr(doctors, "SILENCE_S", 0.0)
+    monkeypatch.setattr(visit, "SILENCE_S", 0.0)
     started: list[str] = []
     async with (
         running_hatch(tmp_path) as one,
         running_hatch(tmp_path) as other,
-        keeper(one, started),
-        keeper(other, started),
+        examining_keeper(one, started),
+        examining_keeper(other, started),
     ):
         nodes = {
             "a": ClusterNode(name="a", hatch=one.address),

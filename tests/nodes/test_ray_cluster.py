@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -23,6 +22,7 @@ from raylets import Raylets, running
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
@@ -52,7 +52,9 @@ asyncio.run(call())
 
 NVIDIA_SMI = """#!/bin/sh
 case "$1" in
-*gpu=index*) for n in a b c; do echo "$((i++)), NVIDIA H100 80GB HBM3, 81559, GPU-$n"; done ;;
+*gpu=index*) for n in 0:a 1:b 2:c; do
+  echo "${{n%:*}}, NVIDIA H100 80GB HBM3, 81559, GPU-${{n#*:}}"
+done ;;
 *apps*) cat {strangers} ;;
 esac
 """
@@ -217,18 +219,17 @@ async def test_a_raylet_that_is_killed_is_told_and_its_keeper_lives(scene: Scene
     assert scene.keepers() == keepers
 
 
-async def test_gpus_that_ray_offers_are_told_by_uuid_and_strangers_refused(
-    scene: Scene, tmp_path: Path
-) -> None:
+async def test_gpus_that_ray_offers_are_told_by_uuid_and_strangers_refused(scene: Scene) -> None:
     slots = scene.directory.nodes["host2"]
-    strangers = tmp_path / "strangers"
+    folder = scene.raylets.folder
+    strangers = folder / "strangers"
     strangers.write_text("GPU-a, 7, game\nGPU-c, 8, chess\n")
-    stub = tmp_path / "nvidia-smi"
+    stub = folder / "nvidia-smi"
     stub.write_text(NVIDIA_SMI.format(strangers=strangers))
     stub.chmod(0o755)
     scene.hosts[2].kill("raylet/raylet")
     assert await scene.lost("host2")
-    path = f"{tmp_path}:{scene.raylets.env['PATH']}"
+    path = f"{folder}:{scene.raylets.env['PATH']}"
     scene.raylets.start(2, gpus=2, PATH=path, CUDA_VISIBLE_DEVICES="GPU-b,GPU-c")
     await scene.until(lambda: scene.directory.nodes["host2"].refused, "host2 is refused")
     assert "chess (process 8) on GPU-c" in scene.directory.nodes["host2"].refused

@@ -13,7 +13,10 @@ from oserve.core import Device, HatchAddress, OServeError, VirtualClock
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.directory import ClusterNode, NodeChanged
+from oserve.nodes.examination import LinkFacts
 from oserve.nodes.known_nodes import KnownNodes
+from oserve.perf.device import Link
+from oserve.perf.source import DEFAULT_NETWORK
 from oserve.startup.deployment import prepare
 from oserve.startup.node_fleet import NodeFleet
 
@@ -178,3 +181,34 @@ def test_a_fleet_is_made_before_the_event_loop_runs(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()
     assert World(tmp_path).fleet.devices == ()
+
+
+async def test_the_link_between_nodes_is_the_one_named_else_as_measured(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    fleet = world.fleet
+    world.told.nodes |= {"a": node("a"), "b": node("b")}
+    networks: list[str | Link] = [fleet.network]
+    fleet.links.learn("a", LinkFacts(target="b", round_trip_s=1e-3, bytes_per_s=1e9), 0.0)
+    networks.append(fleet.network)
+    # Ranks that use InfiniBand are not measured by what hatches can carry.
+    world.told.nodes["b"] = replace(node("b"), facts=NodeFacts(host="b", rdma=True))
+    networks.append(fleet.network)
+    measured = Link(name="measured", bandwidth=1e9, latency_s=5e-4)
+    assert networks == [DEFAULT_NETWORK, measured, DEFAULT_NETWORK]
+    named = NodeFleet(lambda *_: world.told, world.known, grace_s=1.0, network="ethernet-100")
+    assert named.network == "ethernet-100"
+    assert fleet.documents()["a"]["links"]["measured"] == 1
+
+
+async def test_growth_is_told_once_a_node_has_joined(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.told.nodes["a"] = node("a")
+    told: list[int] = []
+    world.fleet.held()
+    world.fleet.attach(
+        cast(EngineCluster, world.cluster), lambda: told.append(len(world.fleet.devices))
+    )
+    assert told == []
+    world.told.tell(node("b"))
+    assert told == [4]
+    await world.fleet.close(end_nodes=False)

@@ -4,37 +4,19 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from oserve.config import api_keys, backend_keys, plan_yaml
+from oserve.config import backend_keys, plan_yaml
 from oserve.control.loop import ControlLoop
 from oserve.core import Clock, ReplicaState
 from oserve.engines.cluster import EngineCluster
-from oserve.engines.holding import HeldEngines, KeeperPlace, LocalDial
+from oserve.engines.holding import HeldEngines
 from oserve.engines.mover import Mover
-from oserve.gateway.process.hub import OperatorCallHandler
-from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import ServerFolders
-from oserve.startup.gateway_keeper import GatewayKeeper
-from oserve.startup.learned_lengths import learned_estimator
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.engine_weights import EngineWeightFacts, EngineWeights
 from oserve.switching.journal import journal_folder
 from oserve.switching.switcher import Switcher, SwitcherFacts
-
-
-def engine_keeper(deployment: ServerDeployment, folders: ServerFolders) -> HeldEngines:
-    """The keeper that holds engines and gateway processes."""
-    engines = deployment.settings.engines
-    on_cpu = all(device.kind == "cpu" for device in deployment.devices)
-    place = KeeperPlace(
-        folder=folders.run,
-        state_dir=folders.state,
-        log_dir=folders.log,
-        method=engines.method(on_cpu=on_cpu),
-        grace_s=engines.orphan_grace_s,
-    )
-    return HeldEngines(LocalDial(place), grace_s=engines.orphan_grace_s)
 
 
 def engine_cluster(
@@ -59,27 +41,6 @@ def engine_cluster(
         keeper=keeper,
         remote=remote,
         on_change=on_change,
-    )
-
-
-def gateway_supervisor(
-    deployment: ServerDeployment,
-    folders: ServerFolders,
-    keeper: HeldEngines,
-    operate: OperatorCallHandler,
-) -> GatewaySupervisor:
-    """The gateway processes in front of the cluster."""
-    settings = deployment.settings.gateway
-    return GatewaySupervisor(
-        SupervisorOptions(
-            settings=settings,
-            models=deployment.models,
-            keys=api_keys(settings),
-            keeper=GatewayKeeper(keeper, folders.log),
-            run_dir=folders.run,
-            operate=operate,
-            estimator=learned_estimator(settings.records_file),
-        )
     )
 
 

@@ -17,8 +17,8 @@ from oserve.config.policies import control_policy, follow_policy
 from oserve.control.decision import Decision, Trigger
 from oserve.control.evaluation import CandidateScore
 from oserve.control.following import FollowScore
-from oserve.control.planner import Legs
-from oserve.control.planning import planner_for
+from oserve.control.planner import Legs, PlannerFacts
+from oserve.control.planning import planner_facts, planner_for
 from oserve.control.runtime import ControllerRuntime
 from oserve.control.speed import SpeedEstimator
 from oserve.control.starts import StartTimes
@@ -62,6 +62,7 @@ class ControllerService:
         self._speeds = SpeedEstimator(request.source)
         self._speeds.speeds = deployment.speeds
         self.planner.correct(deployment.speeds)
+        self._legs = legs
         self._scoring = (
             ScoringProcess(model_of(request, min_gain=settings.control.min_gain))
             if settings.control.simulate
@@ -110,6 +111,28 @@ class ControllerService:
             len(facts.table),
             time.monotonic() - began_s,
         )
+
+    async def renew(self, deployment: ServerDeployment) -> None:
+        """Plan from now on for a deployment that has more nodes, or knows its network better."""
+        request = deployment.plan_request
+        if request is None:
+            return
+        # No decision waits for a simulation that is under way.
+        facts = await asyncio.to_thread(self._known_better, request)
+        async with self._lock:
+            self._runtime.renew(facts)
+            self._memory.renew(deployment, request)
+            self._refined = False
+        await self.refine()
+
+    def _known_better(self, request: PlanRequest) -> PlannerFacts:
+        if self._scoring is not None:
+            least = self._deployment.settings.control.min_gain
+            self._scoring.renew(model_of(request, min_gain=least))
+        if self.ladders is not None:
+            self.ladders.renew(request)
+        self._speeds.compare_with(request.source)
+        return planner_facts(request, self.starts, self._legs)
 
     # -- each second ----------------------------------------------------------------------------
     def observe(

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from oserve.app.controller import ControllerService
@@ -14,6 +13,7 @@ from oserve.control.rollout import settled
 from oserve.core import Clock, DeploymentPlan, Observation, ReplicaPhase
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.startup.advice import advised
+from oserve.startup.cluster_view import ClusterView
 from oserve.startup.node_operations import NodeOperations
 from oserve.switch.transaction import Task
 from oserve.switching.driver import SwitchOutcome
@@ -26,14 +26,6 @@ _INTERVAL_S = 1.0
 _SAVE_S = 10.0
 # Counting waits at most this long for a gateway process that does not report.
 _WAIT_S = 60.0
-
-
-@dataclass(slots=True)
-class ClusterView:
-    """The last observation of the cluster, and the replicas given up, with the reason."""
-
-    observation: Observation | None = None
-    lost: Mapping[str, str] = field(default_factory=dict)
 
 
 class DecisionLoop:

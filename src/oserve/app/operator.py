@@ -5,11 +5,12 @@ from typing import Any
 
 import msgspec
 
-from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.app.decisions import DecisionLoop
 from oserve.control.decision import Trigger
 from oserve.control.loop import ControlLoop
 from oserve.core import DeploymentPlan, OServeError
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.node_operations import NodeOperations
 from oserve.startup.plan_check import allowed_plan, check_engines, known_devices

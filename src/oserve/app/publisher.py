@@ -14,13 +14,17 @@ from oserve.control.status import gauges, status_document, summary
 from oserve.core import DeploymentPlan, Observation
 from oserve.engines.energy import EnergyMeter
 from oserve.evaluate.background_tuning import BackgroundTuning, ConstantsAsGiven
+from oserve.gateway.process.states import gateway_documents, gateway_gauges
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
 
 
 class StatusPublisher:
-    """Publishes observations; ``changed`` gets a line whenever a replica's phase changes."""
+    """Publishes observations; ``changed`` gets a line whenever a replica's phase changes.
+
+    ``nodes``: what is known of each node beyond its state.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,9 @@ class StatusPublisher:
         tuning: BackgroundTuning | ConstantsAsGiven,
         policy: ReconcilePolicy,
         changed: Callable[[str], None],
+        nodes: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
     ) -> None:
+        self._nodes = nodes
         self._deployment = deployment
         self._gateway = gateway
         self._controller = controller
@@ -61,16 +67,19 @@ class StatusPublisher:
             model=self._deployment.models[0],
             version=__version__,
             open_breakers=self._gateway.open_breakers,
+            nodes=self._nodes(),
         )
         control = self._controller
         document["control"] = {"mode": "off"} if control is None else control.document()
         document["energy"] = self._energy.observe(observation)
         document["tuning"] = self._tuning.document()
+        gateways = self._gateway.status()
+        document["gateways"] = gateway_documents(gateways)
         document["switch"] = switches[-1] if switches else None
         snapshot = ClusterSnapshot(
             status=msgspec.Raw(msgspec.json.encode(document)),
             switches=msgspec.Raw(msgspec.json.encode(switches)),
-            gauges=gauges(observation) + self._energy.ledger.gauges(),
+            gauges=gauges(observation) + self._energy.ledger.gauges() + gateway_gauges(gateways),
             counters=self._energy.ledger.counters(),
         )
         self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)

@@ -2,29 +2,10 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable
 
 from oserve.app.server import OServeServer
-
-
-class _StopSignals:
-    """``stop`` is set by the first signal; the second also cancels ``closing``."""
-
-    def __init__(self) -> None:
-        self.stop = asyncio.Event()
-        self.closing: asyncio.Task[None] | None = None
-
-    def install(self) -> None:
-        """Handle SIGINT, SIGTERM, and SIGHUP unless the process was started to survive it."""
-        closed = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-        for number in (signal.SIGINT, signal.SIGTERM, *closed):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if self.stop.is_set() and self.closing is not None:
-            self.closing.cancel()
-        self.stop.set()
+from oserve.startup.stop_signals import StopSignals
 
 
 async def serve_until_stopped(server: OServeServer, *, announce: Callable[[int], None]) -> int:
@@ -33,7 +14,7 @@ async def serve_until_stopped(server: OServeServer, *, announce: Callable[[int],
     ``announce`` gets the port once the server is ready. A second Ctrl-C ends the server without
     waiting for running requests.
     """
-    signals = _StopSignals()
+    signals = StopSignals()
     signals.install()
     running: asyncio.Task[None] | None = None
     status = 0

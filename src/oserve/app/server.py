@@ -9,14 +9,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from oserve.app.assembly import (
-    engine_cluster,
-    engine_keeper,
-    gateway_supervisor,
-    plan_switcher,
-)
+from oserve.app.assembly import engine_cluster, plan_switcher
 from oserve.app.controller import ControllerService
-from oserve.app.decisions import ClusterView, DecisionLoop
+from oserve.app.decisions import DecisionLoop
 from oserve.app.operator import OperatorApi
 from oserve.app.publisher import StatusPublisher
 from oserve.config.policies import reconcile_policy
@@ -27,15 +22,18 @@ from oserve.control.status import explained
 from oserve.core import Action, Observation, ReplicaPhase
 from oserve.engines.clock import LiveClock
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
+from oserve.startup.cluster_view import ClusterView
 from oserve.startup.deployment import ServerDeployment
+from oserve.startup.engine_keeper import engine_keeper
 from oserve.startup.folders import server_folders
+from oserve.startup.gateways import NodeGatewayKeepers, gateway_supervisor
+from oserve.startup.growth import ClusterGrowth, movable_weights
 from oserve.startup.lock import StateLock
 from oserve.startup.node_fleet import NodeFleet
 from oserve.startup.node_operations import NodeOperations
-from oserve.startup.switch_facts import recovered_switch, switch_facts
+from oserve.startup.switch_facts import recovered_switch
 from oserve.startup.tuning import background_tuning
 from oserve.switch.learned import LearnedPhases
-from oserve.switch.programme import SwitchFacts
 from oserve.switching.driver import SwitchOutcome
 from oserve.switching.prices import SwitchPrices
 
@@ -65,7 +63,7 @@ class OServeServer:
         self._view = ClusterView()
         self.ready = asyncio.Event()
         self._keeper = engine_keeper(deployment, folders)
-        self._fleet = fleet
+        self._fleet, self._deployment = fleet, deployment
         self._cluster = engine_cluster(
             deployment,
             folders,
@@ -74,9 +72,10 @@ class OServeServer:
             lambda _state: self._woken.set(),
             remote=() if fleet is None else fleet.held(),
         )
-        learned = LearnedPhases()
-        movable = switch_facts(settings, deployment.devices, learned=learned)
-        controller = _controller(deployment, movable, learned)
+        self._learned = LearnedPhases()
+        movable = movable_weights(deployment, fleet, self._learned)
+        self._prices = SwitchPrices(movable)
+        controller = _controller(deployment, self._prices, self._learned)
         self._loop = ControlLoop(
             self._cluster,
             self._clock,
@@ -86,7 +85,8 @@ class OServeServer:
             observed=self._observed,
         )
         auto = controller is not None and deployment.mode is Mode.AUTO
-        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto)
+        documents = dict if fleet is None else fleet.documents
+        self._nodes = NodeOperations(folders.state, self._loop, replaces=auto, documents=documents)
         self._switcher = plan_switcher(
             deployment,
             movable,
@@ -96,7 +96,10 @@ class OServeServer:
             settle=self._switch_ended,
             publish=self._publish,
         )
-        self._gateway = gateway_supervisor(deployment, folders, self._keeper, self._operate)
+        self._gateway = gateway_supervisor(
+            deployment, folders, self._keeper, self._operate, self._clock
+        )
+        self._gateway_nodes = NodeGatewayKeepers(fleet, self._gateway)
         self._decisions: DecisionLoop | None = None
         if controller is not None:
             self._decisions = DecisionLoop(
@@ -110,12 +113,13 @@ class OServeServer:
             )
         self._tasks: list[asyncio.Task[None]] = []
         self._acted: tuple[Action, ...] = ()
+        self._listening = False
         self._tuning = background_tuning(deployment, self._clock)
         self._speeds = lambda: (
             deployment.speeds if controller is None else controller.planner.speeds
         )
         self._publisher = StatusPublisher(
-            deployment, self._gateway, controller, self._tuning, self._policy, changed
+            deployment, self._gateway, controller, self._tuning, self._policy, changed, documents
         )
         self._operator = OperatorApi(
             deployment,
@@ -139,14 +143,18 @@ class OServeServer:
         """
         await self._keeper.connect()
         if self._fleet is not None:
-            self._fleet.attach(self._cluster)
+            growth = ClusterGrowth(self._deployment, self._fleet, self._clock, self._renewed)
+            self._tasks.append(asyncio.ensure_future(growth.run()))
+            self._fleet.attach(self._cluster, growth.notice, busy=lambda: self._switcher.active)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
             _log.info("adopted: %s; ended: %s", ", ".join(kept) or "-", ", ".join(ended) or "-")
         if self._fleet is not None:
             self._fleet.check_free()
         await self._loop.step()
-        return await self._gateway.listen()
+        port = await self._gateway.listen()
+        self._listening = True
+        return port
 
     async def run(self) -> None:
         """Run the control loop and the controller until cancelled."""
@@ -188,6 +196,14 @@ class OServeServer:
         await self._loop.step()
         self._woken.set()
 
+    async def _renewed(self, deployment: ServerDeployment) -> None:
+        """Switch and plan for more nodes, or by links that are known better."""
+        movable = movable_weights(deployment, self._fleet, self._learned)
+        self._switcher.use(movable)
+        self._prices.use(movable)
+        if self._decisions is not None:
+            await self._decisions.controller.renew(deployment)
+
     def _switch_ended(self, outcome: SwitchOutcome) -> None:
         if outcome.reason:
             _log.error("plan %s stays in force: %s", outcome.plan.id, outcome.reason)
@@ -211,6 +227,8 @@ class OServeServer:
         self._view.observation, self._view.lost = observation, lost
         self._switcher.observe(observation)
         self._nodes.observe(observation)
+        if self._listening:
+            self._gateway_nodes.follow(observation.node_states)
         switches = self._switcher.documents()
         self._publisher.publish(plan, observation, lost, switches, time.time())
         phases = {state.spec.id: state.phase for state in observation.replicas}
@@ -222,7 +240,7 @@ class OServeServer:
 
 
 def _controller(
-    deployment: ServerDeployment, movable: SwitchFacts | str, learned: LearnedPhases
+    deployment: ServerDeployment, prices: SwitchPrices, learned: LearnedPhases
 ) -> ControllerService | None:
     """The controller, if the mode needs one; it gets the unfinished switch of a killed server."""
     now_s = time.time()
@@ -235,6 +253,6 @@ def _controller(
         deployment,
         deployment.plan_request,
         now_s=now_s,
-        legs=SwitchPrices(movable).legs,
+        legs=prices.legs,
         learned=learned,
     )

@@ -25,6 +25,7 @@ app.command("serve")(serve_node)
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PATH = "/oserve/v1/nodes"
 _POLL_S = 1.0
+_SHOWN = 4
 
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="A name from oserve node list.")]
 
@@ -93,21 +94,29 @@ def drain(
 
 def node_table(nodes: list[dict[str, Any]]) -> Table:
     """The table of nodes that ``oserve node list`` and ``oserve status`` show."""
-    table = Table("node", "state", "devices", "replicas", "note")
+    table = Table("node", "state", "devices", "replicas", "links", "note")
     for item in nodes:
         table.add_row(
             item["name"],
             f"{item['state'].replace('_', ' ')} {item['state_s']:.0f} s",
             str(item["devices"]),
             ", ".join(item["replicas"]) or "-",
+            _links(item.get("links", {})),
             _note(item),
         )
     return table
 
 
+def _links(links: dict[str, Any]) -> str:
+    """The medians over the links that were measured."""
+    if not links.get("measured"):
+        return "-"
+    return f"{1e3 * links['round_trip_s']:.2f} ms, {links['bytes_per_s'] / 1e6:,.0f} MB/s"
+
+
 def _note(item: dict[str, Any]) -> str:
     notes = []
-    if item["reason"] and item["state"] == "lost":
+    if item["reason"] and item["state"] in {"lost", "fetching"}:
         notes.append(item["reason"])
     if item["state"] == "silent":
         notes.append(f"no sign of life for {item['silent_s']:.0f} s")
@@ -115,6 +124,8 @@ def _note(item: dict[str, Any]) -> str:
         notes.append(f"not in use for another {item['held_down_s']:.0f} s")
     if item["word"] and item["word"] != item["state"]:
         notes.append(item["word"])
+    if failed := item.get("links", {}).get("failed"):
+        notes.append(f"no link to {', '.join(failed[:_SHOWN])}")
     if item["losses"]:
         notes.append(f"lost {item['losses']} time(s)")
     return "; ".join(notes)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from oserve.cli.options import TraceSelection, check_over_zero, read_requests
 from oserve.config import ClusterSpec, load_cluster, load_rates
-from oserve.config.cluster import lists_hosts, load_hosts
+from oserve.config.cluster import lists_hosts, load_hosts, named_network
 from oserve.config.policies import ladder_goal
 from oserve.config.settings import PlanningSettings
 from oserve.control.ladder import Goal
@@ -16,6 +16,7 @@ from oserve.nodes.host_cluster import asked_devices
 from oserve.nodes.ray_address import is_ray, ray_address
 from oserve.nodes.ray_cluster import check_ray_installed, listed_devices
 from oserve.perf.capacity import LatencyLimits
+from oserve.perf.source import DEFAULT_NETWORK
 from oserve.plan.demand import Demand, demand_from_rates, demand_from_trace, scaled
 from oserve.traces import TraceRequest
 
@@ -31,7 +32,8 @@ def cluster_from(text: str | None) -> ClusterSpec:
         check_ray_installed()
         return ClusterSpec(devices=asyncio.run(listed_devices(ray_address(text))))
     if lists_hosts(text):
-        return ClusterSpec(devices=asyncio.run(asked_devices(load_hosts(text))))
+        devices = asyncio.run(asked_devices(load_hosts(text)))
+        return ClusterSpec(devices=devices, network=named_network(text) or DEFAULT_NETWORK)
     return load_cluster(text)
 
 

@@ -54,6 +54,8 @@ def _show(document: dict[str, Any]) -> None:
     console.print(table)
     if len(document.get("nodes", ())) > 1:
         console.print(node_table(document["nodes"]))
+    if any(one["node"] for one in document.get("gateways", ())):
+        console.print(_gateway_table(document["gateways"]))
     names = [entry["id"] for entry in document["replicas"]]
     shares = Table("type", "prompt tokens", *names)
     for kind in document["workload_types"]:
@@ -69,6 +71,23 @@ def _show(document: dict[str, Any]) -> None:
     _show_switch(console, document.get("switch"))
     _show_control(console, document.get("control", {}))
     _show_tuning(console, document.get("tuning", {}))
+
+
+def _gateway_table(gateways: list[dict[str, Any]]) -> Table:
+    """Gateway processes by node."""
+    table = Table("gateway of", "port", "state", "running", "waiting", "last report", "note")
+    for one in gateways:
+        age_s = one["report_age_s"]
+        table.add_row(
+            one["node"] or "(server)",
+            str(one["port"] or ""),
+            one["state"],
+            str(one["inflight"]),
+            str(one["queued"]),
+            "" if age_s is None else f"{age_s:.1f} s ago",
+            one["reason"],
+        )
+    return table
 
 
 def _show_energy(console: Console, energy: dict[str, Any] | None) -> None:

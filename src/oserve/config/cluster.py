@@ -51,7 +51,7 @@ class _HostFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _ClusterFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     nodes: list[_NodesFile] = []
     hosts: list[_HostFile] = []
-    network: str = DEFAULT_NETWORK
+    network: str = ""
 
 
 def load_cluster(text: str) -> ClusterSpec:
@@ -62,14 +62,15 @@ def load_cluster(text: str) -> ClusterSpec:
     """
     if _is_file(text):
         parsed = convert(read_document(Path(text)), _ClusterFile, place=text)
-        find_link(parsed.network)
+        network = parsed.network or DEFAULT_NETWORK
+        find_link(network)
         if parsed.hosts:
             raise OServeError(
                 "it lists hosts, whose devices are known only once they run",
                 place=f"{text}: hosts",
                 remedy="use it with oserve serve --cluster, or describe the devices under nodes",
             )
-        return ClusterSpec(devices=_devices(parsed.nodes, text), network=parsed.network)
+        return ClusterSpec(devices=_devices(parsed.nodes, text), network=network)
     nodes = []
     for part in text.split("+"):
         matched = _PART.match(part.strip())
@@ -100,7 +101,7 @@ def _is_file(text: str) -> bool:
 def load_hosts(file: str) -> tuple[HostEntry, ...]:
     """The hosts that a cluster file lists; raises OServeError naming the invalid part."""
     parsed = convert(read_document(Path(file)), _ClusterFile, place=file)
-    find_link(parsed.network)
+    find_link(parsed.network or DEFAULT_NETWORK)
     if parsed.nodes or not parsed.hosts:
         raise OServeError(
             "to serve on several machines a cluster file lists hosts, and no nodes",
@@ -132,6 +133,11 @@ def load_hosts(file: str) -> tuple[HostEntry, ...]:
         )
         for index, host in enumerate(parsed.hosts)
     )
+
+
+def named_network(file: str) -> str:
+    """The link between nodes that a cluster file names; empty if it names none."""
+    return convert(read_document(Path(file)), _ClusterFile, place=file).network
 
 
 def _fingerprint(text: str, place: str) -> str:

@@ -37,10 +37,12 @@ class ClusterSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     share cores. ``cpu_flags``: ``auto``, or CPU flags to assume, as in /proc/cpuinfo. ``nodes``:
     empty for this machine, else the machines to serve on: ``ray``, ``ray:HOST:PORT``, or a cluster
     file with ``hosts``. ``hatch_port`` and ``node_state_dir``: of the nodes of a Ray cluster; 0
-    takes any free port.
+    takes any free port. ``fetch``: ``auto`` has nodes that lack the model's files get them from
+    nodes that have them.
     """
 
     nodes: str = ""
+    fetch: Annotated[str, msgspec.Meta(pattern="^(auto|never)$")] = "auto"
     hatch_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     node_state_dir: Annotated[str, msgspec.Meta(min_length=1)] = "~/.oserve/nodes"
 

@@ -74,6 +74,7 @@ class Controller:
         self._decided_without: frozenset[str] = frozenset()
         self._earlier: DeploymentPlan | None = None
         self._held_until_s = 0.0
+        self._reconsiders = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,14 +96,19 @@ class Controller:
         """There are more devices, and no plan has been made with them."""
         self._decided_without |= devices
 
+    def reconsider(self) -> None:
+        """More is known of the nodes than at the last decision about them: decide again."""
+        self._reconsiders = True
+
     @property
     def nodes_due(self) -> bool:
         """Whether the usable devices differ from those of the last decision about nodes."""
-        return self._unusable != self._decided_without
+        return self._reconsiders or self._unusable != self._decided_without
 
     def accept_nodes(self) -> None:
         """Decide no further about the present nodes."""
         self._decided_without = self._unusable
+        self._reconsiders = False
         if not self._unusable:
             self._earlier = None
 
@@ -186,6 +192,7 @@ class Controller:
         decision = self._decided(inputs, score, now_s, trigger, switching=switching)
         if inputs.of_nodes and decision.reason is not Reason.SWITCH_UNDER_WAY:
             self._decided_without = inputs.unusable
+            self._reconsiders = False
             if not inputs.unusable:
                 self._earlier = None
         return decision

@@ -8,6 +8,8 @@ up <--> silent --> lost --> held down --> up        an operator's word: cordoned
           +--------------------+  +-- the hold-down doubles with each loss
 ```
 
+A node that is up, but lacks the model's files, is fetching: it is not used before it has them.
+
 A node is lost after ``lost_after_s`` without a sign of life, or as soon as the cluster says that it
 is dead. One that comes back is held down: a node that was lost is often lost again, and each time
 costs its running requests. An operator's word holds whatever happens to the node. Silence while the
@@ -52,6 +54,7 @@ class NodeRecord:
     """The condition of one node: up, silent, lost or held down, and the operator's word.
 
     ``heard_s``: the last sign of life, in seconds in which the server did not stand still.
+    ``lacks``: see ``NodeSighting``.
     """
 
     name: str
@@ -62,6 +65,7 @@ class NodeRecord:
     losses: int = 0
     word: str = ""
     reason: str = ""
+    lacks: str | None = ""
 
     @property
     def state(self) -> NodeState:
@@ -69,6 +73,8 @@ class NodeRecord:
         condition = self.condition
         reachable = condition in {NodePhase.UP, NodePhase.SILENT}
         phase = condition
+        if self.lacks and reachable:
+            phase = NodePhase.FETCHING
         if self.word and condition is not NodePhase.LOST:
             phase = NodePhase(self.word)
         return NodeState(
@@ -78,9 +84,9 @@ class NodeRecord:
             until_s=self.until_s if condition is NodePhase.HELD_DOWN else 0.0,
             losses=self.losses,
             word=self.word,
-            reason=self.reason,
-            startable=condition is NodePhase.UP and not self.word,
-            usable=reachable and not self.word,
+            reason=self.lacks if self.lacks and reachable else self.reason,
+            startable=condition is NodePhase.UP and not self.word and self.lacks == "",
+            usable=reachable and not self.word and not self.lacks,
             reachable=reachable,
         )
 
@@ -173,7 +179,7 @@ class NodeBook:
             heard_s = max(record.heard_s, self._calm_s, self._awake_s - sighting.silent_s)
             silent_s = min(sighting.silent_s, self._awake_s - heard_s)
             record = next_record(
-                replace(record, heard_s=heard_s),
+                replace(record, heard_s=heard_s, lacks=sighting.lacks),
                 replace(sighting, silent_s=silent_s),
                 now_s,
                 self.policy,

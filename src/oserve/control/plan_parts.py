@@ -4,13 +4,16 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from oserve.control.evaluation import Leg
 from oserve.control.ladder import Shapes
 from oserve.control.rollout import stages
-from oserve.core import DeploymentPlan, Device, ReplicaSpec
+from oserve.core import DeploymentPlan, Device, PlannedType, ReplicaSpec
 from oserve.perf import ShapePerformance
 from oserve.plan.packing import Packing
 from oserve.plan.search import DeploymentCandidate
+from oserve.workload import classify
 
 # Smaller shares are dropped; overflow routing covers them.
 _LEAST_SHARE = 0.005
@@ -116,3 +119,27 @@ def extended(
         return None
     replicas = (*current.replicas, *added)
     return replace(current, id=f"extended-{plan_stamp(replicas)}", replicas=replicas)
+
+
+def typed_plan(
+    plan: DeploymentPlan, names: Sequence[str], centres: Sequence[tuple[float, float]]
+) -> DeploymentPlan:
+    """The plan with types of these names and centres; each gets the shares of its class."""
+    same = [kind.name for kind in plan.planned_types] == list(names)
+    present = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
+    if same and np.allclose(present, centres, rtol=1e-3):
+        return plan
+    return replace(
+        plan,
+        planned_types=tuple(
+            PlannedType(
+                name=name,
+                prompt_tokens=prompt,
+                output_tokens=output,
+                shares=plan.routing_shares.get(
+                    classify(round(prompt), plan.length_classes).name, {}
+                ),
+            )
+            for name, (prompt, output) in zip(names, centres, strict=True)
+        ),
+    )

@@ -17,7 +17,14 @@ _AS_MEASURED = Speeds()
 def planner_for(
     question: PlanRequest, starts: StartTimes, legs: Legs | None = None
 ) -> TablePlanner:
-    """The controller's planner: it computes the performance table once, for any rates."""
+    """The controller's planner."""
+    return TablePlanner(planner_facts(question, starts, legs))
+
+
+def planner_facts(
+    question: PlanRequest, starts: StartTimes, legs: Legs | None = None
+) -> PlannerFacts:
+    """What the planner plans from: the performance table is computed once, for any rates."""
     demand = question.demand
     kinds = {device.id: device.kind for device in question.devices}
 
@@ -43,21 +50,19 @@ def planner_for(
             return None
         return found[0] if found else None
 
-    return TablePlanner(
-        PlannerFacts(
-            devices=question.devices,
-            types=demand.types,
-            centres=tuple(demand.centres[kind.name] for kind in demand.types),
-            classes=demand.classes,
-            class_mix=demand.class_mix,
-            table=rows(question.shapes),
-            row_of=row_of,
-            start_s=starts.start_s,
-            legs=legs,
-            min_gain=question.min_gain,
-            min_shapes=question.min_shapes,
-            spread=question.spread,
-            time_limit_s=question.time_limit_s,
-            rows_at=rows,
-        )
+    return PlannerFacts(
+        devices=question.devices,
+        types=demand.types,
+        centres=tuple(demand.centres[kind.name] for kind in demand.types),
+        classes=demand.classes,
+        class_mix=demand.class_mix,
+        table=rows(question.shapes),
+        row_of=row_of,
+        start_s=starts.start_s,
+        legs=legs,
+        min_gain=question.min_gain,
+        min_shapes=question.min_shapes,
+        spread=question.spread,
+        time_limit_s=question.time_limit_s,
+        rows_at=rows,
     )

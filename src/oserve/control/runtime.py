@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from oserve.control.controller import Controller
 from oserve.control.decision import Decision, Mode, Trigger
 from oserve.control.evaluation import (
@@ -26,8 +24,8 @@ from oserve.control.ladder_table import ladder_rows
 from oserve.control.load_facts import LoadFacts
 from oserve.control.monitor import LAST_S
 from oserve.control.node_view import unusable_devices
-from oserve.control.plan_parts import extended, fitting
-from oserve.control.planner import TablePlanner
+from oserve.control.plan_parts import extended, fitting, typed_plan
+from oserve.control.planner import PlannerFacts, TablePlanner
 from oserve.control.policy import ControlPolicy
 from oserve.control.shelf import LadderNeed, LadderShelf, ShelvedLadder
 from oserve.control.speed import SpeedEstimator
@@ -38,7 +36,6 @@ from oserve.core import (
     NodePhase,
     NodeState,
     Observation,
-    PlannedType,
     ReplicaPhase,
     ReplicaSpec,
 )
@@ -46,7 +43,6 @@ from oserve.forecast.detect import ChangeDetector
 from oserve.forecast.experts import Combination
 from oserve.forecast.forecaster import QUANTILES, Forecaster
 from oserve.forecast.simple import periods_of
-from oserve.workload import classify
 
 # The candidates that are simulated, the best by the linear model first.
 _MOST_SIMULATED = 5
@@ -149,6 +145,17 @@ class ControllerRuntime:
             self.planner.learn(replace(facts, devices=facts.devices + fresh))
             self.controller.join(frozenset(device.id for device in fresh))
 
+    def renew(self, facts: PlannerFacts) -> None:
+        """Plan for a cluster that is known better: more devices, other shapes, another network.
+
+        Another ladder is needed then; until it is there the present one serves.
+        """
+        self.planner.learn(facts)
+        self.shelf.outdate()
+        self._shared = None
+        if self.controller.policy.follow is None:
+            self.controller.reconsider()
+
     def see_nodes(self, states: Sequence[NodeState]) -> None:
         """Plan for the devices of the nodes that are in use from now on."""
         devices = self.planner.facts.devices
@@ -219,7 +226,12 @@ class ControllerRuntime:
         if not self.shelf.needs(mix, present, speeds, now_s, bursts):
             return None
         return LadderNeed(
-            mix=mix, present=present, speeds=speeds, burstiness=bursts, work=self.planner.work
+            mix=mix,
+            present=present,
+            speeds=speeds,
+            burstiness=bursts,
+            work=self.planner.work,
+            cluster=self.shelf.cluster,
         )
 
     def prepare_switches(self) -> None:
@@ -237,10 +249,19 @@ class ControllerRuntime:
             self.planner.switch(current, shapes)
 
     def learn_ladder(self, need: LadderNeed, ladder: Ladder) -> None:
-        """Use a ladder that was built for a need."""
+        """Use a ladder that was built for a need.
+
+        With the first one of a cluster that has grown, a decision about its nodes is due.
+        """
+        if self.shelf.cluster and need.cluster == self.shelf.cluster and self.shelf.is_outdated:
+            self.controller.reconsider()
         self.shelf.add(
             ShelvedLadder(
-                ladder=ladder, speeds=need.speeds, present=need.present, bursts=need.burstiness
+                ladder=ladder,
+                speeds=need.speeds,
+                present=need.present,
+                bursts=need.burstiness,
+                cluster=need.cluster,
             )
         )
 
@@ -371,22 +392,4 @@ class ControllerRuntime:
     def typed(self, plan: DeploymentPlan) -> DeploymentPlan:
         """The plan with the types that are counted here; each gets the shares of its class."""
         facts = self.planner.facts
-        names = [kind.name for kind in facts.types]
-        centres = [(kind.prompt_tokens, kind.output_tokens) for kind in plan.planned_types]
-        same = [kind.name for kind in plan.planned_types] == names
-        if same and np.allclose(centres, facts.centres, rtol=1e-3):
-            return plan
-        return replace(
-            plan,
-            planned_types=tuple(
-                PlannedType(
-                    name=name,
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    shares=plan.routing_shares.get(
-                        classify(round(prompt), plan.length_classes).name, {}
-                    ),
-                )
-                for name, (prompt, output) in zip(names, facts.centres, strict=True)
-            ),
-        )
+        return typed_plan(plan, [kind.name for kind in facts.types], facts.centres)

@@ -31,13 +31,14 @@ _FAR = 1.25
 class ShelvedLadder:
     """A ladder, with the speeds, the deployment and the burstiness by type that it was built for.
 
-    It may lack that deployment, if that cannot be simulated.
+    It may lack that deployment, if that cannot be simulated. ``cluster``: see ``LadderShelf``.
     """
 
     ladder: Ladder
     speeds: Speeds
     present: Shapes = ()
     bursts: tuple[float, ...] = ()
+    cluster: int = 0
 
     def suits(self, present: Shapes, speeds: Speeds) -> bool:
         """Whether no other ladder would know more of this deployment at these speeds."""
@@ -68,12 +69,17 @@ class LadderNeed:
     speeds: Speeds
     burstiness: tuple[float, ...]
     work: tuple[float, ...]
+    cluster: int = 0
 
 
 class LadderShelf:
-    """Holds at most eight ladders; the one that was used longest ago makes room."""
+    """Holds at most eight ladders; the one that was used longest ago makes room.
+
+    ``cluster`` counts the clusters that ladders were needed for: more devices make another one.
+    """
 
     def __init__(self) -> None:
+        self.cluster = 0
         self._held: deque[ShelvedLadder] = deque(maxlen=_MOST)
         self._asked_s = -_REST_S
 
@@ -81,6 +87,16 @@ class LadderShelf:
     def ladder(self) -> Ladder | None:
         """The ladder in use."""
         return self._held[-1].ladder if self._held else None
+
+    def outdate(self) -> None:
+        """The cluster is another one: a ladder of it is needed, and serves once it is there."""
+        self.cluster += 1
+        self._asked_s = -_REST_S
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether no ladder is one of the present cluster."""
+        return all(item.cluster != self.cluster for item in self._held)
 
     def add(self, item: ShelvedLadder) -> None:
         """Use this ladder from now on."""
@@ -97,7 +113,7 @@ class LadderShelf:
 
         A ladder of other speeds tells more than one without the present deployment.
         """
-        able = [item for item in self._held if item.suits(present, speeds)]
+        able = [item for item in self._held if self._suits(item, present, speeds)]
         if not able and self.ladder is not None and self.ladder.find(present) is None:
             able = [item for item in self._held if item.ladder.find(present) is not None]
         if able:
@@ -121,16 +137,21 @@ class LadderShelf:
         ladder = self.take(mix, present, speeds, bursts)
         fits = (
             ladder is not None
-            and self._held[-1].suits(present, speeds)
+            and self._suits(self._held[-1], present, speeds)
             and self._held[-1].distance(mix, bursts) <= 1.0
         )
         soon = ladder is not None and (
-            ladder.find(present) is None or _differ(self._held[-1].speeds, speeds)
+            self.is_outdated
+            or ladder.find(present) is None
+            or _differ(self._held[-1].speeds, speeds)
         )
         if fits or now_s - self._asked_s < (_SOON_S if soon else _REST_S):
             return False
         self._asked_s = now_s
         return True
+
+    def _suits(self, item: ShelvedLadder, present: Shapes, speeds: Speeds) -> bool:
+        return item.cluster == self.cluster and item.suits(present, speeds)
 
 
 def _differ(one: Speeds, other: Speeds) -> bool:

@@ -102,6 +102,10 @@ class SpeedEstimator:
         self._samples: dict[SpeedKey, _Samples] = {}
         self._changed_s = -math.inf
 
+    def compare_with(self, source: PerformanceSource) -> None:
+        """Compare with another source of the same step times, which covers other devices."""
+        self._source = source
+
     def observe(self, observation: Observation) -> Speeds | None:
         """Add an observation; returns the speeds if they have changed."""
         kinds = {device.id: device.kind for device in observation.devices}

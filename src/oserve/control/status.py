@@ -58,10 +58,12 @@ def status_document(
     model: str,
     version: str,
     open_breakers: Mapping[str, tuple[str, float]] | None = None,
+    nodes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """JSON values for ``/oserve/v1/status`` and ``oserve status``.
 
     ``open_breakers``: replicas that get no requests now: the reason, and the seconds left.
+    ``nodes``: see ``node_documents``.
     """
     replicas = _replicas(plan, observation, policy, open_breakers or {})
     planned = {spec.id for spec in plan.replicas}
@@ -88,12 +90,17 @@ def status_document(
             {"id": device.id, "kind": device.kind, "node": device.node, "cores": device.cores}
             for device in observation.devices
         ],
-        "nodes": node_documents(observation),
+        "nodes": node_documents(observation, nodes),
     }
 
 
-def node_documents(observation: Observation) -> list[dict[str, Any]]:
-    """The nodes and their states as JSON values, by name; empty for one machine."""
+def node_documents(
+    observation: Observation, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The nodes and their states as JSON values, by name; empty for one machine.
+
+    ``more``: what else is known of each node.
+    """
     if not observation.node_states:
         return []
     homes = {device.id: device.node for device in observation.devices}
@@ -117,6 +124,7 @@ def node_documents(observation: Observation) -> list[dict[str, Any]]:
                 "reason": state.reason,
                 "devices": sizes[state.name],
                 "replicas": living.get(state.name, []),
+                **(more or {}).get(state.name, {}),
             }
         )
     return found

@@ -32,6 +32,17 @@ class Batch(msgspec.Struct, kw_only=True):
         """Whether there is nothing to add."""
         return not self.arrivals and not self.tokens
 
+    def shifted(self, seconds: int) -> "Batch":
+        """The same counts by a clock that is so many seconds ahead."""
+        if not seconds:
+            return self
+        return msgspec.structs.replace(
+            self,
+            until_s=self.until_s + seconds,
+            arrivals={second + seconds: row for second, row in self.arrivals.items()},
+            tokens={second + seconds: row for second, row in self.tokens.items()},
+        )
+
 
 class Tally:
     """Counts of one process for types of these names."""

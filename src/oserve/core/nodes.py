@@ -8,6 +8,7 @@ class NodePhase(StrEnum):
     """The state of a node.
 
     ``silent``: it serves, but nothing new starts there. ``lost``: its replicas have left routing.
+    ``fetching``: it waits for the model's files, and no plan uses it before it has them.
     ``held_down``: it is back, and must stay so for a while before it is used. ``cordoned`` and
     ``draining`` are an operator's words: nothing new starts there; a draining node is emptied.
     """
@@ -16,6 +17,7 @@ class NodePhase(StrEnum):
     SILENT = "silent"
     LOST = "lost"
     HELD_DOWN = "held_down"
+    FETCHING = "fetching"
     CORDONED = "cordoned"
     DRAINING = "draining"
 
@@ -25,12 +27,14 @@ class NodeSighting:
     """What a cluster sees of one node.
 
     ``silent_s``: seconds since the last sign of life. ``dead``: who says that the node is gone, and
-    why; empty while nobody does.
+    why; empty while nobody does. ``lacks``: what it must get before it is used, in words; empty if
+    nothing, ``None`` while that is not known: then nothing new starts there.
     """
 
     name: str
     silent_s: float = 0.0
     dead: str = ""
+    lacks: str | None = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

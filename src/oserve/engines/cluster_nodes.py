@@ -26,7 +26,8 @@ class ClusterNodes:
     """This machine's engines, ``own``, and those of other nodes; ``book`` has all their devices.
 
     ``adopt`` sorts out what runs on a node before the node counts as up. ``on_node`` is called with
-    a node that is up (an empty reason) or down (why).
+    a node that is up (an empty reason) or down (why). ``lacks`` may be set to what tells what a
+    node must get before it is used; see ``NodeSighting``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ClusterNodes:
         self.own = own
         self.book = DeviceBook(devices)
         self.on_node = on_node
+        self.lacks: Callable[[str], str | None] = lambda _node: ""
         self._facts = facts
         self._clock = clock
         self._adopt = adopt
@@ -125,9 +127,10 @@ class ClusterNodes:
         return node not in self.book.reasons()
 
     def redirect(self, node: str, hatch: HatchAddress) -> None:
-        """A node has another hatch; the next call uses it."""
+        """A node is at this hatch, as someone else has told; it is called there at once."""
         if node in self._tenders:
             self._tenders[node].node.keeper.redirect(hatch)
+            self._tenders[node].call()
 
     def sightings(self) -> tuple[NodeSighting, ...]:
         """What is seen of each node; nothing while there is only this machine."""
@@ -135,7 +138,10 @@ class ClusterNodes:
             return ()
         now_s = self._clock.now()
         mine = [NodeSighting(name=self.own.name)] if self.book.on(self.own.name) else []
-        return (*mine, *(tender.sighting(now_s) for tender in self._tenders.values()))
+        return (*mine, *(self._sighting(tender, now_s) for tender in self._tenders.values()))
+
+    def _sighting(self, tender: NodeTender, now_s: float) -> NodeSighting:
+        return replace(tender.sighting(now_s), lacks=self.lacks(tender.node.name))
 
     async def close(self) -> None:
         """Call nodes no more; connections stay."""

@@ -53,7 +53,8 @@ class HeldEngines:
 
     ``grace_s``: how long the keeper holds them when this process has ended. ``guest``: this is no
     server, but an agent that looks after the node; the server keeps its own connection. ``owner``:
-    the server whose keeper this is to be; empty on its own machine, where a lock tells.
+    the server whose keeper this is to be; empty on its own machine, where a lock tells. ``forks``:
+    see ``keeper_messages.ServerHello``.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class HeldEngines:
         grace_s: float,
         guest: bool = False,
         owner: ServerOwner | None = None,
+        forks: bool = False,
     ) -> None:
         self._dial = dial
         self._owner = owner or ServerOwner()
         self._taken = ""
         self._grace_s = grace_s
         self._guest = guest
+        self._forks = forks
         self._line: KeeperConnection | None = None
         self._lock = asyncio.Lock()
         self._closed = False
@@ -248,6 +251,7 @@ class HeldEngines:
             silence_s=self._dial.silence_s,
             owner=owner.key,
             title=owner.title,
+            forks=self._forks,
         )
         line.send(hello)
         if owner.key:

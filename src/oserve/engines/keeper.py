@@ -2,10 +2,10 @@
 
 Runs as ``python -m oserve.engines.keeper``, one for each state folder and machine. One server at a
 time talks to it over a Unix socket (see ``keeper_messages``). When that connection breaks, or
-falls silent, the keeper keeps every process running for ``grace_s``; if no server connects by then,
-it ends them all but those that serve the node. They are its own children, so that a reused process
-id cannot be mistaken for one of them, and no child outlives the keeper, even if the keeper is
-killed.
+falls silent, the keeper keeps every process running for ``grace_s``; if no server connects, or is
+heard again, by then, it ends them all but those that serve the node. They are its own children, so
+that a reused process id cannot be mistaken for one of them, and no child outlives the keeper, even
+if the keeper is killed.
 """
 
 import argparse
@@ -98,6 +98,7 @@ class Keeper:
         self._ending = asyncio.Event()
         self._patient = True
         self._asides: set[asyncio.Task[None]] = set()
+        self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until told to close, or without a server for too long; leaves nothing behind."""
@@ -133,8 +134,7 @@ class Keeper:
         # ValueError: the line is longer than the limit.
         with contextlib.suppress(OSError, ValueError):
             while text := await reader.readline():
-                if line.watch is not None:
-                    line.watch.heard()
+                self._heard(line)
                 if not line.refused:
                     self._handle(line, command_of(text))
         self._lines.discard(line)
@@ -147,9 +147,10 @@ class Keeper:
 
     def _greet(self, line: KeeperLine, hello: ServerHello) -> None:
         """A guest wants to become the server."""
+        served = self._server is not None and not self._server.silent
         left = any(not child.entry.stays for child in self._children.values())
-        owned = self._owned if self._server is not None or left else None
-        refusal = refusal_of(hello, owned, served=self._server is not None)
+        owned = self._owned if served or left else None
+        refusal = refusal_of(hello, owned, served=served)
         if refusal is not None:
             _log.warning(
                 "refused the server %s: the node is that of %s", hello.title, refusal.title
@@ -165,20 +166,45 @@ class Keeper:
             self._server.writer.close()
         self._server, self._owned = line, hello
         self._grace_s = hello.grace_s
+        self._attended()
         if hello.owner:
             line.send(ServerAccepted())
-        if self._timer is not None:
-            self._timer.cancel()
         if hello.silence_s and line.watching is None:
-            line.watching = asyncio.create_task(line.end_if_silent(self._clock, hello.silence_s))
+            line.watching = asyncio.create_task(
+                line.watch_silence(self._clock, hello.silence_s, self._fell_silent)
+            )
+        idle = self._preparing is None or self._preparing.done()
+        if hello.forks and idle and not self._ending.is_set():
+            self._preparing = asyncio.create_task(self._launcher.prepare())
+
+    def _heard(self, line: KeeperLine) -> None:
+        if line.watch is not None:
+            line.watch.heard()
+        if line.silent:
+            line.silent = False
+            if line is self._server:
+                _log.info("the server is heard again")
+                self._attended()
+
+    def _fell_silent(self, line: KeeperLine) -> None:
+        if line is self._server:
+            self._left_alone()
 
     def _left_alone(self) -> None:
+        if self._timer is not None:  # the grace has begun with the silence
+            return
         _log.info("no server; everything ends in %g s unless one connects", self._grace_s)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._grace_s, self._give_up)
 
+    def _attended(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
     def _give_up(self) -> None:
         """No server has come in time."""
+        self._timer = None
         if any(child.entry.stays for child in self._children.values()):
             self._clear(patient=True)
         else:
@@ -297,6 +323,8 @@ class Keeper:
         for child in engines:
             if child.process is None:
                 child.signal(signal.SIGTERM)
+        if self._preparing is not None:
+            self._preparing.cancel()
         await self._launcher.close()
         await wait_all([*others, *engines], 2 * _HURRIED_S)
         staying = [child for child in children if child.entry.stays] if stayers else []

@@ -148,4 +148,13 @@ def find_node_facts(folder: Path, logs: Path) -> NodeFacts:
         logs=os.path.abspath(logs),
         python=sys.executable,
         bf16=find_processor().has_bf16,
+        rdma=_has_rdma(Path("/sys/class/infiniband")),
     )
+
+
+def _has_rdma(folder: Path) -> bool:
+    """Whether the kernel lists devices there."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False

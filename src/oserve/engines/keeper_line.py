@@ -1,7 +1,8 @@
-"""A connection as a keeper sees it, and whose the keeper is."""
+"""A connection as a keeper sees it: how long it is silent, and whose the keeper is."""
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from oserve.core import Clock
 from oserve.engines.keeper_messages import KeeperEvent, ServerHello, ServerRefused, encoded
@@ -29,6 +30,7 @@ class KeeperLine:
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
         self.watch: LineWatch | None = None
+        self.silent = False
         self.refused = False
         self.task = asyncio.current_task()
         self.watching: asyncio.Task[None] | None = None
@@ -37,10 +39,17 @@ class KeeperLine:
         if not self.writer.is_closing():
             self.writer.write(encoded(event))
 
-    async def end_if_silent(self, clock: Clock, limit_s: float) -> None:
-        """Break it when nothing has come for so long."""
+    async def watch_silence(
+        self, clock: Clock, limit_s: float, fell_silent: Callable[["KeeperLine"], None]
+    ) -> None:
+        """Tell when nothing has come for so long.
+
+        The connection stays: breaking it would cost a server that was held up all nodes at once.
+        """
         self.watch = LineWatch(clock.now(), limit_s)
-        while not self.watch.is_lost(clock.now()):
+        while True:
+            if self.watch.is_lost(clock.now()) and not self.silent:
+                _log.warning("nothing has been heard of the server for %g s", limit_s)
+                self.silent = True
+                fell_silent(self)
             await clock.sleep(PING_S)
-        _log.warning("nothing has been heard of the server for %g s", limit_s)
-        self.writer.transport.abort()

@@ -33,13 +33,15 @@ class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="Greet"):
 
     ``silence_s``: the connection counts as broken after so long without a message; 0: never.
     ``owner``: a word that only servers of the same state folder have; with it the keeper answers by
-    ``ServerAccepted`` or ``ServerRefused``. ``title``: the server, for people.
+    ``ServerAccepted`` or ``ServerRefused``. ``title``: the server, for people. ``forks``: it will
+    start engines by fork, so that the zygote should be up by then.
     """
 
     grace_s: _Seconds
     silence_s: _Seconds = 0.0
     owner: str = ""
     title: str = ""
+    forks: bool = False
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True, tag="Start"):
@@ -140,7 +142,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     ``host``: its name. ``oserve`` and ``engine``: versions of OServe and vLLM, empty if not
     installed. ``boot``: see ``group.boot_id``. ``folder``: for sockets and folders of engines;
     ``logs``: for logs. ``python``: the interpreter that it runs. ``bf16``: whether its
-    processor has instructions for that type.
+    processor has instructions for that type. ``rdma``: whether it has InfiniBand or RoCE devices.
     """
 
     host: str = ""
@@ -151,6 +153,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     logs: str = ""
     python: str = ""
     bf16: bool = False
+    rdma: bool = False
 
 
 class KeeperHello(msgspec.Struct, frozen=True, kw_only=True, tag="Hello"):

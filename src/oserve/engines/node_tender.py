@@ -39,6 +39,7 @@ class NodeTender:
         # When it was last heard; ``None`` while it is up.
         self._heard_s: float | None = clock.now()
         self._dead = ""
+        self._told = asyncio.Event()
 
     def begin(self) -> None:
         """Call it from now on."""
@@ -54,6 +55,10 @@ class NodeTender:
         """The node is lost, as someone else has told."""
         self._dead = reason
         self.node.keeper.cut(reason)
+
+    def call(self) -> None:
+        """The node is there, as someone else has told: do not wait for the next call's time."""
+        self._told.set()
 
     def sighting(self, now_s: float) -> NodeSighting:
         """What is seen of it."""
@@ -82,13 +87,29 @@ class NodeTender:
                 first.set_result(adopted)
             if not self._reason:
                 self._down(await self.node.keeper.lost())
-            await self._clock.sleep(pause_s)
-            pause_s = min(2.0 * pause_s, _LONGEST_PAUSE_S)
+            told = await self._pause(pause_s)
+            pause_s = _PAUSE_S if told else min(2.0 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _pause(self, pause_s: float) -> bool:
+        """Wait before the next call; whether someone has told that the node is there."""
+        waits = {
+            asyncio.ensure_future(self._clock.sleep(pause_s)),
+            asyncio.ensure_future(self._told.wait()),
+        }
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+        told = self._told.is_set()
+        self._told.clear()
+        return told
 
     def _up(self, adopted: Adopted) -> None:
         kept, ended = (", ".join(names) or "-" for names in adopted)
         _log.info("node %s is up; adopted: %s; ended: %s", self.node.name, kept, ended)
         self._reason = self._dead = ""
+        self._told.clear()
         self._heard_s = None
         self._turned(self.node.name, "")
 

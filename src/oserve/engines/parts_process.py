@@ -32,6 +32,7 @@ class PartsProcess:
         self.processes = tuple(processes)
         self._tied = TiedParts(parts)
         self._lost: NodeLostError | None = None
+        self._broken = asyncio.Event()
         self._over = asyncio.Event()
         self._watches = [
             asyncio.create_task(self._watch(part.index, process))
@@ -54,6 +55,14 @@ class PartsProcess:
         if self._tied.reason:
             raise PartEndedError(self._tied.reason, place="engines", remedy="see that part's log")
         return self._tied.status or 0
+
+    async def broken(self) -> str:
+        """Wait until a part is gone, though nobody asked for it; returns which, and how.
+
+        No request can be served from then on. The other parts may take a while to end.
+        """
+        await self._broken.wait()
+        return self._tied.reason
 
     def terminate(self) -> None:
         self._carry_out(self._tied.asked(kill=False))
@@ -90,6 +99,8 @@ class PartsProcess:
                 process.kill()
             else:
                 process.terminate()
+        if self._tied.reason:
+            self._broken.set()
         if self._tied.is_over:
             self._over.set()
 

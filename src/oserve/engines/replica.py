@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from oserve.control.progress import ProgressSample, ProgressTracker
 from oserve.core import Clock, OServeError, ReplicaPhase
 from oserve.engines.held_process import NodeLostError
+from oserve.engines.parts_process import PartsProcess
 from oserve.engines.probe import EngineLoad, ProbeReply, ServedModel
 from oserve.engines.replica_states import StateReport
 from oserve.engines.settings import EngineSettings
@@ -138,9 +139,14 @@ class VllmReplica(ReplicaTask):
         # Its error is retrieved, whoever waits, so that asyncio logs no warning.
         ended.add_done_callback(lambda task: task.cancelled() or task.exception())
         watch = asyncio.create_task(self._watch(process))
+        broken = asyncio.create_task(_broken(process))
         hangs = False
         try:
-            await asyncio.wait({ended, watch, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, watch, stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
+            if broken.done() and not ended.done():
+                # It leaves before the other parts have ended: its requests would wait for that.
+                self.report(phase=ReplicaPhase.HUNG, detail=broken.result())
+                await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if stopped.done():
                 return None
             if ended.done():
@@ -153,7 +159,7 @@ class VllmReplica(ReplicaTask):
                 await self._passes(_LEAVE_S, ended)
             return found
         finally:
-            await cancel(watch)
+            await cancel(watch, broken)
             await self._end(process, ended, kindly=not hangs)
 
     async def _end(
@@ -323,6 +329,14 @@ class _Signs:
         )
         self.answered = False
         return look
+
+
+async def _broken(process: WatchedProcess) -> str:
+    """See ``PartsProcess.broken``; an engine in one process is never broken in this way."""
+    if isinstance(process, PartsProcess):
+        return await process.broken()
+    never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    return await never
 
 
 def _ending(status: int) -> str:

@@ -63,6 +63,10 @@ class EngineProcess(Protocol):
 class Launcher(Protocol):
     """``start`` raises ``OServeError`` when no process could be made."""
 
+    async def prepare(self) -> None:
+        """Do ahead what the first start would wait for."""
+        ...
+
     async def start(
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
     ) -> EngineProcess:
@@ -103,6 +107,9 @@ class SpawnLauncher:
     def __init__(self, server: Sequence[str] = (sys.executable, "-m", _SERVER_MODULE)) -> None:
         self._server = tuple(server)
         self._groups: dict[_Group, asyncio.Task[None]] = {}
+
+    async def prepare(self) -> None:
+        """See ``Launcher.prepare``; there is nothing to do."""
 
     async def start(
         self, argv: Sequence[str], env: Mapping[str, str], cores: Sequence[int], log_path: Path
@@ -173,7 +180,7 @@ class ZygoteLauncher:
         self._line: _ZygoteLine | None = None
 
     async def prepare(self) -> None:
-        """Bring the zygote up ahead of the first start; failing only means slower starts."""
+        """See ``Launcher.prepare``; failing only means slower starts."""
         async with self._lock:
             await self._ensure()
 

@@ -139,6 +139,10 @@ class LadderProcess:
         """See ``LadderMaker``."""
         return self._worker.call(LadderMaker.ladder, need)
 
+    def renew(self, model: LadderModel) -> None:
+        """Make ladders of another model from now on; waits for one that is being made."""
+        self._worker.renew(partial(LadderMaker, model))
+
     def close(self) -> None:
         """End the worker process."""
         self._worker.close()

@@ -50,6 +50,10 @@ class ScoringProcess:
         """See ``SwitchScorer``."""
         return self._worker.call(SwitchScorer.score, case)
 
+    def renew(self, model: EvaluationModel) -> None:
+        """Score by another model from now on; waits for a call under way."""
+        self._worker.renew(partial(SwitchScorer, model))
+
     def close(self) -> None:
         """End the worker process."""
         self._worker.close()

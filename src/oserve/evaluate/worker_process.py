@@ -65,6 +65,12 @@ class WorkerProcess(Generic[Resource]):
         result: Returned = returned
         return result
 
+    def renew(self, make: Callable[[], Resource]) -> None:
+        """Make another object with the next call; waits for a call under way."""
+        with self._lock:
+            self._end()
+            self._make = make
+
     def close(self) -> None:
         """End the process at once; a waiting call fails."""
         self._closed = True

@@ -6,7 +6,7 @@ from oserve.control.dispatch import commands as do
 from oserve.core import FinishStatus, RequestRecord
 from oserve.gateway.estimator import RequestEstimate, RequestEstimator
 from oserve.gateway.metrics import Metrics
-from oserve.gateway.records import RecordStore
+from oserve.gateway.records import RecordSink
 from oserve.gateway.stream.session import Session
 from oserve.workload import PromptLengthEstimator
 
@@ -19,7 +19,7 @@ class Accounting:
         metrics: Metrics,
         estimator: RequestEstimator,
         lengths: PromptLengthEstimator,
-        records: RecordStore | None,
+        records: RecordSink | None,
     ) -> None:
         self._metrics = metrics
         self._estimator = estimator

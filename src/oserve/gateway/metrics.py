@@ -19,6 +19,8 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 Labels = tuple[str, ...]
 
+_STATES: Labels = ("node", "state")
+
 COUNTERS: dict[str, tuple[str, Labels]] = {
     "oserve_requests": ("Ended requests by status.", ("status",)),
     "oserve_request_errors": ("Error responses by reason.", ("reason",)),
@@ -50,6 +52,9 @@ GAUGES: dict[str, tuple[str, Labels]] = {
     "oserve_replicas": ("Replicas, by shape and phase.", ("shape", "state")),
     "oserve_devices": ("Devices, used by a replica or free.", ("state",)),
     "oserve_nodes": ("Nodes of a cluster of several, by state.", ("state",)),
+    "oserve_gateways": ("Gateway processes by node, empty: the server's, and state.", _STATES),
+    "oserve_gateway_requests": ("Requests in a node's gateway processes.", ("node",)),
+    "oserve_controller_away_seconds": ("How long the control loop has been out of reach.", ()),
     "oserve_requests_running": ("Requests that an engine is computing.", ("replica",)),
     "oserve_requests_waiting": ("Requests that wait in an engine.", ("replica",)),
     "oserve_kv_cache_usage_ratio": ("Used fraction of an engine's KV cache.", ("replica",)),

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from oserve.core import FinishStatus, OServeError, RequestRecord
 
@@ -33,6 +34,18 @@ _INSERT = f"INSERT INTO requests VALUES {_ROW}"
 _INSERT_MANY = f"INSERT INTO requests VALUES {', '.join([_ROW] * _ROWS_AT_ONCE)}"
 _FLUSH_S = 0.1
 _BACKLOG = 50_000
+
+
+class RecordSink(Protocol):
+    """Where the records of finished requests go."""
+
+    def put(self, record: RequestRecord) -> bool:
+        """Take a record; ``False``: there was no room, and it was dropped."""
+        ...
+
+    def close(self) -> None:
+        """No more records come."""
+        ...
 
 
 class RecordStore:

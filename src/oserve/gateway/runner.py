@@ -28,7 +28,7 @@ from oserve.gateway.constants import constants_of
 from oserve.gateway.estimator import RequestEstimator
 from oserve.gateway.http.errors import refusal_error, shown
 from oserve.gateway.metrics import Metrics
-from oserve.gateway.records import RecordStore
+from oserve.gateway.records import RecordSink
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.replay_buffer import ReplayBudget
@@ -75,7 +75,7 @@ class RequestRunner:
     def __init__(
         self,
         settings: GatewaySettings,
-        records: RecordStore | None,
+        records: RecordSink | None,
         estimator: OutputEstimator | None = None,
     ) -> None:
         self.machine = RequestMachine(policy_of(settings), decide_exits)
@@ -155,7 +155,7 @@ class RequestRunner:
     def apply(self, snapshot: ClusterSnapshot) -> None:
         """Apply a new cluster snapshot."""
         self.snapshot = snapshot
-        self.report(on.LoadElsewhere(snapshot.elsewhere))
+        self.report(on.LoadElsewhere(snapshot.elsewhere, snapshot.processes))
         for name, (started_s, within_s) in snapshot.hand_overs.items():
             self.hand_over(name, within_s, started_s)
 

@@ -59,6 +59,8 @@ class MoveSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The gateway.
 
+    ``placement``: where gateway processes run: beside the server (``server``), or there and on
+    every other node (``every-node``), ``processes`` at each place, all with this host and port.
     ``max_queued`` bounds the requests that wait because every replica is full; beyond it clients
     get 429. ``no_replica_wait_s``: how long a request waits for a replica that is starting before
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
@@ -68,6 +70,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     without any the gateway is open.
     """
 
+    placement: Annotated[str, msgspec.Meta(pattern="^(server|every-node)$")] = "server"
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

@@ -9,6 +9,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
+    ``processes``: how many gateway processes there are; 0: as many as the settings say.
     ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
@@ -19,4 +20,5 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, dict[str, list[float]]] = {}
     switches: msgspec.Raw = msgspec.Raw(b"[]")
     queued: int = 0
+    processes: int = 0
     hand_overs: dict[str, tuple[float, float]] = {}

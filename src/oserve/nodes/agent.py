@@ -234,7 +234,7 @@ def _find_devices(orders: AgentOrders, visible: str | None, *, engines: bool) ->
         kind = "cpu"
     devices = find_devices(kind, orders.slots or orders.cpu_slots)
     gpus = [device for device in devices if device.uuid]
-    if not gpus:
+    if not gpus and (kind == "cpu" or not orders.gpus):
         return devices
     if visible:
         names = {name.strip() for name in visible.split(",")}

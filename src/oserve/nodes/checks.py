@@ -266,7 +266,8 @@ def _model_alike(machines: dict[str, MachineFacts]) -> Iterator[NodeFinding]:
                 check="model",
                 verdict=NodeVerdict.WARN,
                 found=model.error or "its files are not here",
-                remedy="copy them there, or let the first engine download them",
+                remedy="oserve serve sends them there from a node that has them "
+                "(cluster.fetch); else copy them there, or let engines download them",
             )
             continue
         size = sum(file.size_bytes for file in model.files) / _GIB

@@ -136,12 +136,12 @@ class TimeReply(msgspec.Struct, frozen=True, kw_only=True):
     unix_s: float
 
 
-Query = FactsQuery | TimeQuery | LinkQuery
-QUERIES: Final[msgspec.json.Decoder[Query]] = msgspec.json.Decoder(Query)
-
-
 class ExaminerOrders(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line on an examiner's standard input: where it listens; it ends after so long."""
+    """The first line on an examiner's standard input: where it listens; it ends after so long.
+
+    ``nice``: by how much less urgent it is than what serves.
+    """
 
     socket: str
     limit_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0

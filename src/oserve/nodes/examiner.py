@@ -12,12 +12,13 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 
 from oserve.nodes.examination import (
     MAX_LINE_BYTES,
-    QUERIES,
     ExaminerOrders,
     FactsQuery,
     LinkFacts,
@@ -26,15 +27,93 @@ from oserve.nodes.examination import (
     TimeQuery,
     TimeReply,
 )
+from oserve.nodes.fetch_messages import (
+    QUERIES,
+    FetchEnd,
+    FetchQuery,
+    FilesOffered,
+    HoldingsQuery,
+    OfferQuery,
+)
+from oserve.nodes.file_fetch import FileFetch
+from oserve.nodes.file_offer import FileOffer
 from oserve.nodes.links import measure_link
 from oserve.nodes.machine import examine_machine
+from oserve.nodes.model_files import cache_folder, find_folder, find_holdings
 
 _log = logging.getLogger("oserve.examiner")
 
 
-async def answered(line: bytes) -> MachineFacts | LinkFacts | TimeReply:
-    """The answer to a query. Raises ``msgspec.DecodeError`` if it cannot be read."""
-    match QUERIES.decode(line):
+OFFER_SOCKET: Final = "w0.sock"
+"""Where an examiner offers files, in its folder: a name for which hatches relay in bulk."""
+
+_TELL_S = 1.0
+_Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Examiner:
+    """Answers one visitor; ``folder`` holds its sockets. ``cache``: of downloads."""
+
+    def __init__(self, folder: str, cache: Path) -> None:
+        self._folder = folder
+        self._cache = cache
+        self._offer: FileOffer | None = None
+
+    async def serve(self, stream: _Stream) -> None:
+        """Answer until the visitor leaves. Raises OSError, ``msgspec.DecodeError``."""
+        reader, writer = stream
+        while line := await reader.readline():
+            query = QUERIES.decode(line)
+            match query:
+                case OfferQuery(model=model):
+                    answer: Any = await asyncio.to_thread(self._offered, model)
+                case FetchQuery():
+                    answer = await self._fetched(query, stream)
+                case HoldingsQuery(model=model):
+                    answer = await asyncio.to_thread(find_holdings, model, self._cache)
+                case _:
+                    answer = await answered(query)
+            writer.write(msgspec.json.encode(answer) + b"\n")
+
+    def close(self) -> None:
+        """Offer no more files."""
+        if self._offer is not None:
+            self._offer.close()
+
+    def _offered(self, model: str) -> FilesOffered:
+        found = find_folder(model, self._cache)
+        if found is None:
+            return FilesOffered(error="its files are not here")
+        try:
+            if self._offer is None:
+                self._offer = FileOffer(f"{self._folder}/{OFFER_SOCKET}")
+        except OSError as error:
+            return FilesOffered(error=f"this node cannot offer files: {error.strerror}")
+        self._offer.add(model, found)
+        return FilesOffered()
+
+    async def _fetched(self, query: FetchQuery, stream: _Stream) -> FetchEnd:
+        """Fetch, and tell how far that is; ends with the visitor."""
+        reader, writer = stream
+        fetch = FileFetch(query, cache=self._cache)
+        running = asyncio.ensure_future(asyncio.to_thread(fetch.run))
+        try:
+            while not running.done():
+                await asyncio.wait({running}, timeout=_TELL_S)
+                if reader.at_eof():
+                    raise ConnectionError
+                writer.write(msgspec.json.encode(fetch.progress) + b"\n")
+                await writer.drain()
+        finally:
+            fetch.stop()
+        return await running
+
+
+async def answered(
+    query: FactsQuery | TimeQuery | LinkQuery,
+) -> MachineFacts | LinkFacts | TimeReply:
+    """The answer to a query about this machine."""
+    match query:
         case TimeQuery():
             return TimeReply(unix_s=time.time())
         case FactsQuery(model=model):
@@ -49,18 +128,21 @@ async def answered(line: bytes) -> MachineFacts | LinkFacts | TimeReply:
             )
 
 
-async def serve_examiner(orders: ExaminerOrders) -> None:
-    """Answer one visitor until it leaves, for at most the time of the orders."""
+async def serve_examiner(orders: ExaminerOrders, cache: Path | None = None) -> None:
+    """Answer one visitor until it leaves, for at most the time of the orders.
+
+    ``cache`` is for tests.
+    """
     over = asyncio.Event()
+    folder = os.path.dirname(orders.socket)
+    examiner = Examiner(folder, cache or cache_folder())
 
     async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError):
-            while line := await reader.readline():
-                writer.write(msgspec.json.encode(await answered(line)) + b"\n")
+            await examiner.serve((reader, writer))
         writer.close()
         over.set()
 
-    folder = os.path.dirname(orders.socket)
     os.mkdir(folder, 0o700)
     try:
         server = await asyncio.start_unix_server(visit, orders.socket, limit=MAX_LINE_BYTES)
@@ -69,6 +151,7 @@ async def serve_examiner(orders: ExaminerOrders) -> None:
                 await over.wait()
         server.close()
     finally:
+        examiner.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,6 +163,7 @@ def main() -> int:
     except msgspec.DecodeError as error:
         _log.error("the examiner cannot read its orders: %s", error)
         return 2
+    os.nice(orders.nice)
     asyncio.run(serve_examiner(orders))
     return 0
 

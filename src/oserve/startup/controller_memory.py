@@ -53,6 +53,10 @@ class ControllerMemory:
         self._plan_saved = ""
         self._saved_s = int(now_s)
 
+    def renew(self, deployment: ServerDeployment, request: PlanRequest) -> None:
+        """Save what belongs to a deployment on more nodes from now on."""
+        self._deployment, self._request = deployment, request
+
     def recall(self, decisions: int) -> None:
         """Restore what fits this deployment, and at most so many past ``decisions``."""
         parts = self._parts
@@ -118,6 +122,7 @@ class ControllerMemory:
                 devices=self._deployment.devices,
                 demand=self._request.demand,
                 shapes=self._request.shapes,
+                network=self._deployment.network,
             ),
         }
 

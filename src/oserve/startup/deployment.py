@@ -27,6 +27,8 @@ from oserve.engines.memory_check import MemoryCheck
 from oserve.engines.processor import find_processor, plain_precisions
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.corrected import Speeds
+from oserve.perf.device import Link
+from oserve.perf.source import DEFAULT_NETWORK
 from oserve.plan import check_plan, default_plan
 from oserve.plan.planning import PlanRequest
 from oserve.startup.first_plan import (
@@ -38,6 +40,7 @@ from oserve.startup.first_plan import (
     objective_note,
     plan_request_for,
 )
+from oserve.startup.folders import state_file
 from oserve.startup.node_fleet import NodesFound
 from oserve.startup.plan_check import check_engines
 from oserve.startup.saved_state import SavedPlan, SavedSpeeds
@@ -55,7 +58,8 @@ class ServerDeployment:
     ``fingerprint`` tells whether a saved plan still fits; ``given`` is the fingerprint of the plan
     file, empty without one. ``sized``: the size of KV caches was computed, not set. ``speeds``: of
     replicas, as an earlier server observed them. ``why``: one line on where the plan comes from.
-    ``times``: where the step times of a simulation come from, if anywhere.
+    ``times``: where the step times of a simulation come from, if anywhere. ``network``: the link
+    between nodes. ``asked``: the settings before the size of KV caches was computed.
     """
 
     settings: Settings
@@ -72,16 +76,13 @@ class ServerDeployment:
     speeds: Speeds = field(default_factory=Speeds)
     sized: bool = False
     times: StepTimes | None = None
+    network: str | Link = DEFAULT_NETWORK
+    asked: Settings = field(default_factory=Settings)
 
     @property
     def state_file(self) -> Path:
         """The file of the controller's state."""
         return state_file(self.settings)
-
-
-def state_file(settings: Settings) -> Path:
-    """The file of the controller's state, in the state folder."""
-    return Path(settings.state_dir) / "state.sqlite"
 
 
 def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeployment:
@@ -94,7 +95,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
     nodes = nodes or _this_machine(settings)
     devices = nodes.devices
     plain = plain_precisions(devices, nodes.processor)
-    times = find_step_times(settings, devices)
+    times = find_step_times(settings, devices, nodes.network)
     mode = _mode(settings, times)
     request = None
     if isinstance(times, StepTimes) and (mode is not Mode.OFF or not settings.plan):
@@ -105,7 +106,7 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
     if request is not None:
         given = load_plan(settings.plan).replicas if settings.plan else ()
         memory, request = fit_request(memory, request, given)
-    stamp = _fingerprint(settings, devices, plain)
+    stamp = fingerprint_of(settings, devices, plain)
     resumed = _resumed(settings, memory, stamp) if mode is not Mode.OFF else None
     speeds = remembered_speeds(state_file(settings), request)
     first = _plan(settings, devices, plain, _missing(times), request, resumed, speeds)
@@ -143,6 +144,8 @@ def prepare(settings: Settings, nodes: NodesFound | None = None) -> ServerDeploy
         given=_given(settings),
         speeds=speeds,
         times=times if isinstance(times, StepTimes) else None,
+        network=nodes.network,
+        asked=settings,
     )
 
 
@@ -175,7 +178,7 @@ def _without_controller(settings: Settings, why: str) -> Mode:
     return Mode.OFF
 
 
-def _fingerprint(
+def fingerprint_of(
     settings: Settings, devices: tuple[Device, ...], plain: tuple[Precision, ...]
 ) -> str:
     """A fingerprint of all that a plan depends on, except the traffic."""

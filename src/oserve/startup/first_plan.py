@@ -13,6 +13,7 @@ from oserve.core import DeploymentPlan, Device, Objective, OServeError, Precisio
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.corrected import Speeds, corrected
+from oserve.perf.device import Link
 from oserve.perf.profile import ProfileSource
 from oserve.perf.selection import SourceChoice, costs_from, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
@@ -74,15 +75,17 @@ def brief_file(settings: Settings) -> Path:
     return Path(settings.state_dir) / "profile-brief.json"
 
 
-def find_step_times(settings: Settings, devices: tuple[Device, ...]) -> StepTimes | NoStepTimes:
-    """Find the source of step times for the settings.
+def find_step_times(
+    settings: Settings, devices: tuple[Device, ...], network: str | Link = DEFAULT_NETWORK
+) -> StepTimes | NoStepTimes:
+    """Find the source of step times for the settings; ``network``: the link between nodes.
 
     Raises OServeError if the profile file in the settings cannot be used.
     """
     choice = SourceChoice(
         model=settings.model,
         devices=devices,
-        network=DEFAULT_NETWORK,
+        network=network,
         perf=settings.planning.profile or None,
         own_profile=Path(settings.state_dir) / "profile.json",
         brief_profile=brief_file(settings),

@@ -16,6 +16,11 @@ class ServerFolders:
     log: Path
 
 
+def state_file(settings: Settings) -> Path:
+    """The file of the controller's state, in the state folder."""
+    return Path(settings.state_dir) / "state.sqlite"
+
+
 def server_folders(settings: Settings) -> ServerFolders:
     """The folders of a server, created if missing."""
     state = Path(settings.state_dir)

@@ -1,12 +1,13 @@
-"""Adapts the keeper of engines to the interface of the gateway supervisor."""
+"""Adapts the keepers of engines to the interface of the gateway supervisor."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from oserve.core import HatchAddress
 from oserve.engines.adoption import end
-from oserve.engines.held_process import HeldProcess
+from oserve.engines.held_process import HeldProcess, NodeLostError
 from oserve.engines.holding import HeldEngines
-from oserve.engines.logs import telling_line
+from oserve.gateway.process.keeper import KeptProcess
 
 
 class KeptGatewayProcess:
@@ -29,18 +30,44 @@ class KeptGatewayProcess:
         return self._process.entry.ending
 
     async def wait(self) -> int:
-        return await self._process.wait()
+        try:
+            return await self._process.wait()
+        except NodeLostError as error:
+            raise ConnectionError(error.message) from None
 
     async def end(self, grace_s: float) -> None:
-        await end(self._process, grace_s=grace_s)
+        try:
+            await end(self._process, grace_s=grace_s)
+        except NodeLostError as error:
+            raise ConnectionError(error.message) from None
+
+    async def cause(self) -> str:
+        """The line of its log that tells why it ended."""
+        return await self._process.cause()
 
 
 class GatewayKeeper:
-    """Implements ``gateway.process.keeper.ProcessKeeper``; logs are in ``log_dir``."""
+    """Implements ``gateway.process.keeper.NodeKeeper``; on this machine logs are in ``log_dir``."""
 
-    def __init__(self, keeper: HeldEngines, log_dir: Path) -> None:
+    def __init__(self, keeper: HeldEngines, log_dir: Path | None = None) -> None:
         self._keeper = keeper
         self._log_dir = log_dir
+
+    @property
+    def node(self) -> str:
+        return self._keeper.node
+
+    @property
+    def hatch(self) -> HatchAddress | None:
+        return self._keeper.hatch
+
+    @property
+    def folder(self) -> Path:
+        return self._keeper.folder
+
+    @property
+    def python(self) -> str:
+        return self._keeper.facts.python
 
     def processes(self) -> Mapping[str, KeptGatewayProcess]:
         held = self._keeper.processes()
@@ -49,14 +76,17 @@ class GatewayKeeper:
     async def start(
         self, name: str, argv: Sequence[str], stdin_line: str, *, grace_s: float, stamp: str
     ) -> KeptGatewayProcess:
-        log_path = self._log_dir / f"{_log_name(name)}.log"
-        process = await self._keeper.hold(name, argv, stdin_line, log_path, grace_s, stamp)
+        try:
+            process = await self._keeper.hold(
+                name, argv, stdin_line, self._log(name), grace_s, stamp
+            )
+        except NodeLostError as error:
+            raise ConnectionError(error.message) from None
         return KeptGatewayProcess(process)
 
-    def failure(self, name: str) -> str:
-        log_path = self._log_dir / f"{_log_name(name)}.log"
-        return f"{telling_line(log_path) or 'its process ended'}; see {log_path}"
+    async def failure(self, name: str, process: KeptProcess) -> str:
+        cause = await process.cause() if isinstance(process, KeptGatewayProcess) else ""
+        return f"{cause or 'its process ended'}; see {self._log(name)}"
 
-
-def _log_name(name: str) -> str:
-    return name.replace(":", "-")
+    def _log(self, name: str) -> Path:
+        return (self._log_dir or self._keeper.logs) / f"{name.replace(':', '-')}.log"

@@ -60,6 +60,10 @@ class Ladders:
             time.monotonic() - began_s,
         )
 
+    def renew(self, request: PlanRequest) -> None:
+        """Build ladders for another request from now on; blocks while one is being built."""
+        self._process.renew(ladder_model(request, self._follow.goal))
+
     def document(self) -> dict[str, Any] | None:
         """The ladder in use, for the status document; ``None`` before the first is built.
 

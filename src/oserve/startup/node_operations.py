@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,19 @@ class NodeOperations:
 
     They are kept in ``STATE_DIR/nodes.json``, so that a cordoned node stays so when the server is
     restarted, and one that flaps finds its losses. Without ``replaces`` no controller moves
-    replicas, so those of a draining node drain at once.
+    replicas, so those of a draining node drain at once. ``documents``: what else is known of each
+    node, for the list.
     """
 
-    def __init__(self, state_dir: Path, loop: ControlLoop, *, replaces: bool) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        loop: ControlLoop,
+        *,
+        replaces: bool,
+        documents: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
+    ) -> None:
+        self.documents = documents
         self._path = state_dir / "nodes.json"
         self._loop = loop
         self._replaces = replaces
@@ -64,7 +74,9 @@ class NodeOperations:
             _log.info("node %s: %s, by an operator", call.node, call.action)
             await asyncio.to_thread(self._save)
             observation = await self._loop.look()
-        return {"nodes": [] if observation is None else node_documents(observation)}
+        if observation is None:
+            return {"nodes": []}
+        return {"nodes": node_documents(observation, self.documents())}
 
     def observe(self, observation: Observation) -> None:
         """Log each change of a node, and save its losses; call it with each observation."""
@@ -110,7 +122,7 @@ class NodeOperations:
 
 def _line(state: NodeState, now_s: float) -> str:
     words = f"node {state.name} is {state.phase.value.replace('_', ' ')}"
-    if state.phase is NodePhase.LOST:
+    if state.phase in {NodePhase.LOST, NodePhase.FETCHING}:
         return f"{words}: {state.reason}"
     if state.phase is NodePhase.HELD_DOWN:
         left_s = max(0.0, state.until_s - now_s)

@@ -47,7 +47,7 @@ def replayed_decisions(
 ) -> Iterator[Decision]:
     """Yield the decisions under ``settings``, in order of time."""
     devices = context.devices
-    times = find_step_times(settings, devices)
+    times = find_step_times(settings, devices, context.network)
     if isinstance(times, NoStepTimes):
         raise OServeError(times.reason, place="model", remedy="give its profile")
     request = plan_request_for(
@@ -59,7 +59,13 @@ def replayed_decisions(
     if phases is not None:
         learned.restore(phases)
     # The memory of the machine that replays must not matter.
-    facts = switch_facts(settings, devices, learned=learned, available_bytes=lambda: sys.maxsize)
+    facts = switch_facts(
+        settings,
+        devices,
+        network=context.network,
+        learned=learned,
+        available_bytes=lambda: sys.maxsize,
+    )
     prices = SwitchPrices(facts)
     planner = planner_for(request, starts, prices.legs)
     # The last speeds that were observed; earlier ones are not saved.

@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 
 from oserve.core import Device, ReplicaShape
+from oserve.perf.device import Link
+from oserve.perf.source import DEFAULT_NETWORK
 from oserve.plan.demand import Demand
 
 
@@ -33,3 +35,4 @@ class ReplayContext(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...]
     demand: Demand
     shapes: tuple[ReplicaShape, ...]
+    network: str | Link = DEFAULT_NETWORK

@@ -1,11 +1,13 @@
 """The facts that switches are prepared from, taken from the settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from oserve.config import Settings, parse_plan
 from oserve.core import Device, OServeError
 from oserve.engines.main_memory import available_memory_bytes
+from oserve.perf.device import Link
+from oserve.perf.source import DEFAULT_NETWORK
 from oserve.switch.learned import LearnedPhases
 from oserve.switch.programme import SwitchFacts
 from oserve.switching.journal import Recovered, journal_folder, recover
@@ -16,10 +18,15 @@ def switch_facts(
     settings: Settings,
     devices: tuple[Device, ...],
     *,
+    network: str | Link = DEFAULT_NETWORK,
+    measured: Callable[[], Mapping[tuple[str, str], float]] = dict,
     learned: LearnedPhases | None = None,
     available_bytes: Callable[[], int] = available_memory_bytes,
 ) -> SwitchFacts | str:
-    """The facts for switches that move weights, or the reason why weights cannot be moved."""
+    """The facts for switches that move weights, or the reason why weights cannot be moved.
+
+    ``network``, ``measured``: see ``SwitchFacts``.
+    """
     if settings.switch.method == "restart":
         return "switch.method requires restarts"
     try:
@@ -37,6 +44,8 @@ def switch_facts(
         devices=devices,
         kv_cache_memory_bytes=settings.engines.kv_cache_memory_bytes or 0,
         available_bytes=available_bytes,
+        network=network,
+        measured=measured,
         learned=learned or LearnedPhases(),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from oserve.core import DeploymentPlan, Device, OServeError, ReplicaSpec
-from oserve.perf.device import find_link
+from oserve.perf.device import Link, find_link
 from oserve.perf.source import DEFAULT_NETWORK
 from oserve.switch.costs import PhaseSeconds, SwitchCost, SwitchCosts, switch_cost
 from oserve.switch.footprint import Footprints, capacity_of
@@ -33,9 +33,9 @@ class SwitchFacts:
     ``kv_cache_memory_bytes``: per device, where a shape names none; 0 leaves it to engines.
     ``available_bytes`` returns the free main memory. ``releases_cache``: engines can free their KV
     cache and keep their weights, and stand by without a cache, which those of a server cannot.
-    ``network`` names the link between nodes. ``measured`` returns the bytes per second that were
-    measured from one node to another, by (sender, receiver). Switches that are carried out teach
-    ``learned``.
+    ``network``: the link between nodes, by name or itself. ``measured`` returns the bytes per
+    second that were measured from one node to another, by (sender, receiver). Switches that are
+    carried out teach ``learned``.
     """
 
     model: MovableModel
@@ -43,10 +43,15 @@ class SwitchFacts:
     kv_cache_memory_bytes: int
     available_bytes: Callable[[], int]
     releases_cache: bool = False
-    network: str = DEFAULT_NETWORK
+    network: str | Link = DEFAULT_NETWORK
     measured: Callable[[], Mapping[tuple[str, str], float]] = dict
     costs: SwitchCosts = field(default_factory=SwitchCosts)
     learned: LearnedPhases = field(default_factory=LearnedPhases)
+
+    @property
+    def network_link(self) -> Link:
+        """The link between nodes of which nothing was measured."""
+        return self.network if isinstance(self.network, Link) else find_link(self.network)
 
     @property
     def footprints(self) -> Footprints:
@@ -150,9 +155,9 @@ def prepare_switch(
     for spec in target.replicas:
         if not known.issuperset(spec.devices):
             raise OServeError(
-                f"replica {spec.id} is on a node that came after the server's start",
+                f"replica {spec.id} is on a node that has just come",
                 place="switch",
-                remedy="weights move there after the next start of the server",
+                remedy="weights move there as soon as the plan knows the node",
             )
     placed = {spec.id: facts.model.placed(spec) for spec in (*current.replicas, *target.replicas)}
     order = _order(facts, current, target, placed)
@@ -210,7 +215,7 @@ def _transfers(
     placed: Mapping[str, ShardPlacement],
     order: WaveOrder,
 ) -> list[_WaveTransfer]:
-    links = links_of(facts.devices, find_link(facts.network), measured=facts.measured())
+    links = links_of(facts.devices, facts.network_link, measured=facts.measured())
     specs = {spec.id: spec for spec in (*current.replicas, *target.replicas)}
     serving = list(current.replicas)
     found = []

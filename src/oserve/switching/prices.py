@@ -16,6 +16,10 @@ class SwitchPrices:
     def __init__(self, facts: SwitchFacts | str) -> None:
         self._facts = facts
 
+    def use(self, facts: SwitchFacts | str) -> None:
+        """Price switches from other facts from now on."""
+        self._facts = facts
+
     def legs(
         self, old: Sequence[ReplicaSpec], new: Sequence[ReplicaSpec]
     ) -> tuple[Leg, ...] | None:

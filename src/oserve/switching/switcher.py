@@ -97,6 +97,7 @@ class Switcher:
 
     def __init__(self, facts: SwitcherFacts) -> None:
         self._facts = facts
+        self._movable = facts.movable
         self._reports: deque[SwitchReport] = deque(maxlen=_MOST_REPORTS)
         self._request: _SwitchRequest | None = None
         self._driver: SwitchDriver | None = None
@@ -112,6 +113,10 @@ class Switcher:
     def programme(self) -> SwitchProgramme | None:
         """The running switch."""
         return None if self._driver is None else self._driver.programme
+
+    def use(self, movable: SwitchFacts | str) -> None:
+        """Prepare switches from other facts from now on; one that runs goes on as it is."""
+        self._movable = movable
 
     def want(self, plan: DeploymentPlan, by: str) -> SwitchReport:
         """Request a switch to this plan; the returned report follows its progress."""
@@ -221,7 +226,7 @@ class Switcher:
 
     def _learn(self, report: SwitchReport, programme: SwitchProgramme) -> None:
         """Learn the durations of phases from completed waves."""
-        movable = self._facts.movable
+        movable = self._movable
         if isinstance(movable, str):
             return
         for step in programme.steps:
@@ -289,7 +294,7 @@ class Switcher:
 
     def _programme(self, plan: DeploymentPlan, observation: Observation) -> SwitchProgramme:
         """Raises OServeError where replicas must restart."""
-        movable = self._facts.movable
+        movable = self._movable
         if isinstance(movable, str):
             raise _by_restarts(movable)
         loop = self._facts.loop

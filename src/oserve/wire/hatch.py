@@ -40,13 +40,15 @@ BULK_BYTE: Final = b"B"
 KEEPER_NAME: Final = "keeper.sock"
 ECHO_NAME: Final = "echo"
 CONTROL_NAME: Final = "hatch-control"
+HUB_SOCKET: Final = "hub.sock"
+"""In the folder of a gateway process on another node: where the server's hub calls it."""
 
 _GREETING = "oserve-hatch 1 "
 _OK = b"ok"
 _REFUSED = b"no "
 _NONCE = re.compile(r"[0-9a-f]{32}")
 # No name leads out of the folder: neither dots nor slashes begin one, and one slash parts two.
-_FOLDER_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}/(api|w[0-9]{1,4})\.sock")
+_FOLDER_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}/(api|hub|w[0-9]{1,4})\.sock")
 _BULK_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}/w[0-9]{1,4}\.sock")
 _PLAIN_NAMES = frozenset({KEEPER_NAME, ECHO_NAME, CONTROL_NAME})
 _MAX_CONTEXTS = 1024

@@ -163,9 +163,13 @@ class TableChanged(Event, frozen=True):
 
 
 class LoadElsewhere(Event, frozen=True):
-    """Work (prior seconds) and requests of other gateway processes, per replica."""
+    """Work (prior seconds) and requests of other gateway processes, per replica.
+
+    ``processes``: how many there are, this one included; 0: as the policy says.
+    """
 
     loads: dict[str, tuple[float, int]]
+    processes: int = 0
 
 
 class Vacate(Event, frozen=True, kw_only=True):

@@ -77,6 +77,13 @@ class WorkLedger:
         for account in self._accounts.values():
             account.load = None
 
+    def share(self, processes: int) -> None:
+        """This is one of so many gateway processes from now on."""
+        if processes != self._processes:
+            self._processes = processes
+            for account in self._accounts.values():
+                account.load = None
+
     def follow(self, replicas: Iterable[TableReplica]) -> None:
         """Keep accounts for exactly these replicas."""
         accounts: dict[str, _Account] = {}

@@ -57,6 +57,11 @@ class Lifecycle:
         self._entered: list[RequestState] = []
         self._freed = False
 
+    def share(self, processes: int) -> None:
+        """This is one of so many gateway processes: its part of the limits."""
+        self.waiting.limit(-(-self.policy.max_queued // processes))
+        self.fleet.ledger.share(processes)
+
     def emit(self, command: Command) -> None:
         """Append a command."""
         self.commands.append(command)

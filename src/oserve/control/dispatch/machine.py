@@ -193,6 +193,8 @@ class RequestMachine:
         self._fleet_changed()
 
     def _load_elsewhere(self, event: on.LoadElsewhere) -> None:
+        if event.processes:
+            self._life.share(event.processes)
         self._life.fleet.ledger.set_elsewhere(event.loads)
         self._life.may_settle()
 

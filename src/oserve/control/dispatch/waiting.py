@@ -40,6 +40,10 @@ class WaitingRoom:
         """Entries in heap and timers, stale ones included."""
         return self._queue.entries, len(self._timers)
 
+    def limit(self, max_queued: int) -> None:
+        """Hold at most so many requests from now on; those that wait stay."""
+        self._max_queued = max_queued
+
     @property
     def full(self) -> bool:
         """Whether the queue has reached its bound."""

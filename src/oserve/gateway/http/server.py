@@ -31,7 +31,7 @@ from oserve.gateway.http.errors import (
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.metrics import exposition, merged
-from oserve.gateway.records import RecordStore
+from oserve.gateway.records import RecordSink
 from oserve.gateway.runner import RequestRunner
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.stream.session import Session
@@ -63,7 +63,7 @@ class Gateway:
         *,
         models: tuple[str, ...],
         api_keys: frozenset[str] = frozenset(),
-        records: RecordStore | None = None,
+        records: RecordSink | None = None,
         estimator: OutputEstimator | None = None,
     ) -> None:
         self.runner = RequestRunner(settings, records, estimator)
@@ -370,7 +370,7 @@ class Gateway:
         try:
             await refresh()
         except OSError:
-            if self._settings.processes > 1:
+            if self._settings.processes > 1 or self._settings.placement != "server":
                 raise unavailable("The counters of the other processes are unreachable") from None
         self._expose(exchange)
 
@@ -385,7 +385,9 @@ class Gateway:
         gauges["oserve_requests_inflight"] = {(name,): n for name, n in inflight.items()}
         queued = runner.queued + runner.snapshot.queued
         gauges["oserve_requests_queued"] = {(): float(queued)}
-        alone = self.away_s is not None and self.away_s() > 0.0
+        away_s = 0.0 if self.away_s is None else self.away_s()
+        gauges["oserve_controller_away_seconds"] = {(): away_s}
+        alone = away_s > 0.0
         merged_metrics = {} if alone else runner.snapshot.metrics
         own = merged_metrics or runner.metrics.snapshot()
         text = exposition(merged([own, runner.snapshot.counters]), gauges)

@@ -5,27 +5,35 @@ arrivals it counted. The hub replies with the routing table, the outstanding wor
 processes and the sum of all metrics. Batches of counts are numbered and sent until the hub
 acknowledges them, so no count is lost or added twice. While no hub answers, a process serves on
 with the last reply; it then reports to the hub of the next server.
+
+Processes beside the server connect to the hub; those on other nodes are called (``hub_call``), and
+their request records come with their reports.
 """
 
 import asyncio
-import math
+import logging
 import secrets
+import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.gateway.metrics import merged
 from oserve.gateway.process.messages import (
     MESSAGE_PATH,
+    PROCESS_MESSAGES,
     HubReply,
     OperatorAnswer,
     OperatorCall,
-    ProcessMessage,
     WorkerReport,
 )
+from oserve.gateway.process.outbox import RecordInbox
 from oserve.gateway.process.packed_table import PackedTable, packed
+from oserve.gateway.process.reports import ProcessView, ReportBook
+from oserve.gateway.process.sent_table import SentTable
+from oserve.gateway.records import RecordSink
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
@@ -33,9 +41,10 @@ from oserve.wire.server import HttpServer
 # Batches that the control loop does not take are dropped beyond this number, oldest first.
 _MOST_BATCHES = 10_000
 # Histograms of every type and replica are a few KiB; an operator's plan is smaller than a MiB.
+_MOST_SENT = 8
 _MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
-_DECODER: msgspec.json.Decoder[ProcessMessage] = msgspec.json.Decoder(ProcessMessage)
+_log = logging.getLogger("oserve.gateway")
 
 OperatorCallHandler = Callable[[OperatorCall], Awaitable[OperatorAnswer]]
 
@@ -43,23 +52,35 @@ OperatorCallHandler = Callable[[OperatorCall], Awaitable[OperatorAnswer]]
 class Hub:
     """Holds the current table and snapshot, and the latest report of each process.
 
-    ``operate`` answers the operators' calls that gateway processes pass on.
+    ``operate`` answers the operators' calls that gateway processes pass on. ``records`` takes the
+    request records of processes on other nodes. ``now``, ``unix``: monotonic and Unix time (s).
     """
 
-    def __init__(self, operate: OperatorCallHandler | None = None) -> None:
+    def __init__(
+        self,
+        operate: OperatorCallHandler | None = None,
+        records: RecordSink | None = None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        unix: Callable[[], float] = time.time,
+    ) -> None:
         self._operate = operate
+        self._records = records
+        self._now = now
+        self._unix = unix
         self._calls: set[asyncio.Task[None]] = set()
         self._batches: list[Batch] = []
         self._counted: dict[int, int] = {}
         self._table: RoutingTable | None = None
         self._packed: PackedTable | None = None
+        # By version: what processes on other nodes know by the table that they use.
+        self._sent: OrderedDict[int, SentTable] = OrderedDict()
         # Random, so that a process does not take the table of an earlier hub for the current one.
         self._version = secrets.randbits(48)
         self._snapshot = ClusterSnapshot()
-        # By incarnation: a process that ends slowly may still report while its successor runs.
-        self._reports: dict[int, WorkerReport] = {}
-        self._ended_incarnations: set[int] = set()
-        self._ended: dict[str, dict[str, list[float]]] = {}
+        self._book = ReportBook()
+        self._inbox = RecordInbox()
+        self._shifted: dict[str, int] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
         self._server: HttpServer | None = None
@@ -97,29 +118,25 @@ class Hub:
     @property
     def open_breakers(self) -> dict[str, tuple[str, float]]:
         """Replicas that some process sends no requests: the reason, and the seconds left."""
-        found: dict[str, tuple[str, float]] = {}
-        for report in self._reports.values():
-            for name, reason in report.open_breakers.items():
-                if name not in found or reason[1] > found[name][1]:
-                    found[name] = reason
-        return found
+        self._book.expire(self._now())
+        return self._book.open_breakers
 
     @property
     def counted_until_s(self) -> float:
-        """Unix time up to which every process has reported its counts; infinity without processes.
+        """See ``ReportBook.counted_until_s``."""
+        self._book.expire(self._now())
+        return self._book.counted_until_s
 
-        A process that gets no CPU time reports late what it counted in time.
-        """
-        return min((item.counts.until_s for item in self._reports.values()), default=math.inf)
+    def view(self, incarnation: int) -> ProcessView | None:
+        """What is known of a process; ``None`` before its first report."""
+        return self._book.view(incarnation, self._now())
 
     def forget(self, incarnation: int) -> None:
         """A process has ended: drop its outstanding work, keep its metrics in the sum."""
-        self._ended_incarnations.add(incarnation)
+        self._book.forget(incarnation)
+        self._inbox.forget(incarnation)
         self._counted.pop(incarnation, None)
         self._listening.pop(incarnation, None)
-        report = self._reports.pop(incarnation, None)
-        if report is not None:
-            self._ended = merged([self._ended, report.metrics])
 
     def hand_over(self, replica: str, within_s: float) -> None:
         """Have every process migrate the running requests of a replica within ``within_s``."""
@@ -137,62 +154,82 @@ class Hub:
             exchange.respond(404, b"", close=True)
             return
         try:
-            message = _DECODER.decode(exchange.body)
+            message = PROCESS_MESSAGES.decode(exchange.body)
         except msgspec.DecodeError as error:
             exchange.respond(400, str(error).encode(), close=True)
             return
         match message:
             case WorkerReport():
-                exchange.respond(200, msgspec.json.encode(self._reply(message)))
+                exchange.respond(200, msgspec.json.encode(self.reply(message)))
             case OperatorCall():
                 call = asyncio.ensure_future(self._answer(exchange, message))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
 
-    def _reply(self, report: WorkerReport) -> HubReply:
-        self._count(report)
-        if report.incarnation not in self._ended_incarnations:
-            self._reports[report.incarnation] = report
+    def reply(self, report: WorkerReport, node: str = "") -> HubReply:
+        """The answer to a report; ``node``: where the process runs, if not beside the server."""
+        behind_s = self._book.take(report, node, self._now(), self._unix())
+        if node and self._shifted.get(node, 0) != behind_s:
+            self._shifted[node] = behind_s
+            _log.warning("the clock of node %s differs by %d s; counts are shifted", node, behind_s)
+        self._count(report, behind_s)
+        self._take_records(report, behind_s)
         listening = self._listening.get(report.incarnation)
         if report.port and listening is not None and not listening.done():
             listening.set_result(report.port)
-        others = [r for r in self._reports.values() if r.incarnation != report.incarnation]
+        elsewhere, queued = self._book.elsewhere(report.incarnation)
         snapshot = msgspec.structs.replace(
             self._snapshot if report.whole else ClusterSnapshot(),
-            elsewhere=_outstanding(others),
-            metrics=merged([self._ended, *(item.metrics for item in self._reports.values())]),
-            queued=sum(other.queued for other in others),
+            elsewhere=elsewhere,
+            metrics=self._book.metrics() if report.sums else {},
+            queued=queued,
+            processes=self._book.processes,
             hand_overs=self._hand_overs,
         )
+        changed = self._packed if report.table != self._version else None
+        sent = self._sent_as(changed) if changed is not None and report.keeps_hatches else None
+        known = self._sent.get(report.table)
         return HubReply(
             version=self._version,
             counted=report.counts.number,
+            recorded=self._inbox.taken(report.incarnation),
             snapshot=snapshot,
-            table=self._packed if report.table != self._version else None,
+            table=changed if sent is None else None,
+            sent_table=b"" if sent is None else sent.text,
+            hatches={} if sent is None else sent.missing(known.hatches if known else ()),
             whole=report.whole,
         )
 
-    def _count(self, report: WorkerReport) -> None:
+    def _sent_as(self, table: PackedTable) -> SentTable:
+        found = self._sent.get(self._version)
+        if found is None:
+            found = self._sent[self._version] = SentTable(table)
+            if len(self._sent) > _MOST_SENT:
+                self._sent.popitem(last=False)
+        return found
+
+    def _count(self, report: WorkerReport, behind_s: int) -> None:
         """Take a batch unless it is the last one taken, sent again."""
         if self._counted.get(report.incarnation) == report.counts.number:
             return
         self._counted[report.incarnation] = report.counts.number
         if not report.counts.empty:
-            self._batches.append(report.counts)
+            self._batches.append(report.counts.shifted(behind_s))
             del self._batches[:-_MOST_BATCHES]
 
+    def _take_records(self, report: WorkerReport, behind_s: int) -> None:
+        if not report.records:
+            return
+        for record in self._inbox.fresh(report.incarnation, report.first_record, report.records):
+            if self._records is not None:
+                moved = msgspec.structs.replace(record, arrival_s=record.arrival_s + behind_s)
+                self._records.put(moved)
+
     async def _answer(self, exchange: Exchange, call: OperatorCall) -> None:
-        answer = OperatorAnswer(status=503, body=b"{}")
-        if self._operate is not None:
-            answer = await self._operate(call)
-        exchange.respond(200, msgspec.json.encode(answer))
+        exchange.respond(200, msgspec.json.encode(await self.operated(call)))
 
-
-def _outstanding(reports: list[WorkerReport]) -> dict[str, tuple[float, int]]:
-    """Seconds of work and requests per replica, summed over processes."""
-    found: dict[str, tuple[float, int]] = {}
-    for report in reports:
-        for name, (owed_s, count) in report.outstanding.items():
-            sum_s, total = found.get(name, (0.0, 0))
-            found[name] = (sum_s + owed_s, total + count)
-    return found
+    async def operated(self, call: OperatorCall) -> OperatorAnswer:
+        """The answer to an operator's call."""
+        if self._operate is None:
+            return OperatorAnswer(status=503, body=b"{}")
+        return await self._operate(call)

@@ -1,7 +1,10 @@
-"""The interface of the keeper that holds the gateway processes."""
+"""The interface of the keepers that hold the gateway processes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
+
+from oserve.core import HatchAddress
 
 
 class KeptProcess(Protocol):
@@ -21,11 +24,14 @@ class KeptProcess(Protocol):
         ...
 
     async def wait(self) -> int:
-        """Its exit status, once it has ended."""
+        """Its exit status, once it has ended. Raises ConnectionError if its node is lost."""
         ...
 
     async def end(self, grace_s: float) -> None:
-        """Ask it to end, kill it after ``grace_s``; returns once it has ended."""
+        """Ask it to end, kill it after ``grace_s``; returns once it has ended.
+
+        Raises ConnectionError if its node is lost.
+        """
         ...
 
 
@@ -42,10 +48,33 @@ class ProcessKeeper(Protocol):
         """Start a process under an unused name.
 
         ``stdin_line`` is written to its standard input, which then stays open as long as the keeper
-        lives. Raises OServeError if the process cannot be started.
+        lives. Raises OServeError if the process cannot be started, ConnectionError if its node is
+        lost.
         """
         ...
 
-    def failure(self, name: str) -> str:
-        """Why the process of that name ended, and where its log is."""
+    async def failure(self, name: str, process: KeptProcess) -> str:
+        """Why a process that has ended did so, and where its log is."""
+        ...
+
+
+class NodeKeeper(ProcessKeeper, Protocol):
+    """The keeper of another node."""
+
+    @property
+    def node(self) -> str: ...
+
+    @property
+    def hatch(self) -> HatchAddress | None:
+        """Where the node's sockets are."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The node's private folder, on that node."""
+        ...
+
+    @property
+    def python(self) -> str:
+        """The interpreter there."""
         ...

@@ -1,11 +1,11 @@
-"""The gateway processes of a server. A keeper holds them, so they serve on if the server dies."""
+"""The gateway processes of a server. Keepers hold them, so they serve on if the server dies."""
 
 import asyncio
 import contextlib
 import hashlib
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import msgspec
 
 from oserve.control.dispatch.table import RoutingTable
 from oserve.control.tally import Batch
-from oserve.core import OServeError
+from oserve.core import Clock, OServeError
 from oserve.gateway.process.hub import Hub, OperatorCallHandler
-from oserve.gateway.process.keeper import KeptProcess, ProcessKeeper
+from oserve.gateway.process.keeper import KeptProcess, NodeKeeper, ProcessKeeper
 from oserve.gateway.process.messages import GatewayWorkerConfig
+from oserve.gateway.process.node_gateway import GatewayPlan, process_name
+from oserve.gateway.process.node_gateways import NodeGateways
+from oserve.gateway.process.states import GatewayState, GatewayStatus, status_of
+from oserve.gateway.records import RecordSink
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -34,7 +38,8 @@ class SupervisorOptions:
     """What gateway processes serve, and which keeper holds them.
 
     ``run_dir`` is for the hub's socket. ``operate`` answers operators' calls. ``estimator`` is the
-    state of an ``OutputEstimator`` that has learned from earlier requests.
+    state of an ``OutputEstimator`` that has learned from earlier requests. ``records`` takes the
+    request records of other nodes; ``alone_s``: how long gateways there serve without the hub.
     """
 
     settings: GatewaySettings
@@ -43,6 +48,9 @@ class SupervisorOptions:
     keeper: ProcessKeeper
     run_dir: Path
     operate: OperatorCallHandler
+    clock: Clock
+    records: RecordSink | None = None
+    alone_s: float = 65.0
     estimator: dict[str, Any] | None = None
 
 
@@ -60,7 +68,20 @@ class GatewaySupervisor:
         self._options = options
         self._keeper = options.keeper
         self._socket = options.run_dir / "hub.sock"
-        self._hub = Hub(options.operate)
+        self._hub = Hub(options.operate, options.records)
+        everywhere = options.settings.placement == "every-node"
+        self._elsewhere = NodeGateways(
+            self._hub,
+            GatewayPlan(
+                count=options.settings.processes if everywhere else 0,
+                settings=options.settings,
+                models=options.models,
+                keys=options.keys,
+                alone_s=options.alone_s,
+                estimator=options.estimator,
+            ),
+            options.clock,
+        )
         self._processes: dict[int, KeptProcess] = {}
         self._guards: list[asyncio.Task[None]] = []
         self._closing = False
@@ -73,7 +94,7 @@ class GatewaySupervisor:
         self._socket.unlink(missing_ok=True)
         await self._hub.listen(str(self._socket))
         count = self._settings.processes
-        names = {_name(index) for index in range(count)}
+        names = {process_name(index) for index in range(count)}
         held = self._keeper.processes()
         await self._end(process for name, process in held.items() if name not in names)
         ports = [await self._start(index) for index in range(count)]
@@ -90,7 +111,7 @@ class GatewaySupervisor:
             settings=self._settings,
         )
         stamp = hashlib.blake2b(msgspec.json.encode(config), digest_size=8).hexdigest()
-        name = _name(index)
+        name = process_name(index)
         held = self._keeper.processes().get(name)
         if held is not None:
             port = await self._rejoined(index, held, stamp)
@@ -108,7 +129,7 @@ class GatewaySupervisor:
         found = await self._port_of(process, _LISTEN_LIMIT_S)
         if not found:
             await self._end([process])
-            raise _cannot_listen(self._settings, self._keeper.failure(name))
+            raise cannot_listen(self._settings, await self._keeper.failure(name, process))
         return found
 
     async def _rejoined(self, index: int, process: KeptProcess, stamp: str) -> int:
@@ -155,6 +176,19 @@ class GatewaySupervisor:
         """Have all processes migrate the running requests of a replica within ``within_s``."""
         self._hub.hand_over(replica, within_s)
 
+    def follow(self, keepers: Mapping[str, NodeKeeper], leaving: Collection[str]) -> None:
+        """See ``NodeGateways.follow``."""
+        self._elsewhere.follow(keepers, leaving)
+
+    def status(self) -> list[GatewayStatus]:
+        """Every gateway process, those beside the server first."""
+        return [*map(self._status, sorted(self._processes)), *self._elsewhere.status()]
+
+    def _status(self, index: int) -> GatewayStatus:
+        view = self._hub.view(self._processes[index].pid)
+        state = GatewayState.STARTING if view is None else GatewayState.SERVING
+        return status_of("", index, state, view)
+
     def batches(self) -> list[Batch]:
         """Take what was counted since the last call."""
         return self._hub.batches()
@@ -175,16 +209,14 @@ class GatewaySupervisor:
         for guard in self._guards:
             guard.cancel()
         await asyncio.gather(*self._guards, return_exceptions=True)
-        await self._end(self._processes.values())
+        await asyncio.gather(self._end(self._processes.values()), self._elsewhere.close())
         await self._hub.close()
+        if self._options.records is not None:
+            await asyncio.to_thread(self._options.records.close)
 
 
-def _name(index: int) -> str:
-    # Engines are held by the same keeper; the colon keeps their names apart.
-    return f"gateway:{index}"
-
-
-def _cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
+def cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
+    """The error of a gateway process that ended before it listened."""
     return OServeError(
         f"cannot listen on {settings.host}:{settings.port}: {reason}",
         place="gateway.port",

@@ -1,0 +1,215 @@
+"""The files of a model over a hatch: whole, cut off, resumed, damaged, refused."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hatches import RunningHatch, running_hatch
+from oserve.nodes.fetch_messages import FetchEnd, FetchQuery
+from oserve.nodes.file_fetch import FileFetch
+from oserve.nodes.file_offer import FileOffer, send_files
+from oserve.nodes.model_files import find_holdings
+from oserve.nodes.model_staging import SPARE_BYTES, ModelStaging
+
+WEIGHTS = bytes(range(256)) * 2000
+ROOM = SPARE_BYTES + (1 << 30)
+
+
+def make_model(folder: Path, weights: bytes = WEIGHTS) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model-1.safetensors").write_bytes(weights)
+    (folder / "model-2.safetensors").write_bytes(weights[::-1])
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_bytes(msgspec.json.encode(index))
+    (folder / ".hidden").write_text("stays")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name[0] != "."}
+
+
+class _Cut(socket.socket):
+    """A connection that breaks after so many bytes."""
+
+    left = 0
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        view = memoryview(data)
+        size = min(len(view), self.left)
+        super().sendall(view[:size], flags)
+        self.left -= size
+        if not self.left:
+            self.shutdown(socket.SHUT_RDWR)
+            raise ConnectionError
+
+
+@contextlib.contextmanager
+def breaking_offer(path: str, folders: Mapping[str, Path], after_bytes: int) -> Iterator[None]:
+    """Offers files to one visitor, and breaks off."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            visitor, _ = listener.accept()
+            with _Cut(fileno=visitor.detach()) as cut:
+                cut.left = after_bytes
+                send_files(cut, folders)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+        Path(path).unlink()
+
+
+async def fetched(query: FetchQuery, room: int = ROOM) -> FetchEnd:
+    return await asyncio.to_thread(FileFetch(query, free_bytes=room).run)
+
+
+def query_for(hatch: RunningHatch, source: Path, place: Path) -> FetchQuery:
+    return FetchQuery(
+        model=str(place),
+        source=hatch.address,
+        name="fetch/w0.sock",
+        files=find_holdings(str(source)).files,
+    )
+
+
+async def test_cut_in_the_middle_it_goes_on_and_is_in_place_at_once(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "far" / "away" / "model"
+    path = "fetch/w0.sock"
+    async with running_hatch(tmp_path) as hatch:
+        query = query_for(hatch, source, place)
+        listener, folders = str(hatch.listener(path)), {str(place): source}
+        with breaking_offer(listener, folders, len(WEIGHTS) + 300_000):
+            end = await fetched(query)
+        assert end.error
+        assert not end.refused
+        assert end.fetched_bytes > len(WEIGHTS)
+        # Nothing is in place before all is there.
+        assert not place.exists()
+        offer = FileOffer(listener)
+        offer.add(str(place), source)
+        again = await fetched(query)
+        assert again.error == ""
+        assert again.resumed_bytes == end.fetched_bytes
+        whole = sum(file.size_bytes for file in query.files)
+        assert again.resumed_bytes + again.fetched_bytes == whole
+        assert contents(place) == contents(source)
+        assert find_holdings(str(place)).complete
+        assert [item.name for item in place.parent.iterdir()] == ["model"]
+        # Asked again there is nothing to do.
+        assert (await fetched(query)).fetched_bytes == 0
+        offer.close()
+
+
+async def test_what_was_damaged_meanwhile_is_fetched_again(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    async with running_hatch(tmp_path) as hatch:
+        query = query_for(hatch, source, place)
+        listener, folders = str(hatch.listener("fetch/w0.sock")), {str(place): source}
+        with breaking_offer(listener, folders, len(WEIGHTS) // 2):
+            await fetched(query)
+        [part] = [
+            item
+            for item in (tmp_path / ".model.oserve-fetch").glob("model-*.part")
+            if item.stat().st_size
+        ]
+        part.write_bytes(b"x" * part.stat().st_size)
+        offer = FileOffer(listener)
+        offer.add(str(place), source)
+        end = await fetched(query)
+        assert end.error == ""
+        assert end.resumed_bytes == 2  # the configuration
+        assert contents(place) == contents(source)
+        offer.close()
+
+
+async def test_refusals(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    async with running_hatch(tmp_path) as hatch:
+        query = query_for(hatch, source, place)
+        full = await fetched(query, room=SPARE_BYTES + 1000)
+        assert full.refused
+        assert "there is no room for the model" in full.error
+        assert not (tmp_path / ".model.oserve-fetch").exists()
+        relative = await fetched(msgspec.structs.replace(query, model="./tiny"))
+        assert relative.refused
+        assert "relative path" in relative.error
+        # A file of another revision is nobody's to replace.
+        place.mkdir()
+        (place / "config.json").write_text('{"other": 1}')
+        other = await fetched(query)
+        assert other.refused
+        assert "differs from that of other nodes" in other.error
+        assert (place / "config.json").read_text() == '{"other": 1}'
+        (place / "config.json").unlink()
+        # Who offers nothing is not asked for ever.
+        offer = FileOffer(str(hatch.listener("fetch/w0.sock")))
+        end = await fetched(query)
+        assert (end.refused, end.error) == (False, "config.json: it is not offered")
+        offer.close()
+
+
+def test_a_folder_that_has_a_part_of_the_files_gets_the_rest(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    files = find_holdings(str(source)).files
+    place.mkdir()
+    (place / "model-1.safetensors").write_bytes(WEIGHTS)
+    staging = ModelStaging(place, files, free_bytes=ROOM)
+    missing = staging.missing()
+    assert "model-1.safetensors" not in {file.name for file in missing}
+    with staging.opened():
+        for file in missing:
+            staging.part(file).write_bytes((source / file.name).read_bytes())
+        # Two servers do not write the same files.
+        with (
+            pytest.raises(Exception, match="another server"),
+            ModelStaging(place, files, free_bytes=ROOM).opened(),
+        ):
+            pass
+        staging.finish(missing)
+    assert contents(place) == contents(source)
+
+
+def test_parts_of_another_revision_are_removed_first(tmp_path: Path) -> None:
+    old = find_holdings(str(make_model(tmp_path / "old", b"old" * 100))).files
+    new = find_holdings(str(make_model(tmp_path / "new"))).files
+    place = tmp_path / "model"
+    with ModelStaging(place, old, free_bytes=ROOM).opened():
+        ModelStaging(place, old).part(old[0]).write_bytes(b"half")
+    staging = ModelStaging(place, old, free_bytes=ROOM)
+    with staging.opened():
+        assert staging.have_bytes() == 4
+    staging = ModelStaging(place, new, free_bytes=ROOM)
+    with staging.opened():
+        assert staging.have_bytes() == 0
+        for file in new:
+            staging.part(file).write_bytes(b"wrong")
+        with pytest.raises(ConnectionError, match="not the file that was promised"):
+            staging.finish(new)
+    assert not place.exists()
+
+
+def test_a_model_without_one_of_its_weights_is_not_complete(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source")
+    assert find_holdings(str(source)).complete
+    (source / "model-2.safetensors").unlink()
+    assert not find_holdings(str(source)).complete
+    assert not find_holdings(str(tmp_path / "nowhere")).complete
