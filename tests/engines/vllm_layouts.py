@@ -29,7 +29,8 @@ from vllm.model_executor.models import ModelRegistry, registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from oserve.core import Precision
-from oserve.perf.model import ModelFacts, model_from_config
+from oserve.perf.model import ModelFacts
+from oserve.perf.model_config import model_from_config
 from oserve.switch.layout import Layout, architecture_of, differences, shard_map
 from oserve.switch.precision import WeightFormat
 

@@ -9,7 +9,8 @@ from oserve.core import OServeError, Precision
 from oserve.perf.catalogue import catalogue
 from oserve.perf.coefficients import find_coefficients
 from oserve.perf.device import find_device, find_link
-from oserve.perf.model import find_model, model_from_config
+from oserve.perf.model import find_model
+from oserve.perf.model_config import model_from_config
 
 # Published parameter counts, in billions.
 SIZES = {
@@ -101,14 +102,16 @@ def test_opt_and_mixture_configs() -> None:
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        ({"hidden_size": None}, "config"),
+        ({"hidden_size": 0}, "config:hidden_size"),
         ({"num_hidden_layers": -3}, "config:num_hidden_layers"),
         ({"vocab_size": "many"}, "config:vocab_size"),
-        ({"kv_lora_rank": 512}, "config:kv_lora_rank"),
+        ({"model_type": None}, "config:model_type"),
+        ({"architectures": ["BertModel"]}, "config:architectures"),
     ],
 )
 def test_a_senseless_config_is_refused_by_field(change: dict[str, object], place: str) -> None:
     config = {
+        "model_type": "llama",
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

@@ -14,6 +14,7 @@ from oserve.core import ReplicaShape
 from oserve.perf.memory import (
     MEMORY_SHARE,
     activation_bytes,
+    groups_of,
     kv_bytes_per_token,
     weights_bytes,
 )
@@ -50,13 +51,30 @@ class EngineMemory:
     def request_bytes(self, shape: ReplicaShape, context_tokens: int | None = None) -> int:
         """The KV cache on a device of one request of the whole context, in bytes."""
         context = self.context_tokens if context_tokens is None else context_tokens
+        if self.model.kinds:
+            groups = groups_of(self.model, shape, BLOCK_TOKENS)
+            chunk = shape.max_num_batched_tokens
+            return math.ceil(groups.request_bytes(context, chunk) + groups.block_bytes)
         tokens = BLOCK_TOKENS * (math.ceil(context / BLOCK_TOKENS) + 1)
         return math.ceil(tokens * kv_bytes_per_token(self.model, shape))
 
     def held_tokens(self, shape: ReplicaShape, cache_bytes: float) -> int:
         """The longest context that fits a cache of that size; 0 if none does."""
+        if self.model.kinds:
+            return self._held(shape, cache_bytes)
         blocks = int(cache_bytes / (BLOCK_TOKENS * kv_bytes_per_token(self.model, shape)))
         return max(0, BLOCK_TOKENS * (blocks - 1))
+
+    def _held(self, shape: ReplicaShape, cache_bytes: float) -> int:
+        """By bisection, as windows and states make the size uneven."""
+        least, most = 0, math.ceil(self.model.max_model_len / BLOCK_TOKENS)
+        while least < most:
+            middle = (least + most + 1) // 2
+            if self.request_bytes(shape, middle * BLOCK_TOKENS) <= cache_bytes:
+                least = middle
+            else:
+                most = middle - 1
+        return least * BLOCK_TOKENS
 
     def room_bytes(self, shape: ReplicaShape, share: float = MEMORY_SHARE) -> float:
         """The bytes left for the cache of an engine that may use ``share`` of the device.

@@ -1,9 +1,10 @@
 """Memory use: weights per device, KV cache bytes per token, KV cache tokens per replica."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oserve.core import Precision, ReplicaShape
+from oserve.perf.cache_groups import CacheGroups, cache_groups
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import kv_bytes_per_value, weight_bytes
 
@@ -14,6 +15,11 @@ MEMORY_SHARE = 0.9
 GPU_ENGINE_BYTES = 2.0e9
 CPU_ENGINE_BYTES = 0.7e9
 _GROUP_BYTES = 0.5e9
+# Where a cache is not proportional to the tokens: the length at which it is stated.
+USUAL_TOKENS = 8192
+_GPU_BLOCK_TOKENS = 16
+# A model without any cache is not limited by it.
+_NO_CACHE_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ def memory_fit(
         reserve_bytes=reserve,
         usable_bytes=usable,
         kv_bytes_per_token=per_token,
-        kv_tokens=max(0, int(room / per_token)),
+        kv_tokens=max(0, int(room / per_token)) if per_token else _NO_CACHE_TOKENS,
     )
 
 
@@ -63,8 +69,10 @@ def weights_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
     embedding = model.vocab * model.hidden * weight_bytes(plain)
     # With one stage, a device holds both the embedding and the untied LM head.
     ends = embedding * (2 if shape.pipeline_parallel_size == 1 and not model.tied else 1)
-    layers = _stage_layers(model, shape) * model.layer_parameters * weight_bytes(shape.precision)
-    return (layers + ends) / shape.tensor_parallel_size
+    share = _stage_layers(model, shape) / model.layers
+    layers = share * model.body_bytes(weight_bytes(shape.precision))
+    outside = model.extra_parameters * weight_bytes(plain)
+    return (layers + ends + outside) / shape.tensor_parallel_size
 
 
 def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
@@ -76,11 +84,33 @@ def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
     return shape.max_num_batched_tokens * each + logits
 
 
-def kv_bytes_per_token(model: ModelFacts, shape: ReplicaShape) -> float:
-    """The KV cache per token on the fullest device; ranks beyond the KV heads hold copies."""
-    kv_heads = max(1.0, model.kv_heads / shape.tensor_parallel_size)
-    values = 2 * _stage_layers(model, shape) * kv_heads * model.head_dim
-    return values * kv_bytes_per_value(shape.precision)
+def kv_bytes_per_token(
+    model: ModelFacts, shape: ReplicaShape, tokens: float | None = None
+) -> float:
+    """The KV cache per token on the fullest device; ranks beyond the KV heads hold copies.
+
+    ``tokens``: the length of the request, on which it depends where layers have windows or states;
+    ``USUAL_TOKENS`` or the model's context by default.
+    """
+    if not model.kinds:
+        kv_heads = max(1.0, model.kv_heads / shape.tensor_parallel_size)
+        values = 2 * _stage_layers(model, shape) * kv_heads * model.head_dim
+        return values * kv_bytes_per_value(shape.precision)
+    length = min(USUAL_TOKENS, model.max_model_len) if tokens is None else max(1.0, tokens)
+    return groups_of(model, shape).request_bytes(length, shape.max_num_batched_tokens) / length
+
+
+def groups_of(
+    model: ModelFacts, shape: ReplicaShape, block_tokens: int = _GPU_BLOCK_TOKENS
+) -> CacheGroups:
+    """vLLM's cache groups on the fullest device, whose stage has its share of each kind."""
+    stages = shape.pipeline_parallel_size
+    return cache_groups(
+        [replace(kind, count=math.ceil(kind.count / stages)) for kind in model.layer_kinds],
+        value_bytes=kv_bytes_per_value(shape.precision),
+        tensor_parallel_size=shape.tensor_parallel_size,
+        block_tokens=block_tokens,
+    )
 
 
 def _stage_layers(model: ModelFacts, shape: ReplicaShape) -> int:

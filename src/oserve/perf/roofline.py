@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.device import DeviceFacts, Link
+from oserve.perf.layers import LayerKind
 from oserve.perf.model import ModelFacts
 
 Floats = NDArray[np.float64]
@@ -25,6 +26,8 @@ _ACTIVATION_BYTES = 2.0
 _KV_BYTES = 2.0
 # Reads and writes of the residual stream around a layer's two norms and additions.
 _RESIDUAL_PASSES = 8.0
+# The context at which the work of windowed attention is taken.
+_WINDOWED_TOKENS = 2048
 _WEIGHT_BYTES = {
     Precision.FP32: 4.0,
     Precision.BF16: 2.0,
@@ -147,7 +150,10 @@ class Roofline:
         plain = Precision.FP32 if precision is Precision.FP32 else Precision.BF16
         self._head_flops = device.peak_flops(plain) * coefficients.gemm
         self._attention_flops = device.peak_flops(plain) * coefficients.attention
+        # A quantised checkpoint counts as it is stored, on average over its layers.
         self._weight_bytes = weight_bytes(precision)
+        if model.stored is not None:
+            self._weight_bytes = model.body_bytes(self._weight_bytes) / model.body_parameters
         self._plain_bytes = weight_bytes(plain)
         self._wide = 4.0 if precision is Precision.FP32 else _ACTIVATION_BYTES
         self._kv_wide = kv_bytes_per_value(precision)
@@ -168,6 +174,14 @@ class Roofline:
         decoding = np.asarray(decode_seqs, dtype=np.float64)
         tokens = prompt + decoding
         model, fit = self._model, self._fit
+        mixed = (prompt > 0) & (decoding > 0)
+        if model.kinds:
+            attended = np.asarray(attended_tokens, dtype=np.float64)
+            body = self._kinds_s(
+                tokens, attended, decoding, np.asarray(kv_tokens, dtype=np.float64)
+            )
+            body = body + model.layers * (fit.layer_s + fit.mixed_s * mixed)
+            return body + self._ends_s(prompt, decoding)
         layer = (
             self._projections_s(tokens)
             + self._mlp_s(tokens)
@@ -176,8 +190,15 @@ class Roofline:
             + self._cache_s(np.asarray(kv_tokens, dtype=np.float64))
             + self._all_reduce_s(tokens)
             + fit.layer_s
-            + fit.mixed_s * ((prompt > 0) & (decoding > 0))
+            + fit.mixed_s * mixed
         )
+        seconds: Floats = model.layers * layer + self._ends_s(prompt, decoding)
+        return seconds
+
+    def _ends_s(self, prompt: Floats, decoding: Floats) -> Floats:
+        """Seconds of a step outside the layers: head, hops between stages, and overheads."""
+        model, fit = self._model, self._fit
+        tokens = prompt + decoding
         # Most steps complete about one prompt, whose last token needs the head as well.
         rows = decoding + np.minimum(prompt, 1.0)
         head = self._gemm_s(
@@ -188,7 +209,62 @@ class Roofline:
             tokens, self._stage_link
         )
         fixed = fit.step_s + fit.wake_s * ((prompt > 0) & (decoding == 0))
-        seconds: Floats = model.layers * layer + head + hops + fixed + fit.sequence_s * rows
+        seconds: Floats = head + hops + fixed + fit.sequence_s * rows
+        return seconds
+
+    def _kinds_s(
+        self, tokens: Floats, attended: Floats, decoding: Floats, kv_tokens: Floats
+    ) -> Floats:
+        """Seconds of the layers of a model whose layers differ, without fixed times.
+
+        The coefficients are those of plain attention and MLPs; latent, windowed and linear
+        attention were not measured.
+        """
+        total = np.zeros_like(tokens + attended + decoding + kv_tokens)
+        for kind in self._model.kinds:
+            work = self._weights_s(tokens, kind.mixer) + self._weights_s(tokens, kind.dense)
+            work = work + self._experts_s(tokens, kind)
+            work = work + self._context_s(kind, attended, decoding, kv_tokens)
+            if kind.parameters:
+                parts = (kind.mixer > 0) + (kind.dense + kind.experts > 0)
+                reduced = 0.5 * parts * self._all_reduce_s(tokens)
+                work = work + reduced + 0.5 * parts * self._elementwise_s(tokens)
+            total = total + kind.count * work
+        return total
+
+    def _weights_s(self, tokens: Floats, parameters: int) -> Floats:
+        """Seconds of products with that many weights per token, whose inner size is ``hidden``."""
+        hidden = self._model.hidden
+        return self._gemm_s(
+            tokens, hidden, parameters / hidden / self._tp, self._flops, self._weight_bytes
+        )
+
+    def _experts_s(self, tokens: Floats, kind: LayerKind) -> Floats | float:
+        if not kind.experts:
+            return 0.0
+        hidden = self._model.hidden
+        missed = np.power(1.0 - kind.experts_per_token / kind.experts, tokens)
+        return self._gemm_s(
+            tokens * kind.experts_per_token,
+            hidden,
+            kind.expert / hidden / self._tp,
+            self._flops,
+            self._weight_bytes,
+            kind.experts * (1.0 - missed),
+        )
+
+    def _context_s(
+        self, kind: LayerKind, attended: Floats, decoding: Floats, kv_tokens: Floats
+    ) -> Floats:
+        """Seconds of attending to earlier tokens and of reading their cache, or of a state."""
+        cache = kind.cache
+        # Affine in both, as simulators need it: windows count as a share of a usual context.
+        share = min(1.0, cache.window / _WINDOWED_TOKENS) if cache.window else 1.0
+        flops = 4.0 * attended * share * kind.attention / self._tp / self._attention_flops
+        read = kv_tokens * share * cache.token_bytes(self._kv_wide, self._tp)
+        # A state is read and written.
+        read = read + 2.0 * decoding * cache.state_bytes(self._kv_wide, self._tp)
+        seconds: Floats = flops + read / self._kv_bandwidth
         return seconds
 
     def _hop_s(self, tokens: Floats, link: Link) -> Floats:

@@ -9,9 +9,9 @@ from oserve.core import Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.costs import measured_costs
 from oserve.perf.device import Link, find_link
+from oserve.perf.memory import kv_bytes_per_token
 from oserve.perf.model import ModelFacts, find_model
 from oserve.perf.profile import Profile, ProfileSource, read_profile, shipped_profile
-from oserve.perf.roofline import kv_bytes_per_value
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit
 from oserve.perf.source import AiConfiguratorSource, RooflineSource
 from oserve.perf.table import PerformanceSource
@@ -163,8 +163,8 @@ def _kv_bytes(model: ModelFacts | None, shape: ReplicaShape) -> float:
     """KV cache of one token over all devices of a replica, in bytes."""
     if model is None:
         return 0.0
-    values = 2 * model.layers * model.kv_heads * model.head_dim
-    return values * kv_bytes_per_value(shape.precision)
+    whole = replace(shape, tensor_parallel_size=1, pipeline_parallel_size=1)
+    return kv_bytes_per_token(model, whole)
 
 
 def costs_from(source: PerformanceSource) -> Callable[[ReplicaShape, str], TokenCosts]:

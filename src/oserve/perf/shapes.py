@@ -67,8 +67,13 @@ def candidate_shapes(
 
 
 def splits(model: ModelFacts, tensor_parallel_size: int) -> bool:
-    """Whether vLLM can split the model's heads over that many ranks."""
+    """Whether vLLM can split the model over that many ranks: heads, MLPs, states."""
     tp = tensor_parallel_size
+    if model.kinds:
+        # Latents are whole on each rank; widths of states are multiples of their heads.
+        tokens = [kind.cache for kind in model.kinds if kind.cache.kind.by_token]
+        even = all(cache.heads % tp == 0 or tp % cache.heads == 0 for cache in tokens)
+        return model.heads % tp == 0 and model.intermediate % tp == 0 and even
     shared = model.kv_heads % tp == 0 or tp % model.kv_heads == 0
     return model.heads % tp == 0 and model.intermediate % tp == 0 and shared
 

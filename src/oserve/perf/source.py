@@ -17,6 +17,10 @@ _PIPELINE = (
     "pipeline parallelism was not measured: the model has even stages and no bubbles, which "
     "flatters it; exclude it with --pipeline-parallel-size 1"
 )
+_UNMEASURED = (
+    "its layers differ: KV room holds at requests of 8,192 tokens, and step times of windowed, "
+    "latent and linear attention follow from coefficients of full attention"
+)
 DEFAULT_NETWORK = "infiniband-400"
 
 
@@ -54,7 +58,9 @@ class RooflineSource:
 
     def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
         """See ``PerformanceSource``."""
-        said = []
+        said = [f"the model was read with {self._model.read_by}"] if self._model.read_by else []
+        if self._model.kinds:
+            said.append(_UNMEASURED)
         if any(shape.pipeline_parallel_size > 1 for shape in shapes):
             said.append(_PIPELINE)
         for shape in shapes:

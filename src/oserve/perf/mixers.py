@@ -1,0 +1,272 @@
+"""The attention, state space and convolution layers of a configuration.
+
+``mixer_of(keys, layer)`` gives parameters and cache of one layer's mixer, norms and biases left
+out, as they are negligible. Sources: vllm/model_executor/models (0.32) and transformers (5.19).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oserve.perf.config_keys import ConfigKeys
+from oserve.perf.layer_types import MixerType, mixer_types
+from oserve.perf.layers import Cache, CacheKind
+
+# vLLM compresses these models' keys and values; MiniCPM3 has the same keys, but caches heads.
+_LATENT = """
+deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
+mistral4
+"""
+LATENT_TYPES = frozenset(_LATENT.split())
+# Query heads come with a gate of the same size.
+_GATED_ATTENTION = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+# A sparse model's index: keys in 8 bits and one 32-bit scale per token.
+_INDEX_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer:
+    """Parameters and cache of one layer's mixer; ``attention``: query heads x head size."""
+
+    parameters: int = 0
+    cache: Cache = Cache(kind=CacheKind.NONE)  # noqa: RUF009 - frozen
+    attention: int = 0
+
+
+def heads_of(keys: ConfigKeys) -> int:
+    """The query heads of a full-attention layer."""
+    return keys.count("num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+def hidden_of(keys: ConfigKeys) -> int:
+    """The width of the residual stream."""
+    return keys.count("hidden_size", "n_embd", "d_model")
+
+
+def kv_heads_of(keys: ConfigKeys) -> int:
+    """The key-value heads of a full-attention layer."""
+    if keys.kind == "falcon":
+        if keys.flag("new_decoder_architecture"):
+            return keys.optional("num_kv_heads", "n_head_kv") or heads_of(keys)
+        return 1 if keys.flag("multi_query") else heads_of(keys)
+    if keys.kind == "gpt_bigcode":
+        return 1 if keys.flag("multi_query") else heads_of(keys)
+    if keys.kind == "chatglm":
+        grouped = keys.flag("multi_query_attention")
+        return keys.count("multi_query_group_num") if grouped else heads_of(keys)
+    nested = keys.value("attn_config")
+    if isinstance(nested, dict) and nested.get("kv_n_heads"):
+        return int(nested["kv_n_heads"])
+    found = keys.optional("num_key_value_heads", "num_kv_heads", "num_attention_groups")
+    return found or heads_of(keys)
+
+
+def head_dim_of(keys: ConfigKeys) -> int:
+    """The size of a head of a full-attention layer."""
+    found = keys.optional("head_dim", "attention_head_dim", "kv_channels")
+    if keys.kind == "zamba2" and found is None:
+        return 2 * hidden_of(keys) // heads_of(keys)
+    return found or hidden_of(keys) // heads_of(keys)
+
+
+def mixers(keys: ConfigKeys, layers: int) -> list[Mixer]:
+    """The mixer of each layer; several share one object."""
+    return [_MAKERS[kind](keys, kind) for kind in mixer_types(keys, layers)]
+
+
+def _attention(keys: ConfigKeys, kind: MixerType) -> Mixer:
+    """Grouped-query attention over everything, a window or chunks."""
+    windowed = kind is MixerType.WINDOW
+    heads, kv_heads, size = heads_of(keys), kv_heads_of(keys), head_dim_of(keys)
+    value_size = keys.optional("v_head_dim") or size if keys.kind == "mimo_v2_flash" else size
+    if windowed:
+        heads = keys.optional("swa_num_attention_heads", "num_sliding_attention_heads") or heads
+        kv_heads = keys.optional("swa_num_key_value_heads") or kv_heads
+        size = keys.optional("swa_head_dim") or size
+        value_size = keys.optional("swa_v_head_dim") or value_size
+        other = keys.value("attention_other_setting")
+        if isinstance(other, dict):
+            heads = int(other.get("num_attention_heads", heads))
+            kv_heads = int(other.get("num_attention_groups", kv_heads))
+    copies = 2
+    if keys.kind == "gemma4_text" and kind is MixerType.FULL:
+        size = value_size = keys.optional("global_head_dim") or size
+        if keys.flag("attention_k_eq_v"):
+            kv_heads = keys.optional("num_global_key_value_heads") or kv_heads
+            copies = 1
+    hidden = hidden_of(keys)
+    gate = heads * size if keys.kind in _GATED_ATTENTION or keys.kind == "afmoe" else 0
+    projections = heads * size + gate + kv_heads * (size + (copies - 1) * value_size)
+    parameters = hidden * (projections + heads * value_size)
+    cached = {
+        MixerType.WINDOW: CacheKind.WINDOW,
+        MixerType.CHUNK: CacheKind.CHUNK,
+        MixerType.SHARED: CacheKind.SHARED,
+    }.get(kind, CacheKind.FULL)
+    window = 0
+    if windowed:
+        window = keys.count("sliding_window")
+    elif kind is MixerType.CHUNK:
+        window = keys.count("attention_chunk_size")
+    if kind is MixerType.SHARED and keys.kind == "gemma4_text":
+        parameters -= hidden * kv_heads * (size + (copies - 1) * value_size)
+    return Mixer(
+        parameters=parameters,
+        attention=heads * size,
+        cache=Cache(
+            kind=cached,
+            values=kv_heads * (size + value_size) if cached.by_token else 0,
+            heads=kv_heads if cached.by_token else 1,
+            window=window,
+        ),
+    )
+
+
+def _latent(keys: ConfigKeys, _: MixerType) -> Mixer:
+    """DeepSeek's attention over a compressed latent."""
+    hidden, heads = hidden_of(keys), heads_of(keys)
+    plain, rotary = keys.count("qk_nope_head_dim"), keys.natural("qk_rope_head_dim")
+    latent = keys.count("kv_lora_rank")
+    value = keys.optional("v_head_dim") or plain
+    low = keys.optional("q_lora_rank")
+    query = heads * (plain + rotary)
+    parameters = hidden * low + low * query if low else hidden * query
+    parameters += hidden * (latent + rotary) + latent * heads * (plain + value)
+    parameters += heads * value * hidden
+    extra = 0
+    if keys.optional("index_topk") and keys.optional("index_head_dim"):
+        size, index_heads = keys.count("index_head_dim"), keys.count("index_n_heads")
+        parameters += (low or hidden) * index_heads * size + hidden * (size + index_heads)
+        extra = size + _INDEX_SCALE_BYTES
+    kept = Cache(kind=CacheKind.LATENT, values=latent + rotary, extra_bytes=extra)
+    if keys.kind not in LATENT_TYPES:
+        each = plain + rotary
+        kept = Cache(kind=CacheKind.FULL, values=2 * heads * each, heads=heads)
+    return Mixer(parameters=parameters, attention=query, cache=kept)
+
+
+def _mamba1(keys: ConfigKeys, _: MixerType) -> Mixer:
+    hidden = hidden_of(keys)
+    inner = keys.optional("intermediate_size") if keys.kind in {"mamba", "falcon_mamba"} else None
+    inner = inner or hidden * (keys.optional("mamba_expand", "expand") or 2)
+    state = keys.count("mamba_d_state", "state_size")
+    kernel = keys.count("mamba_d_conv", "conv_kernel")
+    rank = keys.value("mamba_dt_rank", "time_step_rank")
+    rank = rank if isinstance(rank, int) else -(-hidden // 16)
+    parameters = hidden * 2 * inner + inner * kernel + inner * (rank + 2 * state)
+    parameters += rank * inner + inner * state + inner * hidden
+    return Mixer(
+        parameters=parameters,
+        cache=Cache(
+            kind=CacheKind.STATE,
+            state_values=inner * (kernel - 1) + inner * state,
+        ),
+    )
+
+
+def _mamba2_sizes(keys: ConfigKeys) -> tuple[int, int, int, int, int]:
+    """Inner size, heads, groups, state size and kernel."""
+    hidden = hidden_of(keys)
+    heads = keys.optional("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads")
+    expand = keys.optional("mamba_expand", "expand") or 2
+    size = keys.value("mamba_head_dim", "mamba_d_head", "head_dim")
+    inner = keys.optional("mamba_d_ssm") or expand * hidden
+    if heads is None:
+        heads = inner // (size if isinstance(size, int) else 64)
+    if keys.kind == "nemotron_h" and isinstance(size, int):
+        inner = heads * size
+    groups = keys.optional("mamba_n_groups", "mamba_ngroups", "n_groups") or 1
+    state = keys.count("mamba_d_state", "ssm_state_size", "state_size")
+    return inner, heads, groups, state, keys.count("mamba_d_conv", "conv_kernel")
+
+
+def _mamba2(keys: ConfigKeys, _: MixerType) -> Mixer:
+    hidden = hidden_of(keys)
+    inner, heads, groups, state, kernel = _mamba2_sizes(keys)
+    wide = inner + 2 * groups * state
+    parameters = hidden * (inner + wide + heads) + wide * kernel + inner * hidden
+    held = inner * state
+    float32 = str(keys.value("mamba_ssm_cache_dtype")) == "float32"
+    return Mixer(
+        parameters=parameters,
+        cache=Cache(
+            kind=CacheKind.STATE,
+            state_values=wide * (kernel - 1) + (0 if float32 else held),
+            state_wide_bytes=4 * held if float32 else 0,
+        ),
+    )
+
+
+def _delta(keys: ConfigKeys, _: MixerType) -> Mixer:
+    """Gated delta networks: linear attention with a matrix for each head."""
+    hidden = hidden_of(keys)
+    if keys.kind == "kimi_linear":
+        return _kimi_delta(keys)
+    k_heads, v_heads = keys.count("linear_num_key_heads"), keys.count("linear_num_value_heads")
+    k_size, v_size = keys.count("linear_key_head_dim"), keys.count("linear_value_head_dim")
+    kernel = keys.count("linear_conv_kernel_dim")
+    wide = 2 * k_heads * k_size + v_heads * v_size
+    parameters = hidden * (wide + v_heads * v_size + 2 * v_heads) + wide * kernel
+    parameters += v_heads * v_size * hidden
+    held = v_heads * v_size * k_size
+    chosen = keys.value("mamba_ssm_dtype", "mamba_ssm_cache_dtype")
+    return Mixer(
+        parameters=parameters,
+        cache=Cache(
+            kind=CacheKind.STATE,
+            state_values=wide * (kernel - 1) + (0 if chosen == "float32" else held),
+            state_wide_bytes=4 * held if chosen == "float32" else 0,
+        ),
+    )
+
+
+def _kimi_delta(keys: ConfigKeys) -> Mixer:
+    hidden = hidden_of(keys)
+    nested = keys.value("linear_attn_config")
+    nested = nested if isinstance(nested, dict) else {}
+    heads = int(nested.get("num_heads") or keys.optional("linear_num_heads") or 32)
+    size = int(nested.get("head_dim") or keys.optional("linear_head_dim") or 128)
+    kernel = int(nested.get("short_conv_kernel_size") or 4)
+    inner = heads * size
+    parameters = hidden * 3 * inner + 3 * inner * kernel + hidden * heads
+    parameters += 2 * (hidden * size + size * inner) + inner * hidden
+    return Mixer(
+        parameters=parameters,
+        cache=Cache(
+            kind=CacheKind.STATE,
+            state_values=3 * inner * (kernel - 1),
+            state_wide_bytes=4 * heads * size * size,
+        ),
+    )
+
+
+def _convolution(keys: ConfigKeys, _: MixerType) -> Mixer:
+    """LFM2's gated short convolution."""
+    hidden = hidden_of(keys)
+    kernel = keys.optional("conv_L_cache") or 3
+    return Mixer(
+        parameters=4 * hidden * hidden + hidden * kernel,
+        cache=Cache(kind=CacheKind.CONVOLUTION, state_values=hidden * (kernel - 1)),
+    )
+
+
+def plain_attention(keys: ConfigKeys) -> Mixer:
+    """Attention over everything, as a layer beside others has it."""
+    return _attention(keys, MixerType.FULL)
+
+
+def _nothing(keys: ConfigKeys, kind: MixerType) -> Mixer:
+    return Mixer()
+
+
+_MAKERS: dict[MixerType, Callable[[ConfigKeys, MixerType], Mixer]] = {
+    MixerType.FULL: _attention,
+    MixerType.WINDOW: _attention,
+    MixerType.CHUNK: _attention,
+    MixerType.SHARED: _attention,
+    MixerType.LATENT: _latent,
+    MixerType.MAMBA1: _mamba1,
+    MixerType.MAMBA2: _mamba2,
+    MixerType.DELTA: _delta,
+    MixerType.CONVOLUTION: _convolution,
+    MixerType.NONE: _nothing,
+}
