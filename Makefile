@@ -11,6 +11,7 @@ help:
 	@echo "make serve   set up everything (vLLM included) and serve SmolLM2-135M on port $(PORT)"
 	@echo "             (MODEL=tiny: a tiny model of random weights; or MODEL=a model's folder)"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
+	@echo "make test-nodes      more of several hosts than make test has; some 15 minutes, as root"
 	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
@@ -24,7 +25,7 @@ serve:
 test:
 	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not hosts"
 
 check:
 	@$(PYTHON) tools/setup.py --dev
@@ -35,6 +36,11 @@ check:
 fast:
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=quick \
 		-m "not engine and not extra and not slow"
+
+.PHONY: test-nodes
+test-nodes:
+	@$(PYTHON) tools/setup.py --dev --engine --ray
+	$(BIN)/python -m pytest -m hosts
 
 .PHONY: test-backends
 test-backends:

@@ -21,6 +21,7 @@ from oserve.engines.tiny import make_tiny_model
 from oserve.gateway.records import read_records
 
 pytestmark = [
+    pytest.mark.hosts,
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(unavailable()), reason=f"no hosts can be made: {unavailable()}"),

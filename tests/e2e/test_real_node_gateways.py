@@ -17,6 +17,7 @@ from hosts import Hosts, unavailable
 from oserve.engines.tiny import make_tiny_model
 
 pytestmark = [
+    pytest.mark.hosts,
     pytest.mark.engine,
     pytest.mark.slow,
     pytest.mark.timeout(1200),

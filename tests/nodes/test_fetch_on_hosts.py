@@ -19,6 +19,7 @@ from hosts import Host, Hosts, unavailable
 from nodes.test_file_fetch import contents, make_model
 
 pytestmark = [
+    pytest.mark.hosts,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(unavailable()), reason=f"no hosts can be made: {unavailable()}"),
