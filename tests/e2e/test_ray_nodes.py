@@ -61,6 +61,7 @@ async def test_streams_and_engines_outlive_whatever_ray_runs(scene: RayScene) ->
     assert (after, scene.keepers()) == (before, held)
 
 
+@pytest.mark.hosts
 async def test_plan_dry_run_and_doctor_look_at_the_nodes_and_change_nothing(
     scene: RayScene,
 ) -> None:
@@ -93,6 +94,7 @@ async def test_plan_dry_run_and_doctor_look_at_the_nodes_and_change_nothing(
     assert (pids(await scene.until(whole)), scene.keepers()) == (before, held)
 
 
+@pytest.mark.hosts
 async def test_a_server_that_starts_while_the_head_is_away_finds_its_nodes(
     scene: RayScene,
 ) -> None:
