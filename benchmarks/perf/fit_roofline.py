@@ -18,7 +18,7 @@ from oserve.core import Precision, ReplicaShape
 from oserve.perf.aiconfigurator import SYSTEMS, VERSION, AiConfigurator
 from oserve.perf.device import find_device
 from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.roofline import Coefficients, Roofline, StepModel
 
 MODELS = ("llama-3.1-70b", "llama-3.1-8b", "qwen3-32b")

@@ -21,7 +21,7 @@ import uvloop
 from oserve.cli.serve import settings_from
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.capacity import ClosedLoop, closed_loop
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import ProfileSource, read_profile, shipped_profile
 from oserve.profiler.client import EngineClient, MeasuredStream
 from oserve.profiler.contention import foreign_cpu_s

@@ -21,8 +21,8 @@ from oserve.perf.aiconfigurator import AiConfigurator
 from oserve.perf.capacity import closed_loop
 from oserve.perf.coefficients import find_coefficients
 from oserve.perf.device import find_device
+from oserve.perf.known_models import find_model
 from oserve.perf.memory import memory_fit
-from oserve.perf.model import find_model
 from oserve.perf.roofline import Roofline, StepModel
 
 MODEL = "llama-3.1-70b"

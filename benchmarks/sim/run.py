@@ -20,7 +20,7 @@ import numpy as np
 
 from oserve.core import ReplicaShape
 from oserve.perf.costs import measured_costs
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import RequestTable, SimulatedFleet, StepTables, step_tables
 from oserve.sim.compiled import HAS_NUMBA

@@ -17,8 +17,8 @@ import numpy as np
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
+from oserve.perf.known_models import find_model
 from oserve.perf.memory import memory_fit
-from oserve.perf.model import find_model
 from oserve.sim import RequestTable, SimulatedFleet, step_tables
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

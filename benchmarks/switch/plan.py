@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from oserve.core import Device
 from oserve.perf.device import find_link
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.switch.balance import balanced_copies, lower_bound_s
 from oserve.switch.choice import Copy, greedy_copies, local_copies, traffic_of
 from oserve.switch.demand import demands_of

@@ -21,7 +21,7 @@ from oserve.config import (
 )
 from oserve.config.reading import parse_json, parse_yaml
 from oserve.core import OServeError
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import decode_profile
 
 

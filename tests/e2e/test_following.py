@@ -15,7 +15,7 @@ import pytest
 
 from oserve.core import Precision
 from oserve.engines.tiny import make_tiny_model
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import ProfileEntry, shipped_profile, write_profile
 
 from .test_serving import Served, start, status_of

@@ -18,7 +18,7 @@ from oserve.engines.checkpoints.ggml import GgufModel, paired, unpaired
 from oserve.engines.checkpoints.int8 import make_int8_variant, scales
 from oserve.engines.checkpoints.smollm2 import make_smollm2
 from oserve.engines.checkpoints.tensors import read_tensors, tensor, write_tensors
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 
 HIDDEN, WIDE, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 # Enough for the text that is tokenised below.

@@ -18,7 +18,8 @@ from oserve.core import (
 )
 from oserve.engines.memory_check import MemoryCheck, cache_sized, with_settings
 from oserve.engines.settings import EngineSettings
-from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.known_models import find_model
+from oserve.perf.model import ModelFacts
 
 GIB = 1 << 30
 SMOLLM2 = ModelFacts(

@@ -10,7 +10,7 @@ from oserve.cli import app
 from oserve.config import load_settings
 from oserve.core import Precision, ReplicaShape
 from oserve.engines.devices import split_cores
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.profiler.brief import measure_briefly, shapes_to_measure
 from oserve.profiler.client import EngineClient
 from oserve.profiler.profile import (

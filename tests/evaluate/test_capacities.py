@@ -9,7 +9,7 @@ from oserve.core import LengthClass, ReplicaShape, WorkloadType
 from oserve.evaluate.capacities import LengthSamples, simulated_table
 from oserve.evaluate.simulator import Levers, Simulator
 from oserve.perf.capacity import LatencyLimits
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import performance_table
 from oserve.traces import Slo

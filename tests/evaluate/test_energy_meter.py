@@ -20,7 +20,7 @@ from oserve.core import (
 from oserve.evaluate.energy import HeldDevices, fleet_energy, work_of
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import Phases
 from oserve.sim.fleet import SimulatedFleet

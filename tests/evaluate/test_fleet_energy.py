@@ -4,7 +4,7 @@ import pytest
 
 from oserve.core import Device, ReplicaShape
 from oserve.evaluate.energy import HeldDevices, fleet_energy, work_of
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.power import ReplicaWork
 from oserve.perf.source import RooflineSource
 from oserve.sim.results import ReplicaTotals

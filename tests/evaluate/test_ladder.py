@@ -27,7 +27,7 @@ from oserve.evaluate.simulator import (
     SimulatedServing,
     Simulator,
 )
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.plan.mixtures import homogeneous
 from oserve.plan.place import place_replicas

@@ -11,7 +11,7 @@ from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
 from oserve.evaluate.capacities import LengthSamples
 from oserve.evaluate.simulator import Levers, Routing, SimulatedServing, SimulatedTraffic, Simulator
 from oserve.evaluate.transition import RoutedLeg, TimedSwitch, simulate_switches
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status

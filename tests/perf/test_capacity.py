@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from oserve.core import OServeError, Precision, ReplicaShape, WorkloadType
 from oserve.perf.capacity import Capacity, LatencyLimits, TypeLoad, capacities, closed_loop
+from oserve.perf.known_models import find_model
 from oserve.perf.memory import memory_fit
-from oserve.perf.model import find_model
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit, splits
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import performance_table

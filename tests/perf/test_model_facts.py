@@ -9,7 +9,7 @@ from oserve.core import OServeError, Precision
 from oserve.perf.catalogue import catalogue
 from oserve.perf.coefficients import find_coefficients
 from oserve.perf.device import find_device, find_link
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.model_config import model_from_config
 
 # Published parameter counts, in billions.

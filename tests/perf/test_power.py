@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oserve.core import EngineWork, ReplicaShape
 from oserve.perf.costs import measured_costs
 from oserve.perf.device import find_device
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.power import ReplicaWork, replica_power_w, work_between
 from oserve.perf.source import RooflineSource
 

@@ -11,7 +11,7 @@ from oserve.core import Precision, ReplicaShape
 from oserve.perf.coefficients import find_coefficients
 from oserve.perf.device import Link, find_device
 from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.roofline import Coefficients, Roofline, hops_between_nodes
 
 H100 = find_device("H100")

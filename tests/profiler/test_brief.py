@@ -12,7 +12,7 @@ from oserve.config import Settings, load_settings
 from oserve.core import Precision
 from oserve.engines.processor import find_processor
 from oserve.perf.device import find_device
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import ProfileStep, shape_key, shipped_profile, write_profile
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.roofline import Coefficients, Roofline

@@ -11,7 +11,7 @@ from oserve.control.dispatch.order import OrderPolicy
 from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.source import RooflineSource
 from oserve.sim import (
     GatewayOptions,

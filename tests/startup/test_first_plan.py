@@ -9,7 +9,7 @@ import pytest
 from oserve.config import Settings, load_settings
 from oserve.core import Device, OServeError, Precision
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import Profile, shipped_profile, write_profile
 from oserve.startup.deployment import prepare
 from oserve.startup.first_plan import (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from oserve.core import Device, OServeError, Precision, ReplicaShape, ReplicaSpec
 from oserve.perf.device import find_link
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.switch.balance import lower_bound_s
 from oserve.switch.choice import split_item
 from oserve.switch.demand import Item, demands_of, item_of

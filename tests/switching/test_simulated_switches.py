@@ -24,7 +24,7 @@ from oserve.core import (
     VirtualClock,
 )
 from oserve.perf import TokenCosts
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.sim import Faults, FleetCluster, Phases
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.modelled_weights import ModelledWeightFacts, ModelledWeights

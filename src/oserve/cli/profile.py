@@ -22,7 +22,7 @@ from oserve.cli.serve import settings_from
 from oserve.config import environment_value
 from oserve.core import Device, Endpoint, OServeError, Precision, ReplicaShape
 from oserve.core.url import server_url
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.perf.profile import (
     Profile,
     ProfileEntry,

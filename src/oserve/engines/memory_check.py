@@ -14,6 +14,7 @@ import msgspec
 from oserve.core import Device, OServeError, ReplicaShape, ReplicaSpec, VllmBackend
 from oserve.engines.main_memory import available_memory_bytes
 from oserve.engines.settings import EngineSettings
+from oserve.perf.known_models import find_model
 from oserve.perf.kv_cache import (
     EngineMemory,
     blind_cache_bytes,
@@ -21,7 +22,7 @@ from oserve.perf.kv_cache import (
     shared_cache_bytes,
 )
 from oserve.perf.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, MEMORY_SHARE
-from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.model import ModelFacts
 
 # Arguments of vLLM that change what fits.
 _DECISIVE = (

@@ -5,10 +5,7 @@ catalogue.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from oserve.core import OServeError
-from oserve.perf.catalogue import catalogue, nearest
 from oserve.perf.layers import Cache, CacheKind, LayerKind
 from oserve.perf.stored import StoredWeights
 
@@ -116,30 +113,3 @@ class ModelFacts:
             kind.count * (kind.parameters - kind.active_parameters) for kind in self.layer_kinds
         )
         return self.parameters - idle
-
-
-def find_model(name: str) -> ModelFacts:
-    """The facts of a folder with a ``config.json``, of such a file, or of a catalogue name.
-
-    Names are case-insensitive; Hugging Face ids of catalogue models work too. Raises OServeError
-    for an unknown ``name``.
-    """
-    path = Path(name)
-    file = path / "config.json" if path.is_dir() else path
-    if file.is_file():
-        from oserve.perf.model_config import read_model  # noqa: PLC0415 - it builds ModelFacts
-
-        return read_model(file)
-    known = catalogue("models")
-    wanted = name.lower()
-    for key, row in known.items():
-        if wanted in {key, *(alias.lower() for alias in row["aliases"])}:
-            facts = {field: value for field, value in row.items() if field != "aliases"}
-            return ModelFacts(name=key, **facts)
-    raise OServeError(
-        f"nothing is known of the model {name!r}",
-        place="--model",
-        remedy="give a folder with its config.json, or one of: "
-        + ", ".join(known)
-        + nearest(wanted, known),
-    )

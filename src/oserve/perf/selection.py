@@ -9,8 +9,9 @@ from oserve.core import Device, OServeError, Precision, ReplicaShape
 from oserve.perf import TokenCosts, token_costs
 from oserve.perf.costs import measured_costs
 from oserve.perf.device import Link, find_link
+from oserve.perf.known_models import find_model
 from oserve.perf.memory import kv_bytes_per_token
-from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.model import ModelFacts
 from oserve.perf.profile import Profile, ProfileSource, read_profile, shipped_profile
 from oserve.perf.shapes import ShapeChoices, candidate_shapes, refuse_no_fit
 from oserve.perf.source import AiConfiguratorSource, RooflineSource

@@ -83,7 +83,7 @@ def _completed(config: Mapping[str, Any], kind: str, place: str) -> tuple[Mappin
         )
     try:
         whole: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except Exception as error:
+    except Exception as error:  # its classes check what they like, each in its own way
         raise OServeError(
             f"transformers cannot read it: {error}", place=place, remedy="correct it"
         ) from None

@@ -14,7 +14,8 @@ from oserve.config import Settings
 from oserve.core import Device, OServeError, ReplicaShape
 from oserve.engines.holding import keeper_runs
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.known_models import find_model
+from oserve.perf.model import ModelFacts
 from oserve.perf.profile import (
     Profile,
     ProfileEntry,

@@ -25,7 +25,8 @@ from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.devices import find_devices
 from oserve.engines.processor import find_processor, plain_precisions
-from oserve.perf.model import ModelFacts, find_model
+from oserve.perf.known_models import find_model
+from oserve.perf.model import ModelFacts
 from oserve.perf.profile import Profile, ProfileEntry, ProfileStep, key_name, shape_key
 from oserve.perf.profile_fit import fit_entry
 from oserve.perf.shapes import splits

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from oserve.core import OServeError, Precision
-from oserve.perf.model import find_model
+from oserve.perf.known_models import find_model
 from oserve.switch.layout import architecture_of
 from oserve.switch.model import MovableModel
 from oserve.switch.precision import WeightFormat, format_of
