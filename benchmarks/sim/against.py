@@ -35,7 +35,7 @@ def work() -> None:
     from oserve import sim  # noqa: PLC0415
     from oserve.core import ReplicaShape  # noqa: PLC0415 - of the checkout that is measured
     from oserve.perf.costs import measured_costs  # noqa: PLC0415
-    from oserve.perf.model import find_model  # noqa: PLC0415
+    from oserve.perf.known_models import find_model  # noqa: PLC0415
     from oserve.perf.source import RooflineSource  # noqa: PLC0415
     from oserve.sim import GatewayOptions, RequestTable, step_tables  # noqa: PLC0415
     from oserve.traces import synthesise  # noqa: PLC0415
