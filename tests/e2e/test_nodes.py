@@ -134,6 +134,7 @@ async def test_another_server_does_not_get_the_nodes(scene: Scene) -> None:
     assert pids(await scene.until(whole)) == before
 
 
+@pytest.mark.hosts
 async def test_switches_move_weights_between_nodes_under_load(scene: Scene) -> None:
     """The replicas leave host 1, come back from host 2, and fill host 2 from there."""
     await scene.until(whole)
