@@ -24,6 +24,9 @@ def count(config: dict[str, Any]) -> int:
     )
 
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    if isinstance(plain.get("sliding_window_pattern"), str):
+        # The class counts a period; the checkpoints give a pattern of letters.
+        plain["sliding_window_pattern"] = len(plain["sliding_window_pattern"])
     kind = ALIKE.get(config["model_type"], config["model_type"])
     auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
     with torch.device("meta"):
