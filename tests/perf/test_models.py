@@ -13,11 +13,14 @@ import pytest
 
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.perf.cache_groups import cache_groups
-from oserve.perf.config_keys import ConfigKeys
+from oserve.perf.checked import CHECKED, OUTER_TYPES, TEXT_TYPES
+from oserve.perf.config_keys import ConfigKeys, checked_types
 from oserve.perf.memory import kv_bytes_per_token, memory_fit, weights_bytes
 from oserve.perf.model import ModelFacts
 from oserve.perf.model_config import model_from_config, read_model
 from oserve.perf.roofline import Roofline
+from oserve.perf.serveable import BY_TABLE, BY_VALUES
+from oserve.perf.shapes import splits
 from oserve.perf.source import RooflineSource
 
 FOLDER = Path(__file__).parent / "models"
@@ -82,6 +85,83 @@ def test_states_do_not_grow_with_the_request() -> None:
     assert grown / 100_000 == pytest.approx(6144, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        # Attention beside a state space, or in a block that layers share.
+        ("falcon-h1-7b", {1, 2, 4}),
+        ("zamba2-2.7b", {1, 2, 4, 8, 16}),
+        # Attention in layers of their own; states in 8 groups, or with heads.
+        ("nemotron-3-nano", {1, 2, 4, 8}),
+        ("jamba-1.5-mini", {1, 2, 4, 8, 16, 32}),
+        ("qwen3-next-80b", {1, 2, 4, 8, 16}),
+        ("lfm2-2.6b", {1, 2, 4, 8, 16, 32}),
+        # States alone.
+        ("falcon-mamba-7b", {1, 2, 4, 8, 16, 32}),
+        ("codestral-mamba-7b", {1, 2, 4, 8}),
+        # A latent is whole on each rank.
+        ("deepseek-v2-lite", {1, 2, 4, 8, 16}),
+    ],
+)
+def test_tensor_parallelism_divides_heads_states_and_mlps(name: str, sizes: set[int]) -> None:
+    facts = facts_of(name)
+    assert {size for size in (1, 2, 3, 4, 8, 16, 32) if splits(facts, size)} == sizes
+
+
+def test_no_rank_holds_a_part_of_a_block_of_scales() -> None:
+    """Experts' blocks are divided down to 32, as their width of 1,536 shows; dense ones are not."""
+    experts = facts_of("qwen3-235b-fp8")
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    assert [size for size in sizes if splits(experts, size)] == [1, 2, 4, 8, 16]
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    dense = CONFIGS["qwen3-8b"] | {"intermediate_size": 1536, "quantization_config": stored}
+    facts = model_from_config(dense, name="q", place="q")
+    assert [size for size in sizes if splits(facts, size)] == [1, 2, 4]
+    weights = {"num_bits": 8, "strategy": "block", "block_structure": [128, 128]}
+    other = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    strict = CONFIGS["qwen3-235b-fp8"] | {"quantization_config": other}
+    facts = model_from_config(strict, name="q", place="q")
+    assert [size for size in sizes if splits(facts, size)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "quark"},
+        {"quant_method": "torchao"},
+        {"quant_method": "hqq"},
+        {"quant_method": "modelopt_mixed"},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+        {"quant_method": "modelopt"},
+        {},
+    ],
+)
+def test_unknown_quantisation_is_refused_with_a_remedy_that_works(stored: dict[str, Any]) -> None:
+    config = CONFIGS["qwen3-8b"] | {"quantization_config": stored}
+    with pytest.raises(OServeError, match="not known") as caught:
+        model_from_config(config, name="q", place="q")
+    assert "config.json of the unquantised model" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("stored", "size"),
+    [
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, 0.5625),
+        ({"quantization": {"quant_algo": "FP8"}}, 1.0),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 1.0),
+    ],
+)
+def test_modelopt_names_its_format_or_nests_it(stored: dict[str, Any], size: float) -> None:
+    config = CONFIGS["qwen3-8b"] | {"quantization_config": stored}
+    found = model_from_config(config, name="q", place="q").stored
+    assert found is not None
+    assert found.linear_bytes == size
+
+
 def test_a_latent_is_whole_on_every_rank() -> None:
     facts = facts_of("deepseek-r1")
     one, eight = (
@@ -107,6 +187,71 @@ def test_what_vllm_does_not_serve_is_refused_with_its_reason(
     with pytest.raises(OServeError, match=reason) as caught:
         model_from_config(CONFIGS["llama-3.1-8b"] | config, name="odd", place="config")
     assert caught.value.remedy
+
+
+def types_in(config: dict[str, Any]) -> set[str]:
+    """The types of a configuration and of the language model in it."""
+    return {str(config["model_type"]), ConfigKeys(config, place="config").kind}
+
+
+def test_every_checked_type_was_compared_with_a_count() -> None:
+    compared = set().union(*(types_in(CONFIGS[name]) for name in COUNTED))
+    assert compared == CHECKED
+    assert TEXT_TYPES | OUTER_TYPES == CHECKED
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deepseek_v4",
+        "longcat_flash",
+        "longcat_flash_ngram",
+        "minicpm",
+        "nemotron-nas",
+        "olmo_hybrid",
+        "qwen3_omni_moe",
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_families_that_would_be_misread_are_refused_by_name(kind: str, nested: bool) -> None:
+    config = {**CONFIGS["llama-3.1-8b"], "model_type": kind}
+    if nested:
+        config = {"model_type": "llava", "text_config": config}
+    config.pop("architectures", None)
+    with pytest.raises(OServeError, match=f"{kind} are not sized yet") as caught:
+        model_from_config(config, name="odd", place="config")
+    assert "--plan" in caught.value.remedy
+
+
+def test_a_language_model_of_an_unknown_type_is_not_read_by_the_rules_of_llama(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As where transformers, which takes seconds to load, is not installed.
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    inner = CONFIGS["llava-1.5-7b"]["text_config"] | {"model_type": "madeup"}
+    with pytest.raises(OServeError, match="madeup") as caught:
+        model_from_config(
+            CONFIGS["llava-1.5-7b"] | {"text_config": inner}, name="odd", place="config"
+        )
+    assert "oserve[models]" in caught.value.remedy
+
+
+def test_it_is_said_where_no_defaults_of_the_class_are_known() -> None:
+    assert facts_of("chatglm3-6b").read_by == BY_VALUES
+    assert facts_of("kimi-k2").read_by == facts_of("llava-1.5-7b").read_by == BY_TABLE
+
+
+def test_the_shipped_defaults_are_those_of_checked_types() -> None:
+    assert set(checked_types()) <= CHECKED
+
+
+def test_a_multimodal_file_may_give_the_language_models_values_itself() -> None:
+    nested = CONFIGS["qwen2.5-vl-7b"]
+    flat = {**nested, **nested["text_config"], "model_type": nested["model_type"]}
+    del flat["text_config"]
+    assert model_from_config(flat, name="q", place="q") == model_from_config(
+        nested, name="q", place="q"
+    )
 
 
 def test_a_folder_with_a_pooling_module_is_an_embedding_model(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A ``config.json`` may leave out what equals its class's default, use older names of keys, and nest
 the language model. ``data/checked/model_types.json`` holds the defaults of the ``model_type``s that
-were checked, taken from transformers by ``benchmarks/perf/models.py``.
+were checked, taken from transformers by ``benchmarks/perf/model_defaults.py``.
 """
 
 import functools
@@ -16,7 +16,7 @@ from oserve.core import OServeError
 # Types of the same class as others.
 _ALIKE = {"kimi_k2": "deepseek_v3"}
 # Under these keys multimodal models nest their language model.
-_NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+_NESTED = ("text_config", "llm_config", "language_config")
 
 
 @functools.cache
@@ -66,9 +66,18 @@ class ConfigKeys:
                 self.place = f"{self.place}:{key}"
                 self.kind = str(inner.get("model_type") or row.get("text") or outer_type)
                 row = _row(self.kind)
+        if not self.nested and row.get("text"):
+            # Older files of multimodal models give the language model's values themselves.
+            self.kind = str(row["text"])
+            row = _row(self.kind)
         self._outer_defaults = _row(str(outer_type)).get("defaults", {})
         self._defaults: Mapping[str, Any] = row.get("defaults", {})
         self._names: Mapping[str, str] = row.get("names", {})
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the defaults of the language model's class are known."""
+        return bool(_row(self.kind))
 
     @property
     def nested(self) -> bool:

@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 from oserve.core import OServeError
+from oserve.perf.checked import WITHOUT_FACTS
 from oserve.perf.config_keys import ConfigKeys
 
 
@@ -46,10 +47,10 @@ _PERIODS = {
     "afmoe": 4,
     "gpt_oss": 2,
 }
-_DELTA_TYPES = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
+_DELTA_TYPES = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 _STATE_TYPES = frozenset({"mamba", "falcon_mamba"})
 # These have one window for all layers whenever it is given.
-_ALL_WINDOWED = frozenset({"mistral", "mixtral", "phi3", "phimoe", "starcoder2", "ministral"})
+_ALL_WINDOWED = frozenset({"mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
 _LATENT_KEY = "kv_lora_rank"
 
 
@@ -110,7 +111,7 @@ def _by_name(keys: ConfigKeys, name: str) -> MixerType:
         raise OServeError(
             f"a layer of type {name!r} is not known",
             place=f"{keys.place}:layer_types",
-            remedy="profile the model instead: oserve profile",
+            remedy=WITHOUT_FACTS,
         )
     if found is MixerType.FULL and keys.optional(_LATENT_KEY, least=0):
         return MixerType.LATENT

@@ -42,7 +42,8 @@ class Cache:
     """The cache of one layer.
 
     ``values``: per token, keys and values of all heads, or one latent. ``heads``: key-value heads
-    over which tensor parallelism divides ``values``; 1 for a latent. ``window``: tokens, of a
+    over which tensor parallelism divides ``values``, 1 for a latent; of a fixed size: the parts into
+    which it can be divided. ``window``: tokens, of a
     window or chunk. ``state_values`` (of the model's type) and ``state_wide_bytes`` (of a type of
     its own) are the fixed size of a state. ``extra_bytes``: per token, in a type of its own.
     """
@@ -77,7 +78,8 @@ class LayerKind:
     ``mixer``: of attention, state space or convolution. ``dense``: of the MLP that each token
     passes, with shared experts and the router. ``expert``: of one of ``experts``, of which a token
     passes ``experts_per_token``. ``attention``: query heads times head size, for the attention's
-    work; 0 without.
+    work; 0 without. ``dense_width`` and ``expert_width``: of the MLPs, over which tensor parallelism
+    divides them.
     """
 
     count: int
@@ -88,6 +90,8 @@ class LayerKind:
     experts: int = 0
     experts_per_token: int = 0
     attention: int = 0
+    dense_width: int = 0
+    expert_width: int = 0
 
     @property
     def parameters(self) -> int:

@@ -4,6 +4,7 @@
 out, as they are negligible. Sources: vllm/model_executor/models (0.32) and transformers (5.19).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,8 +14,7 @@ from oserve.perf.layers import Cache, CacheKind
 
 # vLLM compresses these models' keys and values; MiniCPM3 has the same keys, but caches heads.
 _LATENT = """
-deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
-mistral4
+deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear mistral4
 """
 LATENT_TYPES = frozenset(_LATENT.split())
 # Query heads come with a gate of the same size.
@@ -158,6 +158,7 @@ def _mamba1(keys: ConfigKeys, _: MixerType) -> Mixer:
         parameters=parameters,
         cache=Cache(
             kind=CacheKind.STATE,
+            heads=inner,
             state_values=inner * (kernel - 1) + inner * state,
         ),
     )
@@ -190,6 +191,8 @@ def _mamba2(keys: ConfigKeys, _: MixerType) -> Mixer:
         parameters=parameters,
         cache=Cache(
             kind=CacheKind.STATE,
+            # Each rank has whole groups, or all ranks the same one.
+            heads=heads if groups == 1 else math.gcd(heads, groups),
             state_values=wide * (kernel - 1) + (0 if float32 else held),
             state_wide_bytes=4 * held if float32 else 0,
         ),
@@ -213,6 +216,7 @@ def _delta(keys: ConfigKeys, _: MixerType) -> Mixer:
         parameters=parameters,
         cache=Cache(
             kind=CacheKind.STATE,
+            heads=math.gcd(k_heads, v_heads),
             state_values=wide * (kernel - 1) + (0 if chosen == "float32" else held),
             state_wide_bytes=4 * held if chosen == "float32" else 0,
         ),
@@ -233,6 +237,7 @@ def _kimi_delta(keys: ConfigKeys) -> Mixer:
         parameters=parameters,
         cache=Cache(
             kind=CacheKind.STATE,
+            heads=heads,
             state_values=3 * inner * (kernel - 1),
             state_wide_bytes=4 * heads * size * size,
         ),
@@ -245,7 +250,7 @@ def _convolution(keys: ConfigKeys, _: MixerType) -> Mixer:
     kernel = keys.optional("conv_L_cache") or 3
     return Mixer(
         parameters=4 * hidden * hidden + hidden * kernel,
-        cache=Cache(kind=CacheKind.CONVOLUTION, state_values=hidden * (kernel - 1)),
+        cache=Cache(kind=CacheKind.CONVOLUTION, heads=hidden, state_values=hidden * (kernel - 1)),
     )
 
 

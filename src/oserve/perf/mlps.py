@@ -31,13 +31,14 @@ _EXPERTS_PER_TOKEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """Parameters of one layer's MLP: see ``LayerKind``; ``width`` of the dense MLP or an expert."""
+    """Parameters of one layer's MLP: see ``LayerKind``, also of the widths."""
 
     dense: int = 0
     expert: int = 0
     experts: int = 0
     experts_per_token: int = 0
-    width: int = 0
+    dense_width: int = 0
+    expert_width: int = 0
 
 
 def is_gated(keys: ConfigKeys) -> bool:
@@ -144,21 +145,24 @@ def _mlp(
         total = keys.natural("num_hidden_layers")
         if keys.flag("use_double_wide_mlp") and shared and layer >= total - shared:
             width *= 2
-        return Mlp(dense=matrices * hidden * width, width=width)
+        return Mlp(dense=matrices * hidden * width, dense_width=width)
     wide = expert_width_of(keys)
     inner = keys.optional("moe_latent_size") or hidden
-    dense = hidden * experts + matrices * hidden * shared_width_of(keys)
+    shared = shared_width_of(keys)
+    dense = hidden * experts + matrices * hidden * shared
     if inner != hidden:
         dense += 2 * hidden * inner
     if keys.kind == "gemma4_text":
         # Its dense MLP stands beside the experts.
-        dense += 3 * hidden * width_of(keys, layer)
+        shared = width_of(keys, layer)
+        dense += 3 * hidden * shared
     return Mlp(
         dense=dense,
         expert=matrices * inner * wide,
         experts=experts,
         experts_per_token=experts_per_token_of(keys),
-        width=wide,
+        dense_width=shared,
+        expert_width=wide,
     )
 
 

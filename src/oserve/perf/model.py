@@ -82,6 +82,8 @@ class ModelFacts:
             experts=self.experts if sparse else 0,
             experts_per_token=self.experts_per_token if sparse else 0,
             attention=self.heads * self.head_dim,
+            dense_width=self.shared_intermediate if sparse else self.intermediate,
+            expert_width=self.intermediate if sparse else 0,
         )
 
     @property

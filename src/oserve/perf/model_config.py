@@ -27,7 +27,7 @@ from oserve.perf.mlps import (
 )
 from oserve.perf.model import ModelFacts
 from oserve.perf.outside_layers import beside_layers, outside_parameters
-from oserve.perf.serveable import readable, refuse_unserved
+from oserve.perf.serveable import readable, refuse_pooling, refuse_unserved
 from oserve.perf.stored import stored_weights
 
 
@@ -45,7 +45,7 @@ def read_model(file: Path) -> ModelFacts:
     refuse_duplicate_keys(text, place=str(file))
     if not isinstance(config, dict):
         raise OServeError("it is not an object", place=str(file), remedy="give a config.json")
-    refuse_unserved(config, place=str(file), folder=file.parent)
+    refuse_pooling(file.parent, place=str(file))
     return model_from_config(config, name=file.parent.resolve().name, place=str(file))
 
 
@@ -58,10 +58,10 @@ def model_from_config(config: Mapping[str, Any], *, name: str, place: str) -> Mo
     own, wide = mixers(keys, layers), mlps(keys, layers)
     kinds = _kinds(own, wide) + beside_layers(keys, layers)
     hidden = hidden_of(keys)
-    attending = any(mixer.attention for mixer in own)
+    attending = any(kind.attention for kind in kinds)
     heads = heads_of(keys) if attending else 1
     experts = experts_of(keys)
-    width = max((mlp.width for mlp in wide if not experts or mlp.experts), default=0)
+    width = max((mlp.expert_width if experts else mlp.dense_width for mlp in wide), default=0)
     facts = ModelFacts(
         name=name,
         layers=layers,
@@ -100,6 +100,8 @@ def _kinds(own: list[Mixer], wide: list[Mlp]) -> tuple[LayerKind, ...]:
             experts=mlp.experts,
             experts_per_token=mlp.experts_per_token,
             attention=mixer.attention,
+            dense_width=mlp.dense_width,
+            expert_width=mlp.expert_width,
         )
         for (mixer, mlp), count in counts.items()
         if mixer.parameters or mlp.dense or mixer.cache.kind is not CacheKind.NONE

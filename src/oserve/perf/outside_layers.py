@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from oserve.perf.config_keys import ConfigKeys
-from oserve.perf.layer_types import MixerType, mixer_types, names_of_layers
+from oserve.perf.layer_types import names_of_layers
 from oserve.perf.layers import Cache, CacheKind, LayerKind
 from oserve.perf.mixers import head_dim_of, heads_of, hidden_of, kv_heads_of, plain_attention
 
@@ -53,7 +53,7 @@ def _shared_blocks(keys: ConfigKeys) -> int:
         return 0
     hidden, blocks = hidden_of(keys), keys.optional("num_mem_blocks") or 1
     heads, size = heads_of(keys), head_dim_of(keys)
-    wide = keys.optional("intermediate_size") or 4 * hidden
+    wide = _shared_width(keys)
     block = 2 * hidden * 3 * heads * size + heads * size * hidden + 3 * hidden * wide
     uses = names_of_layers(keys).count("hybrid")
     rank = keys.natural("adapter_rank")
@@ -61,6 +61,10 @@ def _shared_blocks(keys: ConfigKeys) -> int:
     if keys.flag("use_shared_attention_adapter"):
         adapters += 3 * rank * (2 * hidden + heads * size)
     return blocks * block + uses * (hidden * hidden + adapters)
+
+
+def _shared_width(keys: ConfigKeys) -> int:
+    return keys.optional("intermediate_size") or 4 * hidden_of(keys)
 
 
 def beside_layers(keys: ConfigKeys, layers: int) -> tuple[LayerKind, ...]:
@@ -84,14 +88,9 @@ def beside_layers(keys: ConfigKeys, layers: int) -> tuple[LayerKind, ...]:
             count=uses,
             cache=Cache(kind=CacheKind.FULL, values=values, heads=kv_heads_of(keys)),
             attention=heads_of(keys) * head_dim_of(keys),
+            dense_width=_shared_width(keys),
         ),
     )
-
-
-def has_state(keys: ConfigKeys, layers: int) -> bool:
-    """Whether some layers keep a state of fixed size."""
-    fixed = {MixerType.MAMBA1, MixerType.MAMBA2, MixerType.DELTA, MixerType.CONVOLUTION}
-    return bool(fixed.intersection(mixer_types(keys, layers)))
 
 
 def _tower(part: Mapping[str, Any], key: str, text_hidden: int) -> int:

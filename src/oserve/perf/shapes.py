@@ -1,14 +1,20 @@
 """The candidate replica shapes of a model on given kinds of devices."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.perf.device import find_device
+from oserve.perf.layers import Cache, LayerKind
 from oserve.perf.memory import MemoryFit
 from oserve.perf.model import ModelFacts
 from oserve.perf.source import RooflineSource
+
+# vLLM divides the blocks of experts' scales for tensor parallelism, but not finer than this: see
+# refine_fp8_moe_block_shape in vllm/model_executor/layers/fused_moe/oracle/fp8.py (0.32).
+_FINEST_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +73,33 @@ def candidate_shapes(
 
 
 def splits(model: ModelFacts, tensor_parallel_size: int) -> bool:
-    """Whether vLLM can split the model over that many ranks: heads, MLPs, states."""
+    """Whether vLLM can split the model over that many ranks: heads, states, MLPs, scales' blocks."""
     tp = tensor_parallel_size
-    if model.kinds:
-        # Latents are whole on each rank; widths of states are multiples of their heads.
-        tokens = [kind.cache for kind in model.kinds if kind.cache.kind.by_token]
-        even = all(cache.heads % tp == 0 or tp % cache.heads == 0 for cache in tokens)
-        return model.heads % tp == 0 and model.intermediate % tp == 0 and even
-    shared = model.kv_heads % tp == 0 or tp % model.kv_heads == 0
-    return model.heads % tp == 0 and model.intermediate % tp == 0 and shared
+    kinds = model.layer_kinds
+    if any(kind.attention for kind in kinds) and model.heads % tp:
+        return False
+    return all(_splits_cache(kind.cache, tp) for kind in kinds) and all(
+        _splits_mlps(model, kind, tp) for kind in kinds
+    )
+
+
+def _splits_cache(cache: Cache, tp: int) -> bool:
+    """Ranks beyond the key-value heads hold copies; a latent is whole on each; states divide."""
+    if cache.kind.by_token:
+        return cache.heads % tp == 0 or tp % cache.heads == 0
+    return not cache.kind.fixed or cache.heads % tp == 0
+
+
+def _splits_mlps(model: ModelFacts, kind: LayerKind, tp: int) -> bool:
+    if kind.dense_width % tp or kind.expert_width % tp:
+        return False
+    stored = model.stored
+    if stored is None or not stored.block:
+        return True
+    if kind.dense_width // tp % stored.block:
+        return False
+    held = math.gcd(stored.block, kind.expert_width // tp, model.hidden)
+    return held >= (_FINEST_BLOCK if stored.divides_experts else stored.block)
 
 
 def refuse_no_fit(
