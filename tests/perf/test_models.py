@@ -5,16 +5,19 @@
 bytes as vLLM's cache specs give them; ``by`` says which. ``benchmarks/perf/models.py`` writes it.
 """
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from oserve import perf
 from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.perf.cache_groups import cache_groups
-from oserve.perf.checked import CHECKED, OUTER_TYPES, TEXT_TYPES
+from oserve.perf.checked import CHECKED, KEYS, OUTER_TYPES, TEXT_TYPES
 from oserve.perf.config_keys import ConfigKeys, checked_types
+from oserve.perf.device import find_device
 from oserve.perf.memory import kv_bytes_per_token, memory_fit, weights_bytes
 from oserve.perf.model import ModelFacts
 from oserve.perf.model_config import model_from_config, read_model
@@ -63,8 +66,13 @@ def test_every_configuration_gives_sound_facts(name: str) -> None:
         max_num_seqs=64,
         device_kind="H100",
     )
-    fit = memory_fit(facts, shape, 4e12)
-    assert fit.kv_tokens > 0
+    fit = memory_fit(facts, shape, find_device("H100").memory_bytes)
+    # The weights are those of the parameters, and the cache has the rest.
+    stored = weights_bytes(facts, shape) * 2
+    assert 0.25 * facts.parameters < stored <= 2.2 * facts.parameters
+    taken = fit.weights_bytes + fit.reserve_bytes + fit.kv_tokens * fit.kv_bytes_per_token
+    assert (fit.kv_tokens > 0) == (fit.missing_bytes == 0)
+    assert taken <= fit.usable_bytes or fit.missing_bytes
     # A longer request never takes less.
     sizes = [round(tokens * kv_bytes_per_token(facts, shape, tokens)) for tokens in (16, 900, 9000)]
     assert sizes == sorted(sizes)
@@ -243,6 +251,53 @@ def test_it_is_said_where_no_defaults_of_the_class_are_known() -> None:
 
 def test_the_shipped_defaults_are_those_of_checked_types() -> None:
     assert set(checked_types()) <= CHECKED
+
+
+READERS = {"value", "count", "optional", "natural", "flag", "list"}
+
+
+def keys_read(source: str) -> set[str]:
+    """The strings that a module passes to ``ConfigKeys``, directly or through a name."""
+    tree = ast.parse(source)
+    given: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            targets, value = [node.target], node.value
+        elif isinstance(node, ast.For | ast.comprehension):
+            targets, value = [node.target], node.iter
+        for target in targets:
+            if isinstance(target, ast.Name):
+                given.setdefault(target.id, set()).update(strings(value))
+                if isinstance(value, ast.Name):
+                    given[target.id] |= given.get(value.id, set())
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        of = node.func.value
+        if node.func.attr in READERS and isinstance(of, ast.Name) and of.id == "keys":
+            for argument in node.args:
+                inner = argument.value if isinstance(argument, ast.Starred) else argument
+                found |= given[inner.id] if isinstance(inner, ast.Name) else strings(inner)
+    return found
+
+
+def strings(node: ast.expr) -> set[str]:
+    inner = node.elts if isinstance(node, ast.Tuple) else [node]
+    return {
+        one.value for one in inner if isinstance(one, ast.Constant) and isinstance(one.value, str)
+    }
+
+
+def test_the_listed_keys_are_those_that_are_read() -> None:
+    """Of others the defaults would not be shipped."""
+    folder = Path(perf.__file__).parent
+    read = set().union(*(keys_read(file.read_text()) for file in folder.glob("*.py")))
+    # Whether the head is the embedding depends on where it is mentioned: ``ConfigKeys.tied``.
+    assert read | {"tie_word_embeddings"} == KEYS
 
 
 def test_a_multimodal_file_may_give_the_language_models_values_itself() -> None:

@@ -78,8 +78,8 @@ class LayerKind:
     ``mixer``: of attention, state space or convolution. ``dense``: of the MLP that each token
     passes, with shared experts and the router. ``expert``: of one of ``experts``, of which a token
     passes ``experts_per_token``. ``attention``: query heads times head size, for the attention's
-    work; 0 without. ``dense_width`` and ``expert_width``: of the MLPs, over which tensor parallelism
-    divides them.
+    work; 0 without. ``dense_width`` and ``expert_width``: of the MLPs, which tensor parallelism
+    divides.
     """
 
     count: int

@@ -73,7 +73,7 @@ def candidate_shapes(
 
 
 def splits(model: ModelFacts, tensor_parallel_size: int) -> bool:
-    """Whether vLLM can split the model over that many ranks: heads, states, MLPs, scales' blocks."""
+    """Whether vLLM can split the model over that many ranks: heads, states, MLPs, blocks."""
     tp = tensor_parallel_size
     kinds = model.layer_kinds
     if any(kind.attention for kind in kinds) and model.heads % tp:
