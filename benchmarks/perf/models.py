@@ -2,7 +2,7 @@
 
 Each configuration beside it is built on the meta device, which takes no memory but some seconds
 each: ``python benchmarks/perf/models.py [NAME ...]``. What transformers cannot build keeps its row.
-KV bytes and contexts were reported from vLLM's own cache specs and are kept as they are.
+KV bytes and contexts are written by ``models_by_vllm.py`` and kept as they are.
 """
 
 import json

