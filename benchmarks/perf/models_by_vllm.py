@@ -112,7 +112,7 @@ def request_bytes(layers: dict[str, Any], tokens: int) -> int:
         max_in_flight_tokens=STEP_TOKENS,
     )
     groups = kv_cache_utils.get_kv_cache_groups(config, dict(layers))
-    return kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
+    return int(kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups))
 
 
 def main() -> None:
