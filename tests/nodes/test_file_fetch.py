@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from hatches import RunningHatch, running_hatch
-from oserve.nodes.fetch_messages import FetchEnd, FetchQuery
+from oserve.nodes.examination import MAX_FILES, ModelFilesFacts
+from oserve.nodes.fetch_messages import FetchEnd, FetchQuery, FileWish, ModelHoldings
 from oserve.nodes.file_fetch import FileFetch
 from oserve.nodes.file_offer import FileOffer, send_files
 from oserve.nodes.model_files import find_holdings
@@ -89,6 +90,21 @@ def query_for(hatch: RunningHatch, source: Path, place: Path) -> FetchQuery:
         name="fetch/w0.sock",
         files=find_holdings(str(source)).files,
     )
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".hidden", "", "a\n"])
+def test_no_name_of_a_file_leads_out_of_its_folder(name: str) -> None:
+    named = {"name": name, "size_bytes": 1, "digest": "0"}
+    for message, kind in (
+        ({"files": [named]}, ModelHoldings),
+        ({"files": [named]}, ModelFilesFacts),
+        ({"model": "m", "file": name}, FileWish),
+    ):
+        with pytest.raises(msgspec.ValidationError, match="matching regex"):
+            msgspec.json.decode(msgspec.json.encode(message), type=kind)
+    many = {"files": [{**named, "name": str(number)} for number in range(MAX_FILES + 1)]}
+    with pytest.raises(msgspec.ValidationError, match="length"):
+        msgspec.json.decode(msgspec.json.encode(many), type=ModelHoldings)
 
 
 async def test_cut_in_the_middle_it_goes_on_and_is_in_place_at_once(tmp_path: Path) -> None:
