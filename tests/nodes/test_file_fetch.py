@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ import msgspec
 import pytest
 
 from hatches import RunningHatch, running_hatch
+from oserve.core import OServeError
+from oserve.nodes import model_staging
 from oserve.nodes.examination import MAX_FILES, ModelFilesFacts
 from oserve.nodes.fetch_messages import FetchEnd, FetchQuery, FileWish, ModelHoldings
 from oserve.nodes.file_fetch import FileFetch
@@ -196,12 +199,69 @@ def test_a_folder_that_has_a_part_of_the_files_gets_the_rest(tmp_path: Path) -> 
             staging.part(file).write_bytes((source / file.name).read_bytes())
         # Two servers do not write the same files.
         with (
-            pytest.raises(Exception, match="another server"),
+            pytest.raises(ConnectionError, match="another server"),
             ModelStaging(place, files, free_bytes=ROOM).opened(),
         ):
             pass
         staging.finish(missing)
     assert contents(place) == contents(source)
+
+
+@pytest.mark.parametrize("name", ["rename", "replace"])
+def test_what_cannot_be_put_in_place_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    files = find_holdings(str(source)).files
+    if name == "replace":
+        place.mkdir()
+    staging = ModelStaging(place, files, free_bytes=ROOM)
+    with staging.opened():
+        for file in files:
+            staging.part(file).write_bytes((source / file.name).read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(model_staging.os, name, _fail)
+            with pytest.raises(OSError, match="no"):
+                staging.finish(files)
+    if name == "rename":
+        # It is there meanwhile, by another hand.
+        place.mkdir()
+        (place / "config.json").write_bytes((source / "config.json").read_bytes())
+    whole = sum(file.size_bytes for file in files)
+    staging = ModelStaging(place, files, free_bytes=SPARE_BYTES)
+    with staging.opened():
+        assert staging.have_bytes() == whole
+        staging.finish(staging.missing())
+    assert contents(place) == contents(source)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model", "source"]
+
+
+def _fail(*_names: object) -> None:
+    raise OSError(errno.EXDEV, "no")
+
+
+def test_files_go_nowhere_but_within_a_place_that_is_there(tmp_path: Path) -> None:
+    # It may be a disk of its own.
+    files = find_holdings(str(make_model(tmp_path / "source"))).files
+    place = tmp_path / "model"
+    place.mkdir()
+    staging = ModelStaging(place, files, free_bytes=ROOM)
+    with staging.opened():
+        assert all(staging.part(file).is_relative_to(place) for file in files)
+
+
+def test_a_place_that_nobody_can_write_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = find_holdings(str(make_model(tmp_path / "source"))).files
+    place = tmp_path / "model"
+    place.mkdir()
+    monkeypatch.setattr(model_staging.os, "access", lambda *_: False)
+    with (
+        pytest.raises(OServeError, match="cannot write at"),
+        ModelStaging(place, files, free_bytes=ROOM).opened(),
+    ):
+        pass
 
 
 def test_parts_of_another_revision_are_removed_first(tmp_path: Path) -> None:
