@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ import msgspec
 import pytest
 
 from hatches import RunningHatch, running_hatch
-from oserve.core import OServeError
-from oserve.nodes import model_staging
+from oserve.core import HatchAddress, OServeError
+from oserve.nodes import file_fetch, model_staging
 from oserve.nodes.examination import MAX_FILES, ModelFilesFacts
 from oserve.nodes.fetch_messages import FetchEnd, FetchQuery, FileWish, ModelHoldings
 from oserve.nodes.file_fetch import FileFetch
@@ -184,6 +185,58 @@ async def test_refusals(tmp_path: Path) -> None:
         end = await fetched(query)
         assert (end.refused, end.error) == (False, "config.json: it is not offered")
         offer.close()
+
+
+@pytest.mark.parametrize(
+    ("broken", "refused"),
+    [
+        (ssl.SSLError(1, "[SSL] record layer failure"), False),
+        (ConnectionError("another server has this node fetch the same model"), False),
+        (PermissionError(errno.EPERM, "not permitted"), True),
+        (OSError(errno.ENOSPC, "full"), True),
+    ],
+)
+def test_only_what_another_try_cannot_help_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: OSError, refused: bool
+) -> None:
+    def fails(*_address: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(file_fetch, "dial_hatch", fails)
+    source = make_model(tmp_path / "source")
+    end = FileFetch(_query(source, tmp_path / "model"), free_bytes=ROOM).run()
+    assert end.error
+    assert end.refused == refused
+
+
+def _query(source: Path, place: Path) -> FetchQuery:
+    nobody = HatchAddress(host="127.0.0.1", port=1, certificate="", token="")
+    files = find_holdings(str(source)).files
+    return FetchQuery(model=str(place), source=nobody, name="fetch/w0.sock", files=files)
+
+
+def test_while_another_server_fetches_it_is_tried_again(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    query = _query(source, place)
+    with ModelStaging(place, query.files, free_bytes=ROOM).opened():
+        end = FileFetch(query, free_bytes=ROOM).run()
+    assert (end.refused, end.error) == (False, "another server has this node fetch the same model")
+
+
+def test_it_stops_while_it_reads_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    query = _query(source, place)
+    staging = ModelStaging(place, query.files, free_bytes=ROOM)
+    with staging.opened():
+        staging.part(query.files[0]).write_bytes(b"{")
+    near, far = socket.socketpair()
+    monkeypatch.setattr(file_fetch, "dial_hatch", lambda *_address: near)
+    fetch = FileFetch(query, free_bytes=ROOM)
+    fetch.stop()
+    far.close()
+    assert fetch.run().error == "it was told to stop"
 
 
 def test_a_folder_that_has_a_part_of_the_files_gets_the_rest(tmp_path: Path) -> None:
