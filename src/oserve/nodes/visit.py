@@ -132,7 +132,7 @@ class NodeVisit:
             self._break_off()
             reason = f"its examiner broke off; see {self._purpose}.log there"
             raise ConnectionError(reason) from None
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             self._break_off()
             raise
 
