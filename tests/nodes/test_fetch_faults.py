@@ -43,7 +43,7 @@ class Cluster:
             models or ["m"],
             lambda: self.nodes,
             self.clock,
-            visit=lambda node: _Visit(node, self),  # type: ignore[arg-type]
+            visit=lambda node: _Visit(node, self),
         )
 
     def times(self, name: str, kind: type) -> list[float]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import ssl
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from hatches import RunningHatch, running_hatch
 from oserve.core import HatchAddress, OServeError
-from oserve.nodes import file_fetch, model_staging
+from oserve.nodes import file_fetch
 from oserve.nodes.examination import MAX_FILES, ModelFilesFacts
 from oserve.nodes.fetch_messages import FetchEnd, FetchQuery, FileWish, ModelHoldings
 from oserve.nodes.file_fetch import FileFetch
@@ -273,7 +274,7 @@ def test_what_cannot_be_put_in_place_is_kept(
         for file in files:
             staging.part(file).write_bytes((source / file.name).read_bytes())
         with monkeypatch.context() as patch:
-            patch.setattr(model_staging.os, name, _fail)
+            patch.setattr(os, name, _fail)
             with pytest.raises(OSError, match="no"):
                 staging.finish(files)
     if name == "rename":
@@ -309,7 +310,7 @@ def test_a_place_that_nobody_can_write_is_refused_before_anything_is_fetched(
     files = find_holdings(str(make_model(tmp_path / "source"))).files
     place = tmp_path / "model"
     place.mkdir()
-    monkeypatch.setattr(model_staging.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with (
         pytest.raises(OServeError, match="cannot write at"),
         ModelStaging(place, files, free_bytes=ROOM).opened(),

@@ -143,7 +143,7 @@ class ModelStaging:
             except OSError:
                 shutil.rmtree(self._beside, ignore_errors=True)
 
-    def _unwritable(self, reason: str) -> OServeError:
+    def _unwritable(self, reason: str | None) -> OServeError:
         folder = self.place if self._within else self.place.parent
         return OServeError(
             f"this node's user cannot write at {folder}: {reason}",
