@@ -105,24 +105,30 @@ async def tokens_of(
     }
     found: list[int] = []
     done, last_s = False, time.monotonic()
-    async with session.post("/v1/completions", json=body) as answer:
-        if answer.status != 200:
-            raise aiohttp.ClientError(f"{answer.status}: {(await answer.text())[:300]}")
-        began.append(answer.headers["x-oserve-replica"])
-        async for line in answer.content:
-            if not line.startswith(b"data: "):
-                continue
-            now_s = time.monotonic()
-            if now_s - last_s > 0.1:
-                gaps.append((now_s, now_s - last_s))
-            last_s = now_s
-            done = done or line.strip() == b"data: [DONE]"
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise aiohttp.ClientError(json.dumps(event)[:300])
-                for choice in event["choices"]:
-                    found += choice.get("token_ids") or []
+    try:
+        async with session.post("/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"{answer.status}: {(await answer.text())[:300]}")
+            began.append(answer.headers["x-oserve-replica"])
+            async for line in answer.content:
+                if not line.startswith(b"data: "):
+                    continue
+                now_s = time.monotonic()
+                if now_s - last_s > 0.1:
+                    gaps.append((now_s, now_s - last_s))
+                last_s = now_s
+                done = done or line.strip() == b"data: [DONE]"
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise aiohttp.ClientError(json.dumps(event)[:300])
+                    for choice in event["choices"]:
+                        found += choice.get("token_ids") or []
+    finally:
+        # A stream that breaks has waited, too.
+        now_s = time.monotonic()
+        if not done and now_s - last_s > 0.1:
+            gaps.append((now_s, now_s - last_s))
     if not done:
         raise aiohttp.ClientError("it broke off")
     return found

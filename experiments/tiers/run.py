@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--models", default="llama-2-70b,opt-66b")
     parser.add_argument("--clusters", default="2x8xH100,4x8xH100")
     parser.add_argument("--tiers", default="2,3")
-    parser.add_argument("--candidates", type=int, default=4, help="simulated of each kind")
+    parser.add_argument("--candidates", type=int, default=8, help="simulated of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -142,7 +142,7 @@ def _case(
             limits=tier_limits(demand, tiers, LatencyLimits()),
             tiers=tiers,
             time_limit_s=30.0,
-            candidates=2 * most,
+            candidates=most,
         ),
         traffic=traffic,
         simulator=Simulator(source),
@@ -197,7 +197,7 @@ def _pools(case: Case) -> Found:
                 for one, other in product(first, second)
             ]
     found.sort(key=lambda item: -item[0])
-    return _best(case, [_shared(case, pools) for _, pools in found[: 2 * case.most]])
+    return _best(case, [_shared(case, pools) for _, pools in found[: case.most]])
 
 
 def _one_slo(case: Case) -> Found:
@@ -214,7 +214,7 @@ def _one_slo(case: Case) -> Found:
 
 def _oserve(case: Case) -> Found:
     """OServe's plan for the tiers, and the alternatives that its planner gives."""
-    return _best(case, _of_plan(case, compute_plan(case.request))[: 2 * case.most])
+    return _best(case, _of_plan(case, compute_plan(case.request))[: case.most])
 
 
 # -- candidates -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 from oserve.cli import app
 from oserve.config import setting_paths
@@ -53,6 +54,16 @@ def commands() -> dict[str, set[str]]:
 
     walk(typer.main.get_command(app), ())
     return found
+
+
+def test_every_command_explains_itself() -> None:
+    """Help is marked up: brackets in it must not be taken for that."""
+    for words in sorted(commands()):
+        result = CliRunner().invoke(app, [*words.split(), "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, (words, result.exception)
+        assert "Usage" in result.output
+    told = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "200"}).output
+    assert "NAME=TTFT_MS/TPOT_MS[/PRECISION" in re.sub(r"[\s│]+", "", told)
 
 
 def test_links_lead_somewhere() -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +15,10 @@ import msgspec
 import pytest
 
 from hatches import RunningHatch, running_hatch
-from oserve.nodes.fetch_messages import FetchEnd, FetchQuery
+from oserve.core import HatchAddress, OServeError
+from oserve.nodes import file_fetch
+from oserve.nodes.examination import MAX_FILES, ModelFilesFacts
+from oserve.nodes.fetch_messages import FetchEnd, FetchQuery, FileWish, ModelHoldings
 from oserve.nodes.file_fetch import FileFetch
 from oserve.nodes.file_offer import FileOffer, send_files
 from oserve.nodes.model_files import find_holdings
@@ -91,6 +97,21 @@ def query_for(hatch: RunningHatch, source: Path, place: Path) -> FetchQuery:
     )
 
 
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".hidden", "", "a\n"])
+def test_no_name_of_a_file_leads_out_of_its_folder(name: str) -> None:
+    named = {"name": name, "size_bytes": 1, "digest": "0"}
+    for message, kind in (
+        ({"files": [named]}, ModelHoldings),
+        ({"files": [named]}, ModelFilesFacts),
+        ({"model": "m", "file": name}, FileWish),
+    ):
+        with pytest.raises(msgspec.ValidationError, match="matching regex"):
+            msgspec.json.decode(msgspec.json.encode(message), type=kind)
+    many = {"files": [{**named, "name": str(number)} for number in range(MAX_FILES + 1)]}
+    with pytest.raises(msgspec.ValidationError, match="length"):
+        msgspec.json.decode(msgspec.json.encode(many), type=ModelHoldings)
+
+
 async def test_cut_in_the_middle_it_goes_on_and_is_in_place_at_once(tmp_path: Path) -> None:
     source, place = make_model(tmp_path / "source"), tmp_path / "far" / "away" / "model"
     path = "fetch/w0.sock"
@@ -167,6 +188,58 @@ async def test_refusals(tmp_path: Path) -> None:
         offer.close()
 
 
+@pytest.mark.parametrize(
+    ("broken", "refused"),
+    [
+        (ssl.SSLError(1, "[SSL] record layer failure"), False),
+        (ConnectionError("another server has this node fetch the same model"), False),
+        (PermissionError(errno.EPERM, "not permitted"), True),
+        (OSError(errno.ENOSPC, "full"), True),
+    ],
+)
+def test_only_what_another_try_cannot_help_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: OSError, refused: bool
+) -> None:
+    def fails(*_address: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(file_fetch, "dial_hatch", fails)
+    source = make_model(tmp_path / "source")
+    end = FileFetch(_query(source, tmp_path / "model"), free_bytes=ROOM).run()
+    assert end.error
+    assert end.refused == refused
+
+
+def _query(source: Path, place: Path) -> FetchQuery:
+    nobody = HatchAddress(host="127.0.0.1", port=1, certificate="", token="")
+    files = find_holdings(str(source)).files
+    return FetchQuery(model=str(place), source=nobody, name="fetch/w0.sock", files=files)
+
+
+def test_while_another_server_fetches_it_is_tried_again(tmp_path: Path) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    query = _query(source, place)
+    with ModelStaging(place, query.files, free_bytes=ROOM).opened():
+        end = FileFetch(query, free_bytes=ROOM).run()
+    assert (end.refused, end.error) == (False, "another server has this node fetch the same model")
+
+
+def test_it_stops_while_it_reads_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    query = _query(source, place)
+    staging = ModelStaging(place, query.files, free_bytes=ROOM)
+    with staging.opened():
+        staging.part(query.files[0]).write_bytes(b"{")
+    near, far = socket.socketpair()
+    monkeypatch.setattr(file_fetch, "dial_hatch", lambda *_address: near)
+    fetch = FileFetch(query, free_bytes=ROOM)
+    fetch.stop()
+    far.close()
+    assert fetch.run().error == "it was told to stop"
+
+
 def test_a_folder_that_has_a_part_of_the_files_gets_the_rest(tmp_path: Path) -> None:
     source, place = make_model(tmp_path / "source"), tmp_path / "model"
     files = find_holdings(str(source)).files
@@ -180,12 +253,69 @@ def test_a_folder_that_has_a_part_of_the_files_gets_the_rest(tmp_path: Path) -> 
             staging.part(file).write_bytes((source / file.name).read_bytes())
         # Two servers do not write the same files.
         with (
-            pytest.raises(Exception, match="another server"),
+            pytest.raises(ConnectionError, match="another server"),
             ModelStaging(place, files, free_bytes=ROOM).opened(),
         ):
             pass
         staging.finish(missing)
     assert contents(place) == contents(source)
+
+
+@pytest.mark.parametrize("name", ["rename", "replace"])
+def test_what_cannot_be_put_in_place_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, place = make_model(tmp_path / "source"), tmp_path / "model"
+    files = find_holdings(str(source)).files
+    if name == "replace":
+        place.mkdir()
+    staging = ModelStaging(place, files, free_bytes=ROOM)
+    with staging.opened():
+        for file in files:
+            staging.part(file).write_bytes((source / file.name).read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, _fail)
+            with pytest.raises(OSError, match="no"):
+                staging.finish(files)
+    if name == "rename":
+        # It is there meanwhile, by another hand.
+        place.mkdir()
+        (place / "config.json").write_bytes((source / "config.json").read_bytes())
+    whole = sum(file.size_bytes for file in files)
+    staging = ModelStaging(place, files, free_bytes=SPARE_BYTES)
+    with staging.opened():
+        assert staging.have_bytes() == whole
+        staging.finish(staging.missing())
+    assert contents(place) == contents(source)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model", "source"]
+
+
+def _fail(*_names: object) -> None:
+    raise OSError(errno.EXDEV, "no")
+
+
+def test_files_go_nowhere_but_within_a_place_that_is_there(tmp_path: Path) -> None:
+    # It may be a disk of its own.
+    files = find_holdings(str(make_model(tmp_path / "source"))).files
+    place = tmp_path / "model"
+    place.mkdir()
+    staging = ModelStaging(place, files, free_bytes=ROOM)
+    with staging.opened():
+        assert all(staging.part(file).is_relative_to(place) for file in files)
+
+
+def test_a_place_that_nobody_can_write_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = find_holdings(str(make_model(tmp_path / "source"))).files
+    place = tmp_path / "model"
+    place.mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with (
+        pytest.raises(OServeError, match="cannot write at"),
+        ModelStaging(place, files, free_bytes=ROOM).opened(),
+    ):
+        pass
 
 
 def test_parts_of_another_revision_are_removed_first(tmp_path: Path) -> None:

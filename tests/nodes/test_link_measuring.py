@@ -7,7 +7,7 @@ import pytest
 
 from examiners import examining_keeper
 from hatches import running_hatch
-from oserve.core import VirtualClock
+from oserve.core import HatchAddress, VirtualClock
 from oserve.nodes import link_measuring, visit
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.link_book import LinkBook
@@ -57,18 +57,40 @@ async def test_nodes_that_come_up_are_measured(
     assert memory.read() == book.links()
 
 
+class _Closed(visit.NodeVisit):
+    """A visit to a node whose keeper does not answer."""
+
+    async def begin(self) -> None:
+        raise OSError("no answer")
+
+
 async def test_a_node_that_cannot_be_visited_is_asked_again_later() -> None:
-    book = LinkBook()
-    nodes = {name: ClusterNode(name=name, refused="no") for name in "ab"}
+    book, clock, now_s = LinkBook(), VirtualClock(), [50.0]
+    hatch = HatchAddress(host="h", port=1, certificate="c", token="t")
+    nodes = {name: ClusterNode(name=name, hatch=hatch) for name in "ab"}
+    asked: list[str] = []
 
     async def changed() -> None:
         pass
 
+    def visited(node: ClusterNode) -> visit.NodeVisit:
+        asked.append(node.name)
+        return _Closed(node, purpose="links")
+
     measuring = LinkMeasuring(
-        lambda: nodes, book, VirtualClock(), changed=changed, unix_s=lambda: 50.0
+        lambda: nodes, book, clock, changed=changed, unix_s=lambda: now_s[0], visit=visited
     )
-    task = asyncio.create_task(measuring.measure())
-    while not task.done():
-        await measuring._clock.advance(1.0)  # type: ignore[attr-defined]
-    # Without a hatch there is nothing to measure.
-    assert book.links() == ()
+
+    async def measured() -> int:
+        before = len(asked)
+        task = asyncio.create_task(measuring.measure())
+        while not task.done():
+            await clock.advance(1.0)
+        return len(asked) - before
+
+    assert await measured() == 1
+    [link] = book.links()
+    assert "could not be visited" in link.error
+    assert await measured() == 0
+    now_s[0] += 601.0
+    assert await measured() == 1

@@ -124,7 +124,8 @@ def test_who_has_who_lacks_and_who_has_another() -> None:
     assert spread.model == having(*FILES)
     assert spread.holders == {"whole", "twin"}
     assert spread.seekers == {"half", "none"}
-    assert spread.strangers == {"old", "broken", "without"}
+    assert spread.strangers == {"old", "without"}
+    assert spread.misfits == {"broken"}
 
 
 @given(
@@ -140,9 +141,10 @@ def test_each_node_is_one_of_them(nodes: dict[str, tuple[set[str], bool]]) -> No
         assert not any(item.complete for item in found.values())
         assert not spread.seekers
         return
-    groups = (spread.holders, spread.seekers, spread.strangers)
+    groups = (spread.holders, spread.seekers, spread.strangers, spread.misfits)
     assert sorted(name for group in groups for name in group) == sorted(found)
     # Nothing that a node has is replaced, and what it gets makes it whole.
     wanted = {file.name: file for file in spread.model.files}
+    assert all(not found[name].complete for name in spread.seekers | spread.misfits)
     for name in spread.seekers:
         assert all(wanted.get(file.name, file) == file for file in found[name].files)

@@ -119,7 +119,8 @@ class ControllerService:
             return
         # No decision waits for a simulation that is under way.
         facts = await asyncio.to_thread(self._known_better, request)
-        async with self._lock:
+        # A refinement that is under way would put back the facts from before.
+        async with self._refining, self._lock:
             self._runtime.renew(facts)
             self._memory.renew(deployment, request)
             self._refined = False

@@ -58,8 +58,8 @@ RateScaleOption = Annotated[
 TierOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Service tier: NAME=TTFT_MS/TPOT_MS[/PRECISION+...] ('-': no limit); may be repeated. "
-        "The first is the default."
+        help="Service tier: NAME=TTFT_MS/TPOT_MS\\[/PRECISION+...] ('-': no limit); may be "
+        "repeated. The first is the default."
     ),
 ]
 TtftOption = Annotated[

@@ -12,6 +12,12 @@ from oserve.core import HatchAddress
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 MAX_NODES: Final = 1024
 
+MAX_FILES: Final = 2000
+FILE_NAMES: Final = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}"
+"""Names of files: no slash, so that none leads out of its folder, and none that is hidden."""
+
+# Not "$", which a newline may follow.
+FileName = Annotated[str, msgspec.Meta(pattern=rf"^{FILE_NAMES}\Z")]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=30)]
 
 
@@ -39,16 +45,19 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the model. ``digest``: of its content and size; of the content of a large file only
     samples are read, if ``sampled``."""
 
-    name: str
-    size_bytes: int
+    name: FileName
+    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
     digest: str
     sampled: bool = False
+
+
+ModelFiles = Annotated[tuple[ModelFile, ...], msgspec.Meta(max_length=MAX_FILES)]
 
 
 class ModelFilesFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The files of the model on a node; none if it is not there. ``error``: why it is unread."""
 
-    files: tuple[ModelFile, ...] = ()
+    files: ModelFiles = ()
     error: str = ""
 
 

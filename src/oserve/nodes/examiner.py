@@ -1,8 +1,8 @@
 """The examiner of a node: ``python -m oserve.nodes.examiner``, held by the node's keeper.
 
 It reads ``ExaminerOrders`` as one JSON line from standard input, and answers queries on a socket
-behind the node's hatch, one JSON line each. It ends with its visitor, with its keeper, or after its
-time.
+behind the node's hatch, one JSON line each. It ends with its visitor, with its keeper, after its
+time, or if no visitor comes.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ OFFER_SOCKET: Final = "w0.sock"
 """Where an examiner offers files, in its folder: a name for which hatches relay in bulk."""
 
 _TELL_S = 1.0
+_VISITOR_S = 60.0
 _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -131,13 +133,14 @@ async def answered(
 async def serve_examiner(orders: ExaminerOrders, cache: Path | None = None) -> None:
     """Answer one visitor until it leaves, for at most the time of the orders.
 
-    ``cache`` is for tests.
+    If none comes within a minute, its server has gone. ``cache`` is for tests.
     """
-    over = asyncio.Event()
+    come, over = asyncio.Event(), asyncio.Event()
     folder = os.path.dirname(orders.socket)
     examiner = Examiner(folder, cache or cache_folder())
 
     async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        come.set()
         with contextlib.suppress(OSError, ValueError):
             await examiner.serve((reader, writer))
         writer.close()
@@ -148,6 +151,8 @@ async def serve_examiner(orders: ExaminerOrders, cache: Path | None = None) -> N
         server = await asyncio.start_unix_server(visit, orders.socket, limit=MAX_LINE_BYTES)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(orders.limit_s):
+                async with asyncio.timeout(_VISITOR_S):
+                    await come.wait()
                 await over.wait()
         server.close()
     finally:
@@ -164,6 +169,8 @@ def main() -> int:
         _log.error("the examiner cannot read its orders: %s", error)
         return 2
     os.nice(orders.nice)
+    # Its folder is removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     asyncio.run(serve_examiner(orders))
     return 0
 

@@ -10,12 +10,8 @@ from typing import Annotated, Final
 import msgspec
 
 from oserve.core import HatchAddress
-from oserve.nodes.examination import FactsQuery, LinkQuery, ModelFile, TimeQuery
+from oserve.nodes.examination import FactsQuery, FileName, LinkQuery, ModelFiles, TimeQuery
 
-FILE_NAMES = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}"
-"""Names of files: no slash, so that none leads out of its folder, and none that is hidden."""
-
-_FileName = Annotated[str, msgspec.Meta(pattern=f"^{FILE_NAMES}$")]
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -43,7 +39,7 @@ class FetchQuery(msgspec.Struct, frozen=True, kw_only=True, tag="Fetch"):
     model: str
     source: HatchAddress
     name: str
-    files: tuple[ModelFile, ...]
+    files: ModelFiles
     revision: str = ""
 
 
@@ -54,7 +50,7 @@ class ModelHoldings(msgspec.Struct, frozen=True, kw_only=True):
     none.
     """
 
-    files: tuple[ModelFile, ...] = ()
+    files: ModelFiles = ()
     complete: bool = False
     revision: str = ""
     error: str = ""
@@ -104,7 +100,7 @@ class FileWish(msgspec.Struct, frozen=True, kw_only=True):
     """Ask for a file from ``offset`` on; ``prefix``: the SHA-256 of the bytes before."""
 
     model: str
-    file: _FileName
+    file: FileName
     offset: _Natural = 0
     prefix: str = ""
 

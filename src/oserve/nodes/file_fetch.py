@@ -70,7 +70,10 @@ class FileFetch:
             error = str(broken)
         except (OSError, ValueError) as broken:
             error = getattr(broken, "strerror", None) or str(broken) or "the connection broke"
-            refused = getattr(broken, "errno", 0) in _HOPELESS
+            # The number of an error of TLS is none of the operating system.
+            refused = (
+                not isinstance(broken, ssl.SSLError) and getattr(broken, "errno", 0) in _HOPELESS
+            )
         return FetchEnd(
             error=error,
             refused=refused,
@@ -117,7 +120,10 @@ class FileFetch:
         buffer = memoryview(bytearray(_BLOCK_BYTES))
         start = 0
         while start < offset:
+            self._check_going()
             size = os.preadv(target, [buffer[: min(_BLOCK_BYTES, offset - start)]], start)
+            if size == 0:
+                raise ConnectionError(f"{file.name} has become shorter")
             digest.update(buffer[:size])
             start += size
         wish = FileWish(
@@ -134,8 +140,7 @@ class FileFetch:
         os.ftruncate(target, offset)
         tls.settimeout(_SILENCE_S)
         while offset < file.size_bytes:
-            if self._stopped.is_set():
-                raise ConnectionError("it was told to stop")
+            self._check_going()
             size = tls.recv_into(buffer[: min(_BLOCK_BYTES, file.size_bytes - offset)])
             if size == 0:
                 raise ConnectionError("the other node broke off")
@@ -149,6 +154,10 @@ class FileFetch:
             os.ftruncate(target, 0)
             raise ConnectionError(f"{file.name} arrived damaged")
         os.fsync(target)
+
+    def _check_going(self) -> None:
+        if self._stopped.is_set():
+            raise ConnectionError("it was told to stop")
 
 
 def _write(target: int, data: memoryview, offset: int) -> None:

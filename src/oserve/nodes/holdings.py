@@ -12,13 +12,15 @@ class ModelSpread:
     """Where a model is. ``model``: its files, as most of the nodes that have it have them.
 
     ``holders`` have these files, ``seekers`` some of them or none; ``strangers`` have others, which
-    are left alone.
+    are left alone: an engine can start from them. ``misfits`` have others, and not all: they are
+    left alone, too, and no engine can start there.
     """
 
     model: ModelHoldings
     holders: frozenset[str] = frozenset()
     seekers: frozenset[str] = frozenset()
     strangers: frozenset[str] = frozenset()
+    misfits: frozenset[str] = frozenset()
 
 
 def spread_of(found: Mapping[str, ModelHoldings]) -> ModelSpread:
@@ -37,22 +39,24 @@ def spread_of(found: Mapping[str, ModelHoldings]) -> ModelSpread:
         ),
     )
     wanted = {file.name: file for file in model.files}
-    holders, seekers, strangers = set(), set(), set()
+    holders, seekers, strangers, misfits = set(), set(), set(), set()
     for name, item in found.items():
         own = {file.name: file for file in item.files}
         shared = own.keys() & wanted.keys()
-        if any(own[file] != wanted[file] for file in shared):
-            strangers.add(name)
-        elif own.keys() >= wanted.keys():
+        alike = all(own[file] == wanted[file] for file in shared)
+        if alike and own.keys() >= wanted.keys():
             holders.add(name)
         elif item.complete:
             # It can serve with what it has, be it fewer files.
             strangers.add(name)
-        else:
+        elif alike:
             seekers.add(name)
+        else:
+            misfits.add(name)
     return ModelSpread(
         model=model,
         holders=frozenset(holders),
         seekers=frozenset(seekers),
         strangers=frozenset(strangers),
+        misfits=frozenset(misfits),
     )

@@ -91,9 +91,9 @@ class LinkMeasuring:
                     for wait in waits:
                         wait.cancel()
             self._measuring = True
-            self._due.clear()
             # Several nodes come up together.
             await self._clock.sleep(_SETTLE_S)
+            self._due.clear()
             try:
                 await self.measure()
             # An unforeseen fault in measuring must not end serving.

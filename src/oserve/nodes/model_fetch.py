@@ -8,7 +8,6 @@ back.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from oserve.core import Clock, OServeError
 from oserve.nodes.directory import ClusterNode
@@ -24,6 +23,7 @@ from oserve.nodes.fetch_messages import (
     OfferQuery,
 )
 from oserve.nodes.holdings import ModelSpread, spread_of
+from oserve.nodes.node_standing import AGAIN_S, NodeStanding
 from oserve.nodes.relay_tree import FileTransfer, next_transfers, relay_rounds, relay_s
 from oserve.nodes.visit import NodeVisit
 
@@ -35,29 +35,11 @@ _OFFER_S = 30.0
 _TELL_S = 900.0
 _VISIT_S = 86400.0
 _NICE = 10
-_AGAIN_S = 5.0
 _TRIES = 2
-# A node that refused, or could not be examined, may have been put right.
-_REFUSED_S = 300.0
 _LINKS_S = 15.0
 _GIB = 1 << 30
 _COMES = "the model's files are about to come from another node"
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is known of a node since it came up; ``holdings`` is ``None`` until it is examined.
-
-    ``judged``: it was compared with the others. ``words``: how its own fetch is getting on; it is
-    not tried before ``pause_until_s``, and if possible not from the nodes in ``failed_from``.
-    """
-
-    node: ClusterNode
-    holdings: dict[str, ModelHoldings] | None = None
-    judged: bool = False
-    words: str = ""
-    pause_until_s: float = 0.0
-    failed_from: set[str] = field(default_factory=set)
+_MISFIT = "it has other files of the model than most nodes, and not all of them: remove them"
 
 
 class ModelFetch:
@@ -86,7 +68,7 @@ class ModelFetch:
         self._visit = visit or (
             lambda node: NodeVisit(node, purpose="fetch", limit_s=_VISIT_S, nice=_NICE)
         )
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, NodeStanding] = {}
         self._spreads: dict[str, ModelSpread] = {}
         self._visits: dict[str, NodeVisit] = {}
         self._busy: dict[str, FileTransfer] = {}
@@ -95,6 +77,7 @@ class ModelFetch:
         self._foretold: dict[str, frozenset[str]] = {}
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._alarm: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Look after the nodes from now on."""
@@ -108,7 +91,7 @@ class ModelFetch:
 
     async def close(self) -> None:
         """Leave the nodes; what was fetched stays there for the next server."""
-        tasks = [*self._works.values(), *([self._task] if self._task is not None else [])]
+        tasks = [*self._works.values(), *filter(None, (self._task, self._alarm))]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -125,6 +108,8 @@ class ModelFetch:
         if not seen.judged:
             whole = [item.complete for item in seen.holdings.values()]
             return "" if len(whole) == len(self._models) and all(whole) else None
+        if any(node in spread.misfits for spread in self._spreads.values()):
+            return _MISFIT
         if all(node not in spread.seekers for spread in self._spreads.values()):
             return ""
         return seen.words or _COMES
@@ -141,6 +126,7 @@ class ModelFetch:
             self._due.clear()
             try:
                 await self._step()
+                self._set_alarm()
             # An unforeseen fault must not hold nodes for ever: an engine says what it lacks.
             except Exception:
                 _log.exception("the model's files cannot be looked after")
@@ -154,8 +140,13 @@ class ModelFetch:
             await self._drop(name)
         for name, node in nodes.items():
             if name not in self._seen:
-                self._seen[name] = _Seen(node=node)
+                self._seen[name] = NodeStanding(node=node)
                 self._work(name, self._examine(self._seen[name]))
+        now_s = self._clock.now()
+        for name, seen in self._seen.items():
+            due = seen.look_at_s is not None and seen.look_at_s <= now_s
+            if due and name not in self._works and name not in self._busy:
+                self._work(name, self._examine(seen))
         if any(seen.holdings is None for seen in self._seen.values()):
             return  # what most nodes have is the model
         self._compare()
@@ -165,9 +156,24 @@ class ModelFetch:
             self._foretell(model, spread)
         for transfer in self._wanted():
             self._busy[transfer.sender] = self._busy[transfer.receiver] = transfer
-            self._work(transfer.receiver, self._transfer(transfer))
+            ends = self._seen[transfer.sender], self._seen[transfer.receiver]
+            self._work(transfer.receiver, self._transfer(transfer, *ends))
         if not self._works:
             await self._leave()
+
+    def _set_alarm(self) -> None:
+        """Make a step due when a pause ends."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        now_s = self._clock.now()
+        times = [time_s for seen in self._seen.values() if (time_s := seen.next_s(now_s))]
+        if times:
+            self._alarm = asyncio.create_task(self._ring(min(times) - now_s))
+
+    async def _ring(self, pause_s: float) -> None:
+        await self._clock.sleep(pause_s)
+        self._due.set()
 
     def _waits(self) -> bool:
         """Whether to wait for links that are being measured, which takes seconds."""
@@ -196,6 +202,9 @@ class ModelFetch:
                 self._tell(
                     f"node {name} has other files of {model} than most nodes; they are left alone"
                 )
+            for name in sorted(spread.misfits):
+                self._tell(f"node {name} lacks {model}: {_MISFIT}")
+                self._seen[name].look_again(self._clock.now())
             if found and not spread.holders:
                 self._tell(f"no node has all files of {model}: engines look for it themselves")
 
@@ -220,7 +229,11 @@ class ModelFetch:
         resting = {name for name, seen in self._seen.items() if seen.pause_until_s > now_s}
         found: list[FileTransfer] = []
         for spread in self._spreads.values():
-            busy = {*self._busy, *(end for one in found for end in (one.sender, one.receiver))}
+            busy = {
+                *self._busy,
+                *self._works,
+                *(end for one in found for end in (one.sender, one.receiver)),
+            }
             barred = {
                 (sender, name) for name in spread.seekers for sender in self._seen[name].failed_from
             }
@@ -234,11 +247,22 @@ class ModelFetch:
         task = self._works[name] = asyncio.ensure_future(work)
 
         def ended(task: "asyncio.Task[None]") -> None:
+            fault = None if task.cancelled() else task.exception()
+            if fault is not None:
+                _log.error("node %s: its model cannot be looked after", name, exc_info=fault)
             if self._works.get(name) is task:
                 del self._works[name]
+                if fault is not None and name in self._seen:
+                    self._stumbled(self._seen[name])
             self._due.set()
 
         task.add_done_callback(ended)
+
+    def _stumbled(self, seen: NodeStanding) -> None:
+        """An unforeseen fault must not hold a node for ever, nor be met again at once."""
+        now_s = self._clock.now()
+        seen.unexamined(now_s)
+        seen.failed("a fault of this server, see its log", now_s, sender="", refused=True)
 
     async def _visited(self, node: ClusterNode) -> NodeVisit:
         """The visit to a node, which is begun if there is none. Raises OSError, OServeError."""
@@ -251,18 +275,17 @@ class ModelFetch:
         await visit.begin()
         return visit
 
-    async def _examine(self, seen: _Seen) -> None:
+    async def _examine(self, seen: NodeStanding) -> None:
         name = seen.node.name
         for tries_left in reversed(range(_TRIES)):
             try:
-                seen.holdings = await self._asked(seen.node)
+                seen.examined(await self._asked(seen.node))
                 return
             except (OSError, OServeError) as error:
                 _log.warning("node %s could not be asked for the model: %s", name, _plain(error))
             if tries_left:
-                await self._clock.sleep(_AGAIN_S)
-        # It is used as it is: its keeper refuses what it cannot start.
-        seen.holdings = {}
+                await self._clock.sleep(AGAIN_S)
+        seen.unexamined(self._clock.now())
 
     async def _asked(self, node: ClusterNode) -> dict[str, ModelHoldings]:
         """What a node has. Raises OSError, OServeError."""
@@ -272,27 +295,39 @@ class ModelFetch:
             for model in self._models
         }
 
-    async def _transfer(self, transfer: FileTransfer) -> None:
-        receiver = self._seen[transfer.receiver]
+    async def _transfer(
+        self, transfer: FileTransfer, sender: NodeStanding, receiver: NodeStanding
+    ) -> None:
         try:
             for model, spread in list(self._spreads.items()):
-                if transfer.receiver in spread.seekers and transfer.sender in spread.holders:
-                    end = await self._fetched(transfer, model, spread.model)
-                    self._ended(transfer, model, spread.model, end)
-        except (OSError, OServeError) as error:
-            self._failed(receiver, transfer.sender, _plain(error), pause_s=_AGAIN_S)
+                if transfer.receiver not in spread.seekers or transfer.sender not in spread.holders:
+                    continue
+                try:
+                    end = await self._fetched(sender, receiver, model, spread.model)
+                except (OSError, OServeError) as error:
+                    end = FetchEnd(error=_plain(error))
+                if end.error:
+                    self._failed(sender, receiver, end)
+                    # It may have lost them, or have others now.
+                    if not end.refused and self._seen.get(transfer.sender) is sender:
+                        await self._examine(sender)
+                    return
+                self._got(sender, receiver, model, spread.model, end)
         finally:
             for name in (transfer.sender, transfer.receiver):
                 if self._busy.get(name) == transfer:
                     del self._busy[name]
 
-    async def _fetched(self, transfer: FileTransfer, model: str, wanted: ModelHoldings) -> FetchEnd:
+    async def _fetched(
+        self, sender: NodeStanding, receiver: NodeStanding, model: str, wanted: ModelHoldings
+    ) -> FetchEnd:
         """Have a node fetch what it lacks from another. Raises OSError, OServeError."""
-        sender, receiver = self._seen[transfer.sender], self._seen[transfer.receiver]
+        if self._seen.get(sender.node.name) is not sender:
+            raise ConnectionError(f"node {sender.node.name} is down")
         source = await self._visited(sender.node)
         offered = await source.ask(OfferQuery(model=model), FilesOffered, _OFFER_S)
         if offered.error or sender.node.hatch is None:
-            raise ConnectionError(f"{transfer.sender}: {offered.error}")
+            raise ConnectionError(f"{sender.node.name}: {offered.error}")
         visit = await self._visited(receiver.node)
         visit.tell(
             FetchQuery(
@@ -311,39 +346,30 @@ class ModelFetch:
                     return told
                 case FetchProgress(have_bytes=have, all_bytes=whole):
                     receiver.words = (
-                        f"it gets the model from {transfer.sender}: "
+                        f"it gets the model from {sender.node.name}: "
                         f"{have / _GIB:.2f} of {whole / _GIB:.2f} GiB"
                     )
 
-    def _ended(
-        self, transfer: FileTransfer, model: str, wanted: ModelHoldings, end: FetchEnd
+    def _got(
+        self,
+        sender: NodeStanding,
+        receiver: NodeStanding,
+        model: str,
+        wanted: ModelHoldings,
+        end: FetchEnd,
     ) -> None:
-        receiver = self._seen[transfer.receiver]
-        if end.error:
-            pause_s = _REFUSED_S if end.refused else _AGAIN_S
-            sender = "" if end.refused else transfer.sender
-            self._failed(receiver, sender, end.error, pause_s=pause_s)
-            return
-        receiver.words = ""
-        receiver.failed_from.clear()
-        receiver.holdings = {**(receiver.holdings or {}), model: wanted}
+        receiver.got(model, wanted)
         rate = end.fetched_bytes / max(end.seconds, 1e-9) / 1e6
         _log.info(
             "node %s has %s from node %s: %.2f GiB in %.1f s (%.0f MB/s)",
-            *(transfer.receiver, model, transfer.sender),
+            *(receiver.node.name, model, sender.node.name),
             *(end.fetched_bytes / _GIB, end.seconds, rate),
         )
 
-    def _failed(self, receiver: _Seen, sender: str, reason: str, *, pause_s: float) -> None:
-        name = receiver.node.name
-        words = f"it lacks the model: {reason}"
-        if receiver.words != words:
-            _log.warning("node %s: %s", name, words)
-        receiver.words = words
-        receiver.pause_until_s = self._clock.now() + pause_s
-        if sender:
-            receiver.failed_from.add(sender)
-        self._work(f"{name} again", self._clock.sleep(pause_s))
+    def _failed(self, sender: NodeStanding, receiver: NodeStanding, end: FetchEnd) -> None:
+        now_s = self._clock.now()
+        if receiver.failed(end.error, now_s, sender=sender.node.name, refused=end.refused):
+            _log.warning("node %s: %s", receiver.node.name, receiver.words)
 
     async def _drop(self, name: str) -> None:
         """A node is down; what it had may be gone when it is back."""

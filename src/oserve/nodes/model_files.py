@@ -12,13 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from oserve.nodes.examination import ModelFile, ModelFilesFacts
-from oserve.nodes.fetch_messages import FILE_NAMES, ModelHoldings
+from oserve.nodes.examination import FILE_NAMES, MAX_FILES, ModelFile, ModelFilesFacts
+from oserve.nodes.fetch_messages import ModelHoldings
 
 _WHOLE_BYTES = 16 << 20
 _SAMPLE_BYTES = 256 << 10
 _SAMPLES = 16
-_MAX_FILES = 2000
 _WEIGHTS = {".safetensors", ".bin", ".gguf"}
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"} | _WEIGHTS
 _NAMES = re.compile(FILE_NAMES)
@@ -40,7 +39,7 @@ def find_holdings(name: str, cache: Path | None = None) -> ModelHoldings:
         return ModelHoldings(error="its files are not here")
     try:
         files = sorted(item for item in folder.iterdir() if is_model_file(item))
-        found = tuple(digest_of(file) for file in files[:_MAX_FILES])
+        found = tuple(digest_of(file) for file in files[:MAX_FILES])
     except OSError as error:
         return ModelHoldings(error=f"its files cannot be read: {error.strerror}")
     return ModelHoldings(

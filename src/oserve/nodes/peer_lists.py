@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from oserve.core import Clock, HatchAddress, OServeError
 from oserve.nodes.hatch_messages import tell_peers
-from oserve.wire.hatch import HatchError
 
 _log = logging.getLogger("oserve.nodes")
 
@@ -37,7 +36,8 @@ class PeerLists:
     def begin(self) -> None:
         """Tell all nodes, and again after each ``refresh``."""
         self._due.set()
-        self._task = asyncio.create_task(self._run())
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
 
     def refresh(self) -> None:
         """A node has come, or has another hatch."""
@@ -67,7 +67,8 @@ class PeerLists:
         others = {other: hatch for other, hatch in hatches.items() if other != name}
         try:
             await self._tell(hatches[name], others)
-        except (HatchError, OServeError) as error:
+        # An unforeseen fault must not leave all nodes untold.
+        except Exception as error:
             reason = error.message if isinstance(error, OServeError) else str(error)
             if self._failing.get(name) != reason:
                 _log.warning("node %s is not told of the other nodes: %s", name, reason)

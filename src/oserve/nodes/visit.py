@@ -4,6 +4,7 @@ The visitor is a guest of the keeper: it leaves what runs there alone, whatever 
 """
 
 import asyncio
+import contextlib
 import secrets
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import msgspec
 
 from oserve.core import HatchAddress, OServeError
 from oserve.engines.dial import SILENCE_S
+from oserve.engines.held_process import HeldProcess
 from oserve.engines.keeper_connection import KeeperConnection, LineTerms
 from oserve.engines.keeper_messages import MAX_LINE_BYTES as KEEPER_LINE_BYTES
 from oserve.engines.keeper_messages import ProcessStart
@@ -26,6 +28,7 @@ from oserve.wire.hatch import KEEPER_NAME, HatchError, open_hatch
 
 _START_S = 30.0
 _POLL_S = 0.1
+_END_S = 2.0
 _LINK_SPARE_S = 15.0
 _Answer = TypeVar("_Answer")
 
@@ -48,6 +51,7 @@ class NodeVisit:
         self._limit_s, self._nice = limit_s, nice
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._line: KeeperConnection | None = None
+        self._process: HeldProcess | None = None
 
     @property
     def open(self) -> bool:
@@ -84,7 +88,7 @@ class NodeVisit:
             limit_s=self._limit_s,
             nice=self._nice,
         )
-        process = line.hold(
+        process = self._process = line.hold(
             ProcessStart(
                 name=self.name,
                 argv=[line.facts.python, "-m", "oserve.nodes.examiner"],
@@ -128,7 +132,7 @@ class NodeVisit:
             self._break_off()
             reason = f"its examiner broke off; see {self._purpose}.log there"
             raise ConnectionError(reason) from None
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             self._break_off()
             raise
 
@@ -139,12 +143,18 @@ class NodeVisit:
         self._streams = None
 
     async def end(self) -> None:
-        """The examiner ends with its visitor."""
+        """The examiner ends with its visitor; one that was never reached is ended."""
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+        elif self._process is not None and self._line is not None:
+            self._process.terminate()
+            with contextlib.suppress(OSError, OServeError):
+                async with asyncio.timeout(_END_S):
+                    await self._process.wait()
         if self._line is not None:
             await self._line.part()
+            self._line = None
 
 
 async def measured_link(

@@ -26,6 +26,7 @@ _log = logging.getLogger("oserve.nodes")
 
 # Several nodes come up together.
 _SETTLE_S = 2.0
+_AGAIN_S = 30.0
 # Of bandwidth or latency: measurements differ by as much without a cause.
 _SAME = 1.3
 
@@ -63,7 +64,9 @@ class ClusterGrowth:
                 await self._follow()
             # An unforeseen fault must not end serving: the plan is that for the nodes before.
             except Exception:
-                _log.exception("the plan does not follow the nodes")
+                _log.exception("the plan does not follow the nodes; tried again in %g s", _AGAIN_S)
+                await self._clock.sleep(_AGAIN_S)
+                self._due.set()
 
     async def _follow(self) -> None:
         found = self._fleet.found(self.deployment.asked)
@@ -71,8 +74,9 @@ class ClusterGrowth:
         if grown is None:
             return
         more = len(grown.devices) - len(self.deployment.devices)
-        self.deployment = grown
         await self._renewed(grown)
+        # Not before: what has failed is tried again.
+        self.deployment = grown
         _log.info(
             "planning for %d devices (%d more), with the link %s between nodes",
             len(grown.devices),
