@@ -37,8 +37,8 @@ replicas:
 routing_shares: {short: {one: 1}, long: {two: 1}}
 """
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
-_START_LIMIT_S = 240.0
-_LIMIT_S = 120.0
+_START_LIMIT_S = 300.0
+_LIMIT_S = 300.0
 # Answers by another replica than the plan's, in all of this module.
 MOST_STRAYS = 2
 
