@@ -99,7 +99,9 @@ async def test_prometheus_scrapes_a_gateway_and_answers_the_board(
     words.append(f"--web.listen-address={place}")
     log = tmp_path / "prometheus.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([str(_PROMETHEUS), *words], stdout=out, stderr=out)
+        process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+            [str(_PROMETHEUS), *words], stdout=out, stderr=out
+        )
 
     async def ask(expression: str) -> list[dict[str, Any]]:
         asked = {"query": expression}
