@@ -33,6 +33,7 @@ from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.replay_buffer import ReplayBudget
 from oserve.gateway.stream.session import Session, SessionContext
 from oserve.gateway.tenants import Tenants, by_flow, salted
+from oserve.gateway.tracing import RequestTracer, Untraced, tracer_of
 from oserve.gateway.upstream_request import pool_of, request_bytes
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.switch.kv import Way
@@ -74,6 +75,7 @@ class RequestRunner:
         # Attached servers, by their start, that refused stream_options.
         self._without_options: set[Start] = set()
         self.tenants = Tenants(settings, self.metrics)
+        self.tracer: RequestTracer | Untraced = tracer_of(settings.tracing)
         self._number = 0
         self._events: deque[Event] = deque()
         self._working = False
@@ -181,6 +183,7 @@ class RequestRunner:
         if estimate is not None:
             self.estimator.tally.arrived(estimate.arrived_s, estimate.probabilities)
         self.active[session.number] = session
+        self.tracer.arrived(session)
         if estimate is None:
             self.report(on.Arrived(number=session.number, request=None))
             return
@@ -198,6 +201,8 @@ class RequestRunner:
                 max_queued=self.tenants.max_queued(session),
             )
         )
+        if session.replica is None:
+            self.tracer.event(session.number, "queued")
 
     def report(self, event: Event) -> None:
         """Report an event to the machine, and execute its commands before returning.
@@ -308,6 +313,7 @@ class RequestRunner:
         if session.left is not None:
             _log.warning("request moves on from replica %s: %s", *session.left)
             session.left = None
+        self.tracer.event(session.number, "sent", replica=replica.id)
         outgoing, reader = session.send(command)
         start = (replica.id, replica.started_s)
         options = replica.stream_options and start not in self._without_options
@@ -329,11 +335,13 @@ class RequestRunner:
         session.release()
         session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
+        self.tracer.event(session.number, "retried", replica=command.replica)
 
     def _resume(self, command: do.Resume, session: Session) -> None:
         way = Way.MOVE if session.resume(command) else Way.REPLAY
         self.metrics.count("oserve_requests_moved", command.cause.value, way.value)
         session.left = (command.replica, command.cause.value)
+        self.tracer.event(session.number, "moved", cause=command.cause.value, way=way.value)
 
     def _refuse(self, command: do.Refuse, session: Session) -> None:
         error = refusal_error(command)
@@ -367,6 +375,7 @@ class RequestRunner:
 
     def _record(self, command: do.Record, session: Session) -> None:
         del self.active[session.number]
+        self.tracer.ended(session, command)
         session.end()
         reason = _SHOWN_ERRORS.get(command.status)
         if reason is not None and not session.refused:
@@ -393,3 +402,4 @@ class RequestRunner:
             self._timer.cancel()
         if self.records is not None:
             self.records.close()
+        self.tracer.close()
