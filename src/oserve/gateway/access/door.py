@@ -29,17 +29,14 @@ class Door:
         self._weak = KeyRing.of_settings(key for key in given if guessable(key))
         self._made = _NOBODY
         self.guarded = bool(given)
-        self.several_tenants = False
         self._failures = FailureLimiter()
         self._file = None if path is None else KeyFile(path, self.use)
         self.check()
 
     def use(self, document: KeyDocument) -> None:
         """Replace the keys of the key file."""
-        self._made = ring = KeyRing.of_document(document)
+        self._made = KeyRing.of_document(document)
         self.guarded = True
-        rings = (ring, self._strong, self._weak)
-        self.several_tenants = len({item.tenant for each in rings for item in each.callers}) > 1
 
     def check(self) -> None:
         """Read the key file again if it has changed; cheap if it has not."""

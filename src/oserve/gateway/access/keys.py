@@ -42,6 +42,9 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tier: str | None = None
     tiers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        bytes.fromhex(self.digest)
+
     def caller(self) -> Caller:
         """What the gateway knows of who shows this key."""
         return Caller(
@@ -54,10 +57,16 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class KeyDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The key file. ``salt``: the secret of the keyed hashes, hexadecimal."""
+    """The key file. ``salt``: the secret of the keyed hashes, hexadecimal.
+
+    Raises ValueError for a salt or hash that is not one.
+    """
 
     salt: str
     keys: tuple[StoredKey, ...] = ()
+
+    def __post_init__(self) -> None:
+        digest(b"", bytes.fromhex(self.salt))
 
 
 def empty_document() -> KeyDocument:
@@ -84,9 +93,8 @@ class KeyRing:
 
     @classmethod
     def of_document(cls, document: KeyDocument) -> "KeyRing":
-        """The keys of the key file. Raises ValueError for a salt or hash that is not one."""
+        """The keys of the key file."""
         salt = bytes.fromhex(document.salt)
-        digest(b"", salt)
         return cls(
             salt,
             ((bytes.fromhex(key.digest), key.caller()) for key in document.keys),
@@ -101,11 +109,6 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._callers)
-
-    @property
-    def callers(self) -> list[Caller]:
-        """Who has keys here."""
-        return [caller for _, caller in self._callers.values()]
 
     def derived(self, name: bytes) -> str:
         """A secret that follows from the salt and this name, hexadecimal."""
