@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from oserve.core import KeyRole
 from oserve.gateway.access.key_file import KeyStore
-from oserve.gateway.access.limits import TenantLimits, TenantUse
+from oserve.gateway.access.limits import TenantLimits, TenantLoad
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.settings import GatewaySettings, TenancySettings, TenantSettings
-from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.sim.engine import EmulatedEngine
 
 from .conftest import Make
@@ -63,22 +62,42 @@ def test_estimates_are_corrected_and_idle_tenants_forgotten() -> None:
     for number in range(10_000):
         limits.admit(f"t{number}", 0, 100.0)
         limits.ended(f"t{number}", 0, 0, 100.0)
-    assert len(limits.use()) <= 4096
+    assert len(limits) <= 4096
 
 
-def test_what_other_processes_admit_is_taken_in_once() -> None:
+def test_more_tenants_than_are_usually_kept_get_no_fresh_budgets() -> None:
+    """Only those whose buckets are full again are forgotten, and a look at all is rare."""
+    limits, tenants = limits_of(requests_per_min=1, max_inflight=5), 10_000
+    for number in range(tenants):
+        limits.admit(f"t{number}", 1, 0.0)
+        limits.ended(f"t{number}", 1, 1, 0.0)
+    for number in range(tenants):
+        with pytest.raises(ApiError, match="requests a minute"):
+            limits.admit(f"t{number}", 1, 1.0)
+    for number in range(4 * tenants):
+        limits.admit(f"u{number}", 1, 100.0 * number)
+        limits.ended(f"u{number}", 1, 1, 100.0 * number)
+    assert len(limits) <= 4096
+
+
+def test_what_other_processes_admit_counts_here() -> None:
     limits = limits_of(requests_per_min=10, max_inflight=3)
-    limits.set_elsewhere({"a": TenantUse(8.0, 0.0, 2)}, 0.0)
-    limits.set_elsewhere({"a": TenantUse(8.0, 0.0, 2)}, 0.0)
+    limits.set_elsewhere({"a": TenantLoad(2, 0)})
+    limits.used_elsewhere({"a": (8.0, 0.0)}, 0.0)
     headers = dict(limits.admit("a", 1, 0.0))
     assert headers[b"x-ratelimit-remaining-requests"] == b"1"
     with pytest.raises(ApiError, match="in flight"):
         limits.admit("a", 1, 0.0)
-    # Another process began anew.
-    limits.set_elsewhere({"a": TenantUse(1.0, 0.0, 0)}, 0.0)
-    assert limits.admit("b", 1, 0.0)
+    limits.set_elsewhere({})
+    limits.admit("a", 1, 0.0)
     with pytest.raises(ApiError, match="requests a minute"):
         limits.admit("a", 1, 0.0)
+
+
+def test_what_is_told_of_a_long_past_costs_no_more_than_a_minute() -> None:
+    limits = limits_of(requests_per_min=10)
+    limits.used_elsewhere({"a": (5000.0, 0.0)}, 0.0)
+    assert refused_for_s(limits, 1, 0.0) <= 6
 
 
 async def test_a_tenant_over_its_limit_gets_429_and_others_do_not(
@@ -114,8 +133,8 @@ async def test_a_tenant_over_its_limit_gets_429_and_others_do_not(
     assert metrics["oserve_tenant_refused"] == {"one\trequests_limit_reached": [1.0]}
     assert metrics["oserve_tenant_requests"] == {"one\tcompleted": [2.0], "two\tcompleted": [2.0]}
     assert metrics["oserve_tenant_device_seconds"]["one"][0] > 0.0
-    front.gateway.runner.apply(ClusterSnapshot(charged={"\tone": 5.0}))
-    assert front.gateway.runner.charged().keys() == {"\tone", "\ttwo"}
+    charges = front.gateway.runner.machine.waiting.fair.take_charges()
+    assert charges.keys() == {("", "one"), ("", "two")}
 
 
 async def test_without_keys_nothing_is_salted_charged_or_limited(make_front: Make) -> None:
@@ -125,12 +144,4 @@ async def test_without_keys_nothing_is_salted_charged_or_limited(make_front: Mak
     for _ in range(3):
         assert (await front.post("/v1/completions", TEXT))[0] == 200
     assert not any("cache_salt" in body for body in front.engines[0].seen)
-    assert front.gateway.runner.charged() == {}
-
-
-def test_the_past_of_other_processes_costs_no_more_than_a_minute() -> None:
-    """A new hub hears of them one by one, so its sums begin anew and then jump."""
-    limits = limits_of(requests_per_min=10)
-    for used in (5000.0, 2000.0, 5000.0):
-        limits.set_elsewhere({"a": TenantUse(used, 0.0, 0)}, 0.0)
-    assert refused_for_s(limits, 1, 0.0) <= 2 * 60 + 6
+    assert front.gateway.runner.machine.waiting.fair.take_charges() == {}

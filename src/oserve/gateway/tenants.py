@@ -9,6 +9,7 @@ from oserve.gateway.accounting import token_counts
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.metrics import Metrics
 from oserve.gateway.settings import GatewaySettings
+from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.session import Session
 
 MOST_LABELS = 200
@@ -19,15 +20,21 @@ OTHERS = "(others)"
 class Tenants:
     """Admits the requests of tenants and accounts for them. Without keys there are no tenants.
 
-    ``processes``: among how many a bound on waiting requests is divided.
+    A bound on a tenant's waiting requests is divided among the processes.
     """
 
     def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         self._tenancy = settings.tenancy
-        self.processes = settings.processes
+        self._processes, self._position = settings.processes, 0
         self._metrics = metrics
         self._labels: set[str] = set()
         self.limits = TenantLimits(settings.tenancy)
+
+    def follow(self, snapshot: ClusterSnapshot) -> None:
+        """Use what a snapshot says of the other processes."""
+        if snapshot.processes:
+            self._processes, self._position = snapshot.processes, snapshot.position
+        self.limits.set_elsewhere(snapshot.tenants)
 
     def admit(self, session: Session) -> None:
         """Admit a request. Raises ApiError if its tenant has reached a limit."""
@@ -47,9 +54,17 @@ class Tenants:
         return session.tenant if self._tenancy.fair else ""
 
     def max_queued(self, session: Session) -> int | None:
-        """This process's part of the bound on a tenant's waiting requests."""
+        """This process's part of the bound on a tenant's waiting requests; the parts sum to it.
+
+        A bound below one for each process is not divided: by the last reports, whoever comes first
+        has it.
+        """
         most = self._tenancy.of(session.tenant).max_queued if session.tenant else None
-        return None if most is None else -(-most // self.processes)
+        if most is None:
+            return None
+        if most < self._processes:
+            return max(0, most - self.limits.elsewhere(session.tenant).queued)
+        return most // self._processes + (self._position < most % self._processes)
 
     def ended(self, session: Session, ending: do.Record) -> on.Spent | None:
         """Count a request that has ended; returns what the machine must know of it."""
@@ -84,12 +99,3 @@ class Tenants:
 def salted(key: str, salt: str) -> str:
     """The key of a cached prefix, which tenants with a salt do not share."""
     return f"{key}@{salt}" if key and salt else key
-
-
-def by_flow(charged: dict[str, float]) -> dict[tuple[str, str], float]:
-    """Charges by tier and tenant, from those by the two joined by a tab."""
-    found = {}
-    for name, spent_s in charged.items():
-        tier, _, tenant = name.partition("\t")
-        found[tier, tenant] = spent_s
-    return found

@@ -31,8 +31,8 @@ class Arrived(Event, frozen=True, kw_only=True):
 
     ``rank_s`` orders waiting requests (``order.rank_s``). ``session`` and ``prefix`` are cache keys
     of the prompt, empty if it has none; the shared prefix has about ``prefix_tokens`` tokens.
-    ``forecast``: of the output length, unless the client fixes that. ``tenant``: "" without keys;
-    no more than ``max_queued`` requests of it may wait.
+    ``forecast``: of the output length, unless the client fixes that. ``tenant``: for fair
+    shares; "" without. No more than ``max_queued`` requests of its ``owner`` may wait.
     """
 
     number: int
@@ -44,6 +44,7 @@ class Arrived(Event, frozen=True, kw_only=True):
     prefix_tokens: int = 0
     forecast: OutputForecast | None = None
     tenant: str = ""
+    owner: str = ""
     max_queued: int | None = None
 
 
@@ -164,7 +165,7 @@ class Spent(Event, frozen=True):
 
 
 class ChargedElsewhere(Event, frozen=True):
-    """Device-seconds that other gateway processes charged so far, by tier and tenant."""
+    """Device-seconds that other gateway processes charged anew, by tier and tenant."""
 
     charged_s: dict[tuple[str, str], float]
 

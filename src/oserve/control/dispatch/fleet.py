@@ -140,6 +140,12 @@ class Fleet:
         )
         return Booking(choice.replica, entry)
 
+    def unbook(self, booking: Booking, now_s: float, *, done: bool = False) -> None:
+        """Free the slot of a booking. ``done``: the replica has finished the request."""
+        if booking.entry is not None:
+            booking.entry.close(now_s, done=done)
+            self.breakers.release(booking.replica.id)
+
     def any_open(self, state: RequestState, now_s: float) -> TableReplica | None:
         """A replica for an auxiliary call."""
         closed = self.closed(state, now_s)

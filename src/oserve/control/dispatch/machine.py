@@ -18,6 +18,7 @@ from typing import Any
 
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.answers import Answers
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.commands import Command, Refusal
 from oserve.control.dispatch.departures import Departures
 from oserve.control.dispatch.events import Event
@@ -83,14 +84,15 @@ class RequestMachine:
         life.commands = []
         return commands
 
-    def forget(self, number: int) -> None:
-        """Drop a request that cannot be ended because a step of that raises."""
+    def forget(self, number: int) -> Charge | None:
+        """Drop a request that cannot be ended because a step of that raises; returns its charge."""
         state = self._life.requests.pop(number, None)
         if state is None:
-            return
+            return None
         self._life.waiting.discard(state)
-        if isinstance(state.phase, Placed) and state.phase.booking.entry is not None:
-            state.phase.booking.entry.close(self._life.now_s, done=False)
+        if isinstance(state.phase, Placed):
+            self._life.fleet.unbook(state.phase.booking, self._life.now_s)
+        return state.charge
 
     # -- queries --------------------------------------------------------------------------------
     @property
@@ -140,7 +142,7 @@ class RequestMachine:
         )
         state.session, state.prefix = event.session, event.prefix
         state.prefix_tokens = event.prefix_tokens
-        state.tenant = event.tenant
+        state.tenant, state.owner = event.tenant, event.owner
         if event.max_queued is not None:
             state.max_queued = event.max_queued
         if event.tenant:
@@ -210,7 +212,7 @@ class RequestMachine:
         self._life.waiting.fair.settle(event.charge, event.output_tokens)
 
     def _charged_elsewhere(self, event: on.ChargedElsewhere) -> None:
-        self._life.waiting.fair.set_elsewhere(event.charged_s)
+        self._life.waiting.fair.charged_elsewhere(event.charged_s, self._life.now_s)
 
     def _vacate(self, event: on.Vacate) -> None:
         self._life.fleet.vacate(event.replica, event.within_s, event.started_s, self._life.now_s)

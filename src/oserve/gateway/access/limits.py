@@ -18,16 +18,19 @@ from oserve.gateway.settings import TenancySettings, TenantSettings
 
 _MINUTE_S = 60.0
 _MOST_WAIT_S = 600
-# Tenants without requests are forgotten beyond so many; full buckets have nothing to remember.
-_MOST_TENANTS = 4096
+# Beyond so many tenants those are forgotten that have nothing to remember: whose buckets are full,
+# and who have no request in flight. All others are kept, however many there are.
+_FEW_TENANTS = 4096
 
 
-class TenantUse(msgspec.Struct, frozen=True):
-    """What a tenant used in one process so far, and its requests in flight there."""
+class TenantLoad(msgspec.Struct, frozen=True):
+    """A tenant's requests in flight, and those of them that wait."""
 
-    requests: float = 0.0
-    tokens: float = 0.0
     inflight: int = 0
+    queued: int = 0
+
+
+NO_LOAD = TenantLoad()
 
 
 class _Bucket:
@@ -60,16 +63,13 @@ class _Bucket:
 class _Account:
     """One tenant in this process."""
 
-    __slots__ = ("elsewhere", "inflight", "limits", "requests", "requests_used", "tokens", "used")
+    __slots__ = ("inflight", "limits", "requests", "tokens")
 
     def __init__(self, limits: TenantSettings, now_s: float) -> None:
         self.limits = limits
         self.requests = self._bucket(limits.requests_per_min, now_s)
         self.tokens = self._bucket(limits.tokens_per_min, now_s)
         self.inflight = 0
-        self.requests_used = 0.0
-        self.used = 0.0
-        self.elsewhere = TenantUse()
 
     @staticmethod
     def _bucket(limit: int | None, now_s: float) -> _Bucket | None:
@@ -83,10 +83,7 @@ class _Account:
             self.tokens.take(tokens, now_s)
 
     def take_elsewhere(self, requests: float, tokens: float, now_s: float) -> None:
-        """As ``take``, but at most a minute's allowance.
-
-        The first sums of a new hub, or of many processes at once, may have all of the past.
-        """
+        """As ``take``, but at most a minute's allowance: what is longer ago is filled up again."""
         if self.requests is not None:
             self.requests.take(min(requests, self.requests.limit), now_s)
         if self.tokens is not None:
@@ -106,18 +103,29 @@ class TenantLimits:
     def __init__(self, settings: TenancySettings) -> None:
         self._settings = settings
         self._accounts: dict[str, _Account] = {}
+        # Those with requests in flight.
+        self._busy: dict[str, _Account] = {}
+        self._most = _FEW_TENANTS
+        self._elsewhere: Mapping[str, TenantLoad] = {}
+        # Since ``take_uses``: requests and tokens.
+        self._new: dict[str, tuple[float, float]] = {}
 
     def _account(self, tenant: str, now_s: float) -> _Account:
         found = self._accounts.get(tenant)
         if found is None:
-            if len(self._accounts) >= _MOST_TENANTS:
-                self._accounts = {
-                    name: account
-                    for name, account in self._accounts.items()
-                    if not account.idle(now_s)
-                }
+            if len(self._accounts) >= self._most:
+                self._forget_idle(now_s)
             found = self._accounts[tenant] = _Account(self._settings.of(tenant), now_s)
         return found
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def _forget_idle(self, now_s: float) -> None:
+        accounts = self._accounts
+        self._accounts = {name: own for name, own in accounts.items() if not own.idle(now_s)}
+        # So many new ones pay for the next look at all of them.
+        self._most = max(_FEW_TENANTS, 2 * len(self._accounts))
 
     def admit(self, tenant: str, tokens: float, now_s: float) -> Headers:
         """Admit a request of about so many tokens; returns the headers of its answer.
@@ -126,7 +134,7 @@ class TenantLimits:
         """
         account = self._account(tenant, now_s)
         most = account.limits.max_inflight
-        if most is not None and account.inflight + account.elsewhere.inflight >= most:
+        if most is not None and account.inflight + self.elsewhere(tenant).inflight >= most:
             raise _refused(f"{most} requests in flight", "inflight", 1.0, _headers(account, now_s))
         for name, bucket, amount in (
             ("requests", account.requests, 1.0),
@@ -137,9 +145,8 @@ class TenantLimits:
                 limit = f"{bucket.limit} {name} a minute"
                 raise _refused(limit, name, wait_s, _headers(account, now_s))
         account.inflight += 1
-        account.requests_used += 1.0
-        account.used += tokens
-        account.take(1.0, tokens, now_s)
+        self._busy[tenant] = account
+        self._use(tenant, account, 1.0, tokens, now_s)
         return _headers(account, now_s)
 
     def ended(self, tenant: str, estimated: float, tokens: float, now_s: float) -> None:
@@ -147,29 +154,45 @@ class TenantLimits:
         account = self._accounts.get(tenant)
         if account is not None:
             account.inflight -= 1
-            account.used += tokens - estimated
-            account.take(0.0, tokens - estimated, now_s)
+            if not account.inflight:
+                del self._busy[tenant]
+            self._use(tenant, account, 0.0, tokens - estimated, now_s)
 
-    def use(self) -> dict[str, TenantUse]:
-        """What was used in this process, for the others."""
+    def _use(
+        self, tenant: str, account: _Account, requests: float, tokens: float, now_s: float
+    ) -> None:
+        if account.requests is None and account.tokens is None:
+            return
+        account.take(requests, tokens, now_s)
+        before = self._new.get(tenant, (0.0, 0.0))
+        self._new[tenant] = before[0] + requests, before[1] + tokens
+
+    # -- other processes ------------------------------------------------------------------------
+    def take_uses(self) -> dict[str, tuple[float, float]]:
+        """Requests and tokens by tenant that were used here since the last call."""
+        taken, self._new = self._new, {}
+        return taken
+
+    def used_elsewhere(self, uses: Mapping[str, tuple[float, float]], now_s: float) -> None:
+        """Requests and tokens that were used anew in other processes."""
+        for name, (requests, tokens) in uses.items():
+            self._account(name, now_s).take_elsewhere(requests, tokens, now_s)
+
+    def loads(self, queued: Mapping[str, int]) -> dict[str, TenantLoad]:
+        """What tenants with a bound on it have here; ``queued``: those of them that wait."""
         return {
-            name: TenantUse(account.requests_used, account.used, account.inflight)
-            for name, account in self._accounts.items()
+            name: TenantLoad(own.inflight, queued.get(name, 0))
+            for name, own in self._busy.items()
+            if own.limits.max_inflight is not None or own.limits.max_queued is not None
         }
 
-    def set_elsewhere(self, uses: Mapping[str, TenantUse], now_s: float) -> None:
-        """What was used in other processes; less than before comes from a new process."""
-        for name, use in uses.items():
-            account = self._account(name, now_s)
-            before = account.elsewhere
-            if use.requests < before.requests:
-                before = TenantUse(0.0, 0.0)
-            account.take_elsewhere(
-                use.requests - before.requests, use.tokens - before.tokens, now_s
-            )
-            account.elsewhere = use
-        for name in self._accounts.keys() - uses.keys():
-            self._accounts[name].elsewhere = TenantUse()
+    def set_elsewhere(self, loads: Mapping[str, TenantLoad]) -> None:
+        """What tenants have in other processes now."""
+        self._elsewhere = loads
+
+    def elsewhere(self, tenant: str) -> TenantLoad:
+        """What a tenant has in other processes, by their last reports."""
+        return self._elsewhere.get(tenant, NO_LOAD)
 
     def document(self, tenant: str, now_s: float) -> dict[str, object]:
         """A tenant's limits and what is left of them."""
@@ -181,7 +204,7 @@ class TenantLimits:
         return {
             "limits": msgspec.to_builtins(account.limits),
             "left": left,
-            "inflight": account.inflight + account.elsewhere.inflight,
+            "inflight": account.inflight + self.elsewhere(tenant).inflight,
         }
 
 
