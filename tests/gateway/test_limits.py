@@ -1,20 +1,24 @@
 """Limits of tenants: requests, tokens and requests in flight; salts; fair shares over processes."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oserve.core import KeyRole
+from oserve.core import KeyRole, OverloadAction, Tier
 from oserve.gateway.access.key_file import KeyStore
 from oserve.gateway.access.limits import TenantLimits, TenantLoad
 from oserve.gateway.http.errors import ApiError
+from oserve.gateway.http.headers import client_headers
 from oserve.gateway.settings import GatewaySettings, TenancySettings, TenantSettings
-from oserve.sim.engine import EmulatedEngine
+from oserve.sim.engine import EmulatedEngine, EngineSpeed
+from oserve.wire import ResponseHead
 
-from .conftest import Make
+from .conftest import Make, until
 
 TEXT = {"model": "emulated", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
 
@@ -72,7 +76,7 @@ def test_more_tenants_than_are_usually_kept_get_no_fresh_budgets() -> None:
         limits.admit(f"t{number}", 1, 0.0)
         limits.ended(f"t{number}", 1, 1, 0.0)
     for number in range(tenants):
-        with pytest.raises(ApiError, match="requests a minute"):
+        with pytest.raises(ApiError, match="requests per min"):
             limits.admit(f"t{number}", 1, 1.0)
     for number in range(4 * tenants):
         limits.admit(f"u{number}", 1, 100.0 * number)
@@ -90,7 +94,7 @@ def test_what_other_processes_admit_counts_here() -> None:
         limits.admit("a", 1, 0.0)
     limits.set_elsewhere({})
     limits.admit("a", 1, 0.0)
-    with pytest.raises(ApiError, match="requests a minute"):
+    with pytest.raises(ApiError, match="requests per min"):
         limits.admit("a", 1, 0.0)
 
 
@@ -145,3 +149,77 @@ async def test_without_keys_nothing_is_salted_charged_or_limited(make_front: Mak
         assert (await front.post("/v1/completions", TEXT))[0] == 200
     assert not any("cache_salt" in body for body in front.engines[0].seen)
     assert front.gateway.runner.machine.waiting.fair.take_charges() == {}
+
+
+async def test_every_429_has_one_form_for_streams_and_others(
+    make_front: Make, tmp_path: Path
+) -> None:
+    """As OpenAI's: type and code in the body, Retry-After, the limits of the tenant in headers."""
+    store = KeyStore(tmp_path / "keys.json")
+    tier = Tier(name="t", ttft_s=0.001, overload=OverloadAction.REJECT)
+    tenants = {
+        "requests": TenantSettings(requests_per_min=1, tokens_per_min=10**6),
+        "tokens": TenantSettings(requests_per_min=100, tokens_per_min=20),
+        "inflight": TenantSettings(requests_per_min=100, max_inflight=1),
+        "queue": TenantSettings(requests_per_min=100, max_queued=1),
+        "tier": TenantSettings(requests_per_min=100),
+    }
+    keys = {name: store.add(name, KeyRole.USE)[1] for name in tenants}
+    settings = GatewaySettings(
+        port=0, shutdown_grace_s=0.0, tenancy=TenancySettings(tenants=tenants)
+    )
+    engine = EmulatedEngine(speed=EngineSpeed(ttft_s=30.0))
+    front = await make_front(
+        engine, settings=settings, keys_file=tmp_path / "keys.json", max_inflight=1
+    )
+    runner = front.gateway.runner
+
+    async def ask(name: str, **fields: object) -> tuple[int, dict[str, str], Any]:
+        headers = {"authorization": f"Bearer {keys[name]}"}
+        return await front.post("/v1/completions", {**TEXT, **fields}, headers=headers)
+
+    # The one slot is taken, and each tenant has what takes it to its limit.
+    running = [asyncio.ensure_future(ask(name, max_tokens=15)) for name in tenants]
+    await until(lambda: len(runner.active) == len(running))
+    seen = {}
+    for name in tenants:
+        if name == "tier":
+            runner.update(replace(runner.table, tiers=(tier,), default_tier="t"))
+        answers = [await ask(name, stream=stream, max_tokens=15) for stream in (False, True)]
+        forms = []
+        for status, headers, body in answers:
+            assert status == 429
+            assert int(headers["retry-after"]) >= 1
+            limits = {key for key in headers if key.startswith("x-ratelimit-")}
+            assert "x-ratelimit-remaining-requests" in limits
+            assert headers["content-type"] == "application/json"
+            assert set(body["error"]) == {"message", "type", "param", "code"}
+            forms.append((body["error"]["type"], body["error"]["code"], limits))
+        assert forms[0] == forms[1]
+        seen[name] = forms[0][:2]
+    assert seen == {
+        "requests": ("requests", "rate_limit_exceeded"),
+        "tokens": ("tokens", "rate_limit_exceeded"),
+        "inflight": ("requests", "rate_limit_exceeded"),
+        "queue": ("requests", "queue_full"),
+        "tier": ("requests", "tier_limit"),
+    }
+    refused = runner.metrics.snapshot()["oserve_tenant_refused"]
+    assert sorted(refused) == [
+        "inflight\tinflight_limit_reached",
+        "requests\trequests_limit_reached",
+        "tokens\ttokens_limit_reached",
+    ]
+    await front.gateway.close()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+def test_limits_of_an_attached_server_are_not_passed_on() -> None:
+    head = ResponseHead(
+        status=200,
+        headers=((b"x-ratelimit-remaining-requests", b"7"), (b"x-other", b"1")),
+        length=2,
+        chunked=False,
+    )
+    headers, _ = client_headers(head, plain=False, events=False)
+    assert [name for name, _ in headers] == [b"x-other", b"content-length"]

@@ -46,7 +46,7 @@ class Tenants:
             session.limit_headers = self.limits.admit(session.tenant, tokens, monotonic())
         except ApiError as error:
             label = self._label(session.tenant)
-            self._metrics.count("oserve_tenant_refused", label, error.code or "")
+            self._metrics.count("oserve_tenant_refused", label, error.reason)
             raise
 
     def fair_name(self, session: Session) -> str:

@@ -135,14 +135,17 @@ class TenantLimits:
         account = self._account(tenant, now_s)
         most = account.limits.max_inflight
         if most is not None and account.inflight + self.elsewhere(tenant).inflight >= most:
-            raise _refused(f"{most} requests in flight", "inflight", 1.0, _headers(account, now_s))
+            raise _refused(
+                f"requests in flight: Limit {most}", "inflight", 1.0, _headers(account, now_s)
+            )
         for name, bucket, amount in (
             ("requests", account.requests, 1.0),
             ("tokens", account.tokens, tokens),
         ):
             wait_s = 0.0 if bucket is None else bucket.wait_s(amount, now_s)
             if bucket is not None and wait_s > 0.0:
-                limit = f"{bucket.limit} {name} a minute"
+                used = bucket.limit - max(0, math.floor(bucket.left(now_s)))
+                limit = f"{name} per min: Limit {bucket.limit}, Used {used}, Requested {amount:.0f}"
                 raise _refused(limit, name, wait_s, _headers(account, now_s))
         account.inflight += 1
         self._busy[tenant] = account
@@ -233,12 +236,14 @@ def _span(seconds: float) -> bytes:
 
 
 def _refused(limit: str, name: str, wait_s: float, headers: Headers) -> ApiError:
+    """As at OpenAI, where the type names what is limited; some clients read the message."""
     retry_s = max(1, min(_MOST_WAIT_S, math.ceil(wait_s)))
     return ApiError(
         status=429,
-        message=f"Your limit of {limit} is reached; try again in {retry_s} s",
-        type="rate_limit_error",
-        code=f"{name}_limit_reached",
+        message=f"Rate limit reached on {limit}. Please try again in {retry_s}s.",
+        type="tokens" if name == "tokens" else "requests",
+        code="rate_limit_exceeded",
+        reason=f"{name}_limit_reached",
         retry_after_s=retry_s,
         headers=headers,
     )
