@@ -223,3 +223,56 @@ def test_limits_of_an_attached_server_are_not_passed_on() -> None:
     )
     headers, _ = client_headers(head, plain=False, events=False)
     assert [name for name, _ in headers] == [b"x-other", b"content-length"]
+
+
+BODIES = {
+    "/v1/completions": TEXT,
+    "/v1/chat/completions": {
+        "model": "emulated",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 4,
+    },
+    "/tokenize": {"model": "emulated", "prompt": "hello"},
+    "/detokenize": {"model": "emulated", "tokens": [1, 2]},
+}
+OPEN = {"/health", "/live", "/version", "/metrics"}
+
+
+async def test_whatever_a_replica_answers_needs_a_key_and_counts(
+    make_front: Make, tmp_path: Path
+) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    keys = {path: store.add(path[1:].replace("/", "."), KeyRole.USE)[1] for path in BODIES}
+    limits = TenantSettings(requests_per_min=2, tokens_per_min=1000)
+    settings = GatewaySettings(
+        port=0, shutdown_grace_s=0.0, tenancy=TenancySettings(default=limits)
+    )
+    front = await make_front(EmulatedEngine(), settings=settings, keys_file=tmp_path / "keys.json")
+    for raw, (method, *_) in front.gateway._routes.items():
+        path = raw.decode()
+        if method == b"POST":
+            status = (await front.post(path, BODIES.get(path, {})))[0]
+        else:
+            status = (await front.get(path))[0]
+        assert status == (200 if path in OPEN else 401), path
+        if method == b"POST" and not path.startswith("/oserve/"):
+            assert path in BODIES, path
+    for path, body in BODIES.items():
+        headers = {"authorization": f"Bearer {keys[path]}"}
+        # The emulated engine lacks one of them.
+        answered = 404 if path == "/detokenize" else 200
+        for expected in (answered, answered, 429):
+            # The gateway's own answers do not count.
+            assert (await front.get("/v1/models", headers=headers))[0] == 200
+            status, told, _ = await front.post(path, body, headers=headers)
+            assert status == expected, path
+            assert told["x-ratelimit-limit-requests"] == "2"
+    runner = front.gateway.runner
+    await until(lambda: not runner.active)
+    assert runner.tenants.limits.loads({}) == {}
+    counted = runner.metrics.snapshot()["oserve_tenant_requests"]
+    assert {name.partition("\t")[0]: found for name, found in counted.items()} == {
+        path[1:].replace("/", "."): [2.0] for path in BODIES
+    }
+    charged = runner.machine.waiting.fair.take_charges()
+    assert {tenant for _, tenant in charged} == {"v1.completions", "v1.chat.completions"}

@@ -37,11 +37,13 @@ class Tenants:
         self.limits.set_elsewhere(snapshot.tenants)
 
     def admit(self, session: Session) -> None:
-        """Admit a request. Raises ApiError if its tenant has reached a limit."""
-        request = session.request
-        if not session.tenant or request is None:
+        """Admit a request. Raises ApiError if its tenant has reached a limit.
+
+        Auxiliary calls count as requests without tokens.
+        """
+        if not session.tenant:
             return
-        tokens = request.prompt_tokens + request.output_tokens
+        tokens = _estimated_tokens(session)
         try:
             session.limit_headers = self.limits.admit(session.tenant, tokens, monotonic())
         except ApiError as error:
@@ -70,13 +72,14 @@ class Tenants:
         """Count a request that has ended; returns what the machine must know of it."""
         if not session.tenant:
             return None
-        prompt_tokens, output_tokens = token_counts(session, ending)
-        if session.request is not None:
-            tokens = prompt_tokens + output_tokens if ending.replica else 0
-            estimated = session.request.prompt_tokens + session.request.output_tokens
-            self.limits.ended(session.tenant, estimated, tokens, monotonic())
         label, metrics = self._label(session.tenant), self._metrics
         metrics.count("oserve_tenant_requests", label, ending.status.value)
+        if session.request is None:
+            self.limits.ended(session.tenant, 0, 0, monotonic())
+            return None
+        prompt_tokens, output_tokens = token_counts(session, ending)
+        tokens = prompt_tokens + output_tokens if ending.replica else 0
+        self.limits.ended(session.tenant, _estimated_tokens(session), tokens, monotonic())
         if ending.replica:
             metrics.count("oserve_tenant_prompt_tokens", label, by=prompt_tokens)
             metrics.count("oserve_tenant_output_tokens", label, by=output_tokens)
@@ -94,6 +97,11 @@ class Tenants:
                 return OTHERS
             self._labels.add(tenant)
         return tenant
+
+
+def _estimated_tokens(session: Session) -> int:
+    request = session.request
+    return 0 if request is None else request.prompt_tokens + request.output_tokens
 
 
 def salted(key: str, salt: str) -> str:

@@ -251,6 +251,7 @@ class Gateway(OwnRoutes):
             request_id=request_id,
             parsed=parsed,
         )
+        session.tenant = caller.tenant if caller.key else ""
         self.runner.accept(session, 0.0)
 
 
