@@ -122,6 +122,9 @@ class KeyStore:
         Raises OServeError if there are none.
         """
         tenant = wanted.removeprefix("tenant:") if wanted.startswith("tenant:") else None
+        if not self._path.parent.is_dir():
+            # Most likely another folder was meant: none is made here.
+            raise self._unknown(wanted)
         with self._locked():
             document = read_keys(self._path) or empty_document()
             gone = tuple(
@@ -130,14 +133,15 @@ class KeyStore:
                 if (key.id == wanted if tenant is None else key.tenant == tenant)
             )
             if not gone:
-                raise OServeError(
-                    f"there is no key {wanted!r}",
-                    place=str(self._path),
-                    remedy="see oserve keys list",
-                )
+                raise self._unknown(wanted)
             left = tuple(key for key in document.keys if key not in gone)
             self._write(msgspec.structs.replace(document, keys=left))
         return gone
+
+    def _unknown(self, wanted: str) -> OServeError:
+        return OServeError(
+            f"there is no key {wanted!r}", place=str(self._path), remedy="see oserve keys list"
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
