@@ -260,7 +260,7 @@ def test_a_request_is_charged_where_it_runs_and_corrected_at_its_end() -> None:
     ending = only(commands, Record)
     assert only(commands, Send).number == 3
     assert ending.charge is not None
-    driver.at(1.0, on.Spent(ending.charge, 5.0))
+    driver.machine.settle_charge(ending.charge, 5.0)
     # Of ten expected tokens there were five.
     assert abs(fair.take_charges()["", "a"] - -0.5) < _TINY_S
 
@@ -420,6 +420,6 @@ def test_a_fault_between_booking_and_sending_leaves_neither_booking_nor_charge(
     assert driver.machine.fleet.ledger.own() == {"r0": (0.0, 0)}
     charge = only(commands, Record).charge
     assert charge is not None
-    driver.at(0.0, on.Spent(charge, 0.0))
+    driver.machine.settle_charge(charge, 0.0)
     assert fair.take_charges() == {("", "a"): 0.0}
     assert charge.counter.open == 0

@@ -15,11 +15,12 @@ from oserve.gateway.estimator import RequestEstimator
 from oserve.gateway.http.body import BodyFields, GenerateBody, parse_body
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.prompt import prompt_size
-from oserve.gateway.stream.continuation import Continuation, UnmovableError
+from oserve.gateway.stream.continuation import Continuation
 from oserve.gateway.stream.continuation_fields import (
     _COPIED,
     _DROPPED,
     _NEUTRAL,
+    UnmovableError,
     completion_fields,
     migration_obstacle,
     values_of,

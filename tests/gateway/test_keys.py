@@ -223,6 +223,30 @@ def test_one_network_of_ipv6_is_one_source() -> None:
     assert limiter.wait_s("2001:db8:0:1::1", 0.0) == 0.0
 
 
+def test_callers_that_are_kept_are_few_and_gone_when_their_key_is(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    store = KeyStore(path)
+    _, key = store.add("acme", KeyRole.USE)
+    door = Door({"short"}, path)
+    header = f"Bearer {key}".encode()
+    assert door.caller(header, PEER) is door.caller(header, PEER)
+    # Many spellings of one header are no way to fill the memory.
+    for spaces in range(1, 5000):
+        assert door.caller(b"Bearer" + b" " * spaces + key.encode(), PEER).tenant == "acme"
+    assert len(door._known) <= 4096
+    assert door.caller(b"Bearer short", PEER).is_admin
+    # One that can be guessed is looked up each time, so that its source is always asked for.
+    assert b"Bearer short" not in door._known
+    store.revoke("tenant:acme")
+    door.check()
+    assert refused(door, key) == 401
+    salts = {door.cache_salt("acme", b"%d" % number) for number in range(5000)}
+    salts.add(door.cache_salt("acme", b"x" * 100_000))
+    assert len(salts) == 5001
+    assert len(door._made._derived) <= 4096
+    assert all(len(name) <= 256 for name in door._made._derived)
+
+
 async def test_roles_decide_what_a_key_may_do(make_front: Make, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     _, use = store.add("acme", KeyRole.USE)

@@ -15,7 +15,7 @@ from oserve.gateway.access.limits import TenantLimits, TenantLoad
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.headers import client_headers
 from oserve.gateway.settings import GatewaySettings, TenancySettings, TenantSettings
-from oserve.sim.engine import EmulatedEngine, EngineSpeed
+from oserve.sim import EmulatedEngine, EngineSpeed
 from oserve.wire import ResponseHead
 
 from .conftest import Make, until

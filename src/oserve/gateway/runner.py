@@ -370,9 +370,9 @@ class RequestRunner:
         reason = _SHOWN_ERRORS.get(command.status)
         if reason is not None and not session.refused:
             self.metrics.count("oserve_request_errors", reason)
-        spent = self.tenants.ended(session, command)
-        if spent is not None:
-            self.report(spent)
+        spent_tokens = self.tenants.ended(session, command)
+        if spent_tokens is not None and command.charge is not None:
+            self.machine.settle_charge(command.charge, spent_tokens)
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 

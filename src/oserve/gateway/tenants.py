@@ -3,7 +3,6 @@
 from time import monotonic
 
 from oserve.control.dispatch import commands as do
-from oserve.control.dispatch import events as on
 from oserve.gateway.access.limits import TenantLimits
 from oserve.gateway.accounting import token_counts
 from oserve.gateway.http.errors import ApiError
@@ -17,6 +16,17 @@ MOST_LABELS = 200
 OTHERS = "(others)"
 
 
+class _Served:
+    """The counters of what a label was served with, found once."""
+
+    __slots__ = ("device_s", "output_tokens", "prompt_tokens")
+
+    def __init__(self, metrics: Metrics, label: str) -> None:
+        self.prompt_tokens = metrics.counter("oserve_tenant_prompt_tokens", label)
+        self.output_tokens = metrics.counter("oserve_tenant_output_tokens", label)
+        self.device_s = metrics.counter("oserve_tenant_device_seconds", label)
+
+
 class Tenants:
     """Admits the requests of tenants and accounts for them. Without keys there are no tenants.
 
@@ -28,6 +38,7 @@ class Tenants:
         self._processes, self._position = settings.processes, 0
         self._metrics = metrics
         self._labels: set[str] = set()
+        self._served: dict[str, _Served] = {}
         self.limits = TenantLimits(settings.tenancy)
 
     def follow(self, snapshot: ClusterSnapshot) -> None:
@@ -43,7 +54,8 @@ class Tenants:
         """
         if not session.tenant:
             return
-        tokens = _estimated_tokens(session)
+        request = session.request
+        tokens = 0 if request is None else request.prompt_tokens + request.output_tokens
         try:
             session.limit_headers = self.limits.admit(session.tenant, tokens, monotonic())
         except ApiError as error:
@@ -68,27 +80,38 @@ class Tenants:
             return max(0, most - self.limits.elsewhere(session.tenant).queued)
         return most // self._processes + (self._position < most % self._processes)
 
-    def ended(self, session: Session, ending: do.Record) -> on.Spent | None:
-        """Count a request that has ended; returns what the machine must know of it."""
-        if not session.tenant:
+    def ended(self, session: Session, ending: do.Record) -> float | None:
+        """Count a request that has ended.
+
+        Returns the output tokens by which its charge is to be corrected; ``None``: it has none.
+        """
+        tenant = session.tenant
+        if not tenant:
             return None
-        label, metrics = self._label(session.tenant), self._metrics
-        metrics.count("oserve_tenant_requests", label, ending.status.value)
-        if session.request is None:
-            self.limits.ended(session.tenant, 0, 0, monotonic())
+        label = self._label(tenant)
+        self._metrics.count("oserve_tenant_requests", label, ending.status.value)
+        request = session.request
+        if request is None:
+            self.limits.ended(tenant, 0, 0, monotonic())
             return None
         prompt_tokens, output_tokens = token_counts(session, ending)
         tokens = prompt_tokens + output_tokens if ending.replica else 0
-        self.limits.ended(session.tenant, _estimated_tokens(session), tokens, monotonic())
+        estimated = request.prompt_tokens + request.output_tokens
+        self.limits.ended(tenant, estimated, tokens, monotonic())
+        charge = ending.charge
+        if charge is None and not ending.replica:
+            return None
+        served = self._served.get(label)
+        if served is None:
+            served = self._served[label] = _Served(self._metrics, label)
         if ending.replica:
-            metrics.count("oserve_tenant_prompt_tokens", label, by=prompt_tokens)
-            metrics.count("oserve_tenant_output_tokens", label, by=output_tokens)
-        if ending.charge is None:
+            served.prompt_tokens.value += prompt_tokens
+            served.output_tokens.value += output_tokens
+        if charge is None:
             return None
         own_tokens = max(0, output_tokens - ending.made_tokens)
-        spent_s = ending.charge.prompt_s + ending.charge.per_token_s * own_tokens
-        metrics.count("oserve_tenant_device_seconds", label, by=spent_s)
-        return on.Spent(ending.charge, own_tokens)
+        served.device_s.value += charge.prompt_s + charge.per_token_s * own_tokens
+        return own_tokens
 
     def _label(self, tenant: str) -> str:
         """A tenant's label in metrics; those beyond the first ``MOST_LABELS`` share one."""
@@ -97,11 +120,6 @@ class Tenants:
                 return OTHERS
             self._labels.add(tenant)
         return tenant
-
-
-def _estimated_tokens(session: Session) -> int:
-    request = session.request
-    return 0 if request is None else request.prompt_tokens + request.output_tokens
 
 
 def salted(key: str, salt: str) -> str:

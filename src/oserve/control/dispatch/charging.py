@@ -35,5 +35,6 @@ def charged_rank_s(
     rank_s = fair.engine_rank_s(state.charge, now_s, replicas)
     if not fair.several:
         return state.rank_s
-    rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
+    if state.urgency_s:
+        rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
     return rank_s + DEMOTED_S if state.demoted else rank_s

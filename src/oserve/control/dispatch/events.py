@@ -9,7 +9,6 @@ from typing import Protocol
 
 import msgspec
 
-from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.table import RoutingTable
 from oserve.core import FinishStatus, Request
 
@@ -155,13 +154,6 @@ class Crashed(Event, frozen=True):
     """Executing a command for this request raised an exception."""
 
     number: int
-
-
-class Spent(Event, frozen=True):
-    """The output tokens that an ended request had at its last replica; corrects its ``charge``."""
-
-    charge: Charge
-    output_tokens: float
 
 
 class ChargedElsewhere(Event, frozen=True):

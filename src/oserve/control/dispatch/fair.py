@@ -25,6 +25,8 @@ from oserve.control.dispatch.state import Queued, RequestState
 _FEW_IDLE = 1024
 # A tenant is active for so long after its last arrival.
 _ACTIVE_S = 60.0
+# Later arrivals of an active tenant are noted again after so long.
+_SEEN_AGAIN_S = 1.0
 # The furthest that a tenant's requests are put back in an engine's queue, in seconds.
 _MOST_AHEAD_S = 60.0
 
@@ -50,6 +52,8 @@ class FairQueue:
         # Tenants by their last arrival, the sum of their weights, and their charges not settled.
         self._active: OrderedDict[str, float] = OrderedDict()
         self._active_weight = 0.0
+        # Whether more than one tenant is active; otherwise everything is by rank.
+        self.several = False
         self._open: dict[str, int] = {}
 
     def use(self, policy: FairPolicy) -> None:
@@ -88,7 +92,7 @@ class FairQueue:
         queue.push(state)
         self._waiting[flow.key] = flow
         if fresh:
-            self._tier(flow).heaps[state.demoted].push(flow)
+            flow.tier.heaps[state.demoted].push(flow)
 
     def discard(self, state: RequestState) -> None:
         """Remove a request if it waits here."""
@@ -99,7 +103,7 @@ class FairQueue:
         flow.late.discard(state)
         if not flow:
             self._waiting.pop(flow.key, None)
-            self._tier(flow).last = flow
+            flow.tier.last = flow
 
     def head(self) -> RequestState | None:
         """The request to serve next."""
@@ -160,8 +164,10 @@ class FairQueue:
     # -- counters -------------------------------------------------------------------------------
     def flow(self, state: RequestState) -> TenantFlow:
         """The flow of a request."""
-        tier = state.tier
-        return self._flow("" if tier is None else tier.name, state.tenant)
+        promise, tenant = state.promise, state.tenant
+        tier = "" if promise is None else promise.tier.name
+        found = self._flows.get((tier, tenant))
+        return self._flow(tier, tenant) if found is None else found
 
     def _flow(self, tier: str, tenant: str) -> TenantFlow:
         key = (tier, tenant)
@@ -169,7 +175,10 @@ class FairQueue:
         if found is None:
             if len(self._flows) > self._most_idle + 2 * len(self._numbers):
                 self._drop_idle()
-            found = self._flows[key] = TenantFlow(key, self._policy.weight(tenant))
+            own = self._tiers.get(tier)
+            if own is None:
+                own = self._tiers[tier] = TierFlows()
+            found = self._flows[key] = TenantFlow(key, self._policy.weight(tenant), own)
         return found
 
     def arrived(self, state: RequestState, now_s: float) -> None:
@@ -178,17 +187,17 @@ class FairQueue:
 
     def _seen(self, tenant: str, now_s: float) -> None:
         active = self._active
-        if active.pop(tenant, None) is None:
+        seen_s = active.get(tenant)
+        if seen_s is None:
             self._active_weight += self._policy.weight(tenant)
+        elif now_s - seen_s < _SEEN_AGAIN_S:
+            return
         active[tenant] = now_s
+        active.move_to_end(tenant)
         while active[oldest := next(iter(active))] < now_s - _ACTIVE_S:
             del active[oldest]
             self._active_weight -= self._policy.weight(oldest)
-
-    @property
-    def several(self) -> bool:
-        """Whether more than one tenant is active; otherwise everything is by rank."""
-        return len(self._active) > 1
+        self.several = len(active) > 1
 
     def over_share(self, state: RequestState, slots: float) -> bool:
         """Whether a tenant has its part of so many slots already, and others are active.
@@ -232,29 +241,31 @@ class FairQueue:
     def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
         """Charge a request that is sent now: device-seconds of its prompt and of each token."""
         flow = self.flow(state)
-        if state.number not in self._numbers and not flow:
+        if state.number not in self._numbers and not (self._numbers and flow):
             # It passes an empty queue.
-            self._lift(flow)
-            self._tier(flow).last = flow
+            self._passes(flow)
         tokens = state.request.output_tokens if state.request is not None else 0
         charge = Charge(flow, prompt_s, per_token_s, tokens)
         flow.open += 1
-        self._open[state.tenant] = self._open.get(state.tenant, 0) + 1
+        tenant = state.tenant
+        self._open[tenant] = self._open.get(tenant, 0) + 1
         self._add(flow, charge.paid_s)
         return charge
 
     def settle(self, charge: Charge, output_tokens: float) -> None:
         """Correct a charge: the request had so many output tokens at that replica."""
-        charge.counter.open -= 1
-        tenant = charge.counter.key[1]
+        flow = charge.counter
+        flow.open -= 1
+        tenant = flow.key[1]
         left = self._open.get(tenant, 0) - 1
         if left > 0:
             self._open[tenant] = left
         else:
             self._open.pop(tenant, None)
         spent_s = charge.prompt_s + charge.per_token_s * output_tokens
-        self._add(charge.counter, spent_s - charge.paid_s)
-        charge.paid_s = spent_s
+        if spent_s != charge.paid_s:
+            self._add(flow, spent_s - charge.paid_s)
+            charge.paid_s = spent_s
 
     def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
         """The rank of a request in an engine's queue: when its tenant's share would have served it.
@@ -284,30 +295,37 @@ class FairQueue:
             if more_s > 0.0:
                 self._seen(tenant, now_s)
                 if not flow:
-                    self._lift(flow)
-                    self._tier(flow).last = flow
+                    self._passes(flow)
             self._raise(flow, more_s / flow.weight)
 
     def _add(self, flow: ServiceCounter, device_s: float) -> None:
-        self._new[flow.key] = self._new.get(flow.key, 0.0) + device_s
-        self._raise(flow, device_s / flow.weight)
+        key = flow.key
+        self._new[key] = self._new.get(key, 0.0) + device_s
+        if device_s < 0.0:
+            self._raise(flow, device_s / flow.weight)
+        else:
+            flow.level_s += device_s / flow.weight
 
     def _raise(self, flow: ServiceCounter, by_s: float) -> None:
         flow.level_s += by_s
-        if by_s < 0.0 and isinstance(flow, TenantFlow):
+        if by_s < 0.0 and self._numbers and isinstance(flow, TenantFlow):
             # A heap notices by itself only that a flow went up.
             for late in (False, True):
                 if flow.queue(late=late):
-                    self._tier(flow).heaps[late].push(flow)
+                    flow.tier.heaps[late].push(flow)
 
     def _lift(self, flow: TenantFlow) -> None:
-        flow.level_s = max(flow.level_s, self._tier(flow).floor_s())
+        flow.level_s = max(flow.level_s, flow.tier.floor_s())
 
-    def _tier(self, flow: TenantFlow) -> TierFlows:
-        found = self._tiers.get(flow.key[0])
-        if found is None:
-            found = self._tiers[flow.key[0]] = TierFlows()
-        return found
+    def _passes(self, flow: TenantFlow) -> None:
+        """A tenant is served that does not wait: no credit is left of its idle time."""
+        tier = flow.tier
+        last = tier.last
+        if last is flow and not self._numbers:
+            return
+        floor_s = tier.floor_s() if self._numbers or last is None else last.level_s
+        flow.level_s = max(flow.level_s, floor_s)
+        tier.last = flow
 
     def _drop_idle(self) -> None:
         """Forget flows that would be lifted to where they are, or higher, if they came again."""

@@ -14,10 +14,11 @@ _MOST_COMPARED = 8
 class TenantFlow(ServiceCounter):
     """The requests of one tenant in one tier, with its counter. Late ones were demoted."""
 
-    __slots__ = ("late", "waiting")
+    __slots__ = ("late", "tier", "waiting")
 
-    def __init__(self, key: FlowKey, weight: float) -> None:
+    def __init__(self, key: FlowKey, weight: float, tier: "TierFlows") -> None:
         super().__init__(key, weight)
+        self.tier = tier
         self.waiting = RankQueue()
         self.late = RankQueue()
 
@@ -101,7 +102,8 @@ class TierFlows:
 
     def floor_s(self) -> float:
         """The counter that a tenant which comes now has at least."""
-        found = [flow.level_s for heap in self.heaps if (flow := heap.lowest()) is not None]
-        if found:
-            return min(found)
-        return self.last.level_s if self.last is not None else 0.0
+        usual, late = self.heaps[0].lowest(), self.heaps[1].lowest()
+        if usual is not None and late is not None:
+            return min(usual.level_s, late.level_s)
+        found = usual or late or self.last
+        return 0.0 if found is None else found.level_s

@@ -164,9 +164,10 @@ class Lifecycle:
 
     def _over_share(self, state: RequestState) -> bool:
         """Whether a request leaves slots free for tenants with less than their share."""
-        if not state.tenant or isinstance(state.phase, Resuming):
+        fair = self.waiting.fair
+        if not state.tenant or not fair.several or isinstance(state.phase, Resuming):
             return False
-        return self.waiting.fair.over_share(state, self.fleet.slots)
+        return fair.over_share(state, self.fleet.slots)
 
     def _crowded(self, state: RequestState) -> bool:
         """Whether a request finds no place to wait; another tenant may have to make room for it."""

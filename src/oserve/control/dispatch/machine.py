@@ -62,7 +62,6 @@ class RequestMachine:
             on.Vacate: self._vacate,
             on.Surveyed: self._departures.surveyed,
             on.ShutDown: self._shut_down,
-            on.Spent: self._spent,
             on.ChargedElsewhere: self._charged_elsewhere,
         }
 
@@ -93,6 +92,13 @@ class RequestMachine:
         if isinstance(state.phase, Placed):
             self._life.fleet.unbook(state.phase.booking, self._life.now_s)
         return state.charge
+
+    def settle_charge(self, charge: Charge, output_tokens: float) -> None:
+        """Correct the charge of an ended request: its output tokens at its last replica.
+
+        No command follows from it, so it is no event.
+        """
+        self._life.waiting.fair.settle(charge, output_tokens)
 
     # -- queries --------------------------------------------------------------------------------
     @property
@@ -207,9 +213,6 @@ class RequestMachine:
             self._life.share(event.processes)
         self._life.fleet.ledger.set_elsewhere(event.loads)
         self._life.may_settle()
-
-    def _spent(self, event: on.Spent) -> None:
-        self._life.waiting.fair.settle(event.charge, event.output_tokens)
 
     def _charged_elsewhere(self, event: on.ChargedElsewhere) -> None:
         self._life.waiting.fair.charged_elsewhere(event.charged_s, self._life.now_s)

@@ -26,6 +26,9 @@ _MOST_TOKEN_BYTES = 1024
 # Shorter keys, which people choose, could be guessed: tries at them are limited.
 _STRONG_BYTES = 24
 _DIGEST_BYTES = 32
+# Secrets that are kept, so that a client's next request costs no hash.
+_MOST_DERIVED = 4096
+_MOST_NAME_BYTES = 256
 
 
 class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,6 +92,7 @@ class KeyRing:
 
     def __init__(self, salt: bytes, entries: Iterable[tuple[bytes, Caller]]) -> None:
         self._salt = salt
+        self._derived: dict[bytes, str] = {}
         self._callers = {found: (found, caller) for found, caller in entries}
 
     @classmethod
@@ -112,7 +116,14 @@ class KeyRing:
 
     def derived(self, name: bytes) -> str:
         """A secret that follows from the salt and this name, hexadecimal."""
-        return digest(name, self._salt).hex()
+        found = self._derived.get(name)
+        if found is None:
+            found = digest(name, self._salt).hex()
+            if len(self._derived) >= _MOST_DERIVED:
+                self._derived = {}
+            if len(name) <= _MOST_NAME_BYTES:
+                self._derived[name] = found
+        return found
 
     def find(self, token: bytes) -> Caller | None:
         """Who shows this key; ``None``: it is not one of these."""

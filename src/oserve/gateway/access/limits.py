@@ -34,30 +34,45 @@ NO_LOAD = TenantLoad()
 
 
 class _Bucket:
-    """An allowance that fills within a minute."""
+    """An allowance that fills within a minute. ``name``: in OpenAI's headers."""
 
-    __slots__ = ("_at_s", "_left", "limit")
+    __slots__ = ("_at_s", "_limit_header", "_names", "_per_s", "left", "limit")
 
-    def __init__(self, limit: int, now_s: float) -> None:
+    def __init__(self, name: bytes, limit: int, now_s: float) -> None:
         self.limit = limit
-        self._left = float(limit)
+        # As of the last ``fill``; negative in debt.
+        self.left = float(limit)
+        self._per_s = limit / _MINUTE_S
         self._at_s = now_s
+        self._limit_header = b"x-ratelimit-limit-" + name, b"%d" % limit
+        self._names = b"x-ratelimit-remaining-" + name, b"x-ratelimit-reset-" + name
 
-    def left(self, now_s: float) -> float:
-        """What may be used now; negative in debt."""
-        passed_s = max(0.0, now_s - self._at_s)
-        self._left = min(self.limit, self._left + passed_s * self.limit / _MINUTE_S)
-        self._at_s = max(now_s, self._at_s)
-        return self._left
+    def fill(self, now_s: float) -> float:
+        """What may be used now."""
+        if now_s > self._at_s:
+            self.left += (now_s - self._at_s) * self._per_s
+            self._at_s = now_s
+            if self.left > self.limit:
+                self.left = float(self.limit)
+        return self.left
 
     def take(self, amount: float, now_s: float) -> None:
         """Use so much; negative: give back."""
-        self._left = min(self.limit, self.left(now_s) - amount)
+        self.left = min(self.limit, self.fill(now_s) - amount)
 
-    def wait_s(self, amount: float, now_s: float) -> float:
+    def wait_s(self, amount: float) -> float:
         """Seconds until so much may be used; 0: now. More than the limit waits for all of it."""
-        missing = min(amount, self.limit) - self.left(now_s)
-        return max(0.0, missing * _MINUTE_S / self.limit)
+        return max(0.0, (min(amount, self.limit) - self.left) / self._per_s)
+
+    def headers(self) -> Headers:
+        """OpenAI's headers."""
+        left, (remaining, reset) = self.left, self._names
+        whole = b"%d" % left if left > 0.0 else b"0"
+        return (
+            self._limit_header,
+            (remaining, whole),
+            (reset, _span((self.limit - left) / self._per_s)),
+        )
 
 
 class _Account:
@@ -67,20 +82,10 @@ class _Account:
 
     def __init__(self, limits: TenantSettings, now_s: float) -> None:
         self.limits = limits
-        self.requests = self._bucket(limits.requests_per_min, now_s)
-        self.tokens = self._bucket(limits.tokens_per_min, now_s)
+        requests, tokens = limits.requests_per_min, limits.tokens_per_min
+        self.requests = None if requests is None else _Bucket(b"requests", requests, now_s)
+        self.tokens = None if tokens is None else _Bucket(b"tokens", tokens, now_s)
         self.inflight = 0
-
-    @staticmethod
-    def _bucket(limit: int | None, now_s: float) -> _Bucket | None:
-        return None if limit is None else _Bucket(limit, now_s)
-
-    def take(self, requests: float, tokens: float, now_s: float) -> None:
-        """Use requests and tokens, here or elsewhere."""
-        if self.requests is not None and requests:
-            self.requests.take(requests, now_s)
-        if self.tokens is not None and tokens:
-            self.tokens.take(tokens, now_s)
 
     def take_elsewhere(self, requests: float, tokens: float, now_s: float) -> None:
         """As ``take``, but at most a minute's allowance: what is longer ago is filled up again."""
@@ -93,7 +98,7 @@ class _Account:
         """Whether forgetting it changes nothing."""
         buckets = (self.requests, self.tokens)
         return not self.inflight and all(
-            bucket is None or bucket.left(now_s) >= bucket.limit for bucket in buckets
+            bucket is None or bucket.fill(now_s) >= bucket.limit for bucket in buckets
         )
 
 
@@ -134,23 +139,28 @@ class TenantLimits:
         """
         account = self._account(tenant, now_s)
         most = account.limits.max_inflight
-        if most is not None and account.inflight + self.elsewhere(tenant).inflight >= most:
-            raise _refused(
-                f"requests in flight: Limit {most}", "inflight", 1.0, _headers(account, now_s)
-            )
-        for name, bucket, amount in (
-            ("requests", account.requests, 1.0),
-            ("tokens", account.tokens, tokens),
+        if most is not None and account.inflight >= most - (
+            self.elsewhere(tenant).inflight if self._elsewhere else 0
         ):
-            wait_s = 0.0 if bucket is None else bucket.wait_s(amount, now_s)
-            if bucket is not None and wait_s > 0.0:
-                used = bucket.limit - max(0, math.floor(bucket.left(now_s)))
-                limit = f"{name} per min: Limit {bucket.limit}, Used {used}, Requested {amount:.0f}"
-                raise _refused(limit, name, wait_s, _headers(account, now_s))
+            raise _refused(f"requests in flight: Limit {most}", "inflight", 1.0, account, now_s)
+        own, of_tokens = account.requests, account.tokens
+        if own is not None and own.fill(now_s) < 1.0:
+            raise _past(own, "requests", 1.0, account, now_s)
+        if of_tokens is not None and of_tokens.fill(now_s) < min(tokens, of_tokens.limit):
+            raise _past(of_tokens, "tokens", tokens, account, now_s)
         account.inflight += 1
-        self._busy[tenant] = account
-        self._use(tenant, account, 1.0, tokens, now_s)
-        return _headers(account, now_s)
+        if account.inflight == 1:
+            self._busy[tenant] = account
+        headers: Headers = ()
+        if own is not None:
+            own.left -= 1.0
+            headers = own.headers()
+        if of_tokens is not None:
+            of_tokens.left -= tokens
+            headers += of_tokens.headers()
+        if headers:
+            self._add(tenant, 1.0, tokens)
+        return headers
 
     def ended(self, tenant: str, estimated: float, tokens: float, now_s: float) -> None:
         """A request has ended with so many tokens."""
@@ -159,16 +169,17 @@ class TenantLimits:
             account.inflight -= 1
             if not account.inflight:
                 del self._busy[tenant]
-            self._use(tenant, account, 0.0, tokens - estimated, now_s)
+            if tokens == estimated:
+                return
+            if account.tokens is not None:
+                account.tokens.take(tokens - estimated, now_s)
+                self._add(tenant, 0.0, tokens - estimated)
 
-    def _use(
-        self, tenant: str, account: _Account, requests: float, tokens: float, now_s: float
-    ) -> None:
-        if account.requests is None and account.tokens is None:
-            return
-        account.take(requests, tokens, now_s)
-        before = self._new.get(tenant, (0.0, 0.0))
-        self._new[tenant] = before[0] + requests, before[1] + tokens
+    def _add(self, tenant: str, requests: float, tokens: float) -> None:
+        before = self._new.get(tenant)
+        if before is not None:
+            requests, tokens = requests + before[0], tokens + before[1]
+        self._new[tenant] = requests, tokens
 
     # -- other processes ------------------------------------------------------------------------
     def take_uses(self) -> dict[str, tuple[float, float]]:
@@ -201,7 +212,7 @@ class TenantLimits:
         """A tenant's limits and what is left of them."""
         account = self._account(tenant, now_s)
         left = {
-            name: None if bucket is None else max(0, math.floor(bucket.left(now_s)))
+            name: None if bucket is None else max(0, math.floor(bucket.fill(now_s)))
             for name, bucket in (("requests", account.requests), ("tokens", account.tokens))
         }
         return {
@@ -211,23 +222,10 @@ class TenantLimits:
         }
 
 
-def _headers(account: _Account, now_s: float) -> Headers:
-    """OpenAI's headers; limits that are not set have none."""
-    found: list[tuple[bytes, bytes]] = []
-    for name, bucket in ((b"requests", account.requests), (b"tokens", account.tokens)):
-        if bucket is not None:
-            left = max(0, math.floor(bucket.left(now_s)))
-            full_s = bucket.wait_s(bucket.limit, now_s)
-            found += [
-                (b"x-ratelimit-limit-" + name, b"%d" % bucket.limit),
-                (b"x-ratelimit-remaining-" + name, b"%d" % left),
-                (b"x-ratelimit-reset-" + name, _span(full_s)),
-            ]
-    return tuple(found)
-
-
 def _span(seconds: float) -> bytes:
     """As OpenAI writes spans of time: 120ms, 3.5s, 6m0s."""
+    if seconds <= 0.001:
+        return b"1ms" if seconds > 0.0 else b"0ms"
     if seconds < 1.0:
         return b"%dms" % math.ceil(seconds * 1000)
     if seconds < _MINUTE_S:
@@ -235,8 +233,19 @@ def _span(seconds: float) -> bytes:
     return b"%dm%ds" % divmod(math.ceil(seconds), 60)
 
 
-def _refused(limit: str, name: str, wait_s: float, headers: Headers) -> ApiError:
+def _past(bucket: _Bucket, name: str, amount: float, account: _Account, now_s: float) -> ApiError:
+    used = bucket.limit - max(0, math.floor(bucket.left))
+    limit = f"{name} per min: Limit {bucket.limit}, Used {used}, Requested {amount:.0f}"
+    return _refused(limit, name, bucket.wait_s(amount), account, now_s)
+
+
+def _refused(limit: str, name: str, wait_s: float, account: _Account, now_s: float) -> ApiError:
     """As at OpenAI, where the type names what is limited; some clients read the message."""
+    headers: Headers = ()
+    for bucket in (account.requests, account.tokens):
+        if bucket is not None:
+            bucket.fill(now_s)
+            headers += bucket.headers()
     retry_s = max(1, min(_MOST_WAIT_S, math.ceil(wait_s)))
     return ApiError(
         status=429,
