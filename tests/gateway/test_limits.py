@@ -69,15 +69,26 @@ def test_estimates_are_corrected_and_idle_tenants_forgotten() -> None:
     assert len(limits) <= 4096
 
 
-def test_more_tenants_than_are_usually_kept_get_no_fresh_budgets() -> None:
+def test_more_tenants_than_are_usually_kept_get_no_fresh_budgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Only those whose buckets are full again are forgotten, and a look at all is rare."""
-    limits, tenants = limits_of(requests_per_min=1, max_inflight=5), 10_000
+    limits, tenants, looks = limits_of(requests_per_min=1, max_inflight=5), 10_000, 0
+    look = TenantLimits._forget_idle
+
+    def counted(limits: TenantLimits, now_s: float) -> None:
+        nonlocal looks
+        looks += 1
+        look(limits, now_s)
+
+    monkeypatch.setattr(TenantLimits, "_forget_idle", counted)
     for number in range(tenants):
         limits.admit(f"t{number}", 1, 0.0)
         limits.ended(f"t{number}", 1, 1, 0.0)
     for number in range(tenants):
         with pytest.raises(ApiError, match="requests per min"):
             limits.admit(f"t{number}", 1, 1.0)
+    assert looks < 5
     for number in range(4 * tenants):
         limits.admit(f"u{number}", 1, 100.0 * number)
         limits.ended(f"u{number}", 1, 1, 100.0 * number)

@@ -104,6 +104,24 @@ def test_each_batch_counts_once_although_messages_are_lost_and_processes_start_a
                 assert process.known[name] == expected, name
 
 
+def test_a_process_that_ends_slowly_reports_to_the_last_and_is_kept_nothing_for() -> None:
+    hub = SpendingExchange()
+    slow, other = Process(1), Process(2)
+    slow.talk(hub, 0.0, lost="")
+    other.talk(hub, 0.0, lost="")
+    slow.spend(3)
+    slow.talk(hub, 0.0, lost="reply")
+    hub.forget(1)
+    # It tells the same again, and what came last.
+    slow.talk(hub, 0.0, lost="")
+    slow.spend(4)
+    slow.talk(hub, 0.0, lost="")
+    other.talk(hub, 0.0, lost="")
+    other.talk(hub, 0.0, lost="")
+    assert other.known == {"p1": 7}
+    assert hub._outboxes.keys() == {2}
+
+
 def test_a_process_that_starts_knows_of_the_last_minute_but_of_no_charges() -> None:
     hub, first = SpendingExchange(), SpendingOutbox()
     first.add({"a": (50.0, 10.0)}, {"\ta": 5.0})

@@ -6,6 +6,7 @@ until its receiver has named its number.
 """
 
 import secrets
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import msgspec
@@ -15,6 +16,7 @@ _NUMBER_BITS = 48
 # A process that starts hears of what was used at least so long before, which is what its buckets
 # of a minute's allowance would know of.
 _RECENT_S = 60.0
+_MOST_ENDED = 10_000
 
 Uses = dict[str, tuple[float, float]]
 """By tenant: requests and tokens."""
@@ -65,6 +67,8 @@ class SpendingExchange:
     def __init__(self) -> None:
         self._outboxes: dict[int, SpendingOutbox] = {}
         self._heard: dict[int, int] = {}
+        # Processes that count as ended may still report what they spent to the last.
+        self._ended: OrderedDict[int, None] = OrderedDict()
         # Use of the present minute and of the one before, for processes that start.
         self._recent: tuple[Uses, Uses] = {}, {}
         self._since_s = 0.0
@@ -73,23 +77,27 @@ class SpendingExchange:
         """Enter what a process spent, and that it has the batch ``heard``; returns its batch."""
         self._pass_time(now_s)
         own = self._outboxes.get(incarnation)
-        if own is None:
+        if own is None and incarnation not in self._ended:
             own = self._outboxes[incarnation] = SpendingOutbox()
             for uses in self._recent:
                 own.add(uses, {})
-        own.confirm(heard)
         if spent.number and self._heard.get(incarnation) != spent.number:
             self._heard[incarnation] = spent.number
             for other, outbox in self._outboxes.items():
                 if other != incarnation:
                     outbox.add(spent.uses, spent.charges)
             add_uses(self._recent[0], spent.uses)
+        if own is None:
+            return Spending()
+        own.confirm(heard)
         return own.take()
 
     def forget(self, incarnation: int) -> None:
         """A process has ended."""
         self._outboxes.pop(incarnation, None)
-        self._heard.pop(incarnation, None)
+        self._ended[incarnation] = None
+        if len(self._ended) > _MOST_ENDED:
+            self._heard.pop(self._ended.popitem(last=False)[0], None)
 
     def _pass_time(self, now_s: float) -> None:
         if now_s - self._since_s >= _RECENT_S:
