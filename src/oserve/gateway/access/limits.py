@@ -18,6 +18,8 @@ from oserve.gateway.settings import TenancySettings, TenantSettings
 
 _MINUTE_S = 60.0
 _MOST_WAIT_S = 600
+# Sums of what came in are rounded: who waited as told must be admitted.
+_TINY = 1e-6
 # Beyond so many tenants those are forgotten that have nothing to remember: whose buckets are full,
 # and who have no request in flight. All others are kept, however many there are.
 _FEW_TENANTS = 4096
@@ -144,9 +146,9 @@ class TenantLimits:
         ):
             raise _refused(f"requests in flight: Limit {most}", "inflight", 1.0, account, now_s)
         own, of_tokens = account.requests, account.tokens
-        if own is not None and own.fill(now_s) < 1.0:
+        if own is not None and own.fill(now_s) < 1.0 - _TINY:
             raise _past(own, "requests", 1.0, account, now_s)
-        if of_tokens is not None and of_tokens.fill(now_s) < min(tokens, of_tokens.limit):
+        if of_tokens is not None and of_tokens.fill(now_s) < min(tokens, of_tokens.limit) - _TINY:
             raise _past(of_tokens, "tokens", tokens, account, now_s)
         account.inflight += 1
         if account.inflight == 1:
