@@ -12,6 +12,7 @@ from gateway.conftest import table_of, table_replica
 from oserve.control.dispatch.table import RoutingTable
 from oserve.core import Caller, Request, Tier
 from oserve.gateway.estimator import RequestEstimator
+from oserve.gateway.http.api_form import AUXILIARY, FORMS, ApiForm, invoked_form
 from oserve.gateway.http.body import BodyFields, GenerateBody, parse_body
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.prompt import prompt_size
@@ -31,7 +32,22 @@ from oserve.gateway.tiers import promise_of, service_tier_of
 from oserve.gateway.upstream_request import Outgoing, request_bytes, requests_only_usage
 from oserve.workload import PromptLengthEstimator
 
-NAMES = sorted({*BodyFields.__struct_fields__, *_COPIED, *_DROPPED, *_NEUTRAL, "other", ""})
+NAMES = sorted(
+    {
+        *BodyFields.__struct_fields__,
+        *_COPIED,
+        *_DROPPED,
+        *_NEUTRAL,
+        "other",
+        "",
+        "input",
+        "system",
+        "instructions",
+        "query",
+        "items",
+        "max_output_tokens",
+    }
+)
 LEAVES = (
     st.none()
     | st.booleans()
@@ -59,9 +75,9 @@ TIERED = (Tier(name="t", service_tier="flex", e2e_s=3.0),)
 TABLE = table_of(table_replica("r0", "http://r0"), tiers=TIERED, default_tier="t")
 
 
-def parsed_of(body: dict[str, Any]) -> GenerateBody | None:
+def parsed_of(body: dict[str, Any], form: ApiForm) -> GenerateBody | None:
     try:
-        return parse_body(json.dumps(body).encode())
+        return parse_body(json.dumps(body).encode(), form)
     except ApiError:
         return None
 
@@ -104,15 +120,19 @@ def arrives(table: RoutingTable, parsed: GenerateBody) -> None:
         assert not salt or body["cache_salt"] == salt
 
 
-@settings(max_examples=200)
-@given(BODIES | CHATS, st.booleans())
+@settings(max_examples=300)
+@given(BODIES | CHATS, st.sampled_from([*FORMS.values(), *AUXILIARY.values()]))
 def test_a_body_is_refused_or_served_and_its_stream_moves_or_stays(
-    body: dict[str, Any], chat: bool
+    body: dict[str, Any], form: ApiForm
 ) -> None:
-    parsed = parsed_of(body)
+    parsed = parsed_of(body, form)
     if parsed is None:
         return
+    invoked_form(set(parsed.fields))
     arrives(TABLE, parsed)
+    if not form.is_completion:
+        return
+    chat = form.is_chat
     movable = StreamMigration(
         parsed.fields, ReplayBudget(10**6, 10**6), chat=chat, shows_ids=False
     ).movable

@@ -275,6 +275,8 @@ async def test_roles_decide_what_a_key_may_do(make_front: Make, tmp_path: Path) 
     assert b'tenant="ops"' not in (await front.get("/metrics"))[1]
     assert b'tenant="ops"' not in (await front.get("/metrics", headers=bearer(use)))[1]
     assert (await front.get("/metrics", headers=bearer("wrong")))[0] == 401
+    assert (await front.get("/metrics", headers={"x-api-key": "wrong"}))[0] == 401
+    assert b'tenant="ops"' in (await front.get("/metrics", headers={"x-api-key": admin}))[1]
 
 
 async def test_a_key_is_revoked_and_rotated_under_load(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oserve.core import KeyRole, OverloadAction, Tier
 from oserve.gateway.access.key_file import KeyStore
 from oserve.gateway.access.limits import TenantLimits, TenantLoad
+from oserve.gateway.http.api_form import AUXILIARY
 from oserve.gateway.http.errors import ApiError
 from oserve.gateway.http.headers import client_headers
 from oserve.gateway.settings import GatewaySettings, TenancySettings, TenantSettings
@@ -237,24 +238,36 @@ def test_limits_of_an_attached_server_are_not_passed_on() -> None:
     assert [name for name, _ in headers] == [b"x-other", b"content-length"]
 
 
+CHAT = {"model": "emulated", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 BODIES = {
     "/v1/completions": TEXT,
-    "/v1/chat/completions": {
+    "/v1/chat/completions": CHAT,
+    "/v1/chat/completions/batch": CHAT | {"messages": [CHAT["messages"]]},
+    "/v1/messages": CHAT,
+    "/v1/messages/count_tokens": CHAT,
+    "/v1/responses": {"model": "emulated", "input": "hello", "max_output_tokens": 4},
+    "/generative_scoring": {
         "model": "emulated",
-        "messages": [{"role": "user", "content": "hello"}],
-        "max_tokens": 4,
+        "query": "hello",
+        "items": ["a"],
+        "label_token_ids": [1],
     },
+    "/invocations": TEXT,
     "/tokenize": {"model": "emulated", "prompt": "hello"},
     "/detokenize": {"model": "emulated", "tokens": [1, 2]},
 }
-OPEN = {"/health", "/live", "/version", "/metrics"}
+OPEN = {"/health", "/live", "/ping", "/version", "/openapi.json", "/metrics"}
+
+
+def tenant_of(path: str) -> str:
+    return path[1:].replace("/", ".")
 
 
 async def test_whatever_a_replica_answers_needs_a_key_and_counts(
     make_front: Make, tmp_path: Path
 ) -> None:
     store = KeyStore(tmp_path / "keys.json")
-    keys = {path: store.add(path[1:].replace("/", "."), KeyRole.USE)[1] for path in BODIES}
+    keys = {path: store.add(tenant_of(path), KeyRole.USE)[1] for path in BODIES}
     limits = TenantSettings(requests_per_min=2, tokens_per_min=1000)
     settings = GatewaySettings(
         port=0, shutdown_grace_s=0.0, tenancy=TenancySettings(default=limits)
@@ -271,20 +284,23 @@ async def test_whatever_a_replica_answers_needs_a_key_and_counts(
             assert path in BODIES, path
     for path, body in BODIES.items():
         headers = {"authorization": f"Bearer {keys[path]}"}
-        # The emulated engine lacks one of them.
-        answered = 404 if path == "/detokenize" else 200
-        for expected in (answered, answered, 429):
+        statuses = []
+        for _ in range(3):
             # The gateway's own answers do not count.
             assert (await front.get("/v1/models", headers=headers))[0] == 200
             status, told, _ = await front.post(path, body, headers=headers)
-            assert status == expected, path
-            assert told["x-ratelimit-limit-requests"] == "2"
+            statuses.append(status)
+            assert told["x-ratelimit-limit-requests"] == "2", path
+        # The emulated engine lacks one of them.
+        answered = 404 if path == "/detokenize" else 200
+        assert statuses == [answered, answered, 429], path
     runner = front.gateway.runner
     await until(lambda: not runner.active)
     assert runner.tenants.limits.loads({}) == {}
     counted = runner.metrics.snapshot()["oserve_tenant_requests"]
     assert {name.partition("\t")[0]: found for name, found in counted.items()} == {
-        path[1:].replace("/", "."): [2.0] for path in BODIES
+        tenant_of(path): [2.0] for path in BODIES
     }
     charged = runner.machine.waiting.fair.take_charges()
-    assert {tenant for _, tenant in charged} == {"v1.completions", "v1.chat.completions"}
+    free = {path.decode() for path in AUXILIARY}
+    assert {tenant for _, tenant in charged} == {tenant_of(path) for path in BODIES.keys() - free}
