@@ -139,7 +139,7 @@ def run(
                 begin(command.replica.id, now_s)
             elif isinstance(command, do.Record) and command.charge is not None:
                 made = who[command.number][2].made
-                execute(machine.handle(on.Spent(command.charge, made), now_s), now_s)
+                machine.settle_charge(command.charge, made)
 
     def begin(name: str, now_s: float) -> None:
         nonlocal count

@@ -14,6 +14,7 @@ from typing import Any
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
@@ -32,7 +33,7 @@ from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.replay_buffer import ReplayBudget
 from oserve.gateway.stream.session import Session, SessionContext
-from oserve.gateway.tenants import Tenants, by_flow, salted
+from oserve.gateway.tenants import Tenants, salted
 from oserve.gateway.tracing import RequestTracer, Untraced, tracer_of
 from oserve.gateway.upstream_request import pool_of, request_bytes
 from oserve.gateway.yield_queue import YieldQueue
@@ -143,23 +144,13 @@ class RequestRunner:
         """Apply a new cluster snapshot."""
         self.snapshot = snapshot
         self.report(on.LoadElsewhere(snapshot.elsewhere, snapshot.processes))
-        if snapshot.processes:
-            self.tenants.processes = snapshot.processes
-        if snapshot.tenants:
-            self.tenants.limits.set_elsewhere(snapshot.tenants, monotonic())
-        if snapshot.charged:
-            self.report(on.ChargedElsewhere(by_flow(snapshot.charged)))
+        self.tenants.follow(snapshot)
         for name, (started_s, within_s) in snapshot.hand_overs.items():
             self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Outstanding work (prior seconds) and requests of this process, per replica."""
         return self.machine.fleet.ledger.own()
-
-    def charged(self) -> dict[str, float]:
-        """Device-seconds charged so far in this process, by tier and tenant."""
-        found = self.machine.waiting.fair.charged_s()
-        return {f"{tier}\t{tenant}": spent_s for (tier, tenant), spent_s in found.items()}
 
     @property
     def queued(self) -> int:
@@ -198,6 +189,7 @@ class RequestRunner:
                 prefix_tokens=estimate.prefix_tokens,
                 forecast=estimate.output,
                 tenant=self.tenants.fair_name(session),
+                owner=session.tenant,
                 max_queued=self.tenants.max_queued(session),
             )
         )
@@ -258,6 +250,7 @@ class RequestRunner:
             self._crashed(session.number, error)
 
     def _machine_failed(self, event: Event, error: Exception) -> None:
+        charge: Charge | None = None
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
         if session is None:
@@ -268,15 +261,21 @@ class RequestRunner:
             _log.error("request %s could not be ended: %s", id_, fault(error))
             session.release()
             with contextlib.suppress(Exception):  # its client is told all the same
-                self.machine.forget(session.number)
+                charge = self.machine.forget(session.number)
         else:
             self._crashed(session.number, error)
         if session.number not in self.machine.requests:
             self._execute(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
-            ending = do.Record(
-                number=session.number, status=FinishStatus.FAILED, replica="", moves=0
+            self._execute(
+                do.Record(
+                    number=session.number,
+                    status=FinishStatus.FAILED,
+                    replica="",
+                    moves=0,
+                    charge=charge,
+                    made_tokens=0 if charge is None else charge.made_tokens,
+                )
             )
-            self._execute(ending)
 
     def _crashed(self, number: int, error: Exception) -> None:
         """End a request in which an exception was raised; no other request is affected."""
@@ -380,9 +379,9 @@ class RequestRunner:
         reason = _SHOWN_ERRORS.get(command.status)
         if reason is not None and not session.refused:
             self.metrics.count("oserve_request_errors", reason)
-        spent = self.tenants.ended(session, command)
-        if spent is not None:
-            self.report(spent)
+        spent_tokens = self.tenants.ended(session, command)
+        if spent_tokens is not None and command.charge is not None:
+            self.machine.settle_charge(command.charge, spent_tokens)
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 

@@ -7,17 +7,16 @@ FlowKey = tuple[str, str]
 class ServiceCounter:
     """The service that one tenant had in one tier.
 
-    ``level_s``: device-seconds charged by its weight, lifted after idle times. ``charged_s``: those
-    charged in all. ``tag_s``: see ``FairQueue.engine_rank_s``. ``open``: charges not settled.
+    ``level_s``: device-seconds charged by its weight, lifted after idle times. ``tag_s``: see
+    ``FairQueue.engine_rank_s``. ``open``: charges not settled.
     """
 
-    __slots__ = ("charged_s", "key", "level_s", "open", "tag_s", "weight")
+    __slots__ = ("key", "level_s", "open", "tag_s", "weight")
 
     def __init__(self, key: FlowKey, weight: float) -> None:
         self.key = key
         self.weight = weight
         self.level_s = 0.0
-        self.charged_s = 0.0
         self.tag_s = 0.0
         self.open = 0
 

@@ -14,6 +14,7 @@ def charged_rank_s(
 ) -> float:
     """Charge a request of a tenant; returns its rank in the engine's queue.
 
+    While one tenant alone is active, that is the rank that it has without fair shares.
     What a replica failed to finish is not charged, and neither is a prompt that is computed again
     because its stream moved.
     """
@@ -22,7 +23,8 @@ def charged_rank_s(
     if state.charge is not None:
         if not state.made_tokens:
             state.charge.prompt_s = 0.0
-        fair.settle(state.charge, max(0, state.made_tokens - state.charge.made_tokens))
+        settled, state.charge = state.charge, None
+        fair.settle(settled, max(0, state.made_tokens - settled.made_tokens))
     per_token_s = choice.decode_s_per_token * choice.replica.devices
     tokens = state.request.output_tokens if state.request is not None else 0
     prompt_s = choice.route.work_s * choice.replica.devices - per_token_s * tokens
@@ -31,5 +33,8 @@ def charged_rank_s(
     )
     state.charge.made_tokens = state.made_tokens
     rank_s = fair.engine_rank_s(state.charge, now_s, replicas)
-    rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
+    if not fair.several:
+        return state.rank_s
+    if state.urgency_s:
+        rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
     return rank_s + DEMOTED_S if state.demoted else rank_s

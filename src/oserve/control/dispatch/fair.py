@@ -12,102 +12,23 @@ for locality adds itself to both, and so do errors of estimates of requests in f
 end.
 """
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
 from oserve.control.dispatch.charge import Charge, FlowKey, ServiceCounter
 from oserve.control.dispatch.fair_policy import FairPolicy
-from oserve.control.dispatch.flows import TenantFlow
+from oserve.control.dispatch.flows import FlowHeap, TenantFlow, TierFlows
 from oserve.control.dispatch.passing import PassingOrder
-from oserve.control.dispatch.state import RequestState
+from oserve.control.dispatch.state import Queued, RequestState
 
-# Heaps are rebuilt once they hold more stale entries than this.
-_MOST_STALE = 64
-# Idle flows are dropped once there are so many more than waiting ones.
-_MOST_IDLE = 1024
+# Idle flows are looked through once there are so many more than waiting ones.
+_FEW_IDLE = 1024
 # A tenant is active for so long after its last arrival.
 _ACTIVE_S = 60.0
-# Of the tenants within the debt for locality, so many are compared.
-_MOST_COMPARED = 8
+# Later arrivals of an active tenant are noted again after so long.
+_SEEN_AGAIN_S = 1.0
 # The furthest that a tenant's requests are put back in an engine's queue, in seconds.
 _MOST_AHEAD_S = 60.0
-
-
-class _Heap:
-    """The flows of a tier with requests of one kind, by counter; stale entries are dropped late."""
-
-    __slots__ = ("_entries", "_late", "_most", "_order")
-
-    def __init__(self, *, late: bool) -> None:
-        self._entries: list[tuple[float, int, int, TenantFlow]] = []
-        self._most = _MOST_STALE
-        self._late = late
-        self._order = 0
-
-    def push(self, flow: TenantFlow) -> None:
-        self._order += 1
-        # Of equal counters the tenant with less under way goes first.
-        heapq.heappush(self._entries, (flow.level_s, flow.open, self._order, flow))
-        if len(self._entries) > self._most:
-            flows = {
-                flow: order for *_, order, flow in self._entries if flow.queue(late=self._late)
-            }
-            self._entries = [
-                (flow.level_s, flow.open, order, flow) for flow, order in flows.items()
-            ]
-            heapq.heapify(self._entries)
-            self._most = 2 * len(flows) + _MOST_STALE
-
-    def lowest(self) -> TenantFlow | None:
-        """The flow that goes next."""
-        entries = self._entries
-        while entries:
-            level_s, _, _, flow = entries[0]
-            if flow.queue(late=self._late):
-                if level_s == flow.level_s:
-                    return flow
-                heapq.heappop(entries)
-                if level_s < flow.level_s:
-                    self.push(flow)
-            else:
-                heapq.heappop(entries)
-        return None
-
-    def lowest_within(self, debt_s: float) -> list[TenantFlow]:
-        """The lowest flow, and a few others within a debt of it."""
-        found: list[TenantFlow] = []
-        while len(found) < _MOST_COMPARED:
-            flow = self.lowest()
-            if flow is None or (found and flow.level_s > found[0].level_s + debt_s):
-                break
-            if flow not in found:
-                found.append(flow)
-            heapq.heappop(self._entries)
-        for flow in found:
-            self.push(flow)
-        return found
-
-    @property
-    def entries(self) -> int:
-        return len(self._entries)
-
-
-class _TierFlows:
-    """The flows of one tier that wait, and the one that waited last."""
-
-    __slots__ = ("heaps", "last")
-
-    def __init__(self) -> None:
-        self.heaps = (_Heap(late=False), _Heap(late=True))
-        self.last: TenantFlow | None = None
-
-    def floor_s(self) -> float:
-        """The counter that a tenant which comes now has at least."""
-        found = [flow.level_s for heap in self.heaps if (flow := heap.lowest()) is not None]
-        if found:
-            return min(found)
-        return self.last.level_s if self.last is not None else 0.0
 
 
 class FairQueue:
@@ -120,19 +41,27 @@ class FairQueue:
     def __init__(self, saved_s: Callable[[RequestState], float] | None = None) -> None:
         self._policy = FairPolicy()
         self._flows: dict[FlowKey, TenantFlow] = {}
-        self._tiers: dict[str, _TierFlows] = {}
+        self._tiers: dict[str, TierFlows] = {}
         self._numbers: dict[int, RequestState] = {}
         self._saved_s = saved_s
-        self._elsewhere: dict[FlowKey, float] = {}
-        # Tenants by their last arrival, and the sum of their weights.
-        self._active: OrderedDict[FlowKey, float] = OrderedDict()
+        # Those of the flows that wait.
+        self._waiting: dict[FlowKey, TenantFlow] = {}
+        self._most_idle = _FEW_IDLE
+        # Device-seconds charged since ``take_charges``.
+        self._new: dict[FlowKey, float] = {}
+        # Tenants by their last arrival, the sum of their weights, and their charges not settled.
+        self._active: OrderedDict[str, float] = OrderedDict()
         self._active_weight = 0.0
+        # Whether more than one tenant is active; otherwise everything is by rank.
+        self.several = False
+        self._open: dict[str, int] = {}
 
     def use(self, policy: FairPolicy) -> None:
         """Apply another policy from now on."""
         self._policy = policy
         for (_, tenant), flow in self._flows.items():
             flow.weight = policy.weight(tenant)
+        self._active_weight = sum(map(policy.weight, self._active))
 
     # -- as RankQueue ---------------------------------------------------------------------------
     def __len__(self) -> int:
@@ -161,8 +90,9 @@ class FairQueue:
         queue = flow.queue(late=state.demoted)
         fresh = not queue
         queue.push(state)
+        self._waiting[flow.key] = flow
         if fresh:
-            self._tier(flow).heaps[state.demoted].push(flow)
+            flow.tier.heaps[state.demoted].push(flow)
 
     def discard(self, state: RequestState) -> None:
         """Remove a request if it waits here."""
@@ -172,7 +102,8 @@ class FairQueue:
         flow.waiting.discard(state)
         flow.late.discard(state)
         if not flow:
-            self._tier(flow).last = flow
+            self._waiting.pop(flow.key, None)
+            flow.tier.last = flow
 
     def head(self) -> RequestState | None:
         """The request to serve next."""
@@ -186,7 +117,7 @@ class FairQueue:
                     best = found
         return best
 
-    def _first(self, heap: _Heap, *, late: bool) -> RequestState | None:
+    def _first(self, heap: FlowHeap, *, late: bool) -> RequestState | None:
         flow = heap.lowest()
         if flow is None:
             return None
@@ -208,7 +139,7 @@ class FairQueue:
         A request that is sent, demoted or refused while this runs changes the order of the rest.
         """
         groups = [
-            PassingOrder(late, [flow for flow in self._flows.values() if flow.key[0] == name])
+            PassingOrder(late, [flow for flow in self._waiting.values() if flow.key[0] == name])
             for name in self._tiers
             for late in (False, True)
         ]
@@ -233,27 +164,40 @@ class FairQueue:
     # -- counters -------------------------------------------------------------------------------
     def flow(self, state: RequestState) -> TenantFlow:
         """The flow of a request."""
-        tier = state.tier
-        key = ("" if tier is None else tier.name, state.tenant)
+        promise, tenant = state.promise, state.tenant
+        tier = "" if promise is None else promise.tier.name
+        found = self._flows.get((tier, tenant))
+        return self._flow(tier, tenant) if found is None else found
+
+    def _flow(self, tier: str, tenant: str) -> TenantFlow:
+        key = (tier, tenant)
         found = self._flows.get(key)
         if found is None:
-            if len(self._flows) > _MOST_IDLE + 2 * len(self._numbers):
+            if len(self._flows) > self._most_idle + 2 * len(self._numbers):
                 self._drop_idle()
-            found = self._flows[key] = TenantFlow(key, self._policy.weight(state.tenant))
+            own = self._tiers.get(tier)
+            if own is None:
+                own = self._tiers[tier] = TierFlows()
+            found = self._flows[key] = TenantFlow(key, self._policy.weight(tenant), own)
         return found
 
     def arrived(self, state: RequestState, now_s: float) -> None:
         """A request of a tenant has arrived, which is active for a while."""
-        flow = self.flow(state)
-        if self._active.pop(flow.key, None) is None:
-            self._active_weight += flow.weight
-        self._active[flow.key] = now_s
-        while True:
-            oldest = next(iter(self._active))
-            if self._active[oldest] >= now_s - _ACTIVE_S:
-                return
-            del self._active[oldest]
-            self._active_weight = sum(self._policy.weight(tenant) for _, tenant in self._active)
+        self._seen(state.tenant, now_s)
+
+    def _seen(self, tenant: str, now_s: float) -> None:
+        active = self._active
+        seen_s = active.get(tenant)
+        if seen_s is None:
+            self._active_weight += self._policy.weight(tenant)
+        elif now_s - seen_s < _SEEN_AGAIN_S:
+            return
+        active[tenant] = now_s
+        active.move_to_end(tenant)
+        while active[oldest := next(iter(active))] < now_s - _ACTIVE_S:
+            del active[oldest]
+            self._active_weight -= self._policy.weight(oldest)
+        self.several = len(active) > 1
 
     def over_share(self, state: RequestState, slots: float) -> bool:
         """Whether a tenant has its part of so many slots already, and others are active.
@@ -261,43 +205,67 @@ class FairQueue:
         Such a tenant leaves a few slots free (``FairPolicy.reserve``), so that others need not
         wait until one of its requests ends.
         """
-        if len(self._active) < 2:
+        if not self.several:
             return False
-        flow = self.flow(state)
-        return flow.open * self._active_weight >= slots * flow.weight
-
-    def waiting_of(self, state: RequestState) -> int:
-        """How many requests of its tenant wait in its tier."""
-        return len(self.flow(state))
+        own = self._open.get(state.tenant, 0)
+        return own * self._active_weight >= slots * self._policy.weight(state.tenant)
 
     def crowded_out(self, state: RequestState) -> RequestState:
-        """The latest request of the tenant with the most per weight; ``state`` if that is its."""
-        own = self.flow(state)
-        most = max(self._flows.values(), key=lambda flow: len(flow) / flow.weight)
-        if len(most) / most.weight <= len(own) / own.weight:
-            return state
-        latest: RequestState = max((*most.waiting, *most.late), key=lambda item: item.number)
-        return latest
+        """The latest request of the tenant with the most per weight; ``state`` if that is its own.
+
+        What is more urgent than ``state`` stays, and so do streams that resume.
+        """
+        waiting: dict[str, list[TenantFlow]] = {}
+        for (_, tenant), flow in self._waiting.items():
+            waiting.setdefault(tenant, []).append(flow)
+        loads = {
+            tenant: sum(map(len, flows)) / self._policy.weight(tenant)
+            for tenant, flows in waiting.items()
+        }
+        own = loads.get(state.tenant, 0.0)
+        for tenant in sorted(loads, key=lambda name: -loads[name]):
+            if loads[tenant] <= own:
+                break
+            found: list[RequestState] = [
+                item
+                for flow in waiting[tenant]
+                for item in (*flow.waiting, *flow.late)
+                if isinstance(item.phase, Queued)
+                and (item.demoted or item.urgency_s >= state.urgency_s)
+            ]
+            if found:
+                latest: RequestState = max(found, key=lambda item: item.number)
+                return latest
+        return state
 
     def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
         """Charge a request that is sent now: device-seconds of its prompt and of each token."""
         flow = self.flow(state)
-        if state.number not in self._numbers and not flow:
+        if state.number not in self._numbers and not (self._numbers and flow):
             # It passes an empty queue.
-            self._lift(flow)
-            self._tier(flow).last = flow
+            self._passes(flow)
         tokens = state.request.output_tokens if state.request is not None else 0
         charge = Charge(flow, prompt_s, per_token_s, tokens)
         flow.open += 1
+        tenant = state.tenant
+        self._open[tenant] = self._open.get(tenant, 0) + 1
         self._add(flow, charge.paid_s)
         return charge
 
     def settle(self, charge: Charge, output_tokens: float) -> None:
         """Correct a charge: the request had so many output tokens at that replica."""
-        charge.counter.open -= 1
+        flow = charge.counter
+        flow.open -= 1
+        tenant = flow.key[1]
+        left = self._open.get(tenant, 0) - 1
+        if left > 0:
+            self._open[tenant] = left
+        else:
+            self._open.pop(tenant, None)
         spent_s = charge.prompt_s + charge.per_token_s * output_tokens
-        self._add(charge.counter, spent_s - charge.paid_s)
-        charge.paid_s = spent_s
+        if spent_s != charge.paid_s:
+            self._add(flow, spent_s - charge.paid_s)
+            charge.paid_s = spent_s
 
     def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
         """The rank of a request in an engine's queue: when its tenant's share would have served it.
@@ -310,42 +278,54 @@ class FairQueue:
         flow.tag_s = min(max(now_s, flow.tag_s) + own_s, now_s + _MOST_AHEAD_S)
         return flow.tag_s
 
-    def charged_s(self) -> dict[FlowKey, float]:
-        """Device-seconds charged in this process so far."""
-        return {key: flow.charged_s for key, flow in self._flows.items() if flow.charged_s}
+    @property
+    def flows(self) -> int:
+        """Tenants and tiers that have a counter."""
+        return len(self._flows)
 
-    def set_elsewhere(self, charged_s: Mapping[FlowKey, float]) -> None:
-        """Device-seconds charged by other processes so far; a lower sum than before is new."""
-        for key, sum_s in charged_s.items():
-            before_s = self._elsewhere.get(key, 0.0)
-            more_s = sum_s - before_s if sum_s >= before_s else sum_s
-            flow = self._flows.get(key)
-            if more_s and flow is None:
-                flow = self._flows[key] = TenantFlow(key, self._policy.weight(key[1]))
-            if more_s and flow is not None:
-                self._raise(flow, more_s / flow.weight)
-        self._elsewhere = dict(charged_s)
+    def take_charges(self) -> dict[FlowKey, float]:
+        """Device-seconds charged in this process since the last call, with corrections."""
+        taken, self._new = self._new, {}
+        return taken
+
+    def charged_elsewhere(self, charged_s: Mapping[FlowKey, float], now_s: float) -> None:
+        """Device-seconds that other processes charged anew: as if it had been here."""
+        for (tier, tenant), more_s in charged_s.items():
+            flow = self._flow(tier, tenant)
+            if more_s > 0.0:
+                self._seen(tenant, now_s)
+                if not flow:
+                    self._passes(flow)
+            self._raise(flow, more_s / flow.weight)
 
     def _add(self, flow: ServiceCounter, device_s: float) -> None:
-        flow.charged_s += device_s
-        self._raise(flow, device_s / flow.weight)
+        key = flow.key
+        self._new[key] = self._new.get(key, 0.0) + device_s
+        if device_s < 0.0:
+            self._raise(flow, device_s / flow.weight)
+        else:
+            flow.level_s += device_s / flow.weight
 
     def _raise(self, flow: ServiceCounter, by_s: float) -> None:
         flow.level_s += by_s
-        if by_s < 0.0 and isinstance(flow, TenantFlow):
+        if by_s < 0.0 and self._numbers and isinstance(flow, TenantFlow):
             # A heap notices by itself only that a flow went up.
             for late in (False, True):
                 if flow.queue(late=late):
-                    self._tier(flow).heaps[late].push(flow)
+                    flow.tier.heaps[late].push(flow)
 
     def _lift(self, flow: TenantFlow) -> None:
-        flow.level_s = max(flow.level_s, self._tier(flow).floor_s())
+        flow.level_s = max(flow.level_s, flow.tier.floor_s())
 
-    def _tier(self, flow: TenantFlow) -> _TierFlows:
-        found = self._tiers.get(flow.key[0])
-        if found is None:
-            found = self._tiers[flow.key[0]] = _TierFlows()
-        return found
+    def _passes(self, flow: TenantFlow) -> None:
+        """A tenant is served that does not wait: no credit is left of its idle time."""
+        tier = flow.tier
+        last = tier.last
+        if last is flow and not self._numbers:
+            return
+        floor_s = tier.floor_s() if self._numbers or last is None else last.level_s
+        flow.level_s = max(flow.level_s, floor_s)
+        tier.last = flow
 
     def _drop_idle(self) -> None:
         """Forget flows that would be lifted to where they are, or higher, if they came again."""
@@ -356,3 +336,5 @@ class FairQueue:
             for key, flow in self._flows.items()
             if flow or flow.open or key in kept or flow.level_s > floors.get(key[0], 0.0)
         }
+        # So many new ones pay for the next look at all of them.
+        self._most_idle = max(_FEW_IDLE, 2 * len(self._flows))

@@ -17,7 +17,6 @@ from oserve.control.dispatch.state import (
     Booking,
     Ended,
     Placed,
-    Queued,
     ReplicaStart,
     RequestState,
     Resuming,
@@ -82,9 +81,11 @@ class Lifecycle:
 
     def breaks_promise(self, state: RequestState) -> bool:
         """Refuse a request that has just arrived if its tier rejects what cannot be in time."""
-        tier, request, due_s = state.tier, state.request, state.due_s
-        if tier is None or tier.overload is not OverloadAction.REJECT:
+        promise, request = state.promise, state.request
+        if promise is None or promise.tier.overload is not OverloadAction.REJECT:
             return False
+        # Here the limits count that the client may have tightened.
+        due_s = None if request is None else promise.first_token_s(request.output_tokens)
         if request is None or due_s is None:
             return False
         fleet = self.fleet
@@ -101,7 +102,8 @@ class Lifecycle:
         self.refuse(
             state,
             Refusal.PROMISE,
-            reason=f"{expected_s:.3g} s, with a limit of {due_s:.3g} s in tier {tier.name!r}",
+            reason=f"{expected_s:.3g} s, with a limit of {due_s:.3g} s"
+            f" in tier {promise.tier.name!r}",
             retry_after_s=max(1, math.ceil(expected_s - due_s)),
         )
         return True
@@ -162,19 +164,19 @@ class Lifecycle:
 
     def _over_share(self, state: RequestState) -> bool:
         """Whether a request leaves slots free for tenants with less than their share."""
-        if not state.tenant or isinstance(state.phase, Resuming):
+        fair = self.waiting.fair
+        if not state.tenant or not fair.several or isinstance(state.phase, Resuming):
             return False
-        return self.waiting.fair.over_share(state, self.fleet.slots)
+        return fair.over_share(state, self.fleet.slots)
 
     def _crowded(self, state: RequestState) -> bool:
         """Whether a request finds no place to wait; another tenant may have to make room for it."""
-        fair = self.waiting.fair
-        if state.tenant and fair.waiting_of(state) > state.max_queued:
+        if state.owner and self.waiting.owned.get(state.owner, 0) > state.max_queued:
             return True
         if not self.waiting.full:
             return False
         other = self.waiting.crowded_out(state) if state.tenant else state
-        if other is state or not isinstance(other.phase, Queued):
+        if other is state:
             return True
         self.refuse(other, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
         return False
@@ -184,6 +186,7 @@ class Lifecycle:
         request = state.request
         if request is None:
             return NoRoute.NO_REPLICA
+        booking: Booking | None = None
         try:
             choice = self.fleet.choose(state, request, self.now_s, tight=self._over_share(state))
             if isinstance(choice, NoRoute):
@@ -193,6 +196,11 @@ class Lifecycle:
                 self.waiting.fair, state, choice, self.now_s, len(self.fleet.serving)
             )
         except Exception as error:  # an unforeseen fault in routing one request ends only that one
+            if booking is not None:
+                self.fleet.unbook(booking, self.now_s)
+                if state.charge is not None:
+                    # It was not sent.
+                    state.charge.prompt_s = 0.0
             self.refuse(state, Refusal.INTERNAL, reason=fault(error))
             return None
         send = do.Send(
@@ -239,8 +247,8 @@ class Lifecycle:
         """
         # By the replicas that are barred: the shortest prompt for which no replica has room.
         blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None, bool], float] = {}
-        crowded = not self.fleet.any_tight_room
-        for state in self.waiting.passing(lambda state: crowded and self._over_share(state)):
+        tight = self.waiting.fair.several and not self.fleet.any_tight_room
+        for state in self.waiting.passing(lambda state: tight and self._over_share(state)):
             barred = frozenset(state.tried), state.moves > 0, state.tier, self._over_share(state)
             if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
@@ -363,9 +371,8 @@ class Lifecycle:
     ) -> None:
         """Free the slot at a replica; ``tried``: never send the request there again."""
         booking = phase.booking
+        self.fleet.unbook(booking, self.now_s, done=done)
         if booking.entry is not None:
-            booking.entry.close(self.now_s, done=done)
-            self.fleet.breakers.release(booking.replica.id)
             self.may_settle()
         if tried:
             state.tried.add(booking.start)

@@ -14,7 +14,10 @@ from oserve.wire.events import data_event
 # Neither frozen nor slotted: Python sets the traceback of an exception that propagates.
 @dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
-    """An error of the OpenAI API: message, type, code and parameter."""
+    """An error of the OpenAI API: message, type, code and parameter.
+
+    ``reason``: what metrics call it, where its code does not tell enough.
+    """
 
     status: int
     message: str
@@ -23,6 +26,7 @@ class ApiError(Exception):
     code: str | None = None
     retry_after_s: int | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.status} {self.code or self.type}: {self.message}"
@@ -91,11 +95,11 @@ def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
 
 
 def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") -> ApiError:
-    """429: too many requests wait."""
+    """429: too many requests wait. As at OpenAI, the type of a 429 names what is short."""
     return ApiError(
         status=429,
         message=message,
-        type="rate_limit_error",
+        type="requests",
         code=code,
         retry_after_s=retry_after_s,
     )

@@ -70,7 +70,7 @@ class OwnRoutes:
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         """Answer with an error, and count it."""
-        self.runner.metrics.count("oserve_request_errors", error.code or error.type)
+        self.runner.metrics.count("oserve_request_errors", error.reason or error.code or error.type)
         request_id = exchange.headers[b"x-request-id"]
         send_error(exchange, error, (*headers, *error.headers, (b"x-request-id", request_id)))
 

@@ -178,8 +178,8 @@ class Gateway(OwnRoutes):
         """Who calls a route that needs no key; a key shows an admin more of the metrics."""
         if not self.door.guarded:
             return OPEN_CALLER
-        given = exchange.headers.get(b"authorization")
-        if given is None or not exchange.path.startswith(_METRICS):
+        given = _credentials(exchange)
+        if not given or not exchange.path.startswith(_METRICS):
             return _STRANGER
         return self.door.caller(given, exchange.peer)
 
@@ -256,6 +256,7 @@ class Gateway(OwnRoutes):
             request_id=request_id,
             parsed=parsed,
         )
+        session.tenant = caller.tenant if caller.key else ""
         self.runner.accept(session, 0.0)
 
 
