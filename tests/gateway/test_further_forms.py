@@ -95,7 +95,7 @@ async def test_a_stream_whose_replica_dies_ends_with_an_error_of_its_form(
     engine = EmulatedEngine(speed=EngineSpeed(tpot_s=0.001))
     front = await make_front(engine)
     limit = "max_tokens" if path == MESSAGES else "max_output_tokens"
-    long = body_of(path, stream=True, **{limit: 1 << 20})
+    long = body_of(path, stream=True, **{limit: 20_000})
     async with front.session.post(front.url + path, json=long) as answer:
         await answer.content.readuntil(b"delta")
         await engine.stop()

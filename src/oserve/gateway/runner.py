@@ -52,8 +52,6 @@ _SHOWN_ERRORS = {
     FinishStatus.FAILED: "engine_failed",
 }
 
-Start = tuple[str, float]
-
 
 class RequestRunner:
     """The request path of one gateway process, from admission to the replicas."""
@@ -74,7 +72,7 @@ class RequestRunner:
         self._accounting = Accounting(self.metrics, self.estimator, self.lengths, records)
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         # Attached servers, by their start, that refused stream_options.
-        self._without_options: set[Start] = set()
+        self._without_options: set[tuple[str, float]] = set()
         self.tenants = Tenants(settings, self.metrics)
         self.tracer: RequestTracer | Untraced = tracer_of(settings.tracing)
         self._number = 0
@@ -103,7 +101,7 @@ class RequestRunner:
             do.Depart: lambda command, session: session.depart(command),
             do.Resume: self._resume,
             do.Refuse: self._refuse,
-            do.Demote: self._demote,
+            do.Demote: lambda *_: self.metrics.count("oserve_requests_demoted"),
             do.Record: self._record,
         }
 
@@ -193,8 +191,7 @@ class RequestRunner:
                 max_queued=self.tenants.max_queued(session),
             )
         )
-        if session.replica is None:
-            self.tracer.event(session.number, "queued")
+        self.tracer.accepted(session)
 
     def report(self, event: Event) -> None:
         """Report an event to the machine, and execute its commands before returning.
@@ -357,9 +354,6 @@ class RequestRunner:
         finally:
             if not session.exchange.done:
                 session.exchange.abort()
-
-    def _demote(self, command: do.Demote, session: Session) -> None:
-        self.metrics.count("oserve_requests_demoted")
 
     def _survey(self, command: do.Survey) -> None:
         progress: dict[int, on.Progress] = {}

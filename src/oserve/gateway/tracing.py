@@ -26,6 +26,9 @@ class Untraced:
     def arrived(self, session: Session) -> None:
         """See ``RequestTracer``."""
 
+    def accepted(self, session: Session) -> None:
+        """See ``RequestTracer``."""
+
     def event(self, number: int, name: str, **attributes: str | int | float) -> None:
         """See ``RequestTracer``."""
 
@@ -100,6 +103,11 @@ class RequestTracer:
             if (value := own.get(name.decode())) is not None:
                 headers[name] = value.encode()
         self._spans[session.number] = span
+
+    def accepted(self, session: Session) -> None:
+        """The machine knows the request, and has sent it or lets it wait."""
+        if session.replica is None:
+            self.event(session.number, "queued")
 
     def event(self, number: int, name: str, **attributes: str | int | float) -> None:
         """A step of a request that runs."""
