@@ -118,8 +118,7 @@ async def test_nodes_that_come_together_are_followed_once(
     follower = ClusterGrowth(
         deployed(model, tmp_path, fleet.nodes), cast(NodeFleet, fleet), clock, renewed
     )
-    task = asyncio.create_task(follower.run())
-    follower.notice()
+    follower.begin()
     await clock.advance(5.0)
     for names in (("a", "b"), ("a", "b", "c")):
         fleet.nodes = found(*names)
@@ -130,4 +129,4 @@ async def test_nodes_that_come_together_are_followed_once(
     assert [len(one.devices) for one in told] == [6]
     assert len(follower.deployment.devices) == 6
     assert fleet.asked == 3
-    task.cancel()
+    await follower.close()
