@@ -67,6 +67,7 @@ class DueWork:
             self._due.clear()
             try:
                 await self._work()
+            # What nobody foresaw must end neither this work nor the server.
             except Exception:
                 _log.exception("%s; tried again in %g s", self._fault, self._again_s)
                 await self._clock.sleep(self._again_s)
