@@ -118,7 +118,8 @@ async def test_nodes_that_come_together_are_followed_once(
     follower = ClusterGrowth(
         deployed(model, tmp_path, fleet.nodes), cast(NodeFleet, fleet), clock, renewed
     )
-    follower.begin()
+    task = asyncio.create_task(follower.run())
+    follower.notice()
     await clock.advance(5.0)
     for names in (("a", "b"), ("a", "b", "c")):
         fleet.nodes = found(*names)
@@ -129,4 +130,4 @@ async def test_nodes_that_come_together_are_followed_once(
     assert [len(one.devices) for one in told] == [6]
     assert len(follower.deployment.devices) == 6
     assert fleet.asked == 3
-    await follower.close()
+    task.cancel()

@@ -65,7 +65,6 @@ class OServeServer:
         self.ready = asyncio.Event()
         self._keeper = engine_keeper(deployment, folders)
         self._fleet, self._deployment = fleet, deployment
-        self._growth: ClusterGrowth | None = None
         self._cluster = engine_cluster(
             deployment,
             folders,
@@ -147,8 +146,7 @@ class OServeServer:
         await self._keeper.connect()
         if self._fleet is not None:
             growth = ClusterGrowth(self._deployment, self._fleet, self._clock, self._renewed)
-            self._growth = growth
-            growth.begin()
+            self._tasks.append(asyncio.ensure_future(growth.run()))
             self._fleet.attach(self._cluster, growth.notice, busy=lambda: self._switcher.active)
         kept, ended = await self._cluster.adopt()
         if kept or ended:
@@ -177,8 +175,6 @@ class OServeServer:
         for task in self._tasks:
             task.cancel()
         self._tuning.close()
-        if self._growth is not None:
-            await self._growth.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._decisions is not None:
             await self._decisions.close()

@@ -46,7 +46,7 @@ class DueWork:
         """It is due, and is done from now on."""
         self._due.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = asyncio.create_task(self.run())
 
     def refresh(self) -> None:
         """It is due."""
@@ -58,7 +58,8 @@ class DueWork:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Do it whenever it is due, until cancelled: for who has a task already."""
         while True:
             await self._wait()
             self._busy = True

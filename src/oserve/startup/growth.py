@@ -57,17 +57,13 @@ class ClusterGrowth:
             settle_s=_SETTLE_S,
         )
 
-    def begin(self) -> None:
-        """Follow from now on."""
-        self._following.begin()
-
     def notice(self) -> None:
         """There may be more to know."""
         self._following.refresh()
 
-    async def close(self) -> None:
-        """Follow no more."""
-        await self._following.close()
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        await self._following.run()
 
     async def _follow(self) -> None:
         found = self._fleet.found(self.deployment.asked)
