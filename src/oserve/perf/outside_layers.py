@@ -16,11 +16,15 @@ _TOWERS = ("vision_config", "audio_config", "vit_config")
 def outside_parameters(keys: ConfigKeys, layers: int) -> int:
     """Parameters besides layers, token embedding and LM head."""
     found = _positions(keys) + _per_layer_embeddings(keys, layers) + _shared_blocks(keys)
-    for key in _TOWERS:
-        part = keys.outer.get(key)
-        if isinstance(part, Mapping):
-            found += _tower(part, key, hidden_of(keys))
-    return found
+    return found + tower_parameters(keys)
+
+
+def tower_parameters(keys: ConfigKeys) -> int:
+    """Parameters of the encoders of images and sound, with their projectors."""
+    parts = ((key, keys.outer.get(key)) for key in _TOWERS)
+    return sum(
+        _tower(part, key, hidden_of(keys)) for key, part in parts if isinstance(part, Mapping)
+    )
 
 
 def _positions(keys: ConfigKeys) -> int:
