@@ -210,7 +210,6 @@ def test_every_checked_type_was_compared_with_a_count() -> None:
         "longcat_flash",
         "longcat_flash_ngram",
         "minicpm",
-        "nemotron-nas",
         "olmo_hybrid",
         "qwen3_omni_moe",
     ],

@@ -5,9 +5,12 @@ out, as they are negligible. Sources: vllm/model_executor/models (0.32) and tran
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from oserve.core import OServeError
+from oserve.perf.checked import WITHOUT_FACTS
 from oserve.perf.config_keys import ConfigKeys
 from oserve.perf.layer_types import MixerType, mixer_types
 from oserve.perf.layers import Cache, CacheKind
@@ -16,6 +19,7 @@ from oserve.perf.modules import Module, parameters_of
 # vLLM compresses these models' keys and values; MiniCPM3 has the same keys, but caches heads.
 _LATENT = """
 deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear mistral4
+axk1
 """
 LATENT_TYPES = frozenset(_LATENT.split())
 # Query heads come with a gate of the same size.
@@ -82,7 +86,44 @@ def head_dim_of(keys: ConfigKeys) -> int:
 
 def mixers(keys: ConfigKeys, layers: int) -> list[Mixer]:
     """The mixer of each layer; several share one object."""
+    blocks = keys.list("block_configs")
+    if blocks:
+        return [_block(keys, block) for block in blocks]
     return [_MAKERS[kind](keys, kind) for kind in mixer_types(keys, layers)]
+
+
+def part_of_block(block: Any, part: str) -> Mapping[str, Any] | None:
+    """The ``attention`` or ``ffn`` of one of Nemotron-NAS's blocks; ``None`` if it has none."""
+    found = block.get(part) if isinstance(block, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("no_op"):
+        return None
+    return found
+
+
+def _block(keys: ConfigKeys, block: Any) -> Mixer:
+    """Attention of the width of all others, with a number of key-value heads of its own."""
+    own = part_of_block(block, "attention")
+    if own is None:
+        return Mixer()
+    shared = own.get("n_heads_in_group")
+    if own.get("replace_with_linear") or not isinstance(shared, int) or shared < 1:
+        raise OServeError(
+            "attention without n_heads_in_group is not known",
+            place=f"{keys.place}:block_configs",
+            remedy=WITHOUT_FACTS,
+        )
+    hidden, heads, size = hidden_of(keys), heads_of(keys), head_dim_of(keys)
+    kv_heads = max(1, heads // shared)
+    return Mixer(
+        modules=(
+            Module(name="self_attn.q_proj", parameters=hidden * heads * size, shards=heads),
+            Module(name="self_attn.o_proj", parameters=hidden * heads * size, shards=heads),
+            Module(name="self_attn.k_proj", parameters=hidden * kv_heads * size, shards=kv_heads),
+            Module(name="self_attn.v_proj", parameters=hidden * kv_heads * size, shards=kv_heads),
+        ),
+        attention=heads * size,
+        cache=Cache(kind=CacheKind.FULL, values=2 * kv_heads * size, heads=kv_heads),
+    )
 
 
 def _attention(keys: ConfigKeys, kind: MixerType) -> Mixer:

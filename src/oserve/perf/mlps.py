@@ -1,10 +1,13 @@
 """The MLPs of a configuration: of two or three matrices, with or without experts, by layer."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from oserve.core import OServeError
+from oserve.perf.checked import WITHOUT_FACTS
 from oserve.perf.config_keys import ConfigKeys
 from oserve.perf.layer_types import names_of_layers
-from oserve.perf.mixers import hidden_of
+from oserve.perf.mixers import hidden_of, part_of_block
 from oserve.perf.modules import Module, parameters_of
 
 # MLPs of two matrices, up and down.
@@ -129,10 +132,31 @@ def mlps(keys: ConfigKeys, layers: int) -> list[Mlp]:
     """The MLP of each layer."""
     if keys.kind in _NO_MLP:
         return [Mlp()] * layers
+    blocks = keys.list("block_configs")
+    if blocks:
+        return [_block(keys, block) for block in blocks]
     named = names_of_layers(keys)
     listed = tuple(str(one) for one in keys.list("mlp_layer_types"))
     experts = experts_of(keys)
     return [_mlp(keys, layer, named, listed, experts) for layer in range(layers)]
+
+
+def _block(keys: ConfigKeys, block: Any) -> Mlp:
+    """The MLP of one of Nemotron-NAS's blocks."""
+    own = part_of_block(block, "ffn")
+    if own is None:
+        return Mlp()
+    factor, width = own.get("ffn_mult"), own.get("intermediate_size")
+    if isinstance(factor, int | float):
+        # As vLLM's nemotron_nas.py rounds it.
+        width = 256 * -(-int(2 * factor * hidden_of(keys) / 3) // 256)
+    if own.get("replace_with_linear") or not isinstance(width, int) or width < 1:
+        raise OServeError(
+            "an MLP without ffn_mult is not known",
+            place=f"{keys.place}:block_configs",
+            remedy=WITHOUT_FACTS,
+        )
+    return Mlp(own=_matrices("mlp", True, hidden_of(keys) * width), dense_width=width)
 
 
 def _mlp(

@@ -312,8 +312,8 @@ class ProfileSource:
 
     def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
         """That of the measured number of tokens, which vLLM states for its longest request."""
-        entry, tokens = self._entry(shape), self.kv_tokens(shape)
-        return entry and cache_of_tokens(self._profile.model, shape, tokens, entry.max_model_len)
+        longest = getattr(self._entry(shape), "max_model_len", 0)
+        return cache_of_tokens(self._profile.model, shape, self.kv_tokens(shape), longest)
 
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         power = find_device(self._profile.device_kind).power
