@@ -24,6 +24,7 @@ from oserve.evaluate.tiers import late_after_s, tier_routing, tier_shifts_s
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected
 from oserve.perf.costs import measured_costs
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.sim.fleet import SimulatedFleet
@@ -177,6 +178,7 @@ class Simulator:
         self._tables: dict[ReplicaShape, StepTables] = {}
         self._costs: dict[ReplicaShape, TokenCosts] = {}
         self._kv: dict[ReplicaShape, int] = {}
+        self._caches: dict[ReplicaShape, SequenceCache | None] = {}
         self.simulated_requests = 0
 
     def tables(self, shape: ReplicaShape) -> StepTables:
@@ -196,6 +198,12 @@ class Simulator:
         if shape not in self._kv:
             self._kv[shape] = self.source.kv_tokens(shape)
         return self._kv[shape]
+
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """How sequences take that cache; ``None``: by tokens."""
+        if shape not in self._caches:
+            self._caches[shape] = self.source.sequence_cache(shape)
+        return self._caches[shape]
 
     def requests(
         self,
@@ -273,6 +281,7 @@ class Simulator:
             ),
             kv_bytes_per_token=kv_bytes,
             link=link,
+            cache=self.sequence_cache(shape),
         )
 
     def route(self, fleet: SimulatedFleet, plan: DeploymentPlan, levers: Levers) -> None:

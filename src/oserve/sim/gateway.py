@@ -8,7 +8,7 @@ and sheds those that have waited too long.
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.control.dispatch.overload import DEMOTED_S
-from oserve.sim.blocks import blocks_of
+from oserve.sim.blocks import units_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at
 from oserve.sim.layout import (
@@ -164,7 +164,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
     while s.queue[0] + s.late[0] > 0:
         request = head(s, now, alone)
         base = request * REQUEST
-        blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
+        blocks = units_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
         index = NONE
         group = classes + s.groups[s.req[base + CLASS]]
         if blocks < s.groups[group]:

@@ -19,7 +19,7 @@ NONE: Final = -1
 PS: Final = 10**12
 # A query-key pair of a prompt is so cheap that its rate is in 1/1024 ps.
 PAIR_BITS: Final = 10
-# Tokens in one block of KV cache.
+# Tokens in one block of KV cache of a plain model, and the unit in which requests are compared.
 BLOCK: Final = 16
 # The use of KV cache is added up in microseconds: in picoseconds an hour would not fit.
 US: Final = 10**6
@@ -78,7 +78,8 @@ REQUEST: Final = 31
 
 # Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
 # sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
-# relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to KV_PEAK: see ``blocks``.
+# relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to WINDOW_BLOCK: see
+# ``blocks``.
 (
     INDEX,
     PHASE,
@@ -144,8 +145,14 @@ REQUEST: Final = 31
     KV_USED,
     KV_AREA,
     KV_PEAK,
-) = range(64)
-REPLICA: Final = 64
+    BLOCK_TOKENS,
+    TABLES,
+    STATE_BLOCKS,
+    WINDOW_TABLES,
+    WINDOW_TOKENS,
+    WINDOW_BLOCK,
+) = range(70)
+REPLICA: Final = 70
 
 # States of a running sequence: before its first token here; decoding; decoding until it migrates.
 (NEW, STEADY, LEAVING) = range(3)
