@@ -12,7 +12,7 @@ for locality adds itself to both, and so do errors of estimates of requests in f
 end.
 """
 
-import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
@@ -21,93 +21,14 @@ from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.flows import TenantFlow
 from oserve.control.dispatch.passing import PassingOrder
 from oserve.control.dispatch.state import RequestState
+from oserve.control.dispatch.tier_flows import FlowHeap, TierFlows
 
-# Heaps are rebuilt once they hold more stale entries than this.
-_MOST_STALE = 64
 # Idle flows are dropped once there are so many more than waiting ones.
 _MOST_IDLE = 1024
-# A tenant is active for so long after its last arrival.
-_ACTIVE_S = 60.0
-# Of the tenants within the debt for locality, so many are compared.
-_MOST_COMPARED = 8
-# The furthest that a tenant's requests are put back in an engine's queue, in seconds.
-_MOST_AHEAD_S = 60.0
-
-
-class _Heap:
-    """The flows of a tier with requests of one kind, by counter; stale entries are dropped late."""
-
-    __slots__ = ("_entries", "_late", "_most", "_order")
-
-    def __init__(self, *, late: bool) -> None:
-        self._entries: list[tuple[float, int, int, TenantFlow]] = []
-        self._most = _MOST_STALE
-        self._late = late
-        self._order = 0
-
-    def push(self, flow: TenantFlow) -> None:
-        self._order += 1
-        # Of equal counters the tenant with less under way goes first.
-        heapq.heappush(self._entries, (flow.level_s, flow.open, self._order, flow))
-        if len(self._entries) > self._most:
-            flows = {
-                flow: order for *_, order, flow in self._entries if flow.queue(late=self._late)
-            }
-            self._entries = [
-                (flow.level_s, flow.open, order, flow) for flow, order in flows.items()
-            ]
-            heapq.heapify(self._entries)
-            self._most = 2 * len(flows) + _MOST_STALE
-
-    def lowest(self) -> TenantFlow | None:
-        """The flow that goes next."""
-        entries = self._entries
-        while entries:
-            level_s, _, _, flow = entries[0]
-            if flow.queue(late=self._late):
-                if level_s == flow.level_s:
-                    return flow
-                heapq.heappop(entries)
-                if level_s < flow.level_s:
-                    self.push(flow)
-            else:
-                heapq.heappop(entries)
-        return None
-
-    def lowest_within(self, debt_s: float) -> list[TenantFlow]:
-        """The lowest flow, and a few others within a debt of it."""
-        found: list[TenantFlow] = []
-        while len(found) < _MOST_COMPARED:
-            flow = self.lowest()
-            if flow is None or (found and flow.level_s > found[0].level_s + debt_s):
-                break
-            if flow not in found:
-                found.append(flow)
-            heapq.heappop(self._entries)
-        for flow in found:
-            self.push(flow)
-        return found
-
-    @property
-    def entries(self) -> int:
-        return len(self._entries)
-
-
-class _TierFlows:
-    """The flows of one tier that wait, and the one that waited last."""
-
-    __slots__ = ("heaps", "last")
-
-    def __init__(self) -> None:
-        self.heaps = (_Heap(late=False), _Heap(late=True))
-        self.last: TenantFlow | None = None
-
-    def floor_s(self) -> float:
-        """The counter that a tenant which comes now has at least."""
-        found = [flow.level_s for heap in self.heaps if (flow := heap.lowest()) is not None]
-        if found:
-            return min(found)
-        return self.last.level_s if self.last is not None else 0.0
+LEAD = 2.0
+"""By how much the time until an engine begins a tenant's requests may be underestimated."""
+MOST_AHEAD_S = 60.0
+"""The furthest that a tenant's requests are put back in an engine's queue, in seconds."""
 
 
 class FairQueue:
@@ -120,13 +41,16 @@ class FairQueue:
     def __init__(self, saved_s: Callable[[RequestState], float] | None = None) -> None:
         self._policy = FairPolicy()
         self._flows: dict[FlowKey, TenantFlow] = {}
-        self._tiers: dict[str, _TierFlows] = {}
+        self._tiers: dict[str, TierFlows] = {}
         self._numbers: dict[int, RequestState] = {}
         self._saved_s = saved_s
         self._elsewhere: dict[FlowKey, float] = {}
         # Tenants by their last arrival, and the sum of their weights.
-        self._active: OrderedDict[FlowKey, float] = OrderedDict()
+        self._active: OrderedDict[str, float] = OrderedDict()
         self._active_weight = 0.0
+        # By tenant, in all tiers: requests with open charges. Counts the times a flow woke up.
+        self._open: dict[str, int] = {}
+        self._wakes = self._wakes_before = 0
 
     def use(self, policy: FairPolicy) -> None:
         """Apply another policy from now on."""
@@ -156,6 +80,8 @@ class FairQueue:
         flow = self.flow(state)
         if not flow:
             self._lift(flow)
+            self._wakes += 1
+            flow.woken = self._wakes
         self._numbers[state.number] = state
         flow.queue(late=not state.demoted).discard(state)
         queue = flow.queue(late=state.demoted)
@@ -186,7 +112,7 @@ class FairQueue:
                     best = found
         return best
 
-    def _first(self, heap: _Heap, *, late: bool) -> RequestState | None:
+    def _first(self, heap: FlowHeap, *, late: bool) -> RequestState | None:
         flow = heap.lowest()
         if flow is None:
             return None
@@ -242,18 +168,26 @@ class FairQueue:
             found = self._flows[key] = TenantFlow(key, self._policy.weight(state.tenant))
         return found
 
+    def end_round(self) -> None:
+        """Requests that entered together have been tried."""
+        self._wakes_before = self._wakes
+
+    def woke(self, state: RequestState) -> bool:
+        """Whether its tenant began to wait in this round."""
+        return self.flow(state).woken > self._wakes_before
+
     def arrived(self, state: RequestState, now_s: float) -> None:
         """A request of a tenant has arrived, which is active for a while."""
-        flow = self.flow(state)
-        if self._active.pop(flow.key, None) is None:
-            self._active_weight += flow.weight
-        self._active[flow.key] = now_s
+        weight = self._policy.weight
+        if self._active.pop(state.tenant, None) is None:
+            self._active_weight += weight(state.tenant)
+        self._active[state.tenant] = now_s
         while True:
             oldest = next(iter(self._active))
-            if self._active[oldest] >= now_s - _ACTIVE_S:
+            if self._active[oldest] >= now_s - self._policy.active_s:
                 return
             del self._active[oldest]
-            self._active_weight = sum(self._policy.weight(tenant) for _, tenant in self._active)
+            self._active_weight = sum(weight(tenant) for tenant in self._active)
 
     def over_share(self, state: RequestState, slots: float) -> bool:
         """Whether a tenant has its part of so many slots already, and others are active.
@@ -263,8 +197,8 @@ class FairQueue:
         """
         if len(self._active) < 2:
             return False
-        flow = self.flow(state)
-        return flow.open * self._active_weight >= slots * flow.weight
+        weight = self._policy.weight(state.tenant)
+        return self._open.get(state.tenant, 0) * self._active_weight >= slots * weight
 
     def waiting_of(self, state: RequestState) -> int:
         """How many requests of its tenant wait in its tier."""
@@ -273,14 +207,27 @@ class FairQueue:
     def crowded_out(self, state: RequestState) -> RequestState:
         """The latest request of the tenant with the most per weight; ``state`` if that is its."""
         own = self.flow(state)
-        most = max(self._flows.values(), key=lambda flow: len(flow) / flow.weight)
-        if len(most) / most.weight <= len(own) / own.weight:
+        flows = self._flows.values()
+        most = max(len(flow) / flow.weight for flow in flows)
+        if most <= len(own) / own.weight:
             return state
-        latest: RequestState = max((*most.waiting, *most.late), key=lambda item: item.number)
+        found = (
+            item
+            for flow in flows
+            if len(flow) / flow.weight == most
+            for item in (*flow.waiting, *flow.late)
+        )
+        latest: RequestState = max(found, key=lambda item: item.number)
         return latest
 
-    def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
-        """Charge a request that is sent now: device-seconds of its prompt and of each token."""
+    def charge(
+        self, state: RequestState, *, prompt_s: float, per_token_s: float, passes: bool = False
+    ) -> Charge:
+        """Charge a request that is sent now: device-seconds of its prompt and of each token.
+
+        ``passes``: it takes a slot that a tenant with a lower counter has left free. That one may
+        not take it, so no more than one such request counts for whose turn it is.
+        """
         flow = self.flow(state)
         if state.number not in self._numbers and not flow:
             # It passes an empty queue.
@@ -289,25 +236,49 @@ class FairQueue:
         tokens = state.request.output_tokens if state.request is not None else 0
         charge = Charge(flow, prompt_s, per_token_s, tokens)
         flow.open += 1
+        self._open[state.tenant] = self._open.get(state.tenant, 0) + 1
+        most_s = math.inf
+        if passes:
+            floor_s = self._tier(flow).floor_s()
+            most_s = max(flow.level_s, floor_s + charge.paid_s / flow.weight)
         self._add(flow, charge.paid_s)
+        flow.level_s = min(flow.level_s, most_s)
         return charge
 
     def settle(self, charge: Charge, output_tokens: float) -> None:
         """Correct a charge: the request had so many output tokens at that replica."""
         charge.counter.open -= 1
+        self.begun(charge)
+        self._close(charge.counter.key[1])
         spent_s = charge.prompt_s + charge.per_token_s * output_tokens
         self._add(charge.counter, spent_s - charge.paid_s)
         charge.paid_s = spent_s
 
-    def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
-        """The rank of a request in an engine's queue: when its tenant's share would have served it.
+    def _close(self, tenant: str) -> None:
+        left = self._open[tenant] - 1
+        if left:
+            self._open[tenant] = left
+        else:
+            del self._open[tenant]
 
-        Without it a tenant that has filled the queues of the engines would go before one that
-        comes later. Within a tenant it keeps the order of dispatch.
+    def begun(self, charge: Charge) -> None:
+        """The replica has computed the prompt of a request, or has lost it. Idempotent."""
+        if not charge.begun:
+            charge.begun = True
+            charge.counter.unbegun_s -= charge.paid_s
+
+    def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
+        """The rank of a request in an engine's queue; called once, when it is sent.
+
+        That is about when the engine would begin it if they all served this tenant alone: now, and
+        the charges of its requests that no engine has begun. So a late comer goes before what a
+        flood has queued there, however long that takes. Within a tenant it keeps the order of
+        dispatch.
         """
         flow = charge.counter
-        own_s = charge.paid_s / flow.weight / max(1, replicas)
-        flow.tag_s = min(max(now_s, flow.tag_s) + own_s, now_s + _MOST_AHEAD_S)
+        flow.unbegun_s += charge.paid_s
+        ahead_s = LEAD * flow.unbegun_s / flow.weight / max(1, replicas)
+        flow.tag_s = max(flow.tag_s, now_s + min(ahead_s, MOST_AHEAD_S))
         return flow.tag_s
 
     def charged_s(self) -> dict[FlowKey, float]:
@@ -341,10 +312,10 @@ class FairQueue:
     def _lift(self, flow: TenantFlow) -> None:
         flow.level_s = max(flow.level_s, self._tier(flow).floor_s())
 
-    def _tier(self, flow: TenantFlow) -> _TierFlows:
+    def _tier(self, flow: TenantFlow) -> TierFlows:
         found = self._tiers.get(flow.key[0])
         if found is None:
-            found = self._tiers[flow.key[0]] = _TierFlows()
+            found = self._tiers[flow.key[0]] = TierFlows()
         return found
 
     def _drop_idle(self) -> None:
