@@ -235,16 +235,23 @@ def skip(s: KernelState, request: int) -> None:
 
 
 @compiled
+def active_weight(s: KernelState) -> float:
+    """The sum of the weights of active tenants."""
+    weight = 0.0
+    for index in range(s.glob[TENANTS]):
+        if s.holders[index * HOLDER + SEEN_AT] >= 0:
+            weight += s.weights[index]
+    return weight
+
+
+@compiled
 def over_share(s: KernelState, request: int) -> bool:
     """Whether a request's tenant leaves slots free: it has its share of all, others are active."""
     base = request * REQUEST
     if s.glob[ACTIVE] < 2 or s.req[base + MADE] > 0:
         return False
     tenant = s.req[base + FLOW_OF] % s.glob[TENANTS]
-    weight = 0.0
-    for index in range(s.glob[TENANTS]):
-        if s.holders[index * HOLDER + SEEN_AT] >= 0:
-            weight += s.weights[index]
+    weight = active_weight(s)
     most = 0
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
@@ -293,8 +300,10 @@ def charge(s: KernelState, request: int, index: int, now: int) -> None:
         serving += s.mem[at + PHASE] == READY and s.mem[at + ROLE] != DECODE
     now_s = now / PS
     s.req[base + BEGUN] = 0
+    weights = max(s.weights[tenant], active_weight(s))
+    unbegun_s = s.levels[flow * LEVELS + UNBEGUN]
     s.levels[flow * LEVELS + UNBEGUN] += s.paid[own + PAID_WHOLE]
-    ahead_s = LEAD * s.levels[flow * LEVELS + UNBEGUN] / s.weights[tenant] / max(1, serving)
+    ahead_s = LEAD * unbegun_s * weights / s.weights[tenant] / max(1, serving)
     tag = max(s.levels[flow * LEVELS + TAG], now_s + min(ahead_s, MOST_AHEAD_S))
     s.levels[flow * LEVELS + TAG] = tag
     rank = tag + s.paid[own + URGENCY]

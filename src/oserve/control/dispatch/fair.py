@@ -270,14 +270,14 @@ class FairQueue:
     def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
         """The rank of a request in an engine's queue; called once, when it is sent.
 
-        That is about when the engine would begin it if they all served this tenant alone: now, and
-        the charges of its requests that no engine has begun. So a late comer goes before what a
-        flood has queued there, however long that takes. Within a tenant it keeps the order of
-        dispatch.
+        That is about when its tenant's share of the engines would begin it: now, and the charges of
+        its other requests that no engine has begun. So a late comer goes before what others have
+        queued there, however long that takes. Within a tenant it keeps the order of dispatch.
         """
         flow = charge.counter
+        weights = max(flow.weight, self._active_weight)
+        ahead_s = LEAD * flow.unbegun_s * weights / flow.weight / max(1, replicas)
         flow.unbegun_s += charge.paid_s
-        ahead_s = LEAD * flow.unbegun_s / flow.weight / max(1, replicas)
         flow.tag_s = max(flow.tag_s, now_s + min(ahead_s, MOST_AHEAD_S))
         return flow.tag_s
 
