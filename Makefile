@@ -25,7 +25,9 @@ serve:
 test:
 	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not hosts"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		-m "not hosts and not alone"
+	$(BIN)/python -m pytest -m "alone and not hosts"
 
 check:
 	@$(PYTHON) tools/setup.py --dev

@@ -18,8 +18,12 @@ from oserve.engines.holding import private_name
 from oserve.engines.spawner import EngineProcess, ZygoteLauncher
 from oserve.engines.tiny import make_tiny_model
 
-# How long an example takes says how busy the machine is, not whether the code is right.
-settings.register_profile("oserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says how busy the machine is, not whether the code is right. The same
+# examples every time: who looks for more runs with --hypothesis-profile=search.
+settings.register_profile(
+    "oserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("search", settings.get_profile("oserve"), derandomize=False)
 # `make check` looks at fewer examples than `make test`.
 settings.register_profile("quick", settings.get_profile("oserve"), max_examples=20)
 settings.load_profile("oserve")

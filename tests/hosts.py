@@ -23,7 +23,7 @@ from typing import IO, Any
 _TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _SUBNET = "10.231.0"
-_LIMIT_S = 150.0
+_LIMIT_S = 300.0
 
 
 @functools.cache

@@ -1,19 +1,21 @@
 """Fair shares: the bound of VTC, no credit for idle time, weights, locality within its debt."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from oserve.control.dispatch import events as on
-from oserve.control.dispatch.commands import Record, Refuse, Send
+from oserve.control.dispatch.commands import Record, Refusal, Refuse, Send
 from oserve.control.dispatch.fair import FairQueue
 from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.queue import RankQueue
 from oserve.control.dispatch.state import RequestState
-from oserve.core import FinishStatus, Request
+from oserve.core import FinishStatus, OverloadAction, Promise, Request, Tier
 
 from .dispatch_driver import Driver, only
 from .dispatch_scenario import Ask, Fake, arrival, replica_of
@@ -26,9 +28,21 @@ steps = st.lists(st.none() | st.tuples(st.sampled_from(TENANTS), costs), max_siz
 weights = st.fixed_dictionaries({name: st.sampled_from([0.5, 1.0, 3.0]) for name in TENANTS})
 
 
-def state_of(number: int, tenant: str, *, rank_s: float = 0.0, session: str = "") -> RequestState:
+def state_of(
+    number: int,
+    tenant: str,
+    *,
+    rank_s: float = 0.0,
+    session: str = "",
+    tier: Tier | None = None,
+) -> RequestState:
     request = Request(
-        id=str(number), arrival_s=0.0, workload_type="t", prompt_tokens=1, output_tokens=1
+        id=str(number),
+        arrival_s=0.0,
+        workload_type="t",
+        prompt_tokens=1,
+        output_tokens=1,
+        promise=None if tier is None else Promise.of(tier),
     )
     state = RequestState(
         number=number, arrival_s=0.0, request=request, rank_s=rank_s, streams=True, forecast=None
@@ -182,14 +196,33 @@ def test_counters_of_idle_tenants_are_dropped() -> None:
     for number in range(5000):
         state = state_of(number, f"t{number}")
         queue.settle(queue.charge(state, prompt_s=1.0, per_token_s=0.0), 1.0)
-    assert len(queue.charged_s()) < 2000
+        assert queue.flows < 2000
+
+
+def test_a_look_for_idle_tenants_is_paid_for_by_as_many_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue, looks = FairQueue(), 0
+    look = FairQueue._drop_idle
+
+    def counted(queue: FairQueue) -> None:
+        nonlocal looks
+        looks += 1
+        look(queue)
+
+    monkeypatch.setattr(FairQueue, "_drop_idle", counted)
+    for number in range(20_000):
+        # Charges that are open keep them all.
+        queue.charge(state_of(number, f"t{number}"), prompt_s=1.0, per_token_s=0.0)
+    assert queue.flows == 20_000
+    assert looks < 10
 
 
 def test_what_other_processes_served_counts_here() -> None:
     queue = FairQueue()
     for number in range(8):
         queue.push(state_of(number, "ab"[number % 2], rank_s=float(number)))
-    queue.set_elsewhere({("", "a"): 2.5})
+    queue.charged_elsewhere({("", "a"): 2.5}, 0.0)
     served = []
     for _ in range(4):
         state = queue.head()
@@ -198,26 +231,38 @@ def test_what_other_processes_served_counts_here() -> None:
         queue.discard(state)
         served.append(state.tenant)
     assert served == ["b", "b", "b", "a"]
-    queue.set_elsewhere({("", "a"): 0.5})
-    assert queue.charged_s() == {("", "a"): 1.0, ("", "b"): 3.0}
+    assert queue.take_charges() == {("", "a"): 1.0, ("", "b"): 3.0}
+    assert queue.take_charges() == {}
+
+
+def test_who_is_served_elsewhere_only_has_no_credit_here() -> None:
+    queue = FairQueue()
+    for number in range(100):
+        queue.charge(state_of(number, "a"), prompt_s=1.0, per_token_s=0.0)
+    queue.push(state_of(100, "a"))
+    queue.charged_elsewhere({("", "b"): 3.0}, 0.0)
+    queue.push(state_of(101, "b"))
+    assert queue.flow(state_of(102, "b")).level_s == 103.0
 
 
 def comes(number: int, tenant: str, ask: Ask, max_queued: int | None = None) -> on.Arrived:
-    return replace(arrival(number, 0.0, ask), tenant=tenant, max_queued=max_queued)
+    told = arrival(number, 0.0, ask)
+    return replace(told, tenant=tenant, owner=tenant, max_queued=max_queued)
 
 
 def test_a_request_is_charged_where_it_runs_and_corrected_at_its_end() -> None:
     driver = Driver(replica_of("r0", Fake(most=1)))
     fair = driver.machine.waiting.fair
     driver.at(0.0, comes(1, "a", Ask(prompt=100, output=10)))
-    assert fair.charged_s() == {("", "a"): 2.0}
+    assert fair.take_charges() == {("", "a"): 2.0}
     driver.at(0.0, comes(2, "a", Ask(output=1)), comes(3, "b", Ask(output=1)))
     commands = driver.at(1.0, on.Finished(1))
     ending = only(commands, Record)
     assert only(commands, Send).number == 3
     assert ending.charge is not None
-    driver.at(1.0, on.Spent(ending.charge, 5.0))
-    assert abs(fair.charged_s()["", "a"] - 1.5) < _TINY_S
+    driver.machine.settle_charge(ending.charge, 5.0)
+    # Of ten expected tokens there were five.
+    assert abs(fair.take_charges()["", "a"] - -0.5) < _TINY_S
 
 
 def test_a_failed_attempt_costs_its_tenant_nothing() -> None:
@@ -225,11 +270,13 @@ def test_a_failed_attempt_costs_its_tenant_nothing() -> None:
     driver.at(0.0, comes(1, "a", Ask(prompt=100, output=10)))
     again = only(driver.at(1.0, on.Lost(number=1, reason="gone")), Send)
     assert again.replica.id == "r1"
-    assert abs(driver.machine.waiting.fair.charged_s()["", "a"] - 2.0) < _TINY_S
+    assert abs(driver.machine.waiting.fair.take_charges()["", "a"] - 2.0) < _TINY_S
 
 
 def test_in_an_engine_a_late_comer_goes_before_what_a_flood_has_queued() -> None:
-    driver = Driver(replica_of("r0", Fake(most=20)))
+    driver = Driver(replica_of("r0", Fake(most=40)))
+    driver.at(0.0, comes(0, "quiet", Ask(output=10)))
+    driver.at(0.0, on.Streams(0))
     flood = [
         only(driver.at(0.0, comes(number, "flood", Ask(output=10))), Send).rank_s
         for number in range(1, 11)
@@ -237,6 +284,19 @@ def test_in_an_engine_a_late_comer_goes_before_what_a_flood_has_queued() -> None
     assert flood == sorted(flood)
     quiet = only(driver.at(0.5, comes(11, "quiet", Ask(output=10))), Send).rank_s
     assert sum(rank < quiet for rank in flood) <= 1
+
+
+def test_a_tenant_that_is_alone_has_the_ranks_that_it_has_without_fair_shares() -> None:
+    tiers = [Tier(name="a", ttft_s=1.0), Tier(name="b", overload=OverloadAction.FIRST)]
+    asks = [Ask(prompt=10 * n, output=n, tier=tiers[n % 2]) for n in range(1, 9)]
+    ranks = []
+    for tenant in ("", "only"):
+        driver = Driver(replica_of("r0", Fake(most=20)))
+        told = [driver.at(float(n), comes(n, tenant, ask)) for n, ask in enumerate(asks)]
+        ranks.append([only(commands, Send).rank_s for commands in told])
+        # Two tiers are no two tenants: nothing is left free.
+        assert not driver.machine.waiting.fair.several
+    assert ranks[0] == ranks[1]
 
 
 def test_a_flood_leaves_a_slot_free_while_others_are_active() -> None:
@@ -303,3 +363,82 @@ def test_a_tenant_may_not_queue_more_than_its_limit() -> None:
     assert only(driver.at(0.0, comes(4, "a", Ask(), max_queued=2)), Refuse).number == 4
     driver.at(0.0, comes(5, "b", Ask(), max_queued=2))
     assert driver.waiting == {2, 3, 5}
+
+
+def test_a_limit_of_waiting_requests_is_that_of_all_tiers_and_holds_without_fair_shares() -> None:
+    driver = Driver(replica_of("r0", Fake(most=1)))
+    tiers = [Tier(name="a"), Tier(name="b")]
+    for number in range(1, 4):
+        told = comes(number, "a", Ask(tier=tiers[number % 2]), max_queued=2)
+        driver.at(0.0, replace(told, tenant=""))
+    told = comes(4, "a", Ask(tier=tiers[0]), max_queued=2)
+    assert only(driver.at(0.0, replace(told, tenant="")), Refuse).number == 4
+    driver.at(1.0, on.Finished(1))
+    driver.at(1.0, told)
+    assert 4 in driver.waiting
+
+
+URGENCIES = [
+    Tier(name="first", overload=OverloadAction.FIRST),
+    Tier(name="tight", ttft_s=0.5),
+    Tier(name="normal", ttft_s=5.0),
+    Tier(name="bulk"),
+]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.booleans()),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_a_full_queue_never_gives_up_what_is_more_urgent_than_who_comes(
+    comers: list[tuple[str, int, bool]],
+) -> None:
+    queue = FairQueue()
+    for number, (tenant, tier, demoted) in enumerate(comers):
+        state = state_of(number, tenant, tier=URGENCIES[tier])
+        state.demoted = demoted
+        queue.push(state)
+    comer = state
+    comer.demoted = False
+    queue.push(comer)
+    given_up = queue.crowded_out(comer)
+    counts = Counter(item.tenant for item in queue)
+    if given_up is not comer:
+        assert given_up.demoted or given_up.urgency_s >= comer.urgency_s
+        assert counts[given_up.tenant] > counts[comer.tenant]
+    else:
+        larger = [item for item in queue if counts[item.tenant] > counts[comer.tenant]]
+        assert all(not i.demoted and i.urgency_s < comer.urgency_s for i in larger)
+
+
+def test_a_bulk_request_takes_no_place_from_a_tight_one() -> None:
+    policy = DispatchPolicy(max_queued=3)
+    driver = Driver(replica_of("r0", Fake(most=1)), policy=policy)
+    tight, bulk = Tier(name="tight", ttft_s=1.0), Tier(name="bulk")
+    for number in range(1, 5):
+        driver.at(0.0, comes(number, "busy", Ask(tier=tight)))
+    assert only(driver.at(0.0, comes(5, "other", Ask(tier=bulk))), Refuse).number == 5
+    assert only(driver.at(0.0, comes(6, "other", Ask(tier=tight))), Refuse).number == 4
+
+
+def test_a_fault_between_booking_and_sending_leaves_neither_booking_nor_charge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(replica_of("r0"))
+    fair = driver.machine.waiting.fair
+
+    def fails(*_: object) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fair, "engine_rank_s", fails)
+    commands = driver.at(0.0, comes(1, "a", Ask()))
+    assert only(commands, Refuse).refusal is Refusal.INTERNAL
+    assert driver.machine.fleet.ledger.own() == {"r0": (0.0, 0)}
+    charge = only(commands, Record).charge
+    assert charge is not None
+    driver.machine.settle_charge(charge, 0.0)
+    assert fair.take_charges() == {("", "a"): 0.0}
+    assert charge.counter.open == 0

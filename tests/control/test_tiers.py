@@ -5,14 +5,16 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.policy import DispatchPolicy
+from oserve.control.dispatch.state import RequestState
 from oserve.control.dispatch.tiers import first_token_in_s, shift_s
 from oserve.control.status import tier_rows
-from oserve.core import OverloadAction, Precision, Promise, ReplicaLoad, Tier
+from oserve.core import OverloadAction, Precision, Promise, ReplicaLoad, Request, Tier
 
 from .dispatch_driver import Driver
 from .dispatch_scenario import Ask, Fake, Scenario, arrival, replica_of, table_of
@@ -160,3 +162,53 @@ def test_status_tells_of_each_tier_what_was_kept() -> None:
     kept, none = tier_rows(tiers, {"a": {"kept": 3, "missed": 1}, "gone": {"kept": 1}})
     assert (kept["attainment"], kept["ttft_ms"], kept["precisions"]) == (0.75, 500.0, ["bf16"])
     assert (none["attainment"], none["requests"]) == (None, {})
+
+
+@given(
+    TIERS,
+    st.none() | st.floats(0.01, 100),
+    st.none() | st.floats(0.001, 1),
+    st.integers(1, 1000),
+)
+def test_limits_that_a_client_tightens_buy_no_turn_before_others_of_the_tier(
+    tier: Tier, ttft_s: float | None, tpot_s: float | None, output: int
+) -> None:
+    usual, tightened = Promise.of(tier), Promise.of(tier, ttft_s=ttft_s, tpot_s=tpot_s)
+    order = OrderPolicy()
+    assert shift_s(order, tightened, output) == shift_s(order, usual, output)
+    states = [
+        RequestState(
+            number=0,
+            arrival_s=0.0,
+            request=Request(
+                id="0",
+                arrival_s=0.0,
+                workload_type="t",
+                prompt_tokens=1,
+                output_tokens=output,
+                promise=promise,
+            ),
+            rank_s=0.0,
+            streams=True,
+            forecast=None,
+        )
+        for promise in (usual, tightened)
+    ]
+    assert states[0].urgency_s == states[1].urgency_s
+    assert states[0].due_s == states[1].due_s
+
+
+def test_a_tightened_limit_counts_where_the_tier_rejects() -> None:
+    tier = Tier(name="t", ttft_s=9.0, overload=OverloadAction.REJECT)
+    driver = Driver()
+    driver.at(0.0, on.TableChanged(table_of([replica_of("r0", Fake(most=1))], tiers=(tier,))))
+    driver.at(0.0, arrival(0, 0.0, Ask(output=50, tier=tier)))
+    # As in the test above it takes 5.2 s.
+    usual = arrival(1, 0.0, Ask(output=50, tier=tier))
+    assert not any(isinstance(item, do.Refuse) for item in driver.at(0.0, usual))
+    tight = arrival(2, 0.0, Ask(output=50, tier=tier))
+    assert tight.request is not None
+    promise = Promise.of(tier, ttft_s=1.0)
+    told = structs.replace(tight, request=structs.replace(tight.request, promise=promise))
+    refused = [item for item in driver.at(0.0, told) if isinstance(item, do.Refuse)]
+    assert [item.refusal for item in refused] == [do.Refusal.PROMISE]

@@ -51,7 +51,7 @@ SETTINGS = {
     "control.start_s": "5",
     "gateway.move.drain_limit_s": "0.5",
 }
-_LIMIT_S = 150.0
+_LIMIT_S = 300.0
 _PROMPTS = tuple([seed] * 40 for seed in (5, 7, 11, 13))
 
 

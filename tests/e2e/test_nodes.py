@@ -50,6 +50,7 @@ replicas:
 }
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.engine,
     pytest.mark.slow,
     pytest.mark.timeout(1200),

@@ -37,8 +37,8 @@ replicas:
 routing_shares: {short: {one: 1}, long: {two: 1}}
 """
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
-_START_LIMIT_S = 240.0
-_LIMIT_S = 120.0
+_START_LIMIT_S = 300.0
+_LIMIT_S = 300.0
 # Answers by another replica than the plan's, in all of this module.
 MOST_STRAYS = 2
 
@@ -134,6 +134,33 @@ async def test_openai_client_chats_streaming_and_not(served: Served) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
     assert whole.usage.completion_tokens == 24
     assert whole.choices[0].finish_reason == "length"
+
+
+async def test_clients_of_responses_and_messages(served: Served) -> None:
+    import anthropic  # noqa: PLC0415 - slow to import
+    import openai  # noqa: PLC0415 - slow to import
+
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none") as client:
+        wishes: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 16}
+        wishes["input"] = "Hello!"
+        response = await client.responses.create(**wishes)
+        events = [event async for event in await client.responses.create(**wishes, stream=True)]
+    spoken_text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert response.output_text == spoken_text != ""
+    assert events[-1].response.usage.output_tokens == response.usage.output_tokens
+    async with anthropic.AsyncAnthropic(base_url=served.url, api_key="none") as claude:
+        asked: dict[str, Any] = {"model": "tiny"}
+        asked["messages"] = [{"role": "user", "content": "Hello!"}]
+        greedy = {"max_tokens": 16, "extra_body": {"temperature": 0}}
+        message = await claude.messages.create(**asked, **greedy)
+        async with claude.messages.stream(**asked, **greedy) as stream:
+            pieces = [piece async for piece in stream.text_stream]
+        counted = await claude.messages.count_tokens(**asked)
+        with pytest.raises(anthropic.NotFoundError):
+            await claude.messages.create(**{**asked, "model": "other", "max_tokens": 1})
+    assert message.content[0].text == "".join(pieces) != ""
+    assert message.usage.output_tokens == 16
+    assert counted.input_tokens == message.usage.input_tokens
 
 
 async def test_replicas_of_different_shape_serve_their_types(served: Served) -> None:

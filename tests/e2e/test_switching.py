@@ -34,7 +34,7 @@ replicas:
 BODY = {"model": "tiny", "prompt": [5] * 40, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 # Longer than replicas may drain, so that they move in the middle of decoding.
 LONG = {**BODY, "prompt": [7] * 600, "max_tokens": 160, "stream": True}
-_LIMIT_S = 150.0
+_LIMIT_S = 300.0
 _GAP_S = 0.3
 
 

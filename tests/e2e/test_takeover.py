@@ -23,7 +23,7 @@ from .test_serving import Served, start, status_of
 pytestmark = pytest.mark.engine
 
 KILLS = 10
-_LIMIT_S = 90.0
+_LIMIT_S = 300.0
 # What is found on the path of modules before vLLM: the emulated engine under vLLM's options.
 EMULATED = """
 import asyncio, sys

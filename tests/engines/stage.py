@@ -40,7 +40,7 @@ from oserve.switching.journal import journal_folder
 from oserve.switching.report import SwitchReport
 from oserve.switching.switcher import Switcher, SwitcherFacts
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 PROMPTS = [[5] * 20, [72, 101, 108] * 9, list(range(60, 120)), [90] * 100]
 
 

@@ -28,7 +28,7 @@ from oserve.wire.caches import FIELD, CacheFolder, giving, new_name, taking
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 # No multiple of a block's 128 tokens, so that the last block is there in part.
 PROMPT = [(7 * number) % 250 + 5 for number in range(700)]
 TOKENS = 60

@@ -31,7 +31,7 @@ from oserve.engines.spawner import Launcher
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 MiB = 1024 * 1024
 
 

@@ -123,7 +123,7 @@ async def test_an_engine_behind_a_hatch(world: World, tmp_path: Path) -> None:
 
 async def test_an_engine_that_hangs_behind_a_hatch(world: World) -> None:
     await world.server()
-    world.cluster._settings = EngineSettings(hang_after_s=3.0)
+    world.cluster._settings = EngineSettings(hang_after_s=8.0)
     await world.cluster.apply(StartReplica(spec=replica("a", "far/cpu:0")))
     state = await world.ready("a")
     os.kill(state.pid, signal.SIGSTOP)

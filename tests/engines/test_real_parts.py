@@ -39,7 +39,7 @@ from oserve.engines.watched import OwnProcess, WatchedProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-LIMIT_S = 240.0
+LIMIT_S = 300.0
 PROMPTS = [[5] * 20, [72, 101, 108] * 9, list(range(60, 120))]
 INTERFACES = {
     "here": NodeInterface(address="127.0.0.1", name="lo"),

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.conftest import Make, until
-from oserve.core import FinishStatus
+from oserve.core import FinishStatus, KeyRole
+from oserve.gateway.access.key_file import KeyStore
 from oserve.gateway.stream.session import Session
 from oserve.sim import EmulatedEngine, EngineSpeed
 
@@ -65,6 +67,23 @@ async def test_a_request_that_cannot_be_ended_is_answered_and_forgotten(
     assert "KeyError" in caplog.text
     assert "a user's text" not in caplog.text
     assert (await front.post("/v1/completions", TEXT))[0] == 200
+
+
+async def test_what_a_tenant_is_charged_for_a_request_that_cannot_be_ended_is_settled(
+    make_front: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, key = KeyStore(tmp_path / "keys.json").add("acme", KeyRole.USE)
+    front = await make_front(EmulatedEngine(), keys_file=tmp_path / "keys.json")
+    runner = front.gateway.runner
+    life = runner.machine._life
+    monkeypatch.setattr(life, "release", failing(life.release, 2))
+    headers = {"authorization": f"Bearer {key}"}
+    assert (await front.post("/v1/completions", TEXT, headers=headers))[0] == 200
+    await until(lambda: not runner.active)
+    fair = runner.machine.waiting.fair
+    assert fair._flow("", "acme").open == 0
+    assert not fair._open
+    assert runner.outstanding() == {"r0": (0.0, 0)}
 
 
 async def test_a_stream_whose_progress_cannot_be_told_keeps_no_other_from_leaving(

@@ -20,6 +20,7 @@ from oserve.nodes.ray_messages import HelperStart
 from raylets import Raylets, running
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
@@ -31,7 +32,7 @@ _log = logging.getLogger("oserve.nodes")
 KEEPER = "oserve.engines.keeper"
 HATCH = "oserve.nodes.hatch"
 AGENT = "ray::NodeAgent"
-LIMIT_S = 240.0
+LIMIT_S = 300.0
 
 # Reads the greeting of another node's keeper through its hatch.
 CALL = """

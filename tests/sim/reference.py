@@ -226,7 +226,7 @@ class Reference:
         charge = self.machine.requests[job.number].charge
         self.hear(event)
         if charge is not None and job.number not in self.machine.requests:
-            self.hear(on.Spent(charge, max(0, job.made - charge.made_tokens)))
+            self.machine.settle_charge(charge, max(0, job.made - charge.made_tokens))
 
     # -- what ends ------------------------------------------------------------------------------
     def emitted(self, engine: Engine, job: Job) -> None:

@@ -113,7 +113,7 @@ def test_a_lone_tenant_has_what_all_have_without_shares(rows: list[tuple[int, in
 
 
 def test_a_late_comer_goes_before_the_queue_of_a_flood() -> None:
-    rows = [(0.0, 30, 20, 0)] * 40 + [(1.0, 30, 20, 1)]
+    rows = [(0.0, 1, 1, 1)] + [(0.0, 30, 20, 0)] * 40 + [(1.0, 30, 20, 1)]
     requests = table(rows)
     fair, unfair = (
         fleet_of(requests, shares)

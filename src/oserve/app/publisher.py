@@ -19,6 +19,7 @@ from oserve.gateway.process.states import gateway_documents, gateway_gauges
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.startup.deployment import ServerDeployment
+from oserve.switching.report import SwitchTally
 
 
 class StatusPublisher:
@@ -50,6 +51,7 @@ class StatusPublisher:
         self._default_tier = default_tier(deployment.settings)
         self._costs = deployment.costs if controller is None else controller.costs
         self._energy = EnergyMeter(deployment.devices, self._costs)
+        self._switches = SwitchTally()
 
     def publish(
         self,
@@ -84,7 +86,7 @@ class StatusPublisher:
             status=msgspec.Raw(msgspec.json.encode(document)),
             switches=msgspec.Raw(msgspec.json.encode(switches)),
             gauges=gauges(observation) + self._energy.ledger.gauges() + gateway_gauges(gateways),
-            counters=self._energy.ledger.counters(),
+            counters=self._energy.ledger.counters() | self._switches.observe(switches),
         )
         self._gateway.publish(self._table(plan, observation, lost, now_s), snapshot)
         if (line := summary(observation.replicas)) != self._line:

@@ -53,11 +53,18 @@ def add(
 ) -> None:
     """Make a key and print it; it is stored as a hash only, so it cannot be shown again."""
     folder = _folder(state_dir, config, override)
+    fresh = not folder.is_dir()
     stored, key = KeyStore(folder / KEY_FILE).add(
         tenant, role, tier=tier, tiers=tuple(allow_tier or ())
     )
     _audit(folder, "keys add", (stored,))
-    _console.print(f"key {stored.id} of tenant {tenant}, role {role.value}:", markup=False)
+    _tell(f"key file: {folder / KEY_FILE}")
+    if fresh:
+        _tell(
+            f"warning: there was no folder {folder}; a server that uses another one does not know "
+            "this key: --state-dir or --config say which"
+        )
+    _tell(f"key {stored.id} of tenant {tenant}, role {role.value}:")
     print(key)
 
 
@@ -69,7 +76,9 @@ def list_keys(
     as_json: JsonOption = False,
 ) -> None:
     """Show the keys: ids, tenants and roles, not the keys themselves."""
-    keys = KeyStore(_folder(state_dir, config, override) / KEY_FILE).keys()
+    path = _folder(state_dir, config, override) / KEY_FILE
+    keys = KeyStore(path).keys()
+    _tell(f"key file: {path}" if path.exists() else f"there is no key file {path}")
     if as_json:
         print(json.dumps([_shown(key) for key in keys], indent=2))
         return
@@ -95,13 +104,14 @@ def revoke(
     store = KeyStore(folder / KEY_FILE)
     gone = store.revoke(key)
     _audit(folder, "keys revoke", gone)
+    _tell(f"key file: {folder / KEY_FILE}")
     for item in gone:
-        _console.print(f"revoked {item.id} of tenant {item.tenant}", markup=False)
+        _tell(f"revoked {item.id} of tenant {item.tenant}")
     left = store.keys()
     if not left:
-        _console.print("note: no key is left, and the gateway stays closed; add one")
+        _tell("note: no key is left, and the gateway stays closed; add one")
     elif not any(item.role is KeyRole.ADMIN for item in left):
-        _console.print("note: no key with role admin is left in this file")
+        _tell("note: no key with role admin is left in this file")
 
 
 def _folder(state_dir: str | None, config: str | None, override: list[str] | None) -> Path:
@@ -109,7 +119,12 @@ def _folder(state_dir: str | None, config: str | None, override: list[str] | Non
     if state_dir is not None:
         changes["state_dir"] = state_dir
     settings = load_settings(config or environment_value("OSERVE_CONFIG") or None, changes)
-    return Path(settings.state_dir)
+    return Path(settings.state_dir).absolute()
+
+
+def _tell(line: str) -> None:
+    """A line for people; standard output has the key or the list alone."""
+    _console.print(line, markup=False)
 
 
 def _shown(key: StoredKey) -> dict[str, object]:

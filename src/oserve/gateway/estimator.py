@@ -5,6 +5,7 @@ known at arrival (``workload.output``). The estimator stores only hashes of text
 """
 
 import hashlib
+from functools import lru_cache
 
 import msgspec
 
@@ -75,7 +76,9 @@ class RequestEstimator:
             prompt_tokens=prompt_tokens,
             max_tokens=limit,
             endpoint=path.decode("latin-1"),
-            tenant=_hashed((parsed.user or "").encode() or headers.get(b"authorization", b"")),
+            tenant=_hashed(parsed.user.encode())
+            if parsed.user
+            else _hashed_again(headers.get(b"authorization", b"")),
             system=_hashed(prefix),
             session=_hashed(session[:_MOST_KEY_BYTES]),
         )
@@ -169,6 +172,12 @@ class RequestEstimator:
 
 def _centres(table: RoutingTable) -> list[tuple[float, float, str]]:
     return [(kind.prompt_tokens, kind.output_tokens, kind.tier) for kind in table.planned_types]
+
+
+@lru_cache(maxsize=4096)
+def _hashed_again(value: bytes) -> str:
+    """As ``_hashed``, for what comes with each request of a client."""
+    return _hashed(value)
 
 
 def _hashed(value: bytes) -> str:

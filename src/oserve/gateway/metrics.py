@@ -42,6 +42,8 @@ COUNTERS: dict[str, tuple[str, Labels]] = {
         "Joules of devices with a replica (serving) and without (idle).",
         ("source", "state"),
     ),
+    "oserve_switches": ("Switches of this server by how they ended.", ("state",)),
+    "oserve_switch_moved_bytes": ("Bytes of weights that ended switches moved.", ()),
     "oserve_tenant_requests": ("Ended requests by tenant and status.", ("tenant", "status")),
     "oserve_tenant_prompt_tokens": ("Prompt tokens of finished requests.", ("tenant",)),
     "oserve_tenant_output_tokens": ("Output tokens of finished requests.", ("tenant",)),

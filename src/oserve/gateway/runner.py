@@ -14,6 +14,7 @@ from typing import Any
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch import events as on
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.commands import Command, RequestCommand
 from oserve.control.dispatch.events import Event
 from oserve.control.dispatch.machine import RequestMachine
@@ -32,7 +33,8 @@ from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.gateway.stream.replay_buffer import ReplayBudget
 from oserve.gateway.stream.session import Session, SessionContext
-from oserve.gateway.tenants import Tenants, by_flow, salted
+from oserve.gateway.tenants import Tenants, salted
+from oserve.gateway.tracing import RequestTracer, Untraced, tracer_of
 from oserve.gateway.upstream_request import pool_of, request_bytes
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.switch.kv import Way
@@ -49,8 +51,6 @@ _SHOWN_ERRORS = {
     FinishStatus.CLIENT_ERROR: "engine_refused",
     FinishStatus.FAILED: "engine_failed",
 }
-
-Start = tuple[str, float]
 
 
 class RequestRunner:
@@ -72,8 +72,9 @@ class RequestRunner:
         self._accounting = Accounting(self.metrics, self.estimator, self.lengths, records)
         self._pools: dict[tuple[str, Endpoint], UpstreamPool] = {}
         # Attached servers, by their start, that refused stream_options.
-        self._without_options: set[Start] = set()
+        self._without_options: set[tuple[str, float]] = set()
         self.tenants = Tenants(settings, self.metrics)
+        self.tracer: RequestTracer | Untraced = tracer_of(settings.tracing)
         self._number = 0
         self._events: deque[Event] = deque()
         self._working = False
@@ -100,7 +101,7 @@ class RequestRunner:
             do.Depart: lambda command, session: session.depart(command),
             do.Resume: self._resume,
             do.Refuse: self._refuse,
-            do.Demote: self._demote,
+            do.Demote: lambda *_: self.metrics.count("oserve_requests_demoted"),
             do.Record: self._record,
         }
 
@@ -141,23 +142,13 @@ class RequestRunner:
         """Apply a new cluster snapshot."""
         self.snapshot = snapshot
         self.report(on.LoadElsewhere(snapshot.elsewhere, snapshot.processes))
-        if snapshot.processes:
-            self.tenants.processes = snapshot.processes
-        if snapshot.tenants:
-            self.tenants.limits.set_elsewhere(snapshot.tenants, monotonic())
-        if snapshot.charged:
-            self.report(on.ChargedElsewhere(by_flow(snapshot.charged)))
+        self.tenants.follow(snapshot)
         for name, (started_s, within_s) in snapshot.hand_overs.items():
             self.hand_over(name, within_s, started_s)
 
     def outstanding(self) -> dict[str, tuple[float, int]]:
         """Outstanding work (prior seconds) and requests of this process, per replica."""
         return self.machine.fleet.ledger.own()
-
-    def charged(self) -> dict[str, float]:
-        """Device-seconds charged so far in this process, by tier and tenant."""
-        found = self.machine.waiting.fair.charged_s()
-        return {f"{tier}\t{tenant}": spent_s for (tier, tenant), spent_s in found.items()}
 
     @property
     def queued(self) -> int:
@@ -181,6 +172,7 @@ class RequestRunner:
         if estimate is not None:
             self.estimator.tally.arrived(estimate.arrived_s, estimate.probabilities)
         self.active[session.number] = session
+        self.tracer.arrived(session)
         if estimate is None:
             self.report(on.Arrived(number=session.number, request=None))
             return
@@ -195,9 +187,11 @@ class RequestRunner:
                 prefix_tokens=estimate.prefix_tokens,
                 forecast=estimate.output,
                 tenant=self.tenants.fair_name(session),
+                owner=session.tenant,
                 max_queued=self.tenants.max_queued(session),
             )
         )
+        self.tracer.accepted(session)
 
     def report(self, event: Event) -> None:
         """Report an event to the machine, and execute its commands before returning.
@@ -253,6 +247,7 @@ class RequestRunner:
             self._crashed(session.number, error)
 
     def _machine_failed(self, event: Event, error: Exception) -> None:
+        charge: Charge | None = None
         number = getattr(event, "number", None)
         session = None if number is None else self.active.get(number)
         if session is None:
@@ -263,15 +258,21 @@ class RequestRunner:
             _log.error("request %s could not be ended: %s", id_, fault(error))
             session.release()
             with contextlib.suppress(Exception):  # its client is told all the same
-                self.machine.forget(session.number)
+                charge = self.machine.forget(session.number)
         else:
             self._crashed(session.number, error)
         if session.number not in self.machine.requests:
             self._execute(do.Refuse(number=session.number, refusal=do.Refusal.INTERNAL))
-            ending = do.Record(
-                number=session.number, status=FinishStatus.FAILED, replica="", moves=0
+            self._execute(
+                do.Record(
+                    number=session.number,
+                    status=FinishStatus.FAILED,
+                    replica="",
+                    moves=0,
+                    charge=charge,
+                    made_tokens=0 if charge is None else charge.made_tokens,
+                )
             )
-            self._execute(ending)
 
     def _crashed(self, number: int, error: Exception) -> None:
         """End a request in which an exception was raised; no other request is affected."""
@@ -308,6 +309,7 @@ class RequestRunner:
         if session.left is not None:
             _log.warning("request moves on from replica %s: %s", *session.left)
             session.left = None
+        self.tracer.event(session.number, "sent", replica=replica.id)
         outgoing, reader = session.send(command)
         start = (replica.id, replica.started_s)
         options = replica.stream_options and start not in self._without_options
@@ -329,11 +331,13 @@ class RequestRunner:
         session.release()
         session.first_byte_s = 0.0
         session.left = (command.replica, command.reason)
+        self.tracer.event(session.number, "retried", replica=command.replica)
 
     def _resume(self, command: do.Resume, session: Session) -> None:
         way = Way.MOVE if session.resume(command) else Way.REPLAY
         self.metrics.count("oserve_requests_moved", command.cause.value, way.value)
         session.left = (command.replica, command.cause.value)
+        self.tracer.event(session.number, "moved", cause=command.cause.value, way=way.value)
 
     def _refuse(self, command: do.Refuse, session: Session) -> None:
         error = refusal_error(command)
@@ -351,9 +355,6 @@ class RequestRunner:
             if not session.exchange.done:
                 session.exchange.abort()
 
-    def _demote(self, command: do.Demote, session: Session) -> None:
-        self.metrics.count("oserve_requests_demoted")
-
     def _survey(self, command: do.Survey) -> None:
         progress: dict[int, on.Progress] = {}
         for number in command.numbers:
@@ -367,13 +368,14 @@ class RequestRunner:
 
     def _record(self, command: do.Record, session: Session) -> None:
         del self.active[session.number]
+        self.tracer.ended(session, command)
         session.end()
         reason = _SHOWN_ERRORS.get(command.status)
         if reason is not None and not session.refused:
             self.metrics.count("oserve_request_errors", reason)
-        spent = self.tenants.ended(session, command)
-        if spent is not None:
-            self.report(spent)
+        spent_tokens = self.tenants.ended(session, command)
+        if spent_tokens is not None and command.charge is not None:
+            self.machine.settle_charge(command.charge, spent_tokens)
         if session.estimate is not None:
             self._accounting.ended(session, session.estimate, command)
 
@@ -393,3 +395,4 @@ class RequestRunner:
             self._timer.cancel()
         if self.records is not None:
             self.records.close()
+        self.tracer.close()

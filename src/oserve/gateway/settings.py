@@ -101,6 +101,18 @@ class TenancySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
         return self.tenants.get(tenant, self.default)
 
 
+class TracingSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Spans of requests for OpenTelemetry (the extra ``otel``).
+
+    ``otlp_endpoint``: of a collector, such as ``http://127.0.0.1:4318/v1/traces``; empty: none.
+    ``sample``: the part of requests that is traced, if their client does not say.
+    """
+
+    otlp_endpoint: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z")] = ""
+    sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    service_name: str = "oserve"
+
+
 class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The gateway.
 
@@ -133,6 +145,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     api_keys_file: str = ""
     tls: TlsSettings = TlsSettings()
     tenancy: TenancySettings = TenancySettings()
+    tracing: TracingSettings = TracingSettings()
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
     move: MoveSettings = MoveSettings()

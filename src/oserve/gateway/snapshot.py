@@ -2,7 +2,7 @@
 
 import msgspec
 
-from oserve.gateway.access.limits import TenantUse
+from oserve.gateway.access.limits import TenantLoad
 
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -11,8 +11,8 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
     ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
-    ``processes``: how many gateway processes there are; 0: as many as the settings say.
-    ``tenants`` and ``charged``: what tenants used and were charged in other processes.
+    ``processes``: how many gateway processes there are; 0: as many as the settings say;
+    ``position``: how many of them come before this one. ``tenants``: what they have elsewhere.
     ``hand_overs``: vacated replicas: when their engines started, and within how many seconds.
     """
 
@@ -25,5 +25,5 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 0
     processes: int = 0
     hand_overs: dict[str, tuple[float, float]] = {}
-    tenants: dict[str, TenantUse] = {}
-    charged: dict[str, float] = {}
+    position: int = 0
+    tenants: dict[str, TenantLoad] = {}

@@ -89,11 +89,12 @@ def request_bytes(
 
     ``stream_options``: whether the replica supports that option.
     """
-    body, parsed = outgoing.body, outgoing.parsed
+    body, parsed, priority = outgoing.body, outgoing.parsed, None
     if parsed is not None:
+        priority = engine_priority(rank_s) if replica.accepts_priority else None
         body = with_fields(
             parsed,
-            priority=engine_priority(rank_s) if replica.accepts_priority else None,
+            priority=priority,
             model=replica.model,
             token_ids=outgoing.token_ids,
             cache=outgoing.cache if replica.endpoint.caches else None,
@@ -125,6 +126,8 @@ def request_bytes(
     if forwarded:
         own = {name.lower().encode() for name, _ in endpoint.headers}
         lines += [b"%b: %b\r\n" % (name, headers[name]) for name in forwarded - own]
+    if priority is not None and parsed is not None and parsed.form.priority_header:
+        lines.append(b"x-vllm-priority: %d\r\n" % priority)
     if endpoint.headers:
         lines += [
             b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in endpoint.headers

@@ -43,7 +43,7 @@ class HelperStart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     poll_s: _Seconds = 0.5
     tend_s: _Seconds = 5.0
     silence_s: _Seconds = 5.0
-    refuse_s: _Seconds = 60.0
+    refuse_s: _Seconds = 150.0
     list_only: bool = False
     version: int = PROTOCOL_VERSION
 

@@ -80,6 +80,8 @@ def flow_arrays(requests: RequestTable, fair: FairShares | None, glob: Ints) -> 
     holders = np.zeros((tenants, at.HOLDER), dtype=np.int64)
     holders[:, at.SEEN_AT] = -at.NEVER
     paid = np.zeros((count if tenants else 0, at.PAID))
+    if tenants:
+        paid[:, at.RANK] = requests.rank_s
     if tenants and requests.urgency_s is not None:
         paid[:, at.URGENCY] = requests.urgency_s
     return {

@@ -11,10 +11,27 @@ import msgspec
 
 from oserve.sim.dialects import VLLM, Dialect
 from oserve.sim.documents import GenerationRequest
+from oserve.sim.further_forms import (
+    LIMITS,
+    TypedStream,
+    batch_answer,
+    messages_answer,
+    messages_events,
+    responses_answer,
+    responses_events,
+    scoring_answer,
+)
 from oserve.sim.responses import EmulatedResponse, EngineSpeed, Mishap, send_whole
 from oserve.sim.tokenizer_stub import CountingTokenizer, TokenizerStub
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
+
+_FURTHER = {
+    *LIMITS,
+    b"/v1/messages/count_tokens",
+    b"/v1/chat/completions/batch",
+    b"/generative_scoring",
+}
 
 
 class EmulatedEngine:
@@ -100,6 +117,8 @@ class EmulatedEngine:
         dialect = self.dialect
         if route in {b"/v1/completions", b"/v1/chat/completions"}:
             self._generate(exchange, chat=route.startswith(b"/v1/chat"))
+        elif route in _FURTHER and dialect is VLLM:
+            self._answer_further(exchange, route)
         elif route == b"/v1/models" and dialect.lists_models:
             entry = {"id": self._model, "object": "model", "max_model_len": self._max_model_len}
             send_whole(exchange, dialect, 200, dialect.text({"object": "list", "data": [entry]}))
@@ -124,6 +143,36 @@ class EmulatedEngine:
         body = {"count": len(words), "max_model_len": self._max_model_len}
         text = self.dialect.text({**body, "tokens": list(range(len(words)))})
         send_whole(exchange, self.dialect, 200, text)
+
+    def _answer_further(self, exchange: Exchange, route: bytes) -> None:
+        """Answer in a form other than OpenAI's completions."""
+        body = json.loads(exchange.body)
+        self.seen.append(body)
+        if self.status:
+            error = self.dialect.error("not now", self.status)
+            send_whole(exchange, self.dialect, self.status, error, self.extra)
+            return
+        limit = body.get(LIMITS.get(route, "max_tokens")) or 16
+        words = [f" t{number + 1}" for number in range(min(limit, self._most_tokens))]
+        prompt_tokens = len(exchange.body.split())
+        if body.get("stream") and route in LIMITS:
+            make = messages_events if route == b"/v1/messages" else responses_events
+            stream = TypedStream(exchange, make(words, prompt_tokens), self._speed, self._ended)
+            exchange.on_disconnect = stream.cancel
+            self.running += 1
+            stream.begin()
+            return
+        if route == b"/v1/messages":
+            answer = messages_answer(words, prompt_tokens)
+        elif route == b"/v1/responses":
+            answer = responses_answer(words, prompt_tokens)
+        elif route == b"/v1/chat/completions/batch":
+            answer = batch_answer(words, prompt_tokens, len(body["messages"]))
+        elif route == b"/generative_scoring":
+            answer = scoring_answer(prompt_tokens, len(body["items"]))
+        else:
+            answer = {"input_tokens": prompt_tokens}
+        send_whole(exchange, self.dialect, 200, self.dialect.text(answer))
 
     def _generate(self, exchange: Exchange, *, chat: bool) -> None:
         dialect = self.dialect

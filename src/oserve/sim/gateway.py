@@ -11,6 +11,7 @@ from oserve.control.dispatch.overload import DEMOTED_S
 from oserve.sim.blocks import blocks_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at
+from oserve.sim.crowding import crowded_out
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
@@ -73,7 +74,6 @@ from oserve.sim.shares import (
     begins_to_wait,
     charge,
     correct_charge,
-    crowded_out,
     first_waiting,
     lift,
     over_share,
@@ -269,9 +269,6 @@ def refuse(s: KernelState, request: int, now: int) -> None:
     """Refuse a new request that still waits, if the queue exceeds its bound."""
     if s.req[request * REQUEST + STATUS] == QUEUED and queued(s) > s.glob[MAX_QUEUED]:
         other = crowded_out(s, request)
-        # A stream that resumes keeps its place.
-        if s.req[other * REQUEST + MADE] > 0:
-            other = request
         withhold(s, other)
         close(s, other, REFUSED, now)
 

@@ -223,6 +223,6 @@ OPEN, SEEN_AT = range(2)
 HOLDER: Final = 2
 
 # Of a request's charge: device-seconds of the prompt and of an output token, and what was charged.
-# URGENCY is what its tier adds to its rank in an engine, in seconds.
-PAID_PROMPT, PAID_TOKEN, PAID_WHOLE, URGENCY = range(4)
-PAID: Final = 4
+# URGENCY is what its tier adds to its rank in an engine, in seconds; RANK the one without shares.
+PAID_PROMPT, PAID_TOKEN, PAID_WHOLE, URGENCY, RANK = range(5)
+PAID: Final = 5

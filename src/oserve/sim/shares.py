@@ -5,7 +5,9 @@ lowest counter goes next; of equal counters the one that began to wait last. Sum
 in the same order as there, so that both decide alike. A cached prefix lends no turn here.
 """
 
-from oserve.control.dispatch.fair import LEAD, MOST_AHEAD_S
+from typing import Final
+
+from oserve.control.dispatch.fair import LEAD, MOST_AHEAD_S, SEEN_AGAIN_S
 from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.control.dispatch.overload import DEMOTED_S
 from oserve.sim.compiled import compiled
@@ -42,6 +44,7 @@ from oserve.sim.layout import (
     PHASE,
     PRIORITY,
     PS,
+    RANK,
     READY,
     REPLICAS,
     REQUEST,
@@ -62,6 +65,8 @@ from oserve.sim.layout import (
 )
 from oserve.sim.lists import pop, push, sooner, withdraw
 from oserve.sim.state import KernelState
+
+SEEN_AGAIN_PS: Final = int(SEEN_AGAIN_S * PS)
 
 
 @compiled
@@ -126,6 +131,9 @@ def seen(s: KernelState, request: int, now: int) -> None:
     if s.glob[TENANTS] == 0:
         return
     tenant = s.req[request * REQUEST + FLOW_OF] % s.glob[TENANTS]
+    before = s.holders[tenant * HOLDER + SEEN_AT]
+    if before >= 0 and now - before < SEEN_AGAIN_PS:
+        return
     s.holders[tenant * HOLDER + SEEN_AT] = now
     s.glob[ACTIVE] = 0
     for index in range(s.glob[TENANTS]):
@@ -285,15 +293,24 @@ def charge(s: KernelState, request: int, index: int, now: int) -> None:
     flow = s.req[base + FLOW_OF]
     tenant = flow % s.glob[TENANTS]
     s.holders[tenant * HOLDER + OPEN] += 1
-    tier = flow // s.glob[TENANTS]
+    tier, level = flow // s.glob[TENANTS], flow * LEVELS + LEVEL
     passes = s.lasts[(1 + s.req[base + IS_LATE]) * s.glob[TIERS] + tier] == s.glob[ROUND]
     most = 0.0
     if passes:
         most = floor_s(s, tier) + s.paid[own + PAID_WHOLE] / s.weights[tenant]
-        most = max(s.levels[flow * LEVELS + LEVEL], most)
+        most = max(s.levels[level], most)
     raise_level(s, flow, s.paid[own + PAID_WHOLE])
     if passes:
-        s.levels[flow * LEVELS + LEVEL] = min(s.levels[flow * LEVELS + LEVEL], most)
+        s.levels[level] = min(s.levels[level], most)
+    set_rank(s, request, now)
+
+
+@compiled
+def set_rank(s: KernelState, request: int, now: int) -> None:
+    """Set the rank in the engine's queue of a request that was just charged."""
+    base, own = request * REQUEST, request * PAID
+    flow = s.req[base + FLOW_OF]
+    tenant = flow % s.glob[TENANTS]
     serving = 0
     for other in range(s.glob[REPLICAS]):
         at = s.where[other]
@@ -306,9 +323,10 @@ def charge(s: KernelState, request: int, index: int, now: int) -> None:
     ahead_s = LEAD * unbegun_s * weights / s.weights[tenant] / max(1, serving)
     tag = max(s.levels[flow * LEVELS + TAG], now_s + min(ahead_s, MOST_AHEAD_S))
     s.levels[flow * LEVELS + TAG] = tag
-    rank = tag + s.paid[own + URGENCY]
-    if s.req[base + IS_LATE] == 1:
-        rank += DEMOTED_S
+    late = s.req[base + IS_LATE] == 1
+    rank = tag + s.paid[own + URGENCY] + (DEMOTED_S if late else 0.0)
+    if s.glob[ACTIVE] < 2:
+        rank = s.req[base + ARRIVAL] / PS + DEMOTED_S if late else s.paid[own + RANK]
     s.req[base + PRIORITY] = int(rank * PRIORITY_PER_S)
 
 
@@ -336,27 +354,3 @@ def correct_charge(s: KernelState, request: int) -> None:
     spent = s.paid[own + PAID_PROMPT] + s.paid[own + PAID_TOKEN] * made
     raise_level(s, flow, spent - s.paid[own + PAID_WHOLE])
     s.paid[own + PAID_WHOLE] = spent
-
-
-@compiled
-def crowded_out(s: KernelState, request: int) -> int:
-    """The request to refuse for a full queue: the latest of the flows with the most, or itself."""
-    tenants = s.glob[TENANTS]
-    if tenants == 0:
-        return request
-    flow = s.req[request * REQUEST + FLOW_OF]
-    own = s.flows[flow * FLOW + FLOW_WAITS] / s.weights[flow % tenants]
-    most = own
-    for other in range(s.glob[TIERS] * tenants):
-        most = max(most, s.flows[other * FLOW + FLOW_WAITS] / s.weights[other % tenants])
-    if most <= own:
-        return request
-    latest = NONE
-    for other in range(s.glob[TIERS] * tenants):
-        if s.flows[other * FLOW + FLOW_WAITS] / s.weights[other % tenants] == most:
-            at = s.flows[other * FLOW + HEAP]
-            for place in range(at + 1, at + 1 + s.queue[at]):
-                latest = max(latest, s.queue[place])
-            for place in range(at + 1, at + 1 + s.late[at]):
-                latest = max(latest, s.late[place])
-    return latest

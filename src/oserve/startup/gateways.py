@@ -40,7 +40,8 @@ def gateway_supervisor(
             settings=settings,
             models=deployment.models,
             keys=api_keys(settings),
-            keys_file=(folders.state / KEY_FILE).resolve(),
+            # Not resolved: a link that leads nowhere is no missing file.
+            keys_file=(folders.state / KEY_FILE).absolute(),
             keeper=GatewayKeeper(keeper, folders.log),
             run_dir=folders.run,
             operate=operate,

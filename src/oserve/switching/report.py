@@ -1,6 +1,6 @@
 """The report of a switch, for operators and for the next prediction."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -99,3 +99,37 @@ class SwitchReport:
             ],
             "programme": self.programme,
         }
+
+
+class SwitchTally:
+    """Counts switches by how they ended, and the bytes that they moved, for metrics."""
+
+    def __init__(self) -> None:
+        # All from 0 on: a counter that begins at 1 shows no increase.
+        self._ended = dict.fromkeys(_ENDS, 0)
+        self._moved_bytes = 0
+        self._counted: frozenset[str] = frozenset()
+
+    def observe(self, documents: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+        """Counters, as ``gateway.metrics`` has them, after a look at the reports that are kept."""
+        ended = [item for item in documents if item["state"] in _ENDS]
+        for item in ended:
+            if item["id"] not in self._counted:
+                self._ended[item["state"]] += 1
+                self._moved_bytes += item["moved_bytes"]
+        self._counted = frozenset(item["id"] for item in ended)
+        return {
+            "oserve_switches": {state: [float(count)] for state, count in self._ended.items()},
+            "oserve_switch_moved_bytes": {"": [float(self._moved_bytes)]},
+        }
+
+
+_ENDS = tuple(
+    state.value
+    for state in (
+        SwitchStatus.DONE,
+        SwitchStatus.ROLLED_BACK,
+        SwitchStatus.SUPERSEDED,
+        SwitchStatus.FAILED,
+    )
+)

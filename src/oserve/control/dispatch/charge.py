@@ -7,18 +7,17 @@ FlowKey = tuple[str, str]
 class ServiceCounter:
     """The service that one tenant had in one tier.
 
-    ``level_s``: device-seconds charged by its weight, lifted after idle times. ``charged_s``: those
-    charged in all. ``tag_s``, ``unbegun_s``: see ``FairQueue.engine_rank_s``. ``open``: charges not
-    settled. ``woken``: the higher, the later it began to wait.
+    ``level_s``: device-seconds charged by its weight, lifted after idle times. ``tag_s``,
+    ``unbegun_s``: see ``FairQueue.engine_rank_s``. ``open``: charges not settled. ``woken``: the
+    higher, the later it began to wait.
     """
 
-    __slots__ = ("charged_s", "key", "level_s", "open", "tag_s", "unbegun_s", "weight", "woken")
+    __slots__ = ("key", "level_s", "open", "tag_s", "unbegun_s", "weight", "woken")
 
     def __init__(self, key: FlowKey, weight: float) -> None:
         self.key = key
         self.weight = weight
         self.level_s = 0.0
-        self.charged_s = 0.0
         self.tag_s = 0.0
         self.unbegun_s = 0.0
         self.open = 0

@@ -18,8 +18,8 @@ def uncharge(fair: FairQueue, state: RequestState) -> None:
         return
     if not state.made_tokens:
         state.charge.prompt_s = 0.0
-    fair.settle(state.charge, max(0, state.made_tokens - state.charge.made_tokens))
-    state.charge = None
+    settled, state.charge = state.charge, None
+    fair.settle(settled, max(0, state.made_tokens - settled.made_tokens))
 
 
 def charged_rank_s(
@@ -33,7 +33,8 @@ def charged_rank_s(
 ) -> float:
     """Charge a request of a tenant; returns its rank in the engine's queue.
 
-    A prompt that is computed again because its stream moved is not charged.
+    While one tenant alone is active, that is the rank that it has without fair shares. A prompt
+    that is computed again because its stream moved is not charged.
     """
     if not state.tenant:
         return state.rank_s
@@ -48,5 +49,8 @@ def charged_rank_s(
     )
     state.charge.made_tokens = state.made_tokens
     rank_s = fair.engine_rank_s(state.charge, now_s, replicas)
-    rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
+    if not fair.several:
+        return state.rank_s
+    if state.urgency_s:
+        rank_s += max(-_MOST_SHIFT_S, min(_MOST_SHIFT_S, state.urgency_s))
     return rank_s + DEMOTED_S if state.demoted else rank_s

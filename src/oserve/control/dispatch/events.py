@@ -9,7 +9,6 @@ from typing import Protocol
 
 import msgspec
 
-from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.table import RoutingTable
 from oserve.core import FinishStatus, Request
 
@@ -31,8 +30,8 @@ class Arrived(Event, frozen=True, kw_only=True):
 
     ``rank_s`` orders waiting requests (``order.rank_s``). ``session`` and ``prefix`` are cache keys
     of the prompt, empty if it has none; the shared prefix has about ``prefix_tokens`` tokens.
-    ``forecast``: of the output length, unless the client fixes that. ``tenant``: "" without keys;
-    no more than ``max_queued`` requests of it may wait.
+    ``forecast``: of the output length, unless the client fixes that. ``tenant``: for fair
+    shares; "" without. No more than ``max_queued`` requests of its ``owner`` may wait.
     """
 
     number: int
@@ -44,6 +43,7 @@ class Arrived(Event, frozen=True, kw_only=True):
     prefix_tokens: int = 0
     forecast: OutputForecast | None = None
     tenant: str = ""
+    owner: str = ""
     max_queued: int | None = None
 
 
@@ -156,15 +156,8 @@ class Crashed(Event, frozen=True):
     number: int
 
 
-class Spent(Event, frozen=True):
-    """The output tokens that an ended request had at its last replica; corrects its ``charge``."""
-
-    charge: Charge
-    output_tokens: float
-
-
 class ChargedElsewhere(Event, frozen=True):
-    """Device-seconds that other gateway processes charged so far, by tier and tenant."""
+    """Device-seconds that other gateway processes charged anew, by tier and tenant."""
 
     charged_s: dict[tuple[str, str], float]
 

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from oserve.control.dispatch.charge import Charge, FlowKey, ServiceCounter
 from oserve.control.dispatch.fair_policy import FairPolicy
-from oserve.control.dispatch.flows import TenantFlow
+from oserve.control.dispatch.flows import FlowHeap, TenantFlow, TierFlows
 from oserve.control.dispatch.passing import PassingOrder
-from oserve.control.dispatch.state import RequestState
-from oserve.control.dispatch.tier_flows import FlowHeap, TierFlows
+from oserve.control.dispatch.state import Queued, RequestState
 
-# Idle flows are dropped once there are so many more than waiting ones.
-_MOST_IDLE = 1024
+# Idle flows are looked through once there are so many more than waiting ones.
+_FEW_IDLE = 1024
+SEEN_AGAIN_S = 1.0
+"""Later arrivals of an active tenant are noted again after so long."""
 LEAD = 2.0
 """By how much the time until an engine begins a tenant's requests may be underestimated."""
 MOST_AHEAD_S = 60.0
@@ -44,12 +45,18 @@ class FairQueue:
         self._tiers: dict[str, TierFlows] = {}
         self._numbers: dict[int, RequestState] = {}
         self._saved_s = saved_s
-        self._elsewhere: dict[FlowKey, float] = {}
-        # Tenants by their last arrival, and the sum of their weights.
+        # Those of the flows that wait.
+        self._waiting: dict[FlowKey, TenantFlow] = {}
+        self._most_idle = _FEW_IDLE
+        # Device-seconds charged since ``take_charges``.
+        self._new: dict[FlowKey, float] = {}
+        # Tenants by their last arrival, the sum of their weights, and their charges not settled.
         self._active: OrderedDict[str, float] = OrderedDict()
         self._active_weight = 0.0
-        # By tenant, in all tiers: requests with open charges. Counts the times a flow woke up.
+        # Whether more than one tenant is active; otherwise everything is by rank.
+        self.several = False
         self._open: dict[str, int] = {}
+        # Counts the times that a flow began to wait.
         self._wakes = self._wakes_before = 0
 
     def use(self, policy: FairPolicy) -> None:
@@ -57,6 +64,7 @@ class FairQueue:
         self._policy = policy
         for (_, tenant), flow in self._flows.items():
             flow.weight = policy.weight(tenant)
+        self._active_weight = sum(map(policy.weight, self._active))
 
     # -- as RankQueue ---------------------------------------------------------------------------
     def __len__(self) -> int:
@@ -87,8 +95,9 @@ class FairQueue:
         queue = flow.queue(late=state.demoted)
         fresh = not queue
         queue.push(state)
+        self._waiting[flow.key] = flow
         if fresh:
-            self._tier(flow).heaps[state.demoted].push(flow)
+            flow.tier.heaps[state.demoted].push(flow)
 
     def discard(self, state: RequestState) -> None:
         """Remove a request if it waits here."""
@@ -98,7 +107,8 @@ class FairQueue:
         flow.waiting.discard(state)
         flow.late.discard(state)
         if not flow:
-            self._tier(flow).last = flow
+            self._waiting.pop(flow.key, None)
+            flow.tier.last = flow
 
     def head(self) -> RequestState | None:
         """The request to serve next."""
@@ -134,7 +144,7 @@ class FairQueue:
         A request that is sent, demoted or refused while this runs changes the order of the rest.
         """
         groups = [
-            PassingOrder(late, [flow for flow in self._flows.values() if flow.key[0] == name])
+            PassingOrder(late, [flow for flow in self._waiting.values() if flow.key[0] == name])
             for name in self._tiers
             for late in (False, True)
         ]
@@ -159,13 +169,21 @@ class FairQueue:
     # -- counters -------------------------------------------------------------------------------
     def flow(self, state: RequestState) -> TenantFlow:
         """The flow of a request."""
-        tier = state.tier
-        key = ("" if tier is None else tier.name, state.tenant)
+        promise, tenant = state.promise, state.tenant
+        tier = "" if promise is None else promise.tier.name
+        found = self._flows.get((tier, tenant))
+        return self._flow(tier, tenant) if found is None else found
+
+    def _flow(self, tier: str, tenant: str) -> TenantFlow:
+        key = (tier, tenant)
         found = self._flows.get(key)
         if found is None:
-            if len(self._flows) > _MOST_IDLE + 2 * len(self._numbers):
+            if len(self._flows) > self._most_idle + 2 * len(self._numbers):
                 self._drop_idle()
-            found = self._flows[key] = TenantFlow(key, self._policy.weight(state.tenant))
+            own = self._tiers.get(tier)
+            if own is None:
+                own = self._tiers[tier] = TierFlows()
+            found = self._flows[key] = TenantFlow(key, self._policy.weight(tenant), own)
         return found
 
     def end_round(self) -> None:
@@ -178,16 +196,21 @@ class FairQueue:
 
     def arrived(self, state: RequestState, now_s: float) -> None:
         """A request of a tenant has arrived, which is active for a while."""
-        weight = self._policy.weight
-        if self._active.pop(state.tenant, None) is None:
-            self._active_weight += weight(state.tenant)
-        self._active[state.tenant] = now_s
-        while True:
-            oldest = next(iter(self._active))
-            if self._active[oldest] >= now_s - self._policy.active_s:
-                return
-            del self._active[oldest]
-            self._active_weight = sum(weight(tenant) for tenant in self._active)
+        self._seen(state.tenant, now_s)
+
+    def _seen(self, tenant: str, now_s: float) -> None:
+        active = self._active
+        seen_s = active.get(tenant)
+        if seen_s is None:
+            self._active_weight += self._policy.weight(tenant)
+        elif now_s - seen_s < SEEN_AGAIN_S:
+            return
+        active[tenant] = now_s
+        active.move_to_end(tenant)
+        while active[oldest := next(iter(active))] < now_s - self._policy.active_s:
+            del active[oldest]
+            self._active_weight -= self._policy.weight(oldest)
+        self.several = len(active) > 1
 
     def over_share(self, state: RequestState, slots: float) -> bool:
         """Whether a tenant has its part of so many slots already, and others are active.
@@ -195,30 +218,38 @@ class FairQueue:
         Such a tenant leaves a few slots free (``FairPolicy.reserve``), so that others need not
         wait until one of its requests ends.
         """
-        if len(self._active) < 2:
+        if not self.several:
             return False
-        weight = self._policy.weight(state.tenant)
-        return self._open.get(state.tenant, 0) * self._active_weight >= slots * weight
-
-    def waiting_of(self, state: RequestState) -> int:
-        """How many requests of its tenant wait in its tier."""
-        return len(self.flow(state))
+        own = self._open.get(state.tenant, 0)
+        return own * self._active_weight >= slots * self._policy.weight(state.tenant)
 
     def crowded_out(self, state: RequestState) -> RequestState:
-        """The latest request of the tenant with the most per weight; ``state`` if that is its."""
-        own = self.flow(state)
-        flows = self._flows.values()
-        most = max(len(flow) / flow.weight for flow in flows)
-        if most <= len(own) / own.weight:
-            return state
-        found = (
-            item
-            for flow in flows
-            if len(flow) / flow.weight == most
-            for item in (*flow.waiting, *flow.late)
-        )
-        latest: RequestState = max(found, key=lambda item: item.number)
-        return latest
+        """The latest request of the tenant with the most per weight; ``state`` if that is its own.
+
+        What is more urgent than ``state`` stays, and so do streams that resume.
+        """
+        waiting: dict[str, list[TenantFlow]] = {}
+        for (_, tenant), flow in self._waiting.items():
+            waiting.setdefault(tenant, []).append(flow)
+        loads = {
+            tenant: sum(map(len, flows)) / self._policy.weight(tenant)
+            for tenant, flows in waiting.items()
+        }
+        own = loads.get(state.tenant, 0.0)
+        for tenant in sorted(loads, key=lambda name: (-loads[name], name)):
+            if loads[tenant] <= own:
+                break
+            found: list[RequestState] = [
+                item
+                for flow in waiting[tenant]
+                for item in (*flow.waiting, *flow.late)
+                if isinstance(item.phase, Queued)
+                and (item.demoted or item.urgency_s >= state.urgency_s)
+            ]
+            if found:
+                latest: RequestState = max(found, key=lambda item: item.number)
+                return latest
+        return state
 
     def charge(
         self, state: RequestState, *, prompt_s: float, per_token_s: float, passes: bool = False
@@ -229,37 +260,36 @@ class FairQueue:
         not take it, so no more than one such request counts for whose turn it is.
         """
         flow = self.flow(state)
-        if state.number not in self._numbers and not flow:
+        if state.number not in self._numbers and not (self._numbers and flow):
             # It passes an empty queue.
-            self._lift(flow)
-            self._tier(flow).last = flow
+            self._passes(flow)
         tokens = state.request.output_tokens if state.request is not None else 0
         charge = Charge(flow, prompt_s, per_token_s, tokens)
         flow.open += 1
-        self._open[state.tenant] = self._open.get(state.tenant, 0) + 1
+        tenant = state.tenant
+        self._open[tenant] = self._open.get(tenant, 0) + 1
         most_s = math.inf
         if passes:
-            floor_s = self._tier(flow).floor_s()
-            most_s = max(flow.level_s, floor_s + charge.paid_s / flow.weight)
+            most_s = max(flow.level_s, flow.tier.floor_s() + charge.paid_s / flow.weight)
         self._add(flow, charge.paid_s)
         flow.level_s = min(flow.level_s, most_s)
         return charge
 
     def settle(self, charge: Charge, output_tokens: float) -> None:
         """Correct a charge: the request had so many output tokens at that replica."""
-        charge.counter.open -= 1
         self.begun(charge)
-        self._close(charge.counter.key[1])
-        spent_s = charge.prompt_s + charge.per_token_s * output_tokens
-        self._add(charge.counter, spent_s - charge.paid_s)
-        charge.paid_s = spent_s
-
-    def _close(self, tenant: str) -> None:
-        left = self._open[tenant] - 1
-        if left:
+        flow = charge.counter
+        flow.open -= 1
+        tenant = flow.key[1]
+        left = self._open.get(tenant, 0) - 1
+        if left > 0:
             self._open[tenant] = left
         else:
-            del self._open[tenant]
+            self._open.pop(tenant, None)
+        spent_s = charge.prompt_s + charge.per_token_s * output_tokens
+        if spent_s != charge.paid_s:
+            self._add(flow, spent_s - charge.paid_s)
+            charge.paid_s = spent_s
 
     def begun(self, charge: Charge) -> None:
         """The replica has computed the prompt of a request, or has lost it. Idempotent."""
@@ -281,42 +311,54 @@ class FairQueue:
         flow.tag_s = max(flow.tag_s, now_s + min(ahead_s, MOST_AHEAD_S))
         return flow.tag_s
 
-    def charged_s(self) -> dict[FlowKey, float]:
-        """Device-seconds charged in this process so far."""
-        return {key: flow.charged_s for key, flow in self._flows.items() if flow.charged_s}
+    @property
+    def flows(self) -> int:
+        """Tenants and tiers that have a counter."""
+        return len(self._flows)
 
-    def set_elsewhere(self, charged_s: Mapping[FlowKey, float]) -> None:
-        """Device-seconds charged by other processes so far; a lower sum than before is new."""
-        for key, sum_s in charged_s.items():
-            before_s = self._elsewhere.get(key, 0.0)
-            more_s = sum_s - before_s if sum_s >= before_s else sum_s
-            flow = self._flows.get(key)
-            if more_s and flow is None:
-                flow = self._flows[key] = TenantFlow(key, self._policy.weight(key[1]))
-            if more_s and flow is not None:
-                self._raise(flow, more_s / flow.weight)
-        self._elsewhere = dict(charged_s)
+    def take_charges(self) -> dict[FlowKey, float]:
+        """Device-seconds charged in this process since the last call, with corrections."""
+        taken, self._new = self._new, {}
+        return taken
+
+    def charged_elsewhere(self, charged_s: Mapping[FlowKey, float], now_s: float) -> None:
+        """Device-seconds that other processes charged anew: as if it had been here."""
+        for (tier, tenant), more_s in charged_s.items():
+            flow = self._flow(tier, tenant)
+            if more_s > 0.0:
+                self._seen(tenant, now_s)
+                if not flow:
+                    self._passes(flow)
+            self._raise(flow, more_s / flow.weight)
 
     def _add(self, flow: ServiceCounter, device_s: float) -> None:
-        flow.charged_s += device_s
-        self._raise(flow, device_s / flow.weight)
+        key = flow.key
+        self._new[key] = self._new.get(key, 0.0) + device_s
+        if device_s < 0.0:
+            self._raise(flow, device_s / flow.weight)
+        else:
+            flow.level_s += device_s / flow.weight
 
     def _raise(self, flow: ServiceCounter, by_s: float) -> None:
         flow.level_s += by_s
-        if by_s < 0.0 and isinstance(flow, TenantFlow):
+        if by_s < 0.0 and self._numbers and isinstance(flow, TenantFlow):
             # A heap notices by itself only that a flow went up.
             for late in (False, True):
                 if flow.queue(late=late):
-                    self._tier(flow).heaps[late].push(flow)
+                    flow.tier.heaps[late].push(flow)
 
     def _lift(self, flow: TenantFlow) -> None:
-        flow.level_s = max(flow.level_s, self._tier(flow).floor_s())
+        flow.level_s = max(flow.level_s, flow.tier.floor_s())
 
-    def _tier(self, flow: TenantFlow) -> TierFlows:
-        found = self._tiers.get(flow.key[0])
-        if found is None:
-            found = self._tiers[flow.key[0]] = TierFlows()
-        return found
+    def _passes(self, flow: TenantFlow) -> None:
+        """A tenant is served that does not wait: no credit is left of its idle time."""
+        tier = flow.tier
+        last = tier.last
+        if last is flow and not self._numbers:
+            return
+        floor_s = tier.floor_s() if self._numbers or last is None else last.level_s
+        flow.level_s = max(flow.level_s, floor_s)
+        tier.last = flow
 
     def _drop_idle(self) -> None:
         """Forget flows that would be lifted to where they are, or higher, if they came again."""
@@ -327,3 +369,5 @@ class FairQueue:
             for key, flow in self._flows.items()
             if flow or flow.open or key in kept or flow.level_s > floors.get(key[0], 0.0)
         }
+        # So many new ones pay for the next look at all of them.
+        self._most_idle = max(_FEW_IDLE, 2 * len(self._flows))

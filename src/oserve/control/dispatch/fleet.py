@@ -42,6 +42,7 @@ class Fleet:
         self.overload = policy.overload
         self._policy = policy
         self._processes = policy.processes
+        self._most_inflight = 0
         self._router = Router({})
         self._affinity = Affinity()
         # By tier: the replicas with a share of its types; those of precisions that it excludes.
@@ -76,6 +77,7 @@ class Fleet:
             for replica in self.table.replicas
             if replica.phase is ReplicaPhase.READY and replica not in self.vacating
         }
+        self._most_inflight = sum(replica.max_inflight for replica in self.serving.values())
 
     def vacate(self, name: str, within_s: float, started_s: float | None, now_s: float) -> None:
         """Vacate a replica: send it no new requests, and let its running ones leave."""
@@ -142,6 +144,12 @@ class Fleet:
             name, request, now_s, cached_tokens=choice.cached_tokens, streams=state.streams
         )
         return Booking(choice.replica, entry)
+
+    def unbook(self, booking: Booking, now_s: float, *, done: bool = False) -> None:
+        """Free the slot of a booking. ``done``: the replica has finished the request."""
+        if booking.entry is not None:
+            booking.entry.close(now_s, done=done)
+            self.breakers.release(booking.replica.id)
 
     def any_open(self, state: RequestState, now_s: float) -> TableReplica | None:
         """A replica for an auxiliary call."""
@@ -210,8 +218,7 @@ class Fleet:
     @property
     def slots(self) -> float:
         """Sequences that the serving replicas run at once, for this process."""
-        most = sum(replica.max_inflight for replica in self.serving.values())
-        return most / 2 / self._processes
+        return self._most_inflight / 2 / self._processes
 
     @property
     def any_room(self) -> bool:

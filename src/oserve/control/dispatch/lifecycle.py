@@ -7,7 +7,7 @@ import math
 
 from oserve.control.dispatch import commands as do
 from oserve.control.dispatch.charging import charged_rank_s, uncharge
-from oserve.control.dispatch.commands import Command, Refusal
+from oserve.control.dispatch.commands import REJECTIONS, Command, Refusal
 from oserve.control.dispatch.fleet import Fleet
 from oserve.control.dispatch.passing import FreeSlots
 from oserve.control.dispatch.policy import DispatchPolicy
@@ -18,7 +18,6 @@ from oserve.control.dispatch.state import (
     Booking,
     Ended,
     Placed,
-    Queued,
     ReplicaStart,
     RequestState,
     Resuming,
@@ -31,15 +30,6 @@ from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
 from oserve.core import FinishStatus, OverloadAction, Tier
 from oserve.core.faults import fault
-
-_REJECTIONS = {
-    Refusal.NO_REPLICA,
-    Refusal.NONE_READY_IN_TIME,
-    Refusal.QUEUE_FULL,
-    Refusal.PROMISE,
-    Refusal.SHED,
-    Refusal.SHUTTING_DOWN,
-}
 
 
 class Lifecycle:
@@ -84,9 +74,11 @@ class Lifecycle:
 
     def breaks_promise(self, state: RequestState) -> bool:
         """Refuse a request that has just arrived if its tier rejects what cannot be in time."""
-        tier, request, due_s = state.tier, state.request, state.due_s
-        if tier is None or tier.overload is not OverloadAction.REJECT:
+        promise, request = state.promise, state.request
+        if promise is None or promise.tier.overload is not OverloadAction.REJECT:
             return False
+        # Here the limits count that the client may have tightened.
+        due_s = None if request is None else promise.first_token_s(request.output_tokens)
         if request is None or due_s is None:
             return False
         fleet = self.fleet
@@ -103,7 +95,8 @@ class Lifecycle:
         self.refuse(
             state,
             Refusal.PROMISE,
-            reason=f"{expected_s:.3g} s, with a limit of {due_s:.3g} s in tier {tier.name!r}",
+            reason=f"{expected_s:.3g} s, with a limit of {due_s:.3g} s"
+            f" in tier {promise.tier.name!r}",
             retry_after_s=max(1, math.ceil(expected_s - due_s)),
         )
         return True
@@ -165,18 +158,18 @@ class Lifecycle:
 
     def _over_share(self, state: RequestState) -> bool:
         """Whether a request leaves slots free for tenants with less than their share."""
-        may = bool(state.tenant) and not isinstance(state.phase, Resuming)
-        return may and self.waiting.fair.over_share(state, self.fleet.slots)
+        fair = self.waiting.fair
+        may = fair.several and bool(state.tenant) and not isinstance(state.phase, Resuming)
+        return may and fair.over_share(state, self.fleet.slots)
 
     def _crowded(self, state: RequestState) -> bool:
         """Whether a request finds no place to wait; another tenant may have to make room for it."""
-        fair = self.waiting.fair
-        if state.tenant and fair.waiting_of(state) > state.max_queued:
+        if state.owner and self.waiting.owned.get(state.owner, 0) > state.max_queued:
             return True
         if not self.waiting.full:
             return False
         other = self.waiting.crowded_out(state) if state.tenant else state
-        if other is state or not isinstance(other.phase, Queued):
+        if other is state:
             return True
         self.refuse(other, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
         return False
@@ -186,6 +179,7 @@ class Lifecycle:
         request = state.request
         if request is None:
             return NoRoute.NO_REPLICA
+        booking: Booking | None = None
         try:
             choice = self.fleet.choose(state, request, self.now_s, tight=self._over_share(state))
             if isinstance(choice, NoRoute):
@@ -196,6 +190,11 @@ class Lifecycle:
                 self.waiting.fair, state, choice, self.now_s, replicas, passes=passes
             )
         except Exception as error:  # an unforeseen fault in routing one request ends only that one
+            if booking is not None:
+                self.fleet.unbook(booking, self.now_s)
+                if state.charge is not None:
+                    # It was not sent.
+                    state.charge.prompt_s = 0.0
             self.refuse(state, Refusal.INTERNAL, reason=fault(error))
             return None
         send = do.Send(
@@ -357,7 +356,7 @@ class Lifecycle:
             )
         )
         finish = FinishStatus.FAILED
-        if refusal in _REJECTIONS:
+        if refusal in REJECTIONS:
             finish = FinishStatus.REJECTED
         elif refusal is Refusal.REFUSED_WITHOUT_BODY:
             finish = FinishStatus.CLIENT_ERROR
@@ -374,9 +373,8 @@ class Lifecycle:
     ) -> None:
         """Free the slot at a replica; ``tried``: never send the request there again."""
         booking = phase.booking
+        self.fleet.unbook(booking, self.now_s, done=done)
         if booking.entry is not None:
-            booking.entry.close(self.now_s, done=done)
-            self.fleet.breakers.release(booking.replica.id)
             self.may_settle()
         if tried:
             state.tried.add(booking.start)

@@ -18,6 +18,7 @@ from typing import Any
 
 from oserve.control.dispatch import events as on
 from oserve.control.dispatch.answers import Answers
+from oserve.control.dispatch.charge import Charge
 from oserve.control.dispatch.commands import Command, Refusal
 from oserve.control.dispatch.departures import Departures
 from oserve.control.dispatch.events import Event
@@ -61,7 +62,6 @@ class RequestMachine:
             on.Vacate: self._vacate,
             on.Surveyed: self._departures.surveyed,
             on.ShutDown: self._shut_down,
-            on.Spent: self._spent,
             on.ChargedElsewhere: self._charged_elsewhere,
         }
 
@@ -83,14 +83,22 @@ class RequestMachine:
         life.commands = []
         return commands
 
-    def forget(self, number: int) -> None:
-        """Drop a request that cannot be ended because a step of that raises."""
+    def forget(self, number: int) -> Charge | None:
+        """Drop a request that cannot be ended because a step of that raises; returns its charge."""
         state = self._life.requests.pop(number, None)
         if state is None:
-            return
+            return None
         self._life.waiting.discard(state)
-        if isinstance(state.phase, Placed) and state.phase.booking.entry is not None:
-            state.phase.booking.entry.close(self._life.now_s, done=False)
+        if isinstance(state.phase, Placed):
+            self._life.fleet.unbook(state.phase.booking, self._life.now_s)
+        return state.charge
+
+    def settle_charge(self, charge: Charge, output_tokens: float) -> None:
+        """Correct the charge of an ended request: its output tokens at its last replica.
+
+        No command follows from it, so it is no event.
+        """
+        self._life.waiting.fair.settle(charge, output_tokens)
 
     # -- queries --------------------------------------------------------------------------------
     @property
@@ -140,7 +148,7 @@ class RequestMachine:
         )
         state.session, state.prefix = event.session, event.prefix
         state.prefix_tokens = event.prefix_tokens
-        state.tenant = event.tenant
+        state.tenant, state.owner = event.tenant, event.owner
         if event.max_queued is not None:
             state.max_queued = event.max_queued
         if event.tenant:
@@ -206,11 +214,8 @@ class RequestMachine:
         self._life.fleet.ledger.set_elsewhere(event.loads)
         self._life.may_settle()
 
-    def _spent(self, event: on.Spent) -> None:
-        self._life.waiting.fair.settle(event.charge, event.output_tokens)
-
     def _charged_elsewhere(self, event: on.ChargedElsewhere) -> None:
-        self._life.waiting.fair.set_elsewhere(event.charged_s)
+        self._life.waiting.fair.charged_elsewhere(event.charged_s, self._life.now_s)
 
     def _vacate(self, event: on.Vacate) -> None:
         self._life.fleet.vacate(event.replica, event.within_s, event.started_s, self._life.now_s)

@@ -91,6 +91,7 @@ class RequestState:
         "moves",
         "number",
         "original",
+        "owner",
         "phase",
         "prefix",
         "prefix_tokens",
@@ -125,9 +126,10 @@ class RequestState:
         self.prefix = ""
         self.prefix_tokens = 0
         self.phase: Phase = QUEUED
-        # Without keys there are no tenants. What fair shares charged it at its present replica.
-        self.tenant = ""
+        # Without keys there are no tenants, without fair shares only owners, for their limits.
+        self.tenant = self.owner = ""
         self.max_queued = UNLIMITED_TOKENS
+        # What fair shares charged it at its present replica.
         self.charge: Charge | None = None
         # The last replica, for the record.
         self.replica = ""
@@ -138,9 +140,11 @@ class RequestState:
         self.made_tokens = 0
         self.booked_tokens = 0
         self.demoted = False
-        # Its tier's limits; seconds from arrival until its first token is due; whose turn it is.
+        # Its limits. By its tier's own: seconds from arrival until its first token is due, and
+        # whose turn it is; a client that tightens them goes no sooner.
         self.promise = request.promise if request is not None else None
-        self.due_s = None if request is None else due_of(self.promise, request.output_tokens)
+        tokens = 0 if request is None else request.output_tokens
+        self.due_s = due_of(self.promise, tokens)
         self.urgency_s = urgency_s(self.promise, self.due_s)
         # The deadline for a replica to become ready; then the request is refused.
         self.give_up_s: float | None = None

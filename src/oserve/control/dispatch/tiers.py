@@ -38,15 +38,18 @@ def shift_s(order: OrderPolicy, promise: Promise | None, output_tokens: int) -> 
     if promise is None:
         return 0.0
     most = order.max_penalty_s
-    own = urgency_s(promise, promise.first_token_s(output_tokens))
-    return max(-most, min(most, own))
+    return max(-most, min(most, urgency_s(promise, due_of(promise, output_tokens))))
 
 
 def due_of(promise: Promise | None, output_tokens: int) -> float | None:
-    """Seconds from arrival until the first token is due, for demotion; ``None``: whenever."""
+    """Seconds from arrival until the first token is due by the limits of its tier.
+
+    ``None``: whenever. Limits that the client tightened do not count: they would be a way to go
+    before others of the tier.
+    """
     if promise is None or promise.tier.overload is OverloadAction.FIRST:
         return None
-    return promise.first_token_s(output_tokens)
+    return Promise.of(promise.tier).first_token_s(output_tokens)
 
 
 @lru_cache(maxsize=1024)

@@ -32,6 +32,8 @@ class WaitingRoom:
         self._by_tier = False
         self._max_queued = max_queued
         self.fair = self._queue = FairQueue(saved_s)
+        # By tenant, over all tiers: its waiting requests.
+        self.owned: dict[str, int] = {}
         self._timers: list[tuple[float, int]] = []
         # By urgency: the waiting requests that were not demoted, and their prompt tokens.
         self._backlog: dict[float, list[int]] = {}
@@ -61,15 +63,27 @@ class WaitingRoom:
 
     def push(self, state: RequestState) -> None:
         """Add a request."""
-        if state not in self._queue and not state.demoted:
-            self._count(state, 1)
+        if state not in self._queue:
+            self._own(state, 1)
+            if not state.demoted:
+                self._count(state, 1)
         self._queue.push(state)
 
     def discard(self, state: RequestState) -> None:
         """Remove a request if it waits here."""
-        if state in self._queue and not state.demoted:
-            self._count(state, -1)
+        if state in self._queue:
+            self._own(state, -1)
+            if not state.demoted:
+                self._count(state, -1)
         self._queue.discard(state)
+
+    def _own(self, state: RequestState, change: int) -> None:
+        if state.owner:
+            left = self.owned.get(state.owner, 0) + change
+            if left:
+                self.owned[state.owner] = left
+            else:
+                del self.owned[state.owner]
 
     def _count(self, state: RequestState, change: int) -> None:
         backlog = self._backlog.setdefault(state.urgency_s, [0, 0])
@@ -92,10 +106,7 @@ class WaitingRoom:
         return self._queue.passing(skip)
 
     def crowded_out(self, state: RequestState) -> RequestState:
-        """The request to refuse for a full queue: the latest of the tenant with the most.
-
-        That is ``state`` itself, unless another tenant has more.
-        """
+        """The request to refuse for a full queue (see ``FairQueue.crowded_out``)."""
         return self._queue.crowded_out(state)
 
     def use(self, overload: OverloadPolicy, *, by_tier: bool = False) -> None:

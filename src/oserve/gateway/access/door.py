@@ -14,6 +14,9 @@ OPEN_CALLER = Caller(role=KeyRole.ADMIN)
 """Everybody, while no key is configured."""
 
 _NOBODY = KeyRing(b"", ())
+# Headers with a valid key whose callers are kept.
+_MOST_KNOWN = 4096
+_MOST_HEADER_BYTES = 256
 
 
 class Door:
@@ -29,17 +32,17 @@ class Door:
         self._weak = KeyRing.of_settings(key for key in given if guessable(key))
         self._made = _NOBODY
         self.guarded = bool(given)
-        self.several_tenants = False
         self._failures = FailureLimiter()
+        # By Authorization header, so that a client's next request costs no hash.
+        self._known: dict[bytes, Caller] = {}
         self._file = None if path is None else KeyFile(path, self.use)
         self.check()
 
     def use(self, document: KeyDocument) -> None:
         """Replace the keys of the key file."""
-        self._made = ring = KeyRing.of_document(document)
+        self._made = KeyRing.of_document(document)
+        self._known = {}
         self.guarded = True
-        rings = (ring, self._strong, self._weak)
-        self.several_tenants = len({item.tenant for each in rings for item in each.callers}) > 1
 
     def check(self) -> None:
         """Read the key file again if it has changed; cheap if it has not."""
@@ -60,11 +63,18 @@ class Door:
         """
         if not self.guarded:
             return OPEN_CALLER
+        known = self._known.get(authorization)
+        if known is not None:
+            return known
         scheme, _, token = authorization.partition(b" ")
         token = token.strip() if scheme.lower() == b"bearer" else b""
         if token:
             found = self._made.find(token) or self._strong.find(token)
             if found is not None:
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known = {}
+                if len(authorization) <= _MOST_HEADER_BYTES:
+                    self._known[authorization] = found
                 return found
         now_s = time.monotonic()
         wait_s = self._failures.wait_s(peer, now_s)

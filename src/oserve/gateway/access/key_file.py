@@ -16,7 +16,6 @@ import msgspec
 from oserve.core import KeyRole, OServeError
 from oserve.gateway.access.keys import (
     KeyDocument,
-    KeyRing,
     StoredKey,
     digest,
     empty_document,
@@ -37,8 +36,9 @@ def read_keys(path: Path) -> KeyDocument | None:
     """The key file; ``None`` if there is none. Raises OServeError if it cannot be used."""
     try:
         document = _DECODER.decode(path.read_bytes())
-        KeyRing.of_document(document)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise _unusable(path, "it is a link to a file that does not exist") from None
         return None
     except OSError as error:
         raise _unusable(path, error.strerror or "it cannot be read") from None
@@ -59,9 +59,12 @@ def _unusable(path: Path, reason: str) -> OServeError:
 def stamp_of(path: Path) -> Stamp | None:
     """Its stamp; ``None`` if there is no such file."""
     try:
-        status = path.stat()
+        return _stamp(path.stat())
     except OSError:
         return None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -119,6 +122,9 @@ class KeyStore:
         Raises OServeError if there are none.
         """
         tenant = wanted.removeprefix("tenant:") if wanted.startswith("tenant:") else None
+        if not self._path.parent.is_dir():
+            # Most likely another folder was meant: none is made here.
+            raise self._unknown(wanted)
         with self._locked():
             document = read_keys(self._path) or empty_document()
             gone = tuple(
@@ -127,14 +133,15 @@ class KeyStore:
                 if (key.id == wanted if tenant is None else key.tenant == tenant)
             )
             if not gone:
-                raise OServeError(
-                    f"there is no key {wanted!r}",
-                    place=str(self._path),
-                    remedy="see oserve keys list",
-                )
+                raise self._unknown(wanted)
             left = tuple(key for key in document.keys if key not in gone)
             self._write(msgspec.structs.replace(document, keys=left))
         return gone
+
+    def _unknown(self, wanted: str) -> OServeError:
+        return OServeError(
+            f"there is no key {wanted!r}", place=str(self._path), remedy="see oserve keys list"
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -183,32 +190,67 @@ def _check_name(what: str, name: str) -> None:
 class KeyFile:
     """The keys of the key file in one gateway process; ``check`` notices changes.
 
-    A file that vanishes or cannot be read leaves the last keys in force: no accident opens the
-    gateway.
+    No accident opens the gateway: a file that vanishes or cannot be read leaves the last keys in
+    force, and if there were none yet, nobody has a key until it can be read.
     """
 
     def __init__(self, path: Path, changed: Callable[[KeyDocument], None]) -> None:
         self._path = path
         self._changed = changed
         self._stamp: Stamp | None = None
-        self._checked = False
+        self._checked = self._guarded = False
+        self._fault = ""
 
     def check(self) -> None:
-        """Read the file if it has changed. Raises OServeError at the first time only."""
-        stamp = stamp_of(self._path)
+        """Read the file if it has changed. Raises OServeError at the first time only.
+
+        A file that could not be read is tried again at every check, since what was the matter may
+        pass without a change of it.
+        """
         first, self._checked = not self._checked, True
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
-            document = read_keys(self._path)
+            document = self._read()
         except OServeError as error:
             if first:
                 raise
-            _log.error("%s; the last keys stay in force", error)
+            self._told(str(error))
             return
+        self._fault = ""
+        if document is not None:
+            self._use(document)
+            _log.info("%d keys read", len(document.keys))
+
+    def _read(self) -> KeyDocument | None:
+        """The content if it has changed, else ``None``."""
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return None
+        document = None if stamp is None else read_keys(self._path)
         if document is None:
-            _log.error("%s is gone; its last keys stay in force", self._path)
-            return
+            raise _unusable(self._path, "it is gone")
+        self._stamp = stamp
+        return document
+
+    def _stamp_now(self) -> Stamp | None:
+        """``None`` only if there is certainly no file. Raises OServeError if nobody can tell."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            if self._path.is_symlink():
+                raise _unusable(self._path, "it is a link to a file that does not exist") from None
+            return None
+        except OSError as error:
+            raise _unusable(self._path, error.strerror or "it cannot be read") from None
+        return _stamp(status)
+
+    def _told(self, fault: str) -> None:
+        if fault != self._fault:
+            self._fault = fault
+            kept = "the last keys stay in force" if self._guarded else "no key is valid until then"
+            _log.error("%s; %s", fault, kept)
+        if not self._guarded:
+            self._use(empty_document())
+
+    def _use(self, document: KeyDocument) -> None:
+        self._guarded = True
         self._changed(document)
-        _log.info("%d keys read", len(document.keys))

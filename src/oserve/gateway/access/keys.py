@@ -26,6 +26,9 @@ _MOST_TOKEN_BYTES = 1024
 # Shorter keys, which people choose, could be guessed: tries at them are limited.
 _STRONG_BYTES = 24
 _DIGEST_BYTES = 32
+# Secrets that are kept, so that a client's next request costs no hash.
+_MOST_DERIVED = 4096
+_MOST_NAME_BYTES = 256
 
 
 class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +45,9 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tier: str | None = None
     tiers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        bytes.fromhex(self.digest)
+
     def caller(self) -> Caller:
         """What the gateway knows of who shows this key."""
         return Caller(
@@ -54,10 +60,16 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class KeyDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The key file. ``salt``: the secret of the keyed hashes, hexadecimal."""
+    """The key file. ``salt``: the secret of the keyed hashes, hexadecimal.
+
+    Raises ValueError for a salt or hash that is not one.
+    """
 
     salt: str
     keys: tuple[StoredKey, ...] = ()
+
+    def __post_init__(self) -> None:
+        digest(b"", bytes.fromhex(self.salt))
 
 
 def empty_document() -> KeyDocument:
@@ -80,13 +92,13 @@ class KeyRing:
 
     def __init__(self, salt: bytes, entries: Iterable[tuple[bytes, Caller]]) -> None:
         self._salt = salt
+        self._derived: dict[bytes, str] = {}
         self._callers = {found: (found, caller) for found, caller in entries}
 
     @classmethod
     def of_document(cls, document: KeyDocument) -> "KeyRing":
-        """The keys of the key file. Raises ValueError for a salt or hash that is not one."""
+        """The keys of the key file."""
         salt = bytes.fromhex(document.salt)
-        digest(b"", salt)
         return cls(
             salt,
             ((bytes.fromhex(key.digest), key.caller()) for key in document.keys),
@@ -102,14 +114,16 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._callers)
 
-    @property
-    def callers(self) -> list[Caller]:
-        """Who has keys here."""
-        return [caller for _, caller in self._callers.values()]
-
     def derived(self, name: bytes) -> str:
         """A secret that follows from the salt and this name, hexadecimal."""
-        return digest(name, self._salt).hex()
+        found = self._derived.get(name)
+        if found is None:
+            found = digest(name, self._salt).hex()
+            if len(self._derived) >= _MOST_DERIVED:
+                self._derived = {}
+            if len(name) <= _MOST_NAME_BYTES:
+                self._derived[name] = found
+        return found
 
     def find(self, token: bytes) -> Caller | None:
         """Who shows this key; ``None``: it is not one of these."""

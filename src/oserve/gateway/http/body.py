@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from oserve.gateway.http.api_form import CHAT, ApiForm
 from oserve.gateway.http.errors import ApiError, bad_request
 from oserve.wire.caches import FIELD
 
@@ -32,6 +33,7 @@ class BodyFields(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
     ignore_eos: bool | None = None
     priority: int | msgspec.UnsetType | None = msgspec.UNSET
@@ -54,17 +56,24 @@ class BodyFields(msgspec.Struct, kw_only=True):
 
 
 class GenerateBody:
-    """A body as received (``source``), its parsed fields, and its ``stream_options``."""
+    """A body as received (``source``), its form, parsed fields, and ``stream_options``."""
 
-    __slots__ = ("_fields", "options", "read", "source", "stream", "wants_usage")
+    __slots__ = ("_fields", "form", "options", "read", "source", "stream", "wants_usage")
 
     def __init__(
-        self, source: bytes, read: BodyFields, options: Fields, *, wants_usage: bool
+        self,
+        source: bytes,
+        read: BodyFields,
+        options: Fields,
+        *,
+        wants_usage: bool,
+        form: ApiForm = CHAT,
     ) -> None:
         self.source = source
+        self.form = form
         self.read = read
         self.options = options
-        self.stream = read.stream is True
+        self.stream = form.streams and read.stream is True
         self.wants_usage = wants_usage
         self._fields: Fields | None = None
 
@@ -113,15 +122,24 @@ class GenerateBody:
     @property
     def output_limit(self) -> int | None:
         """The client's limit of output tokens, if any, capped to exact floats."""
-        limit = self.read.max_completion_tokens
-        if limit is None:
-            limit = self.read.max_tokens
+        form, read = self.form, self.read
+        if form.limit:
+            limit: int | None = getattr(read, form.limit)
+        else:
+            limit = read.max_completion_tokens
+            limit = read.max_tokens if limit is None else limit
         return None if limit is None else max(1, min(_MOST_TOKENS, limit))
+
+    @property
+    def lacks_usage(self) -> bool:
+        """Whether OServe must ask for the usage report of the stream."""
+        return self.form.is_completion and not self.wants_usage
 
     @property
     def may_return_ids(self) -> bool:
         """Whether OServe may request token ids: a stream whose text they do not change."""
-        return self.stream and not self.echo and bytes(self.read.tools) in _NO_TOOLS
+        movable = self.form.is_completion and self.stream and not self.echo
+        return movable and bytes(self.read.tools) in _NO_TOOLS
 
 
 _BOM = b"\xef\xbb\xbf"
@@ -143,7 +161,7 @@ _read = msgspec.json.Decoder(BodyFields)
 _RAW = tuple(item.name for item in msgspec.structs.fields(BodyFields) if item.default is ABSENT)
 
 
-def parse_body(body: bytes) -> GenerateBody:
+def parse_body(body: bytes, form: ApiForm = CHAT) -> GenerateBody:
     """Validate a body; raises an ApiError that names the fault and its field."""
     body = body.removeprefix(_BOM)
     try:
@@ -156,7 +174,7 @@ def parse_body(body: bytes) -> GenerateBody:
     _refuse_transfers(read)
     options = _object(read.stream_options, "stream_options")
     wants_usage = bool(options) and _flag(options, "include_usage", within="stream_options") is True
-    return GenerateBody(body, read, options, wants_usage=wants_usage)
+    return GenerateBody(body, read, options, wants_usage=wants_usage, form=form)
 
 
 def read_leniently(body: bytes) -> BodyFields:
@@ -168,6 +186,7 @@ def read_leniently(body: bytes) -> BodyFields:
         stream=_flag(fields, "stream"),
         max_tokens=_integer(fields, "max_tokens"),
         max_completion_tokens=_integer(fields, "max_completion_tokens"),
+        max_output_tokens=_integer(fields, "max_output_tokens"),
         truncate_prompt_tokens=_integer(fields, "truncate_prompt_tokens"),
         ignore_eos=_flag(fields, "ignore_eos"),
         priority=_integer(fields, "priority") if "priority" in fields else msgspec.UNSET,
@@ -314,7 +333,7 @@ def with_fields(
     if priority is not None:
         added["priority"] = priority
     replaces = replaces or read.priority is not msgspec.UNSET
-    if parsed.stream and not parsed.wants_usage:
+    if parsed.stream and parsed.lacks_usage:
         added["stream_options"] = _with_usage(parsed.options)
         replaces = replaces or bool(read.stream_options)
     if token_ids and not parsed.return_token_ids:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 import msgspec
 
 from oserve.control.dispatch.commands import Refusal, Refuse
+from oserve.gateway.http.api_form import ANTHROPIC
 from oserve.wire import Exchange
+from oserve.wire.events import data_event
 
 
 # Neither frozen nor slotted: Python sets the traceback of an exception that propagates.
 @dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
-    """An error of the OpenAI API: message, type, code and parameter."""
+    """An error of the OpenAI API: message, type, code and parameter.
+
+    ``reason``: what metrics call it, where its code does not tell enough.
+    """
 
     status: int
     message: str
@@ -21,6 +26,7 @@ class ApiError(Exception):
     code: str | None = None
     retry_after_s: int | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.status} {self.code or self.type}: {self.message}"
@@ -37,6 +43,39 @@ class ApiError(Exception):
                 }
             }
         )
+
+    def anthropic_body(self) -> bytes:
+        """The same in Anthropic's form."""
+        kind = _ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else self.type)
+        error = {"type": kind, "message": self.message}
+        return msgspec.json.encode({"type": "error", "error": error})
+
+    def body_for(self, path: bytes) -> bytes:
+        """The form that clients of this path understand."""
+        return self.anthropic_body() if path.startswith(ANTHROPIC) else self.body()
+
+    def event_for(self, path: bytes) -> bytes:
+        """The event that ends a stream of this path with the error."""
+        if path.startswith(ANTHROPIC):
+            return b"event: error\n" + data_event(self.anthropic_body())
+        if path.startswith(b"/v1/responses"):
+            fields = {"code": self.code or self.type, "message": self.message, "param": self.param}
+            body = msgspec.json.encode({"type": "error", **fields, "sequence_number": 0})
+            return b"event: error\n" + data_event(body)
+        return data_event(self.body())
+
+
+# Other client errors are ``invalid_request_error`` there, too.
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -56,11 +95,11 @@ def unavailable(message: str, *, retry_after_s: int = 5) -> ApiError:
 
 
 def overloaded(message: str, *, retry_after_s: int, code: str = "queue_full") -> ApiError:
-    """429: too many requests wait."""
+    """429: too many requests wait. As at OpenAI, the type of a 429 names what is short."""
     return ApiError(
         status=429,
         message=message,
-        type="rate_limit_error",
+        type="requests",
         code=code,
         retry_after_s=retry_after_s,
     )
@@ -114,7 +153,8 @@ def send_error(
     """Answer an exchange with an error."""
     if error.retry_after_s is not None:
         headers = (*headers, (b"retry-after", b"%d" % error.retry_after_s))
-    exchange.respond(error.status, error.body(), headers=headers, close=close)
+    body = error.body_for(exchange.path)
+    exchange.respond(error.status, body, headers=headers, close=close)
 
 
 def refusal_error(command: Refuse) -> ApiError:

@@ -17,6 +17,8 @@ _DROPPED = {
     b"upgrade",
     b"x-request-id",
 }
+# Limits of OServe's own account at an attached server are none of the client's.
+_LIMITS = b"x-ratelimit-"
 _EVENTS = b"text/event-stream"
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -47,7 +49,11 @@ def client_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[He
     stream follows, which the gateway chunks itself.
     """
     dropped = _DROPPED | _named(head)
-    fields = [field for field in head.headers if field[0] not in dropped]
+    fields = [
+        field
+        for field in head.headers
+        if field[0] not in dropped and not field[0].startswith(_LIMITS)
+    ]
     if events:
         if not any(
             name == b"content-type" and value.lower().startswith(_EVENTS) for name, value in fields

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -21,6 +22,7 @@ from oserve.gateway.http.errors import (
     unavailable,
     with_status,
 )
+from oserve.gateway.http.openapi import openapi_document
 from oserve.gateway.metrics import BY_TENANT, exposition, merged
 from oserve.gateway.records import RecordSink
 from oserve.gateway.runner import RequestRunner
@@ -30,6 +32,7 @@ from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
+MODELS = b"/v1/models"
 SWITCHES = b"/oserve/v1/switches"
 
 Operate = Callable[[str, bytes, str, str], Awaitable[tuple[int, bytes]]]
@@ -67,7 +70,7 @@ class OwnRoutes:
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         """Answer with an error, and count it."""
-        self.runner.metrics.count("oserve_request_errors", error.code or error.type)
+        self.runner.metrics.count("oserve_request_errors", error.reason or error.code or error.type)
         request_id = exchange.headers[b"x-request-id"]
         send_error(exchange, error, (*headers, *error.headers, (b"x-request-id", request_id)))
 
@@ -78,10 +81,35 @@ class OwnRoutes:
         self.refuse(exchange, internal())
 
     def answer_models(self, exchange: Exchange, caller: Caller) -> None:
+        """All models, or the one that the path names."""
+        path = exchange.path.partition(b"?")[0]
+        entries = self._model_entries()
+        if path == MODELS:
+            exchange.respond(200, msgspec.json.encode({"object": "list", "data": entries}))
+            return
+        wanted = unquote(path.removeprefix(MODELS + b"/").decode("latin-1"))
+        for entry in entries:
+            if entry["id"] == wanted:
+                exchange.respond(200, msgspec.json.encode(entry))
+                return
+        raise self.no_model(wanted)
+
+    def no_model(self, name: str) -> ApiError:
+        """404: another model is asked for."""
+        return ApiError(
+            status=404,
+            message=f"The model `{name[:200]}` is not served here; "
+            f"available: {', '.join(f'`{known}`' for known in self._models)}",
+            type="not_found_error",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _model_entries(self) -> list[dict[str, Any]]:
         lengths = [
             item.max_model_len for item in self.runner.serving.values() if item.max_model_len
         ]
-        entries = [
+        return [
             {
                 "id": name,
                 "object": "model",
@@ -93,7 +121,14 @@ class OwnRoutes:
             }
             for name in self._models
         ]
-        exchange.respond(200, msgspec.json.encode({"object": "list", "data": entries}))
+
+    def answer_load(self, exchange: Exchange, caller: Caller) -> None:
+        """Running and waiting requests of this process, in vLLM's form."""
+        exchange.respond(200, b'{"server_load":%d}' % len(self.runner.active))
+
+    def answer_openapi(self, exchange: Exchange, caller: Caller) -> None:
+        """The routes, in OpenAPI's form; the bodies are OpenAI's, Anthropic's and vLLM's."""
+        exchange.respond(200, openapi_document())
 
     def answer_health(self, exchange: Exchange, caller: Caller) -> None:
         if self.runner.serving:

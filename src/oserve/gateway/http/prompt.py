@@ -39,6 +39,8 @@ _part = msgspec.json.Decoder(_Part)
 def prompt_size(parsed: GenerateBody) -> PromptSize:
     """The sizes of the texts, media and token ids that form the prompt."""
     read, most = parsed.read, parsed.truncated_tokens
+    if parsed.form.prompt:
+        return _size_of(parsed, parsed.form.prompt)
     prompt = bytes(read.prompt)
     if prompt not in _NO_PROMPT:
         if prompt.startswith(b"[") and prompt.lstrip(b"[ \t\r\n")[:1].isdigit():
@@ -56,6 +58,19 @@ def prompt_size(parsed: GenerateBody) -> PromptSize:
         if raw:
             sizes[name] = _text_bytes(bytes(raw))
     return PromptSize(text_bytes=sizes, parts=parts, most_tokens=most)
+
+
+def _size_of(parsed: GenerateBody, names: tuple[str, ...]) -> PromptSize:
+    """The size of the prompt in these fields, of any form."""
+    sizes, parts = {}, 0
+    for name in names:
+        raw = bytes(parsed.fields.get(name, msgspec.Raw(b"")))
+        if raw in _NO_PROMPT:
+            continue
+        media_bytes, media = _media(raw) if _LIST.search(raw) else (0, 0)
+        parts += media
+        sizes[name] = max(0, _text_bytes(raw) - media_bytes)
+    return PromptSize(text_bytes=sizes, parts=parts, most_tokens=parsed.truncated_tokens)
 
 
 def _text_bytes(raw: bytes) -> int:

@@ -14,6 +14,7 @@ from oserve.core.faults import fault
 from oserve.gateway.access.door import OPEN_CALLER, Door
 from oserve.gateway.access.port_tls import PortTls
 from oserve.gateway.constants import constants_of
+from oserve.gateway.http.api_form import AUXILIARY, FORMS, invoked_form
 from oserve.gateway.http.body import SALT_FIELD, GenerateBody, gives_salt, parse_body
 from oserve.gateway.http.errors import (
     ApiError,
@@ -22,7 +23,7 @@ from oserve.gateway.http.errors import (
     unavailable,
     with_status,
 )
-from oserve.gateway.http.own_routes import SWITCHES, OwnRoutes
+from oserve.gateway.http.own_routes import MODELS, SWITCHES, OwnRoutes
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.records import RecordSink
@@ -35,8 +36,8 @@ from oserve.workload.output import OutputEstimator
 
 _log = logging.getLogger("oserve.gateway")
 
-_GENERATE = {b"/v1/chat/completions", b"/v1/completions"}
-_AUXILIARY = {b"/tokenize", b"/detokenize"}
+_INVOCATIONS = b"/invocations"
+_RESPONSES = b"/v1/responses/"
 _OPERATED = {b"/oserve/v1/plan", b"/oserve/v1/switch", b"/oserve/v1/nodes"}
 _METRICS = b"/metrics"
 _REQUEST_ID_BYTES = 128
@@ -70,16 +71,19 @@ class Gateway(OwnRoutes):
         self._watch: asyncio.Task[None] | None = None
         fresh = self.fresh
         self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange, Caller], None]]] = {
-            b"/v1/models": (b"GET", True, self.answer_models),
+            MODELS: (b"GET", True, self.answer_models),
             b"/health": (b"GET", False, self.answer_health),
             b"/live": (b"GET", False, lambda exchange, _: exchange.respond(200, b"{}")),
+            b"/ping": (b"GET", False, self.answer_health),
             b"/version": (b"GET", False, self.answer_version),
+            b"/load": (b"GET", True, self.answer_load),
+            b"/openapi.json": (b"GET", False, self.answer_openapi),
             _METRICS: (b"GET", False, self.answer_metrics),
             b"/oserve/v1/status": (b"GET", True, fresh(self.answer_status)),
             SWITCHES: (b"GET", True, fresh(self.answer_switches)),
             **dict.fromkeys(_OPERATED, (b"POST", True, self.answer_operator)),
-            **dict.fromkeys(_GENERATE, (b"POST", True, self._generate)),
-            **dict.fromkeys(_AUXILIARY, (b"POST", True, self._auxiliary)),
+            **dict.fromkeys((*FORMS, _INVOCATIONS), (b"POST", True, self._generate)),
+            **dict.fromkeys(AUXILIARY, (b"POST", True, self._auxiliary)),
         }
 
     # -- life -----------------------------------------------------------------------------------
@@ -143,10 +147,14 @@ class Gateway(OwnRoutes):
 
     def _route(self, exchange: Exchange) -> None:
         path = exchange.path.partition(b"?")[0]
-        route = self._routes.get(SWITCHES if path.startswith(SWITCHES + b"/") else path)
+        parent = next((item for item in (SWITCHES, MODELS) if path.startswith(item + b"/")), path)
+        route = self._routes.get(parent)
         if path == b"*":
             exchange.respond(200, b"", headers=((b"allow", b"GET, HEAD, POST, OPTIONS"),))
             return
+        if path.startswith(_RESPONSES):
+            message = "Responses are not stored here: send the conversation with each request"
+            raise with_status(404, message, code="response_not_found")
         if route is None:
             named = path[:64].decode("latin-1")
             raise with_status(404, f"There is no route {named} here", code="not_found")
@@ -161,7 +169,7 @@ class Gateway(OwnRoutes):
             self.refuse(exchange, with_status(405, f"This route takes {names} only"), allow)
             return
         if guarded:
-            caller = self.door.caller(exchange.headers.get(b"authorization", b""), exchange.peer)
+            caller = self.door.caller(_credentials(exchange), exchange.peer)
         else:
             caller = self._caller(exchange)
         answer(exchange, caller)
@@ -170,8 +178,8 @@ class Gateway(OwnRoutes):
         """Who calls a route that needs no key; a key shows an admin more of the metrics."""
         if not self.door.guarded:
             return OPEN_CALLER
-        given = exchange.headers.get(b"authorization")
-        if given is None or not exchange.path.startswith(_METRICS):
+        given = _credentials(exchange)
+        if not given or not exchange.path.startswith(_METRICS):
             return _STRANGER
         return self.door.caller(given, exchange.peer)
 
@@ -185,7 +193,7 @@ class Gateway(OwnRoutes):
         estimate = self.runner.estimator.estimate(
             parsed,
             tier=promise.tier.name if promise is not None else "",
-            path=exchange.path.partition(b"?")[0],
+            path=parsed.form.path,
             headers=exchange.headers,
             prompt_tokens=prompt_tokens,
             arrived_s=time.time(),
@@ -221,29 +229,26 @@ class Gateway(OwnRoutes):
 
     def _parsed(self, exchange: Exchange) -> GenerateBody:
         """Validate content type and model of a request and return its body."""
+        path = exchange.path.partition(b"?")[0]
+
         given = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if given != b"application/json":
             raise bad_request("The body must be JSON: send `Content-Type: application/json`")
-        parsed = parse_body(exchange.body)
+        form = FORMS.get(path) or AUXILIARY.get(path)
+        if form is None:
+            form = invoked_form(set(parse_body(exchange.body).fields))
+        parsed = parse_body(exchange.body, form)
         self._check_model(parsed.model)
         return parsed
 
     def _check_model(self, model: str | None) -> None:
         # Like engines, accept a request without a model name.
         if model and model not in self._models:
-            raise ApiError(
-                status=404,
-                message=f"The model `{model[:200]}` is not served here; "
-                f"available: {', '.join(f'`{name}`' for name in self._models)}",
-                type="not_found_error",
-                param="model",
-                code="model_not_found",
-            )
+            raise self.no_model(model)
 
     def _auxiliary(self, exchange: Exchange, caller: Caller) -> None:
         request_id = exchange.headers[b"x-request-id"]
         parsed = self._parsed(exchange)
-        parsed.stream = False
         session = Session(
             self.runner.context,
             exchange,
@@ -251,7 +256,15 @@ class Gateway(OwnRoutes):
             request_id=request_id,
             parsed=parsed,
         )
+        session.tenant = caller.tenant if caller.key else ""
         self.runner.accept(session, 0.0)
+
+
+def _credentials(exchange: Exchange) -> bytes:
+    """The Authorization header; clients of Anthropic's API send the bare key in ``x-api-key``."""
+    key = exchange.headers.get(b"x-api-key")
+    given = exchange.headers.get(b"authorization", b"")
+    return b"Bearer " + key if key and not given else given
 
 
 def _priority(exchange: Exchange, parsed: GenerateBody) -> int:

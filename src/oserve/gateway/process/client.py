@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from oserve.control.dispatch import events as on
 from oserve.gateway.access.door import Door
 from oserve.gateway.process.home import localised
 from oserve.gateway.process.hub_lines import HubLine
@@ -20,6 +21,7 @@ from oserve.gateway.process.messages import (
 )
 from oserve.gateway.process.outbox import RecordOutbox
 from oserve.gateway.process.sent_table import Hatches, received
+from oserve.gateway.process.spending import SpendingOutbox, by_flow, by_name
 from oserve.gateway.runner import RequestRunner
 
 SYNC_INTERVAL_S = 0.1
@@ -61,6 +63,8 @@ class HubClient:
         self._shares = shares
         self._door = door
         self._keys = ""
+        self._spending = SpendingOutbox()
+        self._heard = 0
         self._hub = hub
         self._home = home
         self._outbox = outbox
@@ -99,6 +103,12 @@ class HubClient:
     def _report(self, *, whole: bool, sums: bool) -> WorkerReport:
         runner = self._runner
         first_record, records = (0, []) if self._outbox is None else self._outbox.next()
+        uses, charges = (
+            runner.tenants.limits.take_uses(),
+            runner.machine.waiting.fair.take_charges(),
+        )
+        if self._shares:
+            self._spending.add(uses, by_name(charges))
         metrics = None
         if self._home is None or sums or self._without_metrics >= _METRICS_REPORTS - 1:
             metrics = runner.metrics.snapshot()
@@ -119,8 +129,11 @@ class HubClient:
             whole=whole,
             sums=sums,
             keeps_hatches=self._home is not None,
-            tenants=runner.tenants.limits.use() if self._shares else {},
-            charged=runner.charged() if self._shares else {},
+            tenants=runner.tenants.limits.loads(runner.machine.waiting.owned)
+            if self._shares
+            else {},
+            spent=self._spending.take(),
+            heard=self._heard,
             keys=None if self._door is None else self._keys,
         )
 
@@ -147,6 +160,12 @@ class HubClient:
         if not reply.snapshot.metrics:
             snapshot = msgspec.structs.replace(snapshot, metrics=self._runner.snapshot.metrics)
         self._runner.apply(snapshot)
+        self._spending.confirm(reply.spent)
+        spending = reply.spending
+        if spending.number and spending.number != self._heard:
+            self._heard = spending.number
+            self._runner.tenants.limits.used_elsewhere(spending.uses, self._last_reply_s)
+            self._runner.report(on.ChargedElsewhere(by_flow(spending.charges)))
         table = None if reply.table is None else reply.table.unpacked()
         if reply.sent_table:
             try:

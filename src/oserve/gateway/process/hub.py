@@ -34,6 +34,7 @@ from oserve.gateway.process.packed_table import PackedTable, packed
 from oserve.gateway.process.reports import ProcessView, ReportBook
 from oserve.gateway.process.sent_table import SentTable
 from oserve.gateway.process.shared_keys import SharedKeys
+from oserve.gateway.process.spending import SpendingExchange
 from oserve.gateway.records import RecordSink
 from oserve.gateway.snapshot import ClusterSnapshot
 from oserve.wire import Exchange, ServerLimits, serve
@@ -84,6 +85,7 @@ class Hub:
         self._snapshot = ClusterSnapshot()
         self._book = ReportBook()
         self._inbox = RecordInbox()
+        self._spending = SpendingExchange()
         self._shifted: dict[str, int] = {}
         self._listening: dict[int, asyncio.Future[int]] = {}
         self._hand_overs: dict[str, tuple[float, float]] = {}
@@ -149,6 +151,7 @@ class Hub:
         """A process has ended: drop its outstanding work, keep its metrics in the sum."""
         self._book.forget(incarnation)
         self._inbox.forget(incarnation)
+        self._spending.forget(incarnation)
         self._counted.pop(incarnation, None)
         self._listening.pop(incarnation, None)
 
@@ -199,8 +202,8 @@ class Hub:
             queued=queued,
             processes=self._book.processes,
             hand_overs=self._hand_overs,
-            tenants=self._book.used_elsewhere(report.incarnation),
-            charged=self._book.charged_elsewhere(report.incarnation),
+            position=self._book.position(report.incarnation),
+            tenants=self._book.tenants_elsewhere(report.incarnation),
         )
         changed = self._packed if report.table != self._version else None
         sent = self._sent_as(changed) if changed is not None and report.keeps_hatches else None
@@ -217,6 +220,10 @@ class Hub:
             sent_table=b"" if sent is None else sent.text,
             hatches={} if sent is None else sent.missing(known.hatches if known else ()),
             whole=report.whole,
+            spent=report.spent.number,
+            spending=self._spending.take(
+                report.incarnation, report.spent, report.heard, self._now()
+            ),
             keys=keys,
             keys_version="" if keys is None or self._keys is None else self._keys.version,
         )

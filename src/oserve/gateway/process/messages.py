@@ -12,8 +12,9 @@ import msgspec
 from oserve.control.tally import Batch
 from oserve.core import HatchAddress, RequestRecord
 from oserve.gateway.access.keys import KeyDocument
-from oserve.gateway.access.limits import TenantUse
+from oserve.gateway.access.limits import TenantLoad
 from oserve.gateway.process.packed_table import PackedTable
+from oserve.gateway.process.spending import Spending
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.snapshot import ClusterSnapshot
 
@@ -65,8 +66,9 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ``open_breakers``: replicas whose circuit breaker is open, with the reason and the seconds left.
     ``whole``: the reply shall have the documents of the cluster, too; ``sums``: those of metrics.
     ``keeps_hatches``: the process knows those of the table in use, and needs only what it lacks.
-    ``tenants``: what each used here so far; ``charged``: device-seconds by tier and tenant, joined
-    by a tab. ``keys``: of a process that takes keys from the hub, the version of those that it has.
+    ``tenants``: what each has here now; ``spent``: what they spent anew, sent until the hub names
+    its number, as the process does with ``heard``. ``keys``: of a process that takes keys from the
+    hub, the version of those that it has.
     """
 
     incarnation: int
@@ -83,8 +85,9 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     whole: bool = True
     sums: bool = True
     keeps_hatches: bool = False
-    tenants: dict[str, TenantUse] = {}
-    charged: dict[str, float] = {}
+    tenants: dict[str, TenantLoad] = {}
+    spent: Spending = Spending()
+    heard: int = 0
     keys: str | None = None
 
 
@@ -94,7 +97,8 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     ``version`` is that of the current routing table; ``table`` is present only if the process has
     another version; for one that takes tables so, ``sent_table`` and ``hatches`` (``sent_table``).
     ``counted`` is the number of the batch that the hub acknowledges, ``recorded`` that of the next
-    record that it needs. Unless it is ``whole``, the snapshot lacks what grows with the
+    record that it needs, ``spent`` that of the spending. ``spending``: what tenants spent anew in
+    other processes. Unless it is ``whole``, the snapshot lacks what grows with the
     cluster: status, switches, gauges, counters. Sums of metrics come if they are asked for.
     ``keys``: if others than those that the process has are in force, with ``keys_version``.
     """
@@ -107,6 +111,8 @@ class HubReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     sent_table: bytes = b""
     hatches: dict[str, HatchAddress] = {}
     whole: bool = True
+    spent: int = 0
+    spending: Spending = Spending()
     keys: KeyDocument | None = None
     keys_version: str = ""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from oserve.gateway.access.limits import TenantUse
+from oserve.gateway.access.limits import NO_LOAD, TenantLoad
 from oserve.gateway.metrics import merged
 from oserve.gateway.process.messages import WorkerReport
 
@@ -24,11 +24,6 @@ _PS = 10**12
 # Every process gets them ten times a second: microseconds do.
 _DIGITS = 6
 _MOST_ENDED = 10_000
-# Beyond so many tenants, what ended processes served is forgotten.
-_MOST_PAST_TENANTS = 4096
-_MICRO = 10**6
-
-_UNUSED = TenantUse()
 
 
 @dataclass(slots=True)
@@ -64,9 +59,8 @@ class ReportBook:
         # Whole numbers, so that what is added and taken away leaves nothing: picoseconds, requests.
         self._owed: dict[str, list[int]] = {}
         self._queued = 0
-        # By tenant: requests and tokens (millionths), requests in flight; by tier and tenant: ps.
-        self._used: dict[str, list[int]] = {}
-        self._charged: dict[str, int] = {}
+        # By tenant: requests in flight, and waiting.
+        self._tenants: dict[str, list[int]] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._past: MetricSums = {}
 
@@ -86,9 +80,6 @@ class ReportBook:
                 report = replace(report, metrics={} if old is None else old.report.metrics)
             if old is not None and old.counted:
                 self._count(old.report, -1)
-            if old is not None:
-                self._spend(old.report, -1)
-            self._spend(report, 1)
             self._seen[report.incarnation] = _Seen(report, node, now_s, offset_s)
             self._count(report, 1)
             if node:
@@ -118,8 +109,6 @@ class ReportBook:
         if seen is not None:
             if seen.counted:
                 self._count(seen.report, -1)
-            if len(self._used) > _MOST_PAST_TENANTS:
-                self._spend(seen.report, -1)
             self._past = merged([self._past, seen.report.metrics or {}])
 
     def _count(self, report: WorkerReport, sign: int) -> None:
@@ -130,28 +119,12 @@ class ReportBook:
             entry[1] += sign * count
             if entry == [0, 0]:
                 del self._owed[name]
-        for name, use in report.tenants.items():
-            self._add_use(name, (0, 0, sign * use.inflight))
-
-    def _spend(self, report: WorkerReport, sign: int) -> None:
-        """Enter what its tenants have used; that stays although the process falls silent."""
-        for name, use in report.tenants.items():
-            self._add_use(
-                name, (sign * round(use.requests * _MICRO), sign * round(use.tokens * _MICRO), 0)
-            )
-        for name, spent_s in report.charged.items():
-            left_ps = self._charged.get(name, 0) + sign * round(spent_s * _PS)
-            if left_ps:
-                self._charged[name] = left_ps
-            else:
-                self._charged.pop(name, None)
-
-    def _add_use(self, tenant: str, change: tuple[int, int, int]) -> None:
-        entry = self._used.setdefault(tenant, [0, 0, 0])
-        for index, part in enumerate(change):
-            entry[index] += part
-        if entry == [0, 0, 0]:
-            del self._used[tenant]
+        for name, load in report.tenants.items():
+            own = self._tenants.setdefault(name, [0, 0])
+            own[0] += sign * load.inflight
+            own[1] += sign * load.queued
+            if own == [0, 0]:
+                del self._tenants[name]
 
     # -- sums -----------------------------------------------------------------------------------
     def elsewhere(self, incarnation: int) -> tuple[dict[str, tuple[float, int]], int]:
@@ -172,32 +145,26 @@ class ReportBook:
             queued -= seen.report.queued
         return found, queued
 
-    def used_elsewhere(self, incarnation: int) -> dict[str, TenantUse]:
-        """What tenants used in the other processes, those that have ended included."""
+    def tenants_elsewhere(self, incarnation: int) -> dict[str, TenantLoad]:
+        """What tenants have in the other processes; those with nothing are left out."""
         seen = self._seen.get(incarnation)
-        mine = {} if seen is None else seen.report.tenants
-        found: dict[str, TenantUse] = {}
-        for name, (requests, tokens, inflight) in self._used.items():
-            own = mine.get(name, _UNUSED)
-            left = TenantUse(
-                (requests - round(own.requests * _MICRO)) / _MICRO,
-                (tokens - round(own.tokens * _MICRO)) / _MICRO,
-                inflight - (own.inflight if seen is not None and seen.counted else 0),
-            )
-            if left != _UNUSED:
+        mine = seen.report.tenants if seen is not None and seen.counted else {}
+        found: dict[str, TenantLoad] = {}
+        for name, (inflight, queued) in self._tenants.items():
+            own = mine.get(name, NO_LOAD)
+            left = TenantLoad(inflight - own.inflight, queued - own.queued)
+            if left != NO_LOAD:
                 found[name] = left
         return found
 
-    def charged_elsewhere(self, incarnation: int) -> dict[str, float]:
-        """Device-seconds charged in the other processes, those that have ended included."""
-        seen = self._seen.get(incarnation)
-        mine = {} if seen is None else seen.report.charged
-        found: dict[str, float] = {}
-        for name, spent_ps in self._charged.items():
-            left_ps = spent_ps - round(mine.get(name, 0.0) * _PS)
-            if left_ps:
-                found[name] = round(left_ps / _PS, _DIGITS)
-        return found
+    def position(self, incarnation: int) -> int:
+        """How many of the processes that count came before this one."""
+        before = 0
+        for key, seen in self._seen.items():
+            if key == incarnation:
+                break
+            before += seen.counted
+        return before
 
     def metrics(self) -> MetricSums:
         """The sum over all processes, those that have ended included."""

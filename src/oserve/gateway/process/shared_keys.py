@@ -15,7 +15,7 @@ class SharedKeys:
     """The last keys read, and their version; "" before there is a key file.
 
     Raises OServeError if the file cannot be used. One that is damaged or vanishes later leaves the
-    last keys in force.
+    last keys in force (see ``KeyFile``).
     """
 
     def __init__(self, path: Path) -> None:

@@ -58,7 +58,10 @@ class SupervisorOptions:
 
 
 class GatewaySupervisor:
-    """Starts gateway processes and restarts those that end; exchanges state through the hub."""
+    """Starts gateway processes and restarts those that end; exchanges state through the hub.
+
+    Raises OServeError for settings that contradict each other, or a key file that cannot be used.
+    """
 
     def __init__(self, options: SupervisorOptions) -> None:
         if options.settings.processes > 1 and options.settings.port == 0:
@@ -72,8 +75,9 @@ class GatewaySupervisor:
         self._keeper = options.keeper
         self._socket = options.run_dir / "hub.sock"
         everywhere = options.settings.placement == "every-node"
-        keys = SharedKeys(options.keys_file) if everywhere else None
-        self._hub = Hub(options.operate, options.records, keys)
+        # A file that cannot be used is told of here, not by a process that fails to start.
+        keys = SharedKeys(options.keys_file)
+        self._hub = Hub(options.operate, options.records, keys if everywhere else None)
         self._elsewhere = NodeGateways(
             self._hub,
             GatewayPlan(

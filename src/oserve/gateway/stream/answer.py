@@ -15,8 +15,8 @@ import msgspec
 NOTHING = msgspec.Raw(b"")
 _ABSENT = {b"", b"null"}
 # In JSON a quote inside a string is escaped, so these match keys only, never generated text.
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)')
+_OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
 _CLIENT_TYPES = ("invalid", "badrequest", "validation", "unprocessable", "context_length")
 _BUSY_TYPES = ("overloaded", "rate_limit", "ratelimit")
 _STATUS_DIGITS = 3
@@ -34,7 +34,9 @@ class AnswerChoice(msgspec.Struct):
 class ReplicaAnswer(msgspec.Struct):
     """An event of a stream, or a whole answer.
 
-    ``object`` is "error" in older errors of vLLM; ``error_type`` belongs to errors of TGI.
+    ``object`` is "error" in older errors of vLLM; ``error_type`` belongs to errors of TGI. ``type``
+    names the events of OpenAI's Responses and Anthropic's Messages; ``response`` is the answer
+    within an event of the former.
     """
 
     choices: list[AnswerChoice] | None = None
@@ -44,6 +46,24 @@ class ReplicaAnswer(msgspec.Struct):
     object: str | None = None
     error_type: msgspec.Raw = NOTHING
     code: msgspec.Raw = NOTHING
+    type: str | None = None
+    response: msgspec.Raw = NOTHING
+
+    @property
+    def has_token(self) -> bool:
+        """Whether a typed event brings text, about one token."""
+        kind = self.type or ""
+        return kind == "content_block_delta" or (
+            kind.startswith("response.") and kind.endswith(".delta")
+        )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether a typed event ends its answer."""
+        return self.type in _LAST
+
+
+_LAST = {"message_stop", "response.completed", "response.incomplete", "response.failed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +102,19 @@ def _lenient(data: bytes) -> ReplicaAnswer | None:
         return None
     raw = {
         name: msgspec.Raw(_encoded(fields[name]))
-        for name in ("usage", "error", "prompt_token_ids", "error_type", "code")
+        for name in ("usage", "error", "prompt_token_ids", "error_type", "code", "response")
         if name in fields
     }
-    kind = fields.get("object")
     return ReplicaAnswer(
         choices=_choices(fields.get("choices")),
-        object=kind if isinstance(kind, str) else None,
+        object=_text(fields.get("object")),
+        type=_text(fields.get("type")),
         **raw,
     )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _choices(found: Any) -> list[AnswerChoice] | None:
@@ -235,14 +259,24 @@ def usage_of(raw: bytes | msgspec.Raw) -> TokenUsage:
     if not isinstance(fields, dict):
         return TokenUsage()
     return TokenUsage(
-        prompt_tokens=_count(fields.get("prompt_tokens")),
-        output_tokens=_count(fields.get("completion_tokens")),
+        prompt_tokens=_count(fields.get("prompt_tokens", fields.get("input_tokens"))),
+        output_tokens=_count(fields.get("completion_tokens", fields.get("output_tokens"))),
     )
+
+
+def usage_within(answer: ReplicaAnswer) -> bytes:
+    """The usage report of an event, or of the answer within it; empty if there is none."""
+    if has_usage(answer):
+        return bytes(answer.usage)
+    if not answer.is_last or not answer.response:
+        return b""
+    within = read_answer(bytes(answer.response))
+    return bytes(within.usage) if within is not None and has_usage(within) else b""
 
 
 def usage_in(tail: bytes) -> TokenUsage:
     """Find the usage in the last bytes of an answer that is too long to parse."""
-    prompt, output = _PROMPT_TOKENS.findall(tail), _COMPLETION_TOKENS.findall(tail)
+    prompt, output = _PROMPT_TOKENS.findall(tail), _OUTPUT_TOKENS.findall(tail)
     return TokenUsage(
         prompt_tokens=_count(int(prompt[-1][:15])) if prompt else None,
         output_tokens=_count(int(output[-1][:15])) if output else None,

@@ -134,7 +134,10 @@ def migration_obstacle(body: dict[str, Any], *, chat: bool) -> str:
             continue
         return f"the state of `{key[:64]}` cannot be transferred"
     if chat:
-        for message in body.get("messages") or ():
+        messages = body.get("messages") or []
+        if not isinstance(messages, list):
+            return "its messages are no list"
+        for message in messages:
             parts = message.get("content") if isinstance(message, dict) else None
             if isinstance(parts, list) and any(
                 isinstance(part, dict) and part.get("type", "text") != "text" for part in parts

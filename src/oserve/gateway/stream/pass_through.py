@@ -15,10 +15,10 @@ from oserve.gateway.stream.answer import (
     AnswerChoice,
     ReplicaAnswer,
     Trouble,
-    has_usage,
     read_answer,
     shown,
     trouble_of,
+    usage_within,
     with_service_tier,
 )
 from oserve.gateway.stream.replay_buffer import ReplayBuffer
@@ -201,8 +201,10 @@ class PassThrough:
             self.trouble = trouble_of(answer)
             if self.trouble is not None:
                 return b""
-        if has_usage(answer):
-            self.usage = bytes(answer.usage)
+        self.usage = usage_within(answer) or self.usage
+        if answer.has_token:
+            self.events += 1
+        self.finished = self.finished or answer.is_last
         if answer.choices:
             self.events += 1
             self.finished = self.finished or any(

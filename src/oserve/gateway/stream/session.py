@@ -15,6 +15,7 @@ from oserve.control.dispatch.state import UNLIMITED_TOKENS
 from oserve.control.dispatch.table import TableReplica
 from oserve.core import Request
 from oserve.gateway.estimator import RequestEstimate
+from oserve.gateway.http.api_form import COMPLETION
 from oserve.gateway.http.body import GenerateBody, parse_body
 from oserve.gateway.http.errors import ApiError, send_error
 from oserve.gateway.http.headers import Headers, own_headers
@@ -28,7 +29,6 @@ from oserve.gateway.tiers import service_tier_of
 from oserve.gateway.upstream_request import Outgoing, requests_only_usage
 from oserve.gateway.yield_queue import YieldQueue
 from oserve.wire import Exchange, chunk
-from oserve.wire.events import data_event
 from oserve.wire.framing import LAST_CHUNK
 from oserve.wire.upstream import Sink, UpstreamConnection
 from oserve.workload import PromptSize
@@ -129,7 +129,7 @@ class Session:
         self.cache_salt = ""
         self.generates = request is not None
         self.streams = self.generates and parsed.stream
-        self.hides_usage = self.streams and not parsed.wants_usage
+        self.hides_usage = self.streams and parsed.lacks_usage
         self.arrival_s = monotonic() if request is None else request.arrival_s
         self.replica: TableReplica | None = None
         self.migration: StreamMigration | None = None
@@ -184,7 +184,7 @@ class Session:
             send_error(exchange, error, self._own_headers())
         elif self._events:
             # The gateway forwards only whole events, so it can append one at any time.
-            event = data_event(error.body())
+            event = error.event_for(exchange.path)
             exchange.write(event if exchange.http_1_0 else chunk(event) + LAST_CHUNK)
             # A client that reuses the connection would lose its next request.
             exchange.finish(close=exchange.http_1_0)
@@ -210,18 +210,17 @@ class Session:
             migration.use_replica(replica)
             self._reader = ContinuationReader(self, migration.continuation)
             body = migration.continuation.continuation()
-            return self._outgoing(b"/v1/completions", body, parse_body(body)), self._reader
+            return self._outgoing(body, parse_body(body, COMPLETION)), self._reader
         self._keep(replica)
         self.first_byte_s = 0.0
         self._reader = self._first_reader = AnswerReader(self, replica)
-        path = self.exchange.path.partition(b"?")[0]
-        return self._outgoing(path, self.exchange.body, self.parsed), self._reader
+        return self._outgoing(self.exchange.body, self.parsed), self._reader
 
-    def _outgoing(self, path: bytes, body: bytes, parsed: GenerateBody) -> Outgoing:
+    def _outgoing(self, body: bytes, parsed: GenerateBody) -> Outgoing:
         migration = self.migration
         return Outgoing(
             method=self.exchange.method,
-            path=path,
+            path=parsed.form.path,
             headers=self.exchange.headers,
             request_id=self.request_id,
             body=body,
@@ -242,7 +241,7 @@ class Session:
         self.migration = StreamMigration(
             parsed.fields,
             budget,
-            chat=self.exchange.path.startswith(b"/v1/chat/"),
+            chat=parsed.form.is_chat,
             shows_ids=parsed.return_token_ids,
         )
         self.migration.use_replica(replica)
