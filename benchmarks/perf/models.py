@@ -16,6 +16,11 @@ ALIKE = {"kimi_k2": "deepseek_v3"}
 
 def count(config: dict[str, Any]) -> int:
     """Parameters of the model that transformers makes of the configuration."""
+    return count_blocks(config) if "block_configs" in config else sum(sizes(config).values())
+
+
+def sizes(config: dict[str, Any]) -> dict[str, int]:
+    """Parameters by name."""
     import torch  # noqa: PLC0415 - takes seconds
     from transformers import (  # noqa: PLC0415
         CONFIG_MAPPING,
@@ -31,7 +36,34 @@ def count(config: dict[str, Any]) -> int:
     auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(CONFIG_MAPPING[kind].from_dict(plain))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def count_blocks(config: dict[str, Any]) -> int:
+    """Parameters of Nemotron-NAS's layers, which are Llama's of sizes of their own.
+
+    transformers has no class of it, so each block is a Llama of one layer, counted by parts.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    found: int = 2 * config["vocab_size"] * hidden
+    for block in config["block_configs"]:
+        attention, mlp = block["attention"], block["ffn"]
+        own = {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // (attention["n_heads_in_group"] or heads),
+            # In steps of 256, as the model's own code rounds.
+            "intermediate_size": -(-int(2 * (mlp["ffn_mult"] or 1) * hidden / 3) // 256) * 256,
+            "num_hidden_layers": 1,
+            "vocab_size": 1,
+        }
+        for name, size in sizes(own).items():
+            left_out = (".self_attn." in name and attention["no_op"]) or (
+                ".mlp." in name and mlp["no_op"]
+            )
+            found += size if ".layers." in name and not left_out else 0
+    return found
 
 
 def main() -> None:

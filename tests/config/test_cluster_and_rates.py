@@ -188,6 +188,8 @@ def test_hosts_are_listed_for_serving_alone(tmp_path: Path) -> None:
     ("change", "said", "place"),
     [
         ({"name": "a b"}, "regex", "hosts[1].name"),
+        ({"name": "b\n"}, "regex", "hosts[1].name"),
+        ({"address": "10.0.0.2\n"}, "regex", "hosts[1].address"),
         ({"name": "a", "address": "h"}, "a is there already", "hosts[1]"),
         ({"address": "10.0.0.1"}, "10.0.0.1 port 7443 is there already", "hosts[1]"),
         ({"port": 0}, "Expected", "hosts[1].port"),

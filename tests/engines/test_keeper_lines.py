@@ -182,6 +182,32 @@ async def test_a_server_that_stays_silent_is_gone(node: FakeNode) -> None:
     writer.close()
 
 
+async def test_what_a_keeper_is_ending_is_no_engine_for_the_next_server(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, go_on, close = asyncio.Event(), asyncio.Event(), node.launcher.close
+
+    async def slowly() -> None:
+        closing.set()
+        await go_on.wait()
+        await close()
+
+    held = await connected(node)
+    await launched(held, node, "a-1")
+    monkeypatch.setattr(node.launcher, "close", slowly)
+    held.cut("the cable is out")
+    # The grace is over, and the cable is back at this moment.
+    node.keeper._clear(patient=True)
+    async with asyncio.timeout(60.0):
+        await closing.wait()
+        held = await connected(node)
+        assert {name: one.entry.ending for name, one in held.engines().items()} == {"a-1": True}
+        go_on.set()
+        while held.engines():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await held.close()
+
+
 async def test_what_an_engine_does_and_logs_is_asked_of_its_keeper(node: FakeNode) -> None:
     held = await connected(node)
     await launched(held, node, "a-1")

@@ -237,3 +237,31 @@ async def test_a_start_that_the_keeper_cannot_read_fails_and_the_keeper_serves_o
         await process.begun()
     await line.close()
     await running
+
+
+async def test_what_is_asked_for_while_a_keeper_s_engines_end_is_refused(
+    other: OtherKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*_arguments: object, **_more: object) -> None:
+        ending.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(asyncio, "to_thread", slowly)
+    engine = RegistryEntry(name="e", engine=True, log="", pid=1 << 30)
+    hello = KeeperHello(identity="same", pid=1 << 30, held=[engine])
+    server = await other.listen(msgspec.json.encode(hello))
+    line = await opened(other.path)
+    assert line is not None
+    held = line.held["e"]
+    other.writers[0].close()
+    async with asyncio.timeout(30.0):
+        await ending.wait()
+        late = line.hold(ProcessStart(name="late", argv=[], first_line="", log="", grace_s=0.0))
+        go_on.set()
+        assert await held.wait() < 0
+        with pytest.raises(OServeError, match="the keeper ended"):
+            await late.begun()
+        await line.lost
+    server.close()

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from oserve.core import (
     StopReplica,
 )
 from oserve.engines.device_book import DeviceBook
+from oserve.engines.engine_starts import LaunchFacts
 from oserve.engines.holding import HeldEngines
 from oserve.engines.line_watch import LineWatch
 from oserve.engines.node_engines import model_folder
@@ -191,6 +192,25 @@ async def test_the_next_server_takes_over_on_every_node(fleet: Fleet) -> None:
     # Names of engines are not used twice.
     await fleet.start("d", "one/cpu:1")
     assert fleet.engine("d") == "d-4"
+
+
+async def test_a_fault_while_a_node_is_taken_up_ends_neither_its_calls_nor_the_start(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fleet.server()
+    await fleet.start("a", "one/cpu:0")
+    stamp, faults = LaunchFacts.stamp, [PermissionError("the model's folder")]
+
+    def stamped(facts: LaunchFacts, devices: Sequence[Device]) -> str:
+        if faults:
+            raise faults.pop()
+        return stamp(facts, devices)
+
+    monkeypatch.setattr(LaunchFacts, "stamp", stamped)
+    assert await fleet.server() == ([], [])
+    assert await fleet.devices() == {"two/cpu:0", "two/cpu:1"}
+    await fleet.until(lambda: fleet.turned[-1] == ("one", True))
+    await fleet.start("a", "one/cpu:0")
 
 
 async def test_a_node_that_cannot_be_reached_at_first_joins_later(fleet: Fleet) -> None:

@@ -1,12 +1,23 @@
 """Replicas over two nodes: real keepers with fake processes, and what ends with what."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from keepers import Fleet
-from oserve.core import ReplicaPhase, ReplicaShape, ReplicaSpec, StartReplica, StopReplica
+from keepers import Fleet, spec
+from oserve.control.loop import ControlLoop
+from oserve.control.reconcile import ReconcilePolicy
+from oserve.core import (
+    DeploymentPlan,
+    NodePhase,
+    ReplicaPhase,
+    ReplicaShape,
+    ReplicaSpec,
+    StartReplica,
+    StopReplica,
+)
 from oserve.engines import part_engines
 from oserve.engines.engine_starts import LaunchFacts
 
@@ -144,3 +155,50 @@ async def test_parts_of_other_settings_are_not_taken_over(
     kept, _ = await fleet.server()
     assert kept == []
     await fleet.until(lambda: not any(node.launcher.alive for node in fleet.nodes.values()))
+
+
+async def test_devices_of_a_part_that_is_still_ending_are_not_used_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await start(fleet)
+    one, two = fleet.nodes.values()
+    leader = one.launcher.processes[0]
+    monkeypatch.setattr(leader, "kill", lambda: leader.signals.append("KILL"))
+    monkeypatch.setattr(leader, "terminate", lambda: leader.signals.append("TERM"))
+    left = spec("s", "one/cpu:0")
+    whole = DeploymentPlan(
+        id="p", replicas=(fleet.state("r").spec,), length_classes=(), routing_shares={}
+    )
+    loop = ControlLoop(fleet.cluster, fleet.clock, whole, policy=ReconcilePolicy())
+    await loop.step()
+    two.cable.pull()
+    view = await loop.look()
+    while view.node_states[1].phase is not NodePhase.LOST:
+        await fleet.settle(0.5)
+        view = await loop.look()
+    # Its requests go on elsewhere; what is left of it still has its devices on node one.
+    assert [(one.spec.id, one.phase) for one in view.replicas] == [("r", HUNG)]
+    loop.plan = replace(whole, replicas=(left,))
+    for _ in range(20):
+        assert not [one for one in await loop.step() if isinstance(one, StartReplica)]
+        await fleet.settle(1.0)
+    leader.end(-9)
+    await fleet.until(lambda: fleet.phase("r") is GONE)
+    assert await loop.step() == (StartReplica(spec=left),)
+
+
+async def test_parts_on_nodes_that_have_swapped_names_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_engines, "_address", {**ADDRESSES, "three": "10.0.0.3"}.__getitem__)
+    fleet = Fleet(tmp_path, "one", "two", "three")
+    await fleet.server()
+    await start(fleet)
+    two, three = fleet.nodes["two"], fleet.nodes["three"]
+    ways = two.cable.connect, three.cable.connect
+    three.dial._connect, two.dial._connect = ways
+    assert (await fleet.server())[0] == []
+    await fleet.until(lambda: not any(node.launcher.alive for node in fleet.nodes.values()))
+    await fleet.until(lambda: fleet.phase("r") is GONE)
+    assert len(await fleet.devices()) == 6
+    await fleet.close()

@@ -30,8 +30,10 @@ from oserve.gateway.process.keeper import KeptProcess
 from oserve.gateway.process.messages import (
     GatewayHome,
     GatewayWorkerConfig,
+    HubReply,
     OperatorAnswer,
     OperatorCall,
+    WorkerReport,
 )
 from oserve.gateway.process.node_gateway import GatewayPlan
 from oserve.gateway.process.node_gateways import NodeGateways
@@ -307,6 +309,36 @@ async def test_one_that_dies_is_started_again_and_the_others_go_on(world: World)
     # What it had counted stays in the sums.
     await other.client.sync()
     assert other.runner.snapshot.metrics["oserve_requests"] == {"completed": [1.0]}
+
+
+async def test_a_fault_in_one_answer_is_no_end_of_the_calls(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.follow()
+    await until(lambda: set(world.states().values()) == {"serving"})
+    node, reply, faults = world.nodes["a"], world.hub.reply, [RuntimeError("unforeseen")]
+    before = node.dialled
+
+    def faulty(report: WorkerReport, node: str = "") -> HubReply:
+        if faults and node == "a":
+            raise faults.pop()
+        return reply(report, node)
+
+    monkeypatch.setattr(world.hub, "reply", faulty)
+    await until(lambda: node.dialled > before)
+    assert "a gateway process of node a could not be answered" in caplog.text
+    (process,) = node.made
+    world.hub.publish(replace(TABLE, plan_id="next"), ClusterSnapshot())
+    await until(lambda: process.runner.table.plan_id == "next")
+
+
+async def test_an_operator_s_call_that_fails_is_answered(world: World) -> None:
+    async def fails(_call: OperatorCall) -> OperatorAnswer:
+        raise RuntimeError("unforeseen")
+
+    hub = Hub(fails)
+    answer = await hub.operated(OperatorCall(path="/oserve/v1/nodes", body=b""))
+    assert (answer.status, b"RuntimeError" in answer.body) == (500, True)
 
 
 async def test_one_that_cannot_start_is_told_of_and_tried_again(

@@ -4,12 +4,20 @@ import asyncio
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oserve.nodes.agent_messages import AgentOrders
 from oserve.nodes.hatch_admission import Admission
-from oserve.nodes.hatch_messages import ControlCommand, ControlDone, ControlReply
+from oserve.nodes.hatch_messages import (
+    ControlCommand,
+    ControlDone,
+    ControlReply,
+    HatchConfig,
+    PeersUpdate,
+)
 from oserve.nodes.hatch_relay import Visitor
 from oserve.wire.hatch import (
     MAX_LINE_BYTES,
@@ -207,3 +215,20 @@ def test_many_addresses_need_little_memory() -> None:
         admission.refuse(str(number), "reason", 0.0)
     assert len(admission._peers) <= 1024
     assert admission.refused == {"reason": 5000}
+
+
+@pytest.mark.parametrize("name", ["a\n", "a b", "a/b", ".a", ""])
+def test_no_name_of_a_node_ends_a_line(name: str) -> None:
+    """A line between ranks and hatches ends with a newline, and its words with a space."""
+    texts = (
+        (AgentOrders, {"node": name, "host": ""}),
+        (HatchConfig, {"node": name, "folder": "", "host": ""}),
+        (PeersUpdate, {"type": "Peers", "peers": {name: hatch_values()}}),
+    )
+    for kind, values in texts:
+        with pytest.raises(msgspec.ValidationError, match="regex"):
+            msgspec.json.decode(msgspec.json.encode(values), type=kind)
+
+
+def hatch_values() -> dict[str, object]:
+    return {"host": "h", "port": 1, "certificate": "c", "token": "t"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hatches import IDENTITY
-from oserve.core import Device, HatchAddress
+from oserve.core import Device, HatchAddress, OServeError
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.nodes.directory import ClusterNode
 from oserve.nodes.host_cluster import HostDirectory, HostEntry
@@ -43,6 +43,17 @@ def test_a_broken_file_is_told_without_its_content(
         assert KnownNodes(tmp_path, "ray").read() == {}
     assert "cannot be read" in caplog.text
     assert "secret-7" not in caplog.text
+
+
+async def test_a_name_that_no_host_can_have_is_told_as_that_host_s(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret-7\n")
+    token.chmod(0o600)
+    host = HostEntry(
+        name="a", address="a..b", port=7443, token_file=str(token), certificate_sha256="0" * 64
+    )
+    with pytest.raises(OServeError, match=r"no host answers; a: "):
+        await HostDirectory([host]).start()
 
 
 def test_a_host_is_known_only_as_the_file_has_it() -> None:

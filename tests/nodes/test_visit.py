@@ -9,6 +9,7 @@ from examiners import examining_keeper
 from hatches import running_hatch
 from oserve.nodes import examiner, visit
 from oserve.nodes.directory import ClusterNode
+from oserve.nodes.doctor import examine_nodes
 from oserve.nodes.examination import ExaminerOrders
 from oserve.nodes.visit import NodeVisit
 
@@ -35,6 +36,25 @@ async def test_an_examiner_that_was_never_reached_is_ended_by_its_visitor(
         await node.end()
         assert ended == [True] * len(started)
         await node.end()
+
+
+async def test_a_keeper_that_says_nothing_holds_no_visitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visit, "_GREETING_S", 0.2)
+    left = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        left.set()
+        writer.close()
+
+    async with running_hatch(tmp_path) as hatch, asyncio.timeout(30.0):
+        server = await asyncio.start_unix_server(silent, str(hatch.folder / "keeper.sock"))
+        [found] = await examine_nodes({"a": ClusterNode(name="a", hatch=hatch.address)})
+        assert found.unreached == "it did not answer in time"
+        await left.wait()
+        server.close()
 
 
 async def test_an_examiner_ends_if_nobody_comes(

@@ -1,6 +1,8 @@
 """The roofline: how step time must move, and what fitting recovers."""
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from oserve.perf.coefficients import find_coefficients
 from oserve.perf.device import Link, find_device
 from oserve.perf.fit import MeasuredStep, fit_coefficients, relative_errors
 from oserve.perf.known_models import find_model
+from oserve.perf.model_config import model_from_config
 from oserve.perf.roofline import Coefficients, Roofline, hops_between_nodes
 
 H100 = find_device("H100")
@@ -170,3 +173,48 @@ def test_stages_on_other_nodes_pay_the_network() -> None:
     own = device.link.latency_s + 1000 * model.hidden * 2 / device.link.bandwidth
     assert seconds(1, slow) - inside == pytest.approx(each - own)
     assert seconds(2, slow) - inside == pytest.approx(2 * (each - own))
+
+
+def differing(name: str, tensor_parallel_size: int = 1) -> Roofline:
+    """The roofline of a model whose layers differ."""
+    configs = json.loads((Path(__file__).parent / "models/configs.json").read_text())
+    facts = model_from_config(configs[name], name=name, place=name)
+    return Roofline(
+        facts, find_device("H100"), Coefficients(), tensor_parallel_size=tensor_parallel_size
+    )
+
+
+def decode_s(model: Roofline, context: float, seqs: float = 8.0) -> float:
+    return float(model.step_s(0.0, 0.0, seqs, seqs * context))
+
+
+def test_windows_are_read_up_to_their_size() -> None:
+    """Of Mistral's first model every layer has a window of 4,096."""
+    model = differing("mistral-7b-v0.1")
+    assert decode_s(model, 2000) < decode_s(model, 4096) == decode_s(model, 30_000)
+    prompts = [float(model.step_s(2048.0, 2048.0 * context, 0.0, 0.0)) for context in (4096, 9999)]
+    assert prompts[0] == prompts[1]
+
+
+def test_states_cost_the_same_at_any_length() -> None:
+    model = differing("falcon-mamba-7b")
+    assert decode_s(model, 100) == decode_s(model, 100_000)
+    assert decode_s(model, 100) < decode_s(model, 100, seqs=16)
+
+
+def test_latents_are_read_once_and_computed_by_each_head() -> None:
+    """On one rank, 128 heads take longer to compute than their latent to read; on 16 they do not.
+
+    A latent of 576 values of 2 bytes: whole on every rank.
+    """
+    alone, many = differing("deepseek-v3.2"), differing("deepseek-r1", 16)
+    added = decode_s(many, 20_000) - decode_s(many, 10_000)
+    device = find_device("H100")
+    read = 8 * 10_000 * 61 * 576 * 2 / (device.bandwidth * Coefficients().kv)
+    assert added == pytest.approx(read, rel=0.01)
+    # Sparse attention reads 2,048 latents; only its index of 132 bytes a token grows.
+    grown = decode_s(alone, 200_000) - decode_s(alone, 100_000)
+    assert 0 <= grown < 8 * 100_000 * 61 * 576 * 2 / (device.bandwidth * Coefficients().kv) / 3
+    one = differing("deepseek-r1")
+    computed = decode_s(one, 20_000) - decode_s(one, 10_000)
+    assert computed > 1.1 * read

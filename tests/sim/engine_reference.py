@@ -16,8 +16,30 @@ PS: Final = 10**12
 BLOCK: Final = 16
 
 
-def blocks(tokens: int) -> int:
-    return math.ceil(tokens / BLOCK)
+def blocks(tokens: int, size: int = BLOCK) -> int:
+    return math.ceil(tokens / size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a sequence takes blocks: by tokens in tables, whole windows, and states."""
+
+    size: int = BLOCK
+    tables: int = 1
+    states: int = 0
+    windows: int = 0
+    window: int = 0
+    window_size: int = BLOCK
+
+    def grown(self, tokens: int) -> int:
+        return self.tables * blocks(tokens, self.size)
+
+    def beside(self, job: "Job") -> int:
+        seen = min(self.window, job.prompt + job.output)
+        return self.states + self.windows * blocks(seen, self.window_size)
+
+    def whole(self, job: "Job") -> int:
+        return self.grown(job.prompt + job.output) + self.beside(job)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -96,6 +118,7 @@ class Engine:
     ready_at: int = 0
     phase: str = "loading"
     hangs: bool = False
+    layout: Layout = Layout()
 
     def __post_init__(self) -> None:
         self.running: list[Job] = []
@@ -111,7 +134,10 @@ class Engine:
     # -- blocks ---------------------------------------------------------------------------------
     @property
     def used(self) -> int:
-        return sum(blocks(job.done) for job in self.running + self.outgoing)
+        return sum(
+            self.layout.grown(job.done) + self.layout.beside(job)
+            for job in self.running + self.outgoing
+        )
 
     @property
     def free(self) -> int:
@@ -154,7 +180,7 @@ class Engine:
             if job not in self.running:
                 continue
             chunk = min(job.known - job.done, budget)
-            extra = blocks(job.done + chunk) - blocks(job.done)
+            extra = self.layout.grown(job.done + chunk) - self.layout.grown(job.done)
             while extra > self.free and job in self.running:
                 victim = self.running[-1]
                 if self.ordered:
@@ -171,11 +197,13 @@ class Engine:
                 self.evict()
         while not thrown_out and self.waiting and budget > 0 and len(self.running) < self.seqs:
             job = self.waiting[0]
-            if blocks(job.known) > self.free:
+            if self.layout.grown(job.known) + self.layout.beside(job) > self.free:
                 break
             self.waiting.pop(0)
             if job.done == 0 and job.session in self.held:
-                cached = min(self.held.pop(job.session) * BLOCK, (job.known - 1) // BLOCK * BLOCK)
+                size = self.layout.size
+                held = self.held.pop(job.session) // self.layout.tables
+                cached = min(held, (job.known - 1) // size) * size
                 job.done += cached
                 job.reused += cached
             chunks[job] = min(job.known - job.done, budget)

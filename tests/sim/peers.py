@@ -49,6 +49,7 @@ class PeerRouter(Router):
     def _freeness(self, index: int) -> float:
         """Llumnix: blocks free beyond what the queue asks for, per running sequence."""
         engine = self._engines[index]
-        wanted = sum(blocks(job.known) for job in engine.waiting)
+        layout = engine.layout
+        wanted = sum(layout.grown(job.known) + layout.beside(job) for job in engine.waiting)
         wanted += self.routed.get(engine.name, 0)
         return (engine.free - wanted) / max(1, len(engine.running))

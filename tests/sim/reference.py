@@ -18,7 +18,7 @@ from oserve.control.dispatch.state import Booking, Streaming
 from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable, TableReplica
 from oserve.control.dispatch.witness import Witness
 from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request, Tier
-from sim.engine_reference import BLOCK, PS, Engine, Job, Transfer, blocks
+from sim.engine_reference import PS, Engine, Job, Transfer
 from sim.peers import PeerRouter
 
 
@@ -243,8 +243,9 @@ class Reference:
             if job.session >= 0:
                 for other in self.engines:
                     other.held.pop(job.session, None)
-                if job.done // BLOCK:
-                    engine.held[job.session] = job.done // BLOCK
+                kept = engine.layout.tables * (job.done // engine.layout.size)
+                if kept:
+                    engine.held[job.session] = kept
             self.close(job, "completed")
             return
         target = None
@@ -269,7 +270,7 @@ class Reference:
             if engine is not source
             and engine.phase == "ready"
             and engine.role == "decode"
-            and blocks(job.prompt + job.output) <= engine.total_blocks
+            and engine.layout.whole(job) <= engine.total_blocks
         ]
         return min(able, key=lambda e: self.owed(e.name)[0] + self.rest(job, e), default=None)
 
@@ -334,7 +335,7 @@ class Reference:
         source = next((e for e in self.engines if job in e.running), None)
         if source is None or source is target or target.phase != "ready":
             return False
-        if job.fresh or job.leaving_to or blocks(job.prompt + job.output) > target.total_blocks:
+        if job.fresh or job.leaving_to or target.layout.whole(job) > target.total_blocks:
             return False
         job.leaving_to, job.copied = target, job.done
         begin = max(self.now, source.link_free)

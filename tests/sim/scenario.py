@@ -18,6 +18,7 @@ from oserve.control.dispatch.tiers import tightest
 from oserve.core import OverloadAction, Precision, Promise, ReplicaShape, Role, Tier
 from oserve.evaluate.tiers import BARRED, late_after_s, tier_shifts_s
 from oserve.perf import TokenCosts
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.steps import StepTables
 from oserve.sim.types import (
@@ -28,7 +29,7 @@ from oserve.sim.types import (
     SimLink,
     Status,
 )
-from sim.engine_reference import PS, Engine, Job
+from sim.engine_reference import PS, Engine, Job, Layout
 from sim.reference import UNLIMITED, Reference
 
 # 0.1 ms, the router's step.
@@ -43,6 +44,8 @@ POLICIES = {
     "turn": RoutingPolicy.ROUND_ROBIN,
     "freeness": RoutingPolicy.FREENESS,
 }
+
+PLAIN = Layout()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Spec:
     latency: int
     ready_at: int
     precision: Precision = Precision.BF16
+    layout: Layout = PLAIN
 
     def tables(self) -> StepTables:
         tokens = np.arange(self.budget + 1, dtype=np.int64)
@@ -94,6 +98,7 @@ class Spec:
             seqs=self.seqs,
             budget=self.budget,
             total_blocks=self.kv_blocks,
+            layout=self.layout,
             stages=self.stages,
             precision=self.precision,
             role=self.role.value,
@@ -105,6 +110,18 @@ class Spec:
             link_ps_per_token=self.link * UNIT,
             ready_at=self.ready_at * UNIT,
             phase="loading" if self.ready_at else "ready",
+        )
+
+    def cache(self) -> SequenceCache:
+        own = self.layout
+        return SequenceCache(
+            blocks=self.kv_blocks,
+            block_tokens=own.size,
+            tables=own.tables,
+            state_blocks=own.states,
+            window_tables=own.windows,
+            window_tokens=own.window,
+            window_block_tokens=own.window_size,
         )
 
     def add_to(self, fleet: SimulatedFleet, name: str, overload: OverloadPolicy) -> None:
@@ -127,6 +144,7 @@ class Spec:
             max_inflight=self.max_inflight,
             max_prompt_s=max_prompt_s(overload, step_tokens=0, prefill_s_per_token=self.prefill_s),
             kv_bytes_per_token=1.0,
+            cache=None if self.layout == PLAIN else self.cache(),
             link=SimLink(
                 bytes_per_s=PS / (self.link * UNIT) if self.link else float("inf"),
                 latency_s=self.latency * UNIT / PS,
@@ -427,6 +445,23 @@ _LIVE_OPERATIONS = ["drain", "hang", "crash", "crash", "crash", "lose"]
 _OPERATIONS = ["look", *_LIVE_OPERATIONS, *["migrate"] * 6]
 
 
+# Plain; a state beside attention; windows beside attention; windows, or states, alone.
+LAYOUTS = (
+    *[PLAIN] * 4,
+    Layout(size=40, states=2),
+    Layout(size=16, windows=2, window=32, states=2),
+    Layout(size=7, tables=2, windows=1, window=20, window_size=5),
+    Layout(tables=0, windows=2, window=48),
+    Layout(tables=0, states=3),
+)
+
+
+def with_room(spec: Spec) -> Spec:
+    """Each request fits, of at most 120 tokens, which the live router takes for granted."""
+    longest = Job(number=0, arrival=0, prompt=60, output=60, expected=60)
+    return replace(spec, kv_blocks=spec.kv_blocks - 8 + max(8, spec.layout.whole(longest)))
+
+
 def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
     seqs = st.integers(1, 6)
     return seqs.flatmap(
@@ -448,7 +483,8 @@ def specs(*, roles: bool, stages: bool) -> st.SearchStrategy[Spec]:
             link=st.sampled_from([0, 1, 10]),
             latency=st.sampled_from([0, 50, 300]),
             ready_at=st.sampled_from([0, 0, 0, 500]),
-        )
+            layout=st.sampled_from(LAYOUTS),
+        ).map(with_room)
     )
 
 
@@ -481,6 +517,10 @@ def scenarios(
     least = 2 if live else 1
     fleet = draw(st.lists(specs(roles=roles, stages=stages), min_size=least, max_size=replicas))
     names = _names(len(fleet))
+    policy = "pools" if live else draw(st.sampled_from(list(POLICIES)))
+    if policy == "freeness":
+        # The reference of that policy counts plain blocks.
+        fleet = [replace(spec, layout=PLAIN) for spec in fleet]
     shares = draw(
         st.dictionaries(
             st.integers(0, 1), st.dictionaries(st.sampled_from(names), st.sampled_from([0.3, 0.7]))
@@ -521,7 +561,7 @@ def scenarios(
         active=draw(st.sampled_from([0, 100, 10**6])),
         requests=requests,
         replicas=fleet,
-        policy="pools" if live else draw(st.sampled_from(list(POLICIES))),
+        policy=policy,
         shares=shares,
         operations=sorted(asked, key=lambda item: item.at),
         overflow=draw(st.sampled_from([0, 100, 10**6])),

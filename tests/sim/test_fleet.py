@@ -12,6 +12,7 @@ from oserve.core import ReplicaPhase, ReplicaShape, Role
 from oserve.perf import TokenCosts
 from oserve.perf.costs import measured_costs
 from oserve.perf.known_models import find_model
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.perf.source import RooflineSource
 from oserve.sim import (
     GatewayOptions,
@@ -114,6 +115,24 @@ def test_the_use_of_kv_cache_is_that_of_the_requests() -> None:
     assert totals.kv_peak_blocks == 30
     prompt_block_s = 10 * (results.first_token_s[0] - 1.0)
     assert totals.kv_block_s == pytest.approx(prompt_block_s + 20.5 * decoded_s, rel=0.05)
+
+
+def test_states_bound_the_sequences_that_run() -> None:
+    """A pool of 100 blocks, of which each sequence holds 9 for states and one for its tokens."""
+    fleet = SimulatedFleet(RequestTable.of([0.0] * 30, [64] * 30, [64] * 30), compiled=False)
+    fleet.add_replica(
+        "a",
+        SHAPE,
+        TABLES,
+        kv_tokens=1 << 20,
+        costs=COSTS,
+        cache=SequenceCache(blocks=100, block_tokens=1056, state_blocks=9),
+    )
+    fleet.advance(1.0)
+    assert fleet.replicas()[0].running == 10
+    fleet.run()
+    assert (fleet.results().status == Status.COMPLETED).all()
+    assert fleet.results().totals[0].kv_peak_blocks == 100
 
 
 @settings(max_examples=10, deadline=None)

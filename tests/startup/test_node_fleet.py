@@ -126,6 +126,23 @@ async def test_nodes_that_come_join_and_are_remembered(tmp_path: Path) -> None:
     assert World(tmp_path).fleet.devices == world.fleet.devices
 
 
+async def test_devices_that_engines_do_not_know_are_not_planned_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+    world.told.nodes["a"] = node("a")
+    world.attach()
+    world.told.tell(node("b"))
+    before = world.fleet.devices
+    for name, slots, said in (("a", 4, "(2 more, 0 fewer)"), ("b", 1, "(0 more, 1 fewer)")):
+        world.told.tell(node(name, slots=slots))
+        assert f"node {name} offers other devices than before {said}: restart" in caplog.text
+        assert world.fleet.devices == before
+    await world.fleet.close(end_nodes=True)
+    # The next server begins with what there is.
+    assert len(World(tmp_path).fleet.devices) == 5
+
+
 async def test_nodes_that_all_serve_another_server_are_an_error(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.told.nodes |= {"a": node("a"), "b": node("b")}

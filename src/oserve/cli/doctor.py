@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +29,8 @@ from oserve.nodes.checks import NodeFinding, NodeVerdict, exit_code, judge, wors
 from oserve.nodes.directory import NodeDirectory
 from oserve.nodes.doctor import MOST_PAIRS, examine_here, examine_nodes
 from oserve.nodes.examination import NodeExamination
-from oserve.startup.node_fleet import node_directory, serves_already
+from oserve.startup.lock import serves_already
+from oserve.startup.node_fleet import node_directory
 
 _COLOURS = {NodeVerdict.OK: "green", NodeVerdict.WARN: "yellow", NodeVerdict.FAIL: "red"}
 
@@ -67,9 +69,8 @@ def doctor(
         if directory is None:
             found = examine_here(wanted)
         else:
-            found = asyncio.run(
-                _examined(directory, wanted, most_pairs, ours=not serves_already(settings))
-            )
+            ours = not serves_already(Path(settings.state_dir))
+            found = asyncio.run(_examined(directory, wanted, most_pairs, ours=ours))
     findings = judge(found)
     if as_json:
         verdict = worst(findings)

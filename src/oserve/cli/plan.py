@@ -44,6 +44,7 @@ from oserve.cli.plan_input import (
     sizes_from,
 )
 from oserve.cli.switch import live_plan
+from oserve.cli.waiting import waiting
 from oserve.config import load_plan, plan_yaml
 from oserve.config.rates import MAX_TYPES
 from oserve.config.tiers import parse_tiers
@@ -344,7 +345,7 @@ def _verified(
         rate_scale=rate_scale,
         margin=found.request.min_gain or MIN_GAIN,
     )
-    with _console.status(f"scoring candidates by simulation of {check.words}"):
+    with waiting(_console, f"scoring candidates by simulation of {check.words}"):
         return verified_answer(found, check)
 
 
@@ -358,13 +359,13 @@ def _laddered(
     request = found.request
     peak = peak_traffic(request.demand, trace, rate_scale=rate_scale, seed=request.seed)
     words = f"simulating deployments at each load on {peak.words}"
-    with _console.status(words) as status:
+    with waiting(_console, words) as note:
         return plan_ladder(
             found,
             peak,
             goal,
             headroom=headroom,
-            progress=lambda done: status.update(f"{words}: {done} simulations"),
+            progress=lambda done: note(f"{done} simulations"),
         )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,8 @@ from oserve.core import AttachedBackend, OServeError
 from oserve.gateway.process.collection import rare_collections
 from oserve.profiler.brief import LIMIT_S, measure_briefly, shapes_to_measure
 from oserve.startup.deployment import ServerDeployment, prepare
-from oserve.startup.node_fleet import NodeFleet, foreseen, node_fleet, serves_already
+from oserve.startup.lock import serves_already
+from oserve.startup.node_fleet import NodeFleet, foreseen, node_fleet
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -108,7 +110,7 @@ async def _serve_nodes(settings: Settings, fleet: NodeFleet) -> int:
         return await _serve(deployment, server)
     finally:
         if not begun:
-            await fleet.close(end_nodes=not serves_already(settings))
+            await fleet.close(end_nodes=not serves_already(Path(settings.state_dir)))
 
 
 def measure_first(settings: Settings, *, dry_run: bool) -> None:

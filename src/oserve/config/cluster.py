@@ -41,8 +41,8 @@ class _NodesFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class _HostFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
-    address: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*$")]
+    name: Annotated[str, msgspec.Meta(pattern=rf"^{NODE_NAMES}\Z")]
+    address: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9:][A-Za-z0-9._:-]*\Z")]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     token_file: Annotated[str, msgspec.Meta(min_length=1)]
     certificate_sha256: str

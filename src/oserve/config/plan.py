@@ -23,7 +23,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class _ReplicaFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")]
     shape: dict[str, Any] = {}
     devices: list[str] = []
     engine_args: list[str] = []
@@ -31,13 +31,13 @@ class _ReplicaFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class _TypeFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,63}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,63}\Z")]
     max_prompt_tokens: Count | None = None
     output_tokens: Count = 128
 
 
 class _CentreFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,63}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]{1,63}\Z")]
     prompt_tokens: Annotated[float, msgspec.Meta(ge=0)]
     output_tokens: Annotated[float, msgspec.Meta(ge=0)]
     shares: dict[str, float]

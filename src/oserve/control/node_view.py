@@ -1,8 +1,10 @@
 """The cluster as its nodes allow: what serves, and what of a plan can run.
 
-Pure. A replica with a device on a lost node is gone, whatever the cluster still says of it, so that
-it leaves routing at once and its streams go on elsewhere. One on a node that is held down is away:
-it is neither used nor stopped, since it may serve again once the hold-down is over.
+Pure. A replica on a lost node is gone, whatever the cluster still says of it, so that it leaves
+routing at once and its streams go on elsewhere. One over several nodes, of which one is lost,
+leaves as well, but counts as hung until the cluster has ended the rest of it: its devices on the
+other nodes are not free before. One on a node that is held down is away: it is neither used nor
+stopped, since it may serve again once the hold-down is over.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -95,7 +97,10 @@ class NodeView:
         for node in own:
             if node.phase is NodePhase.LOST:
                 detail = f"node {node.name} is lost: {node.reason}"
-                return _changed(state, ReplicaPhase.GONE, detail)
+                # Its part elsewhere has its devices until it has ended there.
+                left = any(other.phase is not NodePhase.LOST for other in own)
+                phase = ReplicaPhase.HUNG if left else ReplicaPhase.GONE
+                return _changed(state, phase, detail)
         for node in own:
             if not node.reachable:
                 detail = f"node {node.name} is held down for {max(0.0, node.until_s - now_s):.0f} s"

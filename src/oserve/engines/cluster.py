@@ -276,10 +276,11 @@ class EngineCluster:
             del known[name]
         for name in [name for name in known if name in self._placed]:
             strange.append(known.pop(name)[1])
-        for name in known:
-            self._placed[name] = node
+        # First: this reads files, and a fault must leave no replica without a task.
+        fits = {name: self._fits(node, *one) for name, one in known.items()}
+        self._placed.update(dict.fromkeys(known, node))
         fit, _ = await asyncio.gather(
-            asyncio.gather(*(self._take_over(node, *pair) for pair in known.values())),
+            asyncio.gather(*(self._take_over(node, *known[one], fits[one]) for one in known)),
             asyncio.gather(*(self._end(process) for process in strange)),
         )
         kept = [name for name, is_fit in zip(known, fit, strict=True) if is_fit]
@@ -289,14 +290,15 @@ class EngineCluster:
         with contextlib.suppress(NodeLostError):
             await end(process, grace_s=self._settings.stop_grace_s, clock=self._clock)
 
-    async def _take_over(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
+    async def _take_over(
+        self, node: KeptEngines, note: EngineNote, process: HeldProcess, fits: bool
+    ) -> bool:
         """Give an engine that was found a task; returns whether it goes on."""
         spec = note.spec
         node.held[spec.id] = process
         replica = self._vllm(spec, node.held_files(process).endpoint, process.begun)
         replica.was_ready = note.ready_s is not None
         replica.step_s = note.step_s
-        fits = self._fits(node, note) and not process.entry.ending
         if fits and note.ready_s is not None:
             # An engine that does not answer now may be busy: its task judges it.
             models = await replica.probe.models()
@@ -322,7 +324,9 @@ class EngineCluster:
                 return False
             gathering = PartsGathering(spec, engines)
         part = gathering.part_on(node.name)
-        if gathering.spec != spec or note.stamp != self._facts.stamp(part.devices):
+        if part is None or gathering.spec != spec:
+            return False
+        if note.stamp != self._facts.stamp(part.devices):
             return False
         gathering.add(part, process)
         node.held[spec.id] = process
@@ -359,10 +363,10 @@ class EngineCluster:
                 max_model_len=note.max_model_len,
             )
 
-    def _fits(self, node: KeptEngines, note: EngineNote) -> bool:
+    def _fits(self, node: KeptEngines, note: EngineNote, process: HeldProcess) -> bool:
         """Whether an engine is what this server would start there."""
         spec = note.spec
-        if not self.nodes.has(node, spec):
+        if process.entry.ending or not self.nodes.has(node, spec):
             return False
         if note.standby and note.ready_s is None:
             return False  # the weights that it waits for will not come

@@ -221,7 +221,8 @@ class HatchDial:
         line = None
         try:
             async with asyncio.timeout(_GREETING_LIMIT_S):
-                line = await self._greeted(await self._connect(self.hatch))
+                streams = await self._connect(self.hatch)
+                line = await KeeperConnection.greeted(streams, self._terms)
         except OSError as error:
             raise NodeLostError(
                 f"node {self.node} cannot be reached: {str(error) or 'no answer'}"
@@ -236,13 +237,6 @@ class HatchDial:
                 remedy="install the same version of OServe on every node",
             )
         return line
-
-    async def _greeted(self, streams: LineStreams) -> KeeperConnection | None:
-        try:
-            return await KeeperConnection.greeted(streams, self._terms)
-        except asyncio.CancelledError:
-            streams[1].transport.abort()
-            raise
 
     async def closed(self) -> None:
         """Nothing of it is here."""

@@ -312,6 +312,8 @@ class Keeper:
         ``stayers``: at last also what serves the node.
         """
         children = list(self._children.values())
+        for child in children:  # a server that comes meanwhile takes none of them over
+            child.entry.ending |= child.entry.engine
         others = [one for one in children if not one.entry.engine and not one.entry.stays]
         for child in others:
             child.signal(signal.SIGTERM)
@@ -320,9 +322,8 @@ class Keeper:
         for child in others:
             child.signal(signal.SIGKILL)
         engines = [child for child in self._children.values() if child.entry.engine]
-        for child in engines:
-            if child.process is None:
-                child.signal(signal.SIGTERM)
+        for child in (one for one in engines if one.process is None):
+            child.signal(signal.SIGTERM)
         if self._preparing is not None:
             self._preparing.cancel()
         await self._launcher.close()

@@ -100,13 +100,17 @@ class KeeperConnection:
     async def greeted(cls, streams: LineStreams, terms: LineTerms) -> "KeeperConnection | None":
         """Read the keeper's greeting; ``None`` if the connection ends first.
 
-        Raises ``OServeError`` if what answers does not greet as a keeper.
+        Raises ``OServeError`` if what answers does not greet as a keeper. If this is cancelled, the
+        connection is closed.
         """
         reader, writer = streams
         try:
             line = await reader.readline()
         except OSError:
             line = b""
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         if not line:  # a keeper that is about to end
             writer.close()
             return None
@@ -132,7 +136,7 @@ class KeeperConnection:
 
     def send(self, command: KeeperCommand) -> None:
         """Send a message, unless the connection has broken."""
-        if not self.lost.done():
+        if not self.lost.done() and not self._writer.is_closing():
             self._writer.write(encoded(command))
 
     def hold(self, command: EngineStart | ProcessStart) -> HeldProcess:
@@ -197,22 +201,20 @@ class KeeperConnection:
         self._writer.close()
         if not self.answered.done():
             self.answered.set_result("")  # a lost line: that tells all
-        await self._let_go()
-        self.held.clear()
+        lost = not self._terms.local or bool(self.reason)
+        self.reason = self.reason or ("the connection to it has broken" if lost else "")
+        # Until the last has been told, more may be asked for.
+        while self.held:
+            await self._let_go(self.held.pop(next(iter(self.held))), lost=lost)
 
-    async def _let_go(self) -> None:
-        held = list(self.held.values())
-        if not self._terms.local or self.reason:
-            self.reason = self.reason or "the connection to it has broken"
-            error = NodeLostError(f"node {self._terms.node} is lost: {self.reason}")
-            for process in held:
-                process.lose(error)
+    async def _let_go(self, process: HeldProcess, *, lost: bool) -> None:
+        if lost:
+            process.lose(NodeLostError(f"node {self._terms.node} is lost: {self.reason}"))
             return
-        for process in held:
-            # Everything ends with its keeper; this covers helpers that lost their parent.
-            if process.entry.engine and process.pid:
-                await asyncio.to_thread(end_group, process.pid, grace_s=0)
-            process.handle(StartRefused(name=process.entry.name, reason="the keeper ended"))
+        # Everything ends with its keeper; this covers helpers that lost their parent.
+        if process.entry.engine and process.pid:
+            await asyncio.to_thread(end_group, process.pid, grace_s=0)
+        process.handle(StartRefused(name=process.entry.name, reason="the keeper ended"))
 
     async def _ping(self) -> None:
         while True:

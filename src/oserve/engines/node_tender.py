@@ -80,6 +80,11 @@ class NodeTender:
             except OServeError as error:
                 self._down(error.message)
                 adopted = ([], [])
+            # An unforeseen fault must not end the calls, nor keep the server from its start.
+            except Exception as error:
+                _log.exception("what runs on node %s cannot be taken up", self.node.name)
+                self._down(f"a fault of this server, see its log: {type(error).__name__}")
+                adopted = ([], [])
             else:
                 pause_s = _PAUSE_S
                 self._up(adopted)

@@ -24,9 +24,9 @@ class PartsGathering:
         """Whether all parts have been found."""
         return len(self._found) == len(self.engines.parts)
 
-    def part_on(self, node: str) -> ReplicaPart:
-        """The part of that node."""
-        return next(part for part in self.engines.parts if part.node == node)
+    def part_on(self, node: str) -> ReplicaPart | None:
+        """The part of that node; ``None`` if it has none, as after it was given another name."""
+        return next((part for part in self.engines.parts if part.node == node), None)
 
     def add(self, part: ReplicaPart, process: HeldProcess) -> None:
         """A part was found."""

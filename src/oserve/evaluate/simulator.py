@@ -20,10 +20,12 @@ from oserve.control.dispatch.tiers import tightest
 from oserve.control.routing import INFLIGHT_PER_SEQ
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role, Tier
 from oserve.evaluate.attainment import ATTAINMENT, attainment, surely_failed
+from oserve.evaluate.ranks import ranks_s
 from oserve.evaluate.tiers import late_after_s, tier_routing, tier_shifts_s
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected
 from oserve.perf.costs import measured_costs
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.perf.source import RooflineSource
 from oserve.perf.table import PerformanceSource
 from oserve.sim.fleet import SimulatedFleet
@@ -166,16 +168,6 @@ def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
 
 
-def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
-    """``control.dispatch.order.rank_s`` of all requests at once."""
-    arrival, window_s = traffic.arrival_s, order.freshest_first_s
-    if window_s > 0.0:
-        arrival = (2.0 * np.floor(arrival / window_s) + 1.0) * window_s - arrival
-    penalty = order.penalty_s_per_token * traffic.prompt_tokens
-    ranks: Floats = arrival + np.minimum(order.max_penalty_s, penalty)
-    return ranks
-
-
 class Simulator:
     """Makes fleets of one model's replicas; step tables and costs once per shape."""
 
@@ -184,6 +176,7 @@ class Simulator:
         self._tables: dict[ReplicaShape, StepTables] = {}
         self._costs: dict[ReplicaShape, TokenCosts] = {}
         self._kv: dict[ReplicaShape, int] = {}
+        self._caches: dict[ReplicaShape, SequenceCache | None] = {}
         self.simulated_requests = 0
 
     def tables(self, shape: ReplicaShape) -> StepTables:
@@ -203,6 +196,12 @@ class Simulator:
         if shape not in self._kv:
             self._kv[shape] = self.source.kv_tokens(shape)
         return self._kv[shape]
+
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """How sequences take that cache; ``None``: by tokens."""
+        if shape not in self._caches:
+            self._caches[shape] = self.source.sequence_cache(shape)
+        return self._caches[shape]
 
     def requests(
         self,
@@ -228,7 +227,7 @@ class Simulator:
             expected = np.array(means, dtype=np.int64)[index]
         ranks = late = urgency = None
         if levers.order is not None:
-            ranks = ranks_s(levers.order, traffic)
+            ranks = ranks_s(levers.order, traffic.arrival_s, traffic.prompt_tokens)
         if levers.tiers and tier is not None:
             late = late_after_s(levers.overload, levers.tiers, tier, expected)
             if levers.order is not None and ranks is not None:
@@ -283,6 +282,7 @@ class Simulator:
             ),
             kv_bytes_per_token=kv_bytes,
             link=link,
+            cache=self.sequence_cache(shape),
         )
 
     def route(self, fleet: SimulatedFleet, plan: DeploymentPlan, levers: Levers) -> None:

@@ -24,7 +24,7 @@ class AgentOrders(msgspec.Struct, frozen=True, kw_only=True):
     ``None`` without Ray. ``version``: of OServe; ``engine``: of vLLM, empty for any.
     """
 
-    node: Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
+    node: Annotated[str, msgspec.Meta(pattern=rf"^{NODE_NAMES}\Z")]
     host: str
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     state_dir: str = "~/.oserve/nodes"

@@ -22,7 +22,8 @@ NODE_NAMES: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """Names of nodes. No slash or space, which end a name in the lines between ranks and hatches."""
 
 _MAX_CONTROL_BYTES: Final = 4 * 1024 * 1024
-_NodeName = Annotated[str, msgspec.Meta(pattern=f"^{NODE_NAMES}$")]
+# Not "$", which a newline may follow.
+_NodeName = Annotated[str, msgspec.Meta(pattern=rf"^{NODE_NAMES}\Z")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

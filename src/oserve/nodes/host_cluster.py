@@ -100,7 +100,8 @@ class HostDirectory:
         try:
             async with asyncio.timeout(2 * _ANSWER_S):
                 node = await _asked(host, self._tokens[host.name])
-        except (OSError, OServeError) as error:
+        except (OSError, OServeError, UnicodeError) as error:
+            # UnicodeError: of a name that no host can have, such as one with two dots in a row.
             reason = error.message if isinstance(error, OServeError) else str(error)
             node = replace(self.nodes[host.name], refused=reason or "it does not answer")
         if node != self.nodes[host.name]:

@@ -8,16 +8,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 
 from oserve.core import Clock, OServeError
 from oserve.nodes.directory import ClusterNode
+from oserve.nodes.due_work import DueWork
 from oserve.nodes.examination import LinkFacts
 from oserve.nodes.link_book import LinkBook
 from oserve.nodes.visit import NodeVisit, measured_link
 
 _log = logging.getLogger("oserve.nodes")
 
+# Several nodes come up together.
 _SETTLE_S = 3.0
 _LOOK_S = 600.0
 _PAIR_S = 0.4
@@ -53,56 +55,35 @@ class LinkMeasuring:
         self._unix_s = unix_s
         self._visit = visit or (lambda node: NodeVisit(node, purpose="links"))
         self._since: dict[str, float] = {}
-        self._due = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._measuring = False
+        self._work = DueWork(
+            self.measure,
+            clock,
+            fault="the links between nodes could not be measured",
+            settle_s=_SETTLE_S,
+            every_s=_LOOK_S,
+        )
 
     @property
     def idle(self) -> bool:
         """Whether all is measured that can be measured now."""
-        return not self._measuring and not self._due.is_set()
+        return self._work.idle
 
     def begin(self) -> None:
         """Measure from now on."""
-        self._due.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
+        self._work.begin()
 
     def refresh(self) -> None:
         """A node has come up, or is down."""
-        self._due.set()
+        self._work.refresh()
 
     async def close(self) -> None:
         """Measure no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
-    async def _run(self) -> None:
-        while True:
-            if not self._due.is_set():
-                waits = [
-                    asyncio.ensure_future(work)
-                    for work in (self._due.wait(), self._clock.sleep(_LOOK_S))
-                ]
-                try:
-                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for wait in waits:
-                        wait.cancel()
-            self._measuring = True
-            # Several nodes come up together.
-            await self._clock.sleep(_SETTLE_S)
-            self._due.clear()
-            try:
-                await self.measure()
-            # An unforeseen fault in measuring must not end serving.
-            except Exception:
-                _log.exception("the links between nodes could not be measured")
-            self._measuring = False
+        await self._work.close()
 
     async def measure(self) -> None:
-        """Measure what is due."""
+        """Measure what is due, up to where something else needs the links."""
+        while self.busy():
+            await self._clock.sleep(_BUSY_S)
         nodes, now_s = dict(self._up()), self._unix_s()
         self._since = {name: self._since.get(name, now_s) for name in nodes}
         rounds = self._book.due(self._since, now_s)[:_MOST_ROUNDS]
@@ -110,19 +91,24 @@ class LinkMeasuring:
             return
         measurers = {one for pairs in rounds for one, _ in pairs}
         visits = {name: self._visit(nodes[name]) for name in measurers}
+        done = 0
         try:
             await asyncio.gather(*(self._begin(visit) for visit in visits.values()))
             for pairs in rounds:
-                while self.busy():
-                    await self._clock.sleep(_BUSY_S)
+                if self.busy():
+                    # The visits do not wait: examiners end after a while.
+                    self._work.refresh()
+                    break
                 await asyncio.gather(
                     *(self._measure(visits[one], nodes[one], nodes[other]) for one, other in pairs)
                 )
+                done += len(pairs)
                 await self._clock.sleep(_PAUSE_S)
         finally:
             await asyncio.gather(*(visit.end() for visit in visits.values()))
-        self._tell(rounds)
-        await self._changed()
+        if done:
+            self._tell(done)
+            await self._changed()
 
     async def _begin(self, visit: NodeVisit) -> None:
         with contextlib.suppress(OSError, OServeError):
@@ -137,10 +123,11 @@ class LinkMeasuring:
             )
         else:
             found = LinkFacts(target=other.name, error=f"node {one.name} could not be visited")
+        if found.error and not {one.name, other.name} <= self._up().keys():
+            return  # of a node that is down, which says nothing of the link
         self._book.learn(one.name, found, self._unix_s())
 
-    def _tell(self, rounds: Sequence[Sequence[tuple[str, str]]]) -> None:
-        count = sum(len(pairs) for pairs in rounds)
+    def _tell(self, count: int) -> None:
         network = self._book.network()
         if network is not None:
             _log.info(

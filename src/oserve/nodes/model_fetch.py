@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 from oserve.core import Clock, OServeError
 from oserve.nodes.directory import ClusterNode
+from oserve.nodes.due_work import DueWork
 from oserve.nodes.examiner import OFFER_SOCKET
 from oserve.nodes.fetch_messages import (
     FetchAnswer,
@@ -75,23 +76,22 @@ class ModelFetch:
         self._works: dict[str, asyncio.Task[None]] = {}
         self._told: set[str] = set()
         self._foretold: dict[str, frozenset[str]] = {}
-        self._due = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._looking = DueWork(self._look, clock, fault="the model's files are not looked after")
         self._alarm: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Look after the nodes from now on."""
-        self._due.set()
-        if self._models and self._task is None:
-            self._task = asyncio.create_task(self._run())
+        if self._models:
+            self._looking.begin()
 
     def refresh(self) -> None:
         """A node has come up, or is down."""
-        self._due.set()
+        self._looking.refresh()
 
     async def close(self) -> None:
         """Leave the nodes; what was fetched stays there for the next server."""
-        tasks = [*self._works.values(), *filter(None, (self._task, self._alarm))]
+        await self._looking.close()
+        tasks = [*self._works.values(), *filter(None, (self._alarm,))]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,21 +120,19 @@ class ModelFetch:
         return bool(self._busy)
 
     # -- what to do next ------------------------------------------------------------------------
-    async def _run(self) -> None:
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            try:
-                await self._step()
-                self._set_alarm()
-            # An unforeseen fault must not hold nodes for ever: an engine says what it lacks.
-            except Exception:
-                _log.exception("the model's files cannot be looked after")
-                self._models = ()
-                return
+    async def _look(self) -> None:
+        try:
+            await self._step()
+            self._set_alarm()
+        # An unforeseen fault must not hold nodes for ever: an engine says what it lacks.
+        except Exception:
+            _log.exception("the model's files cannot be looked after")
+            self._models = ()
 
     async def _step(self) -> None:
         """Begin all that can be begun; what ends makes the next step due."""
+        if not self._models:
+            return
         nodes = self._up()
         for name in [name for name in self._seen if name not in nodes]:
             await self._drop(name)
@@ -173,7 +171,7 @@ class ModelFetch:
 
     async def _ring(self, pause_s: float) -> None:
         await self._clock.sleep(pause_s)
-        self._due.set()
+        self._looking.refresh()
 
     def _waits(self) -> bool:
         """Whether to wait for links that are being measured, which takes seconds."""
@@ -254,7 +252,7 @@ class ModelFetch:
                 del self._works[name]
                 if fault is not None and name in self._seen:
                     self._stumbled(self._seen[name])
-            self._due.set()
+            self._looking.refresh()
 
         task.add_done_callback(ended)
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from oserve.core import Clock, HatchAddress, OServeError
+from oserve.nodes.due_work import DueWork
 from oserve.nodes.hatch_messages import tell_peers
 
 _log = logging.getLogger("oserve.nodes")
@@ -29,39 +30,36 @@ class PeerLists:
         self._hatches = hatches
         self._clock = clock
         self._tell = tell
-        self._due = asyncio.Event()
+        self._pause_s = _FIRST_PAUSE_S
         self._failing: dict[str, str] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._telling = DueWork(
+            self._tell_all,
+            clock,
+            fault="the nodes are not told of each other",
+            again_s=_MAX_PAUSE_S,
+        )
 
     def begin(self) -> None:
         """Tell all nodes, and again after each ``refresh``."""
-        self._due.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
+        self._telling.begin()
 
     def refresh(self) -> None:
         """A node has come, or has another hatch."""
-        self._due.set()
+        self._telling.refresh()
 
     async def close(self) -> None:
         """Tell no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await self._telling.close()
 
-    async def _run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            hatches = dict(self._hatches())
-            told = await asyncio.gather(*(self._one(name, hatches) for name in hatches))
-            if all(told):
-                pause_s = _FIRST_PAUSE_S
-                continue
-            await self._clock.sleep(pause_s)
-            pause_s = min(2.0 * pause_s, _MAX_PAUSE_S)
-            self._due.set()
+    async def _tell_all(self) -> None:
+        hatches = dict(self._hatches())
+        told = await asyncio.gather(*(self._one(name, hatches) for name in hatches))
+        if all(told):
+            self._pause_s = _FIRST_PAUSE_S
+            return
+        await self._clock.sleep(self._pause_s)
+        self._pause_s = min(2.0 * self._pause_s, _MAX_PAUSE_S)
+        self._telling.refresh()
 
     async def _one(self, name: str, hatches: Mapping[str, HatchAddress]) -> bool:
         others = {other: hatch for other, hatch in hatches.items() if other != name}

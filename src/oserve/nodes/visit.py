@@ -26,6 +26,7 @@ from oserve.nodes.examination import (
 from oserve.nodes.fetch_messages import Query
 from oserve.wire.hatch import KEEPER_NAME, HatchError, open_hatch
 
+_GREETING_S = 10.0
 _START_S = 30.0
 _POLL_S = 0.1
 _END_S = 2.0
@@ -74,8 +75,9 @@ class NodeVisit:
             differs=lambda _hello: "",
             silence_s=SILENCE_S,
         )
-        streams = await open_hatch(hatch, KEEPER_NAME, limit=KEEPER_LINE_BYTES)
-        line = self._line = await KeeperConnection.greeted(streams, terms)
+        async with asyncio.timeout(_GREETING_S):
+            streams = await open_hatch(hatch, KEEPER_NAME, limit=KEEPER_LINE_BYTES)
+            line = self._line = await KeeperConnection.greeted(streams, terms)
         if line is None or not line.facts.python:
             raise OServeError(
                 "its keeper is ending, or of another version",

@@ -27,6 +27,7 @@ import numpy as np
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.roofline import Floats, StepModel
+from oserve.perf.sequence_cache import SequenceCache
 
 # The share of requests that must meet their limits, and that quantile of the standard normal.
 ATTAINMENT = 0.95
@@ -75,19 +76,36 @@ class Capacity:
 
 
 def capacities(
-    step: StepModel, shape: ReplicaShape, kv_tokens: int, loads: Sequence[TypeLoad]
+    step: StepModel,
+    shape: ReplicaShape,
+    kv_tokens: int,
+    loads: Sequence[TypeLoad],
+    cache: SequenceCache | None = None,
 ) -> list[Capacity]:
-    """The capacity for each load; ``kv_tokens`` is the size of the replica's KV cache."""
-    flow = _Flow(step, shape, kv_tokens, loads)
+    """The capacity for each load; ``kv_tokens`` is the size of the replica's KV cache.
+
+    ``cache``: how sequences take it, where that is not by tokens alone.
+    """
+    flow = _Flow(step, shape, kv_tokens, loads, cache)
     found = []
     for index, load in enumerate(loads):
         if load.limits.precisions and shape.precision not in load.limits.precisions:
             found.append(_never(f"its tier excludes {shape.precision}"))
-        elif kv_tokens < max(load.longest_tokens, MIN_RESIDENT * _whole(load)):
+        elif not _holds(load, kv_tokens, cache):
             found.append(_never(f"room for {kv_tokens:,} tokens of KV cache is less than it needs"))
         else:
             found.append(flow.best(index))
     return found
+
+
+def _holds(load: TypeLoad, kv_tokens: int, cache: SequenceCache | None) -> bool:
+    """Whether there is room for the longest request, and for some usual ones at once."""
+    longest, usual = load.longest_tokens, _whole(load)
+    if cache is None:
+        return kv_tokens >= max(longest, MIN_RESIDENT * usual)
+    return bool(
+        cache.sequences(longest, longest) >= 1 and cache.sequences(usual, usual) >= MIN_RESIDENT
+    )
 
 
 def _whole(load: TypeLoad) -> float:
@@ -105,14 +123,19 @@ class _Flow:
     """
 
     def __init__(
-        self, step: StepModel, shape: ReplicaShape, kv_tokens: int, loads: Sequence[TypeLoad]
+        self,
+        step: StepModel,
+        shape: ReplicaShape,
+        kv_tokens: int,
+        loads: Sequence[TypeLoad],
+        cache: SequenceCache | None,
     ) -> None:
         self._loads = loads
         self._stages = shape.pipeline_parallel_size
         chunk = float(shape.max_num_batched_tokens)
         prompt = np.array([[max(1.0, load.prompt_tokens)] for load in loads])
         output = np.array([[max(1.0, load.output_tokens)] for load in loads])
-        held = resident(kv_tokens, prompt, output)
+        held = resident(kv_tokens, prompt, output, cache)
         self._bounds = {
             "max_num_seqs": np.full_like(prompt, shape.max_num_seqs / self._stages),
             "KV cache": held / self._stages,
@@ -191,8 +214,12 @@ def _prompts_alone(step: StepModel, prompt: Floats, chunk: float, shape: Replica
     return rate
 
 
-def resident(kv_tokens: float, prompt: Floats, output: Floats) -> Floats:
+def resident(
+    kv_tokens: float, prompt: Floats, output: Floats, cache: SequenceCache | None = None
+) -> Floats:
     """The average number of sequences in the cache; on average half of their output is cached."""
+    if cache is not None:
+        return cache.sequences(prompt + output / 2, prompt + output)
     return kv_tokens / (prompt + output / 2)
 
 
@@ -259,12 +286,13 @@ def closed_loop(
     inflight: float,
     prompt_tokens: float,
     output_tokens: float,
+    cache: SequenceCache | None = None,
 ) -> ClosedLoop:
     """What a benchmark observes that keeps ``inflight`` requests of one length running."""
     prompt, output = np.array([max(1.0, prompt_tokens)]), np.array([max(2.0, output_tokens)])
     stages = shape.pipeline_parallel_size
     chunk = float(shape.max_num_batched_tokens)
-    held = float(resident(kv_tokens, prompt, output)[0])
+    held = float(resident(kv_tokens, prompt, output, cache)[0])
     room = min(inflight, shape.max_num_seqs, held) / stages
     decoding = np.array([max(room, 1e-6)])
     for _ in range(20):

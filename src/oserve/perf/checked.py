@@ -3,20 +3,23 @@
 # Language models whose sizes were compared with transformers' and vLLM's; multimodal models nest
 # one of them.
 _TEXT_TYPES = """
-afmoe apertus arcee bloom chatglm cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32
-ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
-gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode
-gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared hunyuan_v1_dense
-hunyuan_v1_moe hy_v3 jais2 jamba kimi_k2 kimi_linear lfm2 lfm2_moe llama llama4_text mamba mamba2
-mimo_v2_flash minicpm3 minimax_m2 ministral3 mistral mixtral nemotron nemotron_h olmo olmo2 olmo3
-olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3
-qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl_moe_text qwen3_vl_text seed_oss
-smollm3 stablelm starcoder2 vaultgemma zamba2
+afmoe apertus arcee aria_text axk1 bloom chatglm cohere cohere2 cohere2_moe cwm dbrx deepseek_v2
+deepseek_v3 deepseek_v32 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba
+flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite
+glm4v_moe_text glm4v_text glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa
+granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_dense hunyuan_v1_moe
+hy_v3 hyperclovax jais2 jamba kimi_k2 kimi_linear laguna lfm2 lfm2_moe llama llama4_text mamba
+mamba2 mimo_v2_flash minicpm3 minimax_m2 ministral3 mistral mixtral nemotron nemotron-nas
+nemotron_h olmo olmo2 olmo3 olmoe opt paddleocr_vl_text persimmon phi phi3 phimoe qwen2
+qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 stablelm starcoder2 step3p5 vaultgemma zamba2
 """
 TEXT_TYPES = frozenset(_TEXT_TYPES.split())
 # Models with a language model inside, and other inputs besides.
 _OUTER_TYPES = """
-gemma3 gemma4 llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe
+aria cohere2_vision exaone4_5 gemma3 gemma4 glm4v glm4v_moe lfm2_vl llama4 llava llava_next
+llava_onevision minicpmv4_6 mistral3 paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_vl
+qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe step3p7
 """
 OUTER_TYPES = frozenset(_OUTER_TYPES.split())
 CHECKED = TEXT_TYPES | OUTER_TYPES
@@ -27,7 +30,6 @@ REFUSED = {
     "deepseek_v4": "its caches are compressed at several rates",
     "longcat_flash": "each of its layers has two attentions with a cache each",
     "minicpm": "they were compared with nothing",
-    "nemotron-nas": "its layers differ as block_configs says",
     "olmo_hybrid": "they were compared with nothing",
     "qwen2_5_omni": "its language model is one of several in thinker_config",
     "qwen3_omni": "its language model is one of several in thinker_config",
@@ -45,7 +47,7 @@ def why_refused(kind: str) -> str | None:
 
 _KEYS = """
 adapter_rank attention_chunk_size attention_head_dim attention_k_eq_v attention_other_setting
-attn_config attn_layer_offset attn_layer_period block_auto_adjust_ff_dim
+attn_config attn_layer_offset attn_layer_period block_auto_adjust_ff_dim block_configs
 block_ffn_dim_multiplier block_multiple_of conv_L_cache conv_kernel d_model decoder_sparse_step
 enable_moe_block expand expert_ffn_hidden_size expert_layer_offset expert_layer_period
 ffn_config ffn_dim ffn_hidden_size first_k_dense_replace full_attention_interval full_attn_idxs

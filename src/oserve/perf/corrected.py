@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.power import ReplicaWork
 from oserve.perf.roofline import Floats, StepModel
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.perf.table import PerformanceSource
 
 BOUNDS = (0.25, 4.0)
@@ -101,6 +102,10 @@ class CorrectedSource:
     def kv_tokens(self, shape: ReplicaShape) -> int:
         """See ``PerformanceSource``."""
         return self.base.kv_tokens(shape)
+
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """See ``PerformanceSource``."""
+        return self.base.sequence_cache(shape)
 
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         """See ``PerformanceSource``."""

@@ -41,6 +41,9 @@ _PERIODS = {
     "gemma3n_text": 5,
     "gemma4_text": 6,
     "cohere2": 4,
+    "cohere2_moe": 4,
+    "granite_swa": 4,
+    "granitemoe_swa": 4,
     "olmo3": 4,
     "exaone4": 4,
     "exaone_moe": 4,
@@ -71,6 +74,15 @@ def names_of_layers(keys: ConfigKeys) -> tuple[str, ...]:
 
 def layer_count(keys: ConfigKeys) -> int:
     """The number of layers; a list of their types counts more than a number."""
+    blocks = keys.list("block_configs")
+    if blocks or keys.kind == "nemotron-nas":
+        if not blocks:
+            raise OServeError(
+                "the field block_configs is missing, which says how its layers differ",
+                place=keys.place,
+                remedy="give a complete config.json",
+            )
+        return len(blocks)
     if keys.kind == "nemotron_h":
         named = names_of_layers(keys)
         if named:

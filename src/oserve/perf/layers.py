@@ -5,8 +5,15 @@ a state of fixed size; some layers have experts. ``LayerKind`` counts like layer
 cache groups depend on counts, not on the order.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+# A plan that asks for 16 bits takes the checkpoint as it is.
+AS_IT_IS_BYTES = 2.0
+# Divided over any number of ranks.
+ANY_SHARDS = 1 << 30
 
 
 class CacheKind(StrEnum):
@@ -45,7 +52,8 @@ class Cache:
     over which tensor parallelism divides ``values``, 1 for a latent; the parts into which a fixed
     size divides. ``window``: tokens, of a window or chunk. ``state_values`` (of the model's type)
     and ``state_wide_bytes`` (of a type of its own) are the fixed size of a state. ``extra_bytes``:
-    per token, in a type of its own.
+    per token, in a type of its own. ``sparse_tokens``: of which a step reads the most relevant, 0
+    for all.
     """
 
     kind: CacheKind = CacheKind.FULL
@@ -55,6 +63,7 @@ class Cache:
     state_values: int = 0
     state_wide_bytes: int = 0
     extra_bytes: int = 0
+    sparse_tokens: int = 0
 
     def token_bytes(self, value_bytes: float, tensor_parallel_size: int) -> float:
         """Bytes per token on one rank; ranks beyond the heads hold copies."""
@@ -70,6 +79,52 @@ class Cache:
         whole = self.state_values * value_bytes + self.state_wide_bytes
         return whole / tensor_parallel_size
 
+    @property
+    def state_size(self) -> int:
+        """The values of a state."""
+        return self.state_values + self.state_wide_bytes // 4 if self.kind.fixed else 0
+
+
+class Part(StrEnum):
+    """A part of a layer. ``HELD``: copies that vLLM makes of weights in 16 bits, see ``mixers``."""
+
+    MIXER = "mixer"
+    DENSE = "dense"
+    EXPERT = "expert"
+    HELD = "held"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrices:
+    """Weights of one layer that are divided and stored alike: ``parameters`` in all.
+
+    ``shards``: the most tensor-parallel ranks that share them; further ones hold copies.
+    ``stored_bytes``: per weight of a quantised checkpoint as it is, 2 for what stays in 16 bits; 0
+    for weights that take the precision that is asked for.
+    """
+
+    part: Part
+    parameters: int
+    shards: int
+    stored_bytes: float = 0.0
+
+    def bytes_each(self, asked: float, plain: float) -> float:
+        """Bytes per weight: ``asked`` of the quantised layers, ``plain`` of others."""
+        if self.part is Part.HELD:
+            return plain
+        if asked != AS_IT_IS_BYTES or not self.stored_bytes:
+            return asked
+        return self.stored_bytes
+
+
+def summed(matrices: Iterable[Matrices]) -> tuple[Matrices, ...]:
+    """Those that are divided and stored alike, taken together."""
+    sums: dict[Matrices, int] = {}
+    for one in matrices:
+        key = replace(one, parameters=0)
+        sums[key] = sums.get(key, 0) + one.parameters
+    return tuple(replace(key, parameters=count) for key, count in sums.items() if count)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
@@ -78,8 +133,9 @@ class LayerKind:
     ``mixer``: of attention, state space or convolution. ``dense``: of the MLP that each token
     passes, with shared experts and the router. ``expert``: of one of ``experts``, of which a token
     passes ``experts_per_token``. ``attention``: query heads times head size, for the attention's
-    work; 0 without. ``dense_width`` and ``expert_width``: of the MLPs, which tensor parallelism
-    divides.
+    work; 0 without. ``latent_attention``: the same where a query meets a latent. ``dense_width``
+    and ``expert_width``: of the MLPs, which tensor parallelism divides. ``matrices``: all of these
+    weights by how ranks share them and checkpoints store them.
     """
 
     count: int
@@ -90,8 +146,40 @@ class LayerKind:
     experts: int = 0
     experts_per_token: int = 0
     attention: int = 0
+    latent_attention: int = 0
     dense_width: int = 0
     expert_width: int = 0
+    matrices: tuple[Matrices, ...] = ()
+
+    def weight_bytes(
+        self, asked: float, plain: float, *, tensor_parallel_size: int = 1, expert_unit: int = 1
+    ) -> float:
+        """Bytes of one such layer's weights on one rank.
+
+        ``asked``: bytes per weight, ``plain`` of weights that are never quantised; see
+        ``StoredWeights.expert_unit``.
+        """
+        if not self.matrices:
+            return self.parameters * asked / tensor_parallel_size
+        filled = 1.0
+        if self.expert_width and expert_unit > 1:
+            own = self.expert_width / tensor_parallel_size
+            filled = expert_unit * math.ceil(own / expert_unit) / own
+        return sum(
+            one.parameters
+            * one.bytes_each(asked, plain)
+            * (filled if one.part is Part.EXPERT else 1.0)
+            / min(one.shards, tensor_parallel_size)
+            for one in self.matrices
+        )
+
+    def mean_bytes(self, part: Part, asked: float) -> float:
+        """Bytes per weight of a part of the layer, on average."""
+        own = [one for one in self.matrices if one.part is part]
+        count = sum(one.parameters for one in own)
+        if not count:
+            return asked
+        return sum(one.parameters * one.bytes_each(asked, asked) for one in own) / count
 
     @property
     def parameters(self) -> int:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.cache_groups import CacheGroups, cache_groups
+from oserve.perf.layers import AS_IT_IS_BYTES, Part
 from oserve.perf.model import ModelFacts
 from oserve.perf.roofline import kv_bytes_per_value, weight_bytes
+from oserve.perf.sequence_cache import SequenceCache, sequence_cache
 
 # The share of a device's memory that vLLM uses by default.
 MEMORY_SHARE = 0.9
@@ -24,13 +26,17 @@ _NO_CACHE_TOKENS = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFit:
-    """Bytes per device, and one replica's KV cache in tokens; 0 if the weights do not fit."""
+    """Bytes per device, and one replica's KV cache in tokens; 0 if the weights do not fit.
+
+    ``cache``: of a model whose layers differ, how sequences take it.
+    """
 
     weights_bytes: float
     reserve_bytes: float
     usable_bytes: float
     kv_bytes_per_token: float
     kv_tokens: int
+    cache: SequenceCache | None = None
 
     @property
     def missing_bytes(self) -> float:
@@ -54,25 +60,78 @@ def memory_fit(
     room = usable - weights - reserve
     if shape.kv_cache_memory_bytes is not None and room >= 0:
         room = float(shape.kv_cache_memory_bytes)
+    tokens = max(0, int(room / per_token)) if per_token else _NO_CACHE_TOKENS
+    cache = _sequence_cache(model, shape, room)
+    if cache is not None and cache.sequences(1, 1) < 1:
+        tokens = 0
     return MemoryFit(
         weights_bytes=weights,
         reserve_bytes=reserve,
         usable_bytes=usable,
         kv_bytes_per_token=per_token,
-        kv_tokens=max(0, int(room / per_token)) if per_token else _NO_CACHE_TOKENS,
+        kv_tokens=tokens,
+        cache=cache,
     )
 
 
+def cache_of_tokens(
+    model: ModelFacts, shape: ReplicaShape, kv_tokens: int, longest_tokens: int
+) -> SequenceCache | None:
+    """The cache of which an engine says that it holds so many tokens.
+
+    vLLM states them for requests of the longest length. ``None`` for a plain model.
+    """
+    if not model.kinds or kv_tokens <= 0:
+        return None
+    longest = max(1, longest_tokens)
+    taken = groups_of(model, shape).request_bytes(longest, shape.max_num_batched_tokens)
+    return _sequence_cache(model, shape, kv_tokens * taken / longest)
+
+
+def _sequence_cache(
+    model: ModelFacts, shape: ReplicaShape, room_bytes: float
+) -> SequenceCache | None:
+    if not model.kinds:
+        return None
+    return sequence_cache(groups_of(model, shape), room_bytes, shape.max_num_batched_tokens)
+
+
 def weights_bytes(model: ModelFacts, shape: ReplicaShape) -> float:
-    """The weights on the fullest device, that of the stage with most layers and an embedding."""
-    plain = Precision.FP32 if shape.precision is Precision.FP32 else Precision.BF16
-    embedding = model.vocab * model.hidden * weight_bytes(plain)
+    """The weights on the fullest device, that of the stage with most layers and an embedding.
+
+    Weight files, where they are there, correct the whole.
+    """
+    plain = weight_bytes(Precision.FP32 if shape.precision is Precision.FP32 else Precision.BF16)
+    asked, tp = weight_bytes(shape.precision), shape.tensor_parallel_size
+    as_it_is = asked == AS_IT_IS_BYTES
+    stored = model.stored if as_it_is else None
+    unit = 1 if stored is None else stored.expert_unit
+    head, outer = (plain, plain) if stored is None else (stored.head_bytes, stored.outside_bytes)
+
+    def layers(ranks: int) -> float:
+        return sum(
+            kind.count
+            * kind.weight_bytes(asked, plain, tensor_parallel_size=ranks, expert_unit=unit)
+            for kind in model.layer_kinds
+        )
+
+    embedding = model.vocab * model.hidden
     # With one stage, a device holds both the embedding and the untied LM head.
-    ends = embedding * (2 if shape.pipeline_parallel_size == 1 and not model.tied else 1)
+    ends = embedding * plain
+    heads = 0.0 if model.tied else embedding * head
+    outside = model.extra_parameters * outer
     share = _stage_layers(model, shape) / model.layers
-    layers = share * model.body_bytes(weight_bytes(shape.precision))
-    outside = model.extra_parameters * weight_bytes(plain)
-    return (layers + ends + outside) / shape.tensor_parallel_size
+    held = share * layers(tp) + (ends + outside) / tp
+    held += heads / tp if shape.pipeline_parallel_size == 1 else 0.0
+    if not model.file_bytes or not as_it_is:
+        return held
+    copies = sum(
+        kind.count * one.parameters * plain
+        for kind in model.layer_kinds
+        for one in kind.matrices
+        if one.part is Part.HELD
+    )
+    return held * model.file_bytes / (layers(1) - copies + ends + heads + outside)
 
 
 def activation_bytes(model: ModelFacts, shape: ReplicaShape) -> float:

@@ -5,16 +5,21 @@ out, as they are negligible. Sources: vllm/model_executor/models (0.32) and tran
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from oserve.core import OServeError
+from oserve.perf.checked import WITHOUT_FACTS
 from oserve.perf.config_keys import ConfigKeys
 from oserve.perf.layer_types import MixerType, mixer_types
 from oserve.perf.layers import Cache, CacheKind
+from oserve.perf.modules import Module, parameters_of
 
 # vLLM compresses these models' keys and values; MiniCPM3 has the same keys, but caches heads.
 _LATENT = """
 deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm4_moe_lite glm_moe_dsa kimi_linear mistral4
+axk1
 """
 LATENT_TYPES = frozenset(_LATENT.split())
 # Query heads come with a gate of the same size.
@@ -25,11 +30,22 @@ _INDEX_SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixer:
-    """Parameters and cache of one layer's mixer; ``attention``: query heads x head size."""
+    """Modules and cache of one layer's mixer; ``attention``: query heads x head size.
 
-    parameters: int = 0
+    ``latent_attention``: see ``LayerKind``. ``held``: weights that vLLM copies in 16 bits, as it
+    does latent attention's projections.
+    """
+
+    modules: tuple[Module, ...] = ()
     cache: Cache = Cache(kind=CacheKind.NONE)  # noqa: RUF009 - frozen
     attention: int = 0
+    latent_attention: int = 0
+    held: Module | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all modules."""
+        return parameters_of(self.modules)
 
 
 def heads_of(keys: ConfigKeys) -> int:
@@ -70,7 +86,44 @@ def head_dim_of(keys: ConfigKeys) -> int:
 
 def mixers(keys: ConfigKeys, layers: int) -> list[Mixer]:
     """The mixer of each layer; several share one object."""
+    blocks = keys.list("block_configs")
+    if blocks:
+        return [_block(keys, block) for block in blocks]
     return [_MAKERS[kind](keys, kind) for kind in mixer_types(keys, layers)]
+
+
+def part_of_block(block: Any, part: str) -> Mapping[str, Any] | None:
+    """The ``attention`` or ``ffn`` of one of Nemotron-NAS's blocks; ``None`` if it has none."""
+    found = block.get(part) if isinstance(block, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("no_op"):
+        return None
+    return found
+
+
+def _block(keys: ConfigKeys, block: Any) -> Mixer:
+    """Attention of the width of all others, with a number of key-value heads of its own."""
+    own = part_of_block(block, "attention")
+    if own is None:
+        return Mixer()
+    shared = own.get("n_heads_in_group")
+    if own.get("replace_with_linear") or not isinstance(shared, int) or shared < 1:
+        raise OServeError(
+            "attention without n_heads_in_group is not known",
+            place=f"{keys.place}:block_configs",
+            remedy=WITHOUT_FACTS,
+        )
+    hidden, heads, size = hidden_of(keys), heads_of(keys), head_dim_of(keys)
+    kv_heads = max(1, heads // shared)
+    return Mixer(
+        modules=(
+            Module(name="self_attn.q_proj", parameters=hidden * heads * size, shards=heads),
+            Module(name="self_attn.o_proj", parameters=hidden * heads * size, shards=heads),
+            Module(name="self_attn.k_proj", parameters=hidden * kv_heads * size, shards=kv_heads),
+            Module(name="self_attn.v_proj", parameters=hidden * kv_heads * size, shards=kv_heads),
+        ),
+        attention=heads * size,
+        cache=Cache(kind=CacheKind.FULL, values=2 * kv_heads * size, heads=kv_heads),
+    )
 
 
 def _attention(keys: ConfigKeys, kind: MixerType) -> Mixer:
@@ -95,8 +148,15 @@ def _attention(keys: ConfigKeys, kind: MixerType) -> Mixer:
             copies = 1
     hidden = hidden_of(keys)
     gate = heads * size if keys.kind in _GATED_ATTENTION or keys.kind == "afmoe" else 0
-    projections = heads * size + gate + kv_heads * (size + (copies - 1) * value_size)
-    parameters = hidden * (projections + heads * value_size)
+    modules = [
+        Module(name="self_attn.q_proj", parameters=hidden * (heads * size + gate), shards=heads),
+        Module(name="self_attn.o_proj", parameters=hidden * heads * value_size, shards=heads),
+    ]
+    reads = kind is MixerType.SHARED and keys.kind == "gemma4_text"
+    for name, each in (("k_proj", size), ("v_proj", (copies - 1) * value_size)):
+        if not reads:
+            own = hidden * kv_heads * each
+            modules.append(Module(name=f"self_attn.{name}", parameters=own, shards=kv_heads))
     cached = {
         MixerType.WINDOW: CacheKind.WINDOW,
         MixerType.CHUNK: CacheKind.CHUNK,
@@ -107,10 +167,8 @@ def _attention(keys: ConfigKeys, kind: MixerType) -> Mixer:
         window = keys.count("sliding_window")
     elif kind is MixerType.CHUNK:
         window = keys.count("attention_chunk_size")
-    if kind is MixerType.SHARED and keys.kind == "gemma4_text":
-        parameters -= hidden * kv_heads * (size + (copies - 1) * value_size)
     return Mixer(
-        parameters=parameters,
+        modules=tuple(modules),
         attention=heads * size,
         cache=Cache(
             kind=cached,
@@ -129,19 +187,43 @@ def _latent(keys: ConfigKeys, _: MixerType) -> Mixer:
     value = keys.optional("v_head_dim") or plain
     low = keys.optional("q_lora_rank")
     query = heads * (plain + rotary)
-    parameters = hidden * low + low * query if low else hidden * query
-    parameters += hidden * (latent + rotary) + latent * heads * (plain + value)
-    parameters += heads * value * hidden
+    modules = [
+        Module(name="self_attn.q_proj", parameters=hidden * query, shards=heads),
+    ]
+    if low:
+        modules = [
+            Module(name="self_attn.q_a_proj", parameters=hidden * low, shards=1),
+            Module(name="self_attn.q_b_proj", parameters=low * query, shards=heads),
+        ]
+    raised = latent * heads * (plain + value)
+    compressed = hidden * (latent + rotary)
+    modules += [
+        Module(name="self_attn.kv_a_proj_with_mqa", parameters=compressed, shards=1),
+        Module(name="self_attn.kv_b_proj", parameters=raised, shards=heads),
+        Module(name="self_attn.o_proj", parameters=heads * value * hidden, shards=heads),
+    ]
     extra = 0
     if keys.optional("index_topk") and keys.optional("index_head_dim"):
         size, index_heads = keys.count("index_head_dim"), keys.count("index_n_heads")
-        parameters += (low or hidden) * index_heads * size + hidden * (size + index_heads)
+        own = (low or hidden) * index_heads * size + hidden * (size + index_heads)
+        modules.append(Module(name="self_attn.indexer.wq_b", parameters=own, shards=1))
         extra = size + _INDEX_SCALE_BYTES
-    kept = Cache(kind=CacheKind.LATENT, values=latent + rotary, extra_bytes=extra)
+    kept = Cache(
+        kind=CacheKind.LATENT,
+        values=latent + rotary,
+        extra_bytes=extra,
+        sparse_tokens=keys.natural("index_topk") if extra else 0,
+    )
+    # Scores over the latent and its rotary part, sums over the latent.
+    absorbed = heads * (2 * latent + rotary) // 2
+    held: Module | None = Module(name="self_attn.kv_b_proj", parameters=raised, shards=heads)
     if keys.kind not in LATENT_TYPES:
         each = plain + rotary
         kept = Cache(kind=CacheKind.FULL, values=2 * heads * each, heads=heads)
-    return Mixer(parameters=parameters, attention=query, cache=kept)
+        held, absorbed = None, 0
+    return Mixer(
+        modules=tuple(modules), attention=query, latent_attention=absorbed, cache=kept, held=held
+    )
 
 
 def _mamba1(keys: ConfigKeys, _: MixerType) -> Mixer:
@@ -152,10 +234,15 @@ def _mamba1(keys: ConfigKeys, _: MixerType) -> Mixer:
     kernel = keys.count("mamba_d_conv", "conv_kernel")
     rank = keys.value("mamba_dt_rank", "time_step_rank")
     rank = rank if isinstance(rank, int) else -(-hidden // 16)
-    parameters = hidden * 2 * inner + inner * kernel + inner * (rank + 2 * state)
-    parameters += rank * inner + inner * state + inner * hidden
+    small = inner * kernel + inner * state
     return Mixer(
-        parameters=parameters,
+        modules=(
+            Module(name="mamba.in_proj", parameters=hidden * 2 * inner),
+            Module(name="mamba.x_proj", parameters=inner * (rank + 2 * state)),
+            Module(name="mamba.dt_proj", parameters=rank * inner),
+            Module(name="mamba.out_proj", parameters=inner * hidden),
+            Module(name="mamba.conv1d", parameters=small, linear=False),
+        ),
         cache=Cache(
             kind=CacheKind.STATE,
             heads=inner,
@@ -184,11 +271,14 @@ def _mamba2(keys: ConfigKeys, _: MixerType) -> Mixer:
     hidden = hidden_of(keys)
     inner, heads, groups, state, kernel = _mamba2_sizes(keys)
     wide = inner + 2 * groups * state
-    parameters = hidden * (inner + wide + heads) + wide * kernel + inner * hidden
     held = inner * state
     float32 = str(keys.value("mamba_ssm_cache_dtype")) == "float32"
     return Mixer(
-        parameters=parameters,
+        modules=(
+            Module(name="mamba.in_proj", parameters=hidden * (inner + wide + heads)),
+            Module(name="mamba.out_proj", parameters=inner * hidden),
+            Module(name="mamba.conv1d", parameters=wide * kernel, linear=False),
+        ),
         cache=Cache(
             kind=CacheKind.STATE,
             # Each rank has whole groups, or all ranks the same one.
@@ -208,12 +298,15 @@ def _delta(keys: ConfigKeys, _: MixerType) -> Mixer:
     k_size, v_size = keys.count("linear_key_head_dim"), keys.count("linear_value_head_dim")
     kernel = keys.count("linear_conv_kernel_dim")
     wide = 2 * k_heads * k_size + v_heads * v_size
-    parameters = hidden * (wide + v_heads * v_size + 2 * v_heads) + wide * kernel
-    parameters += v_heads * v_size * hidden
     held = v_heads * v_size * k_size
     chosen = keys.value("mamba_ssm_dtype", "mamba_ssm_cache_dtype")
     return Mixer(
-        parameters=parameters,
+        modules=(
+            Module(name="linear_attn.in_proj_qkvz", parameters=hidden * (wide + v_heads * v_size)),
+            Module(name="linear_attn.in_proj_ba", parameters=hidden * 2 * v_heads),
+            Module(name="linear_attn.out_proj", parameters=v_heads * v_size * hidden),
+            Module(name="linear_attn.conv1d", parameters=wide * kernel, linear=False),
+        ),
         cache=Cache(
             kind=CacheKind.STATE,
             heads=math.gcd(k_heads, v_heads),
@@ -231,10 +324,14 @@ def _kimi_delta(keys: ConfigKeys) -> Mixer:
     size = int(nested.get("head_dim") or keys.optional("linear_head_dim") or 128)
     kernel = int(nested.get("short_conv_kernel_size") or 4)
     inner = heads * size
-    parameters = hidden * 3 * inner + 3 * inner * kernel + hidden * heads
-    parameters += 2 * (hidden * size + size * inner) + inner * hidden
+    low = 2 * (hidden * size + size * inner)
     return Mixer(
-        parameters=parameters,
+        modules=(
+            Module(name="self_attn.q_proj", parameters=hidden * 3 * inner),
+            Module(name="self_attn.f_a_proj", parameters=low + hidden * heads),
+            Module(name="self_attn.o_proj", parameters=inner * hidden),
+            Module(name="self_attn.q_conv1d", parameters=3 * inner * kernel, linear=False),
+        ),
         cache=Cache(
             kind=CacheKind.STATE,
             heads=heads,
@@ -249,7 +346,11 @@ def _convolution(keys: ConfigKeys, _: MixerType) -> Mixer:
     hidden = hidden_of(keys)
     kernel = keys.optional("conv_L_cache") or 3
     return Mixer(
-        parameters=4 * hidden * hidden + hidden * kernel,
+        modules=(
+            Module(name="conv.in_proj", parameters=3 * hidden * hidden),
+            Module(name="conv.out_proj", parameters=hidden * hidden),
+            Module(name="conv.conv", parameters=hidden * kernel, linear=False),
+        ),
         cache=Cache(kind=CacheKind.CONVOLUTION, heads=hidden, state_values=hidden * (kernel - 1)),
     )
 

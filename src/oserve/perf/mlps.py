@@ -1,10 +1,14 @@
 """The MLPs of a configuration: of two or three matrices, with or without experts, by layer."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from oserve.core import OServeError
+from oserve.perf.checked import WITHOUT_FACTS
 from oserve.perf.config_keys import ConfigKeys
 from oserve.perf.layer_types import names_of_layers
-from oserve.perf.mixers import hidden_of
+from oserve.perf.mixers import hidden_of, part_of_block
+from oserve.perf.modules import Module, parameters_of
 
 # MLPs of two matrices, up and down.
 _TWO_MATRICES = """
@@ -31,14 +35,27 @@ _EXPERTS_PER_TOKEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """Parameters of one layer's MLP: see ``LayerKind``, also of the widths."""
+    """Modules of one layer's MLP, ``own`` for all tokens; for the rest see ``LayerKind``.
 
-    dense: int = 0
-    expert: int = 0
+    ``routed``: of all experts together.
+    """
+
+    own: tuple[Module, ...] = ()
+    routed: tuple[Module, ...] = ()
     experts: int = 0
     experts_per_token: int = 0
     dense_width: int = 0
     expert_width: int = 0
+
+    @property
+    def dense(self) -> int:
+        """Parameters of what each token passes."""
+        return parameters_of(self.own)
+
+    @property
+    def expert(self) -> int:
+        """Parameters of one expert."""
+        return parameters_of(self.routed) // self.experts if self.experts else 0
 
 
 def is_gated(keys: ConfigKeys) -> bool:
@@ -115,17 +132,38 @@ def mlps(keys: ConfigKeys, layers: int) -> list[Mlp]:
     """The MLP of each layer."""
     if keys.kind in _NO_MLP:
         return [Mlp()] * layers
+    blocks = keys.list("block_configs")
+    if blocks:
+        return [_block(keys, block) for block in blocks]
     named = names_of_layers(keys)
     listed = tuple(str(one) for one in keys.list("mlp_layer_types"))
     experts = experts_of(keys)
     return [_mlp(keys, layer, named, listed, experts) for layer in range(layers)]
 
 
+def _block(keys: ConfigKeys, block: Any) -> Mlp:
+    """The MLP of one of Nemotron-NAS's blocks."""
+    own = part_of_block(block, "ffn")
+    if own is None:
+        return Mlp()
+    factor, width = own.get("ffn_mult"), own.get("intermediate_size")
+    if isinstance(factor, int | float):
+        # As vLLM's nemotron_nas.py rounds it.
+        width = 256 * -(-int(2 * factor * hidden_of(keys) / 3) // 256)
+    if own.get("replace_with_linear") or not isinstance(width, int) or width < 1:
+        raise OServeError(
+            "an MLP without ffn_mult is not known",
+            place=f"{keys.place}:block_configs",
+            remedy=WITHOUT_FACTS,
+        )
+    return Mlp(own=_matrices("mlp", True, hidden_of(keys) * width), dense_width=width)
+
+
 def _mlp(
     keys: ConfigKeys, layer: int, named: tuple[str, ...], listed: tuple[str, ...], experts: int
 ) -> Mlp:
     hidden = hidden_of(keys)
-    matrices = 3 if is_gated(keys) else 2
+    gated = is_gated(keys)
     sparse = experts > 0
     if keys.kind == "nemotron_h":
         if named[layer] not in {"mlp", "moe"}:
@@ -145,25 +183,33 @@ def _mlp(
         total = keys.natural("num_hidden_layers")
         if keys.flag("use_double_wide_mlp") and shared and layer >= total - shared:
             width *= 2
-        return Mlp(dense=matrices * hidden * width, dense_width=width)
+        return Mlp(own=_matrices("mlp", gated, hidden * width), dense_width=width)
     wide = expert_width_of(keys)
     inner = keys.optional("moe_latent_size") or hidden
     shared = shared_width_of(keys)
-    dense = hidden * experts + matrices * hidden * shared
+    router = Module(name="mlp.gate", parameters=hidden * experts, shards=1, linear=False)
+    own = [router, *_matrices("mlp.shared_experts", gated, hidden * shared)]
     if inner != hidden:
-        dense += 2 * hidden * inner
+        latent = 2 * hidden * inner
+        own.append(Module(name="mlp.fc1_latent_proj", parameters=latent, shards=1))
     if keys.kind == "gemma4_text":
         # Its dense MLP stands beside the experts.
         shared = width_of(keys, layer)
-        dense += 3 * hidden * shared
+        own += _matrices("mlp", True, hidden * shared)
     return Mlp(
-        dense=dense,
-        expert=matrices * inner * wide,
+        own=tuple(own),
+        routed=_matrices("mlp.experts.0", gated, experts * inner * wide),
         experts=experts,
         experts_per_token=experts_per_token_of(keys),
         dense_width=shared,
         expert_width=wide,
     )
+
+
+def _matrices(name: str, gated: bool, each: int) -> tuple[Module, ...]:
+    """The matrices of an MLP, ``each`` of so many parameters."""
+    leaves = ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
+    return tuple(Module(name=f"{name}.{leaf}", parameters=each) for leaf in leaves)
 
 
 def shared_width_of(keys: ConfigKeys) -> int:

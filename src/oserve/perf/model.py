@@ -6,10 +6,8 @@ catalogue.
 
 from dataclasses import dataclass, field
 
-from oserve.perf.layers import Cache, CacheKind, LayerKind
+from oserve.perf.layers import ANY_SHARDS, Cache, CacheKind, LayerKind, Matrices, Part, summed
 from oserve.perf.stored import StoredWeights
-
-_AS_IT_IS_BYTES = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +19,9 @@ class ModelFacts:
     ``kinds``: the layers of a model whose layers differ, or are not plain attention with an MLP;
     the sizes before are then those of its first attention and widest experts.
     ``extra_parameters``: besides layers, embedding and head, such as a vision tower.
-    ``stored``: how a quantised checkpoint holds its
-    weights. ``read_by``: how the configuration was read.
+    ``stored``: how a quantised checkpoint holds its weights. ``file_bytes``: of the model's weight
+    files, as a 16-bit engine holds them, 0 if there are none. ``read_by``: how the configuration
+    was read.
     """
 
     name: str
@@ -42,6 +41,7 @@ class ModelFacts:
     kinds: tuple[LayerKind, ...] = ()
     extra_parameters: int = 0
     stored: StoredWeights | None = None
+    file_bytes: int = field(default=0, compare=False)
     read_by: str = field(default="", compare=False)
 
     @property
@@ -84,23 +84,31 @@ class ModelFacts:
             attention=self.heads * self.head_dim,
             dense_width=self.shared_intermediate if sparse else self.intermediate,
             expert_width=self.intermediate if sparse else 0,
+            matrices=self._plain_matrices(),
+        )
+
+    def _plain_matrices(self) -> tuple[Matrices, ...]:
+        """Of a plain layer: heads divide attention, and ranks beyond the key-value heads copy."""
+        if self.stored is not None and self.stored.matrices:
+            return self.stored.matrices
+        each, sparse = self.hidden * self.head_dim, self.experts > 1
+        router = self.hidden * self.experts if sparse else 0
+        dense = self.shared_parameters + (0 if sparse else self.expert_parameters)
+        found = (
+            (Part.MIXER, 2 * each * self.heads, self.heads),
+            (Part.MIXER, 2 * each * self.kv_heads, self.kv_heads),
+            (Part.DENSE, router, 1),
+            (Part.DENSE, dense, ANY_SHARDS),
+            (Part.EXPERT, self.experts * self.expert_parameters if sparse else 0, ANY_SHARDS),
+        )
+        return summed(
+            Matrices(part=part, parameters=count, shards=shards) for part, count, shards in found
         )
 
     @property
     def body_parameters(self) -> int:
         """Parameters of all layers."""
         return sum(kind.count * kind.parameters for kind in self.layer_kinds)
-
-    def body_bytes(self, weight_bytes: float) -> float:
-        """Bytes of all layers' weights at ``weight_bytes`` each, or as a checkpoint stores them.
-
-        The stored form counts where 16 bits are asked for, that is, the model as it is.
-        """
-        if self.stored is None or weight_bytes != _AS_IT_IS_BYTES:
-            return self.body_parameters * weight_bytes
-        experts = sum(kind.count * kind.experts * kind.expert for kind in self.layer_kinds)
-        rest = self.body_parameters - experts
-        return rest * self.stored.linear_bytes + experts * self.stored.expert_bytes
 
     @property
     def parameters(self) -> int:

@@ -9,18 +9,23 @@ from oserve.perf.layers import Cache, CacheKind, LayerKind
 from oserve.perf.mixers import head_dim_of, heads_of, hidden_of, kv_heads_of, plain_attention
 
 # Towers whose MLP has three matrices.
-_GATED_TOWERS = frozenset({"qwen2_5_vl", "pixtral", "gemma4_vision", "glm4v", "glm4v_moe"})
+_GATED_TOWERS = frozenset({"qwen2_5_vl", "pixtral", "gemma4_vision"})
+_GLM_TOWERS = frozenset({"glm4v", "glm4v_vision", "glm4v_moe", "glm4v_moe_vision"})
 _TOWERS = ("vision_config", "audio_config", "vit_config")
 
 
 def outside_parameters(keys: ConfigKeys, layers: int) -> int:
     """Parameters besides layers, token embedding and LM head."""
     found = _positions(keys) + _per_layer_embeddings(keys, layers) + _shared_blocks(keys)
-    for key in _TOWERS:
-        part = keys.outer.get(key)
-        if isinstance(part, Mapping):
-            found += _tower(part, key, hidden_of(keys))
-    return found
+    return found + tower_parameters(keys)
+
+
+def tower_parameters(keys: ConfigKeys) -> int:
+    """Parameters of the encoders of images and sound, with their projectors."""
+    parts = ((key, keys.outer.get(key)) for key in _TOWERS)
+    return sum(
+        _tower(part, key, hidden_of(keys)) for key, part in parts if isinstance(part, Mapping)
+    )
 
 
 def _positions(keys: ConfigKeys) -> int:
@@ -106,6 +111,11 @@ def _tower(part: Mapping[str, Any], key: str, text_hidden: int) -> int:
     wide = _first(part, "intermediate_size", "encoder_ffn_dim") or int(
         hidden * (ratio if isinstance(ratio, int | float) else 4)
     )
+    if kind in _GLM_TOWERS:
+        # Their MLPs have the width of the text; the merger has the one that is given.
+        text, merge = _first(part, "out_hidden_size") or text_hidden, 2
+        merger = text * (text + 3 * wide + hidden * merge * merge)
+        return layers * (4 * hidden * hidden + 3 * hidden * text) + merger
     matrices = 3 if kind in _GATED_TOWERS else 2
     body = layers * (4 * hidden * hidden + matrices * hidden * wide)
     if key == "audio_config":
@@ -118,11 +128,11 @@ def _tower(part: Mapping[str, Any], key: str, text_hidden: int) -> int:
     positions = (image // patch) ** 2 if isinstance(image, int) else 0
     positions = _first(part, "num_position_embeddings") or positions
     embedding = hidden * (3 * temporal * patch * patch + positions)
-    merge = _first(part, "spatial_merge_size")
-    merged = hidden * merge * merge if merge else hidden
+    merged_by = _first(part, "spatial_merge_size")
+    merged = hidden * merged_by * merged_by if merged_by else hidden
     out = _first(part, "out_hidden_size") or text_hidden
     mergers = 1 + len(part.get("deepstack_visual_indexes") or ())
-    projector = merged * merged + merged * out if merge else merged * out
+    projector = merged * merged + merged * out if merged_by else merged * out
     return int(body + embedding + mergers * projector)
 
 

@@ -1,9 +1,7 @@
 """Profiles: measurements of one model on one kind of device, and the step model fitted to them.
 
 An entry per (TP, PP, precision) has the measured steps, the roofline's coefficients fitted to them,
-and the KV capacity that the engine reported. The coefficients of a profile are meaningless on
-another machine or for another model: apparent bandwidth may well be Python's overhead. How steps
-are measured is a shell's business (app.profile); here they are data.
+and the engine's KV capacity. They hold for one machine and model: bandwidth may be an overhead's.
 """
 
 import functools
@@ -24,7 +22,7 @@ from oserve.core import OServeError, Precision, ReplicaShape
 from oserve.core.json_keys import refuse_duplicate_keys
 from oserve.perf.costs import measured_costs
 from oserve.perf.device import Link, find_device
-from oserve.perf.memory import memory_fit
+from oserve.perf.memory import cache_of_tokens, memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.power import ReplicaWork, replica_power_w
 from oserve.perf.roofline import (
@@ -34,6 +32,7 @@ from oserve.perf.roofline import (
     coefficients_from,
     hops_between_nodes,
 )
+from oserve.perf.sequence_cache import SequenceCache
 
 FORMAT = 1
 # (tensor parallel size, pipeline parallel size, precision)
@@ -310,6 +309,11 @@ class ProfileSource:
             fit = memory_fit(self._profile.model, shape, device.memory_bytes)
             return int(wanted / fit.kv_bytes_per_token)
         return entry.kv_tokens * wanted // entry.kv_cache_memory_bytes
+
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """That of the measured number of tokens, which vLLM states for its longest request."""
+        longest = getattr(self._entry(shape), "max_model_len", 0)
+        return cache_of_tokens(self._profile.model, shape, self.kv_tokens(shape), longest)
 
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         power = find_device(self._profile.device_kind).power

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from oserve.core import Precision, ReplicaShape
 from oserve.perf.device import DeviceFacts, Link
-from oserve.perf.layers import LayerKind
+from oserve.perf.layers import LayerKind, Part
 from oserve.perf.model import ModelFacts
 
 Floats = NDArray[np.float64]
@@ -26,8 +26,8 @@ _ACTIVATION_BYTES = 2.0
 _KV_BYTES = 2.0
 # Reads and writes of the residual stream around a layer's two norms and additions.
 _RESIDUAL_PASSES = 8.0
-# The context at which the work of windowed attention is taken.
-_WINDOWED_TOKENS = 2048
+# Products and sums of a token with each value of a state: decay, update, read.
+_STATE_FLOPS = 6.0
 _WEIGHT_BYTES = {
     Precision.FP32: 4.0,
     Precision.BF16: 2.0,
@@ -150,10 +150,12 @@ class Roofline:
         plain = Precision.FP32 if precision is Precision.FP32 else Precision.BF16
         self._head_flops = device.peak_flops(plain) * coefficients.gemm
         self._attention_flops = device.peak_flops(plain) * coefficients.attention
-        # A quantised checkpoint counts as it is stored, on average over its layers.
-        self._weight_bytes = weight_bytes(precision)
-        if model.stored is not None:
-            self._weight_bytes = model.body_bytes(self._weight_bytes) / model.body_parameters
+        # A quantised checkpoint counts as it is stored, on average over a part of a layer.
+        self._asked_bytes = weight_bytes(precision)
+        plain_kind = model.plain_kind
+        self._weight_bytes = plain_kind.mean_bytes(Part.MIXER, self._asked_bytes)
+        mlp = Part.EXPERT if model.experts > 1 else Part.DENSE
+        self._mlp_bytes = plain_kind.mean_bytes(mlp, self._asked_bytes)
         self._plain_bytes = weight_bytes(plain)
         self._wide = 4.0 if precision is Precision.FP32 else _ACTIVATION_BYTES
         self._kv_wide = kv_bytes_per_value(precision)
@@ -222,9 +224,11 @@ class Roofline:
         """
         total = np.zeros_like(tokens + attended + decoding + kv_tokens)
         for kind in self._model.kinds:
-            work = self._weights_s(tokens, kind.mixer) + self._weights_s(tokens, kind.dense)
+            asked = self._asked_bytes
+            work = self._weights_s(tokens, kind.mixer, kind.mean_bytes(Part.MIXER, asked))
+            work = work + self._weights_s(tokens, kind.dense, kind.mean_bytes(Part.DENSE, asked))
             work = work + self._experts_s(tokens, kind)
-            work = work + self._context_s(kind, attended, decoding, kv_tokens)
+            work = work + self._context_s(kind, tokens - decoding, attended, decoding, kv_tokens)
             if kind.parameters:
                 parts = (kind.mixer > 0) + (kind.dense + kind.experts > 0)
                 reduced = 0.5 * parts * self._all_reduce_s(tokens)
@@ -232,12 +236,10 @@ class Roofline:
             total = total + kind.count * work
         return total
 
-    def _weights_s(self, tokens: Floats, parameters: int) -> Floats:
+    def _weights_s(self, tokens: Floats, parameters: int, each: float) -> Floats:
         """Seconds of products with that many weights per token, whose inner size is ``hidden``."""
         hidden = self._model.hidden
-        return self._gemm_s(
-            tokens, hidden, parameters / hidden / self._tp, self._flops, self._weight_bytes
-        )
+        return self._gemm_s(tokens, hidden, parameters / hidden / self._tp, self._flops, each)
 
     def _experts_s(self, tokens: Floats, kind: LayerKind) -> Floats | float:
         if not kind.experts:
@@ -249,22 +251,39 @@ class Roofline:
             hidden,
             kind.expert / hidden / self._tp,
             self._flops,
-            self._weight_bytes,
+            kind.mean_bytes(Part.EXPERT, self._asked_bytes),
             kind.experts * (1.0 - missed),
         )
 
     def _context_s(
-        self, kind: LayerKind, attended: Floats, decoding: Floats, kv_tokens: Floats
+        self,
+        kind: LayerKind,
+        prompt: Floats,
+        attended: Floats,
+        decoding: Floats,
+        kv_tokens: Floats,
     ) -> Floats:
-        """Seconds of attending to earlier tokens and of reading their cache, or of a state."""
-        cache = kind.cache
-        # Affine in both, as simulators need it: windows count as a share of a usual context.
-        share = min(1.0, cache.window / _WINDOWED_TOKENS) if cache.window else 1.0
-        flops = 4.0 * attended * share * kind.attention / self._tp / self._attention_flops
-        read = kv_tokens * share * cache.token_bytes(self._kv_wide, self._tp)
+        """Seconds of attending to earlier tokens and of reading their cache, or of a state.
+
+        Windows and sparse attention read no more than their size of each sequence, of which only
+        the mean length is known. Latents are read once for all heads, which makes decoding a matter
+        of computation.
+        """
+        cache, tp = kind.cache, self._tp
+        limit = float(cache.window or cache.sparse_tokens or np.inf)
+        with np.errstate(invalid="ignore"):
+            seen = np.where(prompt > 0, np.minimum(attended, prompt * limit), 0.0)
+            held = np.where(decoding > 0, np.minimum(kv_tokens, decoding * limit), 0.0)
+        # The index of sparse attention is read whole.
+        index = cache.extra_bytes * (kv_tokens - held)
+        read = held * cache.token_bytes(self._kv_wide, tp) + index
         # A state is read and written.
-        read = read + 2.0 * decoding * cache.state_bytes(self._kv_wide, self._tp)
-        seconds: Floats = flops + read / self._kv_bandwidth
+        read = read + 2.0 * decoding * cache.state_bytes(self._kv_wide, tp)
+        moved = read / self._kv_bandwidth
+        flops = 4.0 * seen * kind.attention
+        flops = flops + _STATE_FLOPS * prompt * cache.state_size
+        absorbed = 4.0 * held * kind.latent_attention / tp / self._attention_flops
+        seconds: Floats = flops / tp / self._attention_flops + np.maximum(moved, absorbed)
         return seconds
 
     def _hop_s(self, tokens: Floats, link: Link) -> Floats:
@@ -313,12 +332,12 @@ class Roofline:
             missed = np.power(1.0 - model.experts_per_token / model.experts, tokens)
             touched = model.experts * (1.0 - missed)
         seconds = self._gemm_s(
-            rows, model.hidden, up * wide, self._flops, self._weight_bytes, touched
-        ) + self._gemm_s(rows, wide, model.hidden, self._flops, self._weight_bytes, touched)
+            rows, model.hidden, up * wide, self._flops, self._mlp_bytes, touched
+        ) + self._gemm_s(rows, wide, model.hidden, self._flops, self._mlp_bytes, touched)
         if model.shared_intermediate:
             shared = 3 * model.shared_intermediate / self._tp
             seconds = seconds + self._gemm_s(
-                tokens, model.hidden, shared, self._flops, self._weight_bytes
+                tokens, model.hidden, shared, self._flops, self._mlp_bytes
             )
         return seconds
 

@@ -12,14 +12,16 @@ from oserve.perf.memory import MEMORY_SHARE, MemoryFit, memory_fit
 from oserve.perf.model import ModelFacts
 from oserve.perf.power import ReplicaWork, replica_power_w
 from oserve.perf.roofline import Roofline, StepModel, hops_between_nodes
+from oserve.perf.sequence_cache import SequenceCache
 
 _PIPELINE = (
     "pipeline parallelism was not measured: the model has even stages and no bubbles, which "
     "flatters it; exclude it with --pipeline-parallel-size 1"
 )
 _UNMEASURED = (
-    "its layers differ: KV room holds at requests of 8,192 tokens, and step times of windowed, "
-    "latent and linear attention follow from coefficients of full attention"
+    "its layers differ: KV room is shown for requests of 8,192 tokens, but counts by those of the "
+    "workload; step times of windowed, latent and linear attention follow from coefficients of "
+    "full attention"
 )
 DEFAULT_NETWORK = "infiniband-400"
 
@@ -59,6 +61,8 @@ class RooflineSource:
     def caveats(self, shapes: Sequence[ReplicaShape]) -> tuple[str, ...]:
         """See ``PerformanceSource``."""
         said = [f"the model was read with {self._model.read_by}"] if self._model.read_by else []
+        if self._model.stored is not None and self._model.stored.caveat:
+            said.append(self._model.stored.caveat)
         if self._model.kinds:
             said.append(_UNMEASURED)
         if any(shape.pipeline_parallel_size > 1 for shape in shapes):
@@ -79,6 +83,10 @@ class RooflineSource:
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
         return self.memory(shape).kv_tokens
+
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """See ``PerformanceSource``."""
+        return self.memory(shape).cache
 
     def memory(self, shape: ReplicaShape) -> MemoryFit:
         """The memory use of a shape on its devices."""

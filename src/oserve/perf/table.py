@@ -8,6 +8,7 @@ from oserve.core import ReplicaShape, WorkloadType
 from oserve.perf.capacity import Capacity, LatencyLimits, TypeLoad, capacities
 from oserve.perf.power import ReplicaWork
 from oserve.perf.roofline import StepModel
+from oserve.perf.sequence_cache import SequenceCache
 
 # The share of its capacity that a replica serves on average.
 _BUSY = 0.7
@@ -59,6 +60,10 @@ class PerformanceSource(Protocol):
         """A replica's KV cache in tokens; 0 if the weights do not fit."""
         ...
 
+    def sequence_cache(self, shape: ReplicaShape) -> SequenceCache | None:
+        """How sequences take the KV cache of a model whose layers differ; ``None``: by tokens."""
+        ...
+
     def power_w(self, shape: ReplicaShape, work: ReplicaWork, seconds: float) -> float:
         """Mean watts of all devices of a started replica over ``seconds`` of such ``work``."""
         ...
@@ -90,7 +95,9 @@ def performance_table(
         kv_tokens = source.kv_tokens(shape)
         if kv_tokens <= 0:
             continue
-        found = capacities(source.step_model(shape), shape, kv_tokens, loads)
+        found = capacities(
+            source.step_model(shape), shape, kv_tokens, loads, source.sequence_cache(shape)
+        )
         rows.append(
             ShapePerformance(
                 shape=shape,

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.core import ReplicaShape, Role
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.sim import layout as at
 from oserve.sim.steps import StepTables
 from oserve.sim.types import (
@@ -25,6 +26,7 @@ _ALL_TIME_S = 4e6
 # A jump's closed form stays well below 2**63.
 _LARGEST = 1 << 60
 _LONGEST = 1 << 20
+_LONGEST_CONTEXT = 1 << 24
 
 
 def picoseconds(seconds: float) -> int:
@@ -166,15 +168,20 @@ def replica_rows(
     ready_at: int,
     kv_bytes_per_token: float,
     link: SimLink,
+    cache: SequenceCache | None = None,
 ) -> Ints:
-    """One replica's part of the ``mem`` array, in phase loading."""
+    """One replica's part of the ``mem`` array, in phase loading.
+
+    ``cache``: how sequences take it, where that is not by ``kv_tokens``.
+    """
     seqs, stages = shape.max_num_seqs, shape.pipeline_parallel_size
     budget = shape.max_num_batched_tokens
     if budget < seqs:
         raise ValueError("max_num_batched_tokens must not be below max_num_seqs")
     if len(steps.prompts) <= budget or min(len(steps.joint), len(steps.decodes)) <= seqs:
         raise ValueError("the step tables are shorter than the shape's limits")
-    blocks = kv_tokens // at.BLOCK
+    cache = cache or SequenceCache(blocks=kv_tokens // at.BLOCK)
+    blocks = cache.blocks
     if blocks < 1:
         raise ValueError("a replica needs at least one block of KV cache")
     sizes = {
@@ -184,7 +191,7 @@ def replica_rows(
         **dict.fromkeys(range(at.RUN_ID, at.RUN_CHUNK + 1), seqs),
         at.STAGE_FREE: stages,
         at.BATCH_END: stages,
-        at.PHASES: at.BLOCK,
+        at.PHASES: cache.block_tokens,
     }
     rows = np.zeros(at.REPLICA + sum(sizes.values()), dtype=np.int64)
     position = at.REPLICA
@@ -197,7 +204,9 @@ def replica_rows(
         (at.TABLE_DECODES, steps.decodes),
     ):
         rows[rows[field] : rows[field] + sizes[field]] = table[: sizes[field]]
-    heaviest = int(steps.decodes[: seqs + 1].max()) + 2 * steps.kv_rate * (kv_tokens + seqs)
+    # Windows alone let any number of tokens pass.
+    most = cache.most_tokens or seqs * _LONGEST_CONTEXT
+    heaviest = int(steps.decodes[: seqs + 1].max()) + 2 * steps.kv_rate * (most + seqs)
     values = {
         at.INDEX: index,
         at.PHASE: at.LOADING,
@@ -207,6 +216,12 @@ def replica_rows(
         at.BUDGET: budget,
         at.BLOCKS: blocks,
         at.FREE: blocks,
+        at.BLOCK_TOKENS: cache.block_tokens,
+        at.TABLES: cache.tables,
+        at.STATE_BLOCKS: cache.state_blocks,
+        at.WINDOW_TABLES: cache.window_tables,
+        at.WINDOW_TOKENS: cache.window_tokens,
+        at.WINDOW_BLOCK: cache.window_block_tokens,
         at.STAGES: stages,
         at.MAX_INFLIGHT: max_inflight,
         at.MAX_PROMPT: max_prompt,

@@ -3,6 +3,11 @@
 Blocks that a session's last turn left behind count as free. They are evicted from the least recent
 session on, and within a session from its end, as in vLLM's queue of free blocks.
 
+A sequence draws TABLES blocks every BLOCK_TOKENS tokens. While it runs, it also holds STATE_BLOCKS,
+and in each of WINDOW_TABLES what WINDOW_TOKENS tokens take, or all its tokens with its answer if
+these are fewer, in blocks of WINDOW_BLOCK tokens: a window is reserved whole, as it fills soon.
+Blocks so reserved are not kept for a next turn.
+
 KV_AREA adds up the blocks in use over time: twice the block microseconds up to KV_AT, when KV_USED
 were in use. Between two counts the use counts as linear, as it nearly is while sequences decode.
 KV_PEAK is the most blocks in use at the end of a step.
@@ -11,6 +16,7 @@ KV_PEAK is the most blocks in use at the end of a step.
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     BLOCK,
+    BLOCK_TOKENS,
     BLOCKS,
     FREE,
     HELD_BLOCKS,
@@ -21,22 +27,56 @@ from oserve.sim.layout import (
     KV_PEAK,
     KV_USED,
     NONE,
+    OUTPUT,
+    PROMPT,
     RECENT,
     RECENT_COUNT,
     RECENT_TAIL,
+    REQUEST,
     REUSABLE,
     SESSION,
     SESSION_NEXT,
     SESSION_PREVIOUS,
+    STATE_BLOCKS,
+    TABLES,
     US,
+    WINDOW_BLOCK,
+    WINDOW_TABLES,
+    WINDOW_TOKENS,
 )
 from oserve.sim.state import Flat
 
 
 @compiled
-def blocks_of(tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+def units_of(tokens: int) -> int:
+    """The size of a request of so many tokens, whatever the replica."""
     return (tokens + BLOCK - 1) // BLOCK
+
+
+@compiled
+def blocks_of(mem: Flat, at: int, tokens: int) -> int:
+    """Blocks that hold so many tokens, besides those reserved for the sequence."""
+    size = mem[at + BLOCK_TOKENS]
+    return mem[at + TABLES] * ((tokens + size - 1) // size)
+
+
+@compiled
+def reserved(req: Flat, mem: Flat, at: int, request: int) -> int:
+    """Blocks that a sequence holds whatever it has computed."""
+    tables = mem[at + WINDOW_TABLES]
+    if tables == 0:
+        return mem[at + STATE_BLOCKS]
+    base, size = request * REQUEST, mem[at + WINDOW_BLOCK]
+    tokens = min(mem[at + WINDOW_TOKENS], req[base + PROMPT] + req[base + OUTPUT])
+    return mem[at + STATE_BLOCKS] + tables * ((tokens + size - 1) // size)
+
+
+@compiled
+def whole_of(req: Flat, mem: Flat, at: int, request: int) -> int:
+    """The most blocks that a request holds."""
+    base = request * REQUEST
+    tokens = req[base + PROMPT] + req[base + OUTPUT]
+    return blocks_of(mem, at, tokens) + reserved(req, mem, at, request)
 
 
 @compiled
@@ -92,13 +132,13 @@ def forget(mem: Flat, ses: Flat, at: int, session: int) -> None:
 @compiled
 def retain(mem: Flat, ses: Flat, where: Flat, at: int, session: int, tokens: int) -> None:
     """Free the blocks of ``tokens``; the full ones stay cached for the session."""
-    mem[at + FREE] += blocks_of(tokens)
+    mem[at + FREE] += blocks_of(mem, at, tokens)
     if session == NONE:
         return
     holder = ses[session * SESSION + HELD_BY]
     if holder != NONE:
         forget(mem, ses, where[holder], session)
-    kept = tokens // BLOCK
+    kept = mem[at + TABLES] * (tokens // mem[at + BLOCK_TOKENS])
     if kept == 0:
         return
     mem[at + FREE] -= kept
@@ -125,6 +165,8 @@ def claim(mem: Flat, ses: Flat, at: int, session: int, tokens: int) -> int:
     """
     if session == NONE or ses[session * SESSION + HELD_BY] != mem[at + INDEX]:
         return 0
-    cached = min(ses[session * SESSION + HELD_BLOCKS] * BLOCK, (tokens - 1) // BLOCK * BLOCK)
+    size = mem[at + BLOCK_TOKENS]
+    held = ses[session * SESSION + HELD_BLOCKS] // mem[at + TABLES]
+    cached = min(held, (tokens - 1) // size) * size
     forget(mem, ses, at, session)
     return cached

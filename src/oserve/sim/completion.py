@@ -6,7 +6,7 @@ each replica; here the costs are exact.
 """
 
 from oserve.sim.access import add_to_entry, column, entry, set_entry
-from oserve.sim.blocks import blocks_of, mark, retain, weigh
+from oserve.sim.blocks import blocks_of, mark, reserved, retain, weigh, whole_of
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     ARRIVAL,
@@ -56,7 +56,6 @@ from oserve.sim.layout import (
     OWED_PROMPT,
     PHASE,
     PREFILL,
-    PROMPT,
     PS,
     READY,
     RELEASED,
@@ -137,14 +136,12 @@ def wait_at(req: Flat, mem: Flat, at: int, request: int, now: int) -> None:
 def decode_target(s: KernelState, request: int, source: int) -> int:
     """The decode replica that would finish a request first, or ``NONE``."""
     req, mem = s.req, s.mem
-    base = request * REQUEST
-    blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
     best, best_work = NONE, 0
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
         if index == source or mem[at + PHASE] != READY or mem[at + ROLE] != DECODE:
             continue
-        if blocks > mem[at + BLOCKS]:
+        if whole_of(req, mem, at, request) > mem[at + BLOCKS]:
             continue
         work = mem[at + OWED] + decode_ps(s, request, index)
         if best == NONE or work < best_work:
@@ -191,7 +188,8 @@ def receive(s: KernelState, now: int) -> int:
     if req[base + MOVED_FROM] != NONE:
         source = s.where[req[base + MOVED_FROM]]
         weigh(mem, source, now)
-        mem[source + FREE] += blocks_of(req[base + COMPUTED])
+        mem[source + FREE] += blocks_of(mem, source, req[base + COMPUTED])
+        mem[source + FREE] += reserved(req, mem, source, request)
         mark(mem, source)
         if mem[source + WAIT_COUNT] > 0:
             cut(mem, source, now)
@@ -232,6 +230,7 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
     if state == NEW:
         emit_first(s, at, slot, now)
     if left == 0:
+        mem[at + FREE] += reserved(req, mem, at, request)
         retain(mem, s.ses, s.where, at, req[base + OF_SESSION], done_of(mem, at, slot))
         unbook(req, mem, s.glob, at, request)
         correct_charge(s, request)

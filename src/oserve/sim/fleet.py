@@ -14,6 +14,7 @@ from oserve.control.dispatch.fair_policy import tight_inflight
 from oserve.control.routing import INFLIGHT_PER_SEQ
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
+from oserve.perf.sequence_cache import SequenceCache
 from oserve.sim import entry, layout, readout
 from oserve.sim.arrays import fleet_arrays, picoseconds, replica_rows
 from oserve.sim.compiled import HAS_NUMBA
@@ -104,12 +105,14 @@ class SimulatedFleet:
         max_prompt_s: float = math.inf,
         kv_bytes_per_token: float = 0.0,
         link: SimLink | None = None,
+        cache: SequenceCache | None = None,
     ) -> None:
         """Add a replica that loads until ``ready_at_s``; ``shape.role`` is its role.
 
         ``ordered``: its engine serves by rank, not first come. ``costs`` are the router's estimate
         of its speed. The gateway sends it at most ``max_inflight`` requests (default: twice its
         sequences), and none while it owes ``max_prompt_s`` of prompts. ``link`` carries its KV.
+        ``cache``: how sequences take its KV cache, where that is not by ``kv_tokens``.
         Raises ValueError for a name in use, or invalid limits.
         """
         if name in self._names and self._phase(name) != layout.GONE:
@@ -130,6 +133,7 @@ class SimulatedFleet:
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,
             link=link or SimLink(),
+            cache=cache,
         )
         if ready_at == state.glob[layout.NOW]:
             rows[layout.PHASE], rows[layout.DUE] = layout.READY, layout.NEVER

@@ -8,7 +8,7 @@ and sheds those that have waited too long.
 
 from oserve.control.dispatch.order import PRIORITY_PER_S
 from oserve.control.dispatch.overload import DEMOTED_S
-from oserve.sim.blocks import blocks_of
+from oserve.sim.blocks import units_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at
 from oserve.sim.crowding import crowded_out
@@ -201,7 +201,7 @@ def dispatch(s: KernelState, now: int, alone: bool) -> None:
             break
         base = request * REQUEST
         tight = over_share(s, request)
-        blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
+        blocks = units_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
         group = classes + s.groups[s.req[base + CLASS]]
         index = NONE
         if tight or blocks < s.groups[group]:

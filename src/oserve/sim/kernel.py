@@ -6,7 +6,7 @@ number, requests in order of arrival. Changes by the caller between two calls co
 """
 
 from oserve.sim.access import column, entry, set_entry
-from oserve.sim.blocks import blocks_of, forget, mark, weigh
+from oserve.sim.blocks import forget, mark, weigh, whole_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import close, end_step, receive, unbook
 from oserve.sim.gateway import enter, enter_again, next_to_shed, settle
@@ -38,7 +38,6 @@ from oserve.sim.layout import (
     ON,
     OUTPUT,
     PHASE,
-    PROMPT,
     READY,
     READY_AT,
     RECENT,
@@ -238,7 +237,7 @@ def migrate(s: KernelState, request: int, target: int, now: int) -> bool:
         return False
     at = s.where[req[base + ON]]
     other = s.where[target]
-    whole = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
+    whole = whole_of(req, mem, other, request)
     if mem[other + PHASE] != READY or whole > mem[other + BLOCKS]:
         return False
     own_numbers(s, at, now)

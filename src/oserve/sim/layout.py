@@ -25,7 +25,7 @@ NONE: Final = -1
 PS: Final = 10**12
 # A query-key pair of a prompt is so cheap that its rate is in 1/1024 ps.
 PAIR_BITS: Final = 10
-# Tokens in one block of KV cache.
+# Tokens in one block of KV cache of a plain model, and the unit in which requests are compared.
 BLOCK: Final = 16
 # The use of KV cache is added up in microseconds: in picoseconds an hour would not fit.
 US: Final = 10**6
@@ -90,7 +90,8 @@ REQUEST: Final = 35
 
 # Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
 # sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
-# relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to KV_PEAK: see ``blocks``.
+# relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to WINDOW_BLOCK: see
+# ``blocks``.
 # TIGHT_INFLIGHT: the most in flight where a request leaves slots free for other tenants;
 # TIGHT_PROMPTING: the same while the replica owes prompts.
 (
@@ -161,8 +162,14 @@ REQUEST: Final = 35
     DEVICES,
     TIGHT_INFLIGHT,
     TIGHT_PROMPTING,
-) = range(67)
-REPLICA: Final = 67
+    BLOCK_TOKENS,
+    TABLES,
+    STATE_BLOCKS,
+    WINDOW_TABLES,
+    WINDOW_TOKENS,
+    WINDOW_BLOCK,
+) = range(73)
+REPLICA: Final = 73
 
 # States of a running sequence: before its first token here; decoding; decoding until it migrates.
 (NEW, STEADY, LEAVING) = range(3)

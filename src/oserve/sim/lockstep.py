@@ -21,7 +21,7 @@ from oserve.sim.layout import (
     BATCH_END,
     BATCHES,
     BEGIN,
-    BLOCK,
+    BLOCK_TOKENS,
     BUDGET,
     BUSY,
     CONTEXT,
@@ -54,6 +54,7 @@ from oserve.sim.layout import (
     STEADY_RUN,
     STEPS,
     TABLE_DECODES,
+    TABLES,
     TICK,
     WAIT,
 )
@@ -82,12 +83,13 @@ def lock(mem: Flat, at: int) -> bool:
         if mem[states + slot] != STEADY:
             return False
     phases = column(mem, at, PHASES)
-    for phase in range(BLOCK):
+    size = mem[at + BLOCK_TOKENS]
+    for phase in range(size):
         mem[phases + phase] = 0
     context = seqs
     for slot in range(seqs):
         context += mem[done + slot]
-        mem[phases + (-mem[done + slot]) % BLOCK] += 1
+        mem[phases + (-mem[done + slot]) % size] += 1
     mem[at + LOCKED] = 1
     mem[at + STEADY_RUN] = seqs
     mem[at + CONTEXT] = context
@@ -126,7 +128,7 @@ def join(mem: Flat, at: int, slot: int) -> None:
     done = entry(mem, at, RUN_DONE, slot)
     set_entry(mem, at, RUN_DONE, slot, done - tick)
     add_to_entry(mem, at, RUN_LEFT, slot, tick)
-    add_to_entry(mem, at, PHASES, (tick - done) % BLOCK, 1)
+    add_to_entry(mem, at, PHASES, (tick - done) % mem[at + BLOCK_TOKENS], 1)
     mem[at + CONTEXT] += done + 1
     mem[at + NEXT_END] = min(mem[at + NEXT_END], entry(mem, at, RUN_LEFT, slot))
     mem[at + STEADY_RUN] = place + 1
@@ -136,7 +138,7 @@ def join(mem: Flat, at: int, slot: int) -> None:
 def part(mem: Flat, at: int, slot: int) -> None:
     """Remove a steady sequence from the totals."""
     base = entry(mem, at, RUN_DONE, slot)
-    add_to_entry(mem, at, PHASES, (-base) % BLOCK, -1)
+    add_to_entry(mem, at, PHASES, (-base) % mem[at + BLOCK_TOKENS], -1)
     mem[at + CONTEXT] -= base + mem[at + TICK] + 1
 
 
@@ -144,24 +146,28 @@ def part(mem: Flat, at: int, slot: int) -> None:
 def blocks_in(mem: Flat, at: int, steps: int) -> int:
     """Blocks that the steady sequences allocate in their next ``steps``."""
     phases, tick = column(mem, at, PHASES), mem[at + TICK]
-    blocks = mem[at + STEADY_RUN] * (steps // BLOCK)
-    for step in range(steps % BLOCK):
-        blocks += mem[phases + (tick + step) % BLOCK]
-    return blocks
+    size = mem[at + BLOCK_TOKENS]
+    times = mem[at + STEADY_RUN] * (steps // size)
+    for step in range(steps % size):
+        times += mem[phases + (tick + step) % size]
+    return times * mem[at + TABLES]
 
 
 @compiled
 def steps_with_room(mem: Flat, at: int, most: int) -> int:
     """Steps, at most ``most``, for which the free blocks suffice."""
-    seqs, room = mem[at + STEADY_RUN], mem[at + FREE] + mem[at + REUSABLE]
-    # Each sequence allocates one block every BLOCK steps.
-    if seqs * ((most + BLOCK - 1) // BLOCK) <= room:
+    seqs, size = mem[at + STEADY_RUN], mem[at + BLOCK_TOKENS]
+    if mem[at + TABLES] == 0:
+        return most
+    # Times that a sequence can allocate, which each does every so many steps.
+    room = (mem[at + FREE] + mem[at + REUSABLE]) // mem[at + TABLES]
+    if seqs * ((most + size - 1) // size) <= room:
         return most
     phases, tick = column(mem, at, PHASES), mem[at + TICK]
-    steps = room // seqs * BLOCK
+    steps = room // seqs * size
     room -= room // seqs * seqs
-    for step in range(BLOCK):
-        room -= mem[phases + (tick + step) % BLOCK]
+    for step in range(size):
+        room -= mem[phases + (tick + step) % size]
         if room < 0:
             break
         steps += 1
@@ -207,7 +213,7 @@ def begin_fast(req: Flat, mem: Flat, ses: Flat, at: int, now: int) -> bool:
     if mem[at + RUN] > seqs:
         have = entry(mem, at, RUN_DONE, seqs)
         chunk = min(entry(mem, at, RUN_GOAL, seqs) - have, budget)
-        blocks += blocks_of(have + chunk) - blocks_of(have)
+        blocks += blocks_of(mem, at, have + chunk) - blocks_of(mem, at, have)
     if blocks > mem[at + FREE] + mem[at + REUSABLE]:
         return False
     take(mem, ses, at, blocks)

@@ -3,7 +3,7 @@
 from typing import Final
 
 from oserve.control.dispatch.pick import pick as plain_pick
-from oserve.sim.blocks import blocks_of
+from oserve.sim.blocks import blocks_of, reserved, whole_of
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     BLOCKS,
@@ -20,7 +20,6 @@ from oserve.sim.layout import (
     MAX_PROMPT,
     NEXT,
     NONE,
-    OUTPUT,
     OVERFLOW_PS,
     OWED,
     OWED_PROMPT,
@@ -58,7 +57,6 @@ def fill_views(s: KernelState, request: int, tight: bool) -> int:
     """
     base = request * REQUEST
     req, mem = s.req, s.mem
-    blocks = blocks_of(req[base + PROMPT] + req[base + OUTPUT])
     prompt = req[base + PROMPT] + req[base + MADE]
     output = max(1, req[base + EXPECTED] - req[base + MADE])
     fitting = 0
@@ -74,7 +72,9 @@ def fill_views(s: KernelState, request: int, tight: bool) -> int:
             s.most[index] = min(s.most[index], s.inflight[index])
         s.work[index] = mem[at + OWED] / PS
         s.own[index] = prompt * s.costs[2 * index] + output * s.costs[2 * index + 1]
-        if mem[at + PHASE] != READY or mem[at + ROLE] == DECODE or blocks > mem[at + BLOCKS]:
+        if mem[at + PHASE] != READY or mem[at + ROLE] == DECODE:
+            continue
+        if whole_of(req, mem, at, request) > mem[at + BLOCKS]:
             continue
         s.fits[index] = 1
         fitting += 1
@@ -84,14 +84,12 @@ def fill_views(s: KernelState, request: int, tight: bool) -> int:
 @compiled
 def unservable(s: KernelState, request: int) -> bool:
     """Whether no replica, not even one still loading, could ever hold the request."""
-    base = request * REQUEST
-    blocks = blocks_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
     alive = 0
     for index in range(s.glob[REPLICAS]):
         at = s.where[index]
         if s.mem[at + PHASE] != GONE and s.mem[at + ROLE] != DECODE:
             alive += 1
-            if blocks <= s.mem[at + BLOCKS]:
+            if whole_of(s.req, s.mem, at, request) <= s.mem[at + BLOCKS]:
                 return False
     return alive > 0
 
@@ -166,7 +164,8 @@ def freeness(s: KernelState, index: int, now: int) -> float:
     request = s.mem[at + WAIT]
     while request != NONE:
         base = request * REQUEST
-        free -= blocks_of(s.req[base + PROMPT] + s.req[base + MADE])
+        free -= blocks_of(s.mem, at, s.req[base + PROMPT] + s.req[base + MADE])
+        free -= reserved(s.req, s.mem, at, request)
         request = s.req[base + NEXT]
     return free / max(1, s.mem[at + RUN])
 

@@ -11,7 +11,7 @@ parallelism as many steps as stages are in flight; a step spends an equal share 
 """
 
 from oserve.sim.access import column, entry, set_entry
-from oserve.sim.blocks import blocks_of, claim, take
+from oserve.sim.blocks import blocks_of, claim, reserved, take
 from oserve.sim.compiled import compiled
 from oserve.sim.layout import (
     BATCH,
@@ -137,7 +137,8 @@ def preempt(req: Flat, mem: Flat, at: int, slot: int) -> None:
     """Preempt a running sequence, to the front of the queue (or where its priority puts it)."""
     request = entry(mem, at, RUN_ID, slot)
     base = request * REQUEST
-    mem[at + FREE] += blocks_of(entry(mem, at, RUN_DONE, slot))
+    mem[at + FREE] += blocks_of(mem, at, entry(mem, at, RUN_DONE, slot))
+    mem[at + FREE] += reserved(req, mem, at, request)
     req[base + MADE] = req[base + OUTPUT] - entry(mem, at, RUN_LEFT, slot)
     req[base + COMPUTED] = req[base + COPIED] = 0
     req[base + STATUS] = WAITING
@@ -162,7 +163,7 @@ def run_on(req: Flat, mem: Flat, ses: Flat, at: int) -> tuple[int, int]:
     while slot < mem[at + RUN]:
         have = mem[done + slot]
         chunk = min(mem[goal + slot] - have, budget)
-        blocks = blocks_of(have + chunk) - blocks_of(have)
+        blocks = blocks_of(mem, at, have + chunk) - blocks_of(mem, at, have)
         alone = False
         while blocks > mem[at + FREE] + mem[at + REUSABLE] and not alone:
             victim = victim_of(req, mem, at)
@@ -192,7 +193,8 @@ def admissible(req: Flat, mem: Flat, at: int) -> bool:
     if head == NONE or mem[at + RUN] >= mem[at + SEQS]:
         return False
     known = req[head * REQUEST + PROMPT] + req[head * REQUEST + MADE]
-    return bool(blocks_of(known) <= mem[at + FREE] + mem[at + REUSABLE])
+    blocks = blocks_of(mem, at, known) + reserved(req, mem, at, head)
+    return bool(blocks <= mem[at + FREE] + mem[at + REUSABLE])
 
 
 @compiled
@@ -207,7 +209,7 @@ def admit(req: Flat, mem: Flat, ses: Flat, at: int, budget: int) -> None:
         have = claim(mem, ses, at, req[base + OF_SESSION], known)
         req[base + REUSED] += have
     chunk = min(known - have, budget)
-    take(mem, ses, at, blocks_of(have + chunk))
+    take(mem, ses, at, blocks_of(mem, at, have + chunk) + reserved(req, mem, at, request))
     slot = mem[at + RUN]
     mem[at + RUN] = slot + 1
     set_entry(mem, at, RUN_ID, slot, request)

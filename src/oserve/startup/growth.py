@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from oserve.core import Clock, OServeError
 from oserve.engines.processor import plain_precisions
+from oserve.nodes.due_work import DueWork
 from oserve.perf.device import Link, find_link
 from oserve.plan.planning import PlanRequest
 from oserve.startup.deployment import ServerDeployment, fingerprint_of
@@ -46,27 +47,23 @@ class ClusterGrowth:
     ) -> None:
         self.deployment = deployment
         self._fleet = fleet
-        self._clock = clock
         self._renewed = renewed
-        self._due = asyncio.Event()
+        # After a fault the plan is that for the nodes before.
+        self._following = DueWork(
+            self._follow,
+            clock,
+            fault="the plan does not follow the nodes",
+            again_s=_AGAIN_S,
+            settle_s=_SETTLE_S,
+        )
 
     def notice(self) -> None:
         """There may be more to know."""
-        self._due.set()
+        self._following.refresh()
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        while True:
-            await self._due.wait()
-            await self._clock.sleep(_SETTLE_S)
-            self._due.clear()
-            try:
-                await self._follow()
-            # An unforeseen fault must not end serving: the plan is that for the nodes before.
-            except Exception:
-                _log.exception("the plan does not follow the nodes; tried again in %g s", _AGAIN_S)
-                await self._clock.sleep(_AGAIN_S)
-                self._due.set()
+        await self._following.run()
 
     async def _follow(self) -> None:
         found = self._fleet.found(self.deployment.asked)

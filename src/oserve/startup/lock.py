@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from oserve.core import OServeError
+from oserve.engines.holding import keeper_runs
 
 
 class StateLock:
@@ -34,3 +35,12 @@ class StateLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def serves_already(state_dir: Path) -> bool:
+    """Whether a server, or what a killed one has left, uses the nodes of this state folder."""
+    try:
+        StateLock(state_dir).release()
+    except OServeError:
+        return True
+    return keeper_runs(state_dir)

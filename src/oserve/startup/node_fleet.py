@@ -18,7 +18,7 @@ from oserve.core import Clock, Device, HatchAddress, OServeError
 from oserve.engines.clock import LiveClock
 from oserve.engines.cluster import EngineCluster
 from oserve.engines.engine_starts import platform_of
-from oserve.engines.holding import HatchDial, HeldEngines, ServerOwner, keeper_runs
+from oserve.engines.holding import HatchDial, HeldEngines, ServerOwner
 from oserve.engines.patches import engine_package
 from oserve.engines.processor import AUTO, BF16_FLAG, Processor, find_processor
 from oserve.nodes.agent_messages import AgentOrders
@@ -41,7 +41,7 @@ from oserve.perf.device import Link
 from oserve.perf.source import DEFAULT_NETWORK
 from oserve.startup.folders import state_file
 from oserve.startup.link_memory import LinkMemory
-from oserve.startup.lock import StateLock
+from oserve.startup.lock import serves_already
 
 _log = logging.getLogger("oserve.nodes")
 
@@ -94,6 +94,8 @@ class NodeFleet:
         self._clock = clock or LiveClock()
         self._cluster: EngineCluster | None = None
         self._held: dict[str, HeldEngines] = {}
+        # By node, as they were when its engines were handed over.
+        self._taken: dict[str, tuple[Device, ...]] = {}
         self._grown: Callable[[], None] = lambda: None
         self._peers = PeerLists(self._hatches, self._clock)
         self._measuring = LinkMeasuring(
@@ -124,8 +126,8 @@ class NodeFleet:
     @property
     def devices(self) -> tuple[Device, ...]:
         """The devices of every node that was ever reached, by name of the node."""
-        nodes = self._nodes()
-        return tuple(device for name in sorted(nodes) for device in nodes[name].devices)
+        found = {name: node.devices for name, node in self._nodes().items()} | self._taken
+        return tuple(device for name in sorted(found) for device in found[name])
 
     def found(self, settings: Settings) -> NodesFound:
         """What a deployment is prepared from."""
@@ -150,6 +152,7 @@ class NodeFleet:
         for name, node in sorted(self._nodes().items()):
             if node.hatch is not None and node.devices and name not in self._held:
                 self._held[name] = self._keeper(node, node.hatch)
+                self._taken[name] = node.devices
         return list(self._held.values())
 
     @property
@@ -209,6 +212,7 @@ class NodeFleet:
         if held is None:
             self._join(cluster, node)
         elif node.usable and node.hatch is not None:
+            self._compare(node)
             cluster.nodes.redirect(node.name, node.hatch)
         elif held.silent_s < _HEARD_S and cluster.nodes.is_up(node.name):
             _log.warning(
@@ -229,9 +233,18 @@ class NodeFleet:
         except OServeError as error:
             _log.error("node %s cannot be used: %s", node.name, error.message)
             return
-        self._held[node.name] = held
+        self._held[node.name], self._taken[node.name] = held, node.devices
         cluster.nodes.begin()
         self._grown()
+
+    def _compare(self, node: ClusterNode) -> None:
+        before = {device.id for device in self._taken.get(node.name, ())}
+        if before != (told := {device.id for device in node.devices}):
+            _log.error(
+                "node %s offers other devices than before (%d more, %d fewer): restart the server, "
+                "which goes on planning for those before",
+                *(node.name, len(told - before), len(before - told)),
+            )
 
     def _turned(self, _node: str, _reason: str) -> None:
         self._peers.refresh()
@@ -316,16 +329,6 @@ def _named(settings: Settings) -> str:
     return "" if is_ray(nodes) else named_network(nodes)
 
 
-def serves_already(settings: Settings) -> bool:
-    """Whether a server, or what a killed one has left, uses the nodes of this state folder."""
-    state = Path(settings.state_dir)
-    try:
-        StateLock(state).release()
-    except OServeError:
-        return True
-    return keeper_runs(state)
-
-
 def node_fleet(settings: Settings) -> NodeFleet | None:
     """The nodes that the settings name; ``None`` for this machine alone. Raises OServeError."""
     if not settings.cluster.nodes:
@@ -359,7 +362,7 @@ def node_directory(settings: Settings) -> NodeDirectory | None:
     text = settings.cluster.nodes
     if not text:
         return None
-    if is_ray(text) and serves_already(settings):
+    if is_ray(text) and serves_already(Path(settings.state_dir)):
         nodes = KnownNodes(Path(settings.state_dir) / "hatches", text).read()
         if nodes:
             return KnownDirectory(nodes)

@@ -260,4 +260,12 @@ class Hub:
         """The answer to an operator's call."""
         if self._operate is None:
             return OperatorAnswer(status=503, body=b"{}")
-        return await self._operate(call)
+        try:
+            return await self._operate(call)
+        # An unforeseen fault must not leave the caller without an answer.
+        except Exception as error:
+            _log.exception("an operator's call of %s failed", call.path)
+            reason = f"a fault of the server, see its log: {type(error).__name__}"
+            return OperatorAnswer(
+                status=500, body=msgspec.json.encode({"error": {"message": reason}})
+            )

@@ -67,6 +67,10 @@ class HubCall:
                 heard = await self._talk(*await self._dial())
             except (OSError, ValueError, msgspec.DecodeError) as error:
                 self.reason = str(error) or "it has fallen silent"
+            # An unforeseen fault must not leave the process without a hub.
+            except Exception as error:
+                _log.exception("a gateway process of node %s could not be answered", self._node)
+                self.reason = f"a fault of the server, see its log: {type(error).__name__}"
             pause_s = _PAUSE_S if heard else min(2.0 * pause_s, _LONGEST_PAUSE_S)
             await self._clock.sleep(pause_s)
 
