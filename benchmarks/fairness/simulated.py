@@ -1,266 +1,214 @@
-"""What fair shares do for a quiet tenant beside a flood: the request machine on a virtual clock.
+"""What fair shares do for a quiet tenant beside a flood, in OServe's simulator.
 
     .venv/bin/python benchmarks/fairness/simulated.py [--seconds 120] [--reserve PART] [--json FILE]
 
-The machine is that of the gateway. Replicas are modelled as batches of sequences: a step takes a
-constant, a part for each decoding sequence and a part for each prompt token, at most a chunk of
-those; waiting sequences are admitted by the rank that the machine gives them. The first 10 s
-do not count.
+Two replicas of one H100 each serve an 8B model, on the roofline. Requests arrive as a Poisson
+process with fixed lengths, which the gateway knows. The first 10 s do not count, and neither does
+what happens after the last arrival. Work is in device-seconds, as fair shares charge it.
 """
 
 import argparse
-import heapq
 import json
-import random
-import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oserve.control.dispatch import commands as do
-from oserve.control.dispatch import events as on
-from oserve.control.dispatch.fair_policy import FairPolicy
-from oserve.control.dispatch.machine import RequestMachine
-from oserve.control.dispatch.policy import DispatchPolicy
-from oserve.control.dispatch.table import RoutingTable, TableReplica
-from oserve.core import Endpoint, LengthClass, ReplicaPhase, Request
+import numpy as np
 
-STEP_S, DECODE_S, PROMPT_S = 0.015, 0.00015, 0.00005
-SEQS, CHUNK = 64, 2048
+from oserve.config import load_cluster
+from oserve.control.dispatch.fair_policy import FairPolicy
+from oserve.control.dispatch.order import OrderPolicy
+from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec
+from oserve.evaluate.simulator import Levers, SimulatedServing, SimulatedTraffic, Simulator
+from oserve.perf.selection import SourceChoice, find_source
+from oserve.sim.results import FleetResults
+from oserve.sim.types import FairShares
+
 WARM_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """Requests a second, prompt and output tokens; ``on_s``: bursts of that length, and pauses."""
+    """Requests a second, prompt and output tokens; ``on_s``: bursts of that length, and pauses.
+
+    ``turns``: requests of one session, each of which begins with all tokens of the one before.
+    """
 
     name: str
     rps: float
     prompt: int = 512
     output: int = 128
     on_s: float = 0.0
-    prefixes: int = 0
+    turns: int = 1
+    weight: float = 1.0
 
 
-class Sequence:
-    def __init__(self, number: int, prompt: int, output: int) -> None:
-        self.number, self.prompt, self.output = number, prompt, output
-        self.made = 0
+QUIET = Tenant(name="quiet", rps=12.0)
+FLOOD = Tenant(name="flood", rps=120.0)
+SCENARIOS: dict[str, list[Tenant]] = {
+    "a flood of ten times as much": [QUIET, FLOOD],
+    "the flood goes on and off, 10 s each": [QUIET, replace(FLOOD, rps=240.0, on_s=10.0)],
+    "long requests beside short ones": [
+        Tenant(name="quiet", rps=4.0, prompt=2000, output=256),
+        Tenant(name="flood", rps=450.0, prompt=100, output=32),
+    ],
+    "short requests beside long ones": [
+        Tenant(name="quiet", rps=30.0, prompt=100, output=32),
+        Tenant(name="flood", rps=60.0, prompt=2000, output=256),
+    ],
+    "private prompts beside a flood of sessions": [QUIET, replace(FLOOD, turns=8)],
+    "seven floods on two replicas": [
+        replace(QUIET, rps=4.0),
+        *(replace(FLOOD, name=f"flood {number}", rps=20.0) for number in range(7)),
+    ],
+    "two floods, one of longer answers": [
+        Tenant(name="a", rps=100.0),
+        Tenant(name="b", rps=100.0, output=256),
+    ],
+    "three floods, weights 1, 2 and 3": [
+        Tenant(name=f"w{weight}", rps=90.0, weight=weight) for weight in (1.0, 2.0, 3.0)
+    ],
+    "eight floods on two replicas": [
+        Tenant(name=f"t{number}", rps=14.0 + 2 * number) for number in range(8)
+    ],
+    "a lone tenant": [FLOOD],
+}
 
 
-class Replica:
-    """One engine: a batch, and a queue by rank."""
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[float, int, Sequence]] = []
-        self.batch: list[Sequence] = []
-        self.busy = False
-
-    def plan(self) -> tuple[float, list[Sequence]]:
-        """The seconds of the next step, and who gets a token in it."""
-        while self.queue and len(self.batch) < SEQS:
-            self.batch.append(heapq.heappop(self.queue)[2])
-        left, prompts, tokens = CHUNK, 0, []
-        for item in self.batch:
-            if item.prompt == 0:
-                tokens.append(item)
-        decodes = len(tokens)
-        for item in self.batch:
-            if item.prompt > 0 and left > 0:
-                part = min(left, item.prompt)
-                item.prompt -= part
-                left -= part
-                prompts += part
-                if item.prompt == 0:
-                    tokens.append(item)
-        return STEP_S + DECODE_S * decodes + PROMPT_S * prompts, tokens
-
-
-def run(
-    tenants: list[Tenant],
-    *,
-    fair: bool,
-    seconds: float,
-    reserve: float,
-    replicas: int = 2,
-    seed: int = 1,
-) -> dict[str, dict[str, float]]:
-    """By tenant: P50 and P99 of TTFT, tokens served and device-seconds within the time."""
-    draw = random.Random(seed)
-    machine = RequestMachine(
-        DispatchPolicy(max_queued=1 << 20, fair=FairPolicy(reserve=reserve), request_timeout_s=1e9)
-    )
-    engines = {f"r{index}": Replica() for index in range(replicas)}
-    decode_s = (STEP_S + SEQS * DECODE_S) / SEQS
-    table = RoutingTable(
-        plan_id="p",
-        length_classes=(LengthClass(name="t", max_prompt_tokens=1 << 30, output_tokens=128),),
-        routing_shares={"t": dict.fromkeys(engines, 1.0)},
+def plan_of(shape: ReplicaShape, replicas: int = 2) -> DeploymentPlan:
+    return DeploymentPlan(
+        id="fairness",
         replicas=tuple(
-            TableReplica(
-                id=name,
-                shape="s",
-                phase=ReplicaPhase.READY,
-                endpoint=Endpoint(url="x"),
-                max_inflight=2 * SEQS,
-                max_model_len=0,
-                accepts_priority=True,
-                returns_token_ids=True,
-                prefill_s_per_token=PROMPT_S,
-                decode_s_per_token=decode_s,
-            )
-            for name in engines
+            ReplicaSpec(id=f"r{number}", shape=shape, devices=(f"d{number}",))
+            for number in range(replicas)
         ),
+        length_classes=(LengthClass(name="all"),),
+        routing_shares={"all": {f"r{number}": 1 / replicas for number in range(replicas)}},
     )
-    machine.handle(on.TableChanged(table), 0.0)
-    arrivals: list[tuple[float, Tenant]] = []
-    for tenant in tenants:
-        at_s = 0.0
-        while True:
-            at_s += draw.expovariate(tenant.rps)
-            if at_s >= seconds:
-                break
-            if tenant.on_s and int(at_s / tenant.on_s) % 2:
-                continue
-            arrivals.append((at_s, tenant))
-    arrivals.sort(key=lambda item: item[0])
-    who: dict[int, tuple[Tenant, float, Sequence]] = {}
-    ttft: dict[str, list[float]] = {tenant.name: [] for tenant in tenants}
-    served = dict.fromkeys(ttft, 0.0)
-    steps: list[tuple[float, int, str, list[Sequence]]] = []
-    count = 0
 
-    def execute(commands: list[do.Command], now_s: float) -> None:
-        nonlocal count
-        for command in commands:
-            if isinstance(command, do.Send):
-                sequence = who[command.number][2]
-                engine = engines[command.replica.id]
-                heapq.heappush(engine.queue, (command.rank_s, command.number, sequence))
-                begin(command.replica.id, now_s)
-            elif isinstance(command, do.Record) and command.charge is not None:
-                made = who[command.number][2].made
-                machine.settle_charge(command.charge, made)
 
-    def begin(name: str, now_s: float) -> None:
-        nonlocal count
-        engine = engines[name]
-        if engine.busy:
-            return
-        took_s, tokens = engine.plan()
-        if engine.batch:
-            engine.busy = True
-            count += 1
-            heapq.heappush(steps, (now_s + took_s, count, name, tokens))
+def traffic_of(tenants: list[Tenant], seconds: float) -> tuple[SimulatedTraffic, "np.ndarray"]:
+    """The requests, and the session of each. A tenant's own do not depend on the others."""
+    rows = []
+    sessions = 0
+    for number, tenant in enumerate(tenants):
+        draw = np.random.default_rng(number)
+        at_s = np.sort(draw.uniform(0.0, seconds, draw.poisson(tenant.rps * seconds)))
+        if tenant.on_s:
+            at_s = at_s[(at_s // tenant.on_s).astype(int) % 2 == 0]
+        for place, arrival_s in enumerate(at_s):
+            # A turn comes 100 requests after the last one of its session.
+            group = place // (100 * tenant.turns) * 100 + place % 100
+            session = sessions + group if tenant.turns > 1 else -1
+            rows.append((arrival_s, tenant.prompt, tenant.output, number, session))
+        sessions += len(at_s)
+    columns = [np.array(column) for column in zip(*sorted(rows), strict=True)]
+    traffic = SimulatedTraffic(
+        arrival_s=columns[0],
+        prompt_tokens=columns[1],
+        output_tokens=columns[2],
+        tenant=columns[3],
+    )
+    return traffic, columns[4]
 
-    number, at = 0, 0
-    while at < len(arrivals) or steps:
-        if at < len(arrivals) and (not steps or arrivals[at][0] <= steps[0][0]):
-            now_s, tenant = arrivals[at]
-            at, number = at + 1, number + 1
-            who[number] = tenant, now_s, Sequence(number, tenant.prompt, tenant.output)
-            request = Request(
-                id=str(number),
-                arrival_s=now_s,
-                workload_type="t",
-                prompt_tokens=tenant.prompt,
-                output_tokens=tenant.output,
-            )
-            event = on.Arrived(
-                number=number,
-                request=request,
-                rank_s=now_s,
-                streams=True,
-                tenant=tenant.name if fair else "",
-            )
-            execute(machine.handle(event, now_s), now_s)
-            continue
-        now_s, _, name, tokens = heapq.heappop(steps)
-        if now_s > seconds:
-            break
-        engine = engines[name]
-        engine.busy = False
-        for item in tokens:
-            tenant, arrived_s, _ = who[item.number]
-            item.made += 1
-            counts = now_s >= WARM_S
-            served[tenant.name] += counts * decode_s
-            if item.made == 1:
-                served[tenant.name] += counts * PROMPT_S * tenant.prompt
-                if arrived_s >= WARM_S:
-                    ttft[tenant.name].append(now_s - arrived_s)
-                execute(machine.handle(on.Streams(item.number), now_s), now_s)
-            if item.made == item.output:
-                engine.batch.remove(item)
-                execute(machine.handle(on.Finished(item.number), now_s), now_s)
-        begin(name, now_s)
-    # A request that never began has waited until the end at least.
-    for tenant, arrived_s, sequence in who.values():
-        if not sequence.made and arrived_s >= WARM_S:
-            ttft[tenant.name].append(seconds - arrived_s)
-    return {
-        name: {
-            "p50_s": statistics.median(values),
-            "p99_s": sorted(values)[int(0.99 * (len(values) - 1))],
-            "device_s": served[name],
-        }
-        for name, values in ttft.items()
-    }
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    simulator: Simulator
+    shape: ReplicaShape
+    seconds: float
+
+    def run(self, tenants: list[Tenant], fair: FairPolicy | None) -> FleetResults:
+        shares = None
+        if fair is not None:
+            weights = tuple(tenant.weight for tenant in tenants)
+            shares = FairShares(weights=weights, reserve=fair.reserve)
+        serving = SimulatedServing(
+            plan=plan_of(self.shape), levers=Levers(order=OrderPolicy(), fair=shares)
+        )
+        traffic, session = traffic_of(tenants, self.seconds)
+        known = self.simulator.requests(serving, traffic, expected=traffic.output_tokens)
+        fleet = self.simulator.fleet(serving, replace(known, session=session))
+        for spec in serving.plan.replicas:
+            self.simulator.add(fleet, spec, serving.levers, ready_at_s=0.0)
+        self.simulator.route(fleet, serving.plan, serving.levers)
+        fleet.run(limit_s=self.seconds)
+        return fleet.results()
+
+    def first_token_s(self, found: FleetResults, tenant: int = 0) -> list[float]:
+        """P50 and P99; a request without a first token has waited until the end."""
+        own = (found.tenant == tenant) & (found.arrival_s >= WARM_S)
+        at_s = np.where(np.isnan(found.first_token_s), self.seconds, found.first_token_s)
+        return [float(value) for value in np.quantile((at_s - found.arrival_s)[own], [0.5, 0.99])]
+
+    def work_s(self, found: FleetResults) -> float:
+        costs = self.simulator.costs(self.shape)
+        return sum(
+            own.prompt_tokens * costs.prefill_s_per_token
+            + own.generated_tokens * costs.decode_s_per_token
+            for own in found.totals
+        )
+
+    def served_s(self, found: FleetResults, tenants: list[Tenant]) -> list[float]:
+        """By tenant, the work of answers begun or made, by weight."""
+        costs = self.simulator.costs(self.shape)
+        begun = np.isfinite(found.first_token_s)
+        work = begun * found.prompt_tokens * costs.prefill_s_per_token
+        work = work + found.made_tokens * costs.decode_s_per_token
+        return [
+            float(work[found.tenant == number].sum()) / tenant.weight
+            for number, tenant in enumerate(tenants)
+        ]
 
 
 def jain(values: list[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
-SCENARIOS: dict[str, list[Tenant]] = {
-    "flood tenfold": [Tenant(name="quiet", rps=4.0), Tenant(name="flood", rps=40.0)],
-    "on and off": [Tenant(name="quiet", rps=4.0), Tenant(name="flood", rps=80.0, on_s=10.0)],
-    "quiet long, flood short": [
-        Tenant(name="quiet", rps=1.0, prompt=2000, output=256),
-        Tenant(name="flood", rps=150.0, prompt=100, output=32),
-    ],
-    "quiet short, flood long": [
-        Tenant(name="quiet", rps=8.0, prompt=100, output=32),
-        Tenant(name="flood", rps=20.0, prompt=2000, output=256),
-    ],
-    "two floods": [Tenant(name="a", rps=40.0), Tenant(name="b", rps=60.0, output=256)],
-    "many floods": [Tenant(name=f"t{index}", rps=6.0 + index) for index in range(8)],
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--reserve", type=float, default=FairPolicy().reserve)
+    parser.add_argument("--seqs", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = {}
+    spec = load_cluster("1x2xH100")
+    source, _ = find_source(
+        SourceChoice(model="llama-3.1-8b", devices=spec.devices, network=spec.network)
+    )
+    shape = ReplicaShape(
+        device_kind="H100",
+        max_num_seqs=options.seqs,
+        max_num_batched_tokens=options.chunk,
+    )
+    bench = Bench(simulator=Simulator(source), shape=shape, seconds=options.seconds)
+    policy = FairPolicy(reserve=options.reserve)
+    rows = []
     for name, tenants in SCENARIOS.items():
-        with_, without = (
-            run(tenants, fair=fair, seconds=options.seconds, reserve=options.reserve)
-            for fair in (True, False)
-        )
-        total = [sum(item["device_s"] for item in each.values()) for each in (with_, without)]
-        line = f"{name}: throughput {total[0] / total[1] - 1:+.1%}"
-        floods = [item["device_s"] for each, item in with_.items() if each != "quiet"]
-        plain = [item["device_s"] for each, item in without.items() if each != "quiet"]
-        if "quiet" in with_:
-            alone = run(tenants[:1], fair=True, seconds=options.seconds, reserve=options.reserve)[
-                "quiet"
-            ]
-            line += "; quiet P99 TTFT" + "".join(
-                f", {what} {each['p99_s'] * 1e3:.0f} ms ({each['p99_s'] / alone['p99_s']:.2f}x)"
-                for what, each in (
-                    ("alone", alone),
-                    ("fair", with_["quiet"]),
-                    ("unfair", without["quiet"]),
-                )
+        fair, unfair = (bench.run(tenants, own) for own in (policy, None))
+        row: dict[str, object] = {
+            "scenario": name,
+            "throughput": bench.work_s(fair) / bench.work_s(unfair) - 1,
+        }
+        line = f"{name}: work {row['throughput']:+.1%}"
+        floods = [at for at, tenant in enumerate(tenants) if tenant.name != "quiet"]
+        if len(floods) > 1:
+            served = [bench.served_s(found, tenants) for found in (fair, unfair)]
+            index = [jain([own[at] for at in floods]) for own in served]
+            row["jain"] = index
+            line += f"; Jain of the floods, fair and unfair: {index[0]:.4f}, {index[1]:.4f}"
+        if tenants[0].name == "quiet":
+            alone = bench.run(tenants[:1], policy)
+            ttft = [bench.first_token_s(found) for found in (alone, fair, unfair)]
+            row["ttft_s"] = dict(zip(("alone", "fair", "unfair"), ttft, strict=True))
+            line += "; quiet TTFT P50 / P99, ms: " + ", ".join(
+                f"{what} {own[0] * 1e3:.0f} / {own[1] * 1e3:.0f} ({own[1] / ttft[0][1]:.2f}x)"
+                for what, own in row["ttft_s"].items()  # type: ignore[attr-defined]
             )
-        else:
-            line += f"; Jain fair {jain(floods):.3f}, unfair {jain(plain):.3f}"
         print(line, flush=True)
-        found[name] = {"fair": with_, "unfair": without}
+        rows.append(row)
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from oserve.plan.place import place_replicas
 from oserve.plan.planning import PlanRequest, PlanResult, compute_plan
 from oserve.plan.search import DeploymentCandidate
 from oserve.plan.tiers import demand_by_tier, tier_indices, tier_limits
+from oserve.plan.verify import climb
 from oserve.traces import TraceRequest, read_trace, synthesise
 
 TIGHT = Tier(name="tight", ttft_s=1.0, tpot_s=0.02, precisions=(Precision.BF16,))
@@ -71,6 +72,7 @@ class Found:
     scale: float
     words: str
     tried: int
+    at: int | None = None
 
 
 def main() -> None:
@@ -213,8 +215,30 @@ def _one_slo(case: Case) -> Found:
 
 
 def _oserve(case: Case) -> Found:
-    """OServe's plan for the tiers, and the alternatives that its planner gives."""
-    return _best(case, _of_plan(case, compute_plan(case.request))[: case.most])
+    """OServe's plan for the tiers, its planner's alternatives, and neighbours of the best."""
+    found = compute_plan(replace(case.request, candidates=case.most - 1 - case.most // 4))
+    deployments = [found.planned.best, *found.planned.candidates]
+    plans = [serving_of(found, item).plan for item in deployments]
+    first = _best(case, plans)
+    if not first.tried or first.at is None:
+        return first
+    best = first.scale
+
+    def score(item: DeploymentCandidate) -> float:
+        nonlocal best
+        scale = _capacity(case, serving_of(found, item).plan, None, max(best, 0.05))
+        best = max(best, scale)
+        return scale
+
+    known = {item.counts for item in deployments}
+    start = deployments[first.at]
+    more = climb(found.problem, start, best, score, known=known, most=case.most - len(plans))
+    further = max(more, key=lambda item: item.scale, default=None)
+    tried = first.tried + len(more)
+    if further is None or further.scale <= first.scale:
+        return replace(first, tried=tried)
+    words = _words(serving_of(found, further.deployment).plan, None)
+    return Found(scale=further.scale, words=words, tried=tried)
 
 
 # -- candidates -------------------------------------------------------------------------------
@@ -300,14 +324,14 @@ def _of_plan(case: Case, found: PlanResult) -> list[DeploymentPlan]:
 
 # -- scores -----------------------------------------------------------------------------------
 def _best(case: Case, plans: Sequence[DeploymentPlan]) -> Found:
-    best, words, tried = 0.0, "none", 0
-    for plan in plans:
+    best, words, tried, at = 0.0, "none", 0, None
+    for place, plan in enumerate(plans):
         for inflight in _INFLIGHT if plan is plans[0] else _INFLIGHT[:1]:
             tried += 1
             scale = _capacity(case, plan, inflight, max(best, 0.05))
             if scale > best:
-                best, words = scale, _words(plan, inflight)
-    return Found(scale=best, words=words, tried=tried)
+                best, words, at = scale, _words(plan, inflight), place
+    return Found(scale=best, words=words, tried=tried, at=at)
 
 
 def _capacity(case: Case, plan: DeploymentPlan, inflight: float | None, start: float) -> float:

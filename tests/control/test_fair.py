@@ -276,6 +276,7 @@ def test_a_failed_attempt_costs_its_tenant_nothing() -> None:
 def test_in_an_engine_a_late_comer_goes_before_what_a_flood_has_queued() -> None:
     driver = Driver(replica_of("r0", Fake(most=40)))
     driver.at(0.0, comes(0, "quiet", Ask(output=10)))
+    driver.at(0.0, on.Streams(0))
     flood = [
         only(driver.at(0.0, comes(number, "flood", Ask(output=10))), Send).rank_s
         for number in range(1, 11)
@@ -310,10 +311,28 @@ def test_a_flood_leaves_a_slot_free_while_others_are_active() -> None:
     # Of four that run at once the flood leaves one free.
     assert driver.place(11) == "r0"
     assert driver.waiting == {9, 10}
+    driver.at(2.0, on.Streams(7), on.Streams(8), on.Streams(11))
     driver.at(3.0, on.Finished(11))
     assert driver.waiting == {10}
     driver.at(70.0, comes(12, "flood", Ask()))
     assert driver.waiting == set()
+
+
+def test_the_last_slots_of_a_flood_are_filled_with_one_prompt_at_a_time() -> None:
+    policy = DispatchPolicy(fair=FairPolicy(reserve=0.2))
+    driver = Driver(replica_of("r0", Fake(most=20)), policy=policy)
+    driver.at(0.0, comes(1, "quiet", Ask()))
+    driver.at(0.0, on.Streams(1), on.Finished(1))
+    for number in range(2, 12):
+        driver.at(1.0, comes(number, "flood", Ask()))
+    # Two of ten slots stay free, and two more while a prompt is owed.
+    assert driver.waiting == set(range(8, 12))
+    driver.at(1.0, *(on.Streams(number) for number in range(2, 8)))
+    assert driver.waiting == set(range(9, 12))
+    driver.at(1.0, on.Streams(8))
+    assert driver.waiting == set(range(10, 12))
+    driver.at(1.0, on.Streams(9))
+    assert driver.waiting == set(range(10, 12))
 
 
 def test_a_share_of_the_slots_is_that_of_the_processes_that_report() -> None:

@@ -14,11 +14,11 @@ from oserve.config import load_cluster
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import WorkloadType
 from oserve.evaluate.attainment import attainment, met, surely_failed
+from oserve.evaluate.ranks import ranks_s
 from oserve.evaluate.simulator import (
     SimulatedTraffic,
     Simulator,
     largest_scale,
-    ranks_s,
     traffic_from,
 )
 from oserve.evaluate.verification import check_for, poisson_traffic, serving_of, simulate_serving
@@ -209,7 +209,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_ranks_of_all_are_the_rank_of_each(window_s: float) -> None:
     order = OrderPolicy(max_penalty_s=20.0, freshest_first_s=window_s)
     traffic = poisson_traffic(TYPES, seed=2)
-    assert ranks_s(order, traffic).tolist() == [
+    assert ranks_s(order, traffic.arrival_s, traffic.prompt_tokens).tolist() == [
         rank_s(order, arrival_s=at, prompt_tokens=tokens)
         for at, tokens in zip(
             traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), strict=True

@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oserve.core import OServeError, Precision, ReplicaShape, Tier, WorkloadType
+from oserve.core import Device, OServeError, Precision, ReplicaShape, Tier, WorkloadType
 from oserve.perf import ShapePerformance
 from oserve.perf.capacity import LatencyLimits
 from oserve.plan.demand import demand_from_rates
+from oserve.plan.problem import PlanProblem
+from oserve.plan.search import DeploymentCandidate, plan_deployment
+from oserve.plan.tier_pools import pooled
 from oserve.plan.tier_table import tier_table
 from oserve.plan.tiers import demand_by_tier, tier_indices, tier_limits, with_tiers
+from oserve.plan.verify import climb
 from oserve.traces import TraceRequest
 
 TIGHT = Tier(name="tight", tpot_s=0.02, precisions=(Precision.BF16,))
@@ -134,3 +138,72 @@ def test_all_requests_are_counted_whatever_their_tiers(count: int, seed: int) ->
     plain = demand_by_tier(made, (), "", source="t", max_model_len=8192)
     assert demand.rate_rps == pytest.approx(plain.rate_rps)
     assert {kind.tier for kind in demand.types} == {"tight", "bulk"}
+
+
+def two_tiers(devices: int = 8) -> PlanProblem:
+    """Small replicas serve bulk work alone, large ones both; the best mix is one of two shapes."""
+    kinds = (
+        WorkloadType(
+            name="tight: a",
+            prompt_tokens=100.0,
+            output_tokens=100.0,
+            arrival_rate_rps=2.0,
+            tier="tight",
+        ),
+        WorkloadType(
+            name="bulk: a",
+            prompt_tokens=100.0,
+            output_tokens=100.0,
+            arrival_rate_rps=4.0,
+            tier="bulk",
+        ),
+    )
+    rows = [(1, (0.0, 3.0)), (2, (1.0, 4.0)), (4, (5.0, 6.0))]
+    return PlanProblem(
+        devices=tuple(Device(id=f"d{n}", node="n", kind="any") for n in range(devices)),
+        types=kinds,
+        options=tuple(
+            ShapePerformance(
+                shape=ReplicaShape(tensor_parallel_size=size),
+                capacity_rps=capacity,
+                latency_s=(1.0, 1.0),
+                ttft_s=(0.1, 0.1),
+                tpot_s=(0.01, 0.01),
+                power_w=0.0,
+            )
+            for size, capacity in rows
+        ),
+    )
+
+
+def test_one_shape_for_each_part_of_the_tiers_is_a_candidate() -> None:
+    problem = two_tiers()
+    found = pooled(problem, 3)
+    assert found[0] == (4, 0, 1)
+    assert len(found) == len(set(found)) == 3
+    for counts in found:
+        assert problem.packing.fits(counts)
+        assert sum(1 for count in counts if count) == 2
+    planned = plan_deployment(problem, candidates=6)
+    known = {planned.best.counts, *(item.counts for item in planned.candidates)}
+    assert set(found) <= known
+    one_tier = replace(problem, types=tuple(replace(kind, tier="") for kind in problem.types))
+    assert pooled(one_tier, 3) == []
+
+
+def test_climbing_finds_what_another_score_likes_better() -> None:
+    problem = two_tiers()
+    planned = plan_deployment(problem, candidates=2)
+    asked: list[tuple[int, ...]] = []
+
+    def score(item: DeploymentCandidate) -> float:
+        asked.append(item.counts)
+        # The fewer replicas the better.
+        return -float(sum(item.counts))
+
+    start = planned.best
+    found = climb(problem, start, score(start), score, known={start.counts}, most=12)
+    assert 0 < len(found) == len(asked) - 1 <= 12
+    assert start.counts not in {item.deployment.counts for item in found}
+    assert max(item.scale for item in found) > -sum(start.counts)
+    assert climb(problem, start, 0.0, score, most=0) == []

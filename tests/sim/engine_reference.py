@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from oserve.core import Promise
+
 PS: Final = 10**12
 BLOCK: Final = 16
 
@@ -53,6 +55,8 @@ class Job:
     rank: int = 0
     priority: int = 0
     session: int = -1
+    tenant: str = ""
+    promise: Promise | None = None
     made: int = 0
     done: int = 0
     status: str = "pending"
@@ -103,6 +107,7 @@ class Engine:
     budget: int
     total_blocks: int
     stages: int = 1
+    precision: str = ""
     role: str = "both"
     ordered: bool = False
     max_inflight: int = 0

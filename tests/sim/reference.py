@@ -17,7 +17,7 @@ from oserve.control.dispatch.router import Router
 from oserve.control.dispatch.state import Booking, Streaming
 from oserve.control.dispatch.table import EMPTY_TABLE, RoutingTable, TableReplica
 from oserve.control.dispatch.witness import Witness
-from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request
+from oserve.core import Endpoint, FinishStatus, ReplicaPhase, Request, Tier
 from sim.engine_reference import PS, Engine, Job, Transfer
 from sim.peers import PeerRouter
 
@@ -99,8 +99,10 @@ class Reference:
         policy: str = "pools",
         shares: dict[int, dict[str, float]] | None = None,
         closed_loop: int = 0,
+        tiers: tuple[Tier, ...] = (),
         watched: bool = True,
     ) -> None:
+        self.tiers = tiers
         self.jobs = jobs
         self.engines: list[Engine] = []
         self.machine = SteppedMachine(dispatch)
@@ -137,10 +139,14 @@ class Reference:
                     returns_token_ids=True,
                     prefill_s_per_token=engine.prefill_s,
                     decode_s_per_token=engine.decode_s,
+                    precision=engine.precision,
+                    devices=engine.stages,
                 )
                 for engine in self.engines
                 if engine.phase in _PHASES
             ),
+            tiers=self.tiers,
+            default_tier=self.tiers[0].name if self.tiers else "",
         )
 
     def hear(self, event: on.Event) -> None:
@@ -162,9 +168,9 @@ class Reference:
     def carry_out(self, commands: list[do.Command]) -> None:
         for command in commands:
             match command:
-                case do.Send(number=number, replica=replica):
+                case do.Send(number=number, replica=replica, rank_s=rank_s):
                     job = self.jobs[number]
-                    job.priority = engine_priority(self.machine.requests[number].rank_s)
+                    job.priority = engine_priority(rank_s)
                     job.on, job.dispatched = replica.id, self.now
                     self.engine(replica.id).enqueue(job)
                 case do.Refuse(number=number, refusal=refusal):
@@ -194,18 +200,33 @@ class Reference:
             workload_type=str(job.kind),
             prompt_tokens=job.prompt,
             output_tokens=job.expected,
+            promise=job.promise,
         )
-        rank_s = job.rank / PS
-        self.hear(on.Arrived(number=job.number, request=request, rank_s=rank_s, streams=True))
+        self.hear(
+            on.Arrived(
+                number=job.number,
+                request=request,
+                rank_s=job.rank / PS,
+                streams=True,
+                tenant=job.tenant,
+            )
+        )
 
     def lose(self, job: Job, *, again: bool = False) -> None:
         """Its replica does not have it any more; ``again``: that one may be asked again."""
         if job.made == 0:
-            self.hear(on.Lost(number=job.number, reason="gone"))
+            self.leave(job, on.Lost(number=job.number, reason="gone"))
             return
         rest = on.Rest(context_tokens=job.known, made_tokens=job.made)
         cause = on.Cause.DIVERGED if again else on.Cause.LOST
-        self.hear(on.Broken(number=job.number, cause=cause, rest=rest, reason="gone"))
+        self.leave(job, on.Broken(number=job.number, cause=cause, rest=rest, reason="gone"))
+
+    def leave(self, job: Job, event: on.Event) -> None:
+        """It leaves its replica; if it has ended, the gateway tells what it was worth."""
+        charge = self.machine.requests[job.number].charge
+        self.hear(event)
+        if charge is not None and job.number not in self.machine.requests:
+            self.machine.settle_charge(charge, max(0, job.made - charge.made_tokens))
 
     # -- what ends ------------------------------------------------------------------------------
     def emitted(self, engine: Engine, job: Job) -> None:
@@ -218,7 +239,7 @@ class Reference:
             self.hear(on.Began(job.number))
         if job.made == job.output:
             engine.running.remove(job)
-            self.hear(on.Finished(job.number))
+            self.leave(job, on.Finished(job.number))
             if job.session >= 0:
                 for other in self.engines:
                     other.held.pop(job.session, None)
@@ -295,12 +316,13 @@ class Reference:
     def remove(self, engine: Engine, *, replay: bool) -> None:
         engine.phase = "gone"
         self.hear(on.TableChanged(self.table()))
-        for job in sorted(engine.running + engine.waiting, key=lambda item: item.number):
+        # Tenants begin to wait again in this order.
+        for job in engine.running + engine.waiting:
             job.leaving_to, job.copied = None, 0
             if replay:
                 self.lose(job)
             else:
-                self.hear(on.Finished(job.number, FinishStatus.FAILED))
+                self.leave(job, on.Finished(job.number, FinishStatus.FAILED))
                 self.close(job, "lost")
         engine.running, engine.waiting, engine.batches = [], [], []
         engine.outgoing = []

@@ -11,13 +11,24 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from oserve.control.dispatch.fair_policy import FairPolicy
+from oserve.control.dispatch.order import OrderPolicy
 from oserve.control.dispatch.overload import OverloadPolicy, max_prompt_s
-from oserve.core import ReplicaShape, Role
+from oserve.control.dispatch.tiers import tightest
+from oserve.core import OverloadAction, Precision, Promise, ReplicaShape, Role, Tier
+from oserve.evaluate.tiers import BARRED, late_after_s, tier_shifts_s
 from oserve.perf import TokenCosts
 from oserve.perf.sequence_cache import SequenceCache
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.steps import StepTables
-from oserve.sim.types import GatewayOptions, RequestTable, RoutingPolicy, SimLink, Status
+from oserve.sim.types import (
+    FairShares,
+    GatewayOptions,
+    RequestTable,
+    RoutingPolicy,
+    SimLink,
+    Status,
+)
 from sim.engine_reference import PS, Engine, Job, Layout
 from sim.reference import UNLIMITED, Reference
 
@@ -57,6 +68,7 @@ class Spec:
     link: int
     latency: int
     ready_at: int
+    precision: Precision = Precision.BF16
     layout: Layout = PLAIN
 
     def tables(self) -> StepTables:
@@ -88,6 +100,7 @@ class Spec:
             total_blocks=self.kv_blocks,
             layout=self.layout,
             stages=self.stages,
+            precision=self.precision,
             role=self.role.value,
             ordered=self.ordered,
             max_inflight=self.max_inflight,
@@ -116,6 +129,7 @@ class Spec:
             name,
             ReplicaShape(
                 pipeline_parallel_size=self.stages,
+                precision=self.precision,
                 max_num_batched_tokens=self.budget,
                 max_num_seqs=self.seqs,
                 role=self.role,
@@ -150,7 +164,10 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Requests are (arrival, prompt, output, expected, class, rank, session); times in units."""
+    """Requests are (arrival, prompt, output, expected, class, rank, session); times in units.
+
+    ``owners``: the tenant and the tier of each request, by number; empty without.
+    """
 
     requests: list[tuple[int, int, int, int, int, int, int]]
     replicas: list[Spec]
@@ -164,6 +181,45 @@ class Scenario:
     closed_loop: int = 0
     max_attempts: int = 10**6
     max_moves: int = 10**6
+    owners: list[tuple[int, int]] = field(default_factory=list)
+    tiers: tuple[Tier, ...] = ()
+    weights: tuple[float, ...] = ()
+    reserve: float = 0.0
+    active: int = 0
+
+    def promise(self, number: int) -> Promise | None:
+        return Promise.of(self.tiers[self.owners[number][1]]) if self.tiers else None
+
+    @property
+    def active_s(self) -> float:
+        return (self.active * UNIT + BESIDE) / PS
+
+    @property
+    def fair(self) -> FairPolicy:
+        return FairPolicy(
+            weights={f"t{index}": weight for index, weight in enumerate(self.weights)},
+            reserve=self.reserve,
+            active_s=self.active_s,
+        )
+
+    @property
+    def replica_overload(self) -> OverloadPolicy:
+        return tightest(self.overload, self.tiers)
+
+    def routing(self) -> dict[int, dict[str, float]]:
+        """The kernel's shares: of each tier and class, without replicas of other precisions."""
+        if not self.tiers:
+            return self.shares
+        return {
+            2 * place + kind: {
+                name: self.shares.get(kind, {}).get(name, 0.0)
+                if tier.allows(spec.precision)
+                else BARRED
+                for name, spec in zip(_names(len(self.replicas)), self.replicas, strict=True)
+            }
+            for place, tier in enumerate(self.tiers)
+            for kind in range(2)
+        }
 
     @property
     def overload(self) -> OverloadPolicy:
@@ -192,6 +248,8 @@ def run_reference(scenario: Scenario, end: int) -> Reference:
             kind=kind,
             rank=rank * UNIT,
             session=session,
+            tenant=f"t{scenario.owners[number][0]}" if scenario.weights else "",
+            promise=scenario.promise(number),
         )
         for number, (arrival, prompt, output, expected, kind, rank, session) in enumerate(
             scenario.requests
@@ -206,7 +264,9 @@ def run_reference(scenario: Scenario, end: int) -> Reference:
             max_moves=scenario.max_moves,
             overflow_s=scenario.overflow_s,
             overload=scenario.overload,
+            fair=scenario.fair,
         ),
+        tiers=scenario.tiers,
         policy=scenario.policy,
         shares=scenario.shares,
         closed_loop=scenario.closed_loop,
@@ -237,17 +297,29 @@ def run_fleet(
     scenario: Scenario, end: int, *, compiled: bool, skip: bool = True, watch: bool = False
 ) -> SimulatedFleet:
     columns = list(zip(*scenario.requests, strict=True))
+    kinds, late, urgency = np.array(columns[4]), None, None
+    owners = scenario.owners or [(0, 0)] * len(scenario.requests)
+    tenant, tier = np.array(owners, dtype=np.int64).T
+    if scenario.tiers:
+        kinds = 2 * tier + kinds
+        expected = np.array(columns[3])
+        late = late_after_s(scenario.overload, scenario.tiers, tier, expected)
+        urgency = tier_shifts_s(OrderPolicy(), scenario.tiers, tier, expected)
     fleet = SimulatedFleet(
         RequestTable.of(
             np.array(columns[0]) * UNIT / PS,
             columns[1],
             columns[2],
             expected_output_tokens=columns[3],
-            class_index=columns[4],
+            class_index=kinds,
             rank_s=np.array(columns[5]) * UNIT / PS,
             session=columns[6],
+            tier=tier if scenario.tiers else None,
+            late_after_s=late,
+            tenant=tenant,
+            urgency_s=urgency,
         ),
-        classes=2,
+        classes=2 * max(1, len(scenario.tiers)),
         gateway=GatewayOptions(
             max_queued=scenario.max_queued,
             overflow_s=scenario.overflow_s,
@@ -256,6 +328,13 @@ def run_fleet(
             prompt_s_per_token=None,
             max_attempts=scenario.max_attempts,
             max_moves=scenario.max_moves,
+            fair=FairShares(
+                weights=scenario.weights,
+                reserve=scenario.reserve,
+                active_s=scenario.active_s,
+            )
+            if scenario.weights
+            else None,
         ),
         closed_loop=scenario.closed_loop,
         compiled=compiled,
@@ -263,8 +342,8 @@ def run_fleet(
     )
     names = _names(len(scenario.replicas))
     for spec, name in zip(scenario.replicas, names, strict=True):
-        spec.add_to(fleet, name, scenario.overload)
-    fleet.set_routing(POLICIES[scenario.policy], scenario.shares)
+        spec.add_to(fleet, name, scenario.replica_overload)
+    fleet.set_routing(POLICIES[scenario.policy], scenario.routing())
     for operation in scenario.operations:
         fleet.advance(operation.at * UNIT / PS)
         name = names[operation.replica]
@@ -344,6 +423,24 @@ def told_by_fleet(fleet: SimulatedFleet) -> list[Any]:
 # -- strategies ---------------------------------------------------------------------------------
 _round = st.integers(0, 40).map(lambda n: 50 * n)
 _burst = st.integers(0, 12).map(lambda n: 25 * n)
+PRECISIONS = [Precision.BF16, Precision.FP8]
+_weights = st.tuples(*[st.sampled_from([0.5, 1.0, 2.0])] * 3)
+_tiers = st.lists(
+    st.builds(
+        Tier,
+        name=st.just(""),
+        ttft_s=st.sampled_from([None, 80, 320]).map(
+            lambda units: None if units is None else (units * UNIT + BESIDE) / PS
+        ),
+        precisions=st.sampled_from([(), (), (Precision.BF16,)]),
+        weight=st.sampled_from([1.0, 2.0]),
+        overload=st.sampled_from(
+            [OverloadAction.DEMOTE, OverloadAction.DEMOTE, OverloadAction.FIRST]
+        ),
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda found: tuple(replace(tier, name=f"tier{n}") for n, tier in enumerate(found)))
 _LIVE_OPERATIONS = ["drain", "hang", "crash", "crash", "crash", "lose"]
 _OPERATIONS = ["look", *_LIVE_OPERATIONS, *["migrate"] * 6]
 
@@ -402,6 +499,8 @@ def scenarios(
     gateway: bool = False,
     operations: bool = False,
     live: bool = False,
+    tenants: bool = False,
+    tiers: bool = False,
 ) -> Scenario:
     """``live``: the live router under load, with replicas that leave, hang and break down."""
     count = draw(st.integers(8 if live else 1, 32 if live else 24))
@@ -445,7 +544,21 @@ def scenarios(
                 max_size=6,
             )
         )
+    owners: list[tuple[int, int]] = []
+    promises: tuple[Tier, ...] = ()
+    if tiers:
+        promises = draw(_tiers)
+        fleet = [replace(spec, precision=draw(st.sampled_from(PRECISIONS))) for spec in fleet]
+    if tenants or tiers:
+        tier = st.integers(0, max(0, len(promises) - 1))
+        owner = st.tuples(st.integers(0, 2), tier)
+        owners = draw(st.lists(owner, min_size=count, max_size=count))
     return Scenario(
+        owners=owners,
+        tiers=promises,
+        weights=draw(_weights) if tenants else (),
+        reserve=draw(st.sampled_from([0.0, 0.1, 0.5])),
+        active=draw(st.sampled_from([0, 100, 10**6])),
         requests=requests,
         replicas=fleet,
         policy=policy,

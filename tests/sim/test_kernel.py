@@ -27,10 +27,16 @@ KINDS = {
     "roles": scenarios(replicas=3, roles=True),
     "operations": scenarios(replicas=3, operations=True),
     "live": scenarios(replicas=4, gateway=True, operations=True, live=True),
+    "tenants": scenarios(replicas=3, gateway=True, operations=True, live=True, tenants=True),
+    "tiers": scenarios(replicas=3, gateway=True, operations=True, live=True, tiers=True),
+    "tiers and tenants": scenarios(
+        replicas=3, gateway=True, operations=True, live=True, tenants=True, tiers=True
+    ),
     "everything": scenarios(
         replicas=3, roles=True, stages=True, sessions=True, gateway=True, operations=True
     ),
 }
+LIVE = ("live", "tenants", "tiers", "tiers and tenants")
 ENDS = st.sampled_from([END, 1500, 4000])
 
 
@@ -49,7 +55,7 @@ def check(scenario: Scenario, end: int, *, compiled: bool, watch: bool = False) 
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(KINDS["live"], ENDS)
+@given(st.one_of(KINDS["live"], KINDS["tiers and tenants"]), ENDS)
 def test_the_kernel_is_the_machine(scenario: Scenario, end: int) -> None:
     check(scenario, end, compiled=False)
 
@@ -58,7 +64,7 @@ def test_the_kernel_is_the_machine(scenario: Scenario, end: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipping_changes_nothing(kind: str) -> None:
     @settings(
-        max_examples=300 if kind == "live" else 60,
+        max_examples=300 if kind in LIVE else 60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -72,6 +78,6 @@ def test_skipping_changes_nothing(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.one_of(KINDS["everything"], KINDS["live"]), st.booleans())
+@given(st.one_of(KINDS["everything"], KINDS["live"], KINDS["tiers and tenants"]), st.booleans())
 def test_compiled_is_the_same(scenario: Scenario, watch: bool) -> None:
     check(scenario, END, compiled=True, watch=watch)

@@ -126,3 +126,39 @@ def test_processes_change_nothing() -> None:
 
 def test_every_policy_says_what_it_is() -> None:
     assert all(entry.words for entry in POLICIES.values())
+
+
+def tiered_trace(tmp_path: Path) -> str:
+    lines = ["arrival_s,input_tokens,output_tokens,tier,tenant"]
+    for number in range(240):
+        owner = "quiet" if number % 12 == 0 else "flood"
+        tier = "bulk" if number % 3 == 0 else ""
+        lines.append(f"{number / 60},{200 + number % 7},{40 + number % 5},{tier},{owner}")
+    path = tmp_path / "tiers.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_results_by_tier_and_by_tenant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--trace", tiered_trace(tmp_path), "--no-capacity", "--policies", "static-default"]
+    by_tier = ["--tier", "tight=400/60/bf16", "--tier", "bulk=-/-"]
+    found = said(capsys, *words, *by_tier)["policies"][0]
+    tight, bulk = found["tiers"]
+    assert (tight["tier"], tight["requests"]) == ("tight", 160)
+    assert (bulk["tier"], bulk["requests"], bulk["attainment"]) == ("bulk", 80, 1.0)
+    assert 0 < tight["p50_ttft_s"] <= tight["p99_ttft_s"] < bulk["p99_e2e_s"]
+    flood, quiet = found["tenants"]
+    assert (flood["tenant"], quiet["tenant"], quiet["requests"]) == ("flood", "quiet", 20)
+    assert flood["device_s"] > 5 * quiet["device_s"] > 0
+    plain = said(capsys, *words)["policies"][0]
+    assert "tiers" not in plain
+    assert [row["tenant"] for row in plain["tenants"]] == ["flood", "quiet"]
+
+
+def test_tiers_are_for_policies_that_never_switch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--trace", tiered_trace(tmp_path), "--tier", "tight=400/60", "--tier", "bulk=-/-"]
+    with pytest.raises(SystemExit):
+        said(capsys, *words, "--policies", "oserve")
+    assert "'oserve' switches" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from oserve.cli.options import (
     RateScaleOption,
     SkipBadRowsOption,
     SortOption,
+    TierOption,
     TimeUnitOption,
     TpotOption,
     TraceArgument,
@@ -30,9 +32,11 @@ from oserve.cli.options import (
     slo_from,
 )
 from oserve.config import load_cluster, load_switch_costs
-from oserve.core import OServeError, Precision
+from oserve.config.tiers import parse_tiers
+from oserve.core import OServeError, Precision, Tier
 from oserve.study.compare import CompareOptions, Row, compare, usable_cores
-from oserve.study.policies import policy_names
+from oserve.study.groups import jain_index
+from oserve.study.policies import STATIC, policy_names
 from oserve.study.report import document, page
 from oserve.study.scene import SceneChoice, make_scene
 from oserve.switch.costs import SwitchCosts
@@ -43,6 +47,9 @@ _DEFAULT = "static-default,static-best,static-best-chunk,static-best-tuned,oserv
 _SYNTHETIC_RPS = 8.0
 _SYNTHETIC_S = 900.0
 _MOST_SYNTHETIC_S = 7 * 86_400.0
+_DEFAULT_BY_TIER = "static-default,static-best,static-best-chunk,static-best-tuned,oserve-static"
+# Tenants in a table; all of them are in the JSON document.
+_MOST_TENANTS = 20
 _SWEEP = (0.5, 0.75, 1.25, 1.5)
 
 
@@ -54,10 +61,14 @@ def simulate(
     trace_argument: TraceArgument = None,
     trace: TraceOption = None,
     policies: Annotated[
-        str, typer.Option(help="Names, comma-separated, or all; see docs/simulation.md.")
-    ] = _DEFAULT,
+        str,
+        typer.Option(
+            help="Names, comma-separated, or all; by default five. See docs/simulation.md."
+        ),
+    ] = "",
     slo_ttft_ms: TtftOption = 2000.0,
     slo_tpot_ms: TpotOption = 100.0,
+    tier: TierOption = None,
     rate_scale: RateScaleOption = 1.0,
     precisions: Annotated[
         str, typer.Option(help="Allowed precisions of weights; baselines take the first.")
@@ -109,7 +120,8 @@ def simulate(
         sort=sort,
     )
     trace = argument_or_option(trace_argument, trace, name="--trace")
-    names = policy_names(policies)
+    tiers = parse_tiers(tier or ())
+    names = _policies(policies, tiers)
     spec = load_cluster(cluster)
     requests, source = _traffic(trace, part, seed)
     scene = make_scene(
@@ -118,6 +130,7 @@ def simulate(
             devices=spec.devices,
             network=spec.network,
             slo=slo_from(slo_ttft_ms, slo_tpot_ms),
+            tiers=tiers,
             perf=perf,
             precisions=_precisions(precisions),
             context=max_model_len,
@@ -154,6 +167,9 @@ def simulate(
     screen = Console(highlight=False, soft_wrap=True)
     wide = screen if screen.is_terminal else Console(highlight=False, width=170)
     wide.print(_table(rows))
+    for table in (_tier_table(rows), _tenant_table(rows)):
+        if table is not None:
+            wide.print(table)
     if report is not None:
         _console.print(f"written: {report}", markup=False)
 
@@ -172,6 +188,58 @@ def _traffic(trace: str | None, wish: TraceSelection, seed: int) -> tuple[list[T
     return list(
         itertools.islice(made, wish.limit)
     ), f"a synthetic mix of conversations and code (seed {seed})"
+
+
+def _policies(text: str, tiers: Sequence[Tier]) -> list[str]:
+    """The policies by name; with tiers those that never switch."""
+    if not tiers:
+        return policy_names(text or _DEFAULT)
+    if text in {"", "all"}:
+        return list(STATIC) if text else policy_names(_DEFAULT_BY_TIER)
+    names = policy_names(text)
+    switching = [name for name in names if name not in STATIC]
+    if switching:
+        raise OServeError(
+            f"{switching[0]!r} switches, and knows no service tiers",
+            place="--policies",
+            remedy="use some of: " + ", ".join(STATIC),
+        )
+    return names
+
+
+def _tier_table(rows: list[Row]) -> Table | None:
+    if not any(row.tiers for row in rows):
+        return None
+    table = Table(
+        "policy", "tier", "requests", "within limits", "P50 TTFT", "P99 TTFT", "P50 TPOT",
+        "P99 TPOT", "P50 E2E", "P99 E2E",
+    )  # fmt: skip
+    for row in rows:
+        for own in row.tiers:
+            tpot = (f"{own.p50_tpot_s:.3f}", f"{own.p99_tpot_s:.3f}")
+            table.add_row(
+                *(row.policy, own.tier, str(own.requests), f"{own.attainment:.1%}"),
+                *(f"{own.p50_ttft_s:.2f}", f"{own.p99_ttft_s:.2f}", *tpot),
+                *(f"{own.p50_e2e_s:.2f}", f"{own.p99_e2e_s:.2f}"),
+            )
+    return table
+
+
+def _tenant_table(rows: list[Row]) -> Table | None:
+    if not any(row.tenants for row in rows):
+        return None
+    table = Table(
+        "policy", "tenant", "requests", "P50 TTFT", "P99 TTFT", "device-seconds", "Jain's index"
+    )
+    for row in rows:
+        jain = jain_index(row.tenants)
+        for own in row.tenants[:_MOST_TENANTS]:
+            table.add_row(
+                *(row.policy, own.tenant or "(none)", str(own.requests)),
+                *(f"{own.p50_ttft_s:.2f}", f"{own.p99_ttft_s:.2f}", f"{own.device_s:.0f}"),
+                "" if jain is None else f"{jain:.3f}",
+            )
+    return table
 
 
 def _precisions(text: str) -> tuple[Precision, ...]:

@@ -20,6 +20,7 @@ from oserve.control.dispatch.tiers import tightest
 from oserve.control.routing import INFLIGHT_PER_SEQ
 from oserve.core import DeploymentPlan, LengthClass, ReplicaShape, ReplicaSpec, Role, Tier
 from oserve.evaluate.attainment import ATTAINMENT, attainment, surely_failed
+from oserve.evaluate.ranks import ranks_s
 from oserve.evaluate.tiers import late_after_s, tier_routing, tier_shifts_s
 from oserve.perf import TokenCosts
 from oserve.perf.corrected import uncorrected
@@ -30,7 +31,7 @@ from oserve.perf.table import PerformanceSource
 from oserve.sim.fleet import SimulatedFleet
 from oserve.sim.results import FleetResults
 from oserve.sim.steps import StepTables, step_tables
-from oserve.sim.types import GatewayOptions, Rebalance, RequestTable, SimLink
+from oserve.sim.types import FairShares, GatewayOptions, Rebalance, RequestTable, SimLink
 from oserve.sim.types import RoutingPolicy as _Routing
 from oserve.traces import Slo
 from oserve.workload.columns import Columns, TimedRequest, columns_of
@@ -43,22 +44,21 @@ Routing = _Routing
 """How the gateway chooses a replica."""
 
 # Requests that still run so long after the last arrival count as late.
-LATEST_S = 300.0
-# How often a run checks whether it can still reach the attainment.
-_CHECKS = 8
+LATEST_S, _CHECKS = 300.0, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SimulatedTraffic:
     """Requests in order of arrival, an entry each; lengths in tokens, at least 1.
 
-    ``tier``: an index into the tiers; ``None`` without tiers.
+    ``tier``: an index into the tiers, ``tenant``: one into the tenants; ``None`` without any.
     """
 
     arrival_s: Floats
     prompt_tokens: Ints
     output_tokens: Ints
     tier: Ints | None = None
+    tenant: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -90,6 +90,7 @@ class SimulatedTraffic:
             prompt_tokens=self.prompt_tokens[low:high],
             output_tokens=self.output_tokens[low:high],
             tier=None if self.tier is None else self.tier[low:high],
+            tenant=None if self.tenant is None else self.tenant[low:high],
         )
 
     def columns(self) -> Columns:
@@ -102,7 +103,11 @@ class SimulatedTraffic:
 
 
 def traffic_from(
-    requests: Iterable[TimedRequest], *, max_model_len: int, tier: Ints | None = None
+    requests: Iterable[TimedRequest],
+    *,
+    max_model_len: int,
+    tier: Ints | None = None,
+    tenant: Ints | None = None,
 ) -> SimulatedTraffic:
     """Requests cut to the context as ``demand_from_trace`` counts them: the prompt gives way."""
     columns = columns_of(requests)
@@ -114,6 +119,7 @@ def traffic_from(
         prompt_tokens=np.rint(prompt).astype(np.int64),
         output_tokens=np.rint(output).astype(np.int64),
         tier=tier,
+        tenant=tenant,
     )
 
 
@@ -126,7 +132,8 @@ class Levers:
     the gateway, where they can still go to any replica and be demoted. ``None``: twice
     ``max_num_seqs``, as in the live gateway. ``overload``: the policy of the live gateway, in place
     of demotion and shedding by ``gateway``. ``tiers``: those that the traffic's ``tier`` indexes;
-    their late requests are demoted, whatever they say of overload.
+    their late requests are demoted, whatever they say of overload. ``fair``: shares between the
+    tenants that the traffic's ``tenant`` indexes; ``None`` serves all as one.
     """
 
     routing: Routing = Routing.POOLS
@@ -136,6 +143,7 @@ class Levers:
     overload: OverloadPolicy = field(default_factory=OverloadPolicy)
     rebalance: Rebalance | None = None
     tiers: tuple[Tier, ...] = ()
+    fair: FairShares | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,16 +166,6 @@ def class_indices(classes: tuple[LengthClass, ...], prompt_tokens: Ints) -> Ints
     """The length class of each prompt, as an index into ``classes``."""
     bounds = [item.max_prompt_tokens for item in classes[:-1]]
     return np.searchsorted(np.array(bounds, dtype=np.int64), prompt_tokens, side="left")
-
-
-def ranks_s(order: OrderPolicy, traffic: SimulatedTraffic) -> Floats:
-    """``control.dispatch.order.rank_s`` of all requests at once."""
-    arrival, window_s = traffic.arrival_s, order.freshest_first_s
-    if window_s > 0.0:
-        arrival = (2.0 * np.floor(arrival / window_s) + 1.0) * window_s - arrival
-    penalty = order.penalty_s_per_token * traffic.prompt_tokens
-    ranks: Floats = arrival + np.minimum(order.max_penalty_s, penalty)
-    return ranks
 
 
 class Simulator:
@@ -227,13 +225,14 @@ class Simulator:
             means = tier_routing(serving.plan, levers.tiers).outputs
         if expected is None:
             expected = np.array(means, dtype=np.int64)[index]
-        ranks = late = None
+        ranks = late = urgency = None
         if levers.order is not None:
-            ranks = ranks_s(levers.order, traffic)
+            ranks = ranks_s(levers.order, traffic.arrival_s, traffic.prompt_tokens)
         if levers.tiers and tier is not None:
             late = late_after_s(levers.overload, levers.tiers, tier, expected)
             if levers.order is not None and ranks is not None:
-                ranks = ranks + tier_shifts_s(levers.order, levers.tiers, tier, expected)
+                urgency = tier_shifts_s(levers.order, levers.tiers, tier, expected)
+                ranks = ranks + urgency
         return RequestTable.of(
             traffic.arrival_s,
             traffic.prompt_tokens,
@@ -243,6 +242,8 @@ class Simulator:
             rank_s=ranks,
             tier=tier,
             late_after_s=late,
+            tenant=traffic.tenant,
+            urgency_s=urgency,
         )
 
     def fleet(self, serving: SimulatedServing, requests: RequestTable) -> SimulatedFleet:
@@ -343,9 +344,10 @@ class Simulator:
         return attainment(fleet.results(), slo) >= ATTAINMENT
 
     def _gateway(self, serving: SimulatedServing) -> GatewayOptions:
-        options, overload = serving.levers.gateway, serving.levers.overload
+        levers, overload = serving.levers, serving.levers.overload
+        options = replace(levers.gateway, fair=levers.fair)
         if overload == OverloadPolicy():
-            return replace(options, prompt_s_per_token=None) if serving.levers.tiers else options
+            return replace(options, prompt_s_per_token=None) if levers.tiers else options
         return replace(
             options,
             demote_after_s=overload.late_after_s,

@@ -35,6 +35,8 @@ SEEDS = (0, 1)
 _REQUESTS = 2000
 _TOLERANCE = 0.02
 _EVALUATIONS = 12
+# With tiers the linear model says less, so neighbours of the best are simulated, too.
+_CLIMB = 8
 
 SERVED_AS = Levers(order=OrderPolicy())
 """How ``oserve serve`` serves a plan: soft pools with overflow, ordered by prompt length."""
@@ -188,7 +190,13 @@ def verified_answer(
         serving = serving_of(found, deployment)
         return simulate_serving(known, serving, check, start=max(start, 1e-3)).capacity_scale
 
-    verified = verify(found.problem, found.planned, score, min_gain=check.margin)
+    verified = verify(
+        found.problem,
+        found.planned,
+        score,
+        min_gain=check.margin,
+        more=_CLIMB if found.request.tiers else 0,
+    )
     best = verified.chosen.deployment
     placed = place_deployment(found.problem, best)
     base = verified.best_homogeneous.deployment

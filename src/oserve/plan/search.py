@@ -23,6 +23,7 @@ from oserve.plan.homogeneous import homogeneous_deployments
 from oserve.plan.problem import PlanProblem, ReplicaCounts, check_problem
 from oserve.plan.proof import Proved, optimal
 from oserve.plan.score import PlanScore, best_first
+from oserve.plan.tier_pools import pooled
 
 # Limits of the search for alternatives: solves with an option forbidden or reduced, the seconds and
 # the final gap of each, and the neighbours that are scored.
@@ -59,8 +60,9 @@ class Planned:
 
     ``candidates`` are the next-best distinct deployments found, best first: optima with one used
     option forbidden or reduced by one, and the neighbours of the best at one exchange of replicas.
-    They are good alternatives to score again, but not proved to be the k best. ``homogeneous`` are
-    the baselines, best first (see the module ``homogeneous``).
+    They are good alternatives to score again, but not proved to be the k best. With several tiers
+    half of them have one shape for some tiers and one for the others (see ``tier_pools``), in the
+    order of that module. ``homogeneous`` are the baselines, best first (see ``homogeneous``).
     """
 
     search: Search
@@ -100,7 +102,7 @@ def plan_deployment(
     found = _SEARCHES[search](
         _Task(problem=problem, assigner=assigner, exact=exact, baselines=baselines, seed=seed)
     )
-    others = _candidates(problem, assigner, found.best, candidates) if candidates else []
+    others = _alternatives(problem, assigner, found.best, candidates)
 
     def whole(scored: ScoredCounts) -> DeploymentCandidate:
         return DeploymentCandidate(
@@ -148,6 +150,22 @@ _SEARCHES: Mapping[Search, Callable[[_Task], Proved]] = {
 }
 
 
+def _alternatives(
+    problem: PlanProblem, assigner: Assigner, best: ScoredCounts, most: int
+) -> list[ScoredCounts]:
+    """See ``Planned.candidates``."""
+    if not most:
+        return []
+    pools = [
+        ScoredCounts(counts=counts, score=assigner.score(counts))
+        for counts in pooled(problem, most // 2)
+        if problem.is_eligible(counts) and counts != best.counts
+    ]
+    near = _candidates(problem, assigner, best, most - len(pools))
+    known = {item.counts for item in near}
+    return [*near, *(item for item in pools if item.counts not in known)]
+
+
 def _candidates(
     problem: PlanProblem, assigner: Assigner, best: ScoredCounts, most: int
 ) -> list[ScoredCounts]:
@@ -166,7 +184,7 @@ def _candidates(
         )
         proved = limited.solve(break_ties=False)
         found[proved.best.counts] = proved.best
-    for counts in _neighbours(problem, assigner, best.counts):
+    for counts in neighbours(problem, assigner, best.counts):
         if counts not in found:
             found[counts] = ScoredCounts(counts=counts, score=assigner.score(counts))
     found.pop(best.counts, None)
@@ -174,7 +192,7 @@ def _candidates(
     return best_first(problem, list(found.values()), lambda scored: scored.score)[:most]
 
 
-def _neighbours(
+def neighbours(
     problem: PlanProblem, assigner: Assigner, counts: ReplicaCounts
 ) -> list[ReplicaCounts]:
     """Neighbours of ``counts``: one or two replicas exchanged for another option, to capacity.

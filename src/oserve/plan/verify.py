@@ -5,12 +5,13 @@ On some shapes the linear model errs by more than a heterogeneous deployment gai
 simulator or measurements. Pure.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 from oserve.core import ReplicaShape
+from oserve.plan.assign import Assigner
 from oserve.plan.problem import PlanProblem, ReplicaCounts
-from oserve.plan.search import DeploymentCandidate, Planned
+from oserve.plan.search import DeploymentCandidate, Planned, neighbours
 
 MIN_GAIN = 0.03
 """The gain over the best homogeneous deployment from which a heterogeneous one is preferred."""
@@ -60,11 +61,13 @@ def verify(
     score: DeploymentScorer,
     *,
     min_gain: float = MIN_GAIN,
+    more: int = 0,
 ) -> Verified:
     """Score the candidates and homogeneous deployments again, and choose.
 
     Of homogeneous deployments that differ only in ``max_num_seqs``, it scores the linear model's
-    best. It chooses the best homogeneous one unless another gains ``min_gain`` over it.
+    best. ``more``: then it climbs from the best by so many further scores (see ``climb``). It
+    chooses the best homogeneous one unless another gains ``min_gain`` over it.
     """
     homogeneous = _of_each_form(problem, planned.homogeneous)
     baselines = {item.counts for item in planned.homogeneous}
@@ -74,6 +77,9 @@ def verify(
             scored[item.counts] = Rescored(
                 deployment=item, scale=score(item), homogeneous=item.counts in baselines
             )
+    start = max(scored.values(), key=lambda item: item.scale)
+    for other in climb(problem, start.deployment, start.scale, score, known=scored, most=more):
+        scored[other.deployment.counts] = other
     ranked = sorted(scored.values(), key=lambda item: (-item.scale, item.deployment.counts))
     base = next(item for item in ranked if item.homogeneous)
     best = ranked[0]
@@ -85,6 +91,43 @@ def verify(
         min_gain=min_gain,
         left_out=len(planned.homogeneous) - len(homogeneous),
     )
+
+
+def climb(
+    problem: PlanProblem,
+    start: DeploymentCandidate,
+    scale: float,
+    score: DeploymentScorer,
+    *,
+    known: Container[ReplicaCounts] = (),
+    most: int,
+) -> list[Rescored]:
+    """Neighbours of a deployment, scored: at most ``most``, without those ``known``.
+
+    They come in the order of the linear model's worth. The first that is better becomes the one
+    whose neighbours are tried.
+    """
+    if most <= 0:
+        return []
+    assigner = Assigner(problem)
+    found: dict[ReplicaCounts, Rescored] = {}
+    counts = start.counts
+    while True:
+        better = False
+        for other in neighbours(problem, assigner, counts):
+            if other in found or other in known or not problem.is_eligible(other):
+                continue
+            if len(found) >= most:
+                break
+            item = DeploymentCandidate(
+                counts=other, score=assigner.score(other), assignment=assigner.assign(other)
+            )
+            found[other] = Rescored(deployment=item, scale=score(item), homogeneous=False)
+            if found[other].scale > scale:
+                counts, scale, better = other, found[other].scale, True
+                break
+        if not better:
+            return list(found.values())
 
 
 def _of_each_form(

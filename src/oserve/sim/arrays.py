@@ -10,7 +10,15 @@ from oserve.core import ReplicaShape, Role
 from oserve.perf.sequence_cache import SequenceCache
 from oserve.sim import layout as at
 from oserve.sim.steps import StepTables
-from oserve.sim.types import Floats, GatewayOptions, Ints, RequestTable, RoutingPolicy, SimLink
+from oserve.sim.types import (
+    FairShares,
+    Floats,
+    GatewayOptions,
+    Ints,
+    RequestTable,
+    RoutingPolicy,
+    SimLink,
+)
 
 ROLES = {Role.BOTH: at.BOTH, Role.PREFILL: at.PREFILL, Role.DECODE: at.DECODE}
 
@@ -50,11 +58,53 @@ def fleet_arrays(
         "req": request_rows(requests, options, closed_loop),
         "ses": session_rows(sessions),
         "glob": glob,
-        **dict.fromkeys(("queue", "late", "moves"), np.zeros(count + 1, dtype=np.int64)),
+        "moves": np.zeros(count + 1, dtype=np.int64),
         "groups": np.zeros(2 * classes, dtype=np.int64),
+        **flow_arrays(requests, options.fair, glob),
         **dict.fromkeys(("mem", "where", "inflight", "most", "fits"), np.zeros(0, dtype=np.int64)),
         **dict.fromkeys(("shares", "credit", "costs", "work", "own"), np.zeros(0)),
     }
+
+
+def flow_arrays(requests: RequestTable, fair: FairShares | None, glob: Ints) -> dict[str, Any]:
+    """The queues, and the arrays of fair shares; see ``layout``."""
+    count, tenants, tiers = len(requests), 0, 1
+    if fair is not None and requests.tenant is not None:
+        tenants = len(fair.weights)
+        if requests.tier is not None:
+            tiers = int(requests.tier.max(initial=0)) + 1
+        glob[at.TENANTS], glob[at.TIERS] = tenants, tiers
+        glob[at.ACTIVE_PS] = picoseconds(fair.active_s)
+    flows = max(1, tenants * tiers)
+    sizes = np.bincount(flow_numbers(requests, tenants), minlength=flows)
+    rows = np.zeros((flows, at.FLOW), dtype=np.int64)
+    rows[1:, at.HEAP] = np.cumsum(sizes + 1)[:-1]
+    holders = np.zeros((tenants, at.HOLDER), dtype=np.int64)
+    holders[:, at.SEEN_AT] = -at.NEVER
+    paid = np.zeros((count if tenants else 0, at.PAID))
+    if tenants:
+        paid[:, at.RANK] = requests.rank_s
+    if tenants and requests.urgency_s is not None:
+        paid[:, at.URGENCY] = requests.urgency_s
+    return {
+        **dict.fromkeys(("queue", "late"), np.zeros(count + flows, dtype=np.int64)),
+        "flows": rows.reshape(-1),
+        "levels": np.zeros(flows * at.LEVELS),
+        "holders": holders.reshape(-1),
+        "weights": np.array(() if fair is None else fair.weights, dtype=np.float64),
+        "lasts": np.full(3 * tiers, at.NONE, dtype=np.int64),
+        "paid": paid.reshape(-1),
+    }
+
+
+def flow_numbers(requests: RequestTable, tenants: int) -> Ints:
+    """The flow of each request; 0 without ``tenants``."""
+    if not tenants or requests.tenant is None:
+        return np.zeros(len(requests), dtype=np.int64)
+    if requests.tier is None:
+        return requests.tenant
+    found: Ints = requests.tier * tenants + requests.tenant
+    return found
 
 
 def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: int) -> Ints:
@@ -70,6 +120,8 @@ def request_rows(requests: RequestTable, gateway: GatewayOptions, closed_loop: i
     rows[:, at.EXPECTED] = requests.expected_output_tokens
     rows[:, at.CLASS] = requests.class_index
     rows[:, at.OF_SESSION] = session_numbers(requests.session)
+    if gateway.fair is not None:
+        rows[:, at.FLOW_OF] = flow_numbers(requests, len(gateway.fair.weights))
     rows[:, at.ORDER] = _ps(requests.rank_s)
     rows[:, at.PRIORITY] = np.trunc(requests.rank_s * PRIORITY_PER_S)
     for column in (at.DEMOTE_AT, at.SHED_AT, at.FIRST, at.FINISH, at.SENT_AT):
@@ -111,6 +163,7 @@ def replica_rows(
     kv_tokens: int,
     ordered: bool,
     max_inflight: int,
+    tight: tuple[int, int],
     max_prompt: int,
     ready_at: int,
     kv_bytes_per_token: float,
@@ -172,6 +225,9 @@ def replica_rows(
         at.STAGES: stages,
         at.MAX_INFLIGHT: max_inflight,
         at.MAX_PROMPT: max_prompt,
+        at.DEVICES: shape.device_count,
+        at.TIGHT_INFLIGHT: tight[0],
+        at.TIGHT_PROMPTING: tight[1],
         at.KV_RATE: steps.kv_rate,
         at.PAIR_RATE: steps.pair_rate,
         at.LONGEST_JUMP: max(1, min(_LONGEST, _LARGEST // max(1, heaviest))),

@@ -81,6 +81,7 @@ from oserve.sim.layout import (
 from oserve.sim.lists import insert_before, insert_ordered, pop, push
 from oserve.sim.lockstep import arrived, cut, done_of, find_next_end, join, left_of, part, settle
 from oserve.sim.schedule import move_slot, refresh, touch
+from oserve.sim.shares import begins, correct_charge
 from oserve.sim.state import Flat, KernelState
 
 
@@ -106,8 +107,9 @@ def unbook(req: Flat, mem: Flat, glob: Flat, at: int, request: int) -> None:
 
 
 @compiled
-def close(req: Flat, glob: Flat, request: int, status: int, now: int) -> None:
+def close(s: KernelState, request: int, status: int, now: int) -> None:
     """End a request with a status; a closed loop then admits the next one."""
+    req, glob = s.req, s.glob
     req[request * REQUEST + STATUS] = status
     req[request * REQUEST + FINISH] = now
     glob[ENDED] += 1
@@ -174,14 +176,14 @@ def depart(s: KernelState, at: int, slot: int, target: int, now: int) -> None:
     req[base + STATUS] = MOVING
     unbook(req, mem, s.glob, at, request)
     book(req, mem, s.where[target], request, 0, decode_ps(s, request, target))
-    push(req, s.moves, MOVED_AT, request)
+    push(req, s.moves, 0, MOVED_AT, request)
 
 
 @compiled
 def receive(s: KernelState, now: int) -> int:
     """Complete a transfer; returns the request if its source or target has ended, else ``NONE``."""
     req, mem = s.req, s.mem
-    request = pop(req, s.moves, MOVED_AT)
+    request = pop(req, s.moves, 0, MOVED_AT)
     base = request * REQUEST
     if req[base + MOVED_FROM] != NONE:
         source = s.where[req[base + MOVED_FROM]]
@@ -209,6 +211,7 @@ def emit_first(s: KernelState, at: int, slot: int, now: int) -> None:
     if req[base + FIRST] == NEVER:
         req[base + FIRST] = now
     s.glob[FREED] = 1
+    begins(s, entry(mem, at, RUN_ID, slot))
     mem[at + OWED] -= req[base + BOOKED_PROMPT]
     mem[at + OWED_PROMPT] -= req[base + BOOKED_PROMPT]
     req[base + BOOKED] -= req[base + BOOKED_PROMPT]
@@ -230,7 +233,8 @@ def leaves(s: KernelState, at: int, slot: int, now: int) -> bool:
         mem[at + FREE] += reserved(req, mem, at, request)
         retain(mem, s.ses, s.where, at, req[base + OF_SESSION], done_of(mem, at, slot))
         unbook(req, mem, s.glob, at, request)
-        close(req, s.glob, request, COMPLETED, now)
+        correct_charge(s, request)
+        close(s, request, COMPLETED, now)
         return True
     target = NONE
     if state == NEW and mem[at + ROLE] == PREFILL:

@@ -46,6 +46,12 @@ def state_at(addresses: Addresses) -> KernelState:
         integers(addresses[14]),
         integers(addresses[15]),
         integers(addresses[16]),
+        integers(addresses[17]),
+        reals(addresses[18]),
+        integers(addresses[19]),
+        reals(addresses[20]),
+        integers(addresses[21]),
+        reals(addresses[22]),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from oserve.control.dispatch.fair_policy import tight_inflight
 from oserve.control.routing import INFLIGHT_PER_SEQ
 from oserve.core import ReplicaShape, Role
 from oserve.perf import TokenCosts
@@ -55,7 +56,7 @@ class SimulatedFleet:
         count = len(requests)
         if count and not 0 <= requests.class_index.min() <= requests.class_index.max() < classes:
             raise ValueError("class_index must lie in [0, classes)")
-        options = gateway or GatewayOptions()
+        self._options = options = gateway or GatewayOptions()
         if closed_loop > 0 and options.shed_after_s is not None:
             raise ValueError("a closed loop does not shed: its clients wait")
         self._requests = requests
@@ -88,7 +89,7 @@ class SimulatedFleet:
     @property
     def queued(self) -> int:
         """Requests that wait at the gateway."""
-        return int(self._state.queue[0] + self._state.late[0])
+        return int(self._state.glob[layout.WAITS])
 
     def add_replica(
         self,
@@ -118,13 +119,16 @@ class SimulatedFleet:
             raise ValueError(f"there is a replica {name} already")
         index, state = len(self._names), self._state
         ready_at = max(picoseconds(ready_at_s), state.glob[layout.NOW])
+        most = max_inflight or INFLIGHT_PER_SEQ * shape.max_num_seqs
+        fair = self._options.fair
         rows = replica_rows(
             index,
             shape,
             steps,
             kv_tokens=kv_tokens,
             ordered=ordered,
-            max_inflight=max_inflight or INFLIGHT_PER_SEQ * shape.max_num_seqs,
+            max_inflight=most,
+            tight=(most, most) if fair is None else tight_inflight(most, fair.reserve),
             max_prompt=picoseconds(max_prompt_s),
             ready_at=ready_at,
             kv_bytes_per_token=kv_bytes_per_token,

@@ -11,9 +11,11 @@ from oserve.control.dispatch.overload import DEMOTED_S
 from oserve.sim.blocks import units_of
 from oserve.sim.compiled import compiled
 from oserve.sim.completion import book, close, wait_at
+from oserve.sim.crowding import crowded_out
 from oserve.sim.layout import (
     ARRIVAL,
     ARRIVED,
+    CHARGED,
     CLASS,
     CLASSES,
     COMPUTED,
@@ -22,6 +24,7 @@ from oserve.sim.layout import (
     ENTERED,
     FIXED_SHARES,
     FREED,
+    FRESH,
     INFLIGHT,
     IS_LATE,
     LIVE_COST,
@@ -37,9 +40,10 @@ from oserve.sim.layout import (
     NEXT,
     NONE,
     ON,
-    ORDER,
     OUTPUT,
     OWED_PROMPT,
+    PAID,
+    PAID_PROMPT,
     PHASE,
     POLICY,
     PRIORITY,
@@ -60,16 +64,32 @@ from oserve.sim.layout import (
     SHED_CURSOR,
     SHEDS,
     STATUS,
+    TENANTS,
+    WAITS,
+    WAKES,
+    WAKES_BEFORE,
 )
-from oserve.sim.lists import pop, push
 from oserve.sim.routing import UNSERVABLE, choose
+from oserve.sim.shares import (
+    begins_to_wait,
+    charge,
+    correct_charge,
+    first_waiting,
+    lift,
+    over_share,
+    pull,
+    put,
+    skip,
+    take,
+    waits_no_more,
+)
 from oserve.sim.state import KernelState
 
 
 @compiled
 def queued(s: KernelState) -> int:
     """Requests that wait."""
-    return s.queue[0] + s.late[0]
+    return s.glob[WAITS]
 
 
 @compiled
@@ -82,6 +102,9 @@ def send(s: KernelState, request: int, index: int, now: int) -> None:
     part = min(whole, int(prompt * s.costs[2 * index] * PS + 0.5))
     at = s.where[index]
     s.req[base + SENT_AT] = now
+    waits_no_more(s, request)
+    if s.glob[TENANTS] > 0:
+        charge(s, request, index, now)
     book(s.req, s.mem, at, request, part, whole)
     wait_at(s.req, s.mem, at, request, now)
 
@@ -116,25 +139,26 @@ def is_late(s: KernelState, request: int, now: int) -> bool:
 def demote(s: KernelState, request: int) -> None:
     """Demote the head of the queue: it follows all requests that are not late, in arrival order."""
     base = request * REQUEST
-    pop(s.req, s.queue, ORDER)
+    take(s, request)
     s.req[base + IS_LATE] = 1
     demoted_s = s.req[base + ARRIVAL] / PS + DEMOTED_S
     s.req[base + PRIORITY] = int(demoted_s * PRIORITY_PER_S)
-    push(s.req, s.late, ARRIVAL, request)
+    put(s, request)
 
 
 @compiled
 def head(s: KernelState, now: int, alone: bool) -> int:
-    """The request to dispatch next, after demotion of late ones; the queue must not be empty.
+    """The request to dispatch next, after demotion of late ones; ``NONE`` if nobody waits.
 
     Like the machine, it does not demote a request that enters ``alone``.
     """
-    while s.queue[0] > 0:
-        request = s.queue[1]
-        if alone or not is_late(s, request, now):
+    while True:
+        request = first_waiting(s)
+        if request == NONE or alone or s.req[request * REQUEST + IS_LATE] == 1:
+            return request
+        if not is_late(s, request, now):
             return request
         demote(s, request)
-    return s.late[1]
 
 
 @compiled
@@ -152,54 +176,61 @@ def any_room(s: KernelState) -> bool:
 
 
 @compiled
+def place(s: KernelState, request: int, index: int, now: int) -> None:
+    """Send a request to the replica that was chosen, or refuse what none can ever hold."""
+    if index == UNSERVABLE:
+        waits_no_more(s, request)
+        close(s, request, REFUSED, now)
+    else:
+        send(s, request, index, now)
+
+
+@compiled
 def dispatch(s: KernelState, now: int, alone: bool) -> None:
     """Send waiting requests, best rank first, while a replica has room for one of them.
 
     A request overtakes those that wait for larger replicas, or for those of their own tier, which
-    cannot use its slot.
+    cannot use its slot, and those of tenants that leave it free.
     """
     passed, classes = NONE, s.glob[CLASSES]
     for group in range(classes, 2 * classes):
         s.groups[group] = NEVER
-    while s.queue[0] + s.late[0] > 0:
+    while True:
         request = head(s, now, alone)
+        if request == NONE:
+            break
         base = request * REQUEST
+        tight = over_share(s, request)
         blocks = units_of(s.req[base + PROMPT] + s.req[base + OUTPUT])
-        index = NONE
         group = classes + s.groups[s.req[base + CLASS]]
-        if blocks < s.groups[group]:
-            index = choose(s, request, now)
-            if index == NONE:
-                # With fixed shares, requests wait for their replicas in the order of the queue.
-                if s.glob[POLICY] == FIXED_SHARES or not any_room(s):
-                    break
-                s.groups[group] = blocks
-        if s.req[base + IS_LATE] == 1:
-            pop(s.req, s.late, ARRIVAL)
-        else:
-            pop(s.req, s.queue, ORDER)
+        index = NONE
+        if tight or blocks < s.groups[group]:
+            index = choose(s, request, now, tight)
+            # With fixed shares, requests wait for their replicas in the order of the queue.
+            if index == NONE and (s.glob[POLICY] == FIXED_SHARES or not any_room(s)):
+                break
+        if index == NONE and tight:
+            skip(s, request)
+            continue
+        take(s, request)
         if index == NONE:
+            s.groups[group] = min(s.groups[group], blocks)
             s.req[base + NEXT] = passed
             passed = request
-        elif index == UNSERVABLE:
-            close(s.req, s.glob, request, REFUSED, now)
         else:
-            send(s, request, index, now)
+            place(s, request, index, now)
     while passed != NONE:
         request = passed
         passed = s.req[request * REQUEST + NEXT]
-        enter(s, request)
+        put(s, request)
 
 
 @compiled
 def enter(s: KernelState, request: int) -> None:
     """Add a request to the queue, until ``settle``."""
-    base = request * REQUEST
-    s.req[base + STATUS] = QUEUED
-    if s.req[base + IS_LATE] == 1:
-        push(s.req, s.late, ARRIVAL, request)
-    else:
-        push(s.req, s.queue, ORDER, request)
+    s.req[request * REQUEST + STATUS] = QUEUED
+    begins_to_wait(s, request)
+    put(s, request)
 
 
 @compiled
@@ -214,8 +245,12 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
         allowed = s.req[base + MOVES] < s.glob[MAX_MOVES]
     else:
         allowed = s.req[base + REPLAYS] + 1 < s.glob[MAX_ATTEMPTS]
+    if allowed and not moves and s.req[base + CHARGED] == 1:
+        # What a replica failed to finish is not charged.
+        s.paid[request * PAID + PAID_PROMPT] = 0.0
+    correct_charge(s, request)
     if not allowed:
-        close(s.req, s.glob, request, LOST, now)
+        close(s, request, LOST, now)
         return
     s.req[base + ON] = NONE
     s.req[base + COMPUTED] = 0
@@ -233,8 +268,9 @@ def enter_again(s: KernelState, request: int, now: int) -> None:
 def refuse(s: KernelState, request: int, now: int) -> None:
     """Refuse a new request that still waits, if the queue exceeds its bound."""
     if s.req[request * REQUEST + STATUS] == QUEUED and queued(s) > s.glob[MAX_QUEUED]:
-        withdraw(s, request)
-        close(s.req, s.glob, request, REFUSED, now)
+        other = crowded_out(s, request)
+        withhold(s, other)
+        close(s, other, REFUSED, now)
 
 
 @compiled
@@ -245,19 +281,33 @@ def settle(s: KernelState, first: int, now: int) -> None:
     resuming streams are not among those, since the bound does not apply to them.
     """
     entered = s.glob[ARRIVED] - first + s.glob[REENTERED]
+    if s.glob[FRESH] > 0:
+        lift(s)
     if entered > 0 or s.glob[FREED] == 1:
-        dispatch(s, now, entered == 1 and queued(s) == 1)
+        dispatch_round(s, now, entered == 1 and queued(s) == 1)
     if entered > 0 and queued(s) > s.glob[MAX_QUEUED]:
         for request in range(s.glob[ARRIVED] - 1, first - 1, -1):
             refuse(s, request, now)
         if s.glob[REENTERED] > 0:
             for request in range(first - 1, -1, -1):
-                if s.req[request * REQUEST + ENTERED] == s.glob[ROUND]:
+                if s.req[request * REQUEST + ENTERED] == s.glob[ROUND] - 1:
                     refuse(s, request, now)
-    s.glob[FREED] = s.glob[REENTERED] = 0
-    s.glob[ROUND] += 1
+    s.glob[REENTERED] = 0
+    if s.glob[FREED] == 1:
+        dispatch_round(s, now, False)
     if s.glob[SHEDS] == 1:
         shed(s, now)
+        if s.glob[FREED] == 1:
+            dispatch_round(s, now, False)
+
+
+@compiled
+def dispatch_round(s: KernelState, now: int, alone: bool) -> None:
+    """Dispatch; what enters or becomes free from now on belongs to the next round."""
+    dispatch(s, now, alone)
+    s.glob[FREED] = 0
+    s.glob[WAKES_BEFORE] = s.glob[WAKES]
+    s.glob[ROUND] += 1
 
 
 @compiled
@@ -280,24 +330,15 @@ def shed(s: KernelState, now: int) -> None:
         request = next_to_shed(s)
         if request == NONE or s.req[request * REQUEST + SHED_AT] > now:
             return
-        withdraw(s, request)
-        close(s.req, s.glob, request, SHED, now)
+        withhold(s, request)
+        close(s, request, SHED, now)
 
 
 @compiled
-def withdraw(s: KernelState, request: int) -> None:
-    """Remove a request from its queue."""
-    base = request * REQUEST
-    demoted = s.req[base + IS_LATE] == 1
-    heap, field = (s.late, ARRIVAL) if demoted else (s.queue, ORDER)
-    key = s.req[base + field]
-    s.req[base + field] = -NEVER
-    place = 1
-    while heap[place] != request:
-        place += 1
-    while place > 1:
-        heap[place] = heap[place // 2]
-        place //= 2
-    heap[1] = request
-    pop(s.req, heap, field)
-    s.req[base + field] = key
+def withhold(s: KernelState, request: int) -> None:
+    """Take a request out of the queue for good."""
+    pull(s, request)
+    waits_no_more(s, request)
+    if s.glob[TENANTS] > 0:
+        # Somebody may have waited for its turn to pass.
+        s.glob[FREED] = 1

@@ -59,10 +59,12 @@ from oserve.sim.layout import (
     STEADY,
     WAIT,
     WAIT_COUNT,
+    WAITS,
 )
 from oserve.sim.lists import unlink
 from oserve.sim.lockstep import begin, catch_up, cut, done_of, left_of, unlock
 from oserve.sim.schedule import refresh
+from oserve.sim.shares import correct_charge, seen
 from oserve.sim.state import KernelState
 
 
@@ -76,7 +78,7 @@ def next_moment(s: KernelState) -> int:
         moment = min(moment, s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL])
     if s.moves[0] > 0:
         moment = min(moment, s.req[s.moves[1] * REQUEST + MOVED_AT])
-    if s.glob[SHEDS] == 1 and s.queue[0] + s.late[0] > 0:
+    if s.glob[SHEDS] == 1 and s.glob[WAITS] > 0:
         waiting = next_to_shed(s)
         if waiting != NONE:
             moment = min(moment, s.req[waiting * REQUEST + SHED_AT])
@@ -129,8 +131,9 @@ def advance(s: KernelState, until: int, skip: int) -> None:
             s.glob[ARRIVED] < s.glob[RELEASED] and s.req[s.glob[ARRIVED] * REQUEST + ARRIVAL] <= now
         ):
             s.glob[ARRIVED] += 1
+            seen(s, s.glob[ARRIVED] - 1, now)
             enter(s, s.glob[ARRIVED] - 1)
-        if s.queue[0] + s.late[0] > 0:
+        if s.glob[WAITS] > 0:
             settle(s, first, now)
         begin_steps(s, now, skip)
 
@@ -156,7 +159,7 @@ def flush(s: KernelState, skip: int) -> None:
     now = s.glob[NOW]
     # If a step ended now, the next one has begun, and a request that enters now misses it.
     observe(s, now)
-    if s.queue[0] + s.late[0] > 0:
+    if s.glob[WAITS] > 0:
         s.glob[FREED] = 1
         settle(s, s.glob[ARRIVED], now)
     begin_steps(s, now, skip)
@@ -176,7 +179,8 @@ def lose(s: KernelState, request: int, again: int, now: int) -> None:
     if again == 1:
         enter_again(s, request, now)
     else:
-        close(s.req, s.glob, request, LOST, now)
+        correct_charge(s, request)
+        close(s, request, LOST, now)
 
 
 @compiled

@@ -8,7 +8,13 @@ step to the last bit.
             ``where[replica]`` is the position of the first, called ``at`` throughout
     ses     SESSION fields for each session
     glob    the fleet's own numbers
-    queue, late, moves    heaps of requests, their length first
+    queue, late, moves    heaps of requests, their length first; a queue for each flow, from HEAP on
+    flows, levels         FLOW whole numbers and LEVELS others for each flow
+    holders, weights      HOLDER whole numbers and the weight of each tenant
+    paid                  PAID numbers for each request: what its tenant was charged
+
+A flow is what one tenant asks for in one tier: ``tier * tenants + tenant``. Without tenants there
+is one flow.
 """
 
 from typing import Final
@@ -40,7 +46,9 @@ US: Final = 10**6
 # MADE (tokens with KV, tokens emitted) are current only while it does not run. BOOKED is its
 # outstanding work at its replica, BOOKED_PROMPT the part that its first token pays. REPLAYS counts
 # the losses of its replica, MOVES those after its first token. ENTERED is the round in which it
-# entered the queue again. SENT_AT is the time of its last dispatch.
+# entered the queue again. SENT_AT is the time of its last dispatch. CHARGED: its tenant was charged
+# for its present replica, where it came with CHARGED_MADE output tokens; BEGUN: and it has had its
+# first token from there.
 (
     ARRIVAL,
     PROMPT,
@@ -73,13 +81,19 @@ US: Final = 10**6
     MOVES,
     ENTERED,
     SENT_AT,
-) = range(31)
-REQUEST: Final = 31
+    FLOW_OF,
+    CHARGED,
+    CHARGED_MADE,
+    BEGUN,
+) = range(35)
+REQUEST: Final = 35
 
 # Fields of a replica. Lists take three: head, tail, count. TABLE_..., RUN_... (of the running
 # sequences: RUN of them, in order of admission), STAGE_FREE, BATCH_END and PHASES are positions
 # relative to the replica's own. LOCKED to FAST: see ``lockstep``. KV_AT to WINDOW_BLOCK: see
 # ``blocks``.
+# TIGHT_INFLIGHT: the most in flight where a request leaves slots free for other tenants;
+# TIGHT_PROMPTING: the same while the replica owes prompts.
 (
     INDEX,
     PHASE,
@@ -145,14 +159,17 @@ REQUEST: Final = 31
     KV_USED,
     KV_AREA,
     KV_PEAK,
+    DEVICES,
+    TIGHT_INFLIGHT,
+    TIGHT_PROMPTING,
     BLOCK_TOKENS,
     TABLES,
     STATE_BLOCKS,
     WINDOW_TABLES,
     WINDOW_TOKENS,
     WINDOW_BLOCK,
-) = range(70)
-REPLICA: Final = 70
+) = range(73)
+REPLICA: Final = 73
 
 # States of a running sequence: before its first token here; decoding; decoding until it migrates.
 (NEW, STEADY, LEAVING) = range(3)
@@ -163,7 +180,10 @@ SESSION: Final = 4
 
 # The fleet's own numbers. RELEASED: requests that a closed loop has admitted. FREED: a replica may
 # have room for a waiting request. ROUND counts dispatches by rank, REENTERED the requests that have
-# entered the queue again in this one. No request before SHED_CURSOR may be shed.
+# entered the queue again in this one. No request before SHED_CURSOR may be shed. WAITS: how many
+# requests wait. TENANTS: 0 without tenants. ACTIVE: tenants that asked in the last ACTIVE_PS. WAKES
+# counts how often a flow began to wait, WAKES_BEFORE those before this round, FRESH those whose
+# counters are not lifted yet.
 (
     NOW,
     ARRIVED,
@@ -185,5 +205,31 @@ SESSION: Final = 4
     FREED,
     ROUND,
     REENTERED,
-) = range(20)
-GLOBALS: Final = 20
+    WAITS,
+    TENANTS,
+    TIERS,
+    ACTIVE,
+    ACTIVE_PS,
+    WAKES,
+    WAKES_BEFORE,
+    FRESH,
+) = range(28)
+GLOBALS: Final = 28
+
+# Fields of a flow: the position of its queues, the number of its waiting requests, when it last
+# began to wait, whether that was in this round, and the rounds that pass over the rest of it, for
+# requests that are not late and that are.
+HEAP, FLOW_WAITS, WOKEN, IS_FRESH, SKIPPED = range(5)
+FLOW: Final = 6
+# LEVEL, TAG and UNBEGUN: see ``control.dispatch.fair``. SERVED: device-seconds charged.
+LEVEL, SERVED, TAG, UNBEGUN = range(4)
+LEVELS: Final = 4
+
+# Fields of a tenant: requests with open charges, and its last arrival.
+OPEN, SEEN_AT = range(2)
+HOLDER: Final = 2
+
+# Of a request's charge: device-seconds of the prompt and of an output token, and what was charged.
+# URGENCY is what its tier adds to its rank in an engine, in seconds; RANK the one without shares.
+PAID_PROMPT, PAID_TOKEN, PAID_WHOLE, URGENCY, RANK = range(5)
+PAID: Final = 5

@@ -5,7 +5,7 @@ request is in one list at a time. A heap has its length first and its entries af
 """
 
 from oserve.sim.compiled import compiled
-from oserve.sim.layout import NEXT, NONE, PREVIOUS, PRIORITY, REQUEST
+from oserve.sim.layout import NEVER, NEXT, NONE, PREVIOUS, PRIORITY, REQUEST
 from oserve.sim.state import Flat
 
 
@@ -61,36 +61,56 @@ def insert_ordered(req: Flat, mem: Flat, at: int, request: int) -> None:
 
 
 @compiled
-def push(req: Flat, heap: Flat, field: int, request: int) -> None:
-    """Push to a heap of requests ordered by a field."""
-    place = heap[0]
-    heap[0] = place + 1
+def push(req: Flat, heap: Flat, at: int, field: int, request: int) -> None:
+    """Push to the heap at ``at``, of requests ordered by a field."""
+    place = heap[at]
+    heap[at] = place + 1
+    first = at + 1
     while place > 0:
         above = (place - 1) >> 1
-        if sooner(req, field, heap[1 + above], request):
+        if sooner(req, field, heap[first + above], request):
             break
-        heap[1 + place] = heap[1 + above]
+        heap[first + place] = heap[first + above]
         place = above
-    heap[1 + place] = request
+    heap[first + place] = request
 
 
 @compiled
-def pop(req: Flat, heap: Flat, field: int) -> int:
+def pop(req: Flat, heap: Flat, at: int, field: int) -> int:
     """Pop the first of a heap."""
-    first = heap[1]
-    length = heap[0] - 1
-    heap[0] = length
-    request = heap[1 + length]
+    first = at + 1
+    found = heap[first]
+    length = heap[at] - 1
+    heap[at] = length
+    request = heap[first + length]
     place = 0
     while True:
         below = 2 * place + 1
         if below >= length:
             break
-        if below + 1 < length and sooner(req, field, heap[2 + below], heap[1 + below]):
+        if below + 1 < length and sooner(req, field, heap[first + below + 1], heap[first + below]):
             below += 1
-        if sooner(req, field, request, heap[1 + below]):
+        if sooner(req, field, request, heap[first + below]):
             break
-        heap[1 + place] = heap[1 + below]
+        heap[first + place] = heap[first + below]
         place = below
-    heap[1 + place] = request
-    return first
+    heap[first + place] = request
+    return found
+
+
+@compiled
+def withdraw(req: Flat, heap: Flat, at: int, field: int, request: int) -> None:
+    """Remove a request from the heap that it is in."""
+    key = req[request * REQUEST + field]
+    req[request * REQUEST + field] = -NEVER
+    first = at + 1
+    place = 0
+    while heap[first + place] != request:
+        place += 1
+    while place > 0:
+        above = (place - 1) >> 1
+        heap[first + place] = heap[first + above]
+        place = above
+    heap[first] = request
+    pop(req, heap, at, field)
+    req[request * REQUEST + field] = key

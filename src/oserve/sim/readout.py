@@ -112,9 +112,19 @@ def results(state: KernelState, requests: RequestTable, names: Sequence[str]) ->
         reused_tokens=rows[:, layout.REUSED].copy(),
         class_index=requests.class_index,
         tier=requests.tier,
+        tenant=requests.tenant,
+        charged_s=charged_s(state),
         replica_names=tuple(names),
         totals=tuple(replica_totals(state, index) for index in range(len(names))),
     )
+
+
+def charged_s(state: KernelState) -> Floats:
+    """Device-seconds that fair shares have charged so far, by tenant."""
+    served = np.asarray(state.levels, dtype=np.float64).reshape(-1, layout.LEVELS)[:, layout.SERVED]
+    tenants = int(state.glob[layout.TENANTS])
+    found: Floats = served.reshape(-1, tenants).sum(axis=0) if tenants else np.zeros(0)
+    return found
 
 
 def _seconds(moments: NDArray[np.int64]) -> Floats:

@@ -1,6 +1,6 @@
 """Results of a simulated run by request, and as the outcomes of any other measurement."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,8 @@ class FleetResults:
     ``dispatch_s`` is the time of the last dispatch. ``replica`` indexes ``replica_names`` (the last
     replica of the request, or -1). ``status`` holds ``Status`` values, ``made_tokens`` output
     tokens so far, ``reused_tokens`` prompt tokens found in the cache. ``totals`` are per replica.
-    ``tier``: that of the requests, ``None`` without tiers.
+    ``tier``, ``tenant``: those of the requests, ``None`` without any. ``charged_s``: device-seconds
+    that fair shares charged, by tenant.
     """
 
     now_s: float
@@ -59,6 +60,8 @@ class FleetResults:
     tier: Ints | None
     replica_names: tuple[str, ...]
     totals: tuple[ReplicaTotals, ...]
+    tenant: Ints | None = None
+    charged_s: Floats = field(default_factory=lambda: np.zeros(0))
 
     def outcomes(self, mask: Mask | None = None) -> list[Outcome]:
         """Outcomes of requests that have arrived, or of those in ``mask``.

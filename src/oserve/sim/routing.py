@@ -34,6 +34,8 @@ from oserve.sim.layout import (
     ROLE,
     ROUND_ROBIN,
     RUN,
+    TIGHT_INFLIGHT,
+    TIGHT_PROMPTING,
     TURN,
     WAIT,
 )
@@ -48,10 +50,10 @@ UNSERVABLE: Final = -2
 
 
 @compiled
-def fill_views(s: KernelState, request: int) -> int:
+def fill_views(s: KernelState, request: int, tight: bool) -> int:
     """Fill in the policies' view of each replica; returns the number that can take the request.
 
-    ``fits`` is 1 for those.
+    ``fits`` is 1 for those. ``tight``: the request leaves slots free for other tenants.
     """
     base = request * REQUEST
     req, mem = s.req, s.mem
@@ -63,6 +65,9 @@ def fill_views(s: KernelState, request: int) -> int:
         s.fits[index] = 0
         s.inflight[index] = mem[at + INFLIGHT]
         s.most[index] = mem[at + MAX_INFLIGHT]
+        if tight:
+            field = TIGHT_PROMPTING if mem[at + OWED_PROMPT] > 0 else TIGHT_INFLIGHT
+            s.most[index] = min(s.most[index], mem[at + field])
         if mem[at + OWED_PROMPT] >= mem[at + MAX_PROMPT]:
             s.most[index] = min(s.most[index], s.inflight[index])
         s.work[index] = mem[at + OWED] / PS
@@ -179,9 +184,9 @@ def freest(s: KernelState, now: int) -> int:
 
 
 @compiled
-def choose(s: KernelState, request: int, now: int) -> int:
+def choose(s: KernelState, request: int, now: int, tight: bool) -> int:
     """The replica that takes a request now; ``NONE`` if it must wait."""
-    if fill_views(s, request) == 0:
+    if fill_views(s, request, tight) == 0:
         return UNSERVABLE if unservable(s, request) else NONE
     policy, replicas = s.glob[POLICY], s.glob[REPLICAS]
     row = s.req[request * REQUEST + CLASS] * replicas

@@ -14,7 +14,9 @@ class KernelState(NamedTuple):
     ``shares`` and ``credit`` are [classes * replicas], ``costs`` [2 * replicas]: seconds per prompt
     and per output token; a share below 0 bars the replica from the class. ``groups`` is
     [2 * classes]: the first class that may use the same replicas, and scratch space. ``work`` to
-    ``fits`` are scratch space [replicas].
+    ``fits`` are scratch space [replicas]. ``lasts``, [3 * tiers]: by
+    tier, the flow that waited last; then the rounds in which a tenant left a slot free, for
+    requests that are not late and that are.
     """
 
     req: Flat
@@ -34,3 +36,9 @@ class KernelState(NamedTuple):
     most: Flat
     fits: Flat
     groups: Flat
+    flows: Flat
+    levels: Reals
+    holders: Flat
+    weights: Reals
+    lasts: Flat
+    paid: Reals

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from oserve.control.dispatch.fair_policy import FairPolicy
 from oserve.control.dispatch.order import OrderPolicy, rank_s
 from oserve.core import ReplicaPhase, Role
 from oserve.sim import layout
@@ -62,6 +63,8 @@ class RequestTable:
     first where requests are ordered. ``session`` is -1 for requests without one; the prompt of a
     session's request begins with all tokens of the request before it. ``tier``: an index, for the
     results. ``late_after_s``: the own ``demote_after_s`` of each request, infinite for none.
+    ``tenant``: an index into ``FairShares.weights``. ``urgency_s``: what a tier adds to the rank
+    that fair shares give a request in an engine.
     """
 
     arrival_s: Floats
@@ -73,6 +76,8 @@ class RequestTable:
     session: Ints
     tier: Ints | None = None
     late_after_s: Floats | None = None
+    tenant: Ints | None = None
+    urgency_s: Floats | None = None
 
     def __post_init__(self) -> None:
         count = len(self.arrival_s)
@@ -100,6 +105,8 @@ class RequestTable:
         session: Numbers | None = None,
         tier: Ints | None = None,
         late_after_s: Floats | None = None,
+        tenant: Ints | None = None,
+        urgency_s: Floats | None = None,
     ) -> Self:
         """Defaults: the mean as expected output, one class, in order of arrival, no session."""
         arrival = np.asarray(arrival_s, dtype=np.float64)
@@ -121,6 +128,8 @@ class RequestTable:
             session=whole(session, -1),
             tier=tier,
             late_after_s=late_after_s,
+            tenant=tenant,
+            urgency_s=urgency_s,
         )
 
     @classmethod
@@ -153,6 +162,15 @@ class RequestTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FairShares:
+    """Fair shares between tenants, with a weight each; see ``control.dispatch.FairPolicy``."""
+
+    weights: tuple[float, ...]
+    reserve: float = FairPolicy().reserve
+    active_s: float = FairPolicy().active_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
     """The gateway before the replicas; see ``control.dispatch``.
 
@@ -161,7 +179,8 @@ class GatewayOptions:
     after all others, in order of arrival. ``prompt_s_per_token`` of ``None`` takes the least cost
     of the replicas that serve at that time. A request that still waits ``shed_after_s`` after its
     arrival is shed. ``None`` disables either. A request is sent to at most ``max_attempts``
-    replicas before its first token, and its stream migrates at most ``max_moves`` times.
+    replicas before its first token, and its stream migrates at most ``max_moves`` times. ``fair``:
+    ``None`` serves all tenants as one.
     """
 
     max_queued: int = 1_000_000
@@ -171,6 +190,7 @@ class GatewayOptions:
     prompt_s_per_token: float | None = 0.0
     max_attempts: int = 1_000_000
     max_moves: int = 1_000_000
+    fair: FairShares | None = None
 
     def __post_init__(self) -> None:
         late, lost = self.demote_after_s, self.shed_after_s

@@ -18,6 +18,7 @@ from oserve.evaluate.simulator import (
 )
 from oserve.sim.results import FleetResults
 from oserve.sim.types import Status
+from oserve.study.groups import TenantRow, TierRow, tenant_rows, tier_rows
 from oserve.study.ours import OServeTuner
 from oserve.study.policies import POLICIES
 from oserve.study.policy import Policy
@@ -63,7 +64,7 @@ class Row:
 
     ``lost`` counts requests that never completed, ``replayed`` how often one started over.
     ``quantiles`` (of TTFT, TPOT, E2E in seconds) and ``queue`` (moment, requests that wait for
-    their first token) are for pictures.
+    their first token) are for pictures. ``tiers`` and ``tenants``: results of each.
     """
 
     policy: str
@@ -88,6 +89,8 @@ class Row:
     quantiles: dict[str, tuple[float, ...]]
     queue: tuple[tuple[float, int], ...]
     points: tuple[CurvePoint, ...]
+    tiers: tuple[TierRow, ...] = ()
+    tenants: tuple[TenantRow, ...] = ()
 
 
 def evaluate(tuner: OServeTuner, name: str, wish: CompareOptions) -> Row:
@@ -158,6 +161,8 @@ def _row(
         changes=tuple((change.at_s, change.deployment) for change in run.changes),
         quantiles=_quantiles(results),
         queue=_queue(results),
+        tiers=tier_rows(results, scene.tiers),
+        tenants=tenant_rows(results, scene.tenants),
         points=tuple(sorted(points, key=lambda item: item.rate_scale)),
     )
 

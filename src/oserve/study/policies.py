@@ -143,6 +143,12 @@ POLICIES: Mapping[str, Entry] = {
 
 BASE = "static-default"
 
+STATIC = (
+    *(name for name in POLICIES if name.startswith("static")),
+    *("oserve-shapes", "oserve-assign", "oserve-static"),
+)
+"""Policies that never switch, the only ones that know service tiers."""
+
 
 def policy_names(text: str) -> list[str]:
     """Names from ``a,b,c`` or ``all``; raises OServeError for an unknown one."""

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from oserve.evaluate.simulator import class_indices
 from oserve.study.charts import COLOURS, Axes, Line, area_chart, legend, line_chart
 from oserve.study.compare import QUANTILES, Row
+from oserve.study.groups import jain_index
 from oserve.study.policies import POLICIES
 from oserve.study.scene import Scene
 
@@ -57,7 +59,19 @@ def row_document(row: Row) -> dict[str, Any]:
             }
             for point in row.points
         ],
+        **_groups(row),
     }
+
+
+def _groups(row: Row) -> dict[str, Any]:
+    """Results by tier and by tenant, where there are any."""
+    found: dict[str, Any] = {}
+    if row.tiers:
+        found["tiers"] = [asdict(own) for own in row.tiers]
+    if row.tenants:
+        found["tenants"] = [asdict(own) for own in row.tenants]
+        found["jain_index"] = jain_index(row.tenants)
+    return found
 
 
 def document(scene: Scene, rows: Sequence[Row], *, rate_scale: float) -> dict[str, Any]:

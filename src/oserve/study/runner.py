@@ -105,7 +105,7 @@ class _PolicyRunner:
         self._scene, self._policy, self._simulator = scene, policy, simulator
         self._traffic = traffic
         conduct = policy.conduct
-        self._serving = policy.initial(scale)
+        self._serving = scene.served(policy.initial(scale))
         expected = traffic.output_tokens if conduct.knows_outputs else None
         self._requests = simulator.requests(self._serving, traffic, expected=expected)
         self._fleet = simulator.fleet(self._serving, self._requests)

@@ -7,19 +7,22 @@ its tuning part apart: ``peak``, the busiest hour of another day, and ``history`
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from oserve.core import Device, OServeError, Precision, ReplicaShape
-from oserve.evaluate.simulator import SimulatedTraffic, traffic_from
+from oserve.core import Device, OServeError, Precision, ReplicaShape, Tier
+from oserve.evaluate.simulator import SimulatedServing, SimulatedTraffic, traffic_from
+from oserve.evaluate.tiers import tier_slo
 from oserve.perf.capacity import LatencyLimits
 from oserve.perf.selection import SourceChoice, find_source, shapes_for
 from oserve.perf.shapes import ShapeChoices
 from oserve.perf.source import DEFAULT_NETWORK, RooflineSource
 from oserve.perf.table import PerformanceSource
-from oserve.plan.demand import Demand, demand_from_trace
+from oserve.plan.demand import Demand
+from oserve.plan.tiers import demand_by_tier, tier_indices, tier_limits
 from oserve.sim.phases import Phases
+from oserve.sim.types import FairShares
 from oserve.switch.costs import SwitchCosts
 from oserve.traces import Slo, TraceRequest
 
@@ -27,6 +30,8 @@ CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 SEQS = (128, 256)
 USUAL_CHUNK = 2048
 USUAL_SEQS = 256
+MOST_TENANTS = 4096
+"""The simulator looks at every tenant at each arrival."""
 
 
 COLD_START = Phases(start_s=15.0, read_bytes_per_s=7e9, warm_up_s=15.0)
@@ -38,7 +43,8 @@ reload. Real starts with compilation take minutes, which favours policies that d
 class Scene:
     """``demand`` holds workload types and length classes; ``shapes`` are the shapes to use.
 
-    ``interval_s``: the time between two decisions of a policy.
+    ``interval_s``: the time between two decisions of a policy. ``tiers`` and ``tenants``: those
+    that the traffic's columns index; with tiers, ``slo`` has their limits.
     """
 
     name: str
@@ -58,6 +64,15 @@ class Scene:
     switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
     peak: SimulatedTraffic | None = None
     history: SimulatedTraffic | None = None
+    tiers: tuple[Tier, ...] = ()
+    tenants: tuple[str, ...] = ()
+
+    def served(self, serving: SimulatedServing) -> SimulatedServing:
+        """A serving whose gateway knows the scene's tiers and tenants, of equal weights."""
+        if not self.tiers and not self.tenants:
+            return serving
+        fair = FairShares(weights=(1.0,) * len(self.tenants)) if self.tenants else None
+        return replace(serving, levers=replace(serving.levers, tiers=self.tiers, fair=fair))
 
     @property
     def learned(self) -> SimulatedTraffic:
@@ -75,9 +90,9 @@ class Scene:
 
     @property
     def limits(self) -> dict[str, LatencyLimits]:
-        """The SLO, by workload type."""
+        """The limits of each workload type: those of its tier, else the SLO."""
         common = LatencyLimits(ttft_s=self.slo.ttft_s, tpot_s=self.slo.tpot_s)
-        return {kind.name: common for kind in self.demand.types}
+        return tier_limits(self.demand, self.tiers, common)
 
     def weights_bytes(self, shape: ReplicaShape) -> float:
         """The weights of a whole replica in bytes; 0 if the source does not know them."""
@@ -111,6 +126,7 @@ class SceneChoice:
     types: int | None = None
     seed: int = 0
     switch_costs: SwitchCosts = field(default_factory=SwitchCosts)
+    tiers: tuple[Tier, ...] = ()
 
 
 def make_scene(
@@ -138,10 +154,25 @@ def make_scene(
             place="--learn-s",
             remedy="learn on more of it",
         )
-    demand = demand_from_trace(
-        known, source=source_name, max_model_len=context, k=choice.types, seed=choice.seed
+    default = choice.tiers[0].name if choice.tiers else ""
+    demand = demand_by_tier(
+        known,
+        choice.tiers,
+        default,
+        source=source_name,
+        max_model_len=context,
+        k=choice.types,
+        seed=choice.seed,
     )
-    traffic = traffic_from(given, max_model_len=context)
+    tenants = _tenants(given, source_name)
+    traffic = traffic_from(
+        given,
+        max_model_len=context,
+        tier=tier_indices(given, choice.tiers, default, source=source_name)
+        if choice.tiers
+        else None,
+        tenant=np.array([tenants.index(item.tenant) for item in given]) if tenants else None,
+    )
     choices = ShapeChoices(
         tensor_parallel_sizes=tuple(choice.tensor_parallel_sizes),
         pipeline_parallel_sizes=tuple(choice.pipeline_parallel_sizes),
@@ -169,13 +200,27 @@ def make_scene(
         source=source,
         context=context,
         shapes=shapes,
-        slo=choice.slo,
+        slo=tier_slo(choice.tiers) if choice.tiers else choice.slo,
+        tiers=choice.tiers,
+        tenants=tenants,
         interval_s=choice.interval_s,
         learn_s=choice.learn_s,
         seed=choice.seed,
         network=choice.network,
         switch_costs=choice.switch_costs,
     )
+
+
+def _tenants(requests: Sequence[TraceRequest], source: str) -> tuple[str, ...]:
+    """The tenants, sorted; none if the trace names none."""
+    found = tuple(sorted({item.tenant for item in requests}))
+    if len(found) > MOST_TENANTS:
+        raise OServeError(
+            f"the trace has {len(found):,} tenants",
+            place=source,
+            remedy=f"name at most {MOST_TENANTS:,}, such as by merging the smallest",
+        )
+    return found if any(found) else ()
 
 
 def _longest(traffic: SimulatedTraffic) -> int:

@@ -64,7 +64,8 @@ class Tuner:
         """Whether the SLO holds on the learned traffic, ``scale`` times as fast."""
         traffic = self.scene.learned.faster(scale)
         expected = traffic.output_tokens if knows_outputs else None
-        return self.simulator.holds(serving, traffic, self.scene.slo, expected=expected)
+        served = self.scene.served(serving)
+        return self.simulator.holds(served, traffic, self.scene.slo, expected=expected)
 
     def measure(
         self, serving: SimulatedServing, *, start: float = 1.0, knows_outputs: bool = False
@@ -258,7 +259,7 @@ class Tuner:
 
     def _p99_s(self, serving: SimulatedServing) -> float:
         """P99 of the end-to-end latency over the usual traffic; what never ends takes forever."""
-        results = self.simulator.run(serving, self.scene.usual)
+        results = self.simulator.run(self.scene.served(serving), self.scene.usual)
         whole_s = np.where(np.isnan(results.finish_s), np.inf, results.finish_s - results.arrival_s)
         return float(np.quantile(whole_s, 0.99, method="higher"))
 
@@ -279,6 +280,7 @@ class Tuner:
             source=scene.source,
             shapes=scene.shapes,
             limits=scene.limits,
+            tiers=scene.tiers,
             seed=scene.seed,
             candidates=10,
         )

@@ -32,10 +32,10 @@ class Answers:
         """Hold the answer back until the first tokens show that it is good."""
         match self._life.at_replica(event.number):
             case state, Sent(booking):
-                self._life.first_byte(booking)
+                self._life.first_byte(state, booking)
                 state.phase = Held(booking)
             case state, Streaming(booking, False):
-                self._life.first_byte(booking)
+                self._life.first_byte(state, booking)
                 state.phase = Streaming(booking)
 
     def streams(self, event: on.Streams) -> None:
@@ -53,7 +53,7 @@ class Answers:
         if found is not None and not isinstance(found[1], Streaming):
             state, phase = found
             if isinstance(phase, Sent):
-                self._life.first_byte(phase.booking)
+                self._life.first_byte(state, phase.booking)
             state.phase = Streaming(phase.booking)
 
     def progressed(self, event: on.Progressed) -> None:

@@ -102,6 +102,19 @@ class Refusal(StrEnum):
     INTERNAL = "internal"
 
 
+REJECTIONS = frozenset(
+    {
+        Refusal.NO_REPLICA,
+        Refusal.NONE_READY_IN_TIME,
+        Refusal.QUEUE_FULL,
+        Refusal.PROMISE,
+        Refusal.SHED,
+        Refusal.SHUTTING_DOWN,
+    }
+)
+"""Refusals of requests that no replica had."""
+
+
 class Refuse(RequestCommand, frozen=True, kw_only=True):
     """End the request with an error response, or with an error event if its stream has begun.
 

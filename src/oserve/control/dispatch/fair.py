@@ -12,6 +12,7 @@ for locality adds itself to both, and so do errors of estimates of requests in f
 end.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
@@ -23,12 +24,12 @@ from oserve.control.dispatch.state import Queued, RequestState
 
 # Idle flows are looked through once there are so many more than waiting ones.
 _FEW_IDLE = 1024
-# A tenant is active for so long after its last arrival.
-_ACTIVE_S = 60.0
-# Later arrivals of an active tenant are noted again after so long.
-_SEEN_AGAIN_S = 1.0
-# The furthest that a tenant's requests are put back in an engine's queue, in seconds.
-_MOST_AHEAD_S = 60.0
+SEEN_AGAIN_S = 1.0
+"""Later arrivals of an active tenant are noted again after so long."""
+LEAD = 2.0
+"""By how much the time until an engine begins a tenant's requests may be underestimated."""
+MOST_AHEAD_S = 60.0
+"""The furthest that a tenant's requests are put back in an engine's queue, in seconds."""
 
 
 class FairQueue:
@@ -55,6 +56,8 @@ class FairQueue:
         # Whether more than one tenant is active; otherwise everything is by rank.
         self.several = False
         self._open: dict[str, int] = {}
+        # Counts the times that a flow began to wait.
+        self._wakes = self._wakes_before = 0
 
     def use(self, policy: FairPolicy) -> None:
         """Apply another policy from now on."""
@@ -85,6 +88,8 @@ class FairQueue:
         flow = self.flow(state)
         if not flow:
             self._lift(flow)
+            self._wakes += 1
+            flow.woken = self._wakes
         self._numbers[state.number] = state
         flow.queue(late=not state.demoted).discard(state)
         queue = flow.queue(late=state.demoted)
@@ -181,6 +186,14 @@ class FairQueue:
             found = self._flows[key] = TenantFlow(key, self._policy.weight(tenant), own)
         return found
 
+    def end_round(self) -> None:
+        """Requests that entered together have been tried."""
+        self._wakes_before = self._wakes
+
+    def woke(self, state: RequestState) -> bool:
+        """Whether its tenant began to wait in this round."""
+        return self.flow(state).woken > self._wakes_before
+
     def arrived(self, state: RequestState, now_s: float) -> None:
         """A request of a tenant has arrived, which is active for a while."""
         self._seen(state.tenant, now_s)
@@ -190,11 +203,11 @@ class FairQueue:
         seen_s = active.get(tenant)
         if seen_s is None:
             self._active_weight += self._policy.weight(tenant)
-        elif now_s - seen_s < _SEEN_AGAIN_S:
+        elif now_s - seen_s < SEEN_AGAIN_S:
             return
         active[tenant] = now_s
         active.move_to_end(tenant)
-        while active[oldest := next(iter(active))] < now_s - _ACTIVE_S:
+        while active[oldest := next(iter(active))] < now_s - self._policy.active_s:
             del active[oldest]
             self._active_weight -= self._policy.weight(oldest)
         self.several = len(active) > 1
@@ -223,7 +236,7 @@ class FairQueue:
             for tenant, flows in waiting.items()
         }
         own = loads.get(state.tenant, 0.0)
-        for tenant in sorted(loads, key=lambda name: -loads[name]):
+        for tenant in sorted(loads, key=lambda name: (-loads[name], name)):
             if loads[tenant] <= own:
                 break
             found: list[RequestState] = [
@@ -238,8 +251,14 @@ class FairQueue:
                 return latest
         return state
 
-    def charge(self, state: RequestState, *, prompt_s: float, per_token_s: float) -> Charge:
-        """Charge a request that is sent now: device-seconds of its prompt and of each token."""
+    def charge(
+        self, state: RequestState, *, prompt_s: float, per_token_s: float, passes: bool = False
+    ) -> Charge:
+        """Charge a request that is sent now: device-seconds of its prompt and of each token.
+
+        ``passes``: it takes a slot that a tenant with a lower counter has left free. That one may
+        not take it, so no more than one such request counts for whose turn it is.
+        """
         flow = self.flow(state)
         if state.number not in self._numbers and not (self._numbers and flow):
             # It passes an empty queue.
@@ -249,11 +268,16 @@ class FairQueue:
         flow.open += 1
         tenant = state.tenant
         self._open[tenant] = self._open.get(tenant, 0) + 1
+        most_s = math.inf
+        if passes:
+            most_s = max(flow.level_s, flow.tier.floor_s() + charge.paid_s / flow.weight)
         self._add(flow, charge.paid_s)
+        flow.level_s = min(flow.level_s, most_s)
         return charge
 
     def settle(self, charge: Charge, output_tokens: float) -> None:
         """Correct a charge: the request had so many output tokens at that replica."""
+        self.begun(charge)
         flow = charge.counter
         flow.open -= 1
         tenant = flow.key[1]
@@ -267,15 +291,24 @@ class FairQueue:
             self._add(flow, spent_s - charge.paid_s)
             charge.paid_s = spent_s
 
-    def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
-        """The rank of a request in an engine's queue: when its tenant's share would have served it.
+    def begun(self, charge: Charge) -> None:
+        """The replica has computed the prompt of a request, or has lost it. Idempotent."""
+        if not charge.begun:
+            charge.begun = True
+            charge.counter.unbegun_s -= charge.paid_s
 
-        Without it a tenant that has filled the queues of the engines would go before one that
-        comes later. Within a tenant it keeps the order of dispatch.
+    def engine_rank_s(self, charge: Charge, now_s: float, replicas: int) -> float:
+        """The rank of a request in an engine's queue; called once, when it is sent.
+
+        That is about when its tenant's share of the engines would begin it: now, and the charges of
+        its other requests that no engine has begun. So a late comer goes before what others have
+        queued there, however long that takes. Within a tenant it keeps the order of dispatch.
         """
         flow = charge.counter
-        own_s = charge.paid_s / flow.weight / max(1, replicas)
-        flow.tag_s = min(max(now_s, flow.tag_s) + own_s, now_s + _MOST_AHEAD_S)
+        weights = max(flow.weight, self._active_weight)
+        ahead_s = LEAD * flow.unbegun_s * weights / flow.weight / max(1, replicas)
+        flow.unbegun_s += charge.paid_s
+        flow.tag_s = max(flow.tag_s, now_s + min(ahead_s, MOST_AHEAD_S))
         return flow.tag_s
 
     @property

@@ -95,7 +95,10 @@ class Fleet:
         ``tight``: the request leaves slots free for other tenants.
         """
         cached = self._affinity.cached(state.session, state.prefix, request.prompt_tokens)
-        loads = self._tight_loads() if tight else self.ledger.loads(self.serving)
+        if tight:
+            loads = self.ledger.tight_loads(self.serving, self._policy.fair.reserve)
+        else:
+            loads = self.ledger.loads(self.serving)
         route = self._router.pick(
             request,
             loads,
@@ -207,9 +210,6 @@ class Fleet:
         """Whether some replica can take the request, now or once it has room."""
         return bool(self.serving.keys() - self.closed(state, now_s))
 
-    def _tight_loads(self) -> dict[str, ReplicaLoad]:
-        return self.ledger.tight_loads(self.serving, self._policy.fair.reserve)
-
     def share(self, processes: int) -> None:
         """This is one of so many gateway processes from now on."""
         self._processes = processes
@@ -219,11 +219,6 @@ class Fleet:
     def slots(self) -> float:
         """Sequences that the serving replicas run at once, for this process."""
         return self._most_inflight / 2 / self._processes
-
-    @property
-    def any_tight_room(self) -> bool:
-        """Whether some replica has room for a request that leaves slots free."""
-        return any(load.inflight < load.max_inflight for load in self._tight_loads().values())
 
     @property
     def any_room(self) -> bool:

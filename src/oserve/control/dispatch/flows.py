@@ -44,14 +44,14 @@ class FlowHeap:
     def push(self, flow: TenantFlow) -> None:
         """Add a flow that waits, or one whose counter went down."""
         self._order += 1
-        # Of equal counters the tenant with less under way goes first.
-        heapq.heappush(self._entries, (flow.level_s, flow.open, self._order, flow))
+        # Of equal counters the tenant that began to wait last goes first: it had nothing since.
+        heapq.heappush(self._entries, (flow.level_s, -flow.woken, self._order, flow))
         if len(self._entries) > self._most:
             flows = {
                 flow: order for *_, order, flow in self._entries if flow.queue(late=self._late)
             }
             self._entries = [
-                (flow.level_s, flow.open, order, flow) for flow, order in flows.items()
+                (flow.level_s, -flow.woken, order, flow) for flow, order in flows.items()
             ]
             heapq.heapify(self._entries)
             self._most = 2 * len(flows) + _MOST_STALE

@@ -4,12 +4,12 @@ The ledger counts work in whole picoseconds. So bookings and payments balance ex
 simulator's ledger can be compared with this one.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
+from oserve.control.dispatch.fair_policy import tight_inflight
 from oserve.control.dispatch.overload import FirstTokens, OverloadPolicy, max_prompt_s
 from oserve.control.dispatch.table import TableReplica
 from oserve.control.dispatch.tiers import with_ttft
@@ -156,9 +156,7 @@ class WorkLedger:
     def _tight(self, account: _Account, reserve: float) -> ReplicaLoad:
         load = account.load or self._load(account)
         if account.tight is None or account.tight[0] is not load:
-            # Half of what a replica takes runs, the rest waits in the engine.
-            running = account.max_inflight // 2
-            most = max(1, running - math.ceil(reserve * running))
+            most = tight_inflight(account.max_inflight, reserve)[account.prompt_ps > 0]
             less = min(load.max_inflight, most)
             account.tight = load, msgspec.structs.replace(load, max_inflight=less)
         return account.tight[1]

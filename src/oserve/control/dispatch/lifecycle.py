@@ -6,9 +6,10 @@ The event handlers are composed of these. Each keeps phase, queue and bookings c
 import math
 
 from oserve.control.dispatch import commands as do
-from oserve.control.dispatch.charging import charged_rank_s
-from oserve.control.dispatch.commands import Command, Refusal
+from oserve.control.dispatch.charging import charged_rank_s, uncharge
+from oserve.control.dispatch.commands import REJECTIONS, Command, Refusal
 from oserve.control.dispatch.fleet import Fleet
+from oserve.control.dispatch.passing import FreeSlots
 from oserve.control.dispatch.policy import DispatchPolicy
 from oserve.control.dispatch.router import NoRoute
 from oserve.control.dispatch.state import (
@@ -29,15 +30,6 @@ from oserve.control.dispatch.vacating import NEVER_S
 from oserve.control.dispatch.waiting import WaitingRoom
 from oserve.core import FinishStatus, OverloadAction, Tier
 from oserve.core.faults import fault
-
-_REJECTIONS = {
-    Refusal.NO_REPLICA,
-    Refusal.NONE_READY_IN_TIME,
-    Refusal.QUEUE_FULL,
-    Refusal.PROMISE,
-    Refusal.SHED,
-    Refusal.SHUTTING_DOWN,
-}
 
 
 class Lifecycle:
@@ -77,6 +69,7 @@ class Lifecycle:
         if state.request is None:
             self._send_auxiliary(state)
         else:
+            uncharge(self.waiting.fair, state)
             self._entered.append(state)
 
     def breaks_promise(self, state: RequestState) -> bool:
@@ -121,6 +114,7 @@ class Lifecycle:
             refused = self._try_send(state) if state.number in self.requests else None
             if refused is not None:
                 self.waiting.push(state)
+                self.waiting.fair.end_round()
                 self._wait(state, no_replica=refused is NoRoute.NO_REPLICA)
                 self._wake()
             return
@@ -131,12 +125,13 @@ class Lifecycle:
                     self.waiting.push(state)
         elif not self._freed:
             return
-        self._freed = False
         self._pump()
         # If the queue is full, the latest arrivals are refused.
         for state in sorted(entered, key=lambda item: -item.number):
             if state in self.waiting:
                 self._wait(state, no_replica=not self.fleet.may_serve(state, self.now_s))
+        if self._freed:
+            self._pump()
         self._wake()
 
     def may_settle(self) -> None:
@@ -153,11 +148,10 @@ class Lifecycle:
         """Keep a request in the queue, or refuse it. ``no_replica``: not even a full one serves."""
         if no_replica and not self.fleet.table.expected:
             self.refuse(state, Refusal.NO_REPLICA)
-        elif self._crowded(state) and not isinstance(state.phase, Resuming):
+        elif not isinstance(state.phase, Resuming) and self._crowded(state):
             self.refuse(state, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
         else:
-            give_up_s = self.now_s + self.policy.no_replica_wait_s
-            state.give_up_s = give_up_s if no_replica else None
+            state.give_up_s = self.now_s + self.policy.no_replica_wait_s if no_replica else None
             self.waiting.set_timers(state)
             self.due_s = min(self.due_s, self.waiting.next_s)
             self.emit(do.Hold(state.number))
@@ -165,9 +159,8 @@ class Lifecycle:
     def _over_share(self, state: RequestState) -> bool:
         """Whether a request leaves slots free for tenants with less than their share."""
         fair = self.waiting.fair
-        if not state.tenant or not fair.several or isinstance(state.phase, Resuming):
-            return False
-        return fair.over_share(state, self.fleet.slots)
+        may = fair.several and bool(state.tenant) and not isinstance(state.phase, Resuming)
+        return may and fair.over_share(state, self.fleet.slots)
 
     def _crowded(self, state: RequestState) -> bool:
         """Whether a request finds no place to wait; another tenant may have to make room for it."""
@@ -181,7 +174,7 @@ class Lifecycle:
         self.refuse(other, Refusal.QUEUE_FULL, retry_after_s=self.retry_after_s())
         return False
 
-    def _try_send(self, state: RequestState) -> NoRoute | None:
+    def _try_send(self, state: RequestState, *, passes: bool = False) -> NoRoute | None:
         """Send a request to the replica that the router picks; returns the reason if none can."""
         request = state.request
         if request is None:
@@ -192,8 +185,9 @@ class Lifecycle:
             if isinstance(choice, NoRoute):
                 return choice
             booking = self.fleet.book(state, request, choice, self.now_s)
+            replicas = len(self.fleet.serving)
             rank = charged_rank_s(
-                self.waiting.fair, state, choice, self.now_s, len(self.fleet.serving)
+                self.waiting.fair, state, choice, self.now_s, replicas, passes=passes
             )
         except Exception as error:  # an unforeseen fault in routing one request ends only that one
             if booking is not None:
@@ -233,12 +227,14 @@ class Lifecycle:
 
     def _pump(self) -> None:
         """Send waiting requests, best rank first, while a replica has room for the first one."""
+        self._freed = False
         while (state := self.waiting.head()) is not None:
             if self._demoted(state) or self._try_send(state) is None:
                 continue
             if self.fleet.any_room:
                 self._pump_past()
-            return
+            break
+        self.waiting.fair.end_round()
 
     def _pump_past(self) -> None:
         """Send requests past those that only full replicas can serve, by rank.
@@ -246,18 +242,22 @@ class Lifecycle:
         The passed requests lose nothing: they cannot use the free slots.
         """
         # By the replicas that are barred: the shortest prompt for which no replica has room.
-        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None, bool], float] = {}
-        tight = self.waiting.fair.several and not self.fleet.any_tight_room
-        for state in self.waiting.passing(lambda state: tight and self._over_share(state)):
-            barred = frozenset(state.tried), state.moves > 0, state.tier, self._over_share(state)
-            if state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
+        blocked_tokens: dict[tuple[frozenset[ReplicaStart], bool, Tier | None], float] = {}
+        slots = FreeSlots(self.waiting.fair.woke)
+        for state in self.waiting.passing(slots.skips):
+            tight = self._over_share(state)
+            barred = frozenset(state.tried), state.moves > 0, state.tier
+            if not tight and state.prompt_tokens >= blocked_tokens.get(barred, math.inf):
                 continue
             if self._demoted(state):
                 continue
-            if self._try_send(state) is not None:
+            if self._try_send(state, passes=slots.passes(state)) is not None:
                 if not self.fleet.any_room:
                     return
-                blocked_tokens[barred] = state.prompt_tokens
+                if tight:
+                    slots.leave(state)
+                else:
+                    blocked_tokens[barred] = state.prompt_tokens
 
     def _demoted(self, state: RequestState) -> bool:
         """Demote a late request, or refuse it, as its tier says; returns whether it was late."""
@@ -288,18 +288,20 @@ class Lifecycle:
     def forward(self, state: RequestState, phase: Placed) -> None:
         """Forward the answer to the client, up to the booked output tokens."""
         if isinstance(phase, Sent):
-            self.first_byte(phase.booking)
+            self.first_byte(state, phase.booking)
         state.phase = Streaming(phase.booking)
         credit = UNLIMITED_TOKENS
         if state.request is not None and state.forecast is not None:
             credit = state.request.output_tokens
         self.emit(do.Forward(state.number, credit))
 
-    def first_byte(self, booking: Booking) -> None:
+    def first_byte(self, state: RequestState, booking: Booking) -> None:
         """The replica has computed the prompt, and may have room for another request."""
+        if state.charge is not None:
+            self.waiting.fair.begun(state.charge)
         if booking.entry is not None:
             booking.entry.first_byte(self.now_s)
-            if self.waiting.demotes:
+            if self.waiting.demotes or state.tenant:
                 self.may_settle()
 
     def served(self, replica: TableReplica) -> None:
@@ -354,7 +356,7 @@ class Lifecycle:
             )
         )
         finish = FinishStatus.FAILED
-        if refusal in _REJECTIONS:
+        if refusal in REJECTIONS:
             finish = FinishStatus.REJECTED
         elif refusal is Refusal.REFUSED_WITHOUT_BODY:
             finish = FinishStatus.CLIENT_ERROR
@@ -380,6 +382,8 @@ class Lifecycle:
     def end(self, state: RequestState, status: FinishStatus) -> None:
         """End a request that has released its replica, and drop its state."""
         state.phase = Ended(status)
+        # Somebody may have waited for its turn to pass.
+        self._freed |= bool(state.tenant) and state in self.waiting
         self.waiting.discard(state)
         del self.requests[state.number]
         self.emit(

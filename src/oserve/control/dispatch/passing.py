@@ -1,7 +1,7 @@
 """The order in which waiting requests of all tenants are tried while only some find room."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from oserve.control.dispatch.flows import TenantFlow
 from oserve.control.dispatch.state import RequestState
@@ -21,16 +21,16 @@ class PassingOrder:
             first = flow.queue(late=late).head()
             if first is not None:
                 self._left[flow] = None
-                heapq.heappush(self._heap, (flow.level_s, first.number, flow))
+                heapq.heappush(self._heap, (flow.level_s, -flow.woken, flow))
 
     def _lowest(self) -> TenantFlow | None:
         while self._heap:
-            level_s, number, flow = self._heap[0]
+            level_s, woken, flow = self._heap[0]
             left = self._left[flow]
             if left is None or left:
                 if level_s == flow.level_s:
                     return flow
-                heapq.heapreplace(self._heap, (flow.level_s, number, flow))
+                heapq.heapreplace(self._heap, (flow.level_s, woken, flow))
             else:
                 heapq.heappop(self._heap)
         return None
@@ -69,6 +69,43 @@ class PassingOrder:
         # Not sorted yet, it will be found in the queue.
         if left is not None:
             if not left:
-                heapq.heappush(self._heap, (flow.level_s, state.number, flow))
+                heapq.heappush(self._heap, (flow.level_s, -flow.woken, flow))
             left.append((state.rank_s, state.number, state))
             left.sort(reverse=True)
+
+
+class FreeSlots:
+    """Who goes on once a tenant has left a slot free that is not for it.
+
+    Nothing more of that tenant is tried. Others of its tier pass it if they begin to wait now.
+    Those that wait longer wait for their turn: between tenants that wait all the time only their
+    counters decide. ``woke``: whether a request's tenant begins to wait now.
+    """
+
+    __slots__ = ("_done", "_left", "_woke")
+
+    def __init__(self, woke: Callable[[RequestState], bool]) -> None:
+        self._woke = woke
+        self._done: set[tuple[str, bool, str]] = set()
+        self._left: set[tuple[str, bool]] = set()
+
+    def skips(self, state: RequestState) -> bool:
+        """Whether nothing more of a request's tenant is tried."""
+        if not self._left:
+            return False
+        if (*_group(state), state.tenant) in self._done:
+            return True
+        return self.passes(state) and not self._woke(state)
+
+    def passes(self, state: RequestState) -> bool:
+        """Whether a request would take a slot that another tenant has left free."""
+        return _group(state) in self._left
+
+    def leave(self, state: RequestState) -> None:
+        """A request leaves a slot free."""
+        self._done.add((*_group(state), state.tenant))
+        self._left.add(_group(state))
+
+
+def _group(state: RequestState) -> tuple[str, bool]:
+    return "" if state.tier is None else state.tier.name, state.demoted
