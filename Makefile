@@ -18,12 +18,12 @@ help:
 # At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in
 # ARGS for the plan that carries most.
 serve:
-	@set -e; model=$$($(PYTHON) tools/setup.py --engine --model '$(MODEL)'); set --; \
+	@set -e; model=$$($(PYTHON) tools/setup.py --engine --page --model '$(MODEL)'); set --; \
 	if [ -d "$$model-int8" ]; then set -- --set "engines.variants={int8: $$model-int8}"; fi; \
 	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" --set planning.min_shapes=2 $(ARGS)
 
 test:
-	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --model smollm2-135m
+	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --page --browser --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 		-m "not hosts and not alone"
