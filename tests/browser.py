@@ -80,9 +80,10 @@ class Browser:
             mobile=width < 600,
         )
 
-    def screenshot(self, file: Path) -> None:
-        """The whole page as PNG."""
-        found = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, file: Path, **clip: float) -> None:
+        """The page, or a part of it (x, y, width, height, scale), as PNG."""
+        part = {"clip": clip} if clip else {}
+        found = self.devtools("Page.captureScreenshot", captureBeyondViewport=True, **part)
         file.write_bytes(base64.b64decode(found["data"]))
 
     def key(self, name: str) -> None:

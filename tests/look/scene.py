@@ -298,7 +298,7 @@ class Fleet:
         seen = self.log.observe(state.switches)
         if self.after and seen[-1].outcome is None:
             outcome = SwitchOutcomeSeen(
-                requests=88, moves=12, lost=0, kept=1490, without=1103, judged_s=300.0
+                requests=88, moves=12, lost=0, kept=1490, without=1103, with_it=1502, judged_s=300.0
             )
             self.log.learn({seen[-1].switch.id: outcome})
             seen = self.log.observe(())

@@ -213,6 +213,8 @@ def records_after(path: Path, number: int, *, most: int) -> tuple[int, list[Requ
 
     Also returns the number of the newest record, counted as in ``newest_record``.
     """
+    if not path.is_file():
+        return number, []
     query = "SELECT rowid, * FROM requests WHERE rowid > ? ORDER BY rowid DESC LIMIT ?"
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         rows = connection.execute(query, (number, most)).fetchall()
