@@ -80,7 +80,7 @@ def test_a_switch_is_worth_what_the_old_plan_could_not_have_kept(
     assert calm.by_old <= calm.by_new
     # Many times as much: one replica cannot hold it.
     (tmp_path / "more").mkdir()
-    crowd = realised(scorer, replace(case, records=stored(tmp_path / "more", 150.0)))
+    crowd = realised(scorer, replace(case, records=stored(tmp_path / "more", 30.0)))
     assert crowd is not None
     assert crowd.kept == crowd.requests
     assert crowd.by_old < crowd.by_new

@@ -206,7 +206,7 @@ class Fleet:
             },
             "devices": [f"gpu:{first + i}" for i in range(width)],
             "phase": phase,
-            "phase_s": 100.0 + self.at_s - START_S,
+            "phase_s": 4.0 if phase == "standby" else 100.0 + self.at_s - START_S,
             "running": draw.randint(0, 24),
             "waiting": draw.randint(0, 2),
             "kv_cache_usage": draw.random() * 0.8,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import uvloop
+from PIL import Image
 
 import browser
 from look.scene import Fleet, FleetSource
@@ -121,6 +122,7 @@ def test_a_switch_is_seen_while_it_happens(
     fleet = hour()
     server = serve(fleet)
     opened(tab, server)
+    tab.log()  # of other tests
     assert "Serving: 12 replicas ready" in tab.text("#sentence")
     assert "No switch" in tab.text("#switches")
     if charts_version():
@@ -155,7 +157,10 @@ def _pictures(tab: browser.Browser, folder: Path) -> None:
         assert size[0] <= size[1], f"{name}: wider than the window"
     tab.look_like(dark=False, width=1100, height=900)
     tab.until("new Promise(done => setTimeout(() => done(true), 400))", "a redrawn page")
-    tab.screenshot(folder / "page.png", x=0, y=0, width=1100, height=1120, scale=0.75)
+    picture = folder / "page.png"
+    tab.screenshot(picture, x=0, y=0, width=1100, height=1180, scale=0.75)
+    # For the docs: few colours make it small.
+    Image.open(picture).quantize(48).save(picture, optimize=True)
     tab.look_like(dark=False, width=1280, height=900)
 
 
