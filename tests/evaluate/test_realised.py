@@ -95,9 +95,9 @@ def test_requests_that_were_late_or_failed_were_not_kept(
     old, new = plans(request_)
     scorer = SwitchScorer(model_of(request_, min_gain=0.05))
     kept = []
-    for number, fields in enumerate(
-        ({"ttft_s": 3.0}, {"status": FinishStatus.FAILED}, {"ttft_s": 3.0, "kept": True})
-    ):
+    late: dict[str, Any] = {"ttft_s": 3.0}
+    failed: dict[str, Any] = {"status": FinishStatus.FAILED}
+    for number, fields in enumerate((late, failed, {**late, "kept": True})):
         folder = tmp_path / str(number)
         folder.mkdir()
         case = RealisedCase(
