@@ -130,6 +130,21 @@ async def test_a_viewer_that_does_not_read_is_skipped_and_then_dropped() -> None
     feed.close()
 
 
+async def test_a_stream_ends_and_the_page_asks_for_another() -> None:
+    _, _, feed, clock = made()
+    wire, _ = await joined(feed)
+    clock.now_s += feeds.STREAM_S - 1.0
+    await feed.tick()
+    assert not wire.ended
+    clock.now_s += 2.0
+    await feed.tick()
+    assert wire.ended
+    assert feed.viewers == 0
+    again, _ = await joined(feed)
+    assert again.events[0]["hello"]
+    feed.close()
+
+
 async def test_a_viewer_that_reads_again_gets_the_whole_state() -> None:
     fleet, _, feed, _ = made()
     wire, exchange = await joined(feed)
@@ -156,6 +171,38 @@ async def test_while_the_controller_is_away_the_page_says_so_and_stays() -> None
     late, _ = await joined(feed)
     assert late.events[0]["away_s"] == 12.3
     assert len(late.events[0]["points"]) == 10
+    feed.close()
+
+
+async def test_the_hour_is_known_to_who_comes_while_the_controller_is_away() -> None:
+    _, source, feed, clock = made()
+    feed.remember()
+    await until(lambda: len(feed._points) == 10)
+    source.away = 30.0
+    clock.now_s += 60.0
+    wire, _ = await joined(feed)
+    assert len(wire.events[0]["points"]) == 10
+    feed.close()
+
+
+async def test_a_fault_costs_one_event_and_not_the_stream(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Fleet()
+    source = FleetSource(fleet)
+    feed = PageFeed(source, most_viewers=1, tick_s=0.0)
+    wire, _ = await joined(feed)
+    faults = [RuntimeError("boom")]
+
+    async def refresh() -> None:
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(source, "refresh", refresh)
+    await until(lambda: not faults)
+    count = len(wire.events)
+    await until(lambda: len(wire.events) > count)
+    assert "an event of the page failed" in caplog.text
     feed.close()
 
 

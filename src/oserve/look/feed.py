@@ -2,7 +2,7 @@
 
 A viewer gets the whole state and the last hour when it comes, then what changed. One that does not
 read is skipped while its send buffer is full, and dropped after ``STALL_S``; one that reads again
-gets the whole state anew. Without viewers nothing runs.
+gets the whole state anew. Without viewers no events are made.
 """
 
 import asyncio
@@ -28,6 +28,16 @@ HISTORY_PATH: Final = "/oserve/v1/page/history"
 
 STALL_S: Final = 10.0
 """How long a viewer may leave its send buffer full."""
+
+STREAM_S: Final = 600.0
+"""A stream ends after so long, and the page asks for another one.
+
+Events are small, so buffers of the network would take them for a viewer that reads nothing for
+hours; such a one does not come again.
+"""
+
+REMEMBER_S: Final = 60.0
+"""How often the last hour is fetched while nobody watches."""
 
 # Viewers that come back at once after a restart share one history.
 _FRESH_S: Final = 5.0
@@ -60,10 +70,11 @@ class PageSource(Protocol):
 
 
 class _Viewer:
-    __slots__ = ("exchange", "paused_s", "whole")
+    __slots__ = ("began_s", "exchange", "paused_s", "whole")
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, began_s: float) -> None:
         self.exchange = exchange
+        self.began_s = began_s
         self.paused_s: float | None = None
         # Has not been sent the whole state.
         self.whole = False
@@ -102,7 +113,7 @@ class PageFeed:
         """Begin to answer with events; ``False``: there are too many viewers."""
         if len(self._viewers) >= self._most:
             return False
-        viewer = self._viewers[exchange] = _Viewer(exchange)
+        viewer = self._viewers[exchange] = _Viewer(exchange, self._now())
 
         def left() -> None:
             self._viewers.pop(exchange, None)
@@ -118,6 +129,16 @@ class PageFeed:
             self._running = True
             self._spawn(self._run())
         return True
+
+    def remember(self) -> None:
+        """Keep the last hour at hand, for who comes while the controller is away."""
+        self._spawn(self._remember())
+
+    async def _remember(self) -> None:
+        while True:
+            if not self._viewers:
+                await self._fetch()
+            await asyncio.sleep(REMEMBER_S)
 
     def close(self) -> None:
         """End all streams."""
@@ -141,7 +162,10 @@ class PageFeed:
         try:
             while self._viewers:
                 await asyncio.sleep(self._tick_s)
-                await self.tick()
+                try:
+                    await self.tick()
+                except Exception as error:  # an unforeseen fault costs one event, not the stream
+                    _log.error("an event of the page failed: %s", fault(error))
         finally:
             self._running = False
             self._fetched_s = None
@@ -159,7 +183,10 @@ class PageFeed:
         data = event({"sections": changed, "away_s": round(self._source.away_s(), 1)})
         hello = b""
         for viewer in list(self._viewers.values()):
-            if viewer.paused_s is not None:
+            if now_s - viewer.began_s > STREAM_S:
+                self._viewers.pop(viewer.exchange, None)
+                viewer.exchange.finish(close=True)
+            elif viewer.paused_s is not None:
                 if now_s - viewer.paused_s > STALL_S:
                     self._drop(viewer)
             elif viewer.whole:

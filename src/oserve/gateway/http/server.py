@@ -111,6 +111,9 @@ class Gateway(OwnRoutes):
             tls=None if self._tls is None else self._tls.context,
         )
         self._watch = asyncio.ensure_future(self._follow_files())
+        # From every node of a large cluster it would be too much.
+        if settings.page_viewers and settings.placement == "server":
+            self.feed.remember()
         return self._server.port
 
     async def _follow_files(self) -> None:
