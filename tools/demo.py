@@ -2,9 +2,9 @@
 
     make demo        sets up what it needs, then runs this
 
-Traffic is calm, rises, flips to long prompts, and falls again, some five minutes in all. Begun with
-one replica, the controller may use the whole machine. If it sees no reason to switch within
-``--patience`` seconds, the demonstration asks for a switch as an operator would, and says so.
+Traffic is calm, rises, flips to long prompts, and falls again, some five minutes in all. If the
+controller sees no reason to switch within ``--patience`` seconds, the demonstration asks for a
+switch as an operator would, and says so.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import asyncio
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,15 +21,15 @@ from typing import Any
 import aiohttp
 import msgspec
 
-ONE = """
-id: one-replica
+# What it asks for if the controller sees no reason to switch.
+BY_HAND = """
+id: by-hand
 workload_types: [{name: all}]
 replicas:
-  - id: first
+  - id: small-steps
     shape: {precision: PRECISION, max_num_batched_tokens: 512, max_num_seqs: 16}
     devices: [cpu:0]
-"""
-MORE = """  - id: second
+  - id: large-steps
     shape: {precision: PRECISION, max_num_batched_tokens: 1024, max_num_seqs: 32}
     devices: [cpu:1]
 """
@@ -197,39 +196,38 @@ async def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="requests/s")
     parser.add_argument("--patience", type=float, default=75.0, help="s until a switch by hand")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--state-dir", default=".oserve/demo")
     wanted = parser.parse_args()
     url, name = f"http://127.0.0.1:{wanted.port}", Path(wanted.model).name
-    with tempfile.TemporaryDirectory(prefix="oserve-demo-") as folder:
-        plan, log = Path(folder, "plan.yaml"), Path(folder, "server.log")
-        one = ONE.replace("PRECISION", wanted.precision)
-        more = (one + MORE.replace("PRECISION", wanted.precision)).replace("one-", "two-", 1)
-        await asyncio.to_thread(plan.write_text, one)
-        command = [sys.executable, "-m", "oserve.cli", "serve", wanted.model]
-        command += ["--plan", str(plan), "--cpu-slots", "2", "--port", str(wanted.port)]
-        command += ["--state-dir", f"{folder}/state"]
-        settings = {
-            "control.mode": "auto",
-            "control.decision_interval_s": "10",
-            "control.min_dwell_s": "20",
-            "planning.objective": "capacity",
-            "planning.precisions": f"[{wanted.precision}]",
-            "planning.rates": f"chats:30x32={wanted.rate},documents:600x32={wanted.rate / 4}",
-            "planning.slo_ttft_ms": "3000",
-        }
-        for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        out = await asyncio.to_thread(log.open, "wb")
-        server = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out)
-        try:
-            say(f"starting a server with {wanted.model}")
-            await started(server, url, log)
-            say(f"\nLook: {url}/oserve/\n")
-            await shown(url, name, wanted, more.encode())
-        finally:
-            if server.returncode is None:
-                server.send_signal(signal.SIGINT)
-            await server.wait()
-            out.close()
+    state = Path(wanted.state_dir)
+    await asyncio.to_thread(lambda: state.mkdir(parents=True, exist_ok=True))
+    log = state / "demo.log"
+    command = [sys.executable, "-m", "oserve.cli", "serve", wanted.model, "--cpu-slots", "2"]
+    command += ["--port", str(wanted.port), "--state-dir", wanted.state_dir]
+    settings = {
+        "control.decision_interval_s": "10",
+        "control.min_dwell_s": "20",
+        # Each demonstration begins anew.
+        "control.resume": "false",
+        "planning.objective": "capacity",
+        "planning.precisions": f"[{wanted.precision}]",
+        "planning.rates": f"chats:30x32={wanted.rate},documents:600x32={wanted.rate / 4}",
+        "planning.slo_ttft_ms": "3000",
+    }
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    out = await asyncio.to_thread(log.open, "wb")
+    server = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out)
+    try:
+        say(f"starting a server with {wanted.model}; the first time it is measured for a minute")
+        await started(server, url, log)
+        say(f"\nLook: {url}/oserve/\n")
+        await shown(url, name, wanted, BY_HAND.replace("PRECISION", wanted.precision).encode())
+    finally:
+        if server.returncode is None:
+            server.send_signal(signal.SIGINT)
+        await server.wait()
+        out.close()
 
 
 async def shown(url: str, name: str, wanted: argparse.Namespace, more: bytes) -> None:
