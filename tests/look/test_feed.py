@@ -174,7 +174,10 @@ async def test_while_the_controller_is_away_the_page_says_so_and_stays() -> None
     feed.close()
 
 
-async def test_the_hour_is_known_to_who_comes_while_the_controller_is_away() -> None:
+async def test_the_hour_is_known_to_who_comes_while_the_controller_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feeds, "REMEMBER_S", 0.0)
     _, source, feed, clock = made()
     feed.remember()
     await until(lambda: len(feed._points) == 10)

@@ -136,9 +136,9 @@ class PageFeed:
 
     async def _remember(self) -> None:
         while True:
+            await asyncio.sleep(REMEMBER_S)
             if not self._viewers:
                 await self._fetch()
-            await asyncio.sleep(REMEMBER_S)
 
     def close(self) -> None:
         """End all streams."""
